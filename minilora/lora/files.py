@@ -1,0 +1,211 @@
+"""Adapters on disk, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+    base_model.model.<path>.lora_A.weight   (r, in)
+    base_model.model.<path>.lora_B.weight   (out, r)
+
+What an adapter adapts, and with which rank, is read from the tensors' names and shapes; the JSON adds the scale. Names
+and patterns from a file are data: they are compared, never run as regular expressions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, FormatError, TargetError
+from minilora.lora.attach import adapter_layers, linear_layers, place
+from minilora.lora.config import LoraConfig
+from minilora.storage import TensorFile, read_json, write_json, write_tensors
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PEFT_VERSION = "0.21.2"  # whose layout this is
+
+# What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
+PEFT_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "auto_mapping", "corda_config", "eva_config")),
+    **dict.fromkeys(("exclude_modules", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform")),
+    **dict.fromkeys(("lora_ga_config", "megatron_config", "modules_to_save", "monteclora_config", "revision")),
+    **dict.fromkeys(("target_parameters", "trainable_token_indices", "use_bdlora", "velora_config")),
+    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"), False),
+    "bias": "none",
+    "inference_mode": True,
+    "loftq_config": {},
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "peft_version": PEFT_VERSION,
+    "qalora_group_size": 16,
+    "task_type": "CAUSAL_LM",
+}
+READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+INFORMATION = {  # true of how the adapter was made; without effect on what it computes
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
+    *("layers_to_transform", "peft_version", "revision", "target_modules", "task_type"),
+}
+T = TypeVar("T")
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base's weights alone
+
+
+def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Write one adapter as a directory that PEFT, vLLM and `load_adapter` read.
+
+    `base_model_name_or_path` is the model's `name_or_path`, where it has one.
+
+    Raises:
+        TargetError: the model has no adapter of that name.
+    """
+    layers = {where: layer for where, layer in adapter_layers(model).items() if name in layer.configs}
+    if not layers:
+        raise TargetError(f"the model has no adapter {name!r} to save")
+    config = next(iter(layers.values())).configs[name]
+    tensors = {}
+    for where, layer in layers.items():
+        tensors[f"{PREFIX}{where}.lora_A.weight"] = layer.lora_A[name]
+        tensors[f"{PREFIX}{where}.lora_B.weight"] = layer.lora_B[name]
+    fields = {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "target_modules": _shortest_names(list(layers), list(linear_layers(model))),
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "rank_pattern": _named(config.rank_pattern, {where: config.rank(where) for where in layers}, config.r),
+        "alpha_pattern": _named(
+            config.alpha_pattern, {where: config.alpha(where) for where in layers}, config.lora_alpha
+        ),
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": config.init_lora_weights,
+    }
+    write_tensors(Path(path) / WEIGHTS_FILE, tensors)
+    # Sorted like PEFT's, but the patterns keep their order: the first key that matches counts.
+    write_json(Path(path) / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
+    """Read an adapter that PEFT or `save_adapter` wrote, attach it to the model and activate it.
+
+    Raises:
+        FormatError: a file is missing or malformed, or the config asks for something that is not a plain LoRA.
+        TargetError: the adapter adapts modules that the model does not have, or has in other shapes; all of them are
+            named, with both shapes.
+    """
+    path = Path(path)
+    factors = read_factors(path)
+    config = read_config(path, {where: lora_A.size(0) for where, (lora_A, _) in factors.items()})
+    _check_fit(path, factors, linear_layers(model))
+    place(model, config, name, factors, trainable)
+
+
+def read_config(directory: Path, ranks: Mapping[str, int]) -> LoraConfig:
+    """`adapter_config.json` as a `LoraConfig` for an adapter whose tensors have these ranks (path -> r).
+
+    Raises:
+        FormatError: a key asks for something else than a plain LoRA, a value cannot work, or a pattern's key is not a
+            name.
+    """
+    path = directory / CONFIG_FILE
+    values = read_json(path)
+    _check_keys(path, values)
+    init = values.get("init_lora_weights", True)
+    try:
+        config = LoraConfig(
+            r=values.get("r", 8),
+            lora_alpha=values.get("lora_alpha", 8),
+            lora_dropout=values.get("lora_dropout", 0.0),
+            target_modules=tuple(ranks),
+            rank_pattern=values.get("rank_pattern") or {},
+            alpha_pattern=values.get("alpha_pattern") or {},
+            use_rslora=bool(values.get("use_rslora", False)),
+            init_lora_weights=init if init in (True, "gaussian") else True,
+        )
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from error
+    if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
+        config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
+    return config
+
+
+def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
+    """What is not understood may be there only if it says nothing."""
+    bad = []
+    for key, value in values.items():
+        if key in READ or key in INFORMATION or not value or PEFT_DEFAULTS.get(key) == value:
+            continue
+        bad.append(f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out")
+    if values.get("init_lora_weights", True) not in PLAIN_INITS:
+        bad.append(f"init_lora_weights: found {values['init_lora_weights']!r}, which changes the base's weights")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict):
+            bad.append(f"{key}: found {pattern!r}, need an object")
+        else:
+            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in pattern if not _is_name(name)]
+    if bad:
+        raise FormatError(f"{path}: not a plain LoRA that can be read:\n  " + "\n  ".join(bad))
+
+
+def _is_name(key: str) -> bool:
+    """A path or the end of one, `^` in front meaning "from the start": harmless as a regular expression."""
+    return re.fullmatch(r"\^?[\w.-]+", key) is not None
+
+
+def _named(pattern: Mapping[str, T], values: Mapping[str, T], default: T) -> dict[str, T]:
+    """A pattern whose keys are names, which is all that `load_adapter` accepts: spelled out if need be."""
+    if all(_is_name(key) for key in pattern):
+        return dict(pattern)
+    return {f"^{where}": value for where, value in values.items() if value != default}
+
+
+def read_factors(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of the module -> its A and B, in float32 at least.
+
+    Raises:
+        FormatError: a tensor is not the A or B of a linear, or one of a pair is missing.
+    """
+    path = directory / WEIGHTS_FILE
+    file = TensorFile(path)
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name in file.shapes:
+        # The adapter's own name may stand before "weight": PEFT accepts it, older files have it.
+        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight", name)
+        if found is None or len(file.shapes[name]) != 2:
+            unknown.append(name)
+        else:
+            tensor = file.read(name)
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            parts.setdefault(found[1], {})[found[2]] = tensor.to(wide, copy=True)
+    if unknown:
+        raise FormatError(f"{path}: {unknown[:5]} are not the A or B of a linear ({PREFIX}<module>.lora_A.weight)")
+    if lacking := [where for where, pair in parts.items() if len(pair) != 2]:
+        raise FormatError(f"{path}: {lacking[:5]} have only one of lora_A and lora_B")
+    return {where: (pair["lora_A"], pair["lora_B"]) for where, pair in parts.items()}
+
+
+def _check_fit(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], linears: Mapping[str, nn.Linear]) -> None:
+    problems = []
+    for where, (lora_A, lora_B) in factors.items():
+        if where not in linears:
+            problems.append(f"{where}: the model has no such linear")
+            continue
+        base = linears[where]
+        expected = (base.out_features, base.in_features)
+        found = (lora_B.size(0), lora_A.size(1))
+        if found != expected or lora_A.size(0) != lora_B.size(1):
+            shapes = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+            problems.append(f"{where}: the adapter has {shapes}, the model's weight is {expected}")
+    if problems:
+        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise TargetError(f"{path} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def _shortest_names(adapted: list[str], linears: list[str]) -> list[str]:
+    """Names for `target_modules`: last components if those mean just the adapted modules, else full paths."""
+    endings = {where.rpartition(".")[2] for where in adapted}
+    meant = {where for where in linears if where.rpartition(".")[2] in endings}
+    return sorted(endings) if meant == set(adapted) else sorted(adapted)

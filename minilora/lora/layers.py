@@ -1,0 +1,110 @@
+"""A frozen linear with adapters.
+
+`AdapterLinear` holds the base layer and the adapters' tensors; what they do to the weight is the one thing that its
+kinds differ in. Forward is always the merged weight applied, `F.linear(x, merged_weight(), bias)`, without ever
+forming it.
+
+    N  rows of x    in, out  features of the base    r  rank of an adapter
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, TargetError
+from minilora.lora.config import LoraConfig
+from minilora.lora.functional import keyed_dropout, lora_branch, lora_delta
+
+
+class AdapterLinear(nn.Module, ABC):
+    """A base linear and its adapters, by name (abstract).
+
+    Adapters are kept in their own dtype, float32 unless asked otherwise, and are cast to the dtype of x where they are
+    used (`factors`): that is the only cast.
+
+    Args:
+        base: the linear to adapt; it is held, not copied.
+        path: its path in the model, which is part of the dropout's key.
+    """
+
+    def __init__(self, base: nn.Linear, path: str):
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.configs: dict[str, LoraConfig] = {}
+        self.scales: dict[str, float] = {}
+        self.active: tuple[str, ...] = ()
+        self.dropout_key: str | None = None
+        self.train(base.training)
+
+    def add(self, name: str, config: LoraConfig, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Hold one more adapter; it acts once its name is in `active`.
+
+        Raises:
+            TargetError: there is one of that name already.
+        """
+        if name in self.configs:
+            raise TargetError(f"{self.path} has an adapter {name!r} already; it has {sorted(self.configs)}")
+        device = self.base.weight.device
+        self.lora_A[name] = nn.Parameter(lora_A.to(device))
+        self.lora_B[name] = nn.Parameter(lora_B.to(device))
+        self.configs[name] = config
+        self.scales[name] = config.scale(self.path)
+
+    def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) in the dtype of the computation."""
+        return self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+
+    def dropped(self, x: Tensor, name: str) -> Tensor:
+        """What the adapter's branch sees of x: all of it, but for dropout in training.
+
+        Raises:
+            ConfigError: there is dropout, but no `set_dropout_step` said which mask to draw.
+        """
+        p = self.configs[name].lora_dropout
+        if p == 0 or not self.training:
+            return x
+        if self.dropout_key is None:
+            raise ConfigError(
+                "lora_dropout needs minilora.set_dropout_step(model, seed, step) before each forward pass"
+            )
+        return keyed_dropout(x, p, f"{self.dropout_key}/{self.path}/{name}")
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """y = merged_weight() x + b, (..., in) -> (..., out)."""
+
+    @abstractmethod
+    def merged_weight(self) -> Tensor:
+        """The weight that the active adapters make of the base's, (out, in) in the base's dtype."""
+
+
+class LoRALinear(AdapterLinear):
+    """x ↦ W x + b + Σ s·B A x over the active adapters (final).
+
+    >>> layer = LoRALinear(nn.Linear(8, 4), path="q_proj")
+    >>> layer.add("default", LoraConfig(r=2, lora_alpha=6), torch.ones(2, 8), torch.ones(4, 2))
+    >>> layer.active = ("default",)
+    >>> x = torch.randn(5, 8)
+    >>> torch.allclose(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-5)
+    True
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for name in self.active:
+            y = y + lora_branch(self.dropped(x, name), *self.factors(name, x.dtype), self.scales[name])
+        return y
+
+    def merged_weight(self) -> Tensor:
+        """W + Σ s·B A, summed in the wider of the two dtypes and rounded once."""
+        weight = self.base.weight
+        for name in self.active:
+            delta = lora_delta(self.lora_A[name], self.lora_B[name], self.scales[name])
+            weight = weight + delta  # a bfloat16 weight is promoted here, and stays wide
+        return weight.to(self.base.weight.dtype)

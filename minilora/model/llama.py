@@ -1,0 +1,255 @@
+"""The decoder that is fine-tuned: llama, mistral, qwen2, qwen3, smollm3 and phi3 in one readable class.
+
+Attribute names are the checkpoint's parameter names (`model.layers.0.self_attn.q_proj.weight`), so loading is a plain
+`load_state_dict`. Nothing here knows that adapters or 4-bit weights exist: they replace the linears from outside.
+
+The trunk works on documents laid end to end (see `ops.py`); padding exists only at the public edge, `Llama.forward`.
+
+    N  tokens laid end to end    D  hidden_size    H  num_attention_heads    K  num_key_value_heads
+    E  head_dim                  V  vocab_size     B  sequences of a batch   T  their padded length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from minilora.errors import ShapeError
+from minilora.model import ops
+from minilora.model.config import LlamaConfig
+from minilora.model.ops import Recompute
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the documents of a batch lie, and the rotation of their tokens: what all layers share.
+
+    `lengths` counts the tokens that are asked about, `key_lengths` also those in the cache; `rotation` is
+    (cos, sin) of the queries and of the keys, each (N or M, R/2).
+    """
+
+    lengths: list[int]
+    key_lengths: list[int]
+    query_rotation: tuple[Tensor, Tensor]
+    key_rotation: tuple[Tensor, Tensor]
+
+
+class KVCache:
+    """Keys and values of growing documents, so that a new token costs one row instead of all.
+
+    Keys are stored before their rotation: with `dynamic` and `longrope` the rotation of every key changes when the
+    document grows, and cached results would differ from uncached ones.
+
+    Args:
+        config: the model's configuration.
+        documents: how many there are.
+        capacity: the longest that any of them may become.
+    """
+
+    def __init__(self, config: LlamaConfig, documents: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_hidden_layers, documents, capacity, config.num_key_value_heads, config.head_dim)
+        self.lengths = [0] * documents
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Append each document's new rows; return all of its rows, laid end to end: (N, K, E) -> (M, K, E)."""
+        keys, values = [], []
+        for i, (new_k, new_v) in enumerate(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True)):
+            past, total = self.lengths[i], self.lengths[i] + lengths[i]
+            self.keys[layer, i, past:total] = new_k
+            self.values[layer, i, past:total] = new_v
+            keys.append(self.keys[layer, i, :total])
+            values.append(self.values[layer, i, :total])
+        return torch.cat(keys), torch.cat(values)
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with its weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.layer, self.head_dim, self.widths = layer, E, [H * E, K * E, K * E]
+        self.window, self.is_rotated, self.is_fused = config.windows[layer], config.rotated[layer], config.is_fused
+        if config.is_fused:
+            self.qkv_proj = nn.Linear(D, (H + 2 * K) * E, bias=config.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
+            self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+            self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+        if self.is_fused:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (N, H, E), (N, K, E), (N, K, E)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v, layout.lengths)  # (M, K, E)
+        if self.is_rotated:
+            q, k = ops.rotate(q, *layout.query_rotation), ops.rotate(k, *layout.key_rotation)
+        heads = ops.causal_attention(q, k, v, layout.lengths, layout.key_lengths, self.window)
+        return self.o_proj(heads.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) ∘ up(x)); phi3 keeps gate and up in one matrix."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.is_fused = config.is_fused
+        if config.is_fused:
+            self.gate_up_proj = nn.Linear(D, 2 * width, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(D, width, bias=bias)
+            self.up_proj = nn.Linear(D, width, bias=bias)
+        self.down_proj = nn.Linear(width, D, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(ops.swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """x ← x + attention(norm(x)); x ← x + mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None, recompute: Recompute) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, cache)
+        return x + (_recomputed(self.feed_forward, x) if recompute == "mlp" else self.feed_forward(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """The decoder without its head: tokens laid end to end in, hidden states out."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int], cache: KVCache | None = None, recompute: Recompute = "none"
+    ) -> Tensor:
+        """Hidden states after the last norm.
+
+        `recompute` trades time for memory in training: the backward pass computes the MLPs ("mlp") or whole blocks
+        ("block") again instead of keeping what they produced.
+
+        Shapes: tokens (N), lengths sum N -> (N, D)
+
+        Raises:
+            ShapeError: the lengths do not add up to N, or one is below 1.
+        """
+        if min(lengths, default=0) < 1 or sum(lengths) != tokens.numel():
+            raise ShapeError(f"lengths {list(lengths)} do not describe {tokens.numel()} tokens")
+        x = self.embed_tokens(tokens)
+        layout = self._layout(list(lengths), cache, x)
+        for block in self.layers:
+            if recompute == "block":
+                x = _recomputed(block, x, layout, cache, recompute)
+            else:
+                x = block(x, layout, cache, recompute)
+        if cache is not None:
+            cache.lengths = layout.key_lengths
+        return self.norm(x)
+
+    def _layout(self, lengths: list[int], cache: KVCache | None, x: Tensor) -> Layout:
+        past = cache.lengths if cache is not None else [0] * len(lengths)
+        totals = [before + new for before, new in zip(past, lengths, strict=True)]
+        cosines, sines = zip(*(self.config.rope.table(total, x.device) for total in totals), strict=True)
+        keys = torch.cat(cosines).to(x.dtype), torch.cat(sines).to(x.dtype)
+        if cache is None:
+            return Layout(lengths, totals, keys, keys)
+        new = torch.cat([torch.arange(end - n, end) for end, n in zip(accumulate(totals), lengths, strict=True)])
+        return Layout(lengths, totals, (keys[0][new], keys[1][new]), keys)
+
+
+class Llama(nn.Module):
+    """Trunk and head.
+
+    Args:
+        config: which family, which sizes.
+        generator: draws the weights from N(0, 0.02²); without one they are PyTorch's own start values.
+    """
+
+    def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.name_or_path = ""
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        for parameter in self.parameters() if generator is not None else ():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def tie_weights(self) -> None:
+        """With `tie_word_embeddings`, make the head's weight the embedding itself."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head; transformers' name for it, by which "all-linear" knows what to leave alone."""
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Logits of every token; those of the padding are 0.
+
+        Shapes: input_ids (B, T), lengths B numbers of real tokens in each row, padding to the right -> (B, T, V)
+
+        Raises:
+            ShapeError: input_ids is not (B, T), or a length is not in 1..T.
+        """
+        if input_ids.dim() != 2:
+            raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
+        B, T = input_ids.shape
+        lengths = [T] * B if lengths is None else [int(n) for n in lengths]
+        if len(lengths) != B or not all(1 <= n <= T for n in lengths):
+            raise ShapeError(f"lengths {lengths} do not fit input_ids {(B, T)}: need {B} numbers in 1..{T}")
+        tokens = torch.cat([row[:n] for row, n in zip(input_ids, lengths, strict=True)])
+        logits = self.lm_head(self.model(tokens, lengths))
+        padded = pad_sequence(logits.split(lengths), batch_first=True)
+        return F.pad(padded, (0, 0, 0, T - padded.size(1)))
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, computed again in the backward pass. No random state is kept: there is none to keep."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

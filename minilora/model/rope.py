@@ -1,0 +1,108 @@
+"""Rotary position embedding: which angle each pair of coordinates turns by at each position, and how it is stretched.
+
+A pair i of a head turns by `position · frequency[i]`. The longer contexts of later models come from changing the
+frequencies, each by its own rule:
+
+    default   θ^(-2i/R)                                      Su et al. 2021, RoFormer, eq. 15
+    linear    θ^(-2i/R) / factor                             Chen et al. 2023, Position Interpolation
+    dynamic   θ grows with documents beyond trained length   "NTK-aware" scaling, 2023
+    llama3    long waves / factor, short ones kept, a ramp   Llama 3.1's reference code
+    longrope  a factor a pair, for short or long documents   Ding et al. 2024, LongRoPE
+
+`dynamic` and `longrope` depend on the length of the whole document, so the cache keeps keys unrotated (see `llama.py`).
+
+    L  length of a document    R  rotated width of a head
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.errors import ConfigError
+
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of one model.
+
+    Args:
+        width: R, how many coordinates of a head turn.
+        theta: the base θ.
+        kind: a key of `ROPE_KEYS`.
+        scaling: the numbers that the kind needs.
+        trained_length: the length that scaling starts from.
+        max_length: `max_position_embeddings` of the config.
+
+    Raises:
+        ConfigError: an unknown kind, or a number that the kind needs is missing.
+    """
+
+    width: int
+    theta: float
+    kind: str
+    scaling: Mapping[str, Any]
+    trained_length: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KEYS:
+            raise ConfigError(f"rope type {self.kind!r} is not supported; supported are {sorted(ROPE_KEYS)}")
+        if missing := [key for key in ROPE_KEYS[self.kind] if self.scaling.get(key) is None]:
+            raise ConfigError(f"rope type {self.kind!r} needs {missing}; the config has {sorted(self.scaling)}")
+        for key in ("short_factor", "long_factor") if self.kind == "longrope" else ():
+            if len(self.scaling[key]) != self.width // 2:
+                raise ConfigError(f"{key} has {len(self.scaling[key])} numbers; {self.width // 2} pairs turn")
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of `position · frequency` for the positions of a document of `length`: each (L, R/2), float32."""
+        frequencies = self.frequencies(length).to(device)
+        angles = torch.arange(length, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
+        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+
+    def frequencies(self, length: int) -> Tensor:
+        """The turn of each pair per position, (R/2,), in a document of `length`."""
+        pairs = torch.arange(0, self.width, 2).float() / self.width
+        if self.kind == "dynamic":
+            return 1.0 / self._dynamic_theta(length) ** pairs
+        if self.kind == "longrope":
+            stretch = "long_factor" if length > self.trained_length else "short_factor"
+            return 1.0 / (torch.tensor(self.scaling[stretch], dtype=torch.float32) * self.theta**pairs)
+        plain = 1.0 / self.theta**pairs
+        if self.kind == "linear":
+            return plain / self.scaling["factor"]
+        return self._llama3(plain) if self.kind == "llama3" else plain
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by: 1, but for longrope (LongRoPE §3.3: √(1 + ln s / ln L))."""
+        if self.kind != "longrope":
+            return 1.0
+        if (given := self.scaling.get("attention_factor")) is not None:
+            return float(given)
+        stretch = self.scaling.get("factor") or self.max_length / self.trained_length
+        return 1.0 if stretch <= 1.0 else math.sqrt(1 + math.log(stretch) / math.log(self.trained_length))
+
+    def _dynamic_theta(self, length: int) -> float:
+        factor, trained = self.scaling["factor"], self.max_length
+        growth = factor * max(length, trained) / trained - (factor - 1)
+        return self.theta * growth ** (self.width / (self.width - 2))
+
+    def _llama3(self, plain: Tensor) -> Tensor:
+        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
+        turns = self.trained_length * plain / (2 * math.pi)  # full turns within the trained length
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divide by the factor, 1: keep
+        return (1 - ramp) * plain / self.scaling["factor"] + ramp * plain

@@ -1,0 +1,128 @@
+"""Text to token ids and back, and the special tokens and chat template that belong to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from minilora.errors import DataError, FormatError
+from minilora.model.template import ChatTemplate, Message
+from minilora.storage import model_directory, read_json, read_text, write_text
+
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    "generation_config.json",
+)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, or of "minilora/builtin".
+
+    Raises:
+        FormatError: no such directory, no `tokenizer.json`, or a file that is not what its name says.
+    """
+    return Tokenizer(model_directory(name_or_path))
+
+
+class Tokenizer:
+    """A `tokenizer.json` with what the files beside it say.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token`, … : the text of each.
+        eos_id: the token that closes an answer, or None.
+        stop_ids: every token that ends a generation: a model may name several.
+        template: the chat template, or None.
+    """
+
+    def __init__(self, directory: Path):
+        self._texts = {name: read_text(directory / name) for name in FILES if (directory / name).is_file()}
+        if "tokenizer.json" not in self._texts:
+            raise FormatError(f"{directory}: there is no tokenizer.json")
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
+        except Exception as error:  # the library raises nothing narrower
+            raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        config, older, generation, model = (
+            read_json(directory / name) if (directory / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+        )
+        self.special_tokens = _special_tokens(older) | _special_tokens(config)
+        self.eos_id = self.token_id(self.special_tokens.get("eos_token"))
+        self.stop_ids = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id")), *_ids(self.eos_id)}
+        source = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
+        self.template = ChatTemplate(source, self.special_tokens) if source else None
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of one token by its text; None if there is none."""
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with `add_special_tokens`, also those that the tokenizer puts around every text (often a BOS)."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and which characters [begin, end) of the text each stands for.
+
+        Tokens that are not from the text are empty. Some tokenizers trim white space off their offsets; here a token
+        begins no later than the one before it ended, so that every character belongs to one.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        spans, previous = [], 0
+        for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if is_added and begin == end:
+                spans.append((previous, previous))
+                continue
+            spans.append((min(begin, previous), end))
+            previous = end
+        return encoding.ids, spans
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
+        """A conversation as the text that the model was trained on; encode it with `add_special_tokens=False`.
+
+        Raises:
+            DataError: the model has no chat template, or the template refuses the messages.
+        """
+        if self.template is None:
+            raise DataError("the model has no chat template, so conversations cannot be rendered")
+        return self.template.render(messages, add_generation_prompt, tools)
+
+    def save(self, directory: Path) -> None:
+        """Write the files that it was read from."""
+        for name, text in self._texts.items():
+            write_text(directory / name, text)
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`*_token` entries, which are text or an object that holds it."""
+    tokens = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
+    return tokens
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [entry for entry in values if isinstance(entry, int)]
+
+
+def _default_template(value: Any) -> str | None:
+    """The old key `chat_template`: text, or a list of named templates."""
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

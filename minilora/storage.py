@@ -1,0 +1,174 @@
+"""Everything that touches the disk: JSON and safetensors that may come from anywhere, and writing that is atomic.
+
+A file appears under its name only when it is whole: it is written under a temporary name beside it, flushed to the disk
+(fsync), and renamed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minilora.errors import FormatError
+
+BUILTIN = "minilora/builtin"
+ASSETS = Path(__file__).parent / "assets"
+
+
+def model_directory(name_or_path: str | Path) -> Path:
+    """Where a model lies: a directory, or "minilora/builtin" for the small one that comes with minilora.
+
+    Raises:
+        FormatError: there is no such directory.
+    """
+    path = ASSETS / "model" if str(name_or_path) == BUILTIN else Path(name_or_path)
+    if not path.is_dir():
+        raise FormatError(f"{path}: no such directory; a model is a directory with config.json, or {BUILTIN!r}")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        FormatError: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: byte {error.start} is not UTF-8") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FormatError: the file cannot be read, or it does not hold a JSON object.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: found a JSON {type(value).__name__}, need an object")
+    return value
+
+
+class TensorFile:
+    """A safetensors file: its header is read at once, a tensor only when it is asked for.
+
+    Raises:
+        FormatError: the file cannot be read, or its header is not that of a safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+        except (OSError, SafetensorError) as error:
+            raise FormatError(f"{path}: not a safetensors file ({error})") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as a view of the mapped file: copy it before the file may change.
+
+        The file is mapped for this tensor alone. One mapping for all of them would keep every page that was read
+        resident, and a model in memory twice.
+        """
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            return file.get_tensor(name)
+
+
+def shard_names(index_path: Path) -> dict[str, str]:
+    """`weight_map` of a `*.safetensors.index.json`: tensor name -> file name.
+
+    Raises:
+        FormatError: there is no such map, or it names something other than a plain file of the same directory.
+    """
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{index_path}: key 'weight_map' is missing or not an object")
+    for name in set(map(str, weight_map.values())):
+        if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+            raise FormatError(f"{index_path}: {name!r} is not a plain file name")
+    return weight_map
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path`, a file or a directory, when the block ends without an error.
+
+    >>> with replacing(Path("notes.txt")) as temporary:      # doctest: +SKIP
+    ...     temporary.write_text("whole or not at all")
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            _flush(written)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with the keys in the order they have."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers asks for."""
+    with replacing(path) as temporary:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o666 & ~_umask())  # save_file leaves 0600
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to put a file or a directory entry on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open directories
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

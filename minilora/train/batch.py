@@ -1,0 +1,91 @@
+"""Which rows are in which batch, and how a batch lies in memory: rows end to end, no padding.
+
+The whole order of a run is a function of the seed and the rows' lengths, so a resumed run needs a step number and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minilora.model.ops import IGNORE_INDEX
+from minilora.train.config import TrainConfig
+from minilora.train.data import Example
+
+Rows = list[int]  # indices of the rows of one micro-batch
+EPOCH_SEEDS = 1_000_003  # apart enough that no two (seed, epoch) of sensible size meet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid end to end.
+
+    Shapes: tokens (N), targets (N): the token that follows each one, IGNORE_INDEX where it is not learned or where a
+    row ends; lengths sum N
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+    @property
+    def labelled(self) -> int:
+        """How many targets are learned."""
+        return int((self.targets != IGNORE_INDEX).sum())
+
+
+def collate(examples: Sequence[Example], device: torch.device) -> Batch:
+    """Lay examples end to end. The last token of a row has no target: the next row is none of its business."""
+    tokens = [token for example in examples for token in example.tokens]
+    targets = [label for example in examples for label in [*example.labels[1:], IGNORE_INDEX]]
+    return Batch(
+        torch.tensor(tokens, device=device),
+        torch.tensor(targets, device=device),
+        [len(example.tokens) for example in examples],
+    )
+
+
+def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
+    """The micro-batches of every step of a run.
+
+    Each epoch is a fresh permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
+    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps.
+    """
+    steps: list[list[Rows]] = []
+    epochs = math.inf if config.max_steps is not None else config.epochs
+    for epoch in range(math.ceil(config.epochs) if config.max_steps is None else config.max_steps):
+        micro_batches = list(_micro_batches(lengths, config, epoch))
+        k = config.gradient_accumulation_steps
+        whole = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
+        steps += whole[: math.ceil(min(1.0, epochs - epoch) * len(whole))]
+        if config.max_steps is not None and len(steps) >= config.max_steps:
+            return steps[: config.max_steps]
+    return steps
+
+
+def groups(lengths: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[Rows]:
+    """Consecutive rows of at most `limit` tokens together; a longer row makes a group of its own."""
+    group: Rows = []
+    size = 0
+    for row in rows:
+        if group and size + lengths[row] > limit:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += lengths[row]
+    if group:
+        yield group
+
+
+def _micro_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> Iterator[Rows]:
+    generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    if config.batch_tokens is not None:
+        yield from groups(lengths, order, config.batch_tokens)
+    else:
+        yield from (order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size))

@@ -1,0 +1,90 @@
+"""How good is it? Held-out loss, accuracy among choices, exact match."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from minilora.model import ops
+from minilora.model.generate import generate
+from minilora.model.tokenizer import Tokenizer
+from minilora.train.batch import collate, groups
+from minilora.train.data import Example
+
+if TYPE_CHECKING:
+    from minilora.model.llama import Llama
+
+EVAL_TOKENS = 4096  # tokens in a forward pass
+MOST_CHOICES = 64
+Choice = tuple[int, ...]
+
+
+@torch.no_grad()
+def held_out_loss(model: Llama, examples: Sequence[Example]) -> float:
+    """Σ over labelled tokens of -log p / their number, over all examples together."""
+    model.eval()
+    device = next(model.parameters()).device
+    total, labelled = 0.0, 0
+    for rows in _groups(examples):
+        batch = collate([examples[row] for row in rows], device)
+        total += ops.cross_entropy(model.model(batch.tokens, batch.lengths), batch.targets, model.lm_head).item()
+        labelled += batch.labelled
+    return total / labelled
+
+
+def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
+    """The distinct answers, if there are few: at most 64, each given four times on average. Else None."""
+    answers = sorted({example.answer for example in examples})
+    return answers if 1 < len(answers) <= min(MOST_CHOICES, len(examples) // 4) else None
+
+
+@torch.no_grad()
+def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Sequence[Choice]) -> float:
+    """The share of examples whose answer is the likeliest of the `choices` after the prompt.
+
+    What all choices end in (their closing tokens) says nothing and is left off. Each distinct beginning of a choice is
+    run once: with answers of one token that is the prompt alone.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    closing = _common_ending(choices)
+    answers = [choice[: len(choice) - closing] for choice in choices]
+    stems = sorted({answer[:-1] for answer in answers})
+    correct = 0
+    for rows in _groups(examples, copies=len(stems)):
+        documents = [[*examples[row].prompt, *stem] for row in rows for stem in stems]
+        lengths = [len(document) for document in documents]
+        tokens = torch.tensor([token for document in documents for token in document], device=device)
+        hidden = model.model(tokens, lengths).split(lengths)
+        for i, row in enumerate(rows):
+            after = len(examples[row].prompt) - 1
+            states = dict(zip(stems, hidden[i * len(stems) : (i + 1) * len(stems)], strict=True))
+            logs = {stem: model.lm_head(state[after:]).float().log_softmax(-1) for stem, state in states.items()}
+            scores = [sum(logs[a[:-1]][j, token].item() for j, token in enumerate(a)) for a in answers]
+            correct += choices[scores.index(max(scores))] == examples[row].answer
+    return correct / len(examples)
+
+
+def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer) -> float:
+    """The share of examples whose answer is what the model writes, greedily, white space at the ends aside."""
+    correct = 0
+    for example in examples:
+        room = len(example.answer) + 1
+        written = generate(model, [example.prompt], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
+        correct += tokenizer.decode(written).strip() == tokenizer.decode(example.answer).strip()
+    return correct / len(examples)
+
+
+def _groups(examples: Sequence[Example], copies: int = 1) -> Iterator[list[int]]:
+    lengths = [len(example.tokens) * copies for example in examples]
+    return groups(lengths, range(len(examples)), EVAL_TOKENS)
+
+
+def _common_ending(choices: Sequence[Choice]) -> int:
+    """How many tokens all choices share at their end, each keeping at least one."""
+    length = 0
+    while length < min(map(len, choices)) - 1 and len({choice[-1 - length] for choice in choices}) == 1:
+        length += 1
+    return length

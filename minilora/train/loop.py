@@ -1,0 +1,198 @@
+"""The training loop: what a step is, and what happens around it.
+
+The loss of a step is the sum over its labelled tokens divided by their number. Every micro-batch's sum is divided by
+the number of the whole step before its backward pass, so any cutting of a step into micro-batches gives one gradient:
+
+    L = 1/n Σ_t -log p(token t | before),  n = Σ over micro-batches of their labelled tokens
+
+    [AdamW]  Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization
+    [SGDR]   Loshchilov & Hutter 2016, SGDR: Stochastic Gradient Descent with Warm Restarts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minilora.errors import DataError, TrainingError
+from minilora.lora.attach import set_dropout_step
+from minilora.model import ops
+from minilora.train.batch import Batch, Rows, collate, plan_steps
+from minilora.train.config import TrainConfig
+from minilora.train.data import Example
+from minilora.train.diagnose import first_bad_module, peak_memory_bytes
+from minilora.train.evaluate import held_out_loss
+from minilora.train.state import checkpoints, load_checkpoint, save_checkpoint, trained_adapter
+
+if TYPE_CHECKING:
+    from minilora.model.llama import Llama
+
+Record = dict[str, Any]  # one line of metrics.jsonl
+OnStep = Callable[[Record], bool | None]
+BOOKKEEPING = (
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "eval_steps",
+    "eval_split",
+)  # no effect on the weights
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did, earlier parts of a resumed one included. `finished` is false if `on_step` stopped it."""
+
+    steps: int
+    total_steps: int
+    tokens: int
+    seconds: float
+    finished: bool
+
+
+def train(
+    model: Llama,
+    dataset: Sequence[Example],
+    config: TrainConfig | None = None,
+    on_step: OnStep | None = None,
+    held_out: Sequence[Example] = (),
+    checkpoint_dir: Path | None = None,
+) -> TrainResult:
+    """Train the model's attached adapter.
+
+    Args:
+        model: a `Llama` (a trunk `model`, a head `lm_head`) with a trainable adapter.
+        dataset: what `load_dataset` returns.
+        config: how; by default `TrainConfig()`.
+        on_step: called with one record after each step and each evaluation; if it returns True the run stops there,
+            with a checkpoint.
+        held_out: examples to evaluate every `eval_steps`.
+        checkpoint_dir: where checkpoints go. If there is one already, the run goes on from the newest, to the same
+            bytes as if it had never stopped.
+
+    Raises:
+        DataError: an example has no label.
+        TrainingError: nothing is trainable; a loss or gradient is not finite; a checkpoint belongs to another run.
+    """
+    config = config or TrainConfig()
+    trained_adapter(model)
+    if blank := [example.source for example in dataset if not example.labelled]:
+        raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
+    steps = plan_steps([len(example.tokens) for example in dataset], config)
+    optimizer = _optimizer(model, config)
+    state: Record = {"step": 0, "tokens": 0, "seconds": 0.0, "run": _fingerprint(dataset, config)}
+    if checkpoint_dir is not None and (saved := checkpoints(checkpoint_dir)):
+        state = _resumed(saved[-1], model, optimizer, state["run"])
+    started = time.monotonic() - state["seconds"]
+    stopped = False
+    while state["step"] < len(steps) and not stopped:
+        model.train()
+        before, micro_batches = time.monotonic(), steps[state["step"]]
+        record = _step(model, optimizer, dataset, micro_batches, config, state["step"], len(steps))
+        tokens = sum(len(dataset[row].tokens) for rows in micro_batches for row in rows)
+        now = time.monotonic()
+        state |= {"step": state["step"] + 1, "tokens": state["tokens"] + tokens, "seconds": now - started}
+        record |= {"tokens": tokens, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
+        stopped = bool(on_step and on_step(record))
+        if on_step and held_out and _is_due(config.eval_steps, state["step"]):
+            stopped |= bool(on_step({"step": state["step"], "eval_loss": held_out_loss(model, held_out)}))
+        if checkpoint_dir is not None and (stopped or _is_due(config.save_steps, state["step"])):
+            save_checkpoint(checkpoint_dir, model, optimizer, state, config.save_total_limit)
+    model.eval()
+    return TrainResult(
+        state["step"], len(steps), state["tokens"], time.monotonic() - started, state["step"] == len(steps)
+    )
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 0 ≤ step < total: up linearly in the warm-up, then down to 0  [SGDR eq. 5].
+
+    The warm-up's first step has 1/warm-up of the full rate, and the last step of all is not wasted on a rate of 0.
+    """
+    warmup = math.ceil(config.warmup_steps * total) if config.warmup_steps < 1 else int(config.warmup_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.learning_rate * falls[config.lr_scheduler]
+
+
+def _step(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    dataset: Sequence[Example],
+    micro_batches: list[Rows],
+    config: TrainConfig,
+    step: int,
+    total: int,
+) -> Record:
+    """One optimizer step; the record says what it did.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; the weights are those of before the step.
+    """
+    rate = learning_rate(step, total, config)
+    batches = [collate([dataset[row] for row in rows], _device(model)) for rows in micro_batches]
+    labelled = sum(batch.labelled for batch in batches)
+    optimizer.zero_grad(set_to_none=True)
+    loss = 0.0
+    for i, batch in enumerate(batches):
+        set_dropout_step(model, config.seed, step * config.gradient_accumulation_steps + i)
+        share = batch_loss(model, batch, config) / labelled
+        share.backward()
+        loss += share.item()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        sources = [dataset[row].source for rows in micro_batches for row in rows]
+        where = first_bad_module(model, lambda: [batch_loss(model, batch, config) for batch in batches])
+        raise TrainingError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; first bad: {where}; rows: {', '.join(sources)}. "
+            "The weights are those of before the step; a lower learning rate or float32 may help"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    memory = peak_memory_bytes(_device(model))
+    return {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "peak_memory_bytes": memory}
+
+
+def batch_loss(model: Llama, batch: Batch, config: TrainConfig) -> torch.Tensor:
+    """The sum of the losses of a batch's labelled tokens."""
+    hidden = model.model(batch.tokens, batch.lengths, recompute=config.recompute)
+    return ops.cross_entropy(hidden, batch.targets, model.lm_head)
+
+
+def _optimizer(model: Llama, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel, which torch has for CPU, CUDA and MPS."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def _resumed(checkpoint: Path, model: Llama, optimizer: torch.optim.Optimizer, run: str) -> Record:
+    state = load_checkpoint(checkpoint, model, optimizer)
+    if state.get("run") != run:
+        raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
+    return state
+
+
+def _fingerprint(dataset: Sequence[Example], config: TrainConfig) -> str:
+    """One number for everything that decides what the run computes, but for the model."""
+    settings = {key: value for key, value in asdict(config).items() if key not in BOOKKEEPING}
+    content = json.dumps([settings, [[example.tokens, example.labels] for example in dataset]])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _device(model: Llama) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,101 @@
+"""Checkpoints from which a run goes on to the same bytes.
+
+    checkpoints/step-000120/adapter_config.json, adapter_model.safetensors   the adapter, usable as it is
+                            optimizer.safetensors                            AdamW's moments, by parameter name
+                            state.json                                       the step, and counts so far
+
+The order of rows and the dropout masks follow from the seed and the step, so no random state has to be kept. A
+directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import FormatError, TrainingError
+from minilora.lora.attach import adapter_layers
+from minilora.lora.files import read_factors, save_adapter
+from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> None:
+    """Write `step-…` for `state["step"]`, then remove all but the newest `keep`."""
+    with replacing(folder / f"step-{state['step']:06d}") as directory:
+        save_adapter(model, directory, trained_adapter(model))
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        moments = {
+            f"{names[parameter]}/{key}": value
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
+        }
+        write_tensors(directory / "optimizer.safetensors", moments)
+        write_json(directory / "state.json", state)
+    for old in checkpoints(folder)[:-keep]:
+        remove(old)
+
+
+def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put the adapter's and the optimizer's tensors back where they were; return the state.
+
+    Raises:
+        FormatError: the checkpoint is not of this model and adapter.
+    """
+    name = trained_adapter(model)
+    layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.configs}
+    factors = read_factors(directory)
+    if factors.keys() != layers.keys():
+        raise FormatError(
+            f"{directory}: the checkpoint adapts other modules: {sorted(factors.keys() ^ layers.keys())[:5]}"
+        )
+    with torch.no_grad():
+        for path, (lora_A, lora_B) in factors.items():
+            _copy(directory, layers[path].lora_A[name], lora_A)
+            _copy(directory, layers[path].lora_B[name], lora_B)
+    moments = TensorFile(directory / "optimizer.safetensors")
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = {
+                key: moments.read(f"{parameter_name}/{key}").to(parameter.device if key != "step" else "cpu", copy=True)
+                for key in MOMENTS
+            }
+    return read_json(directory / "state.json")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def newest_step(folder: Path) -> int:
+    """The step that a run goes on from: that of the newest checkpoint, or 0."""
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def trained_adapter(model: nn.Module) -> str:
+    """The name of the adapter that is being trained.
+
+    Raises:
+        TrainingError: there is none, or more than one.
+    """
+    layers = adapter_layers(model).values()
+    names = {name for layer in layers for name, factor in layer.lora_A.items() if factor.requires_grad}
+    if len(names) != 1:
+        raise TrainingError(f"one adapter must be trainable, found {sorted(names)}: attach one first")
+    return names.pop()
+
+
+def _copy(directory: Path, parameter: Tensor, saved: Tensor) -> None:
+    if parameter.shape != saved.shape:
+        raise FormatError(f"{directory}: found a factor {tuple(saved.shape)}, the run has {tuple(parameter.shape)}")
+    parameter.copy_(saved)

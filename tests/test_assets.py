@@ -1,0 +1,214 @@
+"""The built-in model and data: what a benchmark on them may rely on."""
+
+import importlib.util
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "minilora" / "assets"
+SIZES = {"train": 1600, "valid": 400, "test": 800}
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_data = load_script("make_data")
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[dict[str, str]]]:
+    return {split: make_data.read_rows(ASSETS / "data" / f"{split}.jsonl") for split in SIZES}
+
+
+@pytest.fixture(scope="module")
+def texts(splits) -> dict[str, list[str]]:
+    return {
+        split: [make_data.normalise(make_data.row_definition(row)) for row in rows] for split, rows in splits.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(ASSETS / "model" / "tokenizer.json"))
+
+
+# --- the files ---
+
+
+def test_the_shipped_files_are_there_and_take_at_most_4_megabytes():
+    names = {path.relative_to(ASSETS).as_posix(): path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
+    model = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    data = ("train.jsonl", "valid.jsonl", "test.jsonl", "LICENSE-WordNet.txt")
+    assert {f"model/{name}" for name in model} | {f"data/{name}" for name in data} <= set(names)
+    assert sum(names.values()) <= 4_000_000
+
+
+def test_the_licence_of_wordnet_comes_with_the_data():
+    licence = (ASSETS / "data" / "LICENSE-WordNet.txt").read_text("utf-8")
+    assert "Permission to use, copy, modify and distribute" in licence
+    assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in licence
+    assert 'THIS SOFTWARE AND DATABASE IS PROVIDED "AS IS"' in licence
+
+
+def test_the_model_is_small_to_store_and_exact_to_compute_in():
+    config = json.loads((ASSETS / "model" / "config.json").read_text("utf-8"))
+    size = int.from_bytes((ASSETS / "model" / "model.safetensors").read_bytes()[:8], "little")
+    header = json.loads((ASSETS / "model" / "model.safetensors").read_bytes()[8 : 8 + size])
+    header.pop("__metadata__", None)
+    assert (config["model_type"], config["dtype"]) == ("llama", "float32")
+    assert {tensor["dtype"] for tensor in header.values()} == {"BF16"}
+    assert config["tie_word_embeddings"]
+    assert "lm_head.weight" not in header
+
+
+# --- the rows ---
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_a_split_has_its_size_and_as_many_rows_of_each_category(splits, split):
+    counts = Counter(row["completion"] for row in splits[split])
+    assert counts == {f" {category}": SIZES[split] // 8 for category in make_data.CATEGORIES.values()}
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_a_row_is_a_definition_and_its_category(splits, split):
+    for row in splits[split]:
+        text = make_data.row_definition(row)
+        assert row == {"prompt": f"Definition: {text}\nCategory:", "completion": row["completion"]}
+        assert 20 <= len(text) <= 160
+        assert not set(text) & {'"', "\n"}
+
+
+def test_no_definition_occurs_twice(texts):
+    everything = [text for split in texts.values() for text in split]
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize(("split", "held_out"), [("train", "test"), ("train", "valid"), ("valid", "test")])
+def test_no_row_has_a_near_twin_in_a_later_split(texts, split, held_out):
+    twins = [(a, b) for a in texts[split] for b in texts[held_out] if make_data.is_near_twin(a, b)]
+    assert not twins
+
+
+# --- the tokenizer ---
+
+
+@pytest.mark.parametrize("category", make_data.CATEGORIES.values())
+def test_a_label_is_one_token_after_the_prompt(tokenizer, category):
+    prompt = "Definition: a thing\nCategory:"
+    label = tokenizer.encode(f" {category}").ids
+    assert len(label) == 1
+    assert tokenizer.encode(f"{prompt} {category}").ids == tokenizer.encode(prompt).ids + label
+
+
+def test_the_tokenizer_writes_back_what_it_read(tokenizer, splits):
+    texts = [row["prompt"] + row["completion"] for rows in splits.values() for row in rows]
+    texts += ["", "naïve — 漢字 🙂\n\t  x ", bytes(range(32)).decode("latin-1")]
+    assert [tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) for text in texts] == texts
+
+
+def test_the_tokenizer_adds_nothing_and_closes_with_one_token(tokenizer):
+    config = json.loads((ASSETS / "model" / "tokenizer_config.json").read_text("utf-8"))
+    assert tokenizer.encode("a").tokens == ["a"]
+    assert tokenizer.encode(config["eos_token"]).ids == [0]
+    assert tokenizer.get_vocab_size() == 2048
+
+
+# --- how they were made ---
+
+
+@pytest.mark.parametrize(
+    ("gloss", "expected"),
+    [
+        ('a human being; "there was too much for one person to do"', "a human being"),
+        ('cut off; pull up; "he pulled"; "they cut"', "cut off; pull up"),
+        ('a summary list; as in e.g. "a news roundup"', 'a summary list; as in e.g. "a news roundup"'),
+        ('"an example alone"', ""),
+        ("no example; two parts;", "no example; two parts"),
+    ],
+)
+def test_a_definition_ends_before_its_first_example(gloss, expected):
+    assert make_data.definition(gloss) == expected
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("a red bird of Asia", "Bird, red, of Asia: a", True),  # the same words in another order
+        ("one two three four five six seven x", "one two three four five six seven y z", True),  # 7 of 10
+        ("one two three four five six seven x y", "one two three four five six seven z w", False),  # 7 of 11
+        ("small tree", "a very small tree with many long and bitter leaves", True),  # one within the other
+        ("small tree", "a very small treehouse with many long and bitter leaves", False),  # whole words only
+    ],
+)
+def test_near_twins_share_seven_words_in_ten_or_contain_each_other(a, b, expected):
+    a, b = make_data.normalise(a), make_data.normalise(b)
+    assert make_data.is_near_twin(a, b) == make_data.is_near_twin(b, a) == expected
+
+
+def test_a_synset_is_read_with_its_file_words_and_gloss(tmp_path):
+    lines = [
+        "  1 This software and database is being provided to you  ",
+        "00001740 05 n 02 sea_cow 0 dugong 1 001 @ 00001930 n 0000 | a large sea animal  ",
+        "00002730 44 a 01 asleep(p) 0 000 | not awake  ",
+    ]
+    (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
+    animal, asleep = make_data.read_synsets(tmp_path, "noun")
+    assert animal == ("05", ("sea cow", "dugong"), "a large sea animal")
+    assert asleep.lemmas == ("asleep",)
+    assert make_data.read_licence(tmp_path) == "This software and database is being provided to you\n"
+
+
+def test_a_definition_that_two_files_share_is_no_candidate():
+    nouns = [
+        make_data.Synset("05", ("a",), "a soft thing that grows in water"),
+        make_data.Synset("20", ("b",), "A soft thing, that grows in water"),
+        make_data.Synset("13", ("c",), 'a sweet thing that is eaten cold; "an ice"'),
+        make_data.Synset("13", ("d",), "a sweet thing that is eaten cold"),
+        make_data.Synset("13", ("e",), "too short"),
+    ]
+    found = make_data.candidates(nouns)
+    assert {category: texts for category, texts in found.items() if texts} == {
+        "food": ["a sweet thing that is eaten cold"]
+    }
+
+
+def test_splits_are_drawn_by_the_seed_alone_and_keep_twins_apart():
+    draw = random.Random(1)
+    words = [f"word{i}" for i in range(12)]
+    pool = {label: list({" ".join(draw.sample(words, 6)) for _ in range(400)}) for label in ("x", "y")}
+    pool = {label: sorted(texts) for label, texts in pool.items()}
+    splits = make_data.draw_splits(pool, {"test": 8, "train": 16}, seed=3)
+    assert splits == make_data.draw_splits(pool, {"test": 8, "train": 16}, seed=3)
+    assert splits != make_data.draw_splits(pool, {"test": 8, "train": 16}, seed=4)
+    test, train = ([make_data.normalise(make_data.row_definition(row)) for row in splits[s]] for s in ("test", "train"))
+    assert (len(test), len(train)) == (8, 16)
+    assert not any(make_data.is_near_twin(a, b) for a in train for b in test)
+
+
+def test_pretraining_text_knows_neither_held_out_glosses_nor_categories():
+    held_out = ["a large sea animal"]
+    synsets = [
+        make_data.Synset("05", ("dugong",), 'a large sea animal; "the dugong swam"'),
+        make_data.Synset("05", ("herd",), "a group; A large sea-animal or several"),  # holds it
+        make_data.Synset("06", ("net",), 'a trap; "it caught a large sea animal"'),  # holds it in the example
+        make_data.Synset("05", ("animal",), "sea animal"),  # lies within it
+        make_data.Synset("20", ("seaweed", "kelp"), 'a large plant of the sea; "he ate kelp"'),
+    ]
+    assert list(make_data.pretraining_texts(synsets, held_out)) == [
+        'seaweed, kelp: a large plant of the sea; "he ate kelp"',
+        "Definition: a large plant of the sea\nWord: seaweed, kelp",
+    ]
