@@ -25,6 +25,7 @@ from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_COPY = re.escape(PREFIX) + r"(.+)\.base_layer\.weight"
 PEFT_VERSION = "0.21.2"  # whose layout this is
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
@@ -97,7 +98,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     path = Path(path)
     factors = read_factors(path)
     config = read_config(path, {where: lora_A.size(0) for where, (lora_A, _) in factors.items()})
-    _check_fit(path, factors, linear_layers(model))
+    linears = linear_layers(model)
+    _check_fit(path, factors, linears)
+    _check_copies(path / WEIGHTS_FILE, linears)
     place(model, config, name, factors, trainable)
 
 
@@ -174,6 +177,8 @@ def read_factors(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for name in file.shapes:
         # The adapter's own name may stand before "weight": PEFT accepts it, older files have it.
         found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight", name)
+        if re.fullmatch(BASE_COPY, name):
+            continue
         if found is None or len(file.shapes[name]) != 2:
             unknown.append(name)
         else:
@@ -202,6 +207,16 @@ def _check_fit(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], linears
     if problems:
         more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise TargetError(f"{path} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def _check_copies(path: Path, linears: Mapping[str, nn.Linear]) -> None:
+    """PEFT adds a copy of the base's weight where the head is adapted: it must be the weight that the model has."""
+    file = TensorFile(path)
+    for name in file.shapes:
+        if copied := re.fullmatch(BASE_COPY, name):
+            base = linears[copied[1]].weight if copied[1] in linears else None
+            if base is None or not torch.equal(file.read(name).to(base.device, base.dtype), base):
+                raise TargetError(f"{path}: {name} is not the weight of this model; the adapter was made for another")
 
 
 def _shortest_names(adapted: list[str], linears: list[str]) -> list[str]:

@@ -91,7 +91,8 @@ class LoRALinear(AdapterLinear):
     >>> layer.add("default", LoraConfig(r=2, lora_alpha=6), torch.ones(2, 8), torch.ones(4, 2))
     >>> layer.active = ("default",)
     >>> x = torch.randn(5, 8)
-    >>> torch.allclose(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-5)
+    >>> merged = nn.functional.linear(x, layer.merged_weight(), layer.base.bias)
+    >>> torch.allclose(layer(x), merged, atol=1e-5)
     True
     """
 

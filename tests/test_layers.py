@@ -1,0 +1,138 @@
+"""Laws of an adapted layer: 1 (forward is the merged weight applied), 2 (new is nothing), 4 (sums), 5 (gradients)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minilora import ConfigError, LoraConfig, TargetError
+from minilora.lora.initialize import initial_factors
+from minilora.lora.layers import LoRALinear
+from minilora.testing import reference
+from tests.models import fill_, randn, scales, seeds, sizes
+from tests.tolerance import assert_maths, assert_precision
+
+
+def make_layer(seed, inner, outer, ranks, scale, bias=True, dtype=torch.float64, adapter_dtype=torch.float64):
+    """A layer with an adapter for each rank, all of them active."""
+    base = nn.Linear(inner, outer, bias=bias).to(dtype).requires_grad_(False)
+    fill_(base, seed)
+    layer = LoRALinear(base, "proj")
+    for i, r in enumerate(ranks):
+        config = LoraConfig(r=r, lora_alpha=scale * r)
+        lora_A, lora_B = randn(seed + 2 * i, r, inner), randn(seed + 2 * i + 1, outer, r)
+        layer.add(f"adapter{i}", config, lora_A.to(adapter_dtype), lora_B.to(adapter_dtype))
+    layer.active = tuple(layer.configs)
+    return layer
+
+
+def arrays(layer, name="adapter0"):
+    tensors = layer.base.weight, layer.base.bias, layer.lora_A[name], layer.lora_B[name]
+    return [None if tensor is None else tensor.detach().double().numpy() for tensor in tensors] + [layer.scales[name]]
+
+
+layers = given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales, st.booleans())
+
+
+@layers
+def test_forward_is_the_merged_weight_applied(seed, inner, outer, ranks, scale, bias):
+    layer = make_layer(seed, inner, outer, ranks, scale, bias)
+    x = randn(seed + 50, 5, inner)
+    assert_maths(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias))
+
+
+@layers
+def test_gradients_are_those_of_the_merged_weight_applied(seed, inner, outer, ranks, scale, bias):
+    layer = make_layer(seed, inner, outer, ranks, scale, bias)
+    x, dy = randn(seed + 50, 5, inner).requires_grad_(), randn(seed + 51, 5, outer)
+    inputs = [x, *layer.lora_A.values(), *layer.lora_B.values()]
+    ours = torch.autograd.grad(layer(x), inputs, dy)
+    merged = torch.autograd.grad(F.linear(x, layer.merged_weight(), layer.base.bias), inputs, dy)
+    for our, expected in zip(ours, merged, strict=True):
+        assert_maths(our, expected)
+
+
+@given(seeds, sizes, sizes, sizes, scales, st.booleans())
+def test_forward_equals_the_loops(seed, inner, outer, r, scale, bias):
+    layer = make_layer(seed, inner, outer, [r], scale, bias)
+    x = randn(seed + 50, 5, inner)
+    assert_maths(layer(x), reference.lora_forward(x.numpy(), *arrays(layer)))
+
+
+@given(seeds, sizes, sizes, sizes, scales)
+def test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none(seed, inner, outer, r, scale):
+    layer = make_layer(seed, inner, outer, [r], scale)
+    x, dy = randn(seed + 50, 5, inner), randn(seed + 51, 5, outer)
+    layer(x).backward(dy)
+    _, _, lora_A, lora_B, _ = arrays(layer)
+    dA, dB = reference.lora_gradients(x.numpy(), dy.numpy(), lora_A, lora_B, scale)
+    assert_maths(layer.lora_A["adapter0"].grad, dA)
+    assert_maths(layer.lora_B["adapter0"].grad, dB)
+    assert layer.base.weight.grad is None
+    assert layer.base.bias.grad is None
+
+
+@given(
+    seeds, sizes, sizes, sizes, st.sampled_from([True, "gaussian"]), st.sampled_from([torch.float32, torch.bfloat16])
+)
+def test_a_new_adapter_changes_nothing(seed, inner, outer, r, init, dtype):
+    layer = make_layer(seed, inner, outer, [], 2.0, dtype=dtype)
+    factors = initial_factors(init, r, inner, outer, torch.Generator().manual_seed(seed))
+    layer.add("new", LoraConfig(r=r), *factors)
+    layer.active = ("new",)
+    x = randn(seed + 50, 5, inner, dtype=dtype)
+    assert torch.equal(layer(x), layer.base(x))
+    assert torch.equal(layer.merged_weight(), layer.base.weight)
+    assert factors[0].abs().min() > 0  # else no gradient would reach B
+
+
+@given(seeds, sizes, sizes, sizes, sizes, scales, scales)
+def test_adapters_add_by_concatenating_ranks(seed, inner, outer, r1, r2, s1, s2):
+    layer = make_layer(seed, inner, outer, [r1], s1)
+    layer.add("second", LoraConfig(r=r2, lora_alpha=s2 * r2), randn(seed + 7, r2, inner), randn(seed + 8, outer, r2))
+    both = make_layer(seed, inner, outer, [], 2.0)
+    lora_A = torch.cat([layer.lora_A["adapter0"], layer.lora_A["second"]])
+    lora_B = torch.cat([s1 * layer.lora_B["adapter0"], s2 * layer.lora_B["second"]], dim=1)
+    both.add("sum", LoraConfig(r=r1 + r2, lora_alpha=r1 + r2), lora_A.detach(), lora_B.detach())
+    layer.active, both.active = ("adapter0", "second"), ("sum",)
+    x = randn(seed + 50, 5, inner)
+    assert_maths(layer(x), both(x))
+    assert_maths(layer.merged_weight(), both.merged_weight())
+
+
+@given(seeds, sizes, sizes, sizes, scales, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_low_precision_forward_is_as_good_as_plain_pytorch(seed, inner, outer, r, scale, dtype):
+    layer = make_layer(seed, inner, outer, [r], scale, dtype=dtype, adapter_dtype=torch.float32)
+    x = randn(seed + 50, 5, inner, dtype=dtype)
+    A, B = layer.lora_A["adapter0"].to(dtype), layer.lora_B["adapter0"].to(dtype)
+    plain = F.linear(x, layer.base.weight, layer.base.bias) + scale * F.linear(F.linear(x, A), B)
+    assert layer(x).dtype == dtype
+    assert_precision(layer(x), plain, reference.lora_forward(x.double().numpy(), *arrays(layer)))
+
+
+@given(seeds, sizes, sizes, sizes, scales)
+def test_merged_weight_of_a_bfloat16_base_is_rounded_once(seed, inner, outer, r, scale):
+    layer = make_layer(seed, inner, outer, [r], scale, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    weight, _, lora_A, lora_B, _ = arrays(layer)
+    exact = torch.from_numpy(reference.lora_merged_weight(weight, lora_A, lora_B, scale))
+    assert layer.merged_weight().dtype == torch.bfloat16
+    assert_precision(layer.merged_weight(), exact.to(torch.bfloat16), exact)
+
+
+def test_dropout_without_a_step_is_refused():
+    layer = make_layer(0, 4, 4, [], 2.0)
+    layer.add("new", LoraConfig(r=2, lora_dropout=0.5), randn(1, 2, 4), randn(2, 4, 2))
+    layer.active = ("new",)
+    layer.train()
+    with pytest.raises(ConfigError, match="set_dropout_step"):
+        layer(randn(3, 5, 4))
+    layer.dropout_key = "0/0"
+    assert not torch.equal(layer(randn(3, 5, 4)), layer.eval()(randn(3, 5, 4)))
+
+
+def test_a_second_adapter_of_the_same_name_is_refused():
+    layer = make_layer(0, 4, 4, [2], 2.0)
+    with pytest.raises(TargetError, match="proj has an adapter 'adapter0'"):
+        layer.add("adapter0", LoraConfig(r=2), randn(1, 2, 4), randn(2, 4, 2))
