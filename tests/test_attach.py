@@ -99,6 +99,16 @@ def test_adapters_are_float32_on_any_base(dtype):
     assert model(IDS).dtype == dtype
 
 
+def test_rslora_takes_each_module_s_own_rank():
+    model = tiny_model()
+    targets = ("q_proj", "up_proj")
+    ml.attach(
+        model, ml.LoraConfig(r=16, lora_alpha=8, use_rslora=True, target_modules=targets, rank_pattern={"up_proj": 4})
+    )
+    assert model.model.layers[0].self_attn.q_proj.scales == {"default": 8 / 4}
+    assert model.model.layers[0].mlp.up_proj.scales == {"default": 8 / 2}
+
+
 def test_adapters_switch_combine_and_rest():
     model = adapted()
     first = model(IDS)

@@ -85,13 +85,8 @@ def test_the_first_key_of_a_pattern_that_matches_counts():
     ]
     assert config.rank("model.layers.2.self_attn.q_proj") == 2
     assert config.rank("model.experts.1.layers.0.up") == 8
-    assert config.scale("model.layers.1.self_attn.q_proj") == 64 / 4
-    assert config.scale("model.layers.1.self_attn.v_proj") == 16 / 8
-
-
-def test_rslora_takes_each_module_s_own_rank():
-    config = LoraConfig(r=16, lora_alpha=8, use_rslora=True, rank_pattern={"up": 4})
-    assert (config.scale("a.q_proj"), config.scale("a.up")) == (2.0, 4.0)
+    assert config.alpha("model.layers.1.self_attn.q_proj") == 64
+    assert config.alpha("model.layers.1.self_attn.v_proj") == 16
 
 
 def test_all_bad_values_are_told_at_once():

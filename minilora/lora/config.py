@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from minilora.errors import ConfigError, TargetError
-from minilora.lora.functional import lora_scale
 
 INITS = (True, "gaussian")
 T = TypeVar("T")
@@ -91,10 +90,6 @@ class LoraConfig:
     def alpha(self, path: str) -> float:
         """α of one module, likewise."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
-
-    def scale(self, path: str) -> float:
-        """s of one module."""
-        return lora_scale(self.rank(path), self.alpha(path), self.use_rslora)
 
 
 def select_targets(linears: Sequence[str], config: LoraConfig, head: str | None = None) -> list[str]:

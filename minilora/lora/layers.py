@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, TargetError
 from minilora.lora.config import LoraConfig
-from minilora.lora.functional import keyed_dropout, lora_branch, lora_delta
+from minilora.lora.functional import keyed_dropout, lora_branch, lora_delta, lora_scale
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -54,7 +54,7 @@ class AdapterLinear(nn.Module, ABC):
         self.lora_A[name] = nn.Parameter(lora_A.to(device))
         self.lora_B[name] = nn.Parameter(lora_B.to(device))
         self.configs[name] = config
-        self.scales[name] = config.scale(self.path)
+        self.scales[name] = lora_scale(lora_A.size(0), config.alpha(self.path), config.use_rslora)
 
     def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) in the dtype of the computation."""

@@ -1,0 +1,199 @@
+"""On a real model: SmolLM2-135M-Instruct, against transformers and PEFT.
+
+The model is made once by `scripts/smollm2.py` and kept in `.cache/`; its weights were 4-bit before.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora.cli import main
+from minilora.lora.attach import adapter_layers
+from minilora.model import ops
+from minilora.storage import BUILTIN
+from minilora.train.batch import collate
+from minilora.train.config import TrainConfig
+from minilora.train.data import Row, encode_row, find_splits
+from minilora.train.evaluate import held_out_loss
+from minilora.train.loop import batch_loss
+from tests.models import randomize_adapters_
+from tests.tolerance import GRADIENT_PARITY, assert_parity
+
+pytestmark = pytest.mark.real
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["What is the capital of France?", "Write a haiku about rain.", "Why is the sky blue?"]
+SETTINGS = ["--data", BUILTIN, "--batch-size", "16", "--learning-rate", "1e-3", "--epochs", "1", "--warmup-steps", "10"]
+
+
+@pytest.fixture(autouse=True)
+def _all_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    directory = ROOT / ".cache" / "smollm2"
+    if not directory.exists():
+        subprocess.run([sys.executable, ROOT / "scripts" / "smollm2.py", directory], check=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return ml.load_tokenizer(smollm2)
+
+
+@pytest.fixture
+def ours(smollm2):
+    return ml.load_model(smollm2, dtype="float32")
+
+
+@pytest.fixture
+def theirs(smollm2):
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+def chat_ids(tokenizer, prompt):
+    text = tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def rows():
+    """Rows of unequal answers: prompt and completion, as they are in the built-in data, and longer ones."""
+    answers = ["animal", "a plant, which grows", "food", "it is said to be a place " * 3]
+    return [
+        Row({"prompt": f"Question {i}:", "completion": f" {answer}"}, f"row {i}") for i, answer in enumerate(answers)
+    ]
+
+
+def their_loss(model, batch):
+    """The sum over labelled tokens, each row run by itself."""
+    total = 0.0
+    for tokens, targets in zip(batch.tokens.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
+        logits = model(tokens[None]).logits[0]
+        total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return total
+
+
+def test_logits_equal_transformers(ours, theirs, tokenizer):
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            ids = torch.tensor([chat_ids(tokenizer, prompt)])
+            assert_parity(ours(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_64_greedy_tokens_equal_transformers(ours, theirs, tokenizer, use_cache):
+    ids = chat_ids(tokenizer, PROMPTS[2])
+    written = ml.generate(ours, [ids], max_new_tokens=64, use_cache=use_cache)[0]
+    expected = theirs.generate(
+        torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, use_cache=use_cache, pad_token_id=2
+    )
+    assert tokenizer.stop_ids.isdisjoint(written)  # nothing was stopped, so nothing of the 64 was suppressed
+    assert written == expected[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, tokenizer, tmp_path, use_rslora):
+    ml.attach(ours, ml.LoraConfig(r=4, lora_alpha=28, use_rslora=use_rslora))
+    randomize_adapters_(ours)
+    with torch.no_grad():
+        for layer in adapter_layers(ours).values():
+            layer.lora_B["default"].mul_(0.05)
+    ml.save_adapter(ours, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
+    batch = collate([encode_row(row, tokenizer, "completion") for row in rows()], torch.device("cpu"))
+    our_loss, peft_loss = batch_loss(ours, batch, TrainConfig()), their_loss(wrapped, batch)
+    assert_parity(our_loss, peft_loss, GRADIENT_PARITY)
+    our_loss.backward()
+    peft_loss.backward()
+    gradients = {
+        name.replace(".default.weight", ""): p.grad for name, p in wrapped.named_parameters() if p.requires_grad
+    }
+    assert len(gradients) == 2 * 7 * 30
+    for path, layer in adapter_layers(ours).items():
+        for letter, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
+            assert_parity(factors["default"].grad, gradients[f"base_model.model.{path}.lora_{letter}"], GRADIENT_PARITY)
+
+
+def test_the_loss_of_step_0_is_the_base_model_s(ours, tokenizer):
+    batch = collate([encode_row(row, tokenizer, "completion") for row in rows()], torch.device("cpu"))
+    with torch.no_grad():
+        before = batch_loss(ours, batch, TrainConfig())
+        ml.attach(ours, ml.LoraConfig(r=16, lora_alpha=32))
+        assert torch.equal(batch_loss(ours, batch, TrainConfig()), before)
+
+
+def conversations():
+    """30 conversations: 1 to 3 rounds, with and without a system turn, odd white space, Unicode, empty lines."""
+    texts = [
+        "Hello",
+        " spaced ",
+        "две строки\n\nи ещё",
+        "日本語のテキスト 🙂",
+        "x" * 40,
+        "a\tb",
+        "<b>&amp;</b>",
+        '{"k": [1]}',
+    ]
+    for i in range(30):
+        turns = [{"role": "system", "content": texts[i % 5]}] if i % 3 == 0 else []
+        for j in range(1 + i % 3):
+            turns.append({"role": "user", "content": texts[(i + j) % 8]})
+            turns.append({"role": "assistant", "content": texts[(3 * i + 5 * j + 1) % 8]})
+        yield turns
+
+
+def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, tokenizer):
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2)
+    said = "{% generation %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}"
+    marked = (
+        theirs.chat_template.replace(
+            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}", "@"
+        )
+        .replace("@", "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}" + said)
+        .replace(
+            "{% endgeneration %}",
+            "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}",
+        )
+    )
+    assert "{% generation %}" in marked
+    count = 0
+    for turns in conversations():
+        assert tokenizer.render(turns) == theirs.apply_chat_template(turns, tokenize=False)
+        encoded = theirs.apply_chat_template(
+            turns, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+        )
+        example = encode_row(Row({"messages": turns}, "row"), tokenizer, "assistant")
+        assert example.tokens == encoded["input_ids"]
+        assert [label != ops.IGNORE_INDEX for label in example.labels] == [bool(m) for m in encoded["assistant_masks"]]
+        count += 1
+    assert count == 30
+
+
+def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(smollm2, tmp_path, tokenizer, theirs):
+    out, merged = tmp_path / "run", tmp_path / "merged"
+    assert main(["finetune", "--model", str(smollm2), "--out", str(out), *SETTINGS]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["before"]["accuracy"] < 0.6
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.25
+
+    assert main(["merge", "--adapter", str(out), "--out", str(merged), "--dtype", "float32"]) == 0
+    test_rows = ml.load_dataset(find_splits(BUILTIN)["test"], tokenizer)[:100]
+    ours = ml.load_model(smollm2, dtype="float32")
+    ml.load_adapter(ours, out)
+    our_loss = torch.tensor(held_out_loss(ours, test_rows))
+    with torch.no_grad():
+        batch = collate(test_rows, torch.device("cpu"))
+        in_peft = their_loss(peft.PeftModel.from_pretrained(theirs, out).eval(), batch) / batch.labelled
+        in_transformers = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        assert_parity(our_loss, in_peft)
+        assert_parity(our_loss, their_loss(in_transformers, batch) / batch.labelled)

@@ -1,0 +1,151 @@
+"""A tolerance that no mistake exceeds proves nothing: each known mistake must use ten times what is allowed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minilora.model import ops
+from minilora.testing import reference
+from tests.models import randn, tiny_model, token_ids
+from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
+
+N, INNER, OUTER, R, SCALE = 6, 8, 8, 3, 7.0  # square, or exchanged factors would not even multiply
+# Base, bias and update of one size, or a mistake in the smallest would drown in the rounding of the largest.
+X, W, BIAS = randn(1, N, INNER), randn(2, OUTER, INNER), 3 * randn(3, OUTER)
+A, B, DY = randn(4, R, INNER), 0.2 * randn(5, OUTER, R), randn(6, N, OUTER)
+CLOSE = torch.nextafter(torch.tensor(SCALE), torch.tensor(8.0)).item()  # the smallest wrong scale in float32
+
+
+def forward(scale=SCALE, weight=W, bias=BIAS, lora_A=A, lora_B=B):
+    return F.linear(X, weight, bias) + scale * X @ lora_A.T @ lora_B.T
+
+
+FORWARD = {
+    "scale dropped": forward(scale=1.0),
+    "scale squared": forward(scale=SCALE**2),
+    "scale in float32": forward(scale=CLOSE),
+    "alpha over the root of r": forward(scale=SCALE * R**0.5),
+    "A and B exchanged": forward(lora_A=B.T, lora_B=A.T),
+    "base transposed": forward(weight=W.T),
+    "bias scaled": forward(bias=SCALE * BIAS),
+    "bias twice": forward() + BIAS,
+    "delta subtracted": forward(scale=-SCALE),
+    "a rank lost": forward(lora_A=A[:-1], lora_B=B[:, :-1]),
+}
+MERGED = {
+    "scale dropped": W + B @ A,
+    "transposed": W + SCALE * (B @ A).T,
+    "merged twice": W + 2 * SCALE * B @ A,
+    "scale in float32": W + CLOSE * B @ A,
+}
+DW = DY.T @ X
+GRADIENTS = {  # of A; the right one is s·Bᵀ·dW
+    "scale dropped": B.T @ DW,
+    "scale squared": SCALE**2 * B.T @ DW,
+    "mean instead of sum": SCALE * B.T @ DW / N,
+}
+
+
+@pytest.mark.parametrize("mistake", FORWARD)
+def test_forward(mistake):
+    right = reference.lora_forward(X.numpy(), W.numpy(), BIAS.numpy(), A.numpy(), B.numpy(), SCALE)
+    assert maths(forward(), right) <= 1
+    assert maths(FORWARD[mistake], right) > 10
+
+
+@pytest.mark.parametrize("mistake", sorted(set(FORWARD) - {"scale in float32"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_in_low_precision(mistake, dtype):
+    right = reference.lora_forward(X.numpy(), W.numpy(), BIAS.numpy(), A.numpy(), B.numpy(), SCALE)
+    plain = F.linear(X.to(dtype), W.to(dtype), BIAS.to(dtype)) + SCALE * X.to(dtype) @ A.to(dtype).T @ B.to(dtype).T
+    assert precision(FORWARD[mistake].to(dtype), plain, right) > 10
+
+
+@pytest.mark.parametrize("mistake", sorted(set(FORWARD) - {"scale in float32"}))
+@pytest.mark.parametrize("allowed", [PARITY, GRADIENT_PARITY])
+def test_parity(mistake, allowed):
+    assert relative(FORWARD[mistake].float(), forward(), allowed) > 10
+
+
+@pytest.mark.parametrize("mistake", MERGED)
+def test_merged_weight(mistake):
+    assert maths(MERGED[mistake], reference.lora_merged_weight(W.numpy(), A.numpy(), B.numpy(), SCALE)) > 10
+
+
+@pytest.mark.parametrize("mistake", GRADIENTS)
+def test_gradient(mistake):
+    right, _ = reference.lora_gradients(X.numpy(), DY.numpy(), A.numpy(), B.numpy(), SCALE)
+    assert maths(SCALE * B.T @ DW, right) <= 1
+    assert maths(GRADIENTS[mistake], right) > 10
+
+
+def test_norm_over_the_wrong_axis_or_without_eps():
+    x, weight, eps = randn(1, 5, 5), randn(2, 5), 1e-3
+    right = reference.rms_norm(x.numpy(), weight.numpy(), eps)
+    assert maths(weight * x * torch.rsqrt(x.square().mean(0) + eps), right) > 10
+    assert maths(ops.rms_norm(x, weight, 0.0), right) > 10
+    assert maths(weight * (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + eps), right) > 10
+
+
+def test_gate_and_up_exchanged():
+    gate, up = randn(1, 5, 5), randn(2, 5, 5)
+    assert maths(ops.swiglu(up, gate), reference.swiglu(gate.numpy(), up.numpy())) > 10
+
+
+def test_rotation_backwards_or_of_neighbouring_pairs():
+    x, angles = randn(1, 5, 2, 6), randn(2, 5, 3)
+    cos, sin = angles.cos(), angles.sin()
+    right = reference.rotate(x.numpy(), cos.numpy(), sin.numpy())
+    assert maths(ops.rotate(x, cos, -sin), right) > 10
+    neighbours = ops.rotate(x[..., [0, 2, 4, 1, 3, 5]], cos, sin)[..., [0, 3, 1, 4, 2, 5]]
+    assert maths(neighbours, right) > 10
+
+
+ATTENTION = {
+    "mask shifted": lambda q, k, v: ops.causal_attention(q, k, v, [3, 4], [3, 4], window=1),
+    "window too wide": lambda q, k, v: ops.causal_attention(q, k, v, [3, 4], [3, 4], window=3),
+    "no window": lambda q, k, v: ops.causal_attention(q, k, v, [3, 4], [3, 4]),
+    "one document": lambda q, k, v: ops.causal_attention(q, k, v, [7], [7], window=2),
+    "not divided by the root of E": lambda q, k, v: ops.causal_attention(2 * q, k, v, [3, 4], [3, 4], window=2),
+    "heads in the wrong order": lambda q, k, v: ops.causal_attention(q, k.flip(1), v.flip(1), [3, 4], [3, 4], window=2),
+}
+
+
+@pytest.mark.parametrize("mistake", ATTENTION)
+def test_attention(mistake):
+    q, k, v = randn(1, 7, 4, 4), randn(2, 7, 2, 4), randn(3, 7, 2, 4)
+    right = reference.causal_attention(q.numpy(), k.numpy(), v.numpy(), [3, 4], [3, 4], 2)
+    assert maths(ops.causal_attention(q, k, v, [3, 4], [3, 4], window=2), right) <= 1
+    assert maths(ATTENTION[mistake](q, k, v), right) > 10
+
+
+def losses(micro_batches, labels):
+    """The gradient of the head for a way of summing up, on logits of a fixed hidden state."""
+    hidden, head = randn(1, 12, 5), torch.nn.Linear(5, 9, bias=False).double()
+    with torch.no_grad():
+        head.weight.copy_(randn(2, 9, 5))
+    total = micro_batches([ops.cross_entropy(hidden[i : i + 4], labels[i : i + 4], head) for i in (0, 4, 8)])
+    return torch.autograd.grad(total, head.weight)[0]
+
+
+def test_mean_of_means_and_prompt_tokens_in_the_loss():
+    labels = token_ids(3, 12, high=9)
+    masked = labels.clone()
+    masked[[1, 2, 3, 4, 9]] = ops.IGNORE_INDEX  # 1, 3 and 3 labels in the three micro-batches
+    right = losses(lambda sums: sum(sums) / 7, masked)
+    assert maths(losses(lambda sums: sum(s / n for s, n in zip(sums, (1, 3, 3), strict=True)) / 3, masked), right) > 10
+    assert maths(losses(lambda sums: sum(sums) / 12, labels), right) > 10
+    assert maths(losses(lambda sums: sum(sums) / 12, masked), right) > 10
+
+
+def test_labels_off_by_one():
+    labels = token_ids(3, 12, high=9)
+    assert maths(losses(sum, labels.roll(1)), losses(sum, labels)) > 10
+
+
+def test_padding_that_is_attended_to():
+    model, ids = tiny_model(), token_ids(3, 1, 9)
+    right = model(ids[:, :5])
+    left_padded = model(torch.cat([ids[:, 5:], ids[:, :5]], dim=1))[:, 4:]
+    assert maths(model(ids, lengths=[5])[:, :5], right) <= 1
+    assert maths(left_padded, right) > 10

@@ -1,0 +1,122 @@
+"""The project as a whole: who may import whom, what the README says of the tree, and what must never appear."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import minilora
+from minilora.cli import parse
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minilora"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+CORE = ("lora/functional", "lora/layers", "lora/attach", "model/ops", "model/llama", "train/loop")
+
+# part -> what it may import of minilora, besides `errors`. The first row that fits a module holds.
+MAY_IMPORT = {
+    "errors": (),
+    "storage": (),
+    "lora/functional": (),
+    "lora/config": (),
+    "model/ops": (),
+    "model/rope": (),
+    "model/template": (),
+    "model/config": ("model/rope",),
+    "model/llama": ("model/ops", "model/config"),
+    "model/": ("model/", "storage"),
+    "lora/": ("lora/", "storage"),
+    "train/": ("train/", "model/ops", "model/tokenizer", "model/generate", "lora/", "storage"),
+    "testing/reference": (),
+    "testing/": ("testing/",),
+    "flags": ("storage",),
+    "run": ("lora/", "model/", "train/", "storage"),
+    "cli": ("flags", "run", "lora/", "model/", "train/", "storage"),
+    "__main__": ("cli",),
+    "__init__": ("lora/", "model/", "train/"),
+}
+
+
+def imported(path):
+    """The modules that a file imports when it runs; what stands under TYPE_CHECKING does not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only:
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import) and id(node) not in typing_only:
+            yield from (alias.name for alias in node.names)
+
+
+def of_minilora(path):
+    names = {
+        name.removeprefix("minilora.").replace(".", "/") for name in imported(path) if name.startswith("minilora.")
+    }
+    return {name for name in names if name in MODULES}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("/__init__")])
+def test_a_part_imports_only_what_the_design_allows(module):
+    allowed = next(allowed for part, allowed in MAY_IMPORT.items() if module.startswith(part))
+    wrong = {name for name in of_minilora(MODULES[module]) if name != "errors" and not name.startswith(tuple(allowed))}
+    assert not wrong, f"minilora/{module}.py imports {sorted(wrong)}"
+
+
+def test_the_oracles_import_numpy_alone():
+    names = {name.split(".")[0] for name in imported(MODULES["testing/reference"])}
+    assert names <= {"__future__", "collections", "typing", "math", "numpy"}
+
+
+def test_nothing_imports_a_peer():
+    peers = {"transformers", "peft", "bitsandbytes", "trl", "accelerate"}
+    assert not {name for path in MODULES.values() for name in imported(path) if name.split(".")[0] in peers}
+
+
+def test_nothing_is_pickled_evaluated_or_run_by_a_shell():
+    forbidden = re.compile(r"\bpickle\b|torch\.load\b|(?<![.\w])(?:eval|exec)\(|yaml\.load|shell=True|os\.system")
+    for module, path in MODULES.items():
+        assert not forbidden.search(path.read_text(encoding="utf-8").replace("Nothing is pickled", "")), module
+
+
+def test_the_readme_names_every_file_of_the_package_and_no_other():
+    tree = README.split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"^\s+([\w/]+\.py)\s+\S", tree, flags=re.MULTILINE))
+    assert named == {
+        f"{name}.py" for name in MODULES if not (name.endswith("/__init__") and MODULES[name].stat().st_size == 0)
+    }
+
+
+def test_the_readme_counts_the_core_path():
+    lines = sum(len(MODULES[name].read_text(encoding="utf-8").splitlines()) for name in CORE)
+    stated = int(re.search(r"about ([\d,]+) lines", README)[1].replace(",", ""))
+    assert abs(stated - lines) <= 50, f"the core path has {lines} lines"
+    assert all(f"`{name}`" in README for name in CORE)
+
+
+def test_every_command_of_the_readme_parses():
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    commands = re.findall(
+        r"(?:^|&& |\.venv/bin/)minilora (.+?)(?=$| &&)", "".join(blocks).replace("\\\n", " "), re.MULTILINE
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        parse(shlex.split(command, comments=True))
+
+
+def test_the_public_names_are_sorted_and_there():
+    assert list(minilora.__all__) == sorted(minilora.__all__)
+    assert all(hasattr(minilora, name) for name in minilora.__all__)
+
+
+def test_no_file_is_longer_than_the_guide():
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert not {name: length for name, length in lengths.items() if length > 350}
