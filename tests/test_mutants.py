@@ -9,10 +9,10 @@ from minilora.testing import reference
 from tests.models import randn, tiny_model, token_ids
 from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
 
-N, INNER, OUTER, R, SCALE = 6, 8, 8, 3, 7.0  # square, or exchanged factors would not even multiply
+N, INNER, OUTER, R, SCALE = 6, 8, 8, 2, 7.0  # square, or exchanged factors would not even multiply
 # Base, bias and update of one size, or a mistake in the smallest would drown in the rounding of the largest.
-X, W, BIAS = randn(1, N, INNER), randn(2, OUTER, INNER), 3 * randn(3, OUTER)
-A, B, DY = randn(4, R, INNER), 0.2 * randn(5, OUTER, R), randn(6, N, OUTER)
+X, W, BIAS = randn(1, N, INNER), randn(2, OUTER, INNER), 4 * randn(3, OUTER)
+A, B, DY = randn(4, R, INNER), 0.1 * randn(5, OUTER, R), randn(6, N, OUTER)
 CLOSE = torch.nextafter(torch.tensor(SCALE), torch.tensor(8.0)).item()  # the smallest wrong scale in float32
 
 
