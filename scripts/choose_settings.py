@@ -22,11 +22,11 @@ def accuracy(rate: float, rows: int, epochs: int, seed: int) -> float:
     train, valid = (ml.load_dataset(ASSETS / "data" / f"{split}.jsonl", tokenizer) for split in ("train", "valid"))
     ml.attach(model, ml.LoraConfig(), seed=seed)
     settings = {"learning_rate": rate, "batch_size": rows, "epochs": epochs, "seed": seed}
-    ml.train(model, train, ml.TrainConfig(**settings, lr_scheduler="linear", warmup_steps=20))
+    ml.train(model, train, ml.TrainConfig(**settings))
     return choice_accuracy(model, valid, find_choices(train) or [])
 
 
 if __name__ == "__main__":
-    for rate, rows, epochs in product((1e-3, 2e-3, 4e-3), (8, 16), (2, 4)):
+    for rate, rows, epochs in product((1e-3, 2e-3, 4e-3), (16, 32), (2, 4)):
         mean = sum(accuracy(rate, rows, epochs, seed) for seed in SEEDS) / len(SEEDS)
         print(f"learning rate {rate:g}, batch size {rows}, {epochs} epochs: {mean:.4f}", flush=True)

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("find", settings.get_profile("fast"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("fast")
 
 

@@ -1,0 +1,125 @@
+"""The tests of the laws can fail: each is run against a copy of minilora with one mistake planted in it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mistake(NamedTuple):
+    file: str
+    right: str
+    wrong: str
+    test: str  # the test that must notice, as pytest names it
+
+
+MISTAKES = {
+    "law 1: the branch is not scaled": Mistake(
+        "lora/functional.py",
+        "F.linear(scale * F.linear(x, lora_A), lora_B)",
+        "F.linear(F.linear(x, lora_A), lora_B)",
+        "test_layers.py::test_forward_is_the_merged_weight_applied",
+    ),
+    "law 1: no gradient reaches A": Mistake(
+        "lora/functional.py",
+        "F.linear(scale * F.linear(x, lora_A), lora_B)",
+        "F.linear(scale * F.linear(x, lora_A.detach()) + 0 * lora_A.sum(), lora_B)",
+        "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied",
+    ),
+    "law 2: B does not start at 0": Mistake(
+        "lora/initialize.py",
+        "torch.zeros(out_features, r)",
+        "torch.full((out_features, r), 1e-3)",
+        "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
+    ),
+    "law 3: the base is rounded on its way back": Mistake(
+        "lora/attach.py",
+        "{layer: layer.base for layer",
+        "{layer: layer.base.float().double() for layer",
+        "test_attach.py::test_attach_then_detach_leaves_every_bit",
+    ),
+    "law 3: the base is trained too": Mistake(
+        "lora/attach.py",
+        "parameter.requires_grad_(False)",
+        "parameter.requires_grad_(parameter.dim() == 1)",
+        "test_loop.py::test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter",
+    ),
+    "law 4: only the first adapter acts": Mistake(
+        "lora/layers.py",
+        "y = self.base(x)\n        for name in self.active:",
+        "y = self.base(x)\n        for name in self.active[:1]:",
+        "test_layers.py::test_adapters_add_by_concatenating_ranks",
+    ),
+    "law 5: the gradient of A lacks the scale": Mistake(
+        "lora/functional.py",
+        "F.linear(scale * F.linear(x, lora_A), lora_B)",
+        "F.linear(scale * F.linear(x, lora_A).detach() + F.linear(x, lora_A - lora_A.detach()), lora_B)",
+        "test_layers.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none",
+    ),
+    "law 8: a mean of means": Mistake(
+        "train/loop.py",
+        "batch_loss(model, batch, config) / labelled",
+        "batch_loss(model, batch, config) / batch.labelled / len(batches)",
+        "test_loop.py::test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mean_over_labelled_tokens",
+    ),
+    "law 8: a row's last token predicts the next row": Mistake(
+        "train/batch.py",
+        "for label in [*example.labels[1:], IGNORE_INDEX]",
+        "for label in [*example.labels[1:], examples[0].tokens[0]]",
+        "test_loop.py::test_rows_packed_by_any_budget_of_tokens_give_the_same_gradient",
+    ),
+    "law 9: documents see each other": Mistake(
+        "model/llama.py",
+        "ops.causal_attention(q, k, v, layout.lengths, layout.key_lengths, self.window)",
+        "ops.causal_attention(q, k, v, [sum(layout.lengths)], [sum(layout.key_lengths)], self.window)",
+        "test_llama.py::test_documents_beside_each_other_do_not_see_each_other",
+    ),
+    "law 9: the cache forgets where it was": Mistake(
+        "model/llama.py",
+        "cosines[before:] for (cosines, _)",
+        "cosines[: len(cosines) - before] for (cosines, _)",
+        "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
+    ),
+    "law 9: padding is counted": Mistake(
+        "model/llama.py",
+        "tokens = torch.cat([row[:n] for row, n",
+        "tokens = torch.cat([row[-n:] for row, n",
+        "test_llama.py::test_padding_changes_no_logits_and_has_none",
+    ),
+    "law 9: dropout draws anew when layers are computed again": Mistake(
+        "lora/functional.py",
+        ".bernoulli_(1 - p, generator=generator)",
+        ".bernoulli_(1 - p)",
+        "test_loop.py::test_dropout_draws_the_same_masks_when_layers_are_computed_again",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_noticed(mistake, tmp_path):
+    file, right, wrong, test = MISTAKES[mistake]
+    for folder in ("minilora", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "minilora" / file
+    source = path.read_text(encoding="utf-8")
+    assert source.count(right) == 1, f"{file} does not say {right!r} once"
+    path.write_text(source.replace(right, wrong), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile=find",
+        f"tests/{test}",
+    ]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stdout + run.stderr  # 1: tests ran, and one failed
