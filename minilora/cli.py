@@ -21,7 +21,7 @@ from minilora.model.checkpoint import load_model, save_model
 from minilora.model.generate import generate
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
-from minilora.run import Outcome, Run, RunConfig, Scores, evaluate, evaluate_base, pick_device
+from minilora.run import Outcome, Run, RunConfig, Scores, evaluate, evaluate_base, holds_files, pick_device
 from minilora.storage import ASSETS, BUILTIN, model_directory, read_json
 from minilora.train.config import TrainConfig
 from minilora.train.data import encode_rows, find_splits, read_rows
@@ -33,16 +33,20 @@ INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = _parser()
     try:
-        if words[:1] == ["finetune"]:
-            _apply_config(commands["finetune"], words[1:])
-        options = vars(parser.parse_args(words))
+        options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.pop("run")(options)
-    except MiniloraError as error:
+    except (MiniloraError, OSError) as error:
         print(f"minilora: {error}", file=sys.stderr)
         return 1
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """The options of a command line; "run" is the function that carries it out."""
+    parser, commands = _parser()
+    if list(words[:1]) == ["finetune"]:
+        _apply_config(commands["finetune"], words[1:])
+    return vars(parser.parse_args(words))
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -108,7 +112,8 @@ def _apply_config(finetune: argparse.ArgumentParser, words: Sequence[str]) -> No
     defaults = finetune.get_default
     if given.config is not None:
         values = read_config(given.config)
-        use_config(finetune, values.get("config", values), str(given.config))  # run.json keeps them under "config"
+        kept = values.get("config")  # where run.json has them
+        use_config(finetune, kept if isinstance(kept, dict) else values, str(given.config))
     elif given.model == defaults("model") and given.data == defaults("data"):
         use_config(finetune, read_json(ASSETS / "finetune.json"), "finetune.json")
 
@@ -171,7 +176,7 @@ def _generate(options: dict[str, Any]) -> int:
 
 def _merge(options: dict[str, Any]) -> int:
     out = Path(options["out"])
-    if out.exists() and any(out.iterdir()):
+    if holds_files(out):
         raise ConfigError(f"{out}: holds files; give another --out")
     if options["dtype"] == "auto":  # here the checkpoint's own, even where this machine computes it slowly
         source = read_json(model_directory(_base_of(options)) / "config.json")

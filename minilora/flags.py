@@ -41,8 +41,20 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
 
 
 def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The data class that the parsed flags describe."""
-    return cls(**{field.name: values[RENAMED.get(field.name, field.name)] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    """The data class that the parsed flags describe.
+
+    Raises:
+        ConfigError: a value from a configuration file has the wrong type; all of them in one message.
+    """
+    names = {field.name: RENAMED.get(field.name, field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    bad = [
+        f"{names[name]} is {values[names[name]]!r}, need {getattr(hint, '__name__', hint)}"
+        for name, hint in typing.get_type_hints(cls).items()
+        if not _fits(values[names[name]], hint)
+    ]
+    if bad:
+        raise ConfigError("; ".join(bad))
+    return cls(**{name: values[flag] for name, flag in names.items()})
 
 
 def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> None:
@@ -51,7 +63,7 @@ def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], sourc
     Raises:
         ConfigError: a key that is no flag; the nearest right one is named.
     """
-    known = {action.dest for action in parser._actions if action.dest != "help"}
+    known = {action.dest for action in parser._actions if action.dest not in ("help", "config")}
     for key in values:
         name = key.replace("-", "_")
         if name not in known:
@@ -76,6 +88,19 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not TOML ({error})") from error
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Is the value of this type? A list may stand for a tuple, and a whole number for a float."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(element, parts[0]) for element in value)
+    kind = {float: (int, float)}.get(hint, origin or hint)
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+
+
 def _converter(hint: Any) -> Callable[[str], Any]:
     """How the text of a flag becomes a value of this type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -83,7 +108,7 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     if bool in kinds:
         return _truth_or_text
     if typing.get_origin(kinds[0]) is Mapping:
-        return json.loads
+        return _json_object
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         element = int if kinds == [tuple[int, ...]] else str
         return _names_or_pattern if str in kinds else lambda text: tuple(element(part) for part in text.split(","))
@@ -92,6 +117,13 @@ def _converter(hint: Any) -> Callable[[str], Any]:
 
 def _truth_or_text(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"found {text}, need a JSON object")
+    return value
 
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import platform
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from minilora.errors import DataError, TrainingError
+from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.lora.attach import ParameterCount, attach, count_parameters, disable_adapter
 from minilora.lora.config import LoraConfig
 from minilora.lora.files import save_adapter
@@ -100,7 +101,7 @@ class Run:
         Raises:
             TrainingError: the directory holds a finished run, another run, or no run but files.
         """
-        if not self.out.exists() or not any(self.out.iterdir()):
+        if not holds_files(self.out):
             return 0
         if not (self.out / "run.json").is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
@@ -204,10 +205,28 @@ def evaluate_base(model: Llama, examples: Dataset, choices: Sequence[Choice] | N
         return evaluate(model, examples, choices)
 
 
+def holds_files(out: Path) -> bool:
+    """Is there anything in a directory to write to, but for what a killed writer left?
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a directory as --out")
+    return out.exists() and any(not re.fullmatch(r"\..*\.tmp", path.name) for path in out.iterdir())
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU."""
+    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
+            raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

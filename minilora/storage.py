@@ -56,9 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: the file cannot be read, or it does not hold a JSON object.
     """
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also for numbers of more digits than Python reads
         raise FormatError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: found a JSON {type(value).__name__}, need an object")
@@ -87,8 +88,11 @@ class TensorFile:
         The file is mapped for this tensor alone. One mapping for all of them would keep every page that was read
         resident, and a model in memory twice.
         """
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
 
 
 def shard_names(index_path: Path) -> dict[str, str]:
@@ -100,8 +104,8 @@ def shard_names(index_path: Path) -> dict[str, str]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(f"{index_path}: key 'weight_map' is missing or not an object")
-    for name in set(map(str, weight_map.values())):
-        if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise FormatError(f"{index_path}: {name!r} is not a plain file name")
     return weight_map
 

@@ -89,10 +89,14 @@ def test_nothing_is_pickled_evaluated_or_run_by_a_shell():
 
 def test_the_readme_names_every_file_of_the_package_and_no_other():
     tree = README.split("## The tree")[1].split("```")[1]
-    named = set(re.findall(r"^\s+([\w/]+\.py)\s+\S", tree, flags=re.MULTILINE))
-    assert named == {
-        f"{name}.py" for name in MODULES if not (name.endswith("/__init__") and MODULES[name].stat().st_size == 0)
-    }
+    named, folder = set(), ""
+    for indent, name in re.findall(r"^( *)(\w+(?:/|\.py)) +\S", tree, flags=re.MULTILINE):
+        folder = "" if len(indent) <= 2 else folder
+        if name.endswith("/"):
+            folder = name
+        else:
+            named.add(folder + name)
+    assert named == {f"{name}.py" for name, path in MODULES.items() if path.stat().st_size}
 
 
 def test_the_readme_counts_the_core_path():

@@ -12,10 +12,11 @@ from minilora.errors import ConfigError, FormatError
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import TensorFile, model_directory, read_json, shard_names, write_json, write_tensors
+from minilora.storage import TensorFile, model_directory, read_json, remove, shard_names, write_json, write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
 
 
 def load_model(
@@ -44,8 +45,8 @@ def load_model(
     _check_names(directory, model, files)
     for name in _stored_names(model):
         tensor = files[name].read(name)
-        if not tensor.is_floating_point():
-            raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; floating-point weights are needed")
+        if tensor.dtype not in DTYPES.values():
+            raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
         _assign(model, name, tensor.to(device, target, copy=True))
     model.tie_weights()
     model.name_or_path = str(name_or_path)
@@ -57,14 +58,16 @@ def save_model(
 ) -> None:
     """Write a directory that transformers and `load_model` read: safetensors of at most `shard_bytes`, index, config.
 
-    A tied head is written once, as the embedding. The files appear one by one, each whole; `config.json` comes last.
+    A tied head is written once, as the embedding; one that is tied no longer, because an adapter was merged into it, is
+    written and named in `config.json`. The files appear one by one, each whole; weights of an earlier save that would
+    be read beside them go before `config.json`, which comes last.
 
     Raises:
         ConfigError: adapters are attached: merge or detach them first, or save them with `save_adapter`.
     """
     path, names = Path(path), _stored_names(model)
     parameters = dict(model.named_parameters())
-    if unknown := sorted(set(parameters) - set(_stored_names(_skeleton(model.config)))):
+    if unknown := sorted(set(parameters) - set(_skeleton(model.config).state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
     shards = _shards(names, parameters, shard_bytes)
     files = [_shard_file(i, len(shards)) for i in range(len(shards))]
@@ -73,12 +76,17 @@ def save_model(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(parameters[name].nbytes for name in names)
-        write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.append(INDEX)
+    for old in [path / INDEX, path / "model.safetensors", *path.glob("model-*-of-*.safetensors")]:
+        if old.name not in files:
+            remove(old)
     if tokenizer is not None:
         tokenizer.save(path)
     dtype = str(parameters[names[0]].dtype).removeprefix("torch.")
     source = {key: value for key, value in model.config.source.items() if key not in ("dtype", "torch_dtype")}
-    write_json(path / "config.json", {"architectures": [_architecture(model.config)], **source, "dtype": dtype})
+    now = {"tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight, "dtype": dtype}
+    write_json(path / "config.json", {"architectures": [_architecture(model.config)], **source, **now})
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: dict[str, Any], device: torch.device) -> torch.dtype:
@@ -104,7 +112,7 @@ def _has_fast_bfloat16() -> bool:
 
 def _tensor_files(directory: Path) -> dict[str, TensorFile]:
     """Tensor name -> the file that holds it."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if not index.is_file():
         file = TensorFile(directory / "model.safetensors")
         return dict.fromkeys(file.shapes, file)

@@ -6,12 +6,13 @@ projections, sliding windows, layers without rotation. A key that is missing has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from minilora.errors import ConfigError
-from minilora.model.rope import Rope
+from minilora.model.rope import Rope, is_positive
 
 FAMILIES: dict[str, dict[str, Any]] = {  # the values of keys that a config.json leaves out
     "llama": {"max_position_embeddings": 2048},
@@ -29,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # the values of keys that a config.json
 COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
+    "partial_rotary_factor": 1.0,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
@@ -76,9 +78,11 @@ class LlamaConfig:
                 impossible numbers; all of them in one message.
         """
         family = source.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ConfigError(f"model_type {family!r} is not supported; supported are {sorted(FAMILIES)}")
-        values: dict[str, Any] = COMMON | FAMILIES[family] | dict(source)
+        values = (
+            COMMON | FAMILIES[family] | {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
+        )
         _check(values)
         heads = values["num_attention_heads"]
         head_dim = values.get("head_dim") or values["hidden_size"] // heads
@@ -106,6 +110,17 @@ class LlamaConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.rope.width + self.rope.width % 2 > self.head_dim:
+            raise ConfigError(f"head_dim {self.head_dim} is odd, but its coordinates turn in pairs")
+
+
+def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`; before, `rope_scaling` stood beside `rope_theta`, as it does here."""
+    scaling = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    given = {}
+    if isinstance(scaling, Mapping):
+        given = {key: scaling[key] for key in ("rope_theta", "partial_rotary_factor") if scaling.get(key)}
+    return {**source, "rope_scaling": scaling, **given}
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -115,11 +130,19 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(key)
         if value is None and key not in REQUIRED:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            bad.append(f"{key}: found {value!r}, need a whole number of at least 1")
-    for key in ("rms_norm_eps", "rope_theta"):
-        if not isinstance(values[key], int | float) or not values[key] > 0:
-            bad.append(f"{key}: found {values[key]!r}, need a number above 0")
+        least = 0 if key == "max_window_layers" else 1  # 0: every layer has a window
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            bad.append(f"{key}: found {value!r}, need a whole number of at least {least}")
+    for key, most in (("rms_norm_eps", math.inf), ("rope_theta", math.inf), ("partial_rotary_factor", 1.0)):
+        if not is_positive(values[key]) or values[key] > most:
+            bad.append(f"{key}: found {values[key]!r}, need a number above 0" + (" and at most 1" if most == 1 else ""))
+    for key, kind, name in (
+        ("rope_scaling", Mapping, "object"),
+        ("layer_types", list, "list"),
+        ("no_rope_layers", list, "list"),
+    ):
+        if values.get(key) is not None and not isinstance(values[key], kind):
+            bad.append(f"{key}: found {values[key]!r}, need a JSON {name}")
     if values["hidden_act"] not in ("silu", "swish"):
         bad.append(f"hidden_act: found {values['hidden_act']!r}, supported is 'silu'")
     if values.get("quantization_config") is not None:
@@ -152,24 +175,23 @@ def _windows(values: Mapping[str, Any], rotated: tuple[bool, ...]) -> tuple[int 
     elif family == "smollm3":
         slides = [not turn for turn in rotated]
     else:
-        slides = [i >= (values.get("max_window_layers") or 28) for i in range(layers)]
+        first = values.get("max_window_layers")
+        slides = [i >= (28 if first is None else first) for i in range(layers)]
     if len(slides) != layers:
         raise ConfigError(f"layer_types has {len(slides)} entries; the model has {layers} layers")
     return tuple(window if slide else None for slide in slides)
 
 
 def _rope(values: Mapping[str, Any], head_dim: int) -> Rope:
-    """transformers 5 writes `rope_parameters`; before, `rope_scaling` stood beside `rope_theta`."""
-    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    scaling = values["rope_scaling"]
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su" or (kind == "yarn" and values["model_type"] == "phi3"):
         kind = "longrope"  # Phi-3's first names for it
-    partial = scaling.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     return Rope(
-        width=int(head_dim * partial),
-        theta=float(scaling.get("rope_theta") or values["rope_theta"]),
+        width=int(head_dim * values["partial_rotary_factor"]),
+        theta=float(values["rope_theta"]),
         kind=kind,
-        scaling=scaling,
+        scaling=dict(scaling),
         trained_length=values.get("original_max_position_embeddings")
         or scaling.get("original_max_position_embeddings")
         or values["max_position_embeddings"],

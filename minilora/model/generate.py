@@ -74,8 +74,11 @@ def generate(
         if not running:
             break
         feed = [[token] for token in chosen]
-        if cache is None:
-            feed = [[*prompt, *new] for prompt, new in zip(prompts, written, strict=True)]
+        for row in running:
+            if cache is not None and model.config.rope.changes(cache.lengths[row], cache.lengths[row] + 1):
+                cache.lengths[row] = 0  # what is cached holds no longer
+            if cache is None or cache.lengths[row] == 0:
+                feed[row] = [*prompts[row], *written[row]]
     return written
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,20 +32,19 @@ class Layout:
     """Where the documents of a batch lie, and the rotation of their tokens: what all layers share.
 
     `lengths` counts the tokens that are asked about, `key_lengths` also those in the cache; `rotation` is
-    (cos, sin) of the queries and of the keys, each (N or M, R/2).
+    (cos, sin) of the tokens that are asked about, each (N, R/2).
     """
 
     lengths: list[int]
     key_lengths: list[int]
-    query_rotation: tuple[Tensor, Tensor]
-    key_rotation: tuple[Tensor, Tensor]
+    rotation: tuple[Tensor, Tensor]
 
 
 class KVCache:
     """Keys and values of growing documents, so that a new token costs one row instead of all.
 
-    Keys are stored before their rotation: with `dynamic` and `longrope` the rotation of every key changes when the
-    document grows, and cached results would differ from uncached ones.
+    With `dynamic` and `longrope` the rotation of all tokens changes when a document outgrows a length (`Rope.changes`),
+    and with it everything that was computed from them: set its entry of `lengths` to 0 and give the document anew.
 
     Args:
         config: the model's configuration.
@@ -110,10 +108,10 @@ class Attention(nn.Module):
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (N, H, E), (N, K, E), (N, K, E)
         q, k = self.q_norm(q), self.k_norm(k)
+        if self.is_rotated:
+            q, k = ops.rotate(q, *layout.rotation), ops.rotate(k, *layout.rotation)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, layout.lengths)  # (M, K, E)
-        if self.is_rotated:
-            q, k = ops.rotate(q, *layout.query_rotation), ops.rotate(k, *layout.key_rotation)
         heads = ops.causal_attention(q, k, v, layout.lengths, layout.key_lengths, self.window)
         return self.o_proj(heads.flatten(1))
 
@@ -161,7 +159,9 @@ class Trunk(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Zeros and not the embedding's own start values: drawing those on "meta" loads PyTorch's compiler, 80 MB.
+        zeros = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -194,12 +194,10 @@ class Trunk(nn.Module):
     def _layout(self, lengths: list[int], cache: KVCache | None, x: Tensor) -> Layout:
         past = cache.lengths if cache is not None else [0] * len(lengths)
         totals = [before + new for before, new in zip(past, lengths, strict=True)]
-        cosines, sines = zip(*(self.config.rope.table(total, x.device) for total in totals), strict=True)
-        keys = torch.cat(cosines).to(x.dtype), torch.cat(sines).to(x.dtype)
-        if cache is None:
-            return Layout(lengths, totals, keys, keys)
-        new = torch.cat([torch.arange(end - n, end) for end, n in zip(accumulate(totals), lengths, strict=True)])
-        return Layout(lengths, totals, (keys[0][new], keys[1][new]), keys)
+        tables = [self.config.rope.table(total, x.device) for total in totals]
+        cos = torch.cat([cosines[before:] for (cosines, _), before in zip(tables, past, strict=True)])
+        sin = torch.cat([sines[before:] for (_, sines), before in zip(tables, past, strict=True)])
+        return Layout(lengths, totals, (cos.to(x.dtype), sin.to(x.dtype)))
 
 
 class Llama(nn.Module):
@@ -207,7 +205,7 @@ class Llama(nn.Module):
 
     Args:
         config: which family, which sizes.
-        generator: draws the weights from N(0, 0.02²); without one they are PyTorch's own start values.
+        generator: draws the weights from N(0, 0.02²); without one they are to be loaded, and the embedding is 0.
     """
 
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None):

@@ -144,7 +144,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 loss = _chunk_loss(leaf, row_labels, head)
-            hidden_grad, *grads = torch.autograd.grad(loss, [leaf, *trained])
+            hidden_grad, *grads = torch.autograd.grad(
+                loss, [leaf, *trained], allow_unused=True, materialize_grads=True
+            )  # an adapter that is not active is trained, but not used
             losses.append(loss.detach())
             hidden_grads.append(hidden_grad)
             for total, grad in zip(trained_grads, grads, strict=True):

@@ -9,7 +9,8 @@ frequencies, each by its own rule:
     llama3    long waves / factor, short ones kept, a ramp   Llama 3.1's reference code
     longrope  a factor a pair, for short or long documents   Ding et al. 2024, LongRoPE
 
-`dynamic` and `longrope` depend on the length of the whole document, so the cache keeps keys unrotated (see `llama.py`).
+`dynamic` and `longrope` depend on the length of the whole document: what was computed for a shorter one does not hold
+for a longer one (`Rope.changes`).
 
     L  length of a document    R  rotated width of a head
 """
@@ -33,6 +34,7 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+TRAINED = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,29 @@ class Rope:
     max_length: int
 
     def __post_init__(self) -> None:
-        if self.kind not in ROPE_KEYS:
+        if not isinstance(self.kind, str) or self.kind not in ROPE_KEYS:
             raise ConfigError(f"rope type {self.kind!r} is not supported; supported are {sorted(ROPE_KEYS)}")
         if missing := [key for key in ROPE_KEYS[self.kind] if self.scaling.get(key) is None]:
             raise ConfigError(f"rope type {self.kind!r} needs {missing}; the config has {sorted(self.scaling)}")
-        for key in ("short_factor", "long_factor") if self.kind == "longrope" else ():
-            if len(self.scaling[key]) != self.width // 2:
-                raise ConfigError(f"{key} has {len(self.scaling[key])} numbers; {self.width // 2} pairs turn")
+        bad = [f"{key}: {problem}" for key in self._numbers() if (problem := self._problem(key))]
+        if self.kind == "dynamic" and self.width <= 2:
+            bad.append(f"only {self.width} coordinates of a head turn, and it needs more than 2")
+        if bad:
+            raise ConfigError(f"rope type {self.kind!r}: " + "; ".join(bad))
+
+    def _numbers(self) -> list[str]:
+        """The keys of `scaling` that the kind reads and that are there."""
+        optional = {"llama3": [TRAINED], "longrope": [TRAINED, "factor", "attention_factor"]}.get(self.kind, [])
+        return [*ROPE_KEYS[self.kind], *(key for key in optional if self.scaling.get(key) is not None)]
+
+    def _problem(self, key: str) -> str | None:
+        value, pairs = self.scaling[key], (self.width + 1) // 2
+        if key not in ("short_factor", "long_factor"):
+            return None if is_positive(value) else f"found {value!r}, need a number above 0"
+        is_list = isinstance(value, list | tuple) and all(map(is_positive, value))
+        return (
+            None if is_list and len(value) == pairs else f"found {value!r}, need a list of {pairs} numbers, one a pair"
+        )
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of `position · frequency` for the positions of a document of `length`: each (L, R/2), float32."""
@@ -85,6 +103,12 @@ class Rope:
         if self.kind == "linear":
             return plain / self.scaling["factor"]
         return self._llama3(plain) if self.kind == "llama3" else plain
+
+    def changes(self, before: int, after: int) -> bool:
+        """Whether a document's tokens turn by other angles once it has grown from one length to another."""
+        if self.kind == "dynamic":
+            return after > max(before, self.max_length)
+        return self.kind == "longrope" and before <= self.trained_length < after
 
     @property
     def amplitude(self) -> float:
@@ -106,3 +130,8 @@ class Rope:
         turns = self.trained_length * plain / (2 * math.pi)  # full turns within the trained length
         ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divide by the factor, 1: keep
         return (1 - ramp) * plain / self.scaling["factor"] + ramp * plain
+
+
+def is_positive(value: Any) -> bool:
+    """A finite number above 0; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -22,6 +22,8 @@ TEMPLATE_LIMIT = 256_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's reasoning is passed under
+MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)  # that a template's code can make
+EXHAUSTED = (RecursionError, MemoryError, SyntaxError)  # SyntaxError: nested deeper than Python compiles
 
 
 class ChatTemplate:
@@ -42,8 +44,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise FormatError(f"chat template: {error}") from error
+        except (jinja2.TemplateError, *EXHAUSTED) as error:
+            raise FormatError(f"chat template: {_reason(error)}") from error
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
@@ -59,7 +61,10 @@ class ChatTemplate:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and where the template's `generation` blocks lie in it."""
-        pieces = self._run(_normalized(messages), add_generation_prompt, tools)
+        normalized = _normalized(messages)
+        if any(mark in json.dumps([normalized, tools], ensure_ascii=False, default=str) for mark in (BEGIN, END)):
+            raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
+        pieces = self._run(normalized, add_generation_prompt, tools)
         text, spans, begin = "", [], 0
         for i, piece in enumerate(pieces.replace(END, BEGIN).split(BEGIN)):
             begin, text = len(text), text + piece
@@ -80,9 +85,9 @@ class ChatTemplate:
                 written.append(piece)
                 size += len(piece)
                 if size > OUTPUT_LIMIT:
-                    raise DataError(f"chat template: wrote more than {OUTPUT_LIMIT} characters")
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise DataError(f"chat template: {error}") from error
+                    _raise(f"wrote more than {OUTPUT_LIMIT} characters")
+        except (jinja2.TemplateError, *MISTAKES, *EXHAUSTED) as error:
+            raise DataError(f"chat template: {_reason(error)}") from error
         return "".join(written)
 
 
@@ -99,8 +104,6 @@ def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
         normalized.append(
             kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
         )
-    if any(mark in json.dumps(normalized, ensure_ascii=False, default=str) for mark in (BEGIN, END)):
-        raise DataError("a message holds U+FDD0 or U+FDD1, which are not characters")
     return normalized
 
 
@@ -183,3 +186,7 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -72,14 +72,19 @@ class Tokenizer:
         """Token ids, and which characters [begin, end) of the text each stands for.
 
         Tokens that are not from the text are empty. Some tokenizers trim white space off their offsets; here a token
-        begins no later than the one before it ended, so that every character belongs to one.
+        begins no later than the one before it ended, and the last one ends where the text does, so that every character
+        belongs to one.
         """
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        spans, previous = [], 0
-        for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
-            if is_added and begin == end:
+        masked = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        is_from_text = [begin < end or not is_added for (begin, end), is_added in masked]
+        spans, previous, left = [], 0, sum(is_from_text)
+        for (begin, end), is_own in zip(encoding.offsets, is_from_text, strict=True):
+            if not is_own:
                 spans.append((previous, previous))
                 continue
+            left -= 1
+            end = end if left else len(text)
             spans.append((min(begin, previous), end))
             previous = end
         return encoding.ids, spans

@@ -62,7 +62,8 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
         micro_batches = list(_micro_batches(lengths, config, epoch))
         k = config.gradient_accumulation_steps
         whole = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
-        steps += whole[: math.ceil(min(1.0, epochs - epoch) * len(whole))]
+        share = round(min(1.0, epochs - epoch) * len(whole), 9)  # 1.1 - 1 is a little more than 0.1
+        steps += whole[: math.ceil(share)]
         if config.max_steps is not None and len(steps) >= config.max_steps:
             return steps[: config.max_steps]
     return steps

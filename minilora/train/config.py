@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -53,8 +54,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_split", "seed"):
             bad += self._below(name, 0)
         for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                bad.append(f"{name} is {getattr(self, name)!r}, need a number above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")
         if not self.eval_split < 1:
             bad.append(f"eval_split is {self.eval_split!r}, need a share below 1")
         for name, kind in (("lr_scheduler", Scheduler), ("train_on", TrainOn), ("recompute", Recompute)):

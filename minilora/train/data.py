@@ -184,7 +184,7 @@ def _encode_text(prompt: str, completion: str, tokenizer: Tokenizer, train_on: T
     """Prompt and completion as one text, closed by the end token, which is always a label if anything is."""
     if not completion:
         return Example([], [])
-    tokens, spans = tokenizer.encode_spans(prompt + completion)
+    tokens, spans = _encode_spans(prompt + completion, tokenizer)
     learned = [(0 if train_on == "all" else len(prompt), len(prompt + completion))]
     labels = _labels(tokens, spans, learned)
     if tokenizer.eos_id is not None:
@@ -205,7 +205,7 @@ def _encode_conversation(
     else:
         learned = learned or _assistant_spans(text, messages, tools, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
-    tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
+    tokens, spans = _encode_spans(text, tokenizer, add_special_tokens=False)
     return Example(tokens, _labels(tokens, spans, learned))
 
 
@@ -228,6 +228,14 @@ def _assistant_spans(
             )
         spans.append((len(before), len(through)))
     return spans
+
+
+def _encode_spans(text: str, tokenizer: Tokenizer, add_special_tokens: bool = True) -> tuple[list[int], list[Span]]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{text[error.start]!r} is half of a surrogate pair, which is no character") from error
+    return tokenizer.encode_spans(text, add_special_tokens)
 
 
 def _labels(tokens: list[int], spans: list[Span], learned: list[Span]) -> list[int]:
@@ -279,13 +287,18 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON array, each with the line that it begins on."""
     decoder, position, white = json.JSONDecoder(), text.index("[") + 1, " \t\r\n"
-    line, counted = 1, 0
+    line, counted, separators = 1, 0, 0
     while True:
+        begin = position
         while position < len(text) and text[position] in white + ",":
             position += 1
         line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]" and not text[position + 1 :].strip():
+        is_end = text[position : position + 1] == "]" and not text[position + 1 :].strip()
+        if text.count(",", begin, position) != (0 if is_end else separators):
+            raise DataError(f"{path}:{line}: not JSON (before this, a comma or bracket is missing or one too many)")
+        if is_end:
             return
+        separators = 1
         try:
             value, position = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:

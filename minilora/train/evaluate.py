@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,9 +36,13 @@ def held_out_loss(model: Llama, examples: Sequence[Example]) -> float:
 
 
 def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
-    """The distinct answers, if there are few: at most 64, each given four times on average. Else None."""
+    """The distinct answers, if there are few: at most 64, each given four times on average. Else None.
+
+    There is nothing to choose by where an example has no prompt.
+    """
     answers = sorted({example.answer for example in examples})
-    return answers if 1 < len(answers) <= min(MOST_CHOICES, len(examples) // 4) else None
+    is_few = 1 < len(answers) <= min(MOST_CHOICES, len(examples) // 4)
+    return answers if is_few and all(example.prompt for example in examples) else None
 
 
 @torch.no_grad()
@@ -83,8 +88,18 @@ def _groups(examples: Sequence[Example], copies: int = 1) -> Iterator[list[int]]
 
 
 def _common_ending(choices: Sequence[Choice]) -> int:
-    """How many tokens all choices share at their end, each keeping at least one."""
+    """How many tokens all choices share at their end, each keeping at least one.
+
+    Without its closing token " no" would be the beginning of " no idea", and could not be less likely.
+    """
     length = 0
     while length < min(map(len, choices)) - 1 and len({choice[-1 - length] for choice in choices}) == 1:
         length += 1
+    while length and _is_nested([choice[: len(choice) - length] for choice in choices]):
+        length -= 1
     return length
+
+
+def _is_nested(answers: Sequence[Choice]) -> bool:
+    """Is one of them the beginning of another?"""
+    return any(after[: len(before)] == before for before, after in pairwise(sorted(answers)))

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minilora.errors import DataError, TrainingError
-from minilora.lora.attach import set_dropout_step
+from minilora.lora.attach import adapter_layers, set_dropout_step
+from minilora.lora.config import LoraConfig
 from minilora.model import ops
+from minilora.storage import read_json
 from minilora.train.batch import Batch, Rows, collate, plan_steps
 from minilora.train.config import TrainConfig
 from minilora.train.data import Example
@@ -78,16 +80,19 @@ def train(
             bytes as if it had never stopped.
 
     Raises:
-        DataError: an example has no label.
+        DataError: there are no examples, or one has no label.
         TrainingError: nothing is trainable; a loss or gradient is not finite; a checkpoint belongs to another run.
     """
     config = config or TrainConfig()
-    trained_adapter(model)
+    name = trained_adapter(model)
+    lora = next(layer.configs[name] for layer in adapter_layers(model).values() if name in layer.configs)
+    if not len(dataset):
+        raise DataError("there are no examples to learn from")
     if blank := [example.source for example in dataset if not example.labelled]:
         raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
     steps = plan_steps([len(example.tokens) for example in dataset], config)
     optimizer = _optimizer(model, config)
-    state: Record = {"step": 0, "tokens": 0, "seconds": 0.0, "run": _fingerprint(dataset, config)}
+    state: Record = {"step": 0, "tokens": 0, "seconds": 0.0, "run": _fingerprint(dataset, config, lora)}
     if checkpoint_dir is not None and (saved := checkpoints(checkpoint_dir)):
         state = _resumed(saved[-1], model, optimizer, state["run"])
     started = time.monotonic() - state["seconds"]
@@ -116,7 +121,9 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
     The warm-up's first step has 1/warm-up of the full rate, and the last step of all is not wasted on a rate of 0.
     """
-    warmup = math.ceil(config.warmup_steps * total) if config.warmup_steps < 1 else int(config.warmup_steps)
+    warmup = int(config.warmup_steps)
+    if config.warmup_steps < 1:
+        warmup = math.ceil(round(config.warmup_steps * total, 9))  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -149,7 +156,8 @@ def _step(
         share.backward()
         loss += share.item()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
+    total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         sources = [dataset[row].source for rows in micro_batches for row in rows]
         where = first_bad_module(model, lambda: [batch_loss(model, batch, config) for batch in batches])
@@ -157,6 +165,7 @@ def _step(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; first bad: {where}; rows: {', '.join(sources)}. "
             "The weights are those of before the step; a lower learning rate or float32 may help"
         )
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm or math.inf, total_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -177,16 +186,15 @@ def _optimizer(model: Llama, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _resumed(checkpoint: Path, model: Llama, optimizer: torch.optim.Optimizer, run: str) -> Record:
-    state = load_checkpoint(checkpoint, model, optimizer)
-    if state.get("run") != run:
+    if read_json(checkpoint / "state.json").get("run") != run:  # before anything is put into the model
         raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
-    return state
+    return load_checkpoint(checkpoint, model, optimizer)
 
 
-def _fingerprint(dataset: Sequence[Example], config: TrainConfig) -> str:
-    """One number for everything that decides what the run computes, but for the model."""
+def _fingerprint(dataset: Sequence[Example], config: TrainConfig, lora: LoraConfig) -> str:
+    """One number for everything that decides what the run computes, but for the base model."""
     settings = {key: value for key, value in asdict(config).items() if key not in BOOKKEEPING}
-    content = json.dumps([settings, [[example.tokens, example.labels] for example in dataset]])
+    content = json.dumps([settings, asdict(lora), [[example.tokens, example.labels] for example in dataset]])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

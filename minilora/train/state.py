@@ -64,8 +64,7 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             optimizer.state[parameter] = {
-                key: moments.read(f"{parameter_name}/{key}").to(parameter.device if key != "step" else "cpu", copy=True)
-                for key in MOMENTS
+                key: moments.read(f"{parameter_name}/{key}").to(parameter.device, copy=True) for key in MOMENTS
             }
     return read_json(directory / "state.json")
 
@@ -73,13 +72,13 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=_step)
 
 
 def newest_step(folder: Path) -> int:
     """The step that a run goes on from: that of the newest checkpoint, or 0."""
     found = checkpoints(folder)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    return _step(found[-1]) if found else 0
 
 
 def trained_adapter(model: nn.Module) -> str:
@@ -93,6 +92,10 @@ def trained_adapter(model: nn.Module) -> str:
     if len(names) != 1:
         raise TrainingError(f"one adapter must be trainable, found {sorted(names)}: attach one first")
     return names.pop()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _copy(directory: Path, parameter: Tensor, saved: Tensor) -> None:

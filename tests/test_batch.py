@@ -1,0 +1,115 @@
+from collections import Counter
+from fractions import Fraction
+from math import ceil
+
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.model.ops import IGNORE_INDEX
+from minilora.train.batch import collate, groups, plan_steps
+from tests.models import seeds
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+sizes = st.integers(1, 5)
+
+
+@st.composite
+def examples(draw):
+    """One row of random tokens, each learned or not."""
+    tokens = draw(st.lists(st.integers(0, 60), min_size=1, max_size=6))
+    is_learned = draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    return ml.Example(tokens, [t if here else IGNORE_INDEX for t, here in zip(tokens, is_learned, strict=True)])
+
+
+@given(lengths, sizes, sizes, st.integers(1, 3), seeds)
+def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed):
+    config = ml.TrainConfig(
+        batch_size=batch_size, gradient_accumulation_steps=accumulation, epochs=epochs, seed=seed, batch_tokens=None
+    )
+    plan = plan_steps(lengths, config)
+    an_epoch = len(plan) // epochs
+    for epoch in range(epochs):
+        steps = plan[epoch * an_epoch : (epoch + 1) * an_epoch]
+        assert Counter(row for step in steps for rows in step for row in rows) == Counter(range(len(lengths)))
+
+
+@given(lengths, sizes, sizes)
+def test_a_step_has_its_micro_batches_and_a_micro_batch_its_rows_but_the_last_ones(lengths, batch_size, accumulation):
+    config = ml.TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    plan = plan_steps(lengths, config)
+    micro_batches = [rows for step in plan for rows in step]
+    assert [len(step) for step in plan[:-1]] == [accumulation] * (len(plan) - 1)
+    assert [len(rows) for rows in micro_batches[:-1]] == [batch_size] * (len(micro_batches) - 1)
+    assert len(micro_batches) == ceil(len(lengths) / batch_size)
+    assert len(plan) == ceil(len(micro_batches) / accumulation)
+
+
+@given(lengths, sizes, st.integers(1, 20), seeds)
+@example([9], 2, 1, 0)  # a row longer than the budget
+def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next_row(
+    lengths, accumulation, budget, seed
+):
+    config = ml.TrainConfig(batch_tokens=budget, gradient_accumulation_steps=accumulation, batch_size=1, seed=seed)
+    micro_batches = [rows for step in plan_steps(lengths, config) for rows in step]
+    sizes = [sum(lengths[row] for row in rows) for rows in micro_batches]
+    assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
+    assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, micro_batches, strict=True))
+    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], micro_batches[1:], strict=True))
+
+
+@given(lengths, st.integers(1, 30))
+def test_groups_keep_the_order_of_the_rows(lengths, limit):
+    rows = list(reversed(range(len(lengths))))
+    assert [row for group in groups(lengths, rows, limit) for row in group] == rows
+
+
+@given(lengths, sizes, seeds)
+def test_the_plan_is_a_function_of_the_seed(lengths, batch_size, seed):
+    config = ml.TrainConfig(batch_size=batch_size, epochs=2, seed=seed)
+    before = torch.get_rng_state()
+    plan = plan_steps(lengths, config)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is not moved,
+    torch.manual_seed(seed + 1)
+    assert plan_steps(lengths, config) == plan  # and has no say in it
+
+
+@given(seeds)
+def test_another_seed_and_another_epoch_have_another_order(seed):
+    def order(seed):
+        return [row for step in plan_steps([1] * 30, ml.TrainConfig(epochs=3, seed=seed)) for row in step[0]]
+
+    orders = [order(seed)[i : i + 30] for i in (0, 30, 60)] + [order(seed + 1)[i : i + 30] for i in (0, 30, 60)]
+    assert len(set(map(tuple, orders))) == 6
+
+
+@given(st.integers(1, 20), st.integers(1, 35))
+@example(10, 11)  # 1.1 - 1 is more than a tenth
+def test_a_fraction_of_an_epoch_is_that_fraction_of_its_steps(rows, tenths):
+    plan = plan_steps([1] * rows, ml.TrainConfig(batch_size=1, epochs=tenths / 10))
+    assert len(plan) == ceil(Fraction(tenths, 10) * rows)
+
+
+@given(lengths, sizes, st.integers(1, 30), st.sampled_from([0.3, 1.0, 7.5]))
+def test_max_steps_counts_steps_whatever_the_epochs_and_begins_like_a_longer_run(lengths, batch_size, steps, epochs):
+    plan = plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, max_steps=steps, epochs=epochs))
+    assert len(plan) == steps
+    assert plan == plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps))[:steps]
+
+
+@given(st.lists(examples(), min_size=1, max_size=5))
+def test_a_batch_is_the_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(rows):
+    batch = collate(rows, torch.device("cpu"))
+    position = 0
+    for row, length in zip(rows, batch.lengths, strict=True):
+        for i in range(length):
+            assert batch.tokens[position] == row.tokens[i]
+            assert batch.targets[position] == (row.labels[i + 1] if i + 1 < length else IGNORE_INDEX)
+            position += 1
+    assert position == len(batch.tokens) == len(batch.targets)
+
+
+@given(st.lists(examples(), min_size=1, max_size=5))
+def test_a_batch_learns_as_many_tokens_as_its_rows(rows):
+    assert collate(rows, torch.device("cpu")).labelled == sum(row.labelled for row in rows)

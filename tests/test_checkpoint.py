@@ -1,0 +1,313 @@
+"""A model directory in and out: bit for bit, every problem named, and no more memory than the model and one tensor."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora import ConfigError, FormatError, LoraConfig
+from minilora.model import checkpoint
+from minilora.model.checkpoint import DTYPES, INDEX, resolve_dtype
+from minilora.storage import read_json, write_json
+from tests.models import FAMILIES, SIZES, randomize_adapters_, tiny_model, token_ids
+from tests.tolerance import assert_maths
+
+SHARD = 9_000  # bytes: several shards for a tiny model
+families = pytest.mark.parametrize("family", FAMILIES)
+shards = pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, SHARD], ids=["single", "sharded"])
+
+
+def same_state(one, other):
+    """Equal names, dtypes and bits."""
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert tensor.dtype == other.state_dict()[name].dtype
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved llama, as a directory."""
+    ml.save_model(tiny_model(dtype=torch.float32), tmp_path)
+    return tmp_path
+
+
+def change(directory, changes):
+    """Write the tensors of a directory again, some of them changed; None takes one away."""
+    tensors = load_file(directory / "model.safetensors") | changes
+    save_file({k: v for k, v in tensors.items() if v is not None}, directory / "model.safetensors")
+
+
+# --- round trips ---
+
+
+@families
+@shards
+def test_what_was_saved_loads_bit_for_bit(family, shard_bytes, tmp_path):
+    model = tiny_model(family, dtype=torch.float32)
+    ml.save_model(model, tmp_path, shard_bytes=shard_bytes)
+    loaded = ml.load_model(tmp_path)
+    same_state(loaded, model)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert loaded.name_or_path == str(tmp_path)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_saved_and_loaded_bit_for_bit(dtype, tmp_path):
+    model = tiny_model(dtype=DTYPES[dtype])
+    ml.save_model(model, tmp_path)
+    assert read_json(tmp_path / "config.json")["dtype"] == dtype
+    same_state(ml.load_model(tmp_path, dtype=dtype), model)
+
+
+def test_saving_what_was_loaded_writes_the_same_bytes(tmp_path):
+    ml.save_model(tiny_model("phi3"), tmp_path / "a", shard_bytes=SHARD)
+    ml.save_model(ml.load_model(tmp_path / "a"), tmp_path / "b", shard_bytes=SHARD)
+    first, second = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "ab")
+    assert first == second
+
+
+@families
+def test_a_config_is_kept_key_for_key(family, tmp_path):
+    model = tiny_model(family, architectures=["X"], auto_map={"AutoModel": "code.py"}, torch_dtype="float16")
+    ml.save_model(model, tmp_path)
+    expected = {**SIZES, **FAMILIES[family], "architectures": ["X"], "auto_map": {"AutoModel": "code.py"}}
+    written = read_json(tmp_path / "config.json")
+    assert written == expected | {"dtype": "float64", "tie_word_embeddings": model.config.tie_word_embeddings}
+
+
+def test_no_shard_is_larger_than_asked_but_for_a_larger_tensor(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    ml.save_model(model, tmp_path, shard_bytes=SHARD)
+    index = read_json(tmp_path / INDEX)
+    contents = {file.name: load_file(file) for file in tmp_path.glob("*.safetensors")}
+    assert {name: file for file, tensors in contents.items() for name in tensors} == index["weight_map"]
+    sizes = [[tensor.nbytes for tensor in tensors.values()] for tensors in contents.values()]
+    assert sum(map(sum, sizes)) == index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    assert all(sum(shard) <= SHARD or len(shard) == 1 for shard in sizes)
+    n = len(contents)
+    assert sorted(contents) == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(SHARD, 10**9), (10**9, SHARD), (SHARD // 2, SHARD)])
+def test_a_save_over_an_earlier_one_leaves_nothing_of_it(before, after, tmp_path):
+    old, new = tiny_model(seed=1, dtype=torch.float32), tiny_model(seed=2, dtype=torch.float32)
+    ml.save_model(old, tmp_path / "a", shard_bytes=before)
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    ml.save_model(new, tmp_path / "a", shard_bytes=after)
+    same_state(ml.load_model(tmp_path / "a"), new)
+    ml.save_model(new, tmp_path / "b", shard_bytes=after)
+    assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in (tmp_path / "b").iterdir()} | {"notes.txt"}
+
+
+def test_the_builtin_model_loads_and_knows_its_name():
+    model = ml.load_model("minilora/builtin")
+    assert model.name_or_path == "minilora/builtin"
+    assert model(token_ids(0, 1, 3)).shape == (1, 3, model.config.vocab_size)
+
+
+# --- dtypes ---
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", [*DTYPES, *DTYPES.values()], ids=str)
+def test_tensors_are_converted_to_the_dtype_that_is_asked_for(stored, asked, tmp_path):
+    model = tiny_model("qwen2", dtype=DTYPES[stored])
+    ml.save_model(model, tmp_path)
+    same_state(ml.load_model(tmp_path, dtype=asked), model.to(DTYPES.get(asked, asked)))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    ("stored", "device", "fast", "expected"),
+    [
+        ("float32", "cpu", False, torch.float32),
+        ("bfloat16", "cpu", False, torch.float32),  # slower than float32
+        ("bfloat16", "cpu", True, torch.bfloat16),
+        ("float16", "cpu", True, torch.float32),  # never fast there
+        ("bfloat16", "cuda", False, torch.bfloat16),
+        ("float16", "cuda", False, torch.float16),
+        (None, "cuda", False, torch.float32),
+    ],
+)
+def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch, key, stored, device, fast, expected):
+    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda: fast)
+    assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("asked", "stored"), [("int8", None), ("auto", "float8_e4m3fn"), ("Float32", None)])
+def test_a_dtype_that_is_not_supported_is_refused_with_those_that_are(asked, stored):
+    with pytest.raises(ConfigError, match=r"auto.*bfloat16.*float16.*float32.*float64"):
+        resolve_dtype(asked, {"dtype": stored}, torch.device("cpu"))
+
+
+# --- what is refused ---
+
+
+def test_all_tensors_that_do_not_fit_are_named_in_one_error(saved):
+    changes = {
+        "model.norm.weight": None,
+        "model.layers.2.mlp.up_proj.weight": None,
+        "model.layers.1.self_attn.q_proj.weight": torch.zeros(24, 25),
+        "lm_head.weight": torch.zeros(24, 61),  # exchanged
+        "model.layers.4.mlp.up_proj.weight": torch.zeros(40, 24),
+        "lm_head.bias": torch.zeros(61),
+    }
+    change(saved, changes)
+    with pytest.raises(FormatError) as error:
+        ml.load_model(saved)
+    head, *problems = str(error.value).split("\n  ")
+    assert str(saved) in head
+    assert sorted(problems) == [
+        "missing: model.layers.2.mlp.up_proj.weight (40, 24)",
+        "missing: model.norm.weight (24,)",
+        "shape: lm_head.weight is (24, 61), the config asks for (61, 24)",
+        "shape: model.layers.1.self_attn.q_proj.weight is (24, 25), the config asks for (24, 24)",
+        "unexpected: lm_head.bias (61,)",
+        "unexpected: model.layers.4.mlp.up_proj.weight (40, 24)",
+    ]
+
+
+def test_the_rotation_table_of_old_files_is_passed_over(saved):
+    before = ml.load_model(saved)
+    change(saved, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)})
+    same_state(ml.load_model(saved), before)
+
+
+def test_a_tied_head_that_is_stored_all_the_same_is_the_embedding(tmp_path):
+    model = tiny_model("qwen2", dtype=torch.float32)
+    ml.save_model(model, tmp_path)
+    change(tmp_path, {"lm_head.weight": torch.zeros(61, 24)})
+    same_state(ml.load_model(tmp_path), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floating_point_numbers_are_refused(dtype, saved):
+    change(saved, {"model.norm.weight": torch.ones(24).to(dtype)})
+    with pytest.raises(FormatError, match=rf"model.norm.weight is {dtype}; supported are .*float32"):
+        ml.load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/../../b", "..", ""])
+def test_a_shard_outside_of_the_directory_is_never_opened(name, saved):
+    write_json(saved / INDEX, {"weight_map": {"model.norm.weight": name}})
+    with pytest.raises(FormatError, match="is not a plain file name"):
+        ml.load_model(saved)
+
+
+def test_tensors_that_their_shard_does_not_hold_are_named(saved):
+    write_json(saved / INDEX, {"weight_map": {"model.norm.bias": "model.safetensors"}})
+    with pytest.raises(FormatError, match=r"do not hold: \['model.norm.bias'\]"):
+        ml.load_model(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_that_is_missing_is_named(file, saved):
+    (saved / file).unlink()
+    with pytest.raises(FormatError, match=file):
+        ml.load_model(saved)
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    ml.save_model(tiny_model(), tmp_path, shard_bytes=SHARD)
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(FormatError, match=re.escape(second.name)):
+        ml.load_model(tmp_path)
+
+
+# --- adapters ---
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path):
+    model = tiny_model()
+    ml.attach(model, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="merge or detach adapters before saving"):
+        ml.save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    ml.detach(model)
+    ml.save_model(model, tmp_path)
+    same_state(ml.load_model(tmp_path), model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_a_merged_model_computes_the_same_after_saving_and_loading(family, tmp_path):
+    model, tokens = tiny_model(family), token_ids(0, 2, 7)
+    ml.attach(model, LoraConfig(r=2, lora_alpha=7), dtype=torch.float64)
+    randomize_adapters_(model)
+    adapted = model(tokens)
+    ml.merge(model)
+    ml.save_model(model, tmp_path)
+    assert_maths(ml.load_model(tmp_path, dtype="float64")(tokens), adapted)
+
+
+def test_a_tied_head_that_was_merged_into_is_written_untied(tmp_path):
+    model, tokens = tiny_model("qwen2"), token_ids(0, 2, 7)
+    ml.attach(model, LoraConfig(r=2, lora_alpha=7, target_modules=("lm_head",)), dtype=torch.float64)
+    randomize_adapters_(model)
+    adapted = model(tokens)
+    ml.merge(model)
+    ml.save_model(model, tmp_path)
+    loaded = ml.load_model(tmp_path, dtype="float64")
+    same_state(loaded, model)
+    assert_maths(loaded(tokens), adapted)
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    assert read_json(tmp_path / "config.json")["tie_word_embeddings"] is False
+
+
+# --- memory ---
+
+LARGE = {
+    "model_type": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+}
+MEASURE = """
+import sys
+import minilora
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+model = minilora.load_model(sys.argv[1], dtype=sys.argv[2])
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 200 MB of zeros, which no process had to hold."""
+    directory = tmp_path_factory.mktemp("large")
+    write_json(directory / "config.json", LARGE)
+    header, end = {}, 0
+    for name, parameter in checkpoint._skeleton(checkpoint.LlamaConfig.from_dict(LARGE)).named_parameters():
+        header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [end, end + parameter.nbytes]}
+        end += parameter.nbytes
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return directory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_the_memory_of_the_model_and_of_one_tensor(dtype, large):
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(large), dtype], capture_output=True, text=True, check=True, timeout=120
+    )
+    growth, size = map(int, run.stdout.split())
+    assert size > 200_000_000 * (1 if dtype == "float32" else 0.5)
+    largest = 4 * 8192 * 512
+    assert growth <= size + largest + 48_000_000

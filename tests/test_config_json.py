@@ -1,0 +1,239 @@
+"""`config.json`: old and new spellings, values that are left out, and everything that is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import ConfigError
+from minilora.model.config import FAMILIES, LlamaConfig
+from tests import models
+from tests.models import LLAMA3, SIZES, tiny_config
+
+ALL_KINDS = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "llama3": LLAMA3,
+    "longrope": {"short_factor": [1.0, 2.0, 3.0], "long_factor": [4.0, 5.0, 6.0]},
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MINIMAL = {
+    "vocab_size": 7,
+    "hidden_size": 64,
+    "intermediate_size": 10,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+}
+
+
+def read(**source):
+    return LlamaConfig.from_dict(source)
+
+
+def meaning(config):
+    """A config without the text that it was read from, and without names of keys that two spellings do not share."""
+    fields = {name: value for name, value in vars(config).items() if name not in ("source", "rope")}
+    rope = {name: value for name, value in vars(config.rope).items() if name != "scaling"}
+    numbers = {key: value for key, value in config.rope.scaling.items() if key in ALL_KINDS[config.rope.kind]}
+    return fields | rope | {"numbers": numbers}
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_rope_scaling_beside_rope_theta_means_what_rope_parameters_do(family, kind, key):
+    common, numbers = {"model_type": family, "head_dim": 6}, ALL_KINDS[kind]
+    new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77.0, **numbers})
+    old = tiny_config(**common, rope_scaling={key: kind, **numbers}, rope_theta=77.0)
+    assert meaning(new) == meaning(old)
+    assert (new.rope.kind, new.rope.theta) == (kind, 77.0)
+
+
+@pytest.mark.parametrize("old", ["su", "yarn"])
+def test_longrope_has_two_older_names_in_phi3(old):
+    assert tiny_config("phi3", rope_scaling={"type": old, **ALL_KINDS["longrope"]}).rope.kind == "longrope"
+
+
+def test_yarn_is_no_longrope_elsewhere():
+    with pytest.raises(ConfigError, match="'yarn' is not supported"):
+        tiny_config("llama", rope_scaling={"type": "yarn", "factor": 2.0})
+
+
+DEFAULTS = {
+    "llama": {"num_key_value_heads": 32, "rope.max_length": 2048},
+    "mistral": {"num_key_value_heads": 8, "rope.max_length": 131072, "windows": (4096,) * 30},
+    "qwen2": {"num_key_value_heads": 32, "rope.max_length": 32768, "qkv_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "rope.max_length": 32768, "head_dim": 128, "qk_norm": True},
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "rope.max_length": 32768,
+        "rope.theta": 2e6,
+        "tie_word_embeddings": True,
+        "rotated": (True, True, True, False) * 7 + (True, True),
+    },
+    "phi3": {
+        "num_key_value_heads": 32,
+        "rope.max_length": 4096,
+        "rope.trained_length": 4096,
+        "rms_norm_eps": 1e-5,
+        "is_fused": True,
+    },
+}
+COMMON = {
+    "head_dim": 2,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope.theta": 10_000.0,
+    "rope.kind": "default",
+    "qkv_bias": False,
+    "o_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "is_fused": False,
+    "windows": (None,) * 30,
+    "rotated": (True,) * 30,
+    "rope.max_length": 2048,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_that_is_left_out_has_the_value_of_its_family(family):
+    config = read(model_type=family, **MINIMAL)
+    found = vars(config) | {f"rope.{name}": value for name, value in vars(config.rope).items()}
+    expected = COMMON | DEFAULTS[family]
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_that_is_null_counts_as_left_out(family):
+    keys = ("num_key_value_heads", "rope_scaling", "rope_parameters", "layer_types", "no_rope_layers")
+    nulls = read(model_type=family, **MINIMAL, **dict.fromkeys(keys))
+    assert nulls.num_key_value_heads == 32  # transformers: null is as many as there are heads, in every family
+    assert meaning(nulls) == meaning(read(model_type=family, **MINIMAL, num_key_value_heads=32))
+
+
+def test_biases_are_read_where_the_family_has_them():
+    biases = {
+        family: (config.qkv_bias, config.o_bias, config.mlp_bias)
+        for family in FAMILIES
+        for config in [tiny_config(model_type=family, attention_bias=True, mlp_bias=True)]
+    }
+    assert biases == {
+        "llama": (True, True, True),
+        "mistral": (False, False, False),
+        "qwen2": (True, False, False),
+        "qwen3": (True, True, False),
+        "smollm3": (True, True, True),
+        "phi3": (False, False, False),
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
+def test_windows_are_used_where_the_config_asks_for_them(family):
+    asked = {"model_type": family, "use_sliding_window": True, "sliding_window": 3}
+    types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    assert tiny_config(**asked, layer_types=types).windows == (None, 3, 3, None)
+    assert tiny_config(**{**asked, "use_sliding_window": False}).windows == (None,) * 4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("first", [0, 1, 3, 4])
+def test_qwen_slides_from_its_first_window_layer_on(family, first):
+    asked = {"model_type": family, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": first}
+    assert tiny_config(**asked).windows == (None,) * first + (3,) * (4 - first)
+
+
+def test_smollm3_slides_where_it_does_not_rotate():
+    asked = {"use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1, 0, 0, 1, 0]}
+    config = tiny_config("smollm3", **asked)
+    assert config.rotated == (True, False, False, True)
+    assert config.windows == (None, 3, 3, None)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_smollm3_leaves_every_nth_layer_unrotated(interval):
+    expected = tuple(i % interval != 0 for i in range(1, 5))
+    assert tiny_config("smollm3", no_rope_layer_interval=interval).rotated == expected
+
+
+@pytest.mark.parametrize("key", ["partial_rotary_factor", "rope_parameters"])
+def test_a_part_of_each_head_is_rotated(key):
+    value = 0.34 if key == "partial_rotary_factor" else {"rope_type": "default", "partial_rotary_factor": 0.34}
+    assert tiny_config("phi3", **{key: value}).rope.width == 2
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("family", ["gpt2", None, "Llama", ["llama"]])
+def test_another_model_type_is_refused_with_those_that_are_supported(family):
+    with pytest.raises(ConfigError, match=r"llama.*mistral.*phi3.*qwen2.*qwen3.*smollm3"):
+        read(model_type=family, **MINIMAL)
+
+
+def test_every_key_that_cannot_work_is_named_in_one_message():
+    bad = {
+        **dict.fromkeys(REQUIRED, 0),
+        "num_key_value_heads": -2,
+        "head_dim": 2.5,
+        "max_position_embeddings": "long",
+        "sliding_window": True,
+        "rms_norm_eps": 0.0,
+        "rope_theta": "large",
+        "hidden_act": "gelu",
+        "quantization_config": {"bits": 4},
+    }
+    with pytest.raises(ConfigError) as error:
+        read(model_type="llama", **bad)
+    assert [key for key in bad if f"\n  {key}: " not in str(error.value)] == []
+    assert str(error.value).count("\n") == len(bad)
+
+
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_a_size_that_is_missing_is_named(missing):
+    with pytest.raises(ConfigError, match=f"{missing}: found None"):
+        LlamaConfig.from_dict({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != missing}})
+
+
+@pytest.mark.parametrize("act", ["silu", "swish"])
+def test_silu_has_two_names(act):
+    assert tiny_config("llama", hidden_act=act)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries; the model has 4 layers"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types has 1 entries; the model has 4 layers",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**{"model_type": "llama", **changes})
+
+
+numbers = st.none() | st.booleans() | st.integers(-2, 9) | st.floats(allow_nan=True) | st.text("ab", max_size=2)
+values = st.recursive(
+    numbers, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("ab"), inner), max_leaves=4
+)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.sampled_from(list(models.FAMILIES)), values, st.booleans())
+def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is_nested):
+    source = {**SIZES, "rms_norm_eps": 1e-5, "rope_theta": 10.0, "layer_types": None, **models.FAMILIES[family]}
+    rope = source.pop("rope_scaling", None) or source.pop("rope_parameters", None) or {"rope_type": "default"}
+    rope = dict(rope)
+    key = data.draw(st.sampled_from(sorted({*(rope if is_nested else source), "partial_rotary_factor", "rope_theta"})))
+    (rope if is_nested else source)[key] = value
+    refusal = key
+    try:
+        LlamaConfig.from_dict({"rope_parameters": rope} | source).rope.table(20, torch.device("cpu"))
+    except ConfigError as error:
+        refusal = str(error).replace("rope type", "type")
+    assert key.removeprefix("rope_") in refusal

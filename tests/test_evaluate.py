@@ -1,0 +1,172 @@
+import random
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.model.ops import IGNORE_INDEX
+from minilora.train import evaluate
+from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from tests.models import seeds, tiny_model
+from tests.test_data import write_tokenizer
+from tests.test_loop import adapted, number, plain_loss, random_rows
+from tests.tolerance import assert_maths
+
+few = settings(max_examples=12)
+families = st.sampled_from(["llama", "qwen2", "phi3", "smollm3-window"])
+budgets = st.sampled_from([1, 7, 30, 4096])
+tokens = st.integers(1, 3)  # few of them, so that choices begin and end alike
+CLOSING = (60, 59)
+
+
+def row(prompt, answer):
+    return ml.Example([*prompt, *answer], [IGNORE_INDEX] * len(prompt) + list(answer))
+
+
+def measured(budget, function, *args):
+    """The result with so many tokens in a forward pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "EVAL_TOKENS", budget)
+        return function(*args)
+
+
+# --- held-out loss ---
+
+
+@few
+@given(families, seeds, budgets)
+def test_the_held_out_loss_is_the_mean_over_labelled_tokens_in_whatever_groups(family, seed, budget):
+    model, rows = tiny_model(family), random_rows(seed, 6)
+    assert_maths(number(measured(budget, held_out_loss, model, rows)), plain_loss(model, rows))
+
+
+def test_evaluation_knows_no_dropout():
+    model, rows = adapted(lora_dropout=0.5).train(), random_rows(1, 4)
+    assert_maths(number(held_out_loss(model, rows)), plain_loss(adapted(), rows))
+
+
+# --- choices ---
+
+
+def is_nested(answers):
+    return any(a != b and b[: len(a)] == a for a in answers for b in answers)
+
+
+def compared(choices):
+    """The choices without what they all end in, but not so short that one begins another."""
+    endings = [k for k in range(min(map(len, choices))) if len({choice[len(choice) - k :] for choice in choices}) == 1]
+    fitting = [k for k in endings if not is_nested([choice[: len(choice) - k] for choice in choices])]
+    return [choice[: len(choice) - max(fitting, default=0)] for choice in choices]
+
+
+def plain_accuracy(model, rows, choices):
+    """Each choice after each prompt by itself, from full logits."""
+    correct = 0
+    for each in rows:
+        scores = []
+        for answer in compared(choices):
+            logs = model(torch.tensor([[*each.prompt, *answer]]))[0].log_softmax(-1)
+            first = len(each.prompt) - 1
+            scores.append(sum(logs[first + i, token].item() for i, token in enumerate(answer)))
+        correct += choices[scores.index(max(scores))] == each.answer
+    return correct / len(rows)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), min_size=2, max_size=6, unique=True),
+    st.integers(0, 2),
+    seeds,
+    budgets,
+)
+@example([(1,), (2,), (3,)], 1, 0, 30)  # one token: the prompt alone is run
+@example([(1, 2), (1, 3), (2, 1)], 2, 0, 7)  # stems are shared
+@example([(1, 2, 3), (2, 3), (3, 1, 3)], 0, 0, 4096)  # endings are shared
+@example([(1,), (1, 2), (1, 2, 3)], 1, 0, 4096)  # one begins another: their closing tokens decide
+def test_the_chosen_answer_is_the_likeliest_of_the_choices_computed_one_by_one(answers, closing, seed, budget):
+    choices = [(*answer, *CLOSING[:closing]) for answer in answers]
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(61) for _ in range(draw.randint(1, 5))] for _ in range(8)]
+    rows = [row(prompt, draw.choice([*choices, (7, 7)])) for prompt in prompts]  # (7, 7) is no choice: always wrong
+    model = tiny_model()
+    assert measured(budget, choice_accuracy, model, rows, choices) == plain_accuracy(model, rows, choices)
+
+
+def test_a_model_that_knows_the_answers_chooses_them_all():
+    model, choices = tiny_model(), [(1, 2, 60), (1, 3, 60), (2, 2, 60), (2, 60)]
+    prompts = [[token] for token in range(40)]
+    best = [
+        next(choice for choice in choices if choice_accuracy(model, [row(prompt, choice)], choices) == 1)
+        for prompt in prompts
+    ]
+    assert len(set(best)) > 1
+    assert choice_accuracy(model, [row(p, answer) for p, answer in zip(prompts, best, strict=True)], choices) == 1
+
+
+@given(st.integers(1, 70), st.integers(1, 5), seeds)
+@example(64, 4, 0)
+@example(65, 4, 0)
+@example(2, 4, 0)
+@example(1, 5, 0)
+def test_answers_are_choices_if_there_are_2_to_64_and_each_comes_4_times_on_average(distinct, times, seed):
+    answers = [(3, i, 60) for i in range(distinct)]
+    rows = [row([i], answer) for i, answer in enumerate(answers * times)]
+    random.Random(seed).shuffle(rows)
+    assert find_choices(rows) == (answers if 2 <= distinct <= 64 and times >= 4 else None)
+
+
+def test_the_average_counts_and_not_the_rarest_answer():
+    rows = [row([1], (2,))] * 7 + [row([1], (3,))]
+    assert find_choices(rows) == [(2,), (3,)]
+    assert find_choices(rows[1:]) is None
+
+
+def test_where_a_row_has_no_prompt_there_is_nothing_to_choose_by():
+    rows = [row([1], (2, 4)), row([1], (3, 4))] * 4
+    assert find_choices(rows)
+    assert find_choices([*rows, row([], (2, 4))]) is None
+
+
+# --- exact match ---
+
+
+def greedy(model, prompt, stop, limit):
+    """The likeliest token again and again, from full logits."""
+    written = []
+    while len(written) < limit:
+        token = model(torch.tensor([[*prompt, *written]]))[0, -1].argmax().item()
+        if token in stop:
+            break
+        written.append(token)
+    return written
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@few
+@given(seeds)
+def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed):
+    model, draw = tiny_model(vocab_size=400), random.Random(seed)
+    prompts = [[draw.randrange(4, 400) for _ in range(3)] for _ in range(4)]
+    free = greedy(model, prompts[0], (), 6)
+    ends = [i for i, token in enumerate(free) if i and token not in free[:i] and tokenizer.decode(free[:i]).strip()]
+    assume(ends)
+    tokenizer.stop_ids = {free[ends[0]]}
+    answers = [greedy(model, prompt, tokenizer.stop_ids, 4) or [5] for prompt in prompts]
+    answers[1] = [*answers[1][:-1], 399 - answers[1][-1]]
+    space = tokenizer.encode(" ")
+    rows = [row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    rows.append(row(prompts[0], [*space, *answers[0], *space]))  # white space at the ends does not count
+    right = [
+        tokenizer.decode(greedy(model, r.prompt, tokenizer.stop_ids, len(r.answer) + 1)).strip()
+        == tokenizer.decode(r.answer).strip()
+        for r in rows
+    ]
+    assert right[0]
+    assert right[-1]
+    assert exact_match(model, rows, tokenizer) == sum(right) / len(rows)

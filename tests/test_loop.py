@@ -1,0 +1,424 @@
+import math
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.lora.attach import adapter_layers
+from minilora.model.ops import IGNORE_INDEX
+from minilora.train.evaluate import held_out_loss
+from minilora.train.loop import learning_rate
+from tests.models import FAMILIES, randomize_adapters_, seeds, tiny_model
+from tests.tolerance import MATHS, assert_maths, relative
+
+families = st.sampled_from(sorted(FAMILIES))
+few = settings(max_examples=8)
+
+
+def random_rows(seed, count, vocabulary=61):
+    """Rows of random tokens whose answers are of very different lengths, some tokens in between not learned."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        prompt, answer = draw.randint(1, 5), draw.choice([1, 2, 9])
+        tokens = [draw.randrange(vocabulary) for _ in range(prompt + answer)]
+        is_learned = [False] * prompt + [draw.random() < 0.8 for _ in range(answer - 1)] + [True]
+        labels = [t if here else IGNORE_INDEX for t, here in zip(tokens, is_learned, strict=True)]
+        rows.append(ml.Example(tokens, labels, f"rows.jsonl:{i + 1}"))
+    return rows
+
+
+def adapted(family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", **config):
+    """A tiny model with an adapter in the same dtype."""
+    model = tiny_model(family, dtype=dtype)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}), name=name, seed=seed, dtype=dtype)
+    if not is_fresh:
+        randomize_adapters_(model, seed)
+    return model
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in trained(model).values()])
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in trained(model).values()])
+
+
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def plain_loss(model, rows):
+    """The mean over all labelled tokens of all rows of -log p, from full logits, one row at a time."""
+    losses = []
+    for row in rows:
+        logs = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
+        losses += [-logs[i - 1, label] for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
+    return sum(losses) / len(losses)
+
+
+def plain_gradients(model, rows):
+    model.zero_grad()
+    plain_loss(model, rows).backward()
+    return gradients(model)
+
+
+def one_step(model, rows, **config):
+    """Run one step over all rows; its record. The gradients stay in the model."""
+    records = []
+    ml.train(model, rows, ml.TrainConfig(**{"max_steps": 1, "max_grad_norm": 0, **config}), records.append)
+    return records[0]
+
+
+# --- law 8: the loss is a sum over labelled tokens divided by their number ---
+
+
+def assert_same_gradient(actual, expected):
+    assert (used := relative(actual, expected, MATHS / 10)) <= 1, f"{used:.3g} times the allowed error"
+
+
+@settings(max_examples=20)
+@given(families, seeds)
+def test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mean_over_labelled_tokens(family, seed):
+    rows = random_rows(seed, 8)
+    expected = plain_gradients(adapted(family), rows)
+    for batch_size, accumulation in ((8, 1), (1, 8), (2, 4), (3, 3)):
+        model = adapted(family)
+        one_step(model, rows, batch_size=batch_size, gradient_accumulation_steps=accumulation, seed=seed)
+        assert_same_gradient(gradients(model), expected)
+
+
+@few
+@given(seeds, st.integers(1, 80))
+def test_rows_packed_by_any_budget_of_tokens_give_the_same_gradient(seed, budget):
+    rows, model = random_rows(seed, 8), adapted()
+    one_step(model, rows, batch_tokens=budget, gradient_accumulation_steps=8)
+    assert_same_gradient(gradients(model), plain_gradients(adapted(), rows))
+
+
+@few
+@given(seeds, st.sampled_from([1, 3, 8]))
+def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(seed, batch_size):
+    rows = random_rows(seed, 8)
+    loss = one_step(adapted(), rows, batch_size=batch_size, gradient_accumulation_steps=8)["loss"]
+    assert_maths(number(loss), plain_loss(adapted(), rows))
+
+
+def test_a_fresh_adapter_begins_with_the_loss_of_the_base():
+    rows = random_rows(1, 5)
+    loss = one_step(adapted(is_fresh=True), rows, batch_size=5)["loss"]
+    assert_maths(number(loss), plain_loss(tiny_model(), rows))
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_computing_again_changes_no_bit_of_the_gradient(recompute):
+    rows, kept, again = random_rows(2, 5), adapted(dtype=torch.float32), adapted(dtype=torch.float32)
+    one_step(kept, rows)
+    one_step(again, rows, recompute=recompute)
+    assert torch.equal(gradients(kept), gradients(again))
+
+
+# --- the step ---
+
+
+def warmup_of(warmup, total):
+    """As flags give it: a number of steps, or hundredths of all."""
+    return (warmup, warmup) if isinstance(warmup, int) else (float(warmup), math.ceil(warmup * total))
+
+
+@given(
+    st.integers(1, 200),
+    st.integers(1, 30) | st.integers(0, 99).map(lambda hundredths: Fraction(hundredths, 100)),
+    st.sampled_from(["cosine", "linear", "constant"]),
+)
+@example(100, Fraction(7, 100), "linear")  # 0.07 * 100 is more than 7
+def test_the_learning_rate_rises_linearly_and_falls_as_its_scheduler_says(total, warmup, scheduler):
+    given_warmup, steps = warmup_of(warmup, total)
+    config = ml.TrainConfig(learning_rate=0.5, warmup_steps=given_warmup, lr_scheduler=scheduler)
+    found = number([learning_rate(step, total, config) for step in range(total)])
+    x = (torch.arange(total, dtype=torch.float64) - steps) / max(1, total - steps)
+    fall = {"cosine": torch.cos(x * math.pi / 2) ** 2, "linear": 1 - x, "constant": torch.ones_like(x)}[scheduler]
+    rise = (torch.arange(total, dtype=torch.float64) + 1) / max(1, steps)
+    expected = 0.5 * torch.where(torch.arange(total) < steps, rise, fall)
+    assert_maths(found, expected)
+    assert (found > 0).all()
+
+
+@few
+@given(seeds, st.sampled_from([1e-3, 0.1, 1e3]))
+def test_a_gradient_longer_than_the_limit_is_cut_to_it_and_its_own_norm_is_reported(seed, limit):
+    rows, free, clipped = random_rows(seed, 4), adapted(), adapted()
+    norm = one_step(free, rows)["grad_norm"]
+    assert_maths(number(norm), gradients(free).norm())
+    assert one_step(clipped, rows, max_grad_norm=limit)["grad_norm"] == norm
+    assert_maths(gradients(clipped), gradients(free) * min(1, limit / (norm + 1e-6)))  # PyTorch adds 1e-6
+
+
+def test_the_weights_follow_adamw_written_out():
+    rows, model = random_rows(3, 8), adapted()
+    config = ml.TrainConfig(learning_rate=0.01, weight_decay=0.1, batch_size=2, epochs=2, warmup_steps=2)
+    state = {"w": weights(model), "m": 0, "v": 0}
+
+    def check(record):
+        k, g, rate = record["step"], gradients(model), learning_rate(record["step"] - 1, 8, config)
+        state["m"] = 0.9 * state["m"] + 0.1 * g
+        state["v"] = 0.999 * state["v"] + 0.001 * g**2
+        m, v = state["m"] / (1 - 0.9**k), state["v"] / (1 - 0.999**k)
+        state["w"] = state["w"] - rate * (m / (v.sqrt() + 1e-8) + 0.1 * state["w"])
+        assert record["learning_rate"] == rate
+        assert_maths(weights(model), state["w"])
+
+    assert ml.train(model, rows, config, check).steps == 8
+
+
+def test_a_step_counts_its_real_tokens_labelled_or_not():
+    rows, records = random_rows(4, 7), []
+    result = ml.train(adapted(), rows, ml.TrainConfig(batch_size=2, epochs=2), records.append)
+    assert sum(record["tokens"] for record in records) == result.tokens == 2 * sum(len(row.tokens) for row in rows)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert {record["total_steps"] for record in records} == {result.steps} == {result.total_steps} == {8}
+
+
+# --- what a run changes ---
+
+
+@few
+@given(seeds, st.booleans())
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(seed, has_dropout):
+    rows = random_rows(5, 6)
+
+    def run(seed):
+        model = adapted(dtype=torch.float32, lora_dropout=0.3 * has_dropout)
+        ml.train(model, rows, ml.TrainConfig(seed=seed, batch_size=2))
+        return weights(model)
+
+    assert torch.equal(run(seed), run(seed))
+    assert not torch.equal(run(seed), run(seed + 1))
+
+
+@few
+@given(families, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter(family, dtype):
+    model = tiny_model(family, dtype=dtype)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ml.train(model, random_rows(6, 6), ml.TrainConfig(learning_rate=0.01, weight_decay=0.1, batch_size=2))
+    for name, parameter in model.named_parameters():
+        is_adapter = "lora_" in name
+        assert torch.equal(parameter, before[name]) != is_adapter, name
+        assert (parameter.grad is not None) == is_adapter, name
+
+
+def test_an_adapter_that_is_not_trained_keeps_every_bit():
+    model = adapted(name="first")
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=6), name="second", dtype=torch.float64)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "first" in name}
+    ml.train(model, random_rows(7, 4))
+    assert before
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
+
+
+def test_a_run_prints_nothing_and_leaves_the_model_ready_for_use(capfd):
+    model = adapted(lora_dropout=0.5)
+    ml.train(model, random_rows(8, 4))
+    assert not any(module.training for module in model.modules())
+    assert capfd.readouterr() == ("", "")
+
+
+# --- dropout ---
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_dropout_draws_the_same_masks_when_layers_are_computed_again(recompute):
+    rows = random_rows(9, 6)
+    kept, again, without = (adapted(dtype=torch.float32, lora_dropout=p) for p in (0.4, 0.4, 0))
+    config = {"batch_size": 2, "learning_rate": 0.01}
+    ml.train(kept, rows, ml.TrainConfig(**config))
+    ml.train(again, rows, ml.TrainConfig(**config, recompute=recompute))
+    ml.train(without, rows, ml.TrainConfig(**config))
+    assert torch.equal(weights(kept), weights(again))
+    assert not torch.equal(weights(kept), weights(without))
+
+
+def test_dropout_neither_reads_nor_moves_a_global_random_state():
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    def run(seed):
+        model, rows = adapted(dtype=torch.float32, lora_dropout=0.4), random_rows(10, 4)
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
+        before = state()
+        ml.train(model, rows, ml.TrainConfig(batch_size=2))
+        assert state() == before
+        return weights(model)
+
+    assert torch.equal(run(1), run(2))
+
+
+def test_seed_step_layer_and_adapter_each_have_a_mask_of_their_own():
+    model = adapted(lora_dropout=0.5, name="a")
+    ml.attach(model, ml.LoraConfig(lora_dropout=0.5), name="b")
+    model.train()
+    q, k = (adapter_layers(model)[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+
+    def mask(seed=1, step=2, layer=q, name="a"):
+        ml.set_dropout_step(model, seed, step)
+        return layer.dropped(torch.ones(5, 24), name).flatten().tolist()
+
+    assert mask() == mask()
+    assert set(mask()) == {0.0, 2.0}
+    assert len({tuple(m) for m in (mask(), mask(seed=2), mask(step=3), mask(layer=k), mask(name="b"))}) == 5
+
+
+@few
+@given(st.integers(1, 3), seeds)
+def test_no_two_micro_batches_of_a_run_share_a_mask(accumulation, seed):
+    model = adapted(lora_dropout=0.5)
+    keys = []
+    layer = next(iter(adapter_layers(model).values()))
+    layer.register_forward_pre_hook(lambda module, inputs: keys.append(module.dropout_key))
+    config = ml.TrainConfig(batch_size=2, gradient_accumulation_steps=accumulation, epochs=2, seed=seed)
+    ml.train(model, random_rows(11, 7), config)
+    assert len(keys) == len(set(keys)) == 8
+
+
+# --- stopping ---
+
+
+def stop_after(step):
+    return lambda record: record["step"] == step
+
+
+@given(st.integers(1, 4))
+def test_a_run_stops_after_the_step_whose_callback_says_so(step):
+    model, whole, rows = adapted(), adapted(), random_rows(12, 4)
+    config = ml.TrainConfig(batch_size=1)
+    result = ml.train(model, rows, config, stop_after(step))
+    assert (result.steps, result.total_steps, result.finished) == (step, 4, step == 4)
+    after = []
+    ml.train(whole, rows, config, lambda record: after.append(weights(whole)))
+    assert torch.equal(weights(model), after[step - 1])
+
+
+def test_a_callback_that_returns_something_false_stops_nothing():
+    assert ml.train(adapted(), random_rows(12, 4), ml.TrainConfig(batch_size=1), lambda record: None).finished
+
+
+def break_loss(model):
+    model.model.layers[2].mlp.up_proj.base.weight.data[1, 1] = math.nan
+    return "first bad: output of model.layers.2.mlp.up_proj.base"
+
+
+def break_weight(model):
+    model.model.layers[1].self_attn.q_proj.lora_A["default"].data[1, 1] = math.inf
+    return "first bad: output of model.layers.1.self_attn.q_proj;"
+
+
+def break_embedding(model):
+    model.model.embed_tokens.weight.data[:] = math.inf
+    return "first bad: output of model.embed_tokens;"
+
+
+def break_gradient(model, value=math.nan):
+    factor = model.model.layers[1].self_attn.v_proj.lora_B["default"]
+    factor.register_hook(lambda gradient: gradient * value)
+    return "first bad: gradient of model.layers.1.self_attn.v_proj.lora_B.default;"
+
+
+def break_gradient_by_infinity(model):
+    return break_gradient(model, math.inf)
+
+
+BREAKS = [break_loss, break_weight, break_embedding, break_gradient, break_gradient_by_infinity]
+
+
+@pytest.mark.parametrize("limit", [0, 1.0])
+@pytest.mark.parametrize("break_", BREAKS)
+def test_a_number_that_is_not_finite_stops_the_run_with_step_rows_and_place_and_the_weights_of_before(break_, limit):
+    rows, model = random_rows(13, 6), adapted()
+    kept = {}
+
+    def break_after_two_steps(record):
+        if record["step"] == 2:
+            kept["phrase"] = break_(model)
+            kept["weights"] = weights(model)
+
+    config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, max_grad_norm=limit)
+    with pytest.raises(ml.TrainingError) as error:
+        ml.train(model, rows, config, break_after_two_steps)
+    assert str(error.value).startswith("step 3: ")
+    assert kept["phrase"] in str(error.value)
+    named = [row.source for row in rows if f"{row.source}," in str(error.value) or f"{row.source}." in str(error.value)]
+    assert len(named) == 2
+    assert torch.equal(weights(model).nan_to_num(), kept["weights"].nan_to_num())
+
+
+@pytest.mark.parametrize("labels", [[IGNORE_INDEX] * 3, [1, IGNORE_INDEX, IGNORE_INDEX]])
+def test_an_example_without_a_label_is_refused_by_its_source(labels):
+    rows = [*random_rows(14, 2), ml.Example([1, 2, 3], labels, "rows.jsonl:3")]  # the first token is never predicted
+    with pytest.raises(ml.DataError, match=r"1 of 3 examples have no label, the first is 'rows.jsonl:3'"):
+        ml.train(adapted(), rows)
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(ml.DataError, match="no examples"):
+        ml.train(adapted(), [])
+
+
+def test_a_model_without_a_trainable_adapter_is_refused():
+    with pytest.raises(ml.TrainingError, match="attach one first"):
+        ml.train(tiny_model(), random_rows(14, 2))
+
+
+# --- evaluation on the way ---
+
+
+def test_held_out_rows_are_evaluated_every_so_many_steps_and_change_nothing():
+    rows, held_out = random_rows(15, 7), random_rows(16, 3)
+    config = ml.TrainConfig(batch_size=1, eval_steps=3)
+    model, alone, records = adapted(lora_dropout=0.4), adapted(lora_dropout=0.4), []
+    ml.train(alone, rows, config)
+
+    def check(record):
+        records.append(record)
+        if "eval_loss" in record:
+            assert record["eval_loss"] == held_out_loss(model, held_out)
+
+    ml.train(model, rows, config, check, held_out)
+    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6]
+    assert torch.equal(weights(model), weights(alone))
+
+
+# --- the configuration ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, 0)
+            for name in ("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_length", "max_steps")
+        ),
+        *((name, 0) for name in ("eval_steps", "save_steps", "save_total_limit", "logging_steps")),
+        *((name, -1) for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_split", "seed")),
+        *((name, value) for name in ("learning_rate", "epochs") for value in (0, -1.0, math.inf, math.nan)),
+        ("eval_split", 1),
+        *((name, "other") for name in ("lr_scheduler", "train_on", "recompute")),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named_with_its_value_and_so_is_every_other_one(name, value):
+    other = "max_length" if name != "max_length" else "batch_size"
+    with pytest.raises(ml.ConfigError) as error:
+        ml.TrainConfig(**{name: value, other: -5})
+    assert f"{name} is {value!r}" in str(error.value)
+    assert f"{other} is -5" in str(error.value)

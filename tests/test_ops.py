@@ -1,0 +1,397 @@
+"""The operations: each against its oracle, gradients, precision, and the shapes that the docstrings state."""
+
+import inspect
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from minilora import LoraConfig
+from minilora.lora import functional
+from minilora.lora.layers import LoRALinear
+from minilora.model import ops
+from minilora.model.ops import IGNORE_INDEX
+from minilora.testing import reference
+from tests.models import document_lengths, fill_, randn, seeds, sizes, tiny_model, token_ids
+from tests.tolerance import assert_maths, assert_precision
+
+LOW = st.sampled_from([torch.float32, torch.bfloat16])
+EPS = 1e-6
+windows = st.none() | st.integers(1, 6)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Nine rows are more than one chunk."""
+    monkeypatch.setattr(ops, "HEAD_CHUNK", 3)
+
+
+def wide(tensor):
+    return tensor.detach().double().numpy()
+
+
+# --- norm, activation, rotation ---
+
+
+@given(seeds, sizes, sizes, sizes, st.sampled_from([1e-6, 0.5]))
+def test_rms_norm_equals_the_loops(seed, n, heads, width, eps):
+    x, weight = randn(seed, n, heads, width), randn(seed + 1, width)
+    assert_maths(ops.rms_norm(x, weight, eps), reference.rms_norm(wide(x), wide(weight), eps))
+
+
+def test_rms_norm_of_zeros_is_zero():
+    assert torch.equal(ops.rms_norm(torch.zeros(2, 3), torch.ones(3), EPS), torch.zeros(2, 3))
+
+
+@given(seeds, sizes, sizes)
+def test_swiglu_equals_the_loops(seed, n, width):
+    gate, up = 4 * randn(seed, n, width), randn(seed + 1, n, width)
+    assert_maths(ops.swiglu(gate, up), reference.swiglu(wide(gate), wide(up)))
+
+
+@st.composite
+def rotations(draw, dtype=torch.float64):
+    """x of N tokens, H heads and R + rest coordinates, and a rotation of R of them."""
+    seed, n, heads, half, rest = draw(seeds), draw(sizes), draw(sizes), draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    angles = 3 * randn(seed + 1, n, half)
+    return [part.to(dtype) for part in (randn(seed, n, heads, 2 * half + rest), angles.cos(), angles.sin())]
+
+
+@given(rotations())
+def test_rotate_is_a_product_of_complex_numbers(case):
+    assert_maths(ops.rotate(*case), reference.rotate(*map(wide, case)))
+
+
+@given(rotations())
+def test_rotate_by_the_opposite_angle_undoes_it(case):
+    x, cos, sin = case
+    assert_maths(ops.rotate(ops.rotate(x, cos, sin), cos, -sin), x)
+
+
+# --- attention ---
+
+
+@st.composite
+def attention_inputs(draw, longest=9):
+    """q, k, v, lengths and key_lengths of several documents, some of which have keys in a cache."""
+    seed, kv_heads, group = draw(seeds), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))
+    key_lengths = [n + draw(st.integers(0, 4)) for n in lengths]
+    q = randn(seed, sum(lengths), kv_heads * group, 3)
+    k, v = (randn(seed + i, sum(key_lengths), kv_heads, 3) for i in (1, 2))
+    return q, k, v, lengths, key_lengths
+
+
+@given(attention_inputs(), windows)
+def test_attention_equals_the_loops(case, window):
+    q, k, v, lengths, key_lengths = case
+    expected = reference.causal_attention(wide(q), wide(k), wide(v), lengths, key_lengths, window)
+    assert_maths(ops.causal_attention(q, k, v, lengths, key_lengths, window), expected)
+
+
+@given(attention_inputs())
+def test_a_window_as_long_as_the_document_changes_nothing(case):
+    *_, key_lengths = case
+    assert_maths(ops.causal_attention(*case, window=max(key_lengths)), ops.causal_attention(*case))
+
+
+# --- cross entropy from hidden states ---
+
+
+def make_head(kind, seed, D, V):
+    """A head of each kind that may be trained, and one that is not."""
+    head = nn.Linear(D, V, bias=kind in ("bias", "adapted")).double()
+    fill_(head, seed)
+    if kind in ("frozen", "adapted"):
+        head.requires_grad_(False)
+    if kind != "adapted":
+        return head
+    adapted = LoRALinear(head, "lm_head")
+    adapted.add("default", LoraConfig(r=2, lora_alpha=7), randn(seed + 1, 2, D), randn(seed + 2, V, 2))
+    adapted.active = ("default",)
+    return adapted
+
+
+@st.composite
+def heads(draw):
+    """Hidden states of up to 9 tokens, about a third of them without a label, and a head."""
+    seed, n, D, V = draw(seeds), draw(sizes), draw(sizes), draw(st.integers(2, 9))
+    labels = token_ids(seed, n, high=V).masked_fill(token_ids(seed + 1, n, high=3) == 0, IGNORE_INDEX)
+    head = make_head(draw(st.sampled_from(["plain", "bias", "frozen", "adapted"])), seed + 3, D, V)
+    return randn(seed + 2, n, D).requires_grad_(), labels, head
+
+
+def full_cross_entropy(hidden, labels, head):
+    return F.cross_entropy(head(hidden), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+@given(heads())
+def test_cross_entropy_equals_the_loops_over_full_logits(case):
+    hidden, labels, head = case
+    logits = head(hidden)
+    assert_maths(ops.cross_entropy(*case), reference.cross_entropy(wide(logits), labels))
+
+
+@given(seeds, sizes, sizes, st.integers(2, 9))
+def test_cross_entropy_of_a_plain_head_equals_that_of_its_weight(seed, n, D, V):
+    hidden, labels, head = randn(seed, n, D), token_ids(seed, n, high=V), make_head("bias", seed + 1, D, V)
+    expected = reference.head_cross_entropy(wide(hidden), labels, wide(head.weight), wide(head.bias))
+    assert_maths(ops.cross_entropy(hidden, labels, head), expected)
+
+
+@given(heads(), st.sampled_from([0.25, 7.0]))
+def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(case, upstream):
+    hidden, _, head = case
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    ours = torch.autograd.grad(upstream * ops.cross_entropy(*case), inputs)
+    full = torch.autograd.grad(upstream * full_cross_entropy(*case), inputs)
+    for our, expected in zip(ours, full, strict=True):
+        assert_maths(our, expected)
+
+
+@given(seeds, document_lengths)
+def test_cross_entropy_gives_a_tied_head_the_gradient_of_both_its_uses(seed, lengths):
+    model, n = tiny_model("qwen2", seed), sum(lengths)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokens, labels = token_ids(seed, n), token_ids(seed + 1, n)
+    ours, full = (
+        torch.autograd.grad(loss(model.model(tokens, lengths), labels, model.lm_head), list(model.parameters()))
+        for loss in (ops.cross_entropy, full_cross_entropy)
+    )
+    for our, expected in zip(ours, full, strict=True):
+        assert_maths(our, expected)
+
+
+@given(heads())
+def test_cross_entropy_of_a_frozen_hidden_still_trains_the_head(case):
+    hidden, labels, head = case
+    trained = [p for p in head.parameters() if p.requires_grad]
+    assume(trained)
+    ours = torch.autograd.grad(ops.cross_entropy(hidden.detach(), labels, head), trained)
+    for our, expected in zip(ours, torch.autograd.grad(full_cross_entropy(*case), trained), strict=True):
+        assert_maths(our, expected)
+
+
+def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_without_gradient():
+    hidden, labels, head = randn(0, 5, 4).requires_grad_(), token_ids(0, 5, high=3), make_head("adapted", 1, 4, 3)
+    head.active = ()
+    ops.cross_entropy(hidden, labels, head).backward()
+    assert not any(p.grad is not None and p.grad.any() for p in head.parameters())
+    assert_maths(hidden.grad, torch.autograd.grad(full_cross_entropy(hidden, labels, head), hidden)[0])
+
+
+@pytest.mark.parametrize("kind", ["plain", "frozen", "adapted"])
+def test_cross_entropy_without_labels_is_zero_and_so_are_its_gradients(kind):
+    hidden, head = randn(0, 5, 4).requires_grad_(), make_head(kind, 1, 4, 3)
+    loss = ops.cross_entropy(hidden, torch.full((5,), IGNORE_INDEX), head)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(hidden.grad, torch.zeros(5, 4).double())
+    assert not any(p.grad.any() for p in head.parameters() if p.requires_grad)
+
+
+@given(heads())
+def test_cross_entropy_without_gradients_is_the_same_number(case):
+    with torch.no_grad():
+        loss = ops.cross_entropy(*case)
+    assert not loss.requires_grad
+    assert torch.equal(loss, ops.cross_entropy(*case))
+
+
+@given(heads(), st.booleans())
+def test_the_head_sees_labelled_rows_only_and_a_chunk_at_a_time(case, grad):
+    hidden, labels, head = case
+    rows = []
+    handle = head.register_forward_hook(lambda _, args, output: rows.append(output[..., 0].numel()))
+    with torch.set_grad_enabled(grad):
+        ops.cross_entropy(hidden, labels, head)
+    handle.remove()
+    assert sum(rows) == (labels != IGNORE_INDEX).sum()
+    assert max(rows) <= 3
+
+
+@given(heads(), st.booleans())
+def test_what_is_kept_for_the_backward_pass_is_as_large_as_hidden_and_head(case, is_frozen):
+    hidden, labels, head = case
+    trained = [p for p in head.parameters() if p.requires_grad]
+    assume(trained or not is_frozen)
+    loss = ops.cross_entropy(hidden.detach() if is_frozen else hidden, labels, head)
+    kept = sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors)
+    assert kept == hidden[labels != IGNORE_INDEX].numel() + sum(p.numel() for p in trained)
+
+
+# --- gradients and precision ---
+
+
+@given(seeds, sizes, sizes)
+def test_rms_norm_and_swiglu_have_the_gradients_of_finite_differences(seed, n, width):
+    x, y = randn(seed, n, width).requires_grad_(), randn(seed + 1, n, width).requires_grad_()
+    weight = randn(seed + 2, width).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: ops.rms_norm(*args, 0.1), (x, weight))
+    assert torch.autograd.gradcheck(ops.swiglu, (x, y))
+
+
+@given(rotations())
+def test_rotate_has_the_gradients_of_finite_differences(case):
+    assert torch.autograd.gradcheck(ops.rotate, [part.requires_grad_() for part in case])
+
+
+@given(attention_inputs(longest=3), windows)
+def test_attention_has_the_gradients_of_finite_differences(case, window):
+    *parts, lengths, key_lengths = case
+    leaves = [part.requires_grad_() for part in parts]
+    assert torch.autograd.gradcheck(lambda *qkv: ops.causal_attention(*qkv, lengths, key_lengths, window), leaves)
+
+
+@given(heads())
+def test_cross_entropy_has_the_gradient_of_finite_differences(case):
+    hidden, labels, head = case
+    assert torch.autograd.gradcheck(lambda rows: ops.cross_entropy(rows, labels, head), (hidden,))
+
+
+@given(seeds, LOW)
+def test_rms_norm_is_as_precise_as_plain_pytorch(seed, dtype):
+    x, weight = randn(seed, 9, 33, dtype=dtype), randn(seed + 1, 33, dtype=dtype)
+    plain = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+    assert_precision(ops.rms_norm(x, weight, EPS), plain, reference.rms_norm(wide(x), wide(weight), EPS))
+
+
+@given(seeds, LOW)
+def test_rms_norm_takes_its_mean_in_float32_and_rounds_before_the_weight(seed, dtype):
+    x, weight = randn(seed, 9, 33, dtype=dtype), randn(seed + 1, 33, dtype=dtype)
+    rounded = ops.rms_norm(x.float(), torch.ones(33), EPS).to(dtype)
+    assert torch.equal(ops.rms_norm(x, weight, EPS), weight * rounded)
+
+
+@given(seeds, LOW)
+def test_swiglu_is_as_precise_as_plain_pytorch(seed, dtype):
+    gate, up = (4 * randn(seed, 9, 33)).to(dtype), randn(seed + 1, 9, 33, dtype=dtype)
+    assert_precision(ops.swiglu(gate, up), gate * gate.sigmoid() * up, reference.swiglu(wide(gate), wide(up)))
+
+
+@given(st.data(), LOW)
+def test_rotate_is_as_precise_as_plain_pytorch(data, dtype):
+    x, cos, sin = data.draw(rotations(dtype))
+    R = 2 * cos.size(-1)
+    a, b, rest = x[..., : R // 2], x[..., R // 2 : R], x[..., R:]
+    twice = [torch.cat((table, table), dim=-1).unsqueeze(1) for table in (cos, sin)]
+    plain = torch.cat((x[..., :R] * twice[0] + torch.cat((-b, a), dim=-1) * twice[1], rest), dim=-1)
+    assert_precision(ops.rotate(x, cos, sin), plain, reference.rotate(wide(x), wide(cos), wide(sin)))
+
+
+@given(seeds, LOW)
+def test_attention_is_as_precise_as_plain_pytorch(seed, dtype):
+    q, k, v = (randn(seed + i, 17, 3, 8, dtype=dtype) for i in range(3))
+    scores = torch.einsum("qhe,khe->hqk", q, k) / 8**0.5
+    hidden = torch.ones(17, 17, dtype=torch.bool).triu(1)
+    plain = torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    oracle = reference.causal_attention(wide(q), wide(k), wide(v), [17], [17])
+    assert_precision(ops.causal_attention(q, k, v, [17], [17]), plain, oracle)
+
+
+@given(seeds, LOW)
+def test_cross_entropy_and_its_gradient_are_as_precise_as_plain_pytorch(seed, dtype):
+    labels, head = token_ids(seed, 64, high=50), make_head("frozen", seed + 1, 32, 50)
+    exact = randn(seed, 64, 32, dtype=dtype).double().requires_grad_()
+    hidden = [exact.detach().to(dtype).requires_grad_() for _ in range(2)]
+    head = head.to(dtype)
+    ours = ops.cross_entropy(hidden[0], labels, head)
+    plain = F.cross_entropy(head(hidden[1]).float(), labels, reduction="sum")
+    assert ours.dtype == torch.float32
+    oracle = reference.head_cross_entropy(wide(hidden[0]), labels, wide(head.weight))
+    assert_precision(ours, plain, oracle)
+    full_cross_entropy(exact, labels, head.double()).backward()
+    head.to(dtype)
+    (ours / 7).backward()
+    (plain / 7).backward()
+    assert_precision(hidden[0].grad, hidden[1].grad, exact.grad / 7)
+
+
+# --- what docstrings say about shapes ---
+
+FUNCTIONS = {
+    name: function
+    for module in (functional, ops)
+    for name, function in inspect.getmembers(module, inspect.isfunction)
+    if function.__module__ == module.__name__ and not name.startswith("_")
+    if any("Tensor" in str(kind) for kind in function.__annotations__.values())
+}
+OTHERS = {"eps": EPS, "scale": 0.5, "p": 0.3, "key": "layer", "window": 3}  # arguments that have no shape
+SHAPE = r"\((?:|[\w/.]+(?:, [\w/]+)*)\)"
+ARGUMENT = rf"(\w+) (?:({SHAPE})|sum (\w+))"
+
+
+def read_shapes(docstring):
+    """`Shapes: name (dim, dim), name sum DIM -> (dim, dim)` -> shapes by name, sums by name, shape of the result.
+
+    >>> read_shapes("Shapes: x (..., D), lengths sum N -> ()")
+    ({'x': ['...', 'D']}, {'lengths': 'N'}, [])
+    """
+    line = re.search(rf"^\s*Shapes: ({ARGUMENT}(?:, {ARGUMENT})*) -> ({SHAPE})$", docstring, re.MULTILINE)
+    if line is None:
+        raise ValueError(f"no readable line `Shapes:` in {docstring!r}")
+    shapes, sums = {}, {}
+    for name, shape, total in re.findall(ARGUMENT, line.group(1)):
+        if total:
+            sums[name] = total
+        else:
+            shapes[name] = re.findall(r"[\w/.]+", shape)
+    return shapes, sums, re.findall(r"[\w/.]+", line.groups()[-1])
+
+
+@st.composite
+def dimensions(draw):
+    """A size for each letter: documents in N and M, H a multiple of K, R at most E."""
+    lengths, kv_heads, half = draw(document_lengths), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    key_lengths = [n + draw(st.integers(0, 4)) for n in lengths]
+    named = {name: draw(sizes) for name in ("in", "out", "r", "D", "F", "V")}
+    split = {"N": lengths, "M": key_lengths}
+    heads = {
+        "K": kv_heads,
+        "H": kv_heads * draw(st.integers(1, 3)),
+        "R/2": half,
+        "E": 2 * half + draw(st.integers(0, 3)),
+    }
+    return (
+        named | heads | {letter: sum(parts) for letter, parts in split.items()},
+        split,
+        draw(st.lists(sizes, max_size=2)),
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@given(case=dimensions(), seed=seeds)
+def test_a_function_has_the_shapes_that_its_docstring_states(name, case, seed):
+    function, (letters, split, leading) = FUNCTIONS[name], case
+    shapes, sums, result = read_shapes(function.__doc__)
+
+    def sizes_of(shape):
+        return [size for dim in shape for size in (leading if dim == "..." else [letters[dim]])]
+
+    arguments = {argument: randn(seed, *sizes_of(shape)) for argument, shape in shapes.items()}
+    arguments |= {argument: split[letter] for argument, letter in sums.items()}
+    if "labels" in arguments:
+        arguments["labels"] = token_ids(seed, *sizes_of(shapes["labels"]), high=letters["V"])
+    others = OTHERS | {"head": nn.Linear(letters["D"], letters["V"]).double()}
+    arguments |= {other: others[other] for other in inspect.signature(function).parameters if other not in arguments}
+    assert list(function(**arguments).shape) == sizes_of(result)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "Shapes: x -> (N)",
+        "Shapes: x (N, D)",
+        "Shapes: x (N D) -> (N)",
+        "Shapes: x (N) -> N",
+        "Shapes: x (N), -> (N)",
+    ],
+)
+def test_a_line_of_shapes_in_another_grammar_is_refused(line):
+    with pytest.raises(ValueError, match="no readable line"):
+        read_shapes(line)

@@ -1,0 +1,155 @@
+"""Rotary position embedding: frequencies and tables against the published formulas, and what a config must give."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import ConfigError
+from minilora.model import ops
+from minilora.model.rope import ROPE_KEYS, Rope
+from minilora.testing import reference
+from tests.models import randn, seeds
+from tests.tolerance import assert_maths, assert_parity, assert_precision
+
+CPU = torch.device("cpu")
+document_lengths = st.integers(2, 100)
+
+
+@st.composite
+def ropes(draw, kinds=tuple(ROPE_KEYS)):
+    """A rotation of any kind; documents of `document_lengths` are shorter and longer than what it was trained on."""
+    kind, half, trained = draw(st.sampled_from(kinds)), draw(st.integers(2, 16)), draw(st.integers(4, 64))
+    factors = st.lists(st.floats(1, 40), min_size=half, max_size=half)
+    low = draw(st.sampled_from([0.5, 1.0]))
+    numbers = {
+        "factor": draw(st.sampled_from([1.5, 4.0, 8.0])),
+        "low_freq_factor": low,
+        "high_freq_factor": low * draw(st.sampled_from([2.0, 8.0])),
+        "short_factor": draw(factors),
+        "long_factor": draw(factors),
+    }
+    return Rope(
+        width=2 * half,
+        theta=draw(st.sampled_from([10.0, 500.0, 10_000.0, 1e6])),
+        kind=kind,
+        scaling={key: numbers[key] for key in ROPE_KEYS[kind]},
+        trained_length=trained,
+        max_length=trained * draw(st.sampled_from([1, 2, 8])),
+    )
+
+
+def plain_frequencies(rope, length):
+    """The published formulas as anybody would write them in float32."""
+    pairs, scaling = torch.arange(0, rope.width, 2).float() / rope.width, rope.scaling
+    theta = rope.theta
+    if rope.kind == "dynamic" and length > rope.max_length:
+        growth = scaling["factor"] * length / rope.max_length - (scaling["factor"] - 1)
+        theta = theta * growth ** (rope.width / (rope.width - 2))
+    plain = theta**-pairs
+    if rope.kind == "linear":
+        return plain / scaling["factor"]
+    if rope.kind == "longrope":
+        return plain / torch.tensor(scaling["long_factor" if length > rope.trained_length else "short_factor"])
+    if rope.kind != "llama3":
+        return plain
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = 2 * math.pi / plain
+    t = (rope.trained_length / waves - low) / (high - low)
+    scaled = torch.where(waves > rope.trained_length / low, plain / scaling["factor"], plain)
+    between = (waves <= rope.trained_length / low) & (waves >= rope.trained_length / high)
+    return torch.where(between, (1 - t) * plain / scaling["factor"] + t * plain, scaled)
+
+
+@given(ropes(), document_lengths)
+def test_frequencies_are_the_published_ones_as_precisely_as_plain_float32(rope, length):
+    exact = torch.from_numpy(reference.rope_frequencies(rope, length))
+    ours, plain = rope.frequencies(length), plain_frequencies(rope, length)
+    assert ours.dtype == torch.float32
+    assert_precision((ours / exact).float(), plain / exact, torch.ones_like(exact))  # relative: slow pairs count too
+
+
+@given(ropes(), st.integers(2, 5000))
+def test_tables_are_cosine_and_sine_of_position_times_frequency(rope, length):
+    angles = torch.arange(length).double().unsqueeze(1) * rope.frequencies(length).double()
+    plain = torch.arange(length).float().unsqueeze(1) * rope.frequencies(length)
+    tables = zip(rope.table(length, CPU), (plain.cos(), plain.sin()), (angles.cos(), angles.sin()), strict=True)
+    for ours, plain_table, exact in tables:
+        assert ours.dtype == torch.float32
+        assert_precision(ours, rope.amplitude * plain_table, rope.amplitude * exact)
+
+
+@given(ropes(kinds=["longrope"]), st.none() | st.floats(1, 3), st.none() | st.sampled_from([0.5, 1.0, 6.0]))
+def test_longrope_stretches_its_tables_by_the_root_of_the_growth_in_logarithms(rope, attention_factor, factor):
+    scaling = {**rope.scaling, "attention_factor": attention_factor, "factor": factor}
+    rope = Rope(rope.width, rope.theta, rope.kind, scaling, rope.trained_length, rope.max_length)
+    cos, _ = reference.rope_table(rope, 1)  # the cosine of 0, stretched
+    assert_maths(torch.tensor(rope.amplitude, dtype=torch.float64), cos[0, 0])
+
+
+@given(ropes(kinds=[kind for kind in ROPE_KEYS if kind != "longrope"]))
+def test_every_other_kind_leaves_the_tables_unstretched(rope):
+    assert rope.amplitude == 1
+
+
+@given(ropes(kinds=["dynamic"]), st.floats(0, 1))
+def test_dynamic_changes_nothing_up_to_the_longest_trained_document(rope, share):
+    default = Rope(rope.width, rope.theta, "default", {}, rope.trained_length, rope.max_length)
+    length = max(1, int(share * rope.max_length))
+    assert torch.equal(rope.frequencies(length), default.frequencies(length))
+    assert not torch.equal(rope.frequencies(rope.max_length + 1), default.frequencies(rope.max_length + 1))
+
+
+@given(ropes(kinds=["longrope"]))
+def test_longrope_takes_its_long_factors_beyond_the_trained_length(rope):
+    plain = rope.theta ** (torch.arange(0, rope.width, 2).double() / -rope.width)
+    for length, stretch in ((rope.trained_length, "short_factor"), (rope.trained_length + 1, "long_factor")):
+        factors = torch.tensor(rope.scaling[stretch]).double()
+        assert_parity(rope.frequencies(length) * factors / plain, torch.ones_like(plain))
+
+
+@given(seeds, ropes(), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
+def test_scores_depend_on_the_distance_of_two_tokens_only(seed, rope, i, j, shift):
+    frequencies = rope.frequencies(1).double()
+    q, k = randn(seed, 1, 1, rope.width), randn(seed + 1, 1, 1, rope.width)
+
+    def turned(x, position):
+        angles = position * frequencies.unsqueeze(0)
+        return ops.rotate(x, angles.cos(), angles.sin())
+
+    near, far = ((turned(q, i + s) * turned(k, j + s)).sum() / (q.norm() * k.norm()) + 2 for s in (0, shift))
+    assert_maths(near, far)  # a cosine plus 2, so that it cannot be near 0
+
+
+def test_an_unknown_kind_is_refused_with_the_kinds_that_are_supported():
+    with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
+        Rope(8, 1e4, "yarn", {"factor": 2.0}, 16, 16)
+
+
+@pytest.mark.parametrize(("kind", "keys"), [(kind, keys) for kind, keys in ROPE_KEYS.items() if keys])
+def test_every_number_that_a_kind_lacks_is_named(kind, keys):
+    with pytest.raises(ConfigError) as error:
+        Rope(8, 1e4, kind, dict.fromkeys(keys), 16, 16)
+    assert all(repr(key) in str(error.value) for key in keys)
+
+
+@pytest.mark.parametrize("wrong", ["short_factor", "long_factor"])
+def test_longrope_needs_a_factor_for_each_pair(wrong):
+    scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
+    with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
+        Rope(8, 1e4, "longrope", scaling, 16, 16)
+
+
+def test_a_pair_that_turns_alone_cannot_be_dynamic():
+    with pytest.raises(ConfigError, match="only 2 coordinates of a head turn"):
+        Rope(2, 1e4, "dynamic", {"factor": 2.0}, 16, 16)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROPE_KEYS if kind != "default"])
+@pytest.mark.parametrize("value", ["2", 0, -1.0, True, float("inf"), [], {}])
+def test_every_number_that_cannot_work_is_named(kind, value):
+    with pytest.raises(ConfigError) as error:
+        Rope(8, 1e4, kind, dict.fromkeys(ROPE_KEYS[kind], value), 16, 16)
+    assert all(f"{key}: found {value!r}" in str(error.value) for key in ROPE_KEYS[kind])

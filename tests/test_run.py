@@ -1,0 +1,361 @@
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora import cli
+from minilora.run import PACKAGES, RunConfig, load_data
+from minilora.train.evaluate import held_out_loss
+from minilora.train.state import checkpoints
+from tests.models import tiny_model
+from tests.test_data import write_tokenizer
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+SETTINGS = {
+    "lora_r": 3,
+    "lora_alpha": 6,
+    "lora_dropout": 0.2,
+    "learning_rate": 0.01,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_steps": 2,
+    "eval_split": 0.2,
+    "epochs": 2,
+}
+STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch
+
+
+def write_rows(path, count, choices=("yes", "no")):
+    draw = random.Random(count)
+    rows = []
+    for choice in draw.choices(choices, k=count):
+        question = " ".join(draw.choices(["the", "cat", "sea", "town"], k=draw.randint(1, 4)))
+        rows.append({"prompt": f"{question}?", "completion": f" {choice}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory with a tiny model, its tokenizer and a file of rows."""
+    directory = tmp_path_factory.mktemp("things")
+    tokenizer = write_tokenizer(directory / "model")
+    ml.save_model(tiny_model(dtype=torch.float32, vocab_size=400), directory / "model", tokenizer)
+    write_rows(directory / "rows.jsonl", 23)
+    return directory
+
+
+def words(directory, out, **changes):
+    """The command line of a run."""
+    flags = {"model": directory / "model", "data": directory / "rows.jsonl", "out": out, **SETTINGS, **changes}
+    return ["finetune", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None)]
+
+
+def finetune(directory, out, **changes):
+    return cli.main(words(directory, out, **changes))
+
+
+@pytest.fixture(scope="module")
+def whole(directory):
+    """A run that never stopped."""
+    torch.set_num_threads(1)
+    assert finetune(directory, directory / "whole", save_total_limit=99) == 0
+    return directory / "whole"
+
+
+def contents(out, names=ADAPTER):
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def everything(out):
+    return {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(out):
+    return [record["step"] for record in metrics(out) if "eval_loss" not in record]
+
+
+def starts(out):
+    return [start["step"] for start in json.loads((out / "run.json").read_text())["starts"]]
+
+
+def interrupt(monkeypatch, step, times=1):
+    """Press Ctrl-C while this step is being reported."""
+    report = cli.Meter.__call__
+
+    def press(meter, record):
+        for _ in range(times if record["step"] == step else 0):
+            signal.raise_signal(signal.SIGINT)
+        return report(meter, record)
+
+    monkeypatch.setattr(cli.Meter, "__call__", press)
+
+
+# --- what a run leaves ---
+
+
+def test_a_finished_run_holds_the_files_of_the_contract_and_no_others(whole):
+    names = {*ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints"}
+    assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
+    assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
+
+
+def test_metrics_have_an_object_a_step(whole, directory):
+    keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"}
+    assert {frozenset(record) for record in metrics(whole)} == {frozenset(keys)}
+    assert steps(whole) == list(range(1, STEPS + 1))
+    data = load_data(
+        str(directory / "rows.jsonl"), ml.load_tokenizer(directory / "model"), ml.TrainConfig(eval_split=0.2)
+    )
+    assert sum(record["tokens"] for record in metrics(whole)) == 2 * sum(len(row.tokens) for row in data.train)
+
+
+def test_evaluations_stand_among_the_metrics_and_logging_steps_thin_out_the_rest(directory, tmp_path):
+    assert finetune(directory, tmp_path, eval_steps=3, logging_steps=4, epochs=1, max_steps=9) == 0
+    assert [(record["step"], "eval_loss" in record) for record in metrics(tmp_path)] == [
+        *((3, True), (4, False), (6, True), (8, False), (9, True)),
+    ]
+    assert [set(record) for record in metrics(tmp_path) if "eval_loss" in record] == [{"step", "eval_loss"}] * 3
+
+
+def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_held_out_rows(directory, whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert list(summary) == ["before", "after", "steps", "tokens", "seconds", "peak_memory_bytes"]
+    tokenizer, model = ml.load_tokenizer(directory / "model"), ml.load_model(directory / "model")
+    data = load_data(str(directory / "rows.jsonl"), tokenizer, ml.TrainConfig(eval_split=0.2))
+    assert summary["before"]["loss"] == held_out_loss(model, data.test)
+    ml.load_adapter(model, whole)
+    assert summary["after"]["loss"] == held_out_loss(model, data.test)
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert {summary[when]["accuracy"] for when in ("before", "after")} <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert (summary["steps"], summary["tokens"]) == (STEPS, sum(record["tokens"] for record in metrics(whole)))
+    assert summary["seconds"] > 0
+    assert summary["peak_memory_bytes"] > 0
+
+
+def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score(directory, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 12, choices=[f"{i} sat" for i in range(12)])
+    for out, share, expected in ((tmp_path / "a", 0.2, False), (tmp_path / "b", 0.0, True)):
+        assert finetune(directory, out, data=rows, max_steps=2, eval_split=share) == 0
+        scores = json.loads((out / "summary.json").read_text())["after"]
+        assert scores["accuracy"] is None
+        assert (scores["loss"] is None) == expected
+
+
+def test_run_json_says_which_settings_versions_and_data_and_every_start(directory, whole):
+    record = json.loads((whole / "run.json").read_text())
+    assert list(record) == ["config", "versions", "data_sha256", "starts"]
+    assert {name: record["config"][name] for name in SETTINGS} == SETTINGS
+    fields = {field.name for cls in (RunConfig, ml.LoraConfig, ml.TrainConfig) for field in dataclasses.fields(cls)}
+    assert set(record["config"]) == fields - {"r"} | {"lora_r"}
+    assert set(record["versions"]) == {*PACKAGES, "python"}
+    assert record["versions"]["minilora"] == ml.__version__
+    digest = hashlib.sha256((directory / "rows.jsonl").read_bytes()).hexdigest()
+    assert record["data_sha256"] == {"rows.jsonl": digest}
+    assert [set(start) for start in record["starts"]] == [{"time", "step"}]
+
+
+def test_the_adapter_names_its_base_model(directory, whole):
+    base = json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(directory / "model")
+
+
+# --- stopping and going on ---
+
+
+@pytest.mark.parametrize("save_steps", [None, 2])
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repeats(
+    directory, whole, tmp_path, monkeypatch, capsys, save_steps
+):
+    for step in (3, 8):
+        with monkeypatch.context() as patch:
+            interrupt(patch, step)
+            assert finetune(directory, tmp_path, save_steps=save_steps) == cli.INTERRUPTED
+        assert "the same command goes on from there" in capsys.readouterr().err
+        assert not (tmp_path / "summary.json").exists()
+        assert steps(tmp_path) == list(range(1, step + 1))
+    assert finetune(directory, tmp_path, save_steps=save_steps) == 0
+    assert contents(tmp_path) == contents(whole)
+    assert steps(tmp_path) == list(range(1, STEPS + 1))
+    assert starts(tmp_path) == [0, 3, 8]
+    ours, theirs = (json.loads((out / "summary.json").read_text()) for out in (tmp_path, whole))
+    for key in ("before", "after", "steps", "tokens"):
+        assert ours[key] == theirs[key]
+    assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
+
+
+def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
+    directory, whole, tmp_path, monkeypatch
+):
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(directory, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert finetune(directory, tmp_path) == 0
+    assert starts(tmp_path) == [0, 4]
+    assert steps(tmp_path) == list(range(1, STEPS + 1))
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_metrics_after_the_checkpoint_and_half_a_line_of_a_crash_are_dropped(directory, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["config"] |= {"out": str(tmp_path), "save_total_limit": 2}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    for checkpoint in checkpoints(tmp_path / "checkpoints")[2:]:
+        shutil.rmtree(checkpoint)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
+    assert finetune(directory, tmp_path) == 0
+    assert starts(tmp_path) == [0, 4]
+    assert steps(tmp_path) == list(range(1, STEPS + 1))
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_killed_at_any_moment_goes_on_to_the_bytes_of_one_that_never_was(directory, tmp_path, seed):
+    draw = random.Random(seed)
+    killed, never = tmp_path / "killed", tmp_path / "never"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minilora", *words(directory, killed, max_steps=60)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    metrics_file, enough = killed / "metrics.jsonl", draw.randint(3, 30)
+    while process.poll() is None and (not metrics_file.is_file() or metrics_file.read_bytes().count(b"\n") < enough):
+        time.sleep(0.001)
+    time.sleep(draw.random() * 0.03)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert finetune(directory, killed, max_steps=60) == 0
+    assert finetune(directory, never, max_steps=60) == 0
+    assert contents(killed) == contents(never)
+    assert steps(killed) == list(range(1, 61))
+    assert len(starts(killed)) == 2
+    assert starts(killed)[1] % 2 == 0 < starts(killed)[1]
+
+
+# --- refusing ---
+
+
+def refused(capsys, directory, out, phrase, **changes):
+    """The run is refused with one line, and not a byte of its directory changes."""
+    before = everything(out)
+    assert finetune(directory, out, **changes) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("minilora: ")
+    assert message.count("\n") == 1
+    assert phrase in message
+    assert everything(out) == before
+
+
+@pytest.fixture
+def stopped(directory, tmp_path, monkeypatch, capsys):
+    """A run that was stopped after its third step, with a copy of the rows that may be changed."""
+    shutil.copy(directory / "rows.jsonl", tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        finetune(directory, tmp_path / "out", data=tmp_path / "rows.jsonl")
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_a_finished_run_is_never_overwritten(capsys, directory, whole):
+    refused(capsys, directory, whole, "holds a finished run", save_total_limit=99)
+    refused(capsys, directory, whole, "holds a finished run", learning_rate=0.5)
+
+
+def test_files_of_something_else_are_never_touched(capsys, directory, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    refused(capsys, directory, tmp_path, "has files, but not of a run")
+
+
+def test_a_file_is_no_directory_for_a_run(capsys, directory, tmp_path):
+    (tmp_path / "file").write_text("text")
+    assert finetune(directory, tmp_path / "file") == 1
+    assert "is a file; give a directory" in capsys.readouterr().err
+
+
+def test_a_run_with_other_settings_is_refused_and_each_difference_named(capsys, directory, stopped):
+    rows = {"data": stopped / "rows.jsonl"}
+    refused(capsys, directory, stopped / "out", "learning_rate was 0.01 and is 0.5", **rows, learning_rate=0.5)
+    refused(capsys, directory, stopped / "out", "seed was 0 and is 7", **rows, learning_rate=0.5, seed=7)
+    refused(capsys, directory, stopped / "out", "data was", data=directory / "rows.jsonl")
+
+
+def test_a_run_whose_data_have_changed_is_refused(capsys, directory, stopped):
+    write_rows(stopped / "rows.jsonl", 24)
+    refused(capsys, directory, stopped / "out", "data has changed", data=stopped / "rows.jsonl")
+
+
+def test_resume_never_refuses_what_resume_auto_goes_on_with(capsys, directory, stopped):
+    rows = {"data": stopped / "rows.jsonl"}
+    refused(capsys, directory, stopped / "out", "--resume never was given", **rows, resume="never")
+    assert finetune(directory, stopped / "out", **rows) == 0
+    assert starts(stopped / "out") == [0, 3]
+
+
+def test_what_a_writer_killed_at_once_left_does_not_keep_the_directory(directory, tmp_path):
+    (tmp_path / ".run.json.123.tmp").write_text('{"conf')
+    assert finetune(directory, tmp_path, max_steps=1) == 0
+
+
+def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}')
+    assert finetune(directory, tmp_path / "out", data=tmp_path / "bad.jsonl") == 1
+    assert f"{tmp_path / 'bad.jsonl'}:1: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- which rows are held out ---
+
+
+def sources(rows):
+    return [row.source for row in rows]
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.2, 4), (0.5, 11), (0.99, 22)])
+def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory, share, held):
+    tokenizer, rows = ml.load_tokenizer(directory / "model"), str(directory / "rows.jsonl")
+    first, again, other = (
+        load_data(rows, tokenizer, ml.TrainConfig(eval_split=share, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert len(first.test) == held
+    assert sorted(sources(first.train) + sources(first.test)) == sorted(f"{rows}:{i}" for i in range(1, 24))
+    assert sources(first.test) == sources(again.test) != sources(other.test)
+    assert first.valid == first.test
+
+
+def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path):
+    for name, count in (("train", 9), ("valid", 5), ("test", 4)):
+        write_rows(tmp_path / f"{name}.jsonl", count)
+    data = load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig(eval_split=0.5))
+    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 4)
+    assert set(data.files) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
+    (tmp_path / "test.jsonl").unlink()
+    data = load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig(eval_split=0.5))
+    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 5)
+
+
+def test_data_without_a_training_file_are_refused(directory, tmp_path):
+    write_rows(tmp_path / "test.jsonl", 4)
+    with pytest.raises(ml.DataError, match=r"there is no train.jsonl; found \['test'\]"):
+        load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig())

@@ -1,0 +1,282 @@
+"""Files from outside, which may hold anything, and writing that is whole or not at all."""
+
+import json
+import os
+import stat
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save
+
+from minilora import FormatError
+from minilora.storage import (
+    BUILTIN,
+    TensorFile,
+    append_line,
+    model_directory,
+    read_json,
+    read_text,
+    remove,
+    replacing,
+    shard_names,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from tests.models import randn
+
+HOSTILE_NAMES = [
+    *("", ".", "..", "/etc/passwd", "../model.safetensors", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a"),
+    *(3, None, ["model.safetensors"], {"a": 1}, True),
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "file"
+
+
+def refuses(function, path):
+    """The message with which a file is refused; it names the file."""
+    with pytest.raises(FormatError) as error:
+        function(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+# --- reading ---
+
+
+def test_the_builtin_model_has_a_name():
+    assert (model_directory(BUILTIN) / "config.json").is_file()
+
+
+def test_a_model_that_is_no_directory_is_refused(path):
+    path.write_text("")
+    assert "no such directory" in refuses(model_directory, path)
+    assert "no such directory" in refuses(model_directory, path / "below")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'{"a": 1}}', "not JSON"),
+        (b"\xef\xbb\xbf{}", "not JSON"),  # a byte order mark
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),  # more digits than Python reads
+        (b"[1]", "found a JSON list, need an object"),
+        (b"null", "found a JSON NoneType, need an object"),
+        (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(content, message, path):
+    path.write_bytes(content)
+    assert message in refuses(read_json, path)
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_a_json_object_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("json") / "file"
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_json(path), dict)
+    except FormatError as error:
+        assert str(path) in str(error)  # noqa: PT017 - either is right
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, TensorFile])
+def test_a_file_that_is_not_there_is_refused(read, path):
+    refuses(read, path)
+    path.mkdir()
+    refuses(read, path)
+
+
+def tensor_bytes(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        struct.pack("<Q", 10**18) + b"{}",  # a header longer than the file
+        tensor_bytes(b"[]"),
+        tensor_bytes({"a": ONE}, b"1234567"),  # a byte too few
+        tensor_bytes({"a": ONE}, b"123456789"),  # a byte too many
+        tensor_bytes({"a": {**ONE, "shape": [3]}}, b"12345678"),
+        tensor_bytes({"a": {**ONE, "shape": [-2]}}, b"12345678"),
+        tensor_bytes({"a": {**ONE, "dtype": "F33"}}, b"12345678"),
+        tensor_bytes({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, b"123456789012"),  # they overlap
+        tensor_bytes({"__metadata__": {"format": 1}}),
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused(content, path):
+    path.write_bytes(content)
+    assert "not a safetensors file" in refuses(TensorFile, path)
+
+
+def test_a_tensor_of_a_kind_that_torch_does_not_have_is_refused(path):
+    path.write_bytes(tensor_bytes({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, b"123"))
+    assert "a cannot be read" in refuses(lambda path: TensorFile(path).read("a"), path)
+
+
+@given(st.integers(0, 200), st.integers(0, 7), st.booleans())
+def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, position, bit, is_cut):
+    path, content = tmp_path_factory.mktemp("st") / "file", bytearray(save({"a": torch.ones(3), "b": torch.ones(2, 2)}))
+    position %= len(content)
+    content[position] ^= 1 << bit
+    path.write_bytes(content[:position] if is_cut else content)
+    try:
+        file = TensorFile(path)
+        assert {name: tuple(file.read(name).shape) for name in file.shapes} == file.shapes
+    except FormatError as error:
+        assert str(path) in str(error)  # noqa: PT017 - either is right
+
+
+# --- shard names ---
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
+def test_a_shard_that_is_no_plain_file_name_is_refused(name, path):
+    write_json(path, {"weight_map": {"a": "model.safetensors", "b": name}})
+    assert f"{name!r} is not a plain file name" in refuses(shard_names, path)
+
+
+@pytest.mark.parametrize("value", [None, [], "model.safetensors", 3])
+def test_an_index_without_a_map_is_refused(value, path):
+    write_json(path, {"weight_map": value})
+    assert "weight_map" in refuses(shard_names, path)
+
+
+def test_plain_file_names_are_returned_as_they_are(path):
+    names = {"a": "model-00001-of-00002.safetensors", "b": "..model", "c": "mod el.é"}
+    write_json(path, {"weight_map": names})
+    assert shard_names(path) == names
+
+
+# --- writing ---
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, FormatError])
+def test_an_error_leaves_the_old_file_and_nothing_else(kind, path):
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise kind
+
+    with pytest.raises(kind):
+        fail()
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_a_write_that_cannot_be_done_leaves_nothing_behind(path):
+    tensor = torch.ones(3)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_tensors(path, {"a": tensor, "b": tensor})
+    assert list(path.parent.iterdir()) == []
+
+
+def test_nothing_is_under_the_name_before_all_of_it_is(path):
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # or the rename could not be atomic
+    assert path.read_text() == "whole"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(path):
+    with replacing(path) as temporary:
+        (temporary / "below").mkdir(parents=True)
+        (temporary / "below" / "a").write_text("a")
+        assert not path.exists()
+    assert (path / "below" / "a").read_text() == "a"
+
+
+def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("replace"), replace(*names)))
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("a")
+    assert events == ["fsync", "fsync", "replace", "fsync"]  # the file, its directory; the new name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_file_modes_follow_the_umask(umask, path):
+    before = os.umask(umask)
+    try:
+        write_text(path, "text")
+        write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
+        now = os.umask(umask)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o666 & ~umask}
+    assert now == umask  # it was only looked at
+
+
+def test_directories_that_are_missing_are_made(path):
+    write_text(path / "below" / "a", "text")
+    assert read_text(path / "below" / "a") == "text"
+
+
+def test_json_keeps_its_order_and_its_letters(path):
+    write_json(path, {"b": "ü—漢", "a": [1.5, None, True]})
+    assert list(read_json(path).items()) == [("b", "ü—漢"), ("a", [1.5, None, True])]
+    assert read_text(path).endswith("}\n")
+    assert "ü—漢" in read_text(path)
+
+
+def test_lines_are_appended_one_object_each(path):
+    append_line(path, {"step": 1})
+    append_line(path, {"step": 2, "text": "a\nb"})
+    assert [json.loads(line) for line in read_text(path).splitlines()] == [{"step": 1}, {"step": 2, "text": "a\nb"}]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
+)
+def test_tensors_are_read_as_they_were_written(dtype, path):
+    tensors = {
+        "a": 9 * randn(1, 3, 4),
+        "transposed": 9 * randn(2, 3, 4).T,
+        "empty": randn(3, 0),
+        "scalar": randn(4, 1)[0],
+    }
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    write_tensors(path, tensors, {"key": "value"})
+    file = TensorFile(path)
+    assert file.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert file.metadata == {"format": "pt", "key": "value"}
+    for name, tensor in tensors.items():
+        assert file.read(name).dtype == dtype
+        assert torch.equal(file.read(name), tensor)
+
+
+def test_what_is_written_has_the_format_that_transformers_asks_for(path):
+    write_tensors(path, {"a": torch.ones(2, requires_grad=True)})
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text(""), lambda path: None])
+def test_remove_leaves_nothing_whatever_there_was(make, path):
+    make(path)
+    remove(path)
+    assert not path.exists()

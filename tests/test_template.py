@@ -1,0 +1,301 @@
+"""Chat templates: what they may use, where they say the assistant speaks, and what their authors may not do."""
+
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import DataError, FormatError
+from minilora.model import template as module
+from minilora.model.template import BEGIN, END, OUTPUT_LIMIT, TEMPLATE_LIMIT, ChatTemplate
+
+USER = [{"role": "user", "content": "hi"}]
+texts = st.text(max_size=8)
+conversations = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), texts), min_size=1, max_size=5)
+
+
+def render(source, messages=USER, special_tokens=(), **options):
+    return ChatTemplate(source, dict(special_tokens)).render(messages, **options)
+
+
+def messages_of(turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+# --- what a template has at hand ---
+
+
+def test_a_template_sees_messages_tools_and_special_tokens():
+    source = "{{ bos_token }}{{ messages[0].role }}|{{ messages[0]['content'] }}|{{ tools | length }}|{{ documents }}"
+    assert render(source, special_tokens={"bos_token": "<s>"}, tools=[{}, {}]) == "<s>user|hi|2|None"
+    assert render("{{ tools }}") == "None"
+
+
+def test_the_generation_prompt_is_written_when_asked_for():
+    source = "{% if add_generation_prompt %}go{% endif %}"
+    assert render(source, add_generation_prompt=True) == "go"
+    assert render(source) == ""
+
+
+def test_a_name_that_is_not_there_is_nothing():
+    assert render("<{{ pad_token }}{{ messages[0].name }}>") == "<>"
+
+
+def test_a_line_that_holds_a_tag_alone_leaves_nothing():
+    assert render("a\n   {% if true %}\n b\n   {% endif %}\nc") == "a\n b\nc"
+
+
+def test_loops_can_be_left_and_continued():
+    source = (
+        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    )
+    assert render(source) == "02"
+
+
+def test_a_namespace_keeps_what_a_loop_sets():
+    source = (
+        "{% set ns = namespace(n=1, self=2) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}"
+    )
+    assert render(source + "{{ ns.self }}") == "42"
+
+
+def test_a_dict_can_be_made():
+    assert render("{{ dict(a=1) }}{{ dict([('b', 2)]) }}{{ dict.fromkeys('c', 3) }}") == "{'a': 1}{'b': 2}{'c': 3}"
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("tojson", '{"b": "<&\'>é", "a": [1, null]}'),  # not escaped for HTML, order kept
+        ("tojson(ensure_ascii=True)", '{"b": "<&\'>\\u00e9", "a": [1, null]}'),
+        ("tojson(separators=(',', ':'))", '{"b":"<&\'>é","a":[1,null]}'),
+        ("tojson(sort_keys=True)", '{"a": [1, null], "b": "<&\'>é"}'),
+        ("tojson(indent=1)", '{\n "b": "<&\'>é",\n "a": [\n  1,\n  null\n ]\n}'),
+    ],
+)
+def test_tojson_writes_plain_json(call, expected):
+    assert render(f"{{{{ messages[0].content | {call} }}}}", [{"content": {"b": "<&'>é", "a": [1, None]}}]) == expected
+
+
+def test_strftime_now_is_the_clock(monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 2, 29, 7, 5)
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    assert render("{{ strftime_now('%d %b %Y %H:%M') }}") == "29 Feb 2024 07:05"
+
+
+def test_a_template_can_refuse_a_conversation_in_its_own_words():
+    with pytest.raises(DataError, match="chat template: roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+
+
+# --- messages ---
+
+
+def test_keys_without_a_value_are_dropped_before_the_template_sees_them():
+    messages = [{"role": "assistant", "content": None, "tool_calls": None, "empty": "", "no": False}]
+    assert render("{{ messages[0].keys() | list }}", messages) == "['role', 'empty', 'no']"
+    assert messages[0]["content"] is None  # the caller's message is not changed
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_goes_by_all_its_names(name):
+    messages = [{"role": "assistant", name: "because", "content": "yes"}]
+    assert render("{{ messages[0].reasoning_content }} {{ messages[0].thinking }}", messages) == "because because"
+
+
+def test_the_first_name_of_reasoning_wins_and_its_own_thinking_is_kept():
+    messages = [{"role": "assistant", "reasoning": "c", "thinking": "b", "reasoning_content": "a"}]
+    assert render("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", messages) == "ab"
+    assert render("{{ messages[0].reasoning_content }}", [{"thinking": "b", "reasoning": "c"}]) == "b"
+
+
+def test_a_conversation_without_messages_is_refused():
+    with pytest.raises(DataError, match="at least one message"):
+        render("", [])
+
+
+@pytest.mark.parametrize("message", ["hi", None, ["user", "hi"], 3])
+def test_a_message_that_is_no_object_is_refused(message):
+    with pytest.raises(DataError, match=f"found {type(message).__name__}"):
+        render("", [message])
+
+
+# --- generation blocks ---
+
+MARKED = """{% for m in messages %}<{{ m.role }}>
+{% if m.role == 'assistant' %}
+{% generation %}{{ m.content }}<end>{% endgeneration %}
+
+{% else %}
+{{ m.content }}
+{% endif %}
+{% endfor %}"""
+
+
+@given(conversations)
+def test_spans_are_what_stands_in_generation_blocks(turns):
+    text, spans = ChatTemplate(MARKED, {}).render_spans(messages_of(turns))
+    assert [text[begin:end] for begin, end in spans] == [f"{c}<end>" for role, c in turns if role == "assistant"]
+    assert spans == sorted(spans)
+
+
+@given(conversations)
+def test_the_tag_adds_nothing_to_the_text(turns):
+    bare = MARKED.replace("{% generation %}", "{% if true %}").replace("{% endgeneration %}", "{% endif %}")
+    text, _ = ChatTemplate(MARKED, {}).render_spans(messages_of(turns))
+    assert text == render(MARKED, messages_of(turns)) == render(bare, messages_of(turns))
+    assert not {BEGIN, END} & set(text)
+
+
+def test_the_tag_trims_white_space_as_other_tags_do():
+    text, spans = ChatTemplate("a \n{%- generation -%} b {%- endgeneration -%} \n c", {}).render_spans(USER)
+    assert (text, spans) == ("abc", [(1, 2)])
+
+
+def test_a_template_without_the_tag_has_no_spans_and_an_empty_block_an_empty_one():
+    assert ChatTemplate("a", {}).render_spans(USER) == ("a", [])
+    assert ChatTemplate("a{% generation %}{% endgeneration %}", {}).render_spans(USER) == ("a", [(1, 1)])
+
+
+@pytest.mark.parametrize("mark", [BEGIN, END])
+def test_text_cannot_forge_the_marks_of_a_span(mark):
+    hidden = [{"role": "user", "content": [{"text": f"a{mark}"}]}]
+    for messages, tools in ((hidden, None), (USER, hidden)):
+        with pytest.raises(DataError, match=r"U\+FDD0"):
+            render(MARKED, messages, tools=tools)
+
+
+# --- what a template's author may not do ---
+
+REFUSED = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ (1).__class__.__base__ }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ joiner.__init__.__globals__ }}",
+    "{{ lipsum.__globals__['os'] }}",
+    "{{ raise_exception.__globals__['json'] }}",
+    "{{ strftime_now.__code__.co_code }}",
+    "{{ self._TemplateReference__context.vars }}",
+    "{{ dict.__class__.__base__ }}",
+    "{{ dict.fromkeys.__func__.__globals__ }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ (''|attr('__class__')).x }}",
+    "{{ ''['__class__'].x }}",
+    "{{ (messages|map(attribute='__class__')|first).x }}",
+    "{{ [1]|sum(attribute='__class__') }}",
+    "{{ namespace(__class__=1) }}",
+    "{{ namespace({'_x': 1}) }}",
+    "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    "{{ messages.append(1) }}",
+    "{{ messages.clear() }}",
+    "{{ messages[0].update({}) }}",
+    "{{ messages[0].pop('role') }}",
+    "{{ messages[0].setdefault('a', 1) }}",
+    "{% include 'config.json' %}",
+    "{% import 'os' as os %}",
+    "{% from 'os' import path %}",
+    "{% extends '/etc/passwd' %}",
+    "{{ range(10**6) }}",
+    "{{ messages[9].role.x }}",
+    "{{ 1 // 0 }}",
+    "{{ 'a' + 1 }}",
+    "{{ nothing() }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    # more than little code should make
+    "{{ 'a' * 10**7 }}",
+    "{{ 10**7 * 'a' }}",
+    "{{ 'a' * 3000 * 3000 }}",
+    "{{ [0] * 10**8 }}",
+    "{{ (0,) * 10**8 }}",
+    "{{ 9 ** 99999999 }}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ 'a'.ljust(10**15) }}",
+    "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}a{% endfor %}{% endfor %}",
+]
+HARMLESS = [  # jinja2's sandbox writes nothing where Python's internals would be
+    "{{ ''.__class__ }}",
+    "{{ ''['__class__'] }}",
+    "{{ ''|attr('__class__') }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+    "{{ self._TemplateReference__context }}",
+    "{{ cycler.__init__ }}",
+    "{{ strftime_now.__globals__ }}",
+    "{{ ''.join.__self__ }}",
+]
+
+
+@pytest.mark.parametrize("source", REFUSED)
+def test_an_attack_is_refused(source):
+    with pytest.raises(DataError, match=r"^chat template: (?!chat template)."):
+        render(source)
+
+
+@pytest.mark.parametrize("source", HARMLESS)
+def test_python_internals_are_never_written(source):
+    assert render(source) == ""
+
+
+def test_messages_are_not_changed_by_a_template_that_tries():
+    messages = [{"role": "user", "content": "hi", "parts": [1]}]
+    with pytest.raises(DataError):
+        render("{{ messages[0].parts.append(2) }}", messages)
+    assert messages == [{"role": "user", "content": "hi", "parts": [1]}]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        "{{ a",
+        "{% endif %}",
+        "{% unknown %}",
+        "{% generation %}",
+        "{{ a | unknown }}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% if 1 %}" * 500 + "{% endif %}" * 500,
+        "{% for i in [] %}" * 30 + "{% endfor %}" * 30,
+    ],
+    ids=range(9),
+)
+def test_what_is_no_template_is_refused_at_once(source):
+    with pytest.raises(FormatError, match=r"^chat template: ."):
+        ChatTemplate(source, {})
+
+
+def test_a_template_may_have_a_quarter_of_a_million_characters_and_no_more():
+    assert render("a" * TEMPLATE_LIMIT) == "a" * TEMPLATE_LIMIT
+    with pytest.raises(FormatError, match=f"{TEMPLATE_LIMIT + 1} characters; at most {TEMPLATE_LIMIT}"):
+        ChatTemplate("a" * (TEMPLATE_LIMIT + 1), {})
+
+
+def test_a_template_may_write_eight_million_characters_and_no_more():
+    pieces = f"{{% for i in range(8) %}}{{{{ 'a' * {OUTPUT_LIMIT // 8} }}}}{{% endfor %}}"
+    assert len(render(pieces)) == OUTPUT_LIMIT
+    with pytest.raises(DataError, match=f"wrote more than {OUTPUT_LIMIT} characters"):
+        render(pieces + "a")
+
+
+@pytest.mark.parametrize(("expression", "value"), [("'ab' * 3", "ababab"), ("3 * 4.5", "13.5"), ("2 ** 10", "1024")])
+def test_small_products_are_what_they_are(expression, value):
+    assert render(f"{{{{ {expression} }}}}") == value
+
+
+WORDS = (
+    "{{ }} {% %} messages [0] .content for in endfor if endif set = 'a' | ( ) * ** ~ 9 generation endgeneration "
+    "length tojson .__class__ namespace range"
+)
+
+
+@given(st.lists(st.sampled_from(WORDS.split()), max_size=12).map(" ".join))
+def test_any_text_is_rendered_or_refused(source):
+    try:
+        render(source)
+    except (FormatError, DataError) as error:
+        assert str(error).startswith("chat template: ")  # noqa: PT017 - either is right

@@ -1,0 +1,257 @@
+"""Tokenizers: ids and back, which characters each token stands for, and what the files beside `tokenizer.json` say."""
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+import minilora as ml
+from minilora import DataError, FormatError
+from minilora.model.tokenizer import FILES
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "Numbers such as 1024 and 3.14 are here too; so are naïve words and a smile 🙂.",
+    "    indented lines\n\tand tabs\n\n",
+] * 5
+
+
+def write_tokenizer(directory, trim_offsets=True):
+    """A byte-level BPE of 320 tokens that puts <s> before every text."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=trim_offsets),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+        ]
+    )
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9)
+    directory.mkdir(exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def write(directory, **files):
+    for name, content in files.items():
+        is_text = isinstance(content, str)
+        path = directory / (f"{name}.jinja" if is_text else f"{name}.json")
+        path.write_text(content if is_text else json.dumps(content), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["trimmed", "untrimmed"])
+def tokenizer(request, tmp_path_factory):
+    return ml.load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), request.param))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return write_tokenizer(tmp_path / "model")
+
+
+# --- ids and text ---
+
+
+@given(text=st.text(max_size=40))
+def test_text_comes_back_from_its_tokens(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=st.text(max_size=40))
+def test_the_tokens_around_every_text_are_added_when_asked_for(tokenizer, text):
+    bare = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text) == [0, *bare]
+    assert 0 not in bare
+
+
+def test_a_special_token_in_the_text_is_one_token(tokenizer):
+    ids = tokenizer.encode("a<|im_end|>b", add_special_tokens=False)
+    assert ids == [tokenizer.token_id("a"), 3, tokenizer.token_id("b")]
+    assert tokenizer.decode(ids) == "ab"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_end|>b"
+
+
+def test_nothing_is_cut_or_padded_whatever_the_file_says(tokenizer):
+    assert len(tokenizer.encode("x" * 50)) > 9
+    assert len(tokenizer.encode("x")) == 2
+
+
+def test_the_length_is_the_number_of_tokens(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert len(tokenizer) == len(json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
+    assert tokenizer.token_id("<|im_end|>") == 3
+    assert tokenizer.token_id("no such token") is tokenizer.token_id(None) is None
+
+
+# --- spans ---
+
+spaced = st.text(st.sampled_from("ab  \n\té漢🙂́"), max_size=20)  # an accent that combines, too
+
+
+@example(text=" ", add_special_tokens=True)
+@given(text=st.text(max_size=30) | spaced, add_special_tokens=st.booleans())
+def test_spans_cover_every_character_in_order(tokenizer, text, add_special_tokens):
+    ids, spans = tokenizer.encode_spans(text, add_special_tokens)
+    assert ids == tokenizer.encode(text, add_special_tokens)
+    assert len(spans) == len(ids)
+    reached = 0
+    for begin, end in spans:
+        assert begin <= reached <= end  # no gap; only a character of several tokens is in several spans
+        reached = end
+    assert reached == len(text)
+
+
+@given(text=st.text(st.sampled_from("ab ,.\n\t019"), max_size=30).map("a".__add__))
+def test_a_token_is_the_text_of_its_span(tokenizer, text):
+    for token, (begin, end) in zip(*tokenizer.encode_spans(text, add_special_tokens=False), strict=True):
+        assert tokenizer.decode([token]) == text[begin:end]
+
+
+def test_a_character_of_several_tokens_is_in_the_span_of_each(tokenizer):
+    ids, spans = tokenizer.encode_spans("a𝄞b", add_special_tokens=False)
+    assert len(ids) == 6  # four bytes, none of which were merged in training
+    assert spans == [(0, 1), *[(1, 2)] * 4, (2, 3)]
+
+
+def test_a_token_that_is_not_from_the_text_has_an_empty_span(tokenizer):
+    ids, spans = tokenizer.encode_spans("a<|im_end|>b")
+    assert (ids[0], ids[2]) == (0, 3)
+    assert spans == [(0, 0), (0, 1), (1, 11), (11, 12)]
+
+
+# --- special tokens and stops ---
+
+
+def test_special_tokens_are_text_or_an_object_that_holds_it(directory):
+    added = {"content": "</s>", "lstrip": False, "special": True}
+    config = {
+        "bos_token": "<s>",
+        "eos_token": added,
+        "pad_token": None,
+        "added_tokens_decoder": {},
+        "model_max_length": 9,
+    }
+    tokenizer = ml.load_tokenizer(write(directory, tokenizer_config=config))
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.eos_id == 1
+
+
+def test_the_older_file_counts_where_the_newer_one_says_nothing(directory):
+    older = {"eos_token": "<s>", "pad_token": {"content": "<|im_end|>"}}
+    write(directory, special_tokens_map=older, tokenizer_config={"eos_token": "</s>"})
+    assert ml.load_tokenizer(directory).special_tokens == {"eos_token": "</s>", "pad_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "eos", "stops"),
+    [
+        (None, None, None, set()),
+        (None, None, "</s>", {1}),
+        (None, {"eos_token_id": 2}, "</s>", {1, 2}),
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": 0}, "</s>", {0, 1, 2, 3}),
+        ({"eos_token_id": 3}, {"eos_token_id": None}, None, {3}),
+        ({"eos_token_id": []}, {}, "no such token", set()),
+    ],
+)
+def test_every_token_that_any_file_names_stops(directory, generation, model, eos, stops):
+    files = {"generation_config": generation, "config": model, "tokenizer_config": {"eos_token": eos}}
+    tokenizer = ml.load_tokenizer(write(directory, **{name: file for name, file in files.items() if file is not None}))
+    assert tokenizer.stop_ids == stops
+    assert tokenizer.eos_id == (1 if eos == "</s>" else None)
+
+
+# --- templates ---
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer_config": {"chat_template": "old {{ eos_token }}", "eos_token": "</s>"}}, "old </s>"),
+        ({"tokenizer_config": {"chat_template": "old"}, "chat_template": "new"}, "new"),
+        (
+            {
+                "tokenizer_config": {
+                    "chat_template": [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]
+                }
+            },
+            "b",
+        ),
+    ],
+)
+def test_a_template_comes_from_its_own_file_or_from_the_config(directory, files, expected):
+    assert ml.load_tokenizer(write(directory, **files)).render(HI) == expected
+
+
+@pytest.mark.parametrize("template", [None, [{"name": "rag", "template": "a"}], [], 3, ["default"]])
+def test_without_a_template_there_is_nothing_to_render(directory, template):
+    tokenizer = ml.load_tokenizer(write(directory, tokenizer_config={"chat_template": template}))
+    assert tokenizer.template is None
+    with pytest.raises(DataError, match="no chat template"):
+        tokenizer.render(HI)
+
+
+def test_render_passes_on_what_it_is_given(directory):
+    source = "{{ bos_token }}{{ messages | length }}{{ add_generation_prompt }}{{ tools | length }}"
+    tokenizer = ml.load_tokenizer(write(directory, chat_template=source, tokenizer_config={"bos_token": "<s>"}))
+    assert tokenizer.render(HI, add_generation_prompt=True, tools=[{}, {}]) == "<s>1True2"
+
+
+# --- files ---
+
+
+def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
+    write(
+        directory, tokenizer_config={"eos_token": "</s>"}, special_tokens_map={}, generation_config={"eos_token_id": 2}
+    )
+    write(directory, chat_template="ü {{ messages[0].content }}", config={"eos_token_id": 3})
+    tokenizer = ml.load_tokenizer(directory)
+    tokenizer.save(tmp_path / "copy")
+    written = {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()}
+    assert written == {name: (directory / name).read_bytes() for name in FILES}
+    copy = ml.load_tokenizer(tmp_path / "copy")
+    assert copy.render(HI) == tokenizer.render(HI) == "ü hi"
+    assert copy.encode("hi") == tokenizer.encode("hi")
+
+
+def test_the_builtin_tokenizer_has_a_name():
+    tokenizer = ml.load_tokenizer("minilora/builtin")
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FormatError, match=r"there is no tokenizer\.json"):
+        ml.load_tokenizer(tmp_path)
+    with pytest.raises(FormatError, match="no such directory"):
+        ml.load_tokenizer(tmp_path / "none")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE"}}', "\0"])
+def test_what_is_no_tokenizer_is_refused_with_its_name(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(FormatError, match=r"tokenizer\.json: "):
+        ml.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "generation_config", "config"])
+def test_a_file_that_is_no_json_object_is_refused_with_its_name(name, directory):
+    with pytest.raises(FormatError, match=f"{name}.json: found a JSON list"):
+        ml.load_tokenizer(write(directory, **{name: []}))
+
+
+def test_a_template_that_cannot_be_one_is_refused(directory):
+    with pytest.raises(FormatError, match="chat template"):
+        ml.load_tokenizer(write(directory, chat_template="{% if %}"))
