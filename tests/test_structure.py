@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,11 @@ def test_every_command_of_the_readme_parses():
     assert len(commands) >= 5
     for command in commands:
         parse(shlex.split(command, comments=True))
+
+
+def test_importing_minilora_imports_no_template_engine_and_no_command_line():
+    command = "import sys, minilora; sys.exit(sum(name in sys.modules for name in ('jinja2', 'minilora.cli')))"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
 def test_the_public_names_are_sorted_and_there():

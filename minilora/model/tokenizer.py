@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from minilora.errors import DataError, FormatError
-from minilora.model.template import ChatTemplate, Message
 from minilora.storage import model_directory, read_json, read_text, write_text
+
+if TYPE_CHECKING:
+    from minilora.model.template import ChatTemplate, Message
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -55,7 +57,7 @@ class Tokenizer:
         self.eos_id = self.token_id(self.special_tokens.get("eos_token"))
         self.stop_ids = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id")), *_ids(self.eos_id)}
         source = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
-        self.template = ChatTemplate(source, self.special_tokens) if source else None
+        self.template = _chat_template(source, self.special_tokens) if source else None
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -108,6 +110,12 @@ class Tokenizer:
         """Write the files that it was read from."""
         for name, text in self._texts.items():
             write_text(directory / name, text)
+
+
+def _chat_template(source: str, special_tokens: dict[str, str]) -> ChatTemplate:
+    from minilora.model.template import ChatTemplate  # here, so that only models with a template import jinja2
+
+    return ChatTemplate(source, special_tokens)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
