@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MiniloraError, OSError) as error:
         print(f"minilora: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ CLASSES = (RunConfig, ml.LoraConfig, ml.TrainConfig)
 def directory(tmp_path_factory):
     """Two models, one with a chat template, two adapters of the first, and rows."""
     directory = tmp_path_factory.mktemp("things")
-    for name, template in (("model", None), ("chat", CHATML)):
-        tokenizer = write_tokenizer(directory / name, template=template, eos=CLOSE if template else "<|end|>")
+    for name, options in (("model", {}), ("chat", {"template": CHATML, "eos": CLOSE, "post": "bos"})):
+        tokenizer = write_tokenizer(directory / name, **options)
         model = tiny_model(dtype=torch.float32, vocab_size=400)
         ml.save_model(model, directory / name, tokenizer)
     for seed, config in ((1, {"r": 3, "lora_alpha": 6}), (2, {"r": 2, "target_modules": ("q_proj", "down_proj")})):
@@ -197,9 +197,7 @@ def test_a_flag_or_value_that_is_none_is_refused_with_the_usage(capsys, words):
 
 def resolved(path, *words):
     """The three configurations that --config and further flags give."""
-    parser = finetune_parser()
-    cli._apply_config(parser, [f"--config={path}", *words])
-    options = vars(parser.parse_args([f"--config={path}", *words]))
+    options = cli.parse(["finetune", f"--config={path}", *words])
     return tuple(from_flags(cls, options) for cls in CLASSES)
 
 
@@ -321,10 +319,9 @@ def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_th
         assert line.split() == [name, f"{summary[when]['loss']:.4f}", f"{summary[when]['accuracy']:.4f}"]
 
 
-def test_the_settings_of_the_builtin_example_are_for_it_alone(directory):
-    parser = finetune_parser()
-    cli._apply_config(parser, ["--data=data"])
-    assert from_flags(ml.TrainConfig, vars(parser.parse_args(["--data=data"]))) == ml.TrainConfig()
+@pytest.mark.parametrize("word", ["--data=data", "--model=model"])
+def test_the_settings_of_the_builtin_example_are_for_it_alone(word):
+    assert from_flags(ml.TrainConfig, cli.parse(["finetune", word])) == ml.TrainConfig()
 
 
 def test_rows_that_were_cut_are_counted_on_stderr(directory, tmp_path, capsys, monkeypatch):

@@ -337,6 +337,17 @@ def test_of_a_conversation_the_last_answer_every_answer_or_everything_is_learned
     assert learned(found) == touching(chosen, found.tokens, pieces)
 
 
+@given(st.sampled_from(sorted(TEMPLATES)), some_text, turns)
+def test_an_assistant_that_speaks_first_is_learned_without_its_header(tokenizer, template, greeting, turns):
+    chosen = tokenizer(template=TEMPLATES[template], eos=CLOSE, use_regex=False)
+    messages = [{"role": "assistant", "content": greeting}, *conversation(turns)]
+    found = encode_row(Row({"messages": messages}, ""), chosen, "assistant")
+    pieces = chatml_pieces(messages, "assistant")
+    if template == "default system":
+        pieces = [(f"{OPEN}system\nBe kind.{CLOSE}\n", False), *pieces]
+    assert learned(found) == touching(chosen, found.tokens, pieces)
+
+
 @given(turns, st.sampled_from(["completion", "assistant"]))
 def test_what_a_template_marks_is_what_is_learned_also_where_that_is_less_than_the_turn(tokenizer, turns, train_on):
     marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
@@ -431,6 +442,7 @@ NOTHING = "nothing to learn"
         ({"messages": "a"}, "messages: found 'a', need a list of messages"),
         ({"messages": ["a"]}, "messages[0]: found 'a', need an object with role and content"),
         ({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}, "messages[1]: found {'content': 'b'}"),
+        ({"messages": conversation([("a", "")])}, "messages[1]: nothing to learn"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message has role 'assistant'"),
         ({"messages": [{"role": "user", "content": "a\udfff"}, {"role": "assistant", "content": "b"}]}, "surrogate"),
         ({"messages": [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "b"}]}, "U+FDD0"),

@@ -14,7 +14,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.run import PACKAGES, RunConfig, load_data
+from minilora.run import PACKAGES, RunConfig, evaluate, evaluate_base, load_data
 from minilora.train.evaluate import held_out_loss
 from minilora.train.state import checkpoints
 from tests.models import tiny_model
@@ -325,7 +325,7 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# --- which rows are held out ---
+# --- which rows are held out, and what is measured on them ---
 
 
 def sources(rows):
@@ -359,3 +359,11 @@ def test_data_without_a_training_file_are_refused(directory, tmp_path):
     write_rows(tmp_path / "test.jsonl", 4)
     with pytest.raises(ml.DataError, match=r"there is no train.jsonl; found \['test'\]"):
         load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig())
+
+
+def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):
+    model, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
+    data = load_data(str(directory / "rows.jsonl"), tokenizer, ml.TrainConfig(eval_split=0.5))
+    expected = evaluate(model, data.test, data.choices)
+    ml.load_adapter(model, whole)
+    assert evaluate_base(model, data.test, data.choices) == expected != evaluate(model, data.test, data.choices)

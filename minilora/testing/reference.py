@@ -165,7 +165,7 @@ def head_cross_entropy(
 
 
 def rope_frequencies(rope: Any, length: int) -> Array:
-    """How far each pair of coordinates turns from one position to the next, in a document of `length`, (R/2).
+    """How far each pair of coordinates turns from one position to the next, in a document of `length`, (⌈R/2⌉).
 
     Pair i, of wavelength λ = 2π/f where f = θ^(-2i/R)  [RoPE eq. 15]:
 
@@ -180,7 +180,7 @@ def rope_frequencies(rope: Any, length: int) -> Array:
         rope: has width (R), theta, kind, scaling, trained_length and max_length.
         length: L.
     """
-    return np.array([_frequency(rope, i, length) for i in range(rope.width // 2)])
+    return np.array([_frequency(rope, i, length) for i in range((rope.width + 1) // 2)])
 
 
 def _frequency(rope: Any, i: int, length: int) -> float:

@@ -56,6 +56,8 @@ class TrainConfig:
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")
+        if self.seed >= 2**32:
+            bad.append(f"seed is {self.seed!r}, need one below 2**32")
         if not self.eval_split < 1:
             bad.append(f"eval_split is {self.eval_split!r}, need a share below 1")
         for name, kind in (("lr_scheduler", Scheduler), ("train_on", TrainOn), ("recompute", Recompute)):

@@ -219,8 +219,11 @@ def _assistant_spans(
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for i in turns if train_on == "assistant" else turns[-1:]:
-        before = tokenizer.render(messages[:i], add_generation_prompt=True, tools=tools) if i else ""
         through = tokenizer.render(messages[: i + 1], tools=tools)
+        before = tokenizer.render(messages[: max(i, 1)], add_generation_prompt=True, tools=tools)
+        if i == 0:  # no message comes before, but the header that asks for an answer stands in the turn
+            header = before.removeprefix(through)
+            before = through[: through.index(header) + len(header)] if header in through else before
         if not (text.startswith(through) and through.startswith(before)):
             raise DataError(
                 f"the chat template renders message {i} differently once others follow, so its tokens cannot be found; "
@@ -253,6 +256,8 @@ def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"messages[{i}]: found {message!r:.60}, need an object with role and content")
+        if message["role"] == "assistant" and message.get("content") == "" and not message.get("tool_calls"):
+            raise DataError(f"messages[{i}]: nothing to learn: the answer is empty")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("messages: no message has role 'assistant', so there is nothing to learn")
     return messages
