@@ -41,7 +41,13 @@ STRIPPING = (  # as qwen3: what the assistant thought before the last question i
 ) + GENERATION_PROMPT
 TEMPLATES = {"chatml": CHATML, "marked": MARKED, "default system": DEFAULT_SYSTEM}
 
-POST_PROCESSORS = {"none": None, "bos": f"{BOS} $A", "bos and eos": f"{BOS} $A {EOS}", "eos": f"$A {EOS}"}
+POST_PROCESSORS = {
+    "none": None,
+    "bos": f"{BOS} $A",
+    "bos and eos": f"{BOS} $A {EOS}",
+    "eos": f"$A {EOS}",
+    "trimming": "of offsets",
+}
 
 
 @cache
@@ -61,7 +67,9 @@ def trained_bpe(use_regex: bool) -> str:
 def write_tokenizer(directory, post="none", use_regex=True, template=None, eos=EOS, **config):
     """Write a small tokenizer as a model directory has it; its vocabulary has 400 tokens."""
     backend = tokenizers.Tokenizer.from_str(trained_bpe(use_regex))
-    if POST_PROCESSORS[post]:
+    if post == "trimming":
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    elif POST_PROCESSORS[post]:
         pairs = [(token, backend.token_to_id(token)) for token in (BOS, EOS)]
         backend.post_processor = processors.TemplateProcessing(single=POST_PROCESSORS[post], special_tokens=pairs)
     directory.mkdir(parents=True, exist_ok=True)
@@ -228,6 +236,7 @@ def test_data_that_are_not_there_are_refused_by_name(tmp_path, name):
 @given(tokenizer_options, st.booleans(), texts, some_text)
 @example({"post": "none", "use_regex": False}, False, "the ca", "t sat")  # a token spans the seam
 @example({"post": "bos and eos", "use_regex": True}, False, "the cat ", " sat")  # spaces on both sides of the seam
+@example({"post": "trimming", "use_regex": False}, False, "e", " t")  # a token whose space is the completion's
 @example({"post": "bos", "use_regex": True}, True, "", "🙂")
 def test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels(
     tokenizer, options, learns_all, prompt, completion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class Tokenizer:
         if "tokenizer.json" not in self._texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
         try:
-            self._backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
+            self._backend = tokenizers.Tokenizer.from_str(_with_whole_offsets(self._texts["tokenizer.json"]))
         except Exception as error:  # the library raises nothing narrower
             raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
         self._backend.no_truncation()
@@ -73,20 +74,14 @@ class Tokenizer:
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and which characters [begin, end) of the text each stands for.
 
-        Tokens that are not from the text are empty. Some tokenizers trim white space off their offsets; here a token
-        begins no later than the one before it ended, and the last one ends where the text does, so that every character
-        belongs to one.
+        Tokens that are not from the text are empty. A token begins no later than the one before it ended, so that
+        characters which the tokenizer drops, white space say, belong to the token after them.
         """
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        masked = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-        is_from_text = [begin < end or not is_added for (begin, end), is_added in masked]
-        spans, previous, left = [], 0, sum(is_from_text)
-        for (begin, end), is_own in zip(encoding.offsets, is_from_text, strict=True):
-            if not is_own:
-                spans.append((previous, previous))
-                continue
-            left -= 1
-            end = end if left else len(text)
+        spans, previous = [], 0
+        for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if is_added and begin == end:
+                begin = end = previous
             spans.append((min(begin, previous), end))
             previous = end
         return encoding.ids, spans
@@ -116,6 +111,11 @@ def _chat_template(source: str, special_tokens: dict[str, str]) -> ChatTemplate:
     from minilora.model.template import ChatTemplate  # here, so that only models with a template import jinja2
 
     return ChatTemplate(source, special_tokens)
+
+
+def _with_whole_offsets(text: str) -> str:
+    """A tokenizer.json whose tokens' offsets keep their white space, which some trim off; ids do not change."""
+    return re.sub(r'"trim_offsets"\s*:\s*true', '"trim_offsets": false', text)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
