@@ -107,6 +107,15 @@ def test_a_save_over_an_earlier_one_leaves_nothing_of_it(before, after, tmp_path
     assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in (tmp_path / "b").iterdir()} | {"notes.txt"}
 
 
+def test_a_loaded_model_does_not_change_with_its_file(saved):
+    model = ml.load_model(saved)
+    with (saved / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    assert not any((parameter == 0).any() for parameter in model.parameters())
+    assert any((parameter == 0).any() for parameter in ml.load_model(saved).parameters())
+
+
 def test_the_builtin_model_loads_and_knows_its_name():
     model = ml.load_model("minilora/builtin")
     assert model.name_or_path == "minilora/builtin"

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import minilora as ml
 from minilora.lora.attach import adapter_layers
 from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from tests.models import FAMILIES, randomize_adapters_, scales, seeds, tiny_model, token_ids
+from tests.tolerance import assert_parity
 
 IDS = token_ids(3, 2, 7)
+GOLDEN = Path(__file__).parent / "golden" / "adapters"
 
 
 def saved(directory, family="llama", seed=0, **config):
@@ -38,6 +41,13 @@ def test_what_was_saved_loads_equal_and_saves_the_same_bytes(tmp_path_factory, f
     ml.save_adapter(again, second)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+def test_adapters_that_peft_wrote_have_the_logits_that_peft_computed(case):
+    model = tiny_model(dtype=torch.float32)
+    ml.load_adapter(model, GOLDEN / case)
+    assert_parity(model(IDS), load_file(GOLDEN / case / "logits.safetensors")["logits"])
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ REFUSED = [
     "{{ messages[0].update({}) }}",
     "{{ messages[0].pop('role') }}",
     "{{ messages[0].setdefault('a', 1) }}",
+    "{{ dict.update(messages[0], {'role': 'x'}) }}",
     "{% include 'config.json' %}",
     "{% import 'os' as os %}",
     "{% from 'os' import path %}",
