@@ -109,15 +109,20 @@ def _add_dashed(parser: argparse.ArgumentParser, name: str, **options: Any) -> N
 
 
 def _apply_config(finetune: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Values of --config become defaults; without --model, --data and --config, those of the built-in example do."""
-    given, _ = finetune.parse_known_args(words)
-    defaults = finetune.get_default
-    if given.config is not None:
-        values = read_config(given.config)
-        kept = values.get("config")  # where run.json has them
-        use_config(finetune, kept if isinstance(kept, dict) else values, str(given.config))
-    elif given.model == defaults("model") and given.data == defaults("data"):
+    """Values of --config become defaults; without --model and --data, those of the built-in example do.
+
+    Raises:
+        ConfigError: a model without data, or data without a model.
+    """
+    path = finetune.parse_known_args(words)[0].config
+    values = read_config(path) if path is not None else {}
+    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
+    named = {word.partition("=")[0].removeprefix("--") for word in words} | set(values)
+    if len(named & {"model", "data"}) == 1:
+        raise ConfigError(f"--model and --data go together; {BUILTIN!r} is the built-in model, or the built-in data")
+    if not named & {"model", "data"}:
         use_config(finetune, read_json(ASSETS / "finetune.json"), "finetune.json")
+    use_config(finetune, values, str(path))
 
 
 def _finetune(options: dict[str, Any]) -> int:
@@ -129,13 +134,13 @@ def _finetune(options: dict[str, Any]) -> int:
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out"
     )
-    for name, rows in (("training", data.train), ("held-out", data.test)):
-        if rows.truncated:
-            _say(
-                f"{rows.truncated} {name} rows were cut to --max-length, {rows.unlabelled} of them to nothing learnable"
-            )
+    splits = {"training": data.train, "validation": data.valid, "held-out": data.test}
+    for name, rows in splits.items():
+        if rows.truncated and not (name == "validation" and rows is data.test):
+            _say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
     if step:
         _say(f"going on from step {step}")
+    _say(f"measuring the base model on {len(data.test):,} rows")
     before = evaluate_base(model, data.test, data.choices)
     meter = Meter()
     previous = signal.signal(signal.SIGINT, meter.stop)
@@ -147,6 +152,7 @@ def _finetune(options: dict[str, Any]) -> int:
     if not result.finished:
         _say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
         return INTERRUPTED
+    _say(f"measuring the adapter on {len(data.test):,} rows")
     outcome = Outcome(result, before, evaluate(model, data.test, data.choices))
     run.finish(model, tokenizer, outcome)
     print(_table(outcome))
@@ -203,7 +209,8 @@ def _eval(options: dict[str, Any]) -> int:
         value = choice_accuracy(model, examples, choices)
     else:
         raise ConfigError(f"{options['data']}: --metric choice needs rows with few distinct answers, each given often")
-    print(json.dumps({"metric": options["metric"], "value": value, "rows": len(examples)}))
+    counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
+    print(json.dumps({"metric": options["metric"], "value": value, **counts}))
     return 0
 
 
@@ -224,11 +231,13 @@ def _base_of(options: dict[str, Any]) -> str:
     """--model; else what the adapter's file names; else the built-in model."""
     if options["model"] or not _adapters(options):
         return options["model"] or BUILTIN
-    path = Path(_adapters(options)[0]) / CONFIG_FILE
-    base = read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ConfigError(f"{path}: names no base model; give --model")
-    return base
+    paths = [Path(adapter) / CONFIG_FILE for adapter in _adapters(options)]
+    bases = [read_json(path).get("base_model_name_or_path") for path in paths]
+    if not isinstance(bases[0], str) or not bases[0]:
+        raise ConfigError(f"{paths[0]}: names no base model; give --model")
+    if any(base != bases[0] for base in bases):
+        raise ConfigError(f"the adapters name different base models, {bases}; give --model")
+    return bases[0]
 
 
 def _adapters(options: dict[str, Any]) -> list[str]:
@@ -271,10 +280,11 @@ class Meter:
         began, first_step = self.first = self.first or (now, record["step"])
         if self.is_terminal or now - self.last >= self.every or record["step"] == record["total_steps"]:
             self.last = now
-            left = (now - began) / max(1, record["step"] - first_step) * (record["total_steps"] - record["step"])
+            done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
+            left = f"{(now - began) / done * remaining:.0f}" if done else "?"
             self.show(
                 f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left  "
+                f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  "
                 f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
             )
         return self.is_stopping

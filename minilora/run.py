@@ -36,7 +36,7 @@ from minilora.train.config import TrainConfig, option
 from minilora.train.data import Dataset, encode_rows, find_splits, read_rows
 from minilora.train.diagnose import peak_memory_bytes
 from minilora.train.evaluate import Choice, choice_accuracy, find_choices, held_out_loss
-from minilora.train.loop import Record, TrainResult, train
+from minilora.train.loop import BOOKKEEPING, Record, TrainResult, train
 from minilora.train.state import newest_step
 
 Resume = Literal["auto", "never"]
@@ -111,7 +111,8 @@ class Run:
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         before = read_json(self.out / "run.json").get("config", {})
         now = json.loads(json.dumps(self.resolved))
-        different = [key for key in now if key != "resume" and before.get(key) != now[key]]
+        free = {*BOOKKEEPING, "resume"} - {"eval_split"}  # which decides what the training rows are
+        different = [key for key in now if key not in free and before.get(key) != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")

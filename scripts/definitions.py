@@ -1,7 +1,7 @@
 """The README's tables: definitions to categories, over three seeds.
 
     python scripts/definitions.py                              the built-in model
-    python scripts/definitions.py --model DIR [more flags]     another one, on the built-in data
+    python scripts/definitions.py --model DIR --data minilora/builtin [more flags]
 
 Flags are those of `minilora finetune`.
 """

@@ -170,6 +170,13 @@ def test_merging_a_tied_head_keeps_the_embedding():
     assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
+def test_merging_leaves_alone_what_no_active_adapter_touches():
+    model = adapted("qwen2", target_modules=("lm_head",))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="second")
+    ml.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_merging_something_not_finite_is_refused_and_changes_nothing():
     model = adapted()
     layer = list(adapter_layers(model).values())[-1]

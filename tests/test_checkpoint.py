@@ -140,14 +140,15 @@ def test_tensors_are_converted_to_the_dtype_that_is_asked_for(stored, asked, tmp
         ("float32", "cpu", False, torch.float32),
         ("bfloat16", "cpu", False, torch.float32),  # slower than float32
         ("bfloat16", "cpu", True, torch.bfloat16),
-        ("float16", "cpu", True, torch.float32),  # never fast there
-        ("bfloat16", "cuda", False, torch.bfloat16),
-        ("float16", "cuda", False, torch.float16),
+        ("float16", "cpu", True, torch.bfloat16),  # training in float16 needs a scaled loss
+        ("float16", "cpu", False, torch.float32),
+        ("bfloat16", "cuda", True, torch.bfloat16),
+        ("bfloat16", "cuda", False, torch.float32),
         (None, "cuda", False, torch.float32),
     ],
 )
 def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch, key, stored, device, fast, expected):
-    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda _: fast)
     assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
 
 

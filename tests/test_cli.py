@@ -233,7 +233,8 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
 
 def test_text_in_a_configuration_file_is_read_as_on_the_command_line(tmp_path):
     path = tmp_path / "config.toml"
-    path.write_text('target-modules = "q_proj,v_proj"\nlearning_rate = "1e-3"\ninit_lora_weights = "true"\n')
+    files = 'model = "model"\ndata = "data"\n'
+    path.write_text(files + 'target-modules = "q_proj,v_proj"\nlearning_rate = "1e-3"\ninit_lora_weights = "true"\n')
     _, lora, training = resolved(path)
     assert lora == ml.LoraConfig(target_modules=("q_proj", "v_proj"))
     assert training == ml.TrainConfig(learning_rate=1e-3)
@@ -266,7 +267,7 @@ def test_the_nearest_key_of_a_slip_is_the_one_that_was_meant():
         ('use_rslora = "no"', "use_rslora is 'no', need bool"),
         ("learning_rate = true", "learning_rate is True, need float"),
         ("seed = true", "seed is True, need int"),
-        ("model = 5", "model is 5, need str"),
+        ("model = 5\ndata = 'x'", "model is 5, need str"),
         ('resume = "maybe"', "resume is 'maybe'"),
         ('lr_scheduler = "step"', "lr_scheduler is 'step'"),
         ("target_modules = [1]", "target_modules is [1]"),
@@ -319,9 +320,15 @@ def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_th
         assert line.split() == [name, f"{summary[when]['loss']:.4f}", f"{summary[when]['accuracy']:.4f}"]
 
 
+def test_the_settings_of_the_builtin_example_are_for_it_alone():
+    assert from_flags(ml.TrainConfig, cli.parse(["finetune", "--data=data", "--model", "m"])) == ml.TrainConfig()
+    assert from_flags(ml.TrainConfig, cli.parse(["finetune"])) != ml.TrainConfig()
+
+
 @pytest.mark.parametrize("word", ["--data=data", "--model=model"])
-def test_the_settings_of_the_builtin_example_are_for_it_alone(word):
-    assert from_flags(ml.TrainConfig, cli.parse(["finetune", word])) == ml.TrainConfig()
+def test_a_model_without_data_or_data_without_a_model_is_refused(word):
+    with pytest.raises(ml.ConfigError, match="go together"):
+        cli.parse(["finetune", word])
 
 
 def test_rows_that_were_cut_are_counted_on_stderr(directory, tmp_path, capsys, monkeypatch):
@@ -405,6 +412,16 @@ def test_a_merged_model_is_complete_and_writes_what_model_and_adapter_write(dire
     assert ours == command("generate", "--adapter=adapter1", "--prompt=the cat")
 
 
+def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(directory, command, tmp_path, capsys):
+    shutil.copytree(directory / "adapter1", tmp_path / "other")
+    path = tmp_path / "other" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"base_model_name_or_path": "', '"base_model_name_or_path": "another-'))
+    both = ["--adapter=adapter1", f"--adapter={tmp_path / 'other'}", f"--out={tmp_path / 'merged'}"]
+    assert cli.main(["merge", *both]) == 1
+    assert "name different base models" in capsys.readouterr().err
+    command("merge", "--model=model", *both)
+
+
 def test_a_merged_model_keeps_the_dtype_of_the_checkpoint_also_where_it_is_slow(directory, command, tmp_path):
     model = ml.load_model(directory / "model", dtype="float16")
     ml.save_model(model, tmp_path / "half", ml.load_tokenizer(directory / "model"))
@@ -429,7 +446,7 @@ def test_eval_prints_one_json_object_with_what_the_library_measures(directory, c
     words = [f"--adapter={adapter}"] if adapter else ["--model=model"]
     for metric, value in expected.items():
         printed = command("eval", *words, "--data=data", "--metric", metric)
-        assert json.loads(printed) == {"metric": metric, "value": value, "rows": 16}
+        assert json.loads(printed) == {"metric": metric, "value": value, "rows": 16, "truncated": 0, "unlabelled": 0}
         assert printed.count("\n") == 1
     assert json.loads(command("eval", *words, "--data=data"))["metric"] == "nll"
 
@@ -455,7 +472,10 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
             "no linear module matches target_modules 'q_prj'",
         ),
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),
-        ("finetune --model=model --data=data --epochs=inf --batch-size=0", "batch_size is 0, need at least 1; epochs"),
+        (
+            "finetune --model=model --data=data --epochs=inf --batch-size=0",
+            "batch_size is 0, need a whole number of at least 1; epochs",
+        ),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),

@@ -346,6 +346,16 @@ def test_of_a_conversation_the_last_answer_every_answer_or_everything_is_learned
     assert learned(found) == touching(chosen, found.tokens, pieces)
 
 
+@given(turns, st.sampled_from(["completion", "assistant"]))
+def test_an_answer_and_its_closing_token_may_be_marked_apart(tokenizer, turns, train_on):
+    apart = MARKED.replace(
+        "{{ m.content }}<|im_end|>", "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>", 1
+    )
+    together, parted = (tokenizer(template=template, eos=CLOSE) for template in (MARKED, apart))
+    row = Row({"messages": conversation(turns)}, "")
+    assert encode_row(row, parted, train_on) == encode_row(row, together, train_on)
+
+
 @given(st.sampled_from(sorted(TEMPLATES)), some_text, turns)
 def test_an_assistant_that_speaks_first_is_learned_without_its_header(tokenizer, template, greeting, turns):
     chosen = tokenizer(template=TEMPLATES[template], eos=CLOSE, use_regex=False)

@@ -6,6 +6,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import minilora as ml
+from minilora.model.generate import generate
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train import evaluate
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
@@ -170,3 +171,13 @@ def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokeniz
     assert right[0]
     assert right[-1]
     assert exact_match(model, rows, tokenizer) == sum(right) / len(rows)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_measuring_and_generating_leave_the_mode_as_it_was(is_training):
+    model = tiny_model().train(is_training)
+    examples = random_rows(0, 4)
+    held_out_loss(model, examples)
+    choice_accuracy(model, examples, [(1,), (2,)])
+    generate(model, [[1, 2]], max_new_tokens=2)
+    assert all(module.training == is_training for module in model.modules())

@@ -190,6 +190,17 @@ def test_an_unknown_key_that_says_nothing_is_accepted(tmp_path):
     assert torch.equal(other(IDS), model(IDS))
 
 
+def test_ranks_need_no_pattern_whatever_the_file_s_says(tmp_path):
+    model = saved(tmp_path, rank_pattern={"q_proj": 2})
+    edit(tmp_path, rank_pattern={r"([a-z0-9_.]+)+!": 7, r".*\.v_proj": 9})
+    other = tiny_model(dtype=torch.float32)
+    ml.load_adapter(other, tmp_path)
+    assert torch.equal(other(IDS), model(IDS))
+    ml.save_adapter(other, tmp_path)
+    ml.load_adapter(other, tmp_path, name="again")
+    assert torch.equal(other(IDS), model(IDS))
+
+
 @pytest.mark.parametrize(
     "rename",
     [

@@ -63,6 +63,7 @@ def test_target_modules_means(rule):
         {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}},
         {"target_modules": ["q_proj"], "alpha_pattern": {"layers.99.self_attn.q_proj": 2}},
         {"target_modules": ["q_proj"], "layers_to_transform": [99]},
+        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0, 99]},
         {"target_modules": []},
     ],
 )

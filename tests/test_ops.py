@@ -311,6 +311,15 @@ def test_cross_entropy_and_its_gradient_are_as_precise_as_plain_pytorch(seed, dt
     assert_precision(hidden[0].grad, hidden[1].grad, exact.grad / 7)
 
 
+@given(seeds, st.integers(2, 400))
+def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n):
+    labels, head = token_ids(seed, 20, high=50), make_head("frozen", seed + 1, 32, 50).to(torch.bfloat16)
+    hidden = randn(seed, 20, 32, dtype=torch.bfloat16).requires_grad_()
+    (whole,) = torch.autograd.grad(ops.cross_entropy(hidden, labels, head), hidden)
+    (share,) = torch.autograd.grad(ops.cross_entropy(hidden, labels, head) / n, hidden)
+    assert torch.equal(share, (whole.float() * torch.tensor(1.0).div(n)).bfloat16())
+
+
 # --- what docstrings say about shapes ---
 
 FUNCTIONS = {

@@ -81,8 +81,8 @@ MISTAKES = {
     ),
     "law 9: the cache forgets where it was": Mistake(
         "model/llama.py",
-        "cosines[before:] for (cosines, _)",
-        "cosines[: len(cosines) - before] for (cosines, _)",
+        "self.config.rope.table(total, x.device, first)",
+        "self.config.rope.table(total - first, x.device)",
         "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
     ),
     "law 9: padding is counted": Mistake(

@@ -204,8 +204,7 @@ def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_i
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, times=2)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(directory, tmp_path)
+        assert finetune(directory, tmp_path) == cli.INTERRUPTED
     assert signal.getsignal(signal.SIGINT) is before
     assert finetune(directory, tmp_path) == 0
     assert starts(tmp_path) == [0, 4]

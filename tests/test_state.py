@@ -82,8 +82,8 @@ def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path)
     shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
     other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7, "eval_split": 0.5}
     run(tmp_path, **other)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000004"]
-    assert contents(tmp_path, 4) == contents(whole, 4)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
+    assert contents(tmp_path, 6) == contents(whole, 6)
 
 
 def test_a_checkpoint_is_an_adapter_that_can_be_loaded(whole):
@@ -206,6 +206,15 @@ def test_the_trained_adapter_is_the_one_whose_factors_learn():
     for layer in adapter_layers(model).values():
         layer.lora_A["first"].requires_grad_(True)
     with pytest.raises(ml.TrainingError, match=r"found \['first', 'second'\]"):
+        trained_adapter(model)
+
+
+def test_an_adapter_that_is_trainable_but_does_not_act_cannot_be_trained():
+    model = tiny_model()
+    ml.attach(model, ml.LoraConfig(r=2), name="first")
+    ml.attach(model, ml.LoraConfig(r=2), name="second")
+    ml.set_adapter(model, "first")
+    with pytest.raises(ml.TrainingError, match="'second' is trainable but not active"):
         trained_adapter(model)
 
 

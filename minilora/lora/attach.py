@@ -112,7 +112,8 @@ def merge(model: nn.Module) -> None:
             if not all(bool(factor.isfinite().all()) for factor in (layer.lora_A[name], layer.lora_B[name])):
                 raise TrainingError(f"{path}: adapter {name!r} holds numbers that are not finite; nothing was merged")
     for layer in layers.values():
-        layer.base.weight = nn.Parameter(layer.merged_weight().detach(), requires_grad=False)
+        if layer.active:
+            layer.base.weight = nn.Parameter(layer.merged_weight().detach(), requires_grad=False)
     detach(model)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from minilora.errors import ConfigError, TargetError
@@ -124,6 +124,10 @@ def _unmatched(linears: Sequence[str], chosen: Sequence[str], config: LoraConfig
             is_general = isinstance(entry, str) and entry.lower() == "all-linear"
             if entry and not is_general and not any(_matches(entry, path) for path in linears):
                 found.append(f"no linear module matches {name} {entry if isinstance(entry, str) else entry[0]!r}")
+    for number in config.layers_to_transform or ():
+        alone = replace(config, layers_to_transform=(number,))
+        if not any(_matches(config.target_modules, path) and _is_in_layers(path, alone) for path in linears):
+            found.append(f"no linear module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
         found += [

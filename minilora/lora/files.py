@@ -3,8 +3,9 @@
     base_model.model.<path>.lora_A.weight   (r, in)
     base_model.model.<path>.lora_B.weight   (out, r)
 
-What an adapter adapts, and with which rank, is read from the tensors' names and shapes; the JSON adds the scale. Names
-and patterns from a file are data: they are compared, never run as regular expressions.
+What an adapter adapts, and with which rank, is read from the tensors' names and shapes; the JSON adds the scale. A
+pattern from a file is used only where its keys are names or the ends of names: as regular expressions those are
+harmless. Ranks need no pattern; another `alpha_pattern` is refused.
 """
 
 from __future__ import annotations
@@ -30,19 +31,38 @@ PEFT_VERSION = "0.21.2"  # whose layout this is
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
 PEFT_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "auto_mapping", "corda_config", "eva_config")),
-    **dict.fromkeys(("exclude_modules", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform")),
-    **dict.fromkeys(("lora_ga_config", "megatron_config", "modules_to_save", "monteclora_config", "revision")),
-    **dict.fromkeys(("target_parameters", "trainable_token_indices", "use_bdlora", "velora_config")),
-    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"), False),
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "auto_mapping": None,
     "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
     "inference_mode": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
     "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
     "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
     "peft_type": "LORA",
     "peft_version": PEFT_VERSION,
     "qalora_group_size": 16,
+    "revision": None,
+    "target_parameters": None,
     "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
 }
 READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
 INFORMATION = {  # true of how the adapter was made; without effect on what it computes
@@ -114,14 +134,14 @@ def read_config(directory: Path, ranks: Mapping[str, int]) -> LoraConfig:
     path = directory / CONFIG_FILE
     values = read_json(path)
     _check_keys(path, values)
-    init = values.get("init_lora_weights", True)
+    init, rank_pattern = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
     try:
         config = LoraConfig(
             r=values.get("r", 8),
             lora_alpha=values.get("lora_alpha", 8),
             lora_dropout=values.get("lora_dropout", 0.0),
             target_modules=tuple(ranks),
-            rank_pattern=values.get("rank_pattern") or {},
+            rank_pattern=rank_pattern if all(map(_is_name, rank_pattern)) else {},
             alpha_pattern=values.get("alpha_pattern") or {},
             use_rslora=bool(values.get("use_rslora", False)),
             init_lora_weights=init if init in (True, "gaussian") else True,
@@ -143,11 +163,11 @@ def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
     if values.get("init_lora_weights", True) not in PLAIN_INITS:
         bad.append(f"init_lora_weights: found {values['init_lora_weights']!r}, which changes the base's weights")
     for key in ("rank_pattern", "alpha_pattern"):
-        pattern = values.get(key) or {}
-        if not isinstance(pattern, dict):
-            bad.append(f"{key}: found {pattern!r}, need an object")
-        else:
-            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in pattern if not _is_name(name)]
+        if not isinstance(values.get(key) or {}, dict):
+            bad.append(f"{key}: found {values[key]!r}, need an object")
+        elif key == "alpha_pattern":
+            names = values.get(key) or {}
+            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in names if not _is_name(name)]
     if bad:
         raise FormatError(f"{path}: not a plain LoRA that can be read:\n  " + "\n  ".join(bad))
 

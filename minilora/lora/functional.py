@@ -49,10 +49,10 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
 
 
 def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
-    """x ∘ mask/(1-p),  mask ~ Bernoulli(1-p)  [Dropout §4], the mask being a function of `key` and the shape alone.
+    """x ∘ mask/(1-p),  mask ~ Bernoulli(1-p)  [Dropout §4].
 
-    No global random state is read or moved: recomputing a layer, resuming a run or another order of layers draws the
-    same mask.
+    The mask is a function of the key, the shape and the kind of device. No global random state is read or moved:
+    recomputing a layer, resuming a run or another order of layers draws the same mask.
 
     Shapes: x (N, in) -> (N, in)
     """

@@ -20,7 +20,7 @@ def initial_factors(
     """A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
     True:       A ~ U(-1/√in, 1/√in), which is PyTorch's own start of a linear ([He] with slope √5); B = 0
-    "gaussian": A ~ N(0, 1/r²); B = 0  [LoRA §4.1]
+    "gaussian": A ~ N(0, 1/r²), the variance being PEFT's; B = 0  [LoRA §4.1]
 
     Shapes: -> (r, in), (out, r)
 

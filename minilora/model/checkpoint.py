@@ -92,8 +92,9 @@ def save_model(
 def resolve_dtype(dtype: torch.dtype | str, source: dict[str, Any], device: torch.device) -> torch.dtype:
     """The dtype to compute in.
 
-    "auto" is the checkpoint's own, except on a CPU: float16 is never multiplied natively there, and bfloat16 only
-    where the processor has the instructions; elsewhere it is tens of times slower than float32.
+    "auto" is the checkpoint's own, with two exceptions. float16 becomes bfloat16: its range is too small to train in
+    without scaling the loss. And on a processor without instructions for bfloat16, where it is tens of times slower,
+    float32 takes its place.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -101,13 +102,15 @@ def resolve_dtype(dtype: torch.dtype | str, source: dict[str, Any], device: torc
     name = (source.get("dtype") or source.get("torch_dtype") or "float32") if automatic else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; supported are {['auto', *sorted(DTYPES)]}")
-    if automatic and device.type == "cpu" and (name == "float16" or (name == "bfloat16" and not _has_fast_bfloat16())):
-        return torch.float32
+    if automatic and name in ("float16", "bfloat16"):
+        return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
     return DTYPES[name]
 
 
-def _has_fast_bfloat16() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _tensor_files(directory: Path) -> dict[str, TensorFile]:

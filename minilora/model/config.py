@@ -116,7 +116,7 @@ class LlamaConfig:
 
 def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`; before, `rope_scaling` stood beside `rope_theta`, as it does here."""
-    scaling = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
     given = {}
     if isinstance(scaling, Mapping):
         given = {key: scaling[key] for key in ("rope_theta", "partial_rotary_factor") if scaling.get(key)}

@@ -6,16 +6,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.errors import ConfigError, ShapeError
 from minilora.model.llama import KVCache, Llama
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout, for as long as the block lasts."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(was_training)
+
+
 def generate(
     model: Llama,
     input_ids: Tensor | Sequence[Sequence[int]],
@@ -52,11 +65,23 @@ def generate(
     prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(prompt) for prompt in input_ids]
     if not prompts or not all(prompts):
         raise ShapeError("every prompt needs at least one token")
-    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    with evaluating(model):
+        choose = partial(pick, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
+        return _continued(model, prompts, max_new_tokens, choose, stop_ids, use_cache)
+
+
+def _continued(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+    stop_ids: Collection[int],
+    use_cache: bool,
+) -> list[list[int]]:
     weight = model.model.embed_tokens.weight
     capacity = max(map(len, prompts)) + max_new_tokens
     cache = KVCache(model.config, len(prompts), capacity, weight.dtype, weight.device) if use_cache else None
-    generator = torch.Generator().manual_seed(seed)
     written: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     feed = prompts
@@ -65,7 +90,7 @@ def generate(
         lengths = [len(document) for document in feed]
         hidden = model.model(tokens, lengths, cache=cache)
         last = torch.tensor(lengths, device=weight.device).cumsum(0) - 1
-        chosen = pick(model.lm_head(hidden[last]), temperature, top_p, top_k, generator).tolist()
+        chosen = choose(model.lm_head(hidden[last])).tolist()
         for row in sorted(running):
             if chosen[row] in stop_ids:
                 running.discard(row)

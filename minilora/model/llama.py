@@ -1,7 +1,7 @@
 """The decoder that is fine-tuned: llama, mistral, qwen2, qwen3, smollm3 and phi3 in one readable class.
 
-Attribute names are the checkpoint's parameter names (`model.layers.0.self_attn.q_proj.weight`), so loading is a plain
-`load_state_dict`. Nothing here knows that adapters or 4-bit weights exist: they replace the linears from outside.
+Attribute names are the checkpoint's parameter names (`model.layers.0.self_attn.q_proj.weight`), so loading needs no
+table of names. Nothing here knows that adapters or 4-bit weights exist: they replace the linears from outside.
 
 The trunk works on documents laid end to end (see `ops.py`); padding exists only at the public edge, `Llama.forward`.
 
@@ -194,10 +194,9 @@ class Trunk(nn.Module):
     def _layout(self, lengths: list[int], cache: KVCache | None, x: Tensor) -> Layout:
         past = cache.lengths if cache is not None else [0] * len(lengths)
         totals = [before + new for before, new in zip(past, lengths, strict=True)]
-        tables = [self.config.rope.table(total, x.device) for total in totals]
-        cos = torch.cat([cosines[before:] for (cosines, _), before in zip(tables, past, strict=True)])
-        sin = torch.cat([sines[before:] for (_, sines), before in zip(tables, past, strict=True)])
-        return Layout(lengths, totals, (cos.to(x.dtype), sin.to(x.dtype)))
+        tables = [self.config.rope.table(total, x.device, first) for total, first in zip(totals, past, strict=True)]
+        cos, sin = (torch.cat(parts).to(x.dtype) for parts in zip(*tables, strict=True))
+        return Layout(lengths, totals, (cos, sin))
 
 
 class Llama(nn.Module):
@@ -215,9 +214,11 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        for parameter in self.parameters() if generator is not None else ():
+        for name, parameter in self.named_parameters() if generator is not None else ():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def tie_weights(self) -> None:
         """With `tie_word_embeddings`, make the head's weight the embedding itself."""

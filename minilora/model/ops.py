@@ -77,18 +77,22 @@ def causal_attention(
 
     Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
     """
+    group = q.size(1) // k.size(1)
+    if group > 1 and q.device.type != "cpu":  # torch's own grouping is slow or missing in some kernels of GPUs
+        k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
     outputs = []
     documents = zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True)
     for queries, keys, values in documents:
         length, total = queries.size(0), keys.size(0)
-        plain = length == total and (window is None or total <= window)
+        sees_all = window is None or total <= window
+        needs_mask = not sees_all or 1 < length < total  # a single last token sees everything before it
         heads = F.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),  # (1, H, length, E)
             keys.transpose(0, 1).unsqueeze(0),
             values.transpose(0, 1).unsqueeze(0),
-            attn_mask=None if plain else _visible(length, total, window, q.device),
-            is_causal=plain,
-            enable_gqa=q.size(1) != k.size(1),
+            attn_mask=_visible(length, total, window, q.device) if needs_mask else None,
+            is_causal=not needs_mask and length == total,
+            enable_gqa=group > 1,
         )
         outputs.append(heads.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
@@ -139,7 +143,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> tuple[Tensor, ...]:
         losses, hidden_grads = [], []
-        trained_grads = [torch.zeros_like(p) for p in trained]
+        trained_grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         for rows, row_labels in _chunks(hidden, labels):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
@@ -157,9 +161,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.dtypes = [inputs[0].dtype, *(parameter.dtype for parameter in inputs[3:])]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden_grad, *trained_grads = (upstream.to(grad.dtype) * grad for grad in ctx.saved_tensors)
+        # Multiplied in the wider dtype: a rounded 1/n would scale the whole gradient by one wrong factor.
+        scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
+        hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return hidden_grad, None, None, *trained_grads

@@ -85,10 +85,14 @@ class Rope:
             None if is_list and len(value) == pairs else f"found {value!r}, need a list of {pairs} numbers, one a pair"
         )
 
-    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of `position · frequency` for the positions of a document of `length`: each (L, R/2), float32."""
+    def table(self, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin of `position · frequency`, from position `first` on, in a document of `length`.
+
+        Shapes: -> (L - first, R/2), (L - first, R/2)
+        Dtype: float32
+        """
         frequencies = self.frequencies(length).to(device)
-        angles = torch.arange(length, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
+        angles = torch.arange(first, length, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
         return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
     def frequencies(self, length: int) -> Tensor:

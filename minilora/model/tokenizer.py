@@ -55,8 +55,10 @@ class Tokenizer:
             for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
         )
         self.special_tokens = _special_tokens(older) | _special_tokens(config)
-        self.eos_id = self.token_id(self.special_tokens.get("eos_token"))
-        self.stop_ids = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id")), *_ids(self.eos_id)}
+        stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
+        named = self.token_id(self.special_tokens.get("eos_token"))
+        self.eos_id = named if named is not None else next(iter(stops), None)
+        self.stop_ids = {*stops, *_ids(self.eos_id)}
         source = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
         self.template = _chat_template(source, self.special_tokens) if source else None
 

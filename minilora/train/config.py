@@ -11,6 +11,10 @@ from minilora.model.ops import Recompute
 
 TrainOn = Literal["completion", "assistant", "all"]
 Scheduler = Literal["cosine", "linear", "constant"]
+COUNTS = (
+    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_length", "max_steps"),
+    *("eval_steps", "save_steps", "save_total_limit", "logging_steps"),
+)
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,12 +51,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         bad = []
-        for name in ("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_length", "max_steps"):
-            bad += self._below(name, 1)
-        for name in ("eval_steps", "save_steps", "save_total_limit", "logging_steps"):
-            bad += self._below(name, 1)
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                bad.append(f"{name} is {value!r}, need a whole number of at least 1")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_split", "seed"):
-            bad += self._below(name, 0)
+            if not getattr(self, name) >= 0:
+                bad.append(f"{name} is {getattr(self, name)!r}, need at least 0")
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")
@@ -65,7 +70,3 @@ class TrainConfig:
                 bad.append(f"{name} is {getattr(self, name)!r}, accepted are {list(get_args(kind))}")
         if bad:
             raise ConfigError("TrainConfig: " + "; ".join(bad))
-
-    def _below(self, name: str, least: int) -> list[str]:
-        value = getattr(self, name)
-        return [] if value is None or value >= least else [f"{name} is {value!r}, need at least {least}"]

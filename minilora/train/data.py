@@ -203,10 +203,20 @@ def _encode_conversation(
     if train_on == "all":
         learned = [(0, len(text))]
     else:
-        learned = learned or _assistant_spans(text, messages, tools, tokenizer, train_on)
+        learned = _joined(learned) or _assistant_spans(text, messages, tools, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
     tokens, spans = _encode_spans(text, tokenizer, add_special_tokens=False)
     return Example(tokens, _labels(tokens, spans, learned))
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans that touch as one: a template may mark an answer and its closing token apart."""
+    joined: list[Span] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            begin = joined.pop()[0]
+        joined.append((begin, end))
+    return joined
 
 
 def _assistant_spans(
@@ -285,7 +295,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also for numbers of more digits than Python reads
                 raise DataError(f"{path}:{number}: not JSON ({error})") from error
 
 
@@ -306,6 +316,6 @@ def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         separators = 1
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also for numbers of more digits than Python reads
             raise DataError(f"{path}:{line}: not JSON ({error})") from error
         yield line, value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minilora.model import ops
-from minilora.model.generate import generate
+from minilora.model.generate import evaluating, generate
 from minilora.model.tokenizer import Tokenizer
 from minilora.train.batch import collate, groups
 from minilora.train.data import Example
@@ -22,16 +22,16 @@ MOST_CHOICES = 64
 Choice = tuple[int, ...]
 
 
-@torch.no_grad()
 def held_out_loss(model: Llama, examples: Sequence[Example]) -> float:
     """Σ over labelled tokens of -log p / their number, over all examples together."""
-    model.eval()
     device = next(model.parameters()).device
     total, labelled = 0.0, 0
-    for rows in _groups(examples):
-        batch = collate([examples[row] for row in rows], device)
-        total += ops.cross_entropy(model.model(batch.tokens, batch.lengths), batch.targets, model.lm_head).item()
-        labelled += batch.labelled
+    with evaluating(model):
+        for rows in _groups(examples):
+            batch = collate([examples[row] for row in rows], device)
+            hidden = model.model(batch.tokens, batch.lengths)
+            total += ops.cross_entropy(hidden, batch.targets, model.lm_head).item()
+            labelled += batch.labelled
     return total / labelled
 
 
@@ -45,31 +45,36 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
     return answers if is_few and all(example.prompt for example in examples) else None
 
 
-@torch.no_grad()
 def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Sequence[Choice]) -> float:
     """The share of examples whose answer is the likeliest of the `choices` after the prompt.
 
-    What all choices end in (their closing tokens) says nothing and is left off. Each distinct beginning of a choice is
-    run once: with answers of one token that is the prompt alone.
+    What all choices end in (their closing tokens) says nothing and is left off.
     """
-    model.eval()
-    device = next(model.parameters()).device
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
-    stems = sorted({answer[:-1] for answer in answers})
     correct = 0
-    for rows in _groups(examples, copies=len(stems)):
-        documents = [[*examples[row].prompt, *stem] for row in rows for stem in stems]
-        lengths = [len(document) for document in documents]
-        tokens = torch.tensor([token for document in documents for token in document], device=device)
-        hidden = model.model(tokens, lengths).split(lengths)
-        for i, row in enumerate(rows):
-            after = len(examples[row].prompt) - 1
-            states = dict(zip(stems, hidden[i * len(stems) : (i + 1) * len(stems)], strict=True))
-            logs = {stem: model.lm_head(state[after:]).float().log_softmax(-1) for stem, state in states.items()}
-            scores = [sum(logs[a[:-1]][j, token].item() for j, token in enumerate(a)) for a in answers]
-            correct += choices[scores.index(max(scores))] == examples[row].answer
+    with evaluating(model):
+        for rows in _groups(examples, copies=len({answer[:-1] for answer in answers})):
+            for row, scores in zip(rows, _scores(model, [examples[row].prompt for row in rows], answers), strict=True):
+                correct += choices[scores.index(max(scores))] == examples[row].answer
     return correct / len(examples)
+
+
+def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:
+    """For each prompt, log p(answer | prompt) of each answer.
+
+    Each distinct beginning of an answer is run once: with answers of one token that is the prompt alone.
+    """
+    stems = sorted({answer[:-1] for answer in answers})
+    documents = [[*prompt, *stem] for prompt in prompts for stem in stems]
+    lengths = [len(document) for document in documents]
+    device = next(model.parameters()).device
+    tokens = torch.tensor([token for document in documents for token in document], device=device)
+    hidden = iter(model.model(tokens, lengths).split(lengths))
+    for prompt in prompts:
+        states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
+        logs = {stem: model.lm_head(state).float().log_softmax(-1).cpu() for stem, state in states.items()}
+        yield [sum(logs[answer[:-1]][j, token].item() for j, token in enumerate(answer)) for answer in answers]
 
 
 def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer) -> float:

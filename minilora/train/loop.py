@@ -39,13 +39,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
-BOOKKEEPING = (
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "eval_steps",
-    "eval_split",
-)  # no effect on the weights
+# Settings that have no effect on the weights: they may change between two starts of a run.
+BOOKKEEPING = ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_split")
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,8 @@ def train(
         stopped = bool(on_step and on_step(record))
         if on_step and held_out and _is_due(config.eval_steps, state["step"]):
             stopped |= bool(on_step({"step": state["step"], "eval_loss": held_out_loss(model, held_out)}))
-        if checkpoint_dir is not None and (stopped or _is_due(config.save_steps, state["step"])):
+        is_last = state["step"] == len(steps)  # what comes after training may fail, and must not cost the run
+        if checkpoint_dir is not None and (stopped or is_last or _is_due(config.save_steps, state["step"])):
             save_checkpoint(checkpoint_dir, model, optimizer, state, config.save_total_limit)
     model.eval()
     return TrainResult(
@@ -147,7 +143,7 @@ def _step(
     """
     rate = learning_rate(step, total, config)
     batches = [collate([dataset[row] for row in rows], _device(model)) for rows in micro_batches]
-    labelled = sum(batch.labelled for batch in batches)
+    labelled = sum(dataset[row].labelled for rows in micro_batches for row in rows)
     optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     for i, batch in enumerate(batches):
@@ -194,8 +190,10 @@ def _resumed(checkpoint: Path, model: Llama, optimizer: torch.optim.Optimizer, r
 def _fingerprint(dataset: Sequence[Example], config: TrainConfig, lora: LoraConfig) -> str:
     """One number for everything that decides what the run computes, but for the base model."""
     settings = {key: value for key, value in asdict(config).items() if key not in BOOKKEEPING}
-    content = json.dumps([settings, asdict(lora), [[example.tokens, example.labels] for example in dataset]])
-    return hashlib.sha256(content.encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([settings, asdict(lora)]).encode())
+    for example in dataset:
+        digest.update(json.dumps([example.tokens, example.labels]).encode())
+    return digest.hexdigest()
 
 
 def _is_due(every: int | None, step: int) -> bool:

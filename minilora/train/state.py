@@ -85,13 +85,16 @@ def trained_adapter(model: nn.Module) -> str:
     """The name of the adapter that is being trained.
 
     Raises:
-        TrainingError: there is none, or more than one.
+        TrainingError: there is none, or more than one, or it does not act.
     """
     layers = adapter_layers(model).values()
     names = {name for layer in layers for name, factor in layer.lora_A.items() if factor.requires_grad}
     if len(names) != 1:
         raise TrainingError(f"one adapter must be trainable, found {sorted(names)}: attach one first")
-    return names.pop()
+    name = names.pop()
+    if not any(name in layer.active for layer in layers):
+        raise TrainingError(f"adapter {name!r} is trainable but not active: make it act with set_adapter")
+    return name
 
 
 def _step(checkpoint: Path) -> int:

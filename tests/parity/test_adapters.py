@@ -23,8 +23,8 @@ CONFIGS = {
     "head": {"target_modules": ["lm_head", "q_proj"]},
     "patterns": {
         "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 2},
-        "alpha_pattern": {r"^model\.layers\.0\.self_attn\.v_proj": 4},
+        "rank_pattern": {r"layers\.[13]\.self_attn\.q_proj": 5, "v_proj": 2},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 4, "q_proj": 9},
     },
 }
 
@@ -61,10 +61,6 @@ def test_what_peft_saves_we_load(base, tmp_path, case):
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = ml.load_model(base)
-    if case == "patterns":  # its key is a regular expression, which PEFT writes as it is
-        with pytest.raises(ml.FormatError, match="alpha_pattern"):
-            ml.load_adapter(ours, tmp_path / "adapter")
-        return
     ml.load_adapter(ours, tmp_path / "adapter")
     assert_parity(ours(IDS), theirs(IDS).logits)
 
