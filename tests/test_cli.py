@@ -474,7 +474,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),
         (
             "finetune --model=model --data=data --epochs=inf --batch-size=0",
-            "batch_size is 0, need a whole number of at least 1; epochs",
+            "number of at least 1; epochs is inf",
         ),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
