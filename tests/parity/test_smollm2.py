@@ -179,15 +179,18 @@ def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, to
     assert count == 30
 
 
-def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(smollm2, tmp_path, tokenizer, theirs):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
+    smollm2, tmp_path, tokenizer, theirs, seed
+):
     out, merged = tmp_path / "run", tmp_path / "merged"
-    assert main(["finetune", "--model", str(smollm2), "--out", str(out), *SETTINGS]) == 0
+    assert main(["finetune", "--model", str(smollm2), "--out", str(out), "--seed", str(seed), *SETTINGS]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["before"]["accuracy"] < 0.6
-    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.25
+    assert summary["after"]["accuracy"] > 0.9
 
     assert main(["merge", "--adapter", str(out), "--out", str(merged), "--dtype", "float32"]) == 0
-    test_rows = ml.load_dataset(find_splits(BUILTIN)["test"], tokenizer)[:100]
+    test_rows = ml.load_dataset(find_splits(BUILTIN)["test"], tokenizer)
     ours = ml.load_model(smollm2, dtype="float32")
     ml.load_adapter(ours, out)
     our_loss = torch.tensor(held_out_loss(ours, test_rows))
