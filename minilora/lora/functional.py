@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """s = α/r  [LoRA §4.1], or s = α/√r  [rsLoRA eq. 8], which keeps the size of the update as r grows.
+    """s = α/r  [LoRA §4.1], or s = α/√r  [rsLoRA, abstract], which keeps the size of the update as r grows.
 
     >>> lora_scale(16, 32), lora_scale(16, 32, use_rslora=True)
     (2.0, 8.0)

@@ -116,7 +116,7 @@ class Rope:
 
     @property
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by: 1, but for longrope (LongRoPE §3.3: √(1 + ln s / ln L))."""
+        """What cos and sin are multiplied by: 1, but for longrope √(1 + ln s / ln L), as in Phi-3's own code."""
         if self.kind != "longrope":
             return 1.0
         if (given := self.scaling.get("attention_factor")) is not None:
