@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"minilora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        _say("stopped; a run goes on from its newest checkpoint when the same command is given again")
         return INTERRUPTED
 
 
@@ -76,13 +77,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["merge"].add_argument("--out", required=True, help="directory to write; it must not hold files")
     commands["eval"].add_argument("--data", required=True, help="rows; of a directory, the test split")
     metrics = ("nll", "choice", "exact-match")
-    commands["eval"].add_argument("--metric", choices=metrics, default="nll", help="what to measure (default: nll)")
+    commands["eval"].add_argument(
+        "--metric",
+        choices=metrics,
+        default="nll",
+        help="nll: the loss of a labelled token; choice: how often the right one of few answers is the likeliest; "
+        "exact-match: how often the answer is written (default: nll)",
+    )
     _add_dashed(commands["eval"], "max_length", type=int, default=1024, help="tokens after which a row is cut")
     return parser, commands
 
 
 def _add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool) -> None:
-    parser.add_argument("--model", help="directory of the base model (default: the one the adapter was made for)")
+    parser.add_argument(
+        "--model",
+        help="directory of the base model (default: the one the adapter was made for, else the built-in one)",
+    )
     action, more = ("append", "; give it again for more") if many_adapters else ("store", "")
     parser.add_argument("--adapter", action=action, required=many_adapters, help=f"directory of an adapter{more}")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="number format")
@@ -129,18 +139,24 @@ def _finetune(options: dict[str, Any]) -> int:
     run = Run(from_flags(RunConfig, options), from_flags(LoraConfig, options), from_flags(TrainConfig, options))
     step = run.prepare()
     model, tokenizer, data, count = run.load()
-    run.start(data, step)
+    run.start(model, data, step)
+    weight = model.model.embed_tokens.weight
     _say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
-        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out"
+        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
+        f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
+    longest, limit = max(len(example.tokens) for example in data.train), model.config.rope.max_length
+    if longest > limit:
+        _say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     splits = {"training": data.train, "validation": data.valid, "held-out": data.test}
     for name, rows in splits.items():
         if rows.truncated and not (name == "validation" and rows is data.test):
             _say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
     if step:
         _say(f"going on from step {step}")
-    _say(f"measuring the base model on {len(data.test):,} rows")
+    if data.test:
+        _say(f"measuring the base model on {len(data.test):,} rows")
     before = evaluate_base(model, data.test, data.choices)
     meter = Meter()
     previous = signal.signal(signal.SIGINT, meter.stop)
@@ -152,7 +168,8 @@ def _finetune(options: dict[str, Any]) -> int:
     if not result.finished:
         _say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
         return INTERRUPTED
-    _say(f"measuring the adapter on {len(data.test):,} rows")
+    if data.test:
+        _say(f"measuring the adapter on {len(data.test):,} rows")
     outcome = Outcome(result, before, evaluate(model, data.test, data.choices))
     run.finish(model, tokenizer, outcome)
     print(_table(outcome))
@@ -217,6 +234,8 @@ def _eval(options: dict[str, Any]) -> int:
 def _load(options: dict[str, Any]) -> tuple[Llama, Tokenizer]:
     """The model of --model and --adapter, all adapters active, and its tokenizer."""
     base = _base_of(options)
+    if not options["model"] and _adapters(options) and base != BUILTIN and not Path(base).is_dir():
+        raise ConfigError(f"{base}: no such directory, but the adapter names it as its base model; give --model")
     model = load_model(base, options["dtype"], pick_device(options["device"]))
     names = []
     for i, path in enumerate(_adapters(options)):

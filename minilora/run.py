@@ -17,7 +17,7 @@ import platform
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -126,7 +126,7 @@ class Run:
         attach(model, self.lora, seed=self.training.seed)
         return model, tokenizer, data, count_parameters(model)
 
-    def start(self, data: Data, step: int) -> None:
+    def start(self, model: Llama, data: Data, step: int) -> None:
         """Record this start in run.json, and drop the metrics of steps that will be done again.
 
         Raises:
@@ -137,7 +137,10 @@ class Run:
         if earlier["data_sha256"] != data.files:
             raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
         versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
-        starts = [*earlier["starts"], {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step}]
+        weight = model.model.embed_tokens.weight
+        start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step}
+        start |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+        starts = [*earlier["starts"], start]
         record = {"config": self.resolved, "versions": versions, "data_sha256": data.files, "starts": starts}
         write_json(path, record)
         metrics = self.out / "metrics.jsonl"
@@ -179,12 +182,15 @@ def load_data(name_or_path: str, tokenizer: Tokenizer, config: TrainConfig) -> D
     files = find_splits(name_or_path)
     if "train" not in files:
         raise DataError(f"{name_or_path}: there is no train.jsonl; found {sorted(files)}")
-    rows = {split: read_rows(path) for split, path in files.items()}
-    if len(rows) == 1 and config.eval_split and len(rows["train"]) > 1:
-        shuffled = random.Random(config.seed).sample(rows["train"], len(rows["train"]))
+    encoded = {
+        split: encode_rows(read_rows(path), tokenizer, config.train_on, config.max_length)
+        for split, path in files.items()
+    }
+    if len(files) == 1 and config.eval_split and len(encoded["train"]) > 1:
+        whole = encoded["train"]
+        shuffled = random.Random(config.seed).sample(whole.examples, len(whole))
         held = max(1, int(config.eval_split * len(shuffled)))
-        rows = {"train": shuffled[held:], "test": shuffled[:held]}
-    encoded = {split: encode_rows(each, tokenizer, config.train_on, config.max_length) for split, each in rows.items()}
+        encoded = {"train": replace(whole, examples=tuple(shuffled[held:])), "test": Dataset(tuple(shuffled[:held]))}
     test = encoded.get("test") or encoded.get("valid") or Dataset(())
     valid = encoded.get("valid") or test
     choices = find_choices([*encoded["train"], *test])

@@ -466,7 +466,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
     ("words", "phrase"),
     [
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
-        ("finetune --model=model --data=nowhere", "nowhere: need a .json or .jsonl file"),
+        ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
         (
             "finetune --model=model --data=data --target-modules=q_prj",
             "no linear module matches target_modules 'q_prj'",

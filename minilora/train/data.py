@@ -64,7 +64,7 @@ class Example:
         return tuple(self.tokens[len(self.prompt) :])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset(Sequence[Example]):
     """Examples ready for training.
 
@@ -74,6 +74,10 @@ class Dataset(Sequence[Example]):
     examples: tuple[Example, ...]
     truncated: int = 0
     unlabelled: int = 0
+
+    def __repr__(self) -> str:
+        tokens = sum(len(example.tokens) for example in self.examples)
+        return f"Dataset({len(self)} rows, {tokens} tokens, {self.truncated} truncated, {self.unlabelled} unlabelled)"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -106,6 +110,8 @@ def find_splits(name_or_path: str | Path) -> dict[str, Path]:
     path = ASSETS / "data" if str(name_or_path) == BUILTIN else Path(name_or_path)
     if path.is_file():
         return {"train": path}
+    if not path.exists():
+        raise DataError(f"{path}: no such file or directory")
     names = [
         (split, path / f"{split}{ending}") for split in ("train", "valid", "test") for ending in (".jsonl", ".json")
     ]
@@ -198,7 +204,10 @@ def _encode_conversation(
     messages: Sequence[dict[str, Any]], tools: Any, tokenizer: Tokenizer, train_on: TrainOn
 ) -> Example:
     if tokenizer.template is None:
-        raise DataError("a conversation needs a chat template, and the model has none")
+        raise DataError(
+            "a conversation needs a chat template, and the model has none: "
+            "take an instruct model, or rows of prompt and completion"
+        )
     text, learned = tokenizer.template.render_spans(messages, tools=tools)
     if train_on == "all":
         learned = [(0, len(text))]
