@@ -127,7 +127,7 @@ def _apply_config(finetune: argparse.ArgumentParser, words: Sequence[str]) -> No
     path = finetune.parse_known_args(words)[0].config
     values = read_config(path) if path is not None else {}
     values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-    named = {word.partition("=")[0].removeprefix("--") for word in words} | set(values)
+    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
     if len(named & {"model", "data"}) == 1:
         raise ConfigError(f"--model and --data go together; {BUILTIN!r} is the built-in model, or the built-in data")
     if not named & {"model", "data"}:

@@ -153,6 +153,23 @@ def test_any_module_can_be_adapted_and_a_shared_linear_is_adapted_everywhere():
     assert model["second"] is shared
 
 
+def test_a_linear_under_two_names_of_one_parent_is_adapted_under_both():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleList([shared, shared])
+    ml.attach(model, ml.LoraConfig(r=2))
+    assert model[0] is model[1]
+    assert model[0] is not shared
+    ml.detach(model)
+    assert model[0] is model[1] is shared
+
+
+def test_an_adapter_named_twice_acts_once():
+    model = adapted()
+    before = model(IDS)
+    ml.set_adapter(model, ["default", "default"])
+    assert torch.equal(model(IDS), before)
+
+
 def test_subclasses_of_linear_are_not_targets():
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -199,10 +216,12 @@ def test_a_bfloat16_merge_is_as_good_as_rounding_the_exact_weight(seed):
     assert_precision(model.model.layers[0].self_attn.q_proj.weight, exact.bfloat16(), exact.detach())
 
 
-@pytest.mark.parametrize("name", ["", "a.b"])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
 def test_a_name_that_cannot_be_a_module_is_refused(name):
+    model = tiny_model()
     with pytest.raises(ml.TargetError, match="adapter name"):
-        ml.attach(tiny_model(), ml.LoraConfig(), name=name)
+        ml.attach(model, ml.LoraConfig(), name=name)
+    assert not adapter_layers(model)
 
 
 def test_what_is_not_there_is_an_error_that_says_what_is():

@@ -325,10 +325,10 @@ def test_the_settings_of_the_builtin_example_are_for_it_alone():
     assert from_flags(ml.TrainConfig, cli.parse(["finetune"])) != ml.TrainConfig()
 
 
-@pytest.mark.parametrize("word", ["--data=data", "--model=model"])
-def test_a_model_without_data_or_data_without_a_model_is_refused(word):
+@pytest.mark.parametrize("words", [["--data=data"], ["--model=model"], ["--model", "model", "--out", "data"]])
+def test_a_model_without_data_or_data_without_a_model_is_refused(words):
     with pytest.raises(ml.ConfigError, match="go together"):
-        cli.parse(["finetune", word])
+        cli.parse(["finetune", *words])
 
 
 def test_rows_that_were_cut_are_counted_on_stderr(directory, tmp_path, capsys, monkeypatch):

@@ -237,3 +237,24 @@ def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is
     except ConfigError as error:
         refusal = str(error).replace("rope type", "type")
     assert key.removeprefix("rope_") in refusal
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("qwen2", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        ("mistral", {"layer_types": ["full_attention"] * 4}),
+        ("llama", {"tie_word_embeddings": "false"}),
+        ("llama", {"attention_bias": "false"}),
+    ],
+)
+def test_what_the_family_does_not_know_is_refused_by_name(family, change):
+    key = next(iter(next(iter(change.values())))) if "rope_parameters" in change else next(iter(change))
+    with pytest.raises(ConfigError, match=key):
+        tiny_config(family, **change)
+
+
+def test_smollm3_slides_as_its_layer_types_say_and_nothing_else():
+    types = ["sliding_attention", "full_attention"] * 2
+    assert tiny_config("smollm3", layer_types=types, sliding_window=3).windows == (3, None, 3, None)

@@ -506,6 +506,11 @@ def test_rows_are_cut_to_the_length_and_counted_and_go_if_no_label_is_left(token
     assert found.unlabelled == len(rows) - len(kept)
 
 
+def test_an_answer_ends_where_learning_does():
+    example = ml.Example([1, 2, 3, 4], [IGNORE_INDEX, 2, 3, IGNORE_INDEX])
+    assert (example.prompt, example.answer) == ([1], (2, 3))
+
+
 def test_a_slice_of_a_dataset_is_one(tokenizer):
     rows = [Row({"prompt": "a", "completion": text}, "") for text in "bcd"]
     found = encode_rows(rows, tokenizer(), "completion", 9)

@@ -228,3 +228,22 @@ def test_a_missing_file_is_told_by_name(tmp_path):
 def test_saving_an_adapter_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ml.TargetError, match="'default'"):
         ml.save_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.long(), lambda t: t * torch.nan, lambda t: t.bool()])
+def test_factors_that_are_no_finite_numbers_are_refused_by_name(tmp_path, spoil):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: spoil(tensors[name])}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ml.FormatError, match=name):
+        ml.load_adapter(tiny_model(dtype=torch.float32), tmp_path)
+
+
+def test_a_factor_that_is_there_twice_is_refused(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name.replace(".weight", ".other.weight"): tensors[name] + 1}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ml.FormatError, match="more than one"):
+        ml.load_adapter(tiny_model(dtype=torch.float32), tmp_path)

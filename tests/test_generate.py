@@ -170,3 +170,11 @@ def test_numbers_that_cannot_work_are_refused_by_name(wrong):
 def test_an_empty_prompt_is_refused(prompts):
     with pytest.raises(ShapeError, match="at least one token"):
         ml.generate(tiny_model(), prompts)
+
+
+def test_a_model_that_computes_nan_is_not_taken_at_its_word():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ml.TrainingError, match="NaN"):
+        ml.generate(model, [[1, 2]], max_new_tokens=1)

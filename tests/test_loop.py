@@ -422,3 +422,15 @@ def test_a_setting_that_cannot_work_is_named_with_its_value_and_so_is_every_othe
         ml.TrainConfig(**{name: value, other: -5})
     assert f"{name} is {value!r}" in str(error.value)
     assert f"{other} is -5" in str(error.value)
+
+
+def test_weights_that_are_not_finite_after_a_step_stop_the_run_before_a_checkpoint(tmp_path):
+    with pytest.raises(ml.TrainingError, match="step 1: the weights are not finite"):
+        ml.train(adapted(), random_rows(0, 2), ml.TrainConfig(learning_rate=1e308), checkpoint_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_example_needs_one_label_for_each_token():
+    rows = [ml.Example([1, 2, 3], [1, 2], "a:1"), ml.Example([4, 5], [4, 5, 6], "a:2")]
+    with pytest.raises(ml.DataError, match="'a:1'"):
+        ml.train(adapted(), rows)

@@ -1,11 +1,12 @@
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import minilora as ml
 import minilora.storage as storage
@@ -216,6 +217,33 @@ def test_an_adapter_that_is_trainable_but_does_not_act_cannot_be_trained():
     ml.set_adapter(model, "first")
     with pytest.raises(ml.TrainingError, match="'second' is trainable but not active"):
         trained_adapter(model)
+
+
+def test_nothing_but_the_adapter_can_be_trained():
+    model = adapted()
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ml.TrainingError, match=r"model\.norm\.weight"):
+        trained_adapter(model)
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.flatten()[:1], lambda t: t.int(), lambda t: t.t()])
+def test_moments_that_do_not_fit_are_refused_by_name(whole, tmp_path, spoil):
+    shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
+    path = tmp_path / "step-000002" / "optimizer.safetensors"
+    moments = load_file(path)
+    name = next(name for name in sorted(moments) if name.endswith("/exp_avg"))
+    save_file({**moments, name: spoil(moments[name]).contiguous()}, path)
+    with pytest.raises(ml.FormatError, match=re.escape(name)):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("step", [99, "2", None])
+def test_a_state_of_another_step_is_refused(whole, tmp_path, step):
+    shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
+    path = tmp_path / "step-000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    with pytest.raises(ml.FormatError, match="step-000002"):
+        run(tmp_path)
 
 
 def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):

@@ -63,11 +63,11 @@ def place(
     """Put given factors, path -> (A, B), on the model's linears as the active adapter; freeze everything else.
 
     Raises:
-        TargetError: the model has an adapter of that name, or the name is empty or holds a dot.
+        TargetError: the model has an adapter of that name, or the name cannot be used.
     """
     layers = adapter_layers(model)
-    if not name or "." in name:
-        raise TargetError(f"adapter name {name!r}: need one that is not empty and has no dot")
+    if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
+        raise TargetError(f"adapter name {name!r}: need one that is not empty, has no dot and is no word of PyTorch's")
     if any(name in layer.configs for layer in layers.values()):
         raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
     linears = linear_layers(model)
@@ -123,7 +123,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     Raises:
         TargetError: the model has no adapter of that name.
     """
-    wanted = (names,) if isinstance(names, str) else tuple(names)
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     layers = _adapted(model)
     known = {name for layer in layers.values() for name in layer.configs}
     if unknown := [name for name in wanted if name not in known]:
@@ -184,8 +184,8 @@ def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
 def _replace(model: nn.Module, substitutes: Mapping[nn.Module, nn.Module]) -> None:
     """Put each substitute wherever its original stands, also where one module stands in several places."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in substitutes and parent is not substitutes[child]:
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of one child
+            if child is not None and child in substitutes and parent is not substitutes[child]:
                 setattr(parent, name, substitutes[child])
 
 

@@ -70,6 +70,8 @@ class LoraConfig:
         bad += [f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not _is_positive(a)]
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
+        if not isinstance(self.use_rslora, bool):
+            bad.append(f"use_rslora is {self.use_rslora!r}, need true or false")
         if self.init_lora_weights not in INITS:
             bad.append(f"init_lora_weights is {self.init_lora_weights!r}, accepted are {list(INITS)}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

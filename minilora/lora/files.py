@@ -26,6 +26,7 @@ from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_COPY = re.escape(PREFIX) + r"(.+)\.base_layer\.weight"
 PEFT_VERSION = "0.21.2"  # whose layout this is
 
@@ -116,6 +117,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
             named, with both shapes.
     """
     path = Path(path)
+    _check_keys(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
     factors = read_factors(path)
     config = read_config(path, {where: lora_A.size(0) for where, (lora_A, _) in factors.items()})
     linears = linear_layers(model)
@@ -143,7 +145,7 @@ def read_config(directory: Path, ranks: Mapping[str, int]) -> LoraConfig:
             target_modules=tuple(ranks),
             rank_pattern=rank_pattern if all(map(_is_name, rank_pattern)) else {},
             alpha_pattern=values.get("alpha_pattern") or {},
-            use_rslora=bool(values.get("use_rslora", False)),
+            use_rslora=values.get("use_rslora", False),
             init_lora_weights=init if init in (True, "gaussian") else True,
         )
     except ConfigError as error:
@@ -201,8 +203,12 @@ def read_factors(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
             continue
         if found is None or len(file.shapes[name]) != 2:
             unknown.append(name)
+        elif found[2] in parts.get(found[1], {}):
+            raise FormatError(f"{path}: {found[1]} has more than one {found[2]}")
         else:
             tensor = file.read(name)
+            if tensor.dtype not in DTYPES or not tensor.isfinite().all():
+                raise FormatError(f"{path}: {name} is {tensor.dtype} or not finite; need finite {DTYPES}")
             wide = torch.promote_types(tensor.dtype, torch.float32)
             parts.setdefault(found[1], {})[found[2]] = tensor.to(wide, copy=True)
     if unknown:

@@ -104,6 +104,6 @@ class LoRALinear(AdapterLinear):
         """W + Σ s·B A, summed in the wider of the two dtypes and rounded once."""
         weight = self.base.weight
         for name in self.active:
-            delta = lora_delta(self.lora_A[name], self.lora_B[name], self.scales[name])
-            weight = weight + delta  # a bfloat16 weight is promoted here, and stays wide
+            wide = torch.promote_types(weight.dtype, self.lora_A[name].dtype)
+            weight = weight + lora_delta(*self.factors(name, wide), self.scales[name])
         return weight.to(self.base.weight.dtype)

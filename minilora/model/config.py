@@ -143,6 +143,15 @@ def _check(values: Mapping[str, Any]) -> None:
     ):
         if values.get(key) is not None and not isinstance(values[key], kind):
             bad.append(f"{key}: found {values[key]!r}, need a JSON {name}")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if not isinstance(values.get(key) or False, bool):
+            bad.append(f"{key}: found {values[key]!r}, need true or false")
+    if values["model_type"] != "phi3" and values["partial_rotary_factor"] != 1:
+        bad.append(f"partial_rotary_factor: found {values['partial_rotary_factor']!r}, which only phi3 knows")
+    if values["model_type"] == "mistral" and values.get("layer_types") is not None:
+        bad.append(
+            "layer_types: mistral has one window for all layers; with layer_types it is another model, ministral"
+        )
     if values["hidden_act"] not in ("silu", "swish"):
         bad.append(f"hidden_act: found {values['hidden_act']!r}, supported is 'silu'")
     if values.get("quantization_config") is not None:
@@ -167,9 +176,10 @@ def _windows(values: Mapping[str, Any], rotated: tuple[bool, ...]) -> tuple[int 
     family, layers, window = values["model_type"], values["num_hidden_layers"], values.get("sliding_window")
     if family in ("mistral", "phi3"):
         return (window,) * layers
-    if family == "llama" or not values.get("use_sliding_window"):
-        return (None,) * layers
     types = values.get("layer_types")
+    is_listed = family == "smollm3" and types is not None  # then transformers looks at nothing else
+    if family == "llama" or not (values.get("use_sliding_window") or is_listed):
+        return (None,) * layers
     if types is not None:
         slides = [kind == "sliding_attention" for kind in types]
     elif family == "smollm3":

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, ShapeError
+from minilora.errors import ConfigError, ShapeError, TrainingError
 from minilora.model.llama import KVCache, Llama
 
 
@@ -56,6 +56,7 @@ def generate(
     Raises:
         ConfigError: a number that cannot work.
         ShapeError: a prompt is empty.
+        TrainingError: the model computes NaN.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ConfigError(
@@ -90,7 +91,10 @@ def _continued(
         lengths = [len(document) for document in feed]
         hidden = model.model(tokens, lengths, cache=cache)
         last = torch.tensor(lengths, device=weight.device).cumsum(0) - 1
-        chosen = choose(model.lm_head(hidden[last])).tolist()
+        logits = model.lm_head(hidden[last])
+        if logits.isnan().any():
+            raise TrainingError("the model computes NaN: its weights or an adapter's are not finite, or too large")
+        chosen = choose(logits).tolist()
         for row in sorted(running):
             if chosen[row] in stop_ids:
                 running.discard(row)

@@ -56,8 +56,8 @@ class TrainConfig:
             if value is not None and not (isinstance(value, int) and value >= 1):
                 bad.append(f"{name} is {value!r}, need a whole number of at least 1")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_split", "seed"):
-            if not getattr(self, name) >= 0:
-                bad.append(f"{name} is {getattr(self, name)!r}, need at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                bad.append(f"{name} is {getattr(self, name)!r}, need a finite number of at least 0")
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, overload
 
@@ -60,8 +61,8 @@ class Example:
 
     @property
     def answer(self) -> tuple[int, ...]:
-        """The tokens from the first learned one on."""
-        return tuple(self.tokens[len(self.prompt) :])
+        """The learned tokens that follow the prompt, up to the first that is not learned."""
+        return tuple(takewhile(lambda label: label != IGNORE_INDEX, self.labels[len(self.prompt) :]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,6 +146,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, train_on: TrainOn, ma
     Raises:
         DataError: a row that cannot be used; no row has a label left.
     """
+    if max_length < 1:
+        raise DataError(f"max_length is {max_length}, need at least 1")
     whole = [encode_row(row, tokenizer, train_on) for row in rows]
     cut = [Example(e.tokens[:max_length], e.labels[:max_length], e.source) for e in whole]
     kept = tuple(example for example in cut if example.labelled)
@@ -275,7 +278,7 @@ def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"messages[{i}]: found {message!r:.60}, need an object with role and content")
-        if message["role"] == "assistant" and message.get("content") == "" and not message.get("tool_calls"):
+        if message["role"] == "assistant" and not message.get("content") and not message.get("tool_calls"):
             raise DataError(f"messages[{i}]: nothing to learn: the answer is empty")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("messages: no message has role 'assistant', so there is nothing to learn")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minilora.errors import DataError, TrainingError
+from minilora.errors import DataError, FormatError, TrainingError
 from minilora.lora.attach import adapter_layers, set_dropout_step
 from minilora.lora.config import LoraConfig
 from minilora.model import ops
@@ -32,7 +32,7 @@ from minilora.train.config import TrainConfig
 from minilora.train.data import Example
 from minilora.train.diagnose import first_bad_module, peak_memory_bytes
 from minilora.train.evaluate import held_out_loss
-from minilora.train.state import checkpoints, load_checkpoint, save_checkpoint, trained_adapter
+from minilora.train.state import checkpoints, load_checkpoint, newest_step, save_checkpoint, trained_adapter
 
 if TYPE_CHECKING:
     from minilora.model.llama import Llama
@@ -83,6 +83,8 @@ def train(
     lora = next(layer.configs[name] for layer in adapter_layers(model).values() if name in layer.configs)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
+    if uneven := [example.source for example in dataset if len(example.labels) != len(example.tokens)]:
+        raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
     if blank := [example.source for example in dataset if not example.labelled]:
         raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
     steps = plan_steps([len(example.tokens) for example in dataset], config)
@@ -165,6 +167,8 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+    if not torch.nn.utils.get_total_norm(parameters).isfinite():
+        raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
     memory = peak_memory_bytes(_device(model))
     return {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "peak_memory_bytes": memory}
 
@@ -184,7 +188,12 @@ def _optimizer(model: Llama, config: TrainConfig) -> torch.optim.Optimizer:
 def _resumed(checkpoint: Path, model: Llama, optimizer: torch.optim.Optimizer, run: str) -> Record:
     if read_json(checkpoint / "state.json").get("run") != run:  # before anything is put into the model
         raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
-    return load_checkpoint(checkpoint, model, optimizer)
+    state = load_checkpoint(checkpoint, model, optimizer)
+    if state.get("step") != newest_step(checkpoint.parent):
+        raise FormatError(
+            f"{checkpoint}: state.json says step {state.get('step')!r}; remove the directory to go on without it"
+        )
+    return state
 
 
 def _fingerprint(dataset: Sequence[Example], config: TrainConfig, lora: LoraConfig) -> str:

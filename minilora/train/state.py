@@ -63,9 +63,12 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     moments = TensorFile(directory / "optimizer.safetensors")
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            optimizer.state[parameter] = {
-                key: moments.read(f"{parameter_name}/{key}").to(parameter.device, copy=True) for key in MOMENTS
-            }
+            optimizer.state[parameter] = {}
+            for key in MOMENTS:
+                moment = moments.read(f"{parameter_name}/{key}").to(parameter.device, copy=True)
+                if not moment.is_floating_point() or moment.shape != (() if key == "step" else parameter.shape):
+                    raise FormatError(f"{moments.path}: {parameter_name}/{key} is {moment.dtype} {tuple(moment.shape)}")
+                optimizer.state[parameter][key] = moment
     return read_json(directory / "state.json")
 
 
@@ -92,6 +95,9 @@ def trained_adapter(model: nn.Module) -> str:
     if len(names) != 1:
         raise TrainingError(f"one adapter must be trainable, found {sorted(names)}: attach one first")
     name = names.pop()
+    own = {id(factor[name]) for layer in layers for factor in (layer.lora_A, layer.lora_B) if name in factor}
+    if others := [where for where, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
+        raise TrainingError(f"only the adapter can be trained, but {others[:3]} require gradients too")
     if not any(name in layer.active for layer in layers):
         raise TrainingError(f"adapter {name!r} is trainable but not active: make it act with set_adapter")
     return name
