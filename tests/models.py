@@ -63,6 +63,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "no_rope_layers": [1, 0, 0, 1],
     },
+    "smollm3-listed": {
+        "model_type": "smollm3",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 4,
+    },
     "phi3": {"model_type": "phi3", "sliding_window": 6},
     "phi3-longrope": {
         "model_type": "phi3",
