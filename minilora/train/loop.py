@@ -75,18 +75,15 @@ def train(
             bytes as if it had never stopped.
 
     Raises:
-        DataError: there are no examples, or one has no label.
-        TrainingError: nothing is trainable; a loss or gradient is not finite; a checkpoint belongs to another run.
+        DataError: there are no examples, one has no label, or not one for each token.
+        FormatError: the newest checkpoint is damaged.
+        TrainingError: something other than one active adapter is trainable; a loss, gradient or weight is not finite;
+            a checkpoint belongs to another run.
     """
     config = config or TrainConfig()
     name = trained_adapter(model)
     lora = next(layer.configs[name] for layer in adapter_layers(model).values() if name in layer.configs)
-    if not len(dataset):
-        raise DataError("there are no examples to learn from")
-    if uneven := [example.source for example in dataset if len(example.labels) != len(example.tokens)]:
-        raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
-    if blank := [example.source for example in dataset if not example.labelled]:
-        raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
+    _check_examples(dataset)
     steps = plan_steps([len(example.tokens) for example in dataset], config)
     optimizer = _optimizer(model, config)
     state: Record = {"step": 0, "tokens": 0, "seconds": 0.0, "run": _fingerprint(dataset, config, lora)}
@@ -112,6 +109,15 @@ def train(
     return TrainResult(
         state["step"], len(steps), state["tokens"], time.monotonic() - started, state["step"] == len(steps)
     )
+
+
+def _check_examples(dataset: Sequence[Example]) -> None:
+    if not len(dataset):
+        raise DataError("there are no examples to learn from")
+    if uneven := [example.source for example in dataset if len(example.labels) != len(example.tokens)]:
+        raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
+    if blank := [example.source for example in dataset if not example.labelled]:
+        raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
