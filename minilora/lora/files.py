@@ -111,31 +111,27 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
     """Read an adapter that PEFT or `save_adapter` wrote, attach it to the model and activate it.
 
+    Everything else is frozen, other adapters too; with `trainable` the loaded one is what trains.
+
     Raises:
         FormatError: a file is missing or malformed, or the config asks for something that is not a plain LoRA.
         TargetError: the adapter adapts modules that the model does not have, or has in other shapes; all of them are
             named, with both shapes.
     """
     path = Path(path)
-    _check_keys(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
+    values = read_json(path / CONFIG_FILE)
+    _check_keys(path / CONFIG_FILE, values)
     factors = read_factors(path)
-    config = read_config(path, {where: lora_A.size(0) for where, (lora_A, _) in factors.items()})
+    ranks = {where: lora_A.size(0) for where, (lora_A, _) in factors.items()}
+    config = _config(path / CONFIG_FILE, values, ranks)
     linears = linear_layers(model)
     _check_fit(path, factors, linears)
     _check_copies(path / WEIGHTS_FILE, linears)
     place(model, config, name, factors, trainable)
 
 
-def read_config(directory: Path, ranks: Mapping[str, int]) -> LoraConfig:
-    """`adapter_config.json` as a `LoraConfig` for an adapter whose tensors have these ranks (path -> r).
-
-    Raises:
-        FormatError: a key asks for something else than a plain LoRA, a value cannot work, or a pattern's key is not a
-            name.
-    """
-    path = directory / CONFIG_FILE
-    values = read_json(path)
-    _check_keys(path, values)
+def _config(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
+    """The checked values of a file as a `LoraConfig` for an adapter whose tensors have these ranks (path -> r)."""
     init, rank_pattern = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
     try:
         config = LoraConfig(
