@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import typing
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import cli
-from minilora.flags import RENAMED, from_flags, read_config, use_config
+from minilora.cli.flags import RENAMED, from_flags, read_config, use_config
+from minilora.cli.meter import Meter
 from minilora.lora.config import INITS
 from minilora.run import RunConfig
 from minilora.train.data import encode_rows, read_rows
@@ -528,9 +530,9 @@ def record(step, total=100):
 
 def shown(capsys, monkeypatch, is_terminal, records, seconds=1.0):
     clock = iter(range(10**6))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock) * seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) * seconds)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    meter = cli.Meter()
+    meter = Meter()
     for each in records:
         assert not meter(each)
     meter.close()

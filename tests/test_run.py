@@ -14,6 +14,8 @@ import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.cli.finetune import INTERRUPTED
+from minilora.cli.meter import Meter
 from minilora.run import PACKAGES, RunConfig, evaluate, evaluate_base, load_data
 from minilora.train.evaluate import held_out_loss
 from minilora.train.state import checkpoints
@@ -95,14 +97,14 @@ def starts(out):
 
 def interrupt(monkeypatch, step, times=1):
     """Press Ctrl-C while this step is being reported."""
-    report = cli.Meter.__call__
+    report = Meter.__call__
 
     def press(meter, record):
         for _ in range(times if record["step"] == step else 0):
             signal.raise_signal(signal.SIGINT)
         return report(meter, record)
 
-    monkeypatch.setattr(cli.Meter, "__call__", press)
+    monkeypatch.setattr(Meter, "__call__", press)
 
 
 # --- what a run leaves ---
@@ -184,7 +186,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
     for step in (3, 8):
         with monkeypatch.context() as patch:
             interrupt(patch, step)
-            assert finetune(directory, tmp_path, save_steps=save_steps) == cli.INTERRUPTED
+            assert finetune(directory, tmp_path, save_steps=save_steps) == INTERRUPTED
         assert "the same command goes on from there" in capsys.readouterr().err
         assert not (tmp_path / "summary.json").exists()
         assert steps(tmp_path) == list(range(1, step + 1))
@@ -204,7 +206,7 @@ def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_i
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, times=2)
-        assert finetune(directory, tmp_path) == cli.INTERRUPTED
+        assert finetune(directory, tmp_path) == INTERRUPTED
     assert signal.getsignal(signal.SIGINT) is before
     assert finetune(directory, tmp_path) == 0
     assert starts(tmp_path) == [0, 4]

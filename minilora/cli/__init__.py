@@ -1,0 +1,74 @@
+"""The commands. Each parses its flags, calls the library, and prints what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from minilora.cli import evaluate, finetune, generate, merge
+from minilora.cli.command import Options, say
+from minilora.cli.finetune import INTERRUPTED
+from minilora.cli.flags import read_config, use_config
+from minilora.errors import ConfigError, MiniloraError
+from minilora.storage import ASSETS, BUILTIN, read_json
+
+COMMANDS = (finetune.COMMAND, generate.COMMAND, merge.COMMAND, evaluate.COMMAND)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return options.pop("run")(options)
+    except (MiniloraError, OSError) as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("stopped; a run goes on from its newest checkpoint when the same command is given again")
+        return INTERRUPTED
+
+
+def parse(words: Sequence[str]) -> Options:
+    """The options of a command line; "run" is the function that carries it out."""
+    parser, commands = _parser()
+    if list(words[:1]) == ["finetune"]:
+        _apply_config(commands["finetune"], words[1:])
+    return vars(parser.parse_args(words))
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of everything, and those of the commands by name."""
+    parser = argparse.ArgumentParser(prog="minilora", description="LoRA fine-tuning you can read.", allow_abbrev=False)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = {}
+    for command in COMMANDS:
+        own = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=command.about,
+            epilog=f"example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_flags(own)
+        own.set_defaults(run=command.run)
+        parsers[command.name] = own
+    return parser, parsers
+
+
+def _apply_config(finetune: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Values of --config become defaults; without --model and --data, those of the built-in example do.
+
+    Raises:
+        ConfigError: a model without data, or data without a model.
+    """
+    path = finetune.parse_known_args(words)[0].config
+    values = read_config(path) if path is not None else {}
+    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
+    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
+    if len(named & {"model", "data"}) == 1:
+        raise ConfigError(f"--model and --data go together; {BUILTIN!r} is the built-in model, or the built-in data")
+    if not named & {"model", "data"}:
+        use_config(finetune, read_json(ASSETS / "finetune.json"), "finetune.json")
+    use_config(finetune, values, str(path))
