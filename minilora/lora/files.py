@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, FormatError, TargetError
+from minilora.hub import fetch, unpinned, with_revision
 from minilora.lora.attach import adapter_layers, linear_layers, place
 from minilora.lora.config import LoraConfig
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
@@ -77,7 +78,8 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Write one adapter as a directory that PEFT, vLLM and `load_adapter` read.
 
-    `base_model_name_or_path` is the model's `name_or_path`, where it has one.
+    `base_model_name_or_path` is the model's `name_or_path`, where it has one, and `revision` the commit of a model from
+    the hub.
 
     Raises:
         TargetError: the model has no adapter of that name.
@@ -90,8 +92,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for where, layer in layers.items():
         tensors[f"{PREFIX}{where}.lora_A.weight"] = layer.lora_A[name]
         tensors[f"{PREFIX}{where}.lora_B.weight"] = layer.lora_B[name]
+    base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": base or None,
+        "revision": revision,
         "target_modules": _shortest_names(list(layers), list(linear_layers(model))),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -111,14 +115,16 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
     """Read an adapter that PEFT or `save_adapter` wrote, attach it to the model and activate it.
 
+    `path` is its directory, or a repository of the hub, "org/name" or "org/name@revision".
     Everything else is frozen, other adapters too; with `trainable` the loaded one is what trains.
 
     Raises:
-        FormatError: a file is missing or malformed, or the config asks for something that is not a plain LoRA.
+        FormatError: the adapter or a file of it is missing or malformed, or the config asks for something that is not
+            a plain LoRA.
         TargetError: the adapter adapts modules that the model does not have, or has in other shapes; all of them are
             named, with both shapes.
     """
-    path = Path(path)
+    path = fetch(path, "adapter")
     values = read_json(path / CONFIG_FILE)
     _check_keys(path / CONFIG_FILE, values)
     factors = read_factors(path)
@@ -128,6 +134,17 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     _check_fit(path, factors, linears)
     _check_copies(path / WEIGHTS_FILE, linears)
     place(model, config, name, factors, trainable)
+
+
+def base_model_of(path: str | Path) -> str | None:
+    """The model that an adapter was made for, as `load_model` takes it, with its revision; None if none is named.
+
+    Raises:
+        FormatError: there is no such adapter, or its config is not JSON.
+    """
+    values = read_json(fetch(path, "adapter") / CONFIG_FILE)
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    return with_revision(base, revision) if isinstance(base, str) and base else None
 
 
 def _config(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, FormatError
+from minilora.hub import locate
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import TensorFile, model_directory, read_json, remove, shard_names, write_json, write_tensors
+from minilora.storage import TensorFile, read_json, remove, shard_names, write_json, write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SHARD_BYTES = 5_000_000_000
@@ -28,15 +29,18 @@ def load_model(
     let go.
 
     Args:
-        name_or_path: a directory as transformers writes it, or "minilora/builtin".
+        name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
+            or "org/name@revision"; the model's `name_or_path` names its commit.
         dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
         device: where the model is to live.
 
     Raises:
-        FormatError: no such directory or file; missing, unexpected and mis-shaped tensors, all in one message.
+        FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
+            message.
         ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype.
     """
-    directory, device = model_directory(name_or_path), torch.device(device)
+    location, device = locate(name_or_path, "model"), torch.device(device)
+    directory = location.path
     source = read_json(directory / "config.json")
     config = LlamaConfig.from_dict(source)
     target = resolve_dtype(dtype, source, device)
@@ -49,7 +53,7 @@ def load_model(
             raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
         _assign(model, name, tensor.to(device, target, copy=True))
     model.tie_weights()
-    model.name_or_path = str(name_or_path)
+    model.name_or_path = location.name
     return model.eval()
 
 

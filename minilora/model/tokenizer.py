@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from minilora.errors import DataError, FormatError
-from minilora.storage import model_directory, read_json, read_text, write_text
+from minilora.hub import fetch
+from minilora.storage import read_json, read_text, write_text
 
 if TYPE_CHECKING:
     from minilora.model.template import ChatTemplate, Message
@@ -22,12 +23,12 @@ FILES = (
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, or of "minilora/builtin".
+    """The tokenizer of a model directory, of "minilora/builtin", or of a repository of the hub, without its weights.
 
     Raises:
-        FormatError: no such directory, no `tokenizer.json`, or a file that is not what its name says.
+        FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
     """
-    return Tokenizer(model_directory(name_or_path))
+    return Tokenizer(fetch(name_or_path, "tokenizer"))
 
 
 class Tokenizer:

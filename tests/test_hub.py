@@ -1,0 +1,404 @@
+"""Names that mean repositories of the hub, against a server of this machine that speaks what is needed of its API."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import minilora as ml
+from minilora.hub import Location, fetch, locate, unpinned, with_revision
+from minilora.lora.files import CONFIG_FILE, base_model_of
+from minilora.storage import ASSETS, BUILTIN
+from tests.models import randomize_adapters_, tiny_model, token_ids
+
+IDS = token_ids(3, 2, 7)
+TOKENIZER = {name: (ASSETS / "model" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+UNWANTED = [
+    *(
+        "pytorch_model.bin",
+        "training_args.bin",
+        "modeling_tiny.py",
+        "flax_model.msgpack",
+        "tokenizer.model",
+        "README.md",
+    ),
+    *("consolidated.safetensors", "original/params.json", "onnx/model.safetensors", ".gitattributes", "run.sh"),
+]
+
+
+def commit_of(revision):
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name ("org/name" or "datasets/org/name") and revision: the commit and the files' bytes.
+
+    Of those in `gated` only the list is given. `requested` are the files that were asked for.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.gated, self.requested = {}, set(), []
+
+    def add(self, name, files, revision="main"):
+        commit = commit_of(name + revision)
+        repository = self.repositories.setdefault(name, {})
+        repository[revision] = repository[commit] = (commit, files)
+        return commit
+
+    def answer(self, path):
+        """Status, headers and body."""
+        listing = re.fullmatch(r"/api/(?:models/|(?=datasets/))(.+?)(?:/(revision|tree)/([^/?]+))?(?:\?.*)?", path)
+        file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
+        if not (listing or file):
+            return 404, {}, b""
+        name, revision = (listing[1], listing[3] or "main") if listing else (file[1], file[2])
+        if name not in self.repositories:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        commit, files = self.repositories[name].get(unquote(revision), (None, None))
+        if commit is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if listing:
+            return (
+                200,
+                {},
+                json.dumps(tree(files) if listing[2] == "tree" else information(name, commit, files)).encode(),
+            )
+        self.requested.append(unquote(file[3]))
+        if name in self.gated:
+            return 403, {"X-Error-Code": "GatedRepo"}, b""
+        content = files[unquote(file[3])]
+        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}, content
+
+
+def tree(files):
+    return [{"type": "file", "path": name, "size": len(files[name]), "oid": commit_of(name)} for name in files]
+
+
+def information(name, commit, files):
+    return {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        status, headers, body = self.server.answer(self.path)
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that `huggingface_hub` believes to be the only one, and an empty cache."""
+    server = Hub()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def files_of(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def with_unwanted(files):
+    return {**files, **dict.fromkeys(UNWANTED, b"unwanted")}
+
+
+@pytest.fixture
+def models(hub, tmp_path):
+    """Two commits of "org/tiny", the second is main; the models and their commits."""
+    result = {}
+    for revision, seed in (("v1.0", 1), ("main", 2)):
+        result[revision] = tiny_model(seed=seed, dtype=torch.float32)
+        ml.save_model(result[revision], tmp_path / revision)
+        hub.add("org/tiny", with_unwanted({**files_of(tmp_path / revision), **TOKENIZER}), revision)
+    return result
+
+
+@pytest.fixture
+def adapter(hub, tmp_path, models):
+    """The repository "org/adapter" of an adapter for `models["main"]`; the model with it."""
+    model = models["main"]
+    model.name_or_path = f"org/tiny@{commit_of('org/tinymain')}"
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21))
+    randomize_adapters_(model)
+    ml.save_adapter(model, tmp_path / "adapter")
+    hub.add("org/adapter", with_unwanted(files_of(tmp_path / "adapter")))
+    return model
+
+
+def refuses(name, kind="model"):
+    """The message, of one line, with which a name is refused; it has the name in it."""
+    with pytest.raises(ml.FormatError) as error:
+        fetch(name, kind)
+    assert str(name) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- what is fetched ---
+
+
+def test_a_model_from_the_hub_is_the_model_and_its_name_has_the_commit(models):
+    model = ml.load_model("org/tiny")
+    assert torch.equal(model(IDS), models["main"](IDS))
+    assert model.name_or_path == f"org/tiny@{commit_of('org/tinymain')}"
+
+
+@pytest.mark.parametrize("revision", ["v1.0", commit_of("org/tinyv1.0")])
+def test_a_revision_is_a_branch_a_tag_or_a_commit(models, revision):
+    model = ml.load_model(f"org/tiny@{revision}")
+    assert torch.equal(model(IDS), models["v1.0"](IDS))
+    assert not torch.equal(model(IDS), models["main"](IDS))
+    assert model.name_or_path == f"org/tiny@{commit_of('org/tinyv1.0')}"
+
+
+def test_the_name_of_a_location_means_the_same_files_when_the_branch_has_moved(hub, models):
+    first = locate("org/tiny", "model")
+    hub.add("org/tiny", {"model.safetensors": b"another"}, "moved")
+    hub.repositories["org/tiny"]["main"] = hub.repositories["org/tiny"]["moved"]
+    assert locate(first.name, "model") == first
+    assert locate("org/tiny", "model") == Location(
+        first.path.with_name(commit_of("org/tinymoved")), f"org/tiny@{commit_of('org/tinymoved')}"
+    )
+
+
+def test_nothing_that_is_code_or_pickled_or_in_a_folder_is_asked_for(hub, models):
+    assert {path.name for path in fetch("org/tiny", "model").iterdir()} == set(hub.requested)
+    assert set(hub.requested) == {"config.json", "model.safetensors", *TOKENIZER}
+
+
+def test_a_tokenizer_comes_without_the_weights(hub, models):
+    text = "A dog is an animal."
+    assert ml.load_tokenizer("org/tiny").encode(text) == ml.load_tokenizer(BUILTIN).encode(text)
+    assert set(hub.requested) == {"config.json", *TOKENIZER}
+
+
+def test_shards_and_a_template_are_fetched_with_their_model(hub, tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    ml.save_model(model, tmp_path / "sharded", shard_bytes=20_000)
+    hub.add("org/sharded", {**files_of(tmp_path / "sharded"), "chat_template.jinja": b"{{ messages }}"})
+    assert torch.equal(ml.load_model("org/sharded")(IDS), model(IDS))
+    assert (fetch("org/sharded", "model") / "chat_template.jinja").is_file()
+
+
+def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
+    model = ml.load_model(base_model_of("org/adapter"))
+    hub.requested.clear()
+    ml.load_adapter(model, "org/adapter")
+    assert torch.equal(model(IDS), adapter(IDS))
+    assert set(hub.requested) <= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("names", [["train.jsonl", "valid.jsonl"], ["rows.jsonl.gz"], ["a.json"], ["a.txt"]])
+def test_data_are_the_data_files_at_the_top(hub, names):
+    rows = {name: name.encode() for name in names}
+    hub.add("datasets/org/data", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})
+    assert files_of(fetch("org/data", "dataset")) == rows
+    assert locate("org/data", "dataset").name == f"org/data@{commit_of('datasets/org/datamain')}"
+
+
+# --- what is written of it ---
+
+
+def test_the_base_and_its_commit_are_written_with_the_adapter_and_found_again(hub, models, tmp_path):
+    model = ml.load_model("org/tiny@v1.0")
+    ml.attach(model, ml.LoraConfig())
+    ml.save_adapter(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", commit_of("org/tinyv1.0"))
+    assert base_model_of(tmp_path / "out") == model.name_or_path
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "name"),
+    [
+        ("org/tiny", None, "org/tiny"),
+        ("org/tiny", "v1.0", "org/tiny@v1.0"),
+        ("/models/tiny", "v1.0", "/models/tiny"),
+        (BUILTIN, None, BUILTIN),
+        ("", "v1.0", None),
+        (None, None, None),
+    ],
+)
+def test_the_base_of_an_adapter_is_named_as_load_model_takes_it(tmp_path, base, revision, name):
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": base, "revision": revision}))
+    assert base_model_of(tmp_path) == name
+
+
+@pytest.mark.parametrize("name", ["org/tiny@main", "runs/a@b", "org/tiny", "/x/y@" + "0" * 40, "", BUILTIN])
+def test_only_a_commit_is_taken_out_of_a_name(name):
+    assert unpinned(name) == (name, None)
+    assert unpinned(f"org/tiny@{'0a' * 20}") == ("org/tiny", "0a" * 20)
+    assert with_revision(*unpinned(f"org/tiny@{'0a' * 20}")) == f"org/tiny@{'0a' * 20}"
+
+
+# --- what is not a name of the hub ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("nowhere", "./org/tiny", "/org/tiny", "~/tiny", "org/tiny/", "a/b/c", "../org/tiny", "org/..", "org\\tiny"),
+        *("org/tiny@", "org/tiny@../x", "org/tiny@/x", "org/tiny@x\\y", "org/tiny@a@b", "org--tiny/x", "org/tiny\n"),
+        *("org/ti..ny", "org/tiny@a/../../x", "org/tiny@a..b"),
+        *(" org/tiny", "C:/tiny", "org/ti ny", "https://org/tiny", "örg/tiny"),
+    ],
+)
+def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub, name):
+    hub.add("org/tiny", {"model.safetensors": b""})
+    with pytest.raises(ml.FormatError, match=r"no such directory; a model is a directory with config\.json") as error:
+        fetch(name, "model")
+    assert str(error.value).startswith(f"{Path(name)}: ")
+
+
+@pytest.mark.parametrize("kind", ["model", "tokenizer", "adapter", "dataset"])
+def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/tiny", "org/tiny@v1.0"):
+        Path(name).mkdir(parents=True)
+        assert locate(name, kind) == Location(Path(name), name)
+
+
+def test_a_path_object_is_never_a_name_of_the_hub(hub, models):
+    assert "no such directory" in refuses(Path("org/tiny"))
+    assert hub.requested == []
+
+
+def test_a_mistyped_data_file_is_not_looked_for_on_the_hub(hub):
+    hub.add("datasets/org/rows.jsonl", {"rows.jsonl": b"{}"})
+    assert "no such file or directory" in refuses("org/rows.jsonl", "dataset")
+    Path("rows").mkdir()
+    (path := Path("rows/a.jsonl")).write_text("{}")
+    assert fetch("rows/a.jsonl", "dataset") == path
+
+
+def test_what_is_built_in_has_a_name_that_never_means_the_hub(hub):
+    for name in (BUILTIN, f"datasets/{BUILTIN}"):
+        hub.add(name, {"adapter_model.safetensors": b""})
+    assert fetch(BUILTIN, "model") == fetch(BUILTIN, "tokenizer") == ASSETS / "model"
+    assert fetch(BUILTIN, "dataset") == ASSETS / "data"
+    assert "an adapter is a directory" in refuses(BUILTIN, "adapter")
+
+
+# --- what cannot be fetched ---
+
+
+def test_each_reason_for_not_fetching_is_told(hub, models, monkeypatch):
+    assert "no such repository" in refuses("org/none")
+    assert "no such revision" in refuses("org/tiny@v9")
+    assert "no such repository" in refuses("org/tiny", "dataset")
+    hub.add("org/gated", {"model.safetensors": b""})
+    hub.gated.add("org/gated")
+    assert "gated; accept its terms" in refuses("org/gated")
+    assert "end by '.git'" in refuses("org/tiny.git")  # the hub's own rules
+    hub.shutdown()
+    hub.server_close()
+    assert "the hub cannot be reached" in refuses("org/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refuses("org/tiny")
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "needed"),
+    [
+        ("model", ["config.json", "pytorch_model.bin"], r"*.safetensors"),
+        ("model", ["config.json", "consolidated.safetensors"], r"*.safetensors"),
+        ("adapter", ["adapter_config.json", "adapter_model.bin"], r"adapter_model.safetensors"),
+        ("tokenizer", ["config.json", "tokenizer.model"], r"tokenizer.json"),
+        ("dataset", ["data/train.jsonl", "train.parquet"], r"*.jsonl"),
+        ("dataset", [], r"*.jsonl"),
+    ],
+)
+def test_a_repository_without_a_format_that_is_read_is_told_of(hub, kind, files, needed):
+    hub.add("datasets/org/x" if kind == "dataset" else "org/x", dict.fromkeys(files, b"{}"))
+    assert f"the repository has no {needed}" in refuses("org/x", kind)
+
+
+HOSTILE = [
+    "../../../../a.json",
+    "/tmp/a.json",
+    "..\\..\\a.json",
+    "C:a.json",
+    "C:\\a.json",
+    "a/../../a.json",
+    "./a.json",
+]
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_names_that_lead_elsewhere_are_not_fetched(hub, tmp_path, kind):
+    good = {"model.safetensors": b"", "b.json": b""}
+    files = {**good, **dict.fromkeys(HOSTILE, b"hostile")}
+    hub.add("datasets/org/bad" if kind == "dataset" else "org/bad", files)
+    fetch("org/bad", kind)
+    assert set(hub.requested) <= set(good)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"hostile"]
+
+
+# --- without a network ---
+
+
+def test_what_was_fetched_once_is_there_without_a_network(hub, models, monkeypatch):
+    ml.load_tokenizer("org/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refuses("org/tiny")  # the tokenizer's files are not the model
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    online = locate("org/tiny", "model")
+    hub.shutdown()
+    hub.server_close()
+    assert locate("org/tiny", "model") == locate(online.name, "model") == online  # no connection
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate("org/tiny", "model") == locate(online.name, "model") == online
+    ml.load_model("org/tiny")
+    ml.load_tokenizer("org/tiny")
+
+
+def test_the_hub_s_own_environment_says_where_it_is_and_where_its_cache_is(hub, models, tmp_path):
+    """In a process of its own, since `huggingface_hub` reads it once. Nothing is imported before it is needed."""
+    code = """
+import sys, minilora
+assert "huggingface_hub" not in sys.modules
+print(minilora.load_model("org/tiny").name_or_path)
+"""
+    environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-W", "error", "-c", code]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr) == (f"org/tiny@{commit_of('org/tinymain')}\n", "")
+    assert list((tmp_path / "home").rglob("model.safetensors"))
+
+
+def test_a_fetch_is_silent_where_there_is_no_terminal(hub, models, capfd):
+    fetch("org/tiny", "model")
+    assert capfd.readouterr() == ("", "")
