@@ -1,0 +1,71 @@
+"""minilora plot: look at runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minilora.cli.chart import chart
+from minilora.cli.command import Command, Options, say
+from minilora.cli.picture import SUFFIXES, save_picture
+from minilora.errors import ConfigError
+from minilora.metrics import read_metrics
+
+INSTALL = "pip install 'minilora[plot]'"
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="picture to write, .svg or .png (default: plot.svg, in the directory of the run if there is one run)",
+    )
+    how.add_argument("--text", action="store_true", help="print a small chart instead; so it is without matplotlib")
+
+
+def _run(options: Options) -> int:
+    paths = {Path(run).resolve(): Path(run) for run in options["runs"]}  # one given twice is drawn once
+    out = options["out"] or (paths.copy().popitem()[1] if len(paths) == 1 else Path()) / "plot.svg"
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if options["out"] and not has_matplotlib:
+        raise ConfigError(f"--out {out}: needs the package matplotlib: {INSTALL}")
+    runs = dict(zip(distinct_names(list(paths)), map(read_metrics, paths.values()), strict=True))
+    if has_matplotlib and not options["text"]:
+        save_picture(runs, out)
+        print(f"picture written to {out}")
+        return 0
+    print(chart(runs, shutil.get_terminal_size().columns, sys.stdout.encoding))
+    if not has_matplotlib:
+        say(f"{INSTALL} draws the picture, with learning rate and gradient norm")
+    return 0
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of different paths: one part of each, or as many as tell them apart.
+
+    >>> distinct_names([Path("/a/run"), Path("/b/run")])
+    ['a/run', 'b/run']
+    """
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+COMMAND = Command(
+    name="plot",
+    help="draw loss, evaluation, learning rate and gradient norm of runs",
+    about="Draw loss, evaluation, learning rate and gradient norm of one or more runs as one picture.",
+    example="minilora plot run1 run2 --out runs.svg",
+    add_flags=_add_flags,
+    run=_run,
+)

@@ -1,0 +1,113 @@
+"""metrics.jsonl as curves: what a run told of its steps and evaluations, read for looking at.
+
+{"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      one for a step
+{"step": 20, "eval_loss": 0.488, …}                                             one for an evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import FormatError
+from minilora.storage import read_text
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one key of the metrics said at which steps."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The curves of one run; those of the first line have a point a step, `eval_loss` one an evaluation."""
+
+    loss: Curve
+    learning_rate: Curve
+    grad_norm: Curve
+    eval_loss: Curve
+
+
+def read_metrics(run: Path) -> Metrics:
+    """The curves of a run's directory. A last line that was cut off by a crash is left out.
+
+    Raises:
+        FormatError: the directory has no metrics.jsonl, or it holds no step, or a line that is none of a run's.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file; the directory of a run has one")
+    lines = read_text(path).splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    records = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    if not records:
+        raise FormatError(f"{path}: holds no step yet")
+    return Metrics(**{key: _curve(records, key) for key in Metrics.__dataclass_fields__})
+
+
+def smooth(curve: Curve) -> Curve:
+    """The mean over a window around each point, a twentieth of the curve; one of fewer than 40 points stays as it is.
+
+    At its beginning, where a loss falls steeply, the window narrows to the point itself; at its end it loses the half
+    that lies beyond.
+
+    >>> smooth(Curve(tuple(range(40)), (8.0, 2.0, 5.0) + (5.0,) * 37)).values[:4]
+    (8.0, 5.0, 4.0, 5.0)
+    """
+    half = len(curve) // 40
+    windows = (curve.values[i - min(i, half) : i + min(i, half) + 1] for i in range(len(curve)))
+    return Curve(curve.steps, tuple(math.fsum(window) / len(window) for window in windows))
+
+
+def thin(curve: Curve, most: int) -> Curve:
+    """At most that many points, four or more: both ends, and of each stretch between its least and greatest value.
+
+    >>> thin(Curve((1, 2, 3, 4, 5, 6), (3.0, 1.0, 9.0, 2.0, 7.0, 3.0)), most=4)
+    Curve(steps=(1, 2, 3, 6), values=(3.0, 1.0, 9.0, 3.0))
+    """
+    if len(curve) <= most:
+        return curve
+    count = most // 2 - 1
+    cuts = [i * len(curve) // count for i in range(count + 1)]
+    stretches = [range(start, end) for start, end in pairwise(cuts)]
+    extremes = {pick(stretch, key=curve.values.__getitem__) for stretch in stretches for pick in (min, max)}
+    kept = sorted({0, *extremes, len(curve) - 1})
+    return Curve(tuple(curve.steps[i] for i in kept), tuple(curve.values[i] for i in kept))
+
+
+def needs_logarithm(curves: Sequence[Curve]) -> bool:
+    """Do the curves span more than a decade, all above 0? Drawn plainly, most of them would lie flat at the bottom."""
+    values = [value for curve in curves for value in curve.values]
+    return bool(values) and 0 < 10 * min(values) < max(values)
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise FormatError(f"{where}: need an object with a whole number as 'step'")
+    return record
+
+
+def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
+    """Values that are not finite cannot be drawn, and are left out."""
+    points = [(r["step"], r[key]) for r in records if _is_number(r.get(key)) and math.isfinite(r[key])]
+    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,331 @@
+import itertools
+import json
+import math
+import subprocess
+import sys
+import unicodedata
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from minilora import cli
+from minilora.cli.chart import BRAILLE, chart
+from minilora.cli.picture import COLOURS, draw, save_picture
+from minilora.cli.plot import distinct_names
+from minilora.metrics import Curve, Metrics, needs_logarithm, read_metrics, smooth, thin
+
+values = st.lists(st.floats(0.01, 100), max_size=200)
+NONE = Curve((), ())
+
+
+def curve(values, first=1):
+    return Curve(tuple(range(first, first + len(values))), tuple(values))
+
+
+def metrics(losses, evaluations=()):
+    return Metrics(curve(losses), curve([1e-3] * len(losses)), curve([2.0] * len(losses)), curve(evaluations))
+
+
+def records(steps, every=10):
+    for step in range(1, steps + 1):
+        loss = 0.5 + 5 / step + 0.2 * math.sin(7 * step)
+        yield {"step": step, "loss": loss, "learning_rate": 1e-3 / step, "grad_norm": 1 + math.cos(3 * step) ** 2}
+        if step % every == 0:
+            yield {"step": step, "eval_loss": loss + 0.125, "rows": 7}
+
+
+def write_run(path, records):
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def plot(*words):
+    return cli.main(["plot", *map(str, words)])
+
+
+# --- reading ---
+
+
+def test_the_curves_are_what_the_run_wrote(tmp_path):
+    written = list(records(30))
+    run = read_metrics(write_run(tmp_path / "run", written))
+    for key in ("loss", "learning_rate", "grad_norm", "eval_loss"):
+        expected = [(record["step"], record[key]) for record in written if key in record]
+        assert list(zip(*vars(getattr(run, key)).values(), strict=True)) == expected
+
+
+def test_of_a_file_cut_off_anywhere_every_whole_line_counts(tmp_path):
+    path = write_run(tmp_path / "run", records(2, every=1)) / "metrics.jsonl"
+    whole = path.read_bytes()
+    for length in range(len(whole.splitlines(keepends=True)[0]), len(whole) + 1):
+        path.write_bytes(whole[:length])
+        run = read_metrics(path.parent)
+        assert len(run.loss) + len(run.eval_loss) == whole[:length].count(b"\n")
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": i, "loss": x} for i, x in enumerate([1, math.nan, math.inf, None, 2])])
+    assert read_metrics(run).loss == Curve((0, 4), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        (None, "run/metrics.jsonl: no such file"),
+        ("", "run/metrics.jsonl: holds no step yet"),
+        ('{"step": 1', "run/metrics.jsonl: holds no step yet"),
+        ('{"step": 1\n{"step": 2}\n', "run/metrics.jsonl, line 1: not JSON"),
+        ('{"step": 1}\n[2]\n', "run/metrics.jsonl, line 2: need an object"),
+        ('{"step": 1}\n{"loss": 2}\n', "run/metrics.jsonl, line 2: need an object with a whole number as 'step'"),
+    ],
+)
+def test_a_directory_that_holds_no_metrics_is_named_with_the_reason(tmp_path, monkeypatch, capsys, text, phrase):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    if text is not None:
+        (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    assert plot("run") == 1
+    assert capsys.readouterr().err.startswith(f"minilora: {phrase}")
+    assert not (tmp_path / "run" / "plot.svg").exists()
+
+
+# --- curves ---
+
+
+@given(values)
+@example([1.0] * 39 + [2.0])
+def test_a_smoothed_value_is_the_mean_of_the_window_around_it(values):
+    half = len(values) // 40
+    for i, value in enumerate(smooth(curve(values)).values):
+        reach = min(i, half)
+        window = [values[j] for j in range(len(values)) if abs(j - i) <= reach]
+        assert value == pytest.approx(sum(window) / len(window))
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=300), st.integers(4, 60))
+@example([0.0, 5.0, -5.0, *[0.0] * 97], 10)
+def test_a_thinned_curve_keeps_both_extremes_and_ends_and_only_points_of_the_curve_in_order(values, most):
+    whole = curve(values)
+    thinned = thin(whole, most)
+    assert len(thinned) <= most
+    assert {1, len(values)} <= set(thinned.steps)
+    assert {min(values), max(values)} <= set(thinned.values)
+    assert list(thinned.steps) == sorted(set(thinned.steps))
+    assert all(values[step - 1] == value for step, value in zip(thinned.steps, thinned.values, strict=True))
+    assert len(whole) > most or thinned == whole
+
+
+def test_only_curves_above_zero_that_span_a_decade_are_drawn_logarithmically():
+    assert needs_logarithm([curve([0.1]), curve([1.5, 0.5])])
+    assert not needs_logarithm([curve([0.2]), curve([1.5, 0.5])])
+    assert not needs_logarithm([curve([0.0, 5.0])])
+    assert not needs_logarithm([NONE])
+
+
+# --- the picture ---
+
+
+def texts(path):
+    return ["".join(element.itertext()).strip() for element in ElementTree.parse(path).iter() if "text" in element.tag]
+
+
+def axes(runs):
+    pytest.importorskip("matplotlib")
+    return draw(runs).get_axes()
+
+
+def drawn(axes, **style):
+    """The (x, y) points of the lines that have this style."""
+    lines = (line for line in axes.get_lines() if all(getattr(line, f"get_{k}")() == v for k, v in style.items()))
+    return [list(zip(*line.get_data(), strict=True)) for line in lines]
+
+
+def points(curve):
+    return list(zip(curve.steps, curve.values, strict=True))
+
+
+def test_each_panel_holds_the_points_of_its_curve_in_the_colour_of_the_run(tmp_path):
+    runs = {name: read_metrics(write_run(tmp_path / name, records(n, every=4))) for name, n in (("a", 12), ("b", 35))}
+    loss, rate, norm = axes(runs)
+    for colour, run in zip(COLOURS, runs.values(), strict=False):
+        assert drawn(loss, color=colour) == [points(run.loss), points(run.eval_loss)]
+        assert drawn(rate, color=colour) == [points(run.learning_rate)]
+        assert drawn(norm, color=colour) == [points(run.grad_norm)]
+
+
+def test_of_many_steps_a_smoothed_line_lies_over_a_faint_one_unless_the_runs_are_many(tmp_path):
+    run = read_metrics(write_run(tmp_path / "run", records(100)))
+    faint, bold, _ = axes({"run": run})[0].get_lines()
+    assert list(faint.get_ydata()) == list(run.loss.values)
+    assert faint.get_alpha() < 0.5
+    assert list(bold.get_ydata()) == list(smooth(run.loss).values)
+    assert len(axes(dict.fromkeys("abcd", run))[0].get_lines()) == 4 * 2
+
+
+def test_runs_are_told_apart_by_colour_and_dash(tmp_path):
+    lines = axes(dict.fromkeys("abcdefghijklmnopqrst", metrics([3.0, 2.0])))[1].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
+
+
+def test_a_single_step_is_a_dot():
+    lines = [line for panel in axes({"run": metrics([3.0], [2.0])}) for line in panel.get_lines()]
+    assert [line.get_marker() for line in lines] == [".", "o", ".", "."]
+
+
+def test_the_legend_names_every_run_as_it_is_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    names = ["_hidden", "$x_2$", "a&b<c>"]
+    runs = [write_run(tmp_path / name, records(50)) for name in names]
+    assert plot(*runs, "--out", tmp_path / "all.svg") == 0
+    written = texts(tmp_path / "all.svg")
+    assert {*names, "each step", "training, smoothed", "evaluation", "step", "learning rate", "gradient norm"} <= {
+        *written
+    }
+    assert capsys.readouterr().out == f"picture written to {tmp_path / 'all.svg'}\n"
+
+
+def test_a_picture_of_a_thousand_steps_is_small_opaque_and_always_of_the_same_bytes(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    run = {"run": read_metrics(write_run(tmp_path / "run", records(1000, every=50)))}
+    save_picture(run, tmp_path / "one.svg")
+    with matplotlib.rc_context({"figure.facecolor": "red", "font.size": 20, "svg.hashsalt": None}):
+        save_picture(run, tmp_path / "two.svg")
+        assert matplotlib.rcParams["font.size"] == 20
+    written = (tmp_path / "one.svg").read_bytes()
+    assert written == (tmp_path / "two.svg").read_bytes()
+    assert len(written) <= 60_000
+    assert b"<dc:date>" not in written
+    assert b"fill: #ffffff" in written[: written.index(b"axes_1")]
+
+
+def test_the_picture_is_svg_or_png_and_stands_in_the_directory_of_one_run_or_here(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        write_run(tmp_path / name, records(5))
+    monkeypatch.chdir(tmp_path)
+    for words in (["a"], ["a", "b"], ["b", "--out", "x/y.png"], ["b", tmp_path / "b", "--out", "twice.png"]):
+        assert plot(*words) == 0
+    assert (tmp_path / "x" / "y.png").read_bytes() == (tmp_path / "twice.png").read_bytes()
+    assert (tmp_path / "a" / "plot.svg").read_bytes() != (tmp_path / "plot.svg").read_bytes()
+    assert (tmp_path / "x" / "y.png").read_bytes().startswith(b"\x89PNG")
+    assert plot("a", "--out", "a.pdf") == 1
+    assert "a.pdf: ends in '.pdf'; need one of .svg, .png" in capsys.readouterr().err
+
+
+def test_names_of_runs_are_their_directories_with_as_many_parents_as_tell_them_apart(tmp_path):
+    a, b, c = tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "z"
+    assert distinct_names([a, c]) == ["run", "z"]
+    assert distinct_names([a, b]) == ["x/run", "y/run"]
+    assert distinct_names([a / "s", b / "s"]) == ["x/run/s", "y/run/s"]
+
+
+# --- the chart ---
+
+
+def inside(text, panel=0):
+    """The rows between the axes of a panel, after its numbers."""
+    rows = [line for line in text.splitlines() if line[8:9] in ("┤", "│", "|")]
+    return [row[9:] for row in rows[9 * panel : 9 * panel + 9]]
+
+
+@given(st.lists(st.floats(0.5, 4), min_size=1, max_size=200), st.lists(st.floats(0.5, 4), max_size=9))
+@example([3.0], [])
+@example([2.0, 2.0, 2.0], [2.0])
+def test_the_line_of_the_chart_goes_through_every_value(losses, evaluations):
+    run = metrics(losses, evaluations)
+    rows = inside(chart({"run": run}, 80))
+    both = [*smooth(run.loss).values, *evaluations]
+    last = max(len(losses), len(evaluations))
+    for curve, mark in ((smooth(run.loss), None), (run.eval_loss, "o")):
+        for step, value in points(curve):
+            x = (step - 1) / (last - 1) if last > 1 else 0.5
+            y = (max(both) - value) / (max(both) - min(both)) if max(both) > min(both) else 0.5
+            near = {
+                rows[row][column : column + 1]
+                for column in {int((141 * x + e) / 2) for e in (-0.5, 0.5)}
+                for row in {int((35 * y + e) / 4) for e in (-0.5, 0.5, 0)}
+            }
+            assert any(cell == mark if mark else cell == "o" or cell > chr(BRAILLE) for cell in near)
+
+
+def dots(rows):
+    """(column, row) of every dot, by the names that Unicode gives the characters."""
+    places = {"1": (0, 0), "2": (0, 1), "3": (0, 2), "7": (0, 3), "4": (1, 0), "5": (1, 1), "6": (1, 2), "8": (1, 3)}
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            for dot in unicodedata.name(cell).partition("DOTS-")[2]:
+                yield 2 * x + places[dot][0], 4 * y + places[dot][1]
+
+
+def test_a_falling_line_goes_down_dot_by_dot_from_corner_to_corner():
+    falling = sorted(dots(inside(chart({"run": metrics([2.0, 1.0])}, 80))))
+    assert falling[0] == (0, 0)
+    assert falling[-1] == (141, 35)
+    for (x, y), (next_x, next_y) in itertools.pairwise(falling):
+        assert (next_x - x, next_y - y) in ((0, 1), (1, 0), (1, 1))
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_chart_fits_the_width_and_fills_it(width):
+    runs = {"run": metrics([3.0, 2.0, 1.0] * 30, [2.0]), "n" * 200: metrics([2.5])}
+    lengths = [len(line) for line in chart(runs, width).splitlines()]
+    assert max(lengths) == width
+    assert chart(runs, 5) == chart(runs, 40)
+
+
+def test_runs_share_their_axes():
+    text = chart({"high": metrics([8.0] * 9), "low": metrics([1.0] * 9), "none": metrics([])}, 80)
+    assert inside(text, 0)[0].strip()
+    assert inside(text, 1)[-1].strip()
+    assert not "".join(inside(text, 2)).strip()
+    assert text.count("       8┤") == text.count("       1┤") == text.count("     4.5┤") == 3
+    assert "high: loss 8" in text
+
+
+def test_a_chart_over_more_than_a_decade_is_logarithmic_and_says_so():
+    text = chart({"run": metrics([100.0, 10.0, 1.0])}, 80)
+    assert "log scale" in text
+    assert "      10┤" in text
+    assert inside(text)[4][35].strip()
+    assert "log scale" not in chart({"run": metrics([3.0, 2.0])}, 80)
+
+
+def test_where_braille_cannot_be_printed_the_chart_is_ascii():
+    runs = {"zażółć": metrics([3.0, 2.0, 1.0], [2.0])}
+    text, braille = chart(runs, 80, "ascii"), chart(runs, 80)
+    assert text.isascii()
+    assert [line.translate({42: None}) for line in inside(text)] != inside(text)
+    assert [[c != " " for c in line] for line in inside(text)] == [[c != " " for c in line] for line in inside(braille)]
+
+
+def test_a_run_without_losses_has_no_chart():
+    assert chart({"run": metrics([])}, 80) == "there is no loss to draw yet"
+
+
+def test_text_prints_the_chart_of_the_terminals_width_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", records(60))
+    monkeypatch.setenv("COLUMNS", "100")
+    assert plot(run, "--text") == 0
+    assert capsys.readouterr() == (chart({"run": read_metrics(run)}, 100) + "\n", "")
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+
+
+def test_without_matplotlib_the_chart_is_printed_and_how_to_get_the_picture(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", records(60))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot(run) == 0
+    out, err = capsys.readouterr()
+    assert out == chart({"run": read_metrics(run)}, 80) + "\n"
+    assert err == "pip install 'minilora[plot]' draws the picture, with learning rate and gradient norm\n"
+    assert plot(run, "--out", tmp_path / "x.svg") == 1
+    assert "x.svg: needs the package matplotlib: pip install 'minilora[plot]'" in capsys.readouterr().err
+
+
+def test_the_command_line_imports_neither_matplotlib_nor_a_display():
+    command = (
+        "import sys, minilora.cli, minilora.cli.picture; print({'matplotlib', 'matplotlib.pyplot'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", command], check=True, capture_output=True).stdout == b"set()\n"
