@@ -1,0 +1,361 @@
+"""The tutorials come out as they stand, their form is kept, and their exercises can be failed."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from minilora.cli import parse
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = ROOT / "tutorials"
+DEVIL = TUTORIALS / "data" / "devil"
+CHAPTERS = sorted(TUTORIALS.glob("[0-9][0-9]_*.md"))
+PAGES = [*CHAPTERS, TUTORIALS / "README.md", DEVIL / "README.md"]
+SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+MAX_FIGURE = 60_000  # bytes
+TWIN_JACCARD = 0.7  # of the sets of words of two definitions
+
+# number of the exercise -> what to replace in its solution, and by what, so that it is wrong
+MISTAKES = {
+    "01": [
+        ("s * (B @ A)", "(B @ A)"),
+        ("s * (B @ A)", "s * (A.T @ B.T)"),
+        ("W = W + s", "W += s"),
+        ("W = W + s", "W = W - s"),
+        ("W = W + s * (B @ A)\n    return W", "return W + s * (B @ A)\n    return W"),
+    ],
+    "02": [
+        ("labels[1:]", "labels"),
+        ("if label != -100", "if True"),
+        ("total / count", "total / len(rows)"),
+        ("logits[i]", "logits[i + 1]"),
+        ("                count += 1", "            count += 1"),
+        ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
+        ("log_softmax", "softmax"),
+    ],
+}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where data classes look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+run, exercises, devil = (
+    load(path) for path in (TUTORIALS / "run.py", TUTORIALS / "exercises/check.py", ROOT / "scripts/devil.py")
+)
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def is_slow(chapter):
+    return "<!-- slow -->" in text_of(chapter)
+
+
+def by_name(paths):
+    return [pytest.param(path, id=path.relative_to(TUTORIALS).as_posix()) for path in paths]
+
+
+# --- the chapters ---
+
+
+@pytest.mark.parametrize("chapter", by_name(path for path in CHAPTERS if not is_slow(path)))
+def test_a_chapter_comes_out_as_it_stands(chapter):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, TUTORIALS / "run.py", "--check", chapter.name[:2]]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("chapter", by_name(path for path in CHAPTERS if is_slow(path)))
+def test_a_slow_chapter_comes_out_as_it_stands(chapter):
+    directory = ROOT / ".cache" / "smollm2"
+    if not directory.exists():
+        subprocess.run([sys.executable, ROOT / "scripts" / "smollm2.py", directory], check=True)
+    test_a_chapter_comes_out_as_it_stands(chapter)
+
+
+@pytest.mark.parametrize("chapter", by_name(CHAPTERS))
+def test_a_chapter_has_the_parts_that_every_chapter_has(chapter):
+    text = text_of(chapter)
+    number = chapter.name[:2]
+    assert text.startswith(f"# {int(number)}. ")
+    assert len(run.COST.findall(text)) == 1
+    goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
+    assert goal is not None
+    assert goal[1].count("- ") == 3
+    assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1
+    assert f"python tutorials/exercises/check.py {number}\n" in text
+    assert len(SOLUTION.findall(text)) == 1
+    assert text.rpartition("\n\n")[2].startswith("**Next:**")
+    assert all(cell["code"].count("\n") <= 40 for cell in run.CELL.finditer(text))
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_every_link_leads_somewhere(page):
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose)]
+    images = {image["path"] for image in run.IMAGE.finditer(prose)} if "*Not run yet.*" in prose else set()
+    missing = [link for link in links if "://" not in link and link not in images and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_every_figure_is_shown_with_a_text_and_is_small():
+    shown = {
+        TUTORIALS / image["path"]: image["alt"] for page in CHAPTERS for image in run.IMAGE.finditer(text_of(page))
+    }
+    assert set((TUTORIALS / "figures").iterdir()) <= set(shown)
+    assert not [path.name for path, alt in shown.items() if len(alt) < 40]
+    assert not [path.name for path in shown if path.exists() and path.stat().st_size > MAX_FIGURE]
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_every_minilora_command_parses(page):
+    text = text_of(page).replace("\\\n", " ")
+    for command in re.findall(r"^minilora (.*)$|`minilora ([^`\n]*)`", text, re.MULTILINE):
+        parse(shlex.split("".join(command), comments=True))
+
+
+# --- the exercises ---
+
+
+def test_every_chapter_has_an_exercise_and_planted_mistakes():
+    numbers = {path.name[:2] for path in CHAPTERS}
+    assert {path.name[2:4] for path in (TUTORIALS / "exercises").glob("ex*.py")} == numbers == set(MISTAKES)
+    assert all(len(mistakes) >= 3 for mistakes in MISTAKES.values())
+
+
+@pytest.mark.parametrize("chapter", by_name(CHAPTERS))
+def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chapter, tmp_path):
+    number = chapter.name[:2]
+    (tmp_path / "answer.py").write_text(SOLUTION.search(text_of(chapter))[1], encoding="utf-8")
+    assert exercises.verdict(number, tmp_path / "answer.py") is None
+    assert exercises.verdict(number, TUTORIALS / "exercises" / f"ex{number}.py") == "nothing is written yet"
+
+
+@pytest.mark.parametrize(("number", "right", "wrong"), [(n, *pair) for n, pairs in MISTAKES.items() for pair in pairs])
+def test_the_check_of_an_exercise_refuses_wrong_answers(number, right, wrong, tmp_path):
+    (chapter,) = TUTORIALS.glob(f"{number}_*.md")
+    solution = SOLUTION.search(text_of(chapter))[1]
+    assert right in solution
+    (tmp_path / "answer.py").write_text(solution.replace(right, wrong), encoding="utf-8")
+    assert exercises.verdict(number, tmp_path / "answer.py")
+
+
+def test_the_command_of_the_exercises_tells_the_verdict(tmp_path):
+    (tmp_path / "answer.py").write_text(SOLUTION.search(text_of(CHAPTERS[0]))[1], encoding="utf-8")
+    command = [sys.executable, TUTORIALS / "exercises" / "check.py", "01"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (1, "not yet: nothing is written yet\n")
+    done = subprocess.run([*command, tmp_path / "answer.py"], capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stdout) == (0, "right\n")
+
+
+# --- the runner ---
+
+PAGE = """\
+# 1. A chapter
+
+*Not run yet.*
+
+```python
+x = 2
+print('x is', x)
+```
+
+```sh
+echo "took 12.3 s" >&1
+```
+
+<details>
+
+```python
+from matplotlib import pyplot as plt
+
+plt.plot([1, x, 4.5])
+```
+
+</details>
+
+![A line that rises](figures/line.svg)
+
+```python
+y = x
+```
+
+The end.
+"""
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "01_page.md").write_text(PAGE, encoding="utf-8")
+    with matplotlib.rc_context(run.STYLE):
+        run.Chapter(tmp_path / "01_page.md", check=False).run()
+        yield tmp_path / "01_page.md"
+
+
+def differences(page):
+    chapter = run.Chapter(page, check=True)
+    chapter.run()
+    return chapter.differences
+
+
+def test_a_run_writes_outputs_and_figures_and_nothing_else(page):
+    text = text_of(page)
+    assert "```python\nx = 2\nprint('x is', x)\n```\n\n```text\nx is 2\n```\n\n```sh\n" in text
+    assert "```\n\n```text\ntook 12.3 s\n```\n\n<details>\n" in text
+    assert re.search(r"^\*Reads in 1 min, runs in \d+ s on 2 CPU cores\.\*$", text, re.MULTILINE)
+    assert re.sub(r"```text\n.*?```\n\n", "", text, flags=re.DOTALL) == run.COST.sub(run.COST.search(text)[0], PAGE)
+    assert json.loads(run.stored(page.parent / "figures/line.svg")) == [[0, 1, 1, 2, 2, 4.5]]
+
+
+def test_a_second_run_writes_the_same_bytes(page):
+    first = page.read_bytes(), (page.parent / "figures/line.svg").read_bytes()
+    run.Chapter(page, check=False).run()
+    assert (page.read_bytes(), (page.parent / "figures/line.svg").read_bytes()) == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "count"),
+    [
+        ("The end", "The End", 0),
+        ("took 12.3 s", "took 45.6 s", 0),
+        ("x is 2", "x is 3", 1),
+        ("x is 2", "x was 2", 1),
+        ("```text\nx is 2\n```\n", "", 1),
+        ("4.5", "4.501", 0),
+        ("4.5", "4.51", 1),
+        ("x = 2", "x = 3", 2),
+        ("y = x", "print(x)", 1),
+        ("```python\nx = 2\nprint('x is'", "<!-- unchecked -->\n```python\nx = 2\nprint('x was'", 0),
+        (
+            "```python\nx = 2\nprint",
+            "<!-- tol=0.6 -->\n```python\nx = 3\nprint",
+            1,
+        ),  # the figure alone is too different
+    ],
+)
+def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
+    changed = text_of(page).replace(old, new)
+    assert changed != text_of(page)
+    page.write_text(changed, encoding="utf-8")
+    assert len(differences(page)) == count
+    assert text_of(page) == changed
+
+
+def test_figures_and_images_must_be_as_many(page):
+    page.write_text(text_of(page).replace("![A line that rises]", "[A line that rises]"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="1 figures are open, and 0 images follow"):
+        differences(page)
+
+
+def test_a_traceback_names_the_line_of_the_chapter(page):
+    page.write_text(text_of(page).replace("y = x", "y = 1 / 0"), encoding="utf-8")
+    with pytest.raises(ZeroDivisionError) as caught:
+        differences(page)
+    assert text_of(page).splitlines()[caught.traceback[-1].lineno] == "y = 1 / 0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tolerance", "equal"),
+    [
+        ("a  b\n", "a b", None, True),
+        ("1.000", "1.0009", None, True),
+        ("1.000", "1.002", None, False),
+        ("1.000", "1.002", 0.01, True),
+        ("-1.5", "1.5", None, False),
+        ("1,000", "1,001", None, False),
+        ("1,000", "1,001", 0.01, True),
+        ("2e-5", "2.001e-5", None, True),
+        ("2e-5", "2e-6", None, False),
+        ("16.3 s, 900 tokens/s, 1.2 GiB", "7 s, 1,100 tokens/s, 2 GiB", None, True),
+        ("16 steps", "17 steps", None, False),
+        ("[1.0]", "[1.0, 2.0]", None, False),
+        ("", "1", None, False),
+    ],
+)
+def test_outputs_are_the_same_text_with_nearly_the_same_numbers(old, new, tolerance, equal):
+    assert run.same(old, new, tolerance) is equal
+
+
+# --- the data ---
+
+
+def rows(split):
+    return [json.loads(line) for line in text_of(DEVIL / f"{split}.jsonl").splitlines()]
+
+
+def test_the_rows_are_those_of_the_keep_list_split_as_the_script_splits_it():
+    words = devil.keep_list()
+    assert words == sorted(set(words), key=str.lower)
+    for split, chosen in devil.split(words).items():
+        definitions = [row["messages"][1]["content"] for row in rows(split)]
+        assert rows(split) == [devil.row(*pair) for pair in zip(chosen, definitions, strict=True)]
+    assert (len(rows("test")), len(rows("valid"))) == (100, 40)
+
+
+def test_no_answer_is_long_or_has_marks_of_the_source():
+    answers = [row["messages"][1]["content"] for split in ("train", "valid", "test") for row in rows(split)]
+    assert max(len(answer.split()) for answer in answers) <= devil.MAX_WORDS
+    assert not [answer for answer in answers if re.search(r"[\[\]{}_\n]|--|  |^[a-z1(]|[^.?!\"'!]$", answer)]
+
+
+def test_no_two_splits_share_a_stem_or_a_near_twin():
+    texts = {
+        split: {
+            row["messages"][0]["content"]: set(row["messages"][1]["content"].lower().split()) for row in rows(split)
+        }
+        for split in ("train", "valid", "test")
+    }
+    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        stems = [{devil.family(question.split("'", 1)[1]) for question in texts[split]} for split in (one, other)]
+        assert not stems[0] & stems[1]
+        for a, b in product(texts[one].values(), texts[other].values()):
+            assert len(a & b) < TWIN_JACCARD * len(a | b)
+
+
+def test_a_definition_is_the_prose_of_an_entry_without_etymology_verse_and_commentary():
+    book = (
+        """\
+ABRUPT, adj.  [Latin] Sudden, like the arrival of a cannon-
+shot -- and
+_so_ on.  Dr. Johnson liked it.
+
+    Verse is indented,
+    And left out.
+                                                                  G.J.
+
+NOWORD.
+
+    Only verse.
+
+LONG, adj.  Short.  """
+        + "Very " * devil.MAX_WORDS
+        + """long.
+
+ABRUPT, n.  A second entry of the word.
+"""
+    )
+    assert devil.definitions(book) == {
+        "ABRUPT": "Sudden, like the arrival of a cannon-shot — and so on. Dr. Johnson liked it.",
+        "LONG": "Short.",
+    }

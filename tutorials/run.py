@@ -1,0 +1,209 @@
+"""Run the cells of the chapters, and write what they print and draw into them.
+
+    python tutorials/run.py [NN ...]             run these chapters, or all, and write their outputs
+    python tutorials/run.py --check [NN ...]     run them, change nothing, and fail if an output would be another
+
+A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
+namespace, in a fresh directory in which `tutorials`, `scripts` and `smollm2` are this checkout's. What a cell prints
+stands in a `text` fence below it. The figures that it leaves open go to the images that follow it, in their order.
+
+Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
+cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
+`<!-- unchecked -->` shows its output without comparing it. Times, speeds and memory (numbers before s, ms, min,
+tokens/s, MiB, GiB) are never compared. `<!-- slow -->` at the head of a chapter keeps it out of the default test suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+CELL = re.compile(
+    r"^(?:<!-- (?P<options>[^\n]*) -->\n)?(?P<fence>```(?P<language>python|sh)\n(?P<code>.*?)^```\n)"
+    r"(?:\n```text\n(?P<output>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+IMAGE = re.compile(r"^!\[(?P<alt>[^\]]*)\]\((?P<path>[^)]*)\)", re.MULTILINE)
+COST = re.compile(r"^\*(?:Reads in .*|Not run yet\.)\*$", re.MULTILINE)
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+CLOCK = re.compile(r"\d[\d,.]*(?= (?:s|ms|min|tokens/s|MiB|GiB)\b)")
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "minilora",  # with this and without a date, the bytes depend on the numbers and on matplotlib alone
+    "svg.fonttype": "none",
+    "savefig.bbox": "tight",
+    "figure.figsize": (6.4, 3.0),
+    "figure.facecolor": "white",  # to be read on a dark page too
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": "cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7', '56B4E9', 'E69F00'])",
+}
+
+
+@dataclass
+class Chapter:
+    """A chapter that runs: its text as it becomes, and what has changed against the old one."""
+
+    path: Path
+    check: bool
+    text: str = ""
+    differences: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run all cells; unless this is a check, write the outputs."""
+        old, began, position = self.path.read_text("utf-8"), time.monotonic(), 0
+        cells = list(CELL.finditer(old))
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        for cell, end in zip(cells, [*(cell.start() for cell in cells[1:]), len(old)], strict=True):
+            line = old.count("\n", 0, cell.start("code")) + 1
+            if cell["language"] == "python":
+                output = run_python(cell["code"], str(self.path), line, namespace)
+            else:
+                output = run_shell(cell["code"])
+            self.compare(cell["output"] or "", output, cell["options"], f"line {line}: the output")
+            self.draw([image["path"] for image in IMAGE.finditer(old, cell.end(), end)], cell["options"], line)
+            self.text += old[position : cell.end("fence")] + (f"\n```text\n{output}```\n" if output else "")
+            position = cell.end()
+        self.text += old[position:]
+        if not self.check:
+            cost = f"*Reads in {reading_minutes(old)} min, runs in {time.monotonic() - began:.0f} s on 2 CPU cores.*"
+            self.path.write_text(COST.sub(cost, self.text), "utf-8", newline="\n")
+
+    def draw(self, images: list[str], options: str | None, line: int) -> None:
+        """Give the open figures to the images of the page, and close them."""
+        figures = open_figures()
+        if len(figures) != len(images):
+            raise SystemExit(f"{self.path}:{line}: {len(figures)} figures are open, and {len(images)} images follow")
+        for figure, image in zip(figures, images, strict=True):
+            path, data = self.path.parent / image, plotted(figure)
+            self.compare(stored(path), data, options, f"{image}: the data")
+            if not self.check:
+                path.parent.mkdir(exist_ok=True)
+                figure.savefig(path, metadata={"Date": None, "Description": data})
+
+    def compare(self, old: str, new: str, options: str | None, what: str) -> None:
+        """Note a difference, unless the cell's options allow it."""
+        stated = re.search(r"\btol=(\S+)", options or "")
+        if "unchecked" not in (options or "") and not same(old, new, float(stated[1]) if stated else None):
+            self.differences.append(f"{self.path.name}: {what} was\n{old}\nand is\n{new}")
+
+
+def run_python(code: str, path: str, line: int, namespace: dict[str, Any]) -> str:
+    """What the code prints. A traceback names the line of the chapter."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile("\n" * (line - 1) + code, path, "exec"), namespace)
+    return printed.getvalue()
+
+
+def run_shell(code: str) -> str:
+    """What the commands print on standard output; `python` and `minilora` are those of this interpreter."""
+    python = shlex.quote(sys.executable)
+    names = f'python() {{ {python} "$@"; }}; minilora() {{ {python} -m minilora "$@"; }}\n'
+    command = ["bash", "-euo", "pipefail", "-c", names + code]
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True, env=environment).stdout
+
+
+def open_figures() -> list[Figure]:
+    """The figures that pyplot holds, which it then forgets."""
+    if "matplotlib.pyplot" not in sys.modules:
+        return []
+    from matplotlib import pyplot
+
+    figures = [pyplot.figure(number) for number in pyplot.get_fignums()]
+    pyplot.close("all")
+    return figures
+
+
+def plotted(figure: Figure) -> str:
+    """The numbers of a figure as JSON: vertices of lines and patches, offsets of markers, pixels of images."""
+    arrays: list[Any] = []
+    for axes in figure.axes:
+        arrays += [line.get_xydata() for line in axes.lines]
+        arrays += [patch.get_path().transformed(patch.get_patch_transform()).vertices for patch in axes.patches]
+        arrays += [collection.get_offsets() for collection in axes.collections]
+        arrays += [image.get_array() for image in axes.images]
+    return json.dumps([[float(f"{number:.6g}") for number in array.ravel().tolist()] for array in arrays])
+
+
+def stored(figure: Path) -> str:
+    """The numbers that `draw` has put into the metadata of an SVG; "" if there is no such file."""
+    found = re.search(r"<dc:description>(.*?)<", figure.read_text("utf-8") if figure.is_file() else "", re.DOTALL)
+    return found[1] if found else ""
+
+
+def same(old: str, new: str, tolerance: float | None = None) -> bool:
+    """Are two outputs the same text, with the same numbers within the tolerance?"""
+    old, new = (" ".join(CLOCK.sub("#", text).split()) for text in (old, new))
+    pairs = list(zip(NUMBER.findall(old), NUMBER.findall(new), strict=False))
+    return NUMBER.split(old) == NUMBER.split(new) and all(_close(*pair, tolerance) for pair in pairs)
+
+
+def _close(old: str, new: str, tolerance: float | None) -> bool:
+    if tolerance is None and not {".", "e"} & {*old, *new}:
+        return old == new
+    a, b = (float(text.replace(",", "")) for text in (old, new))
+    return math.isclose(a, b, rel_tol=0.001 if tolerance is None else tolerance)
+
+
+def reading_minutes(text: str) -> int:
+    """At 150 words a minute: there is code among them."""
+    return math.ceil(len(text.split()) / 150)
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[None]:
+    """A fresh directory that looks like the checkout; what cells write there is gone afterwards."""
+    root = HERE.parent
+    links = {"tutorials": HERE, "scripts": root / "scripts"}
+    for model in (root / ".cache" / "smollm2", root / "smollm2"):
+        if model.is_dir():
+            links["smollm2"] = model
+    with tempfile.TemporaryDirectory() as directory:
+        for name, target in links.items():
+            (Path(directory) / name).symlink_to(target)
+        with contextlib.chdir(directory):
+            yield
+
+
+def main() -> None:
+    """Run or check the chapters that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="01, 02, …; all if none is given")
+    parser.add_argument("--check", action="store_true", help="fail where an output would change, and change nothing")
+    arguments = parser.parse_args()
+    paths = sorted(HERE.glob("[0-9][0-9]_*.md"))
+    if unknown := set(arguments.chapters) - {path.name[:2] for path in paths}:
+        parser.error(f"there is no chapter {min(unknown)}; there are {', '.join(path.name for path in paths)}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    differences = []
+    for path in paths:
+        if not arguments.chapters or path.name[:2] in arguments.chapters:
+            with workplace(), matplotlib.rc_context(STYLE):
+                chapter = Chapter(path, arguments.check)
+                chapter.run()
+            differences += chapter.differences if arguments.check else []
+    sys.exit("\n\n".join(differences) or 0)
+
+
+if __name__ == "__main__":
+    main()
