@@ -293,6 +293,12 @@ def test_a_chart_over_more_than_a_decade_is_logarithmic_and_says_so():
     assert "log scale" not in chart({"run": metrics([3.0, 2.0])}, 80)
 
 
+def test_a_chart_says_whether_its_line_is_smoothed(tmp_path):
+    for steps in (30, 60):
+        run = read_metrics(write_run(tmp_path / str(steps), records(steps)))
+        assert ("training, smoothed" in chart({"run": run}, 80)) == (steps == 60)
+
+
 def test_where_braille_cannot_be_printed_the_chart_is_ascii():
     runs = {"zażółć": metrics([3.0, 2.0, 1.0], [2.0])}
     text, braille = chart(runs, 80, "ascii"), chart(runs, 80)

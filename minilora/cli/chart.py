@@ -55,7 +55,9 @@ def chart(runs: Mapping[str, Metrics], width: int, encoding: str = "utf-8") -> s
         return "there is no loss to draw yet"
     is_logarithmic = needs_logarithm(curves)
     frame = Frame(min(steps), max(steps), min(values), max(values), is_logarithmic, max(40, width) - MARGIN)
-    legend = f"loss in nats per token{', log scale' * is_logarithmic}   ⠤⠤ training, smoothed   {EVALUATION} evaluation"
+    smoothed = any(smooth(run.loss) != run.loss for run in runs.values())
+    unit = f"loss in nats per token{', log scale' * is_logarithmic}"
+    legend = f"{unit}   ⠤⠤ training{', smoothed' * smoothed}   {EVALUATION} evaluation"
     text = "\n".join([*(_panel(name, run, frame) for name, run in runs.items()), f"{legend:.{max(40, width)}}"])
     try:
         text.encode(encoding)
