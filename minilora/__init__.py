@@ -23,13 +23,14 @@ from minilora.lora.files import load_adapter, save_adapter
 from minilora.model.checkpoint import load_model, save_model
 from minilora.model.generate import generate
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
-from minilora.train.config import TrainConfig
+from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.data import Dataset, Example, load_dataset
 from minilora.train.loop import TrainResult, train
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
+    "DataConfig",
     "DataError",
     "Dataset",
     "Example",

@@ -21,7 +21,7 @@ from minilora.errors import FormatError
 from minilora.storage import ASSETS, BUILTIN
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
-DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".txt")
+DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
 PINNED = re.compile(rf"({PART}/{PART})@([0-9a-f]{{40}})", re.ASCII)

@@ -6,9 +6,11 @@ A file appears under its name only when it is whole: it is written under a tempo
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,18 +26,6 @@ BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
 
 
-def model_directory(name_or_path: str | Path) -> Path:
-    """Where a model lies: a directory, or "minilora/builtin" for the small one that comes with minilora.
-
-    Raises:
-        FormatError: there is no such directory.
-    """
-    path = ASSETS / "model" if str(name_or_path) == BUILTIN else Path(name_or_path)
-    if not path.is_dir():
-        raise FormatError(f"{path}: no such directory; a model is a directory with config.json, or {BUILTIN!r}")
-    return path
-
-
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file.
 
@@ -46,6 +36,20 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: byte {error.start} is not UTF-8") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; of a `.gz` file, what it holds.
+
+    Raises:
+        FormatError: there is no such file, or it is not gzip.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise FormatError(f"{path}: not gzip, or damaged ({error})") from error
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -1,4 +1,4 @@
-"""Make the built-in instruction set, and the pretraining text that must not know it, from the glosses of WordNet 3.0.
+"""Make the built-in instruction set, the pretraining text that must not know it, and general text, from WordNet 3.0.
 
     python scripts/make_data.py --wordnet DIR        # DIR holds data.noun, data.verb, data.adj and data.adv
 
@@ -6,6 +6,8 @@ A row asks for the category of a noun's definition; the answer is the WordNet le
 One relation keeps the splits apart: two definitions are *near-twins* if their sets of words have a Jaccard index of at
 least 0.7, or if one occurs inside the other. No row of `train` has a near-twin in `valid` or `test`, and no row of
 `valid` has one in `test`.
+
+General text, to see what an adapter costs a model on what it was not made for, is example sentences.
 """
 
 import argparse
@@ -30,8 +32,14 @@ CATEGORIES = {  # lexicographer file number -> the word we answer with, one toke
 }
 SIZES = {"test": 800, "valid": 400, "train": 1600}  # drawn in this order: a later split avoids the earlier ones
 TWIN_JACCARD = 0.7
+SENTENCES = 256
+UNPLEASANT = (  # words that begin so
+    r"(?i)\b(kill|murder|rape|sex|slave|negro|whore|drunk|drug|suicid|nazi|bomb|war\b|death|dead|blood|hate|victim|heroin|"
+    r"mdma|hashish|sperm|semen|massacre|execut|assassin|abus|terror|weapon|attack|plague|atrocit|lover|drawn and)"
+)
 NOTICE = """\
-The definitions in train.jsonl, valid.jsonl and test.jsonl are glosses of WordNet 3.0, cut before their first example.
+The definitions in train.jsonl, valid.jsonl and test.jsonl are glosses of WordNet 3.0, cut before their first example;
+the sentences in general.jsonl are examples of their use.
 The model and the tokenizer in ../model were trained on WordNet 3.0 text. The licence of WordNet 3.0 follows.
 
 """
@@ -119,6 +127,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+def general_sentences(synsets: Iterable[Synset], count: int, seed: int) -> list[str]:
+    """Example sentences of a sentence's length, and of a kind to be looked at with pleasure."""
+    found = {text for synset in synsets for text in re.findall(r'"([^"]+)"', synset.gloss)}
+    fit = sorted(
+        t for t in found if 60 <= len(t) <= 160 and not re.search(UNPLEASANT, t) and not re.search("[`_]|--", t)
+    )
+    return random.Random(seed).sample(fit, count)
+
+
 def pretraining_texts(synsets: Iterable[Synset], held_out: Sequence[str]) -> Iterator[str]:
     """Each synset as a dictionary entry and as a definition to name: what the model is pretrained on.
 
@@ -154,6 +171,10 @@ def main() -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (DATA / f"{split}.jsonl").write_text(text, "utf-8", newline="\n")
         print(f"{split}: {len(rows)} rows, {len(text):,} bytes")
+    synsets = (synset for kind in ("noun", "verb", "adj", "adv") for synset in read_synsets(arguments.wordnet, kind))
+    sentences = general_sentences(synsets, SENTENCES, arguments.seed)
+    text = "".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences)
+    (DATA / "general.jsonl").write_text(text, "utf-8", newline="\n")
     (DATA / "LICENSE-WordNet.txt").write_text(NOTICE + read_licence(arguments.wordnet), "utf-8", newline="\n")
 
 

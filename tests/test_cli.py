@@ -15,18 +15,17 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import cli
-from minilora.cli.flags import RENAMED, from_flags, read_config, use_config
+from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, read_config, use_config
 from minilora.cli.meter import Meter
 from minilora.lora.config import INITS
 from minilora.run import RunConfig
-from minilora.train.data import encode_rows, read_rows
+from minilora.train.data import encode_rows
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.train.rows import read_rows
 from tests.models import randomize_adapters_, tiny_model
 from tests.test_data import CHATML, CLOSE, write_tokenizer
-from tests.test_run import contents, write_rows
+from tests.test_run import CLASSES, contents, write_rows
 from tests.tolerance import assert_parity
-
-CLASSES = (RunConfig, ml.LoraConfig, ml.TrainConfig)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def flag(field):
 
 
 def value_of(cls, words=()):
-    return from_flags(cls, vars(finetune_parser().parse_args(list(words))))
+    return from_flags(cls, vars(finetune_parser().parse_args([cli._dashed(word) for word in words])))
 
 
 def as_text(value):
@@ -97,6 +96,8 @@ def as_words(config, spell=lambda name: "--" + name.replace("_", "-")):
         name, value = spell(flag(field)), getattr(config, field.name)
         if isinstance(value, bool) and typing.get_type_hints(type(config))[field.name] is bool:
             words.append(name if value else name.replace("--", "--no-", 1))
+        elif field.name == "data":
+            words += [name, *value]
         elif value not in (None, (), {}):
             words += [f"{name}={as_text(value)}"]
     return words
@@ -136,21 +137,37 @@ def train_configs(draw):
         if typing.get_origin(hint) is typing.Literal:
             values[name] = draw(st.sampled_from(kinds))
         elif float in kinds:
-            values[name] = draw(st.floats(1e-6, 0.99 if name == "eval_split" else 1e3))
+            values[name] = draw(st.floats(1e-6, 1e3))
         else:
             values[name] = draw((st.none() if type(None) in kinds else st.nothing()) | st.integers(1, 10**6))
+    if values["keep"] == "best" or values["early_stopping"]:
+        values["eval_steps"] = values["eval_steps"] or 1
     return ml.TrainConfig(**values)
 
 
+data_configs = st.builds(
+    ml.DataConfig,
+    max_length=st.integers(1, 9999),
+    train_on=st.sampled_from(["completion", "assistant", "all"]),
+    prompt_style=st.sampled_from(["auto", "alpaca", "own.jinja"]),
+    system=st.none() | st.just("Be brief."),
+    text_field=st.none() | st.just("body"),
+    allow_special=st.booleans(),
+    skip_bad_rows=st.booleans(),
+    eval_split=st.floats(0, 0.99),
+)
 run_configs = st.builds(
     RunConfig,
-    **dict.fromkeys(("model", "data", "out", "device"), st.text("ab /.-", min_size=1)),
+    **dict.fromkeys(("model", "general_data", "out", "device"), st.text("ab /.-", min_size=1)),
+    data=st.lists(st.text("ab /.", min_size=1), min_size=1, max_size=3).map(tuple),
+    report=st.sampled_from(["none", "tensorboard"]),
+    samples=st.integers(0, 9),
     dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
     resume=st.sampled_from(["auto", "never"]),
 )
 
 
-@given(run_configs | lora_configs() | train_configs(), st.booleans())
+@given(run_configs | lora_configs() | data_configs | train_configs(), st.booleans())
 def test_every_field_is_a_flag_in_two_spellings_and_survives_the_command_line(config, has_dashes):
     words = as_words(config, (lambda name: "--" + name.replace("_", "-")) if has_dashes else (lambda name: f"--{name}"))
     assert value_of(type(config), words) == config
@@ -166,7 +183,8 @@ def test_the_help_of_a_flag_is_that_of_its_field_with_the_default(cls, field):
     action = next(action for action in finetune_parser()._actions if action.dest == flag(field))
     default = getattr(cls(), field.name)
     assert action.help.startswith(field.metadata["help"])
-    assert (f"(default: {default})" in action.help) == (default not in (None, (), {}))
+    text = " ".join(default) if isinstance(default, tuple) else default
+    assert (f"(default: {text})" in action.help) == (default not in (None, (), {}))
     assert f"--{flag(field).replace('_', '-')}" in finetune_parser().format_help()
 
 
@@ -194,6 +212,23 @@ def test_a_flag_or_value_that_is_none_is_refused_with_the_usage(capsys, words):
     assert words[0].split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("--epoch=2", "--epochs"), ("--lr", "--learning-rate"), ("--lora_rank", "--lora-r"), ("--output-dir", "--out")],
+)
+def test_an_unknown_flag_is_refused_and_the_right_one_named_also_for_users_of_other_tools(capsys, word, meant):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["finetune", word, "1"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.endswith(f"is unknown; did you mean {meant}?\n")
+
+
+def test_the_flags_of_other_tools_are_no_flags_here_and_what_they_mean_is_one():
+    own = set().union(*(names_of(parser) for parser in cli._parser()[1].values()))
+    assert not own & set(ELSEWHERE)
+    assert set(ELSEWHERE.values()) <= own
+
+
 # --- configuration files ---
 
 
@@ -216,13 +251,17 @@ def as_toml(values):
     return "".join(f"{name} = {text(value)}\n" for name, value in values.items() if value is not None)
 
 
-@given(run_configs, lora_configs(), train_configs(), st.sampled_from([".toml", ".json", "run.json"]), st.booleans())
-def test_a_configuration_file_survives(tmp_path_factory, run, lora, training, kind, has_dashes):
-    values = {name.replace("_", "-" if has_dashes else "_"): v for name, v in flat(run, lora, training).items()}
+@given(
+    st.tuples(run_configs, lora_configs(), data_configs, train_configs()),
+    st.sampled_from([".toml", ".json", "run.json"]),
+    st.booleans(),
+)
+def test_a_configuration_file_survives(tmp_path_factory, configs, kind, has_dashes):
+    values = {name.replace("_", "-" if has_dashes else "_"): value for name, value in flat(*configs).items()}
     path = tmp_path_factory.mktemp("config") / ("run.json" if kind == "run.json" else f"config{kind}")
     written = {"config": values, "versions": {}, "starts": []} if kind == "run.json" else values
     path.write_text(as_toml(values) if kind == ".toml" else json.dumps(written))
-    assert resolved(path) == (run, lora, training)
+    assert resolved(path) == configs
 
 
 @given(train_configs(), st.integers(1, 99), st.sampled_from([1e-5, 0.5]))
@@ -230,14 +269,15 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(json.dumps(flat(training)))
     found = resolved(path, "--batch-size", str(batch_size), f"--learning_rate={rate}")
-    assert found[2] == dataclasses.replace(training, batch_size=batch_size, learning_rate=rate)
+    assert found[3] == dataclasses.replace(training, batch_size=batch_size, learning_rate=rate)
 
 
 def test_text_in_a_configuration_file_is_read_as_on_the_command_line(tmp_path):
     path = tmp_path / "config.toml"
     files = 'model = "model"\ndata = "data"\n'
     path.write_text(files + 'target-modules = "q_proj,v_proj"\nlearning_rate = "1e-3"\ninit_lora_weights = "true"\n')
-    _, lora, training = resolved(path)
+    run, lora, _, training = resolved(path)
+    assert run.data == ("data",)
     assert lora == ml.LoraConfig(target_modules=("q_proj", "v_proj"))
     assert training == ml.TrainConfig(learning_rate=1e-3)
 
@@ -251,9 +291,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_flag_named(name, position, le
     with pytest.raises(ml.ConfigError) as error:
         use_config(finetune_parser(), {"seed": 1, key: 1}, "my.toml")
     assert f"my.toml: key {key!r} is unknown" in str(error.value)
-    assert (
-        (f"did you mean {nearest[0]!r}?" in str(error.value)) if nearest else ("did you mean" not in str(error.value))
-    )
+    if key not in ELSEWHERE:
+        assert (f"did you mean {nearest[0]!r}?" if nearest else "is unknown") in str(error.value)
 
 
 def test_the_nearest_key_of_a_slip_is_the_one_that_was_meant():
@@ -337,7 +376,7 @@ def test_rows_that_were_cut_are_counted_on_stderr(directory, tmp_path, capsys, m
     monkeypatch.chdir(directory)
     rows = read_rows(directory / "data" / "train.jsonl")
     tokenizer = ml.load_tokenizer(directory / "model")
-    lengths = sorted(len(encode_rows([row], tokenizer, "completion", 99)[0].tokens) for row in rows)
+    lengths = sorted(len(encode_rows([row], tokenizer, ml.DataConfig(max_length=99))[0].tokens) for row in rows)
     cut = sum(length > lengths[4] for length in lengths)
     assert cli.main([*RUN, f"--max-length={lengths[4]}", f"--out={tmp_path}"]) == 0
     assert f"{cut} training rows were cut to --max-length" in capsys.readouterr().err
@@ -439,7 +478,7 @@ def test_eval_prints_one_json_object_with_what_the_library_measures(directory, c
     model, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
     if adapter:
         ml.load_adapter(model, directory / adapter)
-    examples = encode_rows(read_rows(directory / "data" / "test.jsonl"), tokenizer, "completion", 1024)
+    examples = encode_rows(read_rows(directory / "data" / "test.jsonl"), tokenizer, ml.DataConfig())
     expected = {
         "nll": held_out_loss(model, examples),
         "choice": choice_accuracy(model, examples, find_choices(examples)),
@@ -482,7 +521,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("generate --model=model --prompt=a --compare-base", "--compare-base needs --adapter"),
-        ("generate --adapter=nowhere --prompt=a", "adapter_config.json: cannot be read"),
+        ("generate --adapter=nowhere --prompt=a", "nowhere: no such directory"),
         ("generate --model=model --prompt=a --top-p=2", "top_p 2.0"),
         ("merge --adapter=adapter1 --out=model", "model: holds files; give another --out"),
         ("merge --adapter=adapter1 --out=data/train.jsonl", "train.jsonl: is a file"),
@@ -529,19 +568,20 @@ def record(step, total=100):
 
 
 def shown(capsys, monkeypatch, is_terminal, records, seconds=1.0):
-    clock = iter(range(10**6))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock) * seconds)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     meter = Meter()
     for each in records:
         assert not meter(each)
+        clock[0] += seconds
     meter.close()
     return capsys.readouterr().err
 
 
 def test_on_a_terminal_progress_rewrites_one_line(capsys, monkeypatch):
     text = shown(capsys, monkeypatch, True, [record(step) for step in range(1, 101)])
-    assert text.count("\r\x1b[K") == 100
+    assert text.count("\r\x1b[K") == 101  # and one that clears the line
     assert text.count("\n") == 1
     assert "step 51/100  loss 0.5000  9 tokens/s  49 s left  1.00 GiB" in text
 
@@ -554,5 +594,5 @@ def test_elsewhere_progress_is_a_line_every_five_seconds_and_one_at_the_end(caps
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_an_evaluation_is_always_shown_and_stays(capsys, monkeypatch, is_terminal):
-    records = [record(1), {"step": 1, "eval_loss": 0.25}, record(2)]
-    assert "step 1  held-out loss 0.2500\n" in shown(capsys, monkeypatch, is_terminal, records)
+    records = [record(1), {"step": 1, "eval_loss": 0.25, "best_step": 1}, record(2)]
+    assert "step 1  held-out loss 0.2500, the lowest so far\n" in shown(capsys, monkeypatch, is_terminal, records)

@@ -221,7 +221,7 @@ def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
     assert set(hub.requested) <= {"adapter_config.json", "adapter_model.safetensors"}
 
 
-@pytest.mark.parametrize("names", [["train.jsonl", "valid.jsonl"], ["rows.jsonl.gz"], ["a.json"], ["a.txt"]])
+@pytest.mark.parametrize("names", [["train.jsonl", "valid.jsonl"], ["rows.jsonl.gz"], ["a.json"]])
 def test_data_are_the_data_files_at_the_top(hub, names):
     rows = {name: name.encode() for name in names}
     hub.add("datasets/org/data", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.lora.attach import adapter_layers
 from minilora.model.ops import IGNORE_INDEX
+from minilora.train.config import COUNTS
 from minilora.train.evaluate import held_out_loss
 from minilora.train.loop import learning_rate
 from tests.models import FAMILIES, randomize_adapters_, seeds, tiny_model
@@ -383,7 +384,7 @@ def test_a_model_without_a_trainable_adapter_is_refused():
 # --- evaluation on the way ---
 
 
-def test_held_out_rows_are_evaluated_every_so_many_steps_and_change_nothing():
+def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_change_nothing():
     rows, held_out = random_rows(15, 7), random_rows(16, 3)
     config = ml.TrainConfig(batch_size=1, eval_steps=3)
     model, alone, records = adapted(lora_dropout=0.4), adapted(lora_dropout=0.4), []
@@ -395,7 +396,7 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_change_nothing():
             assert record["eval_loss"] == held_out_loss(model, held_out)
 
     ml.train(model, rows, config, check, held_out)
-    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6]
+    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6, 7]
     assert torch.equal(weights(model), weights(alone))
 
 
@@ -403,23 +404,26 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_change_nothing():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("cls", "name", "value"),
     [
+        *((ml.TrainConfig, name, 0) for name in COUNTS),
+        *((ml.TrainConfig, name, -1) for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed")),
         *(
-            (name, 0)
-            for name in ("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_length", "max_steps")
+            (ml.TrainConfig, name, value)
+            for name in ("learning_rate", "epochs")
+            for value in (0, -1.0, math.inf, math.nan)
         ),
-        *((name, 0) for name in ("eval_steps", "save_steps", "save_total_limit", "logging_steps")),
-        *((name, -1) for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_split", "seed")),
-        *((name, value) for name in ("learning_rate", "epochs") for value in (0, -1.0, math.inf, math.nan)),
-        ("eval_split", 1),
-        *((name, "other") for name in ("lr_scheduler", "train_on", "recompute")),
+        *((ml.TrainConfig, name, "other") for name in ("lr_scheduler", "keep", "recompute")),
+        *((ml.DataConfig, "eval_split", value) for value in (-1, 1, math.nan)),
+        (ml.DataConfig, "max_length", 0),
+        (ml.DataConfig, "train_on", "other"),
     ],
 )
-def test_a_setting_that_cannot_work_is_named_with_its_value_and_so_is_every_other_one(name, value):
-    other = "max_length" if name != "max_length" else "batch_size"
+def test_a_setting_that_cannot_work_is_named_with_its_value_and_so_is_every_other_one(cls, name, value):
+    other = {ml.TrainConfig: ("batch_size", "max_steps"), ml.DataConfig: ("max_length", "eval_split")}[cls]
+    other = other[name == other[0]]
     with pytest.raises(ml.ConfigError) as error:
-        ml.TrainConfig(**{name: value, other: -5})
+        cls(**{name: value, other: -5})
     assert f"{name} is {value!r}" in str(error.value)
     assert f"{other} is -5" in str(error.value)
 

@@ -16,13 +16,15 @@ import minilora as ml
 from minilora import cli
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.meter import Meter
-from minilora.run import PACKAGES, RunConfig, evaluate, evaluate_base, load_data
-from minilora.train.evaluate import held_out_loss
+from minilora.inputs import load_data
+from minilora.run import PACKAGES, RunConfig
+from minilora.train.evaluate import evaluate, held_out_loss
 from minilora.train.state import checkpoints
 from tests.models import tiny_model
 from tests.test_data import write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+CLASSES = (RunConfig, ml.LoraConfig, ml.DataConfig, ml.TrainConfig)
 SETTINGS = {
     "lora_r": 3,
     "lora_alpha": 6,
@@ -120,9 +122,7 @@ def test_metrics_have_an_object_a_step(whole, directory):
     keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"}
     assert {frozenset(record) for record in metrics(whole)} == {frozenset(keys)}
     assert steps(whole) == list(range(1, STEPS + 1))
-    data = load_data(
-        str(directory / "rows.jsonl"), ml.load_tokenizer(directory / "model"), ml.TrainConfig(eval_split=0.2)
-    )
+    data = load(directory / "rows.jsonl", directory, eval_split=0.2)
     assert sum(record["tokens"] for record in metrics(whole)) == 2 * sum(len(row.tokens) for row in data.train)
 
 
@@ -131,14 +131,18 @@ def test_evaluations_stand_among_the_metrics_and_logging_steps_thin_out_the_rest
     assert [(record["step"], "eval_loss" in record) for record in metrics(tmp_path)] == [
         *((3, True), (4, False), (6, True), (8, False), (9, True)),
     ]
-    assert [set(record) for record in metrics(tmp_path) if "eval_loss" in record] == [{"step", "eval_loss"}] * 3
+    assert [set(record) for record in metrics(tmp_path) if "eval_loss" in record] == [
+        {"step", "eval_loss", "best_step", "samples"}
+    ] * 3
 
 
 def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_held_out_rows(directory, whole):
     summary = json.loads((whole / "summary.json").read_text())
-    assert list(summary) == ["before", "after", "steps", "tokens", "seconds", "peak_memory_bytes"]
-    tokenizer, model = ml.load_tokenizer(directory / "model"), ml.load_model(directory / "model")
-    data = load_data(str(directory / "rows.jsonl"), tokenizer, ml.TrainConfig(eval_split=0.2))
+    assert list(summary) == [
+        *("before", "after", "general", "steps", "kept_step", "tokens", "seconds", "peak_memory_bytes")
+    ]
+    model = ml.load_model(directory / "model")
+    data = load(directory / "rows.jsonl", directory, eval_split=0.2)
     assert summary["before"]["loss"] == held_out_loss(model, data.test)
     ml.load_adapter(model, whole)
     assert summary["after"]["loss"] == held_out_loss(model, data.test)
@@ -160,9 +164,9 @@ def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score
 
 def test_run_json_says_which_settings_versions_and_data_and_every_start(directory, whole):
     record = json.loads((whole / "run.json").read_text())
-    assert list(record) == ["config", "versions", "data_sha256", "starts"]
+    assert list(record) == ["config", "versions", "data_sha256", "prompts", "starts"]
     assert {name: record["config"][name] for name in SETTINGS} == SETTINGS
-    fields = {field.name for cls in (RunConfig, ml.LoraConfig, ml.TrainConfig) for field in dataclasses.fields(cls)}
+    fields = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
     assert set(record["config"]) == fields - {"r"} | {"lora_r"}
     assert set(record["versions"]) == {*PACKAGES, "python"}
     assert record["versions"]["minilora"] == ml.__version__
@@ -329,16 +333,19 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
 # --- which rows are held out, and what is measured on them ---
 
 
+def load(path, directory, seed=0, **reading):
+    tokenizer = ml.load_tokenizer(directory / "model")
+    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), ml.TrainConfig(seed=seed))
+
+
 def sources(rows):
     return [row.source for row in rows]
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.2, 4), (0.5, 11), (0.99, 22)])
 def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory, share, held):
-    tokenizer, rows = ml.load_tokenizer(directory / "model"), str(directory / "rows.jsonl")
-    first, again, other = (
-        load_data(rows, tokenizer, ml.TrainConfig(eval_split=share, seed=seed)) for seed in (1, 1, 2)
-    )
+    rows = directory / "rows.jsonl"
+    first, again, other = (load(rows, directory, seed, eval_split=share) for seed in (1, 1, 2))
     assert len(first.test) == held
     assert sorted(sources(first.train) + sources(first.test)) == sorted(f"{rows}:{i}" for i in range(1, 24))
     assert sources(first.test) == sources(again.test) != sources(other.test)
@@ -348,23 +355,25 @@ def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory
 def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path):
     for name, count in (("train", 9), ("valid", 5), ("test", 4)):
         write_rows(tmp_path / f"{name}.jsonl", count)
-    data = load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig(eval_split=0.5))
+    data = load(tmp_path, directory, eval_split=0.5)
     assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 4)
     assert set(data.files) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
     (tmp_path / "test.jsonl").unlink()
-    data = load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig(eval_split=0.5))
+    data = load(tmp_path, directory, eval_split=0.5)
     assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 5)
 
 
 def test_data_without_a_training_file_are_refused(directory, tmp_path):
     write_rows(tmp_path / "test.jsonl", 4)
-    with pytest.raises(ml.DataError, match=r"there is no train.jsonl; found \['test'\]"):
-        load_data(str(tmp_path), ml.load_tokenizer(directory / "model"), ml.TrainConfig())
+    with pytest.raises(ml.DataError, match=r"there are no training rows; found \['test'\]"):
+        load(tmp_path, directory)
 
 
 def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):
-    model, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
-    data = load_data(str(directory / "rows.jsonl"), tokenizer, ml.TrainConfig(eval_split=0.5))
+    model = ml.load_model(directory / "model")
+    data = load(directory / "rows.jsonl", directory, eval_split=0.5)
     expected = evaluate(model, data.test, data.choices)
     ml.load_adapter(model, whole)
-    assert evaluate_base(model, data.test, data.choices) == expected != evaluate(model, data.test, data.choices)
+    assert expected != evaluate(model, data.test, data.choices)
+    with ml.disable_adapter(model):
+        assert expected == evaluate(model, data.test, data.choices)

@@ -81,7 +81,7 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(tmp_path_factory, 
 
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):
     shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
-    other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7, "eval_split": 0.5}
+    other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7}
     run(tmp_path, **other)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
     assert contents(tmp_path, 6) == contents(whole, 6)
@@ -250,7 +250,7 @@ def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):
     model = fresh(name="first")
     ml.attach(model, ml.LoraConfig(r=2), name="second")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1)
+    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, {}, keep=1)
     loaded = tiny_model(dtype=torch.float32)
     ml.load_adapter(loaded, tmp_path / "step-000001")
     assert {factor.size(0) for layer in adapter_layers(loaded).values() for factor in layer.lora_A.values()} == {2}

@@ -14,10 +14,8 @@ from safetensors.torch import save
 
 from minilora import FormatError
 from minilora.storage import (
-    BUILTIN,
     TensorFile,
     append_line,
-    model_directory,
     read_json,
     read_text,
     remove,
@@ -49,16 +47,6 @@ def refuses(function, path):
 
 
 # --- reading ---
-
-
-def test_the_builtin_model_has_a_name():
-    assert (model_directory(BUILTIN) / "config.json").is_file()
-
-
-def test_a_model_that_is_no_directory_is_refused(path):
-    path.write_text("")
-    assert "no such directory" in refuses(model_directory, path)
-    assert "no such directory" in refuses(model_directory, path / "below")
 
 
 @pytest.mark.parametrize(

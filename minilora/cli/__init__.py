@@ -6,14 +6,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from minilora.cli import evaluate, finetune, generate, merge
+from minilora.cli import chat, evaluate, finetune, generate, inspect, merge, plot
 from minilora.cli.command import Options, say
 from minilora.cli.finetune import INTERRUPTED
-from minilora.cli.flags import read_config, use_config
+from minilora.cli.flags import names_of, nearest, read_config, use_config
 from minilora.errors import ConfigError, MiniloraError
 from minilora.storage import ASSETS, BUILTIN, read_json
 
-COMMANDS = (finetune.COMMAND, generate.COMMAND, merge.COMMAND, evaluate.COMMAND)
+COMMANDS = (
+    finetune.COMMAND,
+    generate.COMMAND,
+    chat.COMMAND,
+    merge.COMMAND,
+    evaluate.COMMAND,
+    inspect.COMMAND,
+    plot.COMMAND,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,21 +38,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Options:
-    """The options of a command line; "run" is the function that carries it out."""
+    """The options of a command line; "run" is the function that carries it out.
+
+    Flags may have underscores for dashes. One that is unknown ends the program as argparse does, the nearest one named.
+    """
+    words = [_dashed(word) for word in words]
     parser, commands = _parser()
-    if list(words[:1]) == ["finetune"]:
+    if words[:1] == ["finetune"]:
         _apply_config(commands["finetune"], words[1:])
-    return vars(parser.parse_args(words))
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        own = commands[options.command]
+        own.error(f"{unknown[0]} is unknown{nearest(unknown[0].partition('=')[0], names_of(own))}")
+    return {name: value for name, value in vars(options).items() if name != "command"}
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of everything, and those of the commands by name."""
     parser = argparse.ArgumentParser(prog="minilora", description="LoRA fine-tuning you can read.", allow_abbrev=False)
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     parsers = {}
     for command in COMMANDS:
         own = subparsers.add_parser(
             command.name,
+            usage=f"minilora {command.name} [flags]",
             help=command.help,
             description=command.about,
             epilog=f"example:\n  {command.example}",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 
-from minilora.cli.command import Command, Options, add_dashed, add_model_flags, load
+from minilora.cli.command import Command, Options, add_model_flags, load
+from minilora.cli.flags import add_flags, from_flags
 from minilora.errors import ConfigError
-from minilora.train.data import encode_rows, find_splits, read_rows
+from minilora.train.config import DataConfig
+from minilora.train.data import encode_rows, use_prompt_style
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.train.rows import find_splits, read_rows
 
 METRICS = ("nll", "choice", "exact-match")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
-    parser.add_argument("--data", required=True, help="rows; of a directory, the test split")
+    parser.add_argument("--data", required=True, nargs="+", help="rows; of a directory, the test split")
     parser.add_argument(
         "--metric",
         choices=METRICS,
@@ -23,14 +26,15 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="nll: the loss of a labelled token; choice: how often the right one of few answers is the likeliest; "
         "exact-match: how often the answer is written (default: nll)",
     )
-    add_dashed(parser, "max_length", type=int, default=1024, help="tokens after which a row is cut (default: 1024)")
+    add_flags(parser, DataConfig, "data", but=("eval_split",))
 
 
 def _run(options: Options) -> int:
     model, tokenizer = load(options)
+    config = from_flags(DataConfig, {"eval_split": 0.0, **options})
     files = find_splits(options["data"])
-    rows = read_rows(next(files[split] for split in ("test", "valid", "train") if split in files))
-    examples = encode_rows(rows, tokenizer, "completion", options["max_length"])
+    rows = read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+    examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
     if options["metric"] == "nll":
         value = held_out_loss(model, examples)
     elif options["metric"] == "exact-match":
@@ -38,8 +42,10 @@ def _run(options: Options) -> int:
     elif choices := find_choices(examples):
         value = choice_accuracy(model, examples, choices)
     else:
-        raise ConfigError(f"{options['data']}: --metric choice needs rows with few distinct answers, each given often")
+        names = ", ".join(options["data"])
+        raise ConfigError(f"{names}: --metric choice needs rows with few distinct answers, each given often")
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
+    counts |= {"bad": len(examples.bad)} if config.skip_bad_rows else {}
     print(json.dumps({"metric": options["metric"], "value": value, **counts}))
     return 0
 

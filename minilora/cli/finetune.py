@@ -4,67 +4,108 @@ from __future__ import annotations
 
 import argparse
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from minilora.cli.command import Command, Options, say
 from minilora.cli.flags import add_flags, from_flags
 from minilora.cli.meter import Meter
+from minilora.cli.preview import preview
+from minilora.inputs import Data
+from minilora.lora.attach import ParameterCount, disable_adapter
 from minilora.lora.config import LoraConfig
-from minilora.run import Outcome, Run, RunConfig, Scores, evaluate, evaluate_base
-from minilora.train.config import TrainConfig
+from minilora.model.llama import Llama
+from minilora.run import Outcome, Run, RunConfig
+from minilora.train.config import DataConfig, TrainConfig
+from minilora.train.evaluate import Scores, evaluate, measure_drift
+from minilora.train.loop import TrainResult
 
+BAD_SHOWN = 5
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, RunConfig, "files and device")
     add_flags(parser, LoraConfig, "adapter")
+    add_flags(parser, DataConfig, "data")
     add_flags(parser, TrainConfig, "training")
     parser.add_argument(
         "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
     )
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="show rows, labels and figures, and train nothing"
+    )
 
 
 def _run(options: Options) -> int:
-    run = Run(from_flags(RunConfig, options), from_flags(LoraConfig, options), from_flags(TrainConfig, options))
-    step = run.prepare()
-    model, tokenizer, data, count = run.load()
+    where = from_flags(RunConfig, options)
+    if options["dry_run"]:
+        where = replace(where, device="meta")  # the model without its numbers
+    reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
+    run = Run(where, from_flags(LoraConfig, options), reading, training)
+    step = 0 if options["dry_run"] else run.prepare()
+    model, data, count = run.load()
+    if options["dry_run"]:
+        _tell(model, data, count)
+        print(preview(data, run.training, count))
+        return 0
     run.start(model, data, step)
+    _tell(model, data, count)
+    if step:
+        say(f"going on from step {step}")
+    meter = Meter()
+    with disable_adapter(model):
+        before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
+    result = _train(run, model, data, meter)
+    if not result.finished:
+        meter.close()
+        say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
+        return INTERRUPTED
+    if result.kept != result.steps:
+        say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
+    after = evaluate(model, data.test, data.choices, meter.rows("measuring the adapter"))
+    drift = measure_drift(model, data.general, meter.rows("measuring general text")) if data.general else None
+    meter.close()
+    outcome = Outcome(result, before, after, drift)
+    run.finish(model, data, outcome)
+    print(_table(outcome))
+    print(f"adapter written to {run.out}")
+    return 0
+
+
+def _train(run: Run, model: Llama, data: Data, meter: Meter) -> TrainResult:
+    """Train; Ctrl-C lets the step finish."""
+    previous = signal.signal(signal.SIGINT, meter.stop)
+    try:
+        return run.train(model, data, meter)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _tell(model: Llama, data: Data, count: ParameterCount) -> None:
+    """What the user should know before the run begins."""
     weight = model.model.embed_tokens.weight
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
-        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
-        f"{weight.dtype} on {weight.device}".replace("torch.", "")
+        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out"
+        + (f"; {weight.dtype} on {weight.device}".replace("torch.", "") if not weight.is_meta else "")
     )
     longest, limit = max(len(example.tokens) for example in data.train), model.config.rope.max_length
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     splits = {"training": data.train, "validation": data.valid, "held-out": data.test}
     for name, rows in splits.items():
-        if rows.truncated and not (name == "validation" and rows is data.test):
+        if name == "validation" and rows is data.test:
+            continue
+        if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
-    if step:
-        say(f"going on from step {step}")
-    if data.test:
-        say(f"measuring the base model on {len(data.test):,} rows")
-    before = evaluate_base(model, data.test, data.choices)
-    meter = Meter()
-    previous = signal.signal(signal.SIGINT, meter.stop)
-    try:
-        result = run.train(model, data, meter)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        meter.close()
-    if not result.finished:
-        say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
-        return INTERRUPTED
-    if data.test:
-        say(f"measuring the adapter on {len(data.test):,} rows")
-    outcome = Outcome(result, before, evaluate(model, data.test, data.choices))
-    run.finish(model, tokenizer, outcome)
-    print(_table(outcome))
-    print(f"adapter written to {run.out}")
-    return 0
+        if rows.quoted:
+            say(
+                f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
+                "--allow-special makes them act"
+            )
+        if rows.bad:
+            say("\n  ".join((f"{len(rows.bad)} {name} rows cannot be used and were skipped:", *rows.bad[:BAD_SHOWN])))
 
 
 def _table(outcome: Outcome) -> str:
@@ -75,9 +116,11 @@ def _table(outcome: Outcome) -> str:
         return f"{name:<10}{cell(scores.loss):>15}{cell(scores.accuracy):>12}"
 
     head = f"{'':<10}{'held-out loss':>15}{'accuracy':>12}"
-    result = outcome.result
-    speed = f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"
-    return "\n".join((head, row("base", outcome.before), row("adapter", outcome.after), speed))
+    result, drift = outcome.result, outcome.drift
+    lines = [head, row("base", outcome.before), row("adapter", outcome.after)]
+    if drift:
+        lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
+    return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])
 
 
 COMMAND = Command(

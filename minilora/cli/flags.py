@@ -9,7 +9,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,26 +18,61 @@ from minilora.storage import read_json, read_text
 
 T = TypeVar("T")
 RENAMED = {"r": "lora_r"}  # as everywhere in the field
+# What PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory call our flags.
+ELSEWHERE = {
+    **dict.fromkeys(("r", "rank", "lora_rank"), "lora_r"),
+    **dict.fromkeys(("alpha",), "lora_alpha"),
+    **dict.fromkeys(("dropout",), "lora_dropout"),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "lora_target_linear"), "target_modules"),
+    **dict.fromkeys(("model_name_or_path", "base_model", "checkpoint_dir"), "model"),
+    **dict.fromkeys(("dataset", "dataset_name", "datasets", "train_file"), "data"),
+    **dict.fromkeys(("output_dir", "out_dir", "adapter_path", "save_path"), "out"),
+    **dict.fromkeys(("lr",), "learning_rate"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_schedule", "scheduler"), "lr_scheduler"),
+    **dict.fromkeys(("warmup_ratio", "lr_warmup_steps", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "micro_batch_size"), "batch_size"),
+    **dict.fromkeys(("grad_accumulation_steps", "accumulate_grad_batches"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "max_length"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "epochs"),
+    **dict.fromkeys(("iters",), "max_steps"),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "mask_prompt", "train_on_inputs"), "train_on"),
+    **dict.fromkeys(("gradient_checkpointing", "grad_checkpoint", "enable_activation_checkpointing"), "recompute"),
+    **dict.fromkeys(("packing", "sample_packing", "packed"), "batch_tokens"),
+    **dict.fromkeys(("template", "chat_template"), "prompt_style"),
+    **dict.fromkeys(("report_to", "logger_name"), "report"),
+    **dict.fromkeys(("resume_from_checkpoint", "resume_adapter_file"), "resume"),
+    **dict.fromkeys(("save_every", "save_interval"), "save_steps"),
+    **dict.fromkeys(("steps_per_eval", "eval_interval"), "eval_steps"),
+    **dict.fromkeys(("steps_per_report", "log_every_n_steps", "log_interval"), "logging_steps"),
+    **dict.fromkeys(("max_tokens",), "max_new_tokens"),
+    **dict.fromkeys(("temp",), "temperature"),
+    **dict.fromkeys(("system_prompt",), "system"),
+}
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
-    """One flag for each field of a data class, spelled with dashes or underscores."""
-    group = parser.add_argument_group(title)
+def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, but: Sequence[str] = ()) -> None:
+    """One flag for each field of a data class `but` those, in the group that the field names, or else in `title`."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.name not in but):
         name = RENAMED.get(field.name, field.name)
-        spellings = list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
         default = field.default_factory() if callable(field.default_factory) else field.default
-        shown = "" if default in (None, (), {}) else f" (default: {default})"
+        text = " ".join(default) if isinstance(default, tuple) else default
+        shown = "" if default in (None, (), {}) else f" (default: {text})"
         options: dict[str, Any] = {"dest": name, "default": default, "help": field.metadata["help"] + shown}
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hints[field.name]) is typing.Literal:
             options["choices"] = typing.get_args(hints[field.name])
+        elif hints[field.name] == tuple[str, ...] and default:
+            options |= {"nargs": "+", "metavar": name.upper()}
         else:
             options["type"] = _converter(hints[field.name])
             options["metavar"] = name.rpartition("_")[2].upper()
-        group.add_argument(*spellings, **options)
+        group = field.metadata.get("group", title)
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{name.replace('_', '-')}", **options)
 
 
 def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -47,14 +82,16 @@ def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
         ConfigError: a value from a configuration file has the wrong type; all of them in one message.
     """
     names = {field.name: RENAMED.get(field.name, field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    declared = {name: _as_declared(values[flag], hints[name]) for name, flag in names.items()}
     bad = [
-        f"{names[name]} is {values[names[name]]!r}, need {getattr(hint, '__name__', hint)}"
-        for name, hint in typing.get_type_hints(cls).items()
-        if not _fits(values[names[name]], hint)
+        f"{names[name]} is {values[names[name]]!r}, need {getattr(hints[name], '__name__', hints[name])}"
+        for name, value in declared.items()
+        if not _fits(value, hints[name])
     ]
     if bad:
         raise ConfigError("; ".join(bad))
-    return cls(**{name: values[flag] for name, flag in names.items()})
+    return cls(**declared)
 
 
 def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> None:
@@ -63,15 +100,26 @@ def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], sourc
     Raises:
         ConfigError: a key that is no flag; the nearest right one is named.
     """
-    known = {action.dest for action in parser._actions if action.dest not in ("help", "config")}
+    known = names_of(parser) - {"config", "dry_run"}
     for key in values:
-        name = key.replace("-", "_")
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"{source}: key {key!r} is unknown" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
-            )
+        if key.replace("-", "_") not in known:
+            raise ConfigError(f"{source}: key {key!r} is unknown{nearest(key, known)}")
     parser.set_defaults(**{key.replace("-", "_"): value for key, value in values.items()})
+
+
+def names_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a command, as keys."""
+    return {action.dest for action in parser._actions if action.dest != "help"}
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: what was probably meant, also by users of other tools."""
+    key = name.lstrip("-").replace("-", "_")
+    meant = ELSEWHERE[key] if ELSEWHERE.get(key) in known else None
+    meant = meant or next(iter(difflib.get_close_matches(key, known, n=1)), None)
+    if meant is None:
+        return ""
+    return f"; did you mean {meant!r}?" if not name.startswith("-") else f"; did you mean --{meant.replace('_', '-')}?"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -86,6 +134,13 @@ def read_config(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
+
+
+def _as_declared(value: Any, hint: Any) -> Any:
+    """A list from JSON as the tuple it stands for; one text where there may be several."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, str) and hint == tuple[str, ...] else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -8,9 +8,10 @@ from pathlib import Path
 from minilora.cli.command import Command, Options, add_model_flags, base_of, load
 from minilora.errors import ConfigError
 from minilora.lora.attach import merge
+from minilora.hub import fetch
 from minilora.model.checkpoint import save_model
 from minilora.run import holds_files
-from minilora.storage import model_directory, read_json
+from minilora.storage import read_json
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def _run(options: Options) -> int:
     if holds_files(out):
         raise ConfigError(f"{out}: holds files; give another --out")
     if options["dtype"] == "auto":  # here the checkpoint's own, even where this machine computes it slowly
-        source = read_json(model_directory(base_of(options)) / "config.json")
+        source = read_json(fetch(base_of(options), "tokenizer") / "config.json")
         options["dtype"] = source.get("dtype") or source.get("torch_dtype") or "float32"
     model, tokenizer = load(options)
     merge(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import FrameType
 
+from minilora.train.evaluate import Progress
 from minilora.train.loop import Record
 
 
@@ -21,32 +23,69 @@ class Meter:
 
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
-            self.show(f"step {record['step']}  held-out loss {record['eval_loss']:.4f}", lasting=True)
+            self._show_evaluation(record)
             return self.is_stopping
         now = time.monotonic()
         began, first_step = self.first = self.first or (now, record["step"])
-        if self.is_terminal or now - self.last >= self.every or record["step"] == record["total_steps"]:
-            self.last = now
-            done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
-            left = f"{(now - began) / done * remaining:.0f}" if done else "?"
-            self.show(
-                f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  "
-                f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
-            )
+        done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
+        left = f"{(now - began) / done * remaining:.0f}" if done else "?"
+        memory = record["peak_memory_bytes"] / 2**30
+        self.show(
+            f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  {memory:.2f} GiB",
+            is_last=not remaining,
+        )
         return self.is_stopping
 
-    def show(self, text: str, lasting: bool = False) -> None:
-        ending = "" if self.is_terminal and not lasting else "\n"
-        print(("\r\x1b[K" if self.is_terminal else "") + text, end=ending, file=sys.stderr, flush=True)
+    def rows(self, what: str) -> Progress:
+        """What tells of an evaluation as its rows are done; of a short one, nothing that stays."""
+        self.last = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            self.show(f"{what}: {done:,} of {total:,} rows")
+
+        return report
+
+    def show(self, text: str, is_last: bool = False) -> None:
+        """A line that the next one overwrites; elsewhere than on a terminal, only a few of them are shown."""
+        now = time.monotonic()
+        if self.is_terminal:
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
+            print(f"\r\x1b[K{text[:width]}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+        elif is_last or now - self.last >= self.every:
+            self.last = now
+            print(text, file=sys.stderr, flush=True)
+
+    def keep(self, text: str) -> None:
+        """A line that stays."""
+        print(("\r\x1b[K" if self.is_terminal else "") + text, file=sys.stderr, flush=True)
+
+    def _show_evaluation(self, record: Record) -> None:
+        step = record["step"]
+        note = ", the lowest so far" if record["best_step"] == step else f", lowest at step {record['best_step']}"
+        self.keep(f"step {step}  held-out loss {record['eval_loss']:.4f}{note}")
+        for sample in record.get("samples", ()):
+            self.keep(f"  {_ending(sample['prompt'])} -> {_beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """The first Ctrl-C lets the step finish; the second one does not wait."""
         if self.is_stopping:
             raise KeyboardInterrupt
         self.is_stopping = True
-        self.show("finishing this step; Ctrl-C again to stop at once", lasting=True)
+        self.keep("finishing this step; Ctrl-C again to stop at once")
 
     def close(self) -> None:
+        """Clear the line that would be overwritten next."""
         if self.is_terminal:
-            print(file=sys.stderr)
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _ending(text: str, most: int = 30) -> str:
+    """The end of a text, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def _beginning(text: str, most: int = 42) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"

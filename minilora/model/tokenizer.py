@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import tokenizers
 
 from minilora.errors import DataError, FormatError
 from minilora.hub import fetch
+from minilora.model.quote import QUOTE, ControlTokens
 from minilora.storage import read_json, read_text, write_text
 
 if TYPE_CHECKING:
@@ -45,10 +47,12 @@ class Tokenizer:
         self._texts = {name: read_text(directory / name) for name in FILES if (directory / name).is_file()}
         if "tokenizer.json" not in self._texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
+        source = _with_whole_offsets(self._texts["tokenizer.json"])
         try:
-            self._backend = tokenizers.Tokenizer.from_str(_with_whole_offsets(self._texts["tokenizer.json"]))
+            self._backend = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises nothing narrower
             raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
+        self._control = ControlTokens(source)
         self._backend.no_truncation()
         self._backend.no_padding()
         config, older, generation, model = (
@@ -60,8 +64,8 @@ class Tokenizer:
         named = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_id = named if named is not None else next(iter(stops), None)
         self.stop_ids = {*stops, *_ids(self.eos_id)}
-        source = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
-        self.template = _chat_template(source, self.special_tokens) if source else None
+        template = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
+        self.template = _chat_template(template, self.special_tokens) if template else None
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -72,7 +76,25 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with `add_special_tokens`, also those that the tokenizer puts around every text (often a BOS)."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.encode_spans(text, add_special_tokens)[0]
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation. Control tokens are the template's alone: those in a message are plain text."""
+        text = self.render(self.quote(list(messages)), add_generation_prompt, self.quote(tools))
+        return self.encode(text, add_special_tokens=False)
+
+    def quote(self, value: Any) -> Any:
+        """Text, or messages, whose control tokens `encode` and `encode_spans` take as plain text (see `quote.py`)."""
+        return self._control.quote(value)
+
+    def with_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template, which it is saved with."""
+        other = copy.copy(self)
+        other._texts = {**self._texts, "chat_template.jinja": source}
+        other.template = _chat_template(source, self.special_tokens)
+        return other
 
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and which characters [begin, end) of the text each stands for.
@@ -80,12 +102,16 @@ class Tokenizer:
         Tokens that are not from the text are empty. A token begins no later than the one before it ended, so that
         characters which the tokenizer drops, white space say, belong to the token after them.
         """
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        backend, origin = self._backend, list(range(len(text) + 1))
+        if QUOTE in text:
+            backend, (text, origin) = self._control.backend, self._control.rename(text)
+        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
         spans, previous = [], 0
         for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             if is_added and begin == end:
                 begin = end = previous
-            spans.append((min(begin, previous), end))
+            first = min(begin, previous)
+            spans.append((origin[first], origin[end - 1] + 1 if end > first else origin[end]))
             previous = end
         return encoding.ids, spans
 

@@ -1,4 +1,4 @@
-"""How a run goes: `TrainConfig`. Its fields are the command line's flags, their defaults and their help."""
+"""How rows are read, `DataConfig`, and how a run goes, `TrainConfig`: fields are the command line's flags and help."""
 
 from __future__ import annotations
 
@@ -11,14 +11,50 @@ from minilora.model.ops import Recompute
 
 TrainOn = Literal["completion", "assistant", "all"]
 Scheduler = Literal["cosine", "linear", "constant"]
+WATCHING = "evaluating, saving and reporting"  # a group of the help page
+Keep = Literal["last", "best"]
 COUNTS = (
-    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_length", "max_steps"),
-    *("eval_steps", "save_steps", "save_total_limit", "logging_steps"),
+    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps"),
+    *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
 )
 
 
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, group: str | None = None) -> Any:
+    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
+    return field(default=default, metadata={"help": help} | ({"group": group} if group else {}))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How rows of data become tokens and labels.
+
+    Raises:
+        ConfigError: a value that cannot work; all of them in one message.
+    """
+
+    max_length: int = option(1024, "tokens after which a row is cut")
+    train_on: TrainOn = option("completion", "labels: the last answer, every assistant turn, or all tokens")
+    prompt_style: str = option(
+        "auto",
+        "how a conversation is written: alpaca, instruction (alpaca without its preamble), or a .jinja file; "
+        "auto: the model's chat template, and for instruction rows without one, alpaca",
+    )
+    system: str | None = option(None, "system prompt of conversations that have none")
+    text_field: str | None = option(None, "learn the text in this field of every row, and nothing else")
+    allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
+    eval_split: float = option(0.05, "share of the rows that is held out, if the data has no split of its own")
+
+    def __post_init__(self) -> None:
+        bad = []
+        if not (isinstance(self.max_length, int) and self.max_length >= 1):
+            bad.append(f"max_length is {self.max_length!r}, need a whole number of at least 1")
+        if not 0 <= self.eval_split < 1:
+            bad.append(f"eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
+        if self.train_on not in get_args(TrainOn):
+            bad.append(f"train_on is {self.train_on!r}, accepted are {list(get_args(TrainOn))}")
+        if bad:
+            raise ConfigError("DataConfig: " + "; ".join(bad))
 
 
 @dataclass(frozen=True)
@@ -35,18 +71,17 @@ class TrainConfig:
     batch_size: int = option(4, "rows in a micro-batch")
     batch_tokens: int | None = option(None, "fill micro-batches up to so many tokens instead of counting rows")
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
-    max_length: int = option(1024, "tokens after which a row is cut")
     epochs: float = option(1.0, "how often every row is seen")
     max_steps: int | None = option(None, "stop after so many steps, whatever --epochs says")
-    train_on: TrainOn = option("completion", "labels: the last answer, every assistant turn, or all tokens")
     recompute: Recompute = option("none", "compute MLPs or whole blocks again in the backward pass to save memory")
     weight_decay: float = option(0.0, "AdamW's weight decay on the adapter")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
-    eval_split: float = option(0.05, "share of the rows that is held out, if the data has no split of its own")
-    eval_steps: int | None = option(None, "evaluate on the held-out rows every so many steps")
-    save_steps: int | None = option(None, "write a checkpoint every so many steps")
-    save_total_limit: int = option(2, "checkpoints to keep")
-    logging_steps: int = option(1, "steps between two lines of metrics.jsonl")
+    eval_steps: int | None = option(None, "evaluate on the held-out rows every so many steps", WATCHING)
+    keep: Keep = option("last", "which adapter is the result: the last, or the best of the evaluations", WATCHING)
+    early_stopping: int | None = option(None, "stop after so many evaluations without a new lowest loss", WATCHING)
+    save_steps: int | None = option(None, "write a checkpoint every so many steps", WATCHING)
+    save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
+    logging_steps: int = option(1, "steps between two lines of metrics.jsonl", WATCHING)
     seed: int = option(0, "of the order of rows, the adapter's start and dropout")
 
     def __post_init__(self) -> None:
@@ -55,7 +90,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 bad.append(f"{name} is {value!r}, need a whole number of at least 1")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_split", "seed"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number of at least 0")
         for name in ("learning_rate", "epochs"):
@@ -63,10 +98,15 @@ class TrainConfig:
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")
         if self.seed >= 2**32:
             bad.append(f"seed is {self.seed!r}, need one below 2**32")
-        if not self.eval_split < 1:
-            bad.append(f"eval_split is {self.eval_split!r}, need a share below 1")
-        for name, kind in (("lr_scheduler", Scheduler), ("train_on", TrainOn), ("recompute", Recompute)):
+        if self.eval_steps is None and self.selects:
+            bad.append("keep best and early_stopping need eval_steps")
+        for name, kind in (("lr_scheduler", Scheduler), ("keep", Keep), ("recompute", Recompute)):
             if getattr(self, name) not in get_args(kind):
                 bad.append(f"{name} is {getattr(self, name)!r}, accepted are {list(get_args(kind))}")
         if bad:
             raise ConfigError("TrainConfig: " + "; ".join(bad))
+
+    @property
+    def selects(self) -> bool:
+        """Do evaluations decide what comes out of the run?"""
+        return self.keep == "best" or self.early_stopping is not None

@@ -1,10 +1,4 @@
-"""Rows of a data file become token ids and labels.
-
-Three shapes of row are recognised, each row by itself:
-
-    {"prompt": …, "completion": …}               plain text; the completion is closed by the model's end token
-    {"instruction": …, "input": …, "output": …}  alpaca; a conversation where the model has a chat template
-    {"messages": [{"role": …, "content": …}, …]} a conversation, rendered by the model's chat template
+"""Rows of data become token ids and labels.
 
 What is learned is marked in the characters of the text and carried over to tokens by their offsets: counting the
 tokens of the prompt alone would be wrong wherever a token spans the seam.
@@ -12,33 +6,23 @@ tokens of the prompt alone would be wrong wherever a token spans the seam.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
-from minilora.errors import DataError
+from minilora.errors import ConfigError, DataError
 from minilora.model.ops import IGNORE_INDEX
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import ASSETS, BUILTIN, read_text
-from minilora.train.config import TrainOn
+from minilora.storage import ASSETS, read_text
+from minilora.train.config import DataConfig, TrainOn
+from minilora.train.formats import Conversation, Fields, Passage, understand
+from minilora.train.rows import Row, find_splits, read_rows
 
 Span = tuple[int, int]
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task{context}. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read, and where: "file:line"."""
-
-    fields: dict[str, Any]
-    source: str
+FROM, TO = "\ufdd4", "\ufdd5"  # Unicode noncharacters, which mark answers where the template does not
 
 
 @dataclass(frozen=True)
@@ -69,16 +53,22 @@ class Example:
 class Dataset(Sequence[Example]):
     """Examples ready for training.
 
-    `truncated` rows were cut to `max_length`; `unlabelled` ones had no label left after that and are not in.
+    `truncated` rows were cut to `max_length`; `unlabelled` ones had no label left after that and are not in; nor are
+    those that could not be used, about which `bad` has a line each. `conversations` went through a chat template;
+    `quoted` rows had control tokens in their text, which are plain text now.
     """
 
     examples: tuple[Example, ...]
     truncated: int = 0
     unlabelled: int = 0
+    bad: tuple[str, ...] = ()
+    conversations: int = 0
+    quoted: int = 0
 
     def __repr__(self) -> str:
         tokens = sum(len(example.tokens) for example in self.examples)
-        return f"Dataset({len(self)} rows, {tokens} tokens, {self.truncated} truncated, {self.unlabelled} unlabelled)"
+        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
+        return f"Dataset({len(self)} rows, {tokens} tokens, {counts})"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -91,134 +81,144 @@ class Dataset(Sequence[Example]):
         return Dataset(self.examples[index]) if isinstance(index, slice) else self.examples[index]
 
 
-def load_dataset(
-    path: str | Path, tokenizer: Tokenizer, train_on: TrainOn = "completion", max_length: int = 1024
-) -> Dataset:
-    """Read a .json or .jsonl file and encode its rows.
+def load_dataset(path: str | Path, tokenizer: Tokenizer, config: DataConfig | None = None) -> Dataset:
+    """Read the rows of a file, or the training rows of a directory, and encode them.
 
     Raises:
         DataError: a row that cannot be used, with file and line; a file without rows.
     """
-    return encode_rows(read_rows(Path(path)), tokenizer, train_on, max_length)
+    config = config or DataConfig()
+    files = find_splits(path)
+    if "train" not in files:
+        raise DataError(f"{path}: there are no training rows; found {sorted(files)}")
+    rows = read_rows(*files["train"])
+    return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
 
 
-def find_splits(name_or_path: str | Path) -> dict[str, Path]:
-    """The files of a data set by split: a directory's `train`, `valid` and `test` (.jsonl or .json); a file is "train".
+def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ()) -> Tokenizer:
+    """The tokenizer with the chat template that a prompt style stands for.
 
-    Raises:
-        DataError: no such file or directory, or a directory without any of these files.
-    """
-    path = ASSETS / "data" if str(name_or_path) == BUILTIN else Path(name_or_path)
-    if path.is_file():
-        return {"train": path}
-    if not path.exists():
-        raise DataError(f"{path}: no such file or directory")
-    names = [
-        (split, path / f"{split}{ending}") for split in ("train", "valid", "test") for ending in (".jsonl", ".json")
-    ]
-    found = {split: file for split, file in reversed(names) if file.is_file()}
-    if not found:
-        raise DataError(f"{path}: need a .json or .jsonl file, or a directory with train.jsonl (and valid, test)")
-    return found
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file: a JSON array of objects, or one object a line.
+    "auto" is the tokenizer's own; where it has none, and there are rows of instruction and output, it is "alpaca".
 
     Raises:
-        DataError: something is not a JSON object, with file and line; there are no rows.
+        ConfigError: no such style.
     """
-    text = read_text(path)
-    pieces = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
-    rows = []
-    for line, value in pieces:
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{line}: found a JSON {type(value).__name__}, need an object")
-        rows.append(Row(value, f"{path}:{line}"))
-    if not rows:
-        raise DataError(f"{path}: there are no rows")
-    return rows
+    if style == "auto":
+        needs_one = tokenizer.template is None and any("instruction" in row.fields for row in rows)
+        return use_prompt_style(tokenizer, "alpaca") if needs_one else tokenizer
+    if style not in ("alpaca", "instruction"):
+        if not style.endswith(".jinja"):
+            raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")
+        return tokenizer.with_template(read_text(Path(style)))
+    source = read_text(ASSETS / "prompts" / "instruction.jinja")
+    bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
+    begin = "{{ bos_token }}" if bos in tokenizer.encode("") else ""  # as the tokenizer begins every text
+    return tokenizer.with_template(begin + "{% set preamble = true %}" * (style == "alpaca") + source)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, train_on: TrainOn, max_length: int) -> Dataset:
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
     """Tokens and labels of every row.
 
     Raises:
-        DataError: a row that cannot be used; no row has a label left.
+        DataError: a row that cannot be used, unless those are skipped; no row has a label left.
     """
-    if max_length < 1:
-        raise DataError(f"max_length is {max_length}, need at least 1")
-    whole = [encode_row(row, tokenizer, train_on) for row in rows]
-    cut = [Example(e.tokens[:max_length], e.labels[:max_length], e.source) for e in whole]
+    examples, bad, conversations, quoted = [], [], 0, 0
+    for row in rows:
+        try:
+            meaning, is_quoted = _read(row, tokenizer, config)
+            examples.append(_encoded(meaning, row.source, tokenizer, config.train_on))
+        except DataError as error:
+            if not config.skip_bad_rows:
+                raise
+            bad.append(str(error))
+        else:
+            conversations += isinstance(meaning, Conversation)
+            quoted += is_quoted
+    limit = config.max_length
+    cut = [Example(e.tokens[:limit], e.labels[:limit], e.source) for e in examples]
     kept = tuple(example for example in cut if example.labelled)
     if not kept:
-        raise DataError(f"{rows[0].source}: no row of {len(rows)} has a label within its first {max_length} tokens")
-    return Dataset(kept, sum(len(e.tokens) > max_length for e in whole), len(cut) - len(kept))
+        raise DataError(
+            f"{rows[0].source}: no row of {len(rows)} has a label within its first {limit} tokens"
+            + (f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else "")
+        )
+    truncated = sum(len(e.tokens) > limit for e in examples)
+    return Dataset(kept, truncated, len(cut) - len(kept), tuple(bad), conversations, quoted)
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
+def encode_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
     """Tokens and labels of one row, uncut.
 
     Raises:
         DataError: the row has none of the known shapes, a field of the wrong type, or nothing to learn.
     """
+    return _encoded(_read(row, tokenizer, config)[0], row.source, tokenizer, config.train_on)
+
+
+def _read(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Passage | Conversation, bool]:
+    """What a row means; what looks like a control token in it is quoted, unless asked otherwise: is anything?"""
+    with _at(row.source):
+        if row.problem:
+            raise DataError(row.problem)
+        meaning = understand(row.fields, config)
+        if isinstance(meaning, Passage):  # one that brings its closing token gets no second one
+            closing = tokenizer.special_tokens.get("eos_token", "")
+            meaning = replace(meaning, completion=meaning.completion.removesuffix(closing))
+        if config.allow_special:
+            return meaning, False
+        quoted = replace(meaning, **{name: tokenizer.quote(value) for name, value in vars(meaning).items()})
+        return quoted, quoted != meaning
+
+
+def _encoded(meaning: Passage | Conversation, source: str, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
+    with _at(source):
+        if isinstance(meaning, Passage):
+            tokens, labels = _encode_passage(meaning, tokenizer, train_on)
+        else:
+            tokens, labels = _encode_conversation(meaning, tokenizer, train_on)
+        example = Example(tokens, labels, source)
+        if not example.labelled:
+            raise DataError("nothing to learn: no token of an answer can be predicted")
+        return example
+
+
+@contextmanager
+def _at(source: str) -> Iterator[None]:
+    """Errors say where."""
     try:
-        example = _encode(row.fields, tokenizer, train_on)
+        yield
     except DataError as error:
-        raise DataError(f"{row.source}: {error}") from error
-    if not example.labelled:
-        raise DataError(f"{row.source}: nothing to learn: no answer, or an empty one")
-    return Example(example.tokens, example.labels, row.source)
+        raise DataError(f"{source}: {error}") from error
 
 
-def _encode(fields: dict[str, Any], tokenizer: Tokenizer, train_on: TrainOn) -> Example:
-    if "messages" in fields:
-        return _encode_conversation(_messages(fields), fields.get("tools"), tokenizer, train_on)
-    if "instruction" in fields and "output" in fields:
-        instruction, extra, output = _text(fields, "instruction"), _text(fields, "input", ""), _text(fields, "output")
-        if tokenizer.template is None:
-            return _encode_text(_alpaca_prompt(instruction, extra), output, tokenizer, train_on)
-        question = f"{instruction}\n\n{extra}" if extra else instruction
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-        return _encode_conversation(messages, None, tokenizer, train_on) if output else Example([], [])
-    if "prompt" in fields and "completion" in fields:
-        return _encode_text(_text(fields, "prompt"), _text(fields, "completion"), tokenizer, train_on)
-    raise DataError(
-        f"keys {sorted(fields)} are of no known shape; known are prompt and completion, "
-        "instruction (with input) and output, and messages"
-    )
-
-
-def _encode_text(prompt: str, completion: str, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
+def _encode_passage(passage: Passage, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
     """Prompt and completion as one text, closed by the end token, which is always a label if anything is."""
-    if not completion:
-        return Example([], [])
-    tokens, spans = _encode_spans(prompt + completion, tokenizer)
-    learned = [(0 if train_on == "all" else len(prompt), len(prompt + completion))]
-    labels = _labels(tokens, spans, learned)
+    prompt, text = passage.prompt, passage.prompt + passage.completion
+    tokens, spans = _encode_spans(text, tokenizer)
+    labels = _labels(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
     if tokenizer.eos_id is not None:
         if tokens[-1] != tokenizer.eos_id:
             tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
         labels[-1] = tokenizer.eos_id
-    return Example(tokens, labels)
+    return tokens, labels
 
 
 def _encode_conversation(
-    messages: Sequence[dict[str, Any]], tools: Any, tokenizer: Tokenizer, train_on: TrainOn
-) -> Example:
+    conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn
+) -> tuple[list[int], list[int]]:
     if tokenizer.template is None:
         raise DataError(
-            "a conversation needs a chat template, and the model has none: "
-            "take an instruct model, or rows of prompt and completion"
+            "a conversation needs a chat template, and the model has none: take an instruct model, give --prompt-style "
+            "alpaca, instruction or a .jinja file, or use rows of prompt and completion"
         )
-    text, learned = tokenizer.template.render_spans(messages, tools=tools)
+    text, learned = tokenizer.template.render_spans(conversation.messages, tools=conversation.tools)
     if train_on == "all":
         learned = [(0, len(text))]
     else:
-        learned = _joined(learned) or _assistant_spans(text, messages, tools, tokenizer, train_on)
+        learned = _joined(learned) or _assistant_spans(text, conversation, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
     tokens, spans = _encode_spans(text, tokenizer, add_special_tokens=False)
-    return Example(tokens, _labels(tokens, spans, learned))
+    return tokens, _labels(tokens, spans, learned)
 
 
 def _joined(spans: list[Span]) -> list[Span]:
@@ -231,13 +231,12 @@ def _joined(spans: list[Span]) -> list[Span]:
     return joined
 
 
-def _assistant_spans(
-    text: str, messages: Sequence[dict[str, Any]], tools: Any, tokenizer: Tokenizer, train_on: TrainOn
-) -> list[Span]:
+def _assistant_spans(text: str, conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
     """Where the assistant speaks, for templates that do not mark it: from the prompt for an answer to the turn's end.
 
-    The text up to message i must be how the whole text begins, or the turns cannot be told apart.
+    The text up to message i must be how the whole text begins; or else the answers themselves must be found in it.
     """
+    messages, tools = conversation.messages, conversation.tools
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for i in turns if train_on == "assistant" else turns[-1:]:
@@ -247,12 +246,40 @@ def _assistant_spans(
             header = before.removeprefix(through)
             before = through[: through.index(header) + len(header)] if header in through else before
         if not (text.startswith(through) and through.startswith(before)):
+            if found := _answers(text, conversation, tokenizer):
+                return found
             raise DataError(
                 f"the chat template renders message {i} differently once others follow, so its tokens cannot be found; "
                 "--train-on completion learns the last answer only"
             )
         spans.append((len(before), len(through)))
     return spans
+
+
+def _answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> list[Span] | None:
+    """Every answer in the text, found by marks around it, with what closes it; None if that fails.
+
+    Marks stand inside the white space at an answer's ends, which templates strip.
+    """
+    messages: list[Fields] = []
+    for message in conversation.messages:
+        content = message.get("content")
+        if message["role"] == "assistant":
+            if not isinstance(content, str) or not content.strip():
+                return None
+            core = content.strip()
+            message = {**message, "content": content.replace(core, f"{FROM}{core}{TO}", 1)}
+        messages.append(message)
+    pieces = tokenizer.render(messages, tools=conversation.tools).replace(TO, FROM).split(FROM)
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if "".join(pieces) != text or len(pieces) != 2 * answers + 1:
+        return None
+    last = next(i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant")
+    closing = tokenizer.render(messages[: last + 1], tools=conversation.tools).rpartition(TO)[2]
+    if not all(after.startswith(closing) for after in pieces[2::2]):
+        return None
+    ends = list(accumulate(map(len, pieces)))
+    return [(begin, end + len(closing)) for begin, end in zip(ends[0::2], ends[1::2], strict=False)]
 
 
 def _encode_spans(text: str, tokenizer: Tokenizer, add_special_tokens: bool = True) -> tuple[list[int], list[Span]]:
@@ -269,65 +296,3 @@ def _labels(tokens: list[int], spans: list[Span], learned: list[Span]) -> list[i
         token if any(end > first and begin < last for first, last in learned) and end > begin else IGNORE_INDEX
         for token, (begin, end) in zip(tokens, spans, strict=True)
     ]
-
-
-def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = fields["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"messages: found {messages!r:.60}, need a list of messages")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"messages[{i}]: found {message!r:.60}, need an object with role and content")
-        if message["role"] == "assistant" and not message.get("content") and not message.get("tool_calls"):
-            raise DataError(f"messages[{i}]: nothing to learn: the answer is empty")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError("messages: no message has role 'assistant', so there is nothing to learn")
-    return messages
-
-
-def _text(fields: dict[str, Any], key: str, default: str | None = None) -> str:
-    value = fields.get(key)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise DataError(f"{key}: found {value!r:.60}, need text")
-    return value
-
-
-def _alpaca_prompt(instruction: str, extra: str) -> str:
-    """The text of Taori et al. 2023, Stanford Alpaca."""
-    context = ", paired with an input that provides further context" if extra else ""
-    return ALPACA_PROMPT.format(
-        context=context, instruction=instruction, input=f"### Input:\n{extra}\n\n" if extra else ""
-    )
-
-
-def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:  # also for numbers of more digits than Python reads
-                raise DataError(f"{path}:{number}: not JSON ({error})") from error
-
-
-def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array, each with the line that it begins on."""
-    decoder, position, white = json.JSONDecoder(), text.index("[") + 1, " \t\r\n"
-    line, counted, separators = 1, 0, 0
-    while True:
-        begin = position
-        while position < len(text) and text[position] in white + ",":
-            position += 1
-        line, counted = line + text.count("\n", counted, position), position
-        is_end = text[position : position + 1] == "]" and not text[position + 1 :].strip()
-        if text.count(",", begin, position) != (0 if is_end else separators):
-            raise DataError(f"{path}:{line}: not JSON (before this, a comma or bracket is missing or one too many)")
-        if is_end:
-            return
-        separators = 1
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:  # also for numbers of more digits than Python reads
-            raise DataError(f"{path}:{line}: not JSON ({error})") from error
-        yield line, value

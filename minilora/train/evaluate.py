@@ -1,13 +1,15 @@
-"""How good is it? Held-out loss, accuracy among choices, exact match."""
+"""How good is it? Held-out loss, accuracy among choices, exact match. And did it forget? Drift on general text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
+from minilora.lora.attach import disable_adapter
 from minilora.model import ops
 from minilora.model.generate import evaluating, generate
 from minilora.model.tokenizer import Tokenizer
@@ -18,12 +20,45 @@ if TYPE_CHECKING:
     from minilora.model.llama import Llama
 
 EVAL_TOKENS = 4096  # tokens in a forward pass
+SAMPLE_TOKENS = 48  # that are written of a sample
+DRIFT_TOKENS = 512  # whose probabilities of the whole vocabulary are held at once
 MOST_CHOICES = 64
 Choice = tuple[int, ...]
+Progress = Callable[[int, int], None]
 
 
-def held_out_loss(model: Llama, examples: Sequence[Example]) -> float:
-    """Σ over labelled tokens of -log p / their number, over all examples together."""
+@dataclass(frozen=True)
+class Drift:
+    """Loss on general text of the base and with the adapter, and the divergence of the two."""
+
+    before: float
+    after: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out loss, and accuracy where the data has choices; both None if nothing is held out."""
+
+    loss: float | None
+    accuracy: float | None
+
+
+def evaluate(
+    model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress | None = None
+) -> Scores:
+    """Loss and accuracy of the model as it is."""
+    if not examples:
+        return Scores(None, None)
+    accuracy = choice_accuracy(model, examples, choices, progress) if choices else None
+    return Scores(held_out_loss(model, examples, progress), accuracy)
+
+
+def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress | None = None) -> float:
+    """Σ over labelled tokens of -log p / their number, over all examples together.
+
+    `progress` is told how many examples are done, and of how many.
+    """
     device = next(model.parameters()).device
     total, labelled = 0.0, 0
     with evaluating(model):
@@ -32,7 +67,37 @@ def held_out_loss(model: Llama, examples: Sequence[Example]) -> float:
             hidden = model.model(batch.tokens, batch.lengths)
             total += ops.cross_entropy(hidden, batch.targets, model.lm_head).item()
             labelled += batch.labelled
+            if progress:
+                progress(rows[-1] + 1, len(examples))
     return total / labelled
+
+
+def measure_drift(model: Llama, examples: Sequence[Example], progress: Progress | None = None) -> Drift:
+    """What the active adapters cost on text that they were not made for: the base p, the model as it is q.
+
+    kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32.
+    """
+    device = next(model.parameters()).device
+    sums, labelled = torch.zeros(3, dtype=torch.float64), 0
+    with evaluating(model):
+        for rows in _groups(examples):
+            batch = collate([examples[row] for row in rows], device)
+            with disable_adapter(model):
+                base = model.model(batch.tokens, batch.lengths)
+            hidden = model.model(batch.tokens, batch.lengths)
+            for chunk in (batch.targets != ops.IGNORE_INDEX).nonzero().squeeze(-1).split(DRIFT_TOKENS):
+                with disable_adapter(model):
+                    log_p = model.lm_head(base[chunk]).float().log_softmax(-1)
+                log_q = model.lm_head(hidden[chunk]).float().log_softmax(-1)
+                targets = batch.targets[chunk].unsqueeze(-1)
+                before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
+                kl = (log_p.exp() * (log_p - log_q)).sum()
+                sums += torch.stack((before, after, kl)).cpu()
+            labelled += batch.labelled
+            if progress:
+                progress(rows[-1] + 1, len(examples))
+    before, after, kl = (sums / labelled).tolist()
+    return Drift(before, after, kl)
 
 
 def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
@@ -45,7 +110,9 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
     return answers if is_few and all(example.prompt for example in examples) else None
 
 
-def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Sequence[Choice]) -> float:
+def choice_accuracy(
+    model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress | None = None
+) -> float:
     """The share of examples whose answer is the likeliest of the `choices` after the prompt.
 
     What all choices end in (their closing tokens) says nothing and is left off.
@@ -57,6 +124,8 @@ def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Sequence
         for rows in _groups(examples, copies=len({answer[:-1] for answer in answers})):
             for row, scores in zip(rows, _scores(model, [examples[row].prompt for row in rows], answers), strict=True):
                 correct += choices[scores.index(max(scores))] == examples[row].answer
+            if progress:
+                progress(rows[-1] + 1, len(examples))
     return correct / len(examples)
 
 
@@ -85,6 +154,18 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer)
         written = generate(model, [example.prompt], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
         correct += tokenizer.decode(written).strip() == tokenizer.decode(example.answer).strip()
     return correct / len(examples)
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
+    """What the model writes, greedily, for the prompts of some examples."""
+    asked = [example for example in examples if example.prompt]
+    if not asked:
+        return []
+    written = generate(model, [example.prompt for example in asked], SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
+    return [
+        {"prompt": tokenizer.decode(example.prompt), "text": tokenizer.decode(tokens)}
+        for example, tokens in zip(asked, written, strict=True)
+    ]
 
 
 def _groups(examples: Sequence[Example], copies: int = 1) -> Iterator[list[int]]:

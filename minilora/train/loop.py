@@ -32,6 +32,7 @@ from minilora.train.config import TrainConfig
 from minilora.train.data import Example
 from minilora.train.diagnose import first_bad_module, peak_memory_bytes
 from minilora.train.evaluate import held_out_loss
+from minilora.train.select import Selection
 from minilora.train.state import checkpoints, load_checkpoint, newest_step, save_checkpoint, trained_adapter
 
 if TYPE_CHECKING:
@@ -39,19 +40,21 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
-# Settings that have no effect on the weights: they may change between two starts of a run.
-BOOKKEEPING = ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_split")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did, earlier parts of a resumed one included. `finished` is false if `on_step` stopped it."""
+    """What a run did, earlier parts of a resumed one included.
+
+    `finished` is false if `on_step` stopped it; `kept` is the step whose adapter the model holds now.
+    """
 
     steps: int
     total_steps: int
     tokens: int
     seconds: float
     finished: bool
+    kept: int
 
 
 def train(
@@ -70,12 +73,13 @@ def train(
         config: how; by default `TrainConfig()`.
         on_step: called with one record after each step and each evaluation; if it returns True the run stops there,
             with a checkpoint.
-        held_out: examples to evaluate every `eval_steps`.
+        held_out: examples to evaluate every `eval_steps` and after the last step.
         checkpoint_dir: where checkpoints go. If there is one already, the run goes on from the newest, to the same
             bytes as if it had never stopped.
 
     Raises:
-        DataError: there are no examples, one has no label, or not one for each token.
+        DataError: there are no examples, one has no label, or not one for each token; there are none to choose the
+            best adapter with.
         FormatError: the newest checkpoint is damaged.
         TrainingError: something other than one active adapter is trainable; a loss, gradient or weight is not finite;
             a checkpoint belongs to another run.
@@ -84,14 +88,19 @@ def train(
     name = trained_adapter(model)
     lora = next(layer.configs[name] for layer in adapter_layers(model).values() if name in layer.configs)
     _check_examples(dataset)
+    if config.selects and not held_out:
+        raise DataError("keep best and early_stopping need held-out examples")
     steps = plan_steps([len(example.tokens) for example in dataset], config)
     optimizer = _optimizer(model, config)
-    state: Record = {"step": 0, "tokens": 0, "seconds": 0.0, "run": _fingerprint(dataset, config, lora)}
+    selection = Selection(config)
+    run = _fingerprint(dataset, held_out if config.selects else (), config, lora)
+    state: Record = {"step": 0, "tokens": 0, "seconds": 0.0, "run": run}
     if checkpoint_dir is not None and (saved := checkpoints(checkpoint_dir)):
-        state = _resumed(saved[-1], model, optimizer, state["run"])
+        state = _resumed(saved[-1], model, optimizer, selection, run)
+    tell = on_step or (lambda record: None)
     started = time.monotonic() - state["seconds"]
     stopped = False
-    while state["step"] < len(steps) and not stopped:
+    while not (stopped or selection.has_ended or state["step"] == len(steps)):
         model.train()
         before, micro_batches = time.monotonic(), steps[state["step"]]
         record = _step(model, optimizer, dataset, micro_batches, config, state["step"], len(steps))
@@ -99,16 +108,27 @@ def train(
         now = time.monotonic()
         state |= {"step": state["step"] + 1, "tokens": state["tokens"] + tokens, "seconds": now - started}
         record |= {"tokens": tokens, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
-        stopped = bool(on_step and on_step(record))
-        if on_step and held_out and _is_due(config.eval_steps, state["step"]):
-            stopped |= bool(on_step({"step": state["step"], "eval_loss": held_out_loss(model, held_out)}))
-        is_last = state["step"] == len(steps)  # what comes after training may fail, and must not cost the run
-        if checkpoint_dir is not None and (stopped or is_last or _is_due(config.save_steps, state["step"])):
-            save_checkpoint(checkpoint_dir, model, optimizer, state, config.save_total_limit)
+        stopped = bool(tell(record))
+        step, is_last = state["step"], state["step"] == len(steps)
+        if held_out and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
+            loss = held_out_loss(model, held_out)
+            selection.note(model, step, loss)
+            stopped |= bool(tell({"step": step, "eval_loss": loss, "best_step": selection.best_step}))
+        is_last |= selection.has_ended  # what comes after training may fail, and must not cost the run
+        if checkpoint_dir is not None and (stopped or is_last or _is_due(config.save_steps, step)):
+            saved_state = {**state, **selection.state()}
+            save_checkpoint(checkpoint_dir, model, optimizer, saved_state, selection.tensors, config.save_total_limit)
     model.eval()
-    return TrainResult(
-        state["step"], len(steps), state["tokens"], time.monotonic() - started, state["step"] == len(steps)
-    )
+    finished, kept = selection.has_ended or state["step"] == len(steps), state["step"]
+    if finished and selection.tensors:
+        selection.restore(model)
+        kept = selection.best_step
+    return TrainResult(state["step"], len(steps), state["tokens"], time.monotonic() - started, finished, kept)
+
+
+def bookkeeping(config: TrainConfig) -> set[str]:
+    """The settings that have no effect on the result: they may change between two starts of a run."""
+    return {"save_steps", "save_total_limit", "logging_steps"} | (set() if config.selects else {"eval_steps"})
 
 
 def _check_examples(dataset: Sequence[Example]) -> None:
@@ -191,22 +211,25 @@ def _optimizer(model: Llama, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def _resumed(checkpoint: Path, model: Llama, optimizer: torch.optim.Optimizer, run: str) -> Record:
+def _resumed(
+    checkpoint: Path, model: Llama, optimizer: torch.optim.Optimizer, selection: Selection, run: str
+) -> Record:
     if read_json(checkpoint / "state.json").get("run") != run:  # before anything is put into the model
         raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
-    state = load_checkpoint(checkpoint, model, optimizer)
+    state, best = load_checkpoint(checkpoint, model, optimizer)
     if state.get("step") != newest_step(checkpoint.parent):
         raise FormatError(
             f"{checkpoint}: state.json says step {state.get('step')!r}; remove the directory to go on without it"
         )
-    return state
+    selection.resume(state, best)
+    return {key: state[key] for key in ("step", "tokens", "seconds", "run")}
 
 
-def _fingerprint(dataset: Sequence[Example], config: TrainConfig, lora: LoraConfig) -> str:
+def _fingerprint(dataset: Sequence[Example], held_out: Sequence[Example], config: TrainConfig, lora: LoraConfig) -> str:
     """One number for everything that decides what the run computes, but for the base model."""
-    settings = {key: value for key, value in asdict(config).items() if key not in BOOKKEEPING}
-    digest = hashlib.sha256(json.dumps([settings, asdict(lora)]).encode())
-    for example in dataset:
+    settings = {key: value for key, value in asdict(config).items() if key not in bookkeeping(config)}
+    digest = hashlib.sha256(json.dumps([settings, asdict(lora), len(dataset)]).encode())
+    for example in [*dataset, *held_out]:
         digest.update(json.dumps([example.tokens, example.labels]).encode())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
     checkpoints/step-000120/adapter_config.json, adapter_model.safetensors   the adapter, usable as it is
                             optimizer.safetensors                            AdamW's moments, by parameter name
+                            best.safetensors                                 with `keep best`: the best adapter so far
                             state.json                                       the step, and counts so far
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state has to be kept. A
@@ -26,7 +27,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    best: dict[str, Tensor],
+    keep: int,
 ) -> None:
     """Write `step-…` for `state["step"]`, then remove all but the newest `keep`."""
     with replacing(folder / f"step-{state['step']:06d}") as directory:
@@ -38,13 +44,17 @@ def save_checkpoint(
             for key, value in values.items()
         }
         write_tensors(directory / "optimizer.safetensors", moments)
+        if best:
+            write_tensors(directory / "best.safetensors", best)
         write_json(directory / "state.json", state)
     for old in checkpoints(folder)[:-keep]:
         remove(old)
 
 
-def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put the adapter's and the optimizer's tensors back where they were; return the state.
+def load_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put the adapter's and the optimizer's tensors back where they were; return the state, and the best adapter.
 
     Raises:
         FormatError: the checkpoint is not of this model and adapter.
@@ -69,7 +79,17 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
                 if not moment.is_floating_point() or moment.shape != (() if key == "step" else parameter.shape):
                     raise FormatError(f"{moments.path}: {parameter_name}/{key} is {moment.dtype} {tuple(moment.shape)}")
                 optimizer.state[parameter][key] = moment
-    return read_json(directory / "state.json")
+    return read_json(directory / "state.json"), _best(directory / "best.safetensors", model)
+
+
+def _best(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    if not path.is_file():
+        return {}
+    file = TensorFile(path)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    if file.shapes != expected:
+        raise FormatError(f"{path}: holds other tensors than the run trains")
+    return {name: file.read(name).clone() for name in expected}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -18,9 +18,10 @@ from minilora.model import ops
 from minilora.storage import BUILTIN
 from minilora.train.batch import collate
 from minilora.train.config import TrainConfig
-from minilora.train.data import Row, encode_row, find_splits
+from minilora.train.data import encode_row
 from minilora.train.evaluate import held_out_loss
 from minilora.train.loop import batch_loss
+from minilora.train.rows import Row, find_splits
 from tests.models import randomize_adapters_
 from tests.tolerance import GRADIENT_PARITY, assert_parity
 
@@ -110,7 +111,7 @@ def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, token
             layer.lora_B["default"].mul_(0.05)
     ml.save_adapter(ours, tmp_path)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
-    batch = collate([encode_row(row, tokenizer, "completion") for row in rows()], torch.device("cpu"))
+    batch = collate([encode_row(row, tokenizer, ml.DataConfig()) for row in rows()], torch.device("cpu"))
     our_loss, peft_loss = batch_loss(ours, batch, TrainConfig()), their_loss(wrapped, batch)
     assert_parity(our_loss, peft_loss, GRADIENT_PARITY)
     our_loss.backward()
@@ -125,7 +126,7 @@ def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, token
 
 
 def test_the_loss_of_step_0_is_the_base_model_s(ours, tokenizer):
-    batch = collate([encode_row(row, tokenizer, "completion") for row in rows()], torch.device("cpu"))
+    batch = collate([encode_row(row, tokenizer, ml.DataConfig()) for row in rows()], torch.device("cpu"))
     with torch.no_grad():
         before = batch_loss(ours, batch, TrainConfig())
         ml.attach(ours, ml.LoraConfig(r=16, lora_alpha=32))
@@ -172,7 +173,7 @@ def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, to
         encoded = theirs.apply_chat_template(
             turns, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
         )
-        example = encode_row(Row({"messages": turns}, "row"), tokenizer, "assistant")
+        example = encode_row(Row({"messages": turns}, "row"), tokenizer, ml.DataConfig(train_on="assistant"))
         assert example.tokens == encoded["input_ids"]
         assert [label != ops.IGNORE_INDEX for label in example.labels] == [bool(m) for m in encoded["assistant_masks"]]
         count += 1
@@ -190,7 +191,7 @@ def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
     assert summary["after"]["accuracy"] > 0.9
 
     assert main(["merge", "--adapter", str(out), "--out", str(merged), "--dtype", "float32"]) == 0
-    test_rows = ml.load_dataset(find_splits(BUILTIN)["test"], tokenizer)[:200]
+    test_rows = ml.load_dataset(find_splits(BUILTIN)["test"][0], tokenizer)[:200]
     ours = ml.load_model(smollm2, dtype="float32")
     ml.load_adapter(ours, out)
     our_loss = torch.tensor(held_out_loss(ours, test_rows))

@@ -1,0 +1,71 @@
+"""What a run would do, without doing it: the first rows with what is learned of them, and figures."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+
+from minilora.inputs import Data
+from minilora.lora.attach import ParameterCount
+from minilora.model.ops import IGNORE_INDEX
+from minilora.model.tokenizer import Tokenizer
+from minilora.train.batch import plan_steps
+from minilora.train.config import TrainConfig
+from minilora.train.data import Example
+
+ROWS = 3
+MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere
+
+
+def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
+    """Everything `--dry-run` prints."""
+    is_terminal = sys.stdout.isatty()
+    begin, end = MARKS[is_terminal]
+    shown = data.train[:ROWS]
+    rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
+    for example in shown:
+        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
+    splits = {"training": data.train, "validation": data.valid, "held-out": data.test, "general": data.general}
+    table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
+    table += [_lengths(name, examples) for name, examples in splits.items() if examples]
+    return "\n".join([*rows, "", *table, "", *_totals(data, config, count)])
+
+
+def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+    """The text of an example, control tokens included, with marks around what is learned.
+
+    Each stretch is what the text grows by: decoded alone, a stretch could lose the space that it begins with.
+    """
+    text, done, position = "", "", 0
+    for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):
+        position += len(list(labels))
+        so_far = tokenizer.decode(example.tokens[:position], skip_special_tokens=False)
+        stretch = so_far[len(done) :]
+        text += f"{begin}{stretch}{end}" if is_learned else stretch
+        done = so_far
+    return text
+
+
+def _lengths(name: str, examples: Sequence[Example]) -> str:
+    lengths = sorted(len(example.tokens) for example in examples)
+    most = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
+    labels = sum(example.labelled for example in examples)
+    return (
+        f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{statistics.median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
+        f"{labels:>10,}"
+    )
+
+
+def _totals(data: Data, config: TrainConfig, count: ParameterCount) -> list[str]:
+    steps = plan_steps([len(example.tokens) for example in data.train], config)
+    seen = [data.train[row] for micro_batches in steps for rows in micro_batches for row in rows]
+    tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
+    at_most = "at most " if config.early_stopping else ""
+    truncated, unlabelled = data.train.truncated, data.train.unlabelled
+    return [
+        f"cut to --max-length: {truncated:,} training rows, of which {unlabelled:,} had no label left and are not used",
+        f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
+        f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
+    ]

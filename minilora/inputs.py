@@ -1,0 +1,79 @@
+"""What goes into a run: its rows, split into those to learn from and those to look at, and general text."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minilora.errors import DataError
+from minilora.model.tokenizer import Tokenizer
+from minilora.storage import ASSETS, BUILTIN
+from minilora.train.config import DataConfig, TrainConfig
+from minilora.train.data import Dataset, encode_rows, use_prompt_style
+from minilora.train.evaluate import Choice, find_choices
+from minilora.train.rows import find_splits, read_rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from; what it is watched with while it learns; what it is judged by in the end."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    valid: Dataset
+    test: Dataset
+    choices: list[Choice] | None
+    files: dict[str, str]  # name -> SHA-256
+    general: Dataset = Dataset(())
+
+
+def load_data(names: Sequence[str], tokenizer: Tokenizer, reading: DataConfig, training: TrainConfig) -> Data:
+    """Training, validation and test rows, and the tokenizer in the prompt style that they are written in.
+
+    Without files of their own, a share of the training rows is held out; and another one to choose the best adapter
+    with, if the run does.
+
+    Raises:
+        DataError: a row that cannot be used, or there is no training file.
+    """
+    files = find_splits(names)
+    if "train" not in files:
+        raise DataError(f"{', '.join(names)}: there are no training rows; found {sorted(files)}")
+    rows = {split: read_rows(*paths) for split, paths in files.items()}
+    tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])
+    encoded = {split: encode_rows(found, tokenizer, reading) for split, found in rows.items()}
+    for split in ("test", "valid") if training.selects else ("test",):
+        is_held_out = "valid" in encoded or "test" in encoded if split == "test" else "valid" in encoded
+        if not is_held_out and reading.eval_split and len(encoded["train"]) > 1:
+            encoded |= _hold_out(encoded["train"], split, reading.eval_split, training.seed)
+    test = encoded.get("test") or encoded.get("valid") or Dataset(())
+    valid = encoded.get("valid") or test
+    choices = find_choices([*encoded["train"], *test])
+    return Data(tokenizer, encoded["train"], valid, test, choices, _digests(files))
+
+
+def _hold_out(whole: Dataset, split: str, share: float, seed: int) -> dict[str, Dataset]:
+    shuffled = random.Random(seed).sample(whole.examples, len(whole))
+    held = max(1, int(share * len(shuffled)))
+    return {"train": replace(whole, examples=tuple(shuffled[held:])), split: Dataset(tuple(shuffled[:held]))}
+
+
+def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Dataset:
+    """General text, every token of it to be predicted; empty for "none"."""
+    if name == "none":
+        return Dataset(())
+    path = ASSETS / "data" / "general.jsonl" if name == BUILTIN else name
+    files = find_splits(path)
+    rows = read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+    return encode_rows(rows, tokenizer, replace(reading, train_on="all", system=None, text_field="text"))
+
+
+def _digests(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """SHA-256 by file name, or by path where names are not distinct."""
+    paths = [path for found in files.values() for path in found]
+    names = [path.name for path in paths]
+    is_distinct = len(set(names)) == len(names)
+    return {(path.name if is_distinct else str(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

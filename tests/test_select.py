@@ -1,0 +1,126 @@
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.train.select import Selection
+from minilora.train.state import checkpoints
+from tests.models import tiny_model
+from tests.test_loop import adapted, random_rows, stop_after, weights
+
+ROWS, HELD_OUT = random_rows(1, 9), random_rows(2, 4)
+# A learning rate at which the held-out loss falls and then rises; an evaluation after each of the 10 steps.
+CONFIG = {"batch_size": 3, "epochs": 4, "max_steps": 10, "learning_rate": 0.05, "lr_scheduler": "constant"}
+
+
+def run(directory=None, model=None, on_step=None, held_out=HELD_OUT, **config):
+    model = model or adapted(dtype=torch.float32, is_fresh=True)
+    config = ml.TrainConfig(**{**CONFIG, "eval_steps": 1, "keep": "best", "save_steps": 1, **config})
+    return model, ml.train(model, ROWS, config, on_step, held_out, directory)
+
+
+@pytest.fixture(scope="module")
+def watched():
+    """After each step, the loss and the weights of a run that keeps the last adapter."""
+    torch.set_num_threads(1)
+    model, losses, snapshots = adapted(dtype=torch.float32, is_fresh=True), [], []
+
+    def watch(record):
+        if "eval_loss" in record:
+            losses.append(record["eval_loss"])
+            snapshots.append(weights(model))
+
+    run(model=model, on_step=watch, keep="last")
+    assert losses.index(min(losses)) not in (0, len(losses) - 1)  # or these tests would show nothing
+    return losses, snapshots
+
+
+def test_the_adapter_of_the_lowest_held_out_loss_is_kept(watched):
+    losses, snapshots = watched
+    model, result = run()
+    best = losses.index(min(losses))
+    assert (result.kept, result.steps) == (best + 1, 10)
+    assert torch.equal(weights(model), snapshots[best])
+
+
+def test_of_evaluations_now_and_then_the_best_of_those_is_kept(watched):
+    losses, snapshots = watched
+    evaluated = [3, 7, 9]  # after steps 4 and 8, and at the end
+    model, result = run(eval_steps=4)
+    best = min(evaluated, key=losses.__getitem__)
+    assert result.kept == best + 1
+    assert torch.equal(weights(model), snapshots[best])
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_ends_after_so_many_evaluations_without_a_new_lowest_loss(watched, patience, keep):
+    losses, snapshots = watched
+    stale = [step - losses.index(min(losses[: step + 1])) for step in range(len(losses))]
+    last = next(step for step, count in enumerate(stale) if count == patience)
+    model, result = run(early_stopping=patience, keep=keep)
+    assert result.finished
+    assert result.steps == last + 1
+    kept = losses.index(min(losses[: last + 1])) if keep == "best" else last
+    assert torch.equal(weights(model), snapshots[kept])
+    assert result.kept == kept + 1
+
+
+@pytest.mark.parametrize("step", range(1, 11))
+def test_a_run_resumed_after_any_step_keeps_the_same_adapter(tmp_path, step):
+    whole, early = tmp_path / "whole", tmp_path / "early"
+    expected, once = run(whole, save_total_limit=99, early_stopping=3)
+    shutil.copytree(whole / f"step-{min(step, once.steps):06d}", early / f"step-{min(step, once.steps):06d}")
+    found, again = run(early, early_stopping=3)
+    assert torch.equal(weights(found), weights(expected))
+    assert (again.steps, again.kept, again.finished) == (once.steps, once.kept, True)
+
+
+def test_a_stopped_run_keeps_what_it_has_and_finds_the_best_when_it_goes_on(tmp_path):
+    expected, once = run()
+    model, stopped = run(tmp_path, on_step=stop_after(9), save_steps=None)
+    assert (stopped.finished, stopped.kept) == (False, 9)
+    assert not torch.equal(weights(model), weights(expected))
+    found, again = run(tmp_path, save_steps=None)
+    assert torch.equal(weights(found), weights(expected))
+    assert again.kept == once.kept
+
+
+def test_a_best_adapter_of_other_tensors_is_refused(tmp_path):
+    run(tmp_path)
+    (newest,) = checkpoints(tmp_path)[-1:]
+    shutil.copy(newest / "optimizer.safetensors", newest / "best.safetensors")
+    with pytest.raises(ml.FormatError, match=r"best\.safetensors: holds other tensors"):
+        run(tmp_path)
+
+
+def test_what_chooses_the_result_cannot_change_when_the_run_goes_on(tmp_path):
+    run(tmp_path, on_step=stop_after(4))
+    for change in ({"eval_steps": 2}, {"keep": "last"}, {"early_stopping": 1}, {"held_out": HELD_OUT[:2]}):
+        with pytest.raises(ml.TrainingError, match="other data or settings"):
+            run(tmp_path, **change)
+
+
+def test_without_held_out_examples_there_is_nothing_to_choose_by():
+    with pytest.raises(ml.DataError, match="need held-out examples"):
+        run(held_out=())
+
+
+@pytest.mark.parametrize("options", [{"keep": "best"}, {"early_stopping": 2}])
+def test_choosing_needs_evaluations(options):
+    with pytest.raises(ml.ConfigError, match="need eval_steps"):
+        ml.TrainConfig(**options)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5, float("inf"), float("nan")]), min_size=1, max_size=8))
+def test_the_first_of_the_lowest_finite_losses_is_the_best(losses):
+    selection = Selection(ml.TrainConfig(eval_steps=1, keep="best"))
+    for step, loss in enumerate(losses, start=1):
+        selection.note(tiny_model(), step, loss)
+    finite = [loss for loss in losses if loss < float("inf")]
+    assert selection.best_loss == (min(finite) if finite else None)
+    assert selection.best_step == (losses.index(min(finite)) + 1 if finite else 0)
+    assert selection.stale == len(losses) - selection.best_step
