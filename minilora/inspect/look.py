@@ -1,0 +1,67 @@
+"""What a path holds: a safetensors file, or a directory of a model, an adapter, a run, or several of them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minilora.errors import FormatError
+from minilora.inspect.adapter import AdapterFacts, adapter_facts
+from minilora.inspect.model import ModelFacts, model_facts
+from minilora.inspect.run import CheckpointFacts, RunFacts, checkpoint_facts, run_facts
+from minilora.inspect.tensors import FileFacts, file_facts
+from minilora.lora.files import CONFIG_FILE
+from minilora.storage import ASSETS, BUILTIN, read_json
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found; a finished run is an adapter too."""
+
+    run: RunFacts | None = None
+    checkpoint: CheckpointFacts | None = None
+    adapter: AdapterFacts | None = None
+    model: ModelFacts | None = None
+    file: FileFacts | None = None
+
+
+def look(name_or_path: str, model: str | None = None) -> Facts:
+    """What a path holds. `model` is the base to measure an adapter against, if not the one that its config names.
+
+    Raises:
+        FormatError: there is nothing there that can be looked into, or a file is missing or damaged.
+    """
+    path = _locate(name_or_path)
+    if path.is_file():
+        return Facts(file=file_facts(path))
+    has = {name for name in ("run.json", "state.json", CONFIG_FILE, "config.json") if (path / name).is_file()}
+    if not has:
+        raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
+    return Facts(
+        run=run_facts(path) if "run.json" in has else None,
+        checkpoint=checkpoint_facts(path) if "state.json" in has else None,
+        adapter=adapter_facts(path, _base(path, model)) if CONFIG_FILE in has else None,
+        model=model_facts(path) if "config.json" in has else None,
+    )
+
+
+def _locate(name_or_path: str) -> Path:
+    """Where the thing with a name is.
+
+    Raises:
+        FormatError: nowhere.
+    """
+    path = ASSETS / "model" if name_or_path == BUILTIN else Path(name_or_path)
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or directory")
+    return path
+
+
+def _base(adapter: Path, model: str | None) -> Path | None:
+    """The directory of an adapter's base: `model`, else what the adapter names, where that is here."""
+    if model is not None:
+        return _locate(model)
+    named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(named, str) or not (named == BUILTIN or (Path(named) / "config.json").is_file()):
+        return None
+    return _locate(named)

@@ -1,0 +1,669 @@
+"""What `inspect` tells: nothing is left out, every number is that of another algorithm, every verdict comes true."""
+
+import contextlib
+import json
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+
+import minilora as ml
+from minilora.cli.inspect import COMMAND, WIDTH
+from minilora.inspect.adapter import AdapterFacts, adapter_facts, delta_spectrum, effective_rank, frobenius_norm
+from minilora.inspect.fold import fold
+from minilora.inspect.look import look
+from minilora.inspect.model import model_facts
+from minilora.inspect.run import run_facts
+from minilora.inspect.tensors import file_facts
+from minilora.lora.attach import adapter_layers
+from minilora.lora.config import LoraConfig
+from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.model.checkpoint import INDEX
+from minilora.storage import write_json
+from tests.models import FAMILIES, randn, seeds, sizes, tiny_model
+from tests.test_data import CHATML, write_tokenizer
+from tests.test_files import edit, saved
+from tests.tolerance import assert_maths, assert_parity
+
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BOOL": torch.bool,
+}
+names = st.lists(st.sampled_from(["a", "b", "0", "1", "2", "10", "01", "9999999999"]), min_size=1, max_size=4).map(
+    ".".join
+)
+
+
+@pytest.fixture
+def page(capsys):
+    """What the command prints for a path."""
+
+    def run(path, model=None, **options):
+        assert COMMAND.run({"path": str(path), "model": model and str(model), "json": False, **options}) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def assert_number(found, expected, check=assert_maths):
+    check(torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64))
+
+
+def reader(facts, tool):
+    return next(reader for reader in facts.readers if reader.tool == tool)
+
+
+# --- names ---
+
+
+@given(st.dictionaries(names, st.sampled_from("xy"), min_size=1, max_size=30))
+@example({f"layers.{i}.experts.{j}.w": "x" for i in range(3) for j in range(4) if (i, j) != (1, 2)})
+def test_folding_loses_no_name_invents_none_and_mixes_no_kinds(kinds):
+    folds = fold(kinds)
+    assert Counter(name for each in folds for name in each.names()) == Counter(list(kinds))
+    assert all(len({kinds[name] for name in each.names()}) == 1 for each in folds)
+    assert len({str(each) for each in folds if set(map(kinds.get, each.names())) == {"x"}}) == sum(
+        set(map(kinds.get, each.names())) == {"x"} for each in folds
+    )
+
+
+def test_layers_and_experts_that_repeat_are_one_line():
+    kinds = {f"m.layers.{i}.experts.{j}.w": "x" for i in (0, 1, 2, 5) for j in range(12)} | {"m.norm": "x"}
+    assert [str(each) for each in fold(kinds)] == ["m.layers.{0-2,5}.experts.{0-11}.w", "m.norm"]
+
+
+def test_a_number_within_a_word_or_too_long_is_text():
+    kinds = dict.fromkeys(("w1.a", "w2.a", "01.a", "02.a", f"{'9' * 5000}.a"), "x")
+    assert sorted(map(str, fold(kinds))) == sorted(kinds)
+
+
+# --- a file ---
+
+
+@given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3))))
+def test_every_tensor_is_told_once_and_the_totals_are_the_file_s_bytes(tmp_path_factory, tensors):
+    path = tmp_path_factory.mktemp("file") / "x.safetensors"
+    save_file({name: torch.zeros(shape).to(DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}, path)
+    facts = file_facts(path)
+    assert {t.name: (t.dtype, list(t.shape)) for t in facts.tensors} == tensors
+    assert len(facts.tensors) == len(tensors)
+    assert facts.header_bytes + sum(tensor.bytes for tensor in facts.tensors) == path.stat().st_size == facts.bytes
+
+
+def test_looking_into_a_file_counts_none_of_it_as_memory(monkeypatch, tmp_path):
+    """PyTorch's way to map a file fails for one that is larger than the memory."""
+    save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", lambda *_: pytest.fail("the file was mapped as tensors"))
+    assert look(str(tmp_path / "x.safetensors")).file.tensors[0].bytes == 12
+
+
+def test_the_page_of_a_file_counts_every_tensor_and_byte(tmp_path, page):
+    tensors = {f"layers.{i}.{name}": torch.zeros(3, size) for i in range(12) for name, size in (("q", 2), ("o", 5))}
+    save_file({**tensors, "layers.12.q": torch.zeros(3, 2).half()}, tmp_path / "x.safetensors")
+    rows = [line.split() for line in page(tmp_path / "x.safetensors").split("\n\n")[1].splitlines()]
+    assert rows == [
+        ["count", "dtype", "shape", "bytes", "name"],
+        ["12", "F32", "3x5", "720", "layers.{0-11}.o"],
+        ["12", "F32", "3x2", "288", "layers.{0-11}.q"],
+        ["1", "F16", "3x2", "12", "layers.12.q"],
+    ]
+
+
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path):
+    whole = save({"a.0.w": torch.ones(2, 3), "b": torch.ones(1)}, metadata={"format": "pt"})
+    header = b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'
+    path = tmp_path / "x.safetensors"
+    for content in [*(whole[:n] for n in range(len(whole))), whole + b"0", len(header).to_bytes(8, "little") + header]:
+        path.write_bytes(content)
+        with pytest.raises(ml.FormatError, match=r"x\.safetensors") as error:
+            look(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_orders_to_the_terminal_are_spelled_out(tmp_path, page):
+    save_file({"a\x1b[2J\nb": torch.ones(1)}, tmp_path / "x.safetensors", metadata={"k": "\x1b]0;t\x07"})
+    text = page(tmp_path / "x.safetensors")
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert r"a\x1b[2J\nb" in text
+
+
+# --- the size of a change ---
+
+
+@given(sizes, sizes, sizes, seeds)
+@example(1, 5, 9, 0)
+@example(9, 2, 3, 0)
+def test_the_spectrum_is_that_of_the_dense_delta(r, n_in, n_out, seed):
+    lora_A, lora_B = randn(seed, r, n_in), randn(seed + 1, n_out, r)
+    dense = np.linalg.svd(lora_B.numpy() @ lora_A.numpy(), compute_uv=False)[: min(r, n_in, n_out)]
+    assert_maths(delta_spectrum(lora_A, lora_B), dense)
+
+
+def test_a_delta_that_nearly_cancels_keeps_its_digits():
+    """B = [b, b + 1e-9·e] and A = [a; -a] give -1e-9·e aᵀ: the products of Gram matrices would give noise."""
+    a, b, e = randn(0, 1, 50), randn(1, 40, 1), randn(2, 40, 1)
+    exact = 1e-9 * np.linalg.norm(a.numpy()) * np.linalg.norm(e.numpy())
+    found = delta_spectrum(torch.cat([a, -a]), torch.cat([b, b + 1e-9 * e], 1))
+    assert_number(found[0].item(), exact, assert_parity)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=9))
+def test_the_effective_rank_is_the_exponential_of_the_entropy_of_the_energies(values):
+    values = sorted(values, reverse=True)
+    total = math.fsum(value**2 for value in values)
+    entropy = -math.fsum(value**2 / total * math.log(value**2 / total) for value in values)
+    found = effective_rank(torch.tensor(values, dtype=torch.float64))
+    assert_number(found, math.exp(entropy))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_equally_strong_directions_are_counted(k, size):
+    values = torch.tensor([size] * k + [0.0] * (8 - k), dtype=torch.float64)
+    assert_number(effective_rank(values), float(k))
+
+
+def test_no_change_has_rank_0():
+    assert effective_rank(torch.zeros(3)) == effective_rank(torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_norm_of_a_weight_is_summed_in_float64_whatever_the_parts(monkeypatch, dtype):
+    weight = randn(3, 70, 11, dtype=dtype)
+    monkeypatch.setattr("minilora.inspect.adapter.CHUNK", 30)
+    exact = math.sqrt(math.fsum(float(value) ** 2 for value in weight.flatten()))
+    assert_number(frobenius_norm(weight), exact)
+
+
+# --- an adapter ---
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model directory for each family; made once."""
+    made = {}
+
+    def make(family="llama"):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("base")
+            ml.save_model(tiny_model(family, dtype=torch.float32), made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_each_norm_is_that_of_the_dense_delta_and_of_the_base(tmp_path, base, family, use_rslora):
+    model = saved(tmp_path, family, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 7}, use_rslora=use_rslora)
+    facts = adapter_facts(tmp_path, base(family))
+    layers = adapter_layers(model)
+    assert [module.module for module in facts.modules] == sorted(layers)
+    for module in facts.modules:
+        layer = layers[module.module]
+        lora_A, lora_B = (factor["default"].detach().double().numpy() for factor in (layer.lora_A, layer.lora_B))
+        dense = layer.scales["default"] * lora_B @ lora_A
+        weight = layer.base.weight.detach().double().numpy()
+        assert (module.scale, module.rank, module.shape) == (layer.scales["default"], len(lora_A), weight.shape)
+        assert_number(module.delta_norm, np.linalg.norm(dense))
+        assert_number(module.base_norm, np.linalg.norm(weight))
+        ratio = np.linalg.norm(dense) / np.linalg.norm(weight)
+        assert_number(module.relative_norm, ratio)
+    assert facts.parameters == sum(tensor.numel() for tensor in load_file(tmp_path / WEIGHTS_FILE).values())
+
+
+def test_a_tied_head_is_measured_against_the_embedding(tmp_path, base):
+    model = saved(tmp_path, "qwen2", target_modules=("lm_head",))
+    (head,) = adapter_facts(tmp_path, base("qwen2")).modules
+    embedding = model.model.embed_tokens.weight.detach().double()
+    assert_number(head.base_norm, np.linalg.norm(embedding.numpy()))
+
+
+def test_without_the_base_the_delta_s_own_norm_is_told(tmp_path, base, page):
+    saved(tmp_path)
+    alone, measured = adapter_facts(tmp_path), adapter_facts(tmp_path, base())
+    assert [m.delta_norm for m in alone.modules] == [m.delta_norm for m in measured.modules]
+    assert all(m.base_norm is None and m.relative_norm is None for m in alone.modules)
+    assert "delta/base" in page(tmp_path, base()).split("\n\n")[1].splitlines()[0]
+    assert "delta/base" not in page(tmp_path).split("\n\n")[1].splitlines()[0]
+
+
+def test_the_base_is_the_one_that_the_config_names_where_it_is_here(tmp_path, base):
+    saved(tmp_path)
+    for name, found in ((str(base()), str(base())), ("somebody/something", None), (["a"], None), (None, None)):
+        edit(tmp_path, base_model_name_or_path=name)
+        assert look(str(tmp_path)).adapter.base == found
+    with pytest.raises(ml.FormatError, match="nothing-here"):
+        look(str(tmp_path), "nothing-here")
+
+
+def test_the_page_of_an_adapter_names_every_module(tmp_path, page, base):
+    model = saved(tmp_path, rank_pattern={"layers.2.self_attn.q_proj": 5})
+    rows = [line.split() for line in page(tmp_path, base()).split("\n\n")[1].splitlines()[1:]]
+    told = {row[-1]: int(row[0]) for row in rows if row[-1].startswith("model.")}
+    assert told["model.layers.{0-1,3}.self_attn.q_proj"] == 3
+    assert told["model.layers.2.self_attn.q_proj"] == 1
+    assert sum(told.values()) == len(adapter_layers(model))
+
+
+def test_the_page_of_an_adapter_tells_its_scale(tmp_path, page):
+    saved(tmp_path, rank_pattern={"q_proj": 6}, use_rslora=True)
+    items = dict(
+        line.split(maxsplit=1) for line in page(tmp_path).split("\n\n")[0].splitlines() if "base model" not in line
+    )
+    assert (items["rank"], items["alpha"], items["dropout"]) == ("3, 6", "21 (rsLoRA)", "0.0")
+    assert items["scale"] == "12.12, 8.573"  # 21 / √3 and 21 / √6
+    assert "  base model    ?; it is not here: see --model\n" in page(tmp_path)
+
+
+def test_factors_that_are_not_finite_have_no_norm(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.lora_A.weight"))
+    save_file({**tensors, name: tensors[name] * torch.inf}, tmp_path / WEIGHTS_FILE)
+    facts = adapter_facts(tmp_path)
+    assert [m.module for m in facts.modules if m.delta_norm is None] == ["model.layers.1.mlp.up_proj"]
+    assert "model.layers.1.mlp.up_proj" in reader(facts, "minilora").reasons[0]
+
+
+def spoilt(directory, change):
+    """A saved adapter with something changed: its config, or its tensors."""
+    saved(directory)
+    if isinstance(change, dict):
+        edit(directory, **change)
+    else:
+        save_file(change(load_file(directory / WEIGHTS_FILE)), directory / WEIGHTS_FILE)
+
+
+def with_last(change):
+    """A change of the last tensor: its name and itself to what stands in its place."""
+    return lambda tensors: {**dict(sorted(tensors.items())[:-1]), **change(*max(tensors.items()))}
+
+
+CHANGES = {
+    "nothing": {},
+    "a key of tomorrow that says nothing": {"invented_tomorrow": None},
+    "DoRA": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "lora_bias": {"lora_bias": True},
+    "IA3": {"peft_type": "IA3"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "eva": {"init_lora_weights": "eva"},
+    "a wild pattern": {"alpha_pattern": {r"([a-z0-9_.]+)+!": 3}},
+    "a pattern of names": {"alpha_pattern": {"q_proj": 3}},
+    "no pattern": {"rank_pattern": ["q_proj"]},
+    "ranks of other tensors": {"rank_pattern": {"q_proj": 7}},
+    "r": {"r": "many"},
+    "r 0": {"r": 0},
+    "alpha": {"lora_alpha": -1},
+    "alpha list": {"lora_alpha": [1]},
+    "target_parameters": {"target_parameters": ["experts.w"]},
+    "a magnitude": with_last(
+        lambda name, t: {name: t, name.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0].clone()}
+    ),
+    "a whole head": with_last(lambda name, t: {name: t, "base_model.model.lm_head.weight": t.clone()}),
+    "a bias": with_last(lambda name, t: {name: t, name.replace("weight", "bias"): t[:, 0].clone()}),
+    "half a pair": with_last(lambda name, t: {}),
+    "twice": with_last(lambda name, t: {name: t, name.replace(".weight", ".other.weight"): t + 1}),
+    "no prefix": with_last(lambda name, t: {name.removeprefix("base_model."): t}),
+    "no prefixes": lambda tensors: {name.removeprefix("base_model.model."): t for name, t in tensors.items()},
+    "the adapter's name": lambda tensors: {k.replace(".weight", ".default.weight"): t for k, t in tensors.items()},
+    "integers": with_last(lambda name, t: {name: t.long()}),
+    "not finite": with_last(lambda name, t: {name: t * torch.nan}),
+    "float8": with_last(lambda name, t: {name: t.to(torch.float8_e4m3fn)}),
+    "bfloat16": lambda tensors: {name: t.bfloat16() for name, t in tensors.items()},
+    "ranks that differ": with_last(lambda name, t: {name: t[:, :2].clone()}),
+    "no matrix": with_last(lambda name, t: {name: t[None]}),
+    "empty": lambda tensors: {name: t[:0] if "lora_A" in name else t[:, :0].clone() for name, t in tensors.items()},
+    "another size": with_last(lambda name, t: {name: t[:5]}),
+    "another layer": lambda tensors: {name.replace("layers.3", "layers.9"): t for name, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_the_verdict_on_an_adapter_comes_true(tmp_path, base, case, page):
+    spoilt(tmp_path, CHANGES[case])
+    facts = adapter_facts(tmp_path, base())
+    assert 2 * len(facts.modules) + len(facts.other_tensors) == len(load_file(tmp_path / WEIGHTS_FILE))
+    verdict = reader(facts, "minilora")
+    try:
+        ml.load_adapter(ml.load_model(base()), tmp_path)
+    except ml.MiniloraError:
+        assert not verdict.reads
+        assert "minilora: no" in page(tmp_path, base())
+    else:
+        assert verdict.reads, verdict.reasons
+        assert "minilora: yes" in page(tmp_path, base())
+
+
+@pytest.mark.parametrize("case", ["DoRA", "bias", "modules_to_save", "PiSSA", "a magnitude", "a whole head"])
+def test_of_an_adapter_that_is_refused_the_deltas_are_told_and_the_reason(tmp_path, case):
+    saved(tmp_path / "plain")
+    spoilt(tmp_path / "foreign", CHANGES[case])
+    plain, foreign = adapter_facts(tmp_path / "plain"), adapter_facts(tmp_path / "foreign")
+    assert foreign.modules == plain.modules
+    assert not reader(foreign, "minilora").reads
+    assert not reader(foreign, "vLLM").reads
+    change = CHANGES[case]
+    assert (next(iter(change)) if isinstance(change, dict) else "tensors") in reader(foreign, "minilora").reasons[0]
+
+
+@pytest.mark.parametrize("key", ["target_parameters", "use_qalora", "use_bdlora", "kasa_config"])
+def test_where_the_product_is_not_the_change_no_norm_is_told(tmp_path, key):
+    saved(tmp_path)
+    edit(tmp_path, **{key: {"a": 1}})
+    assert all(m.delta_norm is None and m.effective_rank is None for m in adapter_facts(tmp_path).modules)
+
+
+def test_scales_that_only_a_foreign_pattern_tells_are_unknown(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path, alpha_pattern={r"layers\.[01]\..*": 3})
+    assert all(m.scale is None and m.delta_norm is None for m in adapter_facts(tmp_path).modules)
+
+
+@pytest.mark.parametrize(
+    ("config", "reads"),
+    [
+        ({}, True),
+        ({"use_rslora": True}, True),
+        ({"r": 17}, True),
+        ({"alpha_pattern": {"q_proj": 5}}, False),
+        ({"rank_pattern": {"q_proj": 5}}, False),
+        ({"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"q_proj": 42}}, True),
+    ],
+)
+def test_vllm_needs_one_scale_and_is_told_high_ranks(tmp_path, config, reads):
+    saved(tmp_path, **config)
+    verdict = reader(adapter_facts(tmp_path), "vLLM")
+    assert verdict.reads == reads
+    assert any("--max-lora-rank 17" in reason for reason in verdict.reasons) == (config.get("r") == 17)
+
+
+@pytest.mark.parametrize(("key", "since"), [("use_rslora", 14), ("target_parameters", 17), ("kasa_config", 21)])
+def test_peft_is_named_with_the_version_that_knows_the_adapter(tmp_path, key, since):
+    saved(tmp_path)
+    edit(tmp_path, **{key: ["x"]})
+    assert reader(adapter_facts(tmp_path), "PEFT").reasons == (f"0.{since} or later",)
+
+
+@pytest.mark.parametrize(
+    ("change", "reads"),
+    [
+        ({}, True),
+        ({"rank_pattern": {"q_proj": 7}}, False),
+        ({"rank_pattern": {r".*q_proj": 7}}, True),  # not tried, so nothing is said against it
+        ({"r": 4}, False),
+        ({"peft_type": None}, False),
+        ({"target_modules": []}, False),
+    ],
+)
+def test_peft_needs_a_kind_targets_and_the_ranks_that_the_config_says(tmp_path, change, reads):
+    saved(tmp_path)
+    edit(tmp_path, **change)
+    assert reader(adapter_facts(tmp_path), "PEFT").reads == reads
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff" * 50, None])
+def test_damage_to_an_adapter_names_the_file(tmp_path, name, content):
+    saved(tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ml.FormatError, match=name) as error:
+        look(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# --- a model ---
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_parameters_of_a_model_are_counted_once_and_by_part(base, family):
+    facts = model_facts(base(family))
+    model = ml.load_model(base(family))
+    assert facts.parameters == ml.count_parameters(model).total == sum(facts.parts.values())
+    own = {name.split(".")[-1]: p.numel() for name, p in model.model.embed_tokens.named_parameters()}
+    assert facts.parts["embedding"] == own["weight"]
+    assert facts.parts["norms"] == sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert facts.parts.get("head", 0) == (0 if facts.tied else own["weight"])
+    assert (facts.tied, facts.sizes["head_dim"]) == (model.config.tie_word_embeddings, model.config.head_dim)
+    assert facts.rope["type"] == model.config.rope.kind
+    assert reader(facts, "transformers").reads
+    assert reader(facts, "minilora").reads
+    assert facts.tokenizer_problem == f"{base(family)}: there is no tokenizer.json"
+
+
+def test_shards_hold_together_what_one_file_holds(tmp_path, base):
+    model, whole = ml.load_model(base()), model_facts(base())
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template=CHATML)
+    ml.save_model(model, tmp_path, tokenizer, shard_bytes=5000)
+    facts = model_facts(tmp_path)
+    assert len(facts.files) > 3
+    assert facts.files == {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    assert (facts.parameters, facts.parts, facts.dtypes) == (whole.parameters, whole.parts, whole.dtypes)
+    assert (facts.tokenizer.vocabulary, facts.tokenizer.has_chat_template) == (len(tokenizer), True)
+    assert facts.tokenizer.special_tokens == tokenizer.special_tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_hidden_layers": 3}, "unexpected: model.layers.3"),
+        ({"rope_scaling": 5}, "rope_scaling"),
+        ({"hidden_size": "wide", "architectures": 3, "tie_word_embeddings": {}}, "hidden_size"),
+    ],
+)
+def test_a_model_that_minilora_does_not_run_is_told_with_the_reason(tmp_path, base, change, reason, page):
+    shutil.copytree(base(), tmp_path / "model")
+    config = json.loads((base() / "config.json").read_text())
+    write_json(tmp_path / "model" / "config.json", config | change)
+    facts = model_facts(tmp_path / "model")
+    verdict = reader(facts, "minilora")
+    assert not verdict.reads
+    assert reason in " ".join(verdict.reasons)
+    with pytest.raises(ml.MiniloraError):
+        ml.load_model(tmp_path / "model")
+    assert facts.quantized == ("bitsandbytes" if "quantization_config" in change else None)
+    assert "minilora: no\n" in page(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff" * 50])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_damage_to_a_model_names_the_file(tmp_path, base, name, content):
+    shutil.copytree(base(), tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(ml.FormatError, match=name) as error:
+        look(str(tmp_path / "model"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "gone.safetensors"])
+def test_a_shard_that_is_not_there_is_named(tmp_path, base, shard):
+    shutil.copytree(base(), tmp_path / "model")
+    write_json(tmp_path / "model" / INDEX, {"weight_map": {"model.norm.weight": shard}})
+    with pytest.raises(ml.FormatError, match=shard):
+        look(str(tmp_path / "model"))
+
+
+def test_a_directory_that_holds_nothing_known_is_refused(tmp_path):
+    with pytest.raises(ml.FormatError, match=r"config\.json \(a model\)"):
+        look(str(tmp_path))
+    with pytest.raises(ml.FormatError, match="no such file"):
+        look(str(tmp_path / "x"))
+
+
+# --- a run ---
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a run that was stopped after step 3."""
+    directory = tmp_path / "run"
+    saved(directory / "checkpoints" / "step-000002")
+    write_json(directory / "checkpoints" / "step-000002" / "state.json", {"step": 2, "tokens": 99})
+    defaults = {"lora_r": LoraConfig().r, "seed": 0, "learning_rate": 0.5, "invented_tomorrow": 1}
+    record = {"config": defaults, "versions": {}, "data_sha256": {"train.jsonl": "0" * 64}, "starts": [{"step": 0}]}
+    write_json(directory / "run.json", record)
+    lines = [{"step": i, "loss": i / 2} for i in (1, 2, 3)]
+    lines.insert(2, {"step": 2, "eval_loss": 7.0})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def test_a_run_tells_its_settings_and_how_far_it_is(run, page):
+    facts = run_facts(run)
+    assert facts.settings == {"learning_rate": 0.5, "invented_tomorrow": 1}
+    assert (facts.last_step, facts.last_evaluation) == ({"step": 3, "loss": 1.5}, {"step": 2, "eval_loss": 7.0})
+    assert facts.checkpoints == ["step-000002"]
+    assert "goes on from step-000002" in page(run)
+
+
+def test_a_finished_run_is_an_adapter_too(run, page):
+    saved(run)
+    write_json(run / "summary.json", {"before": {"loss": 4.0}, "after": {"loss": 2.5}, "steps": 3})
+    facts = look(str(run))
+    assert isinstance(facts.adapter, AdapterFacts)
+    assert facts.run.summary["after"] == {"loss": 2.5}
+    text = page(run)
+    assert "goes on" not in text
+    assert "loss 2.5" in text
+
+
+def test_a_checkpoint_tells_its_step_and_its_adapter(run):
+    facts = look(str(run / "checkpoints" / "step-000002"))
+    assert facts.checkpoint.state == {"step": 2, "tokens": 99}
+    assert facts.adapter is not None
+
+
+def test_a_line_of_metrics_that_a_crash_cut_off_is_left_out(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert run_facts(run).last_step["step"] == 3
+
+
+def test_damage_to_a_run_names_file_and_place(run):
+    lines = (run / "metrics.jsonl").read_text()
+    for content in ("nonsense\n" + lines, "[1]\n" + lines):
+        (run / "metrics.jsonl").write_text(content)
+        with pytest.raises(ml.FormatError, match=r"metrics\.jsonl: line 1 "):
+            run_facts(run)
+    (run / "metrics.jsonl").write_text(lines)
+    for key, value in (("config", []), ("starts", {}), ("data_sha256", 3), ("versions", "x")):
+        record = json.loads((run / "run.json").read_text())
+        write_json(run / "run.json", record | {key: value})
+        with pytest.raises(ml.FormatError, match=rf"run\.json: key '{key}'"):
+            run_facts(run)
+        write_json(run / "run.json", record)
+
+
+# --- whatever the files hold ---
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+HOLDS = {
+    CONFIG_FILE: "peft_type r lora_alpha rank_pattern alpha_pattern bias use_rslora lora_dropout init_lora_weights "
+    "target_modules base_model_name_or_path modules_to_save use_dora peft_version",
+    "config.json": "model_type architectures hidden_size tie_word_embeddings rope_scaling rope_parameters auto_map "
+    "quantization_config head_dim max_position_embeddings layer_types vocab_size",
+    "run.json": "config versions data_sha256 starts",
+    "summary.json": "before after steps",
+    "state.json": "step tokens",
+}
+
+
+@pytest.mark.parametrize("file", HOLDS)
+@given(st.data())
+def test_whatever_a_json_file_holds_it_is_told_or_refused(tmp_path_factory, base, file, data):
+    directory = tmp_path_factory.mktemp("any")
+    shutil.copytree(base(), directory, dirs_exist_ok=True)
+    saved(directory)
+    write_json(directory / "run.json", {})
+    values = data.draw(st.dictionaries(st.sampled_from(HOLDS[file].split()), anything, max_size=4))
+    path = directory / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    for as_json in (False, True):
+        with contextlib.suppress(ml.MiniloraError):
+            assert COMMAND.run({"path": str(directory), "model": None, "json": as_json}) == 0
+
+
+# --- the pages ---
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "run", "checkpoint", "file"])
+def test_a_page_fits_the_terminal_and_json_has_the_same_facts(name, run, base, page):
+    saved(run)
+    path = {
+        "model": base("llama-3.1"),
+        "adapter": run / "checkpoints" / "step-000002",
+        "run": run,
+        "checkpoint": run / "checkpoints" / "step-000002",
+        "file": base() / "model.safetensors",
+    }[name]
+    text = page(path, base())
+    too_long = [line for line in text.splitlines() if len(line) > WIDTH]
+    assert all(len(line.split()[-1]) > WIDTH // 2 for line in too_long)  # names and paths are not broken
+    facts = json.loads(page(path, base(), json=True))
+    assert name in facts
+    assert set(facts) <= {"model", "adapter", "run", "checkpoint", "file"}
+
+
+# --- the same of PEFT's own files ---
+
+THEIRS = {
+    "plain": {},
+    "rslora and patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 4}},
+    "DoRA": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", THEIRS)
+def test_an_adapter_that_peft_wrote_has_the_deltas_that_peft_computes(tmp_path, base, case, page):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 21, **THEIRS[case]})
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base()), config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    model.save_pretrained(tmp_path)
+    facts = adapter_facts(tmp_path, base())
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert {module.module for module in facts.modules} == set(layers)
+    for module in facts.modules:
+        layer = layers[module.module]
+        theirs = layer.get_delta_weight("default").detach()
+        assert module.scale == layer.scaling["default"]
+        assert_number(module.delta_norm, theirs.norm().item(), assert_parity)
+        assert_number(module.base_norm, layer.base_layer.weight.norm().item(), assert_parity)
+    assert reader(facts, "minilora").reads == (case in ("plain", "rslora and patterns"))
+    assert reader(facts, "PEFT").reads
+    assert facts.bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
+    assert "PEFT: yes\n" in page(tmp_path, base())
