@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -608,6 +609,14 @@ def test_whatever_a_json_file_holds_it_is_told_or_refused(tmp_path_factory, base
 # --- the pages ---
 
 
+def test_json_that_is_nested_deeply_is_told_or_refused(run, page):
+    for depth in (300, 100_000):
+        (run / "summary.json").write_text('{"before": ' + "[" * depth + "]" * depth + "}")
+        with contextlib.suppress(ml.FormatError):
+            page(run)
+            page(run, json=True)
+
+
 @pytest.mark.parametrize("name", ["model", "adapter", "run", "checkpoint", "file"])
 def test_a_page_fits_the_terminal_and_json_has_the_same_facts(name, run, base, page):
     saved(run)
@@ -623,6 +632,7 @@ def test_a_page_fits_the_terminal_and_json_has_the_same_facts(name, run, base, p
     assert all(len(line.split()[-1]) > WIDTH // 2 for line in too_long)  # names and paths are not broken
     facts = json.loads(page(path, base(), json=True))
     assert name in facts
+    assert facts == json.loads(json.dumps({k: v for k, v in asdict(look(str(path), str(base()))).items() if v}))
     assert set(facts) <= {"model", "adapter", "run", "checkpoint", "file"}
 
 

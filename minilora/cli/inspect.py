@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +36,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _run(options: Options) -> int:
     facts = look(options["path"], options["model"])
     if options["json"]:
-        print(json.dumps({name: value for name, value in dataclasses.asdict(facts).items() if value is not None}))
+        found = {name: value for name, value in vars(facts).items() if value is not None}
+        print(json.dumps(found, default=vars))
         return 0
     pages = [
         _run_page(facts.run) if facts.run else [],
@@ -202,6 +202,12 @@ def _pairs(values: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list) and (len(value) > 8 or any(isinstance(entry, Mapping) for entry in value)):
         return f"({len(value)} values)"
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{key} {_number(inner)}' for key, inner in value.items())})"
+    return _number(value)
+
+
+def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
