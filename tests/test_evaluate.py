@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ import minilora as ml
 from minilora.model.generate import generate
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train import evaluate
-from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss, measure_drift
 from tests.models import seeds, tiny_model
 from tests.test_data import write_tokenizer
 from tests.test_loop import adapted, number, plain_loss, random_rows
@@ -46,6 +47,49 @@ def test_the_held_out_loss_is_the_mean_over_labelled_tokens_in_whatever_groups(f
 def test_evaluation_knows_no_dropout():
     model, rows = adapted(lora_dropout=0.5).train(), random_rows(1, 4)
     assert_maths(number(held_out_loss(model, rows)), plain_loss(adapted(), rows))
+
+
+# --- drift ---
+
+
+def probabilities(model, row):
+    """Of the next token after each position of a row, as Python numbers, by exponentials and their sum."""
+    for logits in model(torch.tensor([row.tokens]))[0].tolist():
+        powers = [math.exp(logit - max(logits)) for logit in logits]
+        yield [power / math.fsum(powers) for power in powers]
+
+
+@few
+@given(families, seeds, budgets, st.sampled_from([1, 3, 512]))
+def test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelled_tokens(family, seed, budget, chunk):
+    base, model, rows = tiny_model(family), adapted(family), random_rows(seed, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "DRIFT_TOKENS", chunk)
+        found = measured(budget, measure_drift, model, rows)
+    divergences = []
+    for row in rows:
+        for i, (p, q) in enumerate(zip(probabilities(base, row), probabilities(model, row), strict=True)):
+            if row.labels[i + 1 : i + 2] not in ([], [IGNORE_INDEX]):
+                divergences.append(math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert_maths(number(found.before), plain_loss(base, rows))
+    assert_maths(number(found.after), plain_loss(model, rows))
+    assert_maths(number(found.kl), number(math.fsum(divergences) / len(divergences)))
+    assert found.kl > 1e-3  # or the divergence the other way round would hardly differ
+
+
+def test_a_new_adapter_drifts_nowhere():
+    found = measure_drift(adapted(is_fresh=True), random_rows(1, 3))
+    assert found.before == found.after
+    assert found.kl == 0
+
+
+@pytest.mark.parametrize("function", [held_out_loss, measure_drift])
+def test_progress_counts_the_rows_that_are_done_up_to_all_of_them(function):
+    told = []
+    measured(20, function, adapted(), random_rows(3, 7), lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert len(told) > 1
+    assert told[-1] == (7, 7)
 
 
 # --- choices ---

@@ -16,12 +16,12 @@ import minilora as ml
 from minilora import cli
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.meter import Meter
-from minilora.inputs import load_data
+from minilora.inputs import load_data, load_general
 from minilora.run import PACKAGES, RunConfig
-from minilora.train.evaluate import evaluate, held_out_loss
+from minilora.train.evaluate import evaluate, held_out_loss, measure_drift
 from minilora.train.state import checkpoints
 from tests.models import tiny_model
-from tests.test_data import write_tokenizer
+from tests.test_data import EOS, write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 CLASSES = (RunConfig, ml.LoraConfig, ml.DataConfig, ml.TrainConfig)
@@ -35,6 +35,7 @@ SETTINGS = {
     "save_steps": 2,
     "eval_split": 0.2,
     "epochs": 2,
+    "general_data": "none",
 }
 STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch
 
@@ -56,13 +57,15 @@ def directory(tmp_path_factory):
     tokenizer = write_tokenizer(directory / "model")
     ml.save_model(tiny_model(dtype=torch.float32, vocab_size=400), directory / "model", tokenizer)
     write_rows(directory / "rows.jsonl", 23)
+    (directory / "general.jsonl").write_text('{"text": "the town by the sea"}\n{"text": "what is the capital?"}\n')
     return directory
 
 
 def words(directory, out, **changes):
     """The command line of a run."""
     flags = {"model": directory / "model", "data": directory / "rows.jsonl", "out": out, **SETTINGS, **changes}
-    return ["finetune", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None)]
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
+    return ["finetune", *(name if value is True else f"{name}={value}" for name, value in given.items())]
 
 
 def finetune(directory, out, **changes):
@@ -83,6 +86,11 @@ def contents(out, names=ADAPTER):
 
 def everything(out):
     return {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def inputs(directory, **reading):
+    tokenizer = ml.load_tokenizer(directory / "model")
+    return load_data([str(directory / "rows.jsonl")], tokenizer, ml.DataConfig(**reading), ml.TrainConfig())
 
 
 def metrics(out):
@@ -122,7 +130,7 @@ def test_metrics_have_an_object_a_step(whole, directory):
     keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"}
     assert {frozenset(record) for record in metrics(whole)} == {frozenset(keys)}
     assert steps(whole) == list(range(1, STEPS + 1))
-    data = load(directory / "rows.jsonl", directory, eval_split=0.2)
+    data = inputs(directory, eval_split=0.2)
     assert sum(record["tokens"] for record in metrics(whole)) == 2 * sum(len(row.tokens) for row in data.train)
 
 
@@ -142,7 +150,7 @@ def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_
         *("before", "after", "general", "steps", "kept_step", "tokens", "seconds", "peak_memory_bytes")
     ]
     model = ml.load_model(directory / "model")
-    data = load(directory / "rows.jsonl", directory, eval_split=0.2)
+    data = inputs(directory, eval_split=0.2)
     assert summary["before"]["loss"] == held_out_loss(model, data.test)
     ml.load_adapter(model, whole)
     assert summary["after"]["loss"] == held_out_loss(model, data.test)
@@ -330,50 +338,96 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# --- which rows are held out, and what is measured on them ---
-
-
-def load(path, directory, seed=0, **reading):
-    tokenizer = ml.load_tokenizer(directory / "model")
-    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), ml.TrainConfig(seed=seed))
-
-
-def sources(rows):
-    return [row.source for row in rows]
-
-
-@pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.2, 4), (0.5, 11), (0.99, 22)])
-def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory, share, held):
-    rows = directory / "rows.jsonl"
-    first, again, other = (load(rows, directory, seed, eval_split=share) for seed in (1, 1, 2))
-    assert len(first.test) == held
-    assert sorted(sources(first.train) + sources(first.test)) == sorted(f"{rows}:{i}" for i in range(1, 24))
-    assert sources(first.test) == sources(again.test) != sources(other.test)
-    assert first.valid == first.test
-
-
-def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path):
-    for name, count in (("train", 9), ("valid", 5), ("test", 4)):
-        write_rows(tmp_path / f"{name}.jsonl", count)
-    data = load(tmp_path, directory, eval_split=0.5)
-    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 4)
-    assert set(data.files) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
-    (tmp_path / "test.jsonl").unlink()
-    data = load(tmp_path, directory, eval_split=0.5)
-    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 5)
-
-
-def test_data_without_a_training_file_are_refused(directory, tmp_path):
-    write_rows(tmp_path / "test.jsonl", 4)
-    with pytest.raises(ml.DataError, match=r"there are no training rows; found \['test'\]"):
-        load(tmp_path, directory)
+# --- what is measured and told ---
 
 
 def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):
     model = ml.load_model(directory / "model")
-    data = load(directory / "rows.jsonl", directory, eval_split=0.5)
+    data = inputs(directory, eval_split=0.5)
     expected = evaluate(model, data.test, data.choices)
     ml.load_adapter(model, whole)
     assert expected != evaluate(model, data.test, data.choices)
     with ml.disable_adapter(model):
         assert expected == evaluate(model, data.test, data.choices)
+
+
+def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_are_told(capsys, directory, tmp_path):
+    assert finetune(directory, tmp_path / "a", general_data=directory / "general.jsonl") == 0
+    model = ml.load_model(directory / "model")
+    ml.load_adapter(model, tmp_path / "a")
+    general = load_general(str(directory / "general.jsonl"), ml.load_tokenizer(directory / "model"), ml.DataConfig())
+    drift = measure_drift(model, general)
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["general"] == dataclasses.asdict(drift)
+    line = f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}\n"
+    assert line in capsys.readouterr().out
+    assert finetune(directory, tmp_path / "b", general_data="none", max_steps=2) == 0
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["general"] is None
+    assert "general text" not in capsys.readouterr().out
+
+
+def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, tmp_path):
+    assert finetune(directory, tmp_path, eval_steps=2, max_steps=2, samples=3) == 0
+    (record,) = (record for record in metrics(tmp_path) if "eval_loss" in record)
+    data, model = inputs(directory, eval_split=0.2), ml.load_model(directory / "model")
+    ml.load_adapter(model, tmp_path)
+    prompts = [data.tokenizer.decode(example.prompt) for example in data.test[:3]]
+    assert [sample["prompt"] for sample in record["samples"]] == prompts
+    for sample, example in zip(record["samples"], data.test, strict=False):
+        (written,) = ml.generate(model, [example.prompt], 48, stop_ids=data.tokenizer.stop_ids)
+        assert sample["text"] == data.tokenizer.decode(written)
+    assert prompts[0] in capsys.readouterr().err
+
+
+def test_the_best_adapter_is_the_one_that_is_written(capsys, directory, tmp_path):
+    """What is evaluated contradicts what is learned, so that the loss rises soon."""
+    for split, choices in (("train", ("yes",)), ("valid", ("no",))):
+        write_rows(tmp_path / f"{split}.jsonl", 20, choices)
+    out = tmp_path / "out"
+    options = {
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 99,
+        "data": tmp_path,
+        "max_steps": 6,
+        "learning_rate": 0.1,
+    }
+    assert finetune(directory, out, keep="best", **options) == 0
+    losses = {record["step"]: record["eval_loss"] for record in metrics(out) if "eval_loss" in record}
+    best = min(losses, key=losses.get)
+    assert best != 6
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["kept_step"], summary["steps"], summary["after"]["loss"]) == (best, 6, losses[best])
+    assert f"the adapter of step {best} had the lowest loss" in capsys.readouterr().err
+    checkpoint = out / "checkpoints" / f"step-{best:06d}"
+    assert (out / ADAPTER[1]).read_bytes() == (checkpoint / ADAPTER[1]).read_bytes()
+
+
+def test_bad_rows_are_counted_and_the_first_five_shown_and_the_run_goes_on(capsys, directory, tmp_path):
+    rows = (directory / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows + '{"prompt": 1}\n' * 7)
+    data = {"data": tmp_path / "rows.jsonl", "max_steps": 2}
+    assert finetune(directory, tmp_path / "a", **data) == 1
+    assert "rows.jsonl:24: " in capsys.readouterr().err
+    assert finetune(directory, tmp_path / "b", **data, skip_bad_rows=True) == 0
+    told = capsys.readouterr().err
+    assert "7 training rows cannot be used and were skipped:" in told
+    assert [line.partition(": ")[0][-2:] for line in told.splitlines() if "no known shape" in line] == [
+        *("24", "25", "26", "27", "28"),
+    ]
+
+
+def test_control_tokens_in_the_text_of_rows_are_told_of(capsys, directory, tmp_path):
+    rows = (directory / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows + json.dumps({"prompt": f"a{EOS}b", "completion": " c"}) + "\n")
+    assert finetune(directory, tmp_path / "a", data=tmp_path / "rows.jsonl", max_steps=2, eval_split=0) == 0
+    assert "1 training rows have control tokens in their text, which are taken as plain text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_run_says_how_its_adapter_wants_to_be_asked(directory, tmp_path, is_chat):
+    row = {"instruction": "Say it.", "output": "It."} if is_chat else {"prompt": "a", "completion": " b"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    assert finetune(directory, tmp_path / "out", data=tmp_path / "rows.jsonl", max_steps=1) == 0
+    prompts = json.loads((tmp_path / "out" / "run.json").read_text())["prompts"]
+    assert prompts == ("template" if is_chat else "plain")
+    assert (tmp_path / "out" / "chat_template.jinja").exists() == is_chat

@@ -75,7 +75,7 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
 def measure_drift(model: Llama, examples: Sequence[Example], progress: Progress | None = None) -> Drift:
     """What the active adapters cost on text that they were not made for: the base p, the model as it is q.
 
-    kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32.
+    kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
     """
     device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
@@ -87,8 +87,8 @@ def measure_drift(model: Llama, examples: Sequence[Example], progress: Progress 
             hidden = model.model(batch.tokens, batch.lengths)
             for chunk in (batch.targets != ops.IGNORE_INDEX).nonzero().squeeze(-1).split(DRIFT_TOKENS):
                 with disable_adapter(model):
-                    log_p = model.lm_head(base[chunk]).float().log_softmax(-1)
-                log_q = model.lm_head(hidden[chunk]).float().log_softmax(-1)
+                    log_p = _log_probabilities(model.lm_head(base[chunk]))
+                log_q = _log_probabilities(model.lm_head(hidden[chunk]))
                 targets = batch.targets[chunk].unsqueeze(-1)
                 before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
                 kl = (log_p.exp() * (log_p - log_q)).sum()
@@ -142,7 +142,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
     hidden = iter(model.model(tokens, lengths).split(lengths))
     for prompt in prompts:
         states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
-        logs = {stem: model.lm_head(state).float().log_softmax(-1).cpu() for stem, state in states.items()}
+        logs = {stem: _log_probabilities(model.lm_head(state)).cpu() for stem, state in states.items()}
         yield [sum(logs[answer[:-1]][j, token].item() for j, token in enumerate(answer)) for answer in answers]
 
 
@@ -166,6 +166,10 @@ def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example
         {"prompt": tokenizer.decode(example.prompt), "text": tokenizer.decode(tokens)}
         for example, tokens in zip(asked, written, strict=True)
     ]
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _groups(examples: Sequence[Example], copies: int = 1) -> Iterator[list[int]]:

@@ -1,0 +1,100 @@
+import hashlib
+import json
+
+import pytest
+
+import minilora as ml
+from minilora.inputs import load_data, load_general
+from minilora.storage import ASSETS, BUILTIN
+from tests.test_data import CHATML, CLOSE, write_tokenizer
+from tests.test_run import write_rows
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory with a tokenizer and a file of rows."""
+    directory = tmp_path_factory.mktemp("inputs")
+    write_tokenizer(directory / "model")
+    write_rows(directory / "rows.jsonl", 23)
+    return directory
+
+
+def load(path, directory, seed=0, training=None, **reading):
+    tokenizer = ml.load_tokenizer(directory / "model")
+    training = ml.TrainConfig(seed=seed, **(training or {}))
+    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), training)
+
+
+def sources(rows):
+    return [row.source for row in rows]
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.2, 4), (0.5, 11), (0.99, 22)])
+def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory, share, held):
+    rows = directory / "rows.jsonl"
+    first, again, other = (load(rows, directory, seed, eval_split=share) for seed in (1, 1, 2))
+    assert len(first.test) == held
+    assert sorted(sources(first.train) + sources(first.test)) == sorted(f"{rows}:{i}" for i in range(1, 24))
+    assert sources(first.test) == sources(again.test) != sources(other.test)
+    assert first.valid == first.test
+
+
+def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path):
+    for name, count in (("train", 9), ("valid", 5), ("test", 4)):
+        write_rows(tmp_path / f"{name}.jsonl", count)
+    data = load(tmp_path, directory, eval_split=0.5)
+    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 4)
+    assert set(data.files) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
+    (tmp_path / "test.jsonl").unlink()
+    data = load(tmp_path, directory, eval_split=0.5)
+    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 5)
+
+
+def test_data_without_a_training_file_are_refused(directory, tmp_path):
+    write_rows(tmp_path / "test.jsonl", 4)
+    with pytest.raises(ml.DataError, match=r"there are no training rows; found \['test'\]"):
+        load(tmp_path, directory)
+
+
+@pytest.mark.parametrize("training", [{"keep": "best"}, {"early_stopping": 2}])
+def test_a_run_that_chooses_by_evaluations_does_not_choose_by_the_rows_it_is_judged_by(directory, tmp_path, training):
+    data = load(directory / "rows.jsonl", directory, training={"eval_steps": 1, **training}, eval_split=0.2)
+    assert (len(data.test), len(data.valid), len(data.train)) == (4, 3, 16)
+    assert len({*sources(data.test), *sources(data.valid), *sources(data.train)}) == 23
+    for name, count in (("train", 10), ("test", 4)):
+        write_rows(tmp_path / f"{name}.jsonl", count)
+    data = load(tmp_path, directory, training={"eval_steps": 1, **training}, eval_split=0.2)
+    assert (len(data.test), len(data.valid), len(data.train)) == (4, 2, 8)
+
+
+def test_several_files_are_joined_and_each_is_named_with_its_digest(directory, tmp_path):
+    first, second = write_rows(tmp_path / "a.jsonl", 3), write_rows(tmp_path / "b.jsonl", 4)
+    tokenizer = ml.load_tokenizer(directory / "model")
+    data = load_data([str(first), str(second)], tokenizer, ml.DataConfig(eval_split=0), ml.TrainConfig())
+    assert len(data.train) == 7
+    assert data.files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)}
+    (tmp_path / "other").mkdir()
+    same = write_rows(tmp_path / "other" / "a.jsonl", 2)
+    data = load_data([str(first), str(same)], tokenizer, ml.DataConfig(eval_split=0), ml.TrainConfig())
+    assert set(data.files) == {str(first), str(same)}
+
+
+def test_of_general_text_every_token_is_predicted_whatever_is_learned_of_the_rows(directory):
+    tokenizer = ml.load_tokenizer(directory / "model")
+    reading = ml.DataConfig(train_on="completion", system="Be brief.", text_field="body")
+    rows = [json.loads(line)["text"] for line in (ASSETS / "data" / "general.jsonl").read_text().splitlines()]
+    found = load_general(BUILTIN, tokenizer, reading)
+    assert [example.tokens for example in found] == [[*tokenizer.encode(row), tokenizer.eos_id] for row in rows]
+    assert all(example.labels == example.tokens for example in found)
+    assert not load_general("none", tokenizer, reading)
+
+
+def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(directory, tmp_path):
+    row = {"instruction": "Say it.", "output": "It."}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    tokenizer = load(tmp_path / "rows.jsonl", directory).tokenizer
+    assert "### Instruction:\nSay it." in tokenizer.render([{"role": "user", "content": "Say it."}])
+    assert load(directory / "rows.jsonl", directory).tokenizer.template is None
+    chat = write_tokenizer(tmp_path / "chat", template=CHATML, eos=CLOSE)
+    data = load_data([str(tmp_path / "rows.jsonl")], chat, ml.DataConfig(), ml.TrainConfig())
+    assert data.tokenizer.template.source == CHATML
