@@ -379,24 +379,18 @@ def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, t
 
 
 def test_the_best_adapter_is_the_one_that_is_written(capsys, directory, tmp_path):
-    """What is evaluated contradicts what is learned, so that the loss rises soon."""
-    for split, choices in (("train", ("yes",)), ("valid", ("no",))):
+    """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
+    for split, choices in (("train", ("yes",)), ("valid", ("no the sea",))):
         write_rows(tmp_path / f"{split}.jsonl", 20, choices)
     out = tmp_path / "out"
-    options = {
-        "eval_steps": 1,
-        "save_steps": 1,
-        "save_total_limit": 99,
-        "data": tmp_path,
-        "max_steps": 6,
-        "learning_rate": 0.1,
-    }
+    options = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 99, "data": tmp_path, "max_steps": 10}
+    options |= {"learning_rate": 0.1, "lr_scheduler": "constant", "lora_dropout": 0}
     assert finetune(directory, out, keep="best", **options) == 0
     losses = {record["step"]: record["eval_loss"] for record in metrics(out) if "eval_loss" in record}
     best = min(losses, key=losses.get)
-    assert best != 6
+    assert best != 10
     summary = json.loads((out / "summary.json").read_text())
-    assert (summary["kept_step"], summary["steps"], summary["after"]["loss"]) == (best, 6, losses[best])
+    assert (summary["kept_step"], summary["steps"], summary["after"]["loss"]) == (best, 10, losses[best])
     assert f"the adapter of step {best} had the lowest loss" in capsys.readouterr().err
     checkpoint = out / "checkpoints" / f"step-{best:06d}"
     assert (out / ADAPTER[1]).read_bytes() == (checkpoint / ADAPTER[1]).read_bytes()
