@@ -382,39 +382,6 @@ def test_rows_that_were_cut_are_counted_on_stderr(directory, tmp_path, capsys, m
     assert f"{cut} training rows were cut to --max-length" in capsys.readouterr().err
 
 
-# --- generate ---
-
-
-def written(directory, prompt, adapter=None, model="model", is_chat=False, **settings):
-    loaded, tokenizer = ml.load_model(directory / model), ml.load_tokenizer(directory / model)
-    if adapter:
-        ml.load_adapter(loaded, directory / adapter)
-    ids = tokenizer.encode(prompt, add_special_tokens=not is_chat)
-    return tokenizer.decode(ml.generate(loaded, [ids], stop_ids=tokenizer.stop_ids, **settings)[0])
-
-
-def test_generate_writes_what_the_library_does(directory, command):
-    assert command("generate", "--model=model", "--prompt=the cat") == written(directory, "the cat") + "\n"
-    sampled = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 50, "top_p": 0.9, "seed": 3}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampled.items()]
-    assert command("generate", "--model=model", "--prompt=the", *flags) == written(directory, "the", **sampled) + "\n"
-
-
-def test_generate_finds_the_base_model_that_the_adapter_names_and_compares_with_it(directory, command):
-    base, ours = (written(directory, "the sea", adapter, max_new_tokens=8) for adapter in (None, "adapter1"))
-    assert base != ours
-    words = ("generate", f"--adapter={directory / 'adapter1'}", "--prompt=the sea", "--max_new_tokens=8")
-    assert command(*words) == ours + "\n"
-    assert command(*words, "--compare-base") == f"--- base\n{base}\n--- with {directory / 'adapter1'}\n{ours}\n"
-
-
-def test_a_prompt_is_a_users_turn_where_there_is_a_chat_template_unless_it_is_raw(directory, command):
-    asked = ml.load_tokenizer(directory / "chat").render([{"role": "user", "content": "the sea"}], True)
-    words = ("generate", "--model=chat", "--prompt=the sea")
-    assert command(*words) == written(directory, asked, model="chat", is_chat=True) + "\n"
-    assert command(*words, "--raw") == written(directory, "the sea", model="chat") + "\n"
-
-
 # --- merge ---
 
 

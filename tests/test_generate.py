@@ -1,5 +1,7 @@
 """Generation: greedy and sampled, with a cache and without."""
 
+import math
+import re
 from itertools import accumulate
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.model.generate import pick
+from minilora.model.generate import penalize, probabilities
 from tests.models import FAMILIES, SIZES, randn, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
@@ -105,26 +107,62 @@ sampling = given(
 
 @sampling
 def test_what_is_drawn_from_is_the_softmax_of_what_top_k_and_top_p_allow(seed, temperature, top_p, top_k):
-    logits, seen = randn(seed, 4, 9, dtype=torch.float32), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", lambda shares, n, generator: (seen.append(shares), shares[:, :n])[1])
-        pick(logits, temperature, top_p, top_k, torch.Generator())
-    (drawn_from,) = seen
+    logits = randn(seed, 4, 9)
     expected = torch.stack([allowed_probabilities(row, temperature, top_p, top_k) for row in logits])
-    assert torch.equal(drawn_from > 0, expected > 0)
-    plain = (logits / temperature).masked_fill(expected == 0, -torch.inf).softmax(-1)
-    assert_precision(drawn_from, plain, expected)
+    assert_maths(probabilities(logits, temperature, top_p, top_k), expected)
+
+
+class Even(torch.nn.Module):
+    """A head whose logits are the same for every token."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.row = row
+
+    def forward(self, hidden):
+        return self.row.expand(len(hidden), -1)
 
 
 @few
 @sampling
 def test_every_allowed_token_and_no_other_is_drawn(seed, temperature, top_p, top_k):
-    row, n = randn(seed, 5, dtype=torch.float32), 20_000
+    row, n, model = randn(seed, 5), 3_000, tiny_model(vocab_size=5, num_hidden_layers=1)
+    model.lm_head = Even(row)
     expected = allowed_probabilities(row, temperature, top_p, top_k)
-    drawn = pick(row.expand(n, -1), temperature, top_p, top_k, torch.Generator().manual_seed(seed))
-    shares = drawn.bincount(minlength=5) / n
+    rows = ml.generate(model, [[0]] * 100, n // 100, temperature, top_p, top_k, seed=seed)
+    shares = torch.tensor(rows).flatten().bincount(minlength=5) / n
     assert torch.equal(shares[expected == 0], torch.zeros(int((expected == 0).sum())))
     assert ((shares - expected).abs() <= 6 * (expected * (1 - expected) / n).sqrt()).all()  # six sigma
+
+
+@few
+@given(seeds, prompt_lengths, st.booleans(), st.data())
+def test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed(seed, lengths, use_cache, data):
+    model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
+    settings = {
+        "temperature": data.draw(st.sampled_from([0.0, 0.7, 2.0])),
+        "top_p": data.draw(st.sampled_from([0.9, 1.0])),
+        "top_k": data.draw(st.sampled_from([0, 9])),
+        "repetition_penalty": data.draw(st.sampled_from([1.0, 1.5])),
+        "stop_ids": data.draw(st.sets(st.integers(0, V - 1), max_size=9)),
+        "use_cache": use_cache,
+    }
+    alone = [ml.generate(model, [prompt], NEW, seed=seed + i, **settings)[0] for i, prompt in enumerate(prompts)]
+    assert ml.generate(model, prompts, NEW, seed=seed, **settings) == alone
+
+
+def test_equal_prompts_of_a_batch_are_continued_in_different_ways():
+    one, other = ml.generate(tiny_model(), [[1, 2]] * 2, NEW, temperature=2.0)
+    assert one != other
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_a_temperature_next_to_zero_is_greedy(temperature):
+    model, prompts = tiny_model(), [[1, 2], [3]]
+    assert ml.generate(model, prompts, 8, temperature=temperature) == ml.generate(model, prompts, 8)
+    assert torch.equal(
+        probabilities(torch.tensor([[1.0, 1.0, 0.0]]), temperature, 1.0, 0), torch.tensor([[0.5, 0.5, 0]]).double()
+    )
 
 
 @few
@@ -154,16 +192,101 @@ def test_a_temperature_divides_the_logits(seed):
     assert_maths(cold, warm.square() / warm.square().sum())
 
 
+# --- repetition ---
+
+
+@given(seeds, st.sampled_from([0.5, 1.2, 7.0]), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_a_token_of_the_text_so_far_is_divided_by_the_penalty_or_multiplied_if_negative(seed, penalty, dtype):
+    logits, documents = randn(seed, 3, 7, dtype=dtype), token_ids(seed, 3, 4, high=7).tolist()
+    expected = logits.double().clone()
+    for row, document in enumerate(documents):
+        for token in set(document):
+            expected[row, token] *= penalty if expected[row, token] < 0 else 1 / penalty
+    found = penalize(logits, documents, penalty)
+    plain = torch.where(expected == logits, logits.float(), expected.float())
+    (assert_maths(found, expected) if dtype == torch.float64 else assert_precision(found, plain, expected))
+
+
+@few
+@given(seeds, prompt_lengths, st.sampled_from([0.5, 1.3, 7.0]), st.booleans())
+def test_prompt_and_written_tokens_are_penalized(seed, lengths, penalty, use_cache):
+    model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
+    written = ml.generate(model, prompts, 8, repetition_penalty=penalty, use_cache=use_cache)
+    for prompt, new in zip(prompts, written, strict=True):
+        for n, token in enumerate(new):
+            text = prompt + new[:n]
+            assert token == penalize(model(torch.tensor([text]))[:, -1], [text], penalty).argmax()
+
+
+# --- as it is written ---
+
+
+@few
+@given(seeds, prompt_lengths, st.sets(st.integers(0, V - 1), max_size=9))
+def test_every_written_token_is_told_in_order(seed, lengths, stop_ids):
+    model, prompts, told = tiny_model("llama", seed), prompts_of(seed, lengths), []
+    written = ml.generate(model, prompts, 8, stop_ids=stop_ids, on_token=lambda *pair: told.append(pair))
+    assert [[token for row, token in told if row == i] for i in range(len(prompts))] == written
+    steps = [sum(row == pair[0] for pair in told[:i]) for i, (row, _) in enumerate(told)]
+    assert steps == sorted(steps)  # a token of every row, then the next of every row
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-dynamic"])
+@few
+@given(seeds, st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=3), st.booleans())
+def test_who_is_told_can_end_a_row_and_no_other(family, seed, rows, use_cache):
+    model, prompts = tiny_model(family, seed), prompts_of(seed, [length for length, _ in rows])
+    left = [end for _, end in rows]
+
+    def count_down(row, token):
+        left[row] -= 1
+        return left[row] == 0
+
+    free = ml.generate(model, prompts, NEW)
+    ended = ml.generate(model, prompts, NEW, use_cache=use_cache, on_token=count_down)
+    assert ended == [new[:end] for new, (_, end) in zip(free, rows, strict=True)]
+
+
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}]
-)
-def test_numbers_that_cannot_work_are_refused_by_name(wrong):
-    (name, value) = next(iter(wrong.items()))
-    with pytest.raises(ConfigError, match=f"{name} {value}"):
-        ml.generate(tiny_model(), [[1]], **wrong)
+WRONG = {
+    "max_new_tokens": [0, 2.5],
+    "temperature": [-0.1, math.nan, math.inf],
+    "top_p": [0.0, 1.1, math.nan],
+    "top_k": [-1, 2.5],
+    "repetition_penalty": [0.0, -1.0, math.nan, 1e-40, 1e40],
+    "seed": [-1, 2**63, 0.5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_numbers_that_cannot_work_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=re.escape(f"{name} {value}, need")):
+        ml.generate(tiny_model(), [[1]], **{name: value})
+
+
+def test_all_wrong_numbers_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"top_p 0.*; top_k -1"):
+        ml.generate(tiny_model(), [[1]], top_p=0, top_k=-1)
+
+
+@pytest.mark.parametrize("fine", [{"seed": 2**63 - 1}, {"top_k": 10**30}, {"top_p": 5e-324}, {"temperature": 1e300}])
+def test_extreme_numbers_that_have_a_meaning_work(fine):
+    (new,) = ml.generate(tiny_model(), [[1]], 4, **{"temperature": 1.0, **fine})
+    assert len(new) == 4
+
+
+@pytest.mark.parametrize("token", [-1, V, 2**40])
+def test_a_token_that_the_model_does_not_have_is_refused_by_name(token):
+    with pytest.raises(ShapeError, match=f"prompt 1 holds token {token}; the model has tokens 0 to {V - 1}"):
+        ml.generate(tiny_model(), [[1], [2, token]])
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (1, 2, 3)])
+def test_a_tensor_that_is_no_batch_is_refused(shape):
+    with pytest.raises(ShapeError, match=re.escape(f"found {shape}")):
+        ml.generate(tiny_model(), torch.zeros(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []], torch.zeros(2, 0, dtype=torch.long)])
@@ -172,9 +295,10 @@ def test_an_empty_prompt_is_refused(prompts):
         ml.generate(tiny_model(), prompts)
 
 
-def test_a_model_that_computes_nan_is_not_taken_at_its_word():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_computes_nan_or_infinity_is_not_taken_at_its_word(value):
     model = tiny_model()
     with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
-    with pytest.raises(ml.TrainingError, match="NaN"):
+        model.model.norm.weight[0] = value
+    with pytest.raises(ml.TrainingError, match="NaN or infinity"):
         ml.generate(model, [[1, 2]], max_new_tokens=1)

@@ -1,0 +1,374 @@
+"""minilora generate: where prompts come from, and what is printed."""
+
+import io
+import json
+import shutil
+import sys
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora import cli
+from minilora.cli.columns import cells, columns, wrap
+from minilora.cli.prompts import encode_prompt
+from minilora.train.rows import Row
+from tests.models import randomize_adapters_, tiny_model
+from tests.test_data import BOS, CHATML, CLOSE, OPEN, write_tokenizer
+
+
+def make_models(directory):
+    """Two models, one with a chat template, and an adapter of each."""
+    for name, options in (("model", {}), ("chat", {"template": CHATML, "eos": CLOSE, "post": "bos"})):
+        tokenizer = write_tokenizer(directory / name, **options)
+        model = tiny_model(dtype=torch.float32, vocab_size=400, max_position_embeddings=256)
+        ml.save_model(model, directory / name, tokenizer)
+        model = ml.load_model(directory / name)
+        ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
+        randomize_adapters_(model)
+        ml.save_adapter(model, directory / f"{name}-adapter")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture
+def command(directory, capsys, monkeypatch):
+    """Run the command among the models, with a text on standard input; what it prints. It must succeed, quietly."""
+    monkeypatch.chdir(directory)
+
+    def run(*words, stdin=None, model="model"):
+        typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin or b"")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+        found = cli.main(["generate", f"--model={model}", "--max-new-tokens=8", *map(str, words)])
+        out, err = capsys.readouterr()
+        assert (found, err) == (0, "")
+        return out
+
+    return run
+
+
+@pytest.fixture
+def refused(directory, capsys, monkeypatch):
+    """Run the command, which must refuse in one line; that line."""
+    monkeypatch.chdir(directory)
+
+    def run(*words, model="model"):
+        assert cli.main(["generate", f"--model={model}", *map(str, words)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+def written(directory, asked, adapter=None, model="model", **settings):
+    """What the library writes after a text, or after messages."""
+    loaded, tokenizer = ml.load_model(directory / model), ml.load_tokenizer(directory / model)
+    if adapter:
+        ml.load_adapter(loaded, directory / adapter)
+    is_text = isinstance(asked, str)
+    ids = tokenizer.encode(asked) if is_text else tokenizer.encode_chat(asked, add_generation_prompt=True)
+    settings = {"max_new_tokens": 8, **settings}
+    return tokenizer.decode(ml.generate(loaded, [ids], stop_ids=tokenizer.stop_ids, **settings)[0])
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def rows_of(output):
+    return [json.loads(line) for line in output.splitlines()]
+
+
+# --- one prompt ---
+
+
+def test_one_prompt_is_continued_as_the_library_does(directory, command):
+    assert command("--prompt=the cat") == written(directory, "the cat") + "\n"
+    sampled = {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 3}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampled.items()]
+    assert command("--prompt=the", *flags) == written(directory, "the", **sampled) + "\n"
+    assert command("--prompt=the", "--max_new_tokens=3") == written(directory, "the", max_new_tokens=3) + "\n"
+
+
+def test_a_prompt_is_a_users_turn_where_there_is_a_chat_template_unless_it_is_raw(directory, command):
+    assert command("--prompt=the sea", model="chat") == written(directory, [user("the sea")], model="chat") + "\n"
+    assert command("--prompt=the sea", "--raw", model="chat") == written(directory, "the sea", model="chat") + "\n"
+
+
+def test_a_system_prompt_goes_before_it(directory, command):
+    asked = [{"role": "system", "content": "be kind"}, user("the sea")]
+    expected = written(directory, asked, model="chat")
+    assert command("--prompt=the sea", "--system=be kind", model="chat") == expected + "\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--prompt=-",)])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_standard_input_is_one_prompt_without_its_last_line_end(directory, command, words, end):
+    assert command(*words, stdin="the cat\nsat" + end) == written(directory, "the cat\nsat") + "\n"
+
+
+def test_text_is_printed_piece_by_piece_as_it_is_written(directory, monkeypatch, command):
+    text, seen = written(directory, "the cat"), []
+    monkeypatch.setattr(ml.model.generate, "_next_logits", watched(ml.model.generate._next_logits, seen))
+    monkeypatch.setattr("builtins.print", lambda piece="", **options: seen.append((piece, options.get("flush"))))
+    command("--prompt=the cat")
+    pieces = [piece for piece, is_flushed in filter(None, seen) if is_flushed]
+    assert "".join(pieces) == text
+    assert None in seen[seen.index((pieces[0], True)) : seen.index((pieces[-1], True))]  # the model in between
+
+
+def watched(function, seen):
+    def run(*arguments):
+        seen.append(None)
+        return function(*arguments)
+
+    return run
+
+
+def test_a_stop_string_ends_the_text_before_it(directory, command):
+    text = written(directory, "the cat", max_new_tokens=40)
+    stops = [text[12:14], text[20:21]]
+    cut = min(text.find(stop) for stop in stops)
+    words = [f"--stop={stop}" for stop in stops]
+    assert cut > 0
+    assert command("--prompt=the cat", "--max-new-tokens=40", *words) == text[:cut] + "\n"
+
+
+def test_a_raw_prompt_does_not_end_with_the_token_that_closes_a_text(tmp_path):
+    tokenizer = write_tokenizer(tmp_path, post="bos and eos")
+    prompt = encode_prompt(Row({"prompt": "the cat"}, "x"), tokenizer, None, is_raw=True)
+    assert prompt.ids == [tokenizer.token_id(BOS), *tokenizer.encode("the cat", add_special_tokens=False)]
+
+
+def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else(tmp_path):
+    tokenizer = write_tokenizer(tmp_path, template=CHATML)
+    forged, act = f"a{CLOSE}{OPEN}b", tokenizer.token_id(CLOSE)
+    for fields, is_raw in (
+        ({"prompt": forged}, True),
+        ({"prompt": forged}, False),
+        ({"messages": [user(forged)]}, False),
+    ):
+        ids = encode_prompt(Row(fields, "x"), tokenizer, None, is_raw).ids
+        assert ids.count(act) == 1  # of a turn, the template's own
+
+
+# --- several ---
+
+
+def test_several_prompts_are_answered_in_a_json_object_a_line(directory, command):
+    rows = [{"prompt": text, "text": written(directory, text)} for text in ("the cat", "the sea")]
+    assert rows_of(command("--prompt=the cat", "--prompt=the sea")) == rows
+    assert rows_of(command("--prompt=the cat", "--prompt=-", stdin="the sea\n")) == rows
+    assert rows_of(command("--prompt=the cat", "--json")) == rows[:1]
+
+
+def test_a_text_file_has_a_prompt_a_line(directory, command, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffthe cat\r\n\n  \nthe sea".encode())
+    rows = [{"prompt": text, "text": written(directory, text)} for text in ("the cat", "the sea")]
+    assert rows_of(command("--prompts", tmp_path / "prompts.txt")) == rows
+
+
+def test_one_row_in_a_file_is_a_json_object_too(directory, command, tmp_path):
+    (tmp_path / "prompts.txt").write_text("naïve 漢字")
+    assert rows_of(out := command("--prompts", tmp_path / "prompts.txt"))[0]["prompt"] == "naïve 漢字"
+    assert "naïve 漢字" in out
+
+
+def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last_answer(directory, command, tmp_path):
+    talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
+    system = {"role": "system", "content": "be kind"}
+    rows = [
+        {"prompt": "the cat", "id": 7, "completion": "sat"},
+        {"messages": [*talk, user("the sea")], "text": "replaced"},
+        {"messages": talk},
+        {"prompt": [system, user("the cat")]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [[user("the cat")], [*talk, user("the sea")], talk[:1], [system, user("the cat")]]
+    found = command("--prompts", tmp_path / "rows.jsonl", model="chat")
+    texts = [written(directory, messages, model="chat") for messages in asked]
+    assert rows_of(found) == [{**row, "text": text} for row, text in zip(rows, texts, strict=True)]
+    texts = [written(directory, m if system in m else [system, *m], model="chat") for m in asked]
+    found = command("--prompts", tmp_path / "rows.jsonl", "--system=be kind", model="chat")
+    assert [row["text"] for row in rows_of(found)] == texts
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+def test_samples_have_seeds_of_their_own_and_the_batch_size_changes_nothing(directory, command, size):
+    sampled = ("--temperature=1.5", "--seed=4", "--samples=2", f"--batch-size={size}")
+    found = rows_of(command("--prompt=the cat", "--prompt=the sea", *sampled))
+    asked = [("the cat", 1), ("the cat", 2), ("the sea", 1), ("the sea", 2)]
+    assert found == [
+        {"prompt": text, "sample": sample, "text": written(directory, text, temperature=1.5, seed=4 + i)}
+        for i, (text, sample) in enumerate(asked)
+    ]
+
+
+def test_samples_of_one_prompt_stand_under_their_numbers(directory, command):
+    one, other = (written(directory, "the cat", temperature=1.5, seed=seed) for seed in (4, 5))
+    found = command("--prompt=the cat", "--temperature=1.5", "--seed=4", "--samples=2")
+    assert found == f"--- sample 1 of 2\n{one}\n--- sample 2 of 2\n{other}\n"
+
+
+# --- beside the base model ---
+
+
+def test_the_base_model_is_found_by_the_adapter_and_compared_with_it_side_by_side(directory, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    adapter = directory / "model-adapter"
+    base, ours = (written(directory, "the sea", name) for name in (None, "model-adapter"))
+    assert base != ours
+    words = (f"--adapter={adapter}", "--prompt=the sea")
+    assert command(*words, model="") == ours + "\n"
+    found = command(*words, "--compare-base", model="")
+    assert found == columns(base, ours, ("base", str(adapter)), 60) + "\n"
+    row = {"prompt": "the sea", "base": base, "text": ours}
+    assert rows_of(command(*words, "--compare-base", "--json")) == [row]
+
+
+def test_a_model_is_asked_by_the_template_that_lies_beside_its_adapter(directory, command, tmp_path):
+    shutil.copytree(directory / "model-adapter", tmp_path / "run")
+    (tmp_path / "run" / "chat_template.jinja").write_text("Q: {{ messages[0].content }} A:")
+    expected = written(directory, "Q: the sea A:", "model-adapter")
+    assert command(f"--adapter={tmp_path / 'run'}", "--prompt=the sea") == expected + "\n"
+
+
+texts = st.text(st.sampled_from("ab 漢🙂\u0301\n\t\x1b\u200d"), max_size=60)
+
+
+@given(texts, st.integers(2, 30))
+@example("word " * 9, 9)
+@example("    indented words", 9)
+@example("x" * 30, 9)
+def test_wrapped_lines_fit_and_lose_nothing_but_white_space(text, width):
+    lines = wrap(text, width)
+    assert all(cells(line) <= width for line in lines)
+    kept = [c for c in text if not c.isspace() and c not in "\x1b\u200d"]
+    assert [c for line in lines for c in line if not c.isspace()] == kept
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=9), min_size=1, max_size=20), st.integers(9, 30))
+def test_words_are_whole_and_lines_are_full(words, width):
+    lines = wrap(" ".join(words), width)
+    assert " ".join(lines).split() == words
+    for line, following in pairwise(lines):
+        assert len(line) + 1 + len(following.split()[0]) > width
+
+
+def test_lines_and_indentation_of_a_text_stay():
+    assert wrap("def f():\n\tpass\n\nmore words", 9) == ["def f():", "    pass", "", "more", "words"]
+
+
+@given(texts, texts, st.integers(8, 120))
+def test_columns_are_aligned_and_fit(left, right, width):
+    lines = columns(left, right, ("base", "a/very/long/path/of/an/adapter"), width).splitlines()
+    assert all(cells(line) <= width for line in lines)
+    places = {cells(line[: line.index(bar)]) for line in lines for bar in "│┼" if bar in line}
+    assert len(places) == 1
+    for side, text in enumerate((left, right)):
+        shown = [line.split("│")[side].strip() for line in lines[2:]]
+        assert [line for line in shown if line] == [
+            line.strip() for line in wrap(text.strip(), (width - 3) // 2) if line.strip()
+        ]
+
+
+def test_the_end_of_a_title_is_what_is_shown_of_it():
+    assert columns("a", "b", ("base", "a/path/to/run"), 15).splitlines()[0] == "base   │ …o/run"
+
+
+def test_columns_look_like_this():
+    assert columns("the cat sat on the mat", "漢字 the end", ("base", "path/to/run"), 25).splitlines() == [
+        "base        │ path/to/run",
+        "────────────┼────────────",
+        "the cat sat │ 漢字 the",
+        "on the mat  │ end",
+    ]
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--prompt="], "--prompt: the prompt is empty"),
+        (["--prompt=a", "--samples=0"], "--samples 0, need at least 1"),
+        (["--prompt=a", "--batch-size=-1"], "--batch-size -1, need at least 1"),
+        (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
+        (["--prompt=a", "--system=b"], "the model has none"),
+        (["--prompt=a", "--system=b", "--raw"], "which --raw leaves out"),
+        (["--prompt=-", "--prompt=-"], "standard input can be one prompt"),
+        (["--prompt=a", "--stop="], "a stop string is empty"),
+        (["--prompt=a", "--temperature=nan"], "temperature nan"),
+        (["--prompt=a", "--top-p=2"], "top_p 2.0"),
+        (["--prompt=\udcff"], r"'\udcff'"),
+        (["--prompts=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(refused, words, phrase):
+    assert phrase in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "phrase"),
+    [
+        ("rows.jsonl", '{"prompt": "a"}\n{"question": "b"}', "rows.jsonl:2: need `prompt`, text or messages, or"),
+        ("rows.jsonl", '{"prompt": "a"}\n5', "rows.jsonl:2: found 5, need a JSON object"),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": 5}]}', "rows.jsonl:1: message 0: found"),
+        ("rows.jsonl", '{"prompt": ["a"]}', "rows.jsonl:1: message 0: found 'a', need an object"),
+        ("rows.jsonl", '{"messages": []}', "rows.jsonl:1: a conversation needs at least one message"),
+        ("rows.jsonl", '{"prompt": "\\ud800"}', r"rows.jsonl:1: the text holds '\ud800'"),
+        ("rows.txt", "\n", "rows.txt: there are no prompts"),
+        ("rows.txt", b"\xff", "rows.txt: byte 0 is not UTF-8"),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path, name, content, phrase):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert phrase in refused("--prompts", tmp_path / name, model="chat")
+
+
+def test_messages_need_a_template(refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
+    assert "rows.jsonl:1: the model has no chat template" in refused("--prompts", tmp_path / "rows.jsonl")
+    assert "--raw leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")
+
+
+def test_a_terminal_is_not_waited_for(refused, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert "give --prompt TEXT, --prompts FILE" in refused()
+
+
+def test_standard_input_that_is_not_utf_8_is_told(refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert "standard input: 0xff is not UTF-8" in refused()
+
+
+def test_a_file_and_prompts_do_not_go_together(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--prompt=a", "--prompts=b"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_text_and_the_command(directory, monkeypatch, capsys):
+    monkeypatch.chdir(directory)
+    calls = accumulate([1] * 9)
+
+    def interrupted(*arguments, function=ml.model.generate._next_logits):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(ml.model.generate, "_next_logits", interrupted)
+    assert cli.main(["generate", "--model=model", "--prompt=the cat"]) == 130
+    out, err = capsys.readouterr()
+    assert written(directory, "the cat", max_new_tokens=3).startswith(out.removesuffix("\n"))
+    assert err == ""

@@ -1,0 +1,146 @@
+"""Text token by token: what was shown is never taken back, and nothing is left out."""
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import minilora as ml
+from minilora.model import text as module
+from minilora.model.text import TextStream
+
+CORPUS = ["the cat sat on the mat, naïve café\n\n  two  spaces", "漢字 🙂🙂 e\u0301 don't . do n't"] * 3
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def llama():
+    """Bytes where a character has no token; the space before the first word is written and taken off again."""
+    pieces = ["▁", "▁▁", "a", "b", "▁a", "▁the", "é", "\ufffd", "\n"]
+    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    model = models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def byte_level():
+    return trained(
+        models.BPE(),
+        trainers.BpeTrainer,
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+        vocab_size=330,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+
+
+def metaspace():
+    return trained(
+        models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace(), decoders.Metaspace(), unk_token="<unk>"
+    )
+
+
+def word_piece():
+    return trained(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer,
+        pre_tokenizers.Whitespace(),
+        decoders.WordPiece(),
+    )
+
+
+def trained(model, trainer, pre_tokenizer, decoder, vocab_size=80, **options):
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    backend.train_from_iterator(
+        CORPUS, trainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False, **options)
+    )
+    return backend
+
+
+KINDS = {"llama": llama, "byte-level": byte_level, "metaspace": metaspace, "word piece": word_piece}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    directory, found = tmp_path_factory.mktemp("tokenizers"), {}
+    for kind, make in KINDS.items():
+        backend = make()
+        backend.add_special_tokens(SPECIAL)
+        (directory / kind).mkdir()
+        backend.save(str(directory / kind / "tokenizer.json"))
+        found[kind] = ml.load_tokenizer(directory / kind)
+    return found
+
+
+def cut(text, stops):
+    """The text before the first stop string, by trying all places."""
+    return next((text[:i] for i in range(len(text)) if any(text[i:].startswith(stop) for stop in stops)), text)
+
+
+def shown(tokenizer, tokens, stops=()):
+    """What was shown after each token, and at the end."""
+    stream = TextStream(tokenizer, stops)
+    return [*map(stream.add, tokens), stream.finish()], stream.is_stopped
+
+
+@st.composite
+def tokens_and_stops(draw, tokenizer):
+    """Any tokens, often the same few; stop strings that are mostly from their text."""
+    pool = draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=6))
+    tokens = draw(st.lists(st.sampled_from(pool) | st.integers(0, len(tokenizer) - 1), max_size=30))
+    text = tokenizer.decode(tokens)
+    parts = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 5)).map(lambda p: text[p[0] : sum(p)])
+    return tokens, draw(st.lists((parts | st.just("zq")).filter(bool), max_size=3))
+
+
+@each_kind
+@settings(max_examples=200)
+@given(st.data(), st.sampled_from([(64, 8), (1, 1), (3, 2)]))
+def test_all_that_is_shown_is_the_text_of_all_tokens_before_the_first_stop_string(loaded, kind, data, sizes):
+    tokenizer = loaded[kind]
+    tokens, stops = data.draw(tokens_and_stops(tokenizer))
+    with pytest.MonkeyPatch.context() as patch:  # so that tokens are forgotten in a text of few tokens
+        patch.setattr(module, "LONGEST", sizes[0])
+        patch.setattr(module, "KEPT", sizes[1])
+        pieces, is_stopped = shown(tokenizer, tokens, stops)
+    text = tokenizer.decode(tokens)
+    assert "".join(pieces) == cut(text, stops)
+    assert is_stopped == any(stop in text for stop in stops)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@example("abab", ["bb", "aba"])
+@example("aab", ["ab", "aabb"])
+def test_a_stop_is_told_as_soon_as_it_is_certain_and_nothing_is_held_that_cannot_begin_one(loaded, text, stops):
+    tokenizer = loaded["llama"]
+    stream = TextStream(tokenizer, stops)
+    so_far = ""
+    for n, letter in enumerate(text, start=1):
+        so_far += stream.add(tokenizer.token_id(letter))
+        futures = [cut(text[:n] + more, stops) for more in ["", "z", *(stop[i:] for stop in stops for i in range(4))]]
+        assert so_far == min(futures, key=len)  # what all futures have in common
+        assert stream.is_stopped == (len(set(futures)) == 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte-level"])
+def test_a_character_of_several_tokens_is_shown_once_it_is_whole(loaded, kind):
+    tokens = loaded[kind].encode("a😀b")
+    assert len(tokens) > 3
+    pieces, _ = shown(loaded[kind], tokens)
+    assert [piece for piece in pieces[:-1] if piece] in (["a", "😀", "b"], ["a", "😀b"])
+
+
+def test_a_broken_character_is_shown_at_the_end(loaded):
+    tokens = loaded["byte-level"].encode("a😀")[:-1]
+    pieces, _ = shown(loaded["byte-level"], tokens)
+    assert pieces[-1] == "\ufffd"
+    assert "".join(pieces) == "a\ufffd"
+
+
+def test_an_empty_stop_string_is_refused(loaded):
+    with pytest.raises(ml.ConfigError, match="stop string is empty"):
+        TextStream(loaded["llama"], ["a", ""])
