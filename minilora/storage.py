@@ -80,7 +80,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
+            with safe_open(path, framework="numpy") as file:  # which, unlike torch, does not map a file to look at it
                 self.metadata: dict[str, str] = file.metadata() or {}
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
         except (OSError, SafetensorError) as error:
@@ -95,7 +95,7 @@ class TensorFile:
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
                 return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: it cannot be mapped
             raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
 
 

@@ -126,8 +126,12 @@ def _table(outcome: Outcome) -> str:
 COMMAND = Command(
     name="finetune",
     help="train an adapter; without --model and --data, on a built-in model and data",
-    about="Train an adapter. Without --model and --data, on a built-in model and data, in less than a minute.",
-    example="minilora finetune --model path/to/model --data rows.jsonl --out run --learning-rate 1e-4",
+    about=(
+        "Train an adapter for a model on rows of data, and measure the model without and with it.\n\n"
+        "Without --model and --data, a built-in model and data are used, and it takes less than a minute. --dry-run\n"
+        "shows what a run would learn. The same command, given again, goes on with a run that was stopped."
+    ),
+    example="minilora finetune --model path/to/model --data rows.jsonl --out run --eval-steps 50 --keep best",
     add_flags=_add_flags,
     run=_run,
 )

@@ -23,9 +23,9 @@ from minilora.errors import FormatError
 from minilora.inspect.readers import RESHAPED, Reader, adapter_readers
 from minilora.inspect.tensors import TensorFacts, dtype_counts, file_facts
 from minilora.lora.config import LoraConfig
-from minilora.lora.files import BASE_COPY, CONFIG_FILE, DTYPES, PREFIX, WEIGHTS_FILE, _check_keys, _config, _is_name
+from minilora.lora.files import BASE_COPY, CONFIG_FILE, DTYPES, PREFIX, WEIGHTS_FILE, check_keys, config_from, is_name
 from minilora.lora.functional import lora_scale
-from minilora.model.checkpoint import _tensor_files
+from minilora.model.checkpoint import tensor_files
 from minilora.storage import TensorFile, read_json
 
 # The adapter's own name may stand before "weight"; an embedding's factors have no "weight".
@@ -74,7 +74,7 @@ def adapter_facts(directory: Path, base: Path | None = None) -> AdapterFacts:
     values, file = read_json(directory / CONFIG_FILE), file_facts(directory / WEIGHTS_FILE)
     pairs, others = _pairs(file.tensors)
     ranks = {module: pair["A"].shape[0] for module, pair in pairs.items()}
-    modules = _modules(directory, values, pairs, _tensor_files(base) if base is not None else {})
+    modules = _modules(directory, values, pairs, tensor_files(base) if base is not None else {})
     problems = [*_problems(directory, values, file.tensors, others), *(problem for _, problem in modules if problem)]
     scales = {facts.module: facts.scale for facts, _ in modules}
     names = [tensor.name for tensor in file.tensors]
@@ -141,8 +141,8 @@ def _problems(
     """Why `load_adapter` refuses the adapter, as far as the config and the names say."""
     problems: list[str] = []
     try:
-        _check_keys(directory / CONFIG_FILE, values)
-        _config(directory / CONFIG_FILE, values, {})
+        check_keys(directory / CONFIG_FILE, values)
+        config_from(directory / CONFIG_FILE, values, {})
     except FormatError as error:
         problems += [line.strip() for line in str(error).partition(":\n")[2].splitlines()] or [str(error)]
     odd = [tensor.name for tensor in tensors if not tensor.name.startswith(PREFIX) or ".lora_embedding_" in tensor.name]
@@ -153,10 +153,10 @@ def _problems(
 def _scaling(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig | None:
     """The config that scales come from; None where it has none, or tells them by regular expressions."""
     patterns = [values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(pattern, dict) for pattern in patterns) or not all(map(_is_name, patterns[1])):
+    if not all(isinstance(pattern, dict) for pattern in patterns) or not all(map(is_name, patterns[1])):
         return None
     try:
-        return _config(path, values, ranks)
+        return config_from(path, values, ranks)
     except FormatError:
         return None
 
@@ -164,7 +164,7 @@ def _scaling(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) ->
 def _declared_ranks(directory: Path, values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, int]:
     """The rank that the config, not the tensors, gives to each module; none where only regular expressions tell it."""
     config = _scaling(directory / CONFIG_FILE, values, {})
-    if config is None or not all(map(_is_name, values.get("rank_pattern") or {})):
+    if config is None or not all(map(is_name, values.get("rank_pattern") or {})):
         return {}
     return {module: config.rank(module) for module in modules}
 

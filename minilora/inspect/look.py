@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.errors import FormatError
+from minilora.hub import HUB_ID, fetch
 from minilora.inspect.adapter import AdapterFacts, adapter_facts
 from minilora.inspect.model import ModelFacts, model_facts
 from minilora.inspect.run import CheckpointFacts, RunFacts, checkpoint_facts, run_facts
 from minilora.inspect.tensors import FileFacts, file_facts
 from minilora.lora.files import CONFIG_FILE
-from minilora.storage import ASSETS, BUILTIN, read_json
+from minilora.storage import BUILTIN, read_json
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,15 @@ def _locate(name_or_path: str) -> Path:
     Raises:
         FormatError: nowhere.
     """
-    path = ASSETS / "model" if name_or_path == BUILTIN else Path(name_or_path)
-    if not path.exists():
-        raise FormatError(f"{path}: no such file or directory")
-    return path
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    if name_or_path != BUILTIN and not HUB_ID.fullmatch(name_or_path):
+        raise FormatError(f"{path}: no such file or directory, nor the name of something on the hub")
+    try:
+        return fetch(name_or_path, "model")
+    except FormatError:
+        return fetch(name_or_path, "adapter")
 
 
 def _base(adapter: Path, model: str | None) -> Path | None:
@@ -64,4 +70,4 @@ def _base(adapter: Path, model: str | None) -> Path | None:
     named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(named, str) or not (named == BUILTIN or (Path(named) / "config.json").is_file()):
         return None
-    return _locate(named)
+    return fetch(named, "model")

@@ -126,10 +126,10 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     """
     path = fetch(path, "adapter")
     values = read_json(path / CONFIG_FILE)
-    _check_keys(path / CONFIG_FILE, values)
+    check_keys(path / CONFIG_FILE, values)
     factors = read_factors(path)
     ranks = {where: lora_A.size(0) for where, (lora_A, _) in factors.items()}
-    config = _config(path / CONFIG_FILE, values, ranks)
+    config = config_from(path / CONFIG_FILE, values, ranks)
     linears = linear_layers(model)
     _check_fit(path, factors, linears)
     _check_copies(path / WEIGHTS_FILE, linears)
@@ -147,7 +147,7 @@ def base_model_of(path: str | Path) -> str | None:
     return with_revision(base, revision) if isinstance(base, str) and base else None
 
 
-def _config(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
+def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
     """The checked values of a file as a `LoraConfig` for an adapter whose tensors have these ranks (path -> r)."""
     init, rank_pattern = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
     try:
@@ -156,7 +156,7 @@ def _config(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> 
             lora_alpha=values.get("lora_alpha", 8),
             lora_dropout=values.get("lora_dropout", 0.0),
             target_modules=tuple(ranks),
-            rank_pattern=rank_pattern if all(map(_is_name, rank_pattern)) else {},
+            rank_pattern=rank_pattern if all(map(is_name, rank_pattern)) else {},
             alpha_pattern=values.get("alpha_pattern") or {},
             use_rslora=values.get("use_rslora", False),
             init_lora_weights=init if init in (True, "gaussian") else True,
@@ -168,7 +168,7 @@ def _config(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> 
     return config
 
 
-def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
+def check_keys(path: Path, values: Mapping[str, Any]) -> None:
     """What is not understood may be there only if it says nothing."""
     bad = []
     for key, value in values.items():
@@ -182,19 +182,19 @@ def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
             bad.append(f"{key}: found {values[key]!r}, need an object")
         elif key == "alpha_pattern":
             names = values.get(key) or {}
-            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in names if not _is_name(name)]
+            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in names if not is_name(name)]
     if bad:
         raise FormatError(f"{path}: not a plain LoRA that can be read:\n  " + "\n  ".join(bad))
 
 
-def _is_name(key: str) -> bool:
+def is_name(key: str) -> bool:
     """A path or the end of one, `^` in front meaning "from the start": harmless as a regular expression."""
     return re.fullmatch(r"\^?[\w.-]+", key) is not None
 
 
 def _named(pattern: Mapping[str, T], values: Mapping[str, T], default: T) -> dict[str, T]:
     """A pattern whose keys are names, which is all that `load_adapter` accepts: spelled out if need be."""
-    if all(_is_name(key) for key in pattern):
+    if all(is_name(key) for key in pattern):
         return dict(pattern)
     return {f"^{where}": value for where, value in values.items() if value != default}
 

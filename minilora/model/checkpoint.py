@@ -45,7 +45,7 @@ def load_model(
     config = LlamaConfig.from_dict(source)
     target = resolve_dtype(dtype, source, device)
     model = _skeleton(config)
-    files = _tensor_files(directory)
+    files = tensor_files(directory)
     _check_names(directory, model, files)
     for name in _stored_names(model):
         tensor = files[name].read(name)
@@ -117,7 +117,7 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _tensor_files(directory: Path) -> dict[str, TensorFile]:
+def tensor_files(directory: Path) -> dict[str, TensorFile]:
     """Tensor name -> the file that holds it."""
     index = directory / INDEX
     if not index.is_file():
