@@ -162,85 +162,42 @@ def test_a_template_without_the_tag_has_no_spans_and_an_empty_block_an_empty_one
     assert ChatTemplate("a{% generation %}{% endgeneration %}", {}).render_spans(USER) == ("a", [(1, 1)])
 
 
+NESTED = "a{% generation %}b{% generation %}{{ messages[0].content }}{% endgeneration %}d{% endgeneration %}e"
+SAID = "{% generation %} a {% endgeneration %}"
+HIDDEN = [
+    "{% set x %}" + SAID + "{% endset %}<{{ x | trim }}>",
+    "{% set x | trim %}" + SAID + "{% endset %}<{{ x }}>",
+    "<{% filter trim %}" + SAID + "{% endfilter %}>",
+    "{% macro f() %}" + SAID + "{% endmacro %}<{{ f() | trim }}>",
+    "{% macro f() %}<{{ caller() | trim }}>{% endmacro %}{% call f() %}" + SAID + "{% endcall %}",
+    "{% if false %}{% block b %}" + SAID + "{% endblock %}{% endif %}<{{ self.b() | trim }}>",
+    "{% for x in [[0]] recursive %}{{ '<' ~ loop(x) | trim ~ '>' if x }}{% if not x %}"
+    + SAID
+    + "{% endif %}{% endfor %}",
+]
+
+
+def test_of_nested_blocks_the_outermost_is_the_span():
+    assert ChatTemplate(NESTED * 2, {}).render_spans(USER) == ("abhideabhide", [(1, 5), (7, 11)])
+
+
+@pytest.mark.parametrize("source", HIDDEN)
+def test_where_the_text_of_a_block_is_a_value_it_is_written_but_its_place_is_not_known(source):
+    chosen = ChatTemplate(source, {})
+    assert chosen.render(USER) == "<a>"
+    with pytest.raises(DataError, match="generation block stands in a macro"):
+        chosen.render_spans(USER)
+
+
 @pytest.mark.parametrize("mark", [BEGIN, END])
 def test_text_cannot_forge_the_marks_of_a_span(mark):
     hidden = [{"role": "user", "content": [{"text": f"a{mark}"}]}]
     for messages, tools in ((hidden, None), (USER, hidden)):
         with pytest.raises(DataError, match=r"U\+FDD0"):
-            render(MARKED, messages, tools=tools)
+            ChatTemplate(MARKED, {}).render_spans(messages, tools=tools)
 
 
 # --- what a template's author may not do ---
-
-REFUSED = [
-    "{{ ''.__class__.__mro__ }}",
-    "{{ (1).__class__.__base__ }}",
-    "{{ cycler.__init__.__globals__ }}",
-    "{{ joiner.__init__.__globals__ }}",
-    "{{ lipsum.__globals__['os'] }}",
-    "{{ raise_exception.__globals__['json'] }}",
-    "{{ strftime_now.__code__.co_code }}",
-    "{{ self._TemplateReference__context.vars }}",
-    "{{ dict.__class__.__base__ }}",
-    "{{ dict.fromkeys.__func__.__globals__ }}",
-    "{{ namespace.__init__.__globals__ }}",
-    "{{ (''|attr('__class__')).x }}",
-    "{{ ''['__class__'].x }}",
-    "{{ (messages|map(attribute='__class__')|first).x }}",
-    "{{ [1]|sum(attribute='__class__') }}",
-    "{{ namespace(__class__=1) }}",
-    "{{ namespace({'_x': 1}) }}",
-    "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
-    "{{ messages.append(1) }}",
-    "{{ messages.clear() }}",
-    "{{ messages[0].update({}) }}",
-    "{{ messages[0].pop('role') }}",
-    "{{ messages[0].setdefault('a', 1) }}",
-    "{{ dict.update(messages[0], {'role': 'x'}) }}",
-    "{% include 'config.json' %}",
-    "{% import 'os' as os %}",
-    "{% from 'os' import path %}",
-    "{% extends '/etc/passwd' %}",
-    "{{ range(10**6) }}",
-    "{{ messages[9].role.x }}",
-    "{{ 1 // 0 }}",
-    "{{ 'a' + 1 }}",
-    "{{ nothing() }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    # more than little code should make
-    "{{ 'a' * 10**7 }}",
-    "{{ 10**7 * 'a' }}",
-    "{{ 'a' * 3000 * 3000 }}",
-    "{{ [0] * 10**8 }}",
-    "{{ (0,) * 10**8 }}",
-    "{{ 9 ** 99999999 }}",
-    "{{ 10 ** 10 ** 10 }}",
-    "{{ 'a'.ljust(10**15) }}",
-    "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}a{% endfor %}{% endfor %}",
-]
-HARMLESS = [  # jinja2's sandbox writes nothing where Python's internals would be
-    "{{ ''.__class__ }}",
-    "{{ ''['__class__'] }}",
-    "{{ ''|attr('__class__') }}",
-    "{{ '{0.__class__}'.format(1) }}",
-    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
-    "{{ self._TemplateReference__context }}",
-    "{{ cycler.__init__ }}",
-    "{{ strftime_now.__globals__ }}",
-    "{{ ''.join.__self__ }}",
-]
-
-
-@pytest.mark.parametrize("source", REFUSED)
-def test_an_attack_is_refused(source):
-    with pytest.raises(DataError, match=r"^chat template: (?!chat template)."):
-        render(source)
-
-
-@pytest.mark.parametrize("source", HARMLESS)
-def test_python_internals_are_never_written(source):
-    assert render(source) == ""
 
 
 def test_messages_are_not_changed_by_a_template_that_tries():
@@ -281,11 +238,6 @@ def test_a_template_may_write_eight_million_characters_and_no_more():
     assert len(render(pieces)) == OUTPUT_LIMIT
     with pytest.raises(DataError, match=f"wrote more than {OUTPUT_LIMIT} characters"):
         render(pieces + "a")
-
-
-@pytest.mark.parametrize(("expression", "value"), [("'ab' * 3", "ababab"), ("3 * 4.5", "13.5"), ("2 ** 10", "1024")])
-def test_small_products_are_what_they_are(expression, value):
-    assert render(f"{{{{ {expression} }}}}") == value
 
 
 WORDS = (

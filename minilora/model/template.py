@@ -1,29 +1,31 @@
 """Chat templates: a conversation becomes text, as transformers 5 renders it.
 
-A template is code from a model's author, so it runs in jinja2's immutable sandbox, with limits on its size, on what it
-writes and on repeating strings. `{% generation %} … {% endgeneration %}` marks what the assistant says.
+A template is code from a model's author, so it runs in a sandbox, with limits on its size, its work and what it writes.
+`{% generation %} … {% endgeneration %}` marks what the assistant says.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import nodes
+from jinja2.ext import Extension
 
 from minilora.errors import DataError, FormatError
+from minilora.model.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 TEMPLATE_LIMIT = 256_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
+INDENT_LIMIT = 16  # of tojson
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
+IS_MARKED = "is marked"  # a variable that no template can name
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's reasoning is passed under
-MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)  # that a template's code can make
-EXHAUSTED = (RecursionError, MemoryError, SyntaxError)  # SyntaxError: nested deeper than Python compiles
 
 
 class ChatTemplate:
@@ -42,9 +44,12 @@ class ChatTemplate:
             raise FormatError(f"chat template: {len(source)} characters; at most {TEMPLATE_LIMIT} are accepted")
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._sandbox = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, *EXHAUSTED) as error:
+            tree = self._sandbox.parse(source)
+            self._hides_generation = _hides_generation(tree)
+            self._template = self._sandbox.compiled(tree)
+        except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {_reason(error)}") from error
 
     def render(
@@ -55,38 +60,49 @@ class ChatTemplate:
         Raises:
             DataError: there are no messages, or the template refuses them.
         """
-        return self.render_spans(messages, add_generation_prompt, tools)[0]
+        return self._run(_normalized(messages), add_generation_prompt, tools, is_marked=False)
 
     def render_spans(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and where the template's `generation` blocks lie in it."""
+        """The conversation as text, and where the template's `generation` blocks lie in it, the outermost of them.
+
+        Raises:
+            DataError: as for `render`; or a `generation` block stands where the template could change its text.
+        """
+        if self._hides_generation:
+            raise DataError(
+                "chat template: a generation block stands in a macro, a set, filter or call block, a named block or a "
+                "recursive loop, so what the assistant says cannot be found in the text"
+            )
         normalized = _normalized(messages)
         if any(mark in json.dumps([normalized, tools], ensure_ascii=False, default=str) for mark in (BEGIN, END)):
             raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
-        pieces = self._run(normalized, add_generation_prompt, tools)
-        text, spans, begin = "", [], 0
-        for i, piece in enumerate(pieces.replace(END, BEGIN).split(BEGIN)):
-            begin, text = len(text), text + piece
-            if i % 2:  # pieces alternate: outside, inside, outside, …
-                spans.append((begin, len(text)))
+        text, spans, depth, begin = "", [], 0, 0
+        for piece in re.split(f"([{BEGIN}{END}])", self._run(normalized, add_generation_prompt, tools, is_marked=True)):
+            if piece == BEGIN:
+                begin, depth = begin if depth else len(text), depth + 1
+            elif piece == END:
+                depth -= 1
+                spans += [] if depth else [(begin, len(text))]
+            else:
+                text += piece
         return text, spans
 
-    def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] | None) -> str:
+    def _run(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] | None, is_marked: bool
+    ) -> str:
+        variables: dict[str, Any] = {**self._special_tokens, "messages": messages, "tools": tools, "documents": None}
+        variables |= {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
         written, size = [], 0
         try:
-            for piece in self._template.generate(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            ):
+            self._sandbox.meter.start([messages, tools])
+            for piece in self._template.generate(variables):
                 written.append(piece)
                 size += len(piece)
                 if size > OUTPUT_LIMIT:
                     _raise(f"wrote more than {OUTPUT_LIMIT} characters")
-        except (jinja2.TemplateError, *MISTAKES, *EXHAUSTED) as error:
+        except Exception as error:  # a template's code can raise anything
             raise DataError(f"chat template: {_reason(error)}") from error
         return "".join(written)
 
@@ -108,69 +124,38 @@ def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 class _Generation(Extension):
-    """The `generation` tag: its body, between marks."""
+    """The `generation` tag: its body, between marks where they are asked for."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
-    def _marked(self, caller: jinja2.runtime.Macro) -> str:
-        return BEGIN + caller() + END
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox limits `range`; this one also limits what `*` and `**` can make of little."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(side) if isinstance(side, str | list | tuple) else abs(side) for side in (left, right)]
-        if sizes[0] * sizes[1] > OUTPUT_LIMIT or (operator == "**" and max(sizes) > 1000):
-            raise jinja2.exceptions.SecurityError(f"{operator} makes something too large")
-        return super().call_binop(context, operator, left, right)
+    @jinja2.pass_context
+    def _marked(self, context: jinja2.runtime.Context, caller: jinja2.runtime.Macro) -> str:
+        return BEGIN + caller() + END if context.get(IS_MARKED) else caller()
 
 
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's namespace without names that begin with an underscore: those lead to Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any):  # jinja2's own signature, so that namespace(self=…) works
-        for name in dict(*args[1:], **kwargs):
-            _Namespace._check(name)
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _Namespace._check(name)
-        super().__setitem__(name, value)
-
-    @staticmethod
-    def _check(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+def _hides_generation(tree: nodes.Template) -> bool:
+    """Whether the text of a generation block is a value before it is written."""
+    values = (nodes.Macro, nodes.AssignBlock, nodes.FilterBlock, nodes.CallBlock, nodes.Block, nodes.For)
+    return any(
+        _is_generation(inner)
+        for outer in tree.find_all(values)
+        if not _is_generation(outer) and not (isinstance(outer, nodes.For) and not outer.recursive)
+        for inner in outer.find_all(nodes.CallBlock)
+    )
 
 
-class _Dict:
-    """`dict(…)` and `dict.fromkeys(…)`, and no way from there to the class."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
+def _is_generation(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute)
 
 
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    return environment
+def _environment() -> Sandbox:
+    functions = {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return Sandbox([_Generation], {"tojson": _to_json}, functions)
 
 
 def _to_json(
@@ -181,6 +166,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON; jinja2's own filter escapes it for HTML."""
+    if indent is not None and not (isinstance(indent, int) and indent <= INDENT_LIMIT):
+        raise ValueError(f"tojson: indent {indent!r:.20}; at most {INDENT_LIMIT} is accepted")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,77 +1,153 @@
 """Ours and transformers' rendering of real chat templates: the same text, and the same tokens said by the assistant."""
 
 import copy
+import json
+from datetime import datetime
 from importlib.resources import files
 
 import pytest
 
 import minilora as ml
-from minilora import DataError, FormatError
+from minilora import DataError
+from minilora.model import template as our_module
 from minilora.model.template import ChatTemplate
 from minilora.storage import ASSETS
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")
+their_module = transformers.utils.chat_template_utils
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-PLAIN = [
-    "cohere2",
-    "deepseekv3",
-    "gemma3",
-    "glm4moe",
-    "gptoss",
-    "lfm2",
-    "llama3",
-    "llama3_1",
-    "phi3",
-    "qwen2_5",
-    "qwen3",
-]
-PLAIN += ["qwen3_5_think", "smolvlm"]
-TRAINING = ["deepseekv3_training", "gemma_training", "glm4moe_training", "gptoss_training", "llama3_training"]
-TRAINING += ["phi3_training", "qwen2_5_training", "qwen3_training"]
+SOURCES = {
+    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
+    for path in sorted((files("trl") / "chat_templates").iterdir(), key=lambda path: path.name)
+    if path.name.endswith(".jinja")
+}
+MARKED = [name for name, source in SOURCES.items() if "endgeneration" in source]
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The <weather> & 'wind' of a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CALL = {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def calls(*arguments):
+    """An assistant's calls of `weather`, one with each of the arguments."""
+    made = [
+        {"type": "function", "id": f"call0000{i}", "function": {"name": "weather", "arguments": given}}
+        for i, given in enumerate(arguments)
+    ]
+    return {"role": "assistant", "tool_calls": made}
+
+
+def result(content, i=0):
+    return {"role": "tool", "name": "weather", "tool_call_id": f"call0000{i}", "content": content}
+
+
+def text(*parts):
+    return [{"type": "text", "text": part} for part in parts]
+
+
+ASK, CITY = user("Is it raining in Zürich?"), {"city": "Zürich", "days": 2, "hourly": False, "unit": None}
+RAIN, YES = result("rain"), assistant("Yes.")
 CONVERSATIONS = {
-    "question": [{"role": "user", "content": "What is 2 + 2?"}],
-    "answer": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}],
-    "system": [
-        {"role": "system", "content": "Be short.\n"},
-        {"role": "user", "content": " Grüße — 漢字 🙂 <b>&amp;</b> \n"},
-        {"role": "assistant", "content": " Hello.\n\n"},
-    ],
-    "turns": [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "tool_calls": None},
-        {"role": "user", "content": "c", "name": None},
-        {"role": "assistant", "content": "d"},
-        {"role": "user", "content": "e"},
-    ],
-    "reasoning": [
-        {"role": "user", "content": "What is 2 + 2?"},
-        {"role": "assistant", "content": "4", "reasoning": "Two and two."},
-        {"role": "user", "content": "And 3 + 3?"},
-        {"role": "assistant", "content": "6", "thinking": "Three and three."},
-    ],
-    "tools": [
-        {"role": "user", "content": "Is it raining in Zürich?"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": '{"rain": true}'},
-        {"role": "assistant", "content": "Yes."},
-    ],
-    "odd roles": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+    "question": [user("What is 2 + 2?")],
+    "answer": [user("What is 2 + 2?"), assistant("4")],
+    "turns": [user("a"), assistant("b"), user("c"), assistant("d"), user("e"), assistant("f")],
+    "open end": [user("a"), assistant("b"), user("c")],
+    "system": [system("Be short."), user("Hi."), assistant("Hello.")],
+    "system alone": [system("Be short.")],
+    "system, later too": [system("a"), user("b"), system("c"), user("d"), assistant("e")],
+    "system last": [user("a"), assistant("b"), system("c")],
+    "developer": [{"role": "developer", "content": "Be short."}, user("Hi."), assistant("Hello.")],
+    "system and developer": [system("a"), {"role": "developer", "content": "b"}, user("c"), assistant("d")],
+    "unicode": [system("漢字"), user("Grüße — 🙂 e\u0301 \u200b\u2028"), assistant("שלום 👩‍👩‍👧 \x00 \U0010fffe")],
+    "markup": [user("<b>&amp;</b> 'q' \"q\" \\n"), assistant("{{ x }} {% if %} {# #}"), user("<|im_end|></s><eos>")],
+    "white space": [system("a\n"), user(" \n b\t\n\n"), assistant(" c\n\n"), user("\n"), assistant("  d  ")],
+    "empty": [system(""), user(""), assistant("")],
+    "empty middle": [user("a"), assistant(""), user("b"), assistant("c")],
+    "same roles": [user("a"), user("b"), assistant("c"), assistant("d")],
+    "assistant first": [assistant("a"), user("b"), assistant("c")],
+    "assistant alone": [assistant("a")],
+    "unknown role": [{"role": "critic", "content": "a"}, user("b"), assistant("c")],
+    "no role": [{"content": "a"}],
+    "no content": [{"role": "user"}, {"role": "assistant"}],
+    "content of none": [user(None), assistant(None, tool_calls=None, name=None)],
+    "content of another kind": [user(3), assistant({"text": "a"})],
+    "parts": [user(text("a", " b ")), assistant(text("c")), user(text("d")), assistant(text("e", "f"))],
+    "parts with an image": [user([{"type": "image"}, *text("What is it?")]), assistant(text("A cat."))],
+    "parts in a system turn": [system(text("Be short.")), user(text("a")), assistant(text("b"))],
+    "no parts": [user([]), assistant([])],
+    "reasoning": [user("a"), assistant("b", reasoning="c"), user("d"), assistant("e", thinking="f")],
+    "reasoning content": [user("a"), assistant("b", reasoning_content=" c\n"), user("d"), assistant("e")],
+    "reasoning in the text": [user("a"), assistant("<think>\nb\n</think>\n\nc"), user("d"), assistant("<think>e")],
+    "call": [ASK, calls(CITY)],
+    "call and result": [ASK, calls(CITY), result('{"rain": true}'), YES],
+    "call as text": [ASK, calls(json.dumps(CITY)), RAIN, YES],
+    "call with content": [ASK, {**calls(CITY), "content": "Let me see."}, RAIN, YES],
+    "call with reasoning": [ASK, {**calls(CITY), "content": "", "reasoning": "Look."}, RAIN, YES],
+    "two calls": [ASK, calls(CITY, {"city": "Oslo"}), RAIN, result("sun", 1), YES, user("Ok.")],
+    "calls in two turns": [ASK, calls(CITY), RAIN, calls({}), RAIN, assistant("c"), user("d"), calls(CITY)],
+    "nested arguments": [ASK, calls({"at": [{"x": 1.5, "y": [None, True, "<&'\">"]}], "": {}}), result(text("a", "b"))],
+    "result of an object": [ASK, calls(CITY), result({"rain": [True, 0.5]}), YES],
+    "result alone": [RAIN],
+    "call outside `function`": [ASK, {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": CITY}]}],
+    "system and call": [system("a"), ASK, calls(CITY), RAIN, assistant("Yes.", reasoning="b"), user("c")],
     "nothing": [],
+}  # fmt: skip
+CONVERSATIONS |= {
+    f"{key}, as parts": [
+        {**message, "content": text(message["content"])} if isinstance(message.get("content"), str) else message
+        for message in messages
+    ]
+    for key, messages in CONVERSATIONS.items()
+    if "parts" not in key and "nothing" not in key
 }
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The <weather> & 'wind' of a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "Its name.\nIn full.", "enum": ["Zürich", "Oslo"]},
+                    "days": {"type": "integer", "default": 1, "minimum": 0},
+                    "at": {
+                        "type": "array",
+                        "items": {"type": "object", "properties": {"x": {"type": ["number", "null"]}}},
+                    },
+                    "unit": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                },
+                "required": ["city"],
+            },
+            "return": {"type": "string", "description": "Rain or sun."},
+        },
+    },
+    {"type": "function", "function": {"name": "now", "description": "The time.", "parameters": {"type": "object"}}},
+]
+OPTIONS = [{"add_generation_prompt": prompt, "tools": tools} for prompt in (False, True) for tools in (None, TOOLS)]
+
+
+class Clock(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 2, 29, 7, 5)
+
+
+@pytest.fixture(autouse=True)
+def _time_stands_still(monkeypatch):
+    monkeypatch.setattr(our_module, "datetime", Clock)
+    monkeypatch.setattr(their_module, "datetime", Clock)
 
 
 @pytest.fixture(scope="module")
@@ -87,62 +163,61 @@ def ours(theirs, tmp_path_factory):
     return ml.load_tokenizer(directory)
 
 
-def source_of(name):
-    return (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-def outcome(render, *args, **kwargs):
-    """The text, or None where the conversation is refused."""
+def their_outcome(theirs, messages, **options):
+    """What transformers makes of a conversation, or None where it or the template refuses it."""
     try:
-        return render(*args, **kwargs)
-    except Exception:  # theirs lets through whatever the template's code raises
+        return theirs.apply_chat_template(messages, **options)
+    except Exception:  # it lets through whatever the template's code raises
         return None
 
 
-@pytest.mark.parametrize("tools", [None, [TOOL]], ids=["", "tools"])
-@pytest.mark.parametrize("add_generation_prompt", [False, True], ids=["", "prompt"])
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-@pytest.mark.parametrize("name", [*PLAIN, *TRAINING])
-def test_text_is_equal(theirs, name, conversation, add_generation_prompt, tools):
-    messages, source = CONVERSATIONS[conversation], source_of(name)
-    options = {"add_generation_prompt": add_generation_prompt, "tools": tools}
-    their_text = outcome(theirs.apply_chat_template, messages, chat_template=source, tokenize=False, **options)
+def our_outcome(render, *args, **options):
     try:
-        our_text = ChatTemplate(source, SPECIAL).render(messages, **options)
-    except (DataError, FormatError):
-        our_text = None
-    assert our_text == their_text
+        return render(*args, **options)
+    except DataError:
+        return None
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *TRAINING])
-def test_each_template_renders_most_conversations(name):
-    texts = [outcome(ChatTemplate(source_of(name), SPECIAL).render, messages) for messages in CONVERSATIONS.values()]
-    assert sum(text is not None for text in texts) >= 4
+def test_all_templates_and_enough_conversations_are_compared():
+    assert len(SOURCES) >= 72
+    assert len(MARKED) >= 28
+    assert len(CONVERSATIONS) >= 40
 
 
-@pytest.mark.parametrize("conversation", [name for name in CONVERSATIONS if name not in ("question", "nothing")])
-@pytest.mark.parametrize("name", TRAINING)
-def test_the_tokens_that_the_assistant_says_are_equal(ours, theirs, name, conversation):
-    messages, source = CONVERSATIONS[conversation], source_of(name)
+@pytest.mark.parametrize("name", SOURCES)
+def test_text_is_equal_and_the_same_conversations_are_refused(theirs, name):
+    template = ChatTemplate(SOURCES[name], SPECIAL)
+    for options in OPTIONS:
+        their_texts = {
+            key: their_outcome(theirs, messages, chat_template=SOURCES[name], tokenize=False, **options)
+            for key, messages in CONVERSATIONS.items()
+        }
+        our_texts = {key: our_outcome(template.render, messages, **options) for key, messages in CONVERSATIONS.items()}
+        assert our_texts == their_texts
+        assert sum(text is not None for text in our_texts.values()) >= 12
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_the_tokens_that_the_assistant_says_are_equal(ours, theirs, name):
+    template, said = ChatTemplate(SOURCES[name], SPECIAL), 0
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = outcome(theirs.apply_chat_template, messages, chat_template=source, **options)
-    if encoded is None:
-        with pytest.raises(DataError):
-            ChatTemplate(source, SPECIAL).render(messages)
-        return
-    text, said = ChatTemplate(source, SPECIAL).render_spans(messages)
-    ids, spans = ours.encode_spans(text, add_special_tokens=False)
-    mask = [int(any(begin < last and end > first for first, last in said)) for begin, end in spans]
-    assert ids == encoded["input_ids"]
-    assert mask == encoded["assistant_masks"]
-    assert 1 in mask or not any(message["role"] == "assistant" for message in messages)
+    for key, messages in CONVERSATIONS.items():
+        encoded = their_outcome(theirs, messages, chat_template=SOURCES[name], tools=TOOLS, **options)
+        rendered = our_outcome(template.render_spans, messages, tools=TOOLS)
+        assert (rendered is None) == (encoded is None), key
+        if rendered is not None:
+            ids, spans = ours.encode_spans(rendered[0], add_special_tokens=False)
+            mask = [int(any(begin < last and end > first for first, last in rendered[1])) for begin, end in spans]
+            assert (key, ids, mask) == (key, encoded["input_ids"], encoded["assistant_masks"])
+            said += 1 in mask
+    assert said >= 12
 
 
 def test_ours_reads_the_tokens_and_the_template_that_theirs_saves(theirs, tmp_path):
     theirs = copy.deepcopy(theirs)
-    theirs.chat_template = source_of("qwen2_5")
+    theirs.chat_template = SOURCES["qwen2_5"]
     theirs.save_pretrained(tmp_path)
-    ours, messages = ml.load_tokenizer(tmp_path), CONVERSATIONS["system"]
+    ours, messages = ml.load_tokenizer(tmp_path), CONVERSATIONS["white space"]
     text = ours.render(messages)
     assert text == theirs.apply_chat_template(messages, tokenize=False)
     assert ours.encode(text) == theirs.encode(text)
