@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import minilora as ml
 from minilora.model.ops import IGNORE_INDEX
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import ASSETS, BUILTIN
-from minilora.train.data import ALPACA_PROMPT, Row, encode_row, encode_rows, find_splits, read_rows
+from minilora.train.data import encode_row, encode_rows
+from minilora.train.rows import Row
 
 BOS, EOS, OPEN, CLOSE = "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [BOS, EOS, OPEN, CLOSE]
@@ -110,6 +110,10 @@ def touching(tokenizer: Tokenizer, tokens, pieces, added=()) -> list[bool]:
     return result
 
 
+def reading(train_on="completion", **options) -> ml.DataConfig:
+    return ml.DataConfig(train_on=train_on, **options)
+
+
 def learned(example) -> list[bool]:
     assert all(label in (token, IGNORE_INDEX) for token, label in zip(example.tokens, example.labels, strict=True))
     return [label != IGNORE_INDEX for label in example.labels]
@@ -120,114 +124,6 @@ some_text = texts.filter(bool)
 tokenizer_options = st.fixed_dictionaries(
     {"post": st.sampled_from(sorted(POST_PROCESSORS)), "use_regex": st.booleans()}
 )
-
-
-# --- reading ---
-
-
-def as_lines(rows, draw):
-    """One object a line, with blank lines between; the text, and the line of each object."""
-    text, lines = "", []
-    for row in rows:
-        text += draw(st.sampled_from(["", "\n", "  \n\n"]))
-        lines.append(text.count("\n") + 1)
-        text += json.dumps(row, ensure_ascii=draw(st.booleans())) + "\n"
-    return text.removesuffix(draw(st.sampled_from(["", "\n"]))), lines
-
-
-def as_array(rows, draw):
-    """A JSON array with line breaks wherever JSON allows them."""
-    text, lines = draw(st.sampled_from(["[", "\n [\n"])), []
-    for i, row in enumerate(rows):
-        text += draw(st.sampled_from(["", "\n", " "])) + ("," if i else "") + draw(st.sampled_from(["", "\n", "\r\n"]))
-        lines.append(text.count("\n") + 1)
-        text += json.dumps(row, indent=draw(st.sampled_from([None, 1])))
-    return text + draw(st.sampled_from(["]", "\n]\n\n"])), lines
-
-
-objects = st.dictionaries(st.sampled_from("abc"), texts | st.integers() | st.lists(st.text(max_size=3), max_size=2))
-
-
-@given(
-    st.lists(objects, min_size=1, max_size=5),
-    st.sampled_from([as_lines, as_array]),
-    st.sampled_from([".json", ".jsonl"]),
-    st.data(),
-)
-def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_knows_its_line(
-    tmp_path_factory, rows, layout, ending, data
-):
-    path = tmp_path_factory.mktemp("rows") / f"rows{ending}"
-    text, lines = layout(rows, data.draw)
-    path.write_bytes(text.encode())
-    assert read_rows(path) == [Row(row, f"{path}:{line}") for row, line in zip(rows, lines, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "phrase"),
-    [
-        (b'{"a": 1}\n{"a": 1\n{"a": 1}', 2, "not JSON"),
-        (b'{"a": 1}\n\n\n{"a": 1} {"a": 1}', 4, "not JSON"),
-        (b'[{"a": 1},\n {"a": 1},\n {"a": },\n {"a": 1}]', 3, "not JSON"),
-        (b'[{"a": 1},\n {"a": 1}\n {"a": 1}]', 3, "comma"),
-        (b'[{"a": 1},\n\n, {"a": 1}]', 3, "comma"),
-        (b'[,\n{"a": 1}]', 2, "comma"),
-        (b'[{"a": 1},\n]', 2, "comma"),
-        (b'[{"a": 1}\n', 2, "bracket"),
-        (b'[{"a": 1}]\n\n[{"a": 1}]', 1, "bracket"),
-        (b'[{"a": 1},\n 5]', 2, "found a JSON int, need an object"),
-        (b'{"a": 1}\n"text"', 2, "found a JSON str, need an object"),
-        (b"[[1]]", 1, "found a JSON list, need an object"),
-        (b"\nnull", 2, "found a JSON NoneType, need an object"),
-        (b'\n\n{"a": ' + b"[" * 100_000, 3, "not JSON"),
-        (b'\xef\xbb\xbf{"a": 1}', 1, "not JSON"),
-    ],
-)
-def test_an_error_in_a_file_is_named_with_its_line(tmp_path, content, line, phrase):
-    path = tmp_path / "rows.json"
-    path.write_bytes(content)
-    with pytest.raises(ml.DataError) as error:
-        read_rows(path)
-    assert str(error.value).startswith(f"{path}:{line}: ")
-    assert phrase in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b" [\n]\n"])
-def test_a_file_without_rows_is_refused(tmp_path, content):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ml.DataError, match="there are no rows") as error:
-        read_rows(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_file_that_is_not_utf_8_is_refused_with_the_byte(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": "\xe9"}')
-    with pytest.raises(ml.FormatError, match="byte 7 is not UTF-8") as error:
-        read_rows(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_directory_has_a_file_for_each_split_and_lines_go_before_arrays(tmp_path):
-    for name in ("train.json", "train.jsonl", "valid.json", "test.jsonl", "dev.jsonl", "train.txt"):
-        (tmp_path / name).write_text("{}")
-    expected = {"train": "train.jsonl", "valid": "valid.json", "test": "test.jsonl"}
-    assert find_splits(tmp_path) == {split: tmp_path / name for split, name in expected.items()}
-
-
-def test_a_file_is_the_training_split_and_the_builtin_data_have_all_three(tmp_path):
-    (tmp_path / "some.json").write_text("{}")
-    assert find_splits(tmp_path / "some.json") == {"train": tmp_path / "some.json"}
-    assert find_splits(BUILTIN) == {s: ASSETS / "data" / f"{s}.jsonl" for s in ("train", "valid", "test")}
-
-
-@pytest.mark.parametrize(("name", "phrase"), [("missing", "no such file"), ("empty", r"need a \.json or \.jsonl file")])
-def test_data_that_are_not_there_are_refused_by_name(tmp_path, name, phrase):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ml.DataError, match=phrase) as error:
-        find_splits(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
 
 
 # --- prompt and completion ---
@@ -243,7 +139,7 @@ def test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_la
 ):
     chosen = tokenizer(**options)
     row = Row({"prompt": prompt, "completion": completion}, "")
-    found = encode_row(row, chosen, "all" if learns_all else "completion")
+    found = encode_row(row, chosen, reading("all" if learns_all else "completion"))
     pieces = [(prompt, learns_all), (completion, True)]
     expected = touching(chosen, found.tokens, pieces, added=[chosen.token_id(BOS), chosen.token_id(EOS)])
     expected[-1] = True
@@ -252,7 +148,7 @@ def test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_la
 
 def test_a_token_that_spans_the_seam_is_learned_whole(tokenizer):
     chosen = tokenizer(use_regex=False)
-    whole = encode_row(Row({"prompt": "the ca", "completion": "t sat"}, ""), chosen, "completion")
+    whole = encode_row(Row({"prompt": "the ca", "completion": "t sat"}, ""), chosen, reading("completion"))
     alone = chosen.encode("the ca")
     assert whole.tokens[: len(alone)] != alone  # so counting the prompt's own tokens would be wrong
     first = next(i for i, is_learned in enumerate(learned(whole)) if is_learned)
@@ -266,14 +162,14 @@ def test_the_closing_token_stands_once_at_the_end_and_is_a_label_also_where_pad_
 ):
     chosen = tokenizer(**options)
     assert chosen.special_tokens["pad_token"] == chosen.special_tokens["eos_token"]
-    found = encode_row(Row({"prompt": prompt, "completion": completion}, ""), chosen, train_on)
+    found = encode_row(Row({"prompt": prompt, "completion": completion}, ""), chosen, reading(train_on))
     assert found.tokens[-1] == found.labels[-1] == chosen.eos_id
     assert found.tokens.count(chosen.eos_id) == 1
 
 
 def test_a_completion_that_brings_its_closing_token_gets_no_second_one(tokenizer):
     bare, closed = (
-        encode_row(Row({"prompt": "the", "completion": text}, ""), tokenizer(), "completion")
+        encode_row(Row({"prompt": "the", "completion": text}, ""), tokenizer(), reading("completion"))
         for text in (" cat", " cat" + EOS)
     )
     assert (bare.tokens, bare.labels) == (closed.tokens, closed.labels)
@@ -282,19 +178,19 @@ def test_a_completion_that_brings_its_closing_token_gets_no_second_one(tokenizer
 @given(some_text, st.sampled_from(["completion", "all"]))
 def test_a_bos_of_the_post_processor_is_read_but_never_a_label(tokenizer, completion, train_on):
     chosen = tokenizer(post="bos")
-    found = encode_row(Row({"prompt": "", "completion": completion}, ""), chosen, train_on)
+    found = encode_row(Row({"prompt": "", "completion": completion}, ""), chosen, reading(train_on))
     assert found.tokens[0] == chosen.token_id(BOS)
     assert learned(found) == [False] + [True] * (len(found.tokens) - 1)
 
 
 def test_without_an_end_token_nothing_is_appended(tmp_path):
     chosen = write_tokenizer(tmp_path, eos=None)
-    found = encode_row(Row({"prompt": "the", "completion": " cat"}, ""), chosen, "completion")
+    found = encode_row(Row({"prompt": "the", "completion": " cat"}, ""), chosen, reading("completion"))
     assert found.tokens == chosen.encode("the cat")
 
 
 def test_the_prompt_and_the_answer_of_an_example_are_its_tokens_cut_at_the_first_label(tokenizer):
-    found = encode_row(Row({"prompt": "what?", "completion": " the end"}, ""), tokenizer(), "completion")
+    found = encode_row(Row({"prompt": "what?", "completion": " the end"}, ""), tokenizer(), reading("completion"))
     assert tokenizer().decode(found.prompt) == "what?"
     assert tokenizer().decode(found.answer) == " the end"
     assert [*found.prompt, *found.answer] == found.tokens
@@ -339,7 +235,7 @@ def test_of_a_conversation_the_last_answer_every_answer_or_everything_is_learned
 ):
     chosen = tokenizer(template=TEMPLATES[template], eos=CLOSE, use_regex=False, post=post)
     messages = conversation(turns, system) + [{"role": "user", "content": "?"}] * ends_with_a_question
-    found = encode_row(Row({"messages": messages}, ""), chosen, train_on)
+    found = encode_row(Row({"messages": messages}, ""), chosen, reading(train_on))
     pieces = chatml_pieces(messages, train_on)
     if template == "default system" and system is None:
         pieces = [(f"{OPEN}system\nBe kind.{CLOSE}\n", train_on == "all"), *pieces]
@@ -353,14 +249,14 @@ def test_an_answer_and_its_closing_token_may_be_marked_apart(tokenizer, turns, t
     )
     together, parted = (tokenizer(template=template, eos=CLOSE) for template in (MARKED, apart))
     row = Row({"messages": conversation(turns)}, "")
-    assert encode_row(row, parted, train_on) == encode_row(row, together, train_on)
+    assert encode_row(row, parted, reading(train_on)) == encode_row(row, together, reading(train_on))
 
 
 @given(st.sampled_from(sorted(TEMPLATES)), some_text, turns)
 def test_an_assistant_that_speaks_first_is_learned_without_its_header(tokenizer, template, greeting, turns):
     chosen = tokenizer(template=TEMPLATES[template], eos=CLOSE, use_regex=False)
     messages = [{"role": "assistant", "content": greeting}, *conversation(turns)]
-    found = encode_row(Row({"messages": messages}, ""), chosen, "assistant")
+    found = encode_row(Row({"messages": messages}, ""), chosen, reading("assistant"))
     pieces = chatml_pieces(messages, "assistant")
     if template == "default system":
         pieces = [(f"{OPEN}system\nBe kind.{CLOSE}\n", False), *pieces]
@@ -371,7 +267,7 @@ def test_an_assistant_that_speaks_first_is_learned_without_its_header(tokenizer,
 def test_what_a_template_marks_is_what_is_learned_also_where_that_is_less_than_the_turn(tokenizer, turns, train_on):
     marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     chosen = tokenizer(template=CHATML.replace("{{ m.content }}", marked + "{% endif %}"), eos=CLOSE)
-    found = encode_row(Row({"messages": conversation(turns)}, ""), chosen, train_on)
+    found = encode_row(Row({"messages": conversation(turns)}, ""), chosen, reading(train_on))
     pieces = []
     for i, (question, answer) in enumerate(turns):
         is_learned = train_on == "assistant" or i == len(turns) - 1
@@ -387,8 +283,8 @@ def test_turns_that_a_template_rewrites_are_refused_for_assistant_but_the_last_a
     chosen = tokenizer(template=STRIPPING, eos=CLOSE)
     messages = conversation([("a", "<think>b</think>c"), ("d", "<think>e</think>f")])
     with pytest.raises(ml.DataError, match=r"here:7: .*message 1 differently.*--train-on completion"):
-        encode_row(Row({"messages": messages}, "here:7"), chosen, "assistant")
-    found = encode_row(Row({"messages": messages}, ""), chosen, "completion")
+        encode_row(Row({"messages": messages}, "here:7"), chosen, reading("assistant"))
+    found = encode_row(Row({"messages": messages}, ""), chosen, reading("completion"))
     messages[1]["content"] = "c"
     assert learned(found) == touching(chosen, found.tokens, chatml_pieces(messages, "completion"))
 
@@ -396,7 +292,7 @@ def test_turns_that_a_template_rewrites_are_refused_for_assistant_but_the_last_a
 def test_the_tools_of_a_conversation_reach_the_template(tokenizer):
     chosen = tokenizer(template="{{ tools | tojson }}" + CHATML)
     tools = [{"name": "look"}]
-    found = encode_row(Row({"messages": conversation([("a", "b")]), "tools": tools}, ""), chosen, "all")
+    found = encode_row(Row({"messages": conversation([("a", "b")]), "tools": tools}, ""), chosen, reading("all"))
     assert chosen.decode(found.tokens).startswith('[{"name": "look"}]')
 
 
@@ -406,21 +302,9 @@ def test_an_alpaca_row_is_a_conversation_where_there_is_a_template(tokenizer, in
     question = f"{instruction}\n\n{extra}" if extra else instruction
     row = {"instruction": instruction, "input": extra, "output": output}
     expected = {"messages": conversation([(question, output)])}
-    assert encode_row(Row(row, ""), chosen, train_on) == encode_row(Row(expected, ""), chosen, train_on)
-
-
-@pytest.mark.parametrize("extra", [{}, {"input": ""}, {"input": None}, {"input": "the sea"}])
-def test_an_alpaca_row_is_the_text_of_alpaca_where_there_is_no_template(tokenizer, extra):
-    found = encode_row(Row({"instruction": "Add {a}.", "output": "b", **extra}, ""), tokenizer(), "completion")
-    if extra.get("input"):
-        prompt = (
-            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
-            "a response that appropriately completes the request.\n\n### Instruction:\nAdd {a}.\n\n### Input:\nthe sea"
-            "\n\n### Response:\n"
-        )
-    else:
-        prompt = ALPACA_PROMPT.replace("{context}", "").replace("{input}", "").replace("{instruction}", "Add {a}.")
-    assert found == encode_row(Row({"prompt": prompt, "completion": "b"}, ""), tokenizer(), "completion")
+    assert encode_row(Row(row, ""), chosen, reading(train_on)) == encode_row(
+        Row(expected, ""), chosen, reading(train_on)
+    )
 
 
 # --- rows that cannot be used ---
@@ -440,31 +324,37 @@ def test_each_row_is_recognised_by_itself(tmp_path, tokenizer):
     assert [example.source for example in found] == [f"{tmp_path / 'rows.jsonl'}:{line}" for line in (1, 2, 3)]
 
 
-NOTHING = "nothing to learn"
+NOTHING = "it is empty, so there is nothing to learn"
 
 
 @pytest.mark.parametrize(
     ("fields", "phrase"),
     [
         ({}, "keys [] are of no known shape"),
-        ({"text": "a", "id": 1}, "keys ['id', 'text'] are of no known shape"),
+        ({"body": "a", "id": 1}, "keys ['body', 'id'] are of no known shape"),
         ({"prompt": "a"}, "no known shape"),
         ({"prompt": "a", "completion": None}, "completion: found None, need text"),
-        ({"prompt": ["a"], "completion": "b"}, "prompt: found ['a'], need text"),
+        ({"prompt": ["a"], "completion": "b"}, "need two texts or two lists of messages"),
         ({"prompt": "a", "completion": 5}, "completion: found 5, need text"),
-        ({"prompt": "a", "completion": ""}, NOTHING),
-        ({"prompt": "a\ud800", "completion": "b"}, "surrogate"),
-        ({"instruction": "a", "output": ""}, NOTHING),
+        ({"prompt": "a", "completion": ""}, f"completion: {NOTHING}"),
+        ({"prompt": "a\ud800", "completion": "b"}, "prompt: found U+D800, which is not a character"),
+        ({"instruction": "a", "output": ""}, f"output: {NOTHING}"),
         ({"instruction": 5, "output": "b"}, "instruction: found 5, need text"),
         ({"instruction": "a", "input": {}, "output": "b"}, "input: found {}, need text"),
         ({"messages": []}, "messages: found [], need a list of messages"),
         ({"messages": "a"}, "messages: found 'a', need a list of messages"),
         ({"messages": ["a"]}, "messages[0]: found 'a', need an object with role and content"),
-        ({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}, "messages[1]: found {'content': 'b'}"),
-        ({"messages": conversation([("a", "")])}, "messages[1]: nothing to learn"),
+        ({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}, "messages[1].role: found None"),
+        ({"messages": conversation([("a", "")])}, f"messages[1].content: {NOTHING}"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message has role 'assistant'"),
-        ({"messages": [{"role": "user", "content": "a\udfff"}, {"role": "assistant", "content": "b"}]}, "surrogate"),
-        ({"messages": [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "b"}]}, "U+FDD0"),
+        (
+            {"messages": [{"role": "user", "content": "a\udfff"}, {"role": "assistant", "content": "b"}]},
+            "messages[0].content: found U+DFFF",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "b"}]},
+            "messages[0].content: found U+FDD0",
+        ),
     ],
 )
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
@@ -472,19 +362,14 @@ def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path, tokeniz
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n\n' + json.dumps(fields))
     with pytest.raises(ml.DataError) as error:
-        ml.load_dataset(path, tokenizer(template=CHATML), train_on)
+        ml.load_dataset(path, tokenizer(template=CHATML), reading(train_on))
     assert str(error.value).startswith(f"{path}:3: ")
     assert phrase in str(error.value)
 
 
-def test_an_alpaca_row_without_an_answer_is_refused_also_without_a_template(tokenizer):
-    with pytest.raises(ml.DataError, match=NOTHING):
-        encode_row(Row({"instruction": "a", "output": ""}, ""), tokenizer(), "completion")
-
-
 def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
     with pytest.raises(ml.DataError, match="needs a chat template"):
-        encode_row(Row({"messages": conversation([("a", "b")])}, ""), tokenizer(), "completion")
+        encode_row(Row({"messages": conversation([("a", "b")])}, ""), tokenizer(), reading())
 
 
 # --- cutting ---
@@ -493,14 +378,14 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
 @given(st.lists(st.tuples(texts, some_text), min_size=1, max_size=6), st.integers(1, 12))
 def test_rows_are_cut_to_the_length_and_counted_and_go_if_no_label_is_left(tokenizer, pairs, max_length):
     rows = [Row({"prompt": prompt, "completion": answer}, f"f:{i}") for i, (prompt, answer) in enumerate(pairs)]
-    whole = [encode_row(row, tokenizer(), "completion") for row in rows]
+    whole = [encode_row(row, tokenizer(), reading("completion")) for row in rows]
     cut = [ml.Example(e.tokens[:max_length], e.labels[:max_length], e.source) for e in whole]
     kept = [e for e in cut if any(label != IGNORE_INDEX for label in e.labels[1:])]  # the first token has no past
     if not kept:
         with pytest.raises(ml.DataError, match=f"no row of {len(rows)} has a label within its first {max_length} tok"):
-            encode_rows(rows, tokenizer(), "completion", max_length)
+            encode_rows(rows, tokenizer(), reading(max_length=max_length))
         return
-    found = encode_rows(rows, tokenizer(), "completion", max_length)
+    found = encode_rows(rows, tokenizer(), reading(max_length=max_length))
     assert list(found) == kept
     assert found.truncated == sum(len(e.tokens) > max_length for e in whole)
     assert found.unlabelled == len(rows) - len(kept)
@@ -513,6 +398,6 @@ def test_an_answer_ends_where_learning_does():
 
 def test_a_slice_of_a_dataset_is_one(tokenizer):
     rows = [Row({"prompt": "a", "completion": text}, "") for text in "bcd"]
-    found = encode_rows(rows, tokenizer(), "completion", 9)
+    found = encode_rows(rows, tokenizer(), reading(max_length=9))
     assert isinstance(found[1:], ml.Dataset)
     assert list(found[1:]) == [found[1], found[2]]

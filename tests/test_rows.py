@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -14,10 +16,10 @@ def as_lines(rows, draw):
     """One object a line, with blank lines between; the text, and the line of each object."""
     text, lines = "", []
     for row in rows:
-        text += draw(st.sampled_from(["", "\n", "  \n\n"]))
+        text += draw(st.sampled_from(["", "\n", "  \n\n", "\r\n"]))
         lines.append(text.count("\n") + 1)
-        text += json.dumps(row, ensure_ascii=draw(st.booleans())) + "\n"
-    return text.removesuffix(draw(st.sampled_from(["", "\n"]))), lines
+        text += json.dumps(row, ensure_ascii=draw(st.booleans())) + draw(st.sampled_from(["\n", "\r\n"]))
+    return text.removesuffix(draw(st.sampled_from(["", "\n", "\r\n"]))), lines
 
 
 def as_array(rows, draw):
@@ -36,48 +38,69 @@ objects = st.dictionaries(st.sampled_from("abc"), texts | st.integers() | st.lis
 @given(
     st.lists(objects, min_size=1, max_size=5),
     st.sampled_from([as_lines, as_array]),
-    st.sampled_from([".json", ".jsonl"]),
+    st.sampled_from([".json", ".jsonl", ".json.gz", ".jsonl.gz"]),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
     st.data(),
 )
 def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_knows_its_line(
-    tmp_path_factory, rows, layout, ending, data
+    tmp_path_factory, rows, layout, ending, mark, data
 ):
     path = tmp_path_factory.mktemp("rows") / f"rows{ending}"
     text, lines = layout(rows, data.draw)
-    path.write_bytes(text.encode())
+    content = mark + text.encode()
+    path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
     assert read_rows(path) == [Row(row, f"{path}:{line}") for row, line in zip(rows, lines, strict=True)]
+
+
+def refusal(path):
+    """Why the first bad row of a file is refused, or the file."""
+    try:
+        rows = read_rows(path)
+    except ml.DataError as error:
+        return str(error)
+    return next(f"{row.source}: {row.problem}" for row in rows if row.problem)
 
 
 @pytest.mark.parametrize(
     ("content", "line", "phrase"),
     [
         (b'{"a": 1}\n{"a": 1\n{"a": 1}', 2, "not JSON"),
-        (b'{"a": 1}\n\n\n{"a": 1} {"a": 1}', 4, "not JSON"),
+        (b'{"a": 1}\n\n\n{"a": 1} {"a": 1}', 4, "not JSON: Extra data at column 10"),
+        (b'{"a": 1}\n{"a": "\xe9"}', 2, "byte 0xe9 at 7 is not UTF-8"),
         (b'[{"a": 1},\n {"a": 1},\n {"a": },\n {"a": 1}]', 3, "not JSON"),
+        (b'[{"a": 1},\n {\n"a"\n: }]', 4, "not JSON"),
         (b'[{"a": 1},\n {"a": 1}\n {"a": 1}]', 3, "comma"),
         (b'[{"a": 1},\n\n, {"a": 1}]', 3, "comma"),
         (b'[,\n{"a": 1}]', 2, "comma"),
         (b'[{"a": 1},\n]', 2, "comma"),
         (b'[{"a": 1}\n', 2, "bracket"),
         (b'[{"a": 1}]\n\n[{"a": 1}]', 1, "bracket"),
-        (b'[{"a": 1},\n 5]', 2, "found a JSON int, need an object"),
-        (b'{"a": 1}\n"text"', 2, "found a JSON str, need an object"),
-        (b"[[1]]", 1, "found a JSON list, need an object"),
-        (b"\nnull", 2, "found a JSON NoneType, need an object"),
-        (b'\n\n{"a": ' + b"[" * 100_000, 3, "not JSON"),
-        (b'\xef\xbb\xbf{"a": 1}', 1, "not JSON"),
+        (b'[{"a": 1},\n 5]', 2, "found 5, need a JSON object"),
+        (b'[{"a": 1},\n {"a": "\xe9"}]', 2, "byte 0xe9"),
+        (b'{"a": 1}\n"text"', 2, "found 'text', need a JSON object"),
+        (b"[[1]]", 1, "found [1], need a JSON object"),
+        (b"\nnull", 2, "found None, need a JSON object"),
+        (b'\n\n{"a": ' + b"[" * 100_000, 3, "nested too deeply"),
+        (b'\n{"a": ' + b"1" * 5000 + b"}", 2, "too many digits"),
+        (b'{"a": 1}\n\xef\xbb\xbf{"a": 1}', 2, "byte order mark"),
     ],
 )
 def test_an_error_in_a_file_is_named_with_its_line(tmp_path, content, line, phrase):
     path = tmp_path / "rows.json"
     path.write_bytes(content)
-    with pytest.raises(ml.DataError) as error:
-        read_rows(path)
-    assert str(error.value).startswith(f"{path}:{line}: ")
-    assert phrase in str(error.value)
+    assert refusal(path).startswith(f"{path}:{line}: ")
+    assert phrase in refusal(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b" [\n]\n"])
+def test_a_bad_line_leaves_the_others_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a"\n\xff\n5\n{"a": 2}\n')
+    rows = read_rows(path)
+    assert [row.fields for row in rows if not row.problem] == [{"a": 1}, {"a": 2}]
+    assert [row.source for row in rows] == [f"{path}:{line}" for line in range(1, 6)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b" [\n]\n", b"\xef\xbb\xbf"])
 def test_a_file_without_rows_is_refused(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -86,30 +109,82 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
     assert str(path) in str(error.value)
 
 
-def test_a_file_that_is_not_utf_8_is_refused_with_the_byte(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_utf_16_is_refused_by_name_where_it_has_its_mark(tmp_path, encoding):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": "\xe9"}')
-    with pytest.raises(ml.FormatError, match="byte 7 is not UTF-8") as error:
+    path.write_bytes(b"\xff\xfe" * (encoding != "utf-16") + '{"a": 1}'.encode(encoding))
+    with pytest.raises(ml.DataError, match="found UTF-16, need UTF-8"):
         read_rows(path)
-    assert str(path) in str(error.value)
 
 
-def test_a_directory_has_a_file_for_each_split_and_lines_go_before_arrays(tmp_path):
-    for name in ("train.json", "train.jsonl", "valid.json", "test.jsonl", "dev.jsonl", "train.txt"):
+def test_rows_of_several_files_follow_each_other(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).write_text(json.dumps({"a": name}))
+    assert [row.fields["a"] for row in read_rows(tmp_path / "b", tmp_path / "a")] == ["b", "a"]
+
+
+# --- which files there are ---
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
+@pytest.mark.parametrize("valid", ["valid", "validation", "val"])
+def test_a_directory_has_a_file_for_each_split(tmp_path, ending, valid):
+    names = {"train": "train.jsonl", "valid": f"{valid}{ending}", "test": "test.json.gz"}
+    for name in (*names.values(), "dev.jsonl", "README.txt", "dataset.csv", ".train.jsonl", "training.json"):
         (tmp_path / name).write_text("{}")
-    expected = {"train": "train.jsonl", "valid": "valid.json", "test": "test.jsonl"}
-    assert find_splits(tmp_path) == {split: tmp_path / name for split, name in expected.items()}
+    (tmp_path / "test.json").mkdir()
+    assert find_splits(tmp_path) == {split: [tmp_path / name] for split, name in names.items()}
+
+
+def test_a_lone_file_of_a_directory_is_the_training_split(tmp_path):
+    for name in ("some.jsonl", "notes.txt", ".some.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert find_splits(tmp_path) == {"train": [tmp_path / "some.jsonl"]}
 
 
 def test_a_file_is_the_training_split_and_the_builtin_data_have_all_three(tmp_path):
-    (tmp_path / "some.json").write_text("{}")
-    assert find_splits(tmp_path / "some.json") == {"train": tmp_path / "some.json"}
-    assert find_splits(BUILTIN) == {s: ASSETS / "data" / f"{s}.jsonl" for s in ("train", "valid", "test")}
+    (tmp_path / "valid.json").write_text("{}")
+    assert find_splits(tmp_path / "valid.json") == {"train": [tmp_path / "valid.json"]}
+    assert find_splits(BUILTIN) == {s: [ASSETS / "data" / f"{s}.jsonl"] for s in ("train", "valid", "test")}
 
 
-@pytest.mark.parametrize(("name", "phrase"), [("missing", "no such file"), ("empty", r"need a \.json or \.jsonl file")])
-def test_data_that_are_not_there_are_refused_by_name(tmp_path, name, phrase):
-    (tmp_path / "empty").mkdir()
+def test_several_names_are_joined_split_by_split_in_their_order(tmp_path):
+    for name in ("b/train.json", "b/valid.json", "a/train.json", "a/test.json", "c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    b, a, c = tmp_path / "b", tmp_path / "a", tmp_path / "c.jsonl"
+    expected = {
+        "train": [b / "train.json", c, a / "train.json"],
+        "valid": [b / "valid.json"],
+        "test": [a / "test.json"],
+    }
+    assert find_splits([b, str(c), a]) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert find_splits(tmp_path / "pipe") == {"train": [tmp_path / "pipe"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "phrase"),
+    [
+        ([], "need one data file .* found none"),
+        (["a.jsonl", "b.jsonl"], r"need one data file .* found \['a.jsonl', 'b.jsonl'\]"),
+        (["train.json", "train.jsonl"], "train.json and train.jsonl are both the train split"),
+        (["val.json", "valid.json.gz"], "val.json and valid.json.gz are both the valid split"),
+    ],
+)
+def test_a_directory_whose_files_leave_a_choice_is_refused(tmp_path, names, phrase):
+    for name in names:
+        (tmp_path / name).write_text("{}")
     with pytest.raises(ml.DataError, match=phrase) as error:
-        find_splits(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
+        find_splits(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ")
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
+    with pytest.raises(ml.FormatError, match="no such file") as error:
+        find_splits(tmp_path / "missing.jsonl")
+    assert str(tmp_path / "missing.jsonl") in str(error.value)

@@ -33,8 +33,8 @@ class ControlTokens:
         added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
         self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
         self._longest = max(map(len, self._names), default=0)
-        self._first = "".join(map(re.escape, {name[0] for name in self._names}))
-        self._begins = re.compile(f"[{self._first}]" if added else "(?!)")  # (?!) never matches
+        first = "".join(sorted({re.escape(name[0]) for name in self._names}))
+        self._begins = re.compile(f"[{first}]" if first else "(?!)")  # (?!) never matches
         # Normalizing may make a control token of what is none: of full-width letters, say.
         self._normalized = backend if any(token.normalized for token in added) and backend.normalizer else None
 
@@ -91,7 +91,7 @@ class ControlTokens:
     @cached_property
     def _whole_or_mark(self) -> re.Pattern[str]:
         whole = "|".join(map(re.escape, self._names)) or "(?!)"  # the longest first
-        return re.compile(f"{QUOTE}|{self._begins.pattern.join(('(?=', ')'))}(?:{whole})(?!{QUOTE})")
+        return re.compile(f"{QUOTE}|(?={self._begins.pattern})(?:{whole})(?!{QUOTE})")
 
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:

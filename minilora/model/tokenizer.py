@@ -52,7 +52,7 @@ class Tokenizer:
             self._backend = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises nothing narrower
             raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
-        self._control = ControlTokens(source)
+        self._control = ControlTokens(source, self._backend)
         self._backend.no_truncation()
         self._backend.no_padding()
         config, older, generation, model = (

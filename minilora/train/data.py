@@ -81,8 +81,10 @@ class Dataset(Sequence[Example]):
         return Dataset(self.examples[index]) if isinstance(index, slice) else self.examples[index]
 
 
-def load_dataset(path: str | Path, tokenizer: Tokenizer, config: DataConfig | None = None) -> Dataset:
-    """Read the rows of a file, or the training rows of a directory, and encode them.
+def load_dataset(
+    path: str | Path | Sequence[str | Path], tokenizer: Tokenizer, config: DataConfig | None = None
+) -> Dataset:
+    """Read the rows of files, and the training rows of directories, and encode them.
 
     Raises:
         DataError: a row that cannot be used, with file and line; a file without rows.
@@ -112,7 +114,7 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ())
         return tokenizer.with_template(read_text(Path(style)))
     source = read_text(ASSETS / "prompts" / "instruction.jinja")
     bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
-    begin = "{{ bos_token }}" if bos in tokenizer.encode("") else ""  # as the tokenizer begins every text
+    begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text
     return tokenizer.with_template(begin + "{% set preamble = true %}" * (style == "alpaca") + source)
 
 
@@ -164,10 +166,8 @@ def _read(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Passage |
         if isinstance(meaning, Passage):  # one that brings its closing token gets no second one
             closing = tokenizer.special_tokens.get("eos_token", "")
             meaning = replace(meaning, completion=meaning.completion.removesuffix(closing))
-        if config.allow_special:
-            return meaning, False
         quoted = replace(meaning, **{name: tokenizer.quote(value) for name, value in vars(meaning).items()})
-        return quoted, quoted != meaning
+        return (meaning, False) if config.allow_special else (quoted, quoted != meaning)
 
 
 def _encoded(meaning: Passage | Conversation, source: str, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
@@ -194,10 +194,10 @@ def _at(source: str) -> Iterator[None]:
 def _encode_passage(passage: Passage, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
     """Prompt and completion as one text, closed by the end token, which is always a label if anything is."""
     prompt, text = passage.prompt, passage.prompt + passage.completion
-    tokens, spans = _encode_spans(text, tokenizer)
+    tokens, spans = tokenizer.encode_spans(text)
     labels = _labels(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
     if tokenizer.eos_id is not None:
-        if tokens[-1] != tokenizer.eos_id:
+        if tokens[-1:] != [tokenizer.eos_id]:
             tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
         labels[-1] = tokenizer.eos_id
     return tokens, labels
@@ -217,7 +217,7 @@ def _encode_conversation(
     else:
         learned = _joined(learned) or _assistant_spans(text, conversation, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
-    tokens, spans = _encode_spans(text, tokenizer, add_special_tokens=False)
+    tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
     return tokens, _labels(tokens, spans, learned)
 
 
@@ -234,38 +234,49 @@ def _joined(spans: list[Span]) -> list[Span]:
 def _assistant_spans(text: str, conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
     """Where the assistant speaks, for templates that do not mark it: from the prompt for an answer to the turn's end.
 
-    The text up to message i must be how the whole text begins; or else the answers themselves must be found in it.
+    The text up to an answer must be how the whole text begins; or else the answers themselves must be found in it.
     """
+    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    spans, found = [], None
+    for number, i in list(enumerate(turns)) if train_on == "assistant" else [(-1, turns[-1])]:
+        span = _turn(text, conversation, i, tokenizer)
+        if span is None:
+            found = found or _answers(text, conversation, tokenizer)
+            if not found:
+                raise DataError(
+                    f"the chat template renders message {i} differently once others follow, so its tokens cannot be "
+                    "found; --train-on completion learns the last answer only"
+                )
+            span = found[number]
+        spans.append(span)
+    return spans
+
+
+def _turn(text: str, conversation: Conversation, i: int, tokenizer: Tokenizer) -> Span | None:
+    """Where message i is in the text, which begins as the template renders the messages up to it; None if not so."""
     messages, tools = conversation.messages, conversation.tools
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
-    for i in turns if train_on == "assistant" else turns[-1:]:
+    try:
         through = tokenizer.render(messages[: i + 1], tools=tools)
         before = tokenizer.render(messages[: max(i, 1)], add_generation_prompt=True, tools=tools)
-        if i == 0:  # no message comes before, but the header that asks for an answer stands in the turn
-            header = before.removeprefix(through)
-            before = through[: through.index(header) + len(header)] if header in through else before
-        if not (text.startswith(through) and through.startswith(before)):
-            if found := _answers(text, conversation, tokenizer):
-                return found
-            raise DataError(
-                f"the chat template renders message {i} differently once others follow, so its tokens cannot be found; "
-                "--train-on completion learns the last answer only"
-            )
-        spans.append((len(before), len(through)))
-    return spans
+    except DataError:  # some templates refuse a conversation that breaks off
+        return None
+    if i == 0:  # no message comes before, but the header that asks for an answer stands in the turn
+        header = before.removeprefix(through)
+        before = through[: through.index(header) + len(header)] if header in through else before
+    return (len(before), len(through)) if text.startswith(through) and through.startswith(before) else None
 
 
 def _answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> list[Span] | None:
     """Every answer in the text, found by marks around it, with what closes it; None if that fails.
 
-    Marks stand inside the white space at an answer's ends, which templates strip.
+    Marks stand inside the white space at an answer's ends, which templates strip. Of an answer that is more than its
+    content, tool calls say, the marks would miss the rest.
     """
     messages: list[Fields] = []
     for message in conversation.messages:
         content = message.get("content")
         if message["role"] == "assistant":
-            if not isinstance(content, str) or not content.strip():
+            if not isinstance(content, str) or not content.strip() or _has_more(message):
                 return None
             core = content.strip()
             message = {**message, "content": content.replace(core, f"{FROM}{core}{TO}", 1)}
@@ -282,12 +293,8 @@ def _answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> lis
     return [(begin, end + len(closing)) for begin, end in zip(ends[0::2], ends[1::2], strict=False)]
 
 
-def _encode_spans(text: str, tokenizer: Tokenizer, add_special_tokens: bool = True) -> tuple[list[int], list[Span]]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{text[error.start]!r} is half of a surrogate pair, which is no character") from error
-    return tokenizer.encode_spans(text, add_special_tokens)
+def _has_more(answer: Fields) -> bool:
+    return any(value for key, value in answer.items() if key not in ("role", "content", "name", "weight"))
 
 
 def _labels(tokens: list[int], spans: list[Span], learned: list[Span]) -> list[int]:

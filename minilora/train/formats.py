@@ -12,6 +12,7 @@ A conversation may have its system prompt in a field `system`. Errors name the f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
 }
+DEPTH = 32  # objects and lists within each other in a message or a tool
 # role -> which roles may follow; "" is before the first message
 FOLLOWS = {
     "": ("system", "developer", "user", "assistant"),
@@ -86,6 +88,8 @@ def understand(fields: Fields, config: DataConfig) -> Passage | Conversation:
     if system and turns[0].role not in ("system", "developer"):
         turns = [_Turn({"role": "system", "content": system}, "system"), *turns]
     _check_order(turns)
+    for turn in turns:
+        _check_characters(turn.message, turn.where)
     if not any(turn.role == "assistant" for turn in turns):
         raise DataError(f"{turns[0].where.partition('[')[0]}: no message has role 'assistant': nothing to learn")
     return Conversation([turn.message for turn in turns], _tools(fields))
@@ -130,8 +134,8 @@ def _from_alpaca(fields: Fields) -> list[_Turn]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError(f"history: found {history!r:.60}, need a list of pairs of question and answer")
     for i, (question, answer) in enumerate(history):
-        for role, content in (("user", question), ("assistant", answer)):
-            where = f"history[{i}]"
+        for j, (role, content) in enumerate((("user", question), ("assistant", answer))):
+            where = f"history[{i}][{j}]"
             text = _text({where: content}, where, is_learned=role == "assistant")
             turns.append(_Turn({"role": role, "content": text}, where))
     instruction, extra = _text(fields, "instruction"), _text(fields, "input", default="")
@@ -154,8 +158,8 @@ def _from_sharegpt(turn: _Turn) -> _Turn:
     if speaker != "function_call":
         return _Turn({"role": role, "content": value}, where)
     called = _from_json(value, key)
-    calls = [{"type": "function", "function": call} for call in (called if isinstance(called, list) else [called])]
-    return _Turn({"role": role, "tool_calls": _calls(calls, key)}, where)
+    calls = _calls(called if isinstance(called, list) else [called], key)
+    return _Turn({"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls]}, where)
 
 
 def _messages(fields: Fields, key: str) -> list[_Turn]:
@@ -223,6 +227,7 @@ def _tools(fields: Fields) -> list[Any] | None:
         tools = _from_json(tools, "tools") or None
     if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
         raise DataError(f"tools: found {tools!r:.60}, need a list of objects")
+    _check_characters(tools, "tools")
     return tools
 
 
@@ -241,4 +246,21 @@ def _text(fields: Fields, key: str, default: str | None = None, is_learned: bool
         raise DataError(f"{key}: found {value!r:.60}, need text")
     if is_learned and not value:
         raise DataError(f"{key}: {EMPTY}")
+    _check_characters(value, key)
     return value
+
+
+def _check_characters(value: Any, where: str, depth: int = 0) -> None:
+    """No text, however deep, may hold what is no character: half of a surrogate pair, or one of minilora's marks."""
+    if depth > DEPTH:
+        raise DataError(f"{where:.60}: nested more than {DEPTH} deep")
+    if isinstance(value, str):
+        if found := re.search("[\ud800-\udfff\ufdd0-\ufdef]", value):
+            raise DataError(f"{where}: found U+{ord(found[0]):04X}, which is not a character")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check_characters(key, where)
+            _check_characters(entry, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            _check_characters(entry, f"{where}[{i}]", depth + 1)

@@ -17,6 +17,7 @@ from minilora.errors import DataError
 from minilora.hub import DATA_ENDINGS, fetch
 from minilora.storage import read_bytes
 
+LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 
 
@@ -48,9 +49,9 @@ def find_splits(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path
 
 def _splits_of(name: str | Path) -> dict[str, Path]:
     path = fetch(name, "dataset")
-    if path.is_file():
+    if not path.is_dir():
         return {"train": path}
-    files = sorted(file for file in path.iterdir() if file.name.endswith(DATA_ENDINGS))
+    files = _data_files(path)
     found: dict[str, Path] = {}
     for file in files:
         stem = file.name.partition(".")[0]
@@ -66,8 +67,10 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     return found
 
 
-def _is_data(path: Path) -> bool:
-    return path.is_file() and path.name.endswith(ENDINGS) and not path.name.startswith(".")
+def _data_files(directory: Path) -> list[Path]:
+    named = (file for file in directory.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
+    files = sorted(file for file in named if file.is_file())
+    return [file for file in files if file.suffix != ".txt"] or files  # a text beside data describes them
 
 
 def read_rows(*paths: Path) -> list[Row]:
@@ -103,7 +106,7 @@ def _from_line(line: bytes, source: str) -> Row:
     except UnicodeDecodeError as error:
         return Row(source=source, problem=_not_utf8(error))
     except (ValueError, RecursionError) as error:
-        return Row(source=source, problem=f"{_not_json(error)}; need {LAYOUTS}")
+        return Row(source=source, problem=_not_json(error, f"; need {LAYOUTS}"))
 
 
 def _array(data: bytes, path: Path) -> Iterator[Row]:
@@ -144,7 +147,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
 
 
-def _not_json(error: ValueError | RecursionError) -> str:
+def _not_json(error: ValueError | RecursionError, advice: str = "") -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{advice}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
