@@ -39,7 +39,7 @@ SHALLOW = frozenset(
 LINEAR = frozenset(
     "split rsplit splitlines strip lstrip rstrip startswith endswith removeprefix removesuffix "  # noqa: SIM905
     "partition rpartition find rfind index rindex count lower upper capitalize trim string safe escape e tojson "
-    "int float abs attr reverse dictsort sort unique min max Dict Namespace raise_exception safe_range".split()
+    "int float abs attr reverse dictsort sort unique min max Dict Namespace _raise safe_range".split()
 )
 # The tests that read their operands; the others look at the outside.
 READING_TESTS = frozenset("lower upper in eq equalto == ne != gt greaterthan > ge >= lt lessthan < le <=".split())  # noqa: SIM905
