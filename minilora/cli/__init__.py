@@ -60,13 +60,17 @@ def _dashed(word: str) -> str:
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of everything, and those of the commands by name."""
-    parser = argparse.ArgumentParser(prog="minilora", description="LoRA fine-tuning you can read.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="minilora",
+        description="LoRA fine-tuning you can read.",
+        epilog="Begin with `minilora finetune`; `minilora COMMAND --help` explains a command and has an example.",
+        allow_abbrev=False,
+    )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     parsers = {}
     for command in COMMANDS:
         own = subparsers.add_parser(
             command.name,
-            usage=f"minilora {command.name} [flags]",
             help=command.help,
             description=command.about,
             epilog=f"example:\n  {command.example}",
@@ -74,6 +78,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             allow_abbrev=False,
         )
         command.add_flags(own)
+        names = [str(action.metavar) for action in own._actions if not action.option_strings]
+        own.usage = " ".join(["minilora", command.name, *names, "[flags]"])  # argparse's own lists all flags
         own.set_defaults(run=command.run)
         parsers[command.name] = own
     return parser, parsers

@@ -52,7 +52,7 @@ ELSEWHERE = {
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, but: Sequence[str] = ()) -> None:
     """One flag for each field of a data class `but` those, in the group that the field names, or else in `title`."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {group.title: group for group in parser._action_groups}
     hints = typing.get_type_hints(cls)
     for field in (field for field in dataclasses.fields(cls) if field.name not in but):
         name = RENAMED.get(field.name, field.name)
