@@ -282,11 +282,133 @@ def test_what_a_template_marks_is_what_is_learned_also_where_that_is_less_than_t
 def test_turns_that_a_template_rewrites_are_refused_for_assistant_but_the_last_answer_can_be_learned(tokenizer):
     chosen = tokenizer(template=STRIPPING, eos=CLOSE)
     messages = conversation([("a", "<think>b</think>c"), ("d", "<think>e</think>f")])
-    with pytest.raises(ml.DataError, match=r"here:7: .*message 1 differently.*--train-on completion"):
+    with pytest.raises(ml.DataError, match=r"here:7: .*message 1, .*differently.*--train-on completion"):
         encode_row(Row({"messages": messages}, "here:7"), chosen, reading("assistant"))
     found = encode_row(Row({"messages": messages}, ""), chosen, reading("completion"))
     messages[1]["content"] = "c"
     assert learned(found) == touching(chosen, found.tokens, chatml_pieces(messages, "completion"))
+
+
+NUMBERED = CHATML.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}").replace(
+    "assistant\n{% endif", "assistant {{ messages | length + 1 }}\n{% endif"
+)
+OF_ALL = NUMBERED.replace("{{ loop.index }}", "{{ loop.index }} of {{ messages | length }}").replace(
+    "{{ messages | length + 1 }}", "{{ messages | length + 1 }} of {{ messages | length + 1 }}"
+)
+STRIPS = CHATML.replace("m.content", "m.content | trim")
+WRITTEN = {  # template -> how it writes the beginning, and the header and the content of message i of n
+    "chatml": (CHATML, "", "{role}", str),
+    "default system": (DEFAULT_SYSTEM, f"{OPEN}system\nBe kind.{CLOSE}\n", "{role}", str),
+    "stripping": (STRIPS, "", "{role}", str.strip),
+    "numbered": (NUMBERED, "", "{role} {i}", str),
+    "numbered of all": (OF_ALL, "", "{role} {i} of {n}", str),
+    "numbered of all, stripping": (OF_ALL.replace("m.content", "m.content | trim"), "", "{role} {i} of {n}", str.strip),
+    "default system, of all": (
+        *("{% if messages[0].role != 'system' %}Be kind.{% endif %}" + OF_ALL, "Be kind.", "{role} {i} of {n}", str),
+    ),
+}
+
+
+def pieces_written(name, messages, train_on):
+    """The text of a conversation by one of the templates above, piece by piece, and which ones are learned."""
+    _, begin, header, content = WRITTEN[name]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    pieces = [(begin if messages[0]["role"] != "system" else "", False)]
+    for i, message in enumerate(messages):
+        is_learned = message["role"] == "assistant" and (train_on == "assistant" or i == last)
+        written = header.format(role=message["role"], i=i + 1, n=len(messages))
+        pieces += [(f"{OPEN}{written}\n", False), (f"{content(message['content'])}{CLOSE}\n", is_learned)]
+    return pieces
+
+
+visible = some_text.filter(lambda text: text.strip())
+with_tools = st.lists(
+    st.tuples(some_text, visible, st.lists(st.tuples(some_text, visible), max_size=2)), min_size=1, max_size=3
+)
+
+
+@given(
+    st.sampled_from(sorted(WRITTEN)),
+    st.sampled_from(["completion", "assistant"]),
+    with_tools,
+    questions,
+    st.booleans(),
+)
+@example("numbered of all", "assistant", [("a", "a", [("a", "a")]), ("a", "a a", [])], None, True)
+def test_every_answer_is_found_however_a_template_writes_the_turns_and_what_tools_answer_between(
+    tokenizer, template, train_on, turns, system, ends_with_a_question
+):
+    chosen = tokenizer(template=WRITTEN[template][0], eos=CLOSE, use_regex=False)
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer, more in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for found, then in more:
+            messages += [{"role": "tool", "content": found}, {"role": "assistant", "content": then}]
+    messages += [{"role": "user", "content": "?"}] * ends_with_a_question
+    found = encode_row(Row({"messages": messages}, ""), chosen, reading(train_on))
+    pieces = pieces_written(template, messages, train_on)
+    assert chosen.decode(found.tokens, skip_special_tokens=False) == "".join(text for text, _ in pieces)
+    assert learned(found) == touching(chosen, found.tokens, pieces)
+
+
+THINKING = CHATML.replace(  # as qwen3: the last answer is written with its thoughts, or with none
+    "{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' and loop.last }}{{ m.content }}"
+)
+
+
+def test_what_a_template_adds_to_the_last_answer_alone_is_learned_with_it(tokenizer):
+    chosen = tokenizer(template=THINKING, eos=CLOSE)
+    for train_on in ("completion", "assistant"):
+        found = encode_row(Row({"messages": conversation([("a", "b"), ("c", "d")])}, ""), chosen, reading(train_on))
+        pieces = [
+            (f"{OPEN}user\na{CLOSE}\n{OPEN}assistant\n", False),
+            (f"b{CLOSE}\n", train_on == "assistant"),
+            (f"{OPEN}user\nc{CLOSE}\n{OPEN}assistant\n", False),
+            (f"<think></think>d{CLOSE}\n", True),
+        ]
+        assert learned(found) == touching(chosen, found.tokens, pieces)
+
+
+REWRITING = {
+    "cut": ("{{ m.content if loop.last else m.content[:1] }}", {"content": "bcd"}),
+    "left out": ("{{ m.content if loop.last or m.role == 'user' }}", {"content": "bcd"}),
+    "twice": ("{{ m.content }}{{ m.content if m.role == 'assistant' and not loop.last }}", {"content": "bcd"}),
+    "thoughts": (
+        "{% if m.thinking and loop.last %}{{ m.thinking }}{% endif %}{{ m.content }}",
+        {"content": "bcd", "thinking": "e"},
+    ),
+    "closed differently": ("{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}", {"content": "bcd"}),
+}
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_an_earlier_answer_that_a_template_rewrites_is_never_learned_by_halves(tokenizer, name):
+    written, answer = REWRITING[name]
+    chosen = tokenizer(template=CHATML.replace("{{ m.content }}", written), eos=CLOSE)
+    messages = conversation([("a", "b"), ("f", "ghi")])
+    messages[1] = {"role": "assistant", **answer}
+    with pytest.raises(ml.DataError, match=r"here:7: .*message 1, .*differently.*--train-on completion"):
+        encode_row(Row({"messages": messages}, "here:7"), chosen, reading("assistant"))
+    found = encode_row(Row({"messages": messages}, ""), chosen, reading("completion"))
+    assert chosen.decode(found.answer, skip_special_tokens=False).startswith(
+        f"ghi{'!' * (name == 'closed differently')}{CLOSE}"
+    )
+
+
+REFUSING = "{{ raise_exception('no question') if messages[-1].role == 'system' }}" + CHATML
+
+
+def test_a_template_may_refuse_conversations_that_break_off(tokenizer):
+    chosen = tokenizer(template=REFUSING, eos=CLOSE)
+    messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}, *conversation([("b", "c")])]
+    found = encode_row(Row({"messages": messages}, ""), chosen, reading("assistant"))
+    pieces = [
+        (f"{OPEN}system\ns{CLOSE}\n{OPEN}assistant\n", False),
+        (f"a{CLOSE}\n", True),
+        (f"{OPEN}user\nb{CLOSE}\n{OPEN}assistant\n", False),
+        (f"c{CLOSE}\n", True),
+    ]
+    assert learned(found) == touching(chosen, found.tokens, pieces)
 
 
 def test_the_tools_of_a_conversation_reach_the_template(tokenizer):

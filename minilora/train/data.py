@@ -6,7 +6,7 @@ tokens of the prompt alone would be wrong wherever a token spans the seam.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
@@ -241,11 +241,13 @@ def _assistant_spans(text: str, conversation: Conversation, tokenizer: Tokenizer
     for number, i in list(enumerate(turns)) if train_on == "assistant" else [(-1, turns[-1])]:
         span = _turn(text, conversation, i, tokenizer)
         if span is None:
-            found = found or _answers(text, conversation, tokenizer)
+            found = found or _answers(text, conversation, tokenizer, str)
+            found = found or _answers(text, conversation, tokenizer, str.strip)  # many templates strip
             if not found:
+                advice = "; --train-on completion learns the last answer only" if train_on == "assistant" else ""
                 raise DataError(
-                    f"the chat template renders message {i} differently once others follow, so its tokens cannot be "
-                    "found; --train-on completion learns the last answer only"
+                    f"the chat template renders message {i}, or those before it, differently once others follow, so "
+                    f"its tokens cannot be found{advice}"
                 )
             span = found[number]
         spans.append(span)
@@ -266,11 +268,12 @@ def _turn(text: str, conversation: Conversation, i: int, tokenizer: Tokenizer) -
     return (len(before), len(through)) if text.startswith(through) and through.startswith(before) else None
 
 
-def _answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> list[Span] | None:
-    """Every answer in the text, found by marks around it, with what closes it; None if that fails.
+def _answers(
+    text: str, conversation: Conversation, tokenizer: Tokenizer, written: Callable[[str], str]
+) -> list[Span] | None:
+    """Every answer in the text, found by marks around what is written of it, with what closes it; None if that fails.
 
-    Marks stand inside the white space at an answer's ends, which templates strip. Of an answer that is more than its
-    content, tool calls say, the marks would miss the rest.
+    Of an answer that is more than its content, tool calls say, the marks would miss the rest.
     """
     messages: list[Fields] = []
     for message in conversation.messages:
@@ -278,7 +281,7 @@ def _answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> lis
         if message["role"] == "assistant":
             if not isinstance(content, str) or not content.strip() or _has_more(message):
                 return None
-            core = content.strip()
+            core = written(content)
             message = {**message, "content": content.replace(core, f"{FROM}{core}{TO}", 1)}
         messages.append(message)
     pieces = tokenizer.render(messages, tools=conversation.tools).replace(TO, FROM).split(FROM)
