@@ -1,0 +1,292 @@
+"""Every format of a conversation gives the same tokens and labels, and a prompt style writes what it promises."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.train.config import DataConfig
+from minilora.train.data import encode_row, use_prompt_style
+from minilora.train.formats import Conversation, Passage, understand
+from minilora.train.rows import Row
+from tests.test_data import (
+    BOS,
+    CHATML,
+    CLOSE,
+    EOS,
+    OPEN,
+    conversation,
+    learned,
+    reading,
+    some_text,
+    texts,
+    tokenizer,
+    touching,
+    write_tokenizer,
+)
+
+__all__ = ["tokenizer"]  # a fixture
+PARTS = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content or () %}{{ p.text }}{% endfor %}"
+    "{% endif %}{% for c in m.tool_calls or () %}<call>{{ c.function | tojson }}{% endfor %}",
+)
+WITH_TOOLS = "{{ tools | tojson if tools }}" + PARTS
+systems = st.sampled_from([None, "Be brief."])
+turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
+train_on = st.sampled_from(["completion", "assistant", "all"])
+
+
+def encoded(row, tokenizer, **options):
+    return encode_row(Row(row, ""), tokenizer, reading(**options))
+
+
+# --- formats ---
+
+HUMAN = {"user": "human", "assistant": "gpt"}
+
+
+def formats(messages):
+    """The same conversation in every format that can hold it."""
+    own = messages[0]["content"] if messages[0]["role"] == "system" else None
+    rest = messages[1:] if own else messages
+    yield {"messages": messages}
+    yield {"messages": rest, "system": own}
+    yield {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages], "tools": None}
+    yield {"conversations": messages, "tools": ""}
+    yield {"conversations": [{"from": HUMAN.get(m["role"], m["role"]), "value": m["content"]} for m in messages]}
+    yield {"conversations": [{"from": m["role"], "value": m["content"]} for m in rest], "system": own or ""}
+    yield {"prompt": messages[:-1], "completion": messages[-1:]}
+    *history, question, answer = (m["content"] for m in rest)
+    pairs = [list(pair) for pair in zip(history[::2], history[1::2], strict=True)]
+    yield {"instruction": question, "output": answer, "system": own, "history": pairs}
+    yield {"instruction": question, "input": "", "output": answer, "system": own, "history": pairs}
+
+
+@given(turns, systems, train_on)
+def test_every_format_of_a_conversation_gives_the_same_tokens_and_labels(tokenizer, turns, system, train_on):
+    chosen = tokenizer(template=PARTS, eos=CLOSE)
+    first, *others = formats(conversation(turns, system))
+    expected = encoded(first, chosen, train_on=train_on)
+    assert chosen.decode(expected.tokens, skip_special_tokens=False) == chosen.render(conversation(turns, system))
+    for row in others:
+        assert encoded(row, chosen, train_on=train_on) == expected
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"where": {"type": "string"}}}}
+CALL = {"name": "look", "arguments": {"where": "sea"}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "text"])
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+def test_tools_their_calls_and_what_they_answer_are_the_same_in_both_formats_that_hold_them(tokenizer, tools, train_on):
+    chosen = tokenizer(template=WITH_TOOLS, eos=CLOSE)
+    calls = [{"type": "function", "function": CALL}]
+    messages = [
+        {"role": "user", "content": "where?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "the sea"},
+        {"role": "tool", "content": "the town"},
+        {"role": "assistant", "content": "by the sea"},
+    ]
+    said = [("human", "where?"), ("function_call", json.dumps(CALL)), ("observation", "the sea"), ("tool", "the town")]
+    said.append(("gpt", "by the sea"))
+    shared = {"conversations": [{"from": who, "value": value} for who, value in said], "tools": tools}
+    found = encoded({"messages": messages, "tools": tools}, chosen, train_on=train_on)
+    assert encoded(shared, chosen, train_on=train_on) == found
+    is_all, is_turn = train_on == "all", train_on != "completion"
+    pieces = [
+        (f"{json.dumps([TOOL])}{OPEN}user\nwhere?{CLOSE}\n{OPEN}assistant\n", is_all),
+        (f"<call>{json.dumps(CALL)}{CLOSE}\n", is_turn),
+        (f"{OPEN}tool\nthe sea{CLOSE}\n{OPEN}tool\nthe town{CLOSE}\n{OPEN}assistant\n", is_all),
+        (f"by the sea{CLOSE}\n", True),
+    ]
+    assert learned(found) == touching(chosen, found.tokens, pieces)
+
+
+def test_a_function_call_may_be_several():
+    row = {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL] * 2)}]
+    }
+    found = understand(row, DataConfig())
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}] * 2
+
+
+@given(some_text, texts)
+def test_alpaca_asks_with_instruction_and_input(instruction, extra):
+    found = understand({"instruction": instruction, "input": extra, "output": "b"}, DataConfig())
+    asked = found.messages[0]
+    assert (asked["instruction"], asked["input"]) == (instruction, extra)
+    assert asked["content"] == (f"{instruction}\n\n{extra}" if extra else instruction)
+
+
+@given(some_text, train_on)
+def test_text_is_learned_whole_by_its_name_or_by_the_name_of_its_field(tokenizer, text, train_on):
+    chosen = tokenizer(post="bos")
+    expected = encoded({"prompt": "", "completion": text}, chosen)
+    assert encoded({"text": text, "id": 1}, chosen, train_on=train_on) == expected
+    row = {"body": text, "text": "c", "messages": [], "system": 5}
+    assert encoded(row, chosen, train_on=train_on, text_field="body") == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"body": 5}, {"body": ""}])
+def test_a_row_without_the_text_field_is_refused(tokenizer, fields):
+    with pytest.raises(ml.DataError, match=r"body: (found (None|5), need text|it is empty)"):
+        encoded(fields, tokenizer(), text_field="body")
+
+
+# --- system prompts ---
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
+    asked = conversation([("a", "b")])
+    config = DataConfig(system="from outside")
+    own = [{"role": role, "content": "own"}, *asked]
+    assert understand({"messages": own}, config).messages == own
+    for absent in ({}, {"system": None}, {"system": ""}):
+        assert understand({"messages": asked, **absent}, config).messages[0]["content"] == "from outside"
+    found = understand({"messages": asked, "system": "own"}, config).messages
+    assert found == [{"role": "system", "content": "own"}, *asked]
+    assert understand({"messages": asked}, DataConfig()).messages == asked
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
+def test_plain_text_has_no_place_for_a_system_prompt(row):
+    assert isinstance(understand(row, DataConfig()), Passage)
+    with pytest.raises(ml.DataError, match=r"system: found 'c', but plain text has no place"):
+        understand(row, DataConfig(system="c"))
+
+
+def test_what_is_read_is_not_changed():
+    row = {"messages": conversation([("a", "b")]), "tools": [TOOL], "system": "c"}
+    before = json.dumps(row)
+    assert isinstance(understand(row, DataConfig()), Conversation)
+    assert json.dumps(row) == before
+
+
+# --- prompt styles ---
+
+PREAMBLE = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+CONTEXT = ", paired with an input that provides further context"
+
+
+def written(turns, system, is_alpaca):
+    """The text of a conversation in Alpaca's form, piece by piece, and which are answers; turns have an input."""
+    head = PREAMBLE.format(CONTEXT if any(extra for _, extra, _ in turns) else "") if is_alpaca else ""
+    pieces = [(f"{system}\n\n" if system else head, False)]
+    for i, (question, extra, answer) in enumerate(turns):
+        given = f"### Input:\n{extra}\n\n" if extra else ""
+        pieces.append(("\n\n" * (i > 0) + f"### Instruction:\n{question}\n\n{given}### Response:\n", False))
+        pieces.append((answer + EOS, True))
+    return pieces
+
+
+@given(
+    st.sampled_from(["alpaca", "instruction"]), turns, texts, systems, st.sampled_from(["none", "bos", "bos and eos"])
+)
+def test_a_prompt_style_writes_alpacas_text_and_learns_the_answers_and_their_ends(
+    tokenizer, style, turns, extra, system, post
+):
+    chosen = use_prompt_style(tokenizer(post=post, use_regex=False), style)
+    question, answer = turns[-1]
+    history = [list(pair) for pair in turns[:-1]]
+    row = {"instruction": question, "input": extra, "output": answer, "history": history, "system": system}
+    pieces = written([*((q, "", a) for q, a in turns[:-1]), (question, extra, answer)], system, style == "alpaca")
+    begin = BOS if post != "none" else ""
+    found = encoded(row, chosen, train_on="assistant")
+    assert chosen.decode(found.tokens, skip_special_tokens=False) == begin + "".join(text for text, _ in pieces)
+    assert learned(found) == touching(chosen, found.tokens, [(begin, False), *pieces])
+    last = encoded(row, chosen)
+    only = [(begin, False), *((text, False) for text, _ in pieces[:-1]), pieces[-1]]
+    assert last.tokens == found.tokens
+    assert learned(last) == touching(chosen, last.tokens, only)
+
+
+@pytest.mark.parametrize("extra", [{}, {"input": ""}, {"input": None}, {"input": "the sea"}])
+def test_instruction_rows_are_alpacas_text_where_the_model_has_no_template(tokenizer, extra):
+    row = Row({"instruction": "Add {a}.", "output": "b", **extra}, "")
+    found = encode_row(row, use_prompt_style(tokenizer(), "auto", [row]), reading())
+    context, given = "", ""
+    if extra.get("input"):
+        context, given = CONTEXT, "### Input:\nthe sea\n\n"
+    prompt = f"{PREAMBLE.format(context)}### Instruction:\nAdd {{a}}.\n\n{given}### Response:\n"
+    expected = encoded({"prompt": prompt, "completion": "b"}, tokenizer())
+    assert (found.tokens, found.labels) == (expected.tokens, expected.labels)
+
+
+def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(tokenizer):
+    rows = [Row({"instruction": "a", "output": "b"}), Row({"text": "a"})]
+    assert use_prompt_style(tokenizer(template=CHATML), "auto", rows) is tokenizer(template=CHATML)
+    assert use_prompt_style(tokenizer(), "auto", rows[1:]) is tokenizer()
+    assert use_prompt_style(tokenizer(), "auto", rows).template is not None
+
+
+def test_a_prompt_to_continue_ends_where_the_answer_begins(tokenizer):
+    for style in ("alpaca", "instruction"):
+        chosen = use_prompt_style(tokenizer(post="bos"), style)
+        messages = conversation([("a", "b"), ("c", "d")], "s")
+        whole, asked = chosen.render(messages), chosen.render(messages[:-1], add_generation_prompt=True)
+        assert whole == f"{asked}d{EOS}"
+
+
+def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}é", "utf-8")
+    chosen = use_prompt_style(tokenizer(template=CHATML), str(tmp_path / "own.jinja"))
+    assert chosen.render(conversation([("a", "b")])) == "u=a;a=b;é"
+    with pytest.raises(ml.FormatError, match=r"none\.jinja: cannot be read"):
+        use_prompt_style(tokenizer(), str(tmp_path / "none.jinja"))
+    with pytest.raises(
+        ml.ConfigError, match=r"prompt_style is 'vicuna'; accepted are auto, alpaca, instruction, and a"
+    ):
+        use_prompt_style(tokenizer(), "vicuna")
+
+
+@pytest.mark.parametrize("style", ["alpaca", "instruction"])
+def test_a_tokenizer_is_saved_with_the_style_that_it_has(tmp_path, style):
+    old = write_tokenizer(tmp_path / "old", post="bos", chat_template="an old one")
+    chosen = use_prompt_style(old, style)
+    chosen.save(tmp_path / "new")
+    loaded = ml.load_tokenizer(tmp_path / "new")
+    messages = conversation([("a", "b"), ("c", "d")])
+    assert loaded.render(messages) == chosen.render(messages) != old.render(messages) == "an old one"
+    assert loaded.encode_chat(messages) == chosen.encode_chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "phrase"),
+    [
+        ({"messages": conversation([("a", "b")]), "tools": [TOOL]}, "no place for tools"),
+        (
+            {"messages": [conversation([("a", "b")])[0], {"role": "assistant", "content": "b", "tool_calls": [CALL]}]},
+            "no place for tool calls",
+        ),
+    ],
+)
+def test_what_a_style_has_no_place_for_is_refused(tokenizer, row, phrase):
+    with pytest.raises(ml.DataError, match=phrase):
+        encoded(row, use_prompt_style(tokenizer(), "alpaca"))
+
+
+def test_a_conversation_in_parts_is_the_same_in_a_prompt_style(tokenizer):
+    chosen = use_prompt_style(tokenizer(), "alpaca")
+    messages = conversation([("ab", "cd")], "ef")
+    parts = [{**m, "content": [{"type": "text", "text": c} for c in m["content"]]} for m in messages]
+    assert encoded({"messages": parts}, chosen) == encoded({"messages": messages}, chosen)
+
+
+# --- several files ---
+
+
+def test_rows_of_all_formats_stand_beside_each_other_in_any_number_of_files(tokenizer, tmp_path):
+    chosen = tokenizer(template=PARTS, eos=CLOSE)
+    rows = list(formats(conversation([("a", "b"), ("c", "d")], "e")))
+    for name, part in (("a.jsonl", rows[:4]), ("b.json", rows[4:])):
+        (tmp_path / name).write_text(json.dumps(part) if name == "b.json" else "\n".join(map(json.dumps, part)))
+    found = ml.load_dataset([tmp_path / "a.jsonl", tmp_path / "b.json"], chosen)
+    assert {(tuple(e.tokens), tuple(e.labels)) for e in found} == {(tuple(found[0].tokens), tuple(found[0].labels))}
+    assert len(found) == found.conversations == len(rows)
