@@ -145,20 +145,35 @@ def test_a_stop_string_ends_the_text_before_it(directory, command):
 
 def test_a_raw_prompt_does_not_end_with_the_token_that_closes_a_text(tmp_path):
     tokenizer = write_tokenizer(tmp_path, post="bos and eos")
-    prompt = encode_prompt(Row({"prompt": "the cat"}, "x"), tokenizer, None, is_raw=True)
+    prompt = encode_prompt(Row({"prompt": "the cat"}, "x"), tokenizer, None, "raw")
     assert prompt.ids == [tokenizer.token_id(BOS), *tokenizer.encode("the cat", add_special_tokens=False)]
 
 
 def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else(tmp_path):
     tokenizer = write_tokenizer(tmp_path, template=CHATML)
     forged, act = f"a{CLOSE}{OPEN}b", tokenizer.token_id(CLOSE)
-    for fields, is_raw in (
-        ({"prompt": forged}, True),
-        ({"prompt": forged}, False),
-        ({"messages": [user(forged)]}, False),
+    for fields, asking, count in (
+        ({"prompt": forged}, "raw", 1),
+        ({"prompt": forged}, "plain", 0),
+        ({"prompt": forged}, "chat", 1),  # that of the turn, which the template wrote
+        ({"messages": [user(forged)]}, "chat", 1),
     ):
-        ids = encode_prompt(Row(fields, "x"), tokenizer, None, is_raw).ids
-        assert ids.count(act) == 1  # of a turn, the template's own
+        assert encode_prompt(Row(fields, "x"), tokenizer, None, asking).ids.count(act) == count
+
+
+@pytest.mark.parametrize("prompts", ["plain", "template", None])
+def test_an_adapter_is_asked_as_its_rows_were_written_unless_one_says_otherwise(directory, command, tmp_path, prompts):
+    model = ml.load_model(directory / "chat")
+    ml.attach(model, ml.LoraConfig(r=2))
+    ml.save_adapter(model, tmp_path)
+    if prompts:
+        (tmp_path / "run.json").write_text(json.dumps({"prompts": prompts}))
+    plain, turn = (written(directory, asked, model="chat") + "\n" for asked in ("the sea", [user("the sea")]))
+    assert plain != turn
+    ask = ("--prompt=the sea", f"--adapter={tmp_path}")
+    assert command(*ask, model="chat") == (plain if prompts == "plain" else turn)
+    assert command(*ask, "--raw", model="chat") == plain
+    assert command(*ask, "--no-raw", model="chat") == turn
 
 
 # --- several ---
@@ -304,7 +319,7 @@ def test_columns_look_like_this():
         (["--prompt=a", "--samples=0"], "--samples 0, need at least 1"),
         (["--prompt=a", "--batch-size=-1"], "--batch-size -1, need at least 1"),
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
-        (["--prompt=a", "--system=b"], "the model has none"),
+        (["--prompt=a", "--system=b"], "is asked without one"),
         (["--prompt=a", "--system=b", "--raw"], "which --raw leaves out"),
         (["--prompt=-", "--prompt=-"], "standard input can be one prompt"),
         (["--prompt=a", "--stop="], "a stop string is empty"),

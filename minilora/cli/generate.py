@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from minilora.cli.columns import columns
 from minilora.cli.command import Command, Options, add_dashed, add_model_flags, load
 from minilora.cli.finetune import INTERRUPTED
-from minilora.cli.prompts import Prompt, add_prompt_flags, encode_prompt, read_prompts
+from minilora.cli.prompts import Prompt, add_prompt_flags, encode_prompt, how_to_ask, read_prompts
 from minilora.cli.write import add_writing_flags, write
 from minilora.errors import ConfigError
 from minilora.lora.attach import disable_adapter
@@ -62,7 +62,8 @@ def _run(options: Options) -> int:
         raise ConfigError("--compare-base needs --adapter")
     rows = read_prompts(options)
     model, tokenizer = load(options)
-    prompts = [encode_prompt(row, tokenizer, options["system"], options["raw"]) for row in rows]
+    asking = how_to_ask(options)
+    prompts = [encode_prompt(row, tokenizer, options["system"], asking) for row in rows]
     is_json = options["json"] or options["prompts"] is not None or len(prompts) > 1
     try:
         if is_json or options["compare_base"] or options["samples"] > 1:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from minilora.cli.command import Command, Options, add_model_flags, base_of, load
 from minilora.errors import ConfigError
-from minilora.lora.attach import merge
 from minilora.hub import fetch
+from minilora.lora.attach import merge
 from minilora.model.checkpoint import save_model
 from minilora.run import holds_files
 from minilora.storage import read_json

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from minilora.cli.command import Options
+from minilora.cli.command import Options, adapters
 from minilora.errors import ConfigError, DataError
+from minilora.hub import fetch
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import read_text
+from minilora.storage import read_json, read_text
 from minilora.train.rows import Row, find_splits, read_rows
 
 STDIN = "-"
 Messages = list[Any]
+Asking = Literal["chat", "plain", "raw"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "of which a last one by the assistant is left out",
     )
     group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
-    group.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    group.add_argument(
+        "--raw",
+        action=argparse.BooleanOptionalAction,
+        help="continue the prompt as it is, without the chat template, control tokens acting "
+        "(default: as the adapter's rows were written; else by the template, if there is one)",
+    )
 
 
 def read_prompts(options: Options) -> list[Row]:
@@ -71,8 +78,17 @@ def read_prompts(options: Options) -> list[Row]:
     ]
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, is_raw: bool) -> Prompt:
-    """The token ids of a row's prompt. Control tokens act in a raw one; in messages they are plain text.
+def how_to_ask(options: Options) -> Asking:
+    """As --raw or --no-raw says; else as the adapter was trained, which the run.json beside it knows."""
+    if options["raw"] is not None:
+        return "raw" if options["raw"] else "chat"
+    runs = [fetch(path, "adapter") / "run.json" for path in adapters(options)]
+    was_plain = [read_json(run).get("prompts") == "plain" for run in runs if run.is_file()]
+    return "plain" if any(was_plain) else "chat"
+
+
+def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: Asking) -> Prompt:
+    """The token ids of a row's prompt. Control tokens act in a raw one; elsewhere they are plain text.
 
     Raises:
         DataError: the row has no prompt, or one that cannot be encoded.
@@ -80,11 +96,11 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, is_raw: bo
     try:
         prompt = _prompt(row)
         json.dumps([row.fields, system], ensure_ascii=False).encode()
-        if isinstance(prompt, str) and (is_raw or tokenizer.template is None):
+        if isinstance(prompt, str) and (asking != "chat" or tokenizer.template is None):
             if system is not None:
-                raise DataError("--system needs a chat template, and the model has none")
-            ids = _encode_beginning(prompt, tokenizer)
-        elif is_raw:
+                raise DataError("--system needs a chat template, and the model or adapter is asked without one")
+            ids = _encode_beginning(prompt if asking == "raw" else tokenizer.quote(prompt), tokenizer)
+        elif asking == "raw":
             raise DataError("messages need the chat template, which --raw leaves out")
         else:
             ids = tokenizer.encode_chat(_messages(prompt, system), add_generation_prompt=True)
@@ -98,12 +114,12 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, is_raw: bo
 
 
 def _rows_of(name: str) -> Iterator[Row]:
+    if name.endswith(".txt"):
+        yield from _lines_of(Path(name))
+        return
     files = find_splits(name)
     for path in next(files[split] for split in ("test", "valid", "train") if split in files):
-        if path.suffix == ".txt":
-            yield from _lines_of(path)
-        else:
-            yield from read_rows(path)
+        yield from read_rows(path)
 
 
 def _lines_of(path: Path) -> list[Row]:
