@@ -119,7 +119,9 @@ def learned(example) -> list[bool]:
     return [label != IGNORE_INDEX for label in example.labels]
 
 
-texts = st.text(st.sampled_from("thecats  \n.?é漢🙂\u0301\u2028")) | st.text(st.characters(exclude_categories=["Cs"]))
+texts = st.text(st.sampled_from("thecats  \n.?é漢🙂\u0301\u2028")) | st.text(
+    st.characters(exclude_categories=["Cs", "Cn"])
+)
 some_text = texts.filter(bool)
 tokenizer_options = st.fixed_dictionaries(
     {"post": st.sampled_from(sorted(POST_PROCESSORS)), "use_regex": st.booleans()}
