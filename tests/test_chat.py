@@ -147,6 +147,11 @@ def test_adapters_are_listed_and_the_active_one_is_marked(chat):
     assert chat("/adapter").err == "* none\n"
 
 
+def test_an_adapter_in_the_working_directory_goes_by_its_name(directory, chat, monkeypatch):
+    monkeypatch.chdir(directory / "other" / "second")
+    assert chat("/adapter", flags=["--adapter=.", f"--model={directory / 'chat'}"]).err == "  none\n* second\n"
+
+
 def test_adapters_of_one_name_go_by_their_paths(directory, chat):
     shutil.copytree(directory / "chat-adapter", directory / "run", dirs_exist_ok=True)
     shutil.copytree(directory / "chat-adapter", directory / "other" / "run", dirs_exist_ok=True)

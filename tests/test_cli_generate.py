@@ -111,9 +111,10 @@ def test_a_system_prompt_goes_before_it(directory, command):
 
 
 @pytest.mark.parametrize("words", [(), ("--prompt=-",)])
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_standard_input_is_one_prompt_without_its_last_line_end(directory, command, words, end):
-    assert command(*words, stdin="the cat\nsat" + end) == written(directory, "the cat\nsat") + "\n"
+@pytest.mark.parametrize("prompt", ["the cat\nsat", " the cat\n"])
+def test_standard_input_is_one_prompt_without_its_last_line_end(directory, command, words, prompt):
+    assert command(*words, stdin=prompt + "\n") == written(directory, prompt) + "\n"
+    assert command(*words, stdin="the cat") == written(directory, "the cat") + "\n"
 
 
 def test_text_is_printed_piece_by_piece_as_it_is_written(directory, monkeypatch, command):
@@ -134,13 +135,24 @@ def watched(function, seen):
     return run
 
 
-def test_a_stop_string_ends_the_text_before_it(directory, command):
+def test_every_token_that_ends_a_text_does(directory, command, tmp_path):
+    model, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
+    (new,) = ml.generate(model, [tokenizer.encode("the cat")], 8)
+    shutil.copytree(directory / "model", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [new[3], new[5]]}))
+    expected = tokenizer.decode(new[: new.index(new[3])])
+    assert command("--prompt=the cat", model=tmp_path / "model") == expected + "\n"
+
+
+def test_a_stop_string_ends_the_text_before_it(directory, command, monkeypatch):
     text = written(directory, "the cat", max_new_tokens=40)
     stops = [text[12:14], text[20:21]]
     cut = min(text.find(stop) for stop in stops)
-    words = [f"--stop={stop}" for stop in stops]
+    words, computed = [f"--stop={stop}" for stop in stops], []
+    monkeypatch.setattr(ml.model.generate, "_next_logits", watched(ml.model.generate._next_logits, computed))
     assert cut > 0
     assert command("--prompt=the cat", "--max-new-tokens=40", *words) == text[:cut] + "\n"
+    assert len(computed) < 40  # and nothing is computed after it
 
 
 def test_a_raw_prompt_does_not_end_with_the_token_that_closes_a_text(tmp_path):
@@ -280,6 +292,7 @@ def test_words_are_whole_and_lines_are_full(words, width):
 
 
 def test_lines_and_indentation_of_a_text_stay():
+    assert wrap("word ", 4) == ["word"]
     assert wrap("def f():\n\tpass\n\nmore words", 9) == ["def f():", "    pass", "", "more", "words"]
 
 
@@ -301,11 +314,11 @@ def test_the_end_of_a_title_is_what_is_shown_of_it():
 
 
 def test_columns_look_like_this():
-    assert columns("the cat sat on the mat", "漢字 the end", ("base", "path/to/run"), 25).splitlines() == [
+    assert columns("the cafe\u0301 by the sea ", " 漢字 the end", ("base", "path/to/run"), 25).splitlines() == [
         "base        │ path/to/run",
         "────────────┼────────────",
-        "the cat sat │ 漢字 the",
-        "on the mat  │ end",
+        "the cafe\u0301 by │ 漢字 the",
+        "the sea     │ end",
     ]
 
 

@@ -93,8 +93,9 @@ def tokens_and_stops(draw, tokenizer):
     pool = draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=6))
     tokens = draw(st.lists(st.sampled_from(pool) | st.integers(0, len(tokenizer) - 1), max_size=30))
     text = tokenizer.decode(tokens)
-    parts = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 5)).map(lambda p: text[p[0] : sum(p)])
-    return tokens, draw(st.lists((parts | st.just("zq")).filter(bool), max_size=3))
+    places = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 5))
+    parts = st.builds(lambda place, more: text[place[0] : sum(place)] + more, places, st.sampled_from(["", "zq"]))
+    return tokens, draw(st.lists(parts.filter(bool), max_size=3))
 
 
 @each_kind
@@ -139,6 +140,13 @@ def test_a_broken_character_is_shown_at_the_end(loaded):
     pieces, _ = shown(loaded["byte-level"], tokens)
     assert pieces[-1] == "\ufffd"
     assert "".join(pieces) == "a\ufffd"
+
+
+def test_characters_of_more_tokens_than_are_remembered_are_shown_whole(loaded, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST", 1)
+    monkeypatch.setattr(module, "KEPT", 1)
+    pieces, _ = shown(loaded["byte-level"], loaded["byte-level"].encode("😀😀"))
+    assert "".join(pieces) == "😀😀"
 
 
 def test_an_empty_stop_string_is_refused(loaded):
