@@ -106,6 +106,19 @@ def test_tools_their_calls_and_what_they_answer_are_the_same_in_both_formats_tha
     assert learned(found) == touching(chosen, found.tokens, pieces)
 
 
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_no_tools_are_none(tools):
+    assert understand({"messages": conversation([("a", "b")]), "tools": tools}, DataConfig()).tools is None
+
+
+def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
+    call = {"name": "look", "arguments": {"\ud800": 1}}
+    row = {"messages": [*conversation([("a", "b")]), {"role": "user", "content": "c"}]}
+    row["messages"].append({"role": "assistant", "tool_calls": [call]})
+    with pytest.raises(ml.DataError, match=r"^messages\[3\]\.tool_calls\[0\]\.arguments: found U\+D800"):
+        understand(row, DataConfig())
+
+
 def test_a_function_call_may_be_several():
     row = {
         "conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL] * 2)}]

@@ -69,8 +69,7 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
 
 def _data_files(directory: Path) -> list[Path]:
     named = (file for file in directory.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
-    files = sorted(file for file in named if file.is_file())
-    return [file for file in files if file.suffix != ".txt"] or files  # a text beside data describes them
+    return sorted(file for file in named if file.is_file())
 
 
 def read_rows(*paths: Path) -> list[Row]:

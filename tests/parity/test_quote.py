@@ -1,7 +1,7 @@
 """Ours and transformers' way to keep control tokens in messages from acting, and what it makes of our prompt styles.
 
-Theirs encodes each such token by itself; ours encodes the text as a whole, as it was in training. The two agree where no
-token spans the ends of the control token, which letters beside it ensure. Theirs also takes added tokens that the
+Theirs encodes each such token by itself; ours encodes the text as a whole, as it was in training. The two agree where
+no token spans the ends of the control token, which letters beside it ensure. Theirs also takes added tokens that the
 template writes, special or not, for control tokens; but not those in the keys of tools.
 """
 
