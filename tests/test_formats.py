@@ -239,6 +239,15 @@ def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(toke
     assert use_prompt_style(tokenizer(), "auto", rows).template is not None
 
 
+@pytest.mark.parametrize("eos", [None, "no such token"])
+def test_a_style_closes_answers_also_where_only_the_generation_config_names_the_end_token(tmp_path, eos):
+    end = write_tokenizer(tmp_path).token_id(EOS)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    chosen = use_prompt_style(write_tokenizer(tmp_path, eos=eos), "instruction")
+    found = encoded({"instruction": "a", "output": "b"}, chosen)
+    assert found.tokens[-2:] == found.labels[-2:] == [chosen.token_id("b"), end]
+
+
 def test_a_prompt_to_continue_ends_where_the_answer_begins(tokenizer):
     for style in ("alpaca", "instruction"):
         chosen = use_prompt_style(tokenizer(post="bos"), style)

@@ -6,6 +6,7 @@ tokens of the prompt alone would be wrong wherever a token spans the seam.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -115,6 +116,9 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ())
     source = read_text(ASSETS / "prompts" / "instruction.jinja")
     bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
     begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text
+    if tokenizer.eos_id is not None and tokenizer.token_id(tokenizer.special_tokens.get("eos_token")) is None:
+        closing = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
+        begin += f"{{% set eos_token = {json.dumps(closing)} %}}"
     return tokenizer.with_template(begin + "{% set preamble = true %}" * (style == "alpaca") + source)
 
 
