@@ -64,7 +64,7 @@ RULES: dict[Kind, _Rules] = {
     "adapter": _Rules(
         "no such directory; an adapter is a directory with adapter_config.json",
         needed=("adapter_model.safetensors",),
-        others=("adapter_config.json",),
+        others=("adapter_config.json", "chat_template.jinja", "run.json"),
     ),
     "dataset": _Rules(
         "no such file or directory; data is a file, a directory, 'minilora/builtin'",

@@ -215,10 +215,11 @@ def _encode_conversation(
             "a conversation needs a chat template, and the model has none: take an instruct model, give --prompt-style "
             "alpaca, instruction or a .jinja file, or use rows of prompt and completion"
         )
-    text, learned = tokenizer.template.render_spans(conversation.messages, tools=conversation.tools)
     if train_on == "all":
+        text = tokenizer.template.render(conversation.messages, tools=conversation.tools)
         learned = [(0, len(text))]
     else:
+        text, learned = tokenizer.template.render_spans(conversation.messages, tools=conversation.tools)
         learned = _joined(learned) or _assistant_spans(text, conversation, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
     tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
