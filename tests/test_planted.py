@@ -97,6 +97,36 @@ MISTAKES = {
         ".bernoulli_(1 - p)",
         "test_loop.py::test_dropout_draws_the_same_masks_when_layers_are_computed_again",
     ),
+    "law 9: the prompts of a batch draw from one generator": Mistake(
+        "model/generate.py",
+        "[torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]",
+        "[torch.Generator().manual_seed(seed)] * len(prompts)",
+        "test_generate.py::test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed",
+    ),
+    "law 11: a resumed run forgets the best adapter": Mistake(
+        "train/select.py",
+        "        self.tensors = tensors",
+        "        self.tensors = {}",
+        "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",
+    ),
+    "control tokens of a row act": Mistake(
+        "model/quote.py",
+        "return found[0] + QUOTE if is_whole or is_begun else found[0]",
+        "return found[0]",
+        "test_quote.py::test_only_the_control_tokens_that_the_template_wrote_act",
+    ),
+    "the prompt is learned": Mistake(
+        "train/data.py",
+        '[(0 if train_on == "all" else len(prompt), len(text))]',
+        "[(0, len(text))]",
+        "test_data.py::test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels",
+    ),
+    "the divergence is that of the base from the adapter": Mistake(
+        "train/evaluate.py",
+        "(log_p.exp() * (log_p - log_q)).sum()",
+        "(log_q.exp() * (log_q - log_p)).sum()",
+        "test_evaluate.py::test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelled_tokens",
+    ),
 }
 
 
