@@ -54,14 +54,15 @@ class Example:
 class Dataset(Sequence[Example]):
     """Examples ready for training.
 
-    `truncated` rows were cut to `max_length`; `unlabelled` ones had no label left after that and are not in; nor are
-    those that could not be used, about which `bad` has a line each. `conversations` went through a chat template;
-    `quoted` rows had control tokens in their text, which are plain text now.
+    `truncated` rows were cut to `max_length`, and `lost` labels with that; `unlabelled` rows had none left and are not in.
+    Nor are those that could not be used, about which `bad` has a line each. `conversations` went through a chat
+    template; `quoted` rows had control tokens in their text, which are plain text now.
     """
 
     examples: tuple[Example, ...]
     truncated: int = 0
     unlabelled: int = 0
+    lost: int = 0
     bad: tuple[str, ...] = ()
     conversations: int = 0
     quoted: int = 0
@@ -149,7 +150,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -
             + (f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else "")
         )
     truncated = sum(len(e.tokens) > limit for e in examples)
-    return Dataset(kept, truncated, len(cut) - len(kept), tuple(bad), conversations, quoted)
+    lost = sum(example.labelled for example in examples) - sum(example.labelled for example in cut)
+    return Dataset(kept, truncated, len(cut) - len(kept), lost, tuple(bad), conversations, quoted)
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
@@ -222,8 +224,23 @@ def _encode_conversation(
         text, learned = tokenizer.template.render_spans(conversation.messages, tools=conversation.tools)
         learned = _joined(learned) or _assistant_spans(text, conversation, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
+    _check_whole(text, conversation.messages, train_on)
     tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
     return tokens, _labels(tokens, spans, learned)
+
+
+def _check_whole(text: str, messages: Sequence[Fields], train_on: TrainOn) -> None:
+    """What is asked and what is learned must be in the text: some templates want content as text, some as parts."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    for i, message in enumerate(messages):
+        if message["role"] == "user" or (message["role"] == "assistant" and (train_on != "completion" or i == last)):
+            content = message.get("content") or ""
+            said = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            wanted = {said, message.get("instruction", said)}  # an alpaca row's question is given in two ways
+            if not any(each.rpartition("</think>")[2].strip() in text for each in wanted):  # thoughts may be left out
+                raise DataError(
+                    f"the chat template leaves out what message {i} says; it may want content as text, or as parts"
+                )
 
 
 def _joined(spans: list[Span]) -> list[Span]:
@@ -251,8 +268,8 @@ def _assistant_spans(text: str, conversation: Conversation, tokenizer: Tokenizer
             if not found:
                 advice = "; --train-on completion learns the last answer only" if train_on == "assistant" else ""
                 raise DataError(
-                    f"the chat template renders message {i}, or those before it, differently once others follow, so "
-                    f"its tokens cannot be found{advice}"
+                    f"the chat template renders message {i}, or those before it, differently once others follow, or "
+                    f"does not begin an answer as it asks for one, so its tokens cannot be found{advice}"
                 )
             span = found[number]
         spans.append(span)
@@ -294,11 +311,15 @@ def _answers(
     if "".join(pieces) != text or len(pieces) != 2 * answers + 1:
         return None
     last = next(i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant")
-    closing = tokenizer.render(messages[: last + 1], tools=conversation.tools).rpartition(TO)[2]
-    if not all(after.startswith(closing) for after in pieces[2::2]):
+    tail = tokenizer.render(messages[: last + 1], tools=conversation.tools).rpartition(TO)[2]
+    closing = tail.removesuffix(tokenizer.special_tokens.get("eos_token", ""))  # which may stand at the very end only
+    if not (closing and all(after.startswith(closing) for after in pieces[2::2])):
         return None
     ends = list(accumulate(map(len, pieces)))
-    return [(begin, end + len(closing)) for begin, end in zip(ends[0::2], ends[1::2], strict=False)]
+    return [
+        (begin, end + len(tail if after.startswith(tail) else closing))
+        for begin, end, after in zip(ends[0::2], ends[1::2], pieces[2::2], strict=False)
+    ]
 
 
 def _has_more(answer: Fields) -> bool:
