@@ -46,8 +46,8 @@ def load_data(names: Sequence[str], tokenizer: Tokenizer, reading: DataConfig, t
     tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])
     encoded = {split: encode_rows(found, tokenizer, reading) for split, found in rows.items()}
     for split in ("test", "valid") if training.selects else ("test",):
-        is_held_out = "valid" in encoded or "test" in encoded if split == "test" else "valid" in encoded
-        if not is_held_out and reading.eval_split and len(encoded["train"]) > 1:
+        is_there = split in encoded or (split == "test" and "valid" in encoded and not training.selects)
+        if not is_there and reading.eval_split and len(encoded["train"]) > 1:
             encoded |= _hold_out(encoded["train"], split, reading.eval_split, training.seed)
     test = encoded.get("test") or encoded.get("valid") or Dataset(())
     valid = encoded.get("valid") or test

@@ -88,10 +88,12 @@ class Run:
     def __init__(self, run: RunConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig):
         # Names that will mean the same later: those of repositories get the commit.
         data = tuple(locate(name, "dataset").name for name in run.data)
-        run = replace(run, model=locate(run.model, "model").name, data=data)
+        general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
+        run = replace(run, model=locate(run.model, "model").name, data=data, general_data=general)
         self.config, self.lora, self.reading, self.training = run, lora, reading, training
         self.out = Path(run.out)
         self.board: TensorBoard | None = None
+        self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.resolved = {**asdict(run), **asdict(lora), **asdict(reading), **asdict(training)}
         self.resolved["lora_r"] = self.resolved.pop("r")
 
@@ -109,18 +111,20 @@ class Run:
             raise TrainingError(f"{self.out}: holds a finished run; give another --out")
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        before = read_json(self.out / "run.json").get("config", {})
+        record = read_json(self.out / "run.json")
+        before = record.get("config", {})
         now = json.loads(json.dumps(self.resolved))
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
         different = [key for key in now if key not in free and before.get(key) != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
+        self.began = datetime.fromisoformat(record["starts"][0]["time"])
         return newest_step(self.out / "checkpoints")
 
     def load(self) -> tuple[Llama, Data, ParameterCount]:
         """The model with a fresh adapter, and the data."""
-        tokenizer = load_tokenizer(self.config.model)
+        tokenizer = load_tokenizer(self.config.model).at(self.began.astimezone())
         data = load_data(self.config.data, tokenizer, self.reading, self.training)
         data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         model = load_model(self.config.model, self.config.dtype, pick_device(self.config.device))
@@ -141,7 +145,8 @@ class Run:
             self.board = TensorBoard(self.out / "tensorboard", step)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
         weight = model.model.embed_tokens.weight
-        start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step}
+        time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
+        start = {"time": time.isoformat(), "step": step}
         start |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
         starts = [*earlier["starts"], start]
         prompts = "template" if data.train.conversations else "plain"  # how the adapter wants to be asked

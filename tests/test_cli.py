@@ -519,6 +519,13 @@ def test_an_adapter_that_names_no_base_needs_model(directory, tmp_path, capsys):
     assert "names no base model; give --model" in capsys.readouterr().err
 
 
+def test_who_stops_reading_is_no_error():
+    command = f"{sys.executable} -m minilora finetune --help | head -1; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    assert found.stdout.splitlines()[-1] in ("0", "141")
+
+
 def test_python_m_minilora_is_the_command(tmp_path):
     words = [sys.executable, "-m", "minilora", "eval", "--model", str(tmp_path / "nowhere"), "--data", "x"]
     found = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -92,6 +92,11 @@ def test_progress_counts_the_rows_that_are_done_up_to_all_of_them(function):
     assert told[-1] == (7, 7)
 
 
+def test_an_exact_match_needs_a_prompt(tokenizer):
+    with pytest.raises(ml.DataError, match=r"a\.jsonl:3: exact match needs a prompt"):
+        exact_match(tiny_model(), [ml.Example([1, 2], [1, 2], "a.jsonl:3")], tokenizer)
+
+
 # --- choices ---
 
 

@@ -65,6 +65,9 @@ def test_a_run_that_chooses_by_evaluations_does_not_choose_by_the_rows_it_is_jud
         write_rows(tmp_path / f"{name}.jsonl", count)
     data = load(tmp_path, directory, training={"eval_steps": 1, **training}, eval_split=0.2)
     assert (len(data.test), len(data.valid), len(data.train)) == (4, 2, 8)
+    (tmp_path / "test.jsonl").rename(tmp_path / "valid.jsonl")
+    data = load(tmp_path, directory, training={"eval_steps": 1, **training}, eval_split=0.2)
+    assert (len(data.test), len(data.valid), len(data.train)) == (2, 4, 8)
 
 
 def test_several_files_are_joined_and_each_is_named_with_its_digest(directory, tmp_path):

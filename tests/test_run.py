@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from minilora import cli
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.meter import Meter
 from minilora.inputs import load_data, load_general
+from minilora.model import template
 from minilora.run import PACKAGES, RunConfig
 from minilora.train.evaluate import evaluate, held_out_loss, measure_drift
 from minilora.train.state import checkpoints
@@ -380,7 +383,7 @@ def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, t
 
 def test_the_best_adapter_is_the_one_that_is_written(capsys, directory, tmp_path):
     """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
-    for split, choices in (("train", ("yes",)), ("valid", ("no the sea",))):
+    for split, choices in (("train", ("yes",)), ("valid", ("no the sea",)), ("test", ("no the sea",))):
         write_rows(tmp_path / f"{split}.jsonl", 20, choices)
     out = tmp_path / "out"
     options = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 99, "data": tmp_path, "max_steps": 10}
@@ -425,3 +428,27 @@ def test_a_run_says_how_its_adapter_wants_to_be_asked(directory, tmp_path, is_ch
     prompts = json.loads((tmp_path / "out" / "run.json").read_text())["prompts"]
     assert prompts == ("template" if is_chat else "plain")
     assert (tmp_path / "out" / "chat_template.jinja").exists() == is_chat
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_late_the_run_goes_on(
+    directory, tmp_path, monkeypatch
+):
+    style = tmp_path / "dated.jinja"
+    style.write_text(
+        "{{ strftime_now('%Y-%m-%d') }}: {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    rows = [{"instruction": f"Say {i}.", "output": "It."} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data": tmp_path / "rows.jsonl", "prompt_style": style, "max_steps": 4}
+    assert finetune(directory, tmp_path / "whole", **options) == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        assert finetune(directory, tmp_path / "late", **options) == INTERRUPTED
+    path = tmp_path / "late" / "run.json"
+    record = json.loads(path.read_text())
+    began = datetime.fromisoformat(record["starts"][0]["time"])
+    assert abs(datetime.now(UTC) - began) < timedelta(minutes=5)
+    later = datetime.now() + timedelta(days=40)
+    monkeypatch.setattr(template, "datetime", SimpleNamespace(now=lambda: later))
+    assert finetune(directory, tmp_path / "late", **options) == 0
+    assert contents(tmp_path / "late") == contents(tmp_path / "whole")

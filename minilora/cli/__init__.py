@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from minilora.cli.flags import names_of, nearest, read_config, use_config
 from minilora.errors import ConfigError, MiniloraError
 from minilora.storage import ASSETS, BUILTIN, read_json
 
+BROKEN_PIPE = 141  # the exit status of a program that nobody listens to any more
 COMMANDS = (
     finetune.COMMAND,
     generate.COMMAND,
@@ -29,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.pop("run")(options)
+    except BrokenPipeError:  # who reads what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (MiniloraError, OSError) as error:
         print(f"minilora: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        say("stopped; a run goes on from its newest checkpoint when the same command is given again")
+    except KeyboardInterrupt as error:
+        say(str(error) or "stopped")
         return INTERRUPTED
 
 

@@ -93,7 +93,7 @@ def _tell(model: Llama, data: Data, count: ParameterCount) -> None:
     longest, limit = max(len(example.tokens) for example in data.train), model.config.rope.max_length
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
-    splits = {"training": data.train, "validation": data.valid, "held-out": data.test}
+    splits = {"training": data.train, "validation": data.valid, "held-out": data.test, "general": data.general}
     for name, rows in splits.items():
         if name == "validation" and rows is data.test:
             continue

@@ -70,7 +70,7 @@ class Meter:
     def stop(self, number: int, frame: FrameType | None) -> None:
         """The first Ctrl-C lets the step finish; the second one does not wait."""
         if self.is_stopping:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint")
         self.is_stopping = True
         self.keep("finishing this step; Ctrl-C again to stop at once")
 

@@ -34,17 +34,18 @@ class ChatTemplate:
     Args:
         source: the Jinja text.
         special_tokens: `bos_token`, `eos_token`, … as the template may name them.
+        now: what a template that writes the date takes for it; by default, the time of rendering.
 
     Raises:
         FormatError: the text is too long, or not Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+    def __init__(self, source: str, special_tokens: Mapping[str, str], now: datetime | None = None):
         if len(source) > TEMPLATE_LIMIT:
             raise FormatError(f"chat template: {len(source)} characters; at most {TEMPLATE_LIMIT} are accepted")
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._sandbox = _environment()
+        self._sandbox = _environment(now)
         try:
             tree = self._sandbox.parse(source)
             self._hides_generation = _hides_generation(tree)
@@ -153,8 +154,8 @@ def _is_generation(node: nodes.Node) -> bool:
     return isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute)
 
 
-def _environment() -> Sandbox:
-    functions = {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+def _environment(now: datetime | None) -> Sandbox:
+    functions = {"raise_exception": _raise, "strftime_now": lambda form: (now or datetime.now()).strftime(form)}
     return Sandbox([_Generation], {"tojson": _to_json}, functions)
 
 

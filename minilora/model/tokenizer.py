@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ class Tokenizer:
         self.eos_id = named if named is not None else next(iter(stops), None)
         self.stop_ids = {*stops, *_ids(self.eos_id)}
         template = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
-        self.template = _chat_template(template, self.special_tokens) if template else None
+        self._now: datetime | None = None
+        self.template = _chat_template(template, self.special_tokens, None) if template else None
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -93,7 +95,14 @@ class Tokenizer:
         """The same tokenizer with another chat template, which it is saved with."""
         other = copy.copy(self)
         other._texts = {**self._texts, "chat_template.jinja": source}
-        other.template = _chat_template(source, self.special_tokens)
+        other.template = _chat_template(source, self.special_tokens, self._now)
+        return other
+
+    def at(self, now: datetime) -> Tokenizer:
+        """The same tokenizer, whose chat template takes this for the date, if it writes one."""
+        other = copy.copy(self)
+        other._now = now
+        other.template = self.template and _chat_template(self.template.source, self.special_tokens, now)
         return other
 
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
@@ -136,10 +145,10 @@ class Tokenizer:
             write_text(directory / name, text)
 
 
-def _chat_template(source: str, special_tokens: dict[str, str]) -> ChatTemplate:
+def _chat_template(source: str, special_tokens: dict[str, str], now: datetime | None) -> ChatTemplate:
     from minilora.model.template import ChatTemplate  # here, so that only models with a template import jinja2
 
-    return ChatTemplate(source, special_tokens)
+    return ChatTemplate(source, special_tokens, now)
 
 
 def _with_whole_offsets(text: str) -> str:

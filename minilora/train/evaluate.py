@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minilora.errors import DataError
 from minilora.lora.attach import disable_adapter
 from minilora.model import ops
 from minilora.model.generate import evaluating, generate
@@ -150,6 +151,8 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer)
     """The share of examples whose answer is what the model writes, greedily, white space at the ends aside."""
     correct = 0
     for example in examples:
+        if not example.prompt:
+            raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
         room = len(example.answer) + 1
         written = generate(model, [example.prompt], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
         correct += tokenizer.decode(written).strip() == tokenizer.decode(example.answer).strip()
