@@ -13,6 +13,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a header says of a tensor; `dtype` as the file spells it (BF16, F32, …)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
 class TensorFile:
     """A safetensors file: its header is read at once, a tensor only when it is asked for.
 
@@ -80,11 +90,14 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, framework="numpy") as file:  # which, unlike torch, does not map a file to look at it
-                self.metadata: dict[str, str] = file.metadata() or {}
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
-        except (OSError, SafetensorError) as error:
+            # Checks the header: no gaps, sizes that fit dtype and shape. For PyTorch, it would map the file.
+            with safe_open(path, framework="numpy"), path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            self.entries = {name: _entry(header[name]) for name in sorted(header)}
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
+        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, as a view of the mapped file: copy it before the file may change.
@@ -97,6 +110,11 @@ class TensorFile:
                 return file.get_tensor(name)
         except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: it cannot be mapped
             raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
+
+
+def _entry(entry: dict[str, Any]) -> TensorEntry:
+    begin, end = entry["data_offsets"]
+    return TensorEntry(entry["dtype"], tuple(entry["shape"]), end - begin)
 
 
 def shard_names(index_path: Path) -> dict[str, str]:

@@ -33,6 +33,16 @@ HOSTILE_NAMES = [
 ]
 
 
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "file"
@@ -107,11 +117,19 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         tensor_bytes({"a": {**ONE, "dtype": "F33"}}, b"12345678"),
         tensor_bytes({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, b"123456789012"),  # they overlap
         tensor_bytes({"__metadata__": {"format": 1}}),
+        tensor_bytes({"a": list(ONE.values())}, b"12345678"),  # which safetensors itself reads
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(content, path):
     path.write_bytes(content)
     assert "not a safetensors file" in refuses(TensorFile, path)
+
+
+def test_looking_into_a_file_maps_none_of_it(path, monkeypatch):
+    """PyTorch's way to map a file fails for one that is larger than the memory."""
+    write_tensors(path, {"a": torch.ones(3)})
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", lambda *_: pytest.fail("the file was mapped as tensors"))
+    assert TensorFile(path).shapes == {"a": (3,)}
 
 
 def test_a_tensor_of_a_kind_that_torch_does_not_have_is_refused(path):
@@ -237,9 +255,7 @@ def test_lines_are_appended_one_object_each(path):
     assert [json.loads(line) for line in read_text(path).splitlines()] == [{"step": 1}, {"step": 2, "text": "a\nb"}]
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
-)
+@pytest.mark.parametrize("dtype", DTYPES.values())
 def test_tensors_are_read_as_they_were_written(dtype, path):
     tensors = {
         "a": 9 * randn(1, 3, 4),
@@ -251,6 +267,8 @@ def test_tensors_are_read_as_they_were_written(dtype, path):
     write_tensors(path, tensors, {"key": "value"})
     file = TensorFile(path)
     assert file.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert {name: entry.bytes for name, entry in file.entries.items()} == {n: t.nbytes for n, t in tensors.items()}
+    assert {DTYPES[entry.dtype] for entry in file.entries.values()} == {dtype}
     assert file.metadata == {"format": "pt", "key": "value"}
     for name, tensor in tensors.items():
         assert file.read(name).dtype == dtype
