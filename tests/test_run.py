@@ -452,3 +452,14 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_
     monkeypatch.setattr(template, "datetime", SimpleNamespace(now=lambda: later))
     assert finetune(directory, tmp_path / "late", **options) == 0
     assert contents(tmp_path / "late") == contents(tmp_path / "whole")
+
+
+def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 9)
+    assert finetune(directory, tmp_path / "one", data=rows, max_steps=1) == 0
+    again = ["finetune", f"--config={tmp_path / 'one' / 'run.json'}"]
+    assert cli.main([*again, f"--out={tmp_path / 'two'}"]) == 0
+    assert "the data are not those" not in capsys.readouterr().err
+    write_rows(rows, 10)
+    assert cli.main([*again, f"--out={tmp_path / 'three'}"]) == 0
+    assert f"the data are not those that {tmp_path / 'one' / 'run.json'} was written with" in capsys.readouterr().err

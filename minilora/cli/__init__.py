@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from minilora.cli import chat, evaluate, finetune, generate, inspect, merge, plot
@@ -14,6 +15,7 @@ from minilora.cli.flags import names_of, nearest, read_config, use_config
 from minilora.errors import ConfigError, MiniloraError
 from minilora.storage import ASSETS, BUILTIN, read_json
 
+PAGE = 78  # characters of a line of a help page
 BROKEN_PIPE = 141  # the exit status of a program that nobody listens to any more
 COMMANDS = (
     finetune.COMMAND,
@@ -77,7 +79,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         own = subparsers.add_parser(
             command.name,
             help=command.help,
-            description=command.about,
+            description="\n".join(textwrap.fill(line, PAGE) for line in command.about.split("\n")),
             epilog=f"example:\n  {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

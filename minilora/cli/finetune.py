@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.cli.command import Command, Options, say
-from minilora.cli.flags import add_flags, from_flags
+from minilora.cli.flags import add_flags, from_flags, read_config
 from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
 from minilora.inputs import Data
@@ -51,6 +51,8 @@ def _run(options: Options) -> int:
         return 0
     run.start(model, data, step)
     _tell(model, data, count)
+    if options["config"] and read_config(options["config"]).get("data_sha256", data.files) != data.files:
+        say(f"the data are not those that {options['config']} was written with")
     if step:
         say(f"going on from step {step}")
     meter = Meter()
@@ -128,10 +130,10 @@ COMMAND = Command(
     help="train an adapter; without --model and --data, on a built-in model and data",
     about=(
         "Train an adapter for a model on rows of data, and measure the model without and with it.\n\n"
-        "Without --model and --data, a built-in model and data are used, and it takes less than a minute. --dry-run\n"
+        "Without --model and --data, a built-in model and data are used, and it takes less than a minute. --dry-run "
         "shows what a run would learn. The same command, given again, goes on with a run that was stopped."
     ),
-    example="minilora finetune --model path/to/model --data rows.jsonl --out run --eval-steps 50 --keep best",
+    example="minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run",
     add_flags=_add_flags,
     run=_run,
 )

@@ -65,8 +65,8 @@ def _totals(data: Data, config: TrainConfig, count: ParameterCount) -> list[str]
     at_most = "at most " if config.early_stopping else ""
     truncated, unlabelled = data.train.truncated, data.train.unlabelled
     return [
-        f"cut to --max-length: {truncated:,} training rows, which lost {data.train.lost:,} labels; "
-        f"{unlabelled:,} rows with none left are not used",
+        f"cut to --max-length: {truncated:,} training rows, which lost {data.train.lost:,} labels",
+        f"not used: {unlabelled:,} training rows that had no label left",
         f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
