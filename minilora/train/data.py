@@ -54,8 +54,8 @@ class Example:
 class Dataset(Sequence[Example]):
     """Examples ready for training.
 
-    `truncated` rows were cut to `max_length`, and `lost` labels with that; `unlabelled` rows had none left and are not in.
-    Nor are those that could not be used, about which `bad` has a line each. `conversations` went through a chat
+    `truncated` rows were cut to `max_length`, and `lost` labels with that. Not in are the `unlabelled` rows, which had
+    none left, and those that could not be used, about which `bad` has a line each. `conversations` went through a chat
     template; `quoted` rows had control tokens in their text, which are plain text now.
     """
 

@@ -6,7 +6,8 @@
     {"prompt": …, "completion": …}                      plain text; or a conversation in two lists of messages (TRL)
     {"text": …}                                         plain text, all of it learned
 
-A conversation may have its system prompt in a field `system`. Errors name the field that the file has.
+A conversation may have its system prompt in a field `system`. Errors name the field that the file has. Whoever only
+asks needs no answer: without `output` or `completion`, or a last turn of the assistant, a row is a question.
 """
 
 from __future__ import annotations
@@ -93,6 +94,36 @@ def understand(fields: Fields, config: DataConfig) -> Passage | Conversation:
     if not any(turn.role == "assistant" for turn in turns):
         raise DataError(f"{turns[0].where.partition('[')[0]}: no message has role 'assistant': nothing to learn")
     return Conversation([turn.message for turn in turns], _tools(fields))
+
+
+def understand_question(fields: Fields, config: DataConfig) -> Passage | Conversation:
+    """What a row asks: its meaning without its last answer, which is not looked at and need not be there.
+
+    Raises:
+        DataError: as for `understand`.
+    """
+    meaning = understand(_answered(fields), config)
+    if isinstance(meaning, Passage):
+        return Passage(meaning.prompt, "")
+    return Conversation(meaning.messages[:-1], meaning.tools)
+
+
+def _answered(fields: Fields) -> Fields:
+    """The fields with "…" for an answer, in place of their own if there is one."""
+    answer = {"role": "assistant", "content": "…"}
+    for key in ("messages", "conversations"):
+        if isinstance(fields.get(key), list):
+            return {**fields, key: [*_unanswered(fields[key]), answer]}
+    if "instruction" in fields:
+        return {**fields, "output": "…"}
+    if isinstance(fields.get("prompt"), list):
+        return {**fields, "prompt": _unanswered(fields["prompt"]), "completion": [answer]}
+    return {**fields, "completion": "…"} if "prompt" in fields else fields
+
+
+def _unanswered(turns: list[Any]) -> list[Any]:
+    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+    return turns[:-1] if SHAREGPT_ROLES.get(str(last.get("role", last.get("from")))) == "assistant" else turns
 
 
 def _passage(fields: Fields, config: DataConfig) -> Passage:

@@ -101,14 +101,11 @@ def train(
     started = time.monotonic() - state["seconds"]
     stopped = False
     while not (stopped or selection.has_ended or state["step"] == len(steps)):
-        model.train()
-        before, micro_batches = time.monotonic(), steps[state["step"]]
-        record = _step(model, optimizer, dataset, micro_batches, config, state["step"], len(steps))
-        tokens = sum(len(dataset[row].tokens) for rows in micro_batches for row in rows)
-        now = time.monotonic()
-        state |= {"step": state["step"] + 1, "tokens": state["tokens"] + tokens, "seconds": now - started}
-        record |= {"tokens": tokens, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
-        stopped = bool(tell(record))
+        before = time.monotonic()
+        record = _step(model, optimizer, dataset, steps[state["step"]], config, state["step"], len(steps))
+        now, tokens = time.monotonic(), record["tokens"]
+        state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
+        stopped = bool(tell({**record, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}))
         step, is_last = state["step"], state["step"] == len(steps)
         if held_out and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
             loss = held_out_loss(model, held_out)
@@ -169,6 +166,7 @@ def _step(
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are those of before the step.
     """
+    model.train()
     rate = learning_rate(step, total, config)
     batches = [collate([dataset[row] for row in rows], _device(model)) for rows in micro_batches]
     labelled = sum(dataset[row].labelled for rows in micro_batches for row in rows)
@@ -195,8 +193,9 @@ def _step(
     optimizer.step()
     if not torch.nn.utils.get_total_norm(parameters).isfinite():
         raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
-    memory = peak_memory_bytes(_device(model))
-    return {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "peak_memory_bytes": memory}
+    memory, tokens = peak_memory_bytes(_device(model)), sum(len(batch.tokens) for batch in batches)
+    record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+    return {**record, "peak_memory_bytes": memory, "tokens": tokens}
 
 
 def batch_loss(model: Llama, batch: Batch, config: TrainConfig) -> torch.Tensor:
