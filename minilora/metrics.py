@@ -40,7 +40,7 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """The curves of a run's directory. A last line that was cut off by a crash is left out.
+    """The curves of a run's directory.
 
     Raises:
         FormatError: the directory has no metrics.jsonl, or it holds no step, or a line that is none of a run's.
@@ -48,13 +48,22 @@ def read_metrics(run: Path) -> Metrics:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FormatError(f"{path}: no such file; the directory of a run has one")
-    lines = read_text(path).splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    records = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    records = read_records(path)
     if not records:
         raise FormatError(f"{path}: holds no step yet")
     return Metrics(**{key: _curve(records, key) for key in Metrics.__dataclass_fields__})
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects in a metrics.jsonl. A last line that was cut off by a crash is left out.
+
+    Raises:
+        FormatError: there is no such file, or a line is none of a run's.
+    """
+    lines = read_text(path).splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def smooth(curve: Curve) -> Curve:

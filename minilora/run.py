@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,13 +26,14 @@ from minilora.errors import ConfigError, TrainingError
 from minilora.hub import locate
 from minilora.inputs import Data, load_data, load_general
 from minilora.lora.attach import ParameterCount, attach, count_parameters
-from minilora.lora.config import LoraConfig
+from minilora.lora.config import RENAMED, LoraConfig
 from minilora.lora.files import save_adapter
+from minilora.metrics import read_records
 from minilora.model.checkpoint import load_model
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
 from minilora.report import TensorBoard
-from minilora.storage import BUILTIN, append_line, read_json, read_text, write_json, write_text
+from minilora.storage import BUILTIN, append_line, read_json, write_json, write_text
 from minilora.train.config import WATCHING, DataConfig, TrainConfig, option
 from minilora.train.diagnose import peak_memory_bytes
 from minilora.train.evaluate import Drift, Scores, write_samples
@@ -94,8 +95,7 @@ class Run:
         self.out = Path(run.out)
         self.board: TensorBoard | None = None
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
-        self.resolved = {**asdict(run), **asdict(lora), **asdict(reading), **asdict(training)}
-        self.resolved["lora_r"] = self.resolved.pop("r")
+        self.resolved = resolve(run, lora, reading, training)
 
     def prepare(self) -> int:
         """Refuse a directory that holds something else; return the step that the run goes on from.
@@ -154,8 +154,8 @@ class Run:
         record["starts"] = starts
         write_json(path, record)
         metrics = self.out / "metrics.jsonl"
-        lines = read_text(metrics).splitlines() if metrics.is_file() else []
-        write_text(metrics, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        records = read_records(metrics) if metrics.is_file() else []
+        write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
 
     def train(self, model: Llama, data: Data, on_step: Callable[[Record], bool | None]) -> TrainResult:
         """The training itself; records go to metrics.jsonl, to `--report`, and to `on_step`.
@@ -196,6 +196,12 @@ class Run:
         write_json(self.out / "summary.json", summary)
 
 
+def resolve(run: RunConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig) -> dict[str, Any]:
+    """All fields, by the names of their flags."""
+    values = {**asdict(run), **asdict(lora), **asdict(reading), **asdict(training)}
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def holds_files(out: Path) -> bool:
     """Is there anything in a directory to write to, but for what a killed writer left?
 
@@ -221,11 +227,3 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; a line that was cut off by a crash counts as after everything."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")

@@ -562,7 +562,7 @@ def test_damage_to_a_run_names_file_and_place(run):
     lines = (run / "metrics.jsonl").read_text()
     for content in ("nonsense\n" + lines, "[1]\n" + lines):
         (run / "metrics.jsonl").write_text(content)
-        with pytest.raises(ml.FormatError, match=r"metrics\.jsonl: line 1 "):
+        with pytest.raises(ml.FormatError, match=r"metrics\.jsonl, line 1: "):
             run_facts(run)
     (run / "metrics.jsonl").write_text(lines)
     for key, value in (("config", []), ("starts", {}), ("data_sha256", 3), ("versions", "x")):

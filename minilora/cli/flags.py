@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minilora.errors import ConfigError
+from minilora.lora.config import RENAMED
 from minilora.storage import read_json, read_text
 
 T = TypeVar("T")
-RENAMED = {"r": "lora_r"}  # as everywhere in the field
 # What PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory call our flags.
 ELSEWHERE = {
     **dict.fromkeys(("r", "rank", "lora_rank"), "lora_r"),

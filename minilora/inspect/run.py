@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any, TypeVar
 
 from minilora.errors import FormatError
 from minilora.lora.config import LoraConfig
-from minilora.run import RunConfig
-from minilora.storage import read_json, read_text
+from minilora.metrics import read_records
+from minilora.run import RunConfig, resolve
+from minilora.storage import read_json
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.state import checkpoints
 
@@ -54,7 +54,7 @@ def run_facts(directory: Path) -> RunFacts:
     record = read_json(path)
     settings, defaults = _part(path, record, "config", dict), _defaults()
     summary, metrics = directory / "summary.json", directory / "metrics.jsonl"
-    records = _records(metrics) if metrics.is_file() else []
+    records = read_records(metrics) if metrics.is_file() else []
     return RunFacts(
         path=str(directory),
         settings={key: value for key, value in settings.items() if key not in defaults or defaults[key] != value},
@@ -70,10 +70,7 @@ def run_facts(directory: Path) -> RunFacts:
 
 def _defaults() -> dict[str, Any]:
     """What run.json has for a run without flags."""
-    configs = (RunConfig(), LoraConfig(), DataConfig(), TrainConfig())
-    values = {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
-    values["lora_r"] = values.pop("r")
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(resolve(RunConfig(), LoraConfig(), DataConfig(), TrainConfig())))
 
 
 def checkpoint_facts(directory: Path) -> CheckpointFacts:
@@ -86,19 +83,3 @@ def _part(path: Path, record: dict[str, Any], key: str, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise FormatError(f"{path}: key {key!r}: found {value!r}, need a JSON {'object' if kind is dict else 'list'}")
     return value
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a crash may have cut off the last one."""
-    lines, records = read_text(path).splitlines(), []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise FormatError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise FormatError(f"{path}: line {number} is no JSON object")
-        records.append(value)
-    return records

@@ -15,6 +15,7 @@ from typing import TypeVar
 from minilora.errors import ConfigError, TargetError
 
 INITS = (True, "gaussian")
+RENAMED = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
 
 
