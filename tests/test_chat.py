@@ -1,6 +1,7 @@
 """minilora chat: what is said so far is what the model answers to."""
 
 import io
+import json
 import os
 import select
 import shutil
@@ -118,6 +119,22 @@ def test_a_system_prompt_goes_before_all_turns_and_stays_after_a_reset(directory
     lines = ["the cat", "/system  be kind", "sat", "/reset", "on", "/system", "/reset", "the sea"]
     assert chat(*lines).out == lines_of(first, second, third, without)
     assert chat("/reset", "on", flags=["--system=be kind"]).out == lines_of(third)
+
+
+def test_an_adapter_brings_the_system_prompt_of_its_training(directory, chat, tmp_path):
+    shutil.copytree(directory / "chat-adapter", tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"system": "be kind"}}))
+    run = f"--adapter={tmp_path / 'run'}"
+    replies = {}
+    for system in ("be kind", "be brief", None):
+        talk = Talk(directory, "chat-adapter")
+        talk.messages += [{"role": "system", "content": system}] if system else []
+        replies[system] = talk.say("the cat")
+    assert len(set(replies.values())) == 3
+    assert chat("the cat", flags=[run]).out == lines_of(replies["be kind"])
+    assert chat("the cat", flags=[run, "--system=be brief"]).out == lines_of(replies["be brief"])
+    assert chat("the cat", flags=[run, "--system="]).out == lines_of(replies[None])
+    assert chat("/system", "the cat", flags=[run]).out == lines_of(replies[None])
 
 
 def test_adapters_go_by_their_directories_names_and_the_first_one_begins(directory, chat):

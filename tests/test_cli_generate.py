@@ -15,9 +15,15 @@ import minilora as ml
 from minilora import cli
 from minilora.cli.columns import cells, columns, wrap
 from minilora.cli.prompts import encode_prompt
+from minilora.hub import Location
+from minilora.train.config import DataConfig
+from minilora.train.data import encode_row, use_prompt_style
 from minilora.train.rows import Row
 from tests.models import randomize_adapters_, tiny_model
-from tests.test_data import BOS, CHATML, CLOSE, OPEN, write_tokenizer
+from tests.test_data import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, tokenizer, write_tokenizer
+from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
+
+__all__ = ["tokenizer"]  # a fixture
 
 
 def make_models(directory):
@@ -173,22 +179,124 @@ def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else(tmp_path):
         assert encode_prompt(Row(fields, "x"), tokenizer, None, asking).ids.count(act) == count
 
 
+@pytest.fixture
+def trained(directory, tmp_path):
+    """Write an adapter of the chat model with this run.json beside it; its directory."""
+
+    def make(**run):
+        model = ml.load_model(directory / "chat")
+        ml.attach(model, ml.LoraConfig(r=2))
+        ml.save_adapter(model, tmp_path / "run")
+        (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+        return tmp_path / "run"
+
+    return make
+
+
 @pytest.mark.parametrize("prompts", ["plain", "template", None])
-def test_an_adapter_is_asked_as_its_rows_were_written_unless_one_says_otherwise(directory, command, tmp_path, prompts):
-    model = ml.load_model(directory / "chat")
-    ml.attach(model, ml.LoraConfig(r=2))
-    ml.save_adapter(model, tmp_path)
-    if prompts:
-        (tmp_path / "run.json").write_text(json.dumps({"prompts": prompts}))
+def test_an_adapter_is_asked_as_its_rows_were_written_unless_one_says_otherwise(directory, command, trained, prompts):
+    run = trained(prompts=prompts)
     plain, turn = (written(directory, asked, model="chat") + "\n" for asked in ("the sea", [user("the sea")]))
     assert plain != turn
-    ask = ("--prompt=the sea", f"--adapter={tmp_path}")
+    ask = ("--prompt=the sea", f"--adapter={run}")
     assert command(*ask, model="chat") == (plain if prompts == "plain" else turn)
     assert command(*ask, "--raw", model="chat") == plain
     assert command(*ask, "--no-raw", model="chat") == turn
 
 
 # --- several ---
+
+
+def test_an_adapter_is_asked_with_the_system_prompt_of_its_training_unless_one_says_otherwise(
+    directory, command, trained
+):
+    ask = ("--prompt=the sea", f"--adapter={trained(config={'system': 'be kind'})}")
+    with_system = {
+        text: written(directory, [{"role": "system", "content": text}, user("the sea")], model="chat") + "\n"
+        for text in ("be kind", "be brief")
+    }
+    without = written(directory, [user("the sea")], model="chat") + "\n"
+    assert len({without, *with_system.values()}) == 3
+    assert command(*ask, model="chat") == with_system["be kind"]
+    assert command(*ask, "--system=be brief", model="chat") == with_system["be brief"]
+    assert command(*ask, "--system=", model="chat") == without
+    assert command(*ask, "--raw", model="chat") == written(directory, "the sea", model="chat") + "\n"
+
+
+@pytest.mark.parametrize("config", [5, {"system": ["a"]}])
+def test_a_configuration_beside_an_adapter_that_is_none_is_told(refused, trained, config):
+    run = trained(config=config)
+    assert f"{run / 'run.json'}: config: found {config!r}, need" in refused(f"--adapter={run}", "--prompt=a")
+
+
+def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, trained, monkeypatch):
+    path, asked = trained(), []
+
+    def download(*name):
+        asked.append(name)
+        return Location(path, "org/run@5")
+
+    monkeypatch.setattr(ml.hub, "_download", download)
+    command("--adapter=org/run", "--prompt=a", model="")
+    assert asked == [("org/run", None, "adapter")]
+
+
+ANSWERED = ("output", "completion")
+
+
+def unanswered(row):
+    """The row without its answer."""
+    cut = {key: value[:-1] for key, value in row.items() if key in ("messages", "conversations")}
+    return {key: value for key, value in {**row, **cut}.items() if key not in ANSWERED}
+
+
+@given(turns, systems, systems, st.sampled_from([None, [TOOL]]), texts, st.booleans())
+def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_answer_after(
+    tokenizer, turns, own, system, tools, extra, has_template
+):
+    turns[-1] = turns[-1][0], f"a{turns[-1][1]}"  # no token spans the seam
+    *rows, last = formats(conversation(turns, own))
+    rows = [{**row, "tools": tools} for row in (*rows, {**last, "input": extra})] if has_template else [last]
+    chosen = use_prompt_style(tokenizer(template=WITH_TOOLS if has_template else None), "auto", [Row(last)])
+    for fields in rows:
+        expected = encode_row(Row(fields), chosen, DataConfig(system=system)).prompt
+        for asked in (fields, unanswered(fields)):
+            assert encode_prompt(Row(asked), chosen, system, "chat").ids == expected
+
+
+@given(texts, some_text, st.sampled_from(["bos", "bos and eos"]), st.sampled_from(["chat", "plain"]))
+def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion, post, asking):
+    row = Row({"prompt": prompt, "completion": f" a{completion}"})
+    for template in (CHATML, None):
+        chosen = tokenizer(template=template, post=post)
+        expected = encode_row(row, chosen, DataConfig()).prompt
+        assert encode_prompt(row, chosen, None, asking).ids == expected
+        if template is None or asking == "plain":
+            assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking).ids == expected
+
+
+def test_an_answer_need_not_be_a_good_one(tokenizer):
+    chosen, asked = tokenizer(template=CHATML), [user("a")]
+    expected = chosen.encode_chat(asked, add_generation_prompt=True)
+    for fields in (
+        {"instruction": "a", "output": ""},
+        {"messages": [*asked, {"role": "assistant", "content": ""}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 5}]},
+        {"prompt": asked, "completion": []},
+        {"prompt": [*asked, {"role": "assistant"}]},
+        {"prompt": "a", "chosen": 1},
+        {"messages": asked, "weight": 1, "text": "b"},
+    ):
+        assert encode_prompt(Row(fields, "x"), chosen, None, "chat").ids == expected
+
+
+def test_instruction_rows_are_asked_in_alpacas_form_where_the_model_has_no_template(directory, command, tmp_path):
+    rows = [{"instruction": "the cat", "input": "sat"}, {"instruction": "the sea", "output": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chosen = use_prompt_style(ml.load_tokenizer(directory / "model"), "alpaca")
+    asked = [{"role": "user", "instruction": row["instruction"], "input": row.get("input", "")} for row in rows]
+    expected = [written(directory, chosen.render([message], add_generation_prompt=True)) for message in asked]
+    assert [row["text"] for row in rows_of(command("--prompts", tmp_path / "rows.jsonl"))] == expected
 
 
 def test_several_prompts_are_answered_in_a_json_object_a_line(directory, command):
@@ -214,7 +322,7 @@ def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last
     talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
     system = {"role": "system", "content": "be kind"}
     rows = [
-        {"prompt": "the cat", "id": 7, "completion": "sat"},
+        {"prompt": "the cat", "id": 7},
         {"messages": [*talk, user("the sea")], "text": "replaced"},
         {"messages": talk},
         {"prompt": [system, user("the cat")]},
@@ -269,10 +377,10 @@ def test_a_model_is_asked_by_the_template_that_lies_beside_its_adapter(directory
     assert command(f"--adapter={tmp_path / 'run'}", "--prompt=the sea") == expected + "\n"
 
 
-texts = st.text(st.sampled_from("ab 漢🙂\u0301\n\t\x1b\u200d"), max_size=60)
+wide = st.text(st.sampled_from("ab 漢🙂\u0301\n\t\x1b\u200d"), max_size=60)
 
 
-@given(texts, st.integers(2, 30))
+@given(wide, st.integers(2, 30))
 @example("word " * 9, 9)
 @example("    indented words", 9)
 @example("x" * 30, 9)
@@ -296,7 +404,7 @@ def test_lines_and_indentation_of_a_text_stay():
     assert wrap("def f():\n\tpass\n\nmore words", 9) == ["def f():", "    pass", "", "more", "words"]
 
 
-@given(texts, texts, st.integers(8, 120))
+@given(wide, wide, st.integers(8, 120))
 def test_columns_are_aligned_and_fit(left, right, width):
     lines = columns(left, right, ("base", "a/very/long/path/of/an/adapter"), width).splitlines()
     assert all(cells(line) <= width for line in lines)
@@ -329,16 +437,15 @@ def test_columns_look_like_this():
     ("words", "phrase"),
     [
         (["--prompt="], "--prompt: the prompt is empty"),
-        (["--prompt=a", "--samples=0"], "--samples 0, need at least 1"),
-        (["--prompt=a", "--batch-size=-1"], "--batch-size -1, need at least 1"),
+        (["--prompt=a", "--samples=0", "--batch-size=-1"], "samples is 0, batch_size is -1, need at least 1"),
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
-        (["--prompt=a", "--system=b"], "is asked without one"),
+        (["--prompt=a", "--system=b"], "--prompt: system: found 'b', but plain text has no place"),
         (["--prompt=a", "--system=b", "--raw"], "which --raw leaves out"),
         (["--prompt=-", "--prompt=-"], "standard input can be one prompt"),
         (["--prompt=a", "--stop="], "a stop string is empty"),
         (["--prompt=a", "--temperature=nan"], "temperature nan"),
         (["--prompt=a", "--top-p=2"], "top_p 2.0"),
-        (["--prompt=\udcff"], r"'\udcff'"),
+        (["--prompt=\udcff"], "--prompt: prompt: found U+DCFF, which is not a character"),
         (["--prompts=none.jsonl"], "none.jsonl"),
     ],
 )
@@ -349,12 +456,13 @@ def test_what_cannot_work_is_told_in_one_line(refused, words, phrase):
 @pytest.mark.parametrize(
     ("name", "content", "phrase"),
     [
-        ("rows.jsonl", '{"prompt": "a"}\n{"question": "b"}', "rows.jsonl:2: need `prompt`, text or messages, or"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"question": "b"}', "rows.jsonl:2: keys ['question'] are of no known"),
         ("rows.jsonl", '{"prompt": "a"}\n5', "rows.jsonl:2: found 5, need a JSON object"),
-        ("rows.jsonl", '{"messages": [{"role": "user", "content": 5}]}', "rows.jsonl:1: message 0: found"),
-        ("rows.jsonl", '{"prompt": ["a"]}', "rows.jsonl:1: message 0: found 'a', need an object"),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": 5}]}', "rows.jsonl:1: messages[0].content: found 5"),
+        ("rows.jsonl", '{"prompt": ["a"]}', "rows.jsonl:1: prompt[0]: found 'a', need an object"),
         ("rows.jsonl", '{"messages": []}', "rows.jsonl:1: a conversation needs at least one message"),
-        ("rows.jsonl", '{"prompt": "\\ud800"}', r"rows.jsonl:1: the text holds '\ud800'"),
+        ("rows.jsonl", '{"prompt": "\\ud800"}', "rows.jsonl:1: prompt[0].content: found U+D800"),
+        ("rows.jsonl", '{"prompt": "a", "id": "\\ud800"}', r"rows.jsonl:1: the row holds '\ud800', which no UTF-8 is"),
         ("rows.txt", "\n", "rows.txt: there are no prompts"),
         ("rows.txt", b"\xff", "rows.txt: byte 0 is not UTF-8"),
     ],

@@ -7,16 +7,16 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from minilora.cli.command import Command, Options, adapters, add_model_flags, base_of, load, say
+from minilora.cli.command import Command, Loaded, Options, adapters, add_model_flags, load_adapted, say
 from minilora.cli.finetune import INTERRUPTED
-from minilora.cli.write import add_writing_flags, write
+from minilora.cli.flags import from_flags
+from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError, FormatError, MiniloraError
 from minilora.lora.attach import set_adapter
-from minilora.model.llama import Llama
 from minilora.model.template import Message
-from minilora.model.tokenizer import Tokenizer
 
 NONE = "none"
 HELP = """\
@@ -37,13 +37,14 @@ class Chat:
         replies: how many were written, also in conversations before; each is sampled with a seed of its own.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, options: Options):
-        self._model, self._tokenizer, self._options = model, tokenizer, options
+    def __init__(self, loaded: Loaded, options: Options):
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._writing = from_flags(Writing, options)
         paths = adapters(options)
         names = [Path(path).resolve().name for path in paths]
         is_clear = len({NONE, *names}) == len(names) + 1
-        self._loaded = {name: f"adapter{i}" for i, name in enumerate(names if is_clear else paths)}  # as `load` does
-        self._system: str | None = options["system"]
+        self._loaded = dict(zip(names if is_clear else paths, loaded.adapters, strict=True))
+        self._system = loaded.training.system if options["system"] is None else options["system"]
         self.turns: list[Message] = []
         self.adapter, self.replies = NONE, 0
         if self._loaded:
@@ -52,7 +53,7 @@ class Chat:
     def reply(self, text: str) -> None:
         """Write the answer to a message. Ctrl-C ends it where it is; without any answer the message is forgotten."""
         turns = [*self.turns, {"role": "user", "content": text}]
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        system = [{"role": "system", "content": self._system}] if self._system else []
         ids = self._tokenizer.encode_chat([*system, *turns], add_generation_prompt=True)
         if len(ids) > (limit := self._model.config.rope.max_length):
             say(f"the conversation has {len(ids)} tokens, and the model was made for {limit}: see /reset")
@@ -62,8 +63,9 @@ class Chat:
             pieces.append(piece)
             print(piece, end="", flush=True)
 
+        writing = replace(self._writing, seed=self._writing.seed + self.replies)
         with suppress(KeyboardInterrupt):
-            write(self._model, self._tokenizer, [ids], self._options, self._options["seed"] + self.replies, show)
+            write(self._model, self._tokenizer, [ids], writing, show)
         print(flush=True)
         self.replies += 1
         if pieces:
@@ -80,7 +82,7 @@ class Chat:
                 self.turns = []
                 say("a new conversation begins")
             case "/system":
-                self._system = argument or None
+                self._system = argument
                 say(f"system prompt: {self._system or NONE}")
             case "/adapter":
                 if argument:
@@ -107,18 +109,19 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: Options) -> int:
-    model, tokenizer = load(options)
-    if tokenizer.template is None:
+    loaded = load_adapted(options)
+    base = loaded.model.name_or_path
+    if loaded.tokenizer.template is None:
         raise ConfigError(
-            f"{base_of(options)}: the model has no chat template, so it knows no turns; "
+            f"{base}: the model has no chat template, so it knows no turns; "
             "`minilora generate --raw` continues text with it"
         )
-    chat = Chat(model, tokenizer, options)
+    chat = Chat(loaded, options)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         with suppress(ImportError):
             importlib.import_module("readline")  # gives `input` a history and editing keys
-        say(f"{base_of(options)}, adapter: {chat.adapter}. /help lists the commands, Ctrl-D ends.")
+        say(f"{base}, adapter: {chat.adapter}. /help lists the commands, Ctrl-D ends.")
     try:
         _converse(chat, _lines("\n> " if is_terminal else ""))
     except KeyboardInterrupt:

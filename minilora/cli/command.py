@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError, FormatError
@@ -16,7 +17,7 @@ from minilora.model.checkpoint import load_model
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
 from minilora.run import pick_device
-from minilora.storage import BUILTIN, read_text
+from minilora.storage import BUILTIN, read_json, read_text
 
 Options = dict[str, Any]  # the parsed flags of a command line
 
@@ -36,11 +37,6 @@ class Command:
     run: Callable[[Options], int]
 
 
-def add_dashed(parser: argparse._ActionsContainer, name: str, **options: Any) -> None:
-    """A flag spelled with dashes; `parse` turns underscores into them."""
-    parser.add_argument(f"--{name.replace('_', '-')}", **options)
-
-
 def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
     """--model, --adapter, --dtype and --device."""
     group = parser.add_argument_group("model and device")
@@ -57,29 +53,78 @@ def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False
     group.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is (default: auto)")
 
 
-def load(options: Options) -> tuple[Llama, Tokenizer]:
-    """The model of --model and --adapter, all adapters active, and its tokenizer.
+@dataclass(frozen=True)
+class Training:
+    """How an adapter was trained, as far as the files beside it tell; it wants to be asked in the same way.
 
-    Where an adapter was trained with a chat template that lies beside it, the model is asked by that one.
+    Attributes:
+        template: its chat template.
+        is_plain: its rows were plain text, and no conversations.
+        config: what `run.json` has as its configuration.
     """
-    base = base_of(options)
+
+    template: str | None = None
+    is_plain: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of conversations that had none."""
+        return self.config.get("system")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model of --model and --adapter, and how to ask it; all adapters are active, under these names."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    adapters: tuple[str, ...]
+    training: Training
+
+
+def load(options: Options) -> tuple[Llama, Tokenizer]:
+    """The model of --model and --adapter, all adapters active, and the tokenizer, with an adapter's chat template."""
+    loaded = load_adapted(options)
+    return loaded.model, loaded.tokenizer
+
+
+def load_adapted(options: Options) -> Loaded:
+    """The model of --model and --adapter. What a name means on the hub is asked once."""
+    paths = [fetch(name, "adapter") for name in adapters(options)]
+    base = base_of({**options, "adapter": list(map(str, paths))})
     try:
         model = load_model(base, options["dtype"], pick_device(options["device"]))
     except FormatError as error:
         raise FormatError(f"{error}{_whose(options)}") from error
-    names = []
-    for i, path in enumerate(adapters(options)):
-        names.append(f"adapter{i}")
-        load_adapter(model, path, name=names[-1])
+    names = tuple(f"adapter{i}" for i in range(len(paths)))
+    for name, path in zip(names, paths, strict=True):
+        load_adapter(model, path, name)
     if names:
         set_adapter(model, names)
-    return model, _with_template_of(adapters(options), load_tokenizer(base))
+    tokenizer, training = load_tokenizer(model.name_or_path), how_trained(paths)
+    if training.template:
+        tokenizer = tokenizer.with_template(training.template)
+    return Loaded(model, tokenizer, names, training)
 
 
-def _with_template_of(paths: Sequence[str], tokenizer: Tokenizer) -> Tokenizer:
-    templates = [fetch(path, "adapter") / "chat_template.jinja" for path in paths]
-    found = next((template for template in templates if template.is_file()), None)
-    return tokenizer.with_template(read_text(found)) if found else tokenizer
+def how_trained(names: Sequence[str | Path]) -> Training:
+    """What lies beside adapters, directories or names of the hub: of several, the first that has a file tells.
+
+    Raises:
+        FormatError: there is no such adapter, or a file is not what its name says.
+    """
+    paths = [fetch(name, "adapter") for name in names]
+
+    def first(name: str) -> Path | None:
+        return next((path / name for path in paths if (path / name).is_file()), None)
+
+    template, run = first("chat_template.jinja"), first("run.json")
+    values = read_json(run) if run else {}
+    config = values.get("config", {})
+    if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
+        raise FormatError(f"{run}: config: found {config!r:.60}, need an object, and text as its 'system'")
+    return Training(read_text(template) if template else None, values.get("prompts") == "plain", config)
 
 
 def base_of(options: Options) -> str:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minilora.cli.command import Options, adapters
+from minilora.cli.command import Loaded, Options
 from minilora.errors import ConfigError, DataError
-from minilora.hub import fetch
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import read_json, read_text
+from minilora.storage import read_text
+from minilora.train.config import DataConfig
+from minilora.train.data import use_prompt_style
+from minilora.train.formats import Passage, understand_question
 from minilora.train.rows import Row, find_splits, read_rows
 
 STDIN = "-"
-Messages = list[Any]
 Asking = Literal["chat", "plain", "raw"]
 
 
@@ -44,8 +45,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     one_of.add_argument(
         "--prompts",
         metavar="FILE",
-        help=".txt: a prompt a line; .jsonl or .json: rows with `prompt` (text or messages) or `messages`, "
-        "of which a last one by the assistant is left out",
+        help=".txt: a prompt a line; else rows as in training, of which an answer is left out; a `prompt` of text "
+        "needs no `completion`, and without one it is asked as --prompt is",
     )
     group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
     group.add_argument(
@@ -57,7 +58,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(options: Options) -> list[Row]:
-    """The prompts as rows that have a field `prompt` or `messages`.
+    """The prompts as rows.
 
     Raises:
         ConfigError: there is no prompt, or one on standard input that is not UTF-8.
@@ -78,36 +79,44 @@ def read_prompts(options: Options) -> list[Row]:
     ]
 
 
-def how_to_ask(options: Options) -> Asking:
-    """As --raw or --no-raw says; else as the adapter was trained, which the run.json beside it knows."""
-    if options["raw"] is not None:
-        return "raw" if options["raw"] else "chat"
-    runs = [fetch(path, "adapter") / "run.json" for path in adapters(options)]
-    was_plain = [read_json(run).get("prompts") == "plain" for run in runs if run.is_file()]
-    return "plain" if any(was_plain) else "chat"
+def encode_prompts(rows: Sequence[Row], loaded: Loaded, options: Options) -> list[Prompt]:
+    """The prompts asked as --raw, --no-raw and --system say, else as the adapter was trained; errors as below."""
+    tokenizer, training, system = loaded.tokenizer, loaded.training, options["system"]
+    is_plain = training.is_plain and options["raw"] is None
+    asking: Asking = "raw" if options["raw"] else "plain" if is_plain else "chat"
+    if asking != "raw":
+        tokenizer = use_prompt_style(tokenizer, "auto", rows)
+        system = training.system if system is None else system
+    return [encode_prompt(row, tokenizer, system, asking) for row in rows]
 
 
 def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: Asking) -> Prompt:
-    """The token ids of a row's prompt. Control tokens act in a raw one; elsewhere they are plain text.
+    """The token ids of a row's prompt: those that training learns its answer after.
+
+    A `prompt` that is text and has no `completion` is a user's turn if asked by "chat", where there is a template.
+    Control tokens act in a "raw" one; elsewhere they are plain text.
 
     Raises:
         DataError: the row has no prompt, or one that cannot be encoded.
     """
     try:
-        prompt = _prompt(row)
-        json.dumps([row.fields, system], ensure_ascii=False).encode()
-        if isinstance(prompt, str) and (asking != "chat" or tokenizer.template is None):
-            if system is not None:
-                raise DataError("--system needs a chat template, and the model or adapter is asked without one")
-            ids = _encode_beginning(prompt if asking == "raw" else tokenizer.quote(prompt), tokenizer)
+        if row.problem:
+            raise DataError(row.problem)
+        fields, text = row.fields, row.fields.get("prompt")
+        if isinstance(text, str) and asking == "chat" and tokenizer.template and fields.get("completion") is None:
+            fields = {**fields, "prompt": [{"role": "user", "content": text}]}
+        meaning = understand_question(fields, DataConfig(system=system))
+        json.dumps(row.fields, ensure_ascii=False).encode()
+        if isinstance(meaning, Passage):
+            ids = _encode_beginning(meaning.prompt if asking == "raw" else tokenizer.quote(meaning.prompt), tokenizer)
         elif asking == "raw":
-            raise DataError("messages need the chat template, which --raw leaves out")
+            raise DataError("a conversation needs the chat template, which --raw leaves out")
         else:
-            ids = tokenizer.encode_chat(_messages(prompt, system), add_generation_prompt=True)
+            ids = tokenizer.encode_chat(meaning.messages, add_generation_prompt=True, tools=meaning.tools)
     except DataError as error:
         raise DataError(f"{row.source}: {error}") from error
     except UnicodeEncodeError as error:
-        raise DataError(f"{row.source}: the text holds {error.object[error.start]!r}, which no UTF-8 is") from error
+        raise DataError(f"{row.source}: the row holds {error.object[error.start]!r}, which no UTF-8 is") from error
     if not ids:
         raise DataError(f"{row.source}: the prompt is empty")
     return Prompt(row.fields, ids)
@@ -135,28 +144,6 @@ def _standard_input() -> str:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: {error.object[error.start]:#04x} is not UTF-8") from error
-
-
-def _prompt(row: Row) -> str | Messages:
-    if row.problem:
-        raise DataError(row.problem)
-    prompt = row.fields.get("messages", row.fields.get("prompt"))
-    if not isinstance(prompt, str | list):
-        raise DataError(f"need `prompt`, text or messages, or `messages`; found {sorted(row.fields)}")
-    return prompt
-
-
-def _messages(prompt: str | Messages, system: str | None) -> Messages:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    for i, message in enumerate(messages):
-        if not (isinstance(message, dict) and isinstance(message.get("content"), str | list | None)):
-            raise DataError(f"message {i}: found {message!r:.60}, need an object with role and content, text or parts")
-    roles = [message.get("role") for message in messages]
-    if roles[-1:] == ["assistant"]:
-        messages = messages[:-1]
-    if system is not None and roles[:1] not in (["system"], ["developer"]):
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
 
 
 def _encode_beginning(text: str, tokenizer: Tokenizer) -> list[int]:

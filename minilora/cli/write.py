@@ -4,63 +4,56 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
-from minilora.cli.command import Options, add_dashed
+from minilora.cli.flags import add_flags
 from minilora.model.generate import generate
 from minilora.model.llama import Llama
 from minilora.model.text import TextStream
 from minilora.model.tokenizer import Tokenizer
+from minilora.train.config import option
 
-SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+
+@dataclass(frozen=True)
+class Writing:
+    """Where a text ends, and how its tokens are chosen; `generate` checks the numbers."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    temperature: float = option(0.0, "0: the likeliest token each time")
+    top_p: float = option(1.0, "sample from so much probability")
+    top_k: int = option(0, "sample from so many tokens; 0: from all")
+    repetition_penalty: float = option(1.0, "above 1: what prompt and text hold already becomes less likely")
+    seed: int = option(0, "of the sampling")
 
 
 def add_writing_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """How tokens are chosen, and --stop."""
+    """The flags of `Writing`; the commands differ in how much they write."""
     group = parser.add_argument_group("writing")
-    add_dashed(
-        group,
-        "max_new_tokens",
+    group.add_argument(
+        "--max-new-tokens",
         type=int,
         default=max_new_tokens,
         metavar="N",
         help=f"tokens to write at most (default: {max_new_tokens})",
     )
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token each time (default: 0)"
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; give it again for more"
     )
-    add_dashed(
-        group, "top_p", type=float, default=1.0, metavar="P", help="sample from so much probability (default: 1)"
-    )
-    add_dashed(
-        group, "top_k", type=int, default=0, metavar="K", help="sample from so many tokens; 0: from all (default: 0)"
-    )
-    add_dashed(
-        group,
-        "repetition_penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: what prompt and text hold already becomes less likely (default: 1)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
-    group.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end before this text; give it again for more",
-    )
+    add_flags(parser, Writing, "writing", but=("max_new_tokens", "stop"))
 
 
 def write(
     model: Llama,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
-    options: Options,
-    seed: int,
+    writing: Writing,
     show: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The text that the model writes after each prompt. `show` gets every piece of it as soon as it is settled."""
-    streams = [TextStream(tokenizer, options["stop"] or ()) for _ in prompts]
+    settings = asdict(writing)
+    stops = settings.pop("stop")
+    streams = [TextStream(tokenizer, stops) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
 
     def give(row: int, piece: str) -> None:
@@ -72,8 +65,7 @@ def write(
         give(row, streams[row].add(token))
         return streams[row].is_stopped
 
-    settings = {name: options[name] for name in SETTINGS}
-    generate(model, prompts, seed=seed, stop_ids=tokenizer.stop_ids, on_token=on_token, **settings)
+    generate(model, prompts, stop_ids=tokenizer.stop_ids, on_token=on_token, **settings)
     for row, stream in enumerate(streams):
         give(row, stream.finish())
     return ["".join(row) for row in pieces]
