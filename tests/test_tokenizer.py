@@ -82,6 +82,14 @@ def test_a_special_token_in_the_text_is_one_token(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_end|>b"
 
 
+@pytest.mark.parametrize("code", [0xD800, 0xDFFF])
+@pytest.mark.parametrize("method", ["encode", "encode_spans", "quote"])
+def test_half_of_a_surrogate_pair_is_refused(tokenizer, method, code):
+    with pytest.raises(DataError, match=rf"^the text holds U\+{code:X}, which is not a character$"):
+        getattr(tokenizer, method)(f"a{chr(code)}b")
+    assert getattr(tokenizer, method)("\ud7ff\ue000😀")
+
+
 def test_nothing_is_cut_or_padded_whatever_the_file_says(tokenizer):
     assert len(tokenizer.encode("x" * 50)) > 9
     assert len(tokenizer.encode("x")) == 2

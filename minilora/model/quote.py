@@ -22,7 +22,7 @@ import tokenizers
 from minilora.errors import DataError
 
 QUOTE, RENAMED = "\ufdd2", "\ufdd3"  # Unicode noncharacters, as those that template.py marks spans with
-NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
+NONCHARACTERS = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # also the halves of surrogate pairs
 
 
 class ControlTokens:

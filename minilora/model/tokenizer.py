@@ -110,7 +110,12 @@ class Tokenizer:
 
         Tokens that are not from the text are empty. A token begins no later than the one before it ended, so that
         characters which the tokenizer drops, white space say, belong to the token after them.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair.
         """
+        if found := re.search("[\ud800-\udfff]", text):
+            raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
         backend, origin = self._backend, list(range(len(text) + 1))
         if QUOTE in text:
             backend, (text, origin) = self._control.backend, self._control.rename(text)
