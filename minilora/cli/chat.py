@@ -44,7 +44,7 @@ class Chat:
         names = [Path(path).resolve().name for path in paths]
         is_clear = len({NONE, *names}) == len(names) + 1
         self._loaded = dict(zip(names if is_clear else paths, loaded.adapters, strict=True))
-        self._system = loaded.training.system if options["system"] is None else options["system"]
+        self._system = loaded.training.config.get("system") if options["system"] is None else options["system"]
         self.turns: list[Message] = []
         self.adapter, self.replies = NONE, 0
         if self._loaded:

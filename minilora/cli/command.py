@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,12 @@ def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False
 class Training:
     """How an adapter was trained, as far as the files beside it tell; it wants to be asked in the same way.
 
-    Attributes:
-        template: its chat template.
-        is_plain: its rows were plain text, and no conversations.
-        config: what `run.json` has as its configuration.
+    `template` is its chat template; with `is_plain` its rows were no conversations; `config` is that of `run.json`.
     """
 
-    template: str | None = None
-    is_plain: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt of conversations that had none."""
-        return self.config.get("system")
+    template: str | None
+    is_plain: bool
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,12 @@ def load_adapted(options: Options) -> Loaded:
     try:
         model = load_model(base, options["dtype"], pick_device(options["device"]))
     except FormatError as error:
-        raise FormatError(f"{error}{_whose(options)}") from error
+        if options["model"] or not paths:
+            raise
+        adapter = adapters(options)[0]
+        raise FormatError(
+            f"{error} (the adapter {adapter} names it as its base model; --model names another)"
+        ) from error
     names = tuple(f"adapter{i}" for i in range(len(paths)))
     for name, path in zip(names, paths, strict=True):
         load_adapter(model, path, name)
@@ -137,13 +134,6 @@ def base_of(options: Options) -> str:
     if any(base != bases[0] for base in bases):
         raise ConfigError(f"the adapters name different base models, {bases}; give --model")
     return bases[0]
-
-
-def _whose(options: Options) -> str:
-    """Who named a base model that cannot be loaded, if not the user."""
-    if options["model"] or not adapters(options):
-        return ""
-    return f" (the adapter {adapters(options)[0]} names it as its base model; --model names another)"
 
 
 def adapters(options: Options) -> list[str]:

@@ -12,11 +12,13 @@ from minilora.cli.columns import columns
 from minilora.cli.command import Command, Loaded, Options, add_model_flags, load_adapted
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import add_flags, from_flags
-from minilora.cli.prompts import Prompt, add_prompt_flags, encode_prompts, read_prompts
+from minilora.cli.prompts import add_prompt_flags, encode_prompts, read_prompts
 from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError
 from minilora.lora.attach import disable_adapter
 from minilora.train.config import option
+from minilora.train.formats import Fields
+from minilora.train.rows import Row
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,6 @@ class Output:
             raise ConfigError(f"{', '.join(bad)}, need at least 1")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was written for a prompt; `base` is what the base model wrote, where that was asked for."""
-
-    prompt: Prompt
-    sample: int
-    text: str
-    base: str | None
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add_prompt_flags(parser)
@@ -62,13 +54,16 @@ def _run(options: Options) -> int:
     rows = read_prompts(options)
     loaded = load_adapted(options)
     prompts = encode_prompts(rows, loaded, options)
-    is_json = output.json or options["prompts"] is not None or len(prompts) > 1
+    is_json = output.json or options["prompts"] is not None or len(rows) > 1
     try:
         if is_json or output.compare_base or output.samples > 1:
-            for answer in _answers(loaded, prompts, writing, output):
-                print(_as_json(answer, output) if is_json else _as_text(answer, output, options["adapter"]), flush=True)
+            for answer in _answers(loaded, rows, prompts, writing, output):
+                text = (
+                    json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options["adapter"])
+                )
+                print(text, flush=True)
         else:
-            write(loaded.model, loaded.tokenizer, [prompts[0].ids], writing, _show)
+            write(loaded.model, loaded.tokenizer, prompts, writing, _show)
             print()
     except KeyboardInterrupt:
         print()
@@ -76,34 +71,34 @@ def _run(options: Options) -> int:
     return 0
 
 
-def _answers(loaded: Loaded, prompts: Sequence[Prompt], writing: Writing, output: Output) -> Iterator[Answer]:
-    """All samples of the first prompt, then of the next, in batches; the n-th has a seed of its own, `seed` + n."""
-    asked = [(prompt, sample) for prompt in prompts for sample in range(1, output.samples + 1)]
+def _answers(
+    loaded: Loaded, rows: Sequence[Row], prompts: Sequence[list[int]], writing: Writing, output: Output
+) -> Iterator[Fields]:
+    """The rows with what was written for them: all samples of the first, then of the next, in batches.
+
+    The n-th text has a seed of its own, `seed` + n.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    asked = [(row, ids, n) for row, ids in zip(rows, prompts, strict=True) for n in range(1, output.samples + 1)]
     for begin in range(0, len(asked), output.batch_size):
         part = asked[begin : begin + output.batch_size]
-        batch = [prompt.ids for prompt, _ in part], replace(writing, seed=writing.seed + begin)
-        bases: Sequence[str | None] = [None] * len(part)
+        batch = [ids for _, ids, _ in part], replace(writing, seed=writing.seed + begin)
+        answers = [row.fields | ({"sample": n} if output.samples > 1 else {}) for row, _, n in part]
         if output.compare_base:
-            with disable_adapter(loaded.model):
-                bases = write(loaded.model, loaded.tokenizer, *batch)
-        texts = write(loaded.model, loaded.tokenizer, *batch)
-        for (prompt, sample), text, base in zip(part, texts, bases, strict=True):
-            yield Answer(prompt, sample, text, base)
+            with disable_adapter(model):
+                bases = write(model, tokenizer, *batch)
+            answers = [{**answer, "base": base} for answer, base in zip(answers, bases, strict=True)]
+        for answer, text in zip(answers, write(model, tokenizer, *batch), strict=True):
+            yield {**answer, "text": text}
 
 
-def _as_json(answer: Answer, output: Output) -> str:
-    sample = {"sample": answer.sample} if output.samples > 1 else {}
-    base = {} if answer.base is None else {"base": answer.base}
-    return json.dumps({**answer.prompt.fields, **sample, **base, "text": answer.text}, ensure_ascii=False)
-
-
-def _as_text(answer: Answer, output: Output, adapter: str) -> str:
+def _as_text(answer: Fields, output: Output, adapter: str) -> str:
     """The text, under its number if it is one of several, or in a column beside the base model's."""
-    number = f"--- sample {answer.sample} of {output.samples}\n" if output.samples > 1 else ""
-    if answer.base is None:
-        return number + answer.text
+    number = f"--- sample {answer['sample']} of {output.samples}\n" if output.samples > 1 else ""
+    if not output.compare_base:
+        return f"{number}{answer['text']}"
     width = shutil.get_terminal_size().columns
-    return number + columns(answer.base, answer.text, ("base", adapter), width)
+    return number + columns(answer["base"], answer["text"], ("base", adapter), width)
 
 
 def _show(piece: str) -> None:
@@ -113,8 +108,8 @@ def _show(piece: str) -> None:
 COMMAND = Command(
     name="generate",
     help="answer or continue prompts",
-    about="Answer prompts, each a user's turn of the chat template, or continue them if the\n"
-    "model has none. One text is shown as it is written.",
+    about="Answer prompts, each a user's turn of the chat template, or continue them if the model has none. One text "
+    "is shown as it is written.",
     example='minilora generate --adapter run --prompt "Hello" --compare-base',
     add_flags=_add_flags,
     run=_run,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from minilora.cli.command import Loaded, Options
 from minilora.errors import ConfigError, DataError
@@ -21,14 +20,6 @@ from minilora.train.rows import Row, find_splits, read_rows
 
 STDIN = "-"
 Asking = Literal["chat", "plain", "raw"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A row as it was given, and the token ids that the model continues."""
-
-    fields: dict[str, Any]
-    ids: list[int]
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +58,7 @@ def read_prompts(options: Options) -> list[Row]:
     if options["raw"] and options["system"] is not None:
         raise ConfigError("--system needs the chat template, which --raw leaves out")
     if options["prompts"] is not None:
-        return list(_rows_of(options["prompts"]))
+        return _rows_of(options["prompts"])
     if not options["prompt"] and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT, --prompts FILE, or a prompt on standard input")
     texts = options["prompt"] or [STDIN]
@@ -79,18 +70,18 @@ def read_prompts(options: Options) -> list[Row]:
     ]
 
 
-def encode_prompts(rows: Sequence[Row], loaded: Loaded, options: Options) -> list[Prompt]:
-    """The prompts asked as --raw, --no-raw and --system say, else as the adapter was trained; errors as below."""
+def encode_prompts(rows: Sequence[Row], loaded: Loaded, options: Options) -> list[list[int]]:
+    """The token ids of prompts, asked as the flags say, else as the adapter was trained; errors as below."""
     tokenizer, training, system = loaded.tokenizer, loaded.training, options["system"]
     is_plain = training.is_plain and options["raw"] is None
     asking: Asking = "raw" if options["raw"] else "plain" if is_plain else "chat"
     if asking != "raw":
         tokenizer = use_prompt_style(tokenizer, "auto", rows)
-        system = training.system if system is None else system
+        system = training.config.get("system") if system is None else system
     return [encode_prompt(row, tokenizer, system, asking) for row in rows]
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: Asking) -> Prompt:
+def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: Asking) -> list[int]:
     """The token ids of a row's prompt: those that training learns its answer after.
 
     A `prompt` that is text and has no `completion` is a user's turn if asked by "chat", where there is a template.
@@ -119,16 +110,14 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: As
         raise DataError(f"{row.source}: the row holds {error.object[error.start]!r}, which no UTF-8 is") from error
     if not ids:
         raise DataError(f"{row.source}: the prompt is empty")
-    return Prompt(row.fields, ids)
+    return ids
 
 
-def _rows_of(name: str) -> Iterator[Row]:
+def _rows_of(name: str) -> list[Row]:
     if name.endswith(".txt"):
-        yield from _lines_of(Path(name))
-        return
+        return _lines_of(Path(name))
     files = find_splits(name)
-    for path in next(files[split] for split in ("test", "valid", "train") if split in files):
-        yield from read_rows(path)
+    return read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
 
 
 def _lines_of(path: Path) -> list[Row]:

@@ -111,19 +111,17 @@ def understand_question(fields: Fields, config: DataConfig) -> Passage | Convers
 def _answered(fields: Fields) -> Fields:
     """The fields with "…" for an answer, in place of their own if there is one."""
     answer = {"role": "assistant", "content": "…"}
-    for key in ("messages", "conversations"):
-        if isinstance(fields.get(key), list):
-            return {**fields, key: [*_unanswered(fields[key]), answer]}
     if "instruction" in fields:
-        return {**fields, "output": "…"}
-    if isinstance(fields.get("prompt"), list):
-        return {**fields, "prompt": _unanswered(fields["prompt"]), "completion": [answer]}
-    return {**fields, "completion": "…"} if "prompt" in fields else fields
-
-
-def _unanswered(turns: list[Any]) -> list[Any]:
-    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-    return turns[:-1] if SHAREGPT_ROLES.get(str(last.get("role", last.get("from")))) == "assistant" else turns
+        fields = {**fields, "output": "…"}
+    if "prompt" in fields:
+        fields = {**fields, "completion": [answer] if isinstance(fields["prompt"], list) else "…"}
+    for key in ("messages", "conversations", "prompt"):
+        if isinstance(turns := fields.get(key), list):
+            last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+            if SHAREGPT_ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
+                turns = turns[:-1]
+            fields = {**fields, key: turns if key == "prompt" else [*turns, answer]}
+    return fields
 
 
 def _passage(fields: Fields, config: DataConfig) -> Passage:
