@@ -29,6 +29,12 @@ class Data:
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = Dataset(())
 
+    @property
+    def splits(self) -> dict[str, Dataset]:
+        """Name -> rows, each set of rows once."""
+        found = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
+        return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
+
 
 def load_data(names: Sequence[str], tokenizer: Tokenizer, reading: DataConfig, training: TrainConfig) -> Data:
     """Training, validation and test rows, and the tokenizer in the prompt style that they are written in.

@@ -223,6 +223,34 @@ def test_an_unknown_flag_is_refused_and_the_right_one_named_also_for_users_of_ot
     assert capsys.readouterr().err.endswith(f"is unknown; did you mean {meant}?\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
+        (["finetune", "--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj' is one word too many; several values"),
+        (["finetune", "--bf16", "true"], "--bf16 is unknown; --dtype bfloat16 is what there is"),
+        (["finetune", "--use-dora"], "--use-dora is unknown; it is not supported"),
+        (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?"),
+        (["inspect"], "usage: minilora inspect PATH [flags]"),
+        (["eval"], "usage: minilora eval --data DATA [flags]"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys, words, phrase):
+    with pytest.raises(SystemExit) as error:
+        cli.main(words)
+    assert error.value.code == 2
+    assert phrase in capsys.readouterr().err
+
+
+def test_minilora_alone_is_its_help_page(capsys):
+    for words in ([], ["--help"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(words)
+        assert error.value.code == 0
+        assert "finetune" in capsys.readouterr().out
+
+
 def test_the_flags_of_other_tools_are_no_flags_here_and_what_they_mean_is_one():
     own = set().union(*(names_of(parser) for parser in cli._parser()[1].values()))
     assert not own & set(ELSEWHERE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -49,15 +51,29 @@ def parse(words: Sequence[str]) -> Options:
 
     Flags may have underscores for dashes. One that is unknown ends the program as argparse does, the nearest one named.
     """
-    words = [_dashed(word) for word in words]
+    words = [_dashed(word) for word in words] or ["--help"]
     parser, commands = _parser()
-    if words[:1] == ["finetune"]:
+    own = commands.get(words[0])
+    if own:
+        _check_words(own, words[1:])
+    if words[0] == "finetune":
         _apply_config(commands["finetune"], words[1:])
-    options, unknown = parser.parse_known_args(words)
-    if unknown:
-        own = commands[options.command]
-        own.error(f"{unknown[0]} is unknown{nearest(unknown[0].partition('=')[0], names_of(own))}")
+    options, more = parser.parse_known_args(words)
+    if own and more:
+        own.error(f"{more[0]!r} is one word too many; several values of a flag are joined with commas")
     return {name: value for name, value in vars(options).items() if name != "command"}
+
+
+def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End the program where a flag is unknown, naming the right one, or is given twice though only one would count."""
+    actions = {spelling: action for action in parser._actions for spelling in action.option_strings}
+    given: set[str] = set()
+    for name in (word.partition("=")[0] for word in words if re.match(r"--\w[\w-]*(=|$)", word)):
+        if name not in actions:
+            parser.error(f"{name} is unknown{nearest(name, names_of(parser))}")
+        if actions[name].dest in given and not isinstance(actions[name], argparse._AppendAction):
+            parser.error(f"{name} is given twice; give all its values at once")
+        given.add(actions[name].dest)
 
 
 def _dashed(word: str) -> str:
@@ -73,6 +89,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         epilog="Begin with `minilora finetune`; `minilora COMMAND --help` explains a command and has an example.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"minilora {importlib.metadata.version('minilora')}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     parsers = {}
     for command in COMMANDS:
@@ -85,7 +102,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             allow_abbrev=False,
         )
         command.add_flags(own)
-        names = [str(action.metavar) for action in own._actions if not action.option_strings]
+        needed = [action for action in own._actions if action.required]
+        names = [" ".join([*action.option_strings, str(action.metavar or action.dest.upper())]) for action in needed]
         own.usage = " ".join(["minilora", command.name, *names, "[flags]"])  # argparse's own lists all flags
         own.set_defaults(run=command.run)
         parsers[command.name] = own
@@ -103,7 +121,10 @@ def _apply_config(finetune: argparse.ArgumentParser, words: Sequence[str]) -> No
     values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
     named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
     if len(named & {"model", "data"}) == 1:
-        raise ConfigError(f"--model and --data go together; {BUILTIN!r} is the built-in model, or the built-in data")
+        lacking = "--data" if "model" in named else "--model"
+        raise ConfigError(
+            f"--model and --data go together: give {lacking}, too; {lacking} {BUILTIN} is the built-in one"
+        )
     if not named & {"model", "data"}:
         use_config(finetune, read_json(ASSETS / "finetune.json"), "finetune.json")
     use_config(finetune, values, str(path))

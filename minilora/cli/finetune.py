@@ -15,7 +15,7 @@ from minilora.inputs import Data
 from minilora.lora.attach import ParameterCount, disable_adapter
 from minilora.lora.config import LoraConfig
 from minilora.model.llama import Llama
-from minilora.run import Outcome, Run, RunConfig
+from minilora.run import Outcome, Run, RunConfig, pick_device
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.evaluate import Scores, evaluate, measure_drift
 from minilora.train.loop import TrainResult
@@ -40,22 +40,24 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _run(options: Options) -> int:
     where = from_flags(RunConfig, options)
     if options["dry_run"]:
+        pick_device(where.device)
         where = replace(where, device="meta")  # the model without its numbers
     reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
     run = Run(where, from_flags(LoraConfig, options), reading, training)
     step = 0 if options["dry_run"] else run.prepare()
     model, data, count = run.load()
     if options["dry_run"]:
-        _tell(model, data, count)
+        _tell(model, data, run.reading)
         print(preview(data, run.training, count))
         return 0
     run.start(model, data, step)
-    _tell(model, data, count)
+    _say_size(model, data, count)
+    _tell(model, data, run.reading)
     if options["config"] and read_config(options["config"]).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {options['config']} was written with")
     if step:
         say(f"going on from step {step}")
-    meter = Meter()
+    meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
         before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
     result = _train(run, model, data, meter)
@@ -63,6 +65,8 @@ def _run(options: Options) -> int:
         meter.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
         return INTERRUPTED
+    if result.steps < result.total_steps:
+        say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     after = evaluate(model, data.test, data.choices, meter.rows("measuring the adapter"))
@@ -84,21 +88,23 @@ def _train(run: Run, model: Llama, data: Data, meter: Meter) -> TrainResult:
         signal.signal(signal.SIGINT, previous)
 
 
-def _tell(model: Llama, data: Data, count: ParameterCount) -> None:
-    """What the user should know before the run begins."""
+def _say_size(model: Llama, data: Data, count: ParameterCount) -> None:
     weight = model.model.embed_tokens.weight
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
-        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out"
-        + (f"; {weight.dtype} on {weight.device}".replace("torch.", "") if not weight.is_meta else "")
+        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
+        f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
+
+
+def _tell(model: Llama, data: Data, reading: DataConfig) -> None:
+    """What is unusual about the rows."""
     longest, limit = max(len(example.tokens) for example in data.train), model.config.rope.max_length
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
-    splits = {"training": data.train, "validation": data.valid, "held-out": data.test, "general": data.general}
-    for name, rows in splits.items():
-        if name == "validation" and rows is data.test:
-            continue
+    if reading.prompt_style != "auto" and not data.train.conversations:
+        say("no training row is a conversation, so --prompt-style has no effect")
+    for name, rows in data.splits.items():
         if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
         if rows.quoted:

@@ -18,35 +18,45 @@ from minilora.lora.config import RENAMED
 from minilora.storage import read_json, read_text
 
 T = TypeVar("T")
-# What PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory call our flags.
-ELSEWHERE = {
-    **dict.fromkeys(("r", "rank", "lora_rank"), "lora_r"),
-    **dict.fromkeys(("alpha",), "lora_alpha"),
-    **dict.fromkeys(("dropout",), "lora_dropout"),
-    **dict.fromkeys(("lora_target", "lora_target_modules", "lora_target_linear"), "target_modules"),
-    **dict.fromkeys(("model_name_or_path", "base_model", "checkpoint_dir"), "model"),
-    **dict.fromkeys(("dataset", "dataset_name", "datasets", "train_file"), "data"),
-    **dict.fromkeys(("output_dir", "out_dir", "adapter_path", "save_path"), "out"),
-    **dict.fromkeys(("lr",), "learning_rate"),
-    **dict.fromkeys(("lr_scheduler_type", "lr_schedule", "scheduler"), "lr_scheduler"),
-    **dict.fromkeys(("warmup_ratio", "lr_warmup_steps", "num_warmup_steps"), "warmup_steps"),
-    **dict.fromkeys(("per_device_train_batch_size", "micro_batch_size"), "batch_size"),
-    **dict.fromkeys(("grad_accumulation_steps", "accumulate_grad_batches"), "gradient_accumulation_steps"),
-    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "max_length"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs"), "epochs"),
-    **dict.fromkeys(("iters",), "max_steps"),
-    **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "mask_prompt", "train_on_inputs"), "train_on"),
-    **dict.fromkeys(("gradient_checkpointing", "grad_checkpoint", "enable_activation_checkpointing"), "recompute"),
-    **dict.fromkeys(("packing", "sample_packing", "packed"), "batch_tokens"),
-    **dict.fromkeys(("template", "chat_template"), "prompt_style"),
-    **dict.fromkeys(("report_to", "logger_name"), "report"),
-    **dict.fromkeys(("resume_from_checkpoint", "resume_adapter_file"), "resume"),
-    **dict.fromkeys(("save_every", "save_interval"), "save_steps"),
-    **dict.fromkeys(("steps_per_eval", "eval_interval"), "eval_steps"),
-    **dict.fromkeys(("steps_per_report", "log_every_n_steps", "log_interval"), "logging_steps"),
-    **dict.fromkeys(("max_tokens",), "max_new_tokens"),
-    **dict.fromkeys(("temp",), "temperature"),
-    **dict.fromkeys(("system_prompt",), "system"),
+# Our flag, and what PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory call it.
+NAMES_ELSEWHERE = {
+    "lora_r": "r rank lora_rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "lora_target lora_target_modules lora_target_linear",
+    "model": "model_name_or_path base_model checkpoint_dir",
+    "data": "dataset dataset_name datasets train_file",
+    "out": "output_dir out_dir adapter_path save_path",
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_scheduler_type lr_schedule scheduler",
+    "warmup_steps": "warmup_ratio lr_warmup_steps num_warmup_steps",
+    "batch_size": "per_device_train_batch_size micro_batch_size",
+    "gradient_accumulation_steps": "grad_accumulation_steps accumulate_grad_batches",
+    "max_length": "max_seq_length max_seq_len cutoff_len sequence_len",
+    "epochs": "num_train_epochs num_epochs",
+    "max_steps": "iters",
+    "train_on": "completion_only_loss assistant_only_loss mask_prompt train_on_inputs",
+    "recompute": "gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
+    "batch_tokens": "packing sample_packing packed",
+    "prompt_style": "template chat_template",
+    "report": "report_to logger_name",
+    "resume": "resume_from_checkpoint resume_adapter_file",
+    "save_steps": "save_every save_interval",
+    "eval_steps": "steps_per_eval eval_interval",
+    "eval_split": "val_set_size val_size",
+    "logging_steps": "steps_per_report log_every_n_steps log_interval",
+    "max_new_tokens": "max_tokens",
+    "temperature": "temp",
+    "system": "system_prompt",
+}
+ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
+ADVICE = {  # where no flag is the same
+    **dict.fromkeys(("eval_data", "valid_data", "validation_file", "eval_dataset"), "--data takes a directory with it"),
+    **dict.fromkeys(("bf16", "fp16", "precision"), "--dtype bfloat16 is what there is beside float32"),
+    "do_sample": "a --temperature above 0 samples",
+    "push_to_hub": "`hf upload NAME DIR` does that",
+    "config_file": "--config reads a .toml or .json file",
+    **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "use_dora"), "it is not supported"),
 }
 
 
@@ -68,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, but: Seque
             options |= {"nargs": "+", "metavar": name.upper()}
         else:
             options["type"] = _converter(hints[field.name])
-            options["metavar"] = name.rpartition("_")[2].upper()
+            options["metavar"] = {int: "N", float: "X"}.get(options["type"], name.rpartition("_")[2].upper())
         group = field.metadata.get("group", title)
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
@@ -115,6 +125,8 @@ def names_of(parser: argparse.ArgumentParser) -> set[str]:
 def nearest(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, also by users of other tools."""
     key = name.lstrip("-").replace("-", "_")
+    if key in ADVICE:
+        return f"; {ADVICE[key]}"
     meant = ELSEWHERE[key] if ELSEWHERE.get(key) in known else None
     meant = meant or next(iter(difflib.get_close_matches(key, known, n=1)), None)
     if meant is None:
@@ -128,7 +140,9 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         FormatError, ConfigError: the file cannot be read.
     """
-    if path.suffix != ".toml":
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"{path}: need a .toml or .json file")
+    if path.suffix == ".json":
         return read_json(path)
     try:
         return tomllib.loads(read_text(path))

@@ -21,6 +21,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: Options) -> int:
     out = Path(options["out"])
+    if not options["adapter"]:
+        raise ConfigError("there is nothing to merge: give --adapter")
     if holds_files(out):
         raise ConfigError(f"{out}: holds files; give another --out")
     if options["dtype"] == "auto":  # here the checkpoint's own, even where this machine computes it slowly

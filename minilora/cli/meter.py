@@ -14,7 +14,8 @@ from minilora.train.loop import Record
 class Meter:
     """Progress on standard error: one rewriting line on a terminal, else a line now and then. Ctrl-C stops the run."""
 
-    def __init__(self, every: float = 5.0):
+    def __init__(self, evaluated: str = "held-out", every: float = 5.0):
+        self.evaluated = evaluated  # the rows of evaluations: those held out for the end, or others
         self.every = every
         self.is_terminal = sys.stderr.isatty()
         self.is_stopping = False
@@ -63,14 +64,14 @@ class Meter:
     def _show_evaluation(self, record: Record) -> None:
         step = record["step"]
         note = ", the lowest so far" if record["best_step"] == step else f", lowest at step {record['best_step']}"
-        self.keep(f"step {step}  held-out loss {record['eval_loss']:.4f}{note}")
+        self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         for sample in record.get("samples", ()):
             self.keep(f"  {_ending(sample['prompt'])} -> {_beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """The first Ctrl-C lets the step finish; the second one does not wait."""
         if self.is_stopping:
-            raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint")
+            raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint, if there is one")
         self.is_stopping = True
         self.keep("finishing this step; Ctrl-C again to stop at once")
 

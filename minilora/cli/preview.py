@@ -27,9 +27,8 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
-    splits = {"training": data.train, "validation": data.valid, "held-out": data.test, "general": data.general}
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
-    table += [_lengths(name, examples) for name, examples in splits.items() if examples]
+    table += [_lengths(name, examples) for name, examples in data.splits.items()]
     return "\n".join([*rows, "", *table, "", *_totals(data, config, count)])
 
 
