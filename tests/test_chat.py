@@ -37,10 +37,10 @@ def chat(directory, capsys, monkeypatch):
     """Say lines to the chat model; what came on standard output and on standard error. It must succeed."""
     monkeypatch.chdir(directory)
 
-    def run(*lines, flags=(), end="\n"):
+    def run(*lines, flags=(), end="\n", model="chat"):
         typed = io.BytesIO((end.join(lines) + end).encode())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
-        assert cli.main(["chat", "--model=chat", f"--max-new-tokens={NEW}", *flags]) == 0
+        assert cli.main(["chat", f"--model={model}", f"--max-new-tokens={NEW}", *flags]) == 0
         return capsys.readouterr()
 
     return run
@@ -166,7 +166,7 @@ def test_adapters_are_listed_and_the_active_one_is_marked(chat):
 
 def test_an_adapter_in_the_working_directory_goes_by_its_name(directory, chat, monkeypatch):
     monkeypatch.chdir(directory / "other" / "second")
-    assert chat("/adapter", flags=["--adapter=.", f"--model={directory / 'chat'}"]).err == "  none\n* second\n"
+    assert chat("/adapter", flags=["--adapter=."], model=directory / "chat").err == "  none\n* second\n"
 
 
 def test_adapters_of_one_name_go_by_their_paths(directory, chat):

@@ -49,10 +49,10 @@ def command(directory, capsys, monkeypatch):
     """Run the command among the models, with a text on standard input; what it prints. It must succeed, quietly."""
     monkeypatch.chdir(directory)
 
-    def run(*words, stdin=None, model="model"):
+    def run(*words, stdin=None, model="model", max_new_tokens=8):
         typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin or b"")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
-        found = cli.main(["generate", f"--model={model}", "--max-new-tokens=8", *map(str, words)])
+        found = cli.main(["generate", f"--model={model}", f"--max-new-tokens={max_new_tokens}", *map(str, words)])
         out, err = capsys.readouterr()
         assert (found, err) == (0, "")
         return out
@@ -100,9 +100,9 @@ def rows_of(output):
 def test_one_prompt_is_continued_as_the_library_does(directory, command):
     assert command("--prompt=the cat") == written(directory, "the cat") + "\n"
     sampled = {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 3}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampled.items()]
+    flags = [f"--{name}={value}" for name, value in sampled.items()]
     assert command("--prompt=the", *flags) == written(directory, "the", **sampled) + "\n"
-    assert command("--prompt=the", "--max_new_tokens=3") == written(directory, "the", max_new_tokens=3) + "\n"
+    assert command("--prompt=the", max_new_tokens=3) == written(directory, "the", max_new_tokens=3) + "\n"
 
 
 def test_a_prompt_is_a_users_turn_where_there_is_a_chat_template_unless_it_is_raw(directory, command):
@@ -157,7 +157,7 @@ def test_a_stop_string_ends_the_text_before_it(directory, command, monkeypatch):
     words, computed = [f"--stop={stop}" for stop in stops], []
     monkeypatch.setattr(ml.model.generate, "_next_logits", watched(ml.model.generate._next_logits, computed))
     assert cut > 0
-    assert command("--prompt=the cat", "--max-new-tokens=40", *words) == text[:cut] + "\n"
+    assert command("--prompt=the cat", *words, max_new_tokens=40) == text[:cut] + "\n"
     assert len(computed) < 40  # and nothing is computed after it
 
 
