@@ -413,6 +413,29 @@ def test_a_template_may_refuse_conversations_that_break_off(tokenizer):
     assert learned(found) == touching(chosen, found.tokens, pieces)
 
 
+def test_what_a_template_leaves_out_is_not_learned_as_nothing(tokenizer):
+    parts_only = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+    said = conversation([("what?", "the cat")])
+    in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in said]
+    called = [said[0], {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]
+    chosen = tokenizer(template=parts_only, eos=CLOSE)
+    assert encode_row(Row({"messages": in_parts}, ""), chosen, reading()).labelled
+    with pytest.raises(ml.DataError, match="leaves out what message 0 says"):
+        encode_row(Row({"messages": said}, ""), chosen, reading())
+    quiet = CHATML.replace("{{ m.content }}", "{{ m.content or '' }}")
+    with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
+        encode_row(Row({"messages": called}, ""), tokenizer(template=quiet, eos=CLOSE), reading())
+    loud = quiet.replace("{{ m.content", "{{ m.tool_calls | tojson if m.tool_calls }}{{ m.content")
+    assert encode_row(Row({"messages": called}, ""), tokenizer(template=loud, eos=CLOSE), reading()).labelled
+
+
+def test_an_end_token_that_closes_the_whole_text_is_learned_there_and_not_in_every_turn(tokenizer):
+    chosen = tokenizer(template=CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", eos=EOS)
+    found = encode_row(Row({"messages": conversation([("a", "b"), ("c", "d")])}, ""), chosen, reading("assistant"))
+    pieces = [*chatml_pieces(conversation([("a", "b"), ("c", "d")]), "assistant"), (EOS, True)]
+    assert learned(found) == touching(chosen, found.tokens, pieces)
+
+
 def test_the_tools_of_a_conversation_reach_the_template(tokenizer):
     chosen = tokenizer(template="{{ tools | tojson }}" + CHATML)
     tools = [{"name": "look"}]

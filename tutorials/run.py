@@ -1,6 +1,6 @@
 """Run the cells of the chapters, and write what they print and draw into them.
 
-    python tutorials/run.py [NN ...]             run these chapters, or all, and write their outputs
+    python tutorials/run.py [NN ...]             run these chapters, or all quick ones, and write their outputs
     python tutorials/run.py --check [NN ...]     run them, change nothing, and fail if an output would be another
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
@@ -186,7 +186,7 @@ def workplace() -> Iterator[None]:
 def main() -> None:
     """Run or check the chapters that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", metavar="NN", help="01, 02, …; all if none is given")
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="01, 02, …; by default all that are not slow")
     parser.add_argument("--check", action="store_true", help="fail where an output would change, and change nothing")
     arguments = parser.parse_args()
     paths = sorted(HERE.glob("[0-9][0-9]_*.md"))
@@ -197,11 +197,14 @@ def main() -> None:
     matplotlib.use("Agg")
     differences = []
     for path in paths:
-        if not arguments.chapters or path.name[:2] in arguments.chapters:
+        is_slow = "<!-- slow -->" in path.read_text("utf-8")
+        if path.name[:2] in arguments.chapters or not (arguments.chapters or is_slow):
             with workplace(), matplotlib.rc_context(STYLE):
                 chapter = Chapter(path, arguments.check)
                 chapter.run()
             differences += chapter.differences if arguments.check else []
+            told = "as it stands" if not chapter.differences else f"{len(chapter.differences)} outputs are others"
+            print(f"{path.name}: {told}" + ("" if arguments.check else ", and written"))
     sys.exit("\n\n".join(differences) or 0)
 
 

@@ -7,7 +7,7 @@ tokens of the prompt alone would be wrong wherever a token spans the seam.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
@@ -224,13 +224,14 @@ def _encode_conversation(
         text, learned = tokenizer.template.render_spans(conversation.messages, tools=conversation.tools)
         learned = _joined(learned) or _assistant_spans(text, conversation, tokenizer, train_on)
         learned = learned if train_on == "assistant" else learned[-1:]
-    _check_whole(text, conversation.messages, train_on)
+    _check_whole(text, conversation, tokenizer, train_on)
     tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
     return tokens, _labels(tokens, spans, learned)
 
 
-def _check_whole(text: str, messages: Sequence[Fields], train_on: TrainOn) -> None:
+def _check_whole(text: str, conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> None:
     """What is asked and what is learned must be in the text: some templates want content as text, some as parts."""
+    messages = conversation.messages
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     for i, message in enumerate(messages):
         if message["role"] == "user" or (message["role"] == "assistant" and (train_on != "completion" or i == last)):
@@ -241,6 +242,10 @@ def _check_whole(text: str, messages: Sequence[Fields], train_on: TrainOn) -> No
                 raise DataError(
                     f"the chat template leaves out what message {i} says; it may want content as text, or as parts"
                 )
+            if message.get("tool_calls"):
+                silent = [*messages[:i], {**message, "tool_calls": None}, *messages[i + 1 :]]
+                if tokenizer.render(silent, tools=conversation.tools) == text:
+                    raise DataError(f"the chat template leaves out the tool calls of message {i}")
 
 
 def _joined(spans: list[Span]) -> list[Span]:
@@ -263,8 +268,7 @@ def _assistant_spans(text: str, conversation: Conversation, tokenizer: Tokenizer
     for number, i in list(enumerate(turns)) if train_on == "assistant" else [(-1, turns[-1])]:
         span = _turn(text, conversation, i, tokenizer)
         if span is None:
-            found = found or _answers(text, conversation, tokenizer, str)
-            found = found or _answers(text, conversation, tokenizer, str.strip)  # many templates strip
+            found = found or _answers(text, conversation, tokenizer)
             if not found:
                 advice = "; --train-on completion learns the last answer only" if train_on == "assistant" else ""
                 raise DataError(
@@ -284,42 +288,41 @@ def _turn(text: str, conversation: Conversation, i: int, tokenizer: Tokenizer) -
         before = tokenizer.render(messages[: max(i, 1)], add_generation_prompt=True, tools=tools)
     except DataError:  # some templates refuse a conversation that breaks off
         return None
+    if not text.startswith(through):  # phi3's closes the whole text, not the turn, with the end token
+        through = through.removesuffix(tokenizer.special_tokens.get("eos_token", ""))
     if i == 0:  # no message comes before, but the header that asks for an answer stands in the turn
         header = before.removeprefix(through)
         before = through[: through.index(header) + len(header)] if header in through else before
     return (len(before), len(through)) if text.startswith(through) and through.startswith(before) else None
 
 
-def _answers(
-    text: str, conversation: Conversation, tokenizer: Tokenizer, written: Callable[[str], str]
-) -> list[Span] | None:
+def _answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> list[Span] | None:
     """Every answer in the text, found by marks around what is written of it, with what closes it; None if that fails.
 
     Of an answer that is more than its content, tool calls say, the marks would miss the rest.
     """
-    messages: list[Fields] = []
-    for message in conversation.messages:
+
+    def pieces(messages: Sequence[Fields]) -> list[str]:
+        return tokenizer.render(messages, tools=conversation.tools).replace(TO, FROM).split(FROM)
+
+    messages, last = list(conversation.messages), 0
+    for i, message in enumerate(conversation.messages):
         content = message.get("content")
         if message["role"] == "assistant":
             if not isinstance(content, str) or not content.strip() or _has_more(message):
                 return None
-            core = written(content)
-            message = {**message, "content": content.replace(core, f"{FROM}{core}{TO}", 1)}
-        messages.append(message)
-    pieces = tokenizer.render(messages, tools=conversation.tools).replace(TO, FROM).split(FROM)
+            last = i
+            for core in (content, content.strip()):  # many templates strip
+                messages[i] = {**message, "content": content.replace(core, f"{FROM}{core}{TO}", 1)}
+                if "".join(pieces(messages)) == text:
+                    break
+    found, closing = pieces(messages), pieces(messages[: last + 1])[-1]
     answers = sum(message["role"] == "assistant" for message in messages)
-    if "".join(pieces) != text or len(pieces) != 2 * answers + 1:
+    is_whole = "".join(found) == text and len(found) == 2 * answers + 1
+    if not (is_whole and all(after.startswith(closing) for after in found[2::2])):
         return None
-    last = next(i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant")
-    tail = tokenizer.render(messages[: last + 1], tools=conversation.tools).rpartition(TO)[2]
-    closing = tail.removesuffix(tokenizer.special_tokens.get("eos_token", ""))  # which may stand at the very end only
-    if not (closing and all(after.startswith(closing) for after in pieces[2::2])):
-        return None
-    ends = list(accumulate(map(len, pieces)))
-    return [
-        (begin, end + len(tail if after.startswith(tail) else closing))
-        for begin, end, after in zip(ends[0::2], ends[1::2], pieces[2::2], strict=False)
-    ]
+    ends = list(accumulate(map(len, found)))
+    return [(begin, end + len(closing)) for begin, end in zip(ends[0::2], ends[1::2], strict=False)]
 
 
 def _has_more(answer: Fields) -> bool:

@@ -21,5 +21,9 @@ def check(answer: ModuleType) -> None:
         losses = [cross_entropy(scores[:-1].numpy(), torch.tensor(labels[1:]).numpy()) for scores, labels in rows]
         expected = math.fsum(losses) / sum(label != -100 for _, labels in rows for label in labels[1:])
         found = answer.mean_loss(rows)
-        assert isinstance(found, float), f"{count} rows: mean_loss returns {type(found).__name__}, need a float"
-        assert math.isclose(found, expected, rel_tol=1e-9), f"{count} rows: the loss is {found:.6f}, not {expected:.6f}"
+        kind = type(found).__name__
+        assert isinstance(found, float), f"{count} rows: mean_loss returns {kind}, need a Python float (`.item()`)"
+        assert math.isclose(found, expected, rel_tol=1e-9), (
+            f"{count} rows: the loss is {found:.6f}, not {expected:.6f}. "
+            "The logits at a position speak of the next token, and only labelled tokens count, all rows together"
+        )
