@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minilora.cli.command import Command, Options
 from minilora.inspect.adapter import AdapterFacts, ModuleFacts
 from minilora.inspect.fold import fold
-from minilora.inspect.look import look
-from minilora.inspect.model import SIZES, ModelFacts
-from minilora.inspect.readers import Reader
-from minilora.inspect.run import CheckpointFacts, RunFacts
-from minilora.inspect.tensors import FileFacts
+from minilora.inspect.look import FileFacts, look
+from minilora.inspect.model import ModelFacts
+from minilora.lora.files import PREFIX
+from minilora.storage import TensorEntry
 
 WIDTH, LABEL = 80, 16  # with which a SHA-256 fits on a line
-SHOWN = 3  # reasons of a reader; the others are counted
+SHOWN = 3  # reasons why a tool does not read something; the others are counted
+SIZES = {  # as the config calls them, and in words
+    "num_hidden_layers": "layers",
+    "hidden_size": "width",
+    "intermediate_size": "MLP width",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "key-value heads",
+    "head_dim": "head width",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "context",
+}
 LEGEND = (
-    "n modules of a kind; delta: the norm of s B A, from the least to the greatest of them; delta/base: over the norm "
-    "of the base's weight; spread: the effective rank, how many equally strong directions the delta amounts to"
+    "n modules of a kind; effective: the effective rank, how many equally strong directions the delta amounts to, from "
+    "the least to the greatest of them; delta: the norm of s B A; delta/base: over the norm of the base's weight"
 )
 UNKNOWN = "?"
 Row = tuple[str, ...]
@@ -41,7 +52,6 @@ def _run(options: Options) -> int:
         return 0
     pages = [
         _run_page(facts.run) if facts.run else [],
-        _checkpoint_page(facts.checkpoint) if facts.checkpoint else [],
         _adapter_page(facts.adapter) if facts.adapter else [],
         _model_page(facts.model) if facts.model else [],
         _file_page(facts.file) if facts.file else [],
@@ -51,129 +61,116 @@ def _run(options: Options) -> int:
 
 
 def _file_page(facts: FileFacts) -> list[str]:
-    tensors = {tensor.name: tensor for tensor in facts.tensors}
-    rows = []
-    for names in fold({tensor.name: (tensor.dtype, tensor.shape) for tensor in facts.tensors}):
-        folded = [tensors[name] for name in names.names()]
-        first, total = folded[0], sum(tensor.bytes for tensor in folded)
-        rows.append((str(len(folded)), first.dtype, _shape(first.shape), f"{total:,}", str(names)))
+    inside = sum(tensor.bytes for tensor in facts.tensors.values())
     return [
         f"safetensors file  {facts.path}",
-        *_item("bytes", f"{facts.bytes:,}, of which {facts.header_bytes:,} are the header"),
-        *_item("metadata", _pairs(facts.metadata) or "none"),
-        *_item("tensors", f"{len(tensors):,}, {sum(tensor.count for tensor in facts.tensors):,} numbers"),
-        *_item("read by", "every reader of safetensors" + ("" if "format" in facts.metadata else "; not transformers")),
+        *_item("bytes", f"{facts.bytes:,}, of which {inside:,} are the tensors"),
+        *_item("metadata", _text(facts.metadata) or "none"),
+        *_item("numbers", _numbers(facts.tensors)),
         "",
-        *_table(("count", "dtype", "shape", "bytes", "name"), rows),
+        *_tensor_table(facts.tensors),
     ]
 
 
 def _model_page(facts: ModelFacts) -> list[str]:
-    windows = "".join(f"; {count} layers look back {window:,}" for window, count in facts.windows.items())
-    context = facts.sizes.get("max_position_embeddings")
-    shown = [name for name in SIZES if name in facts.sizes and name != "max_position_embeddings"]
-    tokenizer = facts.tokenizer
-    lines = [
+    config, tied = facts.config, facts.config.get("tie_word_embeddings")
+    sizes = [f"{words} {config[name]:,}" for name, words in SIZES.items() if isinstance(config.get(name), int)]
+    quantization = config.get("quantization_config")
+    rope = {key: value for key, value in config.items() if key.startswith("rope") and value}
+    return [
         f"model  {facts.path}",
-        *_item("architecture", f"{', '.join(facts.architectures) or UNKNOWN} (model_type {facts.model_type})"),
-        *_item("sizes", ", ".join(f"{SIZES[name]} {facts.sizes[name]:,}" for name in shown)),
-        *_item(
-            "context",
-            f"{UNKNOWN if context is None else f'{context:,}'}{windows}; rope: {_pairs(facts.rope) or UNKNOWN}",
-        ),
-        *_item("head", UNKNOWN if facts.tied is None else "tied to the embedding" if facts.tied else "its own weight"),
-        *_item("quantized", facts.quantized or "no"),
-        *_item("numbers" if facts.quantized else "parameters", f"{facts.parameters:,}"),
+        *_item("architecture", f"{_text(config.get('architectures'))} (model_type {_text(config.get('model_type'))})"),
+        *_item("sizes", ", ".join(sizes)),
+        *_item("positions", _text(rope) or UNKNOWN),
+        *_item("head", "tied to the embedding" if tied is True else "its own weight" if tied is False else UNKNOWN),
+        *_item("quantized", _text(quantization) if quantization else "no"),
+        *_item("numbers" if quantization else "parameters", _numbers(facts.tensors)),
+        *_item("files", ", ".join(f"{name} ({size:,} bytes)" for name, size in facts.files.items())),
+        *_item("tokenizer", _text(facts.tokenizer)),
+        *_readers(facts.problems),
+        "",
+        *_tensor_table(facts.tensors),
     ]
-    shares = [(f"{count:,}", f"{count / max(1, facts.parameters):.1%}", part) for part, count in facts.parts.items()]
-    lines += [" " * (LABEL - 2) + line for line in _table((), shares)]
-    lines += _item("dtypes", _counts(facts.dtypes))
-    lines += _item("files", ", ".join(f"{name} ({size:,} bytes)" for name, size in facts.files.items()))
-    if tokenizer is None:
-        lines += _item("tokenizer", f"not read: {facts.tokenizer_problem}")
-    else:
-        lines += _item("tokenizer", f"{tokenizer.vocabulary:,} tokens; {_pairs(tokenizer.special_tokens)}")
-        lines += _item("chat template", "yes" if tokenizer.has_chat_template else "no")
-    return [*lines, *_readers(facts.readers)]
 
 
 def _adapter_page(facts: AdapterFacts) -> list[str]:
-    config = facts.config
-    others = [str(names) for names in fold(dict.fromkeys(facts.other_tensors))]
-    version = f"; layout of PEFT {config['peft_version']}" if config.get("peft_version") else ""
-    kind = f"{config.get('peft_type', UNKNOWN)}; init_lora_weights {config.get('init_lora_weights', UNKNOWN)}{version}"
-    places = f"{len(facts.modules):,} modules" + (f" and {len(facts.other_tensors):,} other tensors" if others else "")
+    config, modules = facts.config, facts.modules
+    base = _text(config.get("base_model_name_or_path"))
+    found = "; it is not here: see --model" if facts.base is None else f"; measured against {facts.base}"
+    others = [label.removeprefix(PREFIX) for label, _ in fold(dict.fromkeys(facts.other_tensors))]
     return [
         f"adapter  {facts.path}",
-        *_item("base model", _base(facts)),
-        *_item("kind", kind),
-        *_item("rank", ", ".join(map(str, sorted({module.rank for module in facts.modules}))) or UNKNOWN),
-        *_item("alpha", f"{config.get('lora_alpha', UNKNOWN)}{' (rsLoRA)' if config.get('use_rslora') else ''}"),
-        *_item("scale", ", ".join(dict.fromkeys(_scale(module) for module in facts.modules)) or UNKNOWN),
-        *_item("dropout", str(config.get("lora_dropout", UNKNOWN))),
-        *_item("parameters", f"{facts.parameters:,} in {places}; {_counts(facts.dtypes)}"),
-        *_item("file", f"{facts.bytes:,} bytes"),
+        *(_item("checkpoint", f"of step {_text(facts.step)}") if facts.step is not None else []),
+        *_item("base model", base + (found if facts.base != base else "")),
+        *_item("kind", ", ".join(f"{key} {_text(config.get(key))}" for key in ("peft_type", "init_lora_weights"))),
+        *_item("rank", ", ".join(map(str, sorted({module.rank for module in modules}))) or UNKNOWN),
+        *_item("alpha", _text(config.get("lora_alpha")) + (" (rsLoRA)" if config.get("use_rslora") else "")),
+        *_item("scale", ", ".join(dict.fromkeys(_scale(module) for module in modules)) or UNKNOWN),
+        *_item("dropout", _text(config.get("lora_dropout"))),
+        *_item("parameters", _numbers(facts.tensors)),
         *(_item("other tensors", ", ".join(others)) if others else []),
-        *_readers(facts.readers),
+        *_readers(facts.problems),
         "",
-        *_module_table(facts.modules, facts.base is not None),
+        *_module_table(modules, facts.base is not None),
         *textwrap.wrap(LEGEND, WIDTH, initial_indent="  ", subsequent_indent="  "),
     ]
 
 
-def _base(facts: AdapterFacts) -> str:
-    named = str(facts.config.get("base_model_name_or_path") or UNKNOWN)
-    if facts.base is None:
-        return f"{named}; it is not here: see --model"
-    return named if named == facts.base else f"{named}; measured against {facts.base}"
+def _run_page(facts: Mapping[str, Any]) -> list[str]:
+    data = facts.get("data_sha256")
+    told = {key: value for key, value in facts.items() if key not in ("path", "config", "data_sha256", "summary")}
+    lines = [f"run  {facts['path']}"]
+    lines += [line for key, value in told.items() for line in _item(key.replace("_", " "), _text(value) or "none")]
+    for name, digest in data.items() if isinstance(data, Mapping) else ():
+        lines += _item("data", f"{name} sha256 {_text(digest)}")
+    goes_on = facts["checkpoint"] or "the beginning"
+    return [
+        *lines,
+        *_item("finished", f"no; it goes on from {goes_on}" if facts["summary"] is None else _text(facts["summary"])),
+    ]
+
+
+def _tensor_table(tensors: Mapping[str, TensorEntry]) -> list[str]:
+    rows = []
+    for label, names in fold({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}):
+        dtype, shape = tensors[names[0]].dtype, "x".join(map(str, tensors[names[0]].shape)) or "scalar"
+        rows.append((str(len(names)), dtype, shape, f"{sum(tensors[name].bytes for name in names):,}", label))
+    return _table(("count", "dtype", "shape", "bytes", "name"), rows)
+
+
+def _module_table(modules: Sequence[ModuleFacts], has_base: bool) -> list[str]:
+    known = {module.module: module for module in modules}
+    rows = []
+    for label, names in fold({module.module: (module.rank, module.scale, module.shape) for module in modules}):
+        folded = [known[name] for name in names]
+        norms = _range([module.relative_norm if has_base else module.delta_norm for module in folded])
+        effective = _range([module.effective_rank for module in folded])
+        rows.append((str(len(folded)), str(folded[0].rank), effective, _scale(folded[0]), norms, label))
+    return _table(("n", "rank", "effective", "scale", "delta/base" if has_base else "delta", "module"), rows)
 
 
 def _scale(module: ModuleFacts) -> str:
     return UNKNOWN if module.scale is None else f"{module.scale:.4g}"
 
 
-def _module_table(modules: Sequence[ModuleFacts], has_base: bool) -> list[str]:
-    known = {module.module: module for module in modules}
-    rows = []
-    for names in fold({module.module: (module.rank, module.scale, module.shape) for module in modules}):
-        folded = [known[name] for name in names.names()]
-        norms = [module.relative_norm if has_base else module.delta_norm for module in folded]
-        spread = _range([module.effective_rank for module in folded])
-        rows.append((str(len(folded)), str(folded[0].rank), _scale(folded[0]), _range(norms), spread, str(names)))
-    return _table(("n", "rank", "scale", "delta/base" if has_base else "delta", "spread", "module"), rows)
-
-
-def _run_page(facts: RunFacts) -> list[str]:
-    lines = [f"run  {facts.path}", *_item("settings", _pairs(facts.settings) or "the defaults")]
-    lines += [line for name, digest in facts.data_sha256.items() for line in _item("data", f"{name} sha256 {digest}")]
-    lines += [line for start in facts.starts for line in _item("start", _pairs(start))]
-    lines += _item("versions", _pairs(facts.versions))
-    if facts.last_step is not None:
-        lines += _item("last step", _pairs(facts.last_step))
-    if facts.last_evaluation is not None:
-        lines += _item("evaluation", _pairs(facts.last_evaluation))
-    lines += _item("checkpoints", ", ".join(facts.checkpoints) or "none")
-    if facts.summary is None:
-        goes_on = facts.checkpoints[-1] if facts.checkpoints else "the beginning"
-        return [*lines, *_item("finished", f"no; it goes on from {goes_on}")]
-    summary = dict(facts.summary)
-    lines += [line for when in ("before", "after") for line in _item(when, _pairs(summary.pop(when, {})))]
-    return [*lines, *_item("finished", _pairs(summary))]
-
-
-def _checkpoint_page(facts: CheckpointFacts) -> list[str]:
-    return [f"checkpoint  {facts.path}", *_item("state", _pairs(facts.state))]
-
-
-def _readers(readers: Iterable[Reader]) -> list[str]:
-    """Who reads it; below, on what condition, or the first reasons why not."""
+def _readers(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """Who reads it, or the first reasons why not."""
     lines: list[str] = []
-    for reader in readers:
-        lines += _item("" if lines else "read by", f"{reader.tool}: {'yes' if reader.reads else 'no'}")
-        lines += [line for reason in reader.reasons[:SHOWN] for line in _item("", f"- {reason}")]
-        if len(reader.reasons) > SHOWN:
-            lines += _item("", f"- and {len(reader.reasons) - SHOWN} more: see --json")
+    for tool, reasons in problems.items():
+        lines += _item("" if lines else "read by", f"{tool}: {'no' if reasons else 'yes'}")
+        lines += [line for reason in reasons[:SHOWN] for line in _item("", f"- {reason}")]
+        if len(reasons) > SHOWN:
+            lines += _item("", f"- and {len(reasons) - SHOWN} more: see --json")
     return lines
+
+
+def _numbers(tensors: Mapping[str, TensorEntry]) -> str:
+    """How many there are, and of which dtypes."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    dtypes = ", ".join(f"{dtype} {count:,}" if len(counts) > 1 else dtype for dtype, count in counts.most_common())
+    return f"{counts.total():,} in {len(tensors):,} tensors; {dtypes}"
 
 
 def _item(label: str, text: str) -> list[str]:
@@ -192,33 +189,18 @@ def _table(head: Row, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _pairs(values: Any) -> str:
-    """key value, key value; lists that are long or nested by their length."""
-    if not isinstance(values, Mapping):
-        return str(values)
-    return ", ".join(f"{key} {_value(value)}" for key, value in values.items())
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list) and (len(value) > 8 or any(isinstance(entry, Mapping) for entry in value)):
+def _text(value: Any, depth: int = 0) -> str:
+    """key value, key value; inner lists that are long or nested, and what lies still deeper, by their length."""
+    if isinstance(value, list) and depth and (len(value) > 8 or any(isinstance(inner, Mapping) for inner in value)):
+        return f"({len(value)} values)"
+    if isinstance(value, Mapping | list) and depth > 2:
         return f"({len(value)} values)"
     if isinstance(value, Mapping):
-        return f"({', '.join(f'{key} {_number(inner)}' for key, inner in value.items())})"
-    return _number(value)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _counts(dtypes: Mapping[str, int]) -> str:
-    return (
-        next(iter(dtypes)) if len(dtypes) == 1 else ", ".join(f"{dtype} {count:,}" for dtype, count in dtypes.items())
-    )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+        text = ", ".join(f"{key} {_text(inner, depth + 1)}" for key, inner in value.items())
+        return f"({text})" if depth else text
+    if isinstance(value, list):
+        return ", ".join(_text(inner, depth + 1) for inner in value)
+    return UNKNOWN if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _range(values: Sequence[float | None]) -> str:

@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
 
-NUMBER = re.compile(r"(?<![^./])(0|[1-9][0-9]{0,8})(?![^./])")  # a whole part of a name, written as Python writes it
-Numbers = tuple[tuple[int, ...], ...]  # for each place of a name, the numbers that stand there
+NUMBER = re.compile(r"(?<![^./])([0-9]{1,9})(?![^./])")  # a whole part of a name
 
 
-@dataclass(frozen=True)
-class Fold:
-    """Names with `numbers[i]` between `texts[i]` and `texts[i + 1]`, in every combination."""
+def fold(kinds: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
+    """(label, names) for names of one kind that differ in numbers alone.
 
-    texts: tuple[str, ...]
-    numbers: Numbers
+    A label has the least and the greatest number of each place. It holds names that are not there if some between them
+    are of another kind, or missing: the count of the names tells.
 
-    def names(self) -> list[str]:
-        """Every name that it stands for."""
-        return [self._between(choice) for choice in itertools.product(*self.numbers)]
-
-    def __str__(self) -> str:
-        return self._between([f"{{{_ranges(n)}}}" if len(n) > 1 else n[0] for n in self.numbers])
-
-    def _between(self, values: Sequence[object]) -> str:
-        return "".join(f"{text}{value}" for text, value in itertools.zip_longest(self.texts, values, fillvalue=""))
-
-
-def fold(kinds: Mapping[str, Hashable]) -> list[Fold]:
-    """The names in as few folds as their numbers allow; names of different kinds are never in one fold.
-
-    >>> [str(each) for each in fold({"a.0.w": "x", "a.1.w": "x", "a.2.w": "y", "b": "x"})]
-    ['a.{0-1}.w', 'a.2.w', 'b']
+    >>> fold({"a.0.w": "x", "a.1.w": "x", "a.2.w": "y", "b": "x"})
+    [('a.{0-1}.w', ['a.0.w', 'a.1.w']), ('a.2.w', ['a.2.w']), ('b', ['b'])]
     """
-    groups: dict[tuple[Hashable, tuple[str, ...]], list[Numbers]] = {}
-    for name in sorted(kinds, key=_natural):
-        parts = NUMBER.split(name)
-        numbers = tuple((int(part),) for part in parts[1::2])
-        groups.setdefault((kinds[name], tuple(parts[::2])), []).append(numbers)
-    return [Fold(texts, numbers) for (_, texts), rows in groups.items() for numbers in _products(rows)]
+    groups: dict[Hashable, list[str]] = {}
+    for name in sorted(kinds):
+        texts = tuple(NUMBER.split(name)[::2])
+        groups.setdefault((texts, kinds[name]), []).append(name)
+    return [(_label(names), names) for names in groups.values()]
 
 
-def _products(rows: list[Numbers]) -> list[Numbers]:
-    """Rows that are equal but for one place become one, the last place first."""
-    for place in reversed(range(len(rows[0]))):
-        merged: dict[Numbers, tuple[int, ...]] = {}
-        for row in rows:
-            others = row[:place] + row[place + 1 :]
-            merged[others] = merged.get(others, ()) + row[place]
-        rows = [(*others[:place], tuple(sorted(here)), *others[place:]) for others, here in merged.items()]
-    return rows
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _natural(name: str) -> tuple[int | str, ...]:
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(NUMBER.split(name)))
+def _label(names: list[str]) -> str:
+    places = [set(place) for place in zip(*map(NUMBER.split, names), strict=True)]
+    ends = [sorted(place, key=int) if len(place) > 1 else [*place] for place in places]
+    return "".join(f"{{{end[0]}-{end[-1]}}}" if len(end) > 1 else end[0] for end in ends)

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minilora.errors import FormatError
 from minilora.hub import HUB_ID, fetch
 from minilora.inspect.adapter import AdapterFacts, adapter_facts
 from minilora.inspect.model import ModelFacts, model_facts
-from minilora.inspect.run import CheckpointFacts, RunFacts, checkpoint_facts, run_facts
-from minilora.inspect.tensors import FileFacts, file_facts
+from minilora.inspect.run import run_facts
 from minilora.lora.files import CONFIG_FILE
-from minilora.storage import BUILTIN, read_json
+from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A safetensors file: its header."""
+
+    path: str
+    bytes: int
+    metadata: dict[str, str]
+    tensors: dict[str, TensorEntry]
 
 
 @dataclass(frozen=True)
 class Facts:
     """What was found; a finished run is an adapter too."""
 
-    run: RunFacts | None = None
-    checkpoint: CheckpointFacts | None = None
+    run: dict[str, Any] | None = None
     adapter: AdapterFacts | None = None
     model: ModelFacts | None = None
     file: FileFacts | None = None
@@ -34,13 +43,13 @@ def look(name_or_path: str, model: str | None = None) -> Facts:
     """
     path = _locate(name_or_path)
     if path.is_file():
-        return Facts(file=file_facts(path))
-    has = {name for name in ("run.json", "state.json", CONFIG_FILE, "config.json") if (path / name).is_file()}
+        file = TensorFile(path)
+        return Facts(file=FileFacts(str(path), path.stat().st_size, file.metadata, file.entries))
+    has = {name for name in ("run.json", CONFIG_FILE, "config.json") if (path / name).is_file()}
     if not has:
         raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
     return Facts(
         run=run_facts(path) if "run.json" in has else None,
-        checkpoint=checkpoint_facts(path) if "state.json" in has else None,
         adapter=adapter_facts(path, _base(path, model)) if CONFIG_FILE in has else None,
         model=model_facts(path) if "config.json" in has else None,
     )
