@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +77,6 @@ def smooth(curve: Curve) -> Curve:
     half = len(curve) // 40
     windows = (curve.values[i - min(i, half) : i + min(i, half) + 1] for i in range(len(curve)))
     return Curve(curve.steps, tuple(math.fsum(window) / len(window) for window in windows))
-
-
-def thin(curve: Curve, most: int) -> Curve:
-    """At most that many points, four or more: both ends, and of each stretch between its least and greatest value.
-
-    >>> thin(Curve((1, 2, 3, 4, 5, 6), (3.0, 1.0, 9.0, 2.0, 7.0, 3.0)), most=4)
-    Curve(steps=(1, 2, 3, 6), values=(3.0, 1.0, 9.0, 3.0))
-    """
-    if len(curve) <= most:
-        return curve
-    count = most // 2 - 1
-    cuts = [i * len(curve) // count for i in range(count + 1)]
-    stretches = [range(start, end) for start, end in pairwise(cuts)]
-    extremes = {pick(stretch, key=curve.values.__getitem__) for stretch in stretches for pick in (min, max)}
-    kept = sorted({0, *extremes, len(curve) - 1})
-    return Curve(tuple(curve.steps[i] for i in kept), tuple(curve.values[i] for i in kept))
 
 
 def needs_logarithm(curves: Sequence[Curve]) -> bool:

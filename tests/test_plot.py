@@ -14,7 +14,7 @@ from minilora import cli
 from minilora.cli.chart import BRAILLE, chart
 from minilora.cli.picture import COLOURS, draw, save_picture
 from minilora.cli.plot import distinct_names
-from minilora.metrics import Curve, Metrics, needs_logarithm, read_metrics, smooth, thin
+from minilora.metrics import Curve, Metrics, needs_logarithm, read_metrics, smooth
 
 values = st.lists(st.floats(0.01, 100), max_size=200)
 NONE = Curve((), ())
@@ -103,19 +103,6 @@ def test_a_smoothed_value_is_the_mean_of_the_window_around_it(values):
         reach = min(i, half)
         window = [values[j] for j in range(len(values)) if abs(j - i) <= reach]
         assert value == pytest.approx(sum(window) / len(window))
-
-
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=300), st.integers(4, 60))
-@example([0.0, 5.0, -5.0, *[0.0] * 97], 10)
-def test_a_thinned_curve_keeps_both_extremes_and_ends_and_only_points_of_the_curve_in_order(values, most):
-    whole = curve(values)
-    thinned = thin(whole, most)
-    assert len(thinned) <= most
-    assert {1, len(values)} <= set(thinned.steps)
-    assert {min(values), max(values)} <= set(thinned.values)
-    assert list(thinned.steps) == sorted(set(thinned.steps))
-    assert all(values[step - 1] == value for step, value in zip(thinned.steps, thinned.values, strict=True))
-    assert len(whole) > most or thinned == whole
 
 
 def test_only_curves_above_zero_that_span_a_decade_are_drawn_logarithmically():

@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.metrics import Curve, Metrics, needs_logarithm, smooth, thin
+from minilora.metrics import Curve, Metrics, needs_logarithm, smooth
 from minilora.storage import replacing
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ SUFFIXES = (".svg", ".png")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")  # for more runs than colours
 CROWD = 3  # runs; of more only the smoothed lines are drawn
-POINTS = 280  # in a panel, of all runs together: more than its width resolves
 WIDTH = 104  # of the picture, in characters
 FAINT = {"alpha": 0.3, "linewidth": 0.8}
 EVALUATION = {"marker": "o", "markeredgecolor": "white", "markersize": 6, "linewidth": 1}
@@ -38,6 +37,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "grid.color": "#e4e4e4",
     "lines.linewidth": 1.6,
+    "path.simplify_threshold": 1.0,  # pixels by which a line of many points may be off
     "xtick.bottom": False,
     "ytick.left": False,
     "xtick.color": "#444444",
@@ -65,14 +65,13 @@ def draw(runs: Mapping[str, Metrics]) -> Figure:
     styles = list(
         islice(({"linestyle": dash, "color": colour} for dash in cycle(DASHES) for colour in COLOURS), len(runs))
     )
-    most = max(120, POINTS // len(runs))
     for run, style in zip(runs.values(), styles, strict=True):
-        _draw_curve(rate, run.learning_rate, most // 2, **style)
+        _draw_curve(rate, run.learning_rate, **style)
         for axes, curve in ((loss, run.loss), (norm, run.grad_norm)):
             if smooth(curve) != curve and len(runs) <= CROWD:
-                _draw_curve(axes, curve, most, **style, **FAINT)
-            _draw_curve(axes, smooth(curve), most // 2, **style)
-        _draw_curve(loss, run.eval_loss, most, **style, **EVALUATION)
+                _draw_curve(axes, curve, **style, **FAINT)
+            _draw_curve(axes, smooth(curve), **style)
+        _draw_curve(loss, run.eval_loss, **style, **EVALUATION)
     _label(
         loss, [curve for run in runs.values() for curve in (smooth(run.loss), run.eval_loss)], "loss (nats per token)"
     )
@@ -82,10 +81,9 @@ def draw(runs: Mapping[str, Metrics]) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, curve: Curve, most: int, **style: Any) -> None:
-    thinned = thin(curve, most)
+def _draw_curve(axes: Axes, curve: Curve, **style: Any) -> None:
     dot = {"marker": "."} if len(curve) == 1 else {}  # of which a line shows nothing
-    axes.plot(thinned.steps, thinned.values, **{**dot, **style})
+    axes.plot(curve.steps, curve.values, **{**dot, **style})
 
 
 def _label(axes: Axes, curves: Sequence[Curve], name: str) -> None:
