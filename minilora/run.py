@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from minilora.errors import ConfigError, TrainingError
+from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.hub import locate
 from minilora.inputs import Data, load_data, load_general
 from minilora.lora.attach import ParameterCount, attach, count_parameters
@@ -33,7 +33,7 @@ from minilora.model.checkpoint import load_model
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
 from minilora.report import TensorBoard
-from minilora.storage import BUILTIN, append_line, read_json, write_json, write_text
+from minilora.storage import BUILTIN, append_line, read_json, remove, write_json, write_text
 from minilora.train.config import WATCHING, DataConfig, TrainConfig, option
 from minilora.train.diagnose import peak_memory_bytes
 from minilora.train.evaluate import Drift, Scores, write_samples
@@ -112,14 +112,16 @@ class Run:
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         record = read_json(self.out / "run.json")
-        before = record.get("config", {})
+        before, starts = record.get("config"), record.get("starts")
+        if not (isinstance(before, dict) and isinstance(starts, list) and starts and "data_sha256" in record):
+            raise FormatError(f"{self.out / 'run.json'}: need config, starts and data_sha256; give another --out")
         now = json.loads(json.dumps(self.resolved))
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
         different = [key for key in now if key not in free and before.get(key) != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
-        self.began = datetime.fromisoformat(record["starts"][0]["time"])
+        self.began = datetime.fromisoformat(starts[0]["time"])
         return newest_step(self.out / "checkpoints")
 
     def load(self) -> tuple[Llama, Data, ParameterCount]:
@@ -141,8 +143,6 @@ class Run:
         earlier = read_json(path) if path.is_file() else {"starts": [], "data_sha256": data.files}
         if earlier["data_sha256"] != data.files:
             raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
-        if self.config.report == "tensorboard":
-            self.board = TensorBoard(self.out / "tensorboard", step)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
         weight = model.model.embed_tokens.weight
         time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
@@ -153,6 +153,10 @@ class Run:
         record = {"config": self.resolved, "versions": versions, "data_sha256": data.files, "prompts": prompts}
         record["starts"] = starts
         write_json(path, record)
+        if self.config.report == "tensorboard":
+            self.board = TensorBoard(self.out / "tensorboard", step)
+        for left in (self.out / "checkpoints").glob(".*.tmp"):  # by a writer that was killed
+            remove(left)
         metrics = self.out / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))

@@ -49,6 +49,8 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except MemoryError as error:
+        raise FormatError(f"{path}: does not fit into memory") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FormatError(f"{path}: not gzip, or damaged ({error})") from error
     except OSError as error:

@@ -562,6 +562,25 @@ def test_python_m_minilora_is_the_command(tmp_path):
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [("eval", "--data=data", "--adapter="), ("generate", "--model=", "--prompt=a")])
+def test_an_empty_name_is_not_a_name_left_out(directory, capsys, monkeypatch, words):
+    monkeypatch.chdir(directory)
+    assert cli.main(list(words)) == 1
+    assert "is empty; leave it out, or name something" in capsys.readouterr().err
+
+
+def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_otherwise(directory, command, tmp_path):
+    model = ml.load_model(directory / "model")
+    ml.attach(model, ml.LoraConfig(r=2))
+    ml.save_adapter(model, tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"train_on": "all", "max_length": 7, "seed": 3}}))
+    rows, tokenizer = read_rows(directory / "data" / "test.jsonl"), ml.load_tokenizer(directory / "model")
+    for flags, reading in (((), {"train_on": "all", "max_length": 7}), (("--train-on=completion",), {"max_length": 7})):
+        expected = held_out_loss(model, encode_rows(rows, tokenizer, ml.DataConfig(**reading)))
+        found = json.loads(command("eval", "--model=model", f"--adapter={tmp_path}", "--data=data", *flags))
+        assert found["value"] == expected
+
+
 # --- progress ---
 
 

@@ -52,7 +52,8 @@ def command(directory, capsys, monkeypatch):
     def run(*words, stdin=None, model="model", max_new_tokens=8):
         typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin or b"")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
-        found = cli.main(["generate", f"--model={model}", f"--max-new-tokens={max_new_tokens}", *map(str, words)])
+        base = [f"--model={model}"] if model else []
+        found = cli.main(["generate", *base, f"--max-new-tokens={max_new_tokens}", *map(str, words)])
         out, err = capsys.readouterr()
         assert (found, err) == (0, "")
         return out
@@ -237,7 +238,7 @@ def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, trai
         return Location(path, "org/run@5")
 
     monkeypatch.setattr(ml.hub, "_download", download)
-    command("--adapter=org/run", "--prompt=a", model="")
+    command("--adapter=org/run", "--prompt=a", model=None)
     assert asked == [("org/run", None, "adapter")]
 
 
@@ -363,8 +364,8 @@ def test_the_base_model_is_found_by_the_adapter_and_compared_with_it_side_by_sid
     base, ours = (written(directory, "the sea", name) for name in (None, "model-adapter"))
     assert base != ours
     words = (f"--adapter={adapter}", "--prompt=the sea")
-    assert command(*words, model="") == ours + "\n"
-    found = command(*words, "--compare-base", model="")
+    assert command(*words, model=None) == ours + "\n"
+    found = command(*words, "--compare-base", model=None)
     assert found == columns(base, ours, ("base", str(adapter)), 60) + "\n"
     row = {"prompt": "the sea", "base": base, "text": ours}
     assert rows_of(command(*words, "--compare-base", "--json")) == [row]

@@ -88,3 +88,9 @@ def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(directory,
     unused = int(re.search(r"not used: (\d+) training rows", text)[1])
     assert unused == sum(all(label == IGNORE_INDEX for label in example.labels[1:limit]) for example in data)
     assert re.search(rf"training +{len(lengths) - unused} ", text)
+
+
+def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
+    tokenizer = write_tokenizer(tmp_path)
+    example = encode_row(Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c"}, ""), tokenizer, DataConfig())
+    assert marked(example, tokenizer, "⟦", "⟧") == "a[2J\nb⟦c<|end|>⟧"

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -94,6 +95,18 @@ def test_a_best_adapter_of_other_tensors_is_refused(tmp_path):
     (newest,) = checkpoints(tmp_path)[-1:]
     shutil.copy(newest / "optimizer.safetensors", newest / "best.safetensors")
     with pytest.raises(ml.FormatError, match=r"best\.safetensors: holds other tensors"):
+        run(tmp_path)
+
+
+def test_a_checkpoint_that_lacks_the_best_adapter_or_what_is_known_of_it_is_refused(tmp_path):
+    run(tmp_path)
+    (newest,) = checkpoints(tmp_path)[-1:]
+    (newest / "best.safetensors").unlink()
+    with pytest.raises(ml.FormatError, match=r"lacks best\.safetensors"):
+        run(tmp_path)
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "stale"}))
+    with pytest.raises(ml.FormatError, match=r"lacks \['stale'\]"):
         run(tmp_path)
 
 

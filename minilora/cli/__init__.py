@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from minilora.cli import chat, evaluate, finetune, generate, inspect, merge, plot
 from minilora.cli.command import Options, say
 from minilora.cli.finetune import INTERRUPTED
-from minilora.cli.flags import names_of, nearest, read_config, use_config
-from minilora.errors import ConfigError, MiniloraError
-from minilora.storage import ASSETS, BUILTIN, read_json
+from minilora.cli.flags import names_of, nearest
+from minilora.errors import MiniloraError
 
 PAGE = 78  # characters of a line of a help page
 BROKEN_PIPE = 141  # the exit status of a program that nobody listens to any more
@@ -56,8 +55,9 @@ def parse(words: Sequence[str]) -> Options:
     own = commands.get(words[0])
     if own:
         _check_words(own, words[1:])
-    if words[0] == "finetune":
-        _apply_config(commands["finetune"], words[1:])
+        prepare = next(command.prepare for command in COMMANDS if command.name == words[0])
+        if prepare:
+            prepare(own, words[1:])
     options, more = parser.parse_known_args(words)
     if own and more:
         own.error(f"{more[0]!r} is one word too many; several values of a flag are joined with commas")
@@ -108,23 +108,3 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         own.set_defaults(run=command.run)
         parsers[command.name] = own
     return parser, parsers
-
-
-def _apply_config(finetune: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Values of --config become defaults; without --model and --data, those of the built-in example do.
-
-    Raises:
-        ConfigError: a model without data, or data without a model.
-    """
-    path = finetune.parse_known_args(words)[0].config
-    values = read_config(path) if path is not None else {}
-    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
-    if len(named & {"model", "data"}) == 1:
-        lacking = "--data" if "model" in named else "--model"
-        raise ConfigError(
-            f"--model and --data go together: give {lacking}, too; {lacking} {BUILTIN} is the built-in one"
-        )
-    if not named & {"model", "data"}:
-        use_config(finetune, read_json(ASSETS / "finetune.json"), "finetune.json")
-    use_config(finetune, values, str(path))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.cli.command import Command, Loaded, Options, adapters, add_model_flags, load_adapted, say
+from minilora.cli.command import Command, Loaded, Options, adapters, add_model_flags, load, say
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import from_flags
 from minilora.cli.write import Writing, add_writing_flags, write
@@ -109,7 +109,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: Options) -> int:
-    loaded = load_adapted(options)
+    loaded = load(options)
     base = loaded.model.name_or_path
     if loaded.tokenizer.template is None:
         raise ConfigError(

@@ -21,13 +21,18 @@ def columns(left: str, right: str, titles: tuple[str, str], width: int) -> str:
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells, broken at white space, and within a word only where it is wider than a line."""
     return [
-        line.rstrip() for part in text.expandtabs(4).splitlines() for line in _broken(_visible(part).rstrip(), width)
+        line.rstrip() for part in text.expandtabs(4).splitlines() for line in _broken(visible(part).rstrip(), width)
     ]
+
+
+def visible(text: str) -> str:
+    """Without characters that control a terminal, or that are not seen; lines stay lines."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def fit(text: str, width: int) -> str:
     """The end of a text that is too wide, which of a path says the most."""
-    text = _visible(text)
+    text = visible(text)
     while cells(text) > width:
         text = "…" + text[2:]
     return text
@@ -54,11 +59,6 @@ def _broken(text: str, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += character
     return lines
-
-
-def _visible(text: str) -> str:
-    """Without characters that control a terminal, or that are not seen."""
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def _padded(text: str, width: int) -> str:

@@ -27,6 +27,7 @@ class Command:
     """One command: `run` carries it out and returns the exit status.
 
     `help` is its line in the list of commands, `about` begins its own page, `example` is a command line that works.
+    `prepare` may give its parser other defaults, having seen the words of the command line.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Command:
     example: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Options], int]
+    prepare: Callable[[argparse.ArgumentParser, Sequence[str]], None] | None = None
 
 
 def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
@@ -75,14 +77,10 @@ class Loaded:
     training: Training
 
 
-def load(options: Options) -> tuple[Llama, Tokenizer]:
-    """The model of --model and --adapter, all adapters active, and the tokenizer, with an adapter's chat template."""
-    loaded = load_adapted(options)
-    return loaded.model, loaded.tokenizer
-
-
-def load_adapted(options: Options) -> Loaded:
+def load(options: Options) -> Loaded:
     """The model of --model and --adapter. What a name means on the hub is asked once."""
+    if "" in (options["model"], *adapters(options)):
+        raise ConfigError("--model or --adapter is empty; leave it out, or name something")
     paths = [fetch(name, "adapter") for name in adapters(options)]
     base = base_of({**options, "adapter": list(map(str, paths))})
     try:
@@ -138,8 +136,13 @@ def base_of(options: Options) -> str:
 
 def adapters(options: Options) -> list[str]:
     """--adapter, whether it may be given once or often."""
-    given = options["adapter"] or []
-    return given if isinstance(given, list) else [given]
+    given = options["adapter"]
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def say_bad(kind: str, bad: Sequence[str]) -> None:
+    """How many rows of a kind were skipped, and why the first five."""
+    say("\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5])))
 
 
 def say(text: str) -> None:

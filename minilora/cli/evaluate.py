@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 
-from minilora.cli.command import Command, Options, add_model_flags, load
-from minilora.cli.flags import add_flags, from_flags
+from minilora.cli.command import Command, Options, adapters, add_model_flags, how_trained, load, say_bad
+from minilora.cli.flags import add_flags, from_flags, names_of, use_config
 from minilora.errors import ConfigError
 from minilora.train.config import DataConfig
 from minilora.train.data import encode_rows, use_prompt_style
@@ -29,8 +31,16 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, DataConfig, "data", but=("eval_split",))
 
 
+def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Rows are read as the adapter was trained on them, if flags do not say otherwise."""
+    trained = how_trained(adapters(vars(parser.parse_known_args(words)[0]))).config
+    names = names_of(parser) & {field.name for field in dataclasses.fields(DataConfig)}
+    use_config(parser, {name: trained[name] for name in names & set(trained)}, "run.json")
+
+
 def _run(options: Options) -> int:
-    model, tokenizer = load(options)
+    loaded = load(options)
+    model, tokenizer = loaded.model, loaded.tokenizer
     config = from_flags(DataConfig, {"eval_split": 0.0, **options})
     files = find_splits(options["data"])
     rows = read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
@@ -45,7 +55,9 @@ def _run(options: Options) -> int:
         names = ", ".join(options["data"])
         raise ConfigError(f"{names}: --metric choice needs rows with few distinct answers, each given often")
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
-    counts |= {"bad": len(examples.bad)} if config.skip_bad_rows else {}
+    if examples.bad:
+        counts["bad"] = len(examples.bad)
+        say_bad("", examples.bad)
     print(json.dumps({"metric": options["metric"], "value": value, **counts}))
     return 0
 
@@ -57,4 +69,5 @@ COMMAND = Command(
     example="minilora eval --adapter run --data rows.jsonl --metric exact-match",
     add_flags=_add_flags,
     run=_run,
+    prepare=_prepare,
 )

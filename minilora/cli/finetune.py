@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.cli.command import Command, Options, say
-from minilora.cli.flags import add_flags, from_flags, read_config
+from minilora.cli.command import Command, Options, say, say_bad
+from minilora.cli.flags import add_flags, from_flags, read_config, use_config
 from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
+from minilora.errors import ConfigError
 from minilora.inputs import Data
 from minilora.lora.attach import ParameterCount, disable_adapter
 from minilora.lora.config import LoraConfig
 from minilora.model.llama import Llama
 from minilora.run import Outcome, Run, RunConfig, pick_device
+from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.evaluate import Scores, evaluate, measure_drift
 from minilora.train.loop import TrainResult
 
-BAD_SHOWN = 5
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
@@ -35,6 +37,26 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="show rows, labels and figures, and train nothing"
     )
+
+
+def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Values of --config become defaults; without --model and --data, those of the built-in example do.
+
+    Raises:
+        ConfigError: a model without data, or data without a model.
+    """
+    path = parser.parse_known_args(words)[0].config
+    values = read_config(path) if path is not None else {}
+    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
+    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
+    if len(named & {"model", "data"}) == 1:
+        lacking = "--data" if "model" in named else "--model"
+        raise ConfigError(
+            f"--model and --data go together: give {lacking}, too; {lacking} {BUILTIN} is the built-in one"
+        )
+    if not named & {"model", "data"}:
+        use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")
+    use_config(parser, values, str(path))
 
 
 def _run(options: Options) -> int:
@@ -113,7 +135,7 @@ def _tell(model: Llama, data: Data, reading: DataConfig) -> None:
                 "--allow-special makes them act"
             )
         if rows.bad:
-            say("\n  ".join((f"{len(rows.bad)} {name} rows cannot be used and were skipped:", *rows.bad[:BAD_SHOWN])))
+            say_bad(f"{name} ", rows.bad)
 
 
 def _table(outcome: Outcome) -> str:
@@ -142,4 +164,5 @@ COMMAND = Command(
     example="minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run",
     add_flags=_add_flags,
     run=_run,
+    prepare=_prepare,
 )

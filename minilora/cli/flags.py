@@ -95,13 +95,20 @@ def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     declared = {name: _as_declared(values[flag], hints[name]) for name, flag in names.items()}
     bad = [
-        f"{names[name]} is {values[names[name]]!r}, need {getattr(hints[name], '__name__', hints[name])}"
+        f"{names[name]} is {values[names[name]]!r}, need {_words(hints[name])}"
         for name, value in declared.items()
         if not _fits(value, hints[name])
     ]
     if bad:
         raise ConfigError("; ".join(bad))
     return cls(**declared)
+
+
+def _words(hint: Any) -> str:
+    """A type in an error's words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    return str(getattr(hint, "__name__", hint))
 
 
 def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from minilora.cli.columns import columns
-from minilora.cli.command import Command, Loaded, Options, add_model_flags, load_adapted
+from minilora.cli.command import Command, Loaded, Options, add_model_flags, load
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import add_flags, from_flags
 from minilora.cli.prompts import add_prompt_flags, encode_prompts, read_prompts
@@ -52,7 +52,7 @@ def _run(options: Options) -> int:
     if output.compare_base and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
     rows = read_prompts(options)
-    loaded = load_adapted(options)
+    loaded = load(options)
     prompts = encode_prompts(rows, loaded, options)
     is_json = output.json or options["prompts"] is not None or len(rows) > 1
     try:

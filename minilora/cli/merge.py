@@ -28,9 +28,9 @@ def _run(options: Options) -> int:
     if options["dtype"] == "auto":  # here the checkpoint's own, even where this machine computes it slowly
         source = read_json(fetch(base_of(options), "tokenizer") / "config.json")
         options["dtype"] = source.get("dtype") or source.get("torch_dtype") or "float32"
-    model, tokenizer = load(options)
-    merge(model)
-    save_model(model, out, tokenizer)
+    loaded = load(options)
+    merge(loaded.model)
+    save_model(loaded.model, out, loaded.tokenizer)
     print(f"merged model written to {out}")
     return 0
 

@@ -7,6 +7,7 @@ import sys
 import time
 from types import FrameType
 
+from minilora.cli.columns import visible
 from minilora.train.evaluate import Progress
 from minilora.train.loop import Record
 
@@ -83,10 +84,10 @@ class Meter:
 
 def _ending(text: str, most: int = 30) -> str:
     """The end of a text, on one line."""
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def _beginning(text: str, most: int = 42) -> str:
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 
+from minilora.cli.columns import visible
 from minilora.inputs import Data
 from minilora.lora.attach import ParameterCount
 from minilora.model.ops import IGNORE_INDEX
@@ -41,7 +42,7 @@ def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
     for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):
         position += len(list(labels))
         so_far = tokenizer.decode(example.tokens[:position], skip_special_tokens=False)
-        stretch = so_far[len(done) :]
+        stretch = visible(so_far[len(done) :])
         text += f"{begin}{stretch}{end}" if is_learned else stretch
         done = so_far
     return text

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.errors import FormatError
 from minilora.train.config import TrainConfig
 
 
@@ -51,6 +52,14 @@ class Selection:
         return {"best_step": self.best_step, "best_loss": self.best_loss, "stale": self.stale}
 
     def resume(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            FormatError: it lacks something.
+        """
+        if lacking := {"best_step", "best_loss", "stale"} - set(state):
+            raise FormatError(f"the checkpoint's state.json lacks {sorted(lacking)}")
         self.best_step, self.best_loss, self.stale = state["best_step"], state["best_loss"], state["stale"]
         self.tensors = tensors
+        if self.config.keep == "best" and self.best_step and not tensors:
+            raise FormatError(f"the checkpoint lacks best.safetensors, the adapter of step {self.best_step}")
