@@ -256,14 +256,13 @@ def test_the_page_of_an_adapter_names_every_module(tmp_path, page, base):
     assert sum(told.values()) == len(adapter_layers(model))
 
 
-def test_the_page_of_an_adapter_tells_its_scale(tmp_path, page):
+def test_the_page_of_an_adapter_tells_its_ranks_and_scales(tmp_path, page):
     saved(tmp_path, rank_pattern={"q_proj": 6}, use_rslora=True)
-    items = dict(
-        line.split(maxsplit=1) for line in page(tmp_path).split("\n\n")[0].splitlines() if "base model" not in line
-    )
-    assert (items["rank"], items["alpha"], items["dropout"]) == ("3, 6", "21 (rsLoRA)", "0")
-    assert items["scale"] == "12.12, 8.573"  # 21 / √3 and 21 / √6
-    assert "  base model    ?; it is not here: see --model\n" in page(tmp_path)
+    above, table = page(tmp_path).split("\n\n")
+    told = {tuple(line.split()[i] for i in (1, 3)) for line in table.splitlines()[1:] if "model.layers" in line}
+    assert told == {("3", "12.12"), ("6", "8.573")}  # 21 / √3 and 21 / √6
+    assert "lora_alpha 21, use_rslora True" in " ".join(above.split())
+    assert "  base model  ?; it is not here: see --model\n" in above
 
 
 def test_factors_that_are_not_finite_have_no_norm(tmp_path):

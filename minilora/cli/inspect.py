@@ -18,18 +18,14 @@ from minilora.inspect.model import ModelFacts
 from minilora.lora.files import PREFIX
 from minilora.storage import TensorEntry
 
-WIDTH, LABEL = 80, 16  # with which a SHA-256 fits on a line
+WIDTH, LABEL = 80, 14  # with which a SHA-256 fits on a line
 SHOWN = 3  # reasons why a tool does not read something; the others are counted
-SIZES = {  # as the config calls them, and in words
-    "num_hidden_layers": "layers",
-    "hidden_size": "width",
-    "intermediate_size": "MLP width",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "key-value heads",
-    "head_dim": "head width",
-    "vocab_size": "vocabulary",
-    "max_position_embeddings": "context",
-}
+MODEL_KEYS = (
+    *("architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "tie_word_embeddings", "quantization_config"),
+)
+ADAPTER_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights")
 LEGEND = (
     "n modules of a kind; effective: the effective rank, how many equally strong directions the delta amounts to, from "
     "the least to the greatest of them; delta: the norm of s B A; delta/base: over the norm of the base's weight"
@@ -73,18 +69,10 @@ def _file_page(facts: FileFacts) -> list[str]:
 
 
 def _model_page(facts: ModelFacts) -> list[str]:
-    config, tied = facts.config, facts.config.get("tie_word_embeddings")
-    sizes = [f"{words} {config[name]:,}" for name, words in SIZES.items() if isinstance(config.get(name), int)]
-    quantization = config.get("quantization_config")
-    rope = {key: value for key, value in config.items() if key.startswith("rope") and value}
     return [
         f"model  {facts.path}",
-        *_item("architecture", f"{_text(config.get('architectures'))} (model_type {_text(config.get('model_type'))})"),
-        *_item("sizes", ", ".join(sizes)),
-        *_item("positions", _text(rope) or UNKNOWN),
-        *_item("head", "tied to the embedding" if tied is True else "its own weight" if tied is False else UNKNOWN),
-        *_item("quantized", _text(quantization) if quantization else "no"),
-        *_item("numbers" if quantization else "parameters", _numbers(facts.tensors)),
+        *_item("config", _text({key: facts.config[key] for key in MODEL_KEYS if facts.config.get(key) is not None})),
+        *_item("numbers", _numbers(facts.tensors)),
         *_item("files", ", ".join(f"{name} ({size:,} bytes)" for name, size in facts.files.items())),
         *_item("tokenizer", _text(facts.tokenizer)),
         *_readers(facts.problems),
@@ -94,40 +82,29 @@ def _model_page(facts: ModelFacts) -> list[str]:
 
 
 def _adapter_page(facts: AdapterFacts) -> list[str]:
-    config, modules = facts.config, facts.modules
-    base = _text(config.get("base_model_name_or_path"))
-    found = "; it is not here: see --model" if facts.base is None else f"; measured against {facts.base}"
+    base = _text(facts.config.get("base_model_name_or_path"))
+    found = "it is not here: see --model" if facts.base is None else f"measured against {facts.base}"
     others = [label.removeprefix(PREFIX) for label, _ in fold(dict.fromkeys(facts.other_tensors))]
     return [
         f"adapter  {facts.path}",
         *(_item("checkpoint", f"of step {_text(facts.step)}") if facts.step is not None else []),
-        *_item("base model", base + (found if facts.base != base else "")),
-        *_item("kind", ", ".join(f"{key} {_text(config.get(key))}" for key in ("peft_type", "init_lora_weights"))),
-        *_item("rank", ", ".join(map(str, sorted({module.rank for module in modules}))) or UNKNOWN),
-        *_item("alpha", _text(config.get("lora_alpha")) + (" (rsLoRA)" if config.get("use_rslora") else "")),
-        *_item("scale", ", ".join(dict.fromkeys(_scale(module) for module in modules)) or UNKNOWN),
-        *_item("dropout", _text(config.get("lora_dropout"))),
-        *_item("parameters", _numbers(facts.tensors)),
-        *(_item("other tensors", ", ".join(others)) if others else []),
+        *_item("base model", base if facts.base == base else f"{base}; {found}"),
+        *_item("config", _text({key: facts.config[key] for key in ADAPTER_KEYS if facts.config.get(key) is not None})),
+        *_item("numbers", _numbers(facts.tensors)),
+        *(_item("also holds", ", ".join(others)) if others else []),
         *_readers(facts.problems),
         "",
-        *_module_table(modules, facts.base is not None),
+        *_module_table(facts.modules, facts.base is not None),
         *textwrap.wrap(LEGEND, WIDTH, initial_indent="  ", subsequent_indent="  "),
     ]
 
 
 def _run_page(facts: Mapping[str, Any]) -> list[str]:
-    data = facts.get("data_sha256")
-    told = {key: value for key, value in facts.items() if key not in ("path", "config", "data_sha256", "summary")}
     lines = [f"run  {facts['path']}"]
-    lines += [line for key, value in told.items() for line in _item(key.replace("_", " "), _text(value) or "none")]
-    for name, digest in data.items() if isinstance(data, Mapping) else ():
-        lines += _item("data", f"{name} sha256 {_text(digest)}")
-    goes_on = facts["checkpoint"] or "the beginning"
-    return [
-        *lines,
-        *_item("finished", f"no; it goes on from {goes_on}" if facts["summary"] is None else _text(facts["summary"])),
-    ]
+    for key in (key for key in facts if key not in ("path", "config", "summary")):
+        lines += _item(key.replace("_", " "), _text(facts[key]) or "none")
+    goes_on = f"no; it goes on from {facts['checkpoint'] or 'the beginning'}"
+    return [*lines, *_item("finished", goes_on if facts["summary"] is None else _text(facts["summary"]))]
 
 
 def _tensor_table(tensors: Mapping[str, TensorEntry]) -> list[str]:
@@ -143,14 +120,10 @@ def _module_table(modules: Sequence[ModuleFacts], has_base: bool) -> list[str]:
     rows = []
     for label, names in fold({module.module: (module.rank, module.scale, module.shape) for module in modules}):
         folded = [known[name] for name in names]
+        rank, scale = str(folded[0].rank), UNKNOWN if folded[0].scale is None else f"{folded[0].scale:.4g}"
         norms = _range([module.relative_norm if has_base else module.delta_norm for module in folded])
-        effective = _range([module.effective_rank for module in folded])
-        rows.append((str(len(folded)), str(folded[0].rank), effective, _scale(folded[0]), norms, label))
+        rows.append((str(len(folded)), rank, _range([m.effective_rank for m in folded]), scale, norms, label))
     return _table(("n", "rank", "effective", "scale", "delta/base" if has_base else "delta", "module"), rows)
-
-
-def _scale(module: ModuleFacts) -> str:
-    return UNKNOWN if module.scale is None else f"{module.scale:.4g}"
 
 
 def _readers(problems: Mapping[str, Sequence[str]]) -> list[str]:
@@ -181,19 +154,15 @@ def _item(label: str, text: str) -> list[str]:
 
 def _table(head: Row, rows: Sequence[Row]) -> list[str]:
     """Columns to the right but the last, which may be long."""
-    everything = [head, *rows] if head else list(rows)
-    widths = [max(len(row[i]) for row in everything) for i in range(len(everything[0]) - 1)] if everything else []
-    return [
-        "  " + "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in everything
-    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    widths[-1] = 0
+    return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
 
 
 def _text(value: Any, depth: int = 0) -> str:
     """key value, key value; inner lists that are long or nested, and what lies still deeper, by their length."""
-    if isinstance(value, list) and depth and (len(value) > 8 or any(isinstance(inner, Mapping) for inner in value)):
-        return f"({len(value)} values)"
-    if isinstance(value, Mapping | list) and depth > 2:
+    is_nested = isinstance(value, list) and (len(value) > 8 or any(isinstance(inner, Mapping) for inner in value))
+    if (is_nested and depth) or (isinstance(value, Mapping | list) and depth > 2):
         return f"({len(value)} values)"
     if isinstance(value, Mapping):
         text = ", ".join(f"{key} {_text(inner, depth + 1)}" for key, inner in value.items())

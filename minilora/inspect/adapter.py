@@ -110,12 +110,10 @@ def delta_spectrum(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     Shapes: lora_A (r, in), lora_B (out, r) -> (k,) with k = min(r, in, out), the largest first;
     nan where a number or a product is not finite.
     """
-    if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
-        return torch.full((1,), math.nan)
     R_A, R_B = (torch.linalg.qr(factor, mode="r").R for factor in (lora_A.T, lora_B))
     core = R_B @ R_A.T
-    is_finite = bool(core.isfinite().all())  # the singular values of other matrices are an error
-    return torch.linalg.svdvals(core) if is_finite else torch.full((1,), math.nan)
+    # The singular values of what is not finite are an error.
+    return torch.linalg.svdvals(core) if core.isfinite().all() else torch.full((1,), math.nan)
 
 
 def effective_rank(singular_values: Tensor) -> float:
