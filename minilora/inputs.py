@@ -14,7 +14,7 @@ from minilora.storage import ASSETS, BUILTIN
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.data import Dataset, encode_rows, use_prompt_style
 from minilora.train.evaluate import Choice, find_choices
-from minilora.train.rows import find_splits, read_rows
+from minilora.train.rows import find_splits, read_held_out, read_rows
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,13 @@ def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Datase
     if name == "none":
         return Dataset(())
     path = ASSETS / "data" / "general.jsonl" if name == BUILTIN else name
-    files = find_splits(path)
-    rows = read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+    rows = read_held_out(path)
     return encode_rows(rows, tokenizer, replace(reading, train_on="all", system=None, text_field="text"))
 
 
 def _digests(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """SHA-256 by file name, or by path where names are not distinct."""
-    paths = [path for found in files.values() for path in found]
+    """SHA-256 by file name, or by path where names are not distinct; of a pipe, which is read once, there is none."""
+    paths = [path for found in files.values() for path in found if path.is_file()]
     names = [path.name for path in paths]
     is_distinct = len(set(names)) == len(names)
     return {(path.name if is_distinct else str(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

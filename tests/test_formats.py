@@ -312,3 +312,8 @@ def test_rows_of_all_formats_stand_beside_each_other_in_any_number_of_files(toke
     found = ml.load_dataset([tmp_path / "a.jsonl", tmp_path / "b.json"], chosen)
     assert {(tuple(e.tokens), tuple(e.labels)) for e in found} == {(tuple(found[0].tokens), tuple(found[0].labels))}
     assert len(found) == found.conversations == len(rows)
+
+
+def test_text_of_a_named_field_has_no_place_for_a_system_prompt_either():
+    with pytest.raises(ml.DataError, match="no place for a system prompt"):
+        understand({"body": "a"}, ml.DataConfig(text_field="body", system="Be brief."))

@@ -75,7 +75,7 @@ class Chat:
 
     def obey(self, command: str) -> None:
         """Carry out one of the commands that begin with a slash."""
-        name, _, argument = command.partition(" ")
+        name, argument = (*command.split(maxsplit=1), "")[:2]
         argument = argument.strip()
         match name:
             case "/reset":
@@ -131,7 +131,7 @@ def _run(options: Options) -> int:
 
 def _converse(chat: Chat, lines: Iterator[str]) -> None:
     for line in lines:
-        if line.strip() == "/exit":
+        if line.split(maxsplit=1)[:1] == ["/exit"]:
             return
         try:
             if line.startswith("/"):

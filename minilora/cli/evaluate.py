@@ -13,7 +13,7 @@ from minilora.errors import ConfigError
 from minilora.train.config import DataConfig
 from minilora.train.data import encode_rows, use_prompt_style
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.train.rows import find_splits, read_rows
+from minilora.train.rows import read_held_out
 
 METRICS = ("nll", "choice", "exact-match")
 
@@ -42,8 +42,7 @@ def _run(options: Options) -> int:
     loaded = load(options)
     model, tokenizer = loaded.model, loaded.tokenizer
     config = from_flags(DataConfig, {"eval_split": 0.0, **options})
-    files = find_splits(options["data"])
-    rows = read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+    rows = read_held_out(options["data"])
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
     if options["metric"] == "nll":
         value = held_out_loss(model, examples)

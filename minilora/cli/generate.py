@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from minilora.cli.columns import columns
-from minilora.cli.command import Command, Loaded, Options, add_model_flags, load
+from minilora.cli.command import Command, Loaded, Options, add_model_flags, load, say
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import add_flags, from_flags
 from minilora.cli.prompts import add_prompt_flags, encode_prompts, read_prompts
@@ -32,7 +32,7 @@ class Output:
         "print a JSON object a line, as --prompts and several --prompt always do: the prompt's row and `text`; "
         "`sample`, from 1, with --samples, and `base` with --compare-base",
     )
-    batch_size: int = option(8, "texts written at a time; it does not change them")
+    batch_size: int = option(8, "texts written at a time; in float32 it does not change them")
 
     def __post_init__(self) -> None:
         counts = {"samples": self.samples, "batch_size": self.batch_size}
@@ -51,6 +51,8 @@ def _run(options: Options) -> int:
     output, writing = from_flags(Output, options), from_flags(Writing, options)
     if output.compare_base and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
+    if output.samples > 1 and writing.temperature == 0:
+        say("at temperature 0 all samples of a prompt are the same; --temperature 0.8 makes them differ")
     rows = read_prompts(options)
     loaded = load(options)
     prompts = encode_prompts(rows, loaded, options)
@@ -63,8 +65,10 @@ def _run(options: Options) -> int:
                 )
                 print(text, flush=True)
         else:
-            write(loaded.model, loaded.tokenizer, prompts, writing, _show)
+            texts = write(loaded.model, loaded.tokenizer, prompts, writing, _show)
             print()
+            if not any(texts):
+                say("(the model ended at once)")
     except KeyboardInterrupt:
         print()
         return INTERRUPTED

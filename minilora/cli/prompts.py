@@ -16,7 +16,7 @@ from minilora.storage import read_text
 from minilora.train.config import DataConfig
 from minilora.train.data import use_prompt_style
 from minilora.train.formats import Passage, understand_question
-from minilora.train.rows import Row, find_splits, read_rows
+from minilora.train.rows import Row, read_held_out
 
 STDIN = "-"
 Asking = Literal["chat", "plain", "raw"]
@@ -114,10 +114,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: As
 
 
 def _rows_of(name: str) -> list[Row]:
-    if name.endswith(".txt"):
-        return _lines_of(Path(name))
-    files = find_splits(name)
-    return read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+    return _lines_of(Path(name)) if name.endswith(".txt") else read_held_out(name)
 
 
 def _lines_of(path: Path) -> list[Row]:

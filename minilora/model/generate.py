@@ -50,7 +50,8 @@ def generate(
     """Continue each prompt by at most `max_new_tokens` tokens; a stop token ends one and is not returned.
 
     A batch is its prompts one by one: row i draws from a generator of its own, seeded with `seed` + i, and is what
-    `generate(model, [input_ids[i]], seed=seed + i)` gives.
+    `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds up to rounding, which depends on how
+    many rows are multiplied at a time: where two tokens are nearly equally likely, the other one may be taken.
 
     Args:
         model: the model, with whatever adapters are active.

@@ -78,6 +78,7 @@ def understand(fields: Fields, config: DataConfig) -> Passage | Conversation:
         DataError: they are of no known shape, or one has the wrong type or order or is empty; the field is named.
     """
     if config.text_field is not None:
+        _check_no_system(config.system)
         return Passage("", _text(fields, config.text_field, is_learned=True))
     turns = _turns(fields)
     if turns is None:
@@ -134,9 +135,13 @@ def _passage(fields: Fields, config: DataConfig) -> Passage:
     else:
         preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
         raise DataError(f"keys {sorted(fields)} are of no known shape; known are {SHAPES}{preference}")
-    if system := _text(fields, "system", default="") or config.system:
-        raise DataError(f"system: found {system!r:.60}, but plain text has no place for a system prompt")
+    _check_no_system(_text(fields, "system", default="") or config.system)
     return passage
+
+
+def _check_no_system(system: str | None) -> None:
+    if system:
+        raise DataError(f"system: found {system!r:.60}, but plain text has no place for a system prompt")
 
 
 def _turns(fields: Fields) -> list[_Turn] | None:

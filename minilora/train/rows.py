@@ -72,6 +72,12 @@ def _data_files(directory: Path) -> list[Path]:
     return sorted(file for file in named if file.is_file())
 
 
+def read_held_out(names: str | Path | Sequence[str | Path]) -> list[Row]:
+    """The rows to measure with: those of the test split, else of the validation split, else all there are."""
+    files = find_splits(names)
+    return read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+
+
 def read_rows(*paths: Path) -> list[Row]:
     """The rows of files. One that is no JSON object has a `problem`; it is for the caller to refuse or skip it.
 
