@@ -76,7 +76,7 @@ class TrainConfig:
     recompute: Recompute = option("none", "compute MLPs or whole blocks again in the backward pass to save memory")
     weight_decay: float = option(0.0, "AdamW's weight decay on the adapter")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
-    eval_steps: int | None = option(None, "evaluate on the held-out rows every so many steps", WATCHING)
+    eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
     keep: Keep = option("last", "which adapter is the result: the last, or the best of the evaluations", WATCHING)
     early_stopping: int | None = option(None, "stop after so many evaluations without a new lowest loss", WATCHING)
     save_steps: int | None = option(None, "write a checkpoint every so many steps", WATCHING)
