@@ -79,12 +79,6 @@ def smooth(curve: Curve) -> Curve:
     return Curve(curve.steps, tuple(math.fsum(window) / len(window) for window in windows))
 
 
-def needs_logarithm(curves: Sequence[Curve]) -> bool:
-    """Do the curves span more than a decade, all above 0? Drawn plainly, most of them would lie flat at the bottom."""
-    values = [value for curve in curves for value in curve.values]
-    return bool(values) and 0 < 10 * min(values) < max(values)
-
-
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)

@@ -12,14 +12,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from minilora.metrics import Curve, Metrics, needs_logarithm, smooth
+from minilora.metrics import Curve, Metrics, smooth
 
 ROWS = 9  # characters; odd, so that one is the middle
 MARGIN = 9  # characters: a number and the axis
 EVALUATION = "o"
 BRAILLE = 0x2800  # the character without dots
-BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a dot by its row and column
-ASCII = str.maketrans({"┤": "|", "│": "|", "└": "+", "─": "-"} | {chr(BRAILLE + i): "*" for i in range(1, 256)})
+BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of a dot by its row and column
 
 
 @dataclass(frozen=True)
@@ -30,63 +29,46 @@ class Frame:
     last: int
     low: float
     high: float
-    is_logarithmic: bool
     width: int
 
     def dots(self, curve: Curve) -> tuple[list[float], list[float]]:
         """Columns from the left and rows from the top, in dots."""
-        scale = math.log if self.is_logarithmic else float
-        low, high = scale(self.low), scale(self.high)
         columns = [(2 * self.width - 1) * _share(step, self.first, self.last) for step in curve.steps]
-        return columns, [(4 * ROWS - 1) * _share(scale(value), high, low) for value in curve.values]
-
-    def ticks(self) -> dict[int, str]:
-        """Row -> what stands beside it."""
-        middle = math.sqrt(self.low * self.high) if self.is_logarithmic else (self.low + self.high) / 2
-        return {0: f"{self.high:.3g}", ROWS // 2: f"{middle:.3g}", ROWS - 1: f"{self.low:.3g}"}
+        return columns, [(4 * ROWS - 1) * _share(value, self.high, self.low) for value in curve.values]
 
 
 def chart(runs: Mapping[str, Metrics], width: int, encoding: str = "utf-8") -> str:
-    """Lines of at most `width` characters, from 40 on; in ASCII where the encoding has no braille."""
+    """Lines of at most `width` characters, from 40 on; dots are question marks where the encoding has no braille."""
     curves = [curve for run in runs.values() for curve in (smooth(run.loss), run.eval_loss)]
     steps = [step for curve in curves for step in curve.steps]
     values = [value for curve in curves for value in curve.values]
     if not values:
         return "there is no loss to draw yet"
-    is_logarithmic = needs_logarithm(curves)
-    frame = Frame(min(steps), max(steps), min(values), max(values), is_logarithmic, max(40, width) - MARGIN)
+    frame = Frame(min(steps), max(steps), min(values), max(values), max(40, width) - MARGIN)
     smoothed = any(smooth(run.loss) != run.loss for run in runs.values())
-    unit = f"loss in nats per token{', log scale' * is_logarithmic}"
-    legend = f"{unit}   ⠤⠤ training{', smoothed' * smoothed}   {EVALUATION} evaluation"
+    legend = f"loss in nats per token   ⠤⠤ training{', smoothed' * smoothed}   {EVALUATION} evaluation"
     text = "\n".join([*(_panel(name, run, frame) for name, run in runs.items()), f"{legend:.{max(40, width)}}"])
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-    return text
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _panel(name: str, run: Metrics, frame: Frame) -> str:
     last = {"loss": smooth(run.loss), "evaluation": run.eval_loss}
     told = ", ".join(f"{key} {curve.values[-1]:.4g}" for key, curve in last.items() if len(curve))
     title = f"{name}: {told or 'no loss yet'}"
-    ticks = frame.ticks()
-    rows = [
-        f"{ticks.get(i, ''):>{MARGIN - 1}}{'┤' if i in ticks else '│'}{row}" for i, row in enumerate(_rows(run, frame))
-    ]
+    ticks = {0: frame.high, ROWS // 2: (frame.low + frame.high) / 2, ROWS - 1: frame.low}
+    labels = [f"{ticks[i]:>{MARGIN - 1}.3g}┤" if i in ticks else "│".rjust(MARGIN) for i in range(ROWS)]
+    rows = [(label + row).rstrip() for label, row in zip(labels, _rows(run, frame), strict=True)]
     axis = " " * (MARGIN - 1) + "└" + "─" * frame.width
     last_step = f"step {frame.last}"
     steps = " " * MARGIN + f"{frame.first:<{frame.width - len(last_step)}}{last_step}"
-    return "\n".join([title[: frame.width + MARGIN], *(row.rstrip() for row in rows), axis, steps])
+    return "\n".join([title[: frame.width + MARGIN], *rows, axis, steps])
 
 
 def _rows(run: Metrics, frame: Frame) -> list[str]:
     """The inside of the axes."""
-    cells = [[" "] * frame.width for _ in range(ROWS)]
-    for row, column in np.argwhere(_line(smooth(run.loss), frame)):
-        cell = cells[row // 4][column // 2]
-        dots = BRAILLE if cell == " " else ord(cell)
-        cells[row // 4][column // 2] = chr(dots | BITS[row % 4][column % 2])
+    dots = _line(smooth(run.loss), frame).reshape(ROWS, 4, frame.width, 2)
+    bits = (dots * BITS[:, None]).sum((1, 3))
+    cells = [[chr(BRAILLE + cell) if cell else " " for cell in row] for row in bits]
     for x, y in zip(*frame.dots(run.eval_loss), strict=True):
         cells[round(y) // 4][round(x) // 2] = EVALUATION
     return ["".join(row) for row in cells]

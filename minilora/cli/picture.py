@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.metrics import Curve, Metrics, needs_logarithm, smooth
+from minilora.metrics import Curve, Metrics, smooth
 from minilora.storage import replacing
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ def draw(runs: Mapping[str, Metrics]) -> Figure:
     _label(norm, [smooth(run.grad_norm) for run in runs.values()], "gradient norm")
     _add_legend(figure, runs, styles)
     return figure
+
+
+def needs_logarithm(curves: Sequence[Curve]) -> bool:
+    """Do the curves span more than a decade, all above 0? Drawn plainly, most of them would lie flat at the bottom."""
+    values = [value for curve in curves for value in curve.values]
+    return bool(values) and 0 < 10 * min(values) < max(values)
 
 
 def _draw_curve(axes: Axes, curve: Curve, **style: Any) -> None:
