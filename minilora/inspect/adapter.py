@@ -60,7 +60,10 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter: its config as it is, where its base model was found, of a checkpoint the step, and who reads it."""
+    """An adapter: its config as it is, where its base model was found, of a checkpoint the step.
+
+    `problems` maps a tool to why it does not read the adapter: to nothing, if it does.
+    """
 
     path: str
     config: dict[str, Any]

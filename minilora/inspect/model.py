@@ -15,7 +15,7 @@ from minilora.storage import TensorEntry, read_json
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model: its config.json as it is, each file with its bytes, each tensor, and who reads it or why not."""
+    """A model: its config.json as it is, each file with its bytes, each tensor; `problems` as of an adapter."""
 
     path: str
     config: dict[str, Any]
