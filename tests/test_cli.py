@@ -19,6 +19,7 @@ from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, read_co
 from minilora.cli.meter import Meter
 from minilora.lora.config import INITS
 from minilora.run import RunConfig
+from minilora.storage import ASSETS
 from minilora.train.data import encode_rows
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.train.rows import read_rows
@@ -381,7 +382,7 @@ def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_th
     assert summary["after"]["loss"] < summary["before"]["loss"]
     assert all(0 < summary[when]["accuracy"] < 1 for when in ("before", "after"))
     settings = json.loads((out / "run.json").read_text())["config"]
-    builtin = json.loads((cli.ASSETS / "finetune.json").read_text())
+    builtin = json.loads((ASSETS / "finetune.json").read_text())
     assert {name: settings[name] for name in builtin} == builtin != {n: flat(ml.TrainConfig())[n] for n in builtin}
     table = capsys.readouterr().out
     for name, when in (("base", "before"), ("adapter", "after")):
