@@ -44,7 +44,7 @@ def _run(options: Options) -> int:
         print(f"picture written to {out}")
         return 0
     print(chart(runs, shutil.get_terminal_size().columns, sys.stdout.encoding))
-    if not has_matplotlib:
+    if not options["text"]:
         say(f"{INSTALL} draws the picture, with learning rate and gradient norm")
     return 0
 
