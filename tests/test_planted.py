@@ -61,6 +61,18 @@ MISTAKES = {
         "F.linear(scale * F.linear(x, lora_A).detach() + F.linear(x, lora_A - lora_A.detach()), lora_B)",
         "test_layers.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none",
     ),
+    "law 6: of two levels as near the higher one": Mistake(
+        "quant/nf4.py",
+        "(x > own.index_select(0, cell))",
+        "(x >= own.index_select(0, cell))",
+        "test_nf4.py::test_a_quotient_between_two_levels_gets_the_lower_one",
+    ),
+    "law 6: the absmax of another block": Mistake(
+        "quant/nf4.py",
+        "mul_(scales[: whole // block_size].unsqueeze(1))",
+        "mul_(scales[: whole // block_size].roll(1).unsqueeze(1))",
+        "test_nf4.py::test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounded_then",
+    ),
     "law 8: a mean of means": Mistake(
         "train/loop.py",
         "batch_loss(model, batch, config) / labelled",

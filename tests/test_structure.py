@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "report": (),
     "lora/functional": (),
     "lora/config": (),
+    "quant/nf4": (),
     "model/ops": (),
     "model/rope": (),
     "model/template": ("model/sandbox",),

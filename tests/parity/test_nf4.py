@@ -9,13 +9,6 @@ pytestmark = pytest.mark.parity
 functional = pytest.importorskip("bitsandbytes.functional")
 
 SIZES = [(64, 64), (8, 96), (5, 7), (1, 1), (129, 65), (300, 576)]  # rows that end within a block, odd ends
-    (64, 64),
-    (8, 96),
-    (5, 7),
-    (1, 1),
-    (129, 65),
-    (300, 576),
-]  # rows that end within a block, odd ends, many blocks
 
 
 def weights(size, kind, dtype):
