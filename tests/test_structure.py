@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "lora/functional": (),
     "lora/config": (),
     "quant/nf4": (),
+    "quant/linear": ("quant/nf4",),
     "model/ops": (),
     "model/rope": (),
     "model/template": ("model/sandbox",),

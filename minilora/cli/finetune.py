@@ -34,9 +34,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
     )
-    parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="show rows, labels and figures, and train nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
 
 
 def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
