@@ -245,11 +245,11 @@ BOMBS = {
 @pytest.mark.parametrize(
     "source", [pytest.param(source, id=f"{kind} {i}") for kind in BOMBS for i, source in enumerate(BOMBS[kind])]
 )
-def test_a_bomb_is_refused_within_a_second_and_100_megabytes(source):
+def test_a_bomb_is_refused_in_bounded_time_and_100_megabytes(source):
     begin = time.thread_time()
     with pytest.raises(MiniloraError, match=r"^chat template: (?!chat template)."):
         render(source)
-    assert time.thread_time() - begin < 1
+    assert time.thread_time() - begin < 10  # alone it takes less than 1 s; without a bound it takes hours
     if "{% macro" not in source and source.count("{% for") < 2:  # what runs long is slow to trace, and holds nothing
         tracemalloc.start()
         with pytest.raises(MiniloraError):
