@@ -351,7 +351,7 @@ def test_a_repository_without_a_format_that_is_read_is_told_of(hub, kind, files,
 
 HOSTILE = [
     "../../../../a.json",
-    "/tmp/a.json",
+    "/somewhere/a.json",
     "..\\..\\a.json",
     "C:a.json",
     "C:\\a.json",

@@ -41,7 +41,7 @@ LEVELS = (
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share an absmax; absmaxes that share a scale
 TILE = 2**17  # weights that are worked on at a time, in memory that stays in the processor's cache
 SMALLEST = 1e-38  # what is divided by at least: an absmax of 0 has only zeros to divide
-CELLS = 64
+CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
 Rounding = Literal["cpu", "cuda"]
 
 
@@ -62,6 +62,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), device=flat.device)
+    tables = _cell_tables(flat.device)
     for begin in range(0, n, TILE):
         x = flat[begin : begin + TILE].to(torch.float32, copy=True)
         whole = x.numel() // block_size * block_size
@@ -74,30 +75,32 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
             rest /= scales[-1].clone()
         if not scales.isfinite().all():
             raise TrainingError("a weight that is not finite cannot be quantized")
-        codes = _codes(x.clamp_(-1, 1))
+        codes = _codes(x.clamp_(-1, 1), *tables)
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_full((1,), LEVELS.index(0.0))])
         torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[begin // 2 :][: codes.numel() // 2])
     return packed, absmax
 
 
-def _codes(x: Tensor) -> Tensor:
+def _codes(x: Tensor, below: Tensor, own: Tensor) -> Tensor:
     """How many of the 15 midpoints lie below each x in [-1, 1], as uint8.
 
     [-1, 1] is cut into cells so narrow that none holds two midpoints. Cells follow each other as their numbers do, so
     all midpoints of earlier cells are below x, all of later ones above: only that of x's own cell is to be compared.
 
-    Shapes: x (n) -> (n)
+    Shapes: x (n), below (CELLS + 1), own (CELLS + 1) -> (n)
     """
-    levels = torch.tensor(LEVELS, device=x.device)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    cells = _cell(midpoints)
-    below = torch.bucketize(torch.arange(CELLS + 1, device=x.device), cells).to(
-        torch.uint8
-    )  # midpoints of earlier cells
-    own = torch.full((CELLS + 1,), 2.0, device=x.device).index_put((cells,), midpoints)  # 2: none, for no x is above it
     cell = _cell(x)
     return below.index_select(0, cell) + (x > own.index_select(0, cell))
+
+
+def _cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell, how many midpoints lie in earlier ones, and its own midpoint, or 2, which no x is above."""
+    levels = torch.tensor(LEVELS, device=device)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    cells = _cell(midpoints)
+    below = torch.bucketize(torch.arange(CELLS + 1, device=device), cells).to(torch.uint8)
+    return below, torch.full((CELLS + 1,), 2.0, device=device).index_put((cells,), midpoints)
 
 
 def _cell(x: Tensor) -> Tensor:

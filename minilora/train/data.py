@@ -172,8 +172,10 @@ def _read(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Passage |
         if isinstance(meaning, Passage):  # one that brings its closing token gets no second one
             closing = tokenizer.special_tokens.get("eos_token", "")
             meaning = replace(meaning, completion=meaning.completion.removesuffix(closing))
+        if config.allow_special:
+            return meaning, False
         quoted = replace(meaning, **{name: tokenizer.quote(value) for name, value in vars(meaning).items()})
-        return (meaning, False) if config.allow_special else (quoted, quoted != meaning)
+        return quoted, quoted != meaning
 
 
 def _encoded(meaning: Passage | Conversation, source: str, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
