@@ -317,7 +317,7 @@ def test_a_callback_that_returns_something_false_stops_nothing():
 
 def break_loss(model):
     model.model.layers[2].mlp.up_proj.base.weight.data[1, 1] = math.nan
-    return "first bad: output of model.layers.2.mlp.up_proj.base"
+    return "first bad: output of model.layers.2.mlp.up_proj"
 
 
 def break_weight(model):

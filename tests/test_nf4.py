@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.quant import nf4
 from minilora.quant.nf4 import (
+    DYNAMIC_MAP,
     LEVELS,
     dequantize,
     dequantize_absmax,
-    dynamic_map,
     quantize,
     quantize_absmax,
 )
@@ -162,7 +162,7 @@ def test_the_weight_that_is_quantized_stays_as_it_is(size, seed, dtype):
 
 
 def test_the_second_levels_are_256_from_below_minus_one_to_one_with_zero_in_the_middle():
-    levels = dynamic_map()
+    levels = DYNAMIC_MAP
     assert len(levels.unique()) == 256
     assert (levels[127], levels[-1]) == (0, 1)
     assert levels[0] > -1
@@ -178,7 +178,7 @@ def test_the_nearest_second_level_is_taken_or_on_the_cpu_one_beside_it(count, se
             continue  # any level times 0 will do
         rest = absmax[i].double() - offset.double()
         x = max(-1.0, min(1.0, (rest / max(scales[i // 256].double(), 1e-300)).item()))
-        distances = (dynamic_map().double() - x).abs()
+        distances = (DYNAMIC_MAP.double() - x).abs()
         assert distances[code] <= distances.min() + 2**-21
     beside, *same = quantize_absmax(absmax, "cpu")
     assert all(map(torch.equal, same, (scales, offset)))
@@ -190,7 +190,7 @@ def test_the_nearest_second_level_is_taken_or_on_the_cpu_one_beside_it(count, se
 def test_an_absmax_comes_back_within_half_a_step_of_the_second_levels(count, seed):
     absmax = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     codes, scales, offset = quantize_absmax(absmax, "cuda")
-    step = max(dynamic_map().diff().max().item(), 2 * (1 + dynamic_map()[0].item()))  # there is no -1
+    step = max(DYNAMIC_MAP.diff().max().item(), 2 * (1 + DYNAMIC_MAP[0].item()))  # there is no -1
     error = (dequantize_absmax(codes, scales, offset) - absmax).abs()
     assert (error <= step / 2 * scales.repeat_interleave(256)[:count] + 2**-20).all()
 

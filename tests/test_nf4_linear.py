@@ -1,13 +1,16 @@
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.quant.linear import NF4Linear
+import minilora as ml
+from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import dequantize, dequantize_absmax, quantize, quantize_absmax
-from tests.models import seeds
-from tests.tolerance import assert_maths
+from tests.models import randomize_adapters_, seeds
+from tests.tolerance import assert_maths, assert_parity
 
 sizes = st.tuples(st.integers(1, 9), st.sampled_from([1, 7, 32, 64, 96, 128]))
 leading = st.lists(st.integers(1, 3), max_size=2)
@@ -17,22 +20,22 @@ def make(size, seed, has_bias=True, **options):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(size, generator=generator, dtype=torch.float64)
     bias = torch.randn(size[0], generator=generator, dtype=torch.float64) if has_bias else None
-    return NF4Linear(weight, bias, **options), weight, bias, generator
+    return NF4Linear.quantize(weight, bias, **options), weight, bias, generator
 
 
-def dense(weight, is_double, dtype):
+def unpacked(weight, double_quant, dtype):
     packed, absmax = quantize(weight)
-    absmax = dequantize_absmax(*quantize_absmax(absmax)) if is_double else absmax
+    absmax = dequantize_absmax(*quantize_absmax(absmax)) if double_quant else absmax
     return dequantize(packed, absmax, weight.shape, dtype)
 
 
 @given(sizes, leading, seeds, st.booleans(), st.booleans())
-def test_forward_and_gradient_are_those_of_the_dequantized_weight(size, leading, seed, has_bias, is_double):
-    layer, weight, bias, generator = make(size, seed, has_bias, is_double=is_double)
+def test_forward_and_gradient_are_those_of_the_dequantized_weight(size, leading, seed, has_bias, double_quant):
+    layer, weight, bias, generator = make(size, seed, has_bias, double_quant=double_quant)
     x = torch.randn(*leading, size[1], generator=generator, dtype=torch.float64, requires_grad=True)
-    dense_weight = dense(weight, is_double, torch.float64)
-    assert torch.equal(layer.dense_weight(), dense_weight)
-    ours, theirs = layer(x), F.linear(x, dense_weight, bias)
+    expected = unpacked(weight, double_quant, torch.float64)
+    assert torch.equal(dense_weight(layer), expected)
+    ours, theirs = layer(x), F.linear(x, expected, bias)
     dy = torch.randn(theirs.shape, generator=generator, dtype=torch.float64)
     assert_maths(ours, theirs)
     (ours_dx,) = torch.autograd.grad(ours, x, dy)
@@ -40,9 +43,9 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(size, leading,
     assert_maths(ours_dx, theirs_dx)
 
 
-@pytest.mark.parametrize("is_double", [True, False])
-def test_the_gradient_is_that_of_small_differences(is_double):
-    layer, _, _, generator = make((3, 64), 0, is_double=is_double)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_gradient_is_that_of_small_differences(double_quant):
+    layer, _, _, generator = make((3, 64), 0, double_quant=double_quant)
     x = torch.randn(2, 64, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
 
@@ -57,15 +60,22 @@ def test_nothing_is_trained_and_nothing_dense_is_stored():
     assert layer.absmax.shape == (256, 1)
 
 
-def test_what_autograd_keeps_is_what_is_stored():
-    layer, *_ = make((128, 64), 2, dtype=torch.float32)
-    stored = {parameter.data_ptr() for parameter in layer.parameters()}
-    x = torch.ones(5, 64, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        layer(x)
-    assert kept
-    assert {tensor.data_ptr() for tensor in kept} <= stored
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_autograd_keeps_x_and_r_numbers_a_token_of_an_adapted_layer_and_nothing_else(dtype, double_quant):
+    layer, *_ = make((512, 512), 2, dtype=dtype, double_quant=double_quant)
+    model = torch.nn.Sequential(layer)
+    ml.attach(model, ml.LoraConfig(r=16, lora_alpha=24, target_modules=["0"]))
+    x = torch.ones(2048, 512, dtype=dtype, requires_grad=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in [x, *model.parameters()]}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
+        model(x)
+    assert known & set(kept)
+    beyond = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+    assert beyond == 2048 * 16 * dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,7 +83,7 @@ def test_the_computation_has_a_dtype_of_its_own_and_the_gradient_that_of_x(dtype
     layer, *_ = make((4, 64), 3, dtype=dtype)
     x = torch.ones(2, 64, requires_grad=True)
     y = layer(x)
-    assert (y.dtype, layer.dense_weight().dtype) == (dtype, dtype)
+    assert (y.dtype, dense_weight(layer).dtype) == (dtype, dtype)
     y.sum().backward()
     assert x.grad.dtype == torch.float32
 
@@ -84,6 +94,36 @@ def test_a_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_stored(dtype, double_quant):
+    layer, *_ = make((4, 64), 6, double_quant=double_quant, dtype=torch.float32)
+    before = [None if part is None else part.clone() for part in layer.parts]
+    layer.to(dtype)
+    assert all(new is old or torch.equal(new, old) for new, old in zip(layer.parts, before, strict=True))
+    assert layer.bias.dtype == dense_weight(layer).dtype == layer(torch.ones(1, 64)).dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiling_changes_nothing_and_breaks_no_graph(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("needs a compiler of C++")
+    layer, *_ = make((48, 96), 7, dtype=torch.float32)
+    model = torch.nn.Sequential(layer)
+    ml.attach(model, ml.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
+    randomize_adapters_(model)
+    x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
+    results = []
+    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        y = run(x)
+        results.append(
+            [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in model.parameters() if p.requires_grad)])]
+        )
+    for eager, compiled in zip(*results, strict=True):
+        assert_parity(compiled, eager)
 
 
 def test_computing_again_changes_nothing():

@@ -21,14 +21,14 @@ class Mistake(NamedTuple):
 MISTAKES = {
     "law 1: the branch is not scaled": Mistake(
         "lora/functional.py",
-        "F.linear(scale * F.linear(x, lora_A), lora_B)",
-        "F.linear(F.linear(x, lora_A), lora_B)",
+        "h = scale * F.linear(x, lora_A.to(x.dtype))",
+        "h = F.linear(x, lora_A.to(x.dtype))",
         "test_layers.py::test_forward_is_the_merged_weight_applied",
     ),
     "law 1: no gradient reaches A": Mistake(
         "lora/functional.py",
-        "F.linear(scale * F.linear(x, lora_A), lora_B)",
-        "F.linear(scale * F.linear(x, lora_A.detach()) + 0 * lora_A.sum(), lora_B)",
+        "dA = (_rows(dh).T @ _rows(x))",
+        "dA = 0 * (_rows(dh).T @ _rows(x))",
         "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied",
     ),
     "law 2: B does not start at 0": Mistake(
@@ -51,14 +51,14 @@ MISTAKES = {
     ),
     "law 4: only the first adapter acts": Mistake(
         "lora/layers.py",
-        "y = self.base(x)\n        for name in self.active:",
-        "y = self.base(x)\n        for name in self.active[:1]:",
+        "y = apply_weight(self.base, x, self.base.bias)\n        for name in self.active:",
+        "y = apply_weight(self.base, x, self.base.bias)\n        for name in self.active[:1]:",
         "test_layers.py::test_adapters_add_by_concatenating_ranks",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
         "lora/functional.py",
-        "F.linear(scale * F.linear(x, lora_A), lora_B)",
-        "F.linear(scale * F.linear(x, lora_A).detach() + F.linear(x, lora_A - lora_A.detach()), lora_B)",
+        "dh = ctx.scale * (dy @ lora_B.to(dy.dtype))",
+        "dh = dy @ lora_B.to(dy.dtype)",
         "test_layers.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none",
     ),
     "law 6: of two levels as near the higher one": Mistake(
@@ -69,8 +69,8 @@ MISTAKES = {
     ),
     "law 6: the absmax of another block": Mistake(
         "quant/nf4.py",
-        "mul_(scales[: whole // block_size].unsqueeze(1))",
-        "mul_(scales[: whole // block_size].roll(1).unsqueeze(1))",
+        "mul_(largest[: whole // block_size].unsqueeze(1))",
+        "mul_(largest[: whole // block_size].roll(1).unsqueeze(1))",
         "test_nf4.py::test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounded_then",
     ),
     "law 8: a mean of means": Mistake(

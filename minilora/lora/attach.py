@@ -13,6 +13,7 @@ from minilora.errors import TargetError, TrainingError
 from minilora.lora.config import LoraConfig, select_targets
 from minilora.lora.initialize import initial_factors
 from minilora.lora.layers import AdapterLinear, LoRALinear
+from minilora.quant.linear import Linear, NF4Linear, dense_weight
 
 
 class ParameterCount(NamedTuple):
@@ -98,7 +99,8 @@ def detach(model: nn.Module) -> None:
 def merge(model: nn.Module) -> None:
     """Fold the active adapters into the weights, W ← merged_weight(), and leave plain linears.
 
-    A weight that was shared with another module is not shared any more: the other module keeps W.
+    A base in four bits becomes dense, also where it has no adapter: what comes out is one kind of model. A weight that
+    was shared with another module is not shared any more: the other module keeps W.
 
     Raises:
         TargetError: there is no adapter, or none is active.
@@ -112,9 +114,13 @@ def merge(model: nn.Module) -> None:
             if not all(bool(factor.isfinite().all()) for factor in (layer.lora_A[name], layer.lora_B[name])):
                 raise TrainingError(f"{path}: adapter {name!r} holds numbers that are not finite; nothing was merged")
     for layer in layers.values():
-        if layer.active:
+        if layer.active and isinstance(layer.base, NF4Linear):
+            layer.base = _dense(layer.merged_weight(), layer.base.bias)
+        elif layer.active:
             layer.base.weight = nn.Parameter(layer.merged_weight().detach(), requires_grad=False)
     detach(model)
+    packed = {base for base in linear_layers(model).values() if isinstance(base, NF4Linear)}
+    _replace(model, {base: _dense(dense_weight(base), base.bias) for base in packed})
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -163,13 +169,13 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLinear)}
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """Path -> linear, adapted or not. Subclasses of `nn.Linear` are left out: they may compute something else."""
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Linear] = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterLinear):
             found[path] = module.base
-        elif type(module) is nn.Linear and path and path.removesuffix(".base") not in found:
+        elif type(module) in (nn.Linear, NF4Linear) and path and path.removesuffix(".base") not in found:
             found[path] = module
     return found
 
@@ -187,6 +193,15 @@ def _replace(model: nn.Module, substitutes: Mapping[nn.Module, nn.Module]) -> No
         for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of one child
             if child is not None and child in substitutes and parent is not substitutes[child]:
                 setattr(parent, name, substitutes[child])
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen plain linear of these numbers."""
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
 
 def _head_path(model: nn.Module) -> str | None:

@@ -23,6 +23,7 @@ from minilora.errors import ConfigError, FormatError, TargetError
 from minilora.hub import fetch, unpinned, with_revision
 from minilora.lora.attach import adapter_layers, linear_layers, place
 from minilora.lora.config import LoraConfig
+from minilora.quant.linear import Linear, dense_weight
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -231,7 +232,7 @@ def read_factors(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {where: (pair["lora_A"], pair["lora_B"]) for where, pair in parts.items()}
 
 
-def _check_fit(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], linears: Mapping[str, nn.Linear]) -> None:
+def _check_fit(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], linears: Mapping[str, Linear]) -> None:
     problems = []
     for where, (lora_A, lora_B) in factors.items():
         if where not in linears:
@@ -248,12 +249,12 @@ def _check_fit(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], linears
         raise TargetError(f"{path} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
 
 
-def _check_copies(path: Path, linears: Mapping[str, nn.Linear]) -> None:
+def _check_copies(path: Path, linears: Mapping[str, Linear]) -> None:
     """PEFT adds a copy of the base's weight where the head is adapted: it must be the weight that the model has."""
     file = TensorFile(path)
     for name in file.shapes:
         if copied := re.fullmatch(BASE_COPY, name):
-            base = linears[copied[1]].weight if copied[1] in linears else None
+            base = dense_weight(linears[copied[1]]) if copied[1] in linears else None
             if base is None or not torch.equal(file.read(name).to(base.device, base.dtype), base):
                 raise TargetError(f"{path}: {name} is not the weight of this model; the adapter was made for another")
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -31,13 +33,48 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
 
 def lora_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """Δy = s·(x Aᵀ) Bᵀ  [LoRA eq. 3].
+    """Δy = s·(x Aᵀ) Bᵀ  [LoRA eq. 3], computed in the dtype of x, whatever that of A and B.
 
     Scaled in the middle, where a row has r numbers and not `out`.
 
     Shapes: x (N, in), lora_A (r, in), lora_B (out, r) -> (N, out)
     """
-    return F.linear(scale * F.linear(x, lora_A), lora_B)
+    return _Branch.apply(x, lora_A, lora_B, scale)[0]
+
+
+class _Branch(torch.autograd.Function):
+    """h = s·x Aᵀ, Δy = h Bᵀ;  dB = dyᵀ h,  dh = s·dy B,  dA = dhᵀ x,  dx = dh A.
+
+    Saved are x, h and the adapter itself. Autograd alone would also keep A and B in the dtype of x, for every layer.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        h = scale * F.linear(x, lora_A.to(x.dtype))
+        return F.linear(h, lora_B.to(x.dtype)), h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, lora_A, lora_B, ctx.scale = inputs
+        ctx.save_for_backward(x, lora_A, lora_B, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, h = ctx.saved_tensors
+        needs_dx, needs_dA, needs_dB, _ = ctx.needs_input_grad
+        dh = ctx.scale * (dy @ lora_B.to(dy.dtype))
+        dx = dh @ lora_A.to(dh.dtype) if needs_dx else None
+        dA = (_rows(dh).T @ _rows(x)).to(lora_A.dtype) if needs_dA else None
+        dB = (_rows(dy).T @ _rows(h)).to(lora_B.dtype) if needs_dB else None
+        return dx, dA, dB, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., D) -> (N, D)."""
+    return x.reshape(-1, x.size(-1))
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:

@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, TargetError
 from minilora.lora.config import LoraConfig
 from minilora.lora.functional import keyed_dropout, lora_branch, lora_delta, lora_scale
+from minilora.quant.linear import Linear, apply_weight, dense_weight
 
 
 class AdapterLinear(nn.Module, ABC):
     """A base linear and its adapters, by name (abstract).
 
     Adapters are kept in their own dtype, float32 unless asked otherwise, and are cast to the dtype of x where they are
-    used (`factors`): the forward pass has no other cast.
+    used (`lora_branch`): the forward pass has no other cast.
 
     Args:
         base: the linear to adapt; it is held, not copied.
         path: its path in the model, which is part of the dropout's key.
     """
 
-    def __init__(self, base: nn.Linear, path: str):
+    def __init__(self, base: Linear, path: str):
         super().__init__()
         self.base = base
         self.path = path
@@ -50,15 +51,11 @@ class AdapterLinear(nn.Module, ABC):
         """
         if name in self.configs:
             raise TargetError(f"{self.path} has an adapter {name!r} already; it has {sorted(self.configs)}")
-        device = self.base.weight.device
+        device = next(self.base.parameters()).device
         self.lora_A[name] = nn.Parameter(lora_A.to(device))
         self.lora_B[name] = nn.Parameter(lora_B.to(device))
         self.configs[name] = config
         self.scales[name] = lora_scale(lora_A.size(0), config.alpha(self.path), config.use_rslora)
-
-    def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) in the dtype of the computation."""
-        return self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
 
     def dropped(self, x: Tensor, name: str) -> Tensor:
         """What the adapter's branch sees of x: all of it, but for dropout in training.
@@ -95,15 +92,16 @@ class LoRALinear(AdapterLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y = apply_weight(self.base, x, self.base.bias)
         for name in self.active:
-            y = y + lora_branch(self.dropped(x, name), *self.factors(name, x.dtype), self.scales[name])
+            y = y + lora_branch(self.dropped(x, name), self.lora_A[name], self.lora_B[name], self.scales[name])
         return y
 
     def merged_weight(self) -> Tensor:
         """W + Σ s·B A, summed in the wider of the two dtypes and rounded once."""
-        weight = self.base.weight
+        base = weight = dense_weight(self.base)
         for name in self.active:
-            wide = torch.promote_types(weight.dtype, self.lora_A[name].dtype)
-            weight = weight + lora_delta(*self.factors(name, wide), self.scales[name])
-        return weight.to(self.base.weight.dtype)
+            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+            wide = torch.promote_types(weight.dtype, lora_A.dtype)
+            weight = weight + lora_delta(lora_A.to(wide), lora_B.to(wide), self.scales[name])
+        return weight.to(base.dtype)

@@ -1,16 +1,19 @@
 """A frozen linear whose weight is four bits a number, and its gradient.
 
-    y = x Wᵀ + b,  dx = dy W,   W = dequantize(packed, absmax)
+    y = x Wᵀ + b,  dx = dy W,   W = unpack(packed, absmax, …)
 
 W is made where it is used and let go. Autograd would keep it: to compute dx it saves the W of every layer until the
 backward pass, and the model is in memory as if it had never been quantized. So the product has a function of its own,
 which saves the packed weight and makes W again. x is not saved at all: W is frozen, so nothing needs it.
 
-    N rows (out), K columns (in), B block size, M tokens
+Whoever adapts a linear uses `dense_weight` and `apply_weight`, and never has to know which kind it is.
+
+    N rows (out), K columns (in)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,89 +21,107 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora.quant.nf4 import BLOCK_SIZE, dequantize, dequantize_absmax, quantize, quantize_absmax
+from minilora.quant.nf4 import Layout, Packed, pack, unpack
 
 
 class NF4Linear(nn.Module):
-    """x ↦ dequantize(packed, absmax) x + b, frozen (final).
+    """x ↦ W x + b with a packed W, frozen (final).
 
     What is stored are frozen parameters, rows first where a row is whole blocks, so that they can be sharded by rows.
 
     Args:
-        weight: (N, K), of any float dtype.
+        parts: the packed weight.
+        layout: its shape and what else belongs to it.
         bias: (N) or None; it is held, not copied.
-        is_double: quantize the absmaxes, too: 4.127 bits a weight instead of 4.5.
-        dtype: of the dequantized weight, that is of the computation.
-
-    Raises:
-        TrainingError: the weight is not finite.
+        dtype: of the dense weight, that is of the computation.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, is_double: bool = True, dtype: torch.dtype | None = None):
+    def __init__(self, parts: Packed, layout: Layout, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.dtype = dtype or weight.dtype
-        packed, absmax = quantize(weight)
-        by_rows = self.in_features % BLOCK_SIZE == 0
-        self.packed = _frozen(packed.view(self.out_features, -1) if by_rows else packed)
-        self.scales: nn.Parameter | None = None
-        self.offset: nn.Parameter | None = None
-        if is_double:
-            absmax, scales, offset = quantize_absmax(absmax)
-            self.scales, self.offset = _frozen(scales), _frozen(offset)
-        self.absmax = _frozen(absmax.view(self.out_features, -1) if by_rows else absmax)
+        self.layout, self.dtype = layout, dtype
+        self.out_features, self.in_features = layout.shape
+        rows = (self.out_features, -1) if self.in_features % layout.block_size == 0 else (-1,)
+        self.packed = _frozen(parts.packed.view(rows))
+        self.absmax = _frozen(parts.absmax.view(rows))
+        self.scales = None if parts.scales is None else _frozen(parts.scales)
+        self.offset = None if parts.offset is None else _frozen(parts.offset)
         self.bias = None if bias is None else _frozen(bias.detach())
+
+    @classmethod
+    def quantize(
+        cls, weight: Tensor, bias: Tensor | None = None, double_quant: bool = True, dtype: torch.dtype | None = None
+    ) -> NF4Linear:
+        """The linear of a dense weight (N, K); it computes in the weight's dtype if no other is named.
+
+        Raises:
+            TrainingError: a weight is not finite.
+        """
+        N, K = weight.shape
+        return cls(pack(weight, double_quant), Layout((N, K), weight.dtype), bias, dtype or weight.dtype)
+
+    @property
+    def parts(self) -> Packed:
+        """The packed weight, as it lies."""
+        return Packed(self.packed, self.absmax, self.scales, self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in the dtype of the computation."""
-        shape = self.out_features, self.in_features
-        return _Product.apply(x.to(self.dtype), self.packed, self.absmax, self.scales, self.offset, self.bias, shape)
+        return apply_weight(self, x, self.bias)
 
-    def dense_weight(self) -> Tensor:
-        """W, (N, K), in the dtype of the computation."""
-        shape = self.out_features, self.in_features
-        return _dense(self.packed, self.absmax, self.scales, self.offset, shape, self.dtype)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        """`.to(dtype)` and its like mean the computation; what says which numbers W has is moved, never rounded."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype or tensor is self.bias else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+Linear = nn.Linear | NF4Linear
+
+
+def dense_weight(base: Linear) -> Tensor:
+    """W of a linear, (N, K), in the dtype of the computation."""
+    return unpack(base.parts, base.layout, base.dtype) if isinstance(base, NF4Linear) else base.weight
+
+
+def apply_weight(base: Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ, with a bias if one is given: (..., K) -> (..., N)."""
+    if isinstance(base, NF4Linear):
+        return _Product.apply(x.to(base.dtype), bias, base.layout, *base.parts)
+    return F.linear(x, base.weight, bias)
 
 
 class _Product(torch.autograd.Function):
-    """y = x Wᵀ + b, and dx = dy W with W made again: what is saved is what is stored. x needs not be."""
+    """y = x Wᵀ + b, and dx = dy W with W made again: what is saved is what is stored."""
 
     @staticmethod
     def forward(
         x: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
         packed: Tensor,
         absmax: Tensor,
         scales: Tensor | None,
         offset: Tensor | None,
-        bias: Tensor | None,
-        shape: tuple[int, int],
     ) -> Tensor:
-        return F.linear(x, _dense(packed, absmax, scales, offset, shape, x.dtype), None if bias is None else bias.to(x))
+        weight = unpack(Packed(packed, absmax, scales, offset), layout, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, packed, absmax, scales, offset, _, ctx.shape = inputs
-        ctx.save_for_backward(packed, absmax, scales, offset)
+        _, _, ctx.layout, *parts = inputs
+        ctx.save_for_backward(*parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         packed, absmax, scales, offset = ctx.saved_tensors
-        return dy @ _dense(packed, absmax, scales, offset, ctx.shape, dy.dtype), None, None, None, None, None, None
-
-
-def _dense(
-    packed: Tensor,
-    absmax: Tensor,
-    scales: Tensor | None,
-    offset: Tensor | None,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    absmax = absmax.reshape(-1)
-    if scales is not None and offset is not None:
-        absmax = dequantize_absmax(absmax, scales, offset)
-    return dequantize(packed, absmax, shape, dtype)
+        dx = dy @ unpack(Packed(packed, absmax, scales, offset), ctx.layout, dy.dtype)
+        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, db, *(None,) * 5
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -23,8 +23,10 @@ rows laid end to end, and a quotient that is midway between two levels gets the 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +40,57 @@ LEVELS = (
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+# Of files in bitsandbytes' older format, which are read only; the second half is the first with a minus.
+FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share an absmax; absmaxes that share a scale
-TILE = 2**17  # weights that are worked on at a time, in memory that stays in the processor's cache
+TILE = 2**17  # weights that are worked on at a time on the CPU, in memory that stays in its cache
 SMALLEST = 1e-38  # what is divided by at least: an absmax of 0 has only zeros to divide
 CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
 Rounding = Literal["cpu", "cuda"]
+QuantType = Literal["nf4", "fp4"]
+
+
+class Packed(NamedTuple):
+    """A weight in four bits: two of them a byte, and with each block's absmax.
+
+    With double quantization `absmax` holds codes, and `scales` and `offset` are theirs; without, it is float32.
+
+    Shapes: packed (⌈n/2⌉), absmax (b), scales (⌈b/256⌉), offset ()
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    scales: Tensor | None
+    offset: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the numbers do not tell of a packed weight; `dtype` is the one that it had."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block_size: int = BLOCK_SIZE
+    quant_type: QuantType = "nf4"
+
+
+def pack(weight: Tensor, double_quant: bool = True) -> Packed:
+    """A weight (N, K) in 4.127 bits a number, or without double quantization in 4.5.
+
+    Raises:
+        TrainingError: a weight is not finite.
+    """
+    packed, absmax = quantize(weight)
+    return Packed(packed, *(quantize_absmax(absmax) if double_quant else (absmax, None, None)))
+
+
+def unpack(parts: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) that is meant, in `dtype`."""
+    packed, absmax, scales, offset = parts
+    absmax = absmax.reshape(-1)
+    if scales is not None and offset is not None:
+        absmax = dequantize_absmax(absmax, scales, offset)
+    return dequantize(packed, absmax, layout.shape, dtype, layout.block_size, layout.quant_type)
 
 
 def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
@@ -62,18 +110,18 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), device=flat.device)
-    tables = _cell_tables(flat.device)
-    for begin in range(0, n, TILE):
-        x = flat[begin : begin + TILE].to(torch.float32, copy=True)
+    tables, tile = _cell_tables(flat.device), _tile(flat.device)
+    for begin in range(0, n, tile):
+        x = flat[begin : begin + tile].to(torch.float32, copy=True)
         whole = x.numel() // block_size * block_size
         blocks, rest = x[:whole].view(-1, block_size), x[whole:]
-        scales = absmax[begin // block_size :][: -(-x.numel() // block_size)]
-        torch.amax(blocks.abs(), dim=1, out=scales[: len(blocks)])
-        blocks *= scales[: len(blocks)].clamp(min=SMALLEST).reciprocal_().unsqueeze(1)
+        largest = absmax[begin // block_size :][: -(-x.numel() // block_size)]
+        torch.amax(blocks.abs(), dim=1, out=largest[: len(blocks)])
+        blocks *= largest[: len(blocks)].clamp(min=SMALLEST).reciprocal_().unsqueeze(1)
         if rest.numel():
-            scales[-1] = rest.abs().amax().clamp(min=SMALLEST)
-            rest /= scales[-1].clone()
-        if not scales.isfinite().all():
+            largest[-1] = rest.abs().amax().clamp(min=SMALLEST)
+            rest /= largest[-1].clone()
+        if not (largest.is_meta or largest.isfinite().all()):
             raise TrainingError("a weight that is not finite cannot be quantized")
         codes = _codes(x.clamp_(-1, 1), *tables)
         if codes.numel() % 2:
@@ -108,38 +156,55 @@ def _cell(x: Tensor) -> Tensor:
 
 
 def dequantize(
-    packed: Tensor, absmax: Tensor, shape: Sequence[int], dtype: torch.dtype, block_size: int = BLOCK_SIZE
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int = BLOCK_SIZE,
+    quant_type: QuantType = "nf4",
 ) -> Tensor:
     """w = level[code] · absmax_b: one product in float32, rounded once to `dtype`.
 
-    A table gives both levels of a byte at a time.
+    A table gives both levels of a byte at a time. Nothing but w itself is larger than a tile.
 
     Shapes: packed (⌈n/2⌉), absmax (b) -> shape
     Dtype: dtype
     """
-    n = math.prod(shape)
+    n, tile = math.prod(shape), _tile(packed.device)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
-    table = _pairs(packed.device)
-    packed = packed.reshape(-1)
-    for begin in range(0, n, TILE):
-        w = table.index_select(0, packed[begin // 2 : (begin + TILE) // 2].int()).view(torch.float32)[: n - begin]
+    table = PAIRS[quant_type].to(packed.device)
+    packed, half = packed.reshape(-1), (min(tile, n) + 1) // 2
+    byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
+    for begin in range(0, n, tile):
+        part = packed[begin // 2 : (begin + tile) // 2]
+        torch.index_select(table, 0, byte[: len(part)].copy_(part), out=pair[: len(part)])
+        w = pair[: len(part)].view(torch.float32)[: n - begin]
         whole = w.numel() // block_size * block_size
-        scales = absmax[begin // block_size :]
-        w[:whole].view(-1, block_size).mul_(scales[: whole // block_size].unsqueeze(1))
+        largest = absmax[begin // block_size :]
+        w[:whole].view(-1, block_size).mul_(largest[: whole // block_size].unsqueeze(1))
         if whole < w.numel():
-            w[whole:] *= scales[whole // block_size]
+            w[whole:] *= largest[whole // block_size]
         weight[begin : begin + w.numel()] = w
     return weight.view(*shape)
 
 
-def _pairs(device: torch.device) -> Tensor:
-    """For each byte the two levels of its halves, float32, as one int64."""
-    byte = torch.arange(256, device=device)
-    levels = torch.tensor(LEVELS, device=device)
-    return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
+def _pairs(levels: Sequence[float]) -> Tensor:
+    """For each byte the levels of its two halves, float32, as one int64."""
+    byte, table = torch.arange(256), torch.tensor(levels, dtype=torch.float32)
+    return torch.stack((table[byte >> 4], table[byte & 15]), dim=1).view(torch.int64).squeeze(1)
 
 
-def dynamic_map(device: torch.device | None = None) -> Tensor:
+def _tile(device: torch.device) -> int:
+    """How many weights to work on at a time.
+
+    What is compiled is one expression, and elsewhere than on the CPU few launches count more than a cache.
+    """
+    if torch.compiler.is_compiling():
+        return sys.maxsize
+    return TILE if device.type == "cpu" else 128 * TILE
+
+
+def _dynamic_map() -> Tensor:
     """The 256 levels of the second quantization, rising: 0, 1, and ±10^(i-6)·m for i = 0 … 6  [8-bit].
 
     m are the midpoints of 2^i equal parts of [0.1, 1].
@@ -151,7 +216,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
         edges = torch.linspace(0.1, 1, 2**i + 1)
         means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         levels += [means, -means]
-    return torch.cat(levels).sort().values.to(device)
+    return torch.cat(levels).sort().values
 
 
 def quantize_absmax(absmax: Tensor, rounding: Rounding = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +232,7 @@ def quantize_absmax(absmax: Tensor, rounding: Rounding = "cpu") -> tuple[Tensor,
     blocks = F.pad(rest, (0, -rest.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
     x = (blocks * scales.reciprocal().unsqueeze(1)).view(-1)[: rest.numel()].clamp(-1, 1)
-    levels = dynamic_map(absmax.device)
+    levels = DYNAMIC_MAP.to(absmax.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
     if rounding == "cpu":  # the place of x among 65,536; its value stands for x. A block of zeros has place 0
         place = ((x.nan_to_num(-1) + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
@@ -180,5 +245,11 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
     Shapes: codes (b), scales (⌈b/256⌉), offset () -> (b)
     """
-    levels = dynamic_map(codes.device).index_select(0, codes.int())
+    levels = DYNAMIC_MAP.to(codes.device).index_select(0, codes.int())
     return levels * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
+
+
+# Tables, made once. What is made of them is on their users' devices.
+with torch.device("cpu"):
+    PAIRS = {"nf4": _pairs(LEVELS), "fp4": _pairs(FP4_LEVELS)}
+    DYNAMIC_MAP = _dynamic_map()
