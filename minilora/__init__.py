@@ -23,6 +23,7 @@ from minilora.lora.files import load_adapter, save_adapter
 from minilora.model.checkpoint import load_model, save_model
 from minilora.model.generate import generate
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
+from minilora.quant.config import QuantizeConfig
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.data import Dataset, Example, load_dataset
 from minilora.train.loop import TrainResult, train
@@ -37,6 +38,7 @@ __all__ = [
     "FormatError",
     "LoraConfig",
     "MiniloraError",
+    "QuantizeConfig",
     "ShapeError",
     "TargetError",
     "Tokenizer",

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 from minilora import ConfigError, FormatError, LoraConfig
 from minilora.model import checkpoint
-from minilora.model.checkpoint import DTYPES, INDEX, resolve_dtype
+from minilora.model.checkpoint import DTYPES, resolve_dtype
+from minilora.model.shards import INDEX, SHARD_BYTES
 from minilora.storage import read_json, write_json
 from tests.models import FAMILIES, SIZES, randomize_adapters_, tiny_model, token_ids
 from tests.tolerance import assert_maths
 
 SHARD = 9_000  # bytes: several shards for a tiny model
 families = pytest.mark.parametrize("family", FAMILIES)
-shards = pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, SHARD], ids=["single", "sharded"])
+shards = pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, SHARD], ids=["single", "sharded"])
 
 
 def same_state(one, other):
@@ -301,7 +302,7 @@ def large(tmp_path_factory):
     directory = tmp_path_factory.mktemp("large")
     write_json(directory / "config.json", LARGE)
     header, end = {}, 0
-    for name, parameter in checkpoint._skeleton(checkpoint.LlamaConfig.from_dict(LARGE)).named_parameters():
+    for name, parameter in checkpoint.skeleton(checkpoint.LlamaConfig.from_dict(LARGE)).named_parameters():
         header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [end, end + parameter.nbytes]}
         end += parameter.nbytes
     text = json.dumps(header).encode()

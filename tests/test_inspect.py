@@ -22,7 +22,7 @@ from minilora.inspect.run import run_facts
 from minilora.lora.attach import adapter_layers
 from minilora.lora.config import LoraConfig
 from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
-from minilora.model.checkpoint import INDEX
+from minilora.model.shards import INDEX
 from minilora.storage import write_json
 from tests.models import FAMILIES, randn, seeds, sizes, tiny_model
 from tests.test_data import CHATML, write_tokenizer

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minilora"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-CORE = ("lora/functional", "lora/layers", "lora/attach", "model/ops", "model/llama", "train/loop")
+CORE = (
+    *("lora/functional", "lora/layers", "lora/attach", "quant/nf4", "quant/linear"),
+    *("model/ops", "model/llama", "train/loop"),
+)
 
 # part -> what it may import of minilora, besides `errors`. The first row that fits a module holds.
 MAY_IMPORT = {
@@ -27,13 +30,15 @@ MAY_IMPORT = {
     "lora/config": (),
     "quant/nf4": (),
     "quant/linear": ("quant/nf4",),
+    "quant/config": ("quant/linear",),
+    "quant/files": ("quant/", "storage"),
     "model/ops": (),
     "model/rope": (),
     "model/template": ("model/sandbox",),
     "model/sandbox": (),
     "model/quote": (),
     "model/text": ("model/tokenizer",),
-    "model/config": ("model/rope",),
+    "model/config": ("model/rope", "quant/files"),
     "model/llama": ("model/ops", "model/config"),
     "model/": ("model/", "quant/", "hub", "storage"),
     "lora/": ("lora/", "quant/", "hub", "storage"),
@@ -46,7 +51,7 @@ MAY_IMPORT = {
     "inspect": ("inspect", "metrics", "run", "lora/", "model/", "train/", "hub", "storage"),
     "cli": ("cli", "inputs", "inspect", "metrics", "run", "lora/", "model/", "train/", "hub", "storage"),
     "__main__": ("cli",),
-    "__init__": ("lora/", "model/", "train/"),
+    "__init__": ("lora/", "model/", "quant/", "train/"),
 }
 
 

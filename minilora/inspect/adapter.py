@@ -35,7 +35,8 @@ from minilora.lora.files import (
     read_factors,
 )
 from minilora.lora.functional import lora_scale
-from minilora.model.checkpoint import load_model, tensor_files
+from minilora.model.checkpoint import load_model
+from minilora.model.shards import tensor_files
 from minilora.storage import TensorEntry, TensorFile, read_json
 
 # The adapter's own name may stand before "weight"; an embedding's factors have no "weight".

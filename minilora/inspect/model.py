@@ -8,7 +8,8 @@ from typing import Any
 
 from minilora.errors import MiniloraError
 from minilora.inspect.readers import minilora_problems, transformers_problems
-from minilora.model.checkpoint import load_model, tensor_files
+from minilora.model.checkpoint import load_model
+from minilora.model.shards import tensor_files
 from minilora.model.tokenizer import Tokenizer
 from minilora.storage import TensorEntry, read_json
 

@@ -1,7 +1,8 @@
-"""A model directory in and out: `config.json` and safetensors, single or sharded, one tensor at a time."""
+"""A model directory in and out: `config.json` and safetensors, single or sharded, one weight at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,88 +13,134 @@ from minilora.errors import ConfigError, FormatError
 from minilora.hub import locate
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
+from minilora.model.shards import SHARD_BYTES, tensor_files, write_shards
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import TensorFile, read_json, remove, shard_names, write_json, write_tensors
+from minilora.quant.config import Quantize, QuantizeConfig, describe
+from minilora.quant.files import (
+    is_four_bit,
+    packed_tensors,
+    packed_weights,
+    quantization_config,
+    read_layout,
+    read_packed,
+)
+from minilora.quant.linear import NF4Linear
+from minilora.storage import TensorFile, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
+REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
+Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
 
 def load_model(
-    name_or_path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    name_or_path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    quantize: QuantizeConfig | Quantize | None = None,
 ) -> Llama:
     """Build the model that a directory describes and read its weights straight into `dtype` on `device`.
 
-    Peak memory is the model and one tensor: the model is built without storage, and each tensor is mapped, copied and
-    let go.
+    Peak memory is the model and one tensor: the model is built without storage, and each tensor is mapped, copied or
+    quantized, and let go.
 
     Args:
         name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
-            or "org/name@revision"; the model's `name_or_path` names its commit.
+            or "org/name@revision"; the model's `name_or_path` names its commit. One that is quantized already, by
+            bitsandbytes in four bits, is loaded as it is.
         dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
+            4-bit weights are made dense in it; the head and what else is dense is held in it.
         device: where the model is to live.
+        quantize: "nf4" or a `QuantizeConfig`: hold the linears in four bits.
 
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
-        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype.
+        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype; it is quantized
+            already, and in another format than is asked for.
     """
-    location, device = locate(name_or_path, "model"), torch.device(device)
-    directory = location.path
-    source = read_json(directory / "config.json")
-    config = LlamaConfig.from_dict(source)
-    target = resolve_dtype(dtype, source, device)
-    model = _skeleton(config)
-    files = tensor_files(directory)
-    _check_names(directory, model, files)
-    for name in _stored_names(model):
-        tensor = files[name].read(name)
-        if tensor.dtype not in DTYPES.values():
-            raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
-        _assign(model, name, tensor.to(device, target, copy=True))
+    location = locate(name_or_path, "model")
+    model = skeleton(LlamaConfig.from_dict(read_json(location.path / "config.json")))
+    for name, weight in stored_weights(location.path, model, dtype, torch.device(device), quantize):
+        assign(model, name, weight)
     model.tie_weights()
     model.name_or_path = location.name
     return model.eval()
 
 
+def stored_weights(
+    directory: Path,
+    model: Llama,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    quantize: QuantizeConfig | Quantize | None,
+) -> Iterator[tuple[str, Weight]]:
+    """The weights in a directory, by the parameters' names, one after the other; `model` is its skeleton.
+
+    Arguments and errors are those of `load_model`; a tied head is not among them.
+    """
+    files = tensor_files(directory)
+    target = resolve_dtype(dtype, model.config.source, device)
+    packed = packed_weights(files)
+    _check_names(directory, model, files, packed)
+    chosen = _chosen(directory, model, packed, quantize)
+    for name in _stored_names(model):
+        if name in packed:
+            yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
+            continue
+        tensor = files[name].read(name)
+        if tensor.dtype not in DTYPES.values():
+            raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
+        if name in chosen:
+            yield name, NF4Linear.quantize(tensor.to(device), dtype=target)
+        else:
+            yield name, tensor.to(device, target, copy=True)
+
+
 def save_model(
-    model: Llama, path: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES
+    model: Llama,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    weights: Iterable[tuple[str, Weight]] | None = None,
 ) -> None:
     """Write a directory that transformers and `load_model` read: safetensors of at most `shard_bytes`, index, config.
 
-    A tied head is written once, as the embedding; one that is tied no longer, because an adapter was merged into it, is
-    written and named in `config.json`. The files appear one by one, each whole; weights of an earlier save that would
-    be read beside them go before `config.json`, which comes last.
+    4-bit linears are written in bitsandbytes' layout. A tied head is written once, as the embedding; one that is tied
+    no longer, because an adapter was merged into it, is written and named in `config.json`, which comes last.
+
+    Args:
+        model: what is written.
+        path: the directory.
+        tokenizer: its files are written beside the model.
+        shard_bytes: how large a file may be.
+        weights: its weights, if the model itself, on the device "meta", has none: names and weights one after the
+            other, as `stored_weights` gives them. Peak memory is one file's.
 
     Raises:
         ConfigError: adapters are attached: merge or detach them first, or save them with `save_adapter`.
     """
-    path, names = Path(path), _stored_names(model)
-    parameters = dict(model.named_parameters())
-    if unknown := sorted(set(parameters) - set(_skeleton(model.config).state_dict())):
+    path, own = Path(path), _weights(model)
+    if unknown := sorted(set(own) - set(skeleton(model.config).state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
-    shards = _shards(names, parameters, shard_bytes)
-    files = [_shard_file(i, len(shards)) for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        write_tensors(path / file, {name: parameters[name] for name in shard})
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(parameters[name].nbytes for name in names)
-        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        files.append(INDEX)
-    for old in [path / INDEX, path / "model.safetensors", *path.glob("model-*-of-*.safetensors")]:
-        if old.name not in files:
-            remove(old)
+    groups = (
+        packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
+        for name, weight in (weights or own.items())
+    )
+    write_shards(path, groups, shard_bytes)
     if tokenizer is not None:
         tokenizer.save(path)
-    dtype = str(parameters[names[0]].dtype).removeprefix("torch.")
-    source = {key: value for key, value in model.config.source.items() if key not in ("dtype", "torch_dtype")}
-    now = {"tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight, "dtype": dtype}
+    embedding = model.model.embed_tokens.weight
+    source = {key: value for key, value in model.config.source.items() if key not in REWRITTEN}
+    now = {
+        "tie_word_embeddings": model.lm_head.weight is embedding,
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+    }
+    if quantization := quantization_config(describe(_linears(model), "lm_head"), embedding.dtype):
+        now["quantization_config"] = quantization
     write_json(path / "config.json", {"architectures": [_architecture(model.config)], **source, **now})
 
 
-def resolve_dtype(dtype: torch.dtype | str, source: dict[str, Any], device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
     """The dtype to compute in.
 
     "auto" is the checkpoint's own, with two exceptions. float16 becomes bfloat16: its range is too small to train in
@@ -117,25 +164,17 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def tensor_files(directory: Path) -> dict[str, TensorFile]:
-    """Tensor name -> the file that holds it."""
-    index = directory / INDEX
-    if not index.is_file():
-        file = TensorFile(directory / "model.safetensors")
-        return dict.fromkeys(file.shapes, file)
-    weight_map = shard_names(index)
-    shards = {name: TensorFile(directory / name) for name in sorted(set(weight_map.values()))}
-    if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
-        raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
-    return {name: shards[shard] for name, shard in weight_map.items()}
-
-
-def _check_names(directory: Path, model: Llama, files: dict[str, TensorFile]) -> None:
+def _check_names(
+    directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
+) -> None:
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    needed = _stored_names(model)
-    problems = [f"missing: {name} {expected[name]}" for name in needed if name not in files]
+    stored = _stored_names(model)
+    problems = [f"missing: {name} {expected[name]}" for name in stored if name not in files]
+    parts = {part for parts in packed.values() for part in parts}
     for name, file in files.items():
-        found = file.shapes[name]
+        if name in parts and name not in packed:
+            continue
+        found = read_layout(files[packed[name][0]], packed[name][0])[0].shape if name in packed else file.shapes[name]
         if name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):  # old Llama files store a table that follows from the config
                 problems.append(f"unexpected: {name} {found}")
@@ -145,38 +184,64 @@ def _check_names(directory: Path, model: Llama, files: dict[str, TensorFile]) ->
         raise FormatError(f"{directory}: the tensors do not fit config.json:\n  " + "\n  ".join(problems))
 
 
+def _chosen(
+    directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], quantize: QuantizeConfig | Quantize | None
+) -> set[str]:
+    """The names of the weights to quantize: none, where they are packed already.
+
+    Raises:
+        ConfigError: they are packed in another format than is asked for.
+        FormatError: the config says that they are packed, and none is; or the other way round.
+    """
+    config = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
+    if is_four_bit(model.config.source) != bool(packed):
+        raise FormatError(
+            f"{directory}: config.json and the tensors disagree: quantization_config is "
+            f"{model.config.source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
+        )
+    linears = [path for path in _linears(model) if path != "lm_head"]
+    if not packed:
+        return {f"{path}.weight" for path in config.chosen(linears)}
+    kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
+    if config.quantize != "none" and kinds != {config.quantize}:
+        raise ConfigError(f"{directory}: is quantized already, as {sorted(kinds)}; --quantize none takes it as it is")
+    return set()
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)}
+
+
+def _weights(model: nn.Module) -> dict[str, Weight]:
+    """The parameters by name; in place of what a packed weight consists of, its linear by the weight's name."""
+    packed = {f"{path}.weight": linear for path, linear in _linears(model).items() if isinstance(linear, NF4Linear)}
+    weights: dict[str, Weight] = {}
+    for name, parameter in model.named_parameters():
+        own = f"{name.rpartition('.')[0]}.weight"
+        weights |= {own: packed[own]} if own in packed and not name.endswith(".bias") else {name: parameter}
+    return weights
+
+
 def _stored_names(model: nn.Module) -> list[str]:
     """The parameters' names, a tied head left out: it is stored as the embedding."""
     return [name for name, _ in model.named_parameters()]
 
 
-def _skeleton(config: LlamaConfig) -> Llama:
+def skeleton(config: LlamaConfig) -> Llama:
     """The model without storage: names and shapes only."""
     with torch.device("meta"):
         return Llama(config)
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
-
-
-def _shards(names: list[str], parameters: dict[str, nn.Parameter], limit: int) -> list[list[str]]:
-    """Fill shards in order; a tensor larger than the limit gets one of its own."""
-    shards: list[list[str]] = [[]]
-    room = limit
-    for name in names:
-        size = parameters[name].nbytes
-        if size > room and shards[-1]:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
-def _shard_file(index: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def assign(model: nn.Module, name: str, weight: Weight) -> None:
+    """Put a weight where its name says; a packed one comes with its linear, which takes over the bias."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(weight, NF4Linear):
+        weight.bias = owner._parameters["bias"]
+        model.set_submodule(path, weight)
+    else:
+        setattr(owner, leaf, nn.Parameter(weight))
 
 
 def _architecture(config: LlamaConfig) -> str:

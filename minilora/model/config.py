@@ -13,6 +13,7 @@ from typing import Any
 
 from minilora.errors import ConfigError
 from minilora.model.rope import Rope, is_positive
+from minilora.quant.files import is_four_bit
 
 FAMILIES: dict[str, dict[str, Any]] = {  # the values of keys that a config.json leaves out
     "llama": {"max_position_embeddings": 2048},
@@ -154,8 +155,8 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if values["hidden_act"] not in ("silu", "swish"):
         bad.append(f"hidden_act: found {values['hidden_act']!r}, supported is 'silu'")
-    if values.get("quantization_config") is not None:
-        bad.append("quantization_config: quantized checkpoints cannot be read; give the 16-bit one")
+    if values.get("quantization_config") is not None and not is_four_bit(values):
+        bad.append("quantization_config: of quantized checkpoints only bitsandbytes' 4-bit ones can be read")
     if bad:
         raise ConfigError("config.json cannot be used:\n  " + "\n  ".join(bad))
 

@@ -109,14 +109,24 @@ def _visible(length: int, total: int, window: int | None, device: torch.device) 
 def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """Σ over labelled rows of -log softmax(head(h))[label]: a sum, so that batches add up.
 
-    The head sees labelled rows only, `HEAD_CHUNK` at a time, and each chunk's gradient is made while its logits are
-    still alive, so full logits never exist. The head is called as a module: adapted, tied or trained ones work alike.
+    The head sees labelled rows only: which they are is found here, the rest is `labelled_cross_entropy`.
 
     Shapes: hidden (N, D), labels (N) -> ()
     Dtype: float32 (float64 for a float64 hidden)
     """
     labelled = labels != IGNORE_INDEX
-    hidden, labels = hidden[labelled], labels[labelled]
+    return labelled_cross_entropy(hidden[labelled], labels[labelled], head)
+
+
+def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """Σ -log softmax(head(h))[label] over rows that all have a label.
+
+    The head sees `HEAD_CHUNK` rows at a time, and each chunk's gradient is made while its logits are still alive, so
+    full logits never exist. The head is called as a module: adapted, tied or trained ones work alike.
+
+    Shapes: hidden (N, D), labels (N) -> ()
+    Dtype: float32 (float64 for a float64 hidden)
+    """
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)[0]

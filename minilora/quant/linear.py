@@ -45,7 +45,7 @@ class NF4Linear(nn.Module):
         self.absmax = _frozen(parts.absmax.view(rows))
         self.scales = None if parts.scales is None else _frozen(parts.scales)
         self.offset = None if parts.offset is None else _frozen(parts.offset)
-        self.bias = None if bias is None else _frozen(bias.detach())
+        self.bias: nn.Parameter | None = None if bias is None else _frozen(bias.detach())
 
     @classmethod
     def quantize(

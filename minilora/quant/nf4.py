@@ -40,9 +40,10 @@ LEVELS = (
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# Of files in bitsandbytes' older format, which are read only; the second half is the first with a minus.
+# Of bitsandbytes' other format, which is read only: a sign and three bits.
 FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share an absmax; absmaxes that share a scale
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has
 TILE = 2**17  # weights that are worked on at a time on the CPU, in memory that stays in its cache
 SMALLEST = 1e-38  # what is divided by at least: an absmax of 0 has only zeros to divide
 CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
@@ -104,7 +105,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
         ConfigError: the block size is not a power of two from 32 to 4096.
         TrainingError: a weight is not finite.
     """
-    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if block_size not in BLOCK_SIZES:
         raise ConfigError(f"block_size is {block_size}, need a power of two from 32 to 4096")
     flat = weight.detach().reshape(-1)
     n = flat.numel()
@@ -188,10 +189,10 @@ def dequantize(
     return weight.view(*shape)
 
 
-def _pairs(levels: Sequence[float]) -> Tensor:
+def _pairs(levels: Tensor) -> Tensor:
     """For each byte the levels of its two halves, float32, as one int64."""
-    byte, table = torch.arange(256), torch.tensor(levels, dtype=torch.float32)
-    return torch.stack((table[byte >> 4], table[byte & 15]), dim=1).view(torch.int64).squeeze(1)
+    byte = torch.arange(256)
+    return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
 
 
 def _tile(device: torch.device) -> int:
@@ -251,5 +252,6 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
 # Tables, made once. What is made of them is on their users' devices.
 with torch.device("cpu"):
-    PAIRS = {"nf4": _pairs(LEVELS), "fp4": _pairs(FP4_LEVELS)}
+    CODEBOOKS = {"nf4": torch.tensor(LEVELS), "fp4": torch.tensor(FP4_LEVELS)}
+    PAIRS = {name: _pairs(levels) for name, levels in CODEBOOKS.items()}
     DYNAMIC_MAP = _dynamic_map()

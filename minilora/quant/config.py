@@ -1,0 +1,72 @@
+"""Which linears of a model are quantized, and how: `QuantizeConfig`, whose fields are the command line's flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from minilora.errors import ConfigError
+from minilora.quant.linear import NF4Linear
+
+Quantize = Literal["none", "nf4"]
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How the weights of a base model are held.
+
+    Raises:
+        ConfigError: a value that is not supported.
+    """
+
+    quantize: Quantize = field(
+        default="none",
+        metadata={"help": "hold the base model's linears in four bits a weight, all but the head"},
+    )
+    double_quant: bool = field(
+        default=True, metadata={"help": "quantize the scales, too: 4.127 bits a weight instead of 4.5"}
+    )
+    quantize_skip: tuple[str, ...] = field(
+        default=(), metadata={"help": "modules that stay dense: paths, or what they begin or end in, such as down_proj"}
+    )
+
+    def __post_init__(self) -> None:
+        names = self.quantize_skip
+        object.__setattr__(self, "quantize_skip", (names,) if isinstance(names, str) else tuple(names))
+        if self.quantize not in get_args(Quantize):
+            raise ConfigError(f"quantize is {self.quantize!r}, accepted are {list(get_args(Quantize))}")
+
+    def chosen(self, linears: Sequence[str]) -> list[str]:
+        """Those of the linears (paths) that are to be quantized.
+
+        Raises:
+            ConfigError: an entry of `quantize_skip` names none of them.
+        """
+        if self.quantize == "none":
+            return []
+        for entry in self.quantize_skip:
+            if not any(_names(entry, path) for path in linears):
+                kinds = sorted({path.rpartition(".")[2] for path in linears})
+                raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
+        return [path for path in linears if not any(_names(entry, path) for entry in self.quantize_skip)]
+
+
+def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
+    """How a model's linears (path -> linear) are held, in the words of the flags; `head` is always dense."""
+    packed = next((linear for linear in linears.values() if isinstance(linear, NF4Linear)), None)
+    if packed is None:
+        return {"quantize": "none"}
+    dense = [path for path, linear in linears.items() if not isinstance(linear, NF4Linear) and path != head]
+    layout = packed.layout
+    return {
+        "quantize": layout.quant_type,
+        "double_quant": packed.scales is not None,
+        "block_size": layout.block_size,
+        "quantize_skip": dense,
+    }
+
+
+def _names(entry: str, path: str) -> bool:
+    """Whole components at the beginning or the end of a path."""
+    return path == entry or path.startswith(entry + ".") or path.endswith("." + entry)

@@ -1,0 +1,166 @@
+"""How much memory training takes, told without taking it.
+
+The model's own forward pass, loss and backward pass run on stand-ins: tensors with shape, dtype and device, but without
+numbers. Meanwhile an account is kept of all storages that live. So there is no second description of the model that
+could drift from it, and what PyTorch's autograd keeps is found and not guessed.
+
+What a kernel takes and gives back within itself is not seen, nor what the process holds besides tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minilora.lora.attach import adapter_layers, disable_adapter, set_dropout_step
+from minilora.model import ops
+from minilora.train.config import TrainConfig
+from minilora.train.evaluate import DRIFT_TOKENS
+
+if TYPE_CHECKING:
+    from minilora.model.llama import Llama
+
+MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dtype
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a step takes.
+
+    weights, adapters: the parameters.
+    gradients, optimizer: of those that are trained.
+    activations: what lives at the end of the trunk's forward pass besides.
+    head_chunk: what the loss takes on top of it.
+    peak: the most that lives at once. It is no sum: gradients come while activations go, and what the backward pass
+        or an evaluation takes for a moment may be more than the loss does.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head_chunk: int
+    peak: int
+
+
+def forecast(
+    model: Llama,
+    lengths: Sequence[int],
+    labelled: int,
+    config: TrainConfig,
+    device: torch.device,
+    evaluated: Sequence[int] = (),
+) -> Forecast:
+    """What training the model as it is takes on a device. No number of the model is read: it may be on "meta".
+
+    Args:
+        model: a `Llama` with what is to be trained.
+        lengths: tokens of each row of a micro-batch.
+        labelled: how many of its tokens are learned.
+        config: how it is trained.
+        device: where; it has to be there.
+        evaluated: tokens of each row of the largest batch of an evaluation, if there are any.
+    """
+    adapted = adapter_layers(model).values()
+    adapters = _bytes(p for layer in adapted for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
+    gradients = _bytes(p for p in model.parameters() if p.requires_grad)
+    weights = _bytes(model.parameters()) - adapters
+    with FakeTensorMode(allow_non_fake_inputs=True), _Account() as account:
+        model = _stand_in(model, device)
+        set_dropout_step(model, config.seed, 0)
+        if config.gradient_accumulation_steps > 1:  # those of the micro-batches before
+            for p in model.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+        held = account.live - weights - adapters
+        activations, head_chunk, step = _step(model, lengths, labelled, config, account)
+        measuring = _measured(account, lambda: _evaluation(model, evaluated, device)) if evaluated else 0
+    peak = weights + adapters + MOMENTS * gradients + held + max(step, measuring)
+    return Forecast(weights, adapters, gradients, MOMENTS * gradients, activations, head_chunk, peak)
+
+
+class _Account(TorchDispatchMode):
+    """How many bytes of storage live, and the most that did, of all that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # most of all calls, and no operation
+            return args[0].fake_device
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
+
+    def _let_go(self, place: int, size: int) -> None:
+        self.known.remove(place)
+        self.live -= size
+
+
+def _step(
+    model: Llama, lengths: Sequence[int], labelled: int, config: TrainConfig, account: _Account
+) -> tuple[int, int, int]:
+    """Activations, what the loss takes beside them, and the most at once, of `train.loop`'s work on a micro-batch."""
+    device = next(model.parameters()).device
+    account.most = before = account.live
+    tokens, labels, rows = (torch.empty(n, dtype=torch.int64, device=device) for n in (sum(lengths), labelled, labelled))
+    batch = account.live - before
+    hidden = model.model(tokens, lengths, recompute=config.recompute)
+    activations = account.live - before - batch
+    forward, account.most = account.most, account.live
+    loss = ops.labelled_cross_entropy(hidden[rows], labels, model.lm_head)
+    head_chunk = account.most - before - batch - activations
+    del hidden
+    loss.backward()
+    return activations, head_chunk, max(forward, account.most) - before
+
+
+def _evaluation(model: Llama, lengths: Sequence[int], device: torch.device) -> None:
+    """What takes the most of `train.evaluate`: the base and the adapter compared on general text."""
+    tokens = torch.empty(sum(lengths), dtype=torch.int64, device=device)
+    with torch.no_grad(), disable_adapter(model):
+        base = model.model(tokens, lengths)
+        hidden = model.model(tokens, lengths)
+        log_p, log_q = (
+            model.lm_head(states[:DRIFT_TOKENS]).to(torch.promote_types(states.dtype, torch.float32)).log_softmax(-1)
+            for states in (base, hidden)
+        )
+        (log_p.exp() * (log_p - log_q)).sum()
+
+
+def _measured(account: _Account, work: Callable[[], None]) -> int:
+    """The most bytes that live while it runs, more than before."""
+    account.most = before = account.live
+    work()
+    return account.most - before
+
+
+def _stand_in(model: Llama, device: torch.device) -> Llama:
+    """A model with parameters of the same shapes and dtypes on the device."""
+    empty = {p: torch.empty(p.shape, dtype=p.dtype, device=device) for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(fake, p.requires_grad) for p, fake in empty.items()}
+    return copy.deepcopy(model, memo).train()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
