@@ -32,6 +32,7 @@ from minilora.metrics import read_records
 from minilora.model.checkpoint import load_model
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
+from minilora.quant.config import QuantizeConfig
 from minilora.report import TensorBoard
 from minilora.storage import BUILTIN, append_line, read_json, remove, write_json, write_text
 from minilora.train.config import WATCHING, DataConfig, TrainConfig, option
@@ -86,16 +87,24 @@ class Outcome:
 class Run:
     """A run in its directory, from `prepare` to `finish`."""
 
-    def __init__(self, run: RunConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig):
+    def __init__(
+        self,
+        run: RunConfig,
+        quantization: QuantizeConfig,
+        lora: LoraConfig,
+        reading: DataConfig,
+        training: TrainConfig,
+    ):
         # Names that will mean the same later: those of repositories get the commit.
         data = tuple(locate(name, "dataset").name for name in run.data)
         general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
         run = replace(run, model=locate(run.model, "model").name, data=data, general_data=general)
-        self.config, self.lora, self.reading, self.training = run, lora, reading, training
+        self.config, self.quantization, self.lora = run, quantization, lora
+        self.reading, self.training = reading, training
         self.out = Path(run.out)
         self.board: TensorBoard | None = None
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
-        self.resolved = resolve(run, lora, reading, training)
+        self.resolved = resolve(run, quantization, lora, reading, training)
 
     def prepare(self) -> int:
         """Refuse a directory that holds something else; return the step that the run goes on from.
@@ -129,7 +138,8 @@ class Run:
         tokenizer = load_tokenizer(self.config.model).at(self.began.astimezone())
         data = load_data(self.config.data, tokenizer, self.reading, self.training)
         data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
-        model = load_model(self.config.model, self.config.dtype, pick_device(self.config.device))
+        device = pick_device(self.config.device)
+        model = load_model(self.config.model, self.config.dtype, device, self.quantization)
         attach(model, self.lora, seed=self.training.seed)
         return model, data, count_parameters(model)
 
@@ -200,9 +210,11 @@ class Run:
         write_json(self.out / "summary.json", summary)
 
 
-def resolve(run: RunConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig) -> dict[str, Any]:
+def resolve(
+    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig
+) -> dict[str, Any]:
     """All fields, by the names of their flags."""
-    values = {**asdict(run), **asdict(lora), **asdict(reading), **asdict(training)}
+    values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(reading), **asdict(training)}
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 

@@ -176,7 +176,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(temporary)
         temporary.chmod(0o666 & ~_umask())  # save_file leaves 0600
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the metadata of a safetensors file one order: save_file's changes from call to call."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:

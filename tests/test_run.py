@@ -27,7 +27,7 @@ from tests.models import tiny_model
 from tests.test_data import EOS, write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-CLASSES = (RunConfig, ml.LoraConfig, ml.DataConfig, ml.TrainConfig)
+CLASSES = (RunConfig, ml.QuantizeConfig, ml.LoraConfig, ml.DataConfig, ml.TrainConfig)
 SETTINGS = {
     "lora_r": 3,
     "lora_alpha": 6,

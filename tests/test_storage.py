@@ -286,3 +286,15 @@ def test_remove_leaves_nothing_whatever_there_was(make, path):
     make(path)
     remove(path)
     assert not path.exists()
+
+
+def test_metadata_is_written_in_one_order_and_beside_it_the_file_is_as_it_was(tmp_path):
+    tensors, metadata = {"ä": torch.arange(3.0), "b": torch.ones(2, 2)}, {f"key {i}": "ü" * i for i in range(9)}
+    contents = set()
+    for i in range(5):
+        write_tensors(tmp_path / f"{i}.safetensors", tensors, metadata)
+        contents.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(contents) == 1
+    file = TensorFile(tmp_path / "0.safetensors")
+    assert file.metadata == {"format": "pt", **metadata}
+    assert all(torch.equal(file.read(name), tensor) for name, tensor in tensors.items())

@@ -47,9 +47,9 @@ MAY_IMPORT = {
     "testing/": ("testing/",),
     "cli/flags": ("lora/config", "storage"),
     "inputs": ("model/", "train/", "storage"),
-    "run": ("inputs", "metrics", "report", "lora/", "model/", "train/", "hub", "storage"),
-    "inspect": ("inspect", "metrics", "run", "lora/", "model/", "train/", "hub", "storage"),
-    "cli": ("cli", "inputs", "inspect", "metrics", "run", "lora/", "model/", "train/", "hub", "storage"),
+    "run": ("inputs", "metrics", "report", "lora/", "model/", "quant/", "train/", "hub", "storage"),
+    "inspect": ("inspect", "metrics", "run", "lora/", "model/", "quant/", "train/", "hub", "storage"),
+    "cli": ("cli", "inputs", "inspect", "metrics", "run", "lora/", "model/", "quant/", "train/", "hub", "storage"),
     "__main__": ("cli",),
     "__init__": ("lora/", "model/", "quant/", "train/"),
 }

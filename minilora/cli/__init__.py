@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from minilora.cli import chat, evaluate, finetune, generate, inspect, merge, plot
+from minilora.cli import chat, evaluate, finetune, generate, inspect, merge, plot, quantize
 from minilora.cli.command import Options, say
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import names_of, nearest
@@ -23,6 +23,7 @@ COMMANDS = (
     generate.COMMAND,
     chat.COMMAND,
     merge.COMMAND,
+    quantize.COMMAND,
     evaluate.COMMAND,
     inspect.COMMAND,
     plot.COMMAND,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora.cli.flags import add_flags
 from minilora.errors import ConfigError, FormatError
 from minilora.hub import fetch
-from minilora.lora.attach import set_adapter
-from minilora.lora.files import base_model_of, load_adapter
+from minilora.lora.attach import head_path, linear_layers, set_adapter
+from minilora.lora.files import base_model_of, base_quantization, load_adapter
 from minilora.model.checkpoint import load_model
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
+from minilora.quant.config import QuantizeConfig, describe
+from minilora.quant.files import is_four_bit
+from minilora.quant.nf4 import BLOCK_SIZE
 from minilora.run import pick_device
 from minilora.storage import BUILTIN, read_json, read_text
 
@@ -40,7 +45,7 @@ class Command:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
-    """--model, --adapter, --dtype and --device."""
+    """--model, --adapter, --dtype, --device, and how the model is quantized."""
     group = parser.add_argument_group("model and device")
     group.add_argument(
         "--model",
@@ -53,6 +58,7 @@ def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="number format (default: auto)"
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is (default: auto)")
+    add_flags(parser, QuantizeConfig, group.title or "", unset="as the adapter was trained")
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ def load(options: Options) -> Loaded:
     paths = [fetch(name, "adapter") for name in adapters(options)]
     base = base_of({**options, "adapter": list(map(str, paths))})
     try:
-        model = load_model(base, options["dtype"], pick_device(options["device"]))
+        held = quantization(options, base, paths)
+        model = load_model(base, options["dtype"], pick_device(options["device"]), held)
     except FormatError as error:
         if options["model"] or not paths:
             raise
@@ -92,6 +99,7 @@ def load(options: Options) -> Loaded:
         raise FormatError(
             f"{error} (the adapter {adapter} names it as its base model; --model names another)"
         ) from error
+    say_quantization(model, paths)
     names = tuple(f"adapter{i}" for i in range(len(paths)))
     for name, path in zip(names, paths, strict=True):
         load_adapter(model, path, name)
@@ -101,6 +109,48 @@ def load(options: Options) -> Loaded:
     if training.template:
         tokenizer = tokenizer.with_template(training.template)
     return Loaded(model, tokenizer, names, training)
+
+
+def quantization(options: Options, base: str, paths: Sequence[Path]) -> QuantizeConfig:
+    """How the base is to be held: as the flags say; else as when the first adapter that tells was trained.
+
+    What a checkpoint's own weights are is not changed for an adapter's sake.
+    """
+    fields = [field.name for field in dataclasses.fields(QuantizeConfig)]
+    records = (held for held in map(base_quantization, paths) if held is not None)
+    trained = next(records, {})
+    if trained.get("quantize") == "fp4" or is_four_bit(read_json(fetch(base, "tokenizer") / "config.json")):
+        trained = {}
+    return QuantizeConfig(
+        **{
+            name: trained[name] if options[name] is None else options[name]
+            for name in fields
+            if options[name] is not None or name in trained
+        }
+    )
+
+
+def say_quantization(model: Llama, paths: Sequence[Path]) -> None:
+    """How the base is held, if it is quantized, and which adapters were trained on one that was held otherwise."""
+    here = describe(linear_layers(model), head_path(model))
+    if here["quantize"] != "none":
+        say(f"the base model is {_in_words(here)}")
+    for path in paths:
+        there = base_quantization(path)
+        if there is not None and there != here:
+            say(f"{path}: was trained on a base that is {_in_words(there)}; this one is {_in_words(here)}")
+
+
+def _in_words(held: Mapping[str, Any]) -> str:
+    if held["quantize"] == "none":
+        return "not quantized"
+    dense = held.get("quantize_skip") or []
+    words = f"{held['quantize']} {'with' if held.get('double_quant') else 'without'} double quantization"
+    if held.get("block_size") != BLOCK_SIZE:
+        words += f" in blocks of {held.get('block_size')}"
+    if dense:
+        words += f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}"
+    return words
 
 
 def how_trained(names: Sequence[str | Path]) -> Training:

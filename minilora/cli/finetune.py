@@ -17,6 +17,7 @@ from minilora.inputs import Data
 from minilora.lora.attach import ParameterCount, disable_adapter
 from minilora.lora.config import LoraConfig
 from minilora.model.llama import Llama
+from minilora.quant.config import QuantizeConfig
 from minilora.run import Outcome, Run, RunConfig, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.train.config import DataConfig, TrainConfig
@@ -28,6 +29,7 @@ INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, RunConfig, "files and device")
+    add_flags(parser, QuantizeConfig, "quantization")
     add_flags(parser, LoraConfig, "adapter")
     add_flags(parser, DataConfig, "data")
     add_flags(parser, TrainConfig, "training")
@@ -63,7 +65,8 @@ def _run(options: Options) -> int:
         pick_device(where.device)
         where = replace(where, device="meta")  # the model without its numbers
     reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
-    run = Run(where, from_flags(LoraConfig, options), reading, training)
+    quantization = from_flags(QuantizeConfig, options)
+    run = Run(where, quantization, from_flags(LoraConfig, options), reading, training)
     step = 0 if options["dry_run"] else run.prepare()
     model, data, count = run.load()
     if options["dry_run"]:

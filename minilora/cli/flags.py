@@ -48,6 +48,7 @@ NAMES_ELSEWHERE = {
     "max_new_tokens": "max_tokens",
     "temperature": "temp",
     "system": "system_prompt",
+    "double_quant": "use_bnb_nested_quant bnb_4bit_use_double_quant",
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # where no flag is the same
@@ -56,20 +57,27 @@ ADVICE = {  # where no flag is the same
     "do_sample": "a --temperature above 0 samples",
     "push_to_hub": "`hf upload NAME DIR` does that",
     "config_file": "--config reads a .toml or .json file",
-    **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "use_dora"), "it is not supported"),
+    **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "bnb_4bit_quant_type"), "see --quantize nf4"),
+    "use_dora": "it is not supported",
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, but: Sequence[str] = ()) -> None:
-    """One flag for each field of a data class `but` those, in the group that the field names, or else in `title`."""
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, title: str, but: Sequence[str] = (), unset: str | None = None
+) -> None:
+    """One flag for each field of a data class `but` those, in the group that the field names, or else in `title`.
+
+    With `unset` the flags' defaults are None, and this is what the help says of it.
+    """
     groups = {group.title: group for group in parser._action_groups}
     hints = typing.get_type_hints(cls)
     for field in (field for field in dataclasses.fields(cls) if field.name not in but):
         name = RENAMED.get(field.name, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
         text = " ".join(default) if isinstance(default, tuple) else default
-        shown = "" if default in (None, (), {}) else f" (default: {text})"
-        options: dict[str, Any] = {"dest": name, "default": default, "help": field.metadata["help"] + shown}
+        shown = f" (default: {unset})" if unset else "" if default in (None, (), {}) else f" (default: {text})"
+        options: dict[str, Any] = {"dest": name, "help": field.metadata["help"] + shown}
+        options["default"] = None if unset else default
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hints[field.name]) is typing.Literal:

@@ -8,6 +8,7 @@ from typing import Any
 
 from minilora.lora.config import LoraConfig
 from minilora.metrics import read_records
+from minilora.quant.config import QuantizeConfig
 from minilora.run import RunConfig, resolve
 from minilora.storage import read_json
 from minilora.train.config import DataConfig, TrainConfig
@@ -23,7 +24,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
         FormatError: a file is damaged.
     """
     record = read_json(directory / "run.json")
-    defaults = json.loads(json.dumps(resolve(RunConfig(), LoraConfig(), DataConfig(), TrainConfig())))
+    defaults = json.loads(json.dumps(resolve(RunConfig(), QuantizeConfig(), LoraConfig(), DataConfig(), TrainConfig())))
     settings = record.get("config")
     if isinstance(settings, dict):
         settings = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}

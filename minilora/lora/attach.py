@@ -47,7 +47,7 @@ def attach(
     linears = linear_layers(model)
     generator = torch.Generator().manual_seed(seed)
     factors = {}
-    for path in select_targets(list(linears), config, _head_path(model)):
+    for path in select_targets(list(linears), config, head_path(model)):
         sizes = config.rank(path), linears[path].in_features, linears[path].out_features
         lora_A, lora_B = initial_factors(config.init_lora_weights, *sizes, generator)
         factors[path] = lora_A.to(dtype), lora_B.to(dtype)
@@ -204,7 +204,7 @@ def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _head_path(model: nn.Module) -> str | None:
+def head_path(model: nn.Module) -> str | None:
     """Where the output head is, by the method that transformers' models and ours have for it."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None

@@ -10,6 +10,7 @@ harmless. Ranks need no pattern; another `alpha_pattern` is refused.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,13 +22,16 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, FormatError, TargetError
 from minilora.hub import fetch, unpinned, with_revision
-from minilora.lora.attach import adapter_layers, linear_layers, place
+from minilora.lora.attach import adapter_layers, head_path, linear_layers, place
 from minilora.lora.config import LoraConfig
+from minilora.quant.config import describe, shortest_names
 from minilora.quant.linear import Linear, dense_weight
+from minilora.quant.nf4 import CODEBOOKS
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE = "base_quantization"  # in the metadata of the weights' file
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_COPY = re.escape(PREFIX) + r"(.+)\.base_layer\.weight"
 PEFT_VERSION = "0.21.2"  # whose layout this is
@@ -80,7 +84,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     """Write one adapter as a directory that PEFT, vLLM and `load_adapter` read.
 
     `base_model_name_or_path` is the model's `name_or_path`, where it has one, and `revision` the commit of a model from
-    the hub.
+    the hub. How the base's weights are held, dense or quantized, is written into the metadata of the tensors' file.
 
     Raises:
         TargetError: the model has no adapter of that name.
@@ -97,7 +101,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     fields = {
         "base_model_name_or_path": base or None,
         "revision": revision,
-        "target_modules": _shortest_names(list(layers), list(linear_layers(model))),
+        "target_modules": shortest_names(list(layers), list(linear_layers(model))),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
@@ -108,7 +112,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         "use_rslora": config.use_rslora,
         "init_lora_weights": config.init_lora_weights,
     }
-    write_tensors(Path(path) / WEIGHTS_FILE, tensors)
+    held = describe(linear_layers(model), head_path(model))
+    write_tensors(Path(path) / WEIGHTS_FILE, tensors, {BASE: json.dumps(held)})
     # Sorted like PEFT's, but the patterns keep their order: the first key that matches counts.
     write_json(Path(path) / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 
@@ -146,6 +151,27 @@ def base_model_of(path: str | Path) -> str | None:
     values = read_json(fetch(path, "adapter") / CONFIG_FILE)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     return with_revision(base, revision) if isinstance(base, str) and base else None
+
+
+def base_quantization(path: str | Path) -> dict[str, Any] | None:
+    """How the weights of its base were held when an adapter was saved, as `quant.config.describe` tells it.
+
+    None if the file does not say, as those of PEFT do not.
+
+    Raises:
+        FormatError: there is no such adapter, or what it says is not understood.
+    """
+    file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
+    if BASE not in file.metadata:
+        return None
+    try:
+        held = json.loads(file.metadata[BASE])
+        names = held.get("quantize_skip", [])
+        if held["quantize"] in ("none", *CODEBOOKS) and all(isinstance(name, str) for name in names):
+            return held
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise FormatError(f"{file.path}: metadata {BASE}: found {file.metadata[BASE]!r:.80}, need how a base is quantized")
 
 
 def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
@@ -257,10 +283,3 @@ def _check_copies(path: Path, linears: Mapping[str, Linear]) -> None:
             base = dense_weight(linears[copied[1]]) if copied[1] in linears else None
             if base is None or not torch.equal(file.read(name).to(base.device, base.dtype), base):
                 raise TargetError(f"{path}: {name} is not the weight of this model; the adapter was made for another")
-
-
-def _shortest_names(adapted: list[str], linears: list[str]) -> list[str]:
-    """Names for `target_modules`: last components if those mean just the adapted modules, else full paths."""
-    endings = {where.rpartition(".")[2] for where in adapted}
-    meant = {where for where in linears if where.rpartition(".")[2] in endings}
-    return sorted(endings) if meant == set(adapted) else sorted(adapted)

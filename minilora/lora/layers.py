@@ -44,16 +44,18 @@ class AdapterLinear(nn.Module, ABC):
         self.train(base.training)
 
     def add(self, name: str, config: LoraConfig, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Hold one more adapter; it acts once its name is in `active`.
+        """Hold one more adapter, on the base's device; it acts once its name is in `active`.
+
+        A base on the device "meta" has no numbers; its adapters keep theirs where they are.
 
         Raises:
             TargetError: there is one of that name already.
         """
         if name in self.configs:
             raise TargetError(f"{self.path} has an adapter {name!r} already; it has {sorted(self.configs)}")
-        device = next(self.base.parameters()).device
-        self.lora_A[name] = nn.Parameter(lora_A.to(device))
-        self.lora_B[name] = nn.Parameter(lora_B.to(device))
+        weight = next(self.base.parameters())
+        for held, factor in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
+            held[name] = nn.Parameter(factor if weight.is_meta else factor.to(weight.device))
         self.configs[name] = config
         self.scales[name] = lora_scale(lora_A.size(0), config.alpha(self.path), config.use_rslora)
 
@@ -77,8 +79,8 @@ class AdapterLinear(nn.Module, ABC):
         """y = merged_weight() x + b, (..., in) -> (..., out)."""
 
     @abstractmethod
-    def merged_weight(self) -> Tensor:
-        """The weight that the active adapters make of the base's, (out, in) in the base's dtype."""
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
+        """What the active adapters make of the base's weight, or of the one that is given: (out, in), in its dtype."""
 
 
 class LoRALinear(AdapterLinear):
@@ -97,11 +99,11 @@ class LoRALinear(AdapterLinear):
             y = y + lora_branch(self.dropped(x, name), self.lora_A[name], self.lora_B[name], self.scales[name])
         return y
 
-    def merged_weight(self) -> Tensor:
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """W + Σ s·B A, summed in the wider of the two dtypes and rounded once."""
-        base = weight = dense_weight(self.base)
+        merged = weight = dense_weight(self.base) if weight is None else weight
         for name in self.active:
             lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            wide = torch.promote_types(weight.dtype, lora_A.dtype)
-            weight = weight + lora_delta(lora_A.to(wide), lora_B.to(wide), self.scales[name])
-        return weight.to(base.dtype)
+            wide = torch.promote_types(merged.dtype, lora_A.dtype)
+            merged = merged + lora_delta(lora_A.to(wide), lora_B.to(wide), self.scales[name])
+        return merged.to(weight.dtype)

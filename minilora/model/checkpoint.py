@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.hub import locate
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.model.shards import SHARD_BYTES, tensor_files, write_shards
 from minilora.model.tokenizer import Tokenizer
-from minilora.quant.config import Quantize, QuantizeConfig, describe
+from minilora.quant.config import Quantize, QuantizeConfig
 from minilora.quant.files import (
     is_four_bit,
     packed_tensors,
@@ -82,7 +82,8 @@ def stored_weights(
     target = resolve_dtype(dtype, model.config.source, device)
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
-    chosen = _chosen(directory, model, packed, quantize)
+    config = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
+    chosen = _chosen(directory, model, packed, config)
     for name in _stored_names(model):
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
@@ -91,7 +92,10 @@ def stored_weights(
         if tensor.dtype not in DTYPES.values():
             raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
         if name in chosen:
-            yield name, NF4Linear.quantize(tensor.to(device), dtype=target)
+            try:
+                yield name, NF4Linear.quantize(tensor.to(device), None, config.double_quant, target)
+            except TrainingError as error:
+                raise FormatError(f"{files[name].path}: {name}: {error}") from error
         else:
             yield name, tensor.to(device, target, copy=True)
 
@@ -132,10 +136,10 @@ def save_model(
     embedding = model.model.embed_tokens.weight
     source = {key: value for key, value in model.config.source.items() if key not in REWRITTEN}
     now = {
-        "tie_word_embeddings": model.lm_head.weight is embedding,
+        "tie_word_embeddings": model.lm_head._parameters.get("weight") is embedding,
         "dtype": str(embedding.dtype).removeprefix("torch."),
     }
-    if quantization := quantization_config(describe(_linears(model), "lm_head"), embedding.dtype):
+    if quantization := quantization_config(_linears(model), "lm_head", embedding.dtype):
         now["quantization_config"] = quantization
     write_json(path / "config.json", {"architectures": [_architecture(model.config)], **source, **now})
 
@@ -168,7 +172,7 @@ def _check_names(
     directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    stored = _stored_names(model)
+    stored, linears = _stored_names(model), _linears(model)
     problems = [f"missing: {name} {expected[name]}" for name in stored if name not in files]
     parts = {part for parts in packed.values() for part in parts}
     for name, file in files.items():
@@ -180,28 +184,26 @@ def _check_names(
                 problems.append(f"unexpected: {name} {found}")
         elif found != expected[name]:
             problems.append(f"shape: {name} is {found}, the config asks for {expected[name]}")
+        elif name in packed and name.removesuffix(".weight") not in linears:
+            problems.append(f"packed: {name}, which is no linear's")
     if problems:
         raise FormatError(f"{directory}: the tensors do not fit config.json:\n  " + "\n  ".join(problems))
 
 
-def _chosen(
-    directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], quantize: QuantizeConfig | Quantize | None
-) -> set[str]:
+def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], config: QuantizeConfig) -> set[str]:
     """The names of the weights to quantize: none, where they are packed already.
 
     Raises:
         ConfigError: they are packed in another format than is asked for.
         FormatError: the config says that they are packed, and none is; or the other way round.
     """
-    config = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
     if is_four_bit(model.config.source) != bool(packed):
         raise FormatError(
             f"{directory}: config.json and the tensors disagree: quantization_config is "
             f"{model.config.source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
         )
-    linears = [path for path in _linears(model) if path != "lm_head"]
     if not packed:
-        return {f"{path}.weight" for path in config.chosen(linears)}
+        return {f"{path}.weight" for path in config.chosen(list(_linears(model)))} - {"lm_head.weight"}
     kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
     if config.quantize != "none" and kinds != {config.quantize}:
         raise ConfigError(f"{directory}: is quantized already, as {sorted(kinds)}; --quantize none takes it as it is")
@@ -241,7 +243,7 @@ def assign(model: nn.Module, name: str, weight: Weight) -> None:
         weight.bias = owner._parameters["bias"]
         model.set_submodule(path, weight)
     else:
-        setattr(owner, leaf, nn.Parameter(weight))
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=not isinstance(owner, NF4Linear)))
 
 
 def _architecture(config: LlamaConfig) -> str:

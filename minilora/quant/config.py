@@ -57,14 +57,22 @@ def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
     packed = next((linear for linear in linears.values() if isinstance(linear, NF4Linear)), None)
     if packed is None:
         return {"quantize": "none"}
-    dense = [path for path, linear in linears.items() if not isinstance(linear, NF4Linear) and path != head]
+    others = [path for path in linears if path != head]
+    dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
     layout = packed.layout
     return {
         "quantize": layout.quant_type,
         "double_quant": packed.scales is not None,
         "block_size": layout.block_size,
-        "quantize_skip": dense,
+        "quantize_skip": shortest_names(dense, others),
     }
+
+
+def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Names for some of the modules (paths): their last components if those mean just them, else the paths."""
+    endings = {path.rpartition(".")[2] for path in chosen}
+    meant = {path for path in modules if path.rpartition(".")[2] in endings}
+    return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 
 def _names(entry: str, path: str) -> bool:

@@ -1,0 +1,78 @@
+"""minilora quantize: write a model in four bits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from minilora.cli.command import Command, Options
+from minilora.cli.flags import add_flags, from_flags
+from minilora.errors import ConfigError
+from minilora.hub import locate
+from minilora.model.checkpoint import load_model, save_model, skeleton, stored_weights
+from minilora.model.shards import tensor_files
+from minilora.model.tokenizer import load_tokenizer
+from minilora.quant.config import QuantizeConfig
+from minilora.quant.files import is_four_bit, packed_weights, read_layout
+from minilora.run import holds_files, pick_device
+from minilora.storage import BUILTIN
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=BUILTIN,
+        help=f"directory of the model, or org/name[@revision] of the Hugging Face hub (default: {BUILTIN})",
+    )
+    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
+    parser.add_argument("--device", default="auto", help="where to compute it: cpu, cuda, mps (default: auto)")
+    add_flags(parser, QuantizeConfig, "quantization", but=("quantize",))
+
+
+def _run(options: Options) -> int:
+    out, device = Path(options["out"]), pick_device(options["device"])
+    if holds_files(out):
+        raise ConfigError(f"{out}: holds files; give another --out")
+    config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
+    location = locate(options["model"], "model")
+    dense = load_model(location.path, device="meta")
+    if is_four_bit(dense.config.source):
+        raise ConfigError(f"{location.name}: is quantized already")
+    dtype = dense.config.source.get("dtype") or dense.config.source.get("torch_dtype") or "float32"
+    model = load_model(location.path, dtype, "meta", config)
+    weights = stored_weights(location.path, skeleton(model.config), dtype, device, config)
+    save_model(model, out, load_tokenizer(location.name), weights=weights)
+    print(f"{_bits(out)}\nmodel written to {out}")
+    return 0
+
+
+def _bits(directory: Path) -> str:
+    """How many bits a weight takes: by the tensors of the packed ones, and by the files as they lie."""
+    files = tensor_files(directory)
+    packed = packed_weights(files)
+    sizes = {name: math.prod(read_layout(files[parts[0]], parts[0])[0].shape) for name, parts in packed.items()}
+    held = sum(files[part].entries[part].bytes for parts in packed.values() for part in parts if not _is_table(part))
+    n = sum(sizes.values())
+    named = {part for parts in packed.values() for part in parts}
+    total = n + sum(math.prod(file.shapes[name]) for name, file in files.items() if name not in named)
+    size = sum(path.stat().st_size for path in {file.path for file in files.values()})
+    return (
+        f"{8 * held / n:.3f} bits for each of {n:,} quantized weights; "
+        f"{8 * size / total:.3f} for each of all {total:,} in {size:,} bytes of files"
+    )
+
+
+def _is_table(name: str) -> bool:
+    """Tables and JSON tell of the format, and not of the numbers."""
+    return name.endswith("quant_map") or ".quant_state." in name
+
+
+COMMAND = Command(
+    name="quantize",
+    help="write a model in four bits, as bitsandbytes reads it",
+    about="Write a model in four bits (NF4), as transformers with bitsandbytes, and every command here, reads it.",
+    example="minilora quantize --model path/to/model --out model-nf4",
+    add_flags=_add_flags,
+    run=_run,
+)

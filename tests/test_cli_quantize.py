@@ -1,0 +1,219 @@
+"""The commands on a base of four bits: what they do, what they say, and what they write down."""
+
+import json
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora import cli
+from minilora.lora.files import BASE, base_quantization
+from minilora.quant.linear import NF4Linear
+from minilora.storage import TensorFile, write_tensors
+from minilora.train.evaluate import held_out_loss
+from tests.models import tiny_model
+from tests.test_data import write_tokenizer
+from tests.test_run import write_rows
+
+SINGLE = "nf4 without double quantization but for down_proj"
+NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A dense model, the same in four bits, rows, and a run on each of several bases."""
+    directory = tmp_path_factory.mktemp("quantize")
+    tokenizer = write_tokenizer(directory / "model")
+    ml.save_model(
+        tiny_model("llama-bias-tied-wide-heads", dtype=torch.float32, vocab_size=400), directory / "model", tokenizer
+    )
+    write_rows(directory / "rows.jsonl", 12)
+    assert cli.main(["quantize", f"--model={directory / 'model'}", f"--out={directory / 'nf4'}"]) == 0
+    finetune(directory, "dense", "--model", "model")
+    finetune(directory, "on-nf4", "--model", "nf4")
+    finetune(directory, "quantized", "--model", "model", "--quantize", "nf4")
+    finetune(
+        directory,
+        "single",
+        "--model",
+        "model",
+        "--quantize",
+        "nf4",
+        "--no-double-quant",
+        "--quantize-skip",
+        "down_proj",
+    )
+    return directory
+
+
+def finetune(directory, out, flag, model, *words):
+    places = [flag, str(directory / model), "--data", str(directory / "rows.jsonl"), "--out", str(directory / out)]
+    settings = ["--lora-r=2", "--max-steps=2", "--general-data=none", "--learning-rate=0.01"]
+    assert cli.main(["finetune", *places, *settings, *words]) == 0
+
+
+@pytest.fixture
+def run(directory, capsys, monkeypatch):
+    """Run a command among the models; what it prints and what it says."""
+    monkeypatch.chdir(directory)
+
+    def command(*words, status=0):
+        capsys.readouterr()
+        assert cli.main([str(word) for word in words]) == status
+        return capsys.readouterr()
+
+    return command
+
+
+def numbers(out):
+    return json.loads(out)["value"]
+
+
+# --- what is written down ---
+
+
+@pytest.mark.parametrize(
+    ("adapter", "held"),
+    [
+        ("dense", {"quantize": "none"}),
+        ("on-nf4", NF4),
+        ("quantized", NF4),
+        ("single", {**NF4, "double_quant": False, "quantize_skip": ["down_proj"]}),
+    ],
+)
+def test_an_adapter_says_how_its_base_was_held(directory, adapter, held):
+    assert base_quantization(directory / adapter) == held
+    assert json.loads((directory / adapter / "run.json").read_text())["config"]["lora_r"] == 2
+
+
+def test_an_adapter_that_does_not_say_it_says_nothing(directory, tmp_path, run):
+    file = TensorFile(directory / "quantized" / "adapter_model.safetensors")
+    write_tensors(tmp_path / "adapter_model.safetensors", {name: file.read(name) for name in file.shapes})
+    (tmp_path / "adapter_config.json").write_text((directory / "quantized" / "adapter_config.json").read_text())
+    assert base_quantization(tmp_path) is None
+    assert run("generate", "--adapter", tmp_path, "--prompt=the cat").err == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '"nf4"', "{}", '{"quantize": "int8"}', '{"quantize": "nf4", "quantize_skip": [1]}']
+)
+def test_what_an_adapter_says_of_its_base_is_refused_if_it_is_not_understood(directory, tmp_path, run, text):
+    file = TensorFile(directory / "quantized" / "adapter_model.safetensors")
+    tensors = {name: file.read(name) for name in file.shapes}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {BASE: text})
+    (tmp_path / "adapter_config.json").write_text((directory / "quantized" / "adapter_config.json").read_text())
+    said = run("generate", "--adapter", tmp_path, "--prompt=the cat", status=1).err
+    assert "adapter_model.safetensors" in said
+    assert BASE in said
+
+
+# --- the base is held as in training, and what is otherwise is said ---
+
+
+def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(directory, run):
+    for adapter in ("dense", "quantized", "single", "on-nf4"):
+        measured = run("eval", "--adapter", adapter, "--data", "rows.jsonl", "--metric", "nll")
+        model = ml.load_model(
+            "nf4" if adapter == "on-nf4" else "model",
+            quantize=ml.QuantizeConfig("nf4", adapter != "single", ["down_proj"] if adapter == "single" else [])
+            if adapter in ("quantized", "single")
+            else None,
+        )
+        ml.load_adapter(model, adapter)
+        rows = ml.load_dataset("rows.jsonl", ml.load_tokenizer("model"))
+        assert numbers(measured.out) == held_out_loss(model, rows)
+        assert "was trained on" not in measured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapter=dense"], []),
+        (["--adapter=quantized"], ["the base model is nf4 with double quantization"]),
+        (
+            ["--adapter=quantized", "--quantize=none"],
+            ["quantized: was trained on a base that is nf4 with double quantization; this one is not quantized"],
+        ),
+        (
+            ["--adapter=dense", "--quantize=nf4"],
+            [
+                "the base model is nf4 with double quantization",
+                "dense: was trained on a base that is not quantized; this one is nf4 with double quantization",
+            ],
+        ),
+        (
+            ["--adapter=single", "--model=nf4"],
+            [
+                "the base model is nf4 with double quantization",
+                f"single: was trained on a base that is {SINGLE}; this one is nf4 with double quantization",
+            ],
+        ),
+        (["--adapter=on-nf4", "--model=model"], ["the base model is nf4 with double quantization"]),
+        (["--model=nf4"], ["the base model is nf4 with double quantization"]),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "--prompt=the cat"], ["eval", "--data=rows.jsonl"]])
+def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(run, command, words, said):
+    assert run(*command, *words).err.splitlines() == said
+
+
+def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run):
+    settings = ["--lora-r=2", "--max-steps=2", "--general-data=none", "--learning-rate=0.01"]
+    place = [f"--model={directory / 'model'}", f"--data={directory / 'rows.jsonl'}", *settings]
+    out = str(directory / "quantized")
+    (directory / "quantized" / "summary.json").rename(directory / "kept.json")
+    try:
+        said = run("finetune", *place, f"--out={out}", status=1).err
+        assert "quantize was 'nf4' and is 'none'" in said
+        assert run("finetune", *place, f"--out={out}", "--quantize=nf4").out
+    finally:
+        (directory / "kept.json").rename(directory / "quantized" / "summary.json")
+
+
+# --- minilora quantize ---
+
+
+def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_loading(directory):
+    ids = torch.arange(12).view(1, 12)
+    loaded, quantized = ml.load_model(directory / "nf4"), ml.load_model(directory / "model", quantize="nf4")
+    assert torch.equal(loaded(ids), quantized(ids))
+    assert not torch.equal(loaded(ids), ml.load_model(directory / "model")(ids))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert ml.load_tokenizer(directory / "nf4").encode("the cat") == ml.load_tokenizer(directory / "model").encode(
+        "the cat"
+    )
+
+
+def test_quantize_counts_the_bits(directory, run, tmp_path):
+    words = run("quantize", "--model=model", f"--out={tmp_path / 'plain'}", "--no-double-quant").out.split()
+    model = ml.load_model(tmp_path / "plain")
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    bits = 8 * sum(linear.packed.nbytes + linear.absmax.nbytes for linear in packed)
+    count = sum(linear.in_features * linear.out_features for linear in packed)
+    assert float(words[0]) == round(bits / count, 3)
+    assert f"{count:,}" in words
+    assert f"{(tmp_path / 'plain' / 'model.safetensors').stat().st_size:,}" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model=nf4", "--out=new"], "nf4: is quantized already"),
+        (["--model=model", "--out=nf4"], "nf4: holds files"),
+        (["--model=nowhere", "--out=new"], "nowhere"),
+        (["--model=model", "--out=new", "--quantize-skip=proj"], "quantize_skip 'proj' names no linear module"),
+    ],
+)
+def test_quantize_refuses_what_it_cannot_do_and_writes_nothing(directory, run, words, named):
+    assert named in run("quantize", *words, status=1).err
+    assert not (directory / "new").exists()
+
+
+def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
+    model = ml.load_model(directory / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    ml.save_model(model, tmp_path / "bad", ml.load_tokenizer(directory / "model"))
+    said = run("quantize", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'new'}", status=1).err
+    assert "model.layers.1.mlp.up_proj.weight" in said
+    assert "model.safetensors" in said
+    assert not list((tmp_path / "new").glob("*"))
