@@ -46,10 +46,14 @@ MAY_IMPORT = {
     "testing/reference": (),
     "testing/": ("testing/",),
     "cli/flags": ("lora/config", "storage"),
+    "merging": ("lora/", "model/", "quant/", "hub", "storage"),
     "inputs": ("model/", "train/", "storage"),
     "run": ("inputs", "metrics", "report", "lora/", "model/", "quant/", "train/", "hub", "storage"),
     "inspect": ("inspect", "metrics", "run", "lora/", "model/", "quant/", "train/", "hub", "storage"),
-    "cli": ("cli", "inputs", "inspect", "metrics", "run", "lora/", "model/", "quant/", "train/", "hub", "storage"),
+    "cli": (
+        *("cli", "inputs", "inspect", "merging", "metrics", "run"),
+        *("lora/", "model/", "quant/", "train/", "hub", "storage"),
+    ),
     "__main__": ("cli",),
     "__init__": ("lora/", "model/", "quant/", "train/"),
 }

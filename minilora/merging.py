@@ -1,0 +1,244 @@
+"""Adapters merged into a model directory, one weight after the other: what is held at a time is one file of the result.
+
+    W′ = W + D,    D = Σ s·B A over the adapters
+
+What W is, the *target* says:
+
+    original      the directory's weight, which is not quantized
+    dequantized   the weight that was trained on; what was in four bits becomes dense, with an adapter and without
+    requantized   the same; what was in four bits is quantized again, and stays as it is where there is no adapter
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, TrainingError
+from minilora.hub import fetch
+from minilora.lora.attach import adapter_layers, linear_layers, set_adapter
+from minilora.lora.files import BASE_COPY, WEIGHTS_FILE, load_adapter
+from minilora.lora.functional import lora_delta
+from minilora.lora.layers import AdapterLinear
+from minilora.model.checkpoint import Weight, assign, load_model, resolve_dtype, save_model, skeleton, stored_weights
+from minilora.model.config import LlamaConfig
+from minilora.model.shards import SHARD_BYTES
+from minilora.model.tokenizer import Tokenizer
+from minilora.quant.config import Quantize, QuantizeConfig, describe
+from minilora.quant.files import is_four_bit
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.quant.nf4 import Packed, quantize, quantize_absmax, unpack
+from minilora.storage import TensorFile, read_json
+
+Target = Literal["original", "dequantized", "requantized"]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DENSE = QuantizeConfig("none")
+CHUNK = 2**20  # numbers of a weight that are widened to float64 at a time
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """‖E‖ / ‖D‖ with E = W′ - (W + D), W being what was trained on: over all adapted layers, and in the worst one.
+
+    The norms are those of Frobenius. Of inputs that favour no direction, E[x xᵀ] = σ²·1, a matrix E makes outputs with
+    the mean square σ²‖E‖² / out. So this is the error of the layers' outputs relative to what the adapters change of
+    them, as root mean squares.
+
+    None where the adapters change nothing; a layer in which they do not is never the worst.
+    """
+
+    overall: float | None
+    worst: float | None
+    layer: str | None
+
+
+def merge_directory(
+    name_or_path: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    target: Target | None = None,
+    quantize: QuantizeConfig | Quantize | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Deviation:
+    """Write the model that adapters make of another one, and tell how far it is from what was trained.
+
+    It is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
+    "dequantized", without for "original".
+
+    Args:
+        name_or_path: the base model, as `load_model` takes it.
+        adapters: directories or names of the hub; all of them act.
+        out: the directory that is written.
+        target: what to merge into; None is "dequantized" if the base is or was in four bits, else "original".
+        quantize: how the base was held in training; one that lies in four bits is taken as it lies.
+        dtype: of what is dense; "auto" is the checkpoint's own, also where this machine computes it slowly.
+        device: where to compute.
+        tokenizer: its files are written beside the model.
+        shard_bytes: how large a file may be.
+
+    Raises:
+        ConfigError: no adapter is named, or this base cannot be merged into that target.
+        TrainingError: a merged weight is not finite; no file is left in `out`.
+        FormatError, TargetError: as of `load_model` and `load_adapter`; nothing was written.
+    """
+    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize)
+    held = load_model(base.directory, base.dtype, "meta", quantize)
+    layers = _adapted(base, [fetch(adapter, "adapter") for adapter in adapters])
+    kind = describe(linear_layers(held), "lm_head")["quantize"]
+    if target is None:
+        target = "original" if kind == "none" else "dequantized"
+    _check(base, target, kind)
+    model = held if target == "requantized" else skeleton(base.config).to(base.dtype)
+    if base.config.tie_word_embeddings and "lm_head" in layers:
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # tied no longer
+    squares: dict[str, tuple[float, float]] = {}
+    save_model(model, out, tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
+    return _deviation(squares)
+
+
+class _Base:
+    """A model directory whose weights are read one after the other, into `dtype` on `device`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype | str,
+        device: torch.device,
+        quantize: QuantizeConfig | Quantize | None,
+    ):
+        self.directory, self.device = directory, device
+        self.quantize = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
+        self.config = LlamaConfig.from_dict(read_json(directory / "config.json"))
+        source = self.config.source
+        own = source.get("dtype") or source.get("torch_dtype") or "float32"
+        self.dtype = resolve_dtype(own if dtype == "auto" else dtype, source, device)
+
+    def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
+        """Names and weights; with `has_head` that of a tied head, too, by the head's name."""
+        bare = skeleton(self.config)
+        for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
+            yield name, weight
+            if name == EMBEDDING and has_head and self.config.tie_word_embeddings:
+                yield HEAD, weight
+
+    def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
+        """Names, the weights to merge into, and those that were trained on."""
+        trained = self.weights(self.quantize, has_head)
+        if target != "original" or self.quantize.quantize == "none":
+            yield from ((name, weight, weight) for name, weight in trained)
+        else:
+            for (name, weight), (_, known) in zip(self.weights(DENSE, has_head), trained, strict=True):
+                yield name, weight, known
+
+
+def _check(base: _Base, target: Target, kind: str) -> None:
+    """Can the base, whose linears are held as `kind`, be merged into the target?"""
+    if target not in get_args(Target):
+        raise ConfigError(f"target is {target!r}, accepted are {list(get_args(Target))}")
+    if target == "original" and is_four_bit(base.config.source):
+        raise ConfigError(
+            f"{base.directory}: is quantized as {kind}; the target 'original' needs the 16-bit model that it was "
+            "made of, accepted here are 'dequantized' and 'requantized'"
+        )
+    if target == "requantized" and kind != "nf4":
+        raise ConfigError(
+            f"{base.directory}: the target 'requantized' needs linears held as nf4, found {kind}; "
+            + ("give --quantize nf4 or " if kind == "none" else "")
+            + "another target"
+        )
+
+
+def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterLinear]:
+    """The layers that have adapters, all of them active, on linears without numbers.
+
+    PEFT writes a copy of the base's weight beside some adapters, to compare: such a linear gets its weight for that.
+    """
+    if not adapters:
+        raise ConfigError("there is nothing to merge: name an adapter")
+    model, names = skeleton(base.config), [f"adapter{i}" for i in range(len(adapters))]
+    stored = {name for path in adapters for name in TensorFile(path / WEIGHTS_FILE).shapes}
+    if copied := {f"{found[1]}.weight" for name in stored if (found := re.fullmatch(BASE_COPY, name))}:
+        for name, weight in base.weights(base.quantize, has_head=True):
+            if name in copied:
+                assign(model, name, weight)
+    for name, path in zip(names, adapters, strict=True):
+        load_adapter(model, path, name)
+    set_adapter(model, names)
+    layers = adapter_layers(model)
+    for layer in layers.values():
+        layer.base.to("meta")
+        layer.lora_A.to(base.device), layer.lora_B.to(base.device)
+    return layers
+
+
+def _merged_weights(
+    base: _Base, layers: Mapping[str, AdapterLinear], target: Target, squares: dict[str, tuple[float, float]]
+) -> Iterator[tuple[str, Weight]]:
+    """Names and weights of the result; what `squared_norms` says of an adapted layer goes into `squares`."""
+    for name, weight, trained in base.pairs(target, has_head="lm_head" in layers):
+        path = name.removesuffix(".weight")
+        if path in layers:
+            merged = layers[path].merged_weight(_dense(weight))
+            if not merged.isfinite().all():
+                raise TrainingError(f"{path}: the merged weight has numbers that are not finite in {base.dtype}")
+            result = _packed_like(weight, merged) if target == "requantized" else merged
+            squares[path] = squared_norms(result, trained, layers[path])
+            yield name, result
+        else:
+            yield name, weight if target == "requantized" else _dense(weight)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return dense_weight(weight) if isinstance(weight, NF4Linear) else weight
+
+
+def _packed_like(example: Weight, weight: Tensor) -> Weight:
+    """The weight in four bits with the settings of the example, if that is."""
+    if not isinstance(example, NF4Linear):
+        return weight
+    packed, absmax = quantize(weight, example.layout.block_size)
+    parts = Packed(packed, *((absmax, None, None) if example.scales is None else quantize_absmax(absmax)))
+    return NF4Linear(parts, example.layout, None, example.dtype)
+
+
+def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tuple[float, float]:
+    """‖W′ - (W + D)‖² and ‖D‖², of the numbers that W and W′ stand for, in float64, a few rows at a time.
+
+    Shapes: merged (out, in), trained (out, in) -> two numbers
+    """
+    exact = [unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w for w in (merged, trained)]
+    factors = [(layer.lora_A[name], layer.lora_B[name], layer.scales[name]) for name in layer.active]
+    rows = max(1, CHUNK // exact[0].size(1))
+    squares = torch.zeros(2, dtype=torch.float64)
+    for begin in range(0, exact[0].size(0), rows):
+        part = slice(begin, begin + rows)
+        now, before = (_float64(weight[part]) for weight in exact)
+        delta = torch.zeros_like(now)
+        for lora_A, lora_B, scale in factors:
+            delta += lora_delta(_float64(lora_A), _float64(lora_B[part]), scale)
+        squares += torch.stack([(now - before - delta).square().sum(), delta.square().sum()])
+    return squares[0].item(), squares[1].item()
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    """On the CPU: not every device has such numbers."""
+    return tensor.detach().cpu().double()
+
+
+def _deviation(squares: Mapping[str, tuple[float, float]]) -> Deviation:
+    ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
+    if not ratios:
+        return Deviation(None, None, None)
+    error, effect = map(sum, zip(*squares.values(), strict=True))
+    worst = max(ratios, key=ratios.__getitem__)
+    return Deviation(math.sqrt(error / effect), ratios[worst], worst)

@@ -1,0 +1,366 @@
+"""Merging a directory: the bytes of a merge in memory, one file held at a time, and how far it is from the training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import minilora as ml
+from minilora import ConfigError, FormatError, TargetError, TrainingError, merging
+from minilora.lora.attach import linear_layers
+from minilora.lora.files import WEIGHTS_FILE
+from minilora.lora.layers import LoRALinear
+from minilora.merging import merge_directory, squared_norms
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.quant.nf4 import LEVELS, quantize
+from minilora.run import holds_files
+from minilora.testing import reference
+from minilora.train.memory import _Account
+from tests.models import FAMILIES, randn, randomize_adapters_, scales, seeds, tiny_model
+from tests.tolerance import assert_maths
+
+NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
+SHARD = 9_000  # bytes: several shards for a tiny model
+
+
+def write_base(path, family="llama", dtype=torch.float32, quantize=None, **changes):
+    """A model's directory; with `quantize` in four bits."""
+    ml.save_model(tiny_model(family, dtype=dtype, **changes), path)
+    if quantize is not None:
+        ml.save_model(ml.load_model(path, dtype, quantize=quantize), path)
+    return path
+
+
+def write_adapter(base, path, seed=1, quantize=None, **config):
+    """An adapter with random factors, trained on that base."""
+    model = ml.load_model(base, device="meta", quantize=quantize)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}), seed=seed)
+    randomize_adapters_(model, seed)
+    ml.save_adapter(model, path)
+    return path
+
+
+def merge_in_memory(base, adapters, out, dtype, quantize=None):
+    model = ml.load_model(base, dtype, quantize=quantize)
+    for i, adapter in enumerate(adapters):
+        ml.load_adapter(model, adapter, f"{i}")
+    ml.set_adapter(model, [f"{i}" for i in range(len(adapters))])
+    ml.merge(model)
+    ml.save_model(model, out)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def things(tmp_path):
+    """A base, the same in four bits, and an adapter of some of its modules."""
+    write_base(tmp_path / "base")
+    write_base(tmp_path / "packed", quantize=NF4)
+    write_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=("q_proj", "o_proj", "down_proj"))
+    return tmp_path
+
+
+# --- what is written ---
+
+
+@given(
+    st.sampled_from(sorted(FAMILIES)),
+    seeds,
+    scales,
+    st.booleans(),
+    st.sampled_from(["dense", "quantized for the training", "quantized"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+)
+@example("qwen2", 0, 7.0, True, "dense", torch.bfloat16, True)
+@example("llama-bias-tied-wide-heads", 0, 7.0, True, "quantized", torch.bfloat16, True)
+def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(
+    tmp_path_factory, family, seed, scale, use_rslora, kind, dtype, has_head
+):
+    path = tmp_path_factory.mktemp("merge")
+    base = write_base(path / "base", family, dtype, NF4 if kind == "quantized" else None)
+    first = write_adapter(base, path / "first", seed, lora_alpha=3 * scale, use_rslora=use_rslora)
+    targets = r".*(o_proj|layers\.2\..*down_proj" + ("|lm_head)" if has_head else ")")
+    second = write_adapter(base, path / "second", seed + 1, r=2, target_modules=targets)
+    asked = NF4 if kind == "quantized for the training" else None
+    merge_in_memory(base, [first, second], path / "expected", dtype, asked)
+    merge_directory(base, [first, second], path / "out", quantize=asked)
+    assert contents(path / "out") == contents(path / "expected")
+    assert contents(path / "out")["model.safetensors"] != contents(base)["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("asked", [None, NF4])
+def test_the_original_is_what_is_merged_into_if_that_is_asked_for(things, dtype, asked):
+    merge_in_memory(things / "base", [things / "adapter"], things / "expected", dtype)
+    merge_directory(things / "base", [things / "adapter"], things / "out", "original", asked, dtype)
+    assert contents(things / "out") == contents(things / "expected")
+
+
+@pytest.mark.parametrize("shard_bytes", [SHARD, 4 * SHARD])
+def test_shards_are_those_of_a_merge_in_memory(things, shard_bytes):
+    model = ml.load_model(things / "packed")
+    ml.load_adapter(model, things / "adapter")
+    ml.merge(model)
+    ml.save_model(model, things / "expected", shard_bytes=shard_bytes)
+    merge_directory(things / "packed", [things / "adapter"], things / "out", shard_bytes=shard_bytes)
+    assert contents(things / "out") == contents(things / "expected")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_requantized_is_the_dequantized_result_quantized_again_and_the_rest_as_it_was(things, is_packed, double_quant):
+    config = ml.QuantizeConfig("nf4", double_quant, ("o_proj",))
+    packed = write_base(things / "four", quantize=config)
+    base, asked = (packed, None) if is_packed else (things / "base", config)
+    for target in ("dequantized", "requantized"):
+        merge_directory(base, [things / "adapter"], things / target, target, asked)
+    expected, before = ml.load_model(things / "dequantized"), linear_layers(ml.load_model(packed))
+    result, stored = (load_file(path / "model.safetensors") for path in (things / "requantized", packed))
+    model = ml.load_model(things / "requantized")
+    for path, linear in linear_layers(model).items():
+        assert type(linear) is type(before[path])
+        if not isinstance(linear, NF4Linear):
+            assert torch.equal(linear.weight, expected.get_submodule(path).weight)
+        elif path.endswith(("q_proj", "down_proj")):
+            again = NF4Linear.quantize(expected.get_submodule(path).weight, double_quant=double_quant)
+            assert again.layout == linear.layout
+            assert [None if part is None else part.tolist() for part in again.parts] == [
+                None if part is None else part.tolist() for part in linear.parts
+            ]
+        else:
+            names = [name for name in stored if name.startswith(f"{path}.")]
+            assert all(torch.equal(result[name], stored[name]) for name in names)
+            assert (f"{path}.weight.nested_absmax" in names) == double_quant
+    configs = [json.loads((path / "config.json").read_text()) for path in (things / "requantized", packed)]
+    assert configs[0] == configs[1]
+
+
+def test_a_block_size_other_than_ours_is_kept(things):
+    base = linear_layers(ml.load_model(things / "base"))["model.layers.0.self_attn.q_proj"]
+    example = NF4Linear.quantize(base.weight, double_quant=False)
+    packed, absmax = quantize(base.weight, 128)
+    layout = type(example.layout)((24, 24), torch.float32, block_size=128)
+    example = NF4Linear(example.parts._replace(packed=packed, absmax=absmax), layout, None, torch.float32)
+    again = merging._packed_like(example, dense_weight(example))
+    assert again.layout == layout
+    assert torch.equal(again.packed, example.packed)
+    assert torch.equal(again.absmax, example.absmax)
+
+
+@pytest.mark.parametrize(
+    ("is_packed", "asked", "target"),
+    [(False, None, "original"), (False, NF4, "dequantized"), (True, None, "dequantized")],
+)
+def test_the_default_target_is_what_was_trained(things, is_packed, asked, target):
+    base = things / ("packed" if is_packed else "base")
+    for name, given_target in (("default", None), ("named", target)):
+        merge_directory(base, [things / "adapter"], things / name, given_target, asked)
+    assert contents(things / "default") == contents(things / "named")
+
+
+# --- what is held ---
+
+
+class Held(_Account):
+    """Bytes of what has numbers."""
+
+    def _hold(self, storage):
+        if storage.device.type != "meta":
+            super()._hold(storage)
+
+
+@pytest.mark.parametrize(("target", "asked"), [("original", None), ("original", NF4), ("requantized", NF4)])
+def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
+    monkeypatch.setattr(merging, "CHUNK", 48)
+    base = tmp_path / "base"
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=20)
+    ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
+    adapter = write_adapter(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
+    largest = max(p.nbytes for p in model.parameters())
+    with Held() as account:
+        merge_directory(base, [adapter], tmp_path / "out", target, asked, shard_bytes=SHARD)
+    held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
+    assert SHARD < account.most <= SHARD + 2 * held + 6 * largest
+    assert sum(p.nbytes for p in model.parameters()) > 5 * account.most
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_an_interrupted_merge_leaves_nothing_that_looks_whole_and_can_be_done_again(things, monkeypatch, after):
+    calls = []
+
+    def interrupted(*values):
+        calls.append(values)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return squared_norms(*values)
+
+    monkeypatch.setattr(merging, "squared_norms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_directory(things / "base", [things / "adapter"], things / "out", shard_bytes=SHARD)
+    monkeypatch.undo()
+    assert not holds_files(things / "out")
+    with pytest.raises(FormatError):
+        ml.load_model(things / "out")
+    merge_directory(things / "base", [things / "adapter"], things / "out", shard_bytes=SHARD)
+    ml.load_model(things / "out")
+
+
+# --- how far it is from what was trained ---
+
+
+def numbers(weight):
+    """What a weight stands for, by numpy alone."""
+    if not isinstance(weight, NF4Linear):
+        return weight.detach().double().numpy()
+    halves = np.stack([weight.packed.flatten().numpy() >> 4, weight.packed.flatten().numpy() & 15], axis=1)
+    n = weight.out_features * weight.in_features
+    scale = weight.absmax.flatten().numpy().repeat(weight.layout.block_size)[:n]
+    levels = np.array(LEVELS, dtype=np.float32)[halves.reshape(-1)[:n]]
+    return reference.nf4_dequantize(levels, scale).astype(np.float64).reshape(weight.layout.shape)
+
+
+@given(
+    seeds,
+    st.integers(1, 9),
+    st.sampled_from([1, 9, 64, 100]),
+    scales,
+    st.lists(st.integers(1, 4), max_size=2),
+    st.data(),
+)
+def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, outer, inner, scale, ranks, data):
+    kinds = st.sampled_from([torch.float64, torch.bfloat16, "nf4"])
+    weights = []
+    for i in range(2):
+        kind, weight = data.draw(kinds), randn(seed + i, outer, inner)
+        weights.append(NF4Linear.quantize(weight.float(), double_quant=False) if kind == "nf4" else weight.to(kind))
+    layer = LoRALinear(nn.Linear(inner, outer, device="meta"), "proj")
+    for i, r in enumerate(ranks):
+        lora_A, lora_B = randn(seed + 2 + i, r, inner), randn(seed + 9 + i, outer, r)
+        layer.add(f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), lora_A, lora_B)
+    layer.active = tuple(layer.configs)
+    now, before = map(numbers, weights)
+    error = effect = 0.0
+    for x in np.eye(inner):
+        delta = np.zeros(outer)
+        for name in layer.active:
+            lora_A, lora_B = (factor[name].detach().numpy() for factor in (layer.lora_A, layer.lora_B))
+            delta += scale * (lora_B @ (lora_A @ x))
+        error += sum((now @ x - (before @ x + delta)) ** 2)
+        effect += sum(delta**2)
+    found = squared_norms(*weights, layer)
+    assert_maths(torch.tensor(found, dtype=torch.float64), [error, effect])
+
+
+def test_the_norms_are_the_same_whatever_is_widened_at_a_time(things, monkeypatch):
+    whole = merge_directory(things / "base", [things / "adapter"], things / "a", "requantized", NF4)
+    monkeypatch.setattr(merging, "CHUNK", 1)
+    assert merge_directory(things / "base", [things / "adapter"], things / "b", "requantized", NF4) == whole
+
+
+def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_by_its_difference(things):
+    errors = {
+        target: merge_directory(things / "base", [things / "adapter"], things / target, target, NF4)
+        for target in ("dequantized", "requantized", "original")
+    }
+    assert errors["dequantized"].worst < 1e-6
+    assert errors["original"].overall > 1e-3
+    assert errors["requantized"].overall > 1e-3
+    held = linear_layers(ml.load_model(things / "base", quantize=NF4))
+    plain = linear_layers(ml.load_model(things / "base"))
+    model = ml.load_model(things / "base")
+    ml.load_adapter(model, things / "adapter")
+    ratios = {}
+    for path, layer in ml.lora.attach.adapter_layers(model).items():
+        delta = layer.merged_weight(torch.zeros_like(plain[path].weight, dtype=torch.float64))
+        ratios[path] = ((plain[path].weight - dense_weight(held[path])).double().norm() / delta.norm()).item()
+    worst = max(ratios, key=ratios.get)
+    assert errors["original"].layer == worst
+    assert errors["original"].worst == pytest.approx(ratios[worst], rel=1e-6)
+    assert ratios["model.layers.0.self_attn.o_proj"] == 0  # it is dense in both
+
+
+def test_a_layer_without_effect_is_not_the_worst_and_an_adapter_without_one_has_no_error(things):
+    tensors = load_file(things / "adapter" / WEIGHTS_FILE)
+    changing = "model.layers.1.self_attn.q_proj"
+    for silent in ((lambda name: changing not in name), (lambda name: True)):
+        changed = {name: t * 0 if "lora_B" in name and silent(name) else t for name, t in tensors.items()}
+        save_file(changed, things / "adapter" / WEIGHTS_FILE)
+        found = merge_directory(things / "base", [things / "adapter"], things / "out", "original", NF4)
+        if silent(changing):
+            assert (found.overall, found.worst, found.layer) == (None, None, None)
+        else:
+            assert found.layer == changing
+            assert found.worst < found.overall  # which counts the errors of the others
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "asked", "phrase"),
+    [
+        (
+            "packed",
+            "original",
+            None,
+            r"packed: is quantized as nf4; .*'original' needs the 16-bit model.*'dequantized'",
+        ),
+        ("base", "requantized", None, r"base: .*'requantized' needs linears held as nf4, found none; .*--quantize nf4"),
+        (
+            "base",
+            "somewhere",
+            None,
+            r"target is 'somewhere', accepted are \['original', 'dequantized', 'requantized'\]",
+        ),
+    ],
+)
+def test_a_target_that_the_base_does_not_allow_is_refused_before_anything_is_written(
+    things, base, target, asked, phrase
+):
+    with pytest.raises(ConfigError, match=phrase):
+        merge_directory(things / base, [things / "adapter"], things / "out", target, asked)
+    assert not (things / "out").exists()
+
+
+def test_merging_no_adapter_is_refused(things):
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge_directory(things / "base", [], things / "out")
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(things):
+    path = things / "adapter" / WEIGHTS_FILE
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
+    save_file(tensors | {name: tensors[name] * torch.inf}, path)
+    with pytest.raises(FormatError, match=name):
+        merge_directory(things / "base", [things / "adapter"], things / "out")
+    save_file(tensors | {name: tensors[name] * 1e6}, path)
+    with pytest.raises(TrainingError, match=r"model\.layers\.2\.mlp\.down_proj: .*not finite in torch.float16"):
+        merge_directory(things / "base", [things / "adapter"], things / "out", dtype="float16")
+    assert not holds_files(things / "out")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_copy_of_the_base_s_weight_beside_the_adapter_is_compared(tmp_path, is_tied, is_same):
+    base = write_base(tmp_path / "base", tie_word_embeddings=is_tied)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=("lm_head",))
+    head = ml.load_model(base).lm_head.weight.detach().clone()
+    copy = {"base_model.model.lm_head.base_layer.weight": head if is_same else head + 1}
+    save_file(load_file(adapter / WEIGHTS_FILE) | copy, adapter / WEIGHTS_FILE)
+    if is_same:
+        merge_in_memory(base, [adapter], tmp_path / "expected", "float32")
+        merge_directory(base, [adapter], tmp_path / "out")
+        assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    else:
+        with pytest.raises(TargetError, match=r"lm_head\.base_layer\.weight is not the weight of this model"):
+            merge_directory(base, [adapter], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
