@@ -7,7 +7,9 @@ import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.lora.attach import linear_layers
 from minilora.lora.files import BASE, base_quantization
+from minilora.merging import merge_directory
 from minilora.quant.linear import NF4Linear
 from minilora.storage import TensorFile, write_tensors
 from minilora.train.evaluate import held_out_loss
@@ -217,3 +219,85 @@ def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
     assert "model.layers.1.mlp.up_proj.weight" in said
     assert "model.safetensors" in said
     assert not list((tmp_path / "new").glob("*"))
+
+
+# --- minilora merge ---
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "loaded"),
+    [
+        (["--adapter=dense"], "original", ("model", None)),
+        (["--adapter=quantized"], "dequantized", ("model", ml.QuantizeConfig("nf4"))),
+        (["--adapter=single"], "dequantized", ("model", ml.QuantizeConfig("nf4", False, ["down_proj"]))),
+        (["--adapter=on-nf4"], "dequantized", ("nf4", None)),
+        (["--adapter=dense", "--quantize=nf4"], "dequantized", ("model", ml.QuantizeConfig("nf4"))),
+        (["--adapter=quantized", "--quantize=none"], "original", ("model", None)),
+    ],
+)
+def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, tmp_path, words, target, loaded):
+    run("merge", *words, f"--out={tmp_path / 'default'}")
+    run("merge", *words, f"--out={tmp_path / 'named'}", f"--target={target}")
+    default, named = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("default", "named"))
+    assert default == named
+    assert default.keys() == {file.name for file in (directory / "model").iterdir()}
+    merged = ml.load_model(tmp_path / "default")
+    model = ml.load_model(loaded[0], quantize=loaded[1])
+    ml.load_adapter(model, words[0].partition("=")[2])
+    ml.merge(model)
+    assert merged.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in merged.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            "original",
+            ["quantized: was trained on a base that is nf4 with double quantization; this one is not quantized"],
+        ),
+        ("dequantized", ["the base model is nf4 with double quantization"]),
+        ("requantized", ["the base model is nf4 with double quantization"]),
+    ],
+)
+def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the_base_is_another(
+    run, tmp_path, target, said
+):
+    expected = merge_directory("model", ["quantized"], tmp_path / "a", target, "nf4")
+    printed = run("merge", "--adapter=quantized", f"--target={target}", f"--out={tmp_path / 'b'}")
+    assert printed.err.splitlines() == said
+    first, second = printed.out.splitlines()
+    assert first == (
+        f"error at the layers' outputs, relative to the adapter's effect: {expected.overall:.2g}; "
+        f"worst {expected.worst:.2g} in {expected.layer}"
+    )
+    assert second == f"merged model written to {tmp_path / 'b'}"
+    assert (expected.overall > 0.01) == (target != "dequantized")
+    linears = [
+        type(linear) for path, linear in linear_layers(ml.load_model(tmp_path / "b")).items() if path != "lm_head"
+    ]
+    assert set(linears) == {NF4Linear if target == "requantized" else torch.nn.Linear}
+
+
+def test_merge_says_that_an_adapter_changes_nothing(directory, run, tmp_path):
+    model = ml.load_model(directory / "model", device="meta")
+    ml.attach(model, ml.LoraConfig())
+    ml.save_adapter(model, tmp_path / "new")
+    printed = run(
+        "merge", f"--adapter={tmp_path / 'new'}", f"--model={directory / 'model'}", f"--out={tmp_path / 'out'}"
+    )
+    assert printed.out.splitlines()[0] == "the adapter changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--adapter=on-nf4", "--target=original"], "nf4: is quantized as nf4; the target 'original' needs the 16-bit"),
+        (["--adapter=dense", "--target=requantized"], "model: the target 'requantized' needs linears held as nf4"),
+        (["--adapter="], "--model or --adapter is empty"),
+        ([], "there is nothing to merge: give --adapter"),
+    ],
+)
+def test_merge_refuses_what_it_cannot_do_and_writes_nothing(run, tmp_path, words, named):
+    assert named in run("merge", *words, f"--out={tmp_path / 'out'}", status=1).err
+    assert not (tmp_path / "out").exists()

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from minilora.model import ops
-from minilora.testing import reference
+from minilora.quant import nf4
+from minilora.testing import reference, reference_nf4
 from tests.models import randn, tiny_model, token_ids
 from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
 
@@ -149,3 +150,32 @@ def test_padding_that_is_attended_to():
     left_padded = model(torch.cat([ids[:, 5:], ids[:, :5]], dim=1))[:, 4:]
     assert maths(model(ids, lengths=[5])[:, :5], right) <= 1
     assert maths(left_padded, right) > 10
+
+
+# --- four bits ---
+
+PACKED, ABSMAX = nf4.quantize(randn(7, 8, 64, dtype=torch.float32) * torch.arange(1.0, 9).unsqueeze(1))
+CODES, SCALES, OFFSET = nf4.quantize_absmax(ABSMAX)
+ROUNDED = nf4.dequantize_absmax(CODES, SCALES, OFFSET)
+
+
+def dense(packed=PACKED, absmax=ROUNDED, quant_type="nf4"):
+    return nf4.dequantize(packed, absmax, (8, 64), torch.float32, quant_type=quant_type)
+
+
+DEQUANTIZED = {
+    "nibbles exchanged": dense(packed=PACKED << 4 | PACKED >> 4),
+    "codebook off by one": dense(packed=(PACKED + 0x11).where((PACKED >> 4 < 15) & (PACKED & 15 < 15), PACKED)),
+    "another codebook": dense(quant_type="fp4"),
+    "one absmax for all": dense(absmax=ROUNDED.max().expand(8)),
+    "absmax of the next block": dense(absmax=ROUNDED.roll(1)),
+    "offset left out": dense(absmax=nf4.dequantize_absmax(CODES, SCALES, 0 * OFFSET)),
+    "second scale left out": dense(absmax=nf4.dequantize_absmax(CODES, torch.ones_like(SCALES), OFFSET)),
+}
+
+
+@pytest.mark.parametrize("mistake", DEQUANTIZED)
+def test_dequantizing(mistake):
+    right = reference_nf4.nf4_dequantize(bytes(PACKED.tolist()), ROUNDED.numpy(), 512, 64).reshape(8, 64)
+    assert relative(dense(), right, PARITY) <= 1
+    assert relative(DEQUANTIZED[mistake], right, PARITY) > 10

@@ -90,8 +90,9 @@ def test_a_part_imports_only_what_the_design_allows(module):
     assert not wrong, f"minilora/{module}.py imports {sorted(wrong)}"
 
 
-def test_the_oracles_import_numpy_alone():
-    names = {name.split(".")[0] for name in imported(MODULES["testing/reference"])}
+@pytest.mark.parametrize("module", ["testing/reference", "testing/reference_nf4"])
+def test_the_oracles_import_numpy_alone(module):
+    names = {name.split(".")[0] for name in imported(MODULES[module])}
     assert names <= {"__future__", "collections", "typing", "math", "numpy"}
 
 

@@ -17,7 +17,6 @@ may have any float dtype; what is computed and returned is float64.
     [GLU]   Shazeer 2020, GLU Variants Improve Transformer
     [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
     [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
-    [QLoRA] Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
 """
 
 from __future__ import annotations
@@ -30,11 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-NF4_LEVELS = (  # as bitsandbytes has them  [QLoRA app. E]
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 
 
 # --- LoRA ---
@@ -300,28 +294,3 @@ def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 def _wide(*arrays: Array) -> list[Array]:
     return [np.asarray(array, dtype=np.float64) for array in arrays]
-
-
-def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:
-    """code = the level nearest to w / absmax of its block, of two as near the lower one; by trying all.
-
-    Shapes: weight (N, K) -> codes (n), absmax (b)
-    """
-    flat = weight.reshape(-1)
-    codes, scales = [], []
-    for begin in range(0, len(flat), block_size):
-        block = flat[begin : begin + block_size]
-        scale = max(abs(w) for w in block)
-        scales.append(scale)
-        for w in block:
-            distances = [abs((w / scale if scale else 0.0) - level) for level in NF4_LEVELS]
-            codes.append(distances.index(min(distances)))
-    return np.array(codes), np.array(scales)
-
-
-def nf4_dequantize(levels: Array, absmax: Array) -> Array:
-    """w = level · absmax, one by one.
-
-    Shapes: levels (n), absmax (n) -> (n)
-    """
-    return np.array([level * scale for level, scale in zip(levels, absmax, strict=True)])
