@@ -21,6 +21,7 @@ from minilora.hub import fetch, locate
 from minilora.merging import Deviation, Target, merge_directory
 from minilora.model.checkpoint import load_model
 from minilora.model.tokenizer import load_tokenizer
+from minilora.quant.config import QuantizeConfig
 from minilora.run import holds_files, pick_device
 
 
@@ -45,21 +46,14 @@ def _run(options: Options) -> int:
         raise ConfigError("--model or --adapter is empty; leave it out, or name something")
     paths = [fetch(name, "adapter") for name in names]
     base = locate(base_of({**options, "adapter": list(map(str, paths))}), "model")
-    held = quantization(options, base.name, paths)
-    say_quantization(load_model(base.path, device="meta", quantize=held), paths)
+    target, held = options["target"], quantization(options, base.name, paths)
+    here = QuantizeConfig("none") if target == "original" else held
+    say_quantization(load_model(base.path, device="meta", quantize=here), paths)
     tokenizer, training = load_tokenizer(base.name), how_trained(paths)
     if training.template:
         tokenizer = tokenizer.with_template(training.template)
-    deviation = merge_directory(
-        base.path,
-        paths,
-        out,
-        options["target"],
-        held,
-        options["dtype"],
-        pick_device(options["device"]),
-        tokenizer,
-    )
+    device = pick_device(options["device"])
+    deviation = merge_directory(base.path, paths, out, target, held, options["dtype"], device, tokenizer)
     print(f"{_in_words(deviation)}\nmerged model written to {out}")
     return 0
 
