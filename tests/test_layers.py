@@ -136,3 +136,22 @@ def test_a_second_adapter_of_the_same_name_is_refused():
     layer = make_layer(0, 4, 4, [2], 2.0)
     with pytest.raises(TargetError, match="proj has an adapter 'adapter0'"):
         layer.add("adapter0", LoraConfig(r=2), randn(1, 2, 4), randn(2, 4, 2))
+
+
+@layers
+def test_what_is_merged_into_another_weight_is_what_is_merged_into_the_base_s_own(
+    seed, inner, outer, ranks, scale, bias
+):
+    layer = make_layer(seed, inner, outer, ranks, scale, bias)
+    other = randn(seed + 70, outer, inner)
+    expected = layer.merged_weight(other)
+    layer.base.weight.copy_(other)
+    assert torch.equal(layer.merged_weight(), expected)
+
+
+def test_adapters_of_a_base_without_numbers_keep_theirs():
+    layer = make_layer(0, 5, 4, [2], 7.0)
+    empty = LoRALinear(nn.Linear(5, 4, device="meta"), "proj")
+    empty.add("adapter0", layer.configs["adapter0"], layer.lora_A["adapter0"], layer.lora_B["adapter0"])
+    empty.active = ("adapter0",)
+    assert torch.equal(empty.merged_weight(layer.base.weight), layer.merged_weight())

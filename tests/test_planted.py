@@ -133,6 +133,12 @@ MISTAKES = {
         "[(0, len(text))]",
         "test_data.py::test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels",
     ),
+    "a merge is compared with the weight that it was merged into": Mistake(
+        "merging.py",
+        "squared_norms(result, trained, layers[path])",
+        "squared_norms(result, weight, layers[path])",
+        "test_merging.py::test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_by_its_difference",
+    ),
     "the divergence is that of the base from the adapter": Mistake(
         "train/evaluate.py",
         "(log_p.exp() * (log_p - log_q)).sum()",
