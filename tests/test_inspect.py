@@ -19,10 +19,11 @@ from minilora.inspect.fold import fold
 from minilora.inspect.look import look
 from minilora.inspect.model import model_facts
 from minilora.inspect.run import run_facts
-from minilora.lora.attach import adapter_layers
+from minilora.lora.attach import adapter_layers, linear_layers
 from minilora.lora.config import LoraConfig
 from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.model.shards import INDEX
+from minilora.quant.linear import dense_weight
 from minilora.storage import write_json
 from tests.models import FAMILIES, randn, seeds, sizes, tiny_model
 from tests.test_data import CHATML, write_tokenizer
@@ -227,6 +228,16 @@ def test_a_tied_head_is_measured_against_the_embedding(tmp_path, base):
     (head,) = adapter_facts(tmp_path, base("qwen2")).modules
     embedding = model.model.embed_tokens.weight.detach().double()
     assert_number(head.base_norm, np.linalg.norm(embedding.numpy()))
+
+
+def test_a_base_of_four_bits_is_measured_as_it_acts(tmp_path, base):
+    saved(tmp_path, "llama")
+    model = ml.load_model(base("llama"), quantize=ml.QuantizeConfig("nf4", quantize_skip="o_proj"))
+    ml.save_model(model, tmp_path / "nf4")
+    linears = linear_layers(model)
+    for module in adapter_facts(tmp_path, tmp_path / "nf4").modules:
+        weight = dense_weight(linears[module.module]).detach().double().numpy()
+        assert_number(module.base_norm, np.linalg.norm(weight))
 
 
 def test_without_the_base_the_delta_s_own_norm_is_told(tmp_path, base, page):

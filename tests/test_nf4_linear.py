@@ -54,6 +54,7 @@ def test_nothing_is_trained_and_nothing_dense_is_stored():
     layer, *_ = make((256, 64), 1)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert not list(layer.buffers())
+    assert all(parameter.dim() for parameter in layer.parameters())  # FSDP refuses scalars
     bits = 8 * sum(p.nbytes for name, p in layer.named_parameters() if name not in ("bias", "offset"))
     assert bits / (256 * 64) == 4 + 8 / 64 + 32 / (64 * 256)
     assert layer.packed.shape == (256, 32)

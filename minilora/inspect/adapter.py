@@ -37,6 +37,8 @@ from minilora.lora.files import (
 from minilora.lora.functional import lora_scale
 from minilora.model.checkpoint import load_model
 from minilora.model.shards import tensor_files
+from minilora.quant.files import packed_weights, read_packed
+from minilora.quant.nf4 import unpack
 from minilora.storage import TensorEntry, TensorFile, read_json
 
 # The adapter's own name may stand before "weight"; an embedding's factors have no "weight".
@@ -185,10 +187,15 @@ def _module_facts(
 
 
 def _base_norm(weights: Mapping[str, TensorFile], module: str, shape: tuple[int, int]) -> float | None:
-    """‖W‖ of a module of the base, where its weight has that shape, or the transposed one, and is not packed."""
+    """‖W‖ of a module of the base, where its weight has that shape, or the transposed one; of a packed one as it acts."""
     tied = ["model.embed_tokens.weight"] if module == "lm_head" else []
     name = next((name for name in (f"{module}.weight", *tied) if name in weights), None)
-    if name is None or weights[name].shapes[name] not in (shape, shape[::-1]):
+    if name is None:
+        return None
+    if packed := packed_weights(part for part in weights if part.startswith(name)):
+        parts, layout = read_packed(weights, packed[name], torch.device("cpu"))
+        return frobenius_norm(unpack(parts, layout, torch.float32)) if layout.shape == shape else None
+    if weights[name].shapes[name] not in (shape, shape[::-1]):
         return None
     weight = weights[name].read(name)
     return frobenius_norm(weight) if weight.dtype in DTYPES else None

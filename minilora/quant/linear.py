@@ -44,7 +44,7 @@ class NF4Linear(nn.Module):
         self.packed = _frozen(parts.packed.view(rows))
         self.absmax = _frozen(parts.absmax.view(rows))
         self.scales = None if parts.scales is None else _frozen(parts.scales)
-        self.offset = None if parts.offset is None else _frozen(parts.offset)
+        self.offset = None if parts.offset is None else _frozen(parts.offset.view(1))  # scalars cannot be sharded
         self.bias: nn.Parameter | None = None if bias is None else _frozen(bias.detach())
 
     @classmethod
