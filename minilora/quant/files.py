@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from minilora.errors import FormatError
+from minilora.quant.config import describe
 from minilora.quant.linear import NF4Linear
 from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, Packed
 from minilora.storage import TensorFile
 
 STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
+STATE_BYTES = 4096  # at most; bitsandbytes writes 170
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -35,33 +37,45 @@ def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
     names = set(names)
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        if state := STATE.fullmatch(name):
-            weight = state["weight"]
+        if (state := STATE.fullmatch(name)) and (weight := state["weight"]) in names:
             found[weight] = [name, weight, *(f"{weight}.{part}" for part in STATISTICS if f"{weight}.{part}" in names)]
     return found
 
 
-def read_layout(file: TensorFile, name: str) -> tuple[Layout, dict[str, Any]]:
-    """What the JSON object of that name says of its weight.
+def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
+    """What the JSON object of that name says of its weight: the layout, and the offset of double quantization.
 
     Raises:
         FormatError: it is not such an object, or names a format that is not known here.
     """
-    where = f"{file.path}: {name}"
+    state = _read_state(file, name)
+    values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]
+    shape, dtype, block_size, kind, offset = values
+    is_right = {
+        "shape": isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape),
+        "blocksize": type(block_size) is int and block_size in BLOCK_SIZES,
+        "dtype": str(dtype) in DTYPES,
+        "quant_type": str(kind) in CODEBOOKS and name.endswith(f"__{kind}"),
+    }
+    if "nested_blocksize" in state or "nested_offset" in state:
+        is_right["nested_blocksize"] = state.get("nested_blocksize") == NESTED_BLOCK_SIZE
+        is_right["nested_offset"] = type(offset) is float and bool(torch.tensor(offset).isfinite())
+    if wrong := {key: state.get(key) for key, right in is_right.items() if not right}:
+        raise FormatError(f"{file.path}: {name} says {wrong!s:.300}, which cannot be read")
+    return Layout((shape[0], shape[1]), DTYPES[dtype], block_size, kind), offset
+
+
+def _read_state(file: TensorFile, name: str) -> dict[str, Any]:
+    stored = file.read(name)
+    if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
+        raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
     try:
-        state = json.loads(bytes(file.read(name).flatten().tolist()))
-        N, K = state["shape"]
-        block_size, dtype, kind = state["blocksize"], DTYPES[state["dtype"]], state["quant_type"]
-        if not (isinstance(N, int) and isinstance(K, int) and N > 0 and K > 0):
-            raise ValueError(f"shape {state['shape']}")
-        if kind not in CODEBOOKS or block_size not in BLOCK_SIZES:
-            raise ValueError(f"quant_type {kind!r}, blocksize {block_size!r}")
-        nested = [state[key] for key in ("nested_blocksize", "nested_offset") if key in state]
-        if nested and not (nested[0] == NESTED_BLOCK_SIZE and isinstance(nested[-1], float)):
-            raise ValueError(f"nested_blocksize and nested_offset {nested}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{where}: not the state of a 4-bit weight that can be read ({error!r})") from error
-    return Layout((N, K), dtype, block_size, kind), state
+        state = json.loads(bytes(stored.flatten().tolist()))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file.path}: {name} is not JSON ({error})") from error
+    if not isinstance(state, dict):
+        raise FormatError(f"{file.path}: {name} is not a JSON object")
+    return state
 
 
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
@@ -71,45 +85,45 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
         FormatError: a tensor is missing or has the wrong size or dtype, or its levels are not those of the format.
     """
     state_name, weight, *_ = names
-    layout, state = read_layout(files[state_name], state_name)
+    layout, nested_offset = read_layout(files[state_name], state_name)
     n = layout.shape[0] * layout.shape[1]
     blocks = -(-n // layout.block_size)
 
-    def read(name: str, size: int, *dtypes: torch.dtype) -> Tensor:
+    def read(name: str, size: int, dtype: torch.dtype) -> Tensor:
         if name not in files:
             raise FormatError(f"{files[state_name].path}: {name} is missing")
         tensor = files[name].read(name)
         if name == weight:  # written as any dtype, it is bytes all the same
-            tensor = tensor.contiguous().view(torch.uint8)
-        if tensor.numel() != size or tensor.dtype not in dtypes:
+            tensor = tensor.flatten().view(torch.uint8)
+        if tensor.numel() != size or tensor.dtype != dtype:
             found = f"{tensor.numel()} of {tensor.dtype}"
-            raise FormatError(f"{files[name].path}: {name} holds {found}, need {size} of {dtypes[0]}")
+            raise FormatError(f"{files[name].path}: {name} holds {found}, need {size} of {dtype}")
         return tensor.flatten()
 
-    def check(name: str, levels: Tensor) -> None:
-        if not torch.equal(read(name, len(levels), torch.float32), levels):
+    def check(name: str, levels: Tensor) -> None:  # their last bits differ with the machine that made them
+        if not torch.allclose(read(name, len(levels), torch.float32), levels, rtol=1e-6, atol=0):
             raise FormatError(f"{files[state_name].path}: {name} holds other levels than those of the format")
 
     packed = read(weight, (n + 1) // 2, torch.uint8).to(device, copy=True)
     check(f"{weight}.quant_map", CODEBOOKS[layout.quant_type])
-    if "nested_offset" not in state:
+    if nested_offset is None:
         absmax = read(f"{weight}.absmax", blocks, torch.float32).to(device, copy=True)
         return Packed(packed, absmax, None, None), layout
     check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
     absmax = read(f"{weight}.absmax", blocks, torch.uint8).to(device, copy=True)
-    # In what bitsandbytes saves after an evaluation on some processors the scales are bfloat16.
-    scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32, torch.bfloat16)
-    offset = torch.tensor(state["nested_offset"], device=device)
-    return Packed(packed, absmax, scales.to(device, torch.float32, copy=True), offset), layout
+    scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
+    offset = torch.tensor(nested_offset, device=device)
+    return Packed(packed, absmax, scales.to(device, copy=True), offset), layout
 
 
 def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     """The tensors of a packed weight, by the names that they have in a file."""
     (packed, absmax, scales, offset), layout = linear.parts, linear.layout
+    dtype = str(layout.dtype).removeprefix("torch.")
     state: dict[str, Any] = {
         "quant_type": layout.quant_type,
         "blocksize": layout.block_size,
-        "dtype": str(layout.dtype).removeprefix("torch."),
+        "dtype": dtype if dtype in DTYPES else "float32",  # float64 is not known there; quantizing rounds to float32
         "shape": list(layout.shape),
     }
     tensors = {
@@ -125,28 +139,29 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(held: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any] | None:
-    """The entry of a config.json about a model that is held as `describe` says, with all keys that transformers writes.
+def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The entry of a config.json about a model's linears (path -> linear), with all keys that transformers writes.
 
-    Which linears stay dense is named, unless it is the head alone.
+    Which of them are dense is named, unless it is the head alone, as when nothing is said.
     """
+    held = describe(linears, head)
     if held["quantize"] == "none":
         return None
-    skipped = held["quantize_skip"]
+    dense = [*held["quantize_skip"], *([] if isinstance(linears[head], NF4Linear) else [head])]
     return {
-        "quant_method": "bitsandbytes",
-        "_load_in_8bit": False,
         "_load_in_4bit": True,
-        "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": [*skipped, "lm_head"] if skipped else None,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "bnb_4bit_quant_type": held["quantize"],
-        "bnb_4bit_use_double_quant": held["double_quant"],
+        "_load_in_8bit": False,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": held["quantize"],
+        "bnb_4bit_use_double_quant": held["double_quant"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if dense == [head] else dense,
+        "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
     }
 
 

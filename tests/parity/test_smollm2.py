@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.cli import main
 from minilora.lora.attach import adapter_layers
 from minilora.model import ops
-from minilora.storage import BUILTIN
+from minilora.storage import BUILTIN, read_json
 from minilora.train.batch import collate
 from minilora.train.config import TrainConfig
 from minilora.train.data import encode_row
@@ -201,3 +202,49 @@ def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
         in_transformers = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
         assert_parity(our_loss, in_peft)
         assert_parity(our_loss, their_loss(in_transformers, batch) / batch.labelled)
+
+
+def their_4_bit(path, **options):
+    """transformers' model with bitsandbytes, as for training and in float32; evaluating, it may round more."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map={"": "cpu"}, **options)
+
+    def logits(ids):
+        for module in model.train().modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.compute_dtype, module.compute_type_is_set = torch.float32, True
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        with torch.no_grad():
+            return model(ids).logits
+
+    return model, logits
+
+
+def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_other_to_equal_logits(
+    smollm2, tokenizer, tmp_path
+):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert main(["quantize", "--model", str(smollm2), "--out", str(ours), "--device", "cpu"]) == 0
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model, logits = their_4_bit(smollm2, quantization_config=config)
+    model.save_pretrained(theirs)
+    one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    assert one.keys() == other.keys()
+    assert sum(".quant_state." in name for name in one) == 7 * 30
+    for name, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape)
+        assert torch.equal(tensor, other[name]), name
+    assert read_json(ours / "config.json") == read_json(theirs / "config.json")
+    ids = torch.tensor([chat_ids(tokenizer, PROMPTS[2])])
+    expected = logits(ids)
+    assert_parity(their_4_bit(ours)[1](ids), expected)
+    for path in (ours, theirs):
+        with torch.no_grad():
+            assert_parity(ml.load_model(path, "float32")(ids), expected)

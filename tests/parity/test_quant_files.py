@@ -1,0 +1,227 @@
+"""4-bit model directories of transformers with bitsandbytes, and ours: the same bytes, the same logits.
+
+Theirs are run as for training and in float32: while evaluating, on a processor with AVX512-BF16, they round more.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import minilora as ml
+from minilora.quant.config import QuantizeConfig
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.quant.nf4 import dequantize, quantize
+from minilora.storage import read_json
+from tests.models import tiny_model, token_ids
+from tests.test_nf4 import BOUND
+from tests.tolerance import assert_parity
+
+pytestmark = pytest.mark.parity
+transformers = pytest.importorskip("transformers")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+functional = bitsandbytes.functional
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+CASES = {  # of every family, its biases, a tied head, fused linears
+    "llama": {},
+    "llama-bias-tied-wide-heads": {"head_dim": 32},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {},
+    "phi3": {},
+}
+families = pytest.mark.parametrize("family", CASES)
+doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "plain"])
+has_kernel = pytest.mark.skipif(
+    not (hasattr(functional, "has_avx512bf16") and functional.has_avx512bf16()),
+    reason="bitsandbytes has these kernels where a processor has AVX512-BF16",
+)
+
+
+def save_dense(path, family="llama", dtype=torch.bfloat16, **changes):
+    ml.save_model(tiny_model(family, dtype=dtype, **SIZES | CASES[family] | changes), path)
+    return path
+
+
+def their_model(path, dtype=torch.float32, **options):
+    """transformers' model, quantized as it is loaded, or as it lies; it computes in float32."""
+    if options:
+        options = {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, **options)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, **options)
+    return model.train()
+
+
+def their_logits(model, tokens):
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, bitsandbytes.nn.Params4bit):
+            parameter.data = parameter.data.float()
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def our_logits(path, tokens):
+    with torch.no_grad():
+        return ml.load_model(path, "float32")(tokens)
+
+
+def options_of(double_quant, kind="nf4", **others):
+    return {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant, **others}
+
+
+def same_files(ours, theirs):
+    """Tensors, JSON and what config.json says of quantization."""
+    one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
+        assert torch.equal(tensor, other[name]), name
+    our_entry, their_entry = (read_json(path / "config.json")["quantization_config"] for path in (ours, theirs))
+    assert json.dumps(our_entry) == json.dumps(their_entry)
+
+
+# --- the same bytes, the same logits ---
+
+
+@families
+@doubles
+def test_a_4_bit_directory_is_theirs_byte_for_byte_and_each_loads_the_other_s_to_equal_logits(
+    family, double_quant, tmp_path
+):
+    dense, tokens = save_dense(tmp_path / "dense", family), token_ids(0, 2, 12)
+    ml.save_model(ml.load_model(dense, "bfloat16", quantize=QuantizeConfig("nf4", double_quant)), tmp_path / "ours")
+    theirs = their_model(dense, torch.bfloat16, **options_of(double_quant, bnb_4bit_compute_dtype=torch.bfloat16))
+    theirs.save_pretrained(tmp_path / "theirs")
+    same_files(tmp_path / "ours", tmp_path / "theirs")
+    expected = their_logits(theirs, tokens)
+    assert_parity(our_logits(tmp_path / "theirs", tokens), expected)
+    assert_parity(our_logits(tmp_path / "ours", tokens), their_logits(their_model(tmp_path / "ours"), tokens))
+
+
+@pytest.mark.parametrize("skip", [["down_proj"], ["model.layers.1"], ["q_proj", "model.layers.0.mlp"]])
+def test_what_stays_dense_is_the_same_to_both(skip, tmp_path):
+    dense, tokens = save_dense(tmp_path / "dense"), token_ids(0, 2, 12)
+    theirs = their_model(dense, **options_of(True, llm_int8_skip_modules=[*skip, "lm_head"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ml.save_model(
+        ml.load_model(dense, "float32", quantize=QuantizeConfig("nf4", quantize_skip=skip)), tmp_path / "ours"
+    )
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert one.keys() == other.keys()
+    assert_parity(our_logits(tmp_path / "theirs", tokens), their_logits(theirs, tokens))
+    assert_parity(our_logits(tmp_path / "ours", tokens), their_logits(their_model(tmp_path / "ours"), tokens))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@doubles
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_their_formats_and_storages_are_read(kind, double_quant, storage, tmp_path):
+    dense, tokens = save_dense(tmp_path / "dense", "qwen2"), token_ids(0, 2, 12)
+    theirs = their_model(dense, **options_of(double_quant, kind, bnb_4bit_quant_storage=storage))
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert stored.dtype == storage
+    assert_parity(our_logits(tmp_path / "theirs", tokens), their_logits(theirs, tokens))
+
+
+def test_a_head_that_they_pack_is_read(tmp_path):
+    dense, tokens = save_dense(tmp_path / "dense", vocab_size=64), token_ids(0, 2, 12)
+    theirs = their_model(dense, **options_of(True, llm_int8_skip_modules=[]))
+    assert isinstance(theirs.lm_head, bitsandbytes.nn.Linear4bit)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = ml.load_model(tmp_path / "theirs", "float32")
+    ml.save_model(ours, tmp_path / "ours")
+    assert isinstance(ours.lm_head, NF4Linear)
+    expected = their_logits(theirs, tokens)
+    assert_parity(our_logits(tmp_path / "theirs", tokens), expected)
+    assert_parity(their_logits(their_model(tmp_path / "ours"), tokens), expected)
+
+
+# --- where they are wrong ---
+
+
+@has_kernel
+@pytest.mark.parametrize("columns", [32, 96])
+def test_rows_that_end_within_a_block_are_right_here_and_wrong_in_their_avx512_kernel(columns):
+    """It takes absmax[row · ⌊K/64⌋ + …], as if each row began a block; but blocks run over the rows laid end to end."""
+    weight = torch.randn(8, columns, generator=torch.Generator().manual_seed(0))
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    absmax = state.absmax.repeat_interleave(64).view(8, columns)
+    ours, theirs = dequantize(*quantize(weight), weight.shape, torch.float32), functional.dequantize_4bit(packed, state)
+    assert ((ours - weight).abs() <= BOUND * absmax).all()
+    assert not ((theirs - weight).abs() <= BOUND * absmax).all()
+    assert (theirs - weight).norm() > 2 * (ours - weight).norm()
+
+
+def evaluate_save_and_train(layer):
+    """What is stored after an evaluation, and the gradient with respect to the input that training has then."""
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.eval()(x)
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.no_grad():
+        layer(x)
+    y = layer.train()(x.requires_grad_())
+    return stored, torch.autograd.grad(y.sum(), x, allow_unused=True)[0]
+
+
+def their_layer(weight):
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
+    return layer.to("cpu")
+
+
+@has_kernel
+def test_evaluating_saving_and_training_leaves_scales_and_gradients_intact_here_and_not_there():
+    """There an evaluation rounds the scales to bfloat16, saving quantizes them anew; and the gradient is None."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, theirs = NF4Linear.quantize(weight), their_layer(weight)
+    before, their_before = ({k: v.clone() for k, v in layer.state_dict().items()} for layer in (ours, theirs))
+    stored, gradient = evaluate_save_and_train(ours)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())
+    assert torch.equal(gradient, torch.ones(2, 64).bfloat16() @ dense_weight(ours))
+    their_stored, their_gradient = evaluate_save_and_train(theirs)
+    assert torch.equal(their_stored["weight"].view(-1), their_before["weight"].view(-1))
+    drift = [name for name, tensor in their_stored.items() if not torch.equal(tensor, their_before[name])]
+    assert "weight.absmax" in drift
+    assert their_gradient is None
+
+
+def evaluated(path, dense, double_quant):
+    """What they save of a model after an evaluation."""
+    model = their_model(dense, torch.bfloat16, **options_of(double_quant)).eval()
+    with torch.no_grad():
+        model(input_ids=token_ids(0, 1, 4))
+    model.save_pretrained(path)
+    return load_file(path / "model.safetensors")
+
+
+@has_kernel
+def test_what_they_saved_after_an_evaluation_is_read(tmp_path):
+    """Its scales are up to half a percent off, its codes are right."""
+    dense = save_dense(tmp_path / "dense")
+    evaluated(tmp_path / "theirs", dense, True)
+    ours, exact = ml.load_model(tmp_path / "theirs", "float32"), ml.load_model(dense, "float32", quantize="nf4")
+    linears = {path: linear for path, linear in ours.named_modules() if isinstance(linear, NF4Linear)}
+    for path, linear in linears.items():
+        right = exact.get_submodule(path)
+        assert torch.equal(linear.packed, right.packed)
+        assert not torch.equal(linear.scales, right.scales)
+        found, expected = dense_weight(linear), dense_weight(right)
+        assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+    assert len(linears) == 4 * 7
+
+
+@has_kernel
+def test_the_absmaxes_that_they_saved_after_an_evaluation_without_double_quantization_are_refused(tmp_path):
+    """They are in another order there, and nothing says so but their dtype."""
+    stored = evaluated(tmp_path / "theirs", save_dense(tmp_path / "dense"), False)
+    name = "model.layers.0.mlp.down_proj.weight.absmax"
+    assert (stored[name].shape, stored[name].dtype) == ((2, 64), torch.bfloat16)  # K / 64, N
+    with pytest.raises(ml.FormatError, match=r"absmax holds \d+ of torch.bfloat16, need \d+ of torch.float32"):
+        ml.load_model(tmp_path / "theirs")

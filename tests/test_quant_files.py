@@ -1,0 +1,526 @@
+"""4-bit model directories in and out, in bitsandbytes' bytes; quantizing while loading; what cannot be read."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import minilora as ml
+from minilora import ConfigError, FormatError
+from minilora.model.checkpoint import skeleton, stored_weights
+from minilora.model.shards import SHARD_BYTES
+from minilora.quant.config import QuantizeConfig
+from minilora.quant.files import packed_tensors, packed_weights, read_packed
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, unpack
+from minilora.storage import TensorFile, read_json, write_json
+from tests.golden.make_quantized import FILE, KINDS
+from tests.models import FAMILIES, tiny_model, token_ids
+from tests.test_checkpoint import SHARD, same_state
+
+CPU = torch.device("cpu")
+UP = "model.layers.1.mlp.up_proj"
+W = f"{UP}.weight"
+STATE = f"{W}.quant_state.bitsandbytes__nf4"
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
+families = pytest.mark.parametrize("family", FAMILIES)
+shards = pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, SHARD], ids=["single", "sharded"])
+doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "plain"])
+
+
+def save_dense(path, family="llama", dtype=torch.float32, **changes):
+    ml.save_model(tiny_model(family, dtype=dtype, **changes), path)
+    return path
+
+
+def save_packed(path, family="llama", double_quant=True, skip=(), **changes):
+    """A 4-bit directory."""
+    dense = save_dense(path.with_name(path.name + "-dense"), family, **changes)
+    dtype = changes.get("dtype", torch.float32)
+    ml.save_model(ml.load_model(dense, dtype, quantize=QuantizeConfig("nf4", double_quant, skip)), path)
+    return path
+
+
+def packed_linears(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def read_state(tensors, name=STATE):
+    return json.loads(bytes(tensors[name].tolist()))
+
+
+def as_tensor(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def change(directory, changes):
+    """Write the tensors of a directory again, some of them changed; None takes one away."""
+    tensors = load_file(directory / "model.safetensors") | changes
+    save_file({k: v for k, v in tensors.items() if v is not None}, directory / "model.safetensors")
+
+
+# --- bitsandbytes' bytes ---
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsandbytes(case):
+    frozen, (kind, is_double) = load_file(FILE), KINDS[case]
+    theirs = {name: tensor for name, tensor in frozen.items() if name.startswith(f"{case}.weight")}
+    if kind == "nf4":
+        linear = NF4Linear.quantize(frozen["dense"], double_quant=is_double)
+    else:  # is read only; and written as it was read
+        file = TensorFile(FILE)
+        files = dict.fromkeys(file.shapes, file)
+        linear = NF4Linear(*read_packed(files, packed_weights(files)[f"{case}.weight"], CPU), None, torch.bfloat16)
+    ours = packed_tensors(f"{case}.weight", linear)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["nf4-double", "fp4-double"])
+def test_a_packed_weight_is_read_whatever_dtype_its_bytes_were_stored_as(case, storage, tmp_path):
+    frozen = load_file(FILE)
+    frozen[f"{case}.weight"] = frozen[f"{case}.weight"].view(-1).view(storage).unsqueeze(1)
+    save_file(frozen, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    files = dict.fromkeys(file.shapes, file)
+    parts, layout = read_packed(files, packed_weights(files)[f"{case}.weight"], CPU)
+    assert layout.dtype == torch.bfloat16
+    assert torch.equal(unpack(parts, layout, layout.dtype), frozen[f"{case}.dense"])
+
+
+# --- round trips ---
+
+
+@families
+@shards
+@doubles
+def test_a_4_bit_model_that_was_saved_loads_bit_for_bit_and_is_saved_in_the_same_bytes(
+    family, shard_bytes, double_quant, tmp_path
+):
+    save_dense(tmp_path / "dense", family)
+    model = ml.load_model(tmp_path / "dense", quantize=QuantizeConfig("nf4", double_quant))
+    ml.save_model(model, tmp_path / "a", shard_bytes=shard_bytes)
+    loaded = ml.load_model(tmp_path / "a")
+    same_state(loaded, model)
+    linears = [path for path, module in tiny_model(family).named_modules() if isinstance(module, nn.Linear)]
+    assert list(packed_linears(loaded)) == [path for path in linears if path != "lm_head"]
+    assert {path: linear.layout for path, linear in packed_linears(loaded).items()} == {
+        path: linear.layout for path, linear in packed_linears(model).items()
+    }
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert not any(p.requires_grad for linear in packed_linears(loaded).values() for p in linear.parameters())
+    ml.save_model(loaded, tmp_path / "b", shard_bytes=shard_bytes)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert (len(contents(tmp_path / "a")) > 2) == (shard_bytes == SHARD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@doubles
+def test_a_model_of_every_dtype_is_packed_saved_and_read(dtype, double_quant, tmp_path):
+    save_packed(tmp_path / "a", double_quant=double_quant, dtype=dtype, **WIDE)
+    loaded = ml.load_model(tmp_path / "a", dtype=dtype)
+    same_state(loaded, ml.load_model(tmp_path / "a-dense", dtype, quantize=QuantizeConfig("nf4", double_quant)))
+    state = read_state(load_file(tmp_path / "a" / "model.safetensors"))
+    assert state["dtype"] == str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch.")
+
+
+def test_an_fp4_model_is_loaded_and_saved_as_it_is(tmp_path):
+    directory = save_packed(tmp_path / "a", skip=("o_proj", "model.layers.2"), **WIDE)
+    make_fp4(directory)
+    model = ml.load_model(directory)
+    assert {linear.layout.quant_type for linear in packed_linears(model).values()} == {"fp4"}
+    ml.save_model(model, tmp_path / "b")
+    assert load_file(directory / "model.safetensors").keys() == load_file(tmp_path / "b/model.safetensors").keys()
+    assert read_json(tmp_path / "b/config.json")["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+    same_state(ml.load_model(tmp_path / "b"), model)
+
+
+def make_fp4(directory):
+    """Say that the codes of a directory are fp4's."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("__nf4")]:
+        state = json.dumps(read_state(tensors, name) | {"quant_type": "fp4"})
+        tensors[name.removesuffix("nf4") + "fp4"] = as_tensor(state)
+        tensors[name.partition(".quant_state")[0] + ".quant_map"] = CODEBOOKS["fp4"].clone()
+        del tensors[name]
+    save_file(tensors, directory / "model.safetensors")
+
+
+@families
+@doubles
+def test_logits_are_those_of_a_dense_model_of_the_dequantized_weights(family, double_quant, tmp_path):
+    save_dense(tmp_path, family)
+    model = ml.load_model(tmp_path, quantize=QuantizeConfig("nf4", double_quant))
+    dense, tokens = ml.load_model(tmp_path), token_ids(0, 2, 20)
+    with torch.no_grad():
+        plain = dense(tokens)
+        for path, linear in packed_linears(model).items():
+            dense.get_submodule(path).weight.copy_(dense_weight(linear))
+        assert torch.equal(model(tokens), dense(tokens))
+        assert not torch.equal(model(tokens), plain)
+
+
+# --- what is dense, and in which dtype ---
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_embeddings_norms_biases_and_head_are_held_in_the_dtype_of_the_computation(family, dtype, tmp_path):
+    save_dense(tmp_path, family, torch.bfloat16)
+    model = ml.load_model(tmp_path, dtype, quantize="nf4")
+    inside = {f"{path}.{name}" for path in packed_linears(model) for name in ("packed", "absmax", "scales", "offset")}
+    assert {parameter.dtype for name, parameter in model.named_parameters() if name not in inside} == {dtype}
+    assert {linear.dtype for linear in packed_linears(model).values()} == {dtype}
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_directory_whose_config_says_load_in_4bit_is_loaded_without_asking_and_dtype_is_that_of_the_computation(
+    dtype, tmp_path
+):
+    directory = save_packed(tmp_path / "a", dtype=torch.bfloat16, **WIDE)
+    assert read_json(directory / "config.json")["quantization_config"]["load_in_4bit"] is True
+    first, model = ml.load_model(directory, "bfloat16"), ml.load_model(directory, dtype)
+    assert model(token_ids(0, 1, 5)).dtype == getattr(torch, dtype)
+    for path, linear in packed_linears(model).items():
+        assert linear.dtype == getattr(torch, dtype)
+        assert linear.layout.dtype == torch.bfloat16
+        assert all(map(torch.equal, linear.parts, packed_linears(first)[path].parts))
+
+
+@pytest.mark.parametrize(
+    ("skip", "dense"),
+    [
+        (("down_proj",), {f"model.layers.{i}.mlp.down_proj" for i in range(4)}),
+        ((UP,), {UP}),
+        (("model.layers.2.mlp",), {f"model.layers.2.mlp.{name}_proj" for name in ("gate", "up", "down")}),
+        (("mlp.up_proj", UP, "lm_head"), {f"model.layers.{i}.mlp.up_proj" for i in range(4)}),
+        (["model.layers.3"], None),
+    ],
+)
+def test_what_stays_dense_is_chosen_by_name_path_or_beginning_and_written_down(skip, dense, tmp_path):
+    save_dense(tmp_path / "dense")
+    model = ml.load_model(tmp_path / "dense", quantize=QuantizeConfig("nf4", quantize_skip=skip))
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if dense is None:
+        dense = {
+            path for path, _ in tiny_model().named_modules() if path.startswith(skip[0]) and path.endswith("_proj")
+        }
+    assert set(linears) == dense | {"lm_head"}
+    for path, linear in linears.items():
+        assert torch.equal(linear.weight, tiny_model(dtype=torch.float32).get_submodule(path).weight)
+    ml.save_model(model, tmp_path / "a")
+    written = read_json(tmp_path / "a/config.json")["quantization_config"]["llm_int8_skip_modules"]
+    named = [path for path, _ in tiny_model().named_modules() if path.endswith(tuple(written))]
+    assert set(named) == set(linears)
+    same_state(ml.load_model(tmp_path / "a"), model)
+
+
+def test_without_a_choice_no_module_is_named(tmp_path):
+    config = read_json(save_packed(tmp_path / "a") / "config.json")
+    assert config["quantization_config"]["llm_int8_skip_modules"] is None
+
+
+@pytest.mark.parametrize("entry", ["up_pro", "roj", "model.layers.4", "layers.1", "embed_tokens", "", ".*"])
+def test_an_entry_that_names_no_linear_is_an_error_that_lists_what_there_is(entry, tmp_path):
+    save_dense(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        ml.load_model(tmp_path, quantize=QuantizeConfig("nf4", quantize_skip=("down_proj", entry)))
+    assert repr(entry) in str(error.value)
+    assert {"q_proj", "o_proj", "up_proj", "down_proj"} <= set(re.findall(r"'(\w+)'", str(error.value)))
+
+
+def test_a_head_that_others_packed_is_read_and_written_as_it_is(tmp_path):
+    directory = save_packed(tmp_path / "a", skip=("o_proj",))
+    before = ml.load_model(directory)
+    linear = NF4Linear.quantize(before.lm_head.weight)
+    change(directory, packed_tensors("lm_head.weight", linear))
+    model, tokens = ml.load_model(directory), token_ids(0, 2, 9)
+    with torch.no_grad():
+        before.lm_head.weight.copy_(dense_weight(linear))
+        assert torch.equal(model(tokens), before(tokens))
+    ml.save_model(model, tmp_path / "b")
+    assert read_json(tmp_path / "b/config.json")["quantization_config"]["llm_int8_skip_modules"] == ["o_proj"]
+    same_state(ml.load_model(tmp_path / "b"), model)
+
+
+def test_a_model_that_is_not_quantized_says_nothing_of_it(tmp_path):
+    directory = save_packed(tmp_path / "a")
+    model = ml.load_model(directory)
+    ml.attach(model, ml.LoraConfig(r=2))
+    ml.merge(model)
+    ml.save_model(model, tmp_path / "b")
+    assert "quantization_config" not in read_json(tmp_path / "b/config.json")
+    same_state(ml.load_model(tmp_path / "b"), model)
+
+
+# --- memory ---
+
+LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+
+
+def peak_of(work, file):
+    """The most bytes that PyTorch had allocated at once, and what `work` gives. The mapped file is no part of it."""
+    mapped = file.stat().st_size
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes() if abs(event.nbytes()) != mapped else 0
+        peak = max(peak, held)
+    return peak, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_while_loading_nothing_is_held_but_the_4_bit_model_and_one_dense_tensor(dtype, tmp_path):
+    save_dense(tmp_path, dtype=dtype, **LARGE)
+    ml.load_model(tmp_path, dtype, quantize="nf4")  # tables that are made once
+    peak, model = peak_of(lambda: ml.load_model(tmp_path, dtype, quantize="nf4"), tmp_path / "model.safetensors")
+    held = sum(p.nbytes for p in model.parameters())
+    one = 4 * 512 * 1024  # in float32; a tile of it has scratch beside it
+    dense = sum(math.prod(linear.layout.shape) for linear in packed_linears(model).values()) * dtype.itemsize
+    assert held < peak <= held + one < dense
+
+
+def test_weights_are_read_when_they_are_asked_for_and_written_when_a_file_is_full(tmp_path):
+    directory = save_dense(tmp_path / "dense", **LARGE)
+    source = ml.load_model(directory)
+    meta = skeleton(source.config)
+    size, one = 4 * 512 * 512, 4 * 512 * 1024
+
+    def copy():
+        weights = stored_weights(directory, meta, "float32", CPU, None)
+        ml.save_model(meta, tmp_path / "copy", shard_bytes=2 * size, weights=weights)
+
+    peak, _ = peak_of(copy, directory / "model.safetensors")
+    assert peak <= 2 * size + one < sum(p.nbytes for p in source.parameters()) / 2
+    same_state(ml.load_model(tmp_path / "copy"), source)
+
+
+# --- bits ---
+
+
+@pytest.mark.parametrize(("double_quant", "bits"), [(True, 4 + 8 / 64 + 32 / (64 * 256)), (False, 4 + 32 / 64)])
+def test_bits_a_weight_are_4_127_or_4_5_in_tensors_and_in_a_file_what_tables_and_json_add(double_quant, bits, tmp_path):
+    n = 2048 * 1024
+    linear = NF4Linear.quantize(torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)), None, double_quant)
+    parts = [part for part in linear.parts if part is not None and part.numel() > 1]
+    assert 8 * sum(part.nbytes for part in parts) / n == bits
+    tensors = packed_tensors("w.weight", linear)
+    save_file(tensors, tmp_path / "w.safetensors")
+    entries = TensorFile(tmp_path / "w.safetensors").entries
+    text = len(tensors["w.weight.quant_state.bitsandbytes__nf4"])
+    tables = 4 * (16 + 256 * double_quant)
+    assert 8 * sum(entry.bytes for entry in entries.values()) == bits * n + 8 * (tables + text)
+    header = 8 + int.from_bytes((tmp_path / "w.safetensors").read_bytes()[:8], "little")
+    assert 8 * (tmp_path / "w.safetensors").stat().st_size == bits * n + 8 * (tables + text + header)
+
+
+# --- what is refused ---
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return save_packed(tmp_path_factory.mktemp("good") / "a", **WIDE, num_hidden_layers=2)
+
+
+@pytest.fixture
+def packed(good, tmp_path):
+    """A 4-bit directory with double quantization, and beside it the dense one."""
+    shutil.copytree(good.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "a"
+
+
+def state_with(**changes):
+    """A JSON object some of whose keys are changed; None takes one away."""
+
+    def changed(tensors):
+        state = read_state(tensors) | changes
+        return {STATE: as_tensor(json.dumps({k: v for k, v in state.items() if v is not None}))}
+
+    return changed
+
+
+def one_more(name, dtype=None):
+    """A tensor that is one too long, or of another dtype."""
+
+    def changed(tensors):
+        old = tensors[name]
+        return {name: torch.cat([old, old[:1]]) if dtype is None else old.to(dtype)}
+
+    return changed
+
+
+def other_levels(name, place=3, factor=1.001):
+    def changed(tensors):
+        levels = tensors[name].clone()
+        levels[place] *= factor
+        return {name: levels}
+
+    return changed
+
+
+def instead(name, tensor):
+    return lambda tensors: {name: tensor}
+
+
+def packed_embeddings(tensors):
+    linear = NF4Linear.quantize(tensors["model.embed_tokens.weight"])
+    return packed_tensors("model.embed_tokens.weight", linear)
+
+
+HOSTILE = {  # what is changed, and the name that the error must say
+    **{f"{part} missing": (instead(f"{W}.{part}", None), f"{W}.{part}") for part in ("absmax", "quant_map")},
+    **{f"{part} missing": (instead(f"{W}.{part}", None), part) for part in ("nested_absmax", "nested_quant_map")},
+    **{
+        f"{part} too long": (one_more(f"{W}{part}"), f"{W}{part}")
+        for part in ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+    },
+    **{
+        f"{part} of another dtype": (one_more(f"{W}{part}", torch.int32), f"{W}{part}")
+        for part in ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+    },
+    "weight missing": (instead(W, None), W),
+    "weight without dimensions": (instead(W, torch.tensor(1.0)), W),
+    "scales of float16": (one_more(f"{W}.nested_absmax", torch.float16), f"{W}.nested_absmax"),
+    "absmax of float32": (one_more(f"{W}.absmax", torch.float32), f"{W}.absmax"),
+    "state missing": (instead(STATE, None), W),
+    "state twice": (lambda tensors: {STATE.replace("nf4", "fp4"): tensors[STATE].clone()}, STATE.replace("nf4", "fp4")),
+    "state of a weight that is not there": (lambda tensors: {STATE.replace("up_", "x_"): tensors[STATE].clone()}, "x_"),
+    "state of a weight without one": (
+        lambda tensors: {STATE.replace(UP, "lm_head"): tensors[STATE].clone()},
+        "lm_head",
+    ),
+    "statistic of nothing": (instead("model.norm.weight.absmax", torch.zeros(1)), "model.norm.weight.absmax"),
+    "state not JSON": (instead(STATE, as_tensor("{'shape': 5}")), STATE),
+    "state not UTF-8": (instead(STATE, torch.tensor([0xC3, 0x28], dtype=torch.uint8)), STATE),
+    "state empty": (instead(STATE, as_tensor("")), STATE),
+    "state a list": (instead(STATE, as_tensor("[1, 2]")), STATE),
+    "state deep": (instead(STATE, as_tensor("[" * 3000)), STATE),
+    "state endless": (instead(STATE, torch.zeros(2**20, dtype=torch.uint8)), STATE),
+    "state a huge number": (instead(STATE, as_tensor(f'{{"shape": [{"9" * 5000}, 1]}}')), STATE),
+    "state of float32": (one_more(STATE, torch.float32), STATE),
+    "state of int64": (one_more(STATE, torch.int64), STATE),
+    "state of bool": (one_more(STATE, torch.bool), STATE),
+    **{
+        f"shape {shape}": (state_with(shape=shape), W)
+        for shape in ([64, 128], [128, 65], [10**30, 64], [2**40, 2**40], [8192, 1], [0, 64], [-128, -64])
+    },
+    **{
+        f"shape {shape!r}": (state_with(shape=shape), STATE)
+        for shape in ([8192], [128, 64, 1], "ab", 5, [128.0, 64.0], [True, 64], [None, 64], {"a": 1, "b": 2})
+    },
+    **{f"quant_type {kind!r}": (state_with(quant_type=kind), STATE) for kind in ("int4", "fp4", 5, ["nf4"], "")},
+    **{f"blocksize {size!r}": (state_with(blocksize=size), STATE) for size in (0, 16, 48, -64, "64", 64.0, [64], 8192)},
+    "another blocksize": (state_with(blocksize=128), f"{W}.absmax"),
+    **{f"dtype {name!r}": (state_with(dtype=name), STATE) for name in ("int8", "torch.float32", 5, ["float32"], "")},
+    **{
+        f"{key} missing": (state_with(**{key: None}), STATE)
+        for key in ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_offset")
+    },
+    "neither of nested": (state_with(nested_blocksize=None, nested_offset=None), f"{W}.absmax"),
+    **{
+        f"offset {offset}": (state_with(nested_offset=offset), STATE)
+        for offset in (math.nan, math.inf, -math.inf, 1e39, "0.1", [0.1], True)
+    },
+    "nested_blocksize 128": (state_with(nested_blocksize=128), STATE),
+    "embeddings packed": (packed_embeddings, "packed: model.embed_tokens.weight"),
+    "foreign levels": (other_levels(f"{W}.quant_map"), f"{W}.quant_map"),
+    "foreign second levels": (other_levels(f"{W}.nested_quant_map"), f"{W}.nested_quant_map"),
+    "levels not a number": (other_levels(f"{W}.quant_map", factor=math.nan), f"{W}.quant_map"),
+    "levels of the other format": (instead(f"{W}.quant_map", CODEBOOKS["fp4"].clone()), f"{W}.quant_map"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(case, packed):
+    changed, key = HOSTILE[case]
+    change(packed, changed(load_file(packed / "model.safetensors")))
+    with pytest.raises(FormatError) as error:
+        ml.load_model(packed)
+    assert str(packed) in str(error.value)
+    assert key in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_levels_whose_last_bits_are_another_machine_s_are_read(packed):
+    before = ml.load_model(packed)
+    tensors = load_file(packed / "model.safetensors")
+    nested = torch.nextafter(DYNAMIC_MAP, torch.full((256,), 2.0))
+    change(packed, {f"{W}.nested_quant_map": torch.where(DYNAMIC_MAP == 0, DYNAMIC_MAP, nested)})
+    assert not torch.equal(nested, tensors[f"{W}.nested_quant_map"])
+    same_state(ml.load_model(packed), before)
+
+
+@pytest.mark.parametrize("entry", [None, {"quant_method": "bitsandbytes", "load_in_4bit": False}])
+def test_packed_weights_of_which_the_config_says_nothing_are_refused(entry, packed):
+    config = read_json(packed / "config.json") | {"quantization_config": entry}
+    write_json(packed / "config.json", config)
+    with pytest.raises((FormatError, ConfigError), match="quantization_config"):
+        ml.load_model(packed)
+
+
+def test_a_config_that_says_4_bits_where_nothing_is_packed_is_refused(packed, tmp_path):
+    config = read_json(packed / "config.json")
+    dense = tmp_path / "a-dense"
+    write_json(dense / "config.json", config)
+    with pytest.raises(FormatError, match=r"a-dense: .*quantization_config.*0 weights are packed"):
+        ml.load_model(dense)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "load_in_4bit": True},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
+        {"load_in_4bit": "yes"},
+        {},
+        "nf4",
+    ],
+)
+def test_other_ways_to_quantize_are_refused(entry, tmp_path):
+    write_json(
+        save_dense(tmp_path) / "config.json", read_json(tmp_path / "config.json") | {"quantization_config": entry}
+    )
+    with pytest.raises(ConfigError, match="quantization_config"):
+        ml.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("asked", ["nf4", QuantizeConfig("nf4", double_quant=False)])
+def test_a_model_of_the_other_format_is_not_taken_for_the_one_that_is_asked_for(asked, packed):
+    make_fp4(packed)
+    with pytest.raises(ConfigError, match=r"quantized already, as \['fp4'\]"):
+        ml.load_model(packed, quantize=asked)
+    assert packed_linears(ml.load_model(packed, quantize="none"))
+
+
+@pytest.mark.parametrize("asked", ["fp4", "int8", "NF4", ""])
+def test_a_format_that_is_not_written_is_refused(asked, tmp_path):
+    save_dense(tmp_path)
+    with pytest.raises(ConfigError, match=r"quantize is .*nf4"):
+        ml.load_model(tmp_path, quantize=asked or QuantizeConfig)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(bad, tmp_path):
+    save_dense(tmp_path)
+    weight = load_file(tmp_path / "model.safetensors")[W]
+    weight[3, 5] = bad
+    change(tmp_path, {W: weight})
+    with pytest.raises(FormatError, match=rf"model\.safetensors: {re.escape(W)}.*not finite"):
+        ml.load_model(tmp_path, quantize="nf4")
