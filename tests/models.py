@@ -8,9 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minilora.lora.attach import adapter_layers
+from minilora.lora.attach import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
+from minilora.quant.linear import NF4Linear
 
 SIZES = {
     "vocab_size": 61,
@@ -89,6 +90,14 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     return model
 
 
+def four_bit(model: torch.nn.Module, double_quant: bool = True) -> torch.nn.Module:
+    """The model with its linears, all but the head, in four bits; it computes as it did."""
+    for path, linear in linear_layers(model).items():
+        if path != "lm_head":
+            model.set_submodule(path, NF4Linear.quantize(linear.weight, linear.bias, double_quant))
+    return model
+
+
 def fill_(module: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -116,5 +125,6 @@ def token_ids(seed: int, *shape: int, high: int = SIZES["vocab_size"]) -> Tensor
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 10_000)
+bases = st.sampled_from([lambda model: model, four_bit])
 scales = st.sampled_from([0.25, 0.5, 2.0, 7.0])  # never 1, which would hide a lost factor
 document_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=4)

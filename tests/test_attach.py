@@ -8,7 +8,7 @@ import minilora as ml
 from minilora.lora.attach import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
-from tests.models import FAMILIES, randn, randomize_adapters_, scales, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, bases, randn, randomize_adapters_, scales, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
 families = st.sampled_from(sorted(FAMILIES))
@@ -25,16 +25,16 @@ def assert_same_bits(model, before):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def adapted(family="llama", scale=7.0, seed=0, **config):
-    model = tiny_model(family, seed=seed)
+def adapted(family="llama", scale=7.0, seed=0, base=lambda model: model, **config):
+    model = base(tiny_model(family, seed=seed))
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3, **config), dtype=torch.float64)
     randomize_adapters_(model, seed)
     return model
 
 
-@given(families, seeds, scales)
-def test_attach_then_detach_leaves_every_bit(family, seed, scale):
-    model = tiny_model(family, seed=seed)
+@given(families, seeds, scales, bases)
+def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
+    model = base(tiny_model(family, seed=seed))
     before, kinds = bits(model), [type(module) for module in model.modules()]
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3))
     randomize_adapters_(model)
@@ -44,22 +44,23 @@ def test_attach_then_detach_leaves_every_bit(family, seed, scale):
     assert [type(module) for module in model.modules()] == kinds
 
 
-@given(families, seeds)
-def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed):
-    model = tiny_model(family, seed=seed)
+@given(families, seeds, bases)
+def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
+    model = base(tiny_model(family, seed=seed))
     before = model(IDS)
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=12), seed=seed)
     assert torch.equal(model(IDS), before)
 
 
-@given(families, seeds, scales)
-def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale):
-    model = adapted(family, scale, seed)
-    before, base = model(IDS), tiny_model(family, seed=seed)(IDS)
+@given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
+def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
+    model = adapted(family, scale, seed, base, target_modules=targets)
+    before, without = model(IDS), base(tiny_model(family, seed=seed))(IDS)
     ml.merge(model)
+    assert {type(linear) for linear in linear_layers(model).values()} == {nn.Linear}
     assert not adapter_layers(model)
     assert_maths(model(IDS), before)
-    assert not torch.equal(before, base)
+    assert not torch.equal(before, without)
 
 
 def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():

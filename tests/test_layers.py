@@ -10,15 +10,20 @@ from torch import nn
 from minilora import ConfigError, LoraConfig, TargetError
 from minilora.lora.initialize import initial_factors
 from minilora.lora.layers import LoRALinear
+from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference
 from tests.models import fill_, randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, assert_precision
 
 
-def make_layer(seed, inner, outer, ranks, scale, bias=True, dtype=torch.float64, adapter_dtype=torch.float64):
-    """A layer with an adapter for each rank, all of them active."""
+def make_layer(
+    seed, inner, outer, ranks, scale, bias=True, dtype=torch.float64, adapter_dtype=torch.float64, bits=None
+):
+    """A layer with an adapter for each rank, all of them active; on a base of four bits, doubly quantized or not."""
     base = nn.Linear(inner, outer, bias=bias).to(dtype).requires_grad_(False)
     fill_(base, seed)
+    if bits:
+        base = NF4Linear.quantize(base.weight, base.bias, double_quant=bits == "double")
     layer = LoRALinear(base, "proj")
     for i, r in enumerate(ranks):
         config = LoraConfig(r=r, lora_alpha=scale * r)
@@ -29,23 +34,24 @@ def make_layer(seed, inner, outer, ranks, scale, bias=True, dtype=torch.float64,
 
 
 def arrays(layer, name="adapter0"):
-    tensors = layer.base.weight, layer.base.bias, layer.lora_A[name], layer.lora_B[name]
+    tensors = dense_weight(layer.base), layer.base.bias, layer.lora_A[name], layer.lora_B[name]
     return [None if tensor is None else tensor.detach().double().numpy() for tensor in tensors] + [layer.scales[name]]
 
 
-layers = given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales, st.booleans())
+kinds = st.sampled_from([None, "single", "double"])
+layers = given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales, st.booleans(), kinds)
 
 
 @layers
-def test_forward_is_the_merged_weight_applied(seed, inner, outer, ranks, scale, bias):
-    layer = make_layer(seed, inner, outer, ranks, scale, bias)
+def test_forward_is_the_merged_weight_applied(seed, inner, outer, ranks, scale, bias, bits):
+    layer = make_layer(seed, inner, outer, ranks, scale, bias, bits=bits)
     x = randn(seed + 50, 5, inner)
     assert_maths(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias))
 
 
 @layers
-def test_gradients_are_those_of_the_merged_weight_applied(seed, inner, outer, ranks, scale, bias):
-    layer = make_layer(seed, inner, outer, ranks, scale, bias)
+def test_gradients_are_those_of_the_merged_weight_applied(seed, inner, outer, ranks, scale, bias, bits):
+    layer = make_layer(seed, inner, outer, ranks, scale, bias, bits=bits)
     x, dy = randn(seed + 50, 5, inner).requires_grad_(), randn(seed + 51, 5, outer)
     inputs = [x, *layer.lora_A.values(), *layer.lora_B.values()]
     ours = torch.autograd.grad(layer(x), inputs, dy)
@@ -54,9 +60,9 @@ def test_gradients_are_those_of_the_merged_weight_applied(seed, inner, outer, ra
         assert_maths(our, expected)
 
 
-@given(seeds, sizes, sizes, sizes, scales, st.booleans())
-def test_forward_equals_the_loops(seed, inner, outer, r, scale, bias):
-    layer = make_layer(seed, inner, outer, [r], scale, bias)
+@given(seeds, sizes, sizes, sizes, scales, st.booleans(), kinds)
+def test_forward_equals_the_loops(seed, inner, outer, r, scale, bias, bits):
+    layer = make_layer(seed, inner, outer, [r], scale, bias, bits=bits)
     x = randn(seed + 50, 5, inner)
     assert_maths(layer(x), reference.lora_forward(x.numpy(), *arrays(layer)))
 
@@ -138,11 +144,9 @@ def test_a_second_adapter_of_the_same_name_is_refused():
         layer.add("adapter0", LoraConfig(r=2), randn(1, 2, 4), randn(2, 4, 2))
 
 
-@layers
-def test_what_is_merged_into_another_weight_is_what_is_merged_into_the_base_s_own(
-    seed, inner, outer, ranks, scale, bias
-):
-    layer = make_layer(seed, inner, outer, ranks, scale, bias)
+@given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales)
+def test_what_is_merged_into_another_weight_is_what_is_merged_into_the_base_s_own(seed, inner, outer, ranks, scale):
+    layer = make_layer(seed, inner, outer, ranks, scale)
     other = randn(seed + 70, outer, inner)
     expected = layer.merged_weight(other)
     layer.base.weight.copy_(other)

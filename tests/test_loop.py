@@ -14,7 +14,7 @@ from minilora.model.ops import IGNORE_INDEX
 from minilora.train.config import COUNTS
 from minilora.train.evaluate import held_out_loss
 from minilora.train.loop import learning_rate
-from tests.models import FAMILIES, randomize_adapters_, seeds, tiny_model
+from tests.models import FAMILIES, bases, four_bit, randomize_adapters_, seeds, tiny_model
 from tests.tolerance import MATHS, assert_maths, relative
 
 families = st.sampled_from(sorted(FAMILIES))
@@ -34,9 +34,11 @@ def random_rows(seed, count, vocabulary=61):
     return rows
 
 
-def adapted(family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", **config):
+def adapted(
+    family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", base=lambda model: model, **config
+):
     """A tiny model with an adapter in the same dtype."""
-    model = tiny_model(family, dtype=dtype)
+    model = base(tiny_model(family, dtype=dtype))
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}), name=name, seed=seed, dtype=dtype)
     if not is_fresh:
         randomize_adapters_(model, seed)
@@ -122,8 +124,9 @@ def test_a_fresh_adapter_begins_with_the_loss_of_the_base():
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_computing_again_changes_no_bit_of_the_gradient(recompute):
-    rows, kept, again = random_rows(2, 5), adapted(dtype=torch.float32), adapted(dtype=torch.float32)
+@pytest.mark.parametrize("base", [lambda model: model, four_bit], ids=["dense", "four bits"])
+def test_computing_again_changes_no_bit_of_the_gradient(recompute, base):
+    rows, (kept, again) = random_rows(2, 5), (adapted(dtype=torch.float32, base=base) for _ in range(2))
     one_step(kept, rows)
     one_step(again, rows, recompute=recompute)
     assert torch.equal(gradients(kept), gradients(again))
@@ -208,9 +211,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(seed, has_dro
 
 
 @few
-@given(families, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter(family, dtype):
-    model = tiny_model(family, dtype=dtype)
+@given(families, st.sampled_from([torch.float32, torch.bfloat16]), bases)
+def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter(family, dtype, base):
+    model = base(tiny_model(family, dtype=dtype))
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ml.train(model, random_rows(6, 6), ml.TrainConfig(learning_rate=0.01, weight_decay=0.1, batch_size=2))
