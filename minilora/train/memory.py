@@ -123,7 +123,9 @@ def _step(
     """Activations, what the loss takes beside them, and the most at once, of `train.loop`'s work on a micro-batch."""
     device = next(model.parameters()).device
     account.most = before = account.live
-    tokens, labels, rows = (torch.empty(n, dtype=torch.int64, device=device) for n in (sum(lengths), labelled, labelled))
+    tokens, labels, rows = (
+        torch.empty(n, dtype=torch.int64, device=device) for n in (sum(lengths), labelled, labelled)
+    )
     batch = account.live - before
     hidden = model.model(tokens, lengths, recompute=config.recompute)
     activations = account.live - before - batch

@@ -1,0 +1,290 @@
+"""Memory told in advance against memory that was taken: of PyTorch's allocator, of autograd, of the process."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, profile
+
+import minilora as ml
+from minilora.lora.attach import adapter_layers
+from minilora.model import ops
+from minilora.train import diagnose
+from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
+from minilora.train.evaluate import held_out_loss, measure_drift
+from minilora.train.memory import forecast
+from tests.models import FAMILIES, four_bit, seeds, tiny_model, token_ids
+from tests.test_loop import random_rows
+
+CPU = torch.device("cpu")
+LENGTHS, LABELLED = [7, 5, 9], 11
+MODES = [(kind, dtype) for kind in ("lora", "qlora") for dtype in (torch.float32, torch.bfloat16)]
+
+
+def adapted(family="llama", kind="lora", dtype=torch.float32, vocab_size=61, **config):
+    model = tiny_model(family, dtype=dtype, vocab_size=vocab_size)
+    if kind == "qlora":
+        four_bit(model)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, **config}))
+    return model
+
+
+def told(model, lengths=LENGTHS, labelled=LABELLED, evaluated=(), **config):
+    return forecast(model, lengths, labelled, ml.TrainConfig(**config), CPU, evaluated)
+
+
+def allocated(work):
+    """What the allocator still has given out after some work, the most that it had, both over what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
+        kept = work()
+    live = most = 0
+    for event in observed.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    del kept
+    return live, most
+
+
+def step(model, recompute):
+    """One micro-batch with `LENGTHS` and `LABELLED`, forward, loss and backward."""
+    tokens, targets = token_ids(0, sum(LENGTHS)), token_ids(1, sum(LENGTHS))
+    targets[LABELLED:] = ops.IGNORE_INDEX
+
+    def work():
+        hidden = model.model(tokens, LENGTHS, recompute=recompute)
+        loss = ops.cross_entropy(hidden, targets, model.lm_head)
+        del hidden
+        loss.backward()
+
+    return work
+
+
+# --- a step ---
+
+
+@pytest.mark.parametrize(("kind", "dtype"), MODES)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_activations_are_to_the_byte_what_lives_after_the_trunk_s_forward_pass(family, recompute, kind, dtype):
+    model = adapted(family, kind, dtype).train()
+    tokens = token_ids(0, sum(LENGTHS))
+    live, _ = allocated(lambda: model.model(tokens, LENGTHS, recompute=recompute))
+    assert told(model, recompute=recompute).activations == live
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [MODES[0], MODES[-1]])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_activations_are_what_autograd_saves_beyond_parameters_and_the_result(family, kind, dtype):
+    model = adapted(family, kind, dtype).train()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        return kept.setdefault(storage.data_ptr(), storage) and tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pack(model.model(token_ids(0, sum(LENGTHS)), LENGTHS))
+    assert told(model).activations == sum(storage.nbytes() for at, storage in kept.items() if at not in known)
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_peak_is_that_of_the_allocator_but_for_the_indices_of_rows(family, recompute, kind):
+    """In float32; in bfloat16 some kernels have float32 copies of their own, in the forecast they have none."""
+    model = adapted(family, kind).train()
+    found = told(model, recompute=recompute)
+    _, most = allocated(step(model, recompute))
+    batch = 8 * (sum(LENGTHS) + 2 * LABELLED)  # the stand-in for it is made within a step
+    assert 0 <= found.peak - found.weights - found.adapters - found.optimizer - most <= batch
+
+
+def test_the_loss_takes_what_a_chunk_of_logits_does():
+    """Logits, their logarithms and the gradients of both; the head is frozen."""
+    small, large = (told(adapted(vocab_size=V)).head_chunk for V in (1000, 3000))
+    logits = 2000 * LABELLED * 4
+    assert 2 * logits <= large - small <= 4 * logits
+
+
+@pytest.mark.parametrize(("kind", "dtype"), MODES)
+@pytest.mark.parametrize("family", ["llama-bias-tied-wide-heads", "phi3"])
+def test_parameters_gradients_and_optimizer_are_those_of_a_run(family, kind, dtype):
+    model = adapted(family, kind, dtype)
+    found = told(model)
+    factors = [
+        p for layer in adapter_layers(model).values() for p in (layer.lora_A["default"], layer.lora_B["default"])
+    ]
+    assert found.adapters == sum(p.nbytes for p in factors)
+    assert found.weights == sum(p.nbytes for p in model.parameters()) - found.adapters
+    optimizers = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
+    try:
+        ml.train(model, random_rows(0, 4), ml.TrainConfig(max_steps=1))
+    finally:
+        hook.remove()
+    assert found.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    moments = [state[key] for state in optimizers[0].state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert found.optimizer == sum(moment.nbytes for moment in moments)
+
+
+def test_gradients_of_earlier_micro_batches_live_through_the_later_ones():
+    model = adapted()
+    assert 0 < told(model, gradient_accumulation_steps=2).peak - told(model).peak <= told(model).gradients
+
+
+@settings(max_examples=5)
+@given(seeds, st.integers(1, 30), st.integers(0, 20), st.sampled_from(["none", "mlp", "block"]))
+def test_more_tokens_or_labels_never_take_less(seed, length, more, recompute):
+    model, labelled = adapted("mistral"), 1 + seed % length
+    small = told(model, [length], labelled, recompute=recompute)
+    large = told(model, [length, 1 + more], labelled + more, recompute=recompute)
+    assert small.activations < large.activations
+    assert small.head_chunk <= large.head_chunk
+    assert small.peak < large.peak
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_no_number_of_the_model_is_read_and_the_model_stays_as_it_is(kind):
+    model = adapted(kind=kind, lora_dropout=0.5)
+    expected = told(model)
+    before = copy.deepcopy(model.state_dict())
+    assert told(adapted(kind=kind, lora_dropout=0.5).to("meta")) == expected
+    assert not model.training
+    assert {layer.dropout_key for layer in adapter_layers(model).values()} == {None}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# --- evaluations ---
+
+
+def test_an_evaluation_takes_what_was_told_or_less_even_where_it_is_more_than_a_step():
+    model = adapted(vocab_size=3000)
+    rows = [ml.Example(row.tokens, row.tokens, row.source) for row in random_rows(3, 9)]  # general text
+    lengths = [len(row.tokens) for row in rows]
+    found = told(model, [2], 1, evaluated=lengths)
+    held = found.weights + found.adapters + found.optimizer
+    assert found.peak > told(model, [2], 1).peak
+    drift = allocated(lambda: measure_drift(model, rows))[1]
+    assert allocated(lambda: held_out_loss(model, rows))[1] <= drift
+    assert 0.8 * (found.peak - held) <= drift <= found.peak - held
+
+
+# --- the process ---
+
+
+def in_a_process(code):
+    run = [sys.executable, "-c", code]
+    return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+
+def test_the_peak_is_what_the_process_took_at_most_since_the_import():
+    """The process that starts this one may have held much more."""
+    code = """if True:
+        import minilora, torch
+        from minilora.train.diagnose import peak_memory_bytes
+        numbers = torch.ones(2**26)
+        del numbers
+        print(peak_memory_bytes(torch.device("cpu")))"""
+    ballast = torch.ones(2**28)
+    peak = in_a_process(code)
+    del ballast
+    assert 2**28 <= peak < 2**28 + 2**26
+
+
+def test_what_the_import_took_is_no_part_of_the_peak(monkeypatch):
+    monkeypatch.setattr(diagnose, "AT_IMPORT", 0)
+    whole = peak_memory_bytes(CPU)
+    monkeypatch.setattr(diagnose, "AT_IMPORT", 1000)
+    assert peak_memory_bytes(CPU) - whole + 1000 in range(2**20)
+    assert whole > 2**27 or sys.platform not in ("linux", "darwin")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A Linux machine with 900 kB to give, by its files."""
+
+    def write(files):
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+
+    monkeypatch.setattr(diagnose, "LINUX", tmp_path)
+    monkeypatch.setattr(sys, "platform", "linux")
+    write({"proc/meminfo": "MemTotal:   2000 kB\nMemAvailable:    900 kB\n"})
+    return write
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+CASES = {
+    "no groups": ({}, 900 * 1024),
+    "a limit of v2": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            f"{V2}/a/b/memory.max": "5000\n",
+            f"{V2}/a/b/memory.current": "3000\n",
+            f"{V2}/a/b/memory.stat": "anon 7\ninactive_file 400\n",
+        },
+        2400,
+    ),
+    "a limit of a group around": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            f"{V2}/a/b/memory.max": "max\n",
+            f"{V2}/a/b/memory.current": "3000\n",
+            f"{V2}/a/b/memory.stat": "inactive_file 0\n",
+            f"{V2}/a/memory.max": "9000\n",
+            f"{V2}/a/memory.current": "8000\n",
+            f"{V2}/a/memory.stat": "inactive_file 0\n",
+        },
+        1000,
+    ),
+    "a container, whose group is the top": (
+        {
+            "proc/self/cgroup": "0::/docker/x\n",
+            f"{V2}/memory.max": "100\n",
+            f"{V2}/memory.current": "300\n",
+            f"{V2}/memory.stat": "inactive_file 0\n",
+        },
+        0,
+    ),
+    "a limit of v1": (
+        {
+            "proc/self/cgroup": "4:cpu:/z\n3:memory:/a\n0::/\n",
+            f"{V1}/a/memory.limit_in_bytes": "5000\n",
+            f"{V1}/a/memory.usage_in_bytes": "4000\n",
+            f"{V1}/a/memory.stat": "inactive_file 1\ntotal_inactive_file 10\n",
+        },
+        1010,
+    ),
+    "no limit in v1": (
+        {
+            "proc/self/cgroup": "3:memory:/\n",
+            f"{V1}/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+            f"{V1}/memory.usage_in_bytes": "4000\n",
+            f"{V1}/memory.stat": "total_inactive_file 10\n",
+        },
+        900 * 1024,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_what_is_free_is_the_least_that_machine_and_groups_allow(machine, case):
+    files, expected = CASES[case]
+    machine(files)
+    assert free_memory_bytes(CPU) == expected
+
+
+def test_of_a_mac_the_memory_is_told_and_of_the_unknown_nothing(machine, monkeypatch, tmp_path):
+    (tmp_path / "proc/meminfo").unlink()
+    assert free_memory_bytes(CPU) is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert free_memory_bytes(CPU) == 3 * 4096
