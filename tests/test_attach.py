@@ -8,7 +8,7 @@ import minilora as ml
 from minilora.lora.attach import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
-from tests.models import FAMILIES, bases, randn, randomize_adapters_, scales, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, bases, four_bit, randn, randomize_adapters_, scales, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
 families = st.sampled_from(sorted(FAMILIES))
@@ -42,6 +42,12 @@ def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
     ml.detach(model)
     assert_same_bits(model, before)
     assert [type(module) for module in model.modules()] == kinds
+
+
+@given(families)
+def test_four_bits_are_as_many_parameters_as_sixteen(family):
+    dense, packed = tiny_model(family), four_bit(tiny_model(family))
+    assert ml.count_parameters(packed).total == ml.count_parameters(dense).total
 
 
 @given(families, seeds, bases)

@@ -159,8 +159,11 @@ def set_dropout_step(model: nn.Module, seed: int, step: int) -> None:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Trainable and all parameters, a shared one counted once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """Trainable and all parameters, a shared one counted once; of a packed weight the numbers that it stands for."""
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    parts = {id(part) for linear in packed for part in linear.parts}
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if id(p) not in parts]
+    sizes += [(linear.out_features * linear.in_features, False) for linear in packed]
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
