@@ -25,7 +25,6 @@ from minilora.errors import ConfigError, TrainingError
 from minilora.hub import fetch
 from minilora.lora.attach import adapter_layers, linear_layers, set_adapter
 from minilora.lora.files import BASE_COPY, WEIGHTS_FILE, load_adapter
-from minilora.lora.functional import lora_delta
 from minilora.lora.layers import AdapterLinear
 from minilora.model.checkpoint import Weight, assign, load_model, resolve_dtype, save_model, skeleton, stored_weights
 from minilora.model.config import LlamaConfig
@@ -40,7 +39,7 @@ from minilora.storage import TensorFile, read_json
 Target = Literal["original", "dequantized", "requantized"]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DENSE = QuantizeConfig("none")
-CHUNK = 2**20  # numbers of a weight that are widened to float64 at a time
+CHUNK = 2**16  # numbers of a weight that are worked on at a time in float64, in memory that stays in a cache
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,8 @@ def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterLinear]:
     layers = adapter_layers(model)
     for layer in layers.values():
         layer.base.to("meta")
-        layer.lora_A.to(base.device), layer.lora_B.to(base.device)
+        layer.lora_A.to(base.device)
+        layer.lora_B.to(base.device)
     return layers
 
 
@@ -217,17 +217,17 @@ def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tupl
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
     exact = [unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w for w in (merged, trained)]
-    factors = [(layer.lora_A[name], layer.lora_B[name], layer.scales[name]) for name in layer.active]
-    rows = max(1, CHUNK // exact[0].size(1))
-    squares = torch.zeros(2, dtype=torch.float64)
-    for begin in range(0, exact[0].size(0), rows):
+    down = torch.cat([_float64(layer.lora_A[name]) for name in layer.active])
+    up = torch.cat([layer.scales[name] * _float64(layer.lora_B[name]) for name in layer.active], dim=1)
+    error = effect = 0.0
+    rows = max(1, CHUNK // down.size(1))
+    for begin in range(0, up.size(0), rows):
         part = slice(begin, begin + rows)
         now, before = (_float64(weight[part]) for weight in exact)
-        delta = torch.zeros_like(now)
-        for lora_A, lora_B, scale in factors:
-            delta += lora_delta(_float64(lora_A), _float64(lora_B[part]), scale)
-        squares += torch.stack([(now - before - delta).square().sum(), delta.square().sum()])
-    return squares[0].item(), squares[1].item()
+        delta = up[part] @ down
+        error += torch.linalg.vector_norm(now - before - delta).item() ** 2
+        effect += torch.linalg.vector_norm(delta).item() ** 2
+    return error, effect
 
 
 def _float64(tensor: Tensor) -> Tensor:

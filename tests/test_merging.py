@@ -1,11 +1,12 @@
 """Merging a directory: the bytes of a merge in memory, one file held at a time, and how far it is from the training."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -70,30 +71,26 @@ def things(tmp_path):
 # --- what is written ---
 
 
-@given(
-    st.sampled_from(sorted(FAMILIES)),
-    seeds,
-    scales,
-    st.booleans(),
-    st.sampled_from(["dense", "quantized for the training", "quantized"]),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.booleans(),
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "head"),
+    [
+        ("dense", torch.bfloat16, "lm_head"),
+        ("quantized for the training", torch.float16, "lm_head"),
+        ("quantized", torch.float32, "lm_head"),
+        ("quantized", torch.bfloat16, "o_proj"),
+    ],
 )
-@example("qwen2", 0, 7.0, True, "dense", torch.bfloat16, True)
-@example("llama-bias-tied-wide-heads", 0, 7.0, True, "quantized", torch.bfloat16, True)
-def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(
-    tmp_path_factory, family, seed, scale, use_rslora, kind, dtype, has_head
-):
-    path = tmp_path_factory.mktemp("merge")
-    base = write_base(path / "base", family, dtype, NF4 if kind == "quantized" else None)
-    first = write_adapter(base, path / "first", seed, lora_alpha=3 * scale, use_rslora=use_rslora)
-    targets = r".*(o_proj|layers\.2\..*down_proj" + ("|lm_head)" if has_head else ")")
-    second = write_adapter(base, path / "second", seed + 1, r=2, target_modules=targets)
+def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, kind, dtype, head):
+    base = write_base(tmp_path / "base", family, dtype, NF4 if kind == "quantized" else None)
+    first = write_adapter(base, tmp_path / "first", use_rslora=True)
+    targets = rf"{head}|.*(o_proj|layers\.2\..*down_proj)"
+    second = write_adapter(base, tmp_path / "second", seed=2, r=2, target_modules=targets)
     asked = NF4 if kind == "quantized for the training" else None
-    merge_in_memory(base, [first, second], path / "expected", dtype, asked)
-    merge_directory(base, [first, second], path / "out", quantize=asked)
-    assert contents(path / "out") == contents(path / "expected")
-    assert contents(path / "out")["model.safetensors"] != contents(base)["model.safetensors"]
+    merge_in_memory(base, [first, second], tmp_path / "expected", dtype, asked)
+    merge_directory(base, [first, second], tmp_path / "out", quantize=asked)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert contents(tmp_path / "out")["model.safetensors"] != contents(base)["model.safetensors"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -147,12 +144,25 @@ def test_a_block_size_other_than_ours_is_kept(things):
     base = linear_layers(ml.load_model(things / "base"))["model.layers.0.self_attn.q_proj"]
     example = NF4Linear.quantize(base.weight, double_quant=False)
     packed, absmax = quantize(base.weight, 128)
-    layout = type(example.layout)((24, 24), torch.float32, block_size=128)
+    layout = replace(example.layout, block_size=128)
     example = NF4Linear(example.parts._replace(packed=packed, absmax=absmax), layout, None, torch.float32)
     again = merging._packed_like(example, dense_weight(example))
     assert again.layout == layout
     assert torch.equal(again.packed, example.packed)
     assert torch.equal(again.absmax, example.absmax)
+
+
+def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_again(things):
+    model = ml.load_model(things / "packed")
+    for linear in linear_layers(model).values():
+        if isinstance(linear, NF4Linear):
+            linear.layout = replace(linear.layout, quant_type="fp4")
+    ml.save_model(model, things / "fp4")
+    merge_in_memory(things / "fp4", [things / "adapter"], things / "expected", "float32")
+    assert merge_directory(things / "fp4", [things / "adapter"], things / "out").worst < 1e-6
+    assert contents(things / "out") == contents(things / "expected")
+    with pytest.raises(ConfigError, match="fp4: the target 'requantized' needs linears held as nf4, found fp4"):
+        merge_directory(things / "fp4", [things / "adapter"], things / "other", "requantized")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,7 @@ class Held(_Account):
 def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
     monkeypatch.setattr(merging, "CHUNK", 48)
     base = tmp_path / "base"
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=20)
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=12)
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
     adapter = write_adapter(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
     largest = max(p.nbytes for p in model.parameters())
@@ -189,7 +199,7 @@ def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path
         merge_directory(base, [adapter], tmp_path / "out", target, asked, shard_bytes=SHARD)
     held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
     assert SHARD < account.most <= SHARD + 2 * held + 6 * largest
-    assert sum(p.nbytes for p in model.parameters()) > 5 * account.most
+    assert sum(p.nbytes for p in model.parameters()) > 4 * account.most
 
 
 @pytest.mark.parametrize("after", [0, 5])
@@ -231,7 +241,7 @@ def numbers(weight):
     st.integers(1, 9),
     st.sampled_from([1, 9, 64, 100]),
     scales,
-    st.lists(st.integers(1, 4), max_size=2),
+    st.lists(st.integers(1, 4), min_size=1, max_size=2),
     st.data(),
 )
 def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, outer, inner, scale, ranks, data):
@@ -261,7 +271,10 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
 def test_the_norms_are_the_same_whatever_is_widened_at_a_time(things, monkeypatch):
     whole = merge_directory(things / "base", [things / "adapter"], things / "a", "requantized", NF4)
     monkeypatch.setattr(merging, "CHUNK", 1)
-    assert merge_directory(things / "base", [things / "adapter"], things / "b", "requantized", NF4) == whole
+    by_rows = merge_directory(things / "base", [things / "adapter"], things / "b", "requantized", NF4)
+    assert by_rows.layer == whole.layer
+    ours, expected = (torch.tensor([d.overall, d.worst], dtype=torch.float64) for d in (by_rows, whole))
+    assert_maths(ours, expected)
 
 
 def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_by_its_difference(things):

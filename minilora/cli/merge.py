@@ -17,7 +17,7 @@ from minilora.cli.command import (
     say_quantization,
 )
 from minilora.errors import ConfigError
-from minilora.hub import fetch, locate
+from minilora.hub import fetch
 from minilora.merging import Deviation, Target, merge_directory
 from minilora.model.checkpoint import load_model
 from minilora.model.tokenizer import load_tokenizer
@@ -45,15 +45,15 @@ def _run(options: Options) -> int:
     if "" in (options["model"], *names):
         raise ConfigError("--model or --adapter is empty; leave it out, or name something")
     paths = [fetch(name, "adapter") for name in names]
-    base = locate(base_of({**options, "adapter": list(map(str, paths))}), "model")
-    target, held = options["target"], quantization(options, base.name, paths)
+    base = fetch(base_of({**options, "adapter": list(map(str, paths))}), "model")
+    target, held = options["target"], quantization(options, str(base), paths)
     here = QuantizeConfig("none") if target == "original" else held
-    say_quantization(load_model(base.path, device="meta", quantize=here), paths)
-    tokenizer, training = load_tokenizer(base.name), how_trained(paths)
+    say_quantization(load_model(base, device="meta", quantize=here), paths)
+    tokenizer, training = load_tokenizer(base), how_trained(paths)
     if training.template:
         tokenizer = tokenizer.with_template(training.template)
     device = pick_device(options["device"])
-    deviation = merge_directory(base.path, paths, out, target, held, options["dtype"], device, tokenizer)
+    deviation = merge_directory(base, paths, out, target, held, options["dtype"], device, tokenizer)
     print(f"{_in_words(deviation)}\nmerged model written to {out}")
     return 0
 
