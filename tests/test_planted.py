@@ -73,6 +73,24 @@ MISTAKES = {
         "mul_(largest[: whole // block_size].roll(1).unsqueeze(1))",
         "test_nf4.py::test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounded_then",
     ),
+    "law 7: absmaxes are rounded as on CUDA": Mistake(
+        "quant/nf4.py",
+        'absmax: Tensor, rounding: Rounding = "cpu"',
+        'absmax: Tensor, rounding: Rounding = "cuda"',
+        "test_quant_files.py::test_absmaxes_are_rounded_as_bitsandbytes_does_on_the_cpu",
+    ),
+    "law 7: the JSON of a packed weight says another dtype of its scales": Mistake(
+        "quant/files.py",
+        '"nested_dtype": "float32"',
+        '"nested_dtype": "bfloat16"',
+        "test_quant_files.py::test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsandbytes",
+    ),
+    "law 7: a weight is rounded to the dtype of the computation before it is quantized": Mistake(
+        "model/checkpoint.py",
+        "NF4Linear.quantize(tensor.to(device), ",
+        "NF4Linear.quantize(tensor.to(device, target), ",
+        "test_quant_files.py::test_what_is_quantized_are_the_numbers_of_the_file_whatever_the_dtype_of_the_computation",
+    ),
     "law 8: a mean of means": Mistake(
         "train/loop.py",
         "batch_loss(model, batch, config) / labelled",

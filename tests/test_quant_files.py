@@ -17,7 +17,7 @@ from minilora.model.shards import SHARD_BYTES
 from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import packed_tensors, packed_weights, read_packed
 from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, unpack
+from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, quantize_absmax, unpack
 from minilora.storage import TensorFile, read_json, write_json
 from tests.golden.make_quantized import FILE, KINDS
 from tests.models import FAMILIES, tiny_model, token_ids
@@ -88,6 +88,14 @@ def test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsand
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_absmaxes_are_rounded_as_bitsandbytes_does_on_the_cpu():
+    frozen = load_file(FILE)
+    codes, scales, _ = quantize_absmax(frozen["absmax"])
+    assert torch.equal(codes, frozen["absmax.codes"])
+    assert torch.equal(scales, frozen["absmax.scales"])
+    assert not torch.equal(quantize_absmax(frozen["absmax"], "cuda")[0], codes)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", ["nf4-double", "fp4-double"])
 def test_a_packed_weight_is_read_whatever_dtype_its_bytes_were_stored_as(case, storage, tmp_path):
@@ -117,6 +125,7 @@ def test_a_4_bit_model_that_was_saved_loads_bit_for_bit_and_is_saved_in_the_same
     same_state(loaded, model)
     linears = [path for path, module in tiny_model(family).named_modules() if isinstance(module, nn.Linear)]
     assert list(packed_linears(loaded)) == [path for path in linears if path != "lm_head"]
+    assert {linear.scales is not None for linear in packed_linears(loaded).values()} == {double_quant}
     assert {path: linear.layout for path, linear in packed_linears(loaded).items()} == {
         path: linear.layout for path, linear in packed_linears(model).items()
     }
@@ -135,6 +144,19 @@ def test_a_model_of_every_dtype_is_packed_saved_and_read(dtype, double_quant, tm
     same_state(loaded, ml.load_model(tmp_path / "a-dense", dtype, quantize=QuantizeConfig("nf4", double_quant)))
     state = read_state(load_file(tmp_path / "a" / "model.safetensors"))
     assert state["dtype"] == str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch.")
+
+
+@doubles
+def test_a_4_bit_model_does_not_change_with_its_file(double_quant, tmp_path):
+    directory = save_packed(tmp_path / "a", double_quant=double_quant)
+    before, model = ml.load_model(directory), ml.load_model(directory)
+    file = directory / "model.safetensors"
+    with file.open("r+b") as stream:
+        begin = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(begin)
+        stream.write(bytes(file.stat().st_size - begin))
+    same_state(model, before)
+    assert all(bool(parameter.any()) for parameter in model.parameters())
 
 
 def test_an_fp4_model_is_loaded_and_saved_as_it_is(tmp_path):
@@ -185,6 +207,16 @@ def test_embeddings_norms_biases_and_head_are_held_in_the_dtype_of_the_computati
     assert {parameter.dtype for name, parameter in model.named_parameters() if name not in inside} == {dtype}
     assert {linear.dtype for linear in packed_linears(model).values()} == {dtype}
     assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_quantized_are_the_numbers_of_the_file_whatever_the_dtype_of_the_computation(stored, dtype, tmp_path):
+    save_dense(tmp_path, dtype=stored)
+    found = packed_linears(ml.load_model(tmp_path, dtype, quantize="nf4"))[UP]
+    expected = NF4Linear.quantize(load_file(tmp_path / "model.safetensors")[W])
+    assert found.layout == expected.layout
+    assert all(map(torch.equal, found.parts, expected.parts))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

@@ -13,7 +13,7 @@ KINDS = {f"{kind}-{name}": (kind, name == "double") for kind in ("nf4", "fp4") f
 
 
 def main() -> None:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit, quantize_blockwise
 
     weight = 0.02 * torch.randn(260, 64, generator=torch.Generator().manual_seed(0))  # 260 blocks: two scales
     weight.view(-1)[::500] *= 30  # outliers
@@ -25,6 +25,9 @@ def main() -> None:
         frozen |= {f"{name}.weight.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
         if is_double:
             frozen[f"{name}.dense"] = dequantize_4bit(packed, state)
+    absmax = torch.rand(4096, generator=torch.Generator().manual_seed(1))  # one in 500 shows how codes are rounded
+    codes, state = quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    frozen |= {"absmax": absmax, "absmax.codes": codes, "absmax.scales": state.absmax}
     save_file(frozen, FILE)
 
 
