@@ -129,6 +129,21 @@ def test_their_formats_and_storages_are_read(kind, double_quant, storage, tmp_pa
     assert_parity(our_logits(tmp_path / "theirs", tokens), their_logits(theirs, tokens))
 
 
+def test_shards_that_part_a_weight_from_its_statistics_are_read_and_ours_by_them(tmp_path):
+    dense, tokens = save_dense(tmp_path / "dense"), token_ids(0, 2, 12)
+    theirs = their_model(dense, **options_of(True))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=5000)
+    ml.save_model(ml.load_model(tmp_path / "theirs", "float32"), tmp_path / "ours", shard_bytes=20_000)
+    weight_map = read_json(tmp_path / "theirs" / "model.safetensors.index.json")["weight_map"]
+    parts = {name.partition(".weight")[0]: set() for name in weight_map}
+    for name, file in weight_map.items():
+        parts[name.partition(".weight")[0]].add(file)
+    assert max(map(len, parts.values())) > 1
+    expected = their_logits(theirs, tokens)
+    assert_parity(our_logits(tmp_path / "theirs", tokens), expected)
+    assert_parity(their_logits(their_model(tmp_path / "ours"), tokens), expected)
+
+
 def test_a_head_that_they_pack_is_read(tmp_path):
     dense, tokens = save_dense(tmp_path / "dense", vocab_size=64), token_ids(0, 2, 12)
     theirs = their_model(dense, **options_of(True, llm_int8_skip_modules=[]))
