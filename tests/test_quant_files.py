@@ -240,17 +240,16 @@ def test_a_directory_whose_config_says_load_in_4bit_is_loaded_without_asking_and
         ((UP,), {UP}),
         (("model.layers.2.mlp",), {f"model.layers.2.mlp.{name}_proj" for name in ("gate", "up", "down")}),
         (("mlp.up_proj", UP, "lm_head"), {f"model.layers.{i}.mlp.up_proj" for i in range(4)}),
-        (["model.layers.3"], None),
+        (["layers.3"], None),
+        (["self_attn"], None),
     ],
 )
-def test_what_stays_dense_is_chosen_by_name_path_or_beginning_and_written_down(skip, dense, tmp_path):
+def test_what_stays_dense_is_chosen_by_path_or_a_part_of_it_and_written_down(skip, dense, tmp_path):
     save_dense(tmp_path / "dense")
     model = ml.load_model(tmp_path / "dense", quantize=QuantizeConfig("nf4", quantize_skip=skip))
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     if dense is None:
-        dense = {
-            path for path, _ in tiny_model().named_modules() if path.startswith(skip[0]) and path.endswith("_proj")
-        }
+        dense = {path for path, _ in tiny_model().named_modules() if f".{skip[0]}." in path and path.endswith("_proj")}
     assert set(linears) == dense | {"lm_head"}
     for path, linear in linears.items():
         assert torch.equal(linear.weight, tiny_model(dtype=torch.float32).get_submodule(path).weight)
@@ -266,7 +265,7 @@ def test_without_a_choice_no_module_is_named(tmp_path):
     assert config["quantization_config"]["llm_int8_skip_modules"] is None
 
 
-@pytest.mark.parametrize("entry", ["up_pro", "roj", "model.layers.4", "layers.1", "embed_tokens", "", ".*"])
+@pytest.mark.parametrize("entry", ["up_pro", "roj", "model.layers.4", "layers.1.", "ayers.1", "embed_tokens", "", ".*"])
 def test_an_entry_that_names_no_linear_is_an_error_that_lists_what_there_is(entry, tmp_path):
     save_dense(tmp_path)
     with pytest.raises(ConfigError) as error:

@@ -28,7 +28,7 @@ class QuantizeConfig:
         default=True, metadata={"help": "quantize the scales, too: 4.127 bits a weight instead of 4.5"}
     )
     quantize_skip: tuple[str, ...] = field(
-        default=(), metadata={"help": "modules that stay dense: paths, or what they begin or end in, such as down_proj"}
+        default=(), metadata={"help": "modules that stay dense: paths or parts of them, such as down_proj or layers.0"}
     )
 
     def __post_init__(self) -> None:
@@ -76,5 +76,5 @@ def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
 
 
 def _names(entry: str, path: str) -> bool:
-    """Whole components at the beginning or the end of a path."""
-    return path == entry or path.startswith(entry + ".") or path.endswith("." + entry)
+    """Is it the path, or whole components of it that follow each other?"""
+    return f".{entry}." in f".{path}."
