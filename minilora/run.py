@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,21 +29,25 @@ from minilora.lora.attach import ParameterCount, attach, count_parameters
 from minilora.lora.config import RENAMED, LoraConfig
 from minilora.lora.files import save_adapter
 from minilora.metrics import read_records
-from minilora.model.checkpoint import load_model
+from minilora.model.checkpoint import load_model, resolve_dtype
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig
 from minilora.report import TensorBoard
 from minilora.storage import BUILTIN, append_line, read_json, remove, write_json, write_text
+from minilora.train.batch import groups, plan_steps
 from minilora.train.config import WATCHING, DataConfig, TrainConfig, option
-from minilora.train.diagnose import peak_memory_bytes
-from minilora.train.evaluate import Drift, Scores, write_samples
+from minilora.train.data import Example
+from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
+from minilora.train.evaluate import EVAL_TOKENS, Drift, Scores, write_samples
 from minilora.train.loop import Record, TrainResult, bookkeeping, train
+from minilora.train.memory import Forecast, forecast
 from minilora.train.state import newest_step
 
 Resume = Literal["auto", "never"]
 Report = Literal["none", "tensorboard"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+REMEDIES = 3  # that are named when a run does not fit
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -133,15 +137,76 @@ class Run:
         self.began = datetime.fromisoformat(starts[0]["time"])
         return newest_step(self.out / "checkpoints")
 
-    def load(self) -> tuple[Llama, Data, ParameterCount]:
-        """The model with a fresh adapter, and the data."""
+    def load(self, is_forced: bool = False) -> tuple[Llama, Data, ParameterCount]:
+        """The model with a fresh adapter, and the data.
+
+        Raises:
+            TrainingError: it takes more memory than is free, and is not forced.
+        """
         tokenizer = load_tokenizer(self.config.model).at(self.began.astimezone())
         data = load_data(self.config.data, tokenizer, self.reading, self.training)
         data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         device = pick_device(self.config.device)
+        if device.type != "meta" and not is_forced:
+            self.check_memory(data, device)
         model = load_model(self.config.model, self.config.dtype, device, self.quantization)
         attach(model, self.lora, seed=self.training.seed)
         return model, data, count_parameters(model)
+
+    def memory(self, data: Data, device: torch.device, **changes: Any) -> Forecast:
+        """What the micro-batch with the most tokens takes, and the largest evaluation, with some settings changed."""
+        training = replace(self.training, **{key: changes[key] for key in changes if key in vars(self.training)})
+        quantization = replace(self.quantization, quantize=changes.get("quantize", self.quantization.quantize))
+        source = read_json(locate(self.config.model, "model").path / "config.json")
+        dtype = resolve_dtype(changes.get("dtype", self.config.dtype), source, device)
+        model = load_model(self.config.model, dtype, "meta", quantization)
+        attach(model, self.lora)
+
+        def lengths(examples: Sequence[Example]) -> list[int]:
+            return [min(len(example.tokens), changes.get("max_length", len(example.tokens))) for example in examples]
+
+        trained = lengths(data.train)
+        batches = [rows for micro_batches in plan_steps(trained, training) for rows in micro_batches]
+        batch = max(batches, key=lambda rows: sum(trained[row] for row in rows))
+        labelled = sum(min(data.train[row].labelled, trained[row]) for row in batch)
+        evaluated = [
+            [found[row] for row in rows]
+            for found in map(lengths, (data.valid, data.test, data.general))
+            for rows in groups(found, range(len(found)), EVAL_TOKENS)
+        ]
+        return forecast(
+            model, [trained[row] for row in batch], labelled, training, device, max(evaluated, key=sum, default=())
+        )
+
+    def check_memory(self, data: Data, device: torch.device) -> None:
+        """Refuse a run that cannot fit, and say what would help, the cheapest first.
+
+        Raises:
+            TrainingError: it takes more memory than is free.
+        """
+        free = free_memory_bytes(device)
+        if free is None or (needed := self.memory(data, device).peak) <= free:
+            return
+        lines = [f"the run needs {needed:,} bytes of memory, and {free:,} are free on {device}"]
+        for flags, changes in self._remedies(data):
+            if len(lines) <= REMEDIES and (peak := self.memory(data, device, **changes).peak) < needed:
+                lines.append(f"{flags} brings it to {peak:,}")
+        raise TrainingError("\n  ".join([*lines, "--force runs all the same"]))
+
+    def _remedies(self, data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Flags that may save memory, in the order of what they cost: time, accuracy, what is learned."""
+        training, more = self.training, 2 * self.training.gradient_accumulation_steps
+        name = "batch_size" if training.batch_tokens is None else "batch_tokens"
+        fewer = (getattr(training, name) + 1) // 2
+        flags = f"--{name.replace('_', '-')} {fewer} --gradient-accumulation-steps {more}"
+        yield flags, {name: fewer, "gradient_accumulation_steps": more}
+        if training.recompute != "block":
+            yield "--recompute block", {"recompute": "block"}
+        if self.quantization.quantize == "none":
+            yield "--quantize nf4", {"quantize": "nf4"}
+        yield "--dtype bfloat16", {"dtype": "bfloat16"}
+        longest = max(len(example.tokens) for example in data.train)
+        yield f"--max-length {(longest + 1) // 2}", {"max_length": (longest + 1) // 2}
 
     def start(self, model: Llama, data: Data, step: int) -> None:
         """Record this start in run.json, and drop the metrics of steps that will be done again.

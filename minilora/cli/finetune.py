@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minilora.cli.command import Command, Options, say, say_bad
 from minilora.cli.flags import add_flags, from_flags, read_config, use_config
+from minilora.cli.memory import memory_lines
 from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
@@ -21,6 +22,7 @@ from minilora.quant.config import QuantizeConfig
 from minilora.run import Outcome, Run, RunConfig, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.train.config import DataConfig, TrainConfig
+from minilora.train.diagnose import free_memory_bytes
 from minilora.train.evaluate import Scores, evaluate, measure_drift
 from minilora.train.loop import TrainResult
 
@@ -37,6 +39,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
     )
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
+    parser.add_argument("--force", action="store_true", help="train even if the memory will not do")
 
 
 def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -62,16 +65,17 @@ def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def _run(options: Options) -> int:
     where = from_flags(RunConfig, options)
     if options["dry_run"]:
-        pick_device(where.device)
+        device = pick_device(where.device)
         where = replace(where, device="meta")  # the model without its numbers
     reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
     quantization = from_flags(QuantizeConfig, options)
     run = Run(where, quantization, from_flags(LoraConfig, options), reading, training)
     step = 0 if options["dry_run"] else run.prepare()
-    model, data, count = run.load()
+    model, data, count = run.load(options["force"])
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))
+        print(memory_lines(run.memory(data, device), free_memory_bytes(device)))
         return 0
     run.start(model, data, step)
     _say_size(model, data, count)

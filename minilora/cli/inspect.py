@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minilora.cli.command import Command, Options
+from minilora.cli.memory import memory_page
 from minilora.inspect.adapter import AdapterFacts, ModuleFacts
 from minilora.inspect.fold import fold
 from minilora.inspect.look import FileFacts, look
@@ -37,10 +38,18 @@ Row = tuple[str, ...]
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--model", help="base model of an adapter (default: the one that it names, where that is here)")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="tell what fine-tuning a model takes, from its config.json alone, and what 7B, 13B and 70B do",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
 
 
 def _run(options: Options) -> int:
+    if options["memory"]:
+        print(memory_page(options["path"]))
+        return 0
     facts = look(options["path"], options["model"])
     if options["json"]:
         found = {name: value for name, value in vars(facts).items() if value is not None}

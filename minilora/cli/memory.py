@@ -1,0 +1,52 @@
+"""Memory as a page, and as a few lines of a dry run."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from minilora.hub import fetch
+from minilora.inspect.memory import MemoryFacts, memory_facts
+from minilora.run import pick_device
+from minilora.train.memory import Forecast
+
+NAMES = [field.name for field in fields(Forecast)]
+UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def memory_page(name_or_path: str) -> str:
+    """What `inspect --memory` prints."""
+    path = Path(name_or_path)
+    facts = memory_facts(path if path.exists() else fetch(name_or_path, "model"), pick_device("auto"))
+    return "\n".join([*_head(facts), *(line for name in facts.models for line in _table(name, facts.models[name]))])
+
+
+def memory_lines(found: Forecast, free: int | None) -> str:
+    """What `--dry-run` says of memory: of the micro-batch with the most tokens."""
+    parts = [f"{name.replace('_', ' ')} {amount(getattr(found, name))}" for name in NAMES]
+    free_text = "unknown" if free is None else amount(free)
+    return f"memory: {', '.join(parts[:-1])}\n  at most {amount(found.peak)} at once; {free_text} free"
+
+
+def amount(size: int) -> str:
+    """Bytes as a person reads them; GB are 10⁹ bytes."""
+    unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), (1, "bytes"))
+    return f"{size / unit:,.1f} {name}" if unit > 1 else f"{size} {name}"
+
+
+def _head(facts: MemoryFacts) -> list[str]:
+    lora, batch = facts.lora, f"{facts.rows} rows of {facts.tokens:,} tokens, all learned"
+    return [
+        f"memory to fine-tune in bfloat16 on {facts.device}; a batch: {batch};",
+        f"adapters of rank {lora.r} on {lora.target_modules}; QLoRA in nf4 with double quantization. A full fine-tune",
+        "takes 12 bytes a parameter: 2 weights, 2 gradients, 8 AdamW in float32. GB are 10^9 bytes.",
+    ]
+
+
+def _table(name: str, ways: dict[str, Forecast]) -> list[str]:
+    head = "".join(f"{column.replace('_', ' '):>13}" for column in NAMES)
+    rows = [
+        f"  {way:<16}" + "".join(f"{amount(getattr(found, column)):>13}" for column in NAMES)
+        for way, found in ways.items()
+    ]
+    return ["", name, f"  {'':<16}{head}", *rows]

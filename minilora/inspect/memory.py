@@ -1,0 +1,110 @@
+"""What fine-tuning a model takes in three ways, from its config.json alone: all of it, LoRA on 16 bits, QLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.errors import FormatError
+from minilora.lora.attach import attach, linear_layers
+from minilora.lora.config import LoraConfig
+from minilora.model.checkpoint import skeleton
+from minilora.model.config import LlamaConfig
+from minilora.model.llama import Llama
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.storage import read_json
+from minilora.train.config import DataConfig, TrainConfig
+from minilora.train.memory import Forecast, forecast
+
+WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA")
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {  # of Llama 2
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+    "70B": (8192, 28672, 80, 64, 8),
+}
+ADAM = 8  # bytes a parameter: where bfloat16 is trained itself, AdamW's two moments are kept in float32
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """For each model by name, and each of the `WAYS`, a forecast; how many rows of how many tokens a batch has."""
+
+    device: str
+    rows: int
+    tokens: int
+    lora: LoraConfig
+    models: dict[str, dict[str, Forecast]]
+
+
+def memory_facts(directory: Path, device: torch.device) -> MemoryFacts:
+    """Forecasts for the model of a config.json and for 7B, 13B and 70B, with the defaults of everything.
+
+    Raises:
+        FormatError: there is no config.json.
+        ConfigError: a model that is not supported.
+    """
+    if not (directory / "config.json").is_file():
+        raise FormatError(f"{directory}: holds no config.json; need the directory of a model")
+    sources = {str(directory): read_json(directory / "config.json")}
+    for name, sizes in SHAPES.items():
+        sources[name] = {"model_type": "llama", "vocab_size": 32000, **dict(zip(KEYS, sizes, strict=True))}
+    configs = {name: LlamaConfig.from_dict(source) for name, source in sources.items()}
+    models = {name: {way: told(config, way, device) for way in WAYS} for name, config in configs.items()}
+    return MemoryFacts(str(device), TrainConfig().batch_size, DataConfig().max_length, LoraConfig(), models)
+
+
+def told(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
+    """The forecast of a default batch, all of it labelled.
+
+    Where all layers are alike, one more takes what one more takes: two and three tell the rest.
+    """
+    depth = config.num_hidden_layers
+    if depth <= 3 or len({*zip(config.windows, config.rotated, strict=True)}) > 1:
+        return _traced(config, way, device)
+    two, three = (_traced(_cut(config, layers), way, device) for layers in (2, 3))
+    values: dict[str, Any] = {}
+    for field in fields(Forecast):
+        last = getattr(three, field.name)
+        values[field.name] = last + (depth - 3) * (last - getattr(two, field.name))
+    return Forecast(**values)
+
+
+def _cut(config: LlamaConfig, layers: int) -> LlamaConfig:
+    return replace(config, num_hidden_layers=layers, windows=config.windows[:layers], rotated=config.rotated[:layers])
+
+
+def _traced(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
+    """One forecast. QLoRA keeps for its backward pass what LoRA does; its weights are counted, the largest as dense.
+
+    That is quicker than to trace the making of dense weights, tile by tile.
+    """
+    training, length = TrainConfig(), DataConfig().max_length
+    model = _prepared(config, way)
+    if way == "QLoRA":
+        like = _traced(config, "LoRA 16-bit", device)
+        weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        packed = [linear for linear in linear_layers(model).values() if isinstance(linear, NF4Linear)]
+        dense = max(linear.in_features * linear.out_features * linear.dtype.itemsize for linear in packed)
+        return replace(like, weights=weights, peak=like.peak - like.weights + weights + dense)
+    found = forecast(model, [length] * training.batch_size, length * training.batch_size, training, device)
+    if way != "full fine-tune":
+        return found
+    optimizer = ADAM * sum(p.numel() for p in model.parameters())
+    return replace(found, optimizer=optimizer, peak=found.peak - found.optimizer + optimizer)
+
+
+def _prepared(config: LlamaConfig, way: str) -> Llama:
+    """The model without numbers, in bfloat16, as it would be trained."""
+    model = skeleton(config).to(torch.bfloat16)
+    model.tie_weights()
+    if way == "QLoRA":
+        for path, linear in linear_layers(model).items():
+            if path != "lm_head":
+                model.set_submodule(path, NF4Linear.quantize(dense_weight(linear), linear.bias))
+    if way != "full fine-tune":
+        attach(model, LoraConfig())
+    return model

@@ -1,0 +1,174 @@
+"""What the commands tell of memory: `inspect --memory`, `finetune --dry-run`, and a run that does not fit."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora import cli, run
+from minilora.cli.memory import amount
+from minilora.inspect import memory
+from minilora.inspect.memory import SHAPES, WAYS, told
+from minilora.model.config import LlamaConfig
+from minilora.quant.config import QuantizeConfig
+from minilora.run import Run, RunConfig
+from minilora.train.config import DataConfig, TrainConfig
+from minilora.train.data import Dataset
+from minilora.train.diagnose import free_memory_bytes
+from minilora.train.memory import forecast
+from tests.models import four_bit, tiny_config, tiny_model
+from tests.test_data import write_tokenizer
+from tests.test_run import write_rows
+
+CPU = torch.device("cpu")
+
+
+# --- inspect --memory ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_and_three_layers_tell_of_seven(way, monkeypatch):
+    config = tiny_config(num_hidden_layers=7)
+    expected = memory._traced(config, way, CPU)
+    depths = []
+    traced = memory._traced
+    monkeypatch.setattr(memory, "_traced", lambda cut, *args: depths.append(len(cut.windows)) or traced(cut, *args))
+    assert told(config, way, CPU) == expected
+    assert max(depths) == 3
+
+
+def test_layers_that_are_not_alike_are_all_traced():
+    config = tiny_config("smollm3-window")
+    assert told(config, "LoRA 16-bit", CPU) == memory._traced(config, "LoRA 16-bit", CPU)
+
+
+def test_a_full_fine_tune_holds_twelve_bytes_a_parameter():
+    found, config = told(tiny_config(), "full fine-tune", CPU), tiny_config()
+    count = sum(p.numel() for p in ml.model.llama.Llama(config).parameters())
+    assert (found.weights, found.gradients, found.optimizer) == (2 * count, 2 * count, 8 * count)
+    assert found.adapters == 0
+    assert found.peak > 12 * count
+
+
+def test_qlora_has_the_weights_of_the_packed_model_and_at_most_one_dense_weight_more_than_its_forecast():
+    found = told(tiny_config(), "QLoRA", CPU)
+    model = four_bit(tiny_model(dtype=torch.bfloat16))
+    weights = sum(p.nbytes for p in model.parameters())
+    ml.attach(model, ml.LoraConfig())
+    traced = forecast(model, [1024] * 4, 4096, TrainConfig(), CPU)
+    assert found.weights == traced.weights == weights
+    assert 0 <= found.peak - traced.peak <= 40 * 24 * 2
+
+
+def test_a_config_json_is_enough_and_the_three_shapes_follow(tmp_path, capsys):
+    source = {key: value for key, value in tiny_config().source.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
+    page = capsys.readouterr().out
+    assert "4 rows of 1,024 tokens" in page
+    assert "rank 16" in page
+    assert max(map(len, page.splitlines())) <= 120
+    found = told(LlamaConfig.from_dict(source), "LoRA 16-bit", CPU)
+    cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
+    assert re.split(r"  +", cells.strip()) == [amount(value) for value in vars(found).values()]
+    for name, least in zip(SHAPES, (13.4, 26.0, 137.9), strict=True):
+        table = page.split(f"\n{name}\n")[1]
+        weights = [float(row.split(way)[1].split()[0]) for row, way in zip(table.splitlines()[1:4], WAYS, strict=True)]
+        assert weights[0] == weights[1]
+        assert least <= weights[0] <= least + 0.2
+        assert weights[2] < 0.3 * weights[0]
+
+
+def test_a_directory_without_a_config_json_is_refused(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert cli.main(["inspect", str(tmp_path), "--memory"]) != 0
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+# --- finetune ---
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("memory")
+    ml.save_model(
+        tiny_model(vocab_size=400, dtype=torch.float32), directory / "model", write_tokenizer(directory / "model")
+    )
+    write_rows(directory / "rows.jsonl", 21)
+    return directory
+
+
+def words(directory, out):
+    return ["finetune", f"--model={directory / 'model'}", "--data", str(directory / "rows.jsonl"), f"--out={out}"]
+
+
+def planned(directory, out, **training):
+    """The run of those words, and its data."""
+    where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), str(out), device="meta")
+    made = Run(where, QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training))
+    return made, made.load()[1]
+
+
+def test_a_dry_run_tells_each_part_beside_what_is_free(directory, tmp_path, capsys):
+    assert cli.main([*words(directory, tmp_path / "out"), "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    made, data = planned(directory, tmp_path / "out")
+    found = made.memory(data, CPU)
+    for name, value in vars(found).items():
+        shown = f"at most {amount(value)} at once" if name == "peak" else f"{name.replace('_', ' ')} {amount(value)}"
+        assert shown in page
+    unit = page.rsplit(" free", 1)[0].rsplit(" ", 1)[1]
+    assert unit == amount(free_memory_bytes(CPU)).split()[1]
+
+
+def test_the_batch_is_the_one_with_the_most_tokens(directory, tmp_path):
+    made, data = planned(directory, tmp_path / "out")
+    longest = sum(sorted(len(example.tokens) for example in data.train)[-4:])
+    model = ml.load_model(directory / "model")
+    ml.attach(model, ml.LoraConfig())
+    most = forecast(model, [longest], longest, TrainConfig(), CPU)
+    assert made.memory(data, CPU).activations <= most.activations
+    assert made.memory(data, CPU, batch_size=1).activations < made.memory(data, CPU).activations
+    everything = made.memory(data, CPU, batch_size=len(data.train))
+    assert everything.activations > made.memory(data, CPU).activations
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_come_true(
+    directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run, "free_memory_bytes", lambda device: 1234)
+    assert cli.main([*words(directory, tmp_path / "out"), "--batch-size=20", "--general-data=none"]) != 0
+    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    made, data = planned(directory, tmp_path / "out", batch_size=20)
+    data = replace(data, general=Dataset(()))
+    needed = made.memory(data, CPU).peak
+    assert f"needs {needed:,} bytes of memory, and 1,234 are free" in error
+    expected = [
+        ("--batch-size 10 --gradient-accumulation-steps 2", {"batch_size": 10, "gradient_accumulation_steps": 2}),
+        ("--recompute block", {"recompute": "block"}),
+        ("--quantize nf4", {"quantize": "nf4"}),
+    ]
+    helpful = [(flags, made.memory(data, CPU, **change).peak) for flags, change in expected]
+    assert all(peak < needed for _, peak in helpful)
+    lines = [f"{flags} brings it to {peak:,}" for flags, peak in helpful]
+    assert [line.strip() for line in error.splitlines() if "brings it to" in line] == lines
+    assert "--force" in error
+
+
+def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, capsys, monkeypatch):
+    made, data = planned(directory, tmp_path / "out")
+    needed = made.memory(data, CPU).peak
+    for name, free, extra in (("forced", 1, ["--force"]), ("fits", needed, []), ("unknown", None, [])):
+        monkeypatch.setattr(run, "free_memory_bytes", lambda device, free=free: free)
+        assert cli.main([*words(directory, tmp_path / name), "--max-steps=1", "--general-data=none", *extra]) == 0
+        assert (tmp_path / name / "summary.json").is_file()
+    monkeypatch.setattr(run, "free_memory_bytes", lambda device: needed - 1)
+    assert cli.main(words(directory, tmp_path / "not")) != 0
+
+
+def test_amounts_are_told_in_powers_of_a_thousand():
+    assert [amount(n) for n in (7, 1000, 2_500_000, 13_480_000_000)] == ["7 bytes", "1.0 kB", "2.5 MB", "13.5 GB"]
