@@ -157,8 +157,7 @@ class Run:
         """What the micro-batch with the most tokens takes, and the largest evaluation, with some settings changed."""
         training = replace(self.training, **{key: changes[key] for key in changes if key in vars(self.training)})
         quantization = replace(self.quantization, quantize=changes.get("quantize", self.quantization.quantize))
-        source = read_json(locate(self.config.model, "model").path / "config.json")
-        dtype = resolve_dtype(changes.get("dtype", self.config.dtype), source, device)
+        dtype = resolve_dtype(changes.get("dtype", self.config.dtype), self._source(), device)
         model = load_model(self.config.model, dtype, "meta", quantization)
         attach(model, self.lora)
 
@@ -202,11 +201,14 @@ class Run:
         yield flags, {name: fewer, "gradient_accumulation_steps": more}
         if training.recompute != "block":
             yield "--recompute block", {"recompute": "block"}
-        if self.quantization.quantize == "none":
+        if self.quantization.quantize == "none" and not self._source().get("quantization_config"):
             yield "--quantize nf4", {"quantize": "nf4"}
         yield "--dtype bfloat16", {"dtype": "bfloat16"}
         longest = max(len(example.tokens) for example in data.train)
         yield f"--max-length {(longest + 1) // 2}", {"max_length": (longest + 1) // 2}
+
+    def _source(self) -> dict[str, Any]:
+        return read_json(locate(self.config.model, "model").path / "config.json")
 
     def start(self, model: Llama, data: Data, step: int) -> None:
         """Record this start in run.json, and drop the metrics of steps that will be done again.

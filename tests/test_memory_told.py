@@ -15,6 +15,7 @@ from minilora.inspect.memory import SHAPES, WAYS, told
 from minilora.model.config import LlamaConfig
 from minilora.quant.config import QuantizeConfig
 from minilora.run import Run, RunConfig
+from minilora.train.batch import plan_steps
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.data import Dataset
 from minilora.train.diagnose import free_memory_bytes
@@ -124,16 +125,16 @@ def test_a_dry_run_tells_each_part_beside_what_is_free(directory, tmp_path, caps
     assert unit == amount(free_memory_bytes(CPU)).split()[1]
 
 
-def test_the_batch_is_the_one_with_the_most_tokens(directory, tmp_path):
-    made, data = planned(directory, tmp_path / "out")
-    longest = sum(sorted(len(example.tokens) for example in data.train)[-4:])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_is_the_one_that_takes_the_most(directory, tmp_path, batch_size):
+    made, data = planned(directory, tmp_path / "out", batch_size=batch_size)
     model = ml.load_model(directory / "model")
     ml.attach(model, ml.LoraConfig())
-    most = forecast(model, [longest], longest, TrainConfig(), CPU)
-    assert made.memory(data, CPU).activations <= most.activations
-    assert made.memory(data, CPU, batch_size=1).activations < made.memory(data, CPU).activations
-    everything = made.memory(data, CPU, batch_size=len(data.train))
-    assert everything.activations > made.memory(data, CPU).activations
+    lengths = [len(example.tokens) for example in data.train]
+    batches = {tuple(lengths[row] for row in rows) for step in plan_steps(lengths, made.training) for rows in step}
+    assert len(set(map(sum, batches))) > 1
+    each = [forecast(model, batch, 1, made.training, CPU).activations for batch in batches]
+    assert made.memory(data, CPU).activations == max(each)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_come_true(
