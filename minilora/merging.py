@@ -26,14 +26,23 @@ from minilora.hub import fetch
 from minilora.lora.attach import adapter_layers, linear_layers, set_adapter
 from minilora.lora.files import BASE_COPY, WEIGHTS_FILE, load_adapter
 from minilora.lora.layers import AdapterLinear
-from minilora.model.checkpoint import Weight, assign, load_model, resolve_dtype, save_model, skeleton, stored_weights
+from minilora.model.checkpoint import (
+    Weight,
+    assign,
+    load_model,
+    resolve_dtype,
+    save_model,
+    skeleton,
+    stored_dtype,
+    stored_weights,
+)
 from minilora.model.config import LlamaConfig
 from minilora.model.shards import SHARD_BYTES
 from minilora.model.tokenizer import Tokenizer
 from minilora.quant.config import Quantize, QuantizeConfig, describe
 from minilora.quant.files import is_four_bit
 from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import Packed, quantize, quantize_absmax, unpack
+from minilora.quant.nf4 import pack, unpack
 from minilora.storage import TensorFile, read_json
 
 Target = Literal["original", "dequantized", "requantized"]
@@ -119,8 +128,7 @@ class _Base:
         self.quantize = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
         self.config = LlamaConfig.from_dict(read_json(directory / "config.json"))
         source = self.config.source
-        own = source.get("dtype") or source.get("torch_dtype") or "float32"
-        self.dtype = resolve_dtype(own if dtype == "auto" else dtype, source, device)
+        self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
         """Names and weights; with `has_head` that of a tied head, too, by the head's name."""
@@ -206,8 +214,7 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
     """The weight in four bits with the settings of the example, if that is."""
     if not isinstance(example, NF4Linear):
         return weight
-    packed, absmax = quantize(weight, example.layout.block_size)
-    parts = Packed(packed, *((absmax, None, None) if example.scales is None else quantize_absmax(absmax)))
+    parts = pack(weight, example.scales is not None, example.layout.block_size)
     return NF4Linear(parts, example.layout, None, example.dtype)
 
 

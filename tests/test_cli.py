@@ -157,6 +157,12 @@ data_configs = st.builds(
     skip_bad_rows=st.booleans(),
     eval_split=st.floats(0, 0.99),
 )
+quantize_configs = st.builds(
+    ml.QuantizeConfig,
+    quantize=st.sampled_from(["none", "nf4"]),
+    double_quant=st.booleans(),
+    quantize_skip=st.lists(st.sampled_from(["down_proj", "layers.0"]), max_size=2).map(tuple),
+)
 run_configs = st.builds(
     RunConfig,
     **dict.fromkeys(("model", "general_data", "out", "device"), st.text("ab /.-", min_size=1)),
@@ -262,7 +268,7 @@ def test_the_flags_of_other_tools_are_no_flags_here_and_what_they_mean_is_one():
 
 
 def resolved(path, *words):
-    """The three configurations that --config and further flags give."""
+    """The configurations that --config and further flags give."""
     options = cli.parse(["finetune", f"--config={path}", *words])
     return tuple(from_flags(cls, options) for cls in CLASSES)
 
@@ -281,7 +287,7 @@ def as_toml(values):
 
 
 @given(
-    st.tuples(run_configs, lora_configs(), data_configs, train_configs()),
+    st.tuples(run_configs, quantize_configs, lora_configs(), data_configs, train_configs()),
     st.sampled_from([".toml", ".json", "run.json"]),
     st.booleans(),
 )
@@ -298,14 +304,14 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(json.dumps(flat(training)))
     found = resolved(path, "--batch-size", str(batch_size), f"--learning_rate={rate}")
-    assert found[3] == dataclasses.replace(training, batch_size=batch_size, learning_rate=rate)
+    assert found[-1] == dataclasses.replace(training, batch_size=batch_size, learning_rate=rate)
 
 
 def test_text_in_a_configuration_file_is_read_as_on_the_command_line(tmp_path):
     path = tmp_path / "config.toml"
     files = 'model = "model"\ndata = "data"\n'
     path.write_text(files + 'target-modules = "q_proj,v_proj"\nlearning_rate = "1e-3"\ninit_lora_weights = "true"\n')
-    run, lora, _, training = resolved(path)
+    run, _, lora, _, training = resolved(path)
     assert run.data == ("data",)
     assert lora == ml.LoraConfig(target_modules=("q_proj", "v_proj"))
     assert training == ml.TrainConfig(learning_rate=1e-3)

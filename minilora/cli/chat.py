@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.cli.command import Command, Loaded, Options, adapters, add_model_flags, load, say
+from minilora.cli.command import Command, Options, say
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import from_flags
+from minilora.cli.load import Loaded, adapters, add_model_flags, load
 from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError, FormatError, MiniloraError
 from minilora.lora.attach import set_adapter

@@ -1,28 +1,12 @@
-"""What a command is, and the flags that several of them share."""
+"""What a command is, and how it speaks beside what it prints."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from minilora.cli.flags import add_flags
-from minilora.errors import ConfigError, FormatError
-from minilora.hub import fetch
-from minilora.lora.attach import head_path, linear_layers, set_adapter
-from minilora.lora.files import base_model_of, base_quantization, load_adapter
-from minilora.model.checkpoint import load_model
-from minilora.model.llama import Llama
-from minilora.model.tokenizer import Tokenizer, load_tokenizer
-from minilora.quant.config import QuantizeConfig, describe
-from minilora.quant.files import is_four_bit
-from minilora.quant.nf4 import BLOCK_SIZE
-from minilora.run import pick_device
-from minilora.storage import BUILTIN, read_json, read_text
 
 Options = dict[str, Any]  # the parsed flags of a command line
 
@@ -42,152 +26,6 @@ class Command:
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Options], int]
     prepare: Callable[[argparse.ArgumentParser, Sequence[str]], None] | None = None
-
-
-def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
-    """--model, --adapter, --dtype, --device, and how the model is quantized."""
-    group = parser.add_argument_group("model and device")
-    group.add_argument(
-        "--model",
-        help="directory of the base model, or org/name[@revision] of the Hugging Face hub "
-        "(default: the one the adapter was made for, else the built-in one)",
-    )
-    action, more = ("append", "; give it again for more") if many_adapters else ("store", "")
-    group.add_argument("--adapter", action=action, help=f"directory of an adapter, or a hub id{more}")
-    group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="number format (default: auto)"
-    )
-    group.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is (default: auto)")
-    add_flags(parser, QuantizeConfig, group.title or "", unset="as the adapter was trained")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How an adapter was trained, as far as the files beside it tell; it wants to be asked in the same way.
-
-    `template` is its chat template; with `is_plain` its rows were no conversations; `config` is that of `run.json`.
-    """
-
-    template: str | None
-    is_plain: bool
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The model of --model and --adapter, and how to ask it; all adapters are active, under these names."""
-
-    model: Llama
-    tokenizer: Tokenizer
-    adapters: tuple[str, ...]
-    training: Training
-
-
-def load(options: Options) -> Loaded:
-    """The model of --model and --adapter. What a name means on the hub is asked once."""
-    if "" in (options["model"], *adapters(options)):
-        raise ConfigError("--model or --adapter is empty; leave it out, or name something")
-    paths = [fetch(name, "adapter") for name in adapters(options)]
-    base = base_of({**options, "adapter": list(map(str, paths))})
-    try:
-        held = quantization(options, base, paths)
-        model = load_model(base, options["dtype"], pick_device(options["device"]), held)
-    except FormatError as error:
-        if options["model"] or not paths:
-            raise
-        adapter = adapters(options)[0]
-        raise FormatError(
-            f"{error} (the adapter {adapter} names it as its base model; --model names another)"
-        ) from error
-    say_quantization(model, paths)
-    names = tuple(f"adapter{i}" for i in range(len(paths)))
-    for name, path in zip(names, paths, strict=True):
-        load_adapter(model, path, name)
-    if names:
-        set_adapter(model, names)
-    tokenizer, training = load_tokenizer(model.name_or_path), how_trained(paths)
-    if training.template:
-        tokenizer = tokenizer.with_template(training.template)
-    return Loaded(model, tokenizer, names, training)
-
-
-def quantization(options: Options, base: str, paths: Sequence[Path]) -> QuantizeConfig:
-    """How the base is to be held: as the flags say; else as when the first adapter that tells was trained.
-
-    What a checkpoint's own weights are is not changed for an adapter's sake.
-    """
-    fields = [field.name for field in dataclasses.fields(QuantizeConfig)]
-    records = (held for held in map(base_quantization, paths) if held is not None)
-    trained = next(records, {})
-    if trained.get("quantize") == "fp4" or is_four_bit(read_json(fetch(base, "tokenizer") / "config.json")):
-        trained = {}
-    return QuantizeConfig(
-        **{
-            name: trained[name] if options[name] is None else options[name]
-            for name in fields
-            if options[name] is not None or name in trained
-        }
-    )
-
-
-def say_quantization(model: Llama, paths: Sequence[Path]) -> None:
-    """How the base is held, if it is quantized, and which adapters were trained on one that was held otherwise."""
-    here = describe(linear_layers(model), head_path(model))
-    if here["quantize"] != "none":
-        say(f"the base model is {_in_words(here)}")
-    for path in paths:
-        there = base_quantization(path)
-        if there is not None and there != here:
-            say(f"{path}: was trained on a base that is {_in_words(there)}; this one is {_in_words(here)}")
-
-
-def _in_words(held: Mapping[str, Any]) -> str:
-    if held["quantize"] == "none":
-        return "not quantized"
-    dense = held.get("quantize_skip") or []
-    words = f"{held['quantize']} {'with' if held.get('double_quant') else 'without'} double quantization"
-    if held.get("block_size") != BLOCK_SIZE:
-        words += f" in blocks of {held.get('block_size')}"
-    if dense:
-        words += f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}"
-    return words
-
-
-def how_trained(names: Sequence[str | Path]) -> Training:
-    """What lies beside adapters, directories or names of the hub: of several, the first that has a file tells.
-
-    Raises:
-        FormatError: there is no such adapter, or a file is not what its name says.
-    """
-    paths = [fetch(name, "adapter") for name in names]
-
-    def first(name: str) -> Path | None:
-        return next((path / name for path in paths if (path / name).is_file()), None)
-
-    template, run = first("chat_template.jinja"), first("run.json")
-    values = read_json(run) if run else {}
-    config = values.get("config", {})
-    if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
-        raise FormatError(f"{run}: config: found {config!r:.60}, need an object, and text as its 'system'")
-    return Training(read_text(template) if template else None, values.get("prompts") == "plain", config)
-
-
-def base_of(options: Options) -> str:
-    """--model; else what the adapter's file names; else the built-in model."""
-    if options["model"] or not adapters(options):
-        return options["model"] or BUILTIN
-    bases = [base_model_of(adapter) for adapter in adapters(options)]
-    if bases[0] is None:
-        raise ConfigError(f"{adapters(options)[0]}: names no base model; give --model")
-    if any(base != bases[0] for base in bases):
-        raise ConfigError(f"the adapters name different base models, {bases}; give --model")
-    return bases[0]
-
-
-def adapters(options: Options) -> list[str]:
-    """--adapter, whether it may be given once or often."""
-    given = options["adapter"]
-    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def say_bad(kind: str, bad: Sequence[str]) -> None:

@@ -7,8 +7,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from minilora.cli.command import Command, Options, adapters, add_model_flags, how_trained, load, say_bad
+from minilora.cli.command import Command, Options, say_bad
 from minilora.cli.flags import add_flags, from_flags, names_of, use_config
+from minilora.cli.load import adapters, add_model_flags, how_trained, load
 from minilora.errors import ConfigError
 from minilora.train.config import DataConfig
 from minilora.train.data import encode_rows, use_prompt_style

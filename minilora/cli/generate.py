@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from minilora.cli.columns import columns
-from minilora.cli.command import Command, Loaded, Options, add_model_flags, load, say
+from minilora.cli.command import Command, Options, say
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import add_flags, from_flags
+from minilora.cli.load import Loaded, add_model_flags, load
 from minilora.cli.prompts import add_prompt_flags, encode_prompts, read_prompts
 from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError

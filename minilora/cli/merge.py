@@ -6,21 +6,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from minilora.cli.command import (
-    Command,
-    Options,
-    adapters,
-    add_model_flags,
-    base_of,
-    how_trained,
-    quantization,
-    say_quantization,
-)
+from minilora.cli.command import Command, Options
+from minilora.cli.load import adapters, add_model_flags, find, say_quantization
 from minilora.errors import ConfigError
-from minilora.hub import fetch
 from minilora.merging import Deviation, Target, merge_directory
 from minilora.model.checkpoint import load_model
-from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig
 from minilora.run import holds_files, pick_device
 
@@ -37,23 +27,17 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: Options) -> int:
-    out, names = Path(options["out"]), adapters(options)
-    if not names:
+    out, target = Path(options["out"]), options["target"]
+    if not adapters(options):
         raise ConfigError("there is nothing to merge: give --adapter")
     if holds_files(out):
         raise ConfigError(f"{out}: holds files; give another --out")
-    if "" in (options["model"], *names):
-        raise ConfigError("--model or --adapter is empty; leave it out, or name something")
-    paths = [fetch(name, "adapter") for name in names]
-    base = fetch(base_of({**options, "adapter": list(map(str, paths))}), "model")
-    target, held = options["target"], quantization(options, str(base), paths)
-    here = QuantizeConfig("none") if target == "original" else held
-    say_quantization(load_model(base, device="meta", quantize=here), paths)
-    tokenizer, training = load_tokenizer(base), how_trained(paths)
-    if training.template:
-        tokenizer = tokenizer.with_template(training.template)
-    device = pick_device(options["device"])
-    deviation = merge_directory(base, paths, out, target, held, options["dtype"], device, tokenizer)
+    found, device = find(options), pick_device(options["device"])
+    into = QuantizeConfig("none") if target == "original" else found.quantize
+    say_quantization(load_model(found.base.path, device="meta", quantize=into), found.adapters)
+    deviation = merge_directory(
+        found.base.path, found.adapters, out, target, found.quantize, options["dtype"], device, found.tokenizer
+    )
     print(f"{_in_words(deviation)}\nmerged model written to {out}")
     return 0
 

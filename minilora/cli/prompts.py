@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from minilora.cli.command import Loaded, Options
+from minilora.cli.command import Options
+from minilora.cli.load import Loaded
 from minilora.errors import ConfigError, DataError
 from minilora.model.tokenizer import Tokenizer
 from minilora.storage import read_text

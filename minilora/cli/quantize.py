@@ -10,7 +10,7 @@ from minilora.cli.command import Command, Options
 from minilora.cli.flags import add_flags, from_flags
 from minilora.errors import ConfigError
 from minilora.hub import locate
-from minilora.model.checkpoint import load_model, save_model, skeleton, stored_weights
+from minilora.model.checkpoint import load_model, save_model, skeleton, stored_dtype, stored_weights
 from minilora.model.shards import tensor_files
 from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig
@@ -39,7 +39,7 @@ def _run(options: Options) -> int:
     dense = load_model(location.path, device="meta")
     if is_four_bit(dense.config.source):
         raise ConfigError(f"{location.name}: is quantized already")
-    dtype = dense.config.source.get("dtype") or dense.config.source.get("torch_dtype") or "float32"
+    dtype = stored_dtype(dense.config.source)
     model = load_model(location.path, dtype, "meta", config)
     weights = stored_weights(location.path, skeleton(model.config), dtype, device, config)
     save_model(model, out, load_tokenizer(location.name), weights=weights)

@@ -187,7 +187,7 @@ def _module_facts(
 
 
 def _base_norm(weights: Mapping[str, TensorFile], module: str, shape: tuple[int, int]) -> float | None:
-    """‖W‖ of a module of the base, where its weight has that shape, or the transposed one; of a packed one as it acts."""
+    """‖W‖ of a module of the base, where its shape is that or the transposed one; of a packed one as it acts."""
     tied = ["model.embed_tokens.weight"] if module == "lm_head" else []
     name = next((name for name in (f"{module}.weight", *tied) if name in weights), None)
     if name is None:

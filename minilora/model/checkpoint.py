@@ -154,12 +154,17 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     if isinstance(dtype, torch.dtype):
         return dtype
     automatic = dtype == "auto"
-    name = (source.get("dtype") or source.get("torch_dtype") or "float32") if automatic else dtype
+    name = stored_dtype(source) if automatic else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; supported are {['auto', *sorted(DTYPES)]}")
     if automatic and name in ("float16", "bfloat16"):
         return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
     return DTYPES[name]
+
+
+def stored_dtype(source: Mapping[str, Any]) -> str:
+    """The checkpoint's own dtype, by the name in its config.json."""
+    return source.get("dtype") or source.get("torch_dtype") or "float32"
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

@@ -75,13 +75,13 @@ class Layout:
     quant_type: QuantType = "nf4"
 
 
-def pack(weight: Tensor, double_quant: bool = True) -> Packed:
+def pack(weight: Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE) -> Packed:
     """A weight (N, K) in 4.127 bits a number, or without double quantization in 4.5.
 
     Raises:
         TrainingError: a weight is not finite.
     """
-    packed, absmax = quantize(weight)
+    packed, absmax = quantize(weight, block_size)
     return Packed(packed, *(quantize_absmax(absmax) if double_quant else (absmax, None, None)))
 
 
