@@ -49,7 +49,8 @@ def page(capsys):
     """What the command prints for a path."""
 
     def run(path, model=None, **options):
-        assert COMMAND.run({"path": str(path), "model": model and str(model), "json": False, **options}) == 0
+        named = {"path": str(path), "model": model and str(model), "memory": False, "json": False}
+        assert COMMAND.run({**named, **options}) == 0
         return capsys.readouterr().out
 
     return run
@@ -618,7 +619,7 @@ def test_whatever_a_json_file_holds_it_is_told_or_refused(tmp_path_factory, base
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
     for as_json in (False, True):
         with contextlib.suppress(ml.MiniloraError):
-            assert COMMAND.run({"path": str(directory), "model": None, "json": as_json}) == 0
+            assert COMMAND.run({"path": str(directory), "model": None, "memory": False, "json": as_json}) == 0
 
 
 # --- the pages ---
