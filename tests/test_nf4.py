@@ -1,21 +1,30 @@
 import math
+import runpy
+from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.quant import nf4
 from minilora.quant.nf4 import (
+    CODEBOOKS,
     DYNAMIC_MAP,
     LEVELS,
+    PAIRS,
+    Layout,
     dequantize,
     dequantize_absmax,
+    pack,
     quantize,
     quantize_absmax,
+    unpack,
 )
 from minilora.testing import reference_nf4 as reference
+from tests.golden.make_quantized import FILE, SMALL
 from tests.models import seeds
 
 BOUND = 0.151904  # of the absmax: half the widest gap between levels, that between -1 and the next
@@ -102,13 +111,19 @@ def test_an_error_is_at_most_half_the_widest_gap(size, seed, kind, block_size):
     assert (error <= BOUND * spread(absmax, weight.numel(), block_size) + nf4.SMALLEST).all()
 
 
-@given(sizes, seeds, dtypes, st.booleans())
-def test_codes_are_those_of_what_they_stand_for(size, seed, dtype, is_double):
-    packed, absmax = quantize(make(size, seed, dtype=dtype))
+@given(sizes, seeds, kinds, dtypes, st.booleans())
+def test_codes_are_those_of_what_they_stand_for(size, seed, kind, dtype, is_double):
+    """But for a block whose absmax, quantized too, is no longer a positive number of that dtype."""
+    packed, absmax = quantize(make(size, seed, kind, dtype))
     scales = dequantize_absmax(*quantize_absmax(absmax)) if is_double else absmax
-    assume((scales > 0).all())
-    weight = dequantize(packed, scales, size, dtype)
-    assert torch.equal(quantize(weight)[0], packed)
+    again, _ = quantize(dequantize(packed, scales, size, dtype))
+    blocks = (scales >= torch.finfo(dtype).tiny) | (absmax <= nf4.SMALLEST)
+    is_held = spread(blocks, math.prod(size), 64).tolist()
+    assert is_double or all(is_held)
+    for held, code, expected in zip(
+        is_held, codes_of(again, math.prod(size)), codes_of(packed, math.prod(size)), strict=True
+    ):
+        assert code == expected or not held
 
 
 @given(sizes, seeds, dtypes)
@@ -120,19 +135,19 @@ def test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounde
     assert torch.equal(found.view(-1), torch.from_numpy(expected).to(torch.float32).to(dtype))
 
 
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=9))
-def test_codes_lie_in_bytes_as_the_oracle_packs_them(codes):
-    weight = torch.tensor([*(LEVELS[code] for code in codes)]) if {0, 15} & set(codes) else None
-    if weight is not None:  # the absmax is 1, so that each level is its own quotient
-        assert bytes(quantize(weight)[0].tolist()) == reference.nf4_pack(codes)
+@given(st.sampled_from([0, 15]), st.lists(st.integers(0, 15), max_size=9))
+def test_codes_lie_in_bytes_as_the_oracle_packs_them(largest, others):
+    codes = [*others, largest]  # the absmax is 1, so that each level is its own quotient
+    weight = torch.tensor([LEVELS[code] for code in codes])
+    assert bytes(quantize(weight)[0].tolist()) == reference.nf4_pack(codes)
 
 
-@given(sizes, seeds, st.integers(-20, 20))
-def test_scaling_by_a_power_of_two_scales_the_absmax_and_nothing_else(size, seed, power):
-    weight = make(size, seed)
+@given(sizes, seeds, kinds.filter(lambda kind: kind != "denormal"), st.integers(-20, 20))
+def test_scaling_by_a_power_of_two_scales_the_absmax_and_nothing_else(size, seed, kind, power):
+    weight = make(size, seed, kind)
     (packed, absmax), (scaled, larger) = quantize(weight), quantize(weight * 2.0**power)
     assert torch.equal(packed, scaled)
-    assert torch.equal(larger, absmax * 2.0**power)
+    assert torch.equal(larger, torch.where(absmax > nf4.SMALLEST, absmax * 2.0**power, absmax))
 
 
 @given(st.permutations(range(5)), seeds)
@@ -160,6 +175,74 @@ def test_the_weight_that_is_quantized_stays_as_it_is(size, seed, dtype):
     weight = make(size, seed, dtype=dtype)
     quantize(weight)
     assert torch.equal(weight, make(size, seed, dtype=dtype))
+
+
+# --- what is set for all tensors ---
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+defaults = pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
+
+
+def context(default):
+    return torch.device(default) if default == "meta" else default_dtype(default)
+
+
+def assert_same(found, expected):
+    for tensor, other in zip(found, expected, strict=True):
+        assert tensor is other or (tensor.dtype == other.dtype and torch.equal(tensor, other))
+
+
+@defaults
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("size", [(3, 65), (8, 64)])
+def test_a_default_dtype_or_device_changes_nothing(size, double_quant, default):
+    weight, layout = make(size, 0), Layout(size, torch.float32)
+    parts = pack(weight, double_quant)
+    with context(default):
+        found = pack(weight, double_quant)
+        dense = unpack(parts, layout, torch.float32)
+    assert_same([*found, dense], [*parts, unpack(parts, layout, torch.float32)])
+
+
+@defaults
+def test_a_default_dtype_or_device_at_the_import_changes_no_table(default):
+    with context(default):
+        tables = runpy.run_path(nf4.__file__)
+    assert_same([tables["DYNAMIC_MAP"]], [DYNAMIC_MAP])
+    assert_same(tables["CODEBOOKS"].values(), CODEBOOKS.values())
+    assert_same(tables["PAIRS"].values(), PAIRS.values())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_weight_without_numbers_is_packed_and_unpacked_to_tensors_without_numbers(double_quant):
+    size = (3, 65)
+    parts, numbers = pack(torch.empty(size, device="meta"), double_quant), pack(torch.ones(size), double_quant)
+    for part, like in zip(parts, numbers, strict=True):
+        assert part is like or (part.is_meta and (part.shape, part.dtype) == (like.shape, like.dtype))
+    dense = unpack(parts, Layout(size, torch.float32), torch.bfloat16)
+    assert (dense.is_meta, dense.shape, dense.dtype) == (True, size, torch.bfloat16)
+
+
+# --- bitsandbytes' bytes ---
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_ends_of_blocks_midpoints_zeros_and_constants_are_those_of_bitsandbytes(name, double_quant):
+    frozen = {key.removeprefix(f"{name}."): part for key, part in load_file(FILE).items() if key.startswith(name)}
+    names = ("packed", "absmax", "scales", "offset") if double_quant else ("packed", "plain")
+    found = pack(frozen["dense"], double_quant)
+    assert_same([part for part in found if part is not None], [frozen[part] for part in names])
 
 
 # --- the second quantization ---
