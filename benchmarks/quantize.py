@@ -26,7 +26,7 @@ from minilora.quant.config import Quantize, QuantizeConfig
 from minilora.quant.linear import Linear, NF4Linear
 from minilora.quant.nf4 import Layout, pack, unpack
 from minilora.train.batch import collate
-from minilora.train.diagnose import peak_memory_bytes
+from minilora.train.diagnose import held_memory_bytes, peak_memory_bytes
 from minilora.train.loop import batch_loss
 from minilora.train.memory import forecast
 
@@ -150,8 +150,9 @@ def compare_memory(directory: Path, device: torch.device) -> list[list[str]]:
     """Rows of MEMORY: what the linears take, the peak of training, and what is told of it in advance."""
     shapes = [adapted(directory, quantize, torch.device("meta")) for quantize in KINDS]
     weights = [weight_bytes(packable(model)) for model in shapes]
-    peaks = [in_fresh_process(training_peak, directory, quantize, device) for quantize in KINDS]
-    told = [forecast(model, [LENGTH] * ROWS, ROWS * (LENGTH - 1), TRAINING, device).peak for model in shapes]
+    told, peaks = zip(
+        *(in_fresh_process(told_and_taken, directory, quantize, device) for quantize in KINDS), strict=True
+    )
     saved = weights[0] - weights[1]
     share = (peaks[0] - peaks[1]) / saved
     errors = [abs(peak - early) / peak for peak, early in zip(peaks, told, strict=True)]
@@ -168,11 +169,13 @@ def compare_memory(directory: Path, device: torch.device) -> list[list[str]]:
     ]
 
 
-def training_peak(directory: Path, quantize: Quantize, device: torch.device) -> int:
-    """The most bytes that a process holds which loads the model and trains a few steps."""
+def told_and_taken(directory: Path, quantize: Quantize, device: torch.device) -> tuple[int, int]:
+    """What a process foretells of its memory, and the most that it takes to load the model and train a few steps."""
+    shapes = adapted(directory, quantize, torch.device("meta"))
+    told = forecast(shapes, [LENGTH] * ROWS, ROWS * (LENGTH - 1), TRAINING, device).peak + held_memory_bytes(device)
     model = adapted(directory, quantize, device)
     ml.train(model, examples(model.config.vocab_size), TRAINING)
-    return peak_memory_bytes(device)
+    return told, peak_memory_bytes(device)
 
 
 def megabytes(count: int) -> str:

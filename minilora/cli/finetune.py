@@ -22,7 +22,7 @@ from minilora.quant.config import QuantizeConfig
 from minilora.run import Outcome, Run, RunConfig, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.train.config import DataConfig, TrainConfig
-from minilora.train.diagnose import free_memory_bytes
+from minilora.train.diagnose import free_memory_bytes, held_memory_bytes
 from minilora.train.evaluate import Scores, evaluate, measure_drift
 from minilora.train.loop import TrainResult
 
@@ -75,7 +75,8 @@ def _run(options: Options) -> int:
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))
-        print(memory_lines(run.memory(data, device), free_memory_bytes(device)))
+        found = run.memory(data, device)
+        print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
         return 0
     run.start(model, data, step)
     _say_size(model, data, count)

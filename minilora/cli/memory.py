@@ -21,11 +21,12 @@ def memory_page(name_or_path: str) -> str:
     return "\n".join([*_head(facts), *(line for name in facts.models for line in _table(name, facts.models[name]))])
 
 
-def memory_lines(found: Forecast, free: int | None) -> str:
-    """What `--dry-run` says of memory: of the micro-batch with the most tokens."""
+def memory_lines(found: Forecast, held: int, free: int | None) -> str:
+    """What `--dry-run` says of memory: of the micro-batch with the most tokens, and of the process itself."""
     parts = [f"{name.replace('_', ' ')} {amount(getattr(found, name))}" for name in NAMES]
     free_text = "unknown" if free is None else amount(free)
-    return f"memory: {', '.join(parts[:-1])}\n  at most {amount(found.peak)} at once; {free_text} free"
+    besides = f", besides {amount(held)} that the process holds already" if held else ""
+    return f"memory: {', '.join(parts[:-1])}\n  at most {amount(found.peak)} at once{besides}; {free_text} free"
 
 
 def amount(size: int) -> str:

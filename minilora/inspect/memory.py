@@ -78,18 +78,8 @@ def _cut(config: LlamaConfig, layers: int) -> LlamaConfig:
 
 
 def _traced(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
-    """One forecast. QLoRA keeps for its backward pass what LoRA does; its weights are counted, the largest as dense.
-
-    That is quicker than to trace the making of dense weights, tile by tile.
-    """
     training, length = TrainConfig(), DataConfig().max_length
     model = _prepared(config, way)
-    if way == "QLoRA":
-        like = _traced(config, "LoRA 16-bit", device)
-        weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        packed = [linear for linear in linear_layers(model).values() if isinstance(linear, NF4Linear)]
-        dense = max(linear.in_features * linear.out_features * linear.dtype.itemsize for linear in packed)
-        return replace(like, weights=weights, peak=like.peak - like.weights + weights + dense)
     found = forecast(model, [length] * training.batch_size, length * training.batch_size, training, device)
     if way != "full fine-tune":
         return found

@@ -35,7 +35,8 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 def lora_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """Δy = s·(x Aᵀ) Bᵀ  [LoRA eq. 3], computed in the dtype of x, whatever that of A and B.
 
-    Scaled in the middle, where a row has r numbers and not `out`.
+    Scaled in the middle, where a row has r numbers and not `out`. It has no second derivative: h, which is kept for the
+    first, knows nothing of where it came from.
 
     Shapes: x (N, in), lora_A (r, in), lora_B (out, r) -> (N, out)
     """
@@ -58,7 +59,7 @@ class _Branch(torch.autograd.Function):
         x, lora_A, lora_B, ctx.scale = inputs
         ctx.save_for_backward(x, lora_A, lora_B, output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of h, which there is none of
 
     @staticmethod
     @once_differentiable
@@ -67,8 +68,8 @@ class _Branch(torch.autograd.Function):
         needs_dx, needs_dA, needs_dB, _ = ctx.needs_input_grad
         dh = ctx.scale * (dy @ lora_B.to(dy.dtype))
         dx = dh @ lora_A.to(dh.dtype) if needs_dx else None
-        dA = (_rows(dh).T @ _rows(x)).to(lora_A.dtype) if needs_dA else None
-        dB = (_rows(dy).T @ _rows(h)).to(lora_B.dtype) if needs_dB else None
+        dA = (_rows(dh).T @ _rows(x.to(dh.dtype))).to(lora_A.dtype) if needs_dA else None  # autocast: x is wider
+        dB = (_rows(dy).T @ _rows(h.to(dy.dtype))).to(lora_B.dtype) if needs_dB else None
         return dx, dA, dB, None
 
 

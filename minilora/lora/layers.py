@@ -95,13 +95,15 @@ class LoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = apply_weight(self.base, x, self.base.bias)
-        for name in self.active:
-            y = y + lora_branch(self.dropped(x, name), self.lora_A[name], self.lora_B[name], self.scales[name])
+        x = x.to(y.dtype)
+        for name in self.active:  # in place: y is as large as x, and nothing else needs it
+            y += lora_branch(self.dropped(x, name), self.lora_A[name], self.lora_B[name], self.scales[name])
         return y
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """W + Σ s·B A, summed in the wider of the two dtypes and rounded once."""
-        merged = weight = dense_weight(self.base) if weight is None else weight
+        weight = dense_weight(self.base) if weight is None else weight
+        merged = weight
         for name in self.active:
             lora_A, lora_B = self.lora_A[name], self.lora_B[name]
             wide = torch.promote_types(merged.dtype, lora_A.dtype)

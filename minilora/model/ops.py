@@ -152,20 +152,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> tuple[Tensor, ...]:
-        losses, hidden_grads = [], []
+        loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        hidden_grads = torch.empty_like(hidden)  # made first: what is kept would lie between the chunks' own logits
         trained_grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
-        for rows, row_labels in _chunks(hidden, labels):
+        for (rows, row_labels), row_grads in zip(_chunks(hidden, labels), hidden_grads.split(HEAD_CHUNK), strict=True):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 loss = _chunk_loss(leaf, row_labels, head)
             hidden_grad, *grads = torch.autograd.grad(
                 loss, [leaf, *trained], allow_unused=True, materialize_grads=True
             )  # an adapter that is not active is trained, but not used
-            losses.append(loss.detach())
-            hidden_grads.append(hidden_grad)
+            loss_sum += loss.detach()
+            row_grads.copy_(hidden_grad)
             for total, grad in zip(trained_grads, grads, strict=True):
                 total += grad
-        return torch.stack(losses).sum(), torch.cat(hidden_grads), *trained_grads
+        return loss_sum, hidden_grads, *trained_grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,12 +1,15 @@
 """NF4: a weight in four bits and a scale for each block of 64; and the scales in eight bits, with one for 256 of them.
 
 A block of weights is divided by its largest absolute value, its *absmax*, and each quotient is replaced by the number
-of the nearest of 16 levels. The levels are quantiles of a normal distribution, because weights are distributed nearly
-so: then each level is used about equally often, which is the most that four bits can say  [QLoRA §3, eq. 4]:
+of the nearest of 16 levels. Weights are distributed nearly normally, so the levels are quantiles of a normal
+distribution, which lie closest where weights are densest  [QLoRA §3, values in app. E]:
 
     level = Φ⁻¹(p) / Φ⁻¹(δ),  p in 8 even steps from 1 - δ to 1/2, and in 9 from 1/2 to δ = 1 - (1/30 + 1/32) / 2
 
-Both halves end in 0, which is one level, and exact; so there are seven below it and eight above.
+(as the published code makes them; the paper's eq. 4 is another rule). Both halves end in 0, which is one level, and
+exact; so there are seven below it and eight above. δ keeps Φ⁻¹ finite: it is half a step from 1, on the mean of what
+15 and 16 levels would have. If every block's absmax were Φ⁻¹(δ) = 1.85 σ, all levels would be used about equally often,
+which is the most that four bits can say; of 64 weights it is larger, and the outer levels are used less.
 
 An absmax in float32 is half a bit for each of its 64 weights. *Double quantization* takes their mean off the absmaxes
 and stores what is left in eight bits, with a float32 scale for 256 of them: 8/64 + 32/(64·256) = 0.127 bits a weight.
@@ -26,7 +29,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +113,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     flat = weight.detach().reshape(-1)
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-n // block_size), device=flat.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
     tables, tile = _cell_tables(flat.device), _tile(flat.device)
     for begin in range(0, n, tile):
         x = flat[begin : begin + tile].to(torch.float32, copy=True)
@@ -122,7 +125,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
         if rest.numel():
             largest[-1] = rest.abs().amax().clamp(min=SMALLEST)
             rest /= largest[-1].clone()
-        if not (largest.is_meta or largest.isfinite().all()):
+        if not (largest.is_meta or largest.isfinite().all()):  # before what is not finite is taken for an index
             raise TrainingError("a weight that is not finite cannot be quantized")
         codes = _codes(x.clamp_(-1, 1), *tables)
         if codes.numel() % 2:
@@ -145,11 +148,11 @@ def _codes(x: Tensor, below: Tensor, own: Tensor) -> Tensor:
 
 def _cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """For each cell, how many midpoints lie in earlier ones, and its own midpoint, or 2, which no x is above."""
-    levels = torch.tensor(LEVELS, device=device)
+    levels = CODEBOOKS["nf4"].to(device, non_blocking=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
     cells = _cell(midpoints)
     below = torch.bucketize(torch.arange(CELLS + 1, device=device), cells).to(torch.uint8)
-    return below, torch.full((CELLS + 1,), 2.0, device=device).index_put((cells,), midpoints)
+    return below, torch.full_like(below, 2, dtype=torch.float32).index_put((cells,), midpoints)
 
 
 def _cell(x: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ def dequantize(
     """
     n, tile = math.prod(shape), _tile(packed.device)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
-    table = PAIRS[quant_type].to(packed.device)
+    table = PAIRS[quant_type].to(packed.device, non_blocking=True)
     packed, half = packed.reshape(-1), (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
     for begin in range(0, n, tile):
@@ -186,6 +189,8 @@ def dequantize(
         if whole < w.numel():
             w[whole:] *= largest[whole // block_size]
         weight[begin : begin + w.numel()] = w
+        if type(weight) is not Tensor:  # a stand-in without numbers: one tile shows what all of them take
+            break
     return weight.view(*shape)
 
 
@@ -202,7 +207,7 @@ def _tile(device: torch.device) -> int:
     """
     if torch.compiler.is_compiling():
         return sys.maxsize
-    return TILE if device.type == "cpu" else 128 * TILE
+    return TILE if device.type == "cpu" else 16 * TILE
 
 
 def _dynamic_map() -> Tensor:
@@ -212,9 +217,9 @@ def _dynamic_map() -> Tensor:
 
     Shapes: -> (256)
     """
-    levels = [torch.tensor([0.0, 1.0])]
+    levels = [torch.tensor([0, 1], dtype=torch.float32)]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         levels += [means, -means]
     return torch.cat(levels).sort().values
@@ -224,16 +229,21 @@ def quantize_absmax(absmax: Tensor, rounding: Rounding = "cpu") -> tuple[Tensor,
     """offset = mean of absmax; then scale_c = max over 256 of |absmax - offset|, and a code for each quotient.
 
     bitsandbytes rounds quotients in two ways, and so do we: on CUDA to the nearest level, on the CPU by a table of
-    65,536 places, which differs by one level for about two in a thousand.
+    65,536 places, which differs by one level for about two in a thousand. The last bit of a mean depends on the device
+    and on the number of threads, there as here; it is stored, so that it matters to nobody who reads.
 
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset () float32
+    Raises:
+        ConfigError: there is no such rounding.
     """
+    if rounding not in get_args(Rounding):
+        raise ConfigError(f"rounding is {rounding!r}, accepted are {list(get_args(Rounding))}")
     offset = absmax.mean()
     rest = absmax - offset
     blocks = F.pad(rest, (0, -rest.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
     x = (blocks * scales.reciprocal().unsqueeze(1)).view(-1)[: rest.numel()].clamp(-1, 1)
-    levels = DYNAMIC_MAP.to(absmax.device)
+    levels = DYNAMIC_MAP.to(absmax.device, non_blocking=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
     if rounding == "cpu":  # the place of x among 65,536; its value stands for x. A block of zeros has place 0
         place = ((x.nan_to_num(-1) + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
@@ -246,12 +256,15 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
     Shapes: codes (b), scales (⌈b/256⌉), offset () -> (b)
     """
-    levels = DYNAMIC_MAP.to(codes.device).index_select(0, codes.int())
+    levels = DYNAMIC_MAP.to(codes.device, non_blocking=True).index_select(0, codes.int())
     return levels * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
 
 
-# Tables, made once. What is made of them is on their users' devices.
+# Made on the CPU whatever the default device is, and copied to a weight's where they are used.
 with torch.device("cpu"):
-    CODEBOOKS = {"nf4": torch.tensor(LEVELS), "fp4": torch.tensor(FP4_LEVELS)}
+    CODEBOOKS = {
+        "nf4": torch.tensor(LEVELS, dtype=torch.float32),
+        "fp4": torch.tensor(FP4_LEVELS, dtype=torch.float32),
+    }
     PAIRS = {name: _pairs(levels) for name, levels in CODEBOOKS.items()}
     DYNAMIC_MAP = _dynamic_map()

@@ -28,17 +28,34 @@ def peak_memory_bytes(device: torch.device) -> int:
     return high_water_bytes() - AT_IMPORT
 
 
+def held_memory_bytes(device: torch.device) -> int:
+    """What the process holds now, the program itself aside: rows, a tokenizer, what PyTorch has loaded since.
+
+    It takes no room on CUDA, and is not known but on Linux: 0.
+    """
+    return 0 if device.type == "cuda" else max(0, (_status("VmRSS") or 0) - AT_IMPORT)
+
+
 def high_water_bytes() -> int:
     """The most memory that the process has held so far; 0 where the system does not tell."""
-    status = LINUX / "proc/self/status"  # getrusage would start from what the process that started this one held
-    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
-        return int(found[1]) * 1024
+    found = _status("VmHWM")  # getrusage would start from what the process that started this one held
+    if found is not None:
+        return found
     try:
         import resource
     except ImportError:  # Windows has no such module
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(field: str) -> int | None:
+    """Bytes of a field of Linux's account of this process."""
+    status = LINUX / "proc/self/status"
+    if not status.is_file():
+        return None
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 AT_IMPORT = high_water_bytes()
