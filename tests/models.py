@@ -1,12 +1,14 @@
-"""Tiny random decoders of every family, and what the tests draw."""
+"""Tiny random decoders of every family, what the tests draw, and the memory that some work takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from minilora.lora.attach import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
@@ -113,6 +115,21 @@ def randomize_adapters_(model: torch.nn.Module, seed: int = 1) -> None:
         for layer in adapter_layers(model).values():
             for factor in layer.lora_B.values():
                 factor.copy_(0.3 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+
+
+def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, int, Any]:
+    """What the allocator has given out after some work, the most that it had, both over what it had before; the result.
+
+    A mapped file, of so many bytes, is no part of it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
+        result = work()
+    events = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes() if abs(event.nbytes()) != mapped else 0
+        most = max(most, live)
+    return live, most, result
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

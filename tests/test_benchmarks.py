@@ -42,8 +42,16 @@ def test_a_bound_says_whether_it_is_met(word, value, met):
     assert measure.verdict(value, measure.Bound(word, 4)) == (f"{word} 4", met)
 
 
-def test_a_fresh_process_is_another_one_with_as_many_threads():
+@pytest.fixture
+def _three_threads():
+    before = torch.get_num_threads()
     torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_three_threads")
+def test_a_fresh_process_is_another_one_with_as_many_threads():
     assert measure.in_fresh_process(os.getpid) != os.getpid()
     assert measure.in_fresh_process(torch.get_num_threads) == 3
 

@@ -1,13 +1,20 @@
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.lora.functional import keyed_dropout, lora_branch, lora_delta, lora_scale
 from minilora.testing import reference
 from tests.models import randn, scales, seeds, sizes
-from tests.tolerance import assert_maths
+from tests.tolerance import assert_maths, assert_precision
 
 keys = st.text(max_size=8)
+lows = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def exact_gradients(x, A, B, scale, dy):
+    dA, dB = reference.lora_gradients(x.numpy(), dy.numpy(), A.numpy(), B.numpy(), scale)
+    return {"x": scale * dy @ B @ A, "A": dA, "B": dB}
 
 
 @given(sizes, scales)
@@ -24,6 +31,34 @@ def test_branch_and_delta_equal_the_loops(seed, n, inner, outer, r, scale):
         lora_branch(x, A, B, scale), reference.lora_forward(x.numpy(), zero, None, A.numpy(), B.numpy(), scale)
     )
     assert_maths(lora_delta(A, B, scale), reference.lora_merged_weight(zero, A.numpy(), B.numpy(), scale))
+
+
+@given(seeds, sizes, sizes, sizes, sizes, scales, st.sets(st.sampled_from(["x", "A", "B"]), min_size=1))
+def test_what_is_trained_gets_the_gradient_of_the_loops_whatever_else_is_frozen(
+    seed, n, inner, outer, r, scale, trained
+):
+    tensors = {"x": randn(seed, n, inner), "A": randn(seed + 1, r, inner), "B": randn(seed + 2, outer, r)}
+    dy, expected = randn(seed + 3, n, outer), exact_gradients(*tensors.values(), scale, randn(seed + 3, n, outer))
+    for name in trained:
+        tensors[name].requires_grad_()
+    lora_branch(*tensors.values(), scale).backward(dy)
+    for name, tensor in tensors.items():
+        assert (tensor.grad is not None) == (name in trained)
+        if name in trained:
+            assert_maths(tensor.grad, expected[name])
+
+
+@given(seeds, sizes, sizes, sizes, sizes, scales, lows)
+def test_low_precision_gradients_are_as_good_as_plain_pytorch_s(seed, n, inner, outer, r, scale, dtype):
+    x, dy = randn(seed, n, inner, dtype=dtype), randn(seed + 3, n, outer, dtype=dtype)
+    A, B = randn(seed + 1, r, inner, dtype=torch.float32), randn(seed + 2, outer, r, dtype=torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
+    ours = torch.autograd.grad(lora_branch(x, A, B, scale), leaves, dy)
+    plain = torch.autograd.grad(scale * F.linear(F.linear(x, A.to(dtype)), B.to(dtype)), leaves, dy)
+    exact = exact_gradients(*(tensor.detach().double() for tensor in leaves), scale, dy.double())
+    for our, their, oracle, leaf in zip(ours, plain, exact.values(), leaves, strict=True):
+        assert our.dtype == leaf.dtype
+        assert_precision(our.to(dtype), their.to(dtype), oracle)
 
 
 @given(seeds, keys, keys, st.sampled_from([0.1, 0.5]))

@@ -94,6 +94,24 @@ def test_a_new_adapter_changes_nothing(seed, inner, outer, r, init, dtype):
     assert factors[0].abs().min() > 0  # else no gradient would reach B
 
 
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("computed", "given_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_a_new_adapter_changes_nothing_of_a_base_that_computes_in_another_dtype(computed, given_dtype, adapter_dtype):
+    base = NF4Linear.quantize(randn(0, 5, 64, dtype=torch.float32), randn(1, 5, dtype=torch.float32), dtype=computed)
+    layer = LoRALinear(base, "proj")
+    layer.add("new", LoraConfig(r=3), randn(2, 3, 64, dtype=adapter_dtype), torch.zeros(5, 3, dtype=adapter_dtype))
+    layer.active = ("new",)
+    x = randn(3, 7, 64, dtype=given_dtype)
+    assert layer(x).dtype == base(x).dtype == computed
+    assert torch.equal(layer(x), base(x))
+    x.requires_grad_()
+    ours, alone = (torch.autograd.grad(y.sum(), x)[0] for y in (layer(x), base(x)))
+    assert ours.dtype == given_dtype
+    assert torch.equal(ours, alone)
+
+
 @given(seeds, sizes, sizes, sizes, sizes, scales, scales)
 def test_adapters_add_by_concatenating_ranks(seed, inner, outer, r1, r2, s1, s2):
     layer = make_layer(seed, inner, outer, [r1], s1)
@@ -116,6 +134,32 @@ def test_low_precision_forward_is_as_good_as_plain_pytorch(seed, inner, outer, r
     plain = F.linear(x, layer.base.weight, layer.base.bias) + scale * F.linear(F.linear(x, A), B)
     assert layer(x).dtype == dtype
     assert_precision(layer(x), plain, reference.lora_forward(x.double().numpy(), *arrays(layer)))
+
+
+@given(seeds, sizes, sizes, sizes, scales, kinds)
+def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed, inner, outer, r, scale, bits):
+    layer = make_layer(seed, inner, outer, [r], scale, dtype=torch.float32, adapter_dtype=torch.float32, bits=bits)
+    x, dy = randn(seed + 50, 5, inner, dtype=torch.float32), randn(seed + 51, 5, outer, dtype=torch.bfloat16)
+    A, B = layer.lora_A["adapter0"], layer.lora_B["adapter0"]
+    leaves = [x.requires_grad_(), A, B]
+    weight, bias = dense_weight(layer.base), layer.base.bias
+
+    def plain(x, A, B, weight, bias):
+        return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, A), B)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(x), plain(*leaves, weight, bias)
+    exact = plain(
+        *(wide := [leaf.detach().double().requires_grad_() for leaf in leaves]), weight.double(), bias.double()
+    )
+    assert ours.dtype == theirs.dtype
+    assert_precision(ours, theirs, exact.detach())
+    results = [
+        torch.autograd.grad(y, to, dy.to(y.dtype)) for y, to in ((ours, leaves), (theirs, leaves), (exact, wide))
+    ]
+    for our, their, oracle, leaf in zip(*results, leaves, strict=True):
+        assert our.dtype == leaf.dtype
+        assert_precision(our.bfloat16(), their.bfloat16(), oracle)
 
 
 @given(seeds, sizes, sizes, sizes, scales)

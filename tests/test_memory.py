@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.profiler import ProfilerActivity, profile
 
 import minilora as ml
 from minilora.lora.attach import adapter_layers
@@ -18,7 +17,7 @@ from minilora.train import diagnose
 from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
 from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.memory import forecast
-from tests.models import FAMILIES, four_bit, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, allocated, four_bit, seeds, tiny_model, token_ids
 from tests.test_loop import random_rows
 
 CPU = torch.device("cpu")
@@ -36,19 +35,6 @@ def adapted(family="llama", kind="lora", dtype=torch.float32, vocab_size=61, **c
 
 def told(model, lengths=LENGTHS, labelled=LABELLED, evaluated=(), **config):
     return forecast(model, lengths, labelled, ml.TrainConfig(**config), CPU, evaluated)
-
-
-def allocated(work):
-    """What the allocator still has given out after some work, the most that it had, both over what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
-        kept = work()
-    live = most = 0
-    for event in observed.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    del kept
-    return live, most
 
 
 def step(model, recompute):
@@ -74,7 +60,7 @@ def step(model, recompute):
 def test_activations_are_to_the_byte_what_lives_after_the_trunk_s_forward_pass(family, recompute, kind, dtype):
     model = adapted(family, kind, dtype).train()
     tokens = token_ids(0, sum(LENGTHS))
-    live, _ = allocated(lambda: model.model(tokens, LENGTHS, recompute=recompute))
+    live, *_ = allocated(lambda: model.model(tokens, LENGTHS, recompute=recompute))
     assert told(model, recompute=recompute).activations == live
 
 
@@ -101,7 +87,7 @@ def test_the_peak_is_that_of_the_allocator_but_for_the_indices_of_rows(family, r
     """In float32; in bfloat16 some kernels have float32 copies of their own, in the forecast they have none."""
     model = adapted(family, kind).train()
     found = told(model, recompute=recompute)
-    _, most = allocated(step(model, recompute))
+    _, most, _ = allocated(step(model, recompute))
     batch = 8 * (sum(LENGTHS) + 2 * LABELLED)  # the stand-in for it is made within a step
     assert 0 <= found.peak - found.weights - found.adapters - found.optimizer - most <= batch
 

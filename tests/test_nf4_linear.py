@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import dequantize, dequantize_absmax, quantize, quantize_absmax
-from tests.models import randomize_adapters_, seeds
-from tests.tolerance import assert_maths, assert_parity
+from tests.models import randn, randomize_adapters_, seeds
+from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 sizes = st.tuples(st.integers(1, 9), st.sampled_from([1, 7, 32, 64, 96, 128]))
 leading = st.lists(st.integers(1, 3), max_size=2)
@@ -41,6 +41,45 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(size, leading,
     (ours_dx,) = torch.autograd.grad(ours, x, dy)
     (theirs_dx,) = torch.autograd.grad(theirs, x, dy)
     assert_maths(ours_dx, theirs_dx)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_one_weight_acts_both_ways_whatever_the_dtype_that_it_was_stored_in(stored, dtype):
+    layer = NF4Linear.quantize(randn(0, 7, 96, dtype=stored), dtype=dtype)
+    x, dy = randn(1, 5, 96, dtype=dtype).requires_grad_(), randn(2, 5, 7, dtype=dtype)
+    layer(x).backward(dy)
+    assert torch.equal(x.grad, dy @ dense_weight(layer))
+
+
+@given(sizes, leading, seeds, st.booleans())
+def test_a_bias_may_be_trained_with_x_and_without(size, leading, seed, is_frozen):
+    layer, _, bias, generator = make(size, seed)
+    layer.bias.requires_grad_()
+    x = torch.randn(*leading, size[1], generator=generator, dtype=torch.float64, requires_grad=not is_frozen)
+    y, expected = layer(x), F.linear(x, dense_weight(layer), bias.requires_grad_())
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    y.backward(dy)
+    assert_maths(layer.bias.grad, torch.autograd.grad(expected, bias, dy)[0])
+    assert (x.grad is None) == is_frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_bias_in_another_dtype_is_as_good_as_plain_pytorch_s(dtype):
+    layer, *_ = make((5, 64), 8, dtype=dtype)
+    layer.bias = torch.nn.Parameter(layer.bias.float())
+    dy = randn(3, 40, 5, dtype=dtype)
+    layer(randn(2, 40, 64, dtype=dtype)).backward(dy)
+    assert layer.bias.grad.dtype == torch.float32
+    assert_precision(layer.bias.grad.to(dtype), dy.sum(0), dy.double().sum(0))
+
+
+def test_no_gradient_is_made_of_an_x_that_needs_none(monkeypatch):
+    layer, *_ = make((4, 64), 9)
+    layer.bias.requires_grad_()
+    y = layer(torch.ones(2, 64, dtype=torch.float64))
+    monkeypatch.setattr("minilora.quant.linear.unpack", None)  # W is not needed again
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
