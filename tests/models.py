@@ -133,7 +133,7 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def token_ids(seed: int, *shape: int, high: int = SIZES["vocab_size"]) -> Tensor:

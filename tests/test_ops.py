@@ -1,7 +1,4 @@
-"""The operations: each against its oracle, gradients, precision, and the shapes that the docstrings state."""
-
-import inspect
-import re
+"""The operations: each against its oracle, gradients and precision."""
 
 import pytest
 import torch
@@ -11,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig
-from minilora.lora import functional
 from minilora.lora.layers import LoRALinear
 from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
@@ -318,89 +314,3 @@ def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n)
     (whole,) = torch.autograd.grad(ops.cross_entropy(hidden, labels, head), hidden)
     (share,) = torch.autograd.grad(ops.cross_entropy(hidden, labels, head) / n, hidden)
     assert torch.equal(share, (whole.float() * torch.tensor(1.0).div(n)).bfloat16())
-
-
-# --- what docstrings say about shapes ---
-
-FUNCTIONS = {
-    name: function
-    for module in (functional, ops)
-    for name, function in inspect.getmembers(module, inspect.isfunction)
-    if function.__module__ == module.__name__ and not name.startswith("_")
-    if any("Tensor" in str(kind) for kind in function.__annotations__.values())
-}
-OTHERS = {"eps": EPS, "scale": 0.5, "p": 0.3, "key": "layer", "window": 3}  # arguments that have no shape
-SHAPE = r"\((?:|[\w/.]+(?:, [\w/]+)*)\)"
-ARGUMENT = rf"(\w+) (?:({SHAPE})|sum (\w+))"
-
-
-def read_shapes(docstring):
-    """`Shapes: name (dim, dim), name sum DIM -> (dim, dim)` -> shapes by name, sums by name, shape of the result.
-
-    >>> read_shapes("Shapes: x (..., D), lengths sum N -> ()")
-    ({'x': ['...', 'D']}, {'lengths': 'N'}, [])
-    """
-    line = re.search(rf"^\s*Shapes: ({ARGUMENT}(?:, {ARGUMENT})*) -> ({SHAPE})$", docstring, re.MULTILINE)
-    if line is None:
-        raise ValueError(f"no readable line `Shapes:` in {docstring!r}")
-    shapes, sums = {}, {}
-    for name, shape, total in re.findall(ARGUMENT, line.group(1)):
-        if total:
-            sums[name] = total
-        else:
-            shapes[name] = re.findall(r"[\w/.]+", shape)
-    return shapes, sums, re.findall(r"[\w/.]+", line.groups()[-1])
-
-
-@st.composite
-def dimensions(draw):
-    """A size for each letter: documents in N and M, H a multiple of K, R at most E."""
-    lengths, kv_heads, half = draw(document_lengths), draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    key_lengths = [n + draw(st.integers(0, 4)) for n in lengths]
-    named = {name: draw(sizes) for name in ("in", "out", "r", "D", "F", "V")}
-    split = {"N": lengths, "M": key_lengths}
-    heads = {
-        "K": kv_heads,
-        "H": kv_heads * draw(st.integers(1, 3)),
-        "R/2": half,
-        "E": 2 * half + draw(st.integers(0, 3)),
-    }
-    return (
-        named | heads | {letter: sum(parts) for letter, parts in split.items()},
-        split,
-        draw(st.lists(sizes, max_size=2)),
-    )
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-@given(case=dimensions(), seed=seeds)
-def test_a_function_has_the_shapes_that_its_docstring_states(name, case, seed):
-    function, (letters, split, leading) = FUNCTIONS[name], case
-    shapes, sums, result = read_shapes(function.__doc__)
-
-    def sizes_of(shape):
-        return [size for dim in shape for size in (leading if dim == "..." else [letters[dim]])]
-
-    arguments = {argument: randn(seed, *sizes_of(shape)) for argument, shape in shapes.items()}
-    arguments |= {argument: split[letter] for argument, letter in sums.items()}
-    if "labels" in arguments:
-        arguments["labels"] = token_ids(seed, *sizes_of(shapes["labels"]), high=letters["V"])
-    others = OTHERS | {"head": nn.Linear(letters["D"], letters["V"]).double()}
-    arguments |= {other: others[other] for other in inspect.signature(function).parameters if other not in arguments}
-    assert list(function(**arguments).shape) == sizes_of(result)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "Shapes: x -> (N)",
-        "Shapes: x (N, D)",
-        "Shapes: x (N D) -> (N)",
-        "Shapes: x (N) -> N",
-        "Shapes: x (N), -> (N)",
-    ],
-)
-def test_a_line_of_shapes_in_another_grammar_is_refused(line):
-    with pytest.raises(ValueError, match="no readable line"):
-        read_shapes(line)

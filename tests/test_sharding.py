@@ -1,0 +1,48 @@
+"""A 4-bit model with adapters, sharded over two processes by PyTorch's own FSDP."""
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+import minilora as ml
+from minilora.quant.linear import NF4Linear
+from tests.models import randn, randomize_adapters_
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+PROCESSES = 2
+
+
+def adapted():
+    """A linear whose rows are whole blocks, of a number that does not halve; and one whose rows end within blocks."""
+    wide = NF4Linear.quantize(randn(0, 65, 128, dtype=torch.float32), randn(1, 65, dtype=torch.float32))
+    model = nn.Sequential(wide, nn.Tanh(), NF4Linear.quantize(randn(2, 128, 65, dtype=torch.float32)))
+    ml.attach(model, ml.LoraConfig(r=4, lora_alpha=28, target_modules=["0", "2"]))
+    randomize_adapters_(model)
+    return model
+
+
+def compare(rank, place):
+    """In one of the processes: outputs and gradients of the sharded model and of one that is not."""
+    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=PROCESSES)
+    alone, sharded = adapted(), adapted()
+    mesh = distributed.init_device_mesh("cpu", (PROCESSES,))
+    for module in (sharded[0], sharded[2], sharded):
+        fsdp.fully_shard(module, mesh=mesh)
+    x = randn(3, 7, 128, dtype=torch.float32)
+    outputs = [model(x) for model in (alone, sharded)]
+    for y in outputs:
+        y.square().mean().backward()
+    assert torch.equal(*outputs)
+    for (name, one), other in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+        if one.requires_grad:
+            assert torch.equal(one.grad, other.grad.full_tensor()), name
+        else:
+            assert other.grad is None, name
+            assert other.to_local().numel() < one.numel() or one.numel() == 1, name
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs torch's fully_shard")
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+def test_a_sharded_model_gives_outputs_and_gradients_of_one_that_is_not_bit_for_bit(tmp_path):
+    multiprocessing.spawn(compare, (tmp_path / "meet",), nprocs=PROCESSES)
