@@ -1,6 +1,6 @@
 """Adapters merged into a model directory, one weight after the other: what is held at a time is one file of the result.
 
-    W′ = W + D,    D = Σ s·B A over the adapters
+    W′ = W + ΔW,    ΔW = Σ s·B A over the adapters
 
 What W is, the *target* says:
 
@@ -27,37 +27,38 @@ from minilora.lora.attach import adapter_layers, linear_layers, set_adapter
 from minilora.lora.files import BASE_COPY, WEIGHTS_FILE, load_adapter
 from minilora.lora.layers import AdapterLinear
 from minilora.model.checkpoint import (
+    EMBEDDING,
+    HEAD,
     Weight,
     assign,
     load_model,
+    read_config,
     resolve_dtype,
     save_model,
     skeleton,
     stored_dtype,
     stored_weights,
 )
-from minilora.model.config import LlamaConfig
 from minilora.model.shards import SHARD_BYTES
 from minilora.model.tokenizer import Tokenizer
 from minilora.quant.config import Quantize, QuantizeConfig, describe
 from minilora.quant.files import is_four_bit
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import pack, unpack
-from minilora.storage import TensorFile, read_json
+from minilora.storage import TensorFile
 
 Target = Literal["original", "dequantized", "requantized"]
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DENSE = QuantizeConfig("none")
 CHUNK = 2**16  # numbers of a weight that are worked on at a time in float64, in memory that stays in a cache
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """‖E‖ / ‖D‖ with E = W′ - (W + D), W being what was trained on: over all adapted layers, and in the worst one.
+    """‖W′ - (W + ΔW)‖ / ‖ΔW‖, W being what was trained on: over all adapted layers, and in the worst one.
 
-    The norms are those of Frobenius. Of inputs that favour no direction, E[x xᵀ] = σ²·1, a matrix E makes outputs with
-    the mean square σ²‖E‖² / out. So this is the error of the layers' outputs relative to what the adapters change of
-    them, as root mean squares.
+    The norms are those of Frobenius. Of inputs that favour no direction, x xᵀ being σ²·1 on average, a matrix M makes
+    outputs with the mean square σ²‖M‖² / out. So this is the error of the layers' outputs relative to what the adapters
+    change of them, as root mean squares.
 
     None where the adapters change nothing; a layer in which they do not is never the worst.
     """
@@ -125,8 +126,8 @@ class _Base:
         quantize: QuantizeConfig | Quantize | None,
     ):
         self.directory, self.device = directory, device
-        self.quantize = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
-        self.config = LlamaConfig.from_dict(read_json(directory / "config.json"))
+        self.quantize = QuantizeConfig.of(quantize)
+        self.config = read_config(directory)
         source = self.config.source
         self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
 
@@ -219,18 +220,21 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
 
 
 def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tuple[float, float]:
-    """‖W′ - (W + D)‖² and ‖D‖², of the numbers that W and W′ stand for, in float64, a few rows at a time.
+    """‖W′ - (W + ΔW)‖² and ‖ΔW‖², of the numbers that W and W′ stand for, in float64, a few rows at a time.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
-    exact = [unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w for w in (merged, trained)]
+    exact = [
+        (unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
+        for w in (merged, trained)
+    ]
     down = torch.cat([_float64(layer.lora_A[name]) for name in layer.active])
     up = torch.cat([layer.scales[name] * _float64(layer.lora_B[name]) for name in layer.active], dim=1)
     error = effect = 0.0
     rows = max(1, CHUNK // down.size(1))
     for begin in range(0, up.size(0), rows):
         part = slice(begin, begin + rows)
-        now, before = (_float64(weight[part]) for weight in exact)
+        now, before = (weight[part].double() for weight in exact)
         delta = up[part] @ down
         error += torch.linalg.vector_norm(now - before - delta).item() ** 2
         effect += torch.linalg.vector_norm(delta).item() ** 2

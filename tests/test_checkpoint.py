@@ -4,15 +4,18 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
 from minilora import ConfigError, FormatError, LoraConfig
 from minilora.model import checkpoint
+from minilora.model import shards as shards_module
 from minilora.model.checkpoint import DTYPES, resolve_dtype
 from minilora.model.shards import INDEX, SHARD_BYTES
 from minilora.storage import read_json, write_json
@@ -108,6 +111,36 @@ def test_a_save_over_an_earlier_one_leaves_nothing_of_it(before, after, tmp_path
     assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in (tmp_path / "b").iterdir()} | {"notes.txt"}
 
 
+@pytest.mark.parametrize("left", [".model-00007.tmp", "..model-00001.tmp.77.tmp"])
+def test_a_save_takes_away_what_a_killed_one_left(left, tmp_path):
+    (tmp_path / left).write_bytes(b"half")
+    ml.save_model(tiny_model(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_what_is_on_another_device_waits_for_its_file_on_the_cpu(monkeypatch, tmp_path):
+    written, alive = [], []
+
+    def groups():
+        for name in "abcde":
+            assert not any(reference() is not None for reference in alive)
+            tensor = torch.empty(4, device="cuda")
+            alive.append(weakref.ref(tensor))
+            group = {name: tensor}
+            del tensor
+            yield group
+            del group
+
+    def write(path, tensors):
+        written.append({name: tensor.device.type for name, tensor in tensors.items()})
+        path.touch()
+
+    monkeypatch.setattr(shards_module, "write_tensors", write)
+    with FakeTensorMode():
+        shards_module.write_shards(tmp_path, groups(), 32)
+    assert written == [{"a": "cpu", "b": "cpu"}, {"c": "cpu", "d": "cpu"}, {"e": "cpu"}]
+
+
 def test_a_loaded_model_does_not_change_with_its_file(saved):
     model = ml.load_model(saved)
     with (saved / "model.safetensors").open("r+b") as file:
@@ -151,6 +184,20 @@ def test_tensors_are_converted_to_the_dtype_that_is_asked_for(stored, asked, tmp
 def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch, key, stored, device, fast, expected):
     monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda _: fast)
     assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_config_that_names_no_dtype_leaves_it_to_the_embedding_in_the_file(monkeypatch, stored, tmp_path):
+    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda _: True)
+    model = tiny_model(dtype=DTYPES[stored])
+    ml.save_model(model, tmp_path / "a", shard_bytes=SHARD)
+    values = read_json(tmp_path / "a" / "config.json")
+    del values["dtype"]
+    write_json(tmp_path / "a" / "config.json", values)
+    loaded = ml.load_model(tmp_path / "a")
+    same_state(loaded, model.bfloat16() if stored == "float16" else model)
+    ml.save_model(loaded, tmp_path / "b")
+    assert read_json(tmp_path / "b" / "config.json")["dtype"] == ("bfloat16" if stored == "float16" else stored)
 
 
 @pytest.mark.parametrize(("asked", "stored"), [("int8", None), ("auto", "float8_e4m3fn"), ("Float32", None)])

@@ -1,17 +1,19 @@
 """The commands on a base of four bits: what they do, what they say, and what they write down."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.cli.load import find
 from minilora.lora.attach import linear_layers
 from minilora.lora.files import BASE, base_quantization
 from minilora.merging import merge_directory
 from minilora.quant.linear import NF4Linear
-from minilora.storage import TensorFile, write_tensors
+from minilora.storage import TensorFile, read_json, write_json, write_tensors
 from minilora.train.evaluate import held_out_loss
 from tests.models import tiny_model
 from tests.test_data import write_tokenizer
@@ -159,6 +161,72 @@ def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(run, comman
     assert run(*command, *words).err.splitlines() == said
 
 
+@pytest.mark.parametrize(
+    ("model", "adapters", "flags", "expected"),
+    [
+        ("model", ["single", "quantized"], {}, ml.QuantizeConfig("nf4", False, ("down_proj",))),
+        ("model", ["quantized", "single"], {}, ml.QuantizeConfig("nf4")),
+        ("model", ["dense", "single"], {}, ml.QuantizeConfig("none")),
+        ("model", ["silent", "single"], {}, ml.QuantizeConfig("nf4", False, ("down_proj",))),
+        ("model", ["silent"], {}, ml.QuantizeConfig("none")),
+        ("model", ["fp4", "single"], {}, ml.QuantizeConfig("none")),
+        ("model", ["single"], {"quantize": "none"}, ml.QuantizeConfig("none", False, ("down_proj",))),
+        ("model", ["single"], {"double_quant": True}, ml.QuantizeConfig("nf4", True, ("down_proj",))),
+        ("model", ["single"], {"quantize_skip": ("o_proj",)}, ml.QuantizeConfig("nf4", False, ("o_proj",))),
+        ("model", ["fp4"], {"quantize": "nf4"}, ml.QuantizeConfig("nf4")),
+        ("nf4", ["single"], {}, ml.QuantizeConfig("none")),
+        ("nf4", ["single"], {"quantize": "nf4"}, ml.QuantizeConfig("nf4")),
+    ],
+)
+def test_flags_decide_how_a_base_is_held_then_the_first_adapter_that_tells_and_never_against_what_lies_there(
+    directory, tmp_path, monkeypatch, model, adapters, flags, expected
+):
+    monkeypatch.chdir(directory)
+    file = TensorFile(directory / "single" / "adapter_model.safetensors")
+    held = {"quantize": "fp4", "double_quant": False, "block_size": 64, "quantize_skip": ["o_proj"]}
+    for name, metadata in (("silent", {}), ("fp4", {BASE: json.dumps(held)})):
+        shutil.copytree(directory / "single", tmp_path / name)
+        tensors = {name: file.read(name) for name in file.shapes}
+        write_tensors(tmp_path / name / "adapter_model.safetensors", tensors, metadata)
+    paths = [str((tmp_path if name in ("silent", "fp4") else directory) / name) for name in adapters]
+    options = {"model": model, "adapter": paths, "quantize": None, "double_quant": None, "quantize_skip": None, **flags}
+    assert find(options).quantize == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--quantize-skip=typo"], "--quantize-skip"),
+        (["--quantize-skip=down_proj", "--adapter=dense"], "--quantize-skip"),
+        (["--no-double-quant", "--quantize=none", "--adapter=quantized"], "--double-quant"),
+        (["--model=nf4", "--quantize-skip=down_proj", "--double-quant"], "--double-quant, --quantize-skip"),
+    ],
+)
+def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run, tmp_path, words, named):
+    for command in (["generate", "--prompt=a"], ["eval", "--data=rows.jsonl"]):
+        said = run(*command, *words, status=1).err
+        assert f"{named}: without effect; give --quantize nf4, too" in said
+    assert run("generate", "--prompt=a", "--adapter=quantized", "--quantize=none").out
+
+
+def test_how_a_base_is_to_be_held_is_compared_with_how_it_lies(run):
+    said = run("generate", "--prompt=a", "--model=nf4", "--quantize=nf4", "--no-double-quant", status=1).err
+    assert "nf4: is quantized already, and otherwise: double_quant True, asked for is False" in said
+    assert run("generate", "--prompt=a", "--model=nf4", "--quantize=nf4").out
+
+
+def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
+    model = ml.load_model(directory / "model", quantize="nf4")
+    model.lm_head = NF4Linear.quantize(model.lm_head.weight)
+    ml.save_model(model, tmp_path / "head", ml.load_tokenizer(directory / "model"))
+    said = run("generate", f"--model={tmp_path / 'head'}", "--adapter=quantized", "--prompt=a").err.splitlines()
+    ours, theirs = "nf4 with double quantization", "nf4 (the head too) with double quantization"
+    assert said == [
+        f"the base model is {theirs}",
+        f"quantized: was trained on a base that is {ours}; this one is {theirs}",
+    ]
+
+
 def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run):
     settings = ["--lora-r=2", "--max-steps=2", "--general-data=none", "--learning-rate=0.01"]
     place = [f"--model={directory / 'model'}", f"--data={directory / 'rows.jsonl'}", *settings]
@@ -184,6 +252,21 @@ def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_l
     assert ml.load_tokenizer(directory / "nf4").encode("the cat") == ml.load_tokenizer(directory / "model").encode(
         "the cat"
     )
+
+
+@pytest.mark.parametrize("command", [["quantize"], ["merge", "--adapter=dense"]])
+def test_what_is_dense_is_written_in_the_dtype_of_the_file_though_the_config_names_none(
+    directory, run, tmp_path, command
+):
+    tokenizer = ml.load_tokenizer(directory / "model")
+    ml.save_model(ml.load_model(directory / "model", "bfloat16"), tmp_path / "half", tokenizer)
+    values = read_json(tmp_path / "half" / "config.json")
+    del values["dtype"]
+    write_json(tmp_path / "half" / "config.json", values)
+    run(*command, f"--model={tmp_path / 'half'}", f"--out={tmp_path / 'out'}")
+    embedding = TensorFile(tmp_path / "out" / "model.safetensors").entries["model.embed_tokens.weight"]
+    assert embedding.dtype == "BF16"
+    assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
 
 
 def test_quantize_counts_the_bits(directory, run, tmp_path):
@@ -268,8 +351,8 @@ def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the
     assert printed.err.splitlines() == said
     first, second = printed.out.splitlines()
     assert first == (
-        f"error at the layers' outputs, relative to the adapter's effect: {expected.overall:.2g}; "
-        f"worst {expected.worst:.2g} in {expected.layer}"
+        "error at the layers' outputs for inputs of all directions, relative to the adapter's effect: "
+        f"{expected.overall:.2g}; worst {expected.worst:.2g} in {expected.layer}"
     )
     assert second == f"merged model written to {tmp_path / 'b'}"
     assert (expected.overall > 0.01) == (target != "dequantized")

@@ -12,9 +12,10 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError
+from minilora.lora.attach import linear_layers
 from minilora.model.checkpoint import skeleton, stored_weights
 from minilora.model.shards import SHARD_BYTES
-from minilora.quant.config import QuantizeConfig
+from minilora.quant.config import QuantizeConfig, describe
 from minilora.quant.files import packed_tensors, packed_weights, read_packed
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, quantize_absmax, unpack
@@ -535,9 +536,70 @@ def test_other_ways_to_quantize_are_refused(entry, tmp_path):
 @pytest.mark.parametrize("asked", ["nf4", QuantizeConfig("nf4", double_quant=False)])
 def test_a_model_of_the_other_format_is_not_taken_for_the_one_that_is_asked_for(asked, packed):
     make_fp4(packed)
-    with pytest.raises(ConfigError, match=r"quantized already, as \['fp4'\]"):
+    with pytest.raises(ConfigError, match=r"quantized already.*quantize 'fp4', asked for is 'nf4'"):
         ml.load_model(packed, quantize=asked)
     assert packed_linears(ml.load_model(packed, quantize="none"))
+
+
+@pytest.mark.parametrize(
+    ("double_quant", "skip", "asked", "named"),
+    [
+        (True, (), QuantizeConfig("nf4", double_quant=False), "double_quant True, asked for is False"),
+        (
+            True,
+            ("o_proj",),
+            QuantizeConfig("nf4", False, ("down_proj",)),
+            "double_quant True, asked for is False; quantize_skip ['o_proj'], asked for is ['down_proj']",
+        ),
+        (False, (), QuantizeConfig("nf4", False, "o_proj"), "quantize_skip [], asked for is ['o_proj']"),
+        (
+            True,
+            ("down_proj", "o_proj"),
+            QuantizeConfig("nf4", quantize_skip="o_proj"),
+            "quantize_skip ['down_proj', 'o_proj'], asked for is ['o_proj']",
+        ),
+        (True, ("o_proj",), QuantizeConfig("nf4", quantize_skip=("o_proj", "up_pro")), "'up_pro' names no linear"),
+    ],
+)
+def test_a_model_that_is_held_otherwise_than_is_asked_for_is_refused_with_both(
+    double_quant, skip, asked, named, tmp_path
+):
+    directory = save_packed(tmp_path / "a", double_quant=double_quant, skip=skip)
+    with pytest.raises(ConfigError) as error:
+        ml.load_model(directory, quantize=asked)
+    assert named in str(error.value)
+    assert packed_linears(ml.load_model(directory, quantize=QuantizeConfig("none", double_quant=False)))
+
+
+@pytest.mark.parametrize(
+    ("double_quant", "skip", "asked"),
+    [
+        (True, ("o_proj",), "nf4"),
+        (False, ("o_proj",), "nf4"),  # double_quant=True is also what stands there if nothing is said
+        (False, ("o_proj",), QuantizeConfig("nf4", False)),
+        (True, ("layers.1.self_attn", "o_proj"), QuantizeConfig("nf4", quantize_skip=("o_proj", "layers.1.self_attn"))),
+        (True, ("o_proj",), QuantizeConfig("nf4", quantize_skip=("self_attn.o_proj", "lm_head"))),
+    ],
+)
+def test_a_model_that_is_held_as_is_asked_for_is_loaded_as_it_is(double_quant, skip, asked, tmp_path):
+    directory = save_packed(tmp_path / "a", double_quant=double_quant, skip=skip)
+    same_state(ml.load_model(directory, quantize=asked), ml.load_model(directory))
+
+
+def test_a_head_that_others_packed_is_not_asked_for_and_not_to_be_skipped(tmp_path):
+    directory = save_packed(tmp_path / "a", skip=("o_proj",))
+    change(directory, packed_tensors("lm_head.weight", NF4Linear.quantize(ml.load_model(directory).lm_head.weight)))
+    ml.load_model(directory, quantize=QuantizeConfig("nf4", quantize_skip="o_proj"))
+    with pytest.raises(ConfigError, match=r"quantize_skip \['o_proj'\], asked for is \['lm_head', 'o_proj'\]"):
+        ml.load_model(directory, quantize=QuantizeConfig("nf4", quantize_skip=("o_proj", "lm_head")))
+
+
+def test_of_a_head_is_told_only_that_others_packed_it(tmp_path):
+    model = ml.load_model(save_packed(tmp_path / "a", skip=("o_proj",)))
+    held = describe(linear_layers(model), "lm_head")
+    assert held == {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["o_proj"]}
+    model.lm_head = NF4Linear.quantize(model.lm_head.weight)
+    assert describe(linear_layers(model), "lm_head") == held | {"head": "nf4"}
 
 
 @pytest.mark.parametrize("asked", ["fp4", "int8", "NF4", ""])

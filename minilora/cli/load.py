@@ -113,19 +113,20 @@ def _quantize(options: Options, base: Path, paths: Sequence[Path]) -> QuantizeCo
     """How the base is to be held: as the flags say; else as when the first adapter that tells was trained.
 
     What a checkpoint's own weights are is not changed for an adapter's sake.
+
+    Raises:
+        ConfigError: a flag says how to quantize, and nothing is to be quantized.
     """
     fields = [field.name for field in dataclasses.fields(QuantizeConfig)]
     records = (held for held in map(base_quantization, paths) if held is not None)
     trained = next(records, {})
     if trained.get("quantize") == "fp4" or is_four_bit(read_json(base / "config.json")):
         trained = {}
-    return QuantizeConfig(
-        **{
-            name: trained[name] if options[name] is None else options[name]
-            for name in fields
-            if options[name] is not None or name in trained
-        }
-    )
+    given = {name: options[name] for name in fields if options[name] is not None}
+    config = QuantizeConfig(**{name: trained[name] for name in fields if name in trained} | given)
+    if config.quantize == "none" and (idle := [f"--{name.replace('_', '-')}" for name in given if name != "quantize"]):
+        raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4, too")
+    return config
 
 
 def say_quantization(model: Llama, paths: Sequence[Path]) -> None:
@@ -143,7 +144,8 @@ def _in_words(held: Mapping[str, Any]) -> str:
     if held["quantize"] == "none":
         return "not quantized"
     dense = held.get("quantize_skip") or []
-    words = f"{held['quantize']} {'with' if held.get('double_quant') else 'without'} double quantization"
+    words = f"{held['quantize']}{' (the head too)' if held.get('head') else ''}"
+    words += f" {'with' if held.get('double_quant') else 'without'} double quantization"
     if held.get("block_size") != BLOCK_SIZE:
         words += f" in blocks of {held.get('block_size')}"
     if dense:

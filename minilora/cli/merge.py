@@ -46,8 +46,8 @@ def _in_words(deviation: Deviation) -> str:
     if deviation.overall is None:
         return "the adapter changes nothing"
     return (
-        f"error at the layers' outputs, relative to the adapter's effect: {deviation.overall:.2g}; "
-        f"worst {deviation.worst:.2g} in {deviation.layer}"
+        "error at the layers' outputs for inputs of all directions, relative to the adapter's effect: "
+        f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
     )
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from minilora.cli.command import Command, Options
 from minilora.cli.flags import add_flags, from_flags
 from minilora.errors import ConfigError
 from minilora.hub import locate
-from minilora.model.checkpoint import load_model, save_model, skeleton, stored_dtype, stored_weights
+from minilora.model.checkpoint import load_model, read_config, save_model, skeleton, stored_dtype, stored_weights
 from minilora.model.shards import tensor_files
 from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig
-from minilora.quant.files import is_four_bit, packed_weights, read_layout
+from minilora.quant.files import count_weights, is_four_bit
 from minilora.run import holds_files, pick_device
 from minilora.storage import BUILTIN
 
@@ -36,10 +35,10 @@ def _run(options: Options) -> int:
         raise ConfigError(f"{out}: holds files; give another --out")
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     location = locate(options["model"], "model")
-    dense = load_model(location.path, device="meta")
-    if is_four_bit(dense.config.source):
+    source = read_config(location.path).source
+    if is_four_bit(source):
         raise ConfigError(f"{location.name}: is quantized already")
-    dtype = stored_dtype(dense.config.source)
+    dtype = stored_dtype(source)
     model = load_model(location.path, dtype, "meta", config)
     weights = stored_weights(location.path, skeleton(model.config), dtype, device, config)
     save_model(model, out, load_tokenizer(location.name), weights=weights)
@@ -50,22 +49,12 @@ def _run(options: Options) -> int:
 def _bits(directory: Path) -> str:
     """How many bits a weight takes: by the tensors of the packed ones, and by the files as they lie."""
     files = tensor_files(directory)
-    packed = packed_weights(files)
-    sizes = {name: math.prod(read_layout(files[parts[0]], parts[0])[0].shape) for name, parts in packed.items()}
-    held = sum(files[part].entries[part].bytes for parts in packed.values() for part in parts if not _is_table(part))
-    n = sum(sizes.values())
-    named = {part for parts in packed.values() for part in parts}
-    total = n + sum(math.prod(file.shapes[name]) for name, file in files.items() if name not in named)
+    count = count_weights(files)
     size = sum(path.stat().st_size for path in {file.path for file in files.values()})
     return (
-        f"{8 * held / n:.3f} bits for each of {n:,} quantized weights; "
-        f"{8 * size / total:.3f} for each of all {total:,} in {size:,} bytes of files"
+        f"{8 * count.packed_bytes / count.packed:.3f} bits for each of {count.packed:,} quantized weights; "
+        f"{8 * size / count.weights:.3f} for each of all {count.weights:,} in {size:,} bytes of files"
     )
-
-
-def _is_table(name: str) -> bool:
-    """Tables and JSON tell of the format, and not of the numbers."""
-    return name.endswith("quant_map") or ".quant_state." in name
 
 
 COMMAND = Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.model.shards import SHARD_BYTES, tensor_files, write_shards
 from minilora.model.tokenizer import Tokenizer
-from minilora.quant.config import Quantize, QuantizeConfig
+from minilora.quant.config import Quantize, QuantizeConfig, shortest_names
 from minilora.quant.files import (
+    dtype_name,
     is_four_bit,
     packed_tensors,
     packed_weights,
@@ -28,6 +30,7 @@ from minilora.quant.linear import NF4Linear
 from minilora.storage import TensorFile, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
@@ -50,16 +53,18 @@ def load_model(
         dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
             4-bit weights are made dense in it; the head and what else is dense is held in it.
         device: where the model is to live.
-        quantize: "nf4" or a `QuantizeConfig`: hold the linears in four bits.
+        quantize: "nf4" or a `QuantizeConfig`: hold the linears in four bits. A model that is quantized already must be
+            held like that, but what a config says by default is not asked for: it may skip modules, and do without
+            double quantization.
 
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
         ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype; it is quantized
-            already, and in another format than is asked for.
+            already, and otherwise than is asked for.
     """
     location = locate(name_or_path, "model")
-    model = skeleton(LlamaConfig.from_dict(read_json(location.path / "config.json")))
+    model = skeleton(read_config(location.path))
     for name, weight in stored_weights(location.path, model, dtype, torch.device(device), quantize):
         assign(model, name, weight)
     model.tie_weights()
@@ -82,7 +87,7 @@ def stored_weights(
     target = resolve_dtype(dtype, model.config.source, device)
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
-    config = quantize if isinstance(quantize, QuantizeConfig) else QuantizeConfig(quantize or "none")
+    config = QuantizeConfig.of(quantize)
     chosen = _chosen(directory, model, packed, config)
     for name in _stored_names(model):
         if name in packed:
@@ -137,7 +142,7 @@ def save_model(
     source = {key: value for key, value in model.config.source.items() if key not in REWRITTEN}
     now = {
         "tie_word_embeddings": model.lm_head._parameters.get("weight") is embedding,
-        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "dtype": dtype_name(embedding.dtype),
     }
     if quantization := quantization_config(_linears(model), "lm_head", embedding.dtype):
         now["quantization_config"] = quantization
@@ -160,6 +165,17 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     if automatic and name in ("float16", "bfloat16"):
         return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
     return DTYPES[name]
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """What a config.json describes; where it names no dtype, its `source` has that of the embedding in the file."""
+    config = LlamaConfig.from_dict(read_json(directory / "config.json"))
+    if any(config.source.get(key) for key in ("dtype", "torch_dtype")):
+        return config
+    files = tensor_files(directory)
+    if EMBEDDING not in files:
+        return config  # and it is missed when the weights are read
+    return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].read(EMBEDDING).dtype)})
 
 
 def stored_dtype(source: Mapping[str, Any]) -> str:
@@ -199,7 +215,7 @@ def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], 
     """The names of the weights to quantize: none, where they are packed already.
 
     Raises:
-        ConfigError: they are packed in another format than is asked for.
+        ConfigError: they are packed otherwise than is asked for.
         FormatError: the config says that they are packed, and none is; or the other way round.
     """
     if is_four_bit(model.config.source) != bool(packed):
@@ -207,12 +223,39 @@ def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], 
             f"{directory}: config.json and the tensors disagree: quantization_config is "
             f"{model.config.source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
         )
+    linears = list(_linears(model))
     if not packed:
-        return {f"{path}.weight" for path in config.chosen(list(_linears(model)))} - {"lm_head.weight"}
-    kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
-    if config.quantize != "none" and kinds != {config.quantize}:
-        raise ConfigError(f"{directory}: is quantized already, as {sorted(kinds)}; --quantize none takes it as it is")
+        return {f"{path}.weight" for path in config.chosen(linears)} - {HEAD}
+    if config.quantize != "none":
+        _check_held(directory, linears, packed, config)
     return set()
+
+
+def _check_held(
+    directory: Path, linears: Sequence[str], packed: Mapping[str, Sequence[str]], config: QuantizeConfig
+) -> None:
+    """Do the weights lie there as is asked for? A default is not asked for, and a head may be packed or not."""
+    head = HEAD.removesuffix(".weight")
+    kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
+    is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
+    dense = {path for path in linears if f"{path}.weight" not in packed}
+    skipped = set(linears) - set(config.chosen(linears))
+    compared = {
+        "quantize": ("/".join(sorted(kinds)), config.quantize, kinds == {config.quantize}),
+        "double_quant": (is_double, config.double_quant, config.double_quant or not is_double),
+        "quantize_skip": (
+            shortest_names(list(dense - {head}), linears),
+            sorted(config.quantize_skip),
+            not config.quantize_skip or skipped <= dense <= skipped | {head},
+        ),
+    }
+    if different := [
+        f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked, fits) in compared.items() if not fits
+    ]:
+        raise ConfigError(
+            f"{directory}: is quantized already, and otherwise: {'; '.join(different)}; "
+            "quantize 'none' takes it as it is"
+        )
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

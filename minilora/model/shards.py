@@ -31,8 +31,8 @@ def tensor_files(directory: Path) -> dict[str, TensorFile]:
 def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
     """Write groups of tensors, in order, into files of at most `limit` bytes; a group is never divided.
 
-    Only one file's tensors are held at a time. How many files there are is known at the end: until then they have
-    temporary names. What a directory held before goes.
+    Only one file's tensors are held at a time, and on the CPU. How many files there are is known at the end: until
+    then they have temporary names. What a directory held before goes, and what a writer that was killed left.
     """
     written: list[tuple[Path, list[str], int]] = []
     shard: dict[str, Tensor] = {}
@@ -43,8 +43,10 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
         written.append((path, list(shard), _bytes(shard)))
         shard.clear()
 
+    for left in directory.glob(".*model-*.tmp"):
+        remove(left)
     try:
-        for group in groups:
+        for group in map(_on_cpu, groups):
             if shard and _bytes(shard) + _bytes(group) > limit:
                 flush()
             shard |= group
@@ -63,6 +65,10 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
     for old in [directory / INDEX, directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")]:
         if old.name not in files:
             remove(old)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

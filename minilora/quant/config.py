@@ -37,6 +37,11 @@ class QuantizeConfig:
         if self.quantize not in get_args(Quantize):
             raise ConfigError(f"quantize is {self.quantize!r}, accepted are {list(get_args(Quantize))}")
 
+    @classmethod
+    def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
+        """A config as it is, or that of a format's name; None is "none"."""
+        return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
+
     def chosen(self, linears: Sequence[str]) -> list[str]:
         """Those of the linears (paths) that are to be quantized.
 
@@ -53,19 +58,24 @@ class QuantizeConfig:
 
 
 def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
-    """How a model's linears (path -> linear) are held, in the words of the flags; `head` is always dense."""
+    """How a model's linears (path -> linear) are held, in the words of the flags.
+
+    `head` is dense where minilora quantizes; it is spoken of only where others have packed it, too.
+    """
     packed = next((linear for linear in linears.values() if isinstance(linear, NF4Linear)), None)
     if packed is None:
         return {"quantize": "none"}
     others = [path for path in linears if path != head]
     dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
     layout = packed.layout
-    return {
+    held = {
         "quantize": layout.quant_type,
         "double_quant": packed.scales is not None,
         "block_size": layout.block_size,
         "quantize_skip": shortest_names(dense, others),
     }
+    is_head_packed = head is not None and isinstance(linears.get(head), NF4Linear)
+    return held | ({"head": layout.quant_type} if is_head_packed else {})
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:

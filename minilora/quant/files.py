@@ -13,9 +13,10 @@ The levels in a file are those of the format; they are compared, not used.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,14 @@ from minilora.storage import TensorFile
 STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
 STATE_BYTES = 4096  # at most; bitsandbytes writes 170
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a config.json spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
@@ -40,6 +48,25 @@ def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
         if (state := STATE.fullmatch(name)) and (weight := state["weight"]) in names:
             found[weight] = [name, weight, *(f"{weight}.{part}" for part in STATISTICS if f"{weight}.{part}" in names)]
     return found
+
+
+class Count(NamedTuple):
+    """How many weights files hold, how many of them packed, and the bytes of what tells the packed ones' numbers."""
+
+    weights: int
+    packed: int
+    packed_bytes: int
+
+
+def count_weights(files: Mapping[str, TensorFile]) -> Count:
+    """Of the packed weights, tables and JSON do not count: they tell of the format."""
+    found = packed_weights(files)
+    shapes = {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in found.items()}
+    inside = {part for parts in found.values() for part in parts}
+    packed = sum(map(math.prod, shapes.values()))
+    dense = sum(math.prod(file.shapes[name]) for name, file in files.items() if name not in inside)
+    told = [part for part in inside if not part.endswith("quant_map") and not STATE.fullmatch(part)]
+    return Count(dense + packed, packed, sum(files[part].entries[part].bytes for part in told))
 
 
 def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
@@ -119,7 +146,7 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
 def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     """The tensors of a packed weight, by the names that they have in a file."""
     (packed, absmax, scales, offset), layout = linear.parts, linear.layout
-    dtype = str(layout.dtype).removeprefix("torch.")
+    dtype = dtype_name(layout.dtype)
     state: dict[str, Any] = {
         "quant_type": layout.quant_type,
         "blocksize": layout.block_size,
@@ -151,7 +178,7 @@ def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.d
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": held["quantize"],
         "bnb_4bit_use_double_quant": held["double_quant"],
