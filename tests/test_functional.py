@@ -61,6 +61,23 @@ def test_low_precision_gradients_are_as_good_as_plain_pytorch_s(seed, n, inner, 
         assert_precision(our.to(dtype), their.to(dtype), oracle)
 
 
+@given(seeds, sizes, sizes, sizes, sizes, scales)
+def test_under_autocast_gradients_are_as_good_as_plain_pytorch_s(seed, n, inner, outer, r, scale):
+    x, A, B = leaves = [
+        randn(seed + i, *shape, dtype=torch.float32).requires_grad_()
+        for i, shape in enumerate([(n, inner), (r, inner), (outer, r)])
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = lora_branch(x, A, B, scale), scale * F.linear(F.linear(x, A), B)
+    dy = randn(seed + 3, n, outer, dtype=torch.bfloat16)
+    exact = exact_gradients(*(tensor.detach().double() for tensor in leaves), scale, dy.double())
+    assert ours.dtype == plain.dtype
+    ours, plain = (torch.autograd.grad(y, leaves, dy) for y in (ours, plain))
+    for our, their, oracle in zip(ours, plain, exact.values(), strict=True):
+        assert our.dtype == torch.float32
+        assert_precision(our.bfloat16(), their.bfloat16(), oracle)
+
+
 @given(seeds, keys, keys, st.sampled_from([0.1, 0.5]))
 def test_dropout_is_a_function_of_its_key(seed, key, other, p):
     x = randn(seed, 9, 40)

@@ -112,6 +112,14 @@ def test_a_new_adapter_changes_nothing_of_a_base_that_computes_in_another_dtype(
     assert torch.equal(ours, alone)
 
 
+@given(seeds, sizes, sizes, sizes, scales, st.sampled_from([torch.bfloat16, torch.float32]))
+def test_what_a_base_computes_in_another_dtype_its_adapters_do_too(seed, inner, outer, r, scale, computed):
+    layer = make_layer(seed, inner, outer, [r], scale, dtype=computed, adapter_dtype=torch.float32, bits="double")
+    given_dtype = torch.float32 if computed == torch.bfloat16 else torch.bfloat16
+    x = randn(seed + 50, 5, inner, dtype=given_dtype)
+    assert torch.equal(layer(x), layer(x.to(computed)))
+
+
 @given(seeds, sizes, sizes, sizes, sizes, scales, scales)
 def test_adapters_add_by_concatenating_ranks(seed, inner, outer, r1, r2, s1, s2):
     layer = make_layer(seed, inner, outer, [r1], s1)
