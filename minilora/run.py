@@ -25,14 +25,14 @@ import torch
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.hub import locate
 from minilora.inputs import Data, load_data, load_general
-from minilora.lora.attach import ParameterCount, attach, count_parameters
+from minilora.lora.attach import ParameterCount, attach, count_parameters, head_path, linear_layers
 from minilora.lora.config import RENAMED, LoraConfig
-from minilora.lora.files import save_adapter
+from minilora.lora.files import base_quantization, save_adapter
 from minilora.metrics import read_records
 from minilora.model.checkpoint import load_model, resolve_dtype
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
-from minilora.quant.config import QuantizeConfig
+from minilora.quant.config import QuantizeConfig, describe
 from minilora.report import TensorBoard
 from minilora.storage import BUILTIN, append_line, read_json, remove, write_json, write_text
 from minilora.train.batch import groups, plan_steps
@@ -42,7 +42,7 @@ from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
 from minilora.train.evaluate import EVAL_TOKENS, Drift, Scores, write_samples
 from minilora.train.loop import Record, TrainResult, bookkeeping, train
 from minilora.train.memory import Forecast, forecast
-from minilora.train.state import newest_step
+from minilora.train.state import checkpoints, newest_step
 
 Resume = Literal["auto", "never"]
 Report = Literal["none", "tensorboard"]
@@ -130,7 +130,8 @@ class Run:
             raise FormatError(f"{self.out / 'run.json'}: need config, starts and data_sha256; give another --out")
         now = json.loads(json.dumps(self.resolved))
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
-        different = [key for key in now if key not in free and before.get(key) != now[key]]
+        before = {**default_settings(), **before}  # a run of an earlier version lacks what it could not choose
+        different = [key for key in now if key not in free and before[key] != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
@@ -214,9 +215,14 @@ class Run:
         """Record this start in run.json, and drop the metrics of steps that will be done again.
 
         Raises:
-            TrainingError: the data is not what the run began with.
+            TrainingError: the data is not what the run began with, or the base model is quantized otherwise.
         """
         path = self.out / "run.json"
+        for checkpoint in checkpoints(self.out / "checkpoints")[-1:]:
+            if base_quantization(checkpoint) != describe(linear_layers(model), head_path(model)):
+                raise TrainingError(
+                    f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
+                )
         earlier = read_json(path) if path.is_file() else {"starts": [], "data_sha256": data.files}
         if earlier["data_sha256"] != data.files:
             raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
@@ -283,6 +289,12 @@ def resolve(
     """All fields, by the names of their flags."""
     values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(reading), **asdict(training)}
     return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def default_settings() -> dict[str, Any]:
+    """What `resolve` makes of all defaults, as run.json has it."""
+    defaults = resolve(RunConfig(), QuantizeConfig(), LoraConfig(), DataConfig(), TrainConfig())
+    return json.loads(json.dumps(defaults))
 
 
 def holds_files(out: Path) -> bool:

@@ -175,7 +175,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers asks for."""
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk, and the like
+            raise OSError(f"{path}: cannot be written ({error})") from error
         _sort_metadata(temporary)
         temporary.chmod(0o666 & ~_umask())  # save_file leaves 0600
 
@@ -187,6 +190,7 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size  # or it would overwrite what follows
         file.seek(8)
         file.write(text.ljust(size))
 

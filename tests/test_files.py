@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.lora.attach import adapter_layers
-from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.lora.files import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.storage import write_tensors
 from tests.models import FAMILIES, randomize_adapters_, scales, seeds, tiny_model, token_ids
 from tests.tolerance import assert_parity
 
@@ -29,6 +30,36 @@ def saved(directory, family="llama", seed=0, **config):
 def edit(directory, **changes):
     path = directory / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '"nf4"', "{}", '{"quantize": "none", "quantize_skip": ["a"]}', "[" * 100_000),
+        *(json.dumps({**HELD, "quantize": value}) for value in ("int8", ["nf4"], None)),
+        *(json.dumps({**HELD, "double_quant": value}) for value in ("no", 1, None)),
+        *(json.dumps({**HELD, "block_size": value}) for value in (0, 48, "64", "\x1b[31m")),
+        *(json.dumps({**HELD, "quantize_skip": value}) for value in ("down_proj", {"a": 1}, [1], ["\x1b[31m"])),
+        *(json.dumps({key: value for key, value in HELD.items() if key != lacking}) for lacking in HELD),
+    ],
+)
+def test_what_an_adapter_says_of_its_base_is_refused_where_it_is_not_understood(text, tmp_path):
+    write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE: text})
+    with pytest.raises(ml.FormatError) as error:
+        base_quantization(tmp_path)
+    assert WEIGHTS_FILE in str(error.value)
+    assert BASE in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("held", [{"quantize": "none"}, HELD, {**HELD, "quantize": "fp4", "quantize_skip": []}])
+def test_what_an_adapter_says_of_its_base_is_read_without_what_nobody_knows(held, tmp_path):
+    more = held if held == {"quantize": "none"} else {**held, "later": 1}
+    write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE: json.dumps(more)})
+    assert base_quantization(tmp_path) == held
 
 
 @given(st.sampled_from(sorted(FAMILIES)), seeds, scales, st.booleans())

@@ -462,6 +462,30 @@ def test_each_parameter_of_a_model_is_told_once_and_every_tool_reads_it(base, fa
     assert sum(int(row[0]) for row in rows) == len(expected)
 
 
+def test_a_packed_weight_is_one_tensor_of_its_own_shape_and_all_its_bytes(tmp_path, base):
+    model = ml.load_model(base("llama"), quantize="nf4")
+    ml.save_model(model, tmp_path)
+    facts, dense = look(str(tmp_path)).model, look(str(base("llama"))).model
+    assert numbers(facts.tensors) == numbers(dense.tensors) == ml.count_parameters(model).total
+    assert {name: entry.shape for name, entry in facts.tensors.items()} == {
+        name: entry.shape for name, entry in dense.tensors.items()
+    }
+    assert {entry.dtype for entry in facts.tensors.values()} == {"NF4", "F32"}
+    header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    assert 8 + header + sum(entry.bytes for entry in facts.tensors.values()) == sum(facts.files.values())
+
+
+def test_a_packed_weight_that_is_not_understood_is_told_in_its_parts(tmp_path, base):
+    ml.save_model(ml.load_model(base("llama"), quantize="nf4"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    state = next(name for name in tensors if "quant_state" in name)
+    tensors[state] = tensors[state][:-1]  # no JSON any more
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    facts = look(str(tmp_path)).model
+    assert facts.tensors[state].dtype == "U8"
+    assert facts.problems["minilora"]
+
+
 def test_shards_hold_together_what_one_file_holds(tmp_path, base):
     model, whole = ml.load_model(base()), model_facts(base())
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template=CHATML)

@@ -23,7 +23,7 @@ from minilora.model import template
 from minilora.run import PACKAGES, RunConfig
 from minilora.train.evaluate import evaluate, held_out_loss, measure_drift
 from minilora.train.state import checkpoints
-from tests.models import tiny_model
+from tests.models import four_bit, tiny_model
 from tests.test_data import EOS, write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -463,3 +463,41 @@ def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, 
     write_rows(rows, 10)
     assert cli.main([*again, f"--out={tmp_path / 'three'}"]) == 0
     assert f"the data are not those that {tmp_path / 'one' / 'run.json'} was written with" in capsys.readouterr().err
+
+
+# --- in four bits ---
+
+
+def stop(directory, out, monkeypatch, **changes):
+    """A run that was stopped after its third step."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert finetune(directory, out, **changes) == INTERRUPTED
+
+
+def test_a_run_in_four_bits_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch):
+    assert finetune(directory, tmp_path / "whole", quantize="nf4") == 0
+    stop(directory, tmp_path / "halves", monkeypatch, quantize="nf4")
+    assert finetune(directory, tmp_path / "halves", quantize="nf4") == 0
+    assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
+    assert starts(tmp_path / "halves") == [0, 3]
+
+
+def test_a_base_that_was_quantized_anew_is_noticed(directory, tmp_path, monkeypatch, capsys):
+    base, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
+    ml.save_model(four_bit(base), tmp_path / "base", tokenizer)
+    stop(directory, tmp_path / "run", monkeypatch, model=tmp_path / "base")
+    again = four_bit(ml.load_model(directory / "model"), double_quant=False)
+    ml.save_model(again, tmp_path / "base", tokenizer)
+    assert finetune(directory, tmp_path / "run", model=tmp_path / "base") == 1
+    assert "is not quantized as when" in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(directory, whole, tmp_path, monkeypatch):
+    stop(directory, tmp_path, monkeypatch)
+    record = json.loads((tmp_path / "run.json").read_text())
+    for name in ("quantize", "double_quant", "quantize_skip"):
+        del record["config"][name]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert finetune(directory, tmp_path) == 0
+    assert contents(tmp_path) == contents(whole)

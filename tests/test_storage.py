@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from minilora import FormatError
+from minilora import FormatError, storage
 from minilora.storage import (
     TensorFile,
     append_line,
@@ -298,3 +298,13 @@ def test_metadata_is_written_in_one_order_and_beside_it_the_file_is_as_it_was(tm
     file = TensorFile(tmp_path / "0.safetensors")
     assert file.metadata == {"format": "pt", **metadata}
     assert all(torch.equal(file.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match=r"a\.safetensors: cannot be written .*No space left"):
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minilora.cli.command import Command, Options, say, say_bad
 from minilora.cli.flags import add_flags, from_flags, read_config, use_config
+from minilora.cli.load import say_quantization
 from minilora.cli.memory import memory_lines
 from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
@@ -69,9 +70,12 @@ def _run(options: Options) -> int:
         where = replace(where, device="meta")  # the model without its numbers
     reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
     quantization = from_flags(QuantizeConfig, options)
+    if quantization.quantize == "none" and quantization.quantize_skip:
+        raise ConfigError("--quantize-skip needs --quantize nf4")
     run = Run(where, quantization, from_flags(LoraConfig, options), reading, training)
     step = 0 if options["dry_run"] else run.prepare()
     model, data, count = run.load(options["force"])
+    say_quantization(model, ())
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))

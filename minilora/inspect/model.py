@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import MiniloraError
+from minilora.errors import FormatError, MiniloraError
 from minilora.inspect.readers import minilora_problems, transformers_problems
 from minilora.model.checkpoint import load_model
 from minilora.model.shards import tensor_files
 from minilora.model.tokenizer import Tokenizer
-from minilora.storage import TensorEntry, read_json
+from minilora.quant.files import packed_weights, read_layout
+from minilora.storage import TensorEntry, TensorFile, read_json
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model: its config.json as it is, each file with its bytes, each tensor; `problems` as of an adapter."""
+    """A model: its config.json as it is, each file with its bytes, each tensor; `problems` as of an adapter.
+
+    A packed weight is one tensor, of the dtype NF4 or FP4, with its own shape and the bytes of all its parts.
+    """
 
     path: str
     config: dict[str, Any]
@@ -38,7 +42,7 @@ def model_facts(directory: Path) -> ModelFacts:
         path=str(directory),
         config=config,
         files={path.name: path.stat().st_size for path in files},
-        tensors={name: file.entries[name] for name, file in held.items()},
+        tensors=_tensors(held),
         tokenizer=_tokenizer(directory),
         problems={
             # On the device "meta" it checks the same and reads no number.
@@ -46,6 +50,18 @@ def model_facts(directory: Path) -> ModelFacts:
             "transformers": transformers_problems(config, [file.metadata for file in files.values()]),
         },
     )
+
+
+def _tensors(files: dict[str, TensorFile]) -> dict[str, TensorEntry]:
+    entries = {name: file.entries[name] for name, file in files.items()}
+    for name, parts in packed_weights(files).items():
+        try:
+            layout, _ = read_layout(files[parts[0]], parts[0])
+        except FormatError:  # of another version, or damaged: each part stands for itself
+            continue
+        size = sum(entries.pop(part).bytes for part in parts)
+        entries[name] = TensorEntry(layout.quant_type.upper(), layout.shape, size)
+    return dict(sorted(entries.items()))
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:

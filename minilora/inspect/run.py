@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from minilora.lora.config import LoraConfig
 from minilora.metrics import read_records
-from minilora.quant.config import QuantizeConfig
-from minilora.run import RunConfig, resolve
+from minilora.run import default_settings
 from minilora.storage import read_json
-from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.state import checkpoints
 
 
@@ -24,7 +20,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
         FormatError: a file is damaged.
     """
     record = read_json(directory / "run.json")
-    defaults = json.loads(json.dumps(resolve(RunConfig(), QuantizeConfig(), LoraConfig(), DataConfig(), TrainConfig())))
+    defaults = default_settings()
     settings = record.get("config")
     if isinstance(settings, dict):
         settings = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}

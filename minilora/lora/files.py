@@ -26,7 +26,7 @@ from minilora.lora.attach import adapter_layers, head_path, linear_layers, place
 from minilora.lora.config import LoraConfig
 from minilora.quant.config import describe, shortest_names
 from minilora.quant.linear import Linear, dense_weight
-from minilora.quant.nf4 import CODEBOOKS
+from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -166,10 +166,14 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         held = json.loads(file.metadata[BASE])
-        names = held.get("quantize_skip", [])
-        if held["quantize"] in ("none", *CODEBOOKS) and all(isinstance(name, str) for name in names):
+        if held == {"quantize": "none"}:
             return held
-    except (ValueError, TypeError, KeyError, AttributeError):
+        found = {key: held[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
+        is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
+        is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
+        if is_known and is_typed and all(map(is_name, found["quantize_skip"])):
+            return found
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise FormatError(f"{file.path}: metadata {BASE}: found {file.metadata[BASE]!r:.80}, need how a base is quantized")
 

@@ -74,6 +74,14 @@ class NF4Linear(nn.Module):
         """(..., K) -> (..., N), in the dtype of the computation."""
         return apply_weight(self, x, self.bias)
 
+    def extra_repr(self) -> str:
+        """What stands in the parentheses when a model is printed."""
+        double = "" if self.scales is None else ", double_quant"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.layout.quant_type}{double}"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """`.to(dtype)` and its like mean the computation; what says which numbers W has is moved, never rounded."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype

@@ -235,10 +235,15 @@ def quantize_absmax(absmax: Tensor, rounding: Rounding = "cpu") -> tuple[Tensor,
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset () float32
     Raises:
         ConfigError: there is no such rounding.
+        TrainingError: the mean of the absmaxes is not finite.
     """
     if rounding not in get_args(Rounding):
         raise ConfigError(f"rounding is {rounding!r}, accepted are {list(get_args(Rounding))}")
     offset = absmax.mean()
+    if not (offset.is_meta or offset.isfinite()):
+        raise TrainingError(
+            "the mean of a weight's absmaxes overflows; without double quantization it can be quantized"
+        )
     rest = absmax - offset
     blocks = F.pad(rest, (0, -rest.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
