@@ -24,6 +24,7 @@ from minilora.train.evaluate import held_out_loss
 from minilora.train.loop import batch_loss
 from minilora.train.rows import Row, find_splits
 from tests.models import randomize_adapters_
+from tests.parity.test_quant_files import options_of, their_logits, their_model
 from tests.tolerance import GRADIENT_PARITY, assert_parity
 
 pytestmark = pytest.mark.real
@@ -204,36 +205,12 @@ def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
         assert_parity(our_loss, their_loss(in_transformers, batch) / batch.labelled)
 
 
-def their_4_bit(path, **options):
-    """transformers' model with bitsandbytes, as for training and in float32; evaluating, it may round more."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map={"": "cpu"}, **options)
-
-    def logits(ids):
-        for module in model.train().modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.compute_dtype, module.compute_type_is_set = torch.float32, True
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
-        with torch.no_grad():
-            return model(ids).logits
-
-    return model, logits
-
-
 def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_other_to_equal_logits(
     smollm2, tokenizer, tmp_path
 ):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     assert main(["quantize", "--model", str(smollm2), "--out", str(ours), "--device", "cpu"]) == 0
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model, logits = their_4_bit(smollm2, quantization_config=config)
+    model = their_model(smollm2, "auto", **options_of(True, bnb_4bit_compute_dtype=torch.bfloat16))
     model.save_pretrained(theirs)
     one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
     assert one.keys() == other.keys()
@@ -243,8 +220,8 @@ def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_
         assert torch.equal(tensor, other[name]), name
     assert read_json(ours / "config.json") == read_json(theirs / "config.json")
     ids = torch.tensor([chat_ids(tokenizer, PROMPTS[2])])
-    expected = logits(ids)
-    assert_parity(their_4_bit(ours)[1](ids), expected)
+    expected = their_logits(model, ids)
+    assert_parity(their_logits(their_model(ours), ids), expected)
     for path in (ours, theirs):
         with torch.no_grad():
             assert_parity(ml.load_model(path, "float32")(ids), expected)
