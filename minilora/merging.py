@@ -5,8 +5,8 @@
 What W is, the *target* says:
 
     original      the directory's weight, which is not quantized
-    dequantized   the weight that was trained on; what was in four bits becomes dense, with an adapter and without
-    requantized   the same; what was in four bits is quantized again, and stays as it is where there is no adapter
+    dequantized   the weight as it is held; what is in four bits becomes dense, with an adapter and without
+    requantized   the same; what is in four bits is quantized again, and stays as it is where there is no adapter
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def merge_directory(
     device: torch.device | str = "cpu",
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
+    trained: QuantizeConfig | Quantize | None = None,
 ) -> Deviation:
     """Write the model that adapters make of another one, and tell how far it is from what was trained.
 
@@ -88,20 +89,22 @@ def merge_directory(
         name_or_path: the base model, as `load_model` takes it.
         adapters: directories or names of the hub; all of them act.
         out: the directory that is written.
-        target: what to merge into; None is "dequantized" if the base is or was in four bits, else "original".
-        quantize: how the base was held in training; one that lies in four bits is taken as it lies.
+        target: what to merge into; None is "dequantized" if the base is held in four bits, else "original".
+        quantize: how the base is held, as `load_model` takes it.
         dtype: of what is dense; "auto" is the checkpoint's own, also where this machine computes it slowly.
         device: where to compute.
         tokenizer: its files are written beside the model.
         shard_bytes: how large a file may be.
+        trained: how the base was held in training, if that is not `quantize`; the error is measured against it.
 
     Raises:
         ConfigError: no adapter is named, or this base cannot be merged into that target.
         TrainingError: a merged weight is not finite; no file is left in `out`.
         FormatError, TargetError: as of `load_model` and `load_adapter`; nothing was written.
     """
-    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize)
-    held = load_model(base.directory, base.dtype, "meta", quantize)
+    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained)
+    load_model(base.directory, base.dtype, "meta", base.trained)
+    held = load_model(base.directory, base.dtype, "meta", base.quantize)
     layers = _adapted(base, [fetch(adapter, "adapter") for adapter in adapters])
     kind = describe(linear_layers(held), "lm_head")["quantize"]
     if target is None:
@@ -124,9 +127,11 @@ class _Base:
         dtype: torch.dtype | str,
         device: torch.device,
         quantize: QuantizeConfig | Quantize | None,
+        trained: QuantizeConfig | Quantize | None,
     ):
         self.directory, self.device = directory, device
         self.quantize = QuantizeConfig.of(quantize)
+        self.trained = self.quantize if trained is None else QuantizeConfig.of(trained)
         self.config = read_config(directory)
         source = self.config.source
         self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
@@ -141,11 +146,12 @@ class _Base:
 
     def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
         """Names, the weights to merge into, and those that were trained on."""
-        trained = self.weights(self.quantize, has_head)
-        if target != "original" or self.quantize.quantize == "none":
-            yield from ((name, weight, weight) for name, weight in trained)
+        held = DENSE if target == "original" else self.quantize
+        if held == self.trained:
+            yield from ((name, weight, weight) for name, weight in self.weights(held, has_head))
         else:
-            for (name, weight), (_, known) in zip(self.weights(DENSE, has_head), trained, strict=True):
+            trained = self.weights(self.trained, has_head)
+            for (name, weight), (_, known) in zip(self.weights(held, has_head), trained, strict=True):
                 yield name, weight, known
 
 

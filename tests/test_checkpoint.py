@@ -1,10 +1,12 @@
 """A model directory in and out: bit for bit, every problem named, and no more memory than the model and one tensor."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,30 @@ def test_a_save_takes_away_what_a_killed_one_left(left, tmp_path):
     (tmp_path / left).write_bytes(b"half")
     ml.save_model(tiny_model(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(SHARD, SHARD), (SHARD, SHARD_BYTES), (SHARD_BYTES, SHARD)])
+@pytest.mark.parametrize("allowed", range(4))
+def test_a_save_over_an_earlier_one_that_is_interrupted_leaves_a_whole_model_or_none(
+    before, after, allowed, tmp_path, monkeypatch
+):
+    old, new = tiny_model(seed=1, dtype=torch.float32), tiny_model(seed=2, dtype=torch.float32)
+    ml.save_model(old, tmp_path, shard_bytes=before)
+    rename, renamed = os.replace, []
+
+    def interrupted(source, target):
+        if Path(target).name.startswith("model"):
+            renamed.append(target)
+        if len(renamed) > allowed:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with suppress(KeyboardInterrupt):
+        ml.save_model(new, tmp_path, shard_bytes=after)
+    with suppress(FormatError):
+        loaded = ml.load_model(tmp_path)
+        same_state(loaded, new if torch.equal(loaded.lm_head.weight, new.lm_head.weight) else old)
 
 
 def test_what_is_on_another_device_waits_for_its_file_on_the_cpu(monkeypatch, tmp_path):

@@ -20,6 +20,8 @@ from tests.test_data import write_tokenizer
 from tests.test_run import write_rows
 
 SINGLE = "nf4 without double quantization but for down_proj"
+RECORDED = ml.QuantizeConfig("nf4", False, ("down_proj",))
+SKIPPED = ml.QuantizeConfig("nf4", False, ("up_proj",))
 NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}
 
 
@@ -170,7 +172,7 @@ def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(run, comman
         ("model", ["silent", "single"], {}, ml.QuantizeConfig("nf4", False, ("down_proj",))),
         ("model", ["silent"], {}, ml.QuantizeConfig("none")),
         ("model", ["fp4", "single"], {}, ml.QuantizeConfig("none")),
-        ("model", ["single"], {"quantize": "none"}, ml.QuantizeConfig("none", False, ("down_proj",))),
+        ("model", ["single"], {"quantize": "none"}, ml.QuantizeConfig("none")),
         ("model", ["single"], {"double_quant": True}, ml.QuantizeConfig("nf4", True, ("down_proj",))),
         ("model", ["single"], {"quantize_skip": ("o_proj",)}, ml.QuantizeConfig("nf4", False, ("o_proj",))),
         ("model", ["fp4"], {"quantize": "nf4"}, ml.QuantizeConfig("nf4")),
@@ -220,11 +222,7 @@ def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
     ml.save_model(model, tmp_path / "head", ml.load_tokenizer(directory / "model"))
     said = run("generate", f"--model={tmp_path / 'head'}", "--adapter=quantized", "--prompt=a").err.splitlines()
-    ours, theirs = "nf4 with double quantization", "nf4 (the head too) with double quantization"
-    assert said == [
-        f"the base model is {theirs}",
-        f"quantized: was trained on a base that is {ours}; this one is {theirs}",
-    ]
+    assert said == ["the base model is nf4 (the head too) with double quantization"]
 
 
 def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run):
@@ -287,6 +285,7 @@ def test_quantize_counts_the_bits(directory, run, tmp_path):
         (["--model=model", "--out=nf4"], "nf4: holds files"),
         (["--model=nowhere", "--out=new"], "nowhere"),
         (["--model=model", "--out=new", "--quantize-skip=proj"], "quantize_skip 'proj' names no linear module"),
+        (["--model=model", "--out=new", "--quantize-skip=self_attn,mlp"], "leaves nothing to quantize"),
     ],
 )
 def test_quantize_refuses_what_it_cannot_do_and_writes_nothing(directory, run, words, named):
@@ -360,6 +359,37 @@ def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the
         type(linear) for path, linear in linear_layers(ml.load_model(tmp_path / "b")).items() if path != "lm_head"
     ]
     assert set(linears) == {NF4Linear if target == "requantized" else torch.nn.Linear}
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "quantize", "trained"),
+    [
+        (["--adapter=quantized", "--quantize=none"], "original", "nf4", "nf4"),
+        (["--adapter=dense", "--quantize=nf4"], "dequantized", "nf4", "none"),
+        (["--adapter=dense", "--quantize=nf4", "--target=requantized"], "requantized", "nf4", "none"),
+        (["--adapter=single", "--quantize-skip=up_proj"], "dequantized", SKIPPED, RECORDED),
+        (["--adapter=single", "--double-quant", "--target=original"], "original", RECORDED, RECORDED),
+    ],
+)
+def test_the_error_of_a_merge_is_that_against_the_base_of_the_training_whatever_the_flags_say(
+    run, tmp_path, words, target, quantize, trained
+):
+    printed = run("merge", *words, f"--out={tmp_path / 'a'}").out
+    adapter = words[0].partition("=")[2]
+    expected = merge_directory("model", [adapter], tmp_path / "b", target, quantize, trained=trained)
+    assert printed.startswith(
+        "error at the layers' outputs for inputs of all directions, relative to the adapter's effect: "
+        f"{expected.overall:.2g}; worst {expected.worst:.2g} in {expected.layer}\n"
+    )
+    assert expected.overall > 0.01
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("words", [["--adapter=dense", "--adapter=quantized"], ["--adapter=single", "--model=nf4"]])
+def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(run, tmp_path, words):
+    printed = run("merge", *words, f"--out={tmp_path / 'a'}").out
+    assert printed.startswith("error at the layers' outputs for inputs of all directions, on the base as held here, ")
 
 
 def test_merge_says_that_an_adapter_changes_nothing(directory, run, tmp_path):

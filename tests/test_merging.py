@@ -299,6 +299,47 @@ def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_
     assert ratios["model.layers.0.self_attn.o_proj"] == 0  # it is dense in both
 
 
+@pytest.mark.parametrize(("target", "asked"), [("original", None), ("dequantized", NF4), ("requantized", NF4)])
+@pytest.mark.parametrize("trained", ["none", NF4, ml.QuantizeConfig("nf4", False)])
+def test_the_error_is_the_distance_to_what_was_trained_whatever_is_merged_into(things, target, asked, trained):
+    found = merge_directory(things / "base", [things / "adapter"], things / "out", target, asked, trained=trained)
+    result, known = (
+        linear_layers(ml.load_model(*each[:1], quantize=each[1]))
+        for each in ((things / "out", None), (things / "base", trained))
+    )
+    model = ml.load_model(things / "base")
+    ml.load_adapter(model, things / "adapter")
+    error = effect = 0.0
+    for path, layer in ml.lora.attach.adapter_layers(model).items():
+        delta = layer.merged_weight(torch.zeros(layer.base.weight.shape, dtype=torch.float64))
+        before, now = (dense_weight(linears[path]).double() for linears in (known, result))
+        error, effect = error + (now - before - delta).norm() ** 2, effect + delta.norm() ** 2
+    assert found.overall == pytest.approx((error / effect).sqrt().item(), rel=1e-3, abs=1e-7)
+
+
+def test_a_trained_base_that_cannot_be_had_is_refused_before_anything_is_written(things):
+    asked = ml.QuantizeConfig("nf4", quantize_skip=("up_proj",))
+    for base in ("base", "packed"):
+        with pytest.raises(ConfigError, match="quantize_skip"):
+            merge_directory(
+                things / base,
+                [things / "adapter"],
+                things / "out",
+                trained=replace(asked, quantize_skip=("typo",)) if base == "base" else asked,
+            )
+    assert not (things / "out").exists()
+
+
+def test_a_base_of_both_formats_of_four_bits_is_not_requantized(things):
+    model = ml.load_model(things / "packed")
+    linear = model.get_submodule("model.layers.3.mlp.down_proj")
+    linear.layout = replace(linear.layout, quant_type="fp4")
+    ml.save_model(model, things / "both")
+    with pytest.raises(ConfigError, match="both: the target 'requantized' needs linears held as nf4, found fp4"):
+        merge_directory(things / "both", [things / "adapter"], things / "out", "requantized")
+    assert not (things / "out").exists()
+
+
 def test_a_layer_without_effect_is_not_the_worst_and_an_adapter_without_one_has_no_error(things):
     tensors = load_file(things / "adapter" / WEIGHTS_FILE)
     changing = "model.layers.1.self_attn.q_proj"

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -406,6 +407,15 @@ def other_levels(name, place=3, factor=1.001):
     return changed
 
 
+def with_number(name, number):
+    def changed(tensors):
+        numbers = tensors[name].clone()
+        numbers[-1] = number
+        return {name: numbers}
+
+    return changed
+
+
 def instead(name, tensor):
     return lambda tensors: {name: tensor}
 
@@ -469,6 +479,11 @@ HOSTILE = {  # what is changed, and the name that the error must say
         f"offset {offset}": (state_with(nested_offset=offset), STATE)
         for offset in (math.nan, math.inf, -math.inf, 1e39, "0.1", [0.1], True)
     },
+    **{
+        f"{part} {number}": (with_number(f"{W}.{part}", number), f"{W}.{part}")
+        for part in ("nested_absmax",)
+        for number in (math.nan, math.inf, -math.inf)
+    },
     "nested_blocksize 128": (state_with(nested_blocksize=128), STATE),
     "embeddings packed": (packed_embeddings, "packed: model.embed_tokens.weight"),
     "foreign levels": (other_levels(f"{W}.quant_map"), f"{W}.quant_map"),
@@ -487,6 +502,24 @@ def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(case, packed):
     assert str(packed) in str(error.value)
     assert key in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite_is_refused_by_name_without_double_quantization_too(number, tmp_path):
+    directory = save_packed(tmp_path / "a", double_quant=False)
+    change(directory, with_number(f"{W}.absmax", number)(load_file(directory / "model.safetensors")))
+    with pytest.raises(FormatError, match=rf"model\.safetensors: {re.escape(W)}\.absmax .*not finite"):
+        ml.load_model(directory)
+
+
+def test_neither_the_default_dtype_nor_the_default_device_changes_what_is_read(packed):
+    before = ml.load_model(packed)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            same_state(ml.load_model(packed), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_levels_whose_last_bits_are_another_machine_s_are_read(packed):
@@ -602,11 +635,39 @@ def test_of_a_head_is_told_only_that_others_packed_it(tmp_path):
     assert describe(linear_layers(model), "lm_head") == held | {"head": "nf4"}
 
 
+def test_linears_of_both_formats_are_fp4_all_in_all(tmp_path):
+    model = ml.load_model(save_packed(tmp_path / "a"))
+    last = list(packed_linears(model).values())[-1]
+    last.layout = replace(last.layout, quant_type="fp4")
+    assert describe(linear_layers(model), "lm_head")["quantize"] == "fp4"
+
+
 @pytest.mark.parametrize("asked", ["fp4", "int8", "NF4", ""])
 def test_a_format_that_is_not_written_is_refused(asked, tmp_path):
     save_dense(tmp_path)
     with pytest.raises(ConfigError, match=r"quantize is .*nf4"):
         ml.load_model(tmp_path, quantize=asked or QuantizeConfig)
+
+
+@pytest.mark.parametrize("skip", ["layers", "self_attn,mlp", ("self_attn", "mlp", "lm_head"), "model"])
+def test_a_choice_that_leaves_nothing_to_quantize_is_refused(skip, tmp_path):
+    save_dense(tmp_path)
+    with pytest.raises(ConfigError, match=r"quantize_skip \[.*\] leaves nothing to quantize"):
+        ml.load_model(tmp_path, quantize=QuantizeConfig("nf4", quantize_skip=skip))
+
+
+@pytest.mark.parametrize("skip", ["up_proj, down_proj", ["down_proj", "up_proj "], ("up_proj", "down_proj", "up_proj")])
+def test_modules_to_skip_are_a_set_whose_order_and_blanks_mean_nothing(skip):
+    assert QuantizeConfig("nf4", quantize_skip=skip) == QuantizeConfig("nf4", quantize_skip=("down_proj", "up_proj"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"double_quant": "no"}, {"double_quant": 1}, {"quantize_skip": None}, {"quantize_skip": (1,)}, {"quantize": []}],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_field(fields):
+    with pytest.raises(ConfigError, match=rf"QuantizeConfig: {next(iter(fields))} is .*, (need|accepted)"):
+        QuantizeConfig(**fields)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

@@ -110,23 +110,31 @@ def load(options: Options) -> Loaded:
 
 
 def _quantize(options: Options, base: Path, paths: Sequence[Path]) -> QuantizeConfig:
-    """How the base is to be held: as the flags say; else as when the first adapter that tells was trained.
-
-    What a checkpoint's own weights are is not changed for an adapter's sake.
+    """How the base is to be held: as the flags say; else as in training.
 
     Raises:
         ConfigError: a flag says how to quantize, and nothing is to be quantized.
     """
     fields = [field.name for field in dataclasses.fields(QuantizeConfig)]
-    records = (held for held in map(base_quantization, paths) if held is not None)
-    trained = next(records, {})
-    if trained.get("quantize") == "fp4" or is_four_bit(read_json(base / "config.json")):
-        trained = {}
     given = {name: options[name] for name in fields if options[name] is not None}
-    config = QuantizeConfig(**{name: trained[name] for name in fields if name in trained} | given)
+    recorded = None if options["quantize"] == "none" else recorded_quantization(base, paths)
+    config = dataclasses.replace(recorded or QuantizeConfig(), **given)
     if config.quantize == "none" and (idle := [f"--{name.replace('_', '-')}" for name in given if name != "quantize"]):
         raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4, too")
     return config
+
+
+def recorded_quantization(base: Path, paths: Sequence[Path]) -> QuantizeConfig | None:
+    """How the base was held when the first adapter that tells was trained.
+
+    None if no adapter tells, or the base cannot be held so: what a checkpoint's own weights are is not changed for an
+    adapter's sake, and fp4 is not made here.
+    """
+    held = next((held for held in map(base_quantization, paths) if held is not None), None)
+    if held is None or held["quantize"] == "fp4" or is_four_bit(read_json(base / "config.json")):
+        return None
+    names = {field.name for field in dataclasses.fields(QuantizeConfig)}
+    return QuantizeConfig(**{name: value for name, value in held.items() if name in names})
 
 
 def say_quantization(model: Llama, paths: Sequence[Path]) -> None:
@@ -135,9 +143,15 @@ def say_quantization(model: Llama, paths: Sequence[Path]) -> None:
     if here["quantize"] != "none":
         say(f"the base model is {_in_words(here)}")
     for path in paths:
-        there = base_quantization(path)
-        if there is not None and there != here:
+        if not was_trained_on(model, path):
+            there = base_quantization(path) or {}
             say(f"{path}: was trained on a base that is {_in_words(there)}; this one is {_in_words(here)}")
+
+
+def was_trained_on(model: Llama, path: Path) -> bool:
+    """Was the base of an adapter held as the model is, as far as the adapter tells?"""
+    here, there = describe(linear_layers(model), head_path(model)), base_quantization(path) or {}
+    return all(here.get(key) == value for key, value in there.items())
 
 
 def _in_words(held: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from minilora.cli.command import Command, Options
-from minilora.cli.load import adapters, add_model_flags, find, say_quantization
+from minilora.cli.load import adapters, add_model_flags, find, recorded_quantization, say_quantization, was_trained_on
 from minilora.errors import ConfigError
 from minilora.merging import Deviation, Target, merge_directory
 from minilora.model.checkpoint import load_model
@@ -35,19 +35,31 @@ def _run(options: Options) -> int:
     found, device = find(options), pick_device(options["device"])
     into = QuantizeConfig("none") if target == "original" else found.quantize
     say_quantization(load_model(found.base.path, device="meta", quantize=into), found.adapters)
+    trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
     deviation = merge_directory(
-        found.base.path, found.adapters, out, target, found.quantize, options["dtype"], device, found.tokenizer
+        found.base.path,
+        found.adapters,
+        out,
+        target,
+        found.quantize,
+        options["dtype"],
+        device,
+        found.tokenizer,
+        trained=trained,
     )
-    print(f"{_in_words(deviation)}\nmerged model written to {out}")
+    known = load_model(found.base.path, device="meta", quantize=trained)
+    is_known = all(was_trained_on(known, path) for path in found.adapters)
+    print(f"{_in_words(deviation, is_known)}\nmerged model written to {out}")
     return 0
 
 
-def _in_words(deviation: Deviation) -> str:
+def _in_words(deviation: Deviation, is_known: bool) -> str:
+    """`is_known`: it is the base of the training that it is measured against."""
     if deviation.overall is None:
         return "the adapter changes nothing"
     return (
-        "error at the layers' outputs for inputs of all directions, relative to the adapter's effect: "
-        f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
+        f"error at the layers' outputs for inputs of all directions, {'' if is_known else 'on the base as held here, '}"
+        f"relative to the adapter's effect: {deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
     )
 
 

@@ -215,7 +215,7 @@ def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], 
     """The names of the weights to quantize: none, where they are packed already.
 
     Raises:
-        ConfigError: they are packed otherwise than is asked for.
+        ConfigError: they are packed otherwise than is asked for; or the config names no linear, or all of them.
         FormatError: the config says that they are packed, and none is; or the other way round.
     """
     if is_four_bit(model.config.source) != bool(packed):
@@ -225,7 +225,10 @@ def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], 
         )
     linears = list(_linears(model))
     if not packed:
-        return {f"{path}.weight" for path in config.chosen(linears)} - {HEAD}
+        chosen = {f"{path}.weight" for path in config.chosen(linears)} - {HEAD}
+        if config.quantize != "none" and not chosen:
+            raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
+        return chosen
     if config.quantize != "none":
         _check_held(directory, linears, packed, config)
     return set()
@@ -245,13 +248,14 @@ def _check_held(
         "double_quant": (is_double, config.double_quant, config.double_quant or not is_double),
         "quantize_skip": (
             shortest_names(list(dense - {head}), linears),
-            sorted(config.quantize_skip),
+            list(config.quantize_skip),
             not config.quantize_skip or skipped <= dense <= skipped | {head},
         ),
     }
-    if different := [
+    different = [
         f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked, fits) in compared.items() if not fits
-    ]:
+    ]
+    if different:
         raise ConfigError(
             f"{directory}: is quantized already, and otherwise: {'; '.join(different)}; "
             "quantize 'none' takes it as it is"

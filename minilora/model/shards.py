@@ -52,6 +52,7 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
             shard |= group
         flush()
         files = [_file(i, len(written)) for i in range(len(written))]
+        remove(directory / INDEX)  # or what it names would be a mixture for a moment
         for (path, *_), file in zip(written, files, strict=True):
             os.replace(path, directory / file)
     finally:
@@ -61,8 +62,7 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
         weight_map = {name: file for (_, names, _), file in zip(written, files, strict=True) for name in names}
         total = sum(size for *_, size in written)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        files.append(INDEX)
-    for old in [directory / INDEX, directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")]:
+    for old in [directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")]:
         if old.name not in files:
             remove(old)
 

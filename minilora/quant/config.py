@@ -32,10 +32,17 @@ class QuantizeConfig:
     )
 
     def __post_init__(self) -> None:
-        names = self.quantize_skip
-        object.__setattr__(self, "quantize_skip", (names,) if isinstance(names, str) else tuple(names))
+        names = self.quantize_skip.split(",") if isinstance(self.quantize_skip, str) else self.quantize_skip
+        bad = []
         if self.quantize not in get_args(Quantize):
-            raise ConfigError(f"quantize is {self.quantize!r}, accepted are {list(get_args(Quantize))}")
+            bad.append(f"quantize is {self.quantize!r}, accepted are {list(get_args(Quantize))}")
+        if not isinstance(self.double_quant, bool):
+            bad.append(f"double_quant is {self.double_quant!r}, need true or false")
+        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            bad.append(f"quantize_skip is {names!r}, need names of modules")
+        if bad:
+            raise ConfigError("QuantizeConfig: " + "; ".join(bad))
+        object.__setattr__(self, "quantize_skip", tuple(sorted({name.strip() for name in names})))
 
     @classmethod
     def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
@@ -58,24 +65,23 @@ class QuantizeConfig:
 
 
 def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
-    """How a model's linears (path -> linear) are held, in the words of the flags.
+    """How a model's linears (path -> linear) are held, in the words of the flags; nf4 if all that are packed are nf4.
 
     `head` is dense where minilora quantizes; it is spoken of only where others have packed it, too.
     """
-    packed = next((linear for linear in linears.values() if isinstance(linear, NF4Linear)), None)
-    if packed is None:
+    packed = [linear for linear in linears.values() if isinstance(linear, NF4Linear)]
+    if not packed:
         return {"quantize": "none"}
     others = [path for path in linears if path != head]
     dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
-    layout = packed.layout
-    held = {
-        "quantize": layout.quant_type,
-        "double_quant": packed.scales is not None,
-        "block_size": layout.block_size,
+    held: dict[str, Any] = {
+        "quantize": min(linear.layout.quant_type for linear in packed),
+        "double_quant": all(linear.scales is not None for linear in packed),
+        "block_size": max(linear.layout.block_size for linear in packed),
         "quantize_skip": shortest_names(dense, others),
     }
-    is_head_packed = head is not None and isinstance(linears.get(head), NF4Linear)
-    return held | ({"head": layout.quant_type} if is_head_packed else {})
+    packed_head = linears.get(head) if head is not None else None
+    return held | ({"head": packed_head.layout.quant_type} if isinstance(packed_head, NF4Linear) else {})
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:

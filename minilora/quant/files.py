@@ -29,6 +29,7 @@ from minilora.storage import TensorFile
 
 STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
 STATE_BYTES = 4096  # at most; bitsandbytes writes 170
+FLOAT32_MAX = torch.finfo(torch.float32).max
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -86,7 +87,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     }
     if "nested_blocksize" in state or "nested_offset" in state:
         is_right["nested_blocksize"] = state.get("nested_blocksize") == NESTED_BLOCK_SIZE
-        is_right["nested_offset"] = type(offset) is float and bool(torch.tensor(offset).isfinite())
+        is_right["nested_offset"] = type(offset) is float and abs(offset) <= FLOAT32_MAX
     if wrong := {key: state.get(key) for key, right in is_right.items() if not right}:
         raise FormatError(f"{file.path}: {name} says {wrong!s:.300}, which cannot be read")
     return Layout((shape[0], shape[1]), DTYPES[dtype], block_size, kind), offset
@@ -109,7 +110,8 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
     """The packed weight whose tensors have these names, the first being its JSON object's.
 
     Raises:
-        FormatError: a tensor is missing or has the wrong size or dtype, or its levels are not those of the format.
+        FormatError: a tensor is missing, has the wrong size or dtype or numbers that are not finite, or its levels are
+            not those of the format.
     """
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
@@ -125,6 +127,8 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
         if tensor.numel() != size or tensor.dtype != dtype:
             found = f"{tensor.numel()} of {tensor.dtype}"
             raise FormatError(f"{files[name].path}: {name} holds {found}, need {size} of {dtype}")
+        if dtype == torch.float32 and not tensor.isfinite().all():
+            raise FormatError(f"{files[name].path}: {name} holds numbers that are not finite")
         return tensor.flatten()
 
     def check(name: str, levels: Tensor) -> None:  # their last bits differ with the machine that made them
@@ -139,7 +143,7 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
     check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
     absmax = read(f"{weight}.absmax", blocks, torch.uint8).to(device, copy=True)
     scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
-    offset = torch.tensor(nested_offset, device=device)
+    offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
     return Packed(packed, absmax, scales.to(device, copy=True), offset), layout
 
 
