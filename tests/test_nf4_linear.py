@@ -48,7 +48,9 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(size, leading,
 def test_one_weight_acts_both_ways_whatever_the_dtype_that_it_was_stored_in(stored, dtype):
     layer = NF4Linear.quantize(randn(0, 7, 96, dtype=stored), dtype=dtype)
     x, dy = randn(1, 5, 96, dtype=dtype).requires_grad_(), randn(2, 5, 7, dtype=dtype)
-    layer(x).backward(dy)
+    y = layer(x)
+    y.backward(dy)
+    assert torch.equal(y, F.linear(x, dense_weight(layer)))
     assert torch.equal(x.grad, dy @ dense_weight(layer))
 
 
