@@ -103,7 +103,8 @@ def merge_directory(
         FormatError, TargetError: as of `load_model` and `load_adapter`; nothing was written.
     """
     base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained)
-    load_model(base.directory, base.dtype, "meta", base.trained)
+    if base.trained != base.quantize:
+        load_model(base.directory, base.dtype, "meta", base.trained)  # what is wrong with it is said before writing
     held = load_model(base.directory, base.dtype, "meta", base.quantize)
     layers = _adapted(base, [fetch(adapter, "adapter") for adapter in adapters])
     kind = describe(linear_layers(held), "lm_head")["quantize"]

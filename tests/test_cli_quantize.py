@@ -386,10 +386,19 @@ def test_the_error_of_a_merge_is_that_against_the_base_of_the_training_whatever_
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("words", [["--adapter=dense", "--adapter=quantized"], ["--adapter=single", "--model=nf4"]])
-def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(run, tmp_path, words):
-    printed = run("merge", *words, f"--out={tmp_path / 'a'}").out
-    assert printed.startswith("error at the layers' outputs for inputs of all directions, on the base as held here, ")
+@pytest.mark.parametrize(
+    ("model", "adapters", "quantize"),
+    [("model", ["dense", "quantized"], "none"), ("model", ["dense", "quantized"], "nf4"), ("nf4", ["single"], "nf4")],
+)
+def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(
+    run, tmp_path, model, adapters, quantize
+):
+    flags = [f"--model={model}", f"--quantize={quantize}", *(f"--adapter={name}" for name in adapters)]
+    expected = merge_directory(model, adapters, tmp_path / "b", quantize=quantize)
+    assert run("merge", *flags, f"--out={tmp_path / 'a'}").out.startswith(
+        "error at the layers' outputs for inputs of all directions, on the base as held here, "
+        f"relative to the adapter's effect: {expected.overall:.2g}; worst {expected.worst:.2g} in {expected.layer}\n"
+    )
 
 
 def test_merge_says_that_an_adapter_changes_nothing(directory, run, tmp_path):

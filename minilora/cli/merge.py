@@ -36,6 +36,8 @@ def _run(options: Options) -> int:
     into = QuantizeConfig("none") if target == "original" else found.quantize
     say_quantization(load_model(found.base.path, device="meta", quantize=into), found.adapters)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
+    known = load_model(found.base.path, device="meta", quantize=trained)
+    is_known = all(was_trained_on(known, path) for path in found.adapters)
     deviation = merge_directory(
         found.base.path,
         found.adapters,
@@ -45,10 +47,8 @@ def _run(options: Options) -> int:
         options["dtype"],
         device,
         found.tokenizer,
-        trained=trained,
+        trained=trained if is_known else None,
     )
-    known = load_model(found.base.path, device="meta", quantize=trained)
-    is_known = all(was_trained_on(known, path) for path in found.adapters)
     print(f"{_in_words(deviation, is_known)}\nmerged model written to {out}")
     return 0
 
