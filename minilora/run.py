@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from minilora.lora.attach import ParameterCount, attach, count_parameters, head_
 from minilora.lora.config import RENAMED, LoraConfig
 from minilora.lora.files import base_quantization, save_adapter
 from minilora.metrics import read_records
-from minilora.model.checkpoint import load_model, resolve_dtype
+from minilora.model.checkpoint import load_model, read_config, resolve_dtype
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig, describe
@@ -208,8 +208,8 @@ class Run:
         longest = max(len(example.tokens) for example in data.train)
         yield f"--max-length {(longest + 1) // 2}", {"max_length": (longest + 1) // 2}
 
-    def _source(self) -> dict[str, Any]:
-        return read_json(locate(self.config.model, "model").path / "config.json")
+    def _source(self) -> Mapping[str, Any]:
+        return read_config(locate(self.config.model, "model").path).source
 
     def start(self, model: Llama, data: Data, step: int) -> None:
         """Record this start in run.json, and drop the metrics of steps that will be done again.

@@ -172,7 +172,7 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
         is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
         is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
         if is_known and is_typed and all(map(is_name, found["quantize_skip"])):
-            return found
+            return found | ({"head": held["head"]} if held.get("head") in CODEBOOKS else {})
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise FormatError(f"{file.path}: metadata {BASE}: found {file.metadata[BASE]!r:.80}, need how a base is quantized")
