@@ -41,7 +41,7 @@ from minilora.train.data import Example
 from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
 from minilora.train.evaluate import EVAL_TOKENS, Drift, Scores, write_samples
 from minilora.train.loop import Record, TrainResult, bookkeeping, train
-from minilora.train.memory import Forecast, forecast
+from minilora.train.memory import Forecast, amount, forecast
 from minilora.train.state import checkpoints, newest_step
 
 Resume = Literal["auto", "never"]
@@ -187,26 +187,28 @@ class Run:
         free = free_memory_bytes(device)
         if free is None or (needed := self.memory(data, device).peak) <= free:
             return
-        lines = [f"the run needs {needed:,} bytes of memory, and {free:,} are free on {device}"]
-        for flags, changes in self._remedies(data):
+        lines = [f"the run needs {amount(needed)} of memory, and {amount(free)} are free on {device}"]
+        for flags, changes, cost in self._remedies(data):
             if len(lines) <= REMEDIES and (peak := self.memory(data, device, **changes).peak) < needed:
-                lines.append(f"{flags} brings it to {peak:,}")
+                lines.append(f"{flags} brings it to {amount(peak)}; {cost}")
         raise TrainingError("\n  ".join([*lines, "--force runs all the same"]))
 
-    def _remedies(self, data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Flags that may save memory, in the order of what they cost: time, accuracy, what is learned."""
+    def _remedies(self, data: Data) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Flags that may save memory, what they change, and what they cost: the cheapest first."""
         training, more = self.training, 2 * self.training.gradient_accumulation_steps
-        name = "batch_size" if training.batch_tokens is None else "batch_tokens"
-        fewer = (getattr(training, name) + 1) // 2
+        if training.batch_tokens is None:
+            name, fewer = "batch_size", (min(training.batch_size, len(data.train)) + 1) // 2
+        else:
+            name, fewer = "batch_tokens", (training.batch_tokens + 1) // 2
         flags = f"--{name.replace('_', '-')} {fewer} --gradient-accumulation-steps {more}"
-        yield flags, {name: fewer, "gradient_accumulation_steps": more}
+        yield flags, {name: fewer, "gradient_accumulation_steps": more}, "the gradient is the same"
         if training.recompute != "block":
-            yield "--recompute block", {"recompute": "block"}
+            yield "--recompute block", {"recompute": "block"}, "slower, the result is the same"
         if self.quantization.quantize == "none" and not self._source().get("quantization_config"):
-            yield "--quantize nf4", {"quantize": "nf4"}
-        yield "--dtype bfloat16", {"dtype": "bfloat16"}
-        longest = max(len(example.tokens) for example in data.train)
-        yield f"--max-length {(longest + 1) // 2}", {"max_length": (longest + 1) // 2}
+            yield "--quantize nf4", {"quantize": "nf4"}, "a little slower, and the base is rounded"
+        yield "--dtype bfloat16", {"dtype": "bfloat16"}, "the base and the computation are rounded"
+        half = (max(len(example.tokens) for example in data.train) + 1) // 2
+        yield f"--max-length {half}", {"max_length": half}, "longer rows lose what they end in"
 
     def _source(self) -> Mapping[str, Any]:
         return read_config(locate(self.config.model, "model").path).source

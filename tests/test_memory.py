@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import minilora as ml
 from minilora.lora.attach import adapter_layers
 from minilora.model import ops
-from minilora.train import diagnose
+from minilora.train import diagnose, memory
 from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
 from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.memory import forecast
@@ -118,6 +118,15 @@ def test_parameters_gradients_and_optimizer_are_those_of_a_run(family, kind, dty
     assert found.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     moments = [state[key] for state in optimizers[0].state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert found.optimizer == sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_many_documents_take_what_as_many_tokens_in_fewer_do(family, recompute, monkeypatch):
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3] * 4
+    together = told(adapted(family), lengths, 40, lengths, recompute=recompute)
+    monkeypatch.setattr(memory, "DOCUMENTS", len(lengths))
+    assert told(adapted(family), lengths, 40, lengths, recompute=recompute) == together
 
 
 def test_gradients_of_earlier_micro_batches_live_through_the_later_ones():

@@ -77,7 +77,7 @@ def test_a_config_json_is_enough_and_the_three_shapes_follow(tmp_path, capsys):
     assert re.split(r"  +", cells.strip()) == [amount(value) for value in vars(found).values()]
     for name, least in zip(SHAPES, (13.4, 26.0, 137.9), strict=True):
         table = page.split(f"\n{name}\n")[1]
-        weights = [float(row.split(way)[1].split()[0]) for row, way in zip(table.splitlines()[1:4], WAYS, strict=True)]
+        weights = [float(row.split(way)[1].split()[0]) for row, way in zip(table.splitlines()[1:5], WAYS, strict=True)]
         assert weights[0] == weights[1]
         assert least <= weights[0] <= least + 0.2
         assert weights[2] < 0.3 * weights[0]
@@ -147,7 +147,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_
     made, data = planned(directory, tmp_path / "out", batch_size=20)
     data = replace(data, general=Dataset(()))
     needed = made.memory(data, CPU).peak
-    assert f"needs {needed:,} bytes of memory, and 1,234 are free" in error
+    assert f"needs {amount(needed)} of memory, and 1.2 kB are free" in error
     expected = [
         ("--batch-size 10 --gradient-accumulation-steps 2", {"batch_size": 10, "gradient_accumulation_steps": 2}),
         ("--recompute block", {"recompute": "block"}),
@@ -155,9 +155,11 @@ def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_
     ]
     helpful = [(flags, made.memory(data, CPU, **change).peak) for flags, change in expected]
     assert all(peak < needed for _, peak in helpful)
-    lines = [f"{flags} brings it to {peak:,}" for flags, peak in helpful]
-    assert [line.strip() for line in error.splitlines() if "brings it to" in line] == lines
+    lines = [f"{flags} brings it to {amount(peak)}" for flags, peak in helpful]
+    assert [line.strip().partition(";")[0] for line in error.splitlines() if "brings it to" in line] == lines
     assert "--force" in error
+    assert cli.main([*words(directory, tmp_path / "out"), "--batch-size=20", "--general-data=none", "--dry-run"]) != 0
+    assert capsys.readouterr().err == error
 
 
 def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, capsys, monkeypatch):

@@ -81,6 +81,8 @@ def _run(options: Options) -> int:
         print(preview(data, run.training, count))
         found = run.memory(data, device)
         print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
+        if not options["force"]:
+            run.check_memory(data, device)
         return 0
     run.start(model, data, step)
     _say_size(model, data, count)

@@ -8,10 +8,9 @@ from pathlib import Path
 from minilora.hub import fetch
 from minilora.inspect.memory import MemoryFacts, memory_facts
 from minilora.run import pick_device
-from minilora.train.memory import Forecast
+from minilora.train.memory import Forecast, amount
 
 NAMES = [field.name for field in fields(Forecast)]
-UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def memory_page(name_or_path: str) -> str:
@@ -29,18 +28,13 @@ def memory_lines(found: Forecast, held: int, free: int | None) -> str:
     return f"memory: {', '.join(parts[:-1])}\n  at most {amount(found.peak)} at once{besides}; {free_text} free"
 
 
-def amount(size: int) -> str:
-    """Bytes as a person reads them; GB are 10⁹ bytes."""
-    unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), (1, "bytes"))
-    return f"{size / unit:,.1f} {name}" if unit > 1 else f"{size} {name}"
-
-
 def _head(facts: MemoryFacts) -> list[str]:
     lora, batch = facts.lora, f"{facts.rows} rows of {facts.tokens:,} tokens, all learned"
     return [
         f"memory to fine-tune in bfloat16 on {facts.device}; a batch: {batch};",
         f"adapters of rank {lora.r} on {lora.target_modules}; QLoRA in nf4 with double quantization. A full fine-tune",
-        "takes 12 bytes a parameter: 2 weights, 2 gradients, 8 AdamW in float32. GB are 10^9 bytes.",
+        "takes 12 bytes a parameter: 2 weights, 2 gradients, 8 AdamW in float32; block is --recompute block.",
+        "GB are 10^9 bytes.",
     ]
 
 

@@ -57,10 +57,13 @@ def _in_words(deviation: Deviation, is_known: bool) -> str:
     """`is_known`: it is the base of the training that it is measured against."""
     if deviation.overall is None:
         return "the adapter changes nothing"
-    return (
+    words = (
         f"error at the layers' outputs for inputs of all directions, {'' if is_known else 'on the base as held here, '}"
         f"relative to the adapter's effect: {deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
     )
+    if deviation.overall > 1:
+        words += "\nwhat was rounded or exchanged is larger than what the adapter does; --dtype float32 rounds less"
+    return words
 
 
 COMMAND = Command(

@@ -19,7 +19,7 @@ from minilora.storage import read_json
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.memory import Forecast, forecast
 
-WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA")
+WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA", "QLoRA, block")
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {  # of Llama 2
     "7B": (4096, 11008, 32, 32, 32),
@@ -78,7 +78,8 @@ def _cut(config: LlamaConfig, layers: int) -> LlamaConfig:
 
 
 def _traced(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
-    training, length = TrainConfig(), DataConfig().max_length
+    training = TrainConfig(recompute="block" if way.endswith("block") else "none")
+    length = DataConfig().max_length
     model = _prepared(config, way)
     found = forecast(model, [length] * training.batch_size, length * training.batch_size, training, device)
     if way != "full fine-tune":
@@ -91,7 +92,7 @@ def _prepared(config: LlamaConfig, way: str) -> Llama:
     """The model without numbers, in bfloat16, as it would be trained."""
     model = skeleton(config).to(torch.bfloat16)
     model.tie_weights()
-    if way == "QLoRA":
+    if way.startswith("QLoRA"):
         for path, linear in linear_layers(model).items():
             if path != "lm_head":
                 model.set_submodule(path, NF4Linear.quantize(dense_weight(linear), linear.bias))

@@ -29,6 +29,8 @@ from minilora.train.evaluate import DRIFT_TOKENS
 if TYPE_CHECKING:
     from minilora.model.llama import Llama
 
+DOCUMENTS = 16  # that are traced; more are laid together
+UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dtype
 
 
@@ -82,8 +84,9 @@ def forecast(
             for p in model.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
         held = account.live - weights - adapters
-        activations, head_chunk, step = _step(model, lengths, labelled, config, account)
-        measuring = _measured(account, lambda: _evaluation(model, evaluated, device)) if evaluated else 0
+        activations, head_chunk, step = _step(model, _together(model, lengths), labelled, config, account)
+        shown = _together(model, evaluated)
+        measuring = _measured(account, lambda: _evaluation(model, shown, device)) if evaluated else 0
     peak = weights + adapters + MOMENTS * gradients + held + max(step, measuring)
     return Forecast(weights, adapters, gradients, MOMENTS * gradients, activations, head_chunk, peak)
 
@@ -150,6 +153,14 @@ def _evaluation(model: Llama, lengths: Sequence[int], device: torch.device) -> N
         (log_p.exp() * (log_p - log_q)).sum()
 
 
+def _together(model: Llama, lengths: Sequence[int]) -> list[int]:
+    """As many tokens in fewer documents: where no layer has a window, attention keeps as much for them."""
+    if len(lengths) <= DOCUMENTS or any(window is not None for window in model.config.windows):
+        return list(lengths)
+    each = -(-len(lengths) // DOCUMENTS)
+    return [sum(lengths[i : i + each]) for i in range(0, len(lengths), each)]
+
+
 def _measured(account: _Account, work: Callable[[], None]) -> int:
     """The most bytes that live while it runs, more than before."""
     account.most = before = account.live
@@ -166,3 +177,9 @@ def _stand_in(model: Llama, device: torch.device) -> Llama:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def amount(size: int) -> str:
+    """Bytes as a person reads them; GB are 10⁹ bytes."""
+    unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), (1, "bytes"))
+    return f"{size / unit:,.1f} {name}" if unit > 1 else f"{size} {name}"
