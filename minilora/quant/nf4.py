@@ -177,18 +177,19 @@ def dequantize(
     n, tile = math.prod(shape), _tile(packed.device)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     table = PAIRS[quant_type].to(packed.device, non_blocking=True)
-    packed, half = packed.reshape(-1), (min(tile, n) + 1) // 2
+    half = (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
-    for begin in range(0, n, tile):
-        part = packed[begin // 2 : (begin + tile) // 2]
-        torch.index_select(table, 0, byte[: len(part)].copy_(part), out=pair[: len(part)])
-        w = pair[: len(part)].view(torch.float32)[: n - begin]
-        whole = w.numel() // block_size * block_size
-        largest = absmax[begin // block_size :]
-        w[:whole].view(-1, block_size).mul_(largest[: whole // block_size].unsqueeze(1))
-        if whole < w.numel():
-            w[whole:] *= largest[whole // block_size]
-        weight[begin : begin + w.numel()] = w
+    tiles = packed.reshape(-1).split(tile // 2), absmax.split(tile // block_size), weight.split(tile)
+    for part, largest, out in zip(*tiles, strict=True):
+        if len(part) < len(byte):  # the last
+            byte, pair = byte[: len(part)], pair[: len(part)]
+        torch.index_select(table, 0, byte.copy_(part), out=pair)
+        w = pair.view(torch.float32)[: len(out)]
+        if len(w) % block_size:  # the last block is a part of one
+            w *= largest.repeat_interleave(block_size)[: len(w)]
+        else:
+            w.view(-1, block_size).mul_(largest.unsqueeze(1))
+        out.copy_(w)
         if type(weight) is not Tensor:  # a stand-in without numbers: one tile shows what all of them take
             break
     return weight.view(*shape)
