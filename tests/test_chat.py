@@ -281,9 +281,12 @@ class Terminal:
         """Write keys, and wait for what comes of them."""
         self.seen = b""
         os.write(self.keyboard, keys)
-        begin = time.monotonic()
+        begin = pressed = time.monotonic()
         while answer not in self.seen:
             assert time.monotonic() - begin < 60, self.seen
+            if keys == b"\x03" and time.monotonic() - pressed > 5:  # readline misses a signal just before it waits
+                os.write(self.keyboard, keys)
+                pressed = time.monotonic()
             if select.select([self.keyboard], [], [], 0.1)[0]:
                 self.seen += os.read(self.keyboard, 4096)
 
