@@ -1,6 +1,7 @@
 """Memory told in advance against memory that was taken: of PyTorch's allocator, of autograd, of the process."""
 
 import copy
+import platform
 import subprocess
 import sys
 
@@ -191,6 +192,17 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     peak = in_a_process(code)
     del ballast
     assert 2**28 <= peak < 2**28 + 2**26
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_is_freed_is_given_back():
+    code = (
+        "import torch; from minilora.train.diagnose import held_memory_bytes, release_memory\n"
+        "blocks = [torch.ones(20_000) for _ in range(2000)]; last = torch.ones(20_000); del blocks\n"
+        "before = held_memory_bytes(torch.device('cpu')); release_memory()\n"
+        "assert last.sum() == 20_000; print(before - held_memory_bytes(torch.device('cpu')))"
+    )
+    assert in_a_process(code) > 100_000_000
 
 
 def test_what_the_import_took_is_no_part_of_the_peak(monkeypatch):

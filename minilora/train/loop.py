@@ -30,7 +30,7 @@ from minilora.storage import read_json
 from minilora.train.batch import Batch, Rows, collate, plan_steps
 from minilora.train.config import TrainConfig
 from minilora.train.data import Example
-from minilora.train.diagnose import first_bad_module, peak_memory_bytes
+from minilora.train.diagnose import first_bad_module, peak_memory_bytes, release_memory
 from minilora.train.evaluate import held_out_loss
 from minilora.train.select import Selection
 from minilora.train.state import checkpoints, load_checkpoint, newest_step, save_checkpoint, trained_adapter
@@ -99,10 +99,13 @@ def train(
         state = _resumed(saved[-1], model, optimizer, selection, run)
     tell = on_step or (lambda record: None)
     started = time.monotonic() - state["seconds"]
-    stopped = False
+    stopped, is_first = False, True
     while not (stopped or selection.has_ended or state["step"] == len(steps)):
         before = time.monotonic()
         record = _step(model, optimizer, dataset, steps[state["step"]], config, state["step"], len(steps))
+        if is_first:  # what kernels prepared for themselves lies scattered between tensors that are gone
+            release_memory()
+            is_first = False
         now, tokens = time.monotonic(), record["tokens"]
         state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
         stopped = bool(tell({**record, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}))
