@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, TrainingError
 from minilora.hub import fetch
-from minilora.lora.attach import adapter_layers, linear_layers, set_adapter
+from minilora.lora.attach import adapter_layers, base_held, set_adapter
 from minilora.lora.files import BASE_COPY, WEIGHTS_FILE, load_adapter
 from minilora.lora.layers import AdapterLinear
 from minilora.model.checkpoint import (
@@ -41,7 +41,7 @@ from minilora.model.checkpoint import (
 )
 from minilora.model.shards import SHARD_BYTES
 from minilora.model.tokenizer import Tokenizer
-from minilora.quant.config import Quantize, QuantizeConfig, describe
+from minilora.quant.config import Quantize, QuantizeConfig
 from minilora.quant.files import is_four_bit
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import pack, unpack
@@ -107,7 +107,7 @@ def merge_directory(
         load_model(base.directory, base.dtype, "meta", base.trained)  # what is wrong with it is said before writing
     held = load_model(base.directory, base.dtype, "meta", base.quantize)
     layers = _adapted(base, [fetch(adapter, "adapter") for adapter in adapters])
-    kind = describe(linear_layers(held), "lm_head")["quantize"]
+    kind = base_held(held)["quantize"]
     if target is None:
         target = "original" if kind == "none" else "dequantized"
     _check(base, target, kind)

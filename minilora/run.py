@@ -25,14 +25,14 @@ import torch
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.hub import locate
 from minilora.inputs import Data, load_data, load_general
-from minilora.lora.attach import ParameterCount, attach, count_parameters, head_path, linear_layers
+from minilora.lora.attach import ParameterCount, attach, base_held, count_parameters
 from minilora.lora.config import RENAMED, LoraConfig
 from minilora.lora.files import base_quantization, save_adapter
 from minilora.metrics import read_records
 from minilora.model.checkpoint import load_model, read_config, resolve_dtype
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
-from minilora.quant.config import QuantizeConfig, describe
+from minilora.quant.config import QuantizeConfig
 from minilora.report import TensorBoard
 from minilora.storage import BUILTIN, append_line, read_json, remove, write_json, write_text
 from minilora.train.batch import groups, plan_steps
@@ -221,7 +221,7 @@ class Run:
         """
         path = self.out / "run.json"
         for checkpoint in checkpoints(self.out / "checkpoints")[-1:]:
-            if base_quantization(checkpoint) != describe(linear_layers(model), head_path(model)):
+            if base_quantization(checkpoint) != base_held(model):
                 raise TrainingError(
                     f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
                 )

@@ -22,7 +22,7 @@ from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, quantize_absmax, unpack
 from minilora.storage import TensorFile, read_json, write_json
 from tests.golden.make_quantized import FILE, KINDS
-from tests.models import FAMILIES, tiny_model, token_ids
+from tests.models import FAMILIES, allocated, tiny_model, token_ids
 from tests.test_checkpoint import SHARD, same_state
 
 CPU = torch.device("cpu")
@@ -305,24 +305,12 @@ def test_a_model_that_is_not_quantized_says_nothing_of_it(tmp_path):
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
 
 
-def peak_of(work, file):
-    """The most bytes that PyTorch had allocated at once, and what `work` gives. The mapped file is no part of it."""
-    mapped = file.stat().st_size
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes() if abs(event.nbytes()) != mapped else 0
-        peak = max(peak, held)
-    return peak, result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_while_loading_nothing_is_held_but_the_4_bit_model_and_one_dense_tensor(dtype, tmp_path):
     save_dense(tmp_path, dtype=dtype, **LARGE)
     ml.load_model(tmp_path, dtype, quantize="nf4")  # tables that are made once
-    peak, model = peak_of(lambda: ml.load_model(tmp_path, dtype, quantize="nf4"), tmp_path / "model.safetensors")
+    mapped = (tmp_path / "model.safetensors").stat().st_size
+    _, peak, model = allocated(lambda: ml.load_model(tmp_path, dtype, quantize="nf4"), mapped)
     held = sum(p.nbytes for p in model.parameters())
     one = 4 * 512 * 1024  # in float32; a tile of it has scratch beside it
     dense = sum(math.prod(linear.layout.shape) for linear in packed_linears(model).values()) * dtype.itemsize
@@ -339,7 +327,7 @@ def test_weights_are_read_when_they_are_asked_for_and_written_when_a_file_is_ful
         weights = stored_weights(directory, meta, "float32", CPU, None)
         ml.save_model(meta, tmp_path / "copy", shard_bytes=2 * size, weights=weights)
 
-    peak, _ = peak_of(copy, directory / "model.safetensors")
+    _, peak, _ = allocated(copy, (directory / "model.safetensors").stat().st_size)
     assert peak <= 2 * size + one < sum(p.nbytes for p in source.parameters()) / 2
     same_state(ml.load_model(tmp_path / "copy"), source)
 

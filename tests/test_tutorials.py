@@ -290,7 +290,7 @@ def test_a_traceback_names_the_line_of_the_chapter(page):
         ("1,000", "1,001", 0.01, True),
         ("2e-5", "2.001e-5", None, True),
         ("2e-5", "2e-6", None, False),
-        ("16.3 s, 900 tokens/s, 1.2 GiB", "7 s, 1,100 tokens/s, 2 GiB", None, True),
+        ("16.3 s, 900 tokens/s, 1.2 GB, 1,024.5 MB", "7 s, 1,100 tokens/s, 2 GB, 3.1 MB", None, True),
         ("16 steps", "17 steps", None, False),
         ("[1.0]", "[1.0, 2.0]", None, False),
         ("", "1", None, False),

@@ -10,7 +10,7 @@ stands in a `text` fence below it. The figures that it leaves open go to the ima
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
 `<!-- unchecked -->` shows its output without comparing it. Times, speeds and memory (numbers before s, ms, min,
-tokens/s, MiB, GiB) are never compared. `<!-- slow -->` at the head of a chapter keeps it out of the default test suite.
+tokens/s, kB, MB, GB) are never compared. `<!-- slow -->` at the head of a chapter keeps it out of the default suite.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CELL = re.compile(
 IMAGE = re.compile(r"^!\[(?P<alt>[^\]]*)\]\((?P<path>[^)]*)\)", re.MULTILINE)
 COST = re.compile(r"^\*(?:Reads in .*|Not run yet\.)\*$", re.MULTILINE)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-CLOCK = re.compile(r"\d[\d,.]*(?= (?:s|ms|min|tokens/s|MiB|GiB)\b)")
+CLOCK = re.compile(r"\d[\d,.]*(?= (?:s|ms|min|tokens/s|kB|MB|GB)\b)")
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",  # with this and without a date, the bytes depend on the numbers and on matplotlib alone
     "svg.fonttype": "none",

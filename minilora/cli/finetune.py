@@ -16,7 +16,7 @@ from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
 from minilora.inputs import Data
-from minilora.lora.attach import ParameterCount, disable_adapter
+from minilora.lora.attach import ParameterCount, base_held, disable_adapter
 from minilora.lora.config import LoraConfig
 from minilora.model.llama import Llama
 from minilora.quant.config import QuantizeConfig
@@ -70,12 +70,12 @@ def _run(options: Options) -> int:
         where = replace(where, device="meta")  # the model without its numbers
     reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
     quantization = from_flags(QuantizeConfig, options)
-    if quantization.quantize == "none" and quantization.quantize_skip:
-        raise ConfigError("--quantize-skip needs --quantize nf4")
+    if quantization.quantize == "none" and quantization != QuantizeConfig():
+        raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
     run = Run(where, quantization, from_flags(LoraConfig, options), reading, training)
     step = 0 if options["dry_run"] else run.prepare()
     model, data, count = run.load(options["force"])
-    say_quantization(model, ())
+    say_quantization(base_held(model), ())
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))

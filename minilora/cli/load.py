@@ -13,12 +13,12 @@ from minilora.cli.command import Options, say
 from minilora.cli.flags import add_flags
 from minilora.errors import ConfigError, FormatError
 from minilora.hub import Location, fetch, locate
-from minilora.lora.attach import head_path, linear_layers, set_adapter
+from minilora.lora.attach import base_held, set_adapter
 from minilora.lora.files import base_model_of, base_quantization, load_adapter
 from minilora.model.checkpoint import load_model
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
-from minilora.quant.config import QuantizeConfig, describe
+from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import is_four_bit
 from minilora.quant.nf4 import BLOCK_SIZE
 from minilora.run import pick_device
@@ -100,7 +100,7 @@ def load(options: Options) -> Loaded:
     """The model of --model and --adapter."""
     found = find(options)
     model = load_model(found.base.name, options["dtype"], pick_device(options["device"]), found.quantize)
-    say_quantization(model, found.adapters)
+    say_quantization(base_held(model), found.adapters)
     names = tuple(f"adapter{i}" for i in range(len(found.adapters)))
     for name, path in zip(names, found.adapters, strict=True):
         load_adapter(model, path, name)
@@ -137,20 +137,25 @@ def recorded_quantization(base: Path, paths: Sequence[Path]) -> QuantizeConfig |
     return QuantizeConfig(**{name: value for name, value in held.items() if name in names})
 
 
-def say_quantization(model: Llama, paths: Sequence[Path]) -> None:
-    """How the base is held, if it is quantized, and which adapters were trained on one that was held otherwise."""
-    here = describe(linear_layers(model), head_path(model))
+def say_quantization(here: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """How the base is held, if it is quantized, and which adapters were trained on one that was held otherwise.
+
+    `here` is what `base_held` says of it.
+    """
     if here["quantize"] != "none":
         say(f"the base model is {_in_words(here)}")
     for path in paths:
-        if not was_trained_on(model, path):
-            there = base_quantization(path) or {}
+        there = base_quantization(path) or {}
+        if not _fits(there, here):
             say(f"{path}: was trained on a base that is {_in_words(there)}; this one is {_in_words(here)}")
 
 
-def was_trained_on(model: Llama, path: Path) -> bool:
-    """Was the base of an adapter held as the model is, as far as the adapter tells?"""
-    here, there = describe(linear_layers(model), head_path(model)), base_quantization(path) or {}
+def was_trained_on(here: Mapping[str, Any], path: Path) -> bool:
+    """Was the base of an adapter held as is said `here`, as far as the adapter tells?"""
+    return _fits(base_quantization(path) or {}, here)
+
+
+def _fits(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     return all(here.get(key) == value for key, value in there.items())
 
 

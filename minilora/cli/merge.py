@@ -9,6 +9,7 @@ from typing import get_args
 from minilora.cli.command import Command, Options
 from minilora.cli.load import adapters, add_model_flags, find, recorded_quantization, say_quantization, was_trained_on
 from minilora.errors import ConfigError
+from minilora.lora.attach import base_held
 from minilora.merging import Deviation, Target, merge_directory
 from minilora.model.checkpoint import load_model
 from minilora.quant.config import QuantizeConfig
@@ -34,9 +35,10 @@ def _run(options: Options) -> int:
         raise ConfigError(f"{out}: holds files; give another --out")
     found, device = find(options), pick_device(options["device"])
     into = QuantizeConfig("none") if target == "original" else found.quantize
-    say_quantization(load_model(found.base.path, device="meta", quantize=into), found.adapters)
+    here = base_held(load_model(found.base.path, device="meta", quantize=into))
+    say_quantization(here, found.adapters)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
-    known = load_model(found.base.path, device="meta", quantize=trained)
+    known = here if trained == into else base_held(load_model(found.base.path, device="meta", quantize=trained))
     is_known = all(was_trained_on(known, path) for path in found.adapters)
     deviation = merge_directory(
         found.base.path,

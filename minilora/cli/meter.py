@@ -10,6 +10,7 @@ from types import FrameType
 from minilora.cli.columns import visible
 from minilora.train.evaluate import Progress
 from minilora.train.loop import Record
+from minilora.train.memory import amount
 
 
 class Meter:
@@ -31,10 +32,9 @@ class Meter:
         began, first_step = self.first = self.first or (now, record["step"])
         done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
         left = f"{(now - began) / done * remaining:.0f}" if done else "?"
-        memory = record["peak_memory_bytes"] / 2**30
         self.show(
             f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  {memory:.2f} GiB",
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  {amount(record['peak_memory_bytes'])}",
             is_last=not remaining,
         )
         return self.is_stopping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from minilora.errors import TargetError, TrainingError
 from minilora.lora.config import LoraConfig, select_targets
 from minilora.lora.initialize import initial_factors
 from minilora.lora.layers import AdapterLinear, LoRALinear
+from minilora.quant.config import describe
 from minilora.quant.linear import Linear, NF4Linear, dense_weight
 
 
@@ -205,6 +206,11 @@ def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear
+
+
+def base_held(model: nn.Module) -> dict[str, Any]:
+    """How the weights of the base are held, dense or quantized, in the words of the flags (`quant.config.describe`)."""
+    return describe(linear_layers(model), head_path(model))
 
 
 def head_path(model: nn.Module) -> str | None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, FormatError, TargetError
 from minilora.hub import fetch, unpinned, with_revision
-from minilora.lora.attach import adapter_layers, head_path, linear_layers, place
+from minilora.lora.attach import adapter_layers, base_held, linear_layers, place
 from minilora.lora.config import LoraConfig
-from minilora.quant.config import describe, shortest_names
+from minilora.quant.config import shortest_names
 from minilora.quant.linear import Linear, dense_weight
 from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
@@ -112,8 +112,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         "use_rslora": config.use_rslora,
         "init_lora_weights": config.init_lora_weights,
     }
-    held = describe(linear_layers(model), head_path(model))
-    write_tensors(Path(path) / WEIGHTS_FILE, tensors, {BASE: json.dumps(held)})
+    write_tensors(Path(path) / WEIGHTS_FILE, tensors, {BASE: json.dumps(base_held(model))})
     # Sorted like PEFT's, but the patterns keep their order: the first key that matches counts.
     write_json(Path(path) / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 

@@ -96,7 +96,7 @@ class LoRALinear(AdapterLinear):
     def forward(self, x: Tensor) -> Tensor:
         y = apply_weight(self.base, x, self.base.bias)
         x = x.to(y.dtype)
-        for name in self.active:  # in place: y is as large as x, and nothing else needs it
+        for name in self.active:  # in place, or each adapter would make another (N, out) tensor
             y += lora_branch(self.dropped(x, name), self.lora_A[name], self.lora_B[name], self.scales[name])
         return y
 

@@ -99,13 +99,12 @@ def train(
         state = _resumed(saved[-1], model, optimizer, selection, run)
     tell = on_step or (lambda record: None)
     started = time.monotonic() - state["seconds"]
-    stopped, is_first = False, True
+    stopped, first = False, state["step"]
     while not (stopped or selection.has_ended or state["step"] == len(steps)):
         before = time.monotonic()
         record = _step(model, optimizer, dataset, steps[state["step"]], config, state["step"], len(steps))
-        if is_first:  # what kernels prepared for themselves lies scattered between tensors that are gone
+        if state["step"] == first:  # what kernels prepared for themselves lies scattered between tensors that are gone
             release_memory()
-            is_first = False
         now, tokens = time.monotonic(), record["tokens"]
         state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
         stopped = bool(tell({**record, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}))
