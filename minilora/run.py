@@ -149,7 +149,7 @@ class Run:
         data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         device = pick_device(self.config.device)
         if device.type != "meta" and not is_forced:
-            self.check_memory(data, device)
+            self.check_memory(data, device, self.memory(data, device))
         model = load_model(self.config.model, self.config.dtype, device, self.quantization)
         attach(model, self.lora, seed=self.training.seed)
         return model, data, count_parameters(model)
@@ -178,14 +178,14 @@ class Run:
             model, [trained[row] for row in batch], labelled, training, device, max(evaluated, key=sum, default=())
         )
 
-    def check_memory(self, data: Data, device: torch.device) -> None:
-        """Refuse a run that cannot fit, and say what would help, the cheapest first.
+    def check_memory(self, data: Data, device: torch.device, told: Forecast) -> None:
+        """Refuse a run that cannot fit, as was `told` of it, and say what would help, the cheapest first.
 
         Raises:
             TrainingError: it takes more memory than is free.
         """
-        free = free_memory_bytes(device)
-        if free is None or (needed := self.memory(data, device).peak) <= free:
+        free, needed = free_memory_bytes(device), told.peak
+        if free is None or needed <= free:
             return
         lines = [f"the run needs {amount(needed)} of memory, and {amount(free)} are free on {device}"]
         for flags, changes, cost in self._remedies(data):

@@ -82,7 +82,7 @@ def _run(options: Options) -> int:
         found = run.memory(data, device)
         print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
         if not options["force"]:
-            run.check_memory(data, device)
+            run.check_memory(data, device, found)
         return 0
     run.start(model, data, step)
     _say_size(model, data, count)
