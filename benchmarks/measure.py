@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
-PACKAGES = ("minilora", "torch", "bitsandbytes", "transformers")
+PACKAGES = ("minilora", "torch", "bitsandbytes", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,13 @@ def ratio_row(what: str, first: Sequence[float], second: Sequence[float], bound:
     """A row of RATIOS: the medians of two works' seconds, and median and range of the rounds' own ratios."""
     ratios = [a / b for a, b in zip(first, second, strict=True)]
     middle = statistics.median(ratios)
-    seconds = [f"{statistics.median(times):.3f} s" for times in (first, second)]
+    seconds = [_amount(statistics.median(times)) for times in (first, second)]
     return [what, *seconds, f"{middle:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", *verdict(middle, bound)]
+
+
+def _amount(seconds: float) -> str:
+    """Seconds, or milliseconds where those are few."""
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1000 * seconds:.2f} ms"
 
 
 RATIOS = ("first / second", "first", "second", "ratio", "lowest to highest", "required", "met")

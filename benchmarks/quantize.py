@@ -19,7 +19,7 @@ from measure import RATIOS, Bound, alternate, in_fresh_process, ratio_row, surro
 from torch import Tensor
 
 import minilora as ml
-from minilora.lora.attach import linear_layers
+from minilora.lora.find import linear_layers
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.quant.config import Quantize, QuantizeConfig
@@ -27,8 +27,8 @@ from minilora.quant.linear import Linear, NF4Linear
 from minilora.quant.nf4 import Layout, pack, unpack
 from minilora.train.batch import collate
 from minilora.train.diagnose import held_memory_bytes, peak_memory_bytes
-from minilora.train.loop import batch_loss
 from minilora.train.memory import forecast
+from minilora.train.objective import batch_loss
 
 SMOLLM2 = {
     "model_type": "llama",

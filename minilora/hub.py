@@ -93,6 +93,8 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         return Location(rules.builtin, name)
     path = Path(name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
+        if kind == "adapter" and not (path / "adapter_config.json").exists() and (path / "config.json").is_file():
+            raise FormatError(f"{path}: is a model and no adapter; name it as the model")
         return Location(path, name)
     if hub_id := _hub_id(name_or_path, kind):
         return _download(hub_id[1], hub_id[2], kind)

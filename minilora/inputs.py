@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minilora.errors import DataError
+from minilora.model.config import Unit
 from minilora.model.tokenizer import Tokenizer
 from minilora.storage import ASSETS, BUILTIN
+from minilora.train.classes import encode_classes, find_labels
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.data import Dataset, encode_rows, use_prompt_style
 from minilora.train.evaluate import Choice, find_choices
@@ -28,6 +30,7 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = Dataset(())
+    labels: tuple[str, ...] = ()  # of classes
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -36,11 +39,18 @@ class Data:
         return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
 
 
-def load_data(names: Sequence[str], tokenizer: Tokenizer, reading: DataConfig, training: TrainConfig) -> Data:
+def load_data(
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    reading: DataConfig,
+    training: TrainConfig,
+    unit: Unit | None = None,
+    labels: tuple[str, ...] = (),
+) -> Data:
     """Training, validation and test rows, and the tokenizer in the prompt style that they are written in.
 
     Without files of their own, a share of the training rows is held out; and another one to choose the best adapter
-    with, if the run does.
+    with, if the run does. With a `unit` rows have classes, of the `labels`, or else of those of the training rows.
 
     Raises:
         DataError: a row that cannot be used, or there is no training file.
@@ -49,16 +59,20 @@ def load_data(names: Sequence[str], tokenizer: Tokenizer, reading: DataConfig, t
     if "train" not in files:
         raise DataError(f"{', '.join(names)}: there are no training rows; found {sorted(files)}")
     rows = {split: read_rows(*paths) for split, paths in files.items()}
-    tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])
-    encoded = {split: encode_rows(found, tokenizer, reading) for split, found in rows.items()}
+    if unit is None:
+        tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])
+        encoded = {split: encode_rows(found, tokenizer, reading) for split, found in rows.items()}
+    else:
+        labels = labels or find_labels(rows["train"], unit, reading)
+        encoded = {split: encode_classes(found, tokenizer, reading, unit, labels) for split, found in rows.items()}
     for split in ("test", "valid") if training.selects else ("test",):
         is_there = split in encoded or (split == "test" and "valid" in encoded and not training.selects)
         if not is_there and reading.eval_split and len(encoded["train"]) > 1:
             encoded |= _hold_out(encoded["train"], split, reading.eval_split, training.seed)
     test = encoded.get("test") or encoded.get("valid") or Dataset(())
     valid = encoded.get("valid") or test
-    choices = find_choices([*encoded["train"], *test])
-    return Data(tokenizer, encoded["train"], valid, test, choices, _digests(files))
+    choices = None if unit else find_choices([*encoded["train"], *test])
+    return Data(tokenizer, encoded["train"], valid, test, choices, _digests(files), labels=labels)
 
 
 def _hold_out(whole: Dataset, split: str, share: float, seed: int) -> dict[str, Dataset]:

@@ -11,8 +11,8 @@ What W is, the *target* says:
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,29 +23,35 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, TrainingError
 from minilora.hub import fetch
-from minilora.lora.attach import adapter_layers, base_held, set_adapter
-from minilora.lora.files import BASE_COPY, WEIGHTS_FILE, load_adapter
-from minilora.lora.layers import AdapterLinear
+from minilora.lora.adapted import Adapted
+from minilora.lora.attach import set_adapter
+from minilora.lora.classes import classes_of
+from minilora.lora.copies import TrainedCopy
+from minilora.lora.files import load_adapter, vocabulary_of
+from minilora.lora.find import adapter_layers, base_held
+from minilora.lora.layers import AdapterLayer, AdapterLinear
+from minilora.lora.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, understood
 from minilora.model.checkpoint import (
     EMBEDDING,
     HEAD,
     Weight,
     assign,
-    load_model,
     read_config,
     resolve_dtype,
     save_model,
-    skeleton,
     stored_dtype,
     stored_weights,
 )
+from minilora.model.classifier import Classifier, load_for, skeleton_for
+from minilora.model.llama import Llama
 from minilora.model.shards import SHARD_BYTES
 from minilora.model.tokenizer import Tokenizer
+from minilora.model.vocabulary import grow_vocabulary, grown
 from minilora.quant.config import Quantize, QuantizeConfig
 from minilora.quant.files import is_four_bit
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import pack, unpack
-from minilora.storage import TensorFile
+from minilora.storage import TensorFile, read_json
 
 Target = Literal["original", "dequantized", "requantized"]
 DENSE = QuantizeConfig("none")
@@ -66,6 +72,16 @@ class Deviation:
     overall: float | None
     worst: float | None
     layer: str | None
+
+    @classmethod
+    def of(cls, squares: Mapping[str, tuple[float, float]]) -> Deviation:
+        """From ‖error‖² and ‖ΔW‖² of each layer, by its path."""
+        ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
+        if not ratios:
+            return cls(None, None, None)
+        error, effect = map(sum, zip(*squares.values(), strict=True))
+        worst = max(ratios, key=ratios.__getitem__)
+        return cls(math.sqrt(error / effect), ratios[worst], worst)
 
 
 def merge_directory(
@@ -102,25 +118,30 @@ def merge_directory(
         TrainingError: a merged weight is not finite; no file is left in `out`.
         FormatError, TargetError: as of `load_model` and `load_adapter`; nothing was written.
     """
-    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained)
+    paths = [fetch(adapter, "adapter") for adapter in adapters]
+    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained, paths)
     if base.trained != base.quantize:
-        load_model(base.directory, base.dtype, "meta", base.trained)  # what is wrong with it is said before writing
-    held = load_model(base.directory, base.dtype, "meta", base.quantize)
-    layers = _adapted(base, [fetch(adapter, "adapter") for adapter in adapters])
+        base.load(base.trained)  # what is wrong with it is said before writing
+    held = base.load(base.quantize)
+    layers = _adapted(base, paths)
     kind = base_held(held)["quantize"]
     if target is None:
         target = "original" if kind == "none" else "dequantized"
     _check(base, target, kind)
-    model = held if target == "requantized" else skeleton(base.config).to(base.dtype)
-    if base.config.tie_word_embeddings and "lm_head" in layers:
+    model = held if target == "requantized" else base.bare().to(base.dtype)
+    if isinstance(model, Llama) and _unties(base, layers):
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # tied no longer
     squares: dict[str, tuple[float, float]] = {}
     save_model(model, out, tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
-    return _deviation(squares)
+    return Deviation.of(squares)
 
 
 class _Base:
-    """A model directory whose weights are read one after the other, into `dtype` on `device`."""
+    """A model directory whose weights are read one after the other, into `dtype` on `device`.
+
+    `unit` and `labels` are what the adapters say, if they are for a classifier. A language model's head is none of its;
+    what stands in the new head's place, zeros, makes way for that of the adapters.
+    """
 
     def __init__(
         self,
@@ -129,21 +150,42 @@ class _Base:
         device: torch.device,
         quantize: QuantizeConfig | Quantize | None,
         trained: QuantizeConfig | Quantize | None,
+        adapters: Sequence[Path],
     ):
         self.directory, self.device = directory, device
         self.quantize = QuantizeConfig.of(quantize)
         self.trained = self.quantize if trained is None else QuantizeConfig.of(trained)
         self.config = read_config(directory)
         source = self.config.source
+        self.rows = max(map(vocabulary_of, adapters), default=0)  # that the adapters' tokens need of the embedding
         self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
+        self.unit, self.labels = classes_of(adapters[0]) if adapters else (None, ())
+
+    def load(self, quantize: QuantizeConfig) -> Llama | Classifier:
+        """The model without numbers, held like this."""
+        return self._with_room(load_for(self.unit, self.labels, self.directory, self.dtype, "meta", quantize))
+
+    def bare(self) -> Llama | Classifier:
+        """The model's names and shapes only, all of it dense."""
+        return self._with_room(skeleton_for(self.unit, self.labels, self.config))
+
+    def _with_room(self, model: Llama | Classifier) -> Llama | Classifier:
+        grow_vocabulary(model, self.rows)
+        return model
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
         """Names and weights; with `has_head` that of a tied head, too, by the head's name."""
-        bare = skeleton(self.config)
+        bare, is_new = skeleton_for(self.config.unit, (), self.config), self.unit != self.config.unit
         for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
+            if is_new and name == HEAD:
+                continue
+            if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
+                weight = grown(weight, self.rows)
             yield name, weight
             if name == EMBEDDING and has_head and self.config.tie_word_embeddings:
                 yield HEAD, weight
+        for name, parameter in self.bare().get_output_embeddings().named_parameters() if is_new else ():
+            yield f"{Classifier.head}.{name}", torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
 
     def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
         """Names, the weights to merge into, and those that were trained on."""
@@ -173,18 +215,18 @@ def _check(base: _Base, target: Target, kind: str) -> None:
         )
 
 
-def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterLinear]:
-    """The layers that have adapters, all of them active, on linears without numbers.
+def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, Adapted]:
+    """The places that have adapters, all of them active, on modules without numbers.
 
-    PEFT writes a copy of the base's weight beside some adapters, to compare: such a linear gets its weight for that.
+    Some adapters need those of the base to be understood: where PEFT has written a copy of them, to compare, and where
+    the adapter began as a part of them.
     """
     if not adapters:
         raise ConfigError("there is nothing to merge: name an adapter")
-    model, names = skeleton(base.config), [f"adapter{i}" for i in range(len(adapters))]
-    stored = {name for path in adapters for name in TensorFile(path / WEIGHTS_FILE).shapes}
-    if copied := {f"{found[1]}.weight" for name in stored if (found := re.fullmatch(BASE_COPY, name))}:
+    model, names = base.bare(), [f"adapter{i}" for i in range(len(adapters))]
+    if needed := {f"{path}.weight" for adapter in adapters for path in _needed(adapter)}:
         for name, weight in base.weights(base.quantize, has_head=True):
-            if name in copied:
+            if name in needed:
                 assign(model, name, weight)
     for name, path in zip(names, adapters, strict=True):
         load_adapter(model, path, name)
@@ -192,26 +234,70 @@ def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterLinear]:
     layers = adapter_layers(model)
     for layer in layers.values():
         layer.base.to("meta")
-        layer.lora_A.to(base.device)
-        layer.lora_B.to(base.device)
+        if not isinstance(layer, TrainedCopy):  # which shares parameters with its base
+            layer.adapters.to(base.device)
     return layers
 
 
+def _needed(adapter: Path) -> set[str]:
+    """Paths of the modules whose weights an adapter is read with."""
+    found = [understood(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
+    is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in REPEATED
+    return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
+
+
+def _unties(base: _Base, layers: Mapping[str, Adapted]) -> bool:
+    """Do an embedding and a head that are tied come out as two weights?"""
+    ends = [
+        layers[path] for path in (HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")) if path in layers
+    ]
+    return (
+        base.unit is None
+        and base.config.tie_word_embeddings
+        and any(isinstance(end, AdapterLayer | TrainedCopy) for end in ends)
+    )
+
+
 def _merged_weights(
-    base: _Base, layers: Mapping[str, AdapterLinear], target: Target, squares: dict[str, tuple[float, float]]
+    base: _Base, layers: Mapping[str, Adapted], target: Target, squares: dict[str, tuple[float, float]]
 ) -> Iterator[tuple[str, Weight]]:
     """Names and weights of the result; what `squared_norms` says of an adapted layer goes into `squares`."""
-    for name, weight, trained in base.pairs(target, has_head="lm_head" in layers):
-        path = name.removesuffix(".weight")
-        if path in layers:
-            merged = layers[path].merged_weight(_dense(weight))
-            if not merged.isfinite().all():
-                raise TrainingError(f"{path}: the merged weight has numbers that are not finite in {base.dtype}")
-            result = _packed_like(weight, merged) if target == "requantized" else merged
-            squares[path] = squared_norms(result, trained, layers[path])
-            yield name, result
-        else:
-            yield name, weight if target == "requantized" else _dense(weight)
+    pairs = base.pairs(target, _unties(base, layers))
+    for path, group in itertools.groupby(pairs, key=lambda pair: _place(pair[0], layers)):
+        if path is None:
+            yield from ((name, weight if target == "requantized" else _dense(weight)) for name, weight, _ in group)
+            continue
+        layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
+        merged = _merged(layer, {key: _dense(weight) for key, (weight, _) in weights.items()})
+        if more := merged.keys() - weights.keys():
+            raise ConfigError(
+                f"{path}: the adapters add {sorted(more)}, which a {base.config.model_type} has no place for"
+            )
+        for key, (weight, trained) in weights.items():
+            if not merged[key].isfinite().all():
+                raise TrainingError(f"{path}: the merged {key} has numbers that are not finite in {base.dtype}")
+            result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
+            if key == "weight" and isinstance(layer, AdapterLayer):
+                squares[path] = squared_norms(result, trained, layer)
+            yield f"{path}.{key}", result
+
+
+def _place(name: str, layers: Mapping[str, Adapted]) -> str | None:
+    """Path of the place of adapters that a parameter belongs to."""
+    paths = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
+    return next((path for path in paths if path in layers), None)
+
+
+def _merged(layer: Adapted, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What adapters make of a module's parameters, in their dtype, by their names in the module."""
+    if isinstance(layer, TrainedCopy):
+        own = layer.tensors(layer.active[-1])
+        return {key: own.get(key, weight).to(weight) for key, weight in weights.items()}
+    for key, weight in weights.items():
+        assign(layer.base, key, weight)
+    found = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
+    layer.base.to("meta")  # or the weights of all layers would be held in the end
+    return found
 
 
 def _dense(weight: Weight) -> Tensor:
@@ -226,37 +312,36 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
     return NF4Linear(parts, example.layout, None, example.dtype)
 
 
-def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tuple[float, float]:
+def squared_norms(merged: Weight, trained: Weight, layer: AdapterLayer) -> tuple[float, float]:
     """‖W′ - (W + ΔW)‖² and ‖ΔW‖², of the numbers that W and W′ stand for, in float64, a few rows at a time.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
-    exact = [
-        (unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
+    now, before = (
+        layer.matrix(unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
         for w in (merged, trained)
-    ]
-    down = torch.cat([_float64(layer.lora_A[name]) for name in layer.active])
-    up = torch.cat([layer.scales[name] * _float64(layer.lora_B[name]) for name in layer.active], dim=1)
+    )
     error = effect = 0.0
-    rows = max(1, CHUNK // down.size(1))
-    for begin in range(0, up.size(0), rows):
+    rows = max(1, CHUNK // now.size(1))
+    for begin in range(0, now.size(0), rows):
         part = slice(begin, begin + rows)
-        now, before = (weight[part].double() for weight in exact)
-        delta = up[part] @ down
-        error += torch.linalg.vector_norm(now - before - delta).item() ** 2
-        effect += torch.linalg.vector_norm(delta).item() ** 2
+        start = before[part].double()
+        exact = _rows(layer, part).merged_weight(start).detach()
+        error += torch.linalg.vector_norm(now[part].double() - exact).item() ** 2
+        effect += torch.linalg.vector_norm(exact - start).item() ** 2
     return error, effect
 
 
-def _float64(tensor: Tensor) -> Tensor:
-    """On the CPU: not every device has such numbers."""
-    return tensor.detach().cpu().double()
-
-
-def _deviation(squares: Mapping[str, tuple[float, float]]) -> Deviation:
-    ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
-    if not ratios:
-        return Deviation(None, None, None)
-    error, effect = map(sum, zip(*squares.values(), strict=True))
-    worst = max(ratios, key=ratios.__getitem__)
-    return Deviation(math.sqrt(error / effect), ratios[worst], worst)
+def _rows(layer: AdapterLayer, part: slice) -> AdapterLinear:
+    """The active adapters of some rows of W, in float64 on the CPU: not every device has such numbers."""
+    rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
+    for name in layer.active:
+        adapter = layer.adapters[name]
+        lora_A, lora_B = layer.thin(*adapter.factors())
+        tensors = {"lora_A": lora_A, "lora_B": lora_B[part]}
+        if adapter.magnitude is not None:
+            tensors["magnitude"] = adapter.magnitude.flatten()[part]
+        wide = {key: tensor.detach().cpu().double() for key, tensor in tensors.items()}
+        rows.hold(name, layer.configs[name], type(adapter)(adapter.scale, wide))
+    rows.active = layer.active
+    return rows

@@ -1,6 +1,7 @@
 """One fine-tuning run and its directory.
 
-OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout
+OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout; or, with --method full,
+    config.json  model….safetensors                  the whole model
     metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
     run.json                                         the resolved configuration, versions, data, every start
@@ -13,69 +14,42 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.hub import locate
 from minilora.inputs import Data, load_data, load_general
-from minilora.lora.attach import ParameterCount, attach, base_held, count_parameters
+from minilora.lora.attach import attach
+from minilora.lora.classes import UNITS
 from minilora.lora.config import RENAMED, LoraConfig
 from minilora.lora.files import base_quantization, save_adapter
+from minilora.lora.find import ParameterCount, base_held, count_parameters
 from minilora.metrics import read_records
-from minilora.model.checkpoint import load_model, read_config, resolve_dtype
+from minilora.model.checkpoint import read_config, save_model
+from minilora.model.classifier import Classifier, load_for
+from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import load_tokenizer
+from minilora.model.vocabulary import grow_vocabulary
 from minilora.quant.config import QuantizeConfig
 from minilora.report import TensorBoard
-from minilora.storage import BUILTIN, append_line, read_json, remove, write_json, write_text
-from minilora.train.batch import groups, plan_steps
-from minilora.train.config import WATCHING, DataConfig, TrainConfig, option
-from minilora.train.data import Example
-from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
-from minilora.train.evaluate import EVAL_TOKENS, Drift, Scores, write_samples
-from minilora.train.loop import Record, TrainResult, bookkeeping, train
-from minilora.train.memory import Forecast, amount, forecast
+from minilora.run_memory import check_memory, memory_of
+from minilora.settings import RunConfig, default_settings, resolve
+from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
+from minilora.train.config import DataConfig, TrainConfig
+from minilora.train.diagnose import peak_memory_bytes
+from minilora.train.evaluate import ClassScores, Drift, Scores, write_samples
+from minilora.train.fingerprint import bookkeeping
+from minilora.train.loop import Record, TrainResult, train
+from minilora.train.objective import start_losses
 from minilora.train.state import checkpoints, newest_step
 
-Resume = Literal["auto", "never"]
-Report = Literal["none", "tensorboard"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-REMEDIES = 3  # that are named when a run does not fit
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where things are, and on what to compute."""
-
-    model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] of the Hugging Face hub")
-    data: tuple[str, ...] = option(
-        (BUILTIN,),
-        "rows: .jsonl or .json files, also .gz; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; "
-        "or a hub id",
-    )
-    out: str = option("minilora-run", "directory of the run")
-    dtype: Dtype = option("auto", "number format of the base model; auto: the checkpoint's, where it is fast")
-    device: str = option("auto", "cpu, cuda, mps; auto: the best there is")
-    resume: Resume = option("auto", "go on with the run in --out, or refuse if there is one")
-    general_data: str = option(
-        BUILTIN,
-        "general text, to see what the adapter costs on it: data with a field `text`; none: do not look",
-        WATCHING,
-    )
-    report: Report = option("none", "also write what a run tells for tensorboard, in OUT/tensorboard", WATCHING)
-    samples: int = option(2, "held-out prompts that each evaluation answers, to be looked at", WATCHING)
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.samples, int) and self.samples >= 0):
-            raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -83,8 +57,8 @@ class Outcome:
     """What a finished or stopped run has to tell."""
 
     result: TrainResult
-    before: Scores
-    after: Scores
+    before: Scores | ClassScores
+    after: Scores | ClassScores
     drift: Drift | None
 
 
@@ -109,6 +83,50 @@ class Run:
         self.board: TensorBoard | None = None
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.resolved = resolve(run, quantization, lora, reading, training)
+        self.unit = UNITS.get(lora.task_type)
+        self._check_task()
+        if self.is_full:
+            self._check_full()
+
+    @property
+    def is_full(self) -> bool:
+        """Are all weights trained, and not an adapter?"""
+        return self.config.method == "full"
+
+    def _check_task(self) -> None:
+        """Refuse a task that is not known here, and what has no effect on it.
+
+        Raises:
+            ConfigError: it is another task, or the model is made for another; or general text for a classifier.
+        """
+        task, held = self.lora.task_type, self.base_config().unit
+        if task not in (None, "CAUSAL_LM", *UNITS):
+            raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
+        if held not in (None, self.unit):
+            wanted = next(name for name, unit in UNITS.items() if unit == held)
+            raise ConfigError(f"{self.config.model}: is a classifier; give --task {wanted}")
+        if self.unit and self.config.general_data not in (BUILTIN, "none"):
+            raise ConfigError("--general-data: without effect on a classifier; leave it out")
+
+    def _check_full(self) -> None:
+        """Refuse what all weights cannot be trained with.
+
+        Raises:
+            ConfigError: four bits, bfloat16, or settings of an adapter.
+        """
+        defaults, adapter = LoraConfig(), {field.name for field in fields(LoraConfig)} - {"task_type"}
+        idle = [name for name in adapter if getattr(self.lora, name) != getattr(defaults, name)]
+        idle += ["loraplus_lr_ratio"] if self.training.loraplus_lr_ratio is not None else []
+        flags = sorted(f"--{RENAMED.get(name, name).replace('_', '-')}" for name in idle)
+        bad = [f"{', '.join(flags)}: without effect, since there is no adapter"] if flags else []
+        if self.quantization.quantize != "none" or self.base_config().source.get("quantization_config"):
+            bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
+        if self.config.dtype == "bfloat16":
+            bad.append(
+                "--dtype bfloat16: most updates of a weight are too small to change it; float32 is what there is"
+            )
+        if bad:
+            raise ConfigError("--method full: " + "; ".join(bad))
 
     def prepare(self) -> int:
         """Refuse a directory that holds something else; return the step that the run goes on from.
@@ -138,89 +156,65 @@ class Run:
         self.began = datetime.fromisoformat(starts[0]["time"])
         return newest_step(self.out / "checkpoints")
 
-    def load(self, is_forced: bool = False) -> tuple[Llama, Data, ParameterCount]:
-        """The model with a fresh adapter, and the data.
+    def load(self, is_forced: bool = False) -> tuple[Llama | Classifier, Data, ParameterCount]:
+        """The model with a fresh adapter, or as it is with all weights to be trained, and the data.
 
         Raises:
             TrainingError: it takes more memory than is free, and is not forced.
         """
-        tokenizer = load_tokenizer(self.config.model).at(self.began.astimezone())
-        data = load_data(self.config.data, tokenizer, self.reading, self.training)
-        data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
+        tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
+        known = self.base_config().labels if self.base_config().unit else ()
+        data = load_data(self.config.data, tokenizer, self.reading, self.training, self.unit, known)
+        if self.unit is None:
+            data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         device = pick_device(self.config.device)
         if device.type != "meta" and not is_forced:
-            self.check_memory(data, device, self.memory(data, device))
-        model = load_model(self.config.model, self.config.dtype, device, self.quantization)
-        attach(model, self.lora, seed=self.training.seed)
+            check_memory(self, data, device, memory_of(self, data, device))
+        model = self.base_for(data, self.dtype, device, self.quantization)
+        if not self.is_full:
+            losses = start_losses(model, data.train, self.training)
+            attach(model, self.lora_for(data), seed=self.training.seed, losses=losses)
         return model, data, count_parameters(model)
 
-    def memory(self, data: Data, device: torch.device, **changes: Any) -> Forecast:
-        """What the micro-batch with the most tokens takes, and the largest evaluation, with some settings changed."""
-        training = replace(self.training, **{key: changes[key] for key in changes if key in vars(self.training)})
-        quantization = replace(self.quantization, quantize=changes.get("quantize", self.quantization.quantize))
-        dtype = resolve_dtype(changes.get("dtype", self.config.dtype), self._source(), device)
-        model = load_model(self.config.model, dtype, "meta", quantization)
-        attach(model, self.lora)
+    def base_for(
+        self, data: Data, dtype: torch.dtype | str, device: torch.device | str, quantization: QuantizeConfig
+    ) -> Llama | Classifier:
+        """The model before anything is attached, with a head for the data's classes and room for new tokens."""
+        seed = self.training.seed
+        model = load_for(self.unit, data.labels, self.config.model, dtype, device, quantization, seed)
+        grow_vocabulary(model, max(self._new_tokens(data), default=-1) + 1)
+        return model
 
-        def lengths(examples: Sequence[Example]) -> list[int]:
-            return [min(len(example.tokens), changes.get("max_length", len(example.tokens))) for example in examples]
-
-        trained = lengths(data.train)
-        batches = [rows for micro_batches in plan_steps(trained, training) for rows in micro_batches]
-        batch = max(batches, key=lambda rows: sum(trained[row] for row in rows))
-        labelled = sum(min(data.train[row].labelled, trained[row]) for row in batch)
-        evaluated = [
-            [found[row] for row in rows]
-            for found in map(lengths, (data.valid, data.test, data.general))
-            for rows in groups(found, range(len(found)), EVAL_TOKENS)
-        ]
-        return forecast(
-            model, [trained[row] for row in batch], labelled, training, device, max(evaluated, key=sum, default=())
-        )
-
-    def check_memory(self, data: Data, device: torch.device, told: Forecast) -> None:
-        """Refuse a run that cannot fit, as was `told` of it, and say what would help, the cheapest first.
+    def lora_for(self, data: Data) -> LoraConfig:
+        """The adapter's config; the rows of new tokens are trained, too.
 
         Raises:
-            TrainingError: it takes more memory than is free.
+            ConfigError: there are new tokens, and `trainable_token_indices` names modules.
         """
-        free, needed = free_memory_bytes(device), told.peak
-        if free is None or needed <= free:
-            return
-        lines = [f"the run needs {amount(needed)} of memory, and {amount(free)} are free on {device}"]
-        for flags, changes, cost in self._remedies(data):
-            if len(lines) <= REMEDIES and (peak := self.memory(data, device, **changes).peak) < needed:
-                lines.append(f"{flags} brings it to {amount(peak)}; {cost}")
-        raise TrainingError("\n  ".join([*lines, "--force runs all the same"]))
+        new, wanted = self._new_tokens(data), self.lora.trainable_token_indices
+        if new and isinstance(wanted, Mapping):
+            raise ConfigError("--add-tokens needs --trainable-token-indices to be ids, or left out")
+        return replace(self.lora, trainable_token_indices=(*(wanted or ()), *new)) if new else self.lora
 
-    def _remedies(self, data: Data) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Flags that may save memory, what they change, and what they cost: the cheapest first."""
-        training, more = self.training, 2 * self.training.gradient_accumulation_steps
-        if training.batch_tokens is None:
-            name, fewer = "batch_size", (min(training.batch_size, len(data.train)) + 1) // 2
-        else:
-            name, fewer = "batch_tokens", (training.batch_tokens + 1) // 2
-        flags = f"--{name.replace('_', '-')} {fewer} --gradient-accumulation-steps {more}"
-        yield flags, {name: fewer, "gradient_accumulation_steps": more}, "the gradient is the same"
-        if training.recompute != "block":
-            yield "--recompute block", {"recompute": "block"}, "slower, the result is the same"
-        if self.quantization.quantize == "none" and not self._source().get("quantization_config"):
-            yield "--quantize nf4", {"quantize": "nf4"}, "a little slower, and the base is rounded"
-        yield "--dtype bfloat16", {"dtype": "bfloat16"}, "the base and the computation are rounded"
-        half = (max(len(example.tokens) for example in data.train) + 1) // 2
-        yield f"--max-length {half}", {"max_length": half}, "longer rows lose what they end in"
+    def _new_tokens(self, data: Data) -> list[int]:
+        return [token for text in self.config.add_tokens if (token := data.tokenizer.token_id(text)) is not None]
 
-    def _source(self) -> Mapping[str, Any]:
-        return read_config(locate(self.config.model, "model").path).source
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.is_full else self.config.dtype
 
-    def start(self, model: Llama, data: Data, step: int) -> None:
+    def base_config(self) -> LlamaConfig:
+        """The config.json of the base model."""
+        return read_config(locate(self.config.model, "model").path)
+
+    def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
         """Record this start in run.json, and drop the metrics of steps that will be done again.
 
         Raises:
             TrainingError: the data is not what the run began with, or the base model is quantized otherwise.
         """
         path = self.out / "run.json"
-        for checkpoint in checkpoints(self.out / "checkpoints")[-1:]:
+        for checkpoint in [] if self.is_full else checkpoints(self.out / "checkpoints")[-1:]:
             if base_quantization(checkpoint) != base_held(model):
                 raise TrainingError(
                     f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
@@ -246,14 +240,14 @@ class Run:
         records = read_records(metrics) if metrics.is_file() else []
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
 
-    def train(self, model: Llama, data: Data, on_step: Callable[[Record], bool | None]) -> TrainResult:
-        """The training itself; records go to metrics.jsonl, to `--report`, and to `on_step`.
+    def train(self, model: Llama | Classifier, data: Data, on_step: Callable[[Record], bool | None]) -> TrainResult:
+        """The training itself; records go to metrics.jsonl, to `--report`, and to `on_step`. No gradient is kept.
 
         An evaluation's record gets "samples", what the model writes for the first held-out prompts.
         """
 
         def record(values: Record) -> bool | None:
-            if "eval_loss" in values:
+            if "eval_loss" in values and isinstance(model, Llama):
                 values = {**values, "samples": write_samples(model, data.tokenizer, data.valid[: self.config.samples])}
             stops = on_step(values)
             if "eval_loss" in values or values["step"] % self.training.logging_steps == 0:
@@ -265,16 +259,20 @@ class Run:
         try:
             return train(model, data.train, self.training, record, data.valid, self.out / "checkpoints")
         finally:
+            model.zero_grad()
             if self.board:
                 self.board.close()
 
-    def finish(self, model: Llama, data: Data, outcome: Outcome) -> None:
-        """Write the adapter, the tokenizer's files and, last, the summary that marks the run as finished."""
-        save_adapter(model, self.out)
+    def finish(self, model: Llama | Classifier, data: Data, outcome: Outcome) -> None:
+        """Write the result, the tokenizer's files and, last, the summary that marks the run as finished."""
+        if self.is_full:
+            save_model(model, self.out)
+        else:
+            save_adapter(model, self.out)
         data.tokenizer.save(self.out)
         summary = {
-            "before": asdict(outcome.before),
-            "after": asdict(outcome.after),
+            "before": outcome.before.record(),
+            "after": outcome.after.record(),
             "general": asdict(outcome.drift) if outcome.drift else None,
             "steps": outcome.result.steps,
             "kept_step": outcome.result.kept,
@@ -283,31 +281,6 @@ class Run:
             "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
         }
         write_json(self.out / "summary.json", summary)
-
-
-def resolve(
-    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig
-) -> dict[str, Any]:
-    """All fields, by the names of their flags."""
-    values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(reading), **asdict(training)}
-    return {RENAMED.get(name, name): value for name, value in values.items()}
-
-
-def default_settings() -> dict[str, Any]:
-    """What `resolve` makes of all defaults, as run.json has it."""
-    defaults = resolve(RunConfig(), QuantizeConfig(), LoraConfig(), DataConfig(), TrainConfig())
-    return json.loads(json.dumps(defaults))
-
-
-def holds_files(out: Path) -> bool:
-    """Is there anything in a directory to write to, but for what a killed writer left?
-
-    Raises:
-        ConfigError: it is a file.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; give a directory as --out")
-    return out.exists() and any(not re.fullmatch(r"\..*\.tmp", path.name) for path in out.iterdir())
 
 
 def pick_device(name: str) -> torch.device:

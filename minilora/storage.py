@@ -9,9 +9,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minilora.errors import FormatError
+from minilora.errors import ConfigError, FormatError
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
@@ -107,11 +108,18 @@ class TensorFile:
         The file is mapped for this tensor alone. One mapping for all of them would keep every page that was read
         resident, and a model in memory twice.
         """
+        return self._mapped([name])[name]
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors, in one mapping: of a small file with many, whose header would take longer than they do."""
+        return self._mapped(self.shapes)
+
+    def _mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
-                return file.get_tensor(name)
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: it cannot be mapped
-            raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
+            raise FormatError(f"{self.path}: {', '.join(names):.200} cannot be read ({error})") from error
 
 
 def _entry(entry: dict[str, Any]) -> TensorEntry:
@@ -132,6 +140,17 @@ def shard_names(index_path: Path) -> dict[str, str]:
         if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise FormatError(f"{index_path}: {name!r} is not a plain file name")
     return weight_map
+
+
+def holds_files(out: Path) -> bool:
+    """Is there anything in a directory to write to, but for what a killed writer left?
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a directory as --out")
+    return out.exists() and any(not re.fullmatch(r"\..*\.tmp", path.name) for path in out.iterdir())
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from minilora.lora.attach import adapter_layers, linear_layers
+from minilora.lora.attach import set_dropout_step
+from minilora.lora.find import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.quant.linear import NF4Linear
@@ -80,6 +81,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# What the fields of a `LoraConfig` can ask for, of a decoder with biases whose head is tied to the embedding.
+WHOLE = "llama-bias-tied-wide-heads"
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
+    "DoRA": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "a bias of B": {"lora_bias": True},
+    "biases of adapted layers": {"bias": "lora_only", "target_modules": ("q_proj", "up_proj")},
+    "all biases": {"bias": "all", "target_modules": ("q_proj",)},
+    "all biases beside DoRA": {"bias": "all", "target_modules": ("q_proj",), "use_dora": True},
+    "the head in full": {"modules_to_save": ("lm_head",)},
+    "the embedding in full": {"modules_to_save": ("embed_tokens",)},
+    "norms in full": {"modules_to_save": ("norm", "layers.1.mlp"), "bias": "all"},
+    "only norms": {"target_modules": (), "modules_to_save": ("norm",)},
+    "rows of tokens": {"trainable_token_indices": (7, 2, 40)},
+    "rows of tokens by name": {"trainable_token_indices": {"embed_tokens": (3,)}, "target_modules": ("v_proj",)},
+    "only rows of tokens": {"target_modules": (), "trainable_token_indices": (7, 2)},
+    "the embedding adapted": {"target_modules": ("embed_tokens", "q_proj")},
+    "the embedding adapted by DoRA": {"target_modules": ("embed_tokens",), "use_dora": True},
+    "the tied head adapted": {"target_modules": ("lm_head", "q_proj")},
+    "a parameter": {"target_parameters": ("mlp.up_proj.weight",), "target_modules": ("q_proj",)},
+    "only parameters": {"target_parameters": ("up_proj.weight", "q_proj.weight"), "target_modules": ()},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "PiSSA by DoRA": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+    "randomized PiSSA": {"init_lora_weights": "pissa_niter_2", "rank_pattern": {"o_proj": 2}},
+    "OLoRA": {"init_lora_weights": "olora", "alpha_pattern": {"o_proj": 5}},
+}
+
+
 def tiny_config(family: str = "llama", **changes: Any) -> LlamaConfig:
     return LlamaConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
 
@@ -113,8 +146,21 @@ def randomize_adapters_(model: torch.nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
-            for factor in layer.lora_B.values():
+            for adapter in layer.adapters.values():
+                factor = adapter.lora_B
                 factor.copy_(0.3 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+
+
+def train_a_little(model: torch.nn.Module, ids: Tensor, steps: int = 3) -> None:
+    """Some steps of AdamW away from the logits that there are, with a generous rate."""
+    set_dropout_step(model, 0, 0)
+    target = model(ids).detach() + 1
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(steps):
+        set_dropout_step(model, 0, step)
+        optimizer.zero_grad()
+        (model(ids) - target).square().mean().backward()
+        optimizer.step()
 
 
 def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, int, Any]:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,11 +7,26 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.lora.attach import adapter_layers, linear_layers
+from minilora.lora.attach import delete_adapter, merged
+from minilora.lora.find import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
-from tests.models import FAMILIES, bases, four_bit, randn, randomize_adapters_, scales, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_precision
+from minilora.quant.linear import NF4Linear
+from tests.models import (
+    CONFIGS,
+    FAMILIES,
+    WHOLE,
+    bases,
+    four_bit,
+    randn,
+    randomize_adapters_,
+    scales,
+    seeds,
+    tiny_model,
+    token_ids,
+    train_a_little,
+)
+from tests.tolerance import assert_maths, assert_precision, maths
 
 families = st.sampled_from(sorted(FAMILIES))
 IDS = token_ids(3, 2, 7)
@@ -44,6 +61,73 @@ def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
     assert [type(module) for module in model.modules()] == kinds
 
 
+@pytest.fixture(params=CONFIGS)
+def trained(request):
+    """A model before and after some steps of training, and what it computed before."""
+    model = tiny_model(WHOLE)
+    before, logits = bits(model), model(IDS)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **CONFIGS[request.param]}), dtype=torch.float64)
+    train_a_little(model.train(), IDS)
+    return model.eval(), before, logits
+
+
+def test_training_leaves_every_bit_of_the_base_which_acts_where_no_adapter_does(trained):
+    model, before, logits = trained
+    assert maths(model(IDS), logits) > 1e6
+    with ml.disable_adapter(model):
+        assert torch.equal(model(IDS), logits)
+    ml.detach(model)
+    assert_same_bits(model, before)
+    assert torch.equal(model(IDS), logits)
+    assert [type(module) for module in model.modules()] == [type(module) for module in tiny_model(WHOLE).modules()]
+
+
+def test_merging_for_a_while_keeps_the_logits_and_comes_back_to_every_bit(trained):
+    model, _, _ = trained
+    state, logits, modules = bits(model), model(IDS), list(model.modules())
+    with merged(model):
+        assert not any(layer.active for layer in adapter_layers(model).values())
+        assert_maths(model(IDS), logits)
+    assert list(model.modules()) == modules
+    assert_same_bits(model, state)
+    assert torch.equal(model(IDS), logits)
+
+
+def test_merging_keeps_the_logits_and_leaves_no_adapter(trained):
+    model, _, base_logits = trained
+    logits = model(IDS)
+    ml.merge(model)
+    assert not adapter_layers(model)
+    assert_maths(model(IDS), logits)
+    assert [type(module) for module in model.modules()] == [type(module) for module in tiny_model(WHOLE).modules()]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert maths(model(IDS), base_logits) > 1e6
+
+
+def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
+    model, before, _ = trained
+    logits = model(IDS)
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj", "k_proj")), name="other", dtype=torch.float64)
+    delete_adapter(model, "other")
+    ml.set_adapter(model, "default")
+    assert torch.equal(model(IDS), logits)
+    delete_adapter(model, "default")
+    assert_same_bits(model, before)
+    assert not adapter_layers(model)
+
+
+def test_loftq_puts_four_bits_in_the_place_of_dense_weights_and_makes_up_for_them():
+    model = tiny_model(WHOLE, dtype=torch.float32)
+    before = model(IDS)
+    ml.attach(model, ml.LoraConfig(r=8, lora_alpha=24, init_lora_weights="loftq"))
+    assert {type(layer.base) for layer in adapter_layers(model).values()} == {NF4Linear}
+    with ml.disable_adapter(model):
+        rounded = model(IDS)
+    assert 0 < (model(IDS) - before).norm() < 0.8 * (rounded - before).norm()
+    ml.detach(model)
+    assert torch.equal(model(IDS), rounded)
+
+
 @given(families)
 def test_four_bits_are_as_many_parameters_as_sixteen(family):
     dense, packed = tiny_model(family), four_bit(tiny_model(family))
@@ -75,7 +159,9 @@ def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():
     model(IDS).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == {f"model.layers.{i}.self_attn.q_proj.lora_{letter}.second" for i in range(4) for letter in "AB"}
+    assert trained == {
+        f"model.layers.{i}.self_attn.q_proj.adapters.second.lora_{letter}" for i in range(4) for letter in "AB"
+    }
 
 
 def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
@@ -112,8 +198,8 @@ def test_rslora_takes_each_module_s_own_rank():
     ml.attach(
         model, ml.LoraConfig(r=16, lora_alpha=8, use_rslora=True, target_modules=targets, rank_pattern={"up_proj": 4})
     )
-    assert model.model.layers[0].self_attn.q_proj.scales == {"default": 8 / 4}
-    assert model.model.layers[0].mlp.up_proj.scales == {"default": 8 / 2}
+    assert model.model.layers[0].self_attn.q_proj.adapters["default"].scale == 8 / 4
+    assert model.model.layers[0].mlp.up_proj.adapters["default"].scale == 8 / 2
 
 
 def test_adapters_switch_combine_and_rest():
@@ -205,7 +291,7 @@ def test_merging_something_not_finite_is_refused_and_changes_nothing():
     model = adapted()
     layer = list(adapter_layers(model).values())[-1]
     with torch.no_grad():
-        layer.lora_B["default"][0, 0] = torch.inf
+        layer.adapters["default"].lora_B[0, 0] = torch.inf
     before = bits(model)
     with pytest.raises(ml.TrainingError, match=r"model\.layers\.3\.mlp\.down_proj"):
         ml.merge(model)
@@ -218,7 +304,10 @@ def test_a_bfloat16_merge_is_as_good_as_rounding_the_exact_weight(seed):
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj",)))
     randomize_adapters_(model, seed)
     layer = model.model.layers[0].self_attn.q_proj
-    exact = layer.base.weight.double() + 2 * layer.lora_B["default"].double() @ layer.lora_A["default"].double()
+    exact = (
+        layer.base.weight.double()
+        + 2 * layer.adapters["default"].lora_B.double() @ layer.adapters["default"].lora_A.double()
+    )
     ml.merge(model)
     assert_precision(model.model.layers[0].self_attn.q_proj.weight, exact.bfloat16(), exact.detach())
 
@@ -250,7 +339,7 @@ def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
     def drawn(seed):
         model = tiny_model()
         ml.attach(model, ml.LoraConfig(), seed=seed)
-        return torch.cat([layer.lora_A["default"].flatten() for layer in adapter_layers(model).values()])
+        return torch.cat([layer.adapters["default"].lora_A.flatten() for layer in adapter_layers(model).values()])
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
@@ -259,8 +348,8 @@ def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
 def test_start_values_have_the_stated_distribution():
     from minilora.lora.initialize import initial_factors
 
-    uniform, zero = initial_factors(True, 100, 400, 3, torch.Generator().manual_seed(0))
-    gaussian, _ = initial_factors("gaussian", 100, 400, 3, torch.Generator().manual_seed(0))
+    uniform, zero = initial_factors(True, (100, 400), (3, 100), torch.Generator().manual_seed(0))
+    gaussian, _ = initial_factors("gaussian", (100, 400), (3, 100), torch.Generator().manual_seed(0))
     assert uniform.abs().max() <= 400**-0.5
     n = uniform.numel()
     for drawn, variance, kurtosis in ((uniform, 1 / (3 * 400), 9 / 5), (gaussian, 1 / 100**2, 3)):
@@ -280,3 +369,27 @@ def test_dropout_draws_other_masks_for_another_step_layer_or_seed():
     first = branch(0, 0, 0)
     assert torch.equal(first, branch(0, 0, 0))
     assert not any(torch.equal(first, other) for other in (branch(1, 0, 0), branch(0, 1, 0), branch(0, 0, 1)))
+
+
+class Scaled(nn.Module):
+    """Like some models of transformers, it scales what a tied head is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        return self.head(hidden * 4**-0.5 if self.config.tie_word_embeddings else hidden)
+
+
+@pytest.mark.parametrize("target", ["head", "embedding"])
+def test_a_tie_that_the_model_computes_with_is_not_broken_by_a_merge(target):
+    model, ids = Scaled(), torch.arange(7)
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    before = model(ids)
+    with pytest.raises(ml.TargetError, match="Scaled computes otherwise"):
+        ml.merge(model)
+    assert torch.equal(model(ids), before)

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 
@@ -113,3 +114,11 @@ def test_a_batch_is_the_rows_end_to_end_and_no_target_crosses_from_one_to_the_ne
 @given(st.lists(examples(), min_size=1, max_size=5))
 def test_a_batch_learns_as_many_tokens_as_its_rows(rows):
     assert collate(rows, torch.device("cpu")).labelled == sum(row.labelled for row in rows)
+
+
+@given(st.lists(examples(), min_size=1, max_size=5))
+def test_classes_are_targets_of_their_own_tokens(rows):
+    rows = [replace(row, shift=0) for row in rows]
+    batch = collate(rows, torch.device("cpu"))
+    assert batch.targets.tolist() == [label for row in rows for label in row.labels]
+    assert batch.labelled == sum(row.labelled for row in rows)

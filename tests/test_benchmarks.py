@@ -13,7 +13,7 @@ import minilora as ml
 from tests.models import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where its files find each other, as scripts do
-measure, quantize = (importlib.import_module(name) for name in ("measure", "quantize"))
+adapters, measure, quantize = (importlib.import_module(name) for name in ("adapters", "measure", "quantize"))
 
 
 @pytest.fixture
@@ -77,3 +77,14 @@ def test_the_benchmark_prints_its_tables(directory, capsys):
     for head in (measure.RATIOS, quantize.MEMORY, quantize.SIZE):
         assert f"| {' | '.join(head)} |\n" in printed
     assert "14 linears" in printed
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_the_benchmark_of_adapters_prints_its_table(capsys):
+    pytest.importorskip("peft")
+    adapters.main(["--layers", "1", "--runs", "1"])
+    printed = capsys.readouterr().out
+    assert "7 linears, 8 adapters" in printed
+    for what in ("attach", "switch", "disable and enable", "load"):
+        assert f"| {what}, PEFT's time over ours |" in printed

@@ -18,7 +18,7 @@ from minilora import cli
 from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, read_config, use_config
 from minilora.cli.meter import Meter
 from minilora.lora.config import INITS
-from minilora.run import RunConfig
+from minilora.settings import RunConfig
 from minilora.storage import ASSETS
 from minilora.train.data import encode_rows
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
@@ -237,7 +237,6 @@ def test_an_unknown_flag_is_refused_and_the_right_one_named_also_for_users_of_ot
         (["finetune", "--seed=1", "--seed", "1"], "--seed is given twice"),
         (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj' is one word too many; several values"),
         (["finetune", "--bf16", "true"], "--bf16 is unknown; --dtype bfloat16 is what there is"),
-        (["finetune", "--use-dora"], "--use-dora is unknown; it is not supported"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?"),
         (["inspect"], "usage: minilora inspect PATH [flags]"),
         (["eval"], "usage: minilora eval --data DATA [flags]"),
@@ -512,7 +511,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
         (
             "finetune --model=model --data=data --target-modules=q_prj",
-            "no linear module matches target_modules 'q_prj'",
+            "no module that can be adapted matches target_modules 'q_prj'",
         ),
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),
         (

@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.model.generate import generate
 from minilora.model.ops import IGNORE_INDEX
-from minilora.train import evaluate
-from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss, measure_drift
+from minilora.train import evaluate, objective
+from minilora.train.evaluate import (
+    choice_accuracy,
+    evaluate_classes,
+    exact_match,
+    find_choices,
+    held_out_loss,
+    measure_drift,
+)
 from tests.models import seeds, tiny_model
+from tests.test_classifier import tiny_classifier
 from tests.test_data import write_tokenizer
 from tests.test_loop import adapted, number, plain_loss, random_rows
 from tests.tolerance import assert_maths
@@ -30,7 +38,7 @@ def row(prompt, answer):
 def measured(budget, function, *args):
     """The result with so many tokens in a forward pass."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "EVAL_TOKENS", budget)
+        patch.setattr(objective, "EVAL_TOKENS", budget)
         return function(*args)
 
 
@@ -230,3 +238,48 @@ def test_measuring_and_generating_leave_the_mode_as_it_was(is_training):
     choice_accuracy(model, examples, [(1,), (2,)])
     generate(model, [[1, 2]], max_new_tokens=2)
     assert all(module.training == is_training for module in model.modules())
+
+
+# --- classes ---
+
+
+def class_rows(seed, count):
+    """Rows of random tokens, each of which has a class of three, or none."""
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        length = draw.randint(1, 9)
+        labels = draw.choices([0, 1, 2, IGNORE_INDEX], k=length)
+        labels[-1] = draw.randint(0, 2)
+        found.append(ml.Example(draw.choices(range(61), k=length), labels, f"row {i}", shift=0))
+    return found
+
+
+@few
+@given(seeds, budgets, st.integers(1, 6))
+def test_a_classifier_is_measured_token_by_token_and_its_loss_is_that_of_held_out_text(seed, budget, count):
+    model, rows = tiny_classifier("token", seed=seed), class_rows(seed, count)
+    found = measured(budget, evaluate_classes, model, rows)
+    counts, loss = [[0] * 3 for _ in range(3)], []
+    for row in rows:
+        for scores, label in zip(model(torch.tensor([row.tokens]))[0].tolist(), row.labels, strict=True):
+            if label != IGNORE_INDEX:
+                counts[label][scores.index(max(scores))] += 1
+                loss.append(math.log(math.fsum(math.exp(score - scores[label]) for score in scores)))
+    assert [list(row) for row in found.confusion.counts] == counts
+    assert found.confusion.labels == model.labels
+    assert_maths(number(found.loss), number(math.fsum(loss) / len(loss)))
+    assert_maths(number(measured(budget, held_out_loss, model, rows)), number(found.loss))
+    assert found.accuracy == found.record()["accuracy"] == sum(counts[i][i] for i in range(3)) / len(loss)
+
+
+def test_without_rows_a_classifier_has_no_scores():
+    found = evaluate_classes(tiny_classifier("token"), [])
+    assert (found.loss, found.accuracy, found.record()) == (None, None, {"loss": None, "accuracy": None})
+
+
+def test_progress_counts_the_rows_that_are_classified():
+    told = []
+    measured(20, evaluate_classes, tiny_classifier("token"), class_rows(3, 7), lambda *counts: told.append(counts))
+    assert len(told) > 1
+    assert told[-1] == (7, 7)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +7,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.lora.attach import adapter_layers
 from minilora.lora.files import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.lora.find import adapter_layers
 from minilora.storage import write_tensors
-from tests.models import FAMILIES, randomize_adapters_, scales, seeds, tiny_model, token_ids
-from tests.tolerance import assert_parity
+from tests.models import (
+    CONFIGS,
+    FAMILIES,
+    WHOLE,
+    randomize_adapters_,
+    scales,
+    seeds,
+    tiny_model,
+    token_ids,
+    train_a_little,
+)
+from tests.tolerance import PARITY, relative
 
 IDS = token_ids(3, 2, 7)
-GOLDEN = Path(__file__).parent / "golden" / "adapters"
 
 
 def saved(directory, family="llama", seed=0, **config):
@@ -74,11 +82,54 @@ def test_what_was_saved_loads_equal_and_saves_the_same_bytes(tmp_path_factory, f
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
-def test_adapters_that_peft_wrote_have_the_logits_that_peft_computed(case):
+@pytest.mark.parametrize("case", CONFIGS)
+def test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes(tmp_path, case):
+    model = tiny_model(WHOLE, dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **CONFIGS[case]}))
+    train_a_little(model, IDS)
+    ml.save_adapter(model, tmp_path / "first")
+    again = tiny_model(WHOLE, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
+    ml.load_adapter(again, tmp_path / "first")
+    assert torch.equal(again(IDS), model(IDS))
+    ml.save_adapter(again, tmp_path / "second")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    with ml.disable_adapter(again):
+        assert torch.equal(again(IDS), tiny_model(WHOLE, dtype=torch.float32)(IDS))
+    ml.detach(again)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_no_weight_is_in_the_file_but_what_was_trained_in_full(tmp_path, case):
+    model = tiny_model(WHOLE, dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **CONFIGS[case]}))
+    ml.save_adapter(model, tmp_path)
+    doubled = 2 if "start_A" in str([name for name, _ in model.named_buffers()]) else 1
+    trained = sum(
+        doubled ** (name.rpartition(".")[2] in ("lora_A", "lora_B")) * p.numel()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    )
+    assert sum(tensor.numel() for tensor in load_file(tmp_path / WEIGHTS_FILE).values()) == trained
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_began_as_a_part_of_the_weights_is_a_plain_adapter_of_twice_the_rank(tmp_path, init):
     model = tiny_model(dtype=torch.float32)
-    ml.load_adapter(model, GOLDEN / case)
-    assert_parity(model(IDS), load_file(GOLDEN / case / "logits.safetensors")["logits"])
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, init_lora_weights=init))
+    train_a_little(model, IDS)
+    ml.save_adapter(model, tmp_path)
+    values, tensors = json.loads((tmp_path / CONFIG_FILE).read_text()), load_file(tmp_path / WEIGHTS_FILE)
+    assert (values["r"], values["lora_alpha"], values["init_lora_weights"]) == (6, 42, True)
+    name = "model.layers.2.mlp.up_proj"
+    layer, (A, B) = (
+        adapter_layers(model)[name],
+        (tensors[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "AB"),
+    )
+    assert (A.shape, B.shape) == ((6, 24), (40, 6))
+    assert relative(layer.base.weight.double() + 7 * B @ A, layer.merged_weight(), PARITY) < 1
 
 
 @pytest.mark.parametrize(
@@ -95,8 +146,8 @@ def test_patterns_survive_the_file_in_their_order(tmp_path, rank_pattern, alpha_
     ml.load_adapter(again, tmp_path)
     assert torch.equal(again(IDS), model(IDS))
     ours, theirs = adapter_layers(model), adapter_layers(again)
-    assert {path: layer.scales for path, layer in ours.items()} == {
-        path: layer.scales for path, layer in theirs.items()
+    assert {path: layer.adapters["default"].scale for path, layer in ours.items()} == {
+        path: layer.adapters["default"].scale for path, layer in theirs.items()
     }
 
 
@@ -105,7 +156,9 @@ def test_the_layout_is_peft_s(tmp_path):
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     assert len(tensors) == 2 * 2 * 4
-    assert torch.equal(tensors[f"{prefix}.lora_A.weight"], model.model.layers[0].self_attn.q_proj.lora_A["default"])
+    assert torch.equal(
+        tensors[f"{prefix}.lora_A.weight"], model.model.layers[0].self_attn.q_proj.adapters["default"].lora_A
+    )
     assert tensors[f"{prefix}.lora_B.weight"].shape == (24, 3)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert list(config) == sorted(config)
@@ -132,7 +185,7 @@ def test_a_loaded_adapter_is_active_and_frozen_unless_it_is_to_be_trained(tmp_pa
     ml.load_adapter(model, tmp_path)
     assert ml.count_parameters(model).trainable == 0
     ml.load_adapter(model, tmp_path, name="second", trainable=True)
-    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"second"}
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"second"}
     assert all(layer.active == ("second",) for layer in adapter_layers(model).values())
 
 
@@ -141,7 +194,7 @@ def test_a_bfloat16_file_becomes_float32_on_a_bfloat16_base(tmp_path):
     save_file({k: v.bfloat16() for k, v in load_file(tmp_path / WEIGHTS_FILE).items()}, tmp_path / WEIGHTS_FILE)
     other = tiny_model(dtype=torch.bfloat16)
     ml.load_adapter(other, tmp_path)
-    theirs, ours = (adapter_layers(m)["model.layers.0.mlp.up_proj"].lora_A["default"] for m in (model, other))
+    theirs, ours = (adapter_layers(m)["model.layers.0.mlp.up_proj"].adapters["default"].lora_A for m in (model, other))
     assert ours.dtype == torch.float32
     assert torch.equal(ours, theirs.bfloat16().float())
 
@@ -184,7 +237,7 @@ def test_loading_onto_other_shapes_names_both(tmp_path):
 def test_loading_onto_another_architecture_names_what_is_not_there(tmp_path):
     saved(tmp_path)
     model = tiny_model("phi3", dtype=torch.float32)
-    with pytest.raises(ml.TargetError, match=r"q_proj: the model has no such linear(.|\n)*and 10 more"):
+    with pytest.raises(ml.TargetError, match=r"q_proj: the model has no such layer(.|\n)*and 10 more"):
         ml.load_adapter(model, tmp_path)
     assert not adapter_layers(model)
 
@@ -193,12 +246,21 @@ def test_loading_onto_another_architecture_names_what_is_not_there(tmp_path):
     "change",
     [
         {"use_dora": True},
-        {"bias": "all"},
+        {"bias": "some"},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": "lm_head"},
+        {"modules_to_save": [r"lm_.*"]},
         {"lora_bias": True},
-        {"fan_in_fan_out": True},
+        {"trainable_token_indices": [3, 4]},
+        {"trainable_token_indices": [-1]},
+        {"trainable_token_indices": {"embed_tokens": "3"}},
+        {"target_parameters": [r"up_proj\.(weight)"]},
+        {"target_parameters": "up_proj.weight"},
+        {"task_type": "CHESS"},
+        {"use_dora": "yes"},
         {"peft_type": "IA3"},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "corda"},
         {"auto_map": {"AutoModel": "evil.py"}},
         {"alpha_pattern": {r"([a-z0-9_.]+)+!": 3}},
         {"rank_pattern": ["q_proj"]},
@@ -211,6 +273,14 @@ def test_a_config_that_asks_for_more_is_refused_by_key(tmp_path, change):
     edit(tmp_path, **change)
     with pytest.raises(ml.FormatError, match=rf"{CONFIG_FILE}(.|\n)*{next(iter(change))}"):
         ml.load_adapter(tiny_model(dtype=torch.float32), tmp_path)
+
+
+def test_biases_that_there_are_none_of_are_not_missed(tmp_path):
+    model = saved(tmp_path)
+    edit(tmp_path, bias="all")
+    other = tiny_model(dtype=torch.float32)
+    ml.load_adapter(other, tmp_path)
+    assert torch.equal(other(IDS), model(IDS))
 
 
 def test_an_unknown_key_that_says_nothing_is_accepted(tmp_path):
@@ -278,3 +348,132 @@ def test_a_factor_that_is_there_twice_is_refused(tmp_path):
     save_file({**tensors, name.replace(".weight", ".other.weight"): tensors[name] + 1}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(ml.FormatError, match="more than one"):
         ml.load_adapter(tiny_model(dtype=torch.float32), tmp_path)
+
+
+def renamed(old, new, change=lambda tensor: tensor):
+    """What a tensor is called instead, and what it holds then."""
+    return lambda name, tensor: (name.replace(old, new), change(tensor) if old in name else tensor)
+
+
+def shaped(end, change):
+    return lambda name, tensor: (name, change(tensor) if name.endswith(end) else tensor)
+
+
+def beside(end, more, change=lambda tensor: tensor.clone()):
+    """One more tensor, made of one that there is."""
+    return lambda name, tensor: (name, tensor) if not name.endswith(end) else (name, tensor, more, change(tensor))
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj"
+E = "base_model.model.model.embed_tokens"
+HOSTILE = {
+    "a magnitude too short": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[1:].clone()), "magnitude"),
+    "a magnitude of a column": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[:, None].clone()), "q_proj"),
+    "a factor that is a number": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t.sum()), r"q_proj.lora_A.*\(\)"),
+    "factors of no rank": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t[:0].clone()), r"q_proj.lora_A.*\(0, "),
+    "one magnitude missing": ("DoRA", renamed("1.self_attn.q_proj.lora_magnitude_vector", "1.x.y"), "1.x.y"),
+    "a bias of B too long": ("a bias of B", shaped("q_proj.lora_B.bias", lambda t: t.repeat(2)), "q_proj.*lora_bias"),
+    "a bias of A": ("a bias of B", renamed("q_proj.lora_B.bias", "q_proj.lora_A.bias"), "q_proj.lora_A.bias"),
+    "a bias of another size": ("all biases", shaped("up_proj.bias", lambda t: t[:3].clone()), r"up_proj\.bias.*\(3,\)"),
+    "a bias of an adapted layer": (
+        "all biases",
+        shaped(f"{Q}.base_layer.bias"[10:], lambda t: t[:3].clone()),
+        "q_proj",
+    ),
+    "a weight as a bias": ("all biases", renamed("up_proj.bias", "up_proj.weight"), "up_proj.weight"),
+    "a head of another size": (
+        "the head in full",
+        shaped("head.weight", lambda t: t[:5].clone()),
+        r"lm_head.*\(5, 24\)",
+    ),
+    "another name in a copy": ("the head in full", renamed("head.weight", "head.evil"), "lm_head"),
+    "a module of no name": ("the head in full", renamed("lm_head.weight", "weight"), "weight"),
+    "rows too few": ("rows of tokens", shaped("tokens_delta", lambda t: t[:2].clone()), r"embed_tokens.*\(2, 24\)"),
+    "rows too narrow": (
+        "rows of tokens",
+        shaped("tokens_delta", lambda t: t[:, :2].clone()),
+        r"embed_tokens.*\(3, 2\)",
+    ),
+    "rows of a linear": ("rows of tokens", renamed("model.embed_tokens", "model.layers.1.mlp.up_proj"), "up_proj"),
+    "rows of a norm": ("rows of tokens", renamed("model.embed_tokens", "model.norm"), "norm"),
+    "rows and a magnitude": (
+        "rows of tokens",
+        beside("tokens_delta", f"{E}.lora_magnitude_vector", lambda t: t[0].clone()),
+        "embed_tokens",
+    ),
+    "a matrix for a stack": ("a parameter", shaped("up_proj.lora_A.weight", lambda t: t[None].clone()), "up_proj"),
+    "a stack's bias": ("a parameter", beside("up_proj.lora_A.weight", f"{Q[:-16]}mlp.up_proj.lora_B.bias"), "up_proj"),
+    "a wrapper too deep": ("a parameter", renamed("up_proj.lora", "up_proj.base_layer.lora"), "up_proj"),
+    "an embedding's A too wide": (
+        "the embedding adapted",
+        shaped("embedding_A", lambda t: t.repeat(1, 2)),
+        "embed_tok",
+    ),
+    "an embedding's bias": (
+        "the embedding adapted",
+        beside("embedding_A", f"{E}.lora_B.bias", lambda t: t[0].clone()),
+        "embed",
+    ),
+    "another embedding's factors": ("the embedding adapted", renamed("embed_tokens", "layers.1.mlp"), "mlp"),
+    **{
+        f"a number that is none, {end}": (case, shaped(end, lambda t: t * torch.inf), f"{end} is .*not finite")
+        for case, end in (
+            ("DoRA", "q_proj.lora_magnitude_vector"),
+            ("a bias of B", "q_proj.lora_B.bias"),
+            ("all biases", "up_proj.bias"),
+            ("the head in full", "lm_head.weight"),
+            ("rows of tokens", "trainable_tokens_delta"),
+            ("a parameter", "up_proj.lora_A.weight"),
+            ("the embedding adapted", "lora_embedding_B"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_file_that_does_not_fit_is_refused_by_name_and_the_model_stays_as_it_is(tmp_path, case):
+    config, change, named = HOSTILE[case]
+    model = tiny_model(WHOLE, dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **CONFIGS[config]}))
+    ml.save_adapter(model, tmp_path)
+    before = load_file(tmp_path / WEIGHTS_FILE)
+    changed = [change(name, tensor) for name, tensor in before.items()]
+    tensors = {each[i]: each[i + 1].contiguous() for each in changed for i in range(0, len(each), 2)}
+    assert {name: tuple(t.shape) for name, t in tensors.items()} != {
+        name: tuple(t.shape) for name, t in before.items()
+    } or (any(not tensor.isfinite().all() for tensor in tensors.values())), "nothing was changed"
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    other = tiny_model(WHOLE, dtype=torch.float32)
+    with pytest.raises(ml.MiniloraError, match=rf"(?s){named}"):
+        ml.load_adapter(other, tmp_path)
+    assert not adapter_layers(other)
+    assert torch.equal(other(IDS), tiny_model(WHOLE, dtype=torch.float32)(IDS))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [[7, 2], [7, 2, 2], [7, 2, 61], {"embed_tokens": [7, 2]}, {r"embed_\w+": [7, 2, 40]}, {"norm": [7, 2, 40]}],
+)
+def test_rows_of_other_tokens_than_the_config_s_are_refused(tmp_path, wanted):
+    model = tiny_model(WHOLE, dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(**CONFIGS["rows of tokens"]))
+    ml.save_adapter(model, tmp_path)
+    edit(tmp_path, trainable_token_indices=wanted)
+    with pytest.raises(ml.MiniloraError, match=r"embed_tokens|trainable_token_indices"):
+        ml.load_adapter(tiny_model(WHOLE, dtype=torch.float32), tmp_path)
+
+
+def test_where_only_some_layers_have_a_start_each_is_written_with_its_own_rank_and_scale(tmp_path):
+    """PEFT takes "olora" for True on an embedding, so only the linears of such a file begin in the weights."""
+    fields = {"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"q_proj": 2}, "use_rslora": True}
+    model = saved(tmp_path, **fields)
+    for layer in adapter_layers(model).values():
+        layer.adapters["default"].lora_A.data.add_(0.1)
+    ml.save_adapter(model, tmp_path)
+    edit(tmp_path, init_lora_weights="olora")
+    model = tiny_model(dtype=torch.float32)
+    ml.load_adapter(model, tmp_path)
+    ml.save_adapter(model, tmp_path / "again")
+    other = tiny_model(dtype=torch.float32)
+    ml.load_adapter(other, tmp_path / "again")
+    assert relative(other(IDS), model(IDS), PARITY) <= 1

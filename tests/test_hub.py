@@ -405,3 +405,9 @@ print(minilora.load_model("org/tiny").name_or_path)
 def test_a_fetch_is_silent_where_there_is_no_terminal(hub, models, capfd):
     fetch("org/tiny", "model")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_is_given_as_an_adapter_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ml.FormatError, match="is a model and no adapter"):
+        fetch(tmp_path, "adapter")

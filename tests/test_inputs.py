@@ -19,10 +19,10 @@ def directory(tmp_path_factory):
     return directory
 
 
-def load(path, directory, seed=0, training=None, **reading):
+def load(path, directory, seed=0, training=None, unit=None, labels=(), **reading):
     tokenizer = ml.load_tokenizer(directory / "model")
     training = ml.TrainConfig(seed=seed, **(training or {}))
-    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), training)
+    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), training, unit, labels)
 
 
 def sources(rows):
@@ -101,3 +101,29 @@ def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(
     chat = write_tokenizer(tmp_path / "chat", template=CHATML, eos=CLOSE)
     data = load_data([str(tmp_path / "rows.jsonl")], chat, ml.DataConfig(), ml.TrainConfig())
     assert data.tokenizer.template.source == CHATML
+
+
+# --- classes ---
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_labels_are_those_of_the_training_rows_and_of_those_that_are_held_out_of_them(directory, tmp_path):
+    labels = ["d", "b", "a", "c"]
+    write_lines(tmp_path / "train.jsonl", [{"text": "the cat", "label": label} for label in labels])
+    data = load(tmp_path, directory, unit="sequence", eval_split=0.5)
+    assert data.labels == ("a", "b", "c", "d")
+    assert (len(data.train), len(data.test), data.choices) == (2, 2, None)
+    assert sorted(row.labels[-1] for row in [*data.train, *data.test]) == [0, 1, 2, 3]
+    write_lines(tmp_path / "test.jsonl", [{"text": "the cat", "label": "e"}])
+    with pytest.raises(ml.DataError, match=r"test\.jsonl:1: label: found 'e'"):
+        load(tmp_path, directory, unit="sequence")
+
+
+def test_labels_that_are_known_keep_their_order(directory, tmp_path):
+    write_lines(tmp_path / "rows.jsonl", [{"tokens": ["the", "cat"], "labels": ["b", "a"]}] * 2)
+    data = load(tmp_path / "rows.jsonl", directory, unit="token", labels=("b", "c", "a"))
+    assert data.labels == ("b", "c", "a")
+    assert [label for label in data.train[0].labels if label >= 0] == [0, 2]

@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.lora.attach import adapter_layers
+from minilora.lora.find import adapter_layers
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train.config import COUNTS
 from minilora.train.evaluate import held_out_loss
-from minilora.train.loop import learning_rate
+from minilora.train.optimizer import learning_rate
 from tests.models import FAMILIES, bases, four_bit, randomize_adapters_, seeds, tiny_model
 from tests.tolerance import MATHS, assert_maths, relative
 
@@ -324,7 +324,7 @@ def break_loss(model):
 
 
 def break_weight(model):
-    model.model.layers[1].self_attn.q_proj.lora_A["default"].data[1, 1] = math.inf
+    model.model.layers[1].self_attn.q_proj.adapters["default"].lora_A.data[1, 1] = math.inf
     return "first bad: output of model.layers.1.self_attn.q_proj;"
 
 
@@ -334,9 +334,9 @@ def break_embedding(model):
 
 
 def break_gradient(model, value=math.nan):
-    factor = model.model.layers[1].self_attn.v_proj.lora_B["default"]
+    factor = model.model.layers[1].self_attn.v_proj.adapters["default"].lora_B
     factor.register_hook(lambda gradient: gradient * value)
-    return "first bad: gradient of model.layers.1.self_attn.v_proj.lora_B.default;"
+    return "first bad: gradient of model.layers.1.self_attn.v_proj.adapters.default.lora_B;"
 
 
 def break_gradient_by_infinity(model):
@@ -379,9 +379,9 @@ def test_no_examples_are_refused():
         ml.train(adapted(), [])
 
 
-def test_a_model_without_a_trainable_adapter_is_refused():
-    with pytest.raises(ml.TrainingError, match="attach one first"):
-        ml.train(tiny_model(), random_rows(14, 2))
+def test_a_model_of_another_kind_needs_a_loss():
+    with pytest.raises(ml.TrainingError, match=r"Linear: .* give loss="):
+        ml.train(torch.nn.Linear(2, 2), random_rows(14, 2))
 
 
 # --- evaluation on the way ---
@@ -413,7 +413,7 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_chan
         *((ml.TrainConfig, name, -1) for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed")),
         *(
             (ml.TrainConfig, name, value)
-            for name in ("learning_rate", "epochs")
+            for name in ("learning_rate", "epochs", "loraplus_lr_ratio")
             for value in (0, -1.0, math.inf, math.nan)
         ),
         *((ml.TrainConfig, name, "other") for name in ("lr_scheduler", "keep", "recompute")),

@@ -1,14 +1,97 @@
+import argparse
+import dataclasses
+import time
+
 import pytest
 
 from minilora import ConfigError, LoraConfig, TargetError
-from minilora.lora.config import select_targets
+from minilora.cli.flags import RENAMED, add_flags, from_flags
+from minilora.lora.config import is_target, select_parameters, select_saved, select_targets
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]
 
 
-def chosen(**fields):
-    return select_targets(LINEARS, LoraConfig(**fields), head="lm_head")
+OTHERS = ["model.embed_tokens", "model.stem.0"]
+PARAMETERS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(12) for name in ("gate_up_proj", "down_proj")]
+MODULES = [
+    "",
+    "model",
+    "model.layers",
+    "model.layers.0",
+    "head",
+    "head_norm",
+    "lm_head",
+    "classifier",
+    "classifier.out_proj",
+]
+
+# What PEFT's own tests hold for these: path, target_modules, layers_to_transform, layers_pattern.
+Q_PROJ = "transformer.h.1.attn.attention.q_proj"
+MEANT = [
+    ("foo", ["foo"], None, None),
+    ("foo", ["foo", "bar"], None, None),
+    ("foo", "foo", None, None),
+    ("foo", ".*oo", None, None),
+    ("foo", "fo.*", None, None),
+    ("foobar", ".*oba.*", None, None),
+    ("foo.bar.1.baz", ["baz"], [1], ["bar"]),
+    ("foo.bar.1.baz", ["baz"], [0, 1, 2], ["bar"]),
+    ("foo.bar.1.baz", ["baz", "spam"], [1], ["bar"]),
+    ("foo.bar.1.baz", ["baz", "spam"], [0, 1, 2], ["bar"]),
+    *(("foo.whatever.1.baz", ["baz"], [1], nothing) for nothing in ([], "", None)),
+    (Q_PROJ, ["q_proj"], None, []),
+    (Q_PROJ, ["q_proj", "v_proj"], None, []),
+    (Q_PROJ, ["q_proj"], [1], ["h"]),
+    (Q_PROJ, ["q_proj"], [0, 1, 2], ["h"]),
+    (Q_PROJ, ["q_proj", "v_proj"], [0, 1, 2], ["h"]),
+    ("foo.bar.q_proj", ["q_proj"], None, []),
+    ("foo.bar.001.baz", ["baz"], [1], ["bar"]),
+    ("foo.bar.1.spam.2.baz", ["baz"], [1], ["bar"]),
+    ("bar.1.baz", ["baz"], [1], ["bar"]),  # since 0.21 also at the root
+    ("blocks.1.weight", ["weight"], [1], ["blocks"]),
+    ("mlp.blocks.1.weight", ["weight"], [1], ["blocks"]),
+    ("model.layers.1.experts.0.up", ["up"], [1], None),
+]
+NOT_MEANT = [
+    ("", [], None, None),
+    ("", ["foo"], None, None),
+    ("foo", [], None, None),
+    ("foo", ["bar"], None, None),
+    ("foo", ".*bar.*", None, None),
+    *(("foo.bar.1.baz", ["baz"], [number], ["bar"]) for number in (0, 2)),
+    *(("foo.bar.10.baz", ["baz"], [number], ["bar"]) for number in (0, 1)),
+    *(("foo.whatever.1.baz", ["baz"], [0], nothing) for nothing in ([], "", None)),
+    (f"{Q_PROJ}.foo", ["q_proj"], None, []),
+    (Q_PROJ, [], None, []),
+    ("transformer.h.1.attn.attention.resid_dropout", ["q_proj", "v_proj"], None, []),
+    *((Q_PROJ, ["q_proj"], [number], ["h"]) for number in (0, 2)),
+    *(("foo.bar.1.baz", ["baz"], [1], [other]) for other in ("foo", "baz")),
+    ("foo.bar.2.spam.1.baz", ["baz"], [1], ["bar"]),
+    *((f"{root}blocks.1.bias", ["weight"], [1], ["blocks"]) for root in ("", "mlp.")),
+    ("model.layers.1.experts.0.up", ["up"], [0], None),
+]
+
+
+def chosen(linears=LINEARS, **fields):
+    return select_targets(linears, LoraConfig(**fields), head="lm_head", others=OTHERS)
+
+
+def named(targets, layers, pattern):
+    """The fields, as PEFT's tests give them: a pattern also where there are no layers."""
+    return {"target_modules": targets} | (
+        {"layers_to_transform": layers, "layers_pattern": pattern} if layers is not None else {}
+    )
+
+
+@pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in MEANT])
+def test_names_mean_what_they_mean_to_peft(path, names):
+    assert is_target(path, LoraConfig(**named(*names)))
+
+
+@pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in NOT_MEANT])
+def test_names_mean_nothing_else(path, names):
+    assert not is_target(path, LoraConfig(**named(*names)))
 
 
 # name, fields -> how many of LINEARS are meant, or which
@@ -35,10 +118,35 @@ RULES = {
         {"target_modules": ["q_proj", "up"], "layers_to_transform": [1]},
         ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up", "model.experts.1.layers.0.up"],
     ),
+    "no layers, all layers": (
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        [p for p in LINEARS if p.endswith("q_proj")],
+    ),
     "layers by a named list": (
         {"target_modules": ["up"], "layers_to_transform": 0, "layers_pattern": "layers"},
         ["model.layers.0.mlp.up", "model.experts.1.layers.0.up"],
     ),
+    "what all-linear leaves alone, by name": (
+        {"target_modules": ["embed_tokens", "stem.0"]},
+        OTHERS,
+    ),
+    "the same by regex": ({"target_modules": r".*embed.*|.*\.1\.mlp\..*"}, ["model.layers.1.mlp.up", OTHERS[0]]),
+    "nothing that is trained in full, nor below it": (
+        {"modules_to_save": ["model.layers", "lm_head"]},
+        ["model.experts.1.layers.0.up"],
+    ),
+    "but not what only ends or starts like it": ({"modules_to_save": ["head", "model.layers.1.mlp.u"]}, LINEARS[:-1]),
+    "no classifier of a classifier": (
+        {"linears": ["up", "score", "classifier.dense", "pre_score"], "task_type": "SEQ_CLS"},
+        ["up", "pre_score"],
+    ),
+    "any classifier of another model": (
+        {"linears": ["up", "score", "classifier.dense"]},
+        ["up", "score", "classifier.dense"],
+    ),
+    "nothing, if that is asked for": ({"target_modules": [], "modules_to_save": ["head"]}, []),
+    "nothing, if there are parameters to adapt": ({"target_modules": None, "target_parameters": ["down"]}, []),
+    "nothing, if there are tokens to train": ({"target_modules": (), "trainable_token_indices": [1]}, []),
     "layers hold for full paths too": (
         {"target_modules": ["model.layers.1.mlp.up", "model.layers.2.mlp.up"], "layers_to_transform": [2]},
         ["model.layers.2.mlp.up"],
@@ -65,10 +173,12 @@ def test_target_modules_means(rule):
         {"target_modules": ["q_proj"], "layers_to_transform": [99]},
         {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0, 99]},
         {"target_modules": []},
+        {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["model"]},  # which is no module that can be adapted
     ],
 )
 def test_what_matches_nothing_is_an_error_that_lists_what_there_is(fields):
-    with pytest.raises(TargetError, match=r"\['lm_head', 'q_proj', 'up', 'v_proj'\]"):
+    with pytest.raises(TargetError, match=r"\['0', 'embed_tokens', 'lm_head', 'q_proj', 'up', 'v_proj'\]"):
         chosen(**fields)
 
 
@@ -90,6 +200,14 @@ def test_the_first_key_of_a_pattern_that_matches_counts():
     assert config.alpha("model.layers.1.self_attn.v_proj") == 16
 
 
+def test_a_rank_for_each_of_many_layers_is_found_without_compiling_each_key_again():
+    paths = [f"layers.{i}.up" for i in range(600)]  # more than the module `re` remembers
+    config = LoraConfig(rank_pattern={f"^{path}": 2 + i % 7 for i, path in enumerate(paths)})
+    begin = time.process_time()
+    assert [config.rank(path) for path in paths] == [2 + i % 7 for i in range(600)]
+    assert time.process_time() - begin < 4  # it took 16 s
+
+
 def test_all_bad_values_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         LoraConfig(r=0, lora_alpha=-1, lora_dropout=1.0, init_lora_weights="pizza", rank_pattern={"(": 1.5})
@@ -101,3 +219,108 @@ def test_all_bad_values_are_told_at_once():
 def test_fields_that_need_each_other(fields):
     with pytest.raises(ConfigError, match="needs"):
         LoraConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        (["head"], ["head"]),  # and not lm_head
+        (["layers", "model"], ["model"]),  # once, not also what it holds
+        (["classifier", "out_proj"], ["classifier"]),
+        (["head_norm", "head"], ["head", "head_norm"]),
+    ],
+)
+def test_modules_to_save_are_names_or_the_ends_of_paths(entries, found):
+    assert select_saved(MODULES, LoraConfig(modules_to_save=entries)) == found
+
+
+def test_the_head_of_a_classifier_is_trained_in_full():
+    config = LoraConfig(task_type="TOKEN_CLS", modules_to_save=["lm_head"])
+    assert select_saved(MODULES, config) == ["lm_head", "classifier"]
+    assert select_saved(["model"], LoraConfig(task_type="TOKEN_CLS")) == []
+    named = LoraConfig(task_type="TOKEN_CLS", modules_to_save=["classifier", "score"])  # as PEFT's files do
+    assert select_saved(MODULES, named) == ["classifier"]
+
+
+def test_a_module_to_save_that_is_nowhere_is_an_error_that_lists_what_there_is():
+    with pytest.raises(TargetError, match=r"\['heads'\].*'classifier', 'head', 'head_norm', 'layers', 'lm_head'"):
+        select_saved(MODULES, LoraConfig(modules_to_save=["head", "heads"]))
+
+
+def test_target_parameters_are_full_names_or_the_ends_of_them():
+    config = LoraConfig(target_parameters=["experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"])
+    found = select_parameters(PARAMETERS, config)
+    assert found == [PARAMETERS[0], PARAMETERS[2], PARAMETERS[3], *PARAMETERS[4::2]]
+    saved = dataclasses.replace(config, modules_to_save=["model.layers.0.mlp"])
+    assert select_parameters(PARAMETERS, saved) == found[1:]
+
+
+def test_a_target_parameter_that_is_nowhere_is_an_error_that_lists_what_there_is():
+    with pytest.raises(TargetError, match=r"\['up_proj'\].*\['experts.down_proj', 'experts.gate_up_proj'\]"):
+        select_parameters(PARAMETERS, LoraConfig(target_parameters=["down_proj", "up_proj"]))
+
+
+def test_patterns_hold_for_parameters_too():
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["down_proj"], rank_pattern={"down_proj": 3})
+    assert select_targets(LINEARS, config, parameters=select_parameters(PARAMETERS, config)) == LINEARS[:36:3]
+    assert config.rank(PARAMETERS[1]) == 3
+    with pytest.raises(TargetError, match="no adapted module matches rank_pattern 'down_proj'"):
+        select_targets(LINEARS, config)
+
+
+def test_a_parameter_is_not_adapted_twice():
+    with pytest.raises(TargetError, match=r"model.layers.1.mlp.up.weight is in target_parameters and its module in"):
+        select_targets(LINEARS, LoraConfig(), parameters=["model.layers.1.mlp.up.weight"])
+
+
+FLAGS = {
+    "r": ("5", 5),
+    "lora_alpha": ("7.5", 7.5),
+    "lora_dropout": ("0.1", 0.1),
+    "target_modules": ("q_proj, v_proj", ("q_proj", "v_proj")),
+    "exclude_modules": (r".*\.0\..*", r".*\.0\..*"),
+    "layers_to_transform": ("1,3", (1, 3)),
+    "layers_pattern": ("layers, h", ("layers", "h")),
+    "rank_pattern": ('{"q_proj": 3}', {"q_proj": 3}),
+    "alpha_pattern": ('{"q_proj": 3.5}', {"q_proj": 3.5}),
+    "use_rslora": (None, True),
+    "use_dora": (None, True),
+    "init_lora_weights": ("pissa_niter_4", "pissa_niter_4"),
+    "bias": ("lora_only", "lora_only"),
+    "lora_bias": (None, True),
+    "modules_to_save": ("lm_head,model.embed_tokens", ("lm_head", "model.embed_tokens")),
+    "trainable_token_indices": ("5, 7", (5, 7)),
+    "target_parameters": ("experts.down_proj", ("experts.down_proj",)),
+    "fan_in_fan_out": (None, True),
+    "task_type": ("SEQ_CLS", "SEQ_CLS"),
+}
+NEEDED = {
+    "layers_to_transform": ["--target-modules=q_proj"],
+    "layers_pattern": ["--target-modules=q_proj", "--layers-to-transform=0"],
+}
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(parser, LoraConfig, "adapter")
+    return from_flags(LoraConfig, vars(parser.parse_args(words)))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LoraConfig)])
+def test_every_field_has_a_flag_that_gives_it(name):
+    text, value = FLAGS[name]
+    word = f"--{RENAMED.get(name, name).replace('_', '-')}"
+    assert getattr(parsed(*NEEDED.get(name, []), word if text is None else f"{word}={text}"), name) == value
+
+
+def test_tokens_may_be_those_of_a_named_module():
+    found = parsed('--trainable-token-indices={"embed_tokens": [3, 4]}').trainable_token_indices
+    assert found == {"embed_tokens": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    "word", ["--trainable-token-indices=a", "--trainable-token-indices={", "--task=X", "--layers-to-transform=a"]
+)
+def test_a_value_that_is_none_is_refused(word):
+    with pytest.raises((argparse.ArgumentError, ConfigError)):
+        parsed(word)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
-from minilora.lora.attach import adapter_layers
+from minilora.lora.find import adapter_layers
 from minilora.model import ops
 from minilora.train import diagnose, memory
 from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
@@ -24,12 +24,18 @@ from tests.test_loop import random_rows
 CPU = torch.device("cpu")
 LENGTHS, LABELLED = [7, 5, 9], 11
 MODES = [(kind, dtype) for kind in ("lora", "qlora") for dtype in (torch.float32, torch.bfloat16)]
+MODES += [("full", torch.float32), ("some", torch.float32)]
 
 
 def adapted(family="llama", kind="lora", dtype=torch.float32, vocab_size=61, **config):
     model = tiny_model(family, dtype=dtype, vocab_size=vocab_size)
     if kind == "qlora":
         four_bit(model)
+    if kind == "full":
+        return model
+    if kind == "some":
+        config = {"use_dora": True, "bias": "all", "modules_to_save": ("norm",), **config}
+        config |= {"trainable_token_indices": (3, 5), "init_lora_weights": "pissa"}
     ml.attach(model, ml.LoraConfig(**{"r": 3, **config}))
     return model
 
@@ -81,7 +87,7 @@ def test_activations_are_what_autograd_saves_beyond_parameters_and_the_result(fa
     assert told(model).activations == sum(storage.nbytes() for at, storage in kept.items() if at not in known)
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_the_peak_is_that_of_the_allocator_but_for_the_indices_of_rows(family, recompute, kind):
@@ -105,9 +111,7 @@ def test_the_loss_takes_what_a_chunk_of_logits_does():
 def test_parameters_gradients_and_optimizer_are_those_of_a_run(family, kind, dtype):
     model = adapted(family, kind, dtype)
     found = told(model)
-    factors = [
-        p for layer in adapter_layers(model).values() for p in (layer.lora_A["default"], layer.lora_B["default"])
-    ]
+    factors = {p for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
     assert found.adapters == sum(p.nbytes for p in factors)
     assert found.weights == sum(p.nbytes for p in model.parameters()) - found.adapters
     optimizers = []
@@ -133,6 +137,14 @@ def test_many_documents_take_what_as_many_tokens_in_fewer_do(family, recompute, 
 def test_gradients_of_earlier_micro_batches_live_through_the_later_ones():
     model = adapted()
     assert 0 < told(model, gradient_accumulation_steps=2).peak - told(model).peak <= told(model).gradients
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_best_of_what_is_trained_is_held_besides(kind):
+    model = adapted(kind=kind)
+    kept = told(model, keep="best", eval_steps=1)
+    assert kept.peak - told(model).peak == kept.gradients
+    assert kept.gradients == (kept.weights if kind == "full" else kept.adapters)
 
 
 @settings(max_examples=5)

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora import cli, run
+from minilora import cli, run_memory
 from minilora.cli.memory import amount
 from minilora.inspect import memory
 from minilora.inspect.memory import SHAPES, WAYS, told
 from minilora.model.config import LlamaConfig
 from minilora.quant.config import QuantizeConfig
-from minilora.run import Run, RunConfig
+from minilora.run import Run
+from minilora.run_memory import memory_of
+from minilora.settings import RunConfig
 from minilora.train.batch import plan_steps
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.data import Dataset
@@ -117,7 +119,7 @@ def test_a_dry_run_tells_each_part_beside_what_is_free(directory, tmp_path, caps
     assert cli.main([*words(directory, tmp_path / "out"), "--dry-run"]) == 0
     page = capsys.readouterr().out
     made, data = planned(directory, tmp_path / "out")
-    found = made.memory(data, CPU)
+    found = memory_of(made, data, CPU)
     for name, value in vars(found).items():
         shown = f"at most {amount(value)} at once" if name == "peak" else f"{name.replace('_', ' ')} {amount(value)}"
         assert shown in page
@@ -134,26 +136,26 @@ def test_the_batch_is_the_one_that_takes_the_most(directory, tmp_path, batch_siz
     batches = {tuple(lengths[row] for row in rows) for step in plan_steps(lengths, made.training) for rows in step}
     assert len(set(map(sum, batches))) > 1
     each = [forecast(model, batch, 1, made.training, CPU).activations for batch in batches]
-    assert made.memory(data, CPU).activations == max(each)
+    assert memory_of(made, data, CPU).activations == max(each)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_come_true(
     directory, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(run, "free_memory_bytes", lambda device: 1234)
+    monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device: 1234)
     assert cli.main([*words(directory, tmp_path / "out"), "--batch-size=20", "--general-data=none"]) != 0
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     made, data = planned(directory, tmp_path / "out", batch_size=20)
     data = replace(data, general=Dataset(()))
-    needed = made.memory(data, CPU).peak
+    needed = memory_of(made, data, CPU).peak
     assert f"needs {amount(needed)} of memory, and 1.2 kB are free" in error
     expected = [
         ("--batch-size 10 --gradient-accumulation-steps 2", {"batch_size": 10, "gradient_accumulation_steps": 2}),
         ("--recompute block", {"recompute": "block"}),
         ("--quantize nf4", {"quantize": "nf4"}),
     ]
-    helpful = [(flags, made.memory(data, CPU, **change).peak) for flags, change in expected]
+    helpful = [(flags, memory_of(made, data, CPU, **change).peak) for flags, change in expected]
     assert all(peak < needed for _, peak in helpful)
     lines = [f"{flags} brings it to {amount(peak)}" for flags, peak in helpful]
     assert [line.strip().partition(";")[0] for line in error.splitlines() if "brings it to" in line] == lines
@@ -164,12 +166,12 @@ def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_
 
 def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, capsys, monkeypatch):
     made, data = planned(directory, tmp_path / "out")
-    needed = made.memory(data, CPU).peak
+    needed = memory_of(made, data, CPU).peak
     for name, free, extra in (("forced", 1, ["--force"]), ("fits", needed, []), ("unknown", None, [])):
-        monkeypatch.setattr(run, "free_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device, free=free: free)
         assert cli.main([*words(directory, tmp_path / name), "--max-steps=1", "--general-data=none", *extra]) == 0
         assert (tmp_path / name / "summary.json").is_file()
-    monkeypatch.setattr(run, "free_memory_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device: needed - 1)
     assert cli.main(words(directory, tmp_path / "not")) != 0
 
 

@@ -13,13 +13,13 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError, merging
-from minilora.lora.attach import linear_layers
 from minilora.lora.files import WEIGHTS_FILE
-from minilora.lora.layers import LoRALinear
+from minilora.lora.find import linear_layers
+from minilora.lora.layers import AdapterLinear
 from minilora.merging import merge_directory, squared_norms
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import quantize
-from minilora.run import holds_files
+from minilora.storage import holds_files
 from minilora.testing import reference_nf4 as reference
 from minilora.train.memory import _Account
 from tests.models import FAMILIES, randn, randomize_adapters_, scales, seeds, tiny_model
@@ -91,6 +91,52 @@ def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family,
     merge_directory(base, [first, second], tmp_path / "out", quantize=asked)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert contents(tmp_path / "out")["model.safetensors"] != contents(base)["model.safetensors"]
+
+
+KINDS = {
+    "dora": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "copies": {"modules_to_save": ("norm", "o_proj")},
+    "head": {"modules_to_save": ("lm_head",)},
+    "rows": {"trainable_token_indices": (3, 60)},
+    "embedding": {"target_modules": ("embed_tokens", "up_proj")},
+    "both ends": {"target_modules": ("embed_tokens", "lm_head")},
+    "parameters": {"target_modules": (), "target_parameters": ("down_proj.weight",)},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias-tied-wide-heads"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_merged_as_in_memory(tmp_path, monkeypatch, family, kind):
+    monkeypatch.setattr(merging, "CHUNK", 48)
+    base, changes = write_base(tmp_path / "base", family), {"target_modules": ("q_proj", "down_proj"), **KINDS[kind]}
+    model = ml.load_model(base)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, **changes))
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.3 * randn(i, *parameter.shape))
+    ml.save_adapter(model, tmp_path / "adapter")
+    merge_in_memory(base, [tmp_path / "adapter"], tmp_path / "expected", "float32")
+    deviation = merge_directory(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert deviation.overall is None or deviation.overall < 1e-6
+
+
+def test_an_adapter_that_began_as_a_part_of_the_weights_is_read_with_them(things):
+    path = things / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    merge_in_memory(things / "base", [things / "adapter"], things / "expected", "float32")
+    merge_directory(things / "base", [things / "adapter"], things / "out")
+    assert contents(things / "out") == contents(things / "expected")
+
+
+def test_a_bias_that_the_model_has_no_place_for_is_refused_by_name(things):
+    model = ml.load_model(things / "base")
+    ml.attach(model, ml.LoraConfig(target_modules=("up_proj",), lora_bias=True))
+    ml.save_adapter(model, things / "bias")
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj: the adapters add \['bias'\].*llama has no place"):
+        merge_directory(things / "base", [things / "bias"], things / "out")
+    assert not holds_files(things / "out")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -250,17 +296,17 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
     for i in range(2):
         kind, weight = data.draw(kinds), randn(seed + i, outer, inner)
         weights.append(NF4Linear.quantize(weight.float(), double_quant=False) if kind == "nf4" else weight.to(kind))
-    layer = LoRALinear(nn.Linear(inner, outer, device="meta"), "proj")
+    layer = AdapterLinear(nn.Linear(inner, outer, device="meta"), "proj")
     for i, r in enumerate(ranks):
         lora_A, lora_B = randn(seed + 2 + i, r, inner), randn(seed + 9 + i, outer, r)
-        layer.add(f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), lora_A, lora_B)
+        layer.add(f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), {"lora_A": lora_A, "lora_B": lora_B})
     layer.active = tuple(layer.configs)
     now, before = map(numbers, weights)
     error = effect = 0.0
     for x in np.eye(inner):
         delta = np.zeros(outer)
         for name in layer.active:
-            lora_A, lora_B = (factor[name].detach().numpy() for factor in (layer.lora_A, layer.lora_B))
+            lora_A, lora_B = (factor.detach().numpy() for factor in layer.adapters[name].factors())
             delta += scale * (lora_B @ (lora_A @ x))
         error += sum((now @ x - (before @ x + delta)) ** 2)
         effect += sum(delta**2)

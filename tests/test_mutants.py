@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from minilora.model import ops
 from minilora.quant import nf4
-from minilora.testing import reference, reference_nf4
+from minilora.testing import reference, reference_conv, reference_nf4
 from tests.models import randn, tiny_model, token_ids
 from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
 
@@ -45,6 +45,58 @@ GRADIENTS = {  # of A; the right one is s·Bᵀ·dW
     "scale squared": SCALE**2 * B.T @ DW,
     "mean instead of sum": SCALE * B.T @ DW / N,
 }
+
+
+V, M = W + SCALE * B @ A, randn(7, OUTER).abs() + 1
+NORM = V.norm(dim=1)
+DORA = {  # y for the merged weight m V/‖V‖
+    "not divided by the length": M * (X @ V.T) + BIAS,
+    "the length of the base": M / W.norm(dim=1) * (X @ V.T) + BIAS,
+    "the length of columns": M / V.norm(dim=0) * (X @ V.T) + BIAS,
+    "one length for all": M / V.norm() * (X @ V.T) + BIAS,
+    "the length without the scale": M / (W + B @ A).norm(dim=1) * (X @ V.T) + BIAS,
+    "the sum of squares": M / NORM**2 * (X @ V.T) + BIAS,
+    "the bias stretched": M / NORM * (X @ V.T + BIAS),
+    "only the update stretched": X @ W.T + M / NORM * SCALE * X @ A.T @ B.T + BIAS,
+    "only the base stretched": M / NORM * (X @ W.T) + SCALE * X @ A.T @ B.T + BIAS,
+    "columns stretched": X @ (M / NORM * V).T + BIAS,
+}
+K = M / NORM
+DORA_GRADIENTS = {  # of A, where the length is held fixed
+    "not stretched": SCALE * B.T @ DW,
+    "through the length": SCALE
+    * B.T
+    @ (K.unsqueeze(1) * (DW - (DW * V).sum(1, keepdim=True) / NORM.unsqueeze(1) ** 2 * V)),
+    "without the length": SCALE * B.T @ (M.unsqueeze(1) * DW),
+}
+
+
+@pytest.mark.parametrize("mistake", DORA)
+def test_dora(mistake):
+    merged = reference.dora_merged_weight(W.numpy(), A.numpy(), B.numpy(), SCALE, M.numpy())
+    right = X @ torch.from_numpy(merged).T + BIAS
+    assert maths(K * (X @ V.T) + BIAS, right) <= 1
+    assert maths(DORA[mistake], right) > 10
+    for dtype in (torch.float32, torch.bfloat16):
+        x, v = X.to(dtype), V.to(dtype)
+        plain = K.to(dtype) * (x @ v.T) + BIAS.to(dtype)
+        assert precision(DORA[mistake].to(dtype), plain, right) > 10
+
+
+@pytest.mark.parametrize("mistake", DORA_GRADIENTS)
+def test_gradient_of_dora(mistake):
+    right, _, _ = reference.dora_gradients(X.numpy(), DY.numpy(), W.numpy(), A.numpy(), B.numpy(), SCALE, M.numpy())
+    assert maths(SCALE * B.T @ (K.unsqueeze(1) * DW), right) <= 1
+    assert maths(DORA_GRADIENTS[mistake], right) > 10
+
+
+def test_a_group_of_a_convolution_that_sees_another_one_s_channels():
+    x, weight = randn(8, 2, 4, 5).numpy(), randn(9, 6, 2, 3).numpy()
+    numbers = {"stride": [1], "padding": [(1, 1)], "dilation": [1]}
+    right = F.conv1d(torch.from_numpy(x), torch.from_numpy(weight), padding=1, groups=2)
+    assert maths(right, reference_conv.convolution(x, reference_conv.ungrouped(weight, 2), None, **numbers)) <= 1
+    exchanged = reference_conv.ungrouped(weight, 2)[:, [2, 3, 0, 1]]
+    assert maths(right, reference_conv.convolution(x, exchanged, None, **numbers)) > 10
 
 
 @pytest.mark.parametrize("mistake", FORWARD)

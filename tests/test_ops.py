@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig
-from minilora.lora.layers import LoRALinear
+from minilora.lora.layers import AdapterLinear
 from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
 from minilora.testing import reference
@@ -106,8 +106,9 @@ def make_head(kind, seed, D, V):
         head.requires_grad_(False)
     if kind != "adapted":
         return head
-    adapted = LoRALinear(head, "lm_head")
-    adapted.add("default", LoraConfig(r=2, lora_alpha=7), randn(seed + 1, 2, D), randn(seed + 2, V, 2))
+    adapted = AdapterLinear(head, "lm_head")
+    factors = {"lora_A": randn(seed + 1, 2, D), "lora_B": randn(seed + 2, V, 2)}
+    adapted.add("default", LoraConfig(r=2, lora_alpha=7), factors)
     adapted.active = ("default",)
     return adapted
 

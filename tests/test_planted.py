@@ -23,24 +23,24 @@ MISTAKES = {
         "lora/functional.py",
         "h = scale * F.linear(x, lora_A.to(x.dtype))",
         "h = F.linear(x, lora_A.to(x.dtype))",
-        "test_layers.py::test_forward_is_the_merged_weight_applied",
+        "test_bases.py::test_forward_is_the_merged_weight_applied[linear]",
     ),
     "law 1: no gradient reaches A": Mistake(
         "lora/functional.py",
         "dA = (_rows(dh).T",
         "dA = 0 * (_rows(dh).T",
-        "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied",
+        "test_bases.py::test_gradients_are_those_of_the_merged_weight_applied[linear]",
     ),
     "law 2: B does not start at 0": Mistake(
         "lora/initialize.py",
-        "torch.zeros(out_features, r)",
-        "torch.full((out_features, r), 1e-3)",
+        "torch.zeros(*shape_B) if kind else",
+        "torch.full(shape_B, 1e-3) if kind else",
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
     "law 3: the base is rounded on its way back": Mistake(
         "lora/attach.py",
-        "{layer: layer.base for layer",
-        "{layer: layer.base.float().double() for layer",
+        "((layer, layer.base) for layer in reversed(_adapted",
+        "((layer, layer.base.float().double()) for layer in reversed(_adapted",
         "test_attach.py::test_attach_then_detach_leaves_every_bit",
     ),
     "law 3: the base is trained too": Mistake(
@@ -49,10 +49,64 @@ MISTAKES = {
         "parameter.requires_grad_(parameter.dim() == 1)",
         "test_loop.py::test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter",
     ),
+    "law 1: the bias is stretched, too": Mistake(
+        "lora/layers.py",
+        "self.project(x, None if is_late else bias)",
+        "self.project(x, bias)",
+        "test_bases.py::test_forward_is_the_merged_weight_applied[linear]",
+    ),
+    "law 1: a length is computed in the dtype of the weight": Mistake(
+        "lora/functional.py",
+        "torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)",
+        "weight.dtype",
+        "test_dora.py::test_the_norm_is_taken_in_float32_whatever_the_dtypes_are",
+    ),
+    "law 1: a length has a gradient": Mistake(
+        "lora/functional.py",
+        "with torch.no_grad(), as_is:",
+        "with torch.enable_grad(), as_is:",
+        "test_dora.py::test_gradients_equal_the_loops_with_the_norm_held_fixed",
+    ),
+    "law 1: a convolution is not padded as its base is": Mistake(
+        "lora/bases.py",
+        "mode=base.padding_mode), 0",
+        'mode="replicate"), 0',
+        "test_bases.py::test_forward_is_the_merged_weight_applied[conv1d]",
+    ),
+    "law 1: the experts are the slowest index of B": Mistake(
+        "lora/parameters.py",
+        ".unflatten(1, (-1, experts)).permute(2, 0, 1)",
+        ".unflatten(1, (experts, -1)).permute(1, 0, 2)",
+        "test_parameters.py::test_forward_is_that_of_the_changed_parameters",
+    ),
+    "law 1: a tied head does not read the trained rows": Mistake(
+        "lora/parts.py",
+        "for other in tied_modules(modules, modules[path])",
+        "for other in ()",
+        "test_tokens.py::test_a_tied_head_makes_its_logits_with_the_same_rows",
+    ),
+    "law 2: the start is added and not subtracted": Mistake(
+        "lora/layers.py",
+        "-self.start_B",
+        "self.start_B",
+        "test_bases.py::test_a_new_adapter_changes_nothing_and_can_be_trained",
+    ),
+    "law 3: a module is trained in full in its own place": Mistake(
+        "lora/copies.py",
+        "twin(innermost(self.base), tensors)",
+        "twin(innermost(self.base), {})",
+        "test_attach.py::test_training_leaves_every_bit_of_the_base_which_acts_where_no_adapter_does",
+    ),
+    "law 10: an adapter of twice the rank acts by half": Mistake(
+        "lora/files.py",
+        '"lora_alpha": growth * config.lora_alpha',
+        '"lora_alpha": config.lora_alpha',
+        "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes",
+    ),
     "law 4: only the first adapter acts": Mistake(
         "lora/layers.py",
-        "for name in self.active:  # in place",
-        "for name in self.active[:1]:  # in place",
+        "for name in names:\n            y = ",
+        "for name in names[:1]:\n            y = ",
         "test_layers.py::test_adapters_add_by_concatenating_ranks",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
@@ -99,14 +153,14 @@ MISTAKES = {
     ),
     "law 8: a mean of means": Mistake(
         "train/loop.py",
-        "batch_loss(model, batch, config) / labelled",
-        "batch_loss(model, batch, config) / batch.labelled / len(batches)",
+        "total / known if known",
+        "total / count / len(batches) if known",
         "test_loop.py::test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mean_over_labelled_tokens",
     ),
     "law 8: a row's last token predicts the next row": Mistake(
         "train/batch.py",
-        "for label in [*example.labels[1:], IGNORE_INDEX]",
-        "for label in [*example.labels[1:], examples[0].tokens[0]]",
+        "*[IGNORE_INDEX] * e.shift",
+        "*examples[0].tokens[:1] * e.shift",
         "test_loop.py::test_rows_packed_by_any_budget_of_tokens_give_the_same_gradient",
     ),
     "law 9: documents see each other": Mistake(
@@ -123,8 +177,8 @@ MISTAKES = {
     ),
     "law 9: padding is counted": Mistake(
         "model/llama.py",
-        "tokens = torch.cat([row[:n] for row, n",
-        "tokens = torch.cat([row[-n:] for row, n",
+        "torch.cat([row[:n] for row, n",
+        "torch.cat([row[-n:] for row, n",
         "test_llama.py::test_padding_changes_no_logits_and_has_none",
     ),
     "law 9: dropout draws anew when layers are computed again": Mistake(
@@ -165,8 +219,8 @@ MISTAKES = {
     ),
     "a merge is compared with the weight that it was merged into": Mistake(
         "merging.py",
-        "squared_norms(result, trained, layers[path])",
-        "squared_norms(result, weight, layers[path])",
+        "squared_norms(result, trained, layer)",
+        "squared_norms(result, weight, layer)",
         "test_merging.py::test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_by_its_difference",
     ),
     "the divergence is that of the base from the adapter": Mistake(

@@ -13,7 +13,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError
-from minilora.lora.attach import linear_layers
+from minilora.lora.find import linear_layers
 from minilora.model.checkpoint import skeleton, stored_weights
 from minilora.model.shards import SHARD_BYTES
 from minilora.quant.config import QuantizeConfig, describe

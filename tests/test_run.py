@@ -19,8 +19,10 @@ from minilora import cli
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.meter import Meter
 from minilora.inputs import load_data, load_general
+from minilora.lora.config import RENAMED
 from minilora.model import template
-from minilora.run import PACKAGES, RunConfig
+from minilora.run import PACKAGES
+from minilora.settings import RunConfig
 from minilora.train.evaluate import evaluate, held_out_loss, measure_drift
 from minilora.train.state import checkpoints
 from tests.models import four_bit, tiny_model
@@ -178,7 +180,7 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     assert list(record) == ["config", "versions", "data_sha256", "prompts", "starts"]
     assert {name: record["config"][name] for name in SETTINGS} == SETTINGS
     fields = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
-    assert set(record["config"]) == fields - {"r"} | {"lora_r"}
+    assert set(record["config"]) == {RENAMED.get(name, name) for name in fields}
     assert set(record["versions"]) == {*PACKAGES, "python"}
     assert record["versions"]["minilora"] == ml.__version__
     digest = hashlib.sha256((directory / "rows.jsonl").read_bytes()).hexdigest()

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 import minilora.storage as storage
-from minilora.lora.attach import adapter_layers
-from minilora.train.state import checkpoints, newest_step, save_checkpoint, trained_adapter
+from minilora.lora.find import adapter_layers
+from minilora.train.state import checkpoints, newest_step, save_checkpoint, trained_adapters
 from tests.models import tiny_model
 from tests.test_loop import adapted, random_rows, stop_after, weights
 
@@ -19,21 +19,22 @@ from tests.test_loop import adapted, random_rows, stop_after, weights
 ROWS = random_rows(1, 9)
 CONFIG = {"batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 2, "learning_rate": 0.01, "save_steps": 1}
 STEPS = 6
-FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "optimizer.safetensors")
 
 
 def fresh(**config):
     return adapted(dtype=torch.float32, is_fresh=True, **{"lora_dropout": 0.3, **config})
 
 
-def run(directory, model=None, rows=ROWS, on_step=None, **config):
+def run(directory, model=None, rows=ROWS, on_step=None, held_out=(), **config):
     model = model or fresh()
     config = ml.TrainConfig(**{**CONFIG, "save_total_limit": 99, **config})
-    return model, ml.train(model, rows, config, on_step, checkpoint_dir=directory)
+    return model, ml.train(model, rows, config, on_step, held_out, directory)
 
 
 def contents(directory, step=STEPS):
-    return {name: (directory / f"step-{step:06d}" / name).read_bytes() for name in FILES}
+    checkpoint = directory / f"step-{step:06d}"
+    return {name: (checkpoint / name).read_bytes() for name in FILES if (checkpoint / name).is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +89,14 @@ def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path)
 
 
 def test_a_checkpoint_is_an_adapter_that_can_be_loaded(whole):
-    after = []
     model, _ = run(None, on_step=stop_after(3))
     loaded = tiny_model(dtype=torch.float32)
     ml.load_adapter(loaded, whole / "step-000003")
     for path, layer in adapter_layers(model).items():
-        for factor in ("lora_A", "lora_B"):
-            after.append((getattr(layer, factor)["default"], getattr(adapter_layers(loaded)[path], factor)["default"]))
-        assert adapter_layers(loaded)[path].scales == layer.scales
-    assert all(torch.equal(ours, theirs) for ours, theirs in after)
+        ours, theirs = layer.adapters["default"], adapter_layers(loaded)[path].adapters["default"]
+        assert torch.equal(ours.lora_A, theirs.lora_A)
+        assert torch.equal(ours.lora_B, theirs.lora_B)
+        assert ours.scale == theirs.scale
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -136,14 +136,19 @@ def test_a_run_with_other_data_or_settings_is_refused_and_nothing_is_put_into_it
     assert torch.equal(weights(model), before)
 
 
-def test_a_checkpoint_of_other_modules_is_refused_by_their_names(whole, tmp_path):
+def test_a_checkpoint_of_other_parameters_is_refused_by_their_names_and_nothing_is_put_into_the_model(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    newest = tmp_path / "step-000006"
-    attached = tiny_model(dtype=torch.float32)
-    ml.attach(attached, ml.LoraConfig(target_modules=("q_proj",)))
-    ml.save_adapter(attached, newest)
-    with pytest.raises(ml.FormatError, match=r"adapts other modules: .*down_proj"):
-        run(tmp_path)
+    path = tmp_path / "step-000006" / "trained.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if "down_proj" in name)
+    model = fresh()
+    before = weights(model)
+    lacking = {key: value for key, value in tensors.items() if key != name}
+    for spoiled in (lacking, lacking | {name: tensors[name][:1].clone()}, lacking | {name: tensors[name].double()}):
+        save_file(spoiled, path)
+        with pytest.raises(ml.FormatError, match=re.escape(name)):
+            run(tmp_path, model)
+        assert torch.equal(weights(model), before)
 
 
 @pytest.mark.parametrize("name", [".step-000004.123.tmp", "step-000004.old", "notes.txt"])
@@ -161,7 +166,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("written", ["adapter_model.safetensors", "optimizer.safetensors", "state.json", "step-000003"])
+@pytest.mark.parametrize(
+    "written",
+    ["adapter_model.safetensors", "trained.safetensors", "optimizer.safetensors", "state.json", "step-000003"],
+)
 def test_a_checkpoint_whose_writer_dies_half_way_never_appears(tmp_path, monkeypatch, written):
     rename = storage.os.replace
 
@@ -200,14 +208,13 @@ def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_trained_adapter_is_the_one_whose_factors_learn():
+def test_the_trained_adapters_are_those_of_which_something_learns():
     model = fresh(name="first")
-    ml.attach(model, ml.LoraConfig(), name="second")
-    assert trained_adapter(model) == "second"
-    for layer in adapter_layers(model).values():
-        layer.lora_A["first"].requires_grad_(True)
-    with pytest.raises(ml.TrainingError, match=r"found \['first', 'second'\]"):
-        trained_adapter(model)
+    ml.attach(model, ml.LoraConfig(r=2), name="second")
+    assert {name: config.r for name, config in trained_adapters(model).items()} == {"second": 2}
+    require(model, "first")
+    ml.set_adapter(model, ["first", "second"])
+    assert {name: config.r for name, config in trained_adapters(model).items()} == {"second": 2, "first": 3}
 
 
 def test_an_adapter_that_is_trainable_but_does_not_act_cannot_be_trained():
@@ -216,14 +223,105 @@ def test_an_adapter_that_is_trainable_but_does_not_act_cannot_be_trained():
     ml.attach(model, ml.LoraConfig(r=2), name="second")
     ml.set_adapter(model, "first")
     with pytest.raises(ml.TrainingError, match="'second' is trainable but not active"):
-        trained_adapter(model)
+        trained_adapters(model)
 
 
-def test_nothing_but_the_adapter_can_be_trained():
-    model = adapted()
-    model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(ml.TrainingError, match=r"model\.norm\.weight"):
-        trained_adapter(model)
+def test_a_model_of_which_nothing_is_trainable_is_refused():
+    with pytest.raises(ml.TrainingError, match="nothing of the model is trainable"):
+        run(None, tiny_model().requires_grad_(False))
+
+
+# --- whatever is trained ---
+
+
+def require(model, part):
+    """Let the parameters whose names have this part learn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or part in name.split("."))
+
+
+def all_of_it():
+    return tiny_model(dtype=torch.float32)
+
+
+def tied():
+    return tiny_model("llama-bias-tied-wide-heads", dtype=torch.float32)
+
+
+def norms_too():
+    model = fresh()
+    require(model, "norm")
+    require(model, "lm_head")
+    return model
+
+
+def head_alone():
+    model = tiny_model(dtype=torch.float32).requires_grad_(False)
+    require(model, "lm_head")
+    return model
+
+
+def two_adapters():
+    model = fresh(name="first")
+    ml.attach(model, ml.LoraConfig(r=2), name="second")
+    require(model, "first")
+    ml.set_adapter(model, ["first", "second"])
+    return model
+
+
+def family(**config):
+    """What one adapter may have besides A and B."""
+    return lambda: adapted("llama-bias-tied-wide-heads", torch.float32, is_fresh=True, lora_dropout=0.3, **config)
+
+
+FAMILY = {
+    "magnitudes": family(use_dora=True),
+    "biases": family(bias="all", lora_bias=True),
+    "copies and token rows": family(modules_to_save=("norm",), trainable_token_indices=(3, 5)),
+    "a start that is kept": family(init_lora_weights="pissa"),
+}
+
+
+@pytest.mark.parametrize("build", FAMILY.values(), ids=FAMILY)
+def test_whatever_an_adapter_has_a_resumed_run_ends_in_the_same_bytes(tmp_path, build):
+    expected, _ = run(tmp_path / "whole", build(), weight_decay=0.1)
+    for step in (1, 4):
+        shutil.copytree(tmp_path / "whole" / f"step-{step:06d}", tmp_path / f"{step}" / f"step-{step:06d}")
+        model = build()
+        for name, buffer in model.named_buffers():  # another machine's decomposition may differ in a bit
+            if name.endswith("start_A"):
+                buffer += 1e-6
+        found, _ = run(tmp_path / f"{step}", model, weight_decay=0.1)
+        assert contents(tmp_path / f"{step}") == contents(tmp_path / "whole")
+        assert torch.equal(weights(found), weights(expected))
+    before = dict(build().named_parameters())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("build", [all_of_it, tied, norms_too, head_alone, two_adapters])
+def test_whatever_is_trained_a_resumed_run_ends_in_the_same_bytes(tmp_path, build):
+    """Law 11, and no more is written than is trained."""
+    config = {"weight_decay": 0.1, "eval_steps": 1, "keep": "best", "held_out": random_rows(2, 3)}
+    expected, _ = run(tmp_path / "whole", build(), **config)
+    for step in (1, 4):
+        shutil.copytree(tmp_path / "whole" / f"step-{step:06d}", tmp_path / f"{step}" / f"step-{step:06d}")
+        found, _ = run(tmp_path / f"{step}", build(), **config)
+        assert contents(tmp_path / f"{step}") == contents(tmp_path / "whole")
+        assert torch.equal(weights(found), weights(expected))
+    trained = {name for name, p in expected.named_parameters() if p.requires_grad}
+    assert set(load_file(tmp_path / "whole" / "step-000006" / "trained.safetensors")) == trained
+    is_one = build is norms_too
+    assert (tmp_path / "whole" / "step-000006" / "adapter_config.json").is_file() == is_one
+
+
+def test_all_of_a_model_learns_and_a_base_that_is_frozen_keeps_every_bit():
+    model, head = all_of_it(), head_alone()
+    for built, is_trained in ((model, lambda name: True), (head, lambda name: name == "lm_head.weight")):
+        before = {name: p.detach().clone() for name, p in built.named_parameters()}
+        run(None, built)
+        for name, parameter in built.named_parameters():
+            assert torch.equal(parameter, before[name]) != is_trained(name), name
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t.flatten()[:1], lambda t: t.int(), lambda t: t.t()])
@@ -253,4 +351,4 @@ def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):
     save_checkpoint(tmp_path, model, optimizer, {"step": 1}, {}, keep=1)
     loaded = tiny_model(dtype=torch.float32)
     ml.load_adapter(loaded, tmp_path / "step-000001")
-    assert {factor.size(0) for layer in adapter_layers(loaded).values() for factor in layer.lora_A.values()} == {2}
+    assert {layer.adapters["default"].lora_A.size(0) for layer in adapter_layers(loaded).values()} == {2}

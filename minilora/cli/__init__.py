@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from minilora.cli import chat, evaluate, finetune, generate, inspect, merge, plot, quantize
+from minilora.cli import chat, evaluate, export, extract, finetune, generate, inspect, merge, plot, quantize
 from minilora.cli.command import Options, say
 from minilora.cli.finetune import INTERRUPTED
 from minilora.cli.flags import names_of, nearest
@@ -23,6 +23,8 @@ COMMANDS = (
     generate.COMMAND,
     chat.COMMAND,
     merge.COMMAND,
+    extract.COMMAND,
+    export.COMMAND,
     quantize.COMMAND,
     evaluate.COMMAND,
     inspect.COMMAND,
@@ -40,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (MiniloraError, OSError) as error:
         print(f"minilora: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        print(f"minilora: does not fit into memory: {error}".splitlines()[0], file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         say(str(error) or "stopped")

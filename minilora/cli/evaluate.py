@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
+from typing import Any
 
-from minilora.cli.command import Command, Options, say_bad
+from minilora.cli.command import Command, Options, say, say_bad
+from minilora.cli.confusion import confusion_table
 from minilora.cli.flags import add_flags, from_flags, names_of, use_config
-from minilora.cli.load import adapters, add_model_flags, how_trained, load
+from minilora.cli.load import Found, adapters, add_model_flags, find, how_trained, load, load_classes
 from minilora.errors import ConfigError
+from minilora.train.classes import encode_classes
 from minilora.train.config import DataConfig
-from minilora.train.data import encode_rows, use_prompt_style
-from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.train.rows import read_held_out
+from minilora.train.data import Dataset, encode_rows, use_prompt_style
+from minilora.train.evaluate import choice_accuracy, evaluate_classes, exact_match, find_choices, held_out_loss
+from minilora.train.rows import Row, read_held_out
 
-METRICS = ("nll", "choice", "exact-match")
+METRICS = ("nll", "choice", "exact-match")  # of a language model
+CLASS_METRICS = ("accuracy", "nll")  # of a classifier
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +29,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, nargs="+", help="rows; of a directory, the test split")
     parser.add_argument(
         "--metric",
-        choices=METRICS,
-        default="nll",
+        choices=sorted({*METRICS, *CLASS_METRICS}),
         help="nll: the loss of a labelled token; choice: how often the right one of few answers is the likeliest; "
-        "exact-match: how often the answer is written (default: nll)",
+        "exact-match: how often the answer is written; accuracy, of classifiers: how often the class is right "
+        "(default: accuracy of a classifier, else nll)",
     )
     add_flags(parser, DataConfig, "data", but=("eval_split",))
 
@@ -40,26 +45,51 @@ def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def _run(options: Options) -> int:
-    loaded = load(options)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    found = find(options)
+    metrics = CLASS_METRICS if found.unit else METRICS
+    metric = options["metric"] or metrics[0]
+    if metric not in metrics:
+        kind = "classifier" if found.unit else "language model"
+        raise ConfigError(f"--metric {metric}: this is a {kind}, whose metrics are {', '.join(metrics)}")
     config = from_flags(DataConfig, {"eval_split": 0.0, **options})
     rows = read_held_out(options["data"])
+    measured, examples = (_measure_classes if found.unit else _measure)(options, found, metric, rows, config)
+    counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
+    if examples.bad:
+        counts["bad"] = len(examples.bad)
+        say_bad("", examples.bad)
+    print(json.dumps({"metric": metric, **measured, **counts}))
+    return 0
+
+
+def _measure(
+    options: Options, found: Found, metric: str, rows: Sequence[Row], config: DataConfig
+) -> tuple[dict[str, Any], Dataset]:
+    loaded = load(options, found)
+    model, tokenizer = loaded.model, loaded.tokenizer
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
-    if options["metric"] == "nll":
+    if metric == "nll":
         value = held_out_loss(model, examples)
-    elif options["metric"] == "exact-match":
+    elif metric == "exact-match":
         value = exact_match(model, examples, tokenizer)
     elif choices := find_choices(examples):
         value = choice_accuracy(model, examples, choices)
     else:
         names = ", ".join(options["data"])
         raise ConfigError(f"{names}: --metric choice needs rows with few distinct answers, each given often")
-    counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
-    if examples.bad:
-        counts["bad"] = len(examples.bad)
-        say_bad("", examples.bad)
-    print(json.dumps({"metric": options["metric"], "value": value, **counts}))
-    return 0
+    return {"value": value}, examples
+
+
+def _measure_classes(
+    options: Options, found: Found, metric: str, rows: Sequence[Row], config: DataConfig
+) -> tuple[dict[str, Any], Dataset]:
+    """Everything that is known of a classifier; the table of what was taken for what is said, too."""
+    model = load_classes(options, found)
+    examples = encode_classes(rows, found.tokenizer, config, model.unit, model.labels)
+    scores = evaluate_classes(model, examples)
+    if scores.confusion:
+        say(confusion_table(scores.confusion, shutil.get_terminal_size().columns))
+    return {"value": scores.loss if metric == "nll" else scores.accuracy, **scores.record()}, examples
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""minilora finetune: train an adapter."""
+"""minilora finetune: train an adapter, or all weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
 from minilora.inputs import Data
-from minilora.lora.attach import ParameterCount, base_held, disable_adapter
+from minilora.lora.attach import disable_adapter
 from minilora.lora.config import LoraConfig
+from minilora.lora.find import ParameterCount, base_held
+from minilora.model.classifier import Classifier
 from minilora.model.llama import Llama
 from minilora.quant.config import QuantizeConfig
-from minilora.run import Outcome, Run, RunConfig, pick_device
+from minilora.run import Outcome, Run, pick_device
+from minilora.run_memory import check_memory, memory_of
+from minilora.settings import RunConfig
 from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.diagnose import free_memory_bytes, held_memory_bytes
-from minilora.train.evaluate import Scores, evaluate, measure_drift
+from minilora.train.evaluate import ClassScores, Progress, Scores, evaluate, evaluate_classes, measure_drift
 from minilora.train.loop import TrainResult
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -79,10 +83,10 @@ def _run(options: Options) -> int:
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))
-        found = run.memory(data, device)
+        found = memory_of(run, data, device)
         print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
         if not options["force"]:
-            run.check_memory(data, device, found)
+            check_memory(run, data, device, found)
         return 0
     run.start(model, data, step)
     _say_size(model, data, count)
@@ -91,9 +95,10 @@ def _run(options: Options) -> int:
         say(f"the data are not those that {options['config']} was written with")
     if step:
         say(f"going on from step {step}")
+    made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
-        before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
+        before = _measured(model, data, meter.rows("measuring the base model"))
     result = _train(run, model, data, meter)
     if not result.finished:
         meter.close()
@@ -102,18 +107,29 @@ def _run(options: Options) -> int:
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
-        say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    after = evaluate(model, data.test, data.choices, meter.rows("measuring the adapter"))
-    drift = measure_drift(model, data.general, meter.rows("measuring general text")) if data.general else None
+        say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
+    after = _measured(model, data, meter.rows(f"measuring the {made}"))
+    drift = None
+    if data.general and isinstance(model, Llama):
+        device = next(model.parameters()).device
+        base = run.base_for(data, run.dtype, device, run.quantization) if run.is_full else None
+        assert not isinstance(base, Classifier)  # as the model is none
+        drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
     outcome = Outcome(result, before, after, drift)
     run.finish(model, data, outcome)
-    print(_table(outcome))
-    print(f"adapter written to {run.out}")
+    print(_table(outcome, made))
+    print(f"{made} written to {run.out}")
     return 0
 
 
-def _train(run: Run, model: Llama, data: Data, meter: Meter) -> TrainResult:
+def _measured(model: Llama | Classifier, data: Data, progress: Progress) -> Scores | ClassScores:
+    if isinstance(model, Classifier):
+        return evaluate_classes(model, data.test, progress)
+    return evaluate(model, data.test, data.choices, progress)
+
+
+def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
     """Train; Ctrl-C lets the step finish."""
     previous = signal.signal(signal.SIGINT, meter.stop)
     try:
@@ -122,7 +138,7 @@ def _train(run: Run, model: Llama, data: Data, meter: Meter) -> TrainResult:
         signal.signal(signal.SIGINT, previous)
 
 
-def _say_size(model: Llama, data: Data, count: ParameterCount) -> None:
+def _say_size(model: Llama | Classifier, data: Data, count: ParameterCount) -> None:
     weight = model.model.embed_tokens.weight
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
@@ -131,7 +147,7 @@ def _say_size(model: Llama, data: Data, count: ParameterCount) -> None:
     )
 
 
-def _tell(model: Llama, data: Data, reading: DataConfig) -> None:
+def _tell(model: Llama | Classifier, data: Data, reading: DataConfig) -> None:
     """What is unusual about the rows."""
     longest, limit = max(len(example.tokens) for example in data.train), model.config.rope.max_length
     if longest > limit:
@@ -150,16 +166,16 @@ def _tell(model: Llama, data: Data, reading: DataConfig) -> None:
             say_bad(f"{name} ", rows.bad)
 
 
-def _table(outcome: Outcome) -> str:
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
-    def row(name: str, scores: Scores) -> str:
-        return f"{name:<10}{cell(scores.loss):>15}{cell(scores.accuracy):>12}"
+def _table(outcome: Outcome, made: str) -> str:
+    def row(name: str, scores: Scores | ClassScores) -> str:
+        values = [scores.loss, scores.accuracy, *([scores.macro_f1] if isinstance(scores, ClassScores) else [])]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        return f"{name:<10}{cells[0]:>15}" + "".join(f"{cell:>12}" for cell in cells[1:])
 
     head = f"{'':<10}{'held-out loss':>15}{'accuracy':>12}"
+    head += f"{'macro F1':>12}" if isinstance(outcome.after, ClassScores) else ""
     result, drift = outcome.result, outcome.drift
-    lines = [head, row("base", outcome.before), row("adapter", outcome.after)]
+    lines = [head, row("base", outcome.before), row(made, outcome.after)]
     if drift:
         lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
     return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])
@@ -167,9 +183,10 @@ def _table(outcome: Outcome) -> str:
 
 COMMAND = Command(
     name="finetune",
-    help="train an adapter; without --model and --data, on a built-in model and data",
+    help="train an adapter, or all weights; without --model and --data, on a built-in model and data",
     about=(
-        "Train an adapter for a model on rows of data, and measure the model without and with it.\n\n"
+        "Train an adapter for a model on rows of data, or with --method full the model itself, and measure the model "
+        "before and after.\n\n"
         "Without --model and --data, a built-in model and data are used, and it takes less than a minute. --dry-run "
         "shows what a run would learn. The same command, given again, goes on with a run that was stopped."
     ),

@@ -48,6 +48,7 @@ NAMES_ELSEWHERE = {
     "max_new_tokens": "max_tokens",
     "temperature": "temp",
     "system": "system_prompt",
+    "task": "task_type",
     "double_quant": "use_bnb_nested_quant bnb_4bit_use_double_quant",
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
@@ -58,7 +59,6 @@ ADVICE = {  # where no flag is the same
     "push_to_hub": "`hf upload NAME DIR` does that",
     "config_file": "--config reads a .toml or .json file",
     **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "bnb_4bit_quant_type"), "see --quantize nf4"),
-    "use_dora": "it is not supported",
 }
 
 
@@ -80,8 +80,8 @@ def add_flags(
         options["default"] = None if unset else default
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hints[field.name]) is typing.Literal:
-            options["choices"] = typing.get_args(hints[field.name])
+        elif choices := _choices(hints[field.name]):
+            options["choices"] = choices
         elif hints[field.name] == tuple[str, ...] and default:
             options |= {"nargs": "+", "metavar": name.upper()}
         else:
@@ -185,18 +185,45 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a union but None, or the one type."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return tuple(kind for kind in (typing.get_args(hint) if is_union else (hint,)) if kind is not types.NoneType)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a type lists; () if it does not."""
+    return tuple(
+        value for kind in _kinds(hint) if typing.get_origin(kind) is typing.Literal for value in typing.get_args(kind)
+    )
+
+
 def _converter(hint: Any) -> Callable[[str], Any]:
     """How the text of a flag becomes a value of this type."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = [kind for kind in (typing.get_args(hint) if is_union else (hint,)) if kind is not types.NoneType]
+    kinds = _kinds(hint)
+    element = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
+    is_object = any(typing.get_origin(kind) is Mapping for kind in kinds)
     if bool in kinds:
         return _truth_or_text
-    if typing.get_origin(kinds[0]) is Mapping:
-        return _json_object
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        element = int if kinds == [tuple[int, ...]] else str
-        return _names_or_pattern if str in kinds else lambda text: tuple(element(part) for part in text.split(","))
-    return kinds[0]
+    if element is None:
+        return _json_object if is_object else kinds[0]
+    if str in kinds:
+        return _names_or_pattern
+
+    def numbers(text: str) -> Any:
+        if is_object and text.lstrip().startswith("{"):
+            return _json_object(text)
+        try:
+            return _list(text, element)
+        except ValueError as error:
+            more = ", or a JSON object" if is_object else ""
+            raise argparse.ArgumentTypeError(f"found {text!r}, need numbers joined with commas{more}") from error
+
+    return numbers
+
+
+def _list(text: str, element: Callable[[str], T]) -> tuple[T, ...]:
+    return tuple(element(part.strip()) for part in text.split(","))
 
 
 def _truth_or_text(text: str) -> bool | str:
@@ -204,13 +231,16 @@ def _truth_or_text(text: str) -> bool | str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"found {text}, need a JSON object")
+        raise argparse.ArgumentTypeError(f"found {text:.80}, need a JSON object")
     return value
 
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:
     """`q_proj,v_proj` is a list of names; `all-linear` and anything with other characters is one string."""
     is_list = text != "all-linear" and all(character.isalnum() or character in "_., " for character in text)
-    return tuple(part.strip() for part in text.split(",")) if is_list else text
+    return _list(text, str) if is_list else text

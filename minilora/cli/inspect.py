@@ -12,11 +12,11 @@ from typing import Any
 
 from minilora.cli.command import Command, Options
 from minilora.cli.memory import memory_page
-from minilora.inspect.adapter import AdapterFacts, ModuleFacts
+from minilora.inspect.adapter import AdapterFacts, ModuleFacts, OtherFacts
 from minilora.inspect.fold import fold
 from minilora.inspect.look import FileFacts, look
 from minilora.inspect.model import ModelFacts
-from minilora.lora.files import PREFIX
+from minilora.lora.layout import PREFIX
 from minilora.storage import TensorEntry
 
 WIDTH, LABEL = 80, 14  # with which a SHA-256 fits on a line
@@ -26,10 +26,24 @@ MODEL_KEYS = (
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling"),
     *("rope_parameters", "tie_word_embeddings", "quantization_config"),
 )
-ADAPTER_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights")
+ADAPTER_KEYS = (
+    *(
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_dropout",
+        "init_lora_weights",
+        "bias",
+        "lora_bias",
+    ),
+    *("modules_to_save", "trainable_token_indices", "target_parameters"),
+)
 LEGEND = (
-    "n modules of a kind; effective: the effective rank, how many equally strong directions the delta amounts to, from "
-    "the least to the greatest of them; delta: the norm of s B A; delta/base: over the norm of the base's weight"
+    "n modules of a kind; effective: the effective rank, how many equally strong directions B A amounts to, from the "
+    "least to the greatest of them; delta: the norm of the change, s B A but for DoRA; delta/base: over the norm of "
+    "the base's weight"
 )
 UNKNOWN = "?"
 Row = tuple[str, ...]
@@ -93,18 +107,17 @@ def _model_page(facts: ModelFacts) -> list[str]:
 def _adapter_page(facts: AdapterFacts) -> list[str]:
     base = _text(facts.config.get("base_model_name_or_path"))
     found = "it is not here: see --model" if facts.base is None else f"measured against {facts.base}"
-    others = [label.removeprefix(PREFIX) for label, _ in fold(dict.fromkeys(facts.other_tensors))]
     return [
         f"adapter  {facts.path}",
         *(_item("checkpoint", f"of step {_text(facts.step)}") if facts.step is not None else []),
         *_item("base model", base if facts.base == base else f"{base}; {found}"),
         *_item("config", _text({key: facts.config[key] for key in ADAPTER_KEYS if facts.config.get(key) is not None})),
         *_item("numbers", _numbers(facts.tensors)),
-        *(_item("also holds", ", ".join(others)) if others else []),
         *_readers(facts.problems),
         "",
         *_module_table(facts.modules, facts.base is not None),
         *textwrap.wrap(LEGEND, WIDTH, initial_indent="  ", subsequent_indent="  "),
+        *(["", *_other_table(facts.other_tensors, facts.base is not None)] if facts.other_tensors else []),
     ]
 
 
@@ -133,6 +146,16 @@ def _module_table(modules: Sequence[ModuleFacts], has_base: bool) -> list[str]:
         norms = _range([module.relative_norm if has_base else module.delta_norm for module in folded])
         rows.append((str(len(folded)), rank, _range([m.effective_rank for m in folded]), scale, norms, label))
     return _table(("n", "rank", "effective", "scale", "delta/base" if has_base else "delta", "module"), rows)
+
+
+def _other_table(others: Mapping[str, OtherFacts], has_base: bool) -> list[str]:
+    """What an adapter holds besides A and B; `change/base` is how far from the base's own numbers it is."""
+    rows = []
+    for label, names in fold({name: other.shape for name, other in others.items()}):
+        changes = [_range([others[name].relative_change for name in names])] if has_base else []
+        shape = "x".join(map(str, others[names[0]].shape)) or "scalar"
+        rows.append((str(len(names)), shape, *changes, label.removeprefix(PREFIX)))
+    return _table(("n", "shape", *(["change/base"] if has_base else []), "beside A and B"), rows)
 
 
 def _readers(problems: Mapping[str, Sequence[str]]) -> list[str]:

@@ -13,11 +13,16 @@ from minilora.cli.command import Options, say
 from minilora.cli.flags import add_flags
 from minilora.errors import ConfigError, FormatError
 from minilora.hub import Location, fetch, locate
-from minilora.lora.attach import base_held, set_adapter
-from minilora.lora.files import base_model_of, base_quantization, load_adapter
+from minilora.lora.attach import set_adapter
+from minilora.lora.classes import classes_of
+from minilora.lora.files import base_model_of, base_quantization, load_adapter, vocabulary_of
+from minilora.lora.find import base_held
 from minilora.model.checkpoint import load_model
+from minilora.model.classifier import Classifier, load_classifier
+from minilora.model.config import LlamaConfig, Unit
 from minilora.model.llama import Llama
 from minilora.model.tokenizer import Tokenizer, load_tokenizer
+from minilora.model.vocabulary import grow_vocabulary
 from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import is_four_bit
 from minilora.quant.nf4 import BLOCK_SIZE
@@ -56,13 +61,18 @@ class Training:
 
 @dataclass(frozen=True)
 class Found:
-    """What --model and --adapter name: where they are, and how the base is to be held and asked."""
+    """What --model and --adapter name: where they are, and how the base is to be held and asked.
+
+    `unit` is what gets one of the classes `labels`; None, if it is a language model.
+    """
 
     base: Location
     adapters: tuple[Path, ...]
     quantize: QuantizeConfig
     tokenizer: Tokenizer
     training: Training
+    unit: Unit | None
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,23 +100,67 @@ def find(options: Options) -> Found:
         raise FormatError(
             f"{error} (the adapter {adapter} names it as its base model; --model names another)"
         ) from error
-    tokenizer, training = load_tokenizer(base.name), how_trained(paths)
+    tokenizer, training = _tokenizer(base, paths), how_trained(paths or [base.path])
     if training.template:
         tokenizer = tokenizer.with_template(training.template)
-    return Found(base, tuple(paths), _quantize(options, base.path, paths), tokenizer, training)
+    quantize = _quantize(options, base.path, paths)
+    return Found(base, tuple(paths), quantize, tokenizer, training, *_classes(base.path, paths))
 
 
-def load(options: Options) -> Loaded:
-    """The model of --model and --adapter."""
-    found = find(options)
+def _tokenizer(base: Location, paths: Sequence[Path]) -> Tokenizer:
+    """The base's, or that of the first adapter which brings tokens of its own."""
+    own = (path for path in paths if vocabulary_of(path) and (path / "tokenizer.json").is_file())
+    return load_tokenizer(next(own, base.name))
+
+
+def load(options: Options, found: Found | None = None) -> Loaded:
+    """The language model of --model and --adapter, which may have been found already.
+
+    Raises:
+        ConfigError: it is a classifier.
+    """
+    found = found or find(options)
+    if found.unit is not None:
+        raise ConfigError(
+            f"{(*adapters(options), found.base.name)[0]}: is a classifier, which `minilora eval` measures"
+        )
     model = load_model(found.base.name, options["dtype"], pick_device(options["device"]), found.quantize)
-    say_quantization(base_held(model), found.adapters)
-    names = tuple(f"adapter{i}" for i in range(len(found.adapters)))
-    for name, path in zip(names, found.adapters, strict=True):
+    return Loaded(model, found.tokenizer, _with_adapters(model, found.adapters), found.training)
+
+
+def load_classes(options: Options, found: Found) -> Classifier:
+    """The classifier that was found."""
+    where = options["dtype"], pick_device(options["device"]), found.quantize
+    model = load_classifier(found.base.name, found.unit, found.labels, *where)
+    _with_adapters(model, found.adapters)
+    return model
+
+
+def _with_adapters(model: Llama | Classifier, paths: Sequence[Path]) -> tuple[str, ...]:
+    """Load adapters on a model, all of them active; their names."""
+    say_quantization(base_held(model), paths)
+    grow_vocabulary(model, max(map(vocabulary_of, paths), default=0))
+    names = tuple(f"adapter{i}" for i in range(len(paths)))
+    for name, path in zip(names, paths, strict=True):
         load_adapter(model, path, name)
     if names:
         set_adapter(model, names)
-    return Loaded(model, found.tokenizer, names, found.training)
+    return names
+
+
+def _classes(base: Path, paths: Sequence[Path]) -> tuple[Unit | None, tuple[str, ...]]:
+    """What adapters, or else the base by itself, give classes to, and the classes.
+
+    Raises:
+        ConfigError: the adapters differ in that.
+    """
+    if not paths:
+        config = LlamaConfig.from_dict(read_json(base / "config.json"))
+        return config.unit, config.labels if config.unit else ()
+    found = [classes_of(path) for path in paths]
+    if len({unit for unit, _ in found}) > 1:
+        raise ConfigError(f"{', '.join(map(str, paths))}: are for different tasks; name adapters of one task")
+    return found[0]
 
 
 def _quantize(options: Options, base: Path, paths: Sequence[Path]) -> QuantizeConfig:
@@ -173,12 +227,12 @@ def _in_words(held: Mapping[str, Any]) -> str:
 
 
 def how_trained(names: Sequence[str | Path]) -> Training:
-    """What lies beside adapters, directories or names of the hub: of several, the first that has a file tells.
+    """What lies beside adapters, or a model: directories, or adapters' names. The first that has a file tells.
 
     Raises:
         FormatError: there is no such adapter, or a file is not what its name says.
     """
-    paths = [fetch(name, "adapter") for name in names]
+    paths = [name if isinstance(name, Path) else fetch(name, "adapter") for name in names]
 
     def first(name: str) -> Path | None:
         return next((path / name for path in paths if (path / name).is_file()), None)

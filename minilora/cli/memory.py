@@ -33,7 +33,7 @@ def _head(facts: MemoryFacts) -> list[str]:
     return [
         f"memory to fine-tune in bfloat16 on {facts.device}; a batch: {batch};",
         f"adapters of rank {lora.r} on {lora.target_modules}; QLoRA in nf4 with double quantization. A full fine-tune",
-        "takes 12 bytes a parameter: 2 weights, 2 gradients, 8 AdamW in float32; block is --recompute block.",
+        "takes 16 bytes a parameter: 4 weights, 4 gradients, 8 AdamW, all in float32; block is --recompute block.",
         "GB are 10^9 bytes.",
     ]
 

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from minilora.cli.columns import visible
 from minilora.inputs import Data
-from minilora.lora.attach import ParameterCount
+from minilora.lora.find import ParameterCount
 from minilora.model.ops import IGNORE_INDEX
 from minilora.model.tokenizer import Tokenizer
 from minilora.train.batch import plan_steps
@@ -27,22 +27,29 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     shown = data.train[:ROWS]
     rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
-        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
+        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end, data.labels)}")
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
     table += [_lengths(name, examples) for name, examples in data.splits.items()]
     return "\n".join([*rows, "", *table, "", *_totals(data, config, count)])
 
 
-def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
-    """The text of an example, control tokens included, with marks around what is learned.
+def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str, classes: Sequence[str] = ()) -> str:
+    """The text of an example, control tokens included, with marks around what is learned: tokens, or their `classes`.
 
     Each stretch is what the text grows by: decoded alone, a stretch could lose the space that it begins with.
     """
-    text, done, position = "", "", 0
-    for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):
-        position += len(list(labels))
-        so_far = tokenizer.decode(example.tokens[:position], skip_special_tokens=False)
-        stretch = visible(so_far[len(done) :])
+
+    def stretch_of(place: int) -> int:
+        """0 if the token is not learned; each class is a stretch by itself."""
+        return (example.labels[place] != IGNORE_INDEX) * (place + 1 if classes else 1)
+
+    text, done = "", ""
+    for is_learned, places in groupby(range(len(example.tokens)), stretch_of):
+        last = max(places)
+        so_far = tokenizer.decode(example.tokens[: last + 1], skip_special_tokens=False)
+        stretch = visible(
+            so_far[len(done) :] + (f" = {classes[example.labels[last]]}" if is_learned and classes else "")
+        )
         text += f"{begin}{stretch}{end}" if is_learned else stretch
         done = so_far
     return text

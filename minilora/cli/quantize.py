@@ -9,13 +9,14 @@ from minilora.cli.command import Command, Options
 from minilora.cli.flags import add_flags, from_flags
 from minilora.errors import ConfigError
 from minilora.hub import locate
-from minilora.model.checkpoint import load_model, read_config, save_model, skeleton, stored_dtype, stored_weights
+from minilora.model.checkpoint import read_config, save_model, stored_dtype, stored_weights
+from minilora.model.classifier import load_for, skeleton_for
 from minilora.model.shards import tensor_files
 from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import count_weights, is_four_bit
-from minilora.run import holds_files, pick_device
-from minilora.storage import BUILTIN
+from minilora.run import pick_device
+from minilora.storage import BUILTIN, holds_files
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +36,12 @@ def _run(options: Options) -> int:
         raise ConfigError(f"{out}: holds files; give another --out")
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     location = locate(options["model"], "model")
-    source = read_config(location.path).source
-    if is_four_bit(source):
+    read = read_config(location.path)
+    if is_four_bit(read.source):
         raise ConfigError(f"{location.name}: is quantized already")
-    dtype = stored_dtype(source)
-    model = load_model(location.path, dtype, "meta", config)
-    weights = stored_weights(location.path, skeleton(model.config), dtype, device, config)
+    dtype = stored_dtype(read.source)
+    model = load_for(read.unit, (), location.path, dtype, "meta", config)
+    weights = stored_weights(location.path, skeleton_for(read.unit, (), read), dtype, device, config)
     save_model(model, out, load_tokenizer(location.name), weights=weights)
     print(f"{_bits(out)}\nmodel written to {out}")
     return 0

@@ -11,7 +11,7 @@ from minilora.hub import HUB_ID, fetch
 from minilora.inspect.adapter import AdapterFacts, adapter_facts
 from minilora.inspect.model import ModelFacts, model_facts
 from minilora.inspect.run import run_facts
-from minilora.lora.files import CONFIG_FILE
+from minilora.lora.layout import CONFIG_FILE
 from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from minilora.errors import FormatError
-from minilora.lora.attach import attach, linear_layers
+from minilora.lora.attach import attach
 from minilora.lora.config import LoraConfig
+from minilora.lora.find import linear_layers
 from minilora.model.checkpoint import skeleton
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama

@@ -8,7 +8,8 @@ from typing import Any
 
 from minilora.errors import FormatError, MiniloraError
 from minilora.inspect.readers import minilora_problems, transformers_problems
-from minilora.model.checkpoint import load_model
+from minilora.model.checkpoint import read_config
+from minilora.model.classifier import load_for
 from minilora.model.shards import tensor_files
 from minilora.model.tokenizer import Tokenizer
 from minilora.quant.files import packed_weights, read_layout
@@ -46,10 +47,14 @@ def model_facts(directory: Path) -> ModelFacts:
         tokenizer=_tokenizer(directory),
         problems={
             # On the device "meta" it checks the same and reads no number.
-            "minilora": minilora_problems(lambda: load_model(directory, device="meta")),
+            "minilora": minilora_problems(lambda: _load(directory)),
             "transformers": transformers_problems(config, [file.metadata for file in files.values()]),
         },
     )
+
+
+def _load(directory: Path) -> None:
+    load_for(read_config(directory).unit, (), directory, "auto", "meta", None)
 
 
 def _tensors(files: dict[str, TensorFile]) -> dict[str, TensorEntry]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.metrics import read_records
-from minilora.run import default_settings
+from minilora.settings import default_settings
 from minilora.storage import read_json
 from minilora.train.state import checkpoints
 

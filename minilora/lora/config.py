@@ -1,21 +1,32 @@
 """What to adapt and how: `LoraConfig`, with PEFT's field names, and which modules it means.
 
-Names are matched as PEFT 0.21 does (`check_target_module_exists`), but for two things that are wrong there: an entry
-that matches nothing is an error even if another one matches, and `layers_to_transform` also holds for modules named
-in full.
+Names are matched as PEFT 0.21 does (`check_target_module_exists`), but for three things that are wrong there: an entry
+that matches nothing is an error even if another one matches, `layers_to_transform` also holds for modules named in
+full, and `modules_to_save` takes no name for the end of a longer one ("head" is not "lm_head").
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from minilora.errors import ConfigError, TargetError
 
-INITS = (True, "gaussian")
-RENAMED = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
+Bias = Literal["none", "all", "lora_only"]
+Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+HEADS = {  # what transformers calls the heads of these models; they start at random, so they are trained in full
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("score", "classifier", "pre_classifier", "classification_head")),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+TASK_HELP = "what the model is for: to write text, or to give a class to texts (SEQ_CLS) or to words (TOKEN_CLS)"
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
+NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+RANDOMIZED = r"pissa_niter_\d+"  # and the number of its power iterations
+RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
 
 
@@ -46,45 +57,106 @@ class LoraConfig:
         default_factory=dict, metadata={"help": "JSON: alpha for single modules"}
     )
     use_rslora: bool = field(default=False, metadata={"help": "multiply by alpha / sqrt(r) instead of alpha / r"})
+    use_dora: bool = field(default=False, metadata={"help": "learn the length of each row of the weight apart (DoRA)"})
     init_lora_weights: bool | str = field(
-        default=True, metadata={"help": "start values of A: true or gaussian; B is 0"}
+        default=True,
+        metadata={
+            "help": "start values: true, gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq from the "
+            "weights; eva, corda or lora_ga from the data"
+        },
     )
+    bias: Bias = field(default="none", metadata={"help": "train biases, too: all, or those of the adapted modules"})
+    lora_bias: bool = field(default=False, metadata={"help": "give B a bias"})
+    modules_to_save: tuple[str, ...] = field(
+        default=(), metadata={"help": "modules to train in full and to save with the adapter"}
+    )
+    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] | None = field(
+        default=None, metadata={"help": "tokens whose embeddings are trained: ids, or JSON of module names and ids"}
+    )
+    target_parameters: tuple[str, ...] = field(
+        default=(), metadata={"help": "parameters to adapt that are not a module's weight, as of fused experts"}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "weights are (in, out); without effect: the class of a module says it"}
+    )
+    task_type: Task | None = field(default=None, metadata={"help": TASK_HELP})
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if bad := self._strange():
+            raise ConfigError("LoraConfig: " + "; ".join(bad))
+        for name in NAMES:
             value = getattr(self, name)
-            if name == "layers_pattern" and isinstance(value, str):
-                value = (value,)
+            if name in NAMES[2:] and isinstance(value, str):  # which is no regular expression
+                value = (value,) if value else ()
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value or ()))
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+        tokens = self.trainable_token_indices
+        if isinstance(tokens, list):
+            object.__setattr__(self, "trainable_token_indices", tuple(tokens))
+        elif isinstance(tokens, Mapping) and all(isinstance(ids, list) for ids in tokens.values()):
+            object.__setattr__(self, "trainable_token_indices", {name: tuple(ids) for name, ids in tokens.items()})
+        layers = self.layers_to_transform
+        layers = (layers,) if isinstance(layers, int) else tuple(layers or ())
+        object.__setattr__(self, "layers_to_transform", layers or None)
         if bad := self._problems():
             raise ConfigError("LoraConfig: " + "; ".join(bad))
 
-    def _problems(self) -> list[str]:
+    def _strange(self) -> list[str]:
+        """Fields that hold no names, numbers or patterns at all."""
         bad = []
+        for name in NAMES:
+            if not isinstance(value := getattr(self, name) or (), str) and not _are(str, value):
+                bad.append(f"{name} is {value!r}, need names")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(value := getattr(self, name), Mapping) or not _are(str, tuple(value)):
+                bad.append(f"{name} is {value!r}, need names of modules, each with a number")
+        layers = self.layers_to_transform
+        if layers is not None and not _are(int, (layers,) if isinstance(layers, int) else layers):
+            bad.append(f"layers_to_transform is {layers!r}, need numbers of layers")
+        return bad
+
+    def _problems(self) -> list[str]:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
         alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
-        bad += [f"{name} is {r!r}, need a whole number of at least 1" for name, r in ranks.items() if not _is_rank(r)]
+        need = "need a whole number of at least 1, below 2³¹"
+        bad = [f"{name} is {r!r}, {need}" for name, r in ranks.items() if not _is_rank(r)]
         bad += [f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not _is_positive(a)]
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
-        if not isinstance(self.use_rslora, bool):
-            bad.append(f"use_rslora is {self.use_rslora!r}, need true or false")
-        if self.init_lora_weights not in INITS:
-            bad.append(f"init_lora_weights is {self.init_lora_weights!r}, accepted are {list(INITS)}")
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                bad.append(f"{name} is {getattr(self, name)!r}, need true or false")
+        for name, accepted in (("bias", get_args(Bias)), ("task_type", (*get_args(Task), None))):
+            if getattr(self, name) not in accepted:
+                bad.append(f"{name} is {getattr(self, name)!r}, accepted are {list(accepted)}")
+        init = self.init_lora_weights
+        if init not in INITS and not (isinstance(init, str) and re.fullmatch(RANDOMIZED, init)):
+            bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}")
+        if self.lora_bias and (self.use_dora or init not in (True, False)):
+            bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
+        if not _are_tokens(tokens := self.trainable_token_indices):
+            need = "need ids from 0, each once, or module names with such ids"
+            bad.append(f"trainable_token_indices is {tokens!r}, {need}")
+        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
+            bad.append("target_parameters go with neither use_dora, lora_bias nor lora_dropout")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            bad.append("layers_to_transform needs target_modules to be a list of names")
+            bad.append("layers_to_transform needs target_modules to be a list of names, such as q_proj,v_proj")
         if self.layers_pattern and self.layers_to_transform is None:
             bad.append("layers_pattern needs layers_to_transform")
-        for pattern in (self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern):
+        patterns = [names for names in (self.target_modules, self.exclude_modules) if isinstance(names, str)]
+        for pattern in (*patterns, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
-                re.compile(pattern if isinstance(pattern, str) else "")
+                re.compile(pattern)
             except re.error as error:
                 bad.append(f"{pattern!r} is not a regular expression ({error})")
         return bad
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows an embedding needs for `trainable_token_indices`; 0 if there are none."""
+        wanted = self.trainable_token_indices or ()
+        lists = wanted.values() if isinstance(wanted, Mapping) else (wanted,)
+        return max((token + 1 for ids in lists for token in ids), default=0)
 
     def rank(self, path: str) -> int:
         """r of one module: the first key of `rank_pattern` that matches its path, else `r`."""
@@ -95,42 +167,100 @@ class LoraConfig:
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
 
-def select_targets(linears: Sequence[str], config: LoraConfig, head: str | None = None) -> list[str]:
-    """Those of the `linears` (paths such as "model.layers.0.self_attn.q_proj") that `config` means.
+def select_targets(
+    linears: Sequence[str],
+    config: LoraConfig,
+    head: str | None = None,
+    others: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+) -> list[str]:
+    """Those of a model's modules that `config` means to adapt.
 
-    `head` is the output head's path, which "all-linear" leaves alone.
+    Args:
+        linears: paths of what "all-linear" means, such as "model.layers.0.self_attn.q_proj".
+        config: the names.
+        head: the output head's path, which "all-linear" leaves alone.
+        others: paths of what must be named to be adapted: embeddings and convolutions.
+        parameters: those that `select_parameters` chose. Patterns mean them, too.
 
     Raises:
-        TargetError: nothing matches, or an entry of `target_modules`, `exclude_modules`, `rank_pattern` or
-            `alpha_pattern` matches nothing; the message lists what there is.
+        TargetError: nothing matches, or an entry of `target_modules`, `exclude_modules`, `layers_to_transform`,
+            `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
     """
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        matched = [path for path in linears if path != head]
+    paths = [*linears, *others]
+    if is_general(config):
+        chosen = [path for path in linears if path != head and not _is_left_out(path, config)]
     else:
-        matched = [path for path in linears if _matches(targets, path) and _is_in_layers(path, config)]
-    chosen = [path for path in matched if not _matches(config.exclude_modules, path)]
-    unmatched = _unmatched(linears, chosen, config)
-    if unmatched or not chosen:
-        kinds = sorted({path.rpartition(".")[2] for path in linears})
-        what = "; ".join(unmatched) or "target_modules and exclude_modules leave nothing"
-        raise TargetError(f"{what}. The model's linear modules end in {kinds}")
+        chosen = [path for path in paths if is_target(path, config)]
+    problems = _unmatched(paths, [*chosen, *parameters], config)
+    if not chosen and (config.target_modules or not _does_more(config)):
+        problems.append("target_modules, exclude_modules and modules_to_save leave nothing")
+    problems += [
+        f"{name} is in target_parameters and its module in target_modules"
+        for name in parameters
+        if name.rpartition(".")[0] in chosen
+    ]
+    if problems:
+        raise TargetError(f"{'; '.join(problems)}. The model's modules that can be adapted end in {_endings(paths)}")
     return chosen
 
 
-def _unmatched(linears: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
+def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
+    """Those of all of a model's modules (paths) that are trained in full, and none that is a part of another.
+
+    They are those of `modules_to_save`, and the head of a classifier, which starts at random: if `task_type` says that
+    the model is one, its head need not be named, and PEFT names them all.
+
+    Raises:
+        TargetError: another entry of `modules_to_save` matches nothing; the message lists what there is.
+    """
+    if unknown := _nowhere([name for name in config.modules_to_save if name not in _heads(config)], paths):
+        there = _endings([path for path in paths if not path.rpartition(".")[2].isdecimal()])
+        raise TargetError(f"no module matches modules_to_save {unknown}. The model's modules end in {there}")
+    saved = [path for path in paths if matches(config.modules_to_save + _heads(config), path)]
+    return [path for path in saved if not any(path.startswith(f"{other}.") for other in saved)]
+
+
+def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
+    """Those of a model's parameters (full names) that `target_parameters` means: the name, or its end after a dot.
+
+    Raises:
+        TargetError: an entry matches nothing; the message lists what there is.
+    """
+    if unknown := _nowhere(config.target_parameters, names):
+        there = sorted({".".join(name.split(".")[-2:]) for name in names})
+        raise TargetError(f"no parameter matches target_parameters {unknown}. The model's parameters end in {there}")
+    return [name for name in names if matches(config.target_parameters, name) and not _is_saved(name, config)]
+
+
+def is_general(config: LoraConfig) -> bool:
+    """Does it mean all linears, without naming them?"""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def is_target(path: str, config: LoraConfig) -> bool:
+    """Does `config` mean this module by its name?"""
+    return matches(config.target_modules, path) and _is_in_layers(path, config) and not _is_left_out(path, config)
+
+
+def matches(entries: str | Sequence[str], path: str) -> bool:
+    """A string is a regular expression for the whole path; a list holds paths, or what they end in after a dot."""
+    if isinstance(entries, str):
+        return bool(entries) and re.fullmatch(entries, path) is not None
+    return any(path == entry or path.endswith("." + entry) for entry in entries)
+
+
+def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
     """One phrase for each entry of the config that names nothing."""
     found = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
-        for entry in [entries] if isinstance(entries, str) else [[each] for each in entries]:
-            is_general = isinstance(entry, str) and entry.lower() == "all-linear"
-            if entry and not is_general and not any(_matches(entry, path) for path in linears):
-                found.append(f"no linear module matches {name} {entry if isinstance(entry, str) else entry[0]!r}")
+        if not (name == "target_modules" and is_general(config)):
+            found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _nowhere(entries, paths)]
     for number in config.layers_to_transform or ():
         alone = replace(config, layers_to_transform=(number,))
-        if not any(_matches(config.target_modules, path) and _is_in_layers(path, alone) for path in linears):
-            found.append(f"no linear module of target_modules is in layer {number} of layers_to_transform")
+        if not any(matches(config.target_modules, path) and _is_in_layers(path, alone) for path in paths):
+            found.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
         found += [
@@ -139,11 +269,33 @@ def _unmatched(linears: Sequence[str], chosen: Sequence[str], config: LoraConfig
     return found
 
 
-def _matches(entries: str | Sequence[str], path: str) -> bool:
-    """A string is a regular expression for the whole path; a list holds paths, or what they end in after a dot."""
+def _nowhere(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The entries that match none of the paths; a regular expression is one entry."""
     if isinstance(entries, str):
-        return bool(entries) and re.fullmatch(entries, path) is not None
-    return any(path == entry or path.endswith("." + entry) for entry in entries)
+        return [entries] if entries and not any(matches(entries, path) for path in paths) else []
+    return [entry for entry in entries if not any(matches((entry,), path) for path in paths)]
+
+
+def _endings(paths: Sequence[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _is_left_out(path: str, config: LoraConfig) -> bool:
+    return matches(config.exclude_modules, path) or _is_saved(path, config)
+
+
+def _is_saved(path: str, config: LoraConfig) -> bool:
+    """Is it in `modules_to_save` or in a classifier's head, or in a module below one that is?"""
+    return any(f".{name}." in f".{path}." for name in config.modules_to_save + _heads(config))
+
+
+def _heads(config: LoraConfig) -> tuple[str, ...]:
+    return HEADS.get(config.task_type or "", ())
+
+
+def _does_more(config: LoraConfig) -> bool:
+    """Is there something to train without any module adapted?"""
+    return bool(config.target_parameters or config.modules_to_save or config.trainable_token_indices)
 
 
 def _is_in_layers(path: str, config: LoraConfig) -> bool:
@@ -155,16 +307,38 @@ def _is_in_layers(path: str, config: LoraConfig) -> bool:
 
 
 def _is_key(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return _compiled(key).match(path) is not None
+
+
+@functools.cache  # the module `re` forgets after 512, and an adapter may have a key for each of more layers
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     return next((value for key, value in pattern.items() if _is_key(key, path)), default)
 
 
+def _are_tokens(value: object) -> bool:
+    lists = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
+    return all(
+        isinstance(ids, list | tuple)
+        and ids
+        and len(set(map(str, ids))) == len(ids)
+        and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        for ids in lists
+    )
+
+
+def _are(kind: type, values: object) -> bool:
+    if not isinstance(values, list | tuple | set | frozenset):
+        return False
+    return all(isinstance(each, kind) and not isinstance(each, bool) for each in values)
+
+
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -4,10 +4,15 @@ A frozen linear y = W x + b is changed by a product of two thin matrices, scaled
 
     y = (W + s·B A) x + b,    A (r, in),  B (out, r),  r ≪ in, out
 
+DoRA also learns the length of each row of the sum, m (out):
+
+    y = m ⊙ (W + s·B A) x / ‖W + s·B A‖ + b,    ‖·‖ the length of each row
+
     N  rows of x
 
     [LoRA]    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
     [rsLoRA]  Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
+    [DoRA]    Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
     [Dropout] Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
 """
 
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -84,6 +90,21 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     Shapes: lora_A (r, in), lora_B (out, r) -> (out, in)
     """
     return scale * (lora_B @ lora_A)
+
+
+def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """‖W + s·B A‖, the length of each row  [DoRA eq. 5], a constant for the gradient [§4.3], in float32 at least.
+
+    The paper's W is (in, out) and its norm that of columns; a row here is a column there.
+
+    Shapes: weight (out, in), lora_A (r, in), lora_B (out, r) -> (out)
+    """
+    wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    kind = weight.device.type
+    as_is = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with torch.no_grad(), as_is:  # autocast would take the product in 16 bits
+        norm = torch.linalg.vector_norm(weight.to(wide) + lora_delta(lora_A.to(wide), lora_B.to(wide), scale), dim=1)
+    return norm.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has no direction: 0 / 0 is no number
 
 
 def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, FormatError, TrainingError
-from minilora.hub import locate
+from minilora.hub import Location, locate
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.model.shards import SHARD_BYTES, tensor_files, write_shards
@@ -29,10 +29,14 @@ from minilora.quant.files import (
 from minilora.quant.linear import NF4Linear
 from minilora.storage import TensorFile, read_json, write_json
 
+if TYPE_CHECKING:
+    from minilora.model.classifier import Classifier
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = f"{Llama.head}.weight", "model.embed_tokens.weight"
 REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
+M = TypeVar("M", "Llama", "Classifier")
 
 
 def load_model(
@@ -64,17 +68,31 @@ def load_model(
             already, and otherwise than is asked for.
     """
     location = locate(name_or_path, "model")
-    model = skeleton(read_config(location.path))
-    for name, weight in stored_weights(location.path, model, dtype, torch.device(device), quantize):
-        assign(model, name, weight)
+    config = read_config(location.path)
+    if config.unit is not None:
+        raise ConfigError(f"{location.path}: is a classifier, which load_classifier reads, and no language model")
+    model = filled(skeleton(config), location, dtype, torch.device(device), quantize)
     model.tie_weights()
+    return model
+
+
+def filled(
+    model: M,
+    location: Location,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    quantize: QuantizeConfig | Quantize | None,
+) -> M:
+    """A skeleton with the weights of its directory; errors are those of `load_model`."""
+    for name, weight in stored_weights(location.path, model, dtype, device, quantize):
+        assign(model, name, weight)
     model.name_or_path = location.name
     return model.eval()
 
 
 def stored_weights(
     directory: Path,
-    model: Llama,
+    model: Llama | Classifier,
     dtype: torch.dtype | str,
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
@@ -106,7 +124,7 @@ def stored_weights(
 
 
 def save_model(
-    model: Llama,
+    model: Llama | Classifier,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -129,7 +147,9 @@ def save_model(
         ConfigError: adapters are attached: merge or detach them first, or save them with `save_adapter`.
     """
     path, own = Path(path), _weights(model)
-    if unknown := sorted(set(own) - set(skeleton(model.config).state_dict())):
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
     groups = (
         packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
@@ -140,13 +160,13 @@ def save_model(
         tokenizer.save(path)
     embedding = model.model.embed_tokens.weight
     source = {key: value for key, value in model.config.source.items() if key not in REWRITTEN}
-    now = {
-        "tie_word_embeddings": model.lm_head._parameters.get("weight") is embedding,
-        "dtype": dtype_name(embedding.dtype),
-    }
-    if quantization := quantization_config(_linears(model), "lm_head", embedding.dtype):
+    now: dict[str, Any] = {}
+    if isinstance(model, Llama):
+        now["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
+    now["dtype"] = dtype_name(embedding.dtype)
+    if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
         now["quantization_config"] = quantization
-    write_json(path / "config.json", {"architectures": [_architecture(model.config)], **source, **now})
+    write_json(path / "config.json", {"architectures": [f"{model.config.class_name}ForCausalLM"], **source, **now})
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -190,7 +210,7 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _check_names(
-    directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
+    directory: Path, model: Llama | Classifier, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     stored, linears = _stored_names(model), _linears(model)
@@ -211,7 +231,9 @@ def _check_names(
         raise FormatError(f"{directory}: the tensors do not fit config.json:\n  " + "\n  ".join(problems))
 
 
-def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], config: QuantizeConfig) -> set[str]:
+def _chosen(
+    directory: Path, model: Llama | Classifier, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
+) -> set[str]:
     """The names of the weights to quantize: none, where they are packed already.
 
     Raises:
@@ -225,20 +247,19 @@ def _chosen(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], 
         )
     linears = list(_linears(model))
     if not packed:
-        chosen = {f"{path}.weight" for path in config.chosen(linears)} - {HEAD}
+        chosen = {f"{path}.weight" for path in config.chosen(linears)} - {f"{model.head}.weight"}
         if config.quantize != "none" and not chosen:
             raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
         return chosen
     if config.quantize != "none":
-        _check_held(directory, linears, packed, config)
+        _check_held(directory, linears, model.head, packed, config)
     return set()
 
 
 def _check_held(
-    directory: Path, linears: Sequence[str], packed: Mapping[str, Sequence[str]], config: QuantizeConfig
+    directory: Path, linears: Sequence[str], head: str, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
 ) -> None:
     """Do the weights lie there as is asked for? A default is not asked for, and a head may be packed or not."""
-    head = HEAD.removesuffix(".weight")
     kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
     is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
     dense = {path for path in linears if f"{path}.weight" not in packed}
@@ -296,8 +317,3 @@ def assign(model: nn.Module, name: str, weight: Weight) -> None:
         model.set_submodule(path, weight)
     else:
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=not isinstance(owner, NF4Linear)))
-
-
-def _architecture(config: LlamaConfig) -> str:
-    names = {"llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3", "phi3": "Phi3"}
-    return names.get(config.model_type, config.model_type.capitalize()) + "ForCausalLM"

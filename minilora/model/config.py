@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from minilora.errors import ConfigError
 from minilora.model.rope import Rope, is_positive
@@ -40,6 +40,8 @@ OPTIONAL = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
     *("sliding_window", "max_window_layers", "no_rope_layer_interval"),
 )
+Unit = Literal["sequence", "token"]  # what a classifier gives a class to
+CLASSIFIERS: dict[str, Unit] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,35 @@ class LlamaConfig:
             rotated=rotated,
             rope=_rope(values, head_dim),
         )
+
+    @property
+    def class_name(self) -> str:
+        """What the names of transformers' classes for this family begin with."""
+        names = {"smollm3": "SmolLM3"}
+        return names.get(self.model_type, self.model_type.capitalize())
+
+    @property
+    def unit(self) -> Unit | None:
+        """What gets a class, if the model is a classifier: it is known by the name of transformers' class for it."""
+        names = self.source.get("architectures")
+        listed = [str(name) for name in names] if isinstance(names, list) else []
+        return next((unit for ending, unit in CLASSIFIERS.items() for name in listed if name.endswith(ending)), None)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's classes; transformers leaves them out of the file if they are LABEL_0 and LABEL_1.
+
+        Raises:
+            ConfigError: `id2label` is not at least two different names by number.
+        """
+        named = self.source.get("id2label")
+        if named is None:
+            return ("LABEL_0", "LABEL_1")
+        if isinstance(named, Mapping) and set(named) == set(map(str, range(len(named)))):
+            labels = tuple(named[str(i)] for i in range(len(named)))
+            if all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels) > 1:
+                return labels
+        raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:

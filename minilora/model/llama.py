@@ -207,6 +207,8 @@ class Llama(nn.Module):
         generator: draws the weights from N(0, 0.02²); without one they are to be loaded, and the embedding is 0.
     """
 
+    head, task_type = "lm_head", "CAUSAL_LM"
+
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
@@ -225,6 +227,10 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding; transformers' name for it, too."""
+        return self.model.embed_tokens
+
     def get_output_embeddings(self) -> nn.Module:
         """The head; transformers' name for it, by which "all-linear" knows what to leave alone."""
         return self.lm_head
@@ -237,16 +243,34 @@ class Llama(nn.Module):
         Raises:
             ShapeError: input_ids is not (B, T), or a length is not in 1..T.
         """
-        if input_ids.dim() != 2:
-            raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
-        B, T = input_ids.shape
-        lengths = [T] * B if lengths is None else [int(n) for n in lengths]
-        if len(lengths) != B or not all(1 <= n <= T for n in lengths):
-            raise ShapeError(f"lengths {lengths} do not fit input_ids {(B, T)}: need {B} numbers in 1..{T}")
-        tokens = torch.cat([row[:n] for row, n in zip(input_ids, lengths, strict=True)])
-        logits = self.lm_head(self.model(tokens, lengths))
-        padded = pad_sequence(logits.split(lengths), batch_first=True)
-        return F.pad(padded, (0, 0, 0, T - padded.size(1)))
+        tokens, lengths = end_to_end(input_ids, lengths)
+        return padded(self.lm_head(self.model(tokens, lengths)), lengths, input_ids.size(1))
+
+
+def end_to_end(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+    """The real tokens of right-padded rows, and how many each row has; None: all of them.
+
+    Shapes: input_ids (B, T) -> (N)
+
+    Raises:
+        ShapeError: input_ids is not (B, T), or a length is not in 1..T.
+    """
+    if input_ids.dim() != 2:
+        raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
+    B, T = input_ids.shape
+    lengths = [T] * B if lengths is None else [int(n) for n in lengths]
+    if len(lengths) != B or not all(1 <= n <= T for n in lengths):
+        raise ShapeError(f"lengths {lengths} do not fit input_ids {(B, T)}: need {B} numbers in 1..{T}")
+    return torch.cat([row[:n] for row, n in zip(input_ids, lengths, strict=True)]), lengths
+
+
+def padded(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
+    """What `end_to_end` laid together in rows of one width again, with 0 as padding.
+
+    Shapes: rows (N, V), lengths B numbers -> (B, width, V)
+    """
+    batch = pad_sequence(rows.split(list(lengths)), batch_first=True)
+    return F.pad(batch, (0, 0, 0, width - batch.size(1)))
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -224,7 +224,7 @@ class _Rewriter(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(price, lineno=node.lineno))
         return node
 
-    visit_Macro = visit_CallBlock = visit_Block = _stepping  # noqa: N815 - the names that jinja2 looks for
+    visit_Macro = visit_CallBlock = visit_Block = _stepping
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)

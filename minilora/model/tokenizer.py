@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from minilora.errors import DataError, FormatError
+from minilora.errors import ConfigError, DataError, FormatError
 from minilora.hub import fetch
 from minilora.model.quote import QUOTE, ControlTokens
 from minilora.storage import read_json, read_text, write_text
@@ -48,14 +48,10 @@ class Tokenizer:
         self._texts = {name: read_text(directory / name) for name in FILES if (directory / name).is_file()}
         if "tokenizer.json" not in self._texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
-        source = _with_whole_offsets(self._texts["tokenizer.json"])
         try:
-            self._backend = tokenizers.Tokenizer.from_str(source)
+            self._read_backend()
         except Exception as error:  # the library raises nothing narrower
             raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
-        self._control = ControlTokens(source, self._backend)
-        self._backend.no_truncation()
-        self._backend.no_padding()
         config, older, generation, model = (
             read_json(directory / name) if (directory / name).is_file() else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -68,6 +64,13 @@ class Tokenizer:
         template = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
         self._now: datetime | None = None
         self.template = _chat_template(template, self.special_tokens, None) if template else None
+
+    def _read_backend(self) -> None:
+        source = _with_whole_offsets(self._texts["tokenizer.json"])
+        self._backend = tokenizers.Tokenizer.from_str(source)
+        self._control = ControlTokens(source, self._backend)
+        self._backend.no_truncation()
+        self._backend.no_padding()
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -96,6 +99,24 @@ class Tokenizer:
         other = copy.copy(self)
         other._texts = {**self._texts, "chat_template.jinja": source}
         other.template = _chat_template(source, self.special_tokens, self._now)
+        return other
+
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with new tokens, whose ids follow those that there are. They act in any text.
+
+        Raises:
+            ConfigError: a token is empty, is there already or is named twice.
+        """
+        if not tokens:
+            return self
+        known = [token for token in tokens if self.token_id(token) is not None or tokens.count(token) > 1 or not token]
+        if known:
+            raise ConfigError(f"new tokens: {known[:5]} are empty, named twice, or tokens already")
+        backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
+        other = copy.copy(self)
+        other._texts = {**self._texts, "tokenizer.json": backend.to_str(pretty=True)}
+        other._read_backend()
         return other
 
     def at(self, now: datetime) -> Tokenizer:

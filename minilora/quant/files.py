@@ -173,7 +173,8 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
 def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.dtype) -> dict[str, Any] | None:
     """The entry of a config.json about a model's linears (path -> linear), with all keys that transformers writes.
 
-    Which of them are dense is named, unless it is the head alone, as when nothing is said.
+    Which of them are dense is named, unless it is a language model's head alone, as when nothing is said; the head of
+    a classifier transformers may not spare by itself.
     """
     held = describe(linears, head)
     if held["quantize"] == "none":
@@ -188,7 +189,7 @@ def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.d
         "bnb_4bit_use_double_quant": held["double_quant"],
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None if dense == [head] else dense,
+        "llm_int8_skip_modules": None if dense == ["lm_head"] else dense,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

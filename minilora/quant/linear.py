@@ -96,15 +96,20 @@ class NF4Linear(nn.Module):
 Linear = nn.Linear | NF4Linear
 
 
-def dense_weight(base: Linear) -> Tensor:
-    """W of a linear, (N, K), in the dtype of the computation."""
-    return unpack(base.parts, base.layout, base.dtype) if isinstance(base, NF4Linear) else base.weight
+def dense_weight(base: Any) -> Tensor:
+    """W of a linear, (N, K), in the dtype of the computation; of another layer with a weight, that weight."""
+    if isinstance(base, NF4Linear):
+        return unpack(base.parts, base.layout, base.dtype)
+    weight: Tensor = base.weight  # of a replica of DataParallel that is no parameter
+    return weight
 
 
 def apply_weight(base: Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ, with a bias if one is given: (..., K) -> (..., N)."""
     if isinstance(base, NF4Linear):
-        return _Product.apply(x.to(base.dtype), bias, base.layout, *base.parts)
+        # Rows, as what a function of its own returns must not be a view: adapters add to it in place.
+        rows = x.to(base.dtype).reshape(-1, base.in_features)
+        return _Product.apply(rows, bias, base.layout, *base.parts).view(*x.shape[:-1], base.out_features)
     return F.linear(x, base.weight, bias)
 
 

@@ -8,6 +8,7 @@ may have any float dtype; what is computed and returned is float64.
     in, out  features of a linear    r  rank of an adapter
 
     [LoRA]  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
+    [DoRA]  Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
     [RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
     [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
     [PI]    Chen et al. 2023, Extending Context Window of Large Language Models via Positional Interpolation
@@ -73,6 +74,48 @@ def lora_gradients(x: Array, dy: Array, lora_A: Array, lora_B: Array, scale: flo
             dA[k] += scale * lora_B[o, k] * dW[o]
             dB[o, k] = scale * np.dot(dW[o], lora_A[k])
     return dA, dB
+
+
+def dora_stretched(left: Array, own: Array, magnitude: Array) -> Array:
+    """W'[o] = m[o]·L[o] / ‖V[o]‖, row by row, where V = W + s·B A and L is V, too: W' = m·V/‖V‖  [DoRA eq. 5].
+
+    After other adapters L is what those left of W, with s·B A added.
+
+    Shapes: left (out, in), own (out, in), magnitude (out) -> (out, in)
+    """
+    left, own, magnitude = _wide(left, own, magnitude)
+    lengths = [math.sqrt(math.fsum(row * row)) for row in own]
+    rows = zip(magnitude, left, lengths, strict=True)
+    return np.array([m * row / length for m, row, length in rows]).reshape(left.shape)
+
+
+def dora_merged_weight(weight: Array, lora_A: Array, lora_B: Array, scale: float, magnitude: Array) -> Array:
+    """W' = m·(W + s·B A)/‖W + s·B A‖, the length being that of a row  [DoRA eq. 5].
+
+    Shapes: weight (out, in), lora_A (r, in), lora_B (out, r), magnitude (out) -> (out, in)
+    """
+    own = lora_merged_weight(weight, lora_A, lora_B, scale)
+    return dora_stretched(own, own, magnitude)
+
+
+def dora_gradients(
+    x: Array, dy: Array, weight: Array, lora_A: Array, lora_B: Array, scale: float, magnitude: Array
+) -> tuple[Array, Array, Array]:
+    """dA = s·Bᵀ K dW, dB = s·K dW Aᵀ and dm[o] = dW[o]·V[o]/‖V[o]‖, where V = W + s·B A, K = diag(m/‖V‖) is held
+    fixed  [DoRA §4.3] and dW = Σₙ dy[n] x[n]ᵀ.
+
+    Shapes: x (N, in), dy (N, out), weight (out, in), lora_A (r, in), lora_B (out, r), magnitude (out)
+    -> (r, in), (out, r), (out)
+    """
+    x, dy, magnitude = _wide(x, dy, magnitude)
+    own = lora_merged_weight(weight, lora_A, lora_B, scale)
+    lengths = np.array([math.sqrt(math.fsum(row * row)) for row in own])
+    dW = sum((np.outer(dy[n], x[n]) for n in range(len(x))), np.zeros(own.shape))
+    dm = np.array([np.dot(dW[o], own[o]) / lengths[o] for o in range(len(own))])
+    return *lora_gradients(x, dy * (magnitude / lengths), lora_A, lora_B, scale), dm
+
+
+# --- convolutions ---
 
 
 # --- the operations of a decoder ---

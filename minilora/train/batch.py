@@ -25,8 +25,8 @@ EPOCH_SEEDS = 1_000_003  # apart enough that no two (seed, epoch) of sensible si
 class Batch:
     """Rows laid end to end.
 
-    Shapes: tokens (N), targets (N): the token that follows each one, IGNORE_INDEX where it is not learned or where a
-    row ends; lengths sum N
+    Shapes: tokens (N), targets (N): the label that is predicted at each one, of text the token that follows it, and
+    IGNORE_INDEX where there is none; lengths sum N
     """
 
     tokens: Tensor
@@ -40,9 +40,9 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Lay examples end to end. The last token of a row has no target: the next row is none of its business."""
+    """Lay examples end to end. A text's last token has no target: the next row is none of its business."""
     tokens = [token for example in examples for token in example.tokens]
-    targets = [label for example in examples for label in [*example.labels[1:], IGNORE_INDEX]]
+    targets = [label for e in examples for label in [*e.labels[e.shift :], *[IGNORE_INDEX] * e.shift]]
     return Batch(
         torch.tensor(tokens, device=device),
         torch.tensor(targets, device=device),

@@ -66,6 +66,7 @@ class TrainConfig:
     """
 
     learning_rate: float = option(2e-4, "highest learning rate of AdamW")
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learn B with this multiple of A's rate; 16 is usual")
     lr_scheduler: Scheduler = option("cosine", "how the learning rate falls after the warm-up")
     warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a fraction of all steps")
     batch_size: int = option(4, "rows in a micro-batch")
@@ -74,10 +75,10 @@ class TrainConfig:
     epochs: float = option(1.0, "how often every row is seen")
     max_steps: int | None = option(None, "stop after so many steps, whatever --epochs says")
     recompute: Recompute = option("none", "compute MLPs or whole blocks again in the backward pass to save memory")
-    weight_decay: float = option(0.0, "AdamW's weight decay on the adapter")
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices alone")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
     eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
-    keep: Keep = option("last", "which adapter is the result: the last, or the best of the evaluations", WATCHING)
+    keep: Keep = option("last", "which weights are the result: the last, or the best of the evaluations", WATCHING)
     early_stopping: int | None = option(None, "stop after so many evaluations without a new lowest loss", WATCHING)
     save_steps: int | None = option(None, "write a checkpoint every so many steps", WATCHING)
     save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
@@ -93,8 +94,9 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number of at least 0")
-        for name in ("learning_rate", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
+            value = getattr(self, name)
+            if not (0 < (1 if value is None else value) < math.inf):
                 bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")
         if self.seed >= 2**32:
             bad.append(f"seed is {self.seed!r}, need one below 2**32")

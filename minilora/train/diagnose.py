@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 LINUX = Path("/")  # where /proc and /sys are
 STAT = {"v2": ("memory.max", "memory.current", "inactive_file")}
@@ -117,7 +118,8 @@ def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
 
     def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 bad.append(path)
 
         return hook

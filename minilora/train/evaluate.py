@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from minilora.errors import DataError
 from minilora.lora.attach import disable_adapter
 from minilora.model import ops
 from minilora.model.generate import evaluating, generate
 from minilora.model.tokenizer import Tokenizer
-from minilora.train.batch import collate, groups
+from minilora.train.batch import collate
+from minilora.train.config import TrainConfig
+from minilora.train.confusion import Confusion
 from minilora.train.data import Example
+from minilora.train.objective import Objective, TokenLoss, groups_to_evaluate
 
 if TYPE_CHECKING:
+    from minilora.model.classifier import Classifier
     from minilora.model.llama import Llama
 
-EVAL_TOKENS = 4096  # tokens in a forward pass
 SAMPLE_TOKENS = 48  # that are written of a sample
 DRIFT_TOKENS = 512  # whose probabilities of the whole vocabulary are held at once
 MOST_CHOICES = 64
@@ -44,6 +48,28 @@ class Scores:
     loss: float | None
     accuracy: float | None
 
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Held-out loss of a classifier, and what it took for what; both None if nothing is held out."""
+
+    loss: float | None
+    confusion: Confusion | None
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.confusion.accuracy if self.confusion else None
+
+    @property
+    def macro_f1(self) -> float | None:
+        return self.confusion.macro_f1 if self.confusion else None
+
+    def record(self) -> dict[str, Any]:
+        return {"loss": self.loss, "accuracy": None, **(self.confusion.record() if self.confusion else {})}
+
 
 def evaluate(
     model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress | None = None
@@ -55,40 +81,72 @@ def evaluate(
     return Scores(held_out_loss(model, examples, progress), accuracy)
 
 
-def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress | None = None) -> float:
+def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
     """Σ over labelled tokens of -log p / their number, over all examples together.
 
     `progress` is told how many examples are done, and of how many.
     """
-    device = next(model.parameters()).device
-    total, labelled = 0.0, 0
+    return mean_loss(model, TokenLoss(TrainConfig()), examples, progress)
+
+
+def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress | None = None) -> float:
+    """Σ of the losses of all rows / their number.
+
+    Raises:
+        DataError: there are no losses.
+    """
+    total, count = 0.0, 0
     with evaluating(model):
-        for rows in _groups(examples):
+        for together in objective.evaluated_together(rows):
+            loss, number = objective(model, [rows[row] for row in together])
+            total += loss.item()
+            count += number
+            if progress:
+                progress(together[-1] + 1, len(rows))
+    if not count:
+        raise DataError("the loss counts nothing in the held-out rows")
+    return total / count
+
+
+def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> ClassScores:
+    """Loss of the model as it is, and for each class what was taken for what: the class with the highest score."""
+    device = next(model.parameters()).device
+    total, pairs = 0.0, list[tuple[int, int]]()
+    with evaluating(model):
+        for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
             batch = collate([examples[row] for row in rows], device)
-            hidden = model.model(batch.tokens, batch.lengths)
-            total += ops.cross_entropy(hidden, batch.targets, model.lm_head).item()
-            labelled += batch.labelled
+            labelled = batch.targets != ops.IGNORE_INDEX
+            scores = model.score(model.model(batch.tokens, batch.lengths)[labelled])
+            classes = batch.targets[labelled]
+            total -= _log_probabilities(scores).gather(-1, classes.unsqueeze(-1)).sum().item()
+            pairs += zip(classes.tolist(), scores.argmax(-1).tolist(), strict=True)
             if progress:
                 progress(rows[-1] + 1, len(examples))
-    return total / labelled
+    if not pairs:
+        return ClassScores(None, None)
+    return ClassScores(total / len(pairs), Confusion.of(pairs, model.labels))
 
 
-def measure_drift(model: Llama, examples: Sequence[Example], progress: Progress | None = None) -> Drift:
-    """What the active adapters cost on text that they were not made for: the base p, the model as it is q.
+def measure_drift(
+    model: Llama, examples: Sequence[Example], progress: Progress | None = None, base: Llama | None = None
+) -> Drift:
+    """What training costs on text that it was not made for: the base p, the model as it is q.
 
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
+    The base is the model without its adapters, unless one is given.
     """
+    base = model if base is None else base
     device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
-        for rows in _groups(examples):
+        for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
             batch = collate([examples[row] for row in rows], device)
-            with disable_adapter(model):
-                base = model.model(batch.tokens, batch.lengths)
+            with disable_adapter(base):
+                expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
             for chunk in (batch.targets != ops.IGNORE_INDEX).nonzero().squeeze(-1).split(DRIFT_TOKENS):
-                with disable_adapter(model):
-                    log_p = _log_probabilities(model.lm_head(base[chunk]))
+                with disable_adapter(base):
+                    log_p = _log_probabilities(base.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))
                 targets = batch.targets[chunk].unsqueeze(-1)
                 before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
@@ -120,9 +178,10 @@ def choice_accuracy(
     """
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
+    copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        for rows in _groups(examples, copies=len({answer[:-1] for answer in answers})):
+        for rows in groups_to_evaluate([len(example.tokens) * copies for example in examples]):
             for row, scores in zip(rows, _scores(model, [examples[row].prompt for row in rows], answers), strict=True):
                 correct += choices[scores.index(max(scores))] == examples[row].answer
             if progress:
@@ -173,11 +232,6 @@ def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _groups(examples: Sequence[Example], copies: int = 1) -> Iterator[list[int]]:
-    lengths = [len(example.tokens) * copies for example in examples]
-    return groups(lengths, range(len(examples)), EVAL_TOKENS)
 
 
 def _common_ending(choices: Sequence[Choice]) -> int:

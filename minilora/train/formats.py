@@ -79,11 +79,11 @@ def understand(fields: Fields, config: DataConfig) -> Passage | Conversation:
     """
     if config.text_field is not None:
         _check_no_system(config.system)
-        return Passage("", _text(fields, config.text_field, is_learned=True))
+        return Passage("", text_of(fields, config.text_field, is_learned=True))
     turns = _turns(fields)
     if turns is None:
         return _passage(fields, config)
-    own = _text(fields, "system", default="")
+    own = text_of(fields, "system", default="")
     system = own or config.system
     if own and turns[0].role in ("system", "developer"):
         raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt, too; need one")
@@ -129,13 +129,13 @@ def _passage(fields: Fields, config: DataConfig) -> Passage:
     if "prompt" in fields and "completion" in fields:
         if isinstance(fields["prompt"], list) != isinstance(fields["completion"], list):
             raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
-        passage = Passage(_text(fields, "prompt"), _text(fields, "completion", is_learned=True))
+        passage = Passage(text_of(fields, "prompt"), text_of(fields, "completion", is_learned=True))
     elif "text" in fields:
-        passage = Passage("", _text(fields, "text", is_learned=True))
+        passage = Passage("", text_of(fields, "text", is_learned=True))
     else:
         preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
         raise DataError(f"keys {sorted(fields)} are of no known shape; known are {SHAPES}{preference}")
-    _check_no_system(_text(fields, "system", default="") or config.system)
+    _check_no_system(text_of(fields, "system", default="") or config.system)
     return passage
 
 
@@ -170,12 +170,12 @@ def _from_alpaca(fields: Fields) -> list[_Turn]:
     for i, (question, answer) in enumerate(history):
         for j, (role, content) in enumerate((("user", question), ("assistant", answer))):
             where = f"history[{i}][{j}]"
-            text = _text({where: content}, where, is_learned=role == "assistant")
+            text = text_of({where: content}, where, is_learned=role == "assistant")
             turns.append(_Turn({"role": role, "content": text}, where))
-    instruction, extra = _text(fields, "instruction"), _text(fields, "input", default="")
+    instruction, extra = text_of(fields, "instruction"), text_of(fields, "input", default="")
     question = f"{instruction}\n\n{extra}" if extra else instruction
     asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
-    answered = {"role": "assistant", "content": _text(fields, "output", is_learned=True)}
+    answered = {"role": "assistant", "content": text_of(fields, "output", is_learned=True)}
     return [*turns, _Turn(asked, "instruction"), _Turn(answered, "output")]
 
 
@@ -188,7 +188,7 @@ def _from_sharegpt(turn: _Turn) -> _Turn:
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
     role, key = SHAREGPT_ROLES[speaker], f"{where}.value"
-    value = _text({key: entry.get("value")}, key, is_learned=role == "assistant")
+    value = text_of({key: entry.get("value")}, key, is_learned=role == "assistant")
     if speaker != "function_call":
         return _Turn({"role": role, "content": value}, where)
     called = _from_json(value, key)
@@ -272,7 +272,12 @@ def _from_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: found {text!r:.60}, need JSON") from error
 
 
-def _text(fields: Fields, key: str, default: str | None = None, is_learned: bool = False) -> str:
+def text_of(fields: Fields, key: str, default: str | None = None, is_learned: bool = False) -> str:
+    """The text of a field; with `is_learned` it must not be empty.
+
+    Raises:
+        DataError: it is no text, or holds what is no character.
+    """
     value = fields.get(key)
     if value is None and default is not None:
         return default

@@ -21,12 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora.lora.attach import adapter_layers, disable_adapter, set_dropout_step
+from minilora.lora.attach import disable_adapter, set_dropout_step
+from minilora.lora.find import adapter_layers
 from minilora.model import ops
 from minilora.train.config import TrainConfig
 from minilora.train.evaluate import DRIFT_TOKENS
 
 if TYPE_CHECKING:
+    from minilora.model.classifier import Classifier
     from minilora.model.llama import Llama
 
 DOCUMENTS = 16  # that are traced; more are laid together
@@ -38,7 +40,7 @@ MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dty
 class Forecast:
     """Bytes that a step takes.
 
-    weights, adapters: the parameters.
+    weights, adapters: the parameters, those of adapters apart.
     gradients, optimizer: of those that are trained.
     activations: what lives at the end of the trunk's forward pass besides.
     head_chunk: what the loss takes on top of it.
@@ -56,7 +58,7 @@ class Forecast:
 
 
 def forecast(
-    model: Llama,
+    model: Llama | Classifier,
     lengths: Sequence[int],
     labelled: int,
     config: TrainConfig,
@@ -73,9 +75,8 @@ def forecast(
         device: where; it has to be there.
         evaluated: tokens of each row of the largest batch of an evaluation, if there are any.
     """
-    adapted = adapter_layers(model).values()
-    adapters = _bytes(p for layer in adapted for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
-    gradients = _bytes(p for p in model.parameters() if p.requires_grad)
+    own = {p for layer in adapter_layers(model).values() for p in {*layer.parameters()} - {*layer.base.parameters()}}
+    adapters, gradients = _bytes(own), _bytes(p for p in model.parameters() if p.requires_grad)
     weights = _bytes(model.parameters()) - adapters
     with FakeTensorMode(allow_non_fake_inputs=True), _Account() as account:
         model = _stand_in(model, device)
@@ -87,7 +88,8 @@ def forecast(
         activations, head_chunk, step = _step(model, _together(model, lengths), labelled, config, account)
         shown = _together(model, evaluated)
         measuring = _measured(account, lambda: _evaluation(model, shown, device)) if evaluated else 0
-    peak = weights + adapters + MOMENTS * gradients + held + max(step, measuring)
+    best = gradients if config.keep == "best" else 0  # a copy of what is trained
+    peak = weights + adapters + MOMENTS * gradients + best + held + max(step, measuring + gradients)
     return Forecast(weights, adapters, gradients, MOMENTS * gradients, activations, head_chunk, peak)
 
 
@@ -121,7 +123,7 @@ class _Account(TorchDispatchMode):
 
 
 def _step(
-    model: Llama, lengths: Sequence[int], labelled: int, config: TrainConfig, account: _Account
+    model: Llama | Classifier, lengths: Sequence[int], labelled: int, config: TrainConfig, account: _Account
 ) -> tuple[int, int, int]:
     """Activations, what the loss takes beside them, and the most at once, of `train.loop`'s work on a micro-batch."""
     device = next(model.parameters()).device
@@ -133,27 +135,29 @@ def _step(
     hidden = model.model(tokens, lengths, recompute=config.recompute)
     activations = account.live - before - batch
     forward, account.most = account.most, account.live
-    loss = ops.labelled_cross_entropy(hidden[rows], labels, model.lm_head)
+    loss = ops.labelled_cross_entropy(hidden[rows], labels, model.get_output_embeddings())
     head_chunk = account.most - before - batch - activations
     del hidden
     loss.backward()
     return activations, head_chunk, max(forward, account.most) - before
 
 
-def _evaluation(model: Llama, lengths: Sequence[int], device: torch.device) -> None:
+def _evaluation(model: Llama | Classifier, lengths: Sequence[int], device: torch.device) -> None:
     """What takes the most of `train.evaluate`: the base and the adapter compared on general text."""
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device=device)
     with torch.no_grad(), disable_adapter(model):
         base = model.model(tokens, lengths)
         hidden = model.model(tokens, lengths)
         log_p, log_q = (
-            model.lm_head(states[:DRIFT_TOKENS]).to(torch.promote_types(states.dtype, torch.float32)).log_softmax(-1)
+            model.get_output_embeddings()(states[:DRIFT_TOKENS])
+            .to(torch.promote_types(states.dtype, torch.float32))
+            .log_softmax(-1)
             for states in (base, hidden)
         )
         (log_p.exp() * (log_p - log_q)).sum()
 
 
-def _together(model: Llama, lengths: Sequence[int]) -> list[int]:
+def _together(model: Llama | Classifier, lengths: Sequence[int]) -> list[int]:
     """As many tokens in fewer documents: where no layer has a window, attention keeps as much for them."""
     if len(lengths) <= DOCUMENTS or any(window is not None for window in model.config.windows):
         return list(lengths)
@@ -168,10 +172,14 @@ def _measured(account: _Account, work: Callable[[], None]) -> int:
     return account.most - before
 
 
-def _stand_in(model: Llama, device: torch.device) -> Llama:
-    """A model with parameters of the same shapes and dtypes on the device."""
-    empty = {p: torch.empty(p.shape, dtype=p.dtype, device=device) for p in model.parameters()}
-    memo: dict[int, Any] = {id(p): nn.Parameter(fake, p.requires_grad) for p, fake in empty.items()}
+def _stand_in(model: Llama | Classifier, device: torch.device) -> Llama | Classifier:
+    """A model with parameters and buffers of the same shapes and dtypes on the device."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    memo: dict[int, Any] = {id(buffer): empty(buffer) for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(empty(p), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo).train()
 
 

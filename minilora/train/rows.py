@@ -72,6 +72,18 @@ def _data_files(directory: Path) -> list[Path]:
     return sorted(file for file in named if file.is_file())
 
 
+def read_training_rows(path: str | Path | Sequence[str | Path]) -> list[Row]:
+    """The rows of files, and the training rows of directories.
+
+    Raises:
+        DataError: there are none, or a row that is no JSON object.
+    """
+    files = find_splits(path)
+    if "train" not in files:
+        raise DataError(f"{path}: there are no training rows; found {sorted(files)}")
+    return read_rows(*files["train"])
+
+
 def read_held_out(names: str | Path | Sequence[str | Path]) -> list[Row]:
     """The rows to measure with: those of the test split, else of the validation split, else all there are."""
     files = find_splits(names)

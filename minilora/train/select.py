@@ -1,4 +1,4 @@
-"""Which adapter is the result: the last one, or the best of those that were evaluated; and when to stop looking."""
+"""Which weights are the result: the last, or the best of those that were evaluated; and when to stop looking."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minilora.errors import FormatError
 from minilora.train.config import TrainConfig
+from minilora.train.state import changing
 
 
 class Selection:
@@ -17,7 +18,7 @@ class Selection:
     Attributes:
         best_step, best_loss: of the lowest loss; 0 and None before the first evaluation.
         stale: evaluations since then.
-        tensors: the adapter of then, by parameter name; empty with `keep="last"`.
+        tensors: what training had made of the model then (see `state.changing`); empty with `keep="last"`.
     """
 
     def __init__(self, config: TrainConfig):
@@ -36,16 +37,16 @@ class Selection:
         if loss < (float("inf") if self.best_loss is None else self.best_loss):
             self.best_step, self.best_loss, self.stale = step, loss, 0
             if self.config.keep == "best":
-                trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-                self.tensors = {name: parameter.detach().clone() for name, parameter in trained}
+                self.tensors = {name: tensor.detach().clone() for name, tensor in changing(model).items()}
         else:
             self.stale += 1
 
     def restore(self, model: nn.Module) -> None:
-        """Put the best adapter into the model, if it is wanted."""
+        """Put the best weights into the model, if they are wanted."""
+        now = changing(model)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                model.get_parameter(name).copy_(tensor)
+                now[name].copy_(tensor)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it, beside the tensors."""
@@ -62,4 +63,4 @@ class Selection:
         self.best_step, self.best_loss, self.stale = state["best_step"], state["best_loss"], state["stale"]
         self.tensors = tensors
         if self.config.keep == "best" and self.best_step and not tensors:
-            raise FormatError(f"the checkpoint lacks best.safetensors, the adapter of step {self.best_step}")
+            raise FormatError(f"the checkpoint lacks best.safetensors, the weights of step {self.best_step}")

@@ -1,9 +1,11 @@
 """Checkpoints from which a run goes on to the same bytes.
 
-    checkpoints/step-000120/adapter_config.json, adapter_model.safetensors   the adapter, usable as it is
-                            optimizer.safetensors                            AdamW's moments, by parameter name
-                            best.safetensors                                 with `keep best`: the best adapter so far
-                            state.json                                       the step, and counts so far
+    checkpoints/step-000120/trained.safetensors      what training changes, by its names in the model
+                            optimizer.safetensors    AdamW's moments, by parameter name
+                            best.safetensors         with `keep best`: the best of what training changes, so far
+                            state.json               the step, and counts so far
+                            adapter_config.json, adapter_model.safetensors
+                                                     if one adapter is trained: the same, usable as it is
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state has to be kept. A
 directory appears whole or not at all.
@@ -19,11 +21,43 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import FormatError, TrainingError
-from minilora.lora.attach import adapter_layers
-from minilora.lora.files import read_factors, save_adapter
+from minilora.lora.config import LoraConfig
+from minilora.lora.files import save_adapter
+from minilora.lora.find import adapter_layers
 from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def changing(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> what training changes: parameters that require grad; and the buffers that belong to the model's state.
+
+    Those are, say, the averages of a batch norm. Where an adapter's start is kept (PiSSA), it is one of them: computed
+    anew, it might differ in a bit.
+    """
+    lasting = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+
+
+def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """Name -> config of the adapters of which something requires grad.
+
+    Raises:
+        TrainingError: nothing of the model requires grad, or an adapter does that does not act.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
+    found: dict[str, LoraConfig] = {}
+    active: set[str] = set()
+    for layer in adapter_layers(model).values():
+        active |= set(layer.active)
+        for name, config in layer.configs.items():
+            if any(parameter.requires_grad for parameter in layer.trained(name)):
+                found.setdefault(name, config)
+    if idle := sorted(found.keys() - active):
+        raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
+    return found
 
 
 def save_checkpoint(
@@ -36,13 +70,16 @@ def save_checkpoint(
 ) -> None:
     """Write `step-…` for `state["step"]`, then remove all but the newest `keep`."""
     with replacing(folder / f"step-{state['step']:06d}") as directory:
-        save_adapter(model, directory, trained_adapter(model))
+        adapters = trained_adapters(model)
+        if len(adapters) == 1:
+            save_adapter(model, directory, next(iter(adapters)))
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         moments = {
             f"{names[parameter]}/{key}": value
             for parameter, values in optimizer.state.items()
             for key, value in values.items()
         }
+        write_tensors(directory / "trained.safetensors", changing(model))
         write_tensors(directory / "optimizer.safetensors", moments)
         if best:
             write_tensors(directory / "best.safetensors", best)
@@ -54,42 +91,58 @@ def save_checkpoint(
 def load_checkpoint(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Put the adapter's and the optimizer's tensors back where they were; return the state, and the best adapter.
+    """Put what was trained and the optimizer's tensors back where they were; return the state, and the best weights.
 
     Raises:
-        FormatError: the checkpoint is not of this model and adapter.
+        FormatError: the checkpoint is not of this model and what it trains.
     """
-    name = trained_adapter(model)
-    layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.configs}
-    factors = read_factors(directory)
-    if factors.keys() != layers.keys():
-        raise FormatError(
-            f"{directory}: the checkpoint adapts other modules: {sorted(factors.keys() ^ layers.keys())[:5]}"
-        )
+    now = changing(model)
+    trained = _tensors(directory / "trained.safetensors", now)
+    best = directory / "best.safetensors"
+    kept = {name: tensor.clone() for name, tensor in _tensors(best, now).items()} if best.is_file() else {}
+    file = TensorFile(directory / "optimizer.safetensors")
+    moments = {name: _moments(file, name, p) for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for path, (lora_A, lora_B) in factors.items():
-            _copy(directory, layers[path].lora_A[name], lora_A)
-            _copy(directory, layers[path].lora_B[name], lora_B)
-    moments = TensorFile(directory / "optimizer.safetensors")
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter] = {}
-            for key in MOMENTS:
-                moment = moments.read(f"{parameter_name}/{key}").to(parameter.device, copy=True)
-                if not moment.is_floating_point() or moment.shape != (() if key == "step" else parameter.shape):
-                    raise FormatError(f"{moments.path}: {parameter_name}/{key} is {moment.dtype} {tuple(moment.shape)}")
-                optimizer.state[parameter][key] = moment
-    return read_json(directory / "state.json"), _best(directory / "best.safetensors", model)
+        for name, tensor in trained.items():
+            now[name].copy_(tensor)
+    for name, values in moments.items():
+        if values:
+            optimizer.state[model.get_parameter(name)] = values
+    return read_json(directory / "state.json"), kept
 
 
-def _best(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    if not path.is_file():
-        return {}
+def _tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which are those that are expected.
+
+    Raises:
+        FormatError: they are not.
+    """
     file = TensorFile(path)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    if file.shapes != expected:
-        raise FormatError(f"{path}: holds other tensors than the run trains")
-    return {name: file.read(name).clone() for name in expected}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if file.shapes != shapes:
+        differing = {name for name in file.shapes.keys() | shapes if file.shapes.get(name) != shapes.get(name)}
+        raise FormatError(f"{path}: holds other tensors than the run trains: {sorted(differing)[:5]}")
+    found = {name: file.read(name) for name in expected}
+    if other := [name for name in expected if found[name].dtype != expected[name].dtype]:
+        raise FormatError(f"{path}: {other[0]} is {found[other[0]].dtype}, the run has {expected[other[0]].dtype}")
+    return found
+
+
+def _moments(file: TensorFile, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """A parameter's moments; none, if it had no gradient so far.
+
+    Raises:
+        FormatError: one is lacking, or does not fit.
+    """
+    if not any(f"{name}/{key}" in file.shapes for key in MOMENTS):
+        return {}
+    found = {}
+    for key in MOMENTS:
+        moment = file.read(f"{name}/{key}").to(parameter.device, copy=True)
+        if not moment.is_floating_point() or moment.shape != (() if key == "step" else parameter.shape):
+            raise FormatError(f"{file.path}: {name}/{key} is {moment.dtype} {tuple(moment.shape)}")
+        found[key] = moment
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -104,30 +157,5 @@ def newest_step(folder: Path) -> int:
     return _step(found[-1]) if found else 0
 
 
-def trained_adapter(model: nn.Module) -> str:
-    """The name of the adapter that is being trained.
-
-    Raises:
-        TrainingError: there is none, or more than one, or it does not act.
-    """
-    layers = adapter_layers(model).values()
-    names = {name for layer in layers for name, factor in layer.lora_A.items() if factor.requires_grad}
-    if len(names) != 1:
-        raise TrainingError(f"one adapter must be trainable, found {sorted(names)}: attach one first")
-    name = names.pop()
-    own = {id(factor[name]) for layer in layers for factor in (layer.lora_A, layer.lora_B) if name in factor}
-    if others := [where for where, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
-        raise TrainingError(f"only the adapter can be trained, but {others[:3]} require gradients too")
-    if not any(name in layer.active for layer in layers):
-        raise TrainingError(f"adapter {name!r} is trainable but not active: make it act with set_adapter")
-    return name
-
-
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _copy(directory: Path, parameter: Tensor, saved: Tensor) -> None:
-    if parameter.shape != saved.shape:
-        raise FormatError(f"{directory}: found a factor {tuple(saved.shape)}, the run has {tuple(parameter.shape)}")
-    parameter.copy_(saved)

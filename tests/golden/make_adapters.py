@@ -3,49 +3,120 @@
 Each case is a directory that PEFT saved, and `logits.safetensors` beside its files. Needs the extra `parity`.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import peft
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
 
 import minilora as ml
-from tests.models import tiny_model, token_ids
+from tests.models import fill_, tiny_model, token_ids
 
 FOLDER = Path(__file__).parent / "adapters"
-CASES = {
-    "plain": {"target_modules": ["q_proj", "v_proj"]},
-    "all-linear-rslora": {"target_modules": "all-linear", "use_rslora": True},
-    "patterns": {
-        "target_modules": ["q_proj", "up_proj"],
-        "rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 1},
-        "alpha_pattern": {"up_proj": 5},
-    },
-    "head": {"target_modules": ["lm_head", "o_proj"]},
+IDS = token_ids(3, 2, 7)
+
+
+class Experts(nn.Module):
+    """x ↦ Σₑ tanh(x upₑᵀ) downₑᵀ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(3, 5, 6)), nn.Parameter(torch.empty(3, 6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(-3).matmul(self.up.mT).tanh() @ self.down.mT).sum(-3)
+
+
+class Layers(nn.Module):
+    """One of each layer that no decoder of ours has.
+
+    Args:
+        conv1d: transformers' Conv1D, or what does the same.
+    """
+
+    def __init__(self, conv1d: Callable[[int, int], nn.Module]):
+        super().__init__()
+        self.embed, self.experts, self.mix = nn.Embedding(61, 6), Experts(), conv1d(8, 6)
+        self.scan, self.pairs = nn.Conv1d(8, 6, 3, padding=1), nn.Conv1d(6, 4, 1, groups=2)
+        self.head = nn.Linear(4, 9)
+        fill_(self, 0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.mix(x + self.experts(x)).tanh()
+        return self.head(self.pairs(self.scan(x.mT).tanh()).mT.tanh())
+
+
+BIASED = ("llama-bias-tied-wide-heads", {"num_hidden_layers": 2, "tie_word_embeddings": False})
+TIED = ("llama-bias-tied-wide-heads", {"num_hidden_layers": 2})
+# the base, a family of `tests.models` and changes to it or `Layers`; fields of PEFT's config
+CASES: dict[str, tuple[tuple[str, dict[str, Any]] | None, dict[str, Any]]] = {
+    "plain": (("llama", {}), {"target_modules": ["q_proj", "v_proj"]}),
+    "all-linear-rslora": (("llama", {}), {"target_modules": "all-linear", "use_rslora": True}),
+    "patterns": (
+        ("llama", {}),
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 1},
+            "alpha_pattern": {"up_proj": 5},
+        },
+    ),
+    "head": (("llama", {}), {"target_modules": ["lm_head", "o_proj"]}),
+    "dora": (BIASED, {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "use_rslora": True}),
+    "biases": (BIASED, {"target_modules": ["q_proj"], "bias": "all", "lora_bias": True}),
+    "modules-to-save": (
+        BIASED,
+        {"target_modules": ["v_proj"], "bias": "all", "modules_to_save": ["lm_head", "o_proj"]},
+    ),
+    "token-rows": (TIED, {"target_modules": ["v_proj"], "trainable_token_indices": [45, 2, 18]}),
+    "pissa": (BIASED, {"target_modules": ["k_proj", "up_proj"], "init_lora_weights": "pissa"}),
+    "olora": (BIASED, {"target_modules": ["k_proj", "up_proj"], "init_lora_weights": "olora"}),
+    "layers": (None, {"target_modules": ["embed", "mix", "scan", "pairs"], "bias": "lora_only"}),
+    "layers-dora": (None, {"target_modules": ["embed", "mix", "scan"], "use_dora": True}),
+    "parameters": (None, {"target_modules": ["head"], "target_parameters": ["experts.up", "experts.down"]}),
 }
 
 
+def base_of(case: str, conv1d: Callable[[int, int], nn.Module]) -> nn.Module:
+    """The model that the adapter is for."""
+    base = CASES[case][0]
+    return Layers(conv1d).eval() if base is None else tiny_model(base[0], dtype=torch.float32, **base[1])
+
+
 def main() -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for case, fields in CASES.items():
-        with tempfile.TemporaryDirectory() as base:
-            ml.save_model(tiny_model(dtype=torch.float32), base)
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for case, (base, fields) in CASES.items():
+        model = base_of(case, Conv1D)
+        if base is not None:
+            with tempfile.TemporaryDirectory() as directory:
+                ml.save_model(model, directory)
+                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            model.name_or_path = model.config._name_or_path = ""  # the directory is gone
+        torch.manual_seed(0)
         model = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 14, **fields})).eval()
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-        model.save_pretrained(FOLDER / case)
-        config = FOLDER / case / "adapter_config.json"
-        config.write_text(config.read_text().replace(json.dumps(base), "null"))  # a directory that is gone
-        (FOLDER / case / "README.md").unlink()
         with torch.no_grad():
-            save_file({"logits": model(token_ids(3, 2, 7)).logits}, FOLDER / case / "logits.safetensors")
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.3 * torch.randn(parameter.shape)
+            model.save_pretrained(FOLDER / case)
+            logits = model(IDS)
+        path = FOLDER / case / "adapter_config.json"
+        values = json.loads(path.read_text())
+        values["target_modules"].sort()  # PEFT's order is another in every process
+        path.write_text(json.dumps(values, indent=2))
+        (FOLDER / case / "README.md").unlink()
+        save_file({"logits": getattr(logits, "logits", logits)}, FOLDER / case / "logits.safetensors")
 
 
 if __name__ == "__main__":

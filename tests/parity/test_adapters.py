@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.lora.attach import adapter_layers
+from minilora.lora.find import adapter_layers
 from tests.models import randomize_adapters_, tiny_model, token_ids
 from tests.tolerance import assert_parity
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.cli import main
-from minilora.lora.attach import adapter_layers
+from minilora.lora.find import adapter_layers
 from minilora.model import ops
 from minilora.storage import BUILTIN, read_json
 from minilora.train.batch import collate
 from minilora.train.config import TrainConfig
 from minilora.train.data import encode_row
 from minilora.train.evaluate import held_out_loss
-from minilora.train.loop import batch_loss
+from minilora.train.objective import batch_loss
 from minilora.train.rows import Row, find_splits
 from tests.models import randomize_adapters_
 from tests.parity.test_quant_files import options_of, their_logits, their_model
@@ -110,7 +110,7 @@ def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, token
     randomize_adapters_(ours)
     with torch.no_grad():
         for layer in adapter_layers(ours).values():
-            layer.lora_B["default"].mul_(0.05)
+            layer.adapters["default"].lora_B.mul_(0.05)
     ml.save_adapter(ours, tmp_path)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
     batch = collate([encode_row(row, tokenizer, ml.DataConfig()) for row in rows()], torch.device("cpu"))
@@ -123,8 +123,8 @@ def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, token
     }
     assert len(gradients) == 2 * 7 * 30
     for path, layer in adapter_layers(ours).items():
-        for letter, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
-            assert_parity(factors["default"].grad, gradients[f"base_model.model.{path}.lora_{letter}"], GRADIENT_PARITY)
+        for letter, factor in (("A", layer.adapters["default"].lora_A), ("B", layer.adapters["default"].lora_B)):
+            assert_parity(factor.grad, gradients[f"base_model.model.{path}.lora_{letter}"], GRADIENT_PARITY)
 
 
 def test_the_loss_of_step_0_is_the_base_model_s(ours, tokenizer):

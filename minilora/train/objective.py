@@ -1,0 +1,160 @@
+"""What a run minimises: Σ of losses / their number, over all rows of a step.
+
+The default is the loss of tokens, for the decoders of this package. Any other is a function of the model, which may
+then be any module, and of a list of rows, which may then be anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import DataError, TrainingError
+from minilora.model import ops
+from minilora.train.batch import Batch, Rows, collate, groups, plan_steps
+from minilora.train.config import TrainConfig
+
+Loss = Callable[[Any, list[Any]], tuple[Tensor, Any]]  # (model, rows) -> sum of their losses, and how many those are
+START_ROWS = 256
+EVAL_TOKENS = 4096  # tokens in a forward pass of an evaluation
+
+
+class Objective(ABC):
+    """A loss, and what a run has to know of its rows (abstract)."""
+
+    @abstractmethod
+    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+        """The sum of the losses of some rows, and how many those are."""
+
+    @abstractmethod
+    def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
+        """Refuse a model or rows that it is not made for.
+
+        Raises:
+            DataError, TrainingError: why.
+        """
+
+    @abstractmethod
+    def known_count(self, rows: list[Any]) -> int | None:
+        """How many losses the rows have, if that is known before they are computed."""
+
+    @abstractmethod
+    def lengths(self, dataset: Sequence[Any]) -> list[int] | None:
+        """Tokens of each row, or None if that is not known."""
+
+    @abstractmethod
+    def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
+        """The rows of each forward pass of an evaluation."""
+
+
+class TokenLoss(Objective):
+    """-log p(token | before) of the labelled tokens of `Example`s (final)."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+        batch = collate(rows, next(model.parameters()).device)
+        return batch_loss(model, batch, self.config), self.known_count(rows)
+
+    def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
+        trunk = getattr(model, "model", None)
+        is_ours = isinstance(trunk, nn.Module) and "lengths" in inspect.signature(trunk.forward).parameters
+        if not is_ours:
+            raise TrainingError(
+                f"{type(model).__name__}: the loss of tokens needs a trunk `model(tokens, lengths, recompute=…)`; "
+                "give loss=, a function (model, rows) -> (sum, count)"
+            )
+        if uneven := [example.source for example in dataset if len(example.labels) != len(example.tokens)]:
+            raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
+        if blank := [example.source for example in dataset if not example.labelled]:
+            raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
+
+    def known_count(self, rows: list[Any]) -> int:
+        return sum(example.labelled for example in rows)
+
+    def lengths(self, dataset: Sequence[Any]) -> list[int]:
+        return [len(example.tokens) for example in dataset]
+
+    def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
+        return groups_to_evaluate(self.lengths(dataset))
+
+
+class GivenLoss(Objective):
+    """A function of any model and any rows (final)."""
+
+    def __init__(self, loss: Loss, config: TrainConfig):
+        self.loss, self.config = loss, config
+
+    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+        """What the function says.
+
+        Raises:
+            TrainingError: it is no sum with its count, or the sum has no gradient.
+        """
+        found = self.loss(model, rows)
+        is_pair = isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor)
+        if not is_pair or found[0].numel() != 1 or not _is_count(found[1]):
+            raise TrainingError(
+                f"loss has to give (sum, count), a tensor of one number and a whole number, found {found!r:.80}"
+            )
+        if torch.is_grad_enabled() and not found[0].requires_grad:
+            raise TrainingError(
+                "loss has to give a sum with a gradient, found one without: nothing trained has a part in it"
+            )
+        return found[0], int(found[1])
+
+    def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
+        if self.config.batch_tokens is not None and self.lengths(dataset) is None:
+            raise DataError("batch_tokens counts the `tokens` of rows, which not all of these have; use batch_size")
+
+    def known_count(self, rows: list[Any]) -> None:
+        return None
+
+    def lengths(self, dataset: Sequence[Any]) -> list[int] | None:
+        found = [_tokens(dataset[i]) for i in range(len(dataset))]
+        lengths = [len(tokens) for tokens in found if tokens is not None]
+        return lengths if len(lengths) == len(found) else None
+
+    def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
+        size = self.config.batch_size
+        return (list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size))
+
+
+def start_losses(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> Iterator[Tensor]:
+    """Mean losses of the first micro-batches that a run would train on, each computed when it is asked for.
+
+    They are what start values are made of that come from the data; `START_ROWS` rows are enough to see directions.
+    """
+    objective, rows = TokenLoss(config), 0
+    for step in plan_steps(objective.lengths(dataset), config):
+        for batch in step:
+            if rows >= START_ROWS:
+                return
+            total, count = objective(model, [dataset[row] for row in batch])
+            yield total / count
+            rows += len(batch)
+
+
+def groups_to_evaluate(lengths: Sequence[int]) -> Iterator[Rows]:
+    """Consecutive rows, by their numbers of tokens: so many together as one forward pass of an evaluation takes."""
+    return groups(lengths, range(len(lengths)), EVAL_TOKENS)
+
+
+def batch_loss(model: Any, batch: Batch, config: TrainConfig) -> Tensor:
+    """The sum of the losses of a batch's labelled tokens."""
+    hidden = model.model(batch.tokens, batch.lengths, recompute=config.recompute)
+    return ops.cross_entropy(hidden, batch.targets, model.get_output_embeddings())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float | Tensor) and 0 <= float(value) < 2**63 and float(value) == int(value)
+
+
+def _tokens(row: Any) -> Any:
+    return row.get("tokens") if isinstance(row, Mapping) else getattr(row, "tokens", None)

@@ -1,0 +1,198 @@
+"""Adapted layers of every base and of every kind of adapter, as tests draw them, and the same once more by loops."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from minilora import LoraConfig
+from minilora.lora.bases import AdapterConv, AdapterConv1D, AdapterEmbedding
+from minilora.lora.layers import AdapterLayer, AdapterLinear
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.testing import reference, reference_conv
+from tests.models import fill_, randn, scales, seeds, token_ids
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+LAYERS = ("linear", "nf4", "nf4 double", "Conv1D", "embedding", "conv1d", "conv2d", "conv3d")
+SIZE = 5  # of a convolution's input, along each side
+
+
+class Conv1D(nn.Module):
+    """x W + b with W stored as (in, out), as transformers' class of this name, whose numbers it would hold."""
+
+    def __init__(self, out: int, inner: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(inner, out)), nn.Parameter(torch.empty(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"  # by which it is known
+
+
+class Place(NamedTuple):
+    """A layer without adapters yet, PyTorch's own layer for what will be merged, and an input."""
+
+    layer: AdapterLayer
+    plain: nn.Module
+    x: Tensor
+
+    def applied(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What PyTorch's layer makes of x with these numbers."""
+        numbers = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return functional_call(self.plain, numbers, self.x)
+
+
+def place(
+    kind: str,
+    seed: int,
+    inner: int = 6,
+    outer: int = 4,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    groups: int = 1,
+    **options: Any,
+) -> Place:
+    """`inner` and `outer` are channels of each group of a convolution; `options` are PyTorch's."""
+    if kind == "Conv1D":
+        base = filled(Conv1D(outer, inner), seed, dtype)
+        return Place(AdapterConv1D(base, "layer"), Conv1D(outer, inner), randn(seed + 50, 2, 3, inner, dtype=dtype))
+    if kind == "embedding":
+        base = filled(nn.Embedding(inner, outer, **options), seed, dtype)
+        plain = nn.Embedding(inner, outer, **options)
+        return Place(AdapterEmbedding(base, "layer"), plain, token_ids(seed, 3, 5, high=inner))
+    if kind.startswith("conv"):
+        sides = int(kind[4])
+        C, K, options = inner * groups, outer * groups, {"kernel_size": 2, "bias": bias, **options}
+        base = filled(CONVOLUTIONS[sides](C, K, groups=groups, **options), seed, dtype)
+        x = randn(seed + 50, 2, C, *(SIZE for _ in range(sides)), dtype=dtype)
+        return Place(AdapterConv(base, "layer"), CONVOLUTIONS[sides](C, K, **options), x)
+    base = filled(nn.Linear(inner, outer, bias), seed, dtype)
+    if kind != "linear":
+        base = NF4Linear.quantize(base.weight, base.bias, double_quant=kind == "nf4 double")
+    plain = nn.Linear(inner, outer, bias)
+    return Place(AdapterLinear(base, "layer"), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
+
+
+def filled(module: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
+    module = module.to(dtype).requires_grad_(False)
+    fill_(module, seed)
+    return module
+
+
+def add(
+    layer: AdapterLayer,
+    name: str,
+    seed: int,
+    r: int,
+    scale: float,
+    use_dora: bool = False,
+    has_start: bool = False,
+    lora_bias: bool = False,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Give a layer an adapter of random numbers, and let it act after those that it has; what cannot be, is not."""
+    shape_A, shape_B = layer.shapes(layer.base, r)
+    tensors = {"lora_A": randn(seed + 1, *shape_A), "lora_B": randn(seed + 2, *shape_B)}
+    if has_start and getattr(layer.base, "groups", 1) == 1:
+        tensors |= {"start_A": randn(seed + 3, *shape_A), "start_B": randn(seed + 4, *shape_B)}
+    if use_dora:
+        tensors["magnitude"] = randn(seed + 5, *(shape_B[:1] if len(shape_B) == 2 else (1, *shape_B[:1], *shape_B[2:])))
+    if lora_bias and not use_dora and not isinstance(layer, AdapterEmbedding):
+        tensors["lora_bias"] = randn(seed + 6, shape_B[0])
+    if bias and layer.base._parameters.get("bias") is not None:
+        tensors["bias"] = randn(seed + 7, shape_B[0])
+    config = LoraConfig(r=r, lora_alpha=scale * r, use_dora=use_dora)
+    layer.add(name, config, {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    layer.active = (*layer.active, name)
+
+
+sizes = st.integers(1, 4)
+padding_modes = st.sampled_from(["zeros", "reflect", "replicate", "circular"])
+
+
+@st.composite
+def places(draw: Any, kinds: tuple[str, ...] = LAYERS) -> Place:
+    """A base of any kind, in float64."""
+    kind, seed, options = draw(st.sampled_from(kinds)), draw(seeds), {}
+    if kind.startswith("conv"):
+        options["groups"] = draw(st.integers(1, 3))
+        options["kernel_size"] = draw(st.tuples(*(st.integers(1, 3),) * int(kind[4])))
+        options["dilation"], options["padding_mode"] = draw(st.integers(1, 2)), draw(padding_modes)
+        options["padding"] = draw(st.sampled_from([0, 1, 2, "same", "valid"]))
+        options["stride"] = 1 if options["padding"] == "same" else draw(st.integers(1, 2))
+    inner = draw(sizes) + (kind == "embedding")
+    return place(kind, seed, inner, draw(sizes), draw(st.booleans()), **options)
+
+
+@st.composite
+def adapted(draw: Any, kinds: tuple[str, ...] = LAYERS) -> Place:
+    """Such a base with one to three active adapters, each LoRA or DoRA, with or without a start and biases."""
+    found = draw(places(kinds))
+    groups, number = getattr(found.layer.base, "groups", 1), draw(st.integers(1, 3))
+    biased = draw(st.integers(0, 3))  # the one that trains the base's bias, if it is there
+    for i in range(number):
+        flags = {name: draw(st.booleans()) for name in ("use_dora", "has_start", "lora_bias")}
+        r = groups * draw(sizes)
+        add(found.layer, f"adapter{i}", draw(seeds), r, draw(scales), bias=i == biased, **flags)
+    return found
+
+
+def merged_by_loops(layer: AdapterLayer) -> tuple[reference.Array, reference.Array | None]:
+    """W (out, in) and b with all active adapters, one after the other and number by number."""
+    weight = matrix = _matrix(layer, dense_weight(layer.base))
+    bias = _array(layer.base._parameters.get("bias"))
+    adapters = [layer.adapters[name] for name in layer.active]
+    for adapter in adapters:
+        bias = bias if adapter.bias is None else _array(adapter.bias)
+    for adapter in adapters:
+        pairs = [(adapter.lora_A, adapter.lora_B, adapter.scale)]
+        if adapter.start_A is not None:
+            pairs.append((adapter.start_A, adapter.start_B, -adapter.scale))
+        left, own = matrix, weight
+        for lora_A, lora_B, scale in pairs:
+            thin = _array(lora_A).reshape(len(lora_A), -1), _matrix(layer, lora_B, is_factor=True)
+            left, own = (reference.lora_merged_weight(each, *thin, scale) for each in (left, own))
+        is_dora = adapter.magnitude is not None
+        matrix = reference.dora_stretched(left, own, _array(adapter.magnitude).ravel()) if is_dora else left
+        if adapter.lora_bias is not None:
+            added = adapter.scale * _array(adapter.lora_bias)
+            bias = added if bias is None else bias + added
+    return matrix, bias
+
+
+def applied_by_loops(layer: AdapterLayer, x: Tensor) -> reference.Array:
+    """y of all active adapters."""
+    matrix, bias = merged_by_loops(layer)
+    if isinstance(layer, AdapterEmbedding):
+        return np.array([matrix[:, index] for index in x.flatten().tolist()]).reshape(*x.shape, -1)
+    if not isinstance(layer, AdapterConv):
+        rows = x.double().reshape(-1, x.size(-1)).numpy()
+        y = np.array([[np.dot(weights, row) for weights in matrix] for row in rows]).reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    base, sides = layer.base, range(len(layer.base.kernel_size))
+    if base.padding == "same":
+        pads = [(base.dilation[i] * (base.kernel_size[i] - 1)) for i in sides]
+        padding = [(pad // 2, pad - pad // 2) for pad in pads]
+    else:
+        padding = [(0, 0) if base.padding == "valid" else (base.padding[i],) * 2 for i in sides]
+    whole = matrix.reshape(len(matrix), base.in_channels, *base.kernel_size)
+    return reference_conv.convolution(_array(x), whole, bias, base.stride, padding, base.dilation, base.padding_mode)
+
+
+def _matrix(layer: AdapterLayer, weight: Tensor, is_factor: bool = False) -> reference.Array:
+    array = _array(weight)
+    if isinstance(layer, AdapterConv):
+        return reference_conv.ungrouped(array, layer.base.groups).reshape(len(array), -1)
+    return array.T if isinstance(layer, AdapterConv1D | AdapterEmbedding) and not is_factor else array
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().double().numpy()

@@ -1,0 +1,141 @@
+"""Ours and transformers' classifiers: the same scores, the same files."""
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora.lora.classes import classes_of
+from minilora.model.classifier import load_classifier
+from tests.models import FAMILIES, tiny_model, token_ids
+from tests.test_classifier import LABELS, padded, tiny_classifier
+from tests.tolerance import assert_parity
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+families = pytest.mark.parametrize("family", FAMILIES)
+AUTO = {
+    "sequence": transformers.AutoModelForSequenceClassification,
+    "token": transformers.AutoModelForTokenClassification,
+}
+units = pytest.mark.parametrize("unit", AUTO)
+
+
+@families
+@units
+def test_what_ours_saves_theirs_loads_to_the_same_scores_and_labels(unit, family, tmp_path):
+    ours, tokens = tiny_classifier(unit, family, dtype=torch.float32), token_ids(0, 1, 20)
+    ml.save_model(ours, tmp_path)
+    theirs, info = AUTO[unit].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.config.id2label == dict(enumerate(LABELS))
+    assert theirs.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    with torch.no_grad():
+        assert_parity(ours(tokens), theirs.eval()(input_ids=tokens).logits)
+
+
+@families
+@units
+def test_what_theirs_saves_ours_loads(unit, family, tmp_path):
+    ours = tiny_classifier(unit, family, dtype=torch.float32)
+    ml.save_model(ours, tmp_path / "ours")
+    AUTO[unit].from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    loaded, tokens = load_classifier(tmp_path / "theirs"), token_ids(0, 1, 20)
+    assert (loaded.unit, loaded.labels) == (unit, tuple(LABELS))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), ours(tokens))
+
+
+def test_two_labels_without_names_are_the_same_to_both(tmp_path):
+    ours = tiny_classifier("sequence", dtype=torch.float32, labels=["LABEL_0", "LABEL_1"])
+    ml.save_model(ours, tmp_path / "ours")
+    AUTO["sequence"].from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert load_classifier(tmp_path / "theirs").labels == ("LABEL_0", "LABEL_1")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_rows_that_are_padded_with_a_token_of_their_own_pool_the_same_token(family, tmp_path):
+    """Theirs takes the last token that is not the pad token for a row's last one, ours what `lengths` says."""
+    pad, lengths = 60, [9, 4, 1]
+    tokens = token_ids(0, sum(lengths), high=pad)
+    ours = tiny_classifier("sequence", family, dtype=torch.float32, pad_token_id=pad)
+    ml.save_model(ours, tmp_path)
+    rows = padded(tokens, lengths, extra=2)
+    mask = torch.arange(11) < torch.tensor(lengths).unsqueeze(1)
+    rows[~mask] = pad
+    with torch.no_grad():
+        theirs = AUTO["sequence"].from_pretrained(tmp_path)(input_ids=rows, attention_mask=mask.long()).logits
+        assert_parity(ours(rows, lengths), theirs)
+
+
+@units
+def test_theirs_keeps_the_head_of_our_model_in_four_bits_dense(unit, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    ml.save_model(tiny_classifier(unit, dtype=torch.float32, **sizes), tmp_path / "dense")
+    ours, tokens = load_classifier(tmp_path / "dense", quantize="nf4"), token_ids(0, 1, 20)
+    ml.save_model(ours, tmp_path / "packed")
+    theirs = AUTO[unit].from_pretrained(tmp_path / "packed", dtype=torch.float32, device_map={"": "cpu"})
+    assert type(theirs.score) is torch.nn.Linear
+    theirs.train()  # while evaluating, some of their kernels round more
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+
+
+# --- adapters ---
+
+TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+configs = pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        ("qwen2", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+        ("phi3", {"target_modules": ["qkv_proj"], "use_rslora": True}),
+    ],
+)
+
+
+def as_if_trained_(model):
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3, generator=generator)
+
+
+@configs
+@units
+def test_peft_puts_our_adapter_and_head_on_a_language_model_to_the_same_scores(unit, family, config, tmp_path):
+    ml.save_model(tiny_model(family, dtype=torch.float32), tmp_path / "base")
+    ours, tokens = load_classifier(tmp_path / "base", unit, LABELS), token_ids(0, 1, 20)
+    ml.attach(ours, ml.LoraConfig(r=3, lora_alpha=7, task_type=TASKS[unit], **config))
+    as_if_trained_(ours)
+    ml.save_adapter(ours, tmp_path / "adapter")
+    base = AUTO[unit].from_pretrained(tmp_path / "base", num_labels=len(LABELS))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert theirs.active_peft_config.task_type == TASKS[unit]
+    with torch.no_grad():
+        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+        ml.merge(ours)
+        ml.save_model(ours, tmp_path / "merged")
+        assert_parity(ours(tokens), AUTO[unit].from_pretrained(tmp_path / "merged")(input_ids=tokens).logits)
+
+
+@configs
+@units
+def test_ours_puts_their_adapter_and_head_on_a_language_model_to_the_same_scores(unit, family, config, tmp_path):
+    ml.save_model(tiny_model(family, dtype=torch.float32), tmp_path / "base")
+    base, tokens = AUTO[unit].from_pretrained(tmp_path / "base", num_labels=3), token_ids(0, 1, 20)
+    skipped = ["score"]  # or "all-linear" of PEFT would take in the head of a token classifier, and fail
+    config = peft.LoraConfig(r=3, lora_alpha=7, task_type=TASKS[unit], exclude_modules=skipped, **config)
+    theirs = peft.get_peft_model(base, config).eval()
+    as_if_trained_(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    labels = ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert classes_of(tmp_path / "adapter") == (unit, labels)
+    ours = load_classifier(tmp_path / "base", unit, labels)
+    ml.load_adapter(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)

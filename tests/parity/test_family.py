@@ -1,0 +1,390 @@
+"""The whole family in files: PEFT computes our logits with what we saved, and we PEFT's with what PEFT saved."""
+
+import copy
+import functools
+import json
+import re
+import tempfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.lora.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
+from tests.models import seeds, tiny_model, token_ids
+from tests.tolerance import MATHS, PARITY, assert_parity
+
+pytestmark = pytest.mark.parity
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+IDS = token_ids(3, 2, 7)
+# In float32 ours is our decoder, whose roundings are others; in float64 it is theirs, which rounds to float32 inside.
+ALLOWED = {torch.float32: PARITY, torch.float64: MATHS}
+MOVED = ("pissa", "olora")  # PEFT takes a part off the weight, in float32
+PATTERNS = (  # names and ends, overlapping, in both orders; sorted, as PEFT writes them, is only the second
+    {},
+    {"layers.1.self_attn.q_proj": 3, "q_proj": 1},
+    {"q_proj": 1, "layers.1.self_attn.q_proj": 3},
+    {"self_attn.q_proj": 2, "^model.layers.0.self_attn.q_proj": 4},
+)
+EXPRESSIONS = ({r"layers\.\d+\.self_attn\.q_proj": 2, "^model.layers.0.self_attn.q_proj": 4, "self_attn.q_proj": 1},)
+NAMES = st.lists(st.sampled_from(["k_proj", "o_proj", "up_proj", "down_proj"]), max_size=2, unique=True)
+SAVED = (None, None, ["gate_proj"], ["gate_proj", "model.norm"], ["lm_head", "gate_proj"], ["embed_tokens"])
+
+
+@functools.cache
+def originals(is_tied, dtype):
+    """The same random model with biases, ours and transformers'."""
+    ours = tiny_model("llama-bias-tied-wide-heads", dtype=dtype, num_hidden_layers=2, tie_word_embeddings=is_tied)
+    with tempfile.TemporaryDirectory() as directory:
+        ml.save_model(ours, directory)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    theirs.name_or_path = theirs.config._name_or_path = ""  # the directory is gone
+    return ours if dtype == torch.float32 else theirs, theirs
+
+
+def ours_of(is_tied=False, dtype=torch.float32):
+    return copy.deepcopy(originals(is_tied, dtype)[0])
+
+
+def theirs_of(is_tied=False, dtype=torch.float32):
+    return copy.deepcopy(originals(is_tied, dtype)[1])
+
+
+def logits(model):
+    found = model(IDS)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def perturb_(model, seed):
+    """Move everything that is trained, or it would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def families(draw, patterns):
+    """Fields of a config that go together, is the model tied, and the dtype."""
+
+    def some(*values):
+        return draw(st.sampled_from(values))
+
+    kind = some("lora", "lora", "dora", "dora", "lora_bias", "parameters")
+    init = True if kind in ("lora_bias", "parameters") else some(True, False, "gaussian", "orthogonal", *MOVED)
+    others = [] if init in MOVED else ["lm_head"]
+    if init is True and kind != "lora_bias":
+        others += ["embed_tokens"]
+    others = draw(st.lists(st.sampled_from(others), unique=True, max_size=2)) if others else []
+    saved = [name for name in some(*SAVED) or () if name not in others]
+    has_rows = not {*others, *saved} & {"embed_tokens", "lm_head"}
+    fields = {
+        "r": some(2, 4) if init == "orthogonal" else some(1, 2, 3),
+        "lora_alpha": some(0.5, 3, 7),
+        "target_modules": ["q_proj", *draw(NAMES), *others],
+        "rank_pattern": {} if init == "orthogonal" else some(*patterns),
+        "alpha_pattern": some(*patterns),
+        "use_rslora": draw(st.booleans()),
+        "use_dora": kind == "dora",
+        "init_lora_weights": init,
+        "bias": "none" if kind == "parameters" else some("none", "all", "lora_only"),
+        "lora_bias": kind == "lora_bias",
+        "modules_to_save": saved or None,
+        "trainable_token_indices": some(None, [3, 1], {"embed_tokens": [7, 60, 2]}) if has_rows else None,
+        "target_parameters": ["v_proj.weight"] if kind == "parameters" else None,
+    }
+    if kind == "parameters":
+        fields["rank_pattern"] = {**fields["rank_pattern"], **some({}, {"v_proj.weight": 4})}
+    return fields, draw(st.booleans()), torch.float32 if init in MOVED else some(torch.float32, torch.float64)
+
+
+def merges_there(fields, is_tied):
+    """Does PEFT's merge give what its layers computed? It changes a weight that is shared for both, and
+    has no place for B's bias where the base has none.
+    """
+    touched = {*fields["target_modules"], *(fields["modules_to_save"] or ())} & {"embed_tokens", "lm_head"}
+    return not (is_tied and touched) and not (fields["lora_bias"] and "lm_head" in touched)
+
+
+@settings(max_examples=80)
+@given(families(PATTERNS + EXPRESSIONS), seeds)
+def test_what_we_save_peft_computes_with(tmp_path_factory, family, seed):
+    (fields, is_tied, dtype), directory = family, tmp_path_factory.mktemp("ours")
+    ours = ours_of(is_tied, dtype)
+    ml.attach(ours, ml.LoraConfig(**fields), seed=seed, dtype=dtype)
+    perturb_(ours, seed)
+    ml.save_adapter(ours, directory)
+    expected = logits(ours)
+    theirs = peft.PeftModel.from_pretrained(theirs_of(is_tied, dtype), directory)
+    assert_parity(expected, logits(theirs), ALLOWED[dtype])
+    ml.merge(ours)
+    assert_parity(logits(ours), expected, ALLOWED[dtype])
+    if merges_there(fields, is_tied):
+        assert_parity(expected, logits(theirs.merge_and_unload()), ALLOWED[dtype])
+
+
+@settings(max_examples=80)
+@given(families(tuple(dict(sorted(pattern.items())) for pattern in PATTERNS)), seeds)
+def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
+    """A raw PiSSA or OLoRA among it: there the decomposition is repeated."""
+    (fields, is_tied, dtype), directory = family, tmp_path_factory.mktemp("theirs")
+    theirs = peft.get_peft_model(theirs_of(is_tied, dtype), peft.LoraConfig(**fields)).eval()
+    perturb_(theirs, seed)
+    theirs.save_pretrained(directory)
+    assert json.loads((directory / CONFIG_FILE).read_text())["init_lora_weights"] == fields["init_lora_weights"]
+    ours = ours_of(is_tied, dtype)
+    ml.load_adapter(ours, directory)
+    assert_parity(logits(ours), logits(theirs), ALLOWED[dtype])
+    again = tmp_path_factory.mktemp("again")
+    ml.save_adapter(ours, again)
+    ml.merge(ours)
+    assert_parity(logits(ours), logits(theirs), ALLOWED[dtype])
+    back = peft.PeftModel.from_pretrained(theirs_of(is_tied, dtype), again)
+    assert_parity(logits(back), logits(theirs), ALLOWED[dtype])
+
+
+BIASED = {"target_modules": ["q_proj"], "bias": "lora_only"}
+REFUSED = {  # by both
+    "rank": ({"r": 0}, "r is 0"),
+    "bias of B, DoRA": ({"lora_bias": True, "use_dora": True}, "lora_bias"),
+    "bias of B, start": ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias"),
+    "bias of B, embedding": ({"lora_bias": True, "target_modules": ["embed_tokens"]}, "lora_bias"),
+    "parameter, DoRA": ({"target_parameters": ["v_proj.weight"], "use_dora": True}, "use_dora"),
+    "parameter, bias of B": ({"target_parameters": ["v_proj.weight"], "lora_bias": True}, "lora_bias"),
+    "parameter, dropout": ({"target_parameters": ["v_proj.weight"], "lora_dropout": 0.1}, "lora_dropout"),
+    "parameter, module": ({"target_parameters": ["q_proj.weight"]}, "q_proj.weight is in target_parameters"),
+    "parameter, vector": ({"target_parameters": ["norm.weight"]}, "model.norm.weight: is (24,)"),
+    "odd orthogonal": ({"init_lora_weights": "orthogonal", "r": 3}, "even rank"),
+    "no such start": ({"init_lora_weights": "nonsense"}, "init_lora_weights is 'nonsense'"),
+    "nothing": ({"target_modules": ["q"]}, "no module that can be adapted matches target_modules 'q'"),
+    "layers of an expression": ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform"),
+    "pattern without layers": ({"layers_pattern": ["layers"]}, "layers_pattern needs layers_to_transform"),
+    "rows, module": ({"target_modules": ["embed_tokens"], "trainable_token_indices": [1]}, "embed_tokens: "),
+    "rows, whole": (
+        {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"embed_tokens": [1]}},
+        "embed_tokens: ",
+    ),
+    "rows that there are not": ({"trainable_token_indices": [61]}, "61"),
+    "bias": ({"bias": "some"}, "bias is 'some'"),
+    "norm": ({"target_modules": ["norm"]}, "no module that can be adapted matches target_modules 'norm'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_peft_refuses_is_refused_by_name(what):
+    fields, said = REFUSED[what]
+    fields = {"target_modules": ["q_proj"], **fields}
+    with pytest.raises(Exception):  # noqa: B017, PT011  PEFT has many kinds
+        peft.get_peft_model(theirs_of(), peft.LoraConfig(**fields))
+    model = ours_of()
+    with pytest.raises(ml.MiniloraError) as error:
+        ml.attach(model, ml.LoraConfig(**fields))
+    assert said in str(error.value)
+    assert_parity(logits(model), logits(ours_of()))
+
+
+ONLY_OURS = {  # what PEFT takes and computes something else with, or silently not what was asked for
+    "start of an embedding": ({"target_modules": ["embed_tokens"], "init_lora_weights": "gaussian"}, False, "embed"),
+    "bias beside a parameter": ({"target_parameters": ["v_proj.weight"], "bias": "lora_only"}, False, "bias"),
+    "rows, whole": ({"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}, False, "embed_tokens"),
+    "rows and the tied head": ({"target_modules": ["lm_head"], "trainable_token_indices": [1]}, True, "lm_head"),
+    "name of no module": ({"target_modules": ["q_proj", "query"]}, False, "'query'"),
+}
+
+
+@pytest.mark.parametrize("what", ONLY_OURS)
+def test_what_peft_takes_and_is_refused_here(what):
+    fields, is_tied, said = ONLY_OURS[what]
+    fields = {"target_modules": ["q_proj"], **fields}
+    peft.get_peft_model(theirs_of(is_tied), peft.LoraConfig(**fields))
+    with pytest.raises(ml.MiniloraError, match=said):
+        ml.attach(ours_of(is_tied), ml.LoraConfig(**fields))
+
+
+@pytest.mark.parametrize("init", MOVED)
+def test_weights_in_float64_are_decomposed_where_peft_refuses(init, tmp_path):
+    fields = {"target_modules": ["q_proj"], "init_lora_weights": init, "lora_alpha": 3}
+    with pytest.raises(TypeError, match="float"):
+        peft.get_peft_model(theirs_of(dtype=torch.float64), peft.LoraConfig(**fields))
+    ours = ours_of(dtype=torch.float64)
+    ml.attach(ours, ml.LoraConfig(**fields), dtype=torch.float64)
+    assert_parity(logits(ours), logits(ours_of(dtype=torch.float64)), MATHS)
+    perturb_(ours, 0)
+    ml.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(theirs_of(dtype=torch.float64), tmp_path)
+    assert_parity(logits(ours), logits(theirs), MATHS)
+
+
+def test_several_adapters_may_train_biases_where_peft_takes_one():
+    config = peft.LoraConfig(**BIASED)
+    theirs = peft.get_peft_model(theirs_of(), config)
+    with pytest.raises(ValueError, match="only 1 adapter with bias"):
+        theirs.add_adapter("second", config)
+    ours = ours_of()
+    for name in ("first", "second"):
+        ml.attach(ours, ml.LoraConfig(**BIASED), name)
+        perturb_(ours, len(name))
+    both = logits(ours)
+    ml.set_adapter(ours, "first")
+    assert not torch.equal(logits(ours), both)
+
+
+def saved_by_peft(directory, name="default", **fields):
+    """Their model, whose adapter is in the directory."""
+    config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 21, **fields})
+    theirs = peft.get_peft_model(theirs_of(), config, adapter_name=name).eval()
+    perturb_(theirs, 0)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("init", [*MOVED, "pissa_niter_4"])
+def test_what_peft_converts_to_a_plain_adapter_loads(init, use_rslora, tmp_path):
+    config = peft.LoraConfig(
+        r=3, lora_alpha=21, target_modules=["q_proj", "up_proj"], init_lora_weights=init, use_rslora=use_rslora
+    )
+    theirs = peft.get_peft_model(theirs_of(), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = init
+    perturb_(theirs, 0)
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = ours_of()
+    ml.load_adapter(ours, tmp_path / "adapter")
+    assert_parity(logits(ours), logits(theirs))
+
+
+def test_a_raw_decomposition_that_was_drawn_is_refused(tmp_path):
+    saved_by_peft(tmp_path, init_lora_weights="pissa_niter_4")
+    with pytest.raises(ml.FormatError, match=r"pissa_niter_4.*cannot be repeated"):
+        ml.load_adapter(ours_of(), tmp_path)
+
+
+EVERYTHING = {
+    "target_modules": ["q_proj", "embed_tokens"],
+    "use_dora": True,
+    "bias": "all",
+    "modules_to_save": ["lm_head", "post_attention_layernorm"],
+}
+
+
+ADAPTERS = ["second", "my-adapter", "lora_A", "lora_B", "7", "model"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        *((fields, name) for fields in ({"lora_bias": True}, EVERYTHING) for name in ADAPTERS),
+        *(({"trainable_token_indices": [3, 1]}, name) for name in (*ADAPTERS, "weight", "bias")),
+    ],
+)
+def test_an_adapter_of_any_name_is_read_from_its_directory(name, fields, tmp_path):
+    theirs = saved_by_peft(tmp_path, name, **fields)
+    ours = ours_of()
+    ml.load_adapter(ours, tmp_path / name)
+    assert_parity(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_where_peft_takes_the_adapter_s_name_for_a_part_of_another_it_is_refused(name, tmp_path):
+    """It writes `lm_head` for `lm_head.weight`, and does not find it again."""
+    saved_by_peft(tmp_path, name, **EVERYTHING)
+    with pytest.raises(ml.TargetError, match="no part of an adapter"):
+        ml.load_adapter(ours_of(), tmp_path / name)
+
+
+def test_of_several_adapters_in_one_directory_each_is_read(tmp_path):
+    theirs = saved_by_peft(tmp_path, "first")
+    theirs.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=5, target_modules=["up_proj"], use_rslora=True))
+    theirs.set_adapter("second")
+    perturb_(theirs, 1)
+    theirs.save_pretrained(tmp_path)
+    ours = ours_of()
+    for name in ("first", "second"):
+        ml.load_adapter(ours, tmp_path / name, name)
+        theirs.set_adapter(name)
+        assert_parity(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("name", ["default", "weight", "my-adapter"])
+@pytest.mark.parametrize("fields", [{"use_dora": True, "bias": "lora_only"}, {"lora_bias": True}])
+def test_names_that_contain_the_adapter_s_own_are_read_as_in_peft(name, fields, tmp_path):
+    """As of a whole state dict, which some have saved."""
+    theirs = saved_by_peft(tmp_path, **fields)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    for key in [key for key in tensors if ".lora_" in key]:
+        head, tail = key.split(".lora_")
+        first, *rest = tail.split(".")
+        tensors[".".join((head, f"lora_{first}", name, *rest))] = tensors.pop(key)
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    ours = ours_of()
+    ml.load_adapter(ours, tmp_path)
+    assert_parity(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
+def test_a_field_of_a_later_version_that_says_nothing_is_accepted(value, tmp_path):
+    theirs = saved_by_peft(tmp_path)
+    edit(tmp_path, peft_version="0.99.0", use_something=value)
+    ours = ours_of()
+    ml.load_adapter(ours, tmp_path)
+    assert_parity(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, "linear", ["q_proj"], {"rate": 0}])
+def test_a_field_of_a_later_version_that_says_something_is_refused_by_name(value, tmp_path):
+    """PEFT drops it with a warning, and computes without it."""
+    saved_by_peft(tmp_path)
+    edit(tmp_path, peft_version="0.99.0", use_something=value)
+    with pytest.raises(ml.FormatError, match=f"use_something: found {re.escape(repr(value))}"):
+        ml.load_adapter(ours_of(), tmp_path)
+    with pytest.warns(UserWarning, match="use_something"):
+        peft.PeftModel.from_pretrained(theirs_of(), tmp_path)
+
+
+OF_OTHER_KINDS = {
+    "alora_invocation_tokens": [1, 2],
+    "ensure_weight_tying": True,
+    "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
+    "layer_replication": [[0, 2], [0, 2]],
+    "peft_type": "ADALORA",
+    "qalora_group_size": 8,
+    "use_bdlora": {"nblocks": 2},
+    "use_qalora": True,
+    "velora_config": {"num_groups": 8},
+}
+
+
+@pytest.mark.parametrize("key", OF_OTHER_KINDS)
+def test_what_changes_what_an_adapter_computes_is_refused_by_name(key, tmp_path):
+    saved_by_peft(tmp_path)
+    edit(tmp_path, **{key: OF_OTHER_KINDS[key]})
+    with pytest.raises(ml.FormatError, match=f"{key}: found"):
+        ml.load_adapter(ours_of(), tmp_path)
+
+
+def test_every_field_that_peft_writes_is_known_and_written_alike(tmp_path):
+    saved_by_peft(tmp_path, task_type="CAUSAL_LM")
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert written.keys() - {"base_model_name_or_path"} == (PEFT_DEFAULTS.keys() | READ | {"target_modules"})
+    for key, value in PEFT_DEFAULTS.items():
+        assert key in READ or written[key] == value
+    ours = ours_of()
+    ml.load_adapter(ours, tmp_path)
+    ml.save_adapter(ours, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG_FILE).read_text()) == {
+        **written,
+        "target_modules": sorted(written["target_modules"]),
+    }
+
+
+def edit(directory, **changes):
+    path = directory / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,132 @@
+"""Ours and PEFT's: the same names mean the same modules, in models of every family that people adapt."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import minilora as ml
+from minilora.lora.config import is_target
+from minilora.lora.find import adapter_layers, base_modules, head_path
+from minilora.lora.parts import kind_of, targets
+from minilora.lora.targets import TARGETS, find_target_modules
+from tests.parity.families import FAMILIES, family_model
+from tests.test_lora_config import MEANT, NOT_MEANT, named
+
+pytestmark = pytest.mark.parity
+peft = pytest.importorskip("peft")
+theirs = pytest.importorskip("peft.tuners.tuners_utils")
+
+DEFAULTS = pytest.importorskip("peft.utils.constants").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+TASKS = {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForImageClassification": "SEQ_CLS"}
+
+
+def theirs_means(path, fields):
+    return bool(theirs.check_target_module_exists(peft.LoraConfig(**fields), path))
+
+
+@pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in MEANT + NOT_MEANT])
+def test_peft_says_the_same_of_its_table(path, names):
+    assert theirs_means(path, named(*names)) == is_target(path, ml.LoraConfig(**named(*names)))
+
+
+PARTS = st.sampled_from(["layers", "h", "0", "1", "10", "attn", "q", "qq"])
+PATHS = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
+ENTRIES = st.lists(PARTS, min_size=1, max_size=2).map(".".join)
+NAMES = st.lists(ENTRIES, min_size=1, max_size=3)
+PATTERNS = st.sampled_from([r".*\.q", r"(layers|h)\.\d+\..*", "attn", r".*1.*"])
+
+
+@st.composite
+def fields(draw):
+    found = {
+        "target_modules": draw(NAMES | PATTERNS),
+        "exclude_modules": draw(st.none() | NAMES | PATTERNS),
+        "modules_to_save": draw(st.none() | NAMES),
+    }
+    if isinstance(found["target_modules"], list) and draw(st.booleans()):
+        found["layers_to_transform"] = draw(st.lists(st.sampled_from([0, 1, 10]), min_size=1, max_size=2))
+        found["layers_pattern"] = draw(st.none() | st.lists(st.sampled_from(["layers", "h"]), min_size=1, max_size=2))
+    return found
+
+
+@given(PATHS, fields())
+def test_names_layers_and_exclusions_mean_what_they_mean_to_peft(path, fields):
+    if "layers_to_transform" in fields and path in fields["target_modules"]:
+        return  # a full name is adapted there whatever its layer
+    assert theirs_means(path, fields) == is_target(path, ml.LoraConfig(**fields))
+
+
+def test_layers_also_hold_for_modules_named_in_full_where_peft_ignores_them():
+    fields = {"target_modules": ["layers.1.q"], "layers_to_transform": [0], "layers_pattern": ["layers"]}
+    assert theirs_means("layers.1.q", fields)
+    assert not is_target("layers.1.q", ml.LoraConfig(**fields))
+
+
+def ours_chosen(model, **fields):
+    return set(targets(base_modules(model), ml.LoraConfig(**fields), head_path(model)))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mamba"}))
+def test_all_linear_means_what_it_means_to_peft(family):
+    model, task = family_model(family), TASKS.get(FAMILIES[family][0])
+    config = peft.LoraConfig(target_modules="all-linear", task_type=task)
+    linears = theirs._maybe_include_all_linear_layers(config, model).target_modules
+    heads = {name for name in linears if name.split(".")[0] in ("classifier", "pre_classifier")}  # trained in full
+    assert ours_chosen(model, task_type=task) == linears - heads
+
+
+def test_where_fused_kernels_read_the_weights_themselves_an_adapter_is_refused_as_by_peft():
+    model = family_model("mamba")
+    assert {path.rpartition(".")[2] for path in ours_chosen(model)} == {"in_proj"}
+    for name in ("out_proj", "conv1d"):
+        with pytest.raises(ml.TargetError, match=f"'{name}'"):
+            ours_chosen(model, target_modules=[name])
+        with pytest.raises(ValueError, match="incompatible"):
+            peft.get_peft_model(family_model("mamba"), peft.LoraConfig(target_modules=[name]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_has_what_the_model_has_and_what_peft_takes(family):
+    model, row = family_model(family), TARGETS[family]
+    assert row.peft == tuple(DEFAULTS.get(family, ()))
+    assert find_target_modules(model) == sorted(row.linears)
+    names = [name for name, _ in model.named_parameters()]
+    assert all(any(name.endswith(f".{entry}") for name in names) for entry in row.parameters)
+    adapted = ours_chosen(model, target_modules=row.linears)
+    rest = {
+        path
+        for path, module in base_modules(model).items()
+        if path.split(".")[0] not in ("lm_head", "classifier", "pre_classifier", "proj_out", "embed_out")
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    left = {path.rpartition(".")[2] for path in rest - adapted if any(map(str.isdecimal, path.split(".")))}
+    assert left == set(row.leave)
+
+
+def test_every_row_of_the_table_is_tested():
+    assert TARGETS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForTokenClassification"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_whatever_a_model_is_for_the_same_linears_are_found(family, kind):
+    model = family_model(family, kind)
+    found = ours_chosen(model, target_modules=find_target_modules(model))
+    usual = ours_chosen(model, target_modules=TARGETS[family].linears)
+    assert found == usual
+    assert len(found) == 12
+
+
+def test_what_is_adapted_already_is_found_as_before():
+    model = family_model("llama")
+    found = find_target_modules(model)
+    ml.attach(model, ml.LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert adapter_layers(model)
+    assert find_target_modules(model) == found
+
+
+def test_every_linear_of_every_family_can_be_adapted():
+    for family in FAMILIES:
+        for path, module in base_modules(family_model(family)).items():
+            assert not isinstance(module, nn.Linear) or kind_of(module) is not None, f"{family} {path}"

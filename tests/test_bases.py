@@ -1,0 +1,181 @@
+"""Laws 1 and 2 for every base: forward is the merged weight applied, whatever the adapters; a new one is nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from minilora import ConfigError, LoraConfig, attach
+from minilora.lora.bases import AdapterConv
+from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
+from tests.models import randn, scales, seeds
+from tests.tolerance import assert_maths, assert_precision, maths
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # PyTorch's, of its own copy
+each_layer = pytest.mark.parametrize("kind", LAYERS)
+each_class = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+
+
+def kinds(test):
+    """The test for each kind of layer on its own, with as many examples."""
+
+    @each_layer
+    def each(kind):
+        given(adapted((kind,)))(test)()
+
+    each.__name__, each.__doc__ = test.__name__, test.__doc__
+    return each
+
+
+@kinds
+def test_forward_is_the_merged_weight_applied(case):
+    layer = case.layer
+    assert_maths(layer(case.x), case.applied(layer.merged_weight(), layer.merged_bias()))
+
+
+@kinds
+def test_gradients_are_those_of_the_merged_weight_applied(case):
+    layer, x = case.layer, case.x
+    inputs = [*layer.adapters.parameters(), *([x.requires_grad_()] if x.is_floating_point() else [])]
+    y, merged = layer(x), case.applied(layer.merged_weight(), layer.merged_bias())
+    dy = randn(7, *y.shape)
+    ours, expected = (torch.autograd.grad(each, inputs, dy, allow_unused=True) for each in (y, merged))
+    for our, their in zip(ours, expected, strict=True):
+        assert (our is None) == (their is None)  # a bias that a later adapter's takes the place of
+        if our is not None:
+            assert_maths(our, their)
+
+
+@kinds
+def test_forward_and_merged_weight_equal_the_loops(case):
+    layer, merged = case.layer, case.layer.merged_weight()
+    matrix, bias = merged_by_loops(layer)
+    assert_maths(merged.flatten(1) if isinstance(layer, AdapterConv) else layer.matrix(merged), matrix)
+    assert (layer.merged_bias() is None) == (bias is None)
+    if bias is not None:
+        assert_maths(layer.merged_bias(), bias)
+    assert_maths(layer(case.x), applied_by_loops(layer, case.x))
+
+
+@each_class
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(seeds, scales)
+def test_in_low_precision_forward_is_as_good_as_pytorch_with_the_merged_weight(kind, use_dora, dtype, seed, scale):
+    case = place(kind, seed, 40, 24, dtype=dtype)
+    add(case.layer, "new", seed, 8, scale, use_dora, lora_bias=True, dtype=torch.float32)
+    y, plain = case.layer(case.x), case.applied(case.layer.merged_weight(), case.layer.merged_bias())
+    assert y.dtype == dtype
+    assert_precision(y, plain, applied_by_loops(case.layer, case.x))
+
+
+@each_class
+@each_layer
+@given(seeds, scales)
+def test_the_merged_weight_of_a_bfloat16_base_is_rounded_once(kind, use_dora, seed, scale):
+    layer = place(kind, seed, dtype=torch.bfloat16).layer
+    add(layer, "new", seed, 2, scale, use_dora, dtype=torch.float32)
+    matrix, _ = merged_by_loops(layer)
+    merged = layer.merged_weight()
+    assert merged.dtype == torch.bfloat16
+    exact = torch.from_numpy(matrix)
+    merged = merged.flatten(1) if isinstance(layer, AdapterConv) else layer.matrix(merged)
+    assert_precision(merged, exact.bfloat16(), exact)
+
+
+@each_class
+@each_layer
+def test_the_base_gets_no_gradient_and_is_no_parameter_of_the_adapter(kind, use_dora):
+    case = place(kind, 0)
+    add(case.layer, "new", 1, 2, 7.0, use_dora, bias=True)
+    before = {name: tensor.clone() for name, tensor in case.layer.base.state_dict().items()}
+    case.layer(case.x).sum().backward()
+    assert all(parameter.grad is None for parameter in case.layer.base.parameters())
+    assert all(parameter.grad.any() for parameter in case.layer.trained("new"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in case.layer.base.state_dict().items())
+
+
+def test_padding_of_an_embedding_is_not_adapted_by_training():
+    """Its row of the base gets no gradient in PyTorch, either."""
+    case = place("embedding", 0, padding_idx=1)
+    add(case.layer, "new", 1, 2, 7.0)
+    case.layer(torch.tensor([0, 1, 2])).sum().backward()
+    assert not case.layer.adapters["new"].lora_A.grad[:, 1].any()
+    assert case.layer.adapters["new"].lora_A.grad[:, 0].all()
+
+
+@each_class
+@each_layer
+@given(seed=seeds)
+def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
+    case = place(kind, seed)
+    layer = case.layer
+    add(layer, "new", seed, 2, 0.5, use_dora)
+    config, whole = layer.configs["new"], layer(case.x)
+
+    def trained(p, key):
+        layer.configs["new"], layer.dropout_key = replace(config, lora_dropout=p), key
+        return layer.train()(case.x)
+
+    assert torch.equal(trained(0.5, "0/0"), trained(0.5, "0/0"))
+    assert not torch.equal(trained(0.5, "0/0"), trained(0.5, "0/1"))
+    assert_maths(trained(1e-13, "0/0"), whole)
+    assert torch.equal(layer.eval()(case.x), whole)
+
+
+@each_class
+def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
+    layer = place("embedding", 0, 50).layer
+    add(layer, "new", 1, 2, 7.0, use_dora)
+    layer.configs["new"], layer.dropout_key = replace(layer.configs["new"], lora_dropout=0.5), "0/0"
+    ids, p = torch.arange(50), 0.5
+    adapter = layer.adapters["new"]
+    whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T
+    k = adapter.stretch(layer, layer.matrix(layer.base.weight)) if use_dora else 1
+    y = layer.train()(ids)
+    is_dropped = torch.tensor([maths(row, k * base) <= 1 for row, base in zip(y, layer.base.weight, strict=True)])
+    assert_maths(y[~is_dropped], (k * whole)[~is_dropped])
+    assert 10 < is_dropped.sum() < 40
+
+
+@each_class
+@each_layer
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, dtype):
+    """To the bit where B = 0; of B A - B₀ A₀ the order of the sums is left, which bfloat16 does not see."""
+    case = place(kind, 3, 12, 8, dtype=dtype)
+    model, base = nn.ModuleDict({"layer": case.layer.base}), case.layer.base(case.x)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=("layer",), init_lora_weights=init, use_dora=use_dora)
+    if kind == "embedding" and init in ("gaussian", "orthogonal"):
+        with pytest.raises(ConfigError, match=init):
+            attach(model, config)
+        return
+    attach(model, config, seed=1)
+    y = model["layer"](case.x)
+    adapter = model["layer"].adapters["default"]
+    assert all(factor.dtype == torch.float32 for factor in (adapter.lora_A, adapter.lora_B))
+    is_exact = init in (True, "gaussian") or (dtype == torch.bfloat16 and init != "orthogonal")
+    if is_exact and not use_dora:
+        assert torch.equal(y, base)
+    else:
+        assert_precision(y, base, applied_by_loops(case.layer, case.x))
+    y.sum().backward()
+    assert any(factor.grad.any() for factor in (adapter.lora_A, adapter.lora_B))
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora", "loftq"])
+def test_start_values_that_there_are_not_for_a_convolution_in_groups_are_refused(kind, init):
+    model = nn.ModuleDict({"layer": place(kind, 0, 4, 4, groups=2).layer.base})
+    with pytest.raises(ConfigError, match=init):
+        attach(model, LoraConfig(r=2, target_modules=("layer",), init_lora_weights=init))
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d"])
+def test_groups_that_do_not_divide_the_rank_are_refused(kind):
+    model = nn.ModuleDict({"layer": place(kind, 0, groups=3).layer.base})
+    with pytest.raises(ConfigError, match="3 groups needs a rank that they divide, found r 4"):
+        attach(model, LoraConfig(r=4, target_modules=("layer",)))

@@ -1,0 +1,361 @@
+"""Classifiers on the command line: trained by finetune, measured by eval, and refused by what writes text."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora import cli
+from minilora.cli.columns import cells
+from minilora.cli.confusion import confusion_table
+from minilora.inspect.adapter import adapter_facts
+from minilora.inspect.model import model_facts
+from minilora.lora.classes import classes_of
+from minilora.model.classifier import load_classifier
+from minilora.storage import ASSETS, BUILTIN
+from minilora.train.classes import encode_classes, find_labels
+from minilora.train.confusion import Confusion
+from minilora.train.evaluate import evaluate_classes
+from minilora.train.rows import Row, read_rows
+from tests.models import tiny_model
+from tests.test_checkpoint import same_state
+from tests.test_classifier import tiny_classifier
+from tests.test_data import write_tokenizer
+
+LABELS = ("no", "so so", "yes")
+TASKS = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}
+tasks = pytest.mark.parametrize("task", TASKS)
+
+
+def write_classes(path, task, count, labels=LABELS):
+    """Rows of random words with random labels."""
+    draw, rows = random.Random(count), []
+    for _ in range(count):
+        words = draw.choices(["the", "cat", "sea", "town"], k=draw.randint(1, 4))
+        if task == "SEQ_CLS":
+            rows.append({"text": " ".join(words), "label": draw.choice(labels)})
+        else:
+            rows.append({"tokens": words, "labels": draw.choices(labels, k=len(words))})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _as_if_trained(model):
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A language model, a classifier, and for each task rows and an adapter of the model."""
+    directory = tmp_path_factory.mktemp("classes")
+    tokenizer = write_tokenizer(directory / "model")
+    ml.save_model(tiny_model(dtype=torch.float32, vocab_size=400), directory / "model", tokenizer)
+    classifier = tiny_classifier("sequence", dtype=torch.float32, labels=LABELS, vocab_size=400)
+    ml.save_model(classifier, directory / "classifier", tokenizer)
+    for task, unit in TASKS.items():
+        model = load_classifier(directory / "model", unit, LABELS)
+        ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, task_type=task))
+        _as_if_trained(model)
+        ml.save_adapter(model, directory / task)
+        write_classes(directory / f"{task}.jsonl", task, 16)
+    return directory
+
+
+def measured(directory, model, data):
+    """What is found in Python of a classifier."""
+    rows = read_rows(directory / data)
+    tokenizer = ml.load_tokenizer(directory / "model")
+    return evaluate_classes(model, encode_classes(rows, tokenizer, ml.DataConfig(), model.unit, model.labels))
+
+
+def with_adapter(directory, task):
+    """The model as eval should find it: the head of another seed is the adapter's own again."""
+    model = load_classifier(directory / "model", TASKS[task], LABELS, seed=7)
+    ml.load_adapter(model, directory / task)
+    return model
+
+
+# --- eval ---
+
+
+@tasks
+def test_eval_finds_task_and_labels_in_the_adapter_and_tells_all_scores(directory, task, capsys):
+    assert cli.main(["eval", "--adapter", str(directory / task), "--data", str(directory / f"{task}.jsonl")]) == 0
+    out, err = capsys.readouterr()
+    expected = measured(directory, with_adapter(directory, task), f"{task}.jsonl")
+    counts = {"rows": 16, "truncated": 0, "unlabelled": 0}
+    assert json.loads(out) == {"metric": "accuracy", "value": expected.accuracy, **expected.record(), **counts}
+    assert err == confusion_table(expected.confusion, 80) + "\n"
+    assert expected.confusion.labels == LABELS
+
+
+def test_eval_measures_a_classifier_by_itself(directory, capsys):
+    words = ["eval", "--model", str(directory / "classifier"), "--data", str(directory / "SEQ_CLS.jsonl")]
+    assert cli.main([*words, "--metric", "nll"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = measured(directory, load_classifier(directory / "classifier"), "SEQ_CLS.jsonl")
+    assert (found["metric"], found["value"], found["accuracy"]) == ("nll", expected.loss, expected.accuracy)
+
+
+def test_rows_that_eval_skips_are_counted_and_said(directory, tmp_path, capsys):
+    rows = (directory / "SEQ_CLS.jsonl").read_text() + '{"text": "the cat", "label": "maybe"}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    words = ["eval", "--adapter", str(directory / "SEQ_CLS"), "--data", str(tmp_path / "rows.jsonl")]
+    assert cli.main(words) == 1
+    assert "rows.jsonl:17: label: found 'maybe'" in capsys.readouterr().err
+    assert cli.main([*words, "--skip-bad-rows"]) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["rows"], json.loads(out)["bad"]) == (16, 1)
+    assert "1 rows cannot be used" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["eval", "--adapter", "SEQ_CLS", "--data", "SEQ_CLS.jsonl", "--metric", "choice"],
+            "metrics are accuracy, nll",
+        ),
+        (["eval", "--model", "model", "--data", "SEQ_CLS.jsonl", "--metric", "accuracy"], "nll, choice, exact-match"),
+        (["eval", "--model", "model", "--adapter", "SEQ_CLS", "--data", "TOKEN_CLS.jsonl"], "text: found None"),
+        (["generate", "--adapter", "SEQ_CLS", "--prompt", "a"], "SEQ_CLS: is a classifier, which `minilora eval`"),
+        (["generate", "--model", "classifier", "--prompt", "a"], "classifier: is a classifier, which `minilora eval`"),
+        (["chat", "--adapter", "TOKEN_CLS"], "TOKEN_CLS: is a classifier, which `minilora eval`"),
+    ],
+)
+def test_what_does_not_go_with_a_classifier_is_refused(directory, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(directory)
+    assert cli.main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+# --- what the adapter says of itself ---
+
+
+@tasks
+def test_an_adapter_names_its_task_and_labels_also_beside_no_run(directory, task):
+    assert classes_of(directory / task) == (TASKS[task], LABELS)
+
+
+def test_an_adapter_that_names_no_labels_has_as_many_as_its_head(directory, tmp_path):
+    model = with_adapter(directory, "SEQ_CLS")
+    model.labels = ()
+    ml.save_adapter(model, tmp_path)
+    assert classes_of(tmp_path) == ("sequence", ("LABEL_0", "LABEL_1", "LABEL_2"))
+
+
+@pytest.mark.parametrize("labels", ["3", '["a"]', '["a", 1]', "no"])
+def test_labels_that_cannot_be_are_refused(directory, tmp_path, labels):
+    tensors = load_file(directory / "SEQ_CLS" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"labels": labels})
+    shutil.copy(directory / "SEQ_CLS" / "adapter_config.json", tmp_path)
+    with pytest.raises(ml.FormatError, match="metadata labels: found"):
+        classes_of(tmp_path)
+
+
+def test_an_adapter_of_another_task_has_no_classes_and_one_without_a_head_is_refused(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(r=2))
+    ml.save_adapter(model, tmp_path)
+    assert classes_of(tmp_path) == (None, ())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    with pytest.raises(ml.FormatError, match=r"there is no base_model\.model\.score\.weight"):
+        classes_of(tmp_path)
+
+
+def test_adapters_of_different_tasks_are_not_taken_together(directory, capsys):
+    names = [f"--adapter={directory / task}" for task in TASKS]
+    assert cli.main(["merge", *names, f"--out={directory / 'out'}"]) == 1
+    assert "are for different tasks" in capsys.readouterr().err
+
+
+# --- finetune ---
+
+
+def finetune(directory, out, task="SEQ_CLS", model="model", data=None, **flags):
+    flags = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2, "eval_split": 0.25, "task": task, "out": out, **flags}
+    flags |= {"model": directory / model, "data": directory / (data or f"{task}.jsonl")}
+    return cli.main(["finetune", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())])
+
+
+@tasks
+def test_finetune_trains_adapter_and_head_and_eval_agrees_with_its_summary(directory, tmp_path, task, capsys):
+    write_classes(tmp_path / "test.jsonl", task, 9)
+    shutil.copy(directory / f"{task}.jsonl", tmp_path / "train.jsonl")
+    assert finetune(directory, tmp_path / "run", task, data=tmp_path) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["held-out", "loss", "accuracy", "macro", "F1"]
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == (task, ["score"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rows = {"base": summary["before"], "adapter": summary["after"]}
+    assert [line.split() for line in table[1:3]] == [
+        [name, *(f"{scores[key]:.4f}" for key in ("loss", "accuracy", "macro_f1"))] for name, scores in rows.items()
+    ]
+    fresh = load_classifier(directory / "model", TASKS[task], LABELS)
+    assert summary["before"] == measured(directory, fresh, tmp_path / "test.jsonl").record()
+    assert summary["general"] is None
+    assert cli.main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found[key] for key in summary["after"]} == summary["after"] != summary["before"]
+
+
+def test_the_head_is_trained_and_nothing_of_the_base(directory, tmp_path):
+    assert finetune(directory, tmp_path / "run") == 0
+    model = load_classifier(directory / "model", "sequence", LABELS)
+    ml.load_adapter(model, tmp_path / "run")
+    assert not torch.equal(model.score.current().weight, model.score.base.weight)
+    ml.detach(model)
+    same_state(model, load_classifier(directory / "model", "sequence", LABELS))
+
+
+def test_a_classifier_is_trained_further_with_its_own_labels_and_in_full_if_asked(directory, tmp_path):
+    shown = tiny_classifier("sequence", dtype=torch.float32, labels=("yes", "no", "maybe", "so so"), vocab_size=400)
+    ml.save_model(shown, tmp_path / "model", ml.load_tokenizer(directory / "model"))
+    assert finetune(directory, tmp_path / "adapter", model=tmp_path / "model") == 0
+    assert classes_of(tmp_path / "adapter") == ("sequence", shown.labels)
+    assert finetune(directory, tmp_path / "full", model=tmp_path / "model", method="full") == 0
+    full = load_classifier(tmp_path / "full")
+    assert full.labels == shown.labels
+    assert not any(torch.equal(p, full.get_parameter(name)) for name, p in shown.named_parameters() if p.dim() > 1)
+
+
+def test_a_dry_run_shows_the_class_of_each_word(directory, tmp_path, capsys):
+    rows = [{"tokens": ["the", "cat"], "labels": ["yes", "no"]}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert finetune(directory, tmp_path / "run", "TOKEN_CLS", data=tmp_path / "rows.jsonl", max_steps=3) == 0
+    assert cli.main(["finetune", f"--config={tmp_path / 'run' / 'run.json'}", "--dry-run"]) == 0
+    assert "⟦the = yes⟧⟦ cat = no⟧" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"task": "SEQ_2_SEQ_LM"}, "--task SEQ_2_SEQ_LM: accepted are CAUSAL_LM, SEQ_CLS, TOKEN_CLS"),
+        ({"model": "classifier", "task": "CAUSAL_LM"}, "classifier: is a classifier; give --task SEQ_CLS"),
+        ({"model": "classifier", "task": "TOKEN_CLS"}, "classifier: is a classifier; give --task SEQ_CLS"),
+        ({"general_data": "SEQ_CLS.jsonl"}, "--general-data: without effect on a classifier"),
+        ({"train_on": "all"}, "train_on: without effect where rows have classes"),
+        ({"task": "TOKEN_CLS"}, "SEQ_CLS.jsonl:1: tokens: found None, need a list"),
+    ],
+)
+def test_what_does_not_go_with_a_task_is_refused(directory, tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(directory)
+    assert finetune(directory, tmp_path / "run", **{"data": "SEQ_CLS.jsonl", **flags}) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_classifier_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_path):
+    rows = read_rows(directory / "SEQ_CLS.jsonl")
+    tokenizer, config = ml.load_tokenizer(directory / "model"), ml.TrainConfig(learning_rate=0.01, save_steps=1)
+    examples = encode_classes(rows, tokenizer, ml.DataConfig(), "sequence", LABELS)
+    for out, stop in (("whole", None), ("parts", 2), ("parts", None)):
+        model = load_classifier(directory / "model", "sequence", LABELS)
+        ml.attach(model, ml.LoraConfig(r=2, lora_dropout=0.2, task_type="SEQ_CLS"))
+        ml.train(model, examples, config, lambda record, stop=stop: record["step"] == stop, (), tmp_path / out)
+        ml.save_adapter(model, tmp_path / out)
+    whole, parts = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("whole", "parts"))
+    assert "base_model.model.score.weight" in whole
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_categories_of_the_built_in_data_are_learned_as_classes():
+    def rows(split):
+        found = read_rows(ASSETS / "data" / f"{split}.jsonl")
+        return [Row({"text": row.fields["prompt"], "label": row.fields["completion"]}) for row in found]
+
+    train, tokenizer, config = rows("train"), ml.load_tokenizer(BUILTIN), ml.DataConfig()
+    labels = find_labels(train, "sequence", config)
+    learned, held = (encode_classes(some, tokenizer, config, "sequence", labels) for some in (train, rows("valid")))
+    model = load_classifier(BUILTIN, "sequence", labels)
+    ml.attach(model, ml.LoraConfig(r=8, target_modules=("q_proj", "v_proj", "down_proj"), task_type="SEQ_CLS"))
+    ml.train(model, learned, ml.TrainConfig(learning_rate=2e-3, batch_size=16, max_steps=40))
+    found = evaluate_classes(model, held[:200])
+    assert len(labels) == 8
+    assert min(found.accuracy, found.macro_f1) > 0.6  # chance is 0.125
+
+
+# --- quantize, inspect ---
+
+
+def test_a_classifier_is_quantized_all_but_its_head_and_known_to_inspect(directory, tmp_path):
+    assert cli.main(["quantize", f"--model={directory / 'classifier'}", f"--out={tmp_path / 'nf4'}"]) == 0
+    same_state(load_classifier(tmp_path / "nf4"), load_classifier(directory / "classifier", quantize="nf4"))
+    facts = model_facts(tmp_path / "nf4")
+    assert facts.problems == {"minilora": [], "transformers": []}
+    assert facts.config["quantization_config"]["llm_int8_skip_modules"] == ["score"]
+
+
+@tasks
+def test_inspect_finds_nothing_wrong_with_an_adapter_of_a_classifier_on_its_base(directory, task):
+    facts = adapter_facts(directory / task, directory / "model")
+    assert facts.problems["minilora"] == facts.problems["PEFT"] == []
+
+
+# --- merge ---
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with a head of its own, with a tied one
+@tasks
+def test_a_merged_classifier_is_written_as_merging_in_memory_writes_it(task, family, tmp_path, capsys):
+    base = tiny_model(family, dtype=torch.float32, vocab_size=400)
+    ml.save_model(base, tmp_path / "base", write_tokenizer(tmp_path / "base"))
+    model = load_classifier(tmp_path / "base", TASKS[task], LABELS)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, task_type=task))
+    _as_if_trained(model)
+    ml.save_adapter(model, tmp_path / "adapter")
+    assert cli.main(["merge", f"--adapter={tmp_path / 'adapter'}", f"--out={tmp_path / 'merged'}"]) == 0
+    assert "merged model written" in capsys.readouterr().out
+    ml.merge(model)
+    ml.save_model(model, tmp_path / "expected")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+def test_an_adapter_of_a_classifier_is_merged_into_it(directory, tmp_path):
+    model = load_classifier(directory / "classifier")
+    ml.attach(model, ml.LoraConfig(r=3, task_type="SEQ_CLS"))
+    _as_if_trained(model)
+    ml.save_adapter(model, tmp_path / "adapter")
+    assert cli.main(["merge", f"--adapter={tmp_path / 'adapter'}", f"--out={tmp_path / 'merged'}"]) == 0
+    ml.merge(model)
+    same_state(load_classifier(tmp_path / "merged"), model)
+
+
+# --- the table ---
+
+
+TABLE = """\
+was; taken for  0   1  precision  recall     F1  count
+0 no            9   1      1.000   0.900  0.947     10
+1 漢字          0  12      0.923   1.000  0.960     12"""
+SCORES = """\
+class   precision  recall     F1  count
+0 no        1.000   0.900  0.947     10
+1 漢字      0.923   1.000  0.960     12
+0 no was taken for 1 漢字: 1"""
+
+
+@pytest.mark.parametrize(("width", "expected"), [(54, TABLE), (53, SCORES)])
+def test_the_table_shows_what_was_taken_for_what_where_there_is_room(width, expected):
+    assert confusion_table(Confusion(("no", "漢字"), ((9, 1), (0, 12))), width) == expected
+
+
+@given(st.lists(st.text(max_size=40), min_size=2, max_size=5, unique=True), st.data())
+def test_the_lines_of_a_table_end_at_one_place_whatever_the_labels(labels, data):
+    classes = st.integers(0, len(labels) - 1)
+    pairs = data.draw(st.lists(st.tuples(classes, classes), max_size=200))
+    lines = confusion_table(Confusion.of(pairs, labels), 10**6).split("\n")
+    assert len(lines) == len(labels) + 1
+    assert len(set(map(cells, lines))) == 1

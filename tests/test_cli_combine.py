@@ -1,0 +1,274 @@
+"""minilora merge with weights, and minilora extract: what is written and what is said."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import minilora as ml
+from minilora import cli
+from minilora.cli.merge import split_weight
+from minilora.extraction import extract_directory
+from minilora.lora.combine import CombineConfig
+from minilora.lora.files import base_model_of
+from minilora.lora.find import adapter_layers
+from minilora.lora.weighted_files import combine_directories
+from minilora.merging import Deviation
+from tests.models import randn, randomize_adapters_, tiny_model
+from tests.test_cli import updates
+from tests.test_data import CHATML, CLOSE, write_tokenizer
+from tests.tolerance import PARITY, assert_parity, relative
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A model, two plain adapters of it, one of DoRA, and a model that was tuned as a whole."""
+    directory = tmp_path_factory.mktemp("things")
+    tokenizer = write_tokenizer(directory / "model", template=CHATML, eos=CLOSE, post="bos")
+    ml.save_model(tiny_model(dtype=torch.float32, vocab_size=400), directory / "model", tokenizer)
+    targets = ("q_proj", "down_proj")
+    for seed, (name, config) in enumerate(
+        {"a": {"r": 3}, "b": {"r": 2, "target_modules": targets}, "dora": {}}.items()
+    ):
+        model = ml.load_model(directory / "model")
+        ml.attach(model, ml.LoraConfig(**{"lora_alpha": 6, "use_dora": name == "dora", **config}), seed=seed)
+        randomize_adapters_(model, seed)
+        ml.save_adapter(model, directory / name)
+    (directory / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }} ?")
+    model = ml.load_model(directory / "model")
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if "up_proj" in name or name.endswith("norm.weight"):
+                parameter += 0.1 * randn(i, *parameter.shape).float()
+    ml.save_model(model, directory / "tuned", ml.load_tokenizer(directory / "model"))
+    return directory
+
+
+@pytest.fixture
+def run(directory, capsys, monkeypatch):
+    """Run a command among the things; the lines that it prints, or with another status what it says."""
+    monkeypatch.chdir(directory)
+
+    def command(*words, status=0):
+        assert cli.main([str(word) for word in words]) == status
+        out, err = capsys.readouterr()
+        return err if status else out.splitlines()
+
+    return command
+
+
+def assert_is_merged(directory, out, weights):
+    base, merged = (load_file(where / "model.safetensors") for where in (directory / "model", out))
+    changes = {name: updates(directory, name) for name in weights}
+    assert base.keys() == merged.keys()
+    for name, weight in base.items():
+        parts = [w * changes[adapter][name] for adapter, w in weights.items() if name in changes[adapter]]
+        assert_parity(merged[name], weight.double() + sum(parts))
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weight"),
+    [
+        ("run", "run", None),
+        ("run:0.7", "run", 0.7),
+        ("run:2", "run", 2.0),
+        ("run:-.5", "run", -0.5),
+        ("run:+1e-3", "run", 1e-3),
+        ("org/name:0.5", "org/name", 0.5),
+        ("org/name@v1.0", "org/name@v1.0", None),
+        ("org/name@v1.0:0.5", "org/name@v1.0", 0.5),
+        (r"C:\adapters\run", r"C:\adapters\run", None),
+        (r"C:\adapters\run:0.5", r"C:\adapters\run", 0.5),
+        ("C:/7", "C:/7", None),
+        ("./a:b:0.5", "./a:b", 0.5),
+        ("run:0,7", "run:0,7", None),
+        ("run:nan", "run:nan", None),
+        ("run:1_0", "run:1_0", None),
+        ("run:", "run:", None),
+        (":0.5", ":0.5", None),
+        ("run:٣", "run:٣", None),
+    ],
+)
+def test_only_a_number_after_the_last_colon_is_a_weight(text, name, weight):
+    assert split_weight(text) == (name, weight)
+
+
+def test_what_exists_under_the_whole_name_is_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:0.7").mkdir()
+    assert split_weight("run:0.7") == ("run:0.7", None)
+    assert split_weight("run:0.7:2") == ("run:0.7", 2.0)
+
+
+@pytest.mark.parametrize("words", [["a:0.7", "b:-0.3"], ["a", "b:-0.3"], ["a:0.7", "b"], ["a:0.7"]])
+def test_a_merged_model_has_the_weighted_sum_in_its_weights(directory, run, tmp_path, words):
+    run("merge", *(f"--adapter={word}" for word in words), f"--out={tmp_path}")
+    weights = {name: 1.0 if weight is None else weight for name, weight in map(split_weight, words)}
+    assert_is_merged(directory, tmp_path, weights)
+
+
+def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory, run, tmp_path):
+    run("merge", "--adapter=dora", "--adapter=b", f"--out={tmp_path}")
+    model = ml.load_model(directory / "model")
+    for name in ("dora", "b"):
+        ml.load_adapter(model, directory / name, name)
+    ml.set_adapter(model, ["dora", "b"])
+    ml.merge(model)
+    merged = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(merged[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_combination_is_merged_as_the_adapter_that_it_makes(directory, run, tmp_path):
+    flags = ["--combination-type=ties_svd", "--svd-rank=2", "--density=0.5", "--majority-sign-method=frequency"]
+    both = ["--adapter=a:0.7", "--adapter=b:0.3"]
+    printed = run("merge", *both, *flags, f"--out={tmp_path / 'merged'}")
+    config = CombineConfig("ties_svd", 2, None, 0.5, "frequency")
+    cuts = combine_directories([directory / "a", directory / "b"], [0.7, 0.3], tmp_path / "adapter", config)
+    expected = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
+    assert printed[0] == (
+        f"error of the cut, relative to what the adapters do together: {expected.overall:.2g}; "
+        f"worst {expected.worst:.2g} in {expected.layer}"
+    )
+    assert expected.overall > 0.1
+    run("merge", f"--adapter={tmp_path / 'adapter'}", "--model=model", f"--out={tmp_path / 'expected'}")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# --- one adapter ---
+
+
+def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one_does(directory, run, tmp_path):
+    both = ["--adapter=a:0.7", "--adapter=b:-0.3"]
+    printed = run("merge", *both, "--as-adapter", f"--out={tmp_path / 'adapter'}")
+    assert printed == [f"adapter of rank 5 written to {tmp_path / 'adapter'}"]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
+    }
+    run("merge", *both, f"--out={tmp_path / 'merged'}")
+    model, ids = ml.load_model(directory / "model"), torch.tensor([[3, 1, 4, 1, 5]])
+    ml.load_adapter(model, tmp_path / "adapter")
+    assert relative(model(ids), ml.load_model(tmp_path / "merged")(ids), PARITY) <= 1
+    assert base_model_of(tmp_path / "adapter") == str(directory / "model")
+    asked = run("generate", f"--adapter={tmp_path / 'adapter'}", "--prompt=the cat", "--max-new-tokens=5")
+    assert asked == run("generate", f"--model={tmp_path / 'merged'}", "--prompt=the cat", "--max-new-tokens=5")
+
+
+def test_one_adapter_is_cut_to_another_rank(directory, run, tmp_path):
+    flags = ["--combination-type=svd", "--svd-rank=1", "--as-adapter"]
+    first, second = run("merge", "--adapter=a", *flags, f"--out={tmp_path / 'out'}")
+    assert first.startswith("error of the cut, relative to what the adapters do together: 0.")
+    assert second == f"adapter of rank 1 written to {tmp_path / 'out'}"
+
+
+def test_no_base_is_needed_for_an_adapter(directory, run, tmp_path, monkeypatch):
+    for name in "ab":
+        shutil.copytree(directory / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(path.read_text().replace(str(directory / "model"), "somewhere/else"))
+    both = ["--adapter=a:0.7", "--adapter=b"]
+    run("merge", *both, "--as-adapter", "--out=out")
+    assert base_model_of("out") is not None
+    assert base_model_of(tmp_path / "out") == "somewhere/else"
+    run("merge", *both, "--as-adapter", "--model=another/model", "--out=named")
+    assert base_model_of(tmp_path / "named") == "another/model"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--adapter=dora:0.5"], "dora: cannot be combined with other adapters, or weighed:\n  use_dora: "),
+        (["--adapter=dora", "--adapter=a", "--as-adapter"], "dora: cannot be combined"),
+        (["--adapter=a:0.5", "--svd-rank=3"], "svd_rank: without effect; 'cat' cuts nothing"),
+        (["--adapter=a", "--combination-type=ties"], "density: 'ties' needs one"),
+        (["--adapter=a", "--adapter=b", "--combination-type=linear"], "'linear' needs adapters of one rank"),
+        (["--adapter=a", "--as-adapter", "--target=original"], "--target: without effect on --as-adapter"),
+        (["--adapter=a", "--as-adapter", "--dtype=float32", "--quantize-skip=up"], "--quantize-skip, --dtype: without"),
+        (["--adapter=nowhere:0.5"], "nowhere: no such directory"),
+        (["--adapter=a:0,5"], "a:0,5: no such directory"),
+        (["--as-adapter"], "there is nothing to merge: give --adapter"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path, words, phrase):
+    assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_bases_are_one_adapter_only_of_a_named_one(directory, run, tmp_path):
+    shutil.copytree(directory / "b", tmp_path / "other")
+    path = tmp_path / "other" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"base_model_name_or_path": "', '"base_model_name_or_path": "another-'))
+    both = ["--adapter=a", f"--adapter={tmp_path / 'other'}:2", "--as-adapter", f"--out={tmp_path / 'out'}"]
+    assert "name different base models" in run("merge", *both, status=1)
+    run("merge", "--model=model", *both)
+
+
+# --- extract ---
+
+
+def test_an_adapter_that_was_merged_is_extracted_again(directory, run, tmp_path):
+    run("merge", "--adapter=b", f"--out={tmp_path / 'merged'}")
+    words = ["--base=model", f"--tuned={tmp_path / 'merged'}", "--lora-r=2", f"--out={tmp_path / 'adapter'}"]
+    first, second = run("extract", *words)
+    error = float(first.split(": ")[1].split(";")[0])
+    assert first.startswith("error of the cut, relative to the change of the adapted weights: ")
+    assert error < 1e-5
+    assert second == f"adapter written to {tmp_path / 'adapter'}"
+    model, ids = ml.load_model(directory / "model"), torch.tensor([[3, 1, 4, 1, 5]])
+    ml.load_adapter(model, tmp_path / "adapter")
+    assert {layer.configs["default"].rank(path) for path, layer in adapter_layers(model).items()} == {2}
+    assert_parity(model(ids), ml.load_model(tmp_path / "merged")(ids))
+    asked = run("generate", f"--adapter={tmp_path / 'adapter'}", "--prompt=the cat", "--max-new-tokens=5")
+    assert asked == run("generate", f"--model={tmp_path / 'merged'}", "--prompt=the cat", "--max-new-tokens=5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "energy"),
+    [
+        (["--lora-r=4"], {"r": 4}, None),
+        (["--lora-r=20", "--svd-energy=0.5"], {"r": 20}, 0.5),
+        (['--rank-pattern={"up_proj": 3}', "--target-modules=up_proj,q_proj"], {"rank_pattern": {"up_proj": 3}}, None),
+    ],
+)
+def test_extract_tells_the_error_of_the_cut_and_what_is_left_out(directory, run, tmp_path, flags, config, energy):
+    words = ["--base=model", "--tuned=tuned", f"--out={tmp_path / 'out'}"]
+    first, second, _ = run("extract", *words, *flags)
+    expected = extract_directory(
+        directory / "model", directory / "tuned", tmp_path / "expected", ml.LoraConfig(**config), energy
+    )
+    deviation = expected.deviation
+    assert first.endswith(f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}")
+    assert deviation.overall > 0.1
+    assert second == (
+        f"not in the adapter: 9 other weights that differ, with {expected.share:.0%} of all changes' squares: "
+        "model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight, "
+        "model.layers.1.input_layernorm.weight …"
+    )
+    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "expected"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--tuned=model"], "are the same in all of the modules"),
+        (["--tuned=tuned", "--svd-energy=1.5"], "svd_energy is 1.5, need a number above 0"),
+        (["--tuned=tuned", "--target-modules=nothing"], "no module that can be adapted matches target_modules"),
+        (["--tuned=nowhere"], "nowhere: no such directory"),
+        (["--tuned=tuned", "--out=a"], "a: holds files; give another --out"),
+    ],
+)
+def test_what_cannot_be_extracted_is_refused_before_anything_is_written(run, tmp_path, words, phrase):
+    words = words if any(word.startswith("--out") for word in words) else [*words, f"--out={tmp_path / 'out'}"]
+    assert phrase in run("extract", "--base=model", *words, status=1)
+    assert not (tmp_path / "out").exists()

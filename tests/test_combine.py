@@ -1,0 +1,392 @@
+"""Adapters combined: against brute force in float64 on the full matrices, which ours never forms where it need not."""
+
+import math
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from minilora import ConfigError, LoraConfig, ShapeError
+from minilora.lora.combine import (
+    CombinationType,
+    CombineConfig,
+    Factors,
+    best_factors,
+    check_additive,
+    combine,
+    compress,
+    concatenate,
+)
+from minilora.lora.functional import lora_scale
+from minilora.testing import reference
+from tests.models import randn, scales, seeds, sizes
+from tests.tolerance import assert_maths, relative
+
+TYPES = get_args(CombinationType)
+ON_FACTORS = [kind for kind in TYPES if kind not in ("cat", "svd") and not kind.endswith("_svd")]
+ON_DELTAS = [kind for kind in TYPES if kind.endswith("_svd")]
+weights = st.sampled_from([-2.0, -1.0, -0.3, 0.3, 0.7, 3.0])
+densities = st.sampled_from([0.2, 0.5, 0.9])
+several = st.lists(st.tuples(sizes, scales, weights), min_size=1, max_size=4)
+
+
+def draw_factors(seed, outer, inner, ranks, scale):
+    return [
+        Factors(randn(seed + 2 * i, r, inner), randn(seed + 2 * i + 1, outer, r), s)
+        for i, (r, s) in enumerate(zip(ranks, scale, strict=True))
+    ]
+
+
+def delta(factors):
+    """s·B A by the loops of the oracle."""
+    A, B = factors.lora_A.numpy(), factors.lora_B.numpy()
+    return reference.lora_merged_weight(np.zeros((len(B), A.shape[1])), A, B, factors.scale)
+
+
+def one_module(parts, weights, kind="cat", **options):
+    """The combination of adapters of a single module."""
+    return combine([{"m": part} for part in parts], weights, CombineConfig(kind, **options))["m"]
+
+
+def options_of(kind, density=0.5):
+    return {} if kind in ("cat", "svd", "linear") else {"density": density}
+
+
+def product(cut):
+    assert cut.factors.scale == 1
+    return delta(cut.factors)
+
+
+# --- the exact sum ---
+
+
+@given(seeds, sizes, sizes, several)
+def test_adapters_add_by_concatenating_ranks(seed, outer, inner, drawn):
+    ranks, scale, w = zip(*drawn, strict=True)
+    parts = draw_factors(seed, outer, inner, ranks, scale)
+    found = one_module(parts, w)
+    assert found.factors.lora_A.shape == (sum(ranks), inner)
+    assert found.factors.lora_B.shape == (outer, sum(ranks))
+    expected = sum(weight * delta(part) for part, weight in zip(parts, w, strict=True))
+    assert_maths(torch.tensor(product(found)), expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@given(seed=seeds, outer=sizes, inner=sizes, r=sizes, scale=scales)
+def test_a_weight_of_minus_one_takes_an_adapter_away(kind, seed, outer, inner, r, scale):
+    (part,) = draw_factors(seed, outer, inner, [r], [scale])
+    plus, minus = (one_module([part], [w], kind, **options_of(kind)) for w in (1, -1))
+    assert_maths(torch.tensor(product(minus)), -product(plus))
+
+
+@given(seeds, sizes, scales, st.integers(2, 9))
+def test_the_scale_of_rslora_counts_as_it_is_and_the_result_has_scale_1(seed, r, alpha, other):
+    scale = [lora_scale(r, alpha, use_rslora=True), lora_scale(other, alpha)]
+    parts = draw_factors(seed, 7, 8, [r, other], scale)
+    expected = 0.7 * delta(parts[0]) + 0.3 * delta(parts[1])
+    for kind in ("cat", "svd"):
+        options = {"svd_rank": 7} if kind == "svd" else {}
+        assert_maths(torch.tensor(product(one_module(parts, [0.7, 0.3], kind, **options))), expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_module_that_some_adapters_have_is_that_of_those_alone(kind):
+    first, second, third = draw_factors(5, 6, 7, [3, 3, 3], [2.0, 0.5, 7.0])
+    config = CombineConfig(kind, **options_of(kind, density=1.0))
+    found = combine([{"a": first, "b": second}, {"b": third, "c": first}], [0.7, -0.3], config)
+    assert list(found) == ["a", "b", "c"]
+    expected = {"a": ([first], [0.7]), "b": ([second, third], [0.7, -0.3]), "c": ([first], [-0.3])}
+    for path, (parts, w) in expected.items():
+        assert_maths(torch.tensor(product(found[path])), product(one_module(parts, w, kind, **options_of(kind, 1.0))))
+
+
+# --- cutting ---
+
+
+@given(seeds, sizes, sizes, st.integers(1, 12))
+def test_no_matrix_of_a_rank_is_nearer_than_the_best_and_the_error_is_what_is_told(seed, outer, inner, rank):
+    wanted = randn(seed, outer, inner)
+    cut = best_factors(wanted, rank)
+    found = product(cut)
+    U, sigma, Vt = np.linalg.svd(wanted.numpy(), full_matrices=False)
+    assert cut.factors.lora_A.shape == (min(rank, len(sigma)), inner)
+    assert_maths(torch.tensor(found), (U[:, :rank] * sigma[:rank]) @ Vt[:rank])
+    told = torch.tensor([cut.lost, cut.total], dtype=torch.float64)
+    assert_maths(told, [sum(sigma[rank:] ** 2), np.sum(wanted.numpy() ** 2)])
+    error = np.sum((wanted.numpy() - found) ** 2)
+    assert abs(error - cut.lost) <= 1e-11 * cut.total
+    for other in range(3):  # near it and far from it
+        near = cut.factors.lora_B + 10.0**-other * randn(seed + other, *cut.factors.lora_B.shape)
+        rival = near @ cut.factors.lora_A if other else randn(seed + 3, outer, 1) @ randn(seed + 4, 1, inner)
+        assert np.sum((wanted - rival).numpy() ** 2) >= error
+
+
+@given(seeds, sizes, sizes, several, st.integers(1, 12))
+def test_compressing_the_thin_factors_is_the_best_cut_of_their_sum(seed, outer, inner, drawn, rank):
+    ranks, scale, w = zip(*drawn, strict=True)
+    parts = draw_factors(seed, outer, inner, ranks, scale)
+    total = sum(weight * delta(part) for part, weight in zip(parts, w, strict=True))
+    U, sigma, Vt = np.linalg.svd(total, full_matrices=False)
+    assume(rank >= len(sigma) or sigma[rank - 1] > 1.001 * sigma[rank] or sigma[rank] < 1e-9 * sigma[0])
+    found = one_module(parts, w, "svd", svd_rank=rank)
+    expected = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
+    assert relative(torch.tensor(product(found)), torch.tensor(expected), 1e-9) <= 1
+    assert found.factors.lora_A.size(0) == min(rank, outer, inner, sum(ranks))
+    assert abs(found.lost - sum(sigma[rank:] ** 2)) <= 1e-11 * found.total
+
+
+@given(seeds, sizes, sizes, several)
+def test_enough_rank_loses_nothing(seed, outer, inner, drawn):
+    ranks, scale, w = zip(*drawn, strict=True)
+    parts = draw_factors(seed, outer, inner, ranks, scale)
+    found = one_module(parts, w, "svd", svd_rank=sum(ranks))
+    assert_maths(torch.tensor(product(found)), product(one_module(parts, w)))
+
+
+@given(seeds, sizes, sizes, st.floats(0.01, 1), st.none() | st.integers(1, 9))
+def test_the_rank_of_an_energy_is_the_least_that_keeps_it(seed, outer, inner, energy, limit):
+    wanted = randn(seed, outer, inner)
+    sigma = np.linalg.svd(wanted.numpy(), compute_uv=False)
+    shares = np.cumsum(sigma**2) / np.sum(sigma**2)
+    assume(not np.any(np.abs(shares[:-1] - energy) < 1e-9))
+    least = next((k + 1 for k in range(len(sigma)) if shares[k] >= energy), len(sigma))
+    found = best_factors(wanted, limit, energy)
+    assert found.factors.lora_A.size(0) == min(least, limit or least)
+
+
+def test_an_energy_alone_is_not_cut_to_the_ranks_of_the_adapters():
+    parts = draw_factors(3, 9, 8, [2, 3], [2.0, 0.5])
+    found = one_module(parts, [0.7, 0.3], "svd", svd_energy=1 - 1e-12)
+    assert found.factors.lora_A.size(0) == 5
+    assert one_module(parts, [0.7, 0.3], "svd").factors.lora_A.size(0) == 3
+
+
+def test_cutting_forms_no_matrix_of_the_weight_s_size():
+    parts = [Factors(randn(i, 2, 300_000), randn(i, 400_000, 2), 0.5) for i in range(2)]  # 960 GB in full
+    found = one_module(parts, [0.7, 0.3], "svd")
+    assert found.factors.lora_A.shape == (2, 300_000)
+    assert 0 < found.lost < found.total
+
+
+def test_an_update_of_zeros_is_cut_to_rank_1():
+    zero = Factors(torch.zeros(3, 5), torch.ones(4, 3))
+    for options in ({"svd_rank": 2}, {"svd_energy": 0.9}):
+        found = one_module([zero, zero], [1, 1], "svd", **options)
+        assert (found.lost, found.total) == (0, 0)
+        assert not product(found).any()
+    assert found.factors.lora_A.shape == (1, 5)
+
+
+@given(seeds, sizes, sizes)
+def test_both_factors_of_a_cut_are_of_one_size(seed, outer, inner):
+    (A, B, _), *_ = best_factors(randn(seed, outer, inner))
+    assert_maths(A.norm(dim=1), B.norm(dim=0))
+
+
+# --- what changes the sum ---
+
+
+def brute_force(kind, tensors, w, density, method):
+    """Number by number, as the papers tell it."""
+    tensors = [tensor.copy() for tensor in tensors]
+    if kind.startswith(("ties", "magnitude")):
+        for tensor in tensors:
+            order = sorted(range(tensor.size), key=lambda i: -abs(tensor.flat[i]))
+            for i in order[int(density * tensor.size) :]:
+                tensor.flat[i] = 0
+    mixed = np.zeros_like(tensors[0])
+    for i in range(mixed.size):
+        numbers = [tensor.flat[i] for tensor in tensors]
+        if "ties" in kind:
+            vote = math.fsum(numbers) if method == "total" else sum(np.sign(number) for number in numbers)
+            chosen = [j for j, n in enumerate(numbers) if (n > 0 and vote >= 0) or (n < 0 and vote < 0)]
+            mixed.flat[i] = sum(w[j] * numbers[j] for j in chosen) / max(1, len(chosen))
+        else:
+            mixed.flat[i] = sum(weight * number for weight, number in zip(w, numbers, strict=True))
+    return mixed
+
+
+methods = st.sampled_from(["total", "frequency"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
+@given(seed=seeds, outer=sizes, inner=sizes, r=sizes, drawn=several, density=densities, method=methods)
+def test_types_on_factors_are_those_of_brute_force(kind, seed, outer, inner, r, drawn, density, method):
+    _, scale, w = zip(*drawn, strict=True)
+    parts = draw_factors(seed, outer, inner, [r] * len(w), scale)
+    found = one_module(parts, w, kind, majority_sign_method=method, **options_of(kind, density)).factors
+    roots = [abs(weight * s) ** 0.5 for weight, s in zip(w, scale, strict=True)]
+    signed = [root if weight > 0 else -root for root, weight in zip(roots, w, strict=True)]
+    assert_maths(found.lora_A, brute_force(kind, [part.lora_A.numpy() for part in parts], signed, density, method))
+    assert_maths(found.lora_B, brute_force(kind, [part.lora_B.numpy() for part in parts], roots, density, method))
+
+
+@pytest.mark.parametrize("kind", ["ties_svd", "magnitude_prune_svd"])
+@given(seed=seeds, outer=sizes, inner=sizes, drawn=several, density=densities, method=methods)
+def test_types_on_updates_are_the_cut_of_brute_force(kind, seed, outer, inner, drawn, density, method):
+    ranks, scale, w = zip(*drawn, strict=True)
+    parts = draw_factors(seed, outer, inner, ranks, scale)
+    found = one_module(parts, w, kind, svd_rank=9, density=density, majority_sign_method=method)
+    mixed = brute_force(kind, [delta(part) for part in parts], w, density, method)
+    assert_maths(torch.tensor(product(found)), mixed)
+
+
+def test_linear_is_not_the_sum_and_cat_is():
+    parts = draw_factors(3, 8, 8, [4, 4], [2.0, 0.5])
+    expected = torch.tensor(0.7 * delta(parts[0]) + 0.3 * delta(parts[1]))
+    assert relative(torch.tensor(product(one_module(parts, [0.7, 0.3], "linear"))), expected, 0.1) > 1
+    assert_maths(torch.tensor(product(one_module(parts, [0.7, 0.3]))), expected)
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
+@given(seed=seeds, density=densities)
+def test_dare_drops_a_share_and_makes_up_for_it(kind, seed, density):
+    n = 20_000
+    part = Factors(torch.ones(1, n).double(), torch.ones(3, 1).double(), 4.0)
+    dropped = one_module([part], [1], kind, density=density, seed=seed).factors.lora_A
+    assert_maths(dropped.unique(), [0.0, 2 / density])
+    sigma = (density * (1 - density) / n) ** 0.5
+    assert abs((dropped != 0).double().mean().item() - density) < 6 * sigma
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind.startswith("dare")])
+def test_what_dare_drops_is_said_by_the_seed_alone(kind):
+    parts = draw_factors(3, 8, 9, [4, 4], [2.0, 0.5])
+    state = torch.random.get_rng_state()
+    first, again, other = (one_module(parts, [1, 2], kind, density=0.5, seed=seed).factors for seed in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(first.lora_A, again.lora_A)
+    assert torch.equal(first.lora_B, again.lora_B)
+    assert not torch.equal(first.lora_A, other.lora_A)
+
+
+@pytest.mark.parametrize("kind", ["dare_linear_svd", "dare_ties_svd"])
+def test_dare_on_updates_with_nothing_dropped_is_the_sum_or_that_of_ties(kind):
+    parts = draw_factors(3, 8, 9, [4, 2], [2.0, 0.5])
+    found = one_module(parts, [0.7, -0.3], kind, density=1.0, svd_rank=8)
+    same = "svd" if kind == "dare_linear_svd" else "ties_svd"
+    options = {} if same == "svd" else {"density": 1.0}
+    assert_maths(torch.tensor(product(found)), product(one_module(parts, [0.7, -0.3], same, svd_rank=8, **options)))
+
+
+@pytest.mark.parametrize("kind", ON_DELTAS)
+def test_what_a_cut_loses_of_a_changed_sum_is_told(kind):
+    parts = draw_factors(3, 8, 9, [2, 2], [2.0, 0.5])
+    whole, cut = (one_module(parts, [0.7, 0.3], kind, density=0.5, svd_rank=rank) for rank in (8, 3))
+    assert whole.lost <= 1e-20 * whole.total
+    lost = np.sum((product(whole) - product(cut)) ** 2)
+    assert_maths(torch.tensor([cut.lost, cut.total], dtype=torch.float64), [lost, np.sum(product(whole) ** 2)])
+
+
+# --- kinds of tensors ---
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_factors_of_convolutions_are_combined_as_the_matrices_that_they_are(kind):
+    flat = draw_factors(3, 6, 18, [2, 2], [2.0, 0.5])
+    parts = [Factors(A.view(2, 2, 3, 3), B.view(6, 2, 1, 1), s) for A, B, s in flat]
+    found, expected = (one_module(each, [0.7, -0.3], kind, **options_of(kind)).factors for each in (parts, flat))
+    r = expected.lora_A.size(0)
+    assert found.lora_A.shape == (r, 2, 3, 3)
+    assert found.lora_B.shape == (6, r, 1, 1)
+    assert torch.equal(found.lora_A.flatten(1), expected.lora_A)
+    assert torch.equal(found.lora_B.flatten(1), expected.lora_B)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_low_precision_is_widened_before_anything_is_multiplied(kind):
+    parts = [Factors(A.bfloat16(), B.bfloat16(), s) for A, B, s in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
+    wide = [Factors(A.double(), B.double(), s) for A, B, s in parts]
+    found, exact = (one_module(each, [0.7, -0.3], kind, **options_of(kind)).factors for each in (parts, wide))
+    assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
+    if not kind.startswith("dare"):  # which draws otherwise in another dtype
+        ours = found.lora_B.double() @ found.lora_A.double()
+        assert relative(ours, exact.lora_B @ exact.lora_A, 1e-5) <= 1
+
+
+def test_what_went_in_is_as_it_was():
+    parts = draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])
+    before = [(A.clone(), B.clone()) for A, B, _ in parts]
+    for kind in TYPES:
+        one_module(parts, [0.7, -0.3], kind, **options_of(kind))
+    assert all(torch.equal(A, C) and torch.equal(B, D) for (A, B, _), (C, D) in zip(parts, before, strict=True))
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("kind", ON_FACTORS)
+def test_types_on_factors_need_one_rank_and_say_what_does_not(kind):
+    parts = draw_factors(3, 6, 7, [2, 3], [2.0, 0.5])
+    with pytest.raises(ShapeError, match=rf"m: '{kind}' needs adapters of one rank, found A \(2, 7\).*cat and"):
+        one_module(parts, [1, 1], kind, **options_of(kind))
+
+
+def test_adapters_of_another_size_are_refused_by_name():
+    first, _ = draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])
+    for A, B in ((randn(1, 2, 8), first.lora_B), (first.lora_A, randn(1, 5, 2)), (randn(1, 3, 7), first.lora_B)):
+        with pytest.raises(ShapeError, match="m: the adapters do not fit together"):
+            one_module([first, Factors(A, B)], [1, 1])
+
+
+@pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf]])
+def test_each_adapter_needs_a_weight_that_is_a_number(w):
+    parts = [{"m": part} for part in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
+    with pytest.raises(ConfigError, match="need a finite weight for each of the 2 adapters"):
+        combine(parts, w)
+    with pytest.raises(ConfigError):
+        combine([], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"combination_type": "sum"}, r"combination_type is 'sum', accepted are \['cat'"),
+        ({"svd_rank": 4}, "svd_rank: without effect; 'cat' cuts nothing"),
+        ({"combination_type": "ties", "density": 0.5, "svd_energy": 0.5}, "svd_energy: without effect; 'ties'"),
+        ({"combination_type": "svd", "svd_rank": 0}, "svd_rank is 0"),
+        ({"combination_type": "svd", "svd_energy": 1.5}, "svd_energy is 1.5, need a number above 0, at most 1"),
+        ({"combination_type": "ties"}, "density: 'ties' needs one"),
+        ({"combination_type": "linear", "density": 0.5}, "density: 'linear' drops nothing"),
+        ({"combination_type": "dare_ties", "density": 0.0}, "density is 0.0, need a number above 0"),
+        ({"majority_sign_method": "mean"}, "majority_sign_method is 'mean'"),
+    ],
+)
+def test_options_that_cannot_work_or_do_nothing_are_refused(options, phrase):
+    with pytest.raises(ConfigError, match=phrase):
+        CombineConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"use_dora": True}, r"use_dora: .*m/‖W \+ ΔW‖"),
+        ({"modules_to_save": ("lm_head",)}, "modules_to_save: a module trained in full"),
+        ({"task_type": "SEQ_CLS"}, "task_type: the head of a classifier"),
+        ({"bias": "lora_only"}, "bias: a trained bias"),
+        ({"lora_bias": True}, "lora_bias: a bias is no update"),
+        ({"trainable_token_indices": (3,)}, "trainable_token_indices: trained rows"),
+        ({"target_modules": (), "target_parameters": ("up",)}, "target_parameters: one matrix holds"),
+    ],
+)
+def test_what_does_not_add_is_refused_by_name_with_the_reason(changes, phrase):
+    config = LoraConfig(use_rslora=True, rank_pattern={"q": 3})
+    for task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", None):
+        check_additive("first", replace(config, task_type=task))
+    with pytest.raises(ConfigError, match=rf"^first: cannot be combined .*\n.*{phrase}"):
+        check_additive("first", replace(config, **changes))
+
+
+def test_all_reasons_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"(?s)use_dora.*modules_to_save.*bias"):
+        check_additive("first", LoraConfig(use_dora=True, modules_to_save=("head",), bias="all"))
+
+
+def test_concatenating_and_compressing_are_there_for_one_adapter_too():
+    (part,) = draw_factors(3, 6, 7, [4], [7.0])
+    assert_maths(torch.tensor(delta(concatenate([part], [2]))), 2 * delta(part))
+    assert_maths(torch.tensor(product(compress(part))), delta(part))

@@ -1,0 +1,216 @@
+"""Modules trained in full, and biases: a copy for each adapter, and a base that stays what it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import minilora as ml
+from minilora.lora.attach import delete_adapter
+from minilora.lora.copies import TrainedCopy
+from minilora.lora.find import adapter_layers
+from minilora.model import ops
+from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
+from tests.tolerance import assert_maths, assert_precision
+
+IDS = token_ids(3, 2, 7)
+
+
+def with_copies(*names, dtype=torch.float64, own=torch.float32, **config):
+    model = tiny_model(WHOLE, dtype=dtype)
+    config = {"target_modules": (), "modules_to_save": names, **config}
+    ml.attach(model, ml.LoraConfig(**config), dtype=own)
+    return model
+
+
+def own(model, name="default"):
+    """Path -> what an adapter trains there, of modules in full and biases."""
+    places = {path: place for path, place in adapter_layers(model).items() if isinstance(place, TrainedCopy)}
+    return {path: place.tensors(name) for path, place in places.items() if name in place.configs}
+
+
+def test_a_copy_begins_as_the_module_and_is_trained_in_float32_whatever_the_base():
+    model = with_copies("lm_head", "norm", dtype=torch.bfloat16)
+    assert torch.equal(model(IDS), tiny_model(WHOLE, dtype=torch.bfloat16)(IDS))
+    copies = own(model)
+    assert set(copies) == {"lm_head", "model.norm"}
+    trained = [tensor for held in copies.values() for tensor in held.values()]
+    assert {(tensor.dtype, tensor.requires_grad) for tensor in trained} == {(torch.float32, True)}
+    assert sum(p.requires_grad for p in model.parameters()) == len(trained)
+
+
+def test_a_float32_copy_of_a_bfloat16_module_computes_in_bfloat16():
+    model = with_copies("lm_head", dtype=torch.bfloat16)
+    train_a_little(model, IDS)
+    place = adapter_layers(model)["lm_head"]
+    x, copy = randn(1, 5, 24, dtype=torch.bfloat16), own(model)["lm_head"]["weight"]
+    assert copy.dtype == torch.float32
+    assert place(x).dtype == model(IDS).dtype == torch.bfloat16
+    assert torch.equal(place(x), nn.functional.linear(x, copy.bfloat16()))
+    assert place.merged().weight.dtype == torch.bfloat16
+    assert_precision(place.merged().weight, copy.bfloat16(), copy.double())
+
+
+def test_gradients_reach_the_copy_and_not_the_base_as_if_it_stood_there_alone():
+    model, plain = with_copies("layers.1.mlp", own=torch.float64), tiny_model(WHOLE)
+    loss, expected = model(IDS).square().sum(), plain(IDS).square().sum()
+    copies = own(model)["model.layers.1.mlp"]
+    base = dict(plain.model.layers[1].mlp.named_parameters())
+    assert copies.keys() == base.keys()
+    ours, theirs = torch.autograd.grad(loss, list(copies.values())), torch.autograd.grad(expected, list(base.values()))
+    for our, their in zip(ours, theirs, strict=True):
+        assert_maths(our, their)
+    loss = model(IDS).sum()
+    loss.backward()
+    assert all(p.grad is None for name, p in model.named_parameters() if ".adapters." not in name)
+
+
+def test_two_adapters_with_a_copy_of_one_module_cannot_act_together():
+    model = with_copies("norm", target_modules=("q_proj",))
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), modules_to_save=("norm",)), name="second")
+    with pytest.raises(ml.TargetError, match=r"model\.norm: \['default', 'second'\] have trained the same parameter"):
+        ml.set_adapter(model, ["default", "second"])
+    assert adapter_layers(model)["model.norm"].active == ("second",)
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",)), name="third")
+    ml.set_adapter(model, ["default", "third"])
+    assert adapter_layers(model)["model.norm"].active == ("default",)
+
+
+def test_two_adapters_that_trained_one_bias_cannot_act_together():
+    model = tiny_model(WHOLE)
+    for name in ("first", "second"):
+        ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="lora_only"), name=name)
+    with pytest.raises(ml.TargetError, match=r"q_proj: \['first', 'second'\]"):
+        ml.set_adapter(model, ["first", "second"])
+
+
+def test_each_adapter_has_its_own_copy():
+    model = with_copies("norm", own=torch.float64)
+    fill_(model.model.norm.adapters["default"], 1)
+    first = model(IDS)
+    ml.attach(model, ml.LoraConfig(target_modules=(), modules_to_save=("norm",)), name="second", dtype=torch.float64)
+    with ml.disable_adapter(model):
+        base = model(IDS)
+    assert torch.equal(model(IDS), base)
+    fill_(model.model.norm.adapters["second"], 2)
+    assert not torch.equal(model(IDS), base)
+    ml.set_adapter(model, "default")
+    assert torch.equal(model(IDS), first)
+    delete_adapter(model, "default")
+    delete_adapter(model, "second")
+    assert torch.equal(model(IDS), base)
+
+
+def test_a_copied_head_that_was_tied_is_its_own_after_merging():
+    model = with_copies("lm_head")
+    assert adapter_layers(model)["lm_head"].base.weight is model.model.embed_tokens.weight
+    train_a_little(model, IDS)
+    embedding = model.model.embed_tokens.weight.clone()
+    ml.merge(model)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_a_head_that_comes_out_as_its_embedding_does_is_tied_again():
+    model = with_copies("norm")
+    train_a_little(model, IDS)
+    ml.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_all_biases_are_trained_once_each_and_no_weight():
+    model = tiny_model(WHOLE)
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all", modules_to_save=("layers.1.mlp",)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    copied = {name for name in biases if name.startswith("model.layers.1.mlp")}
+    adapted = {name for name in biases if "q_proj" in name}
+    names = {name.replace(".adapters.default.", ".") for name in trained if ".lora_" not in name}
+    assert biases - copied <= names
+    assert adapted
+    assert names - biases == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def test_a_trained_bias_is_used_in_its_place():
+    model = tiny_model(WHOLE)
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all"), dtype=torch.float64)
+    expected = tiny_model(WHOLE)
+    for name, parameter in expected.named_parameters():
+        if name.endswith("bias"):
+            where = name.rpartition(".")[0]
+            adapter = adapter_layers(model)[where].adapters["default"]
+            with torch.no_grad():
+                parameter.add_(1)
+                adapter.bias.copy_(parameter)
+    assert_maths(model(IDS), expected(IDS))
+
+
+@pytest.mark.parametrize("kind", ["the head in full", "a norm in full"])
+def test_the_loss_of_labelled_tokens_is_that_of_full_logits(kind):
+    model = with_copies("lm_head" if kind == "the head in full" else "norm", own=torch.float64)
+    labels = token_ids(5, 14)
+    labels[::3] = ops.IGNORE_INDEX
+    hidden = model.model(IDS.flatten(), [7, 7])
+    ours = ops.cross_entropy(hidden, labels, model.lm_head)
+    theirs = nn.functional.cross_entropy(model.lm_head(hidden), labels, reduction="sum")
+    assert_maths(ours, theirs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = (torch.autograd.grad(loss, trained, retain_graph=True) for loss in (ours, theirs))
+    for our, their in zip(*results, strict=True):
+        assert_maths(our, their)
+
+
+def test_one_adapter_changes_a_module_in_one_way():
+    model = tiny_model(WHOLE)
+    config = ml.LoraConfig(target_modules=(), modules_to_save=("embed_tokens",), trainable_token_indices=(1,))
+    with pytest.raises(ml.TargetError, match="embed_tokens: one adapter can change a module in one way only"):
+        ml.attach(model, config)
+    assert not adapter_layers(model)
+
+
+def test_what_modules_to_save_means_is_there():
+    with pytest.raises(ml.TargetError, match=r"no module matches modules_to_save \['scores'\]"):
+        with_copies("scores")
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "why"),
+    [
+        (("layers.1.mlp",), four_bit, r"layers\.1\.mlp has packed weights, which cannot be trained"),
+        (("empty",), lambda model: model, "empty has no parameters"),
+    ],
+)
+def test_what_cannot_be_trained_in_full_is_refused(names, base, why):
+    model = nn.ModuleDict({"model": base(tiny_model(WHOLE)), "empty": nn.ReLU()})
+    with pytest.raises(ml.TargetError, match=why):
+        ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), modules_to_save=names))
+    assert not adapter_layers(model)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_four_bits_are_trained_beside_packed_weights(bias):
+    model = four_bit(tiny_model(WHOLE))
+    base = model(IDS)
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias=bias), dtype=torch.float64)
+    train_a_little(model, IDS)
+    assert not torch.equal(model(IDS), base)
+    logits = model(IDS)
+    with ml.disable_adapter(model):
+        assert torch.equal(model(IDS), base)
+    ml.merge(model)
+    assert_maths(model(IDS), logits)
+
+
+def test_a_model_reads_the_copy_s_attributes():
+    model = with_copies("lm_head")
+    train_a_little(model, IDS)
+    assert torch.equal(model.lm_head.weight, own(model)["lm_head"]["weight"])
+    with ml.disable_adapter(model):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_bias_of_the_model_itself_is_refused_as_no_place_could_hold_it():
+    model = nn.Linear(3, 2)
+    model.proj = nn.Linear(2, 2)
+    with pytest.raises(ml.TargetError, match="in none of its modules"):
+        ml.attach(model, ml.LoraConfig(target_modules=("proj",), bias="all"))
+    assert not adapter_layers(model)

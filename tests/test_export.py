@@ -1,0 +1,209 @@
+"""The plain form of an adapter changes nothing and asks nothing of its reader; what has none is refused by name."""
+
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.cli import main
+from minilora.lora.export import NOT_PLAIN, export_adapter
+from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.lora.find import adapter_layers
+from tests.models import randn, scales, seeds, tiny_model
+from tests.test_files import edit, saved
+from tests.tolerance import assert_parity
+
+MORE = [{}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 5, "down_proj": 2}}, {"alpha_pattern": {"up_proj": 0.7}}]
+TARGETS = ["all-linear", ("o_proj", "down_proj", "up_proj", "embed_tokens")]
+
+
+def factors(directory):
+    """A and B of each module, by the names in the file."""
+    tensors = load_file(directory / WEIGHTS_FILE)
+    return {
+        name: (A, tensors[name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")])
+        for name, A in tensors.items()
+        if "lora_A" in name or "embedding_A" in name
+    }
+
+
+@given(st.lists(st.sampled_from(MORE), max_size=4), st.sampled_from(TARGETS), scales, seeds)
+def test_the_change_is_the_same_but_for_one_rounding_of_each_number_of_b(tmp_path_factory, more, targets, scale, seed):
+    first, plain = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("plain")
+    config = {key: value for each in more for key, value in each.items()}
+    model = saved(first, seed=seed, target_modules=targets, lora_alpha=3.1 * scale, **config)
+    rank = export_adapter(first, plain)
+    found, before = factors(plain), factors(first)
+    assert found.keys() == before.keys()
+    for name, (A, B) in found.items():
+        old_A, old_B = before[name]
+        where = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        s = adapter_layers(model)[where].adapters["default"].scale
+        r = len(old_A)
+        assert (A.size(0), B.size(1)) == (rank, rank)
+        assert torch.equal(A[:r], old_A)
+        assert not A[r:].any()
+        assert not B[:, r:].any()
+        exact = s * old_B.double()
+        bound = 2.0**-24 * abs(s) * (old_B.double().abs() @ old_A.double().abs())
+        assert ((B[:, :r].double() - exact).abs() <= 2.0**-24 * exact.abs()).all()
+        error = B.double() @ A.double() - exact @ old_A.double()
+        assert (error.abs() <= 1.001 * bound).all()  # float64 rounds the sums, too
+
+
+def test_a_number_of_b_is_the_nearest_to_the_exact_product(tmp_path):
+    """Were s rounded to float32 first, a third of the numbers would be the next ones."""
+    model = saved(tmp_path / "first", use_rslora=True, target_modules=("q_proj",))
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    s = Fraction(next(iter(adapter_layers(model).values())).adapters["default"].scale)
+    for (_, old_B), (_, B) in zip(
+        factors(tmp_path / "first").values(), factors(tmp_path / "plain").values(), strict=True
+    ):
+        for old, new in zip(old_B.flatten().tolist(), B.flatten().tolist(), strict=True):
+            ulp = Fraction(torch.tensor(new).abs().nextafter(torch.tensor(torch.inf)).item()) - Fraction(abs(new))
+            assert abs(Fraction(new) - s * Fraction(old)) <= ulp / 2
+
+
+@pytest.mark.parametrize("alpha", [0.75, 12, 48])  # with r = 3: powers of two
+def test_a_scale_that_is_a_power_of_two_costs_no_bit(tmp_path, alpha):
+    saved(tmp_path / "first", lora_alpha=alpha)
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    for (_, old_B), (_, B) in zip(
+        factors(tmp_path / "first").values(), factors(tmp_path / "plain").values(), strict=True
+    ):
+        assert torch.equal(B, alpha / 3 * old_B)
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_the_config_is_what_every_reader_takes_for_scale_one(tmp_path, more):
+    saved(tmp_path / "first", lora_dropout=0.25, **more)
+    edit(tmp_path / "first", base_model_name_or_path="some/base", invented_tomorrow=None, init_lora_weights="gaussian")
+    rank = export_adapter(tmp_path / "first", tmp_path / "plain")
+    values = json.loads((tmp_path / "plain" / CONFIG_FILE).read_text())
+    before = json.loads((tmp_path / "first" / CONFIG_FILE).read_text())
+    changed = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    assert values == before | changed | {"init_lora_weights": True}
+    assert rank == max(len(A) for A, _ in factors(tmp_path / "first").values())
+
+
+def test_exporting_a_plain_adapter_gives_the_same_bytes(tmp_path):
+    saved(tmp_path / "first", use_rslora=True, rank_pattern={"o_proj": 5})
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    export_adapter(tmp_path / "plain", tmp_path / "again")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_how_the_base_was_held_is_told_in_the_plain_form_too(tmp_path):
+    saved(tmp_path / "first")
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    assert base_quantization(tmp_path / "plain") == base_quantization(tmp_path / "first") == {"quantize": "none"}
+
+
+def test_older_names_come_out_as_todays(tmp_path):
+    saved(tmp_path / "first")
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    tensors = load_file(tmp_path / "first" / WEIGHTS_FILE)
+    renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "first" / WEIGHTS_FILE)
+    export_adapter(tmp_path / "first", tmp_path / "again")
+    assert load_file(tmp_path / "plain" / WEIGHTS_FILE).keys() == load_file(tmp_path / "again" / WEIGHTS_FILE).keys()
+
+
+class Stack(torch.nn.Module):
+    """Two experts in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Module()
+        self.experts.w = torch.nn.Parameter(randn(0, 2, 5, 4, dtype=torch.float32))
+
+
+REFUSED = {
+    "use_dora": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "modules_to_save": {"modules_to_save": ("lm_head",)},
+    "trainable_token_indices": {"trainable_token_indices": (3, 5)},
+    "target_parameters": {"target_parameters": ("experts.w",)},
+}
+
+
+def write_refused(directory, field):
+    model = Stack() if field == "target_parameters" else tiny_model("llama-bias-tied-wide-heads", dtype=torch.float32)
+    targets = {"target_modules": () if field == "target_parameters" else ("q_proj",)}
+    ml.attach(model, ml.LoraConfig(r=2, **targets, **REFUSED[field]))
+    ml.save_adapter(model, directory)
+
+
+@pytest.mark.parametrize("field", NOT_PLAIN)
+@pytest.mark.parametrize("is_said", [True, False])
+def test_what_no_a_and_b_can_say_is_refused_by_name_with_the_way_out(tmp_path, field, is_said, capsys):
+    """Also where the config keeps silent about what the tensors hold."""
+    write_refused(tmp_path / "first", field)
+    if not is_said and field != "target_parameters":
+        edit(tmp_path / "first", **{field: None})
+    with pytest.raises(ml.ConfigError, match="minilora merge") as error:
+        export_adapter(tmp_path / "first", tmp_path / "plain")
+    assert field in str(error.value) or (not is_said and "lm_head.weight" in str(error.value))
+    assert not (tmp_path / "plain").exists()
+    assert main(["export", "--adapter", str(tmp_path / "first"), "--out", str(tmp_path / "plain")]) == 1
+    assert "has no plain form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_lies_in_the_base_is_refused(tmp_path, init):
+    saved(tmp_path / "first")
+    edit(tmp_path / "first", init_lora_weights=init)
+    with pytest.raises(ml.ConfigError, match=init):
+        export_adapter(tmp_path / "first", tmp_path / "plain")
+
+
+def test_what_began_as_a_part_of_the_weights_is_plain_once_it_is_saved(tmp_path):
+    model = saved(tmp_path / "first", init_lora_weights="pissa", target_modules=("q_proj",))
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    again = tiny_model(dtype=torch.float32)
+    ml.load_adapter(again, tmp_path / "plain")
+    ids = torch.arange(9)[None]
+    assert_parity(again(ids), model(ids))
+
+
+def test_a_convolution_in_groups_takes_no_zeros(tmp_path):
+    def attached(**config):
+        model = torch.nn.ModuleDict({"a": torch.nn.Conv1d(4, 4, 3, groups=2), "b": torch.nn.Conv1d(4, 6, 1)})
+        ml.attach(model, ml.LoraConfig(r=4, target_modules=("a", "b"), **config))
+        return model
+
+    ml.save_adapter(attached(rank_pattern={"b": 3}), tmp_path / "largest")
+    assert export_adapter(tmp_path / "largest", tmp_path / "plain") == 4
+    ml.save_adapter(attached(rank_pattern={"b": 5}), tmp_path / "smaller")
+    with pytest.raises(ml.ConfigError, match="a: a convolution in groups"):
+        export_adapter(tmp_path / "smaller", tmp_path / "none")
+
+
+def test_the_command_writes_it_and_never_over_files(tmp_path, capsys):
+    saved(tmp_path / "first", use_rslora=True)
+    words = ["export", "--adapter", str(tmp_path / "first"), "--out", str(tmp_path / "plain")]
+    assert main(words) == 0
+    assert "rank 3" in capsys.readouterr().out
+    assert main(words) == 1
+    assert "holds files" in capsys.readouterr().err
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("more", [*MORE, {"target_modules": ("q_proj", "embed_tokens"), "use_rslora": True}])
+def test_peft_computes_the_same_with_the_plain_form(tmp_path, more):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ml.save_model(tiny_model(dtype=torch.float32), tmp_path / "base")
+    ours = saved(tmp_path / "first", **more)
+    export_adapter(tmp_path / "first", tmp_path / "plain")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "plain")
+    ids = torch.arange(9)[None]
+    assert_parity(theirs(ids).logits, ours(ids))

@@ -1,0 +1,216 @@
+"""Training by a loss that is given: any module, any rows."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import minilora as ml
+from minilora.train.batch import collate
+from minilora.train.fingerprint import fingerprint
+from minilora.train.objective import batch_loss
+from tests.models import randn, seeds
+from tests.test_loop import MATHS, adapted, gradients, number, random_rows, stop_after, weights
+from tests.test_state import contents
+from tests.tolerance import assert_maths, relative
+
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """A classifier with what is not a function of its parameters: dropout, and averages that training moves."""
+
+    def __init__(self, p=0.3, dtype=torch.float32):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.dropout = nn.Dropout(p)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(0.4 * randn(i, *parameter.shape))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.last(self.dropout(F.gelu(self.norm(self.first(x)))))
+
+
+class Plain(nn.Module):
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8, dtype=dtype), nn.Linear(8, 3, dtype=dtype)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(0.4 * randn(i, *parameter.shape))
+
+    def forward(self, x):
+        return self.last(F.gelu(self.first(x)))
+
+
+def points(seed, count, dtype=torch.float32):
+    """(x, class, weight): what a row counts is its weight."""
+    draw = random.Random(seed)
+    return [(randn(seed + i, 6, dtype=dtype), draw.randrange(3), draw.choice([1, 2, 9])) for i in range(count)]
+
+
+def loss(model, rows):
+    x, classes, counts = zip(*rows, strict=True)
+    losses = F.cross_entropy(model(torch.stack(x)), torch.tensor(classes), reduction="none")
+    counts = torch.tensor(counts)
+    return (losses * counts).sum(), counts.sum()
+
+
+def run(directory=None, model=None, rows=None, on_step=None, held_out=(), given=loss, **config):
+    model = model or Network()
+    rows = points(1, 10) if rows is None else rows
+    config = {"batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 2, "learning_rate": 0.01, **config}
+    config = ml.TrainConfig(**{"save_steps": 1, "save_total_limit": 9, **config})
+    return model, ml.train(model, rows, config, on_step, held_out, directory, loss=given)
+
+
+# --- law 8 ---
+
+
+@settings(max_examples=8)
+@given(seeds, st.sampled_from([(8, 1), (1, 8), (2, 4), (3, 3)]))
+def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(seed, cut):
+    rows, model, records = points(seed, 8, torch.float64), Plain(), []
+    config = {"batch_size": cut[0], "gradient_accumulation_steps": cut[1], "max_grad_norm": 0, "seed": seed}
+    run(model=model, rows=rows, on_step=records.append, epochs=1, **config)
+    expected = Plain()
+    total, count = loss(expected, rows)
+    (total / count).backward()
+    assert relative(gradients(model), gradients(expected), MATHS / 10) <= 1
+    assert_maths(number(records[0]["loss"]), total / count)
+    assert records[0]["tokens"] == count  # these rows have no tokens
+
+
+@settings(max_examples=8)
+@given(seeds, st.integers(1, 60))
+def test_the_loss_of_tokens_may_be_given_too(seed, budget):
+    rows, records = random_rows(seed, 6), []
+
+    def of_tokens(model, rows):
+        batch = collate(rows, CPU)
+        return batch_loss(model, batch, ml.TrainConfig()), batch.labelled
+
+    model = adapted()
+    run(model=model, rows=rows, on_step=records.append, given=of_tokens, batch_tokens=budget, max_steps=1)
+    ours, expected = adapted(), []
+    run(model=ours, rows=rows, on_step=expected.append, given=None, batch_tokens=budget, max_steps=1)
+    assert_maths(number(records[0]["loss"]), number(expected[0]["loss"]))
+    assert_maths(weights(model), weights(ours))
+    assert records[0]["tokens"] == expected[0]["tokens"]
+
+
+def test_held_out_rows_are_measured_by_the_same_loss_without_dropout():
+    held_out, records = points(5, 7), []
+    model, _ = run(on_step=records.append, held_out=held_out, eval_steps=2)
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert len(losses) == 3
+    with torch.no_grad():
+        total, count = loss(model.eval(), held_out)
+    assert losses[-1] == pytest.approx((total / count).item(), rel=1e-6)
+
+
+# --- law 11 ---
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_resumed_run_ends_in_the_same_bytes_also_of_what_is_no_parameter(tmp_path, step, keep):
+    config = {"held_out": points(5, 3), "eval_steps": 1, "keep": keep}
+    expected, _ = run(tmp_path / "whole", **config)
+    assert not torch.equal(expected.norm.running_mean, torch.zeros(8))
+    shutil.copytree(tmp_path / "whole" / f"step-{step:06d}", tmp_path / "half" / f"step-{step:06d}")
+    found, result = run(tmp_path / "half", **config)
+    assert result.steps == 6
+    assert contents(tmp_path / "half") == contents(tmp_path / "whole")
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_what_a_model_draws_follows_from_the_seed_and_moves_no_global_state():
+    first, second = Network(), Network()
+    for model, seed in ((first, 1), (second, 2)):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        run(model=model)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights(first), weights(second))
+    assert not torch.equal(weights(first), weights(run(model=Network(p=0))[0]))
+    masks = []
+    model = Network()
+    model.dropout.register_forward_hook(lambda module, inputs, output: masks.append((output == 0).sum().item()))
+    run(model=model, epochs=4)
+    assert len(set(masks)) > 3
+
+
+def test_an_adapter_on_any_module_is_written_as_one(tmp_path):
+    model = Network()
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("first", "last")))
+    run(tmp_path, model, on_step=stop_after(2))
+    loaded = Network()
+    ml.load_adapter(loaded, tmp_path / "step-000002")
+    loaded.norm.load_state_dict(model.norm.state_dict())
+    x = randn(0, 4, 6, dtype=torch.float32)
+    assert torch.equal(loaded.eval()(x), model(x))
+
+
+def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_path):
+    run(tmp_path, on_step=stop_after(2))
+    other = points(1, 10)
+    other[3] = (other[3][0] + 1, *other[3][1:])
+    with pytest.raises(ml.TrainingError, match="other data or settings"):
+        run(tmp_path, rows=other)
+    config = ml.TrainConfig()
+    kinds = [
+        *({"x": 1, "y": "a"}, {"x": 1, "y": "b"}, [1.0, None, True], np.float32(1.5), np.arange(3), np.arange(3) + 1),
+        *(torch.arange(4), torch.arange(4).reshape(2, 2), torch.tensor(1.5), torch.tensor(1.5, dtype=torch.bfloat16)),
+    ]
+    prints = [[fingerprint([copied], (), config, {}) for copied in (row, _copy(row))] for row in kinds]
+    assert all(first == second for first, second in prints)
+    assert len({first for first, _ in prints}) == len(kinds)
+
+
+def _copy(row):
+    return row.clone() if isinstance(row, torch.Tensor) else row.copy() if hasattr(row, "copy") else row
+
+
+# --- refusing ---
+
+
+def test_a_budget_of_tokens_needs_rows_that_have_them():
+    with pytest.raises(ml.DataError, match="`tokens`"):
+        run(batch_tokens=20)
+    rows = [{"tokens": [1] * n, "x": x, "class": c} for n, (x, c, _) in enumerate(points(1, 10), start=1)]
+    sizes = []
+
+    def of_dicts(model, rows):
+        sizes.append(sum(len(row["tokens"]) for row in rows))
+        return loss(model, [(row["x"], row["class"], 1) for row in rows])
+
+    _, result = run(model=Plain(torch.float32), rows=rows, given=of_dicts, batch_tokens=20, epochs=1)
+    assert max(sizes) <= 20
+    assert result.tokens == 55
+
+
+def test_a_step_that_counts_nothing_is_refused():
+    with pytest.raises(ml.DataError, match="counts nothing in the rows of a step"):
+        run(given=lambda model, rows: (loss(model, rows)[0], 0))
+    with pytest.raises(ml.DataError, match="counts nothing in the held-out rows"):
+        run(
+            given=lambda model, rows: (loss(model, rows)[0], int(model.training)),
+            held_out=points(5, 3),
+            eval_steps=1,
+        )
+
+
+def test_of_rows_without_a_source_the_numbers_are_named_when_a_loss_is_not_finite():
+    rows = points(1, 10)
+    rows[4] = (rows[4][0] * float("nan"), *rows[4][1:])
+    with pytest.raises(ml.TrainingError, match=r"first bad: output of first; rows: .*\b4\b"):
+        run(rows=rows)

@@ -1,0 +1,241 @@
+"""Start values: what they are, that they change nothing, and that decompositions are the ones they are said to be."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from minilora import ConfigError, TrainingError
+from minilora.lora.decompose import loftq_factors, moved_factors, randomized_svd
+from minilora.lora.initialize import embedding_factors, initial_factors
+from minilora.quant.linear import NF4Linear, dense_weight
+from tests.models import randn, scales, seeds, sizes
+from tests.tolerance import assert_maths, relative
+
+MOVED = ("pissa", "pissa_niter_3", "olora")
+CONVOLUTIONS = [((6, 4, 3, 3), (5, 6, 1, 1)), ((6, 2, 3), (8, 3, 1)), ((6, 10), (7, 6))]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def truncated(weight, r):
+    """The best approximation of rank r, and the singular values."""
+    U, S, Vh = np.linalg.svd(weight.double().numpy())
+    return (U[:, :r] * S[:r]) @ Vh[:r], S
+
+
+# --- drawn ---
+
+
+@pytest.mark.parametrize("shapes", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("kind", [True, "gaussian"])
+def test_a_new_adapter_has_b_zero_and_no_zero_in_a(kind, shapes):
+    lora_A, lora_B = initial_factors(kind, *shapes, generator())
+    assert (lora_A.shape, lora_B.shape) == shapes
+    assert lora_A.dtype == lora_B.dtype == torch.float32
+    assert not lora_B.any()
+    assert lora_A.all()
+
+
+def test_the_default_is_uniform_within_one_over_the_root_of_the_inputs_of_an_output():
+    lora_A, _ = initial_factors(True, (64, 16, 5, 5), (3, 64, 1, 1), generator())
+    bound = 1 / math.sqrt(16 * 5 * 5)
+    assert 0.999 * bound < lora_A.abs().max() <= bound
+    assert abs(lora_A.mean()) < 6 * bound / math.sqrt(3 * lora_A.numel())
+    assert abs(lora_A.square().mean() - bound**2 / 3) < 6 * bound**2 * math.sqrt(4 / 45 / lora_A.numel())
+
+
+def test_gaussian_has_a_standard_deviation_of_one_over_the_rank():
+    lora_A, _ = initial_factors("gaussian", (50, 400), (3, 50), generator())
+    assert abs(50**2 * lora_A.square().mean() - 1) < 6 * math.sqrt(2 / lora_A.numel())
+
+
+@given(seeds, st.sampled_from([2, 4, 8]), sizes, sizes)
+def test_orthogonal_factors_are_not_zero_but_their_product_is(seed, r, inner, outer):
+    lora_A, lora_B = initial_factors("orthogonal", (r, inner), (outer, r), generator(seed))
+    assert lora_A.all()
+    assert lora_B.all()
+    eps = torch.finfo(torch.float32).eps  # A and B are rounded, each by half of it
+    assert ((lora_B.double() @ lora_A.double()).abs() <= eps * (lora_B.double().abs() @ lora_A.double().abs())).all()
+
+
+def test_orthogonal_factors_have_the_size_of_a_tenth_of_a_normal_draw():
+    r, inner = 8, 4000
+    lora_A, lora_B = initial_factors("orthogonal", (r, inner), (inner, r), generator())
+    for factor in (lora_A, lora_B):  # half of the r directions are drawn
+        assert abs(200 * factor.square().mean() - 1) < 6 * math.sqrt(4 / factor.numel())
+
+
+def test_orthogonal_factors_of_a_convolution_cancel_too():
+    lora_A, lora_B = initial_factors("orthogonal", (4, 3, 5, 5), (6, 4, 1, 1), generator())
+    product = lora_B.double().view(6, 4) @ lora_A.double().view(4, -1)
+    assert product.abs().max() < 1e-6 * lora_A.abs().max() * lora_B.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"), [(((3, 8), (8, 3)), "even rank; found 3"), (((4, 2, 3), (8, 2, 1)), "convolution in groups")]
+)
+def test_orthogonal_factors_that_there_are_not_are_refused(shapes, message):
+    with pytest.raises(ConfigError, match=message):
+        initial_factors("orthogonal", *shapes, generator())
+
+
+def test_false_draws_both_factors_as_pytorch_starts_them():
+    lora_A, lora_B = initial_factors(False, (64, 100), (80, 64), generator())
+    for factor, bound in ((lora_A, 1 / 10), (lora_B, 1 / 8)):
+        assert 0.99 * bound < factor.abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal"])
+def test_the_same_generator_draws_the_same_factors(kind):
+    first, second = (initial_factors(kind, (4, 6), (5, 4), generator(3)) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
+    lora_A, lora_B = embedding_factors(True, 100, 300, 8, generator())
+    assert lora_A.shape == (8, 100)
+    assert not lora_A.any()
+    assert lora_B.shape == (300, 8)
+    assert abs(lora_B.square().mean() - 1) < 6 * math.sqrt(2 / lora_B.numel())
+    assert embedding_factors(False, 100, 300, 8, generator())[0].all()
+
+
+def test_start_values_that_there_are_not_are_refused():
+    with pytest.raises(ConfigError, match="'nonsense', accepted are True, False"):
+        initial_factors("nonsense", (2, 3), (4, 2), generator())
+    with pytest.raises(ConfigError, match="'gaussian', for an embedding"):
+        embedding_factors("gaussian", 4, 3, 2, generator())
+    with pytest.raises(ConfigError, match="'pissa_niter_', accepted are 'pissa'"):
+        moved_factors("pissa_niter_", randn(0, 3, 4), 2, 2.0, generator())
+
+
+# --- moved out of the weight ---
+
+
+@given(seeds, sizes, sizes, sizes, scales, st.sampled_from(MOVED))
+def test_what_moves_into_the_factors_changes_nothing(seed, inner, outer, r, scale, kind):
+    assume(r <= min(inner, outer))
+    weight, x = randn(seed, outer, inner), randn(seed + 1, 5, inner)
+    lora_A, lora_B = moved_factors(kind, weight, r, scale, generator(seed))
+    residual = weight - scale * lora_B @ lora_A
+    assert_maths(x @ residual.T + scale * (x @ lora_A.T) @ lora_B.T, x @ weight.T)
+
+
+@given(seeds, sizes, sizes, sizes, scales)
+def test_pissa_is_the_best_approximation_of_its_rank(seed, inner, outer, r, scale):
+    assume(r <= min(inner, outer))
+    weight = randn(seed, outer, inner)
+    lora_A, lora_B = moved_factors("pissa", weight, r, scale, generator())
+    assert_maths(scale * lora_B @ lora_A, truncated(weight, r)[0])
+    assert_maths(lora_A @ lora_A.T, lora_B.T @ lora_B)  # shared evenly
+    assert_maths(lora_A.square().sum(1), truncated(weight, r)[1][:r] / scale)
+
+
+@given(seeds, sizes, sizes, sizes, scales)
+def test_olora_s_b_is_orthonormal_and_b_a_are_the_first_columns_and_what_they_explain(seed, inner, outer, r, scale):
+    assume(r <= min(inner, outer))
+    weight = randn(seed, outer, inner)
+    lora_A, lora_B = moved_factors("olora", weight, r, scale, generator())
+    assert_maths(lora_B.T @ lora_B, np.eye(r))
+    assert_maths(lora_B @ lora_A[:, :r], weight[:, :r])
+    first = weight[:, :r].numpy()
+    assert_maths(lora_B @ lora_A, first @ np.linalg.pinv(first, rcond=1e-13) @ weight.numpy())
+
+
+def test_power_iterations_come_as_near_to_the_best_approximation_as_they_should():
+    r, S = 10, (1 + torch.arange(200, dtype=torch.float64)) ** -0.4  # decays so slowly that one product does not do
+    weight = torch.linalg.qr(randn(0, 200, 200)).Q @ (S.unsqueeze(1) * torch.linalg.qr(randn(1, 200, 200)).Q)
+
+    def excess(iterations):
+        U, values, Vh = randomized_svd(weight, r, iterations, generator())
+        error = torch.linalg.matrix_norm(weight - (U[:, :r] * values[:r]) @ Vh[:r]).item()
+        return error / S[r:].square().sum().sqrt().item() - 1
+
+    assert 0 <= excess(16) < 1e-3
+    assert excess(0) > 0.01
+
+
+@given(seeds, sizes, sizes)
+def test_a_randomized_decomposition_with_as_many_columns_as_there_are_is_exact(seed, inner, outer):
+    weight = randn(seed, outer, inner)
+    U, S, Vh = randomized_svd(weight, min(inner, outer), 2, generator(seed))
+    assert_maths((U * S) @ Vh, weight)
+    assert_maths(S, np.linalg.svd(weight.numpy(), compute_uv=False))
+
+
+def test_a_randomized_decomposition_has_ten_parts_more_than_asked_for_where_there_are_as_many():
+    assert [len(randomized_svd(randn(0, 40, 15), r, 1, generator())[1]) for r in (2, 7)] == [12, 15]
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_factors_of_a_bfloat16_weight_are_as_good_as_in_float32(kind):
+    weight = randn(0, 40, 30, dtype=torch.bfloat16)
+    lora_A, lora_B = moved_factors(kind, weight, 30, 2.0, generator())
+    assert lora_A.dtype == lora_B.dtype == torch.float32
+    product = lora_B @ lora_A if kind == "olora" else 2.0 * lora_B @ lora_A
+    assert relative(product, weight, 2e-6) < 1
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_factors_keep_nothing_else_alive(kind):
+    for factor in moved_factors(kind, randn(0, 40, 30), 2, 2.0, generator()):
+        assert factor.is_contiguous()
+        assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
+
+
+@pytest.mark.parametrize("kind", [*MOVED, "loftq"])
+def test_a_rank_that_a_weight_has_not_is_refused(kind):
+    make = loftq_factors if kind == "loftq" else lambda *sizes: moved_factors(kind, *sizes, generator())
+    with pytest.raises(ConfigError, match=f"{kind} can give a weight of 4 x 9 at most rank 4; found r = 5"):
+        make(randn(0, 4, 9), 5, 2.0)
+
+
+# --- LoftQ ---
+
+
+@given(seeds, st.integers(1, 40), st.integers(2, 20), sizes, scales, st.booleans())
+def test_loftq_leaves_of_the_rounding_only_what_its_rank_cannot_say(seed, inner, outer, r, scale, double_quant):
+    assume(r <= min(inner, outer))
+    weight = randn(seed, outer, inner)
+    lora_A, lora_B, base = loftq_factors(weight, r, scale, double_quant=double_quant)
+    Q = NF4Linear.quantize(weight, double_quant=double_quant)
+    assert torch.equal(dense_weight(base), dense_weight(Q))
+    rounding = weight - dense_weight(Q)
+    best, S = truncated(rounding, r)
+    assert_maths(scale * lora_B @ lora_A, best)
+    left = torch.linalg.matrix_norm(rounding - scale * lora_B @ lora_A).item()
+    assert left <= torch.linalg.matrix_norm(rounding).item()
+    assert left == pytest.approx(np.linalg.norm(S[r:]), rel=1e-9, abs=1e-9 * S[0])
+
+
+def test_loftq_in_turns_is_the_published_algorithm():
+    weight, r = randn(0, 24, 64), 3
+    product = np.zeros((24, 64))
+    for _ in range(4):
+        Q = dense_weight(NF4Linear.quantize(weight - torch.from_numpy(product))).numpy()
+        U, S, Vh = np.linalg.svd(weight.numpy() - Q)
+        product = (U[:, :r] * S[:r]) @ Vh[:r]
+    lora_A, lora_B, base = loftq_factors(weight, r, 7.0, iterations=4)
+    assert_maths(dense_weight(base), Q)
+    assert_maths(7.0 * lora_B @ lora_A, product)
+
+
+def test_loftq_s_base_computes_in_the_weight_s_dtype_with_its_bias_and_what_that_rounds_is_made_good():
+    weight, bias = randn(0, 24, 64, dtype=torch.bfloat16), randn(1, 24, dtype=torch.bfloat16)
+    lora_A, lora_B, base = loftq_factors(weight, 24, 2.0, bias=bias)
+    assert base.dtype == base.layout.dtype == torch.bfloat16
+    assert torch.equal(base.bias, bias)
+    assert relative(dense_weight(base) + 2.0 * lora_B @ lora_A, weight, 2e-6) < 1
+
+
+def test_loftq_refuses_no_iteration_and_weights_that_are_not_finite():
+    with pytest.raises(ConfigError, match="at least one iteration, found 0"):
+        loftq_factors(randn(0, 4, 8), 2, 2.0, iterations=0)
+    with pytest.raises(TrainingError, match="not finite"):
+        loftq_factors(randn(0, 4, 8) * float("nan"), 2, 2.0)

@@ -1,0 +1,87 @@
+"""With which rate each parameter learns: LoRA+, and what weight decay pulls on."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import minilora as ml
+from minilora.train.optimizer import EMBEDDING_RATE, adamw, learning_rate, rate_factors
+from tests.models import seeds, tiny_model
+from tests.test_loop import adapted, random_rows, trained
+
+RATE = 0.01
+
+
+def run(rows, directory=None, on_step=None, model=None, **config):
+    model = model or adapted(dtype=torch.float32, use_dora=True)
+    ml.train(model, rows, ml.TrainConfig(**{"learning_rate": RATE, **config}), on_step, checkpoint_dir=directory)
+    return {name: p.detach().clone() for name, p in trained(model).items()}
+
+
+@settings(max_examples=6)
+@given(seeds, st.sampled_from([0.5, 4.0, 16.0]))
+def test_the_first_step_moves_a_as_its_rate_says_and_b_and_magnitudes_as_that_times_the_ratio_does(seed, ratio):
+    """LoRA+ §4: whatever the rate of B, A goes where it would go; and the other way round."""
+    rows = random_rows(seed, 4)
+    found = run(rows, loraplus_lr_ratio=ratio, max_steps=1)
+    slow, fast = run(rows, max_steps=1), run(rows, max_steps=1, learning_rate=RATE * ratio)
+    for name, value in found.items():
+        assert torch.equal(value, (slow if name.endswith("lora_A") else fast)[name]), name
+        assert not torch.equal(slow[name], fast[name]), name
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear"])
+def test_the_schedule_keeps_the_ratio(scheduler):
+    rates, config = [], {"lr_scheduler": scheduler, "warmup_steps": 2, "batch_size": 1}
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: rates.append(sorted(group["lr"] for group in optimizer.param_groups))
+    )
+    try:
+        run(random_rows(1, 6), loraplus_lr_ratio=8, **config)
+    finally:
+        hook.remove()
+    expected = [learning_rate(step, 6, ml.TrainConfig(learning_rate=RATE, **config)) for step in range(6)]
+    assert rates == [[rate, 8 * rate, 8 * rate] for rate in expected]  # A; B; magnitudes, which do not decay
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_goes_on_keeps_the_ratio(tmp_path, step):
+    config = {"loraplus_lr_ratio": 8, "batch_size": 1, "save_steps": 1}
+    whole = run(random_rows(2, 5), tmp_path / "whole", save_total_limit=9, **config)
+    shutil.copytree(tmp_path / "whole" / f"step-{step:06d}", tmp_path / "half" / f"step-{step:06d}")
+    found = run(random_rows(2, 5), tmp_path / "half", **config)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    with pytest.raises(ml.TrainingError, match="other data or settings"):
+        run(random_rows(2, 5), tmp_path / "half", **{**config, "loraplus_lr_ratio": 4})
+
+
+def test_an_adapted_embedding_has_a_small_rate_of_its_own():
+    model = tiny_model()
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("embed_tokens", "q_proj"), modules_to_save=("norm",)))
+    factors = rate_factors(model, ml.TrainConfig(learning_rate=RATE, loraplus_lr_ratio=8))
+    embedding = {name: factor for name, factor in factors.items() if "embed_tokens" in name}
+    assert list(embedding.values()) == [EMBEDDING_RATE / RATE] * 2
+    for name in factors.keys() - embedding.keys():
+        assert factors[name] == (1 if name.endswith("lora_A") else 8), name  # a norm's copy is a vector
+
+
+def test_a_ratio_needs_an_adapter():
+    with pytest.raises(ml.ConfigError, match="loraplus_lr_ratio is for adapters"):
+        run(random_rows(1, 2), model=tiny_model(), loraplus_lr_ratio=4)
+
+
+def test_weight_decay_pulls_on_matrices_alone():
+    model = tiny_model("llama-bias-tied-wide-heads")
+    optimizer = adamw(model, ml.TrainConfig(weight_decay=0.3))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {p: 0.3 if p.dim() == 2 else 0.0 for p in model.parameters()} == decay
+
+
+def test_without_a_ratio_everything_has_the_rate_itself():
+    model = adapted(use_dora=True)
+    factors = rate_factors(model, ml.TrainConfig())
+    assert factors == dict.fromkeys(trained(model), 1.0)

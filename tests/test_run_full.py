@@ -1,0 +1,152 @@
+"""`finetune --method full`: all weights, from the first step to a model that others load."""
+
+import json
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora import cli
+from minilora.cli.finetune import INTERRUPTED
+from minilora.inputs import load_general
+from minilora.lora.find import adapter_layers
+from minilora.storage import TensorFile
+from minilora.train.evaluate import held_out_loss, measure_drift
+from minilora.train.state import checkpoints
+from tests.models import four_bit, tiny_model
+from tests.test_data import write_tokenizer
+from tests.test_run import SETTINGS, inputs, interrupt, metrics, starts, steps, write_rows
+
+ADAPTER = ("lora_r", "lora_alpha", "lora_dropout")
+FULL = {name: value for name, value in SETTINGS.items() if name not in ADAPTER} | {"learning_rate": 0.003}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory with a tiny model in bfloat16, its tokenizer and a file of rows."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("things")
+    tokenizer = write_tokenizer(directory / "model")
+    ml.save_model(tiny_model(dtype=torch.bfloat16, vocab_size=400), directory / "model", tokenizer)
+    write_rows(directory / "rows.jsonl", 23)
+    (directory / "general.jsonl").write_text('{"text": "the town by the sea"}\n{"text": "what is the capital?"}\n')
+    return directory
+
+
+def finetune(directory, out, **changes):
+    flags = {
+        "model": directory / "model",
+        "data": directory / "rows.jsonl",
+        "out": out,
+        "method": "full",
+        **FULL,
+        **changes,
+    }
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    return cli.main(["finetune", *words])
+
+
+@pytest.fixture(scope="module")
+def whole(directory):
+    """A run that never stopped."""
+    general = {"general_data": directory / "general.jsonl"}
+    assert finetune(directory, directory / "whole", save_total_limit=99, **general) == 0
+    return directory / "whole"
+
+
+def test_the_result_is_a_model_and_no_adapter(directory, whole):
+    names = {"metrics.jsonl", "summary.json", "run.json", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in whole.iterdir()} == names | {"config.json", "model.safetensors"}
+    model, base = (ml.load_model(path, dtype="float32") for path in (whole, directory / "model"))
+    assert not adapter_layers(model)
+    for (name, ours), before in zip(model.named_parameters(), base.parameters(), strict=True):
+        assert not torch.equal(ours, before), name
+    assert json.loads((whole / "config.json").read_text())["dtype"] == "float32"
+    assert metrics(whole)[0]["loss"] > metrics(whole)[-1]["loss"]
+
+
+def test_the_summary_measures_the_base_and_the_model_on_the_disk(directory, whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    model, base = (ml.load_model(path, dtype="float32") for path in (whole, directory / "model"))
+    held_out = inputs(directory, eval_split=0.2).test
+    assert summary["before"]["loss"] == held_out_loss(base, held_out)
+    assert summary["after"]["loss"] == held_out_loss(model, held_out) < summary["before"]["loss"]
+    general = load_general(str(directory / "general.jsonl"), ml.load_tokenizer(directory / "model"), ml.DataConfig())
+    drift = measure_drift(model, general, base=base)
+    assert summary["general"] == vars(drift)
+    assert drift.before == held_out_loss(base, general)
+    assert drift.after == held_out_loss(model, general)
+    assert drift.kl > 0
+
+
+def test_generate_takes_the_directory_as_a_model(whole, capsys):
+    assert cli.main(["generate", f"--model={whole}", "--prompt=the cat?", "--max-new-tokens=3"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(whole)]) == 0
+    assert "method full" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("stop", [3, 8])
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(directory, whole, tmp_path, monkeypatch, stop):
+    with monkeypatch.context() as patch:
+        interrupt(patch, stop)
+        assert finetune(directory, tmp_path) == INTERRUPTED
+    assert not (tmp_path / "model.safetensors").exists()
+    assert finetune(directory, tmp_path) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert starts(tmp_path) == [0, stop]
+    assert steps(tmp_path) == steps(whole)
+
+
+def test_the_best_model_is_the_one_that_is_written(directory, tmp_path, capsys):
+    """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
+    for split, choices in (("train", ("yes",)), ("valid", ("no the sea",)), ("test", ("no the sea",))):
+        write_rows(tmp_path / f"{split}.jsonl", 20, choices)
+    out, options = tmp_path / "out", {"eval_steps": 1, "save_steps": 1, "save_total_limit": 99, "max_steps": 12}
+    options |= {"keep": "best", "learning_rate": 0.01, "lr_scheduler": "constant", "data": tmp_path}
+    assert finetune(directory, out, **options) == 0
+    best = json.loads((out / "summary.json").read_text())["kept_step"]
+    assert f"the model of step {best} had the lowest loss" in capsys.readouterr().err
+    trained = TensorFile(out / "checkpoints" / f"step-{best:06d}" / "trained.safetensors")
+    model = ml.load_model(out)
+    assert all(torch.equal(p, trained.read(name)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"quantize": "nf4"}, "four bits cannot be trained"),
+        ({"dtype": "bfloat16"}, "too small to change it"),
+        ({"lora_r": 4, "target_modules": "q_proj"}, "--lora-r, --target-modules: without effect"),
+        ({"loraplus_lr_ratio": 4}, "--loraplus-lr-ratio: without effect"),
+    ],
+)
+def test_what_all_weights_cannot_be_trained_with_is_refused(directory, tmp_path, capsys, changes, phrase):
+    assert finetune(directory, tmp_path / "out", **changes) == 1
+    assert phrase in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_four_bits_is_refused(directory, tmp_path, capsys):
+    packed = four_bit(ml.load_model(directory / "model"))
+    ml.save_model(packed, tmp_path / "base", ml.load_tokenizer(directory / "model"))
+    assert finetune(directory, tmp_path / "out", model=tmp_path / "base") == 1
+    assert "four bits cannot be trained" in capsys.readouterr().err
+
+
+def test_a_run_cannot_change_its_method(directory, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert finetune(directory, tmp_path) == INTERRUPTED
+    assert finetune(directory, tmp_path, method="lora") == 1
+    assert "method was 'full' and is 'lora'" in capsys.readouterr().err
+    assert len(checkpoints(tmp_path / "checkpoints")) == 2
+
+
+def test_a_run_that_does_not_fit_is_told_that_an_adapter_takes_less(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minilora.run_memory.free_memory_bytes", lambda device: 1234)
+    assert finetune(directory, tmp_path / "out", batch_size=1) == 1
+    error = capsys.readouterr().err
+    assert "--method lora brings it to" in error
+    assert "--quantize" not in error
+    assert "--dtype" not in error

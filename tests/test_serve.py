@@ -1,0 +1,187 @@
+"""Many adapters at once: a batch of several is its rows apart; swapping numbers is loading; switching moves nothing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import minilora as ml
+from minilora import (
+    LoraConfig,
+    ShapeError,
+    TargetError,
+    attach,
+    disable_adapter,
+    load_adapter,
+    save_adapter,
+    set_adapter,
+)
+from minilora.lora.attach import delete_adapter
+from minilora.lora.find import adapter_layers
+from minilora.lora.serve import hotswap_adapter, mixed_batch
+from tests.models import four_bit, randn, seeds, tiny_model, token_ids
+from tests.tolerance import assert_maths
+
+KINDS = {
+    "linears": LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
+    "dora": LoraConfig(r=3, lora_alpha=2, use_dora=True, use_rslora=True),
+    "bias": LoraConfig(r=2, lora_alpha=3, target_modules=("k_proj",), bias="all", modules_to_save=("norm", "lm_head")),
+    "lora_bias": LoraConfig(r=1, lora_alpha=3, target_modules=("v_proj", "up_proj"), lora_bias=True),
+    "rows": LoraConfig(r=2, lora_alpha=3, target_modules=("o_proj",), trainable_token_indices=(5, 1, 40)),
+    "pissa": LoraConfig(r=2, lora_alpha=3, target_modules=("gate_proj",), init_lora_weights="pissa"),
+}
+names = st.lists(st.sampled_from([None, *KINDS]), min_size=1, max_size=6)
+
+
+def changed_(model: nn.Module, seed: int) -> None:
+    """As if what is trained had been."""
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += 0.2 * randn(seed + i, *parameter.shape).to(parameter.dtype)
+
+
+def model_with(*kinds: str, family: str = "llama-bias-tied-wide-heads", make=lambda model: model) -> nn.Module:
+    model = make(tiny_model(family, num_hidden_layers=2))
+    for i, kind in enumerate(kinds):
+        attach(model, KINDS[kind], kind, seed=i, dtype=torch.float64)
+        changed_(model, 10 * i)
+    return model
+
+
+def alone(model, name, ids):
+    """The logits of one row under one adapter."""
+    with disable_adapter(model):
+        if name is not None:
+            set_adapter(model, name)
+        return model(ids.unsqueeze(0))[0]
+
+
+@pytest.fixture(scope="module", params=[lambda model: model, four_bit])
+def crowded(request):
+    """A model with all kinds of adapters at once."""
+    return model_with(*KINDS, make=request.param)
+
+
+@given(chosen=names, seed=seeds)
+def test_a_mixed_batch_is_its_rows_apart(crowded, chosen, seed):
+    model = crowded
+    lengths = [1 + (seed + i) % 7 for i in range(len(chosen))]
+    ids = token_ids(seed, len(chosen), max(lengths), high=8)  # so that trained rows are met
+    with mixed_batch(model, chosen):
+        logits = model(ids, lengths)
+    for row, name, length, found in zip(ids, chosen, lengths, logits, strict=True):
+        assert_maths(found[:length], alone(model, name, row[:length]))
+
+
+def test_after_a_mixed_batch_the_active_adapters_act_again():
+    model, ids = model_with("linears", "dora"), token_ids(1, 2, 5)
+    before = model(ids)
+    with pytest.raises(ShapeError, match="2 rows, and 3 adapters"), mixed_batch(model, ["linears", None, "dora"]):
+        model(ids)
+    assert torch.equal(model(ids), before)
+
+
+def test_a_model_that_keeps_its_rows_apart_needs_no_lengths():
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    for name in ("one", "two"):
+        attach(model, LoraConfig(r=2, lora_alpha=3), name, dtype=torch.float64)
+        changed_(model, len(name))
+    x = randn(1, 3, 6, 5)
+    with mixed_batch(model, ["two", None, "one"]):
+        mixed = model(x)
+    set_adapter(model, "two")
+    assert_maths(mixed[0], model(x)[0])
+    set_adapter(model, "one")
+    assert_maths(mixed[2], model(x)[2])
+
+
+def test_a_mixed_batch_of_unknown_adapters_is_refused():
+    with pytest.raises(TargetError, match="no adapter is called 'other'"), mixed_batch(model_with("dora"), ["other"]):
+        pass
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pissa"])
+@pytest.mark.parametrize("alpha", [1, 7])
+def test_swapped_numbers_are_those_of_the_loaded_adapter(kind, alpha, tmp_path):
+    ids, config = token_ids(2, 2, 6), KINDS[kind]
+    other = tiny_model("llama-bias-tied-wide-heads", num_hidden_layers=2)
+    attach(other, LoraConfig(**{**vars(config), "lora_alpha": alpha}), dtype=torch.float64)
+    changed_(other, 77)
+    save_adapter(other, tmp_path / "new")
+    model = model_with(kind)
+    held = [id(parameter) for parameter in model.parameters()]
+    hotswap_adapter(model, tmp_path / "new", kind)
+    assert [id(parameter) for parameter in model.parameters()] == held
+    assert_maths(model(ids), other(ids))
+    save_adapter(model, tmp_path / "again", kind)  # whose scale is the old one
+    fresh = tiny_model("llama-bias-tied-wide-heads", num_hidden_layers=2)
+    load_adapter(fresh, tmp_path / "again")
+    assert_maths(fresh(ids), other(ids))
+
+
+def test_what_does_not_fit_is_not_swapped(tmp_path):
+    model = model_with("linears")
+    before = [parameter.clone() for parameter in model.parameters()]
+    for i, config in enumerate((KINDS["dora"], LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "down_proj")))):
+        other = tiny_model("llama-bias-tied-wide-heads", num_hidden_layers=2)
+        attach(other, config)
+        save_adapter(other, tmp_path / f"{i}")
+        with pytest.raises(TargetError, match=r"linears|lora_A"):
+            hotswap_adapter(model, tmp_path / f"{i}", "linears")
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_an_adapter_of_low_rank_does_not_take_the_place_of_a_copy(tmp_path):
+    for name, config in (
+        ("low", {"target_modules": ("0",)}),
+        ("whole", {"target_modules": (), "modules_to_save": ("0",)}),
+    ):
+        model = nn.Sequential(nn.Linear(4, 3)).requires_grad_(False)
+        attach(model, LoraConfig(r=2, **config))
+        save_adapter(model, tmp_path / name)
+    for name in ("low", "whole"):
+        model = nn.Sequential(nn.Linear(4, 3))
+        load_adapter(model, tmp_path / name)
+        with pytest.raises(TargetError, match=r"they differ in \['0'\]"):
+            hotswap_adapter(model, tmp_path / ("whole" if name == "low" else "low"))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_swapping_does_not_compile_again(use_dora, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).requires_grad_(False)
+    for name, alpha in (("new", 9), ("default", 4)):
+        attach(model, LoraConfig(r=2, lora_alpha=alpha, use_dora=use_dora), name)
+        changed_(model, alpha)
+    save_adapter(model, tmp_path, "new")
+    x = randn(1, 4, 8, dtype=torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        compiled(x)
+        hotswap_adapter(model, tmp_path)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            swapped = compiled(x)
+        set_adapter(model, "new")
+        assert torch.allclose(swapped, model(x), rtol=1e-5)
+
+
+def test_switching_moves_no_number_and_deleting_leaves_the_others():
+    model, ids = model_with("linears", "dora", "lora_bias"), token_ids(4, 2, 5)
+    logits, held = {}, {name: p.data_ptr() for name, p in model.named_parameters()}
+    for kind in ("linears", "dora", "lora_bias"):
+        set_adapter(model, kind)
+        logits[kind] = model(ids)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
+    set_adapter(model, ["dora", "lora_bias"])
+    delete_adapter(model, "linears")
+    assert {name for layer in adapter_layers(model).values() for name in layer.configs} == {"dora", "lora_bias"}
+    for kind in ("dora", "lora_bias"):
+        set_adapter(model, kind)
+        assert torch.equal(model(ids), logits[kind])
+    delete_adapter(model, "dora")
+    delete_adapter(model, "lora_bias")
+    assert not adapter_layers(model)
+    assert torch.equal(model(ids), tiny_model("llama-bias-tied-wide-heads", num_hidden_layers=2)(ids))
+    with pytest.raises(TargetError, match="no adapter"):
+        ml.merge(model)

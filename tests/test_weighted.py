@@ -1,0 +1,173 @@
+"""One adapter out of several, on a model: what it does to every weight, and what it leaves alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import minilora as ml
+from minilora import ConfigError, ShapeError, TargetError
+from minilora.lora.combine import CombineConfig
+from minilora.lora.find import adapter_layers
+from minilora.lora.weighted import combine_adapters, config_of
+from tests.models import fill_, four_bit, randn, seeds, tiny_model
+from tests.tolerance import assert_maths
+
+weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
+starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa", "olora"])
+
+
+def many_kinds(groups=1):
+    """An embedding, linears and a convolution; it is never run."""
+    convolution = nn.Conv2d(4, 6, 3, groups=groups)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), convolution, nn.Linear(6, 5)).double()
+    fill_(model, 0)
+    return model
+
+
+def add(model, name, seed=1, **config):
+    """An adapter with random numbers; a start stays what it is."""
+    ml.attach(model, ml.LoraConfig(**{"r": 2, "lora_alpha": 14, **config}), name, seed=seed, dtype=torch.float64)
+    for i, layer in enumerate(layer for layer in adapter_layers(model).values() if name in layer.configs):
+        for j, parameter in enumerate(layer.trained(name)):
+            with torch.no_grad():
+                parameter.copy_(randn(seed + 7 * i + j, *parameter.shape))
+
+
+def weights_with(model, *names):
+    """Path -> the weight that these adapters make of the base's."""
+    found = {}
+    for path, layer in adapter_layers(model).items():
+        before, layer.active = layer.active, tuple(name for name in names if name in layer.configs)
+        found[path] = layer.merged_weight().detach().double()
+        layer.active = before
+    return found
+
+
+def assert_is_the_sum(model, name, weights):
+    base, found = weights_with(model), weights_with(model, name)
+    parts = {each: weights_with(model, each) for each in weights}
+    for path in base:
+        delta = sum(weight * (parts[each][path] - base[path]) for each, weight in weights.items())
+        assert_maths(found[path], base[path] + delta)
+
+
+@given(seeds, weights, weights, starts, st.booleans())
+def test_the_new_adapter_makes_of_every_kind_of_weight_the_weighted_sum(seed, first, second, start, use_rslora):
+    model = many_kinds()
+    add(model, "first", seed, target_modules=["1", "3"], init_lora_weights=start, use_rslora=use_rslora)
+    add(model, "second", seed + 50, target_modules=["0", "1", "2"], rank_pattern={"1": 3}, alpha_pattern={"0": 5})
+    assert combine_adapters(model, {"first": first, "second": second}, "sum").keys() == set("0123")
+    assert_is_the_sum(model, "sum", {"first": first, "second": second})
+
+
+@pytest.mark.parametrize("base", [lambda model: model, four_bit])
+def test_a_model_with_the_sum_computes_what_it_computes_with_adapters_of_those_scales(base):
+    model = base(tiny_model())
+    add(model, "first", r=3, lora_alpha=6)
+    add(model, "second", 2, r=2, lora_alpha=7, target_modules=["q_proj", "down_proj"])
+    add(model, "halved", 2, r=2, lora_alpha=3.5, target_modules=["q_proj", "down_proj"])
+    combine_adapters(model, {"first": 1, "second": 0.5}, "sum")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    found = model(ids)
+    ml.set_adapter(model, ["first", "halved"])
+    assert_maths(found, model(ids))
+
+
+def test_the_sum_acts_frozen_and_the_others_are_as_they_were():
+    model = many_kinds()
+    for name in ("first", "second"):
+        add(model, name, target_modules=["1", "3"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum", CombineConfig("svd", svd_rank=1))
+    assert all(layer.active == ("sum",) for layer in adapter_layers(model).values())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_what_was_cut_is_told_by_module():
+    model = many_kinds()
+    add(model, "first", target_modules=["1", "3"])
+    add(model, "second", 9, target_modules=["1"])
+    cuts = combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum", CombineConfig("svd", svd_rank=2))
+    base, whole = weights_with(model), weights_with(model, "first")["1"] - weights_with(model)["1"]
+    whole = 0.7 * whole + 0.3 * (weights_with(model, "second")["1"] - base["1"])
+    error = (weights_with(model, "sum")["1"] - base["1"] - whole).square().sum()
+    assert_maths(torch.tensor([cuts["1"].lost, cuts["1"].total], dtype=torch.float64), [error, whole.square().sum()])
+    assert cuts["3"].lost <= 1e-20 * cuts["3"].total
+
+
+def test_the_config_of_the_sum_says_scale_1_for_every_module():
+    model = many_kinds()
+    add(model, "first", target_modules=["1", "3"], use_rslora=True, lora_dropout=0.5, task_type=None)
+    add(model, "second", 9, target_modules=["1"])
+    combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
+    layers = adapter_layers(model)
+    config = layers["1"].configs["sum"]
+    assert (config.use_rslora, config.lora_dropout, config.task_type) == (False, 0, None)
+    assert {path: config.rank(path) for path in layers} == {path: config.alpha(path) for path in layers}
+    assert {path: config.rank(path) for path in layers} == {"1": 4, "3": 2}
+    assert {layer.adapters["sum"].scale for layer in layers.values()} == {1}
+
+
+def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
+    ranks = {"q": 2, "block.q": 5, "block.block.q": 3}
+    config = config_of({path: ml.lora.combine.Factors(randn(0, r, 3), randn(0, 3, r)) for path, r in ranks.items()})
+    assert {path: config.rank(path) for path in ranks} == {path: config.alpha(path) for path in ranks} == ranks
+    assert config.task_type == "CAUSAL_LM"
+
+
+# --- what is refused ---
+
+
+def test_an_existing_name_is_refused_and_not_passed_over():
+    """PEFT returns without a word."""
+    model = many_kinds()
+    for name in ("first", "second"):
+        add(model, name, target_modules=["1"])
+    with pytest.raises(TargetError, match="the model has an adapter 'second' already"):
+        combine_adapters(model, {"first": 2.0}, "second")
+
+
+@pytest.mark.parametrize(
+    ("config", "phrase"),
+    [
+        ({"use_dora": True, "target_modules": ["1"]}, "second: .*\n.*use_dora: m/"),
+        ({"modules_to_save": ["3"], "target_modules": ["1"]}, "second: .*\n.*modules_to_save: "),
+        ({"bias": "all", "target_modules": ["1"]}, "second: .*\n.*bias: "),
+        ({"trainable_token_indices": {"0": [1]}, "target_modules": ["1"]}, "second: .*\n.*trainable_token_indices: "),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_sum_of_updates_is_refused_by_name_with_the_reason(config, phrase):
+    model = many_kinds()
+    add(model, "first", target_modules=["1"])
+    add(model, "second", **config)
+    with pytest.raises(ConfigError, match=phrase):
+        combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
+    assert not any("sum" in layer.configs for layer in adapter_layers(model).values())
+
+
+def test_an_adapter_that_is_not_there_is_refused():
+    model = many_kinds()
+    add(model, "first", target_modules=["1"])
+    with pytest.raises(TargetError, match=r"no adapter is called 'second'; the model has \['first'\]"):
+        combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
+
+
+def test_a_convolution_in_groups_is_refused_by_its_path():
+    model = many_kinds(groups=2)
+    add(model, "first", target_modules=["2"])
+    with pytest.raises(ShapeError, match=r"^2: the adapters do not fit together"):
+        combine_adapters(model, {"first": 0.7}, "sum")
+
+
+def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_path():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)).double()
+    add(model, "whole", target_modules=("1",), modules_to_save=("0",))
+    add(model, "first", target_modules=("0",))
+    combine_adapters(model, {"first": 2.0}, "second")
+    found = [layer for layer in adapter_layers(model).values() if layer.path == "0" and "second" in layer.configs]
+    adapters = found[0].adapters
+    assert_maths(adapters["second"].delta(torch.float64), 2 * adapters["first"].delta(torch.float64))
