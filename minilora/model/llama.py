@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora.errors import ShapeError
 from minilora.model import ops
 from minilora.model.config import LlamaConfig
-from minilora.model.ops import Recompute
+from minilora.model.recompute import Recompute
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ says where each ends. There is no padding, so nothing has to be masked away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
-Recompute = Literal["none", "mlp", "block"]  # what the backward pass computes again instead of keeping
 HEAD_CHUNK = 256  # rows of logits alive at a time: 256 x 128,256 float32 values are 131 MB
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from minilora.errors import ConfigError
-from minilora.model.ops import Recompute
+from minilora.model.recompute import Recompute
 
 TrainOn = Literal["completion", "assistant", "all"]
 Scheduler = Literal["cosine", "linear", "constant"]
