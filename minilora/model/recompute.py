@@ -1,4 +1,4 @@
-"""What the backward pass may compute again instead of keeping it: a file without torch, for the configs that name it."""
+"""What the backward pass may compute again instead of keeping it: a file without torch, for configs that name it."""
 
 from typing import Literal
 
