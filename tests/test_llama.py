@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from minilora import ShapeError
 from minilora.model import ops
-from minilora.model.llama import KVCache, Llama
+from minilora.model.cache import KVCache
+from minilora.model.llama import Llama
 from minilora.testing import reference
 from tests.golden.make_models import FILE, LENGTHS
 from tests.models import FAMILIES, SIZES, document_lengths, seeds, tiny_config, tiny_model, token_ids
@@ -193,7 +194,7 @@ def test_lengths_that_do_not_fit_the_padded_rows_are_refused(lengths):
         tiny_model()(token_ids(0, 2, 4), lengths)
 
 
-@pytest.mark.parametrize("lengths", [[], [4], [2, 4], [5, 0], [6, -1]])
+@pytest.mark.parametrize("lengths", [[], [4], [2, 4], [6, -1]])
 def test_lengths_that_do_not_add_up_are_refused(lengths):
     with pytest.raises(ShapeError, match="do not describe 5 tokens"):
         tiny_model().model(token_ids(0, 5), lengths)

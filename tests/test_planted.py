@@ -165,14 +165,14 @@ MISTAKES = {
     ),
     "law 9: documents see each other": Mistake(
         "model/llama.py",
-        "ops.causal_attention(q, k, v, layout.lengths, layout.key_lengths, self.window)",
-        "ops.causal_attention(q, k, v, [sum(layout.lengths)], [sum(layout.key_lengths)], self.window)",
+        "ops.causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)",
+        "ops.causal_attention(q, k, v, [len(q)], [len(q)], self.window)",
         "test_llama.py::test_documents_beside_each_other_do_not_see_each_other",
     ),
     "law 9: the cache forgets where it was": Mistake(
         "model/llama.py",
-        "self.config.rope.table(total, x.device, first)",
-        "self.config.rope.table(total - first, x.device)",
+        "range(first, first + new)",
+        "range(new)",
         "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
     ),
     "law 9: padding is counted": Mistake(

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "model/quote": (),
     "model/text": ("model/tokenizer",),
     "model/config": ("model/rope", "quant/files"),
-    "model/llama": ("model/ops", "model/config", "model/recompute"),
+    "model/cache": ("model/ops", "model/config"),
+    "model/llama": ("model/ops", "model/cache", "model/config", "model/recompute"),
     "model/": ("model/", "quant/", "hub", "storage"),
     "lora/": ("lora/", "quant/", "hub", "storage"),
     "train/": (

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, ShapeError, TrainingError
-from minilora.model.llama import KVCache, Llama
+from minilora.model.cache import KVCache
+from minilora.model.llama import Llama
 
 OnToken = Callable[[int, int], bool | None]
 

@@ -23,51 +23,19 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora.errors import ShapeError
 from minilora.model import ops
+from minilora.model.cache import KVCache
 from minilora.model.config import LlamaConfig
 from minilora.model.recompute import Recompute
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the documents of a batch lie, and the rotation of their tokens: what all layers share.
-
-    `lengths` counts the tokens that are asked about, `key_lengths` also those in the cache; `rotation` is
-    (cos, sin) of the tokens that are asked about, each (N, R/2).
+    """How long the documents of a batch are, and the rotation (cos, sin) of their tokens, (N, R/2) each: what all
+    layers share.
     """
 
     lengths: list[int]
-    key_lengths: list[int]
     rotation: tuple[Tensor, Tensor]
-
-
-class KVCache:
-    """Keys and values of growing documents, so that a new token costs one row instead of all.
-
-    With `dynamic` and `longrope` the rotation of all tokens changes when a document outgrows a length (`Rope.changes`),
-    and with it everything that was computed from them: set its entry of `lengths` to 0 and give the document anew.
-
-    Args:
-        config: the model's configuration.
-        documents: how many there are.
-        capacity: the longest that any of them may become.
-    """
-
-    def __init__(self, config: LlamaConfig, documents: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, documents, capacity, config.num_key_value_heads, config.head_dim)
-        self.lengths = [0] * documents
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Append each document's new rows; return all of its rows, laid end to end: (N, K, E) -> (M, K, E)."""
-        keys, values = [], []
-        for i, (new_k, new_v) in enumerate(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True)):
-            past, total = self.lengths[i], self.lengths[i] + lengths[i]
-            self.keys[layer, i, past:total] = new_k
-            self.values[layer, i, past:total] = new_v
-            keys.append(self.keys[layer, i, :total])
-            values.append(self.values[layer, i, :total])
-        return torch.cat(keys), torch.cat(values)
 
 
 class RMSNorm(nn.Module):
@@ -110,9 +78,10 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.is_rotated:
             q, k = ops.rotate(q, *layout.rotation), ops.rotate(k, *layout.rotation)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v, layout.lengths)  # (M, K, E)
-        heads = ops.causal_attention(q, k, v, layout.lengths, layout.key_lengths, self.window)
+        if cache is None:
+            heads = ops.causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)
+        else:
+            heads = cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(heads.flatten(1))
 
 
@@ -176,10 +145,12 @@ class Trunk(nn.Module):
         Shapes: tokens (N), lengths sum N -> (N, D)
 
         Raises:
-            ShapeError: the lengths do not add up to N, or one is below 1.
+            ShapeError: the lengths do not add up to N, or one is negative.
         """
-        if min(lengths, default=0) < 1 or sum(lengths) != tokens.numel():
+        if min(lengths, default=0) < 0 or not sum(lengths) == tokens.numel() > 0:
             raise ShapeError(f"lengths {list(lengths)} do not describe {tokens.numel()} tokens")
+        if cache is not None:
+            cache.begin(lengths)
         x = self.embed_tokens(tokens)
         layout = self._layout(list(lengths), cache, x)
         for block in self.layers:
@@ -188,15 +159,14 @@ class Trunk(nn.Module):
             else:
                 x = block(x, layout, cache, recompute)
         if cache is not None:
-            cache.lengths = layout.key_lengths
+            cache.end()
         return self.norm(x)
 
     def _layout(self, lengths: list[int], cache: KVCache | None, x: Tensor) -> Layout:
         past = cache.lengths if cache is not None else [0] * len(lengths)
-        totals = [before + new for before, new in zip(past, lengths, strict=True)]
-        tables = [self.config.rope.table(total, x.device, first) for total, first in zip(totals, past, strict=True)]
-        cos, sin = (torch.cat(parts).to(x.dtype) for parts in zip(*tables, strict=True))
-        return Layout(lengths, totals, (cos, sin))
+        spans = [range(first, first + new) for first, new in zip(past, lengths, strict=True) if new]
+        cos, sin = (table.to(x.dtype) for table in self.config.rope.rotation(spans, x.device))
+        return Layout([len(span) for span in spans], (cos, sin))
 
 
 class Llama(nn.Module):

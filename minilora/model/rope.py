@@ -12,13 +12,13 @@ frequencies, each by its own rule:
 `dynamic` and `longrope` depend on the length of the whole document: what was computed for a shorter one does not hold
 for a longer one (`Rope.changes`).
 
-    L  length of a document    R  rotated width of a head
+    L  length of a document    N  tokens of all spans    R  rotated width of a head
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +85,26 @@ class Rope:
             None if is_list and len(value) == pairs else f"found {value!r}, need a list of {pairs} numbers, one a pair"
         )
 
-    def table(self, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-        """cos and sin of `position · frequency`, from position `first` on, in a document of `length`.
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of `position · frequency`, for all positions of a document.
 
-        Shapes: -> (L - first, R/2), (L - first, R/2)
+        Shapes: -> (L, R/2), (L, R/2)
         Dtype: float32
         """
-        frequencies = self.frequencies(length).to(device)
-        angles = torch.arange(first, length, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
+        return self.rotation([range(length)], device)
+
+    def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of `position · frequency`, for a span of positions of each document, up to its present end.
+
+        Shapes: spans sum N -> (N, R/2), (N, R/2)
+        Dtype: float32
+        """
+        positions = torch.cat([torch.arange(span.start, span.stop, dtype=torch.float32) for span in spans])
+        if self.kind in ("dynamic", "longrope"):
+            frequencies = torch.cat([self.frequencies(span.stop).expand(len(span), -1) for span in spans])
+        else:
+            frequencies = self.frequencies(0)
+        angles = positions.to(device).unsqueeze(1) * frequencies.to(device)
         return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
     def frequencies(self, length: int) -> Tensor:
