@@ -1,0 +1,1 @@
+"""minilora beside its peers, on the same work: `python -m benchmarks`."""

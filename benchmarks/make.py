@@ -1,0 +1,38 @@
+"""What works begin with, made by minilora: a random model, an adapter, and the order of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minilora as ml
+from benchmarks.ours import train_config
+from benchmarks.work import ALPHA, RANK, TARGETS, Row, Training
+from minilora.model.config import LlamaConfig
+from minilora.model.llama import Llama
+from minilora.train.batch import plan_steps
+
+
+def random_model(config: dict[str, Any], directory: Path) -> None:
+    """A model directory with random weights, in bfloat16."""
+    model = Llama(LlamaConfig.from_dict(config), torch.Generator().manual_seed(0))
+    ml.save_model(model.to(torch.bfloat16), directory)
+
+
+def adapter(model: Path, directory: Path, dora: bool) -> None:
+    """An adapter that everyone begins with; with B = 0 a mistake in scale or in A would not be seen in the loss."""
+    found = ml.load_model(model)
+    ml.attach(found, ml.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=dora))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+    ml.save_adapter(found, directory)
+
+
+def batches(rows: list[Row], work: Training, steps: int) -> list[list[Row]]:
+    """The rows of each step, in the order in which minilora's loop takes them; peers are given the same."""
+    plan = plan_steps([len(tokens) for tokens, _ in rows], train_config(work, steps))
+    return [[rows[row] for micro_batch in step for row in micro_batch] for step in plan]

@@ -1,0 +1,44 @@
+"""minilora's side of each work, by its public names alone: what users get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import minilora as ml
+from benchmarks.process import Clock, Measurement, Peak
+from benchmarks.work import LEARNING_RATE, MAX_GRAD_NORM, Task, Training
+
+
+def train_config(work: Training, steps: int) -> ml.TrainConfig:
+    """The work's settings; the rate of learning is constant, as in the peers' loops."""
+    return ml.TrainConfig(
+        learning_rate=LEARNING_RATE,
+        lr_scheduler="constant",
+        warmup_steps=0,
+        batch_size=work.batch_size,
+        max_steps=steps,
+        max_grad_norm=MAX_GRAD_NORM,
+        recompute="block" if work.recompute else "none",
+    )
+
+
+def train(task: Task) -> Measurement:
+    """Load, attach the adapter, and train."""
+    work, device = task.work, torch.device(task.device)
+    peak = Peak(device)
+    model = ml.load_model(task.model, work.dtype, device, "nf4" if work.method == "qlora" else None)
+    ml.load_adapter(model, task.adapter, trainable=True)
+    examples = [ml.Example(tokens, labels) for tokens, labels in task.rows]
+    records: list[dict[str, Any]] = []
+    clock = Clock(device)
+
+    def on_step(record: dict[str, Any]) -> None:
+        clock.stop()
+        records.append(record)
+
+    ml.train(model, examples, train_config(work, len(task.batches)), on_step)
+    checks = {"loss": records[0]["loss"], "gradient norm": records[0]["grad_norm"]}
+    tokens = [record["tokens"] for record in records]
+    return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)

@@ -1,0 +1,193 @@
+"""What was measured: kept as lines of JSON, and shown as RESULTS.md."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.process import Measurement, Round
+from benchmarks.work import Bound, Training
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
+LIBRARY = Path(__file__).parents[1] / "minilora"
+OURS = "minilora"
+
+
+def surroundings(device: torch.device) -> dict[str, str]:
+    """Machine and versions; figures are compared only where these are the same."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    named = re.search(r"^model name\s*: (.+)", text, flags=re.MULTILINE)
+    words = set(text.split())
+    processor = [named[1] if named else platform.processor() or platform.machine(), *(f for f in FLAGS if f in words)]
+    machine = f"{' '.join(processor)}, {torch.get_num_threads()} of {os.cpu_count()} threads, {platform.system()}"
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}; {machine}"
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    return {"machine": machine, "device": device.type, "versions": versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def source() -> str:
+    """A hash of minilora's own code: an older state's figures are not those of this one."""
+    found = hashlib.sha256()
+    for path in sorted(LIBRARY.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:8]
+
+
+def keep(path: Path, surroundings: dict[str, str], state: str, what: dict[str, Any]) -> None:
+    """Add a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"date": date, **surroundings, "source": state, **what}) + "\n")
+
+
+def kept(path: Path, surroundings: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each work that were measured here; where minilora has changed between them, the newest state's."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        line = json.loads(text)
+        if all(line[key] == value for key, value in surroundings.items()):
+            found.setdefault(line["work"], []).append(line)
+    return {work: [line for line in lines if line["source"] == lines[-1]["source"]] for work, lines in found.items()}
+
+
+def as_round(line: dict[str, Any]) -> Round:
+    """A line, as what it was made of."""
+    sides = {side: Measurement(**measured) for side, measured in line["sides"].items()}
+    return Round(line["work"], sides, line["flop"], line["gemm_peak"])
+
+
+def ratio(rounds: Sequence[Round], value: Callable[[Measurement], float], peer: str) -> list[float]:
+    """Ours over the peer's in each round in which the peer had a turn."""
+    return [value(each.sides[OURS]) / value(each.sides[peer]) for each in rounds if peer in each.sides]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and lowest to highest."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def verdict(values: Sequence[float], bound: Bound | None) -> tuple[str, str]:
+    """What is required of the median, and whether it is so."""
+    return ("", "") if bound is None else (str(bound), "yes" if bound.is_met(statistics.median(values)) else "**no**")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def comparison(work: Training, rounds: Sequence[Round]) -> list[list[str]]:
+    """A row for each peer of a work: rate and peak, ours, theirs, and ours over theirs."""
+    found = []
+    for peer in dict.fromkeys(side for each in rounds for side in each.sides if side != OURS):
+        bounds = (work.rate, work.memory) if peer == "peft" else (None, None)
+        row = [work.name, peer]
+        for value, amount, bound in zip((_rate, _peak), (_tokens, _gigabytes), bounds, strict=True):
+            sides = [[value(each.sides[side]) for each in rounds if peer in each.sides] for side in (OURS, peer)]
+            ratios = ratio(rounds, value, peer)
+            row += [*(amount(statistics.median(side)) for side in sides), spread(ratios), *verdict(ratios, bound)]
+        found.append(row)
+    return found
+
+
+def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
+    """A row: FLOP a second that were reached, the peak of matrix products, and the first as a share of the second."""
+    reached = [each.flop / sum(each.sides[OURS].seconds) for each in rounds]
+    shares = [flops / each.gemm_peak for flops, each in zip(reached, rounds, strict=True)]
+    peaks = [each.gemm_peak for each in rounds]
+    gigaflops = [f"{statistics.median(values) / 1e9:,.0f}" for values in (reached, peaks)]
+    return [work.name, *gigaflops, spread(shares), *verdict(shares, work.utilisation)]
+
+
+def checks(work: Training, rounds: Sequence[Round]) -> Iterable[list[str]]:
+    """A row for each side of a work: what has to be the same."""
+    for side, measured in {side: found for each in rounds for side, found in each.sides.items()}.items():
+        found = [f"{measured.checks[name]:.6g}" if name in measured.checks else "" for name in work.bounds]
+        bounds = ["" if side == OURS else f"{bound:g}" for bound in work.bounds.values()]
+        yield [work.name, side, *(cell for pair in zip(found, bounds, strict=True) for cell in pair)]
+
+
+def _rate(measured: Measurement) -> float:
+    return measured.rate
+
+
+def _peak(measured: Measurement) -> float:
+    return measured.peak_bytes
+
+
+def _tokens(rate: float) -> str:
+    return f"{rate:,.0f}"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+COMPARISON = (
+    *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer", "required", "met"),
+    *("peak GB: minilora", "peer", "minilora over peer", "required", "met"),
+)
+UTILISATION = ("work", "GFLOP/s reached", "peak of matrix products", "share", "required", "met")
+CHECKS = ("work", "side", "first loss", "may differ by", "first gradient norm", "may differ by")
+
+
+def spoken(work: Training, rounds: Sequence[Round]) -> str:
+    """What is known of a work so far, in a line."""
+    ours = rounds[-1].sides[OURS]
+    told = [f"{work.name}: {ours.rate:,.0f} tokens/s, peak {ours.peak_bytes / 1e9:.2f} GB"]
+    for row in comparison(work, rounds):
+        told.append(f"over {row[1]}: rate {row[4]}, peak {row[9]}")
+    return "; ".join([*told, f"of the peak of matrix products {utilisation(work, rounds)[3]}"])
+
+
+def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Training]) -> str:
+    """RESULTS.md."""
+    refused = [[name, found[-1]["refused"]] for name, found in lines.items() if "refused" in found[-1]]
+    rounds = {name: [as_round(line) for line in found if "sides" in line] for name, found in lines.items()}
+    shown = [(work, rounds[work.name]) for work in works if rounds.get(work.name) and work.name not in dict(refused)]
+    parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
+    parts.append(table(COMPARISON, [row for each in shown for row in comparison(*each)]))
+    parts.append("## Utilisation\n\n" + table(UTILISATION, [utilisation(*each) for each in shown]))
+    parts.append("## The same work\n\n" + table(CHECKS, [row for each in shown for row in checks(*each)]))
+    if refused:
+        parts.append("## Refused\n\n" + table(("work", "why"), refused))
+    return "\n\n".join(parts) + "\n"
+
+
+def facts(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Where and when all lines were measured."""
+    dates, states = sorted(line["date"] for line in lines), {line["source"] for line in lines}
+    return {
+        "dates": f"{dates[0][:10]} to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else dates[0][:10],
+        "machine": lines[0]["machine"],
+        "versions": lines[0]["versions"],
+        "states": ", ".join(sorted(states)),
+    }
+
+
+HEAD = """# What was measured
+
+{dates}, {machine}; {versions}. Hash of minilora's code: {states}.
+
+`python -m benchmarks --model smollm2` writes this page; `--help` tells how to measure a part of it."""

@@ -1,0 +1,88 @@
+"""In each round everyone has a turn at a work, so that a slow moment of the machine meets all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import make
+from benchmarks import work as works
+from benchmarks.process import Round, called, gemm_peak, in_fresh_process
+from benchmarks.work import Task, Training
+
+OURS = "minilora"
+FUNCTIONS = {  # of each side, for works of training
+    OURS: ("benchmarks.ours", "train"),
+    "peft": ("benchmarks.peers", "train_peft"),
+    "trl": ("benchmarks.peers", "train_trl"),
+    "trl-best": ("benchmarks.peers", "train_trl_best"),
+    "litgpt": ("benchmarks.peers", "train_litgpt"),
+}
+
+
+class Workshop:
+    """A folder with what works begin with, models and adapters, each made when it is asked for."""
+
+    def __init__(self, folder: Path, smollm2: Path | None, device: str):
+        self.folder, self.device = folder, device
+        self.models = {} if smollm2 is None else {"smollm2": smollm2}
+
+    def model(self, name: str) -> Path:
+        """A model's directory; of random weights, unless a directory was given."""
+        if name not in self.models:
+            make.random_model(works.MODELS[name], self.folder / name)
+            self.models[name] = self.folder / name
+        return self.models[name]
+
+    def adapter(self, model: str, dora: bool) -> Path:
+        """An adapter of a model."""
+        path = self.folder / f"{model}-{'dora' if dora else 'lora'}"
+        if not path.exists():
+            make.adapter(self.model(model), path, dora)
+        return path
+
+    def task(self, work: Training, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
+        """All that a side of a work needs to know."""
+        model, count = self.model(work.model), work.batch_size * (warm_up + steps)
+        rows = works.rows(work.kind, count, works.config_of(model)["vocab_size"])
+        batches = make.batches(rows, work, warm_up + steps)
+        adapter = self.adapter(work.model, work.method == "dora")
+        return Task(work, model, adapter, self.device, rows, batches, warm_up)
+
+
+def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
+    """In each round, what every side measured, each in a fresh process, and the peak of matrix products.
+
+    Raises:
+        DifferentWorkError: a side's first loss or gradient is not ours.
+    """
+    config, measured = works.config_of(task.model), task.batches[task.warm_up :]
+    flop = sum(works.training_flops(config, batch) for batch in measured)
+    for _ in range(count):
+        found = {side: in_fresh_process(called, *FUNCTIONS[side], task) for side in sides}
+        for side in sides[1:]:
+            check_same_work(found[OURS].checks, found[side].checks, task.work.bounds, side)
+        yield Round(
+            task.work.name, found, flop, in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device))
+        )
+
+
+class DifferentWorkError(Exception):
+    """Two sides did not compute the same."""
+
+
+def check_same_work(ours: dict[str, float], theirs: dict[str, float], bounds: dict[str, float], side: str) -> None:
+    """What both sides computed is the same within bounds, relative to the peer's.
+
+    Raises:
+        DifferentWorkError: it is not.
+    """
+    bad = [
+        f"{name} {ours[name]:.6g}, of {side} {theirs[name]:.6g}, may differ by {bound:g} of it"
+        for name, bound in bounds.items()
+        if name in ours and name in theirs and not abs(ours[name] - theirs[name]) <= bound * abs(theirs[name])
+    ]
+    if bad:
+        raise DifferentWorkError("; ".join(bad))

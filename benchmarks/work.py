@@ -1,0 +1,177 @@
+"""What is measured: models, rows of tokens, and one data class for each kind of work.
+
+    H  hidden_size    F  intermediate_size    V  vocab_size    r  rank    T  tokens of a document
+
+Lengths of rows, three kinds of them:
+    fixed  4 rows of 512 tokens, all learned
+    real   8 rows, lognormal of median 110 and σ 0.6, cut to 20..512, the second half of each learned
+    long   1 document of 4,096 tokens, all learned
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+IGNORE_INDEX = -100
+RANK, ALPHA = 16, 32
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
+WARM_UP, STEPS = 2, 5
+SMOLLM2 = {  # SmolLM2-135M
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+}
+LLAMA_1B = {  # Llama-3.2-1B, its first 4 layers of 16
+    **SMOLLM2,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000,
+}
+MODELS = {"smollm2": SMOLLM2, "llama1b": LLAMA_1B}
+
+Kind = Literal["fixed", "real", "long"]
+Method = Literal["lora", "dora", "qlora"]
+Row = tuple[list[int], list[int]]  # tokens, labels
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number is required to be."""
+
+    word: Literal["at least", "at most"]
+    limit: float
+
+    def is_met(self, value: float) -> bool:
+        return value >= self.limit if self.word == "at least" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Steps of AdamW on an adapter; what is required holds beside PEFT."""
+
+    name: str
+    dtype: str
+    kind: Kind
+    method: Method = "lora"
+    recompute: bool = False
+    model: str = "smollm2"
+    rate: Bound | None = None  # ours over PEFT's, in tokens a second
+    memory: Bound | None = None
+    utilisation: Bound | None = None
+    peers: tuple[str, ...] = ("peft",)
+
+    @property
+    def batch_size(self) -> int:
+        return {"fixed": 4, "real": 8, "long": 1}[self.kind]
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """How far, relative to the peer's, losses and gradient norms of the first step may be apart.
+
+        Both compute in `dtype` and round at other places; bfloat16 has 8 bits.
+        """
+        return (
+            {"loss": 1e-4, "gradient norm": 1e-3} if self.dtype == "float32" else {"loss": 0.01, "gradient norm": 0.05}
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A work of training as a side is given it: where model and adapter to begin with are, and the rows."""
+
+    work: Training
+    model: Path
+    adapter: Path
+    device: str
+    rows: list[Row]
+    batches: list[list[Row]]  # the same rows, as minilora's loop takes them in turn
+    warm_up: int
+
+
+def trainings() -> list[Training]:
+    """All works of training; those with bounds first."""
+    least, most = (lambda limit: Bound("at least", limit)), (lambda limit: Bound("at most", limit))
+    everyone = ("peft", "trl", "trl-best", "litgpt")
+    bf16, fp32 = "bfloat16", "float32"
+    return [
+        Training(
+            "bf16-fixed", bf16, "fixed", rate=least(1.7), memory=most(0.5), utilisation=least(0.48), peers=everyone
+        ),
+        Training("bf16-fixed-recompute", bf16, "fixed", recompute=True, rate=least(1.5), memory=most(0.55)),
+        Training("bf16-real", bf16, "real", rate=least(2.7), memory=most(0.3), peers=everyone),
+        Training("fp32-fixed", fp32, "fixed", rate=least(1.15), memory=most(0.75)),
+        Training("fp32-real", fp32, "real", rate=least(2.2), memory=most(0.4)),
+        Training("qlora-fixed-recompute", bf16, "fixed", "qlora", True, rate=least(1.5), memory=most(0.55)),
+        Training("dora-fixed", bf16, "fixed", "dora", rate=least(1.7), memory=most(0.45)),
+        Training("bf16-real-recompute", bf16, "real", recompute=True),
+        Training("bf16-long", bf16, "long"),
+        Training("bf16-long-recompute", bf16, "long", recompute=True),
+        Training("qlora-real", bf16, "real", "qlora"),
+        Training("dora-real", bf16, "real", "dora"),
+        Training("llama1b-bf16-fixed", bf16, "fixed", model="llama1b"),
+        Training("llama1b-bf16-fixed-recompute", bf16, "fixed", recompute=True, model="llama1b"),
+        Training("llama1b-bf16-real", bf16, "real", model="llama1b"),
+    ]
+
+
+def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
+    """Random tokens, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "real":
+        spread = torch.randn(count, generator=generator)
+        lengths = (110 * (0.6 * spread).exp()).round().clamp(20, 512).int().tolist()
+    else:
+        lengths = [{"fixed": 512, "long": 4096}[kind]] * count
+    found = []
+    for length in lengths:
+        tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
+        asked = length // 2 if kind == "real" else 0
+        found.append((tokens, [IGNORE_INDEX] * asked + tokens[asked:]))
+    return found
+
+
+def training_flops(config: dict[str, Any], batch: Sequence[Row]) -> float:
+    """FLOP of forward and backward passes that no way of computing LoRA's gradient can do without.
+
+    A frozen linear (n, m) with an adapter takes T (4 m n + 6 r (m + n)): forward, the gradient of its input, and the
+    adapter's own; the head 4 V H a labelled token. Causal attention of a document has T²/2 pairs of positions, and 7
+    products of 2 FLOP a pair and dimension: 2 forward, 5 backward, of which one makes the probabilities again. What is
+    recomputed in blocks does not count: it is a way to save memory.
+    """
+    lengths = [len(tokens) for tokens, _ in batch]
+    labelled = sum(label != IGNORE_INDEX for _, labels in batch for label in labels[1:])
+    H, F, V = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    E = config.get("head_dim") or H // config["num_attention_heads"]
+    D, K = config["num_attention_heads"] * E, config["num_key_value_heads"] * E
+    linears = [(D, H), (K, H), (K, H), (H, D), (F, H), (F, H), (H, F)]
+    a_token = sum(4 * m * n + 6 * RANK * (m + n) for n, m in linears)
+    attention = sum(7 * D * T * T for T in lengths)
+    return config["num_hidden_layers"] * (a_token * sum(lengths) + attention) + 4.0 * V * H * labelled
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """A model's config.json."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
