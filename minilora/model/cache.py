@@ -50,8 +50,8 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_hidden_layers, documents, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # what is in view and not looked at must be finite:
+        self.values = torch.zeros(shape, dtype=dtype, device=device)  # it counts 0 times, and 0 · NaN is NaN
         self.lengths = [0] * documents
         self._windows = set(config.windows)
 
