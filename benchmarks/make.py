@@ -16,9 +16,9 @@ from minilora.train.batch import plan_steps
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:
-    """A model directory with random weights, in bfloat16."""
+    """A model directory with random weights, in bfloat16, and some tokenizer, without which TRL does not start."""
     model = Llama(LlamaConfig.from_dict(config), torch.Generator().manual_seed(0))
-    ml.save_model(model.to(torch.bfloat16), directory)
+    ml.save_model(model.to(torch.bfloat16), directory, ml.load_tokenizer("minilora/builtin"))
 
 
 def adapter(model: Path, directory: Path, dora: bool) -> None:

@@ -5,6 +5,7 @@ Their loops are what their own examples show, with their defaults wherever these
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.process import Clock, Measurement, Peak
-from benchmarks.work import IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, Row, Task
+from benchmarks.work import ALPHA, IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, RANK, Row, Task, config_of
+
+LITGPT = {  # its linears, and what they are made of
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": ("self_attn.o_proj",),
+    "mlp.fc_1": ("mlp.gate_proj",),
+    "mlp.fc_2": ("mlp.up_proj",),
+    "mlp.proj": ("mlp.down_proj",),
+}
 
 
 def padded(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
@@ -26,7 +35,7 @@ def padded(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.tensor(column, device=device) for name, column in columns.items()}
 
 
-def peft_model(task: Task) -> Any:
+def peft_model(task: Task, dtype: torch.dtype) -> Any:
     """transformers' model with the adapter, as PEFT holds it: its adapters are float32 on any base.
 
     Of bitsandbytes' 4-bit models PEFT documents `prepare_model_for_kbit_training`, which makes the embedding, the head
@@ -35,15 +44,12 @@ def peft_model(task: Task) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    work, dtype = task.work, getattr(torch, task.work.dtype)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    quantized = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if work.method == "qlora" else None
+    quantized = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if task.work.method == "qlora" else None
     base = AutoModelForCausalLM.from_pretrained(
         task.model, dtype=dtype, device_map={"": task.device}, quantization_config=quantized
     )
     base.config.use_cache = False
-    if work.recompute:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PeftModel.from_pretrained(base, task.adapter, is_trainable=True).train()
 
 
@@ -56,7 +62,9 @@ def train_peft(task: Task) -> Measurement:
     device = torch.device(task.device)
     logging.disable_progress_bar()
     peak = Peak(device)
-    model = peft_model(task)
+    model = peft_model(task, getattr(torch, task.work.dtype))
+    if task.work.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     losses, norms, clock = [], [], Clock(device)
@@ -71,7 +79,141 @@ def train_peft(task: Task) -> Measurement:
     return measured(task, clock, peak, {"loss": losses[0], "gradient norm": norms[0]})
 
 
+def train_trl(task: Task) -> Measurement:
+    """TRL as it is shipped: float32 weights, computed with in bfloat16 by autocast, and gradient checkpointing."""
+    return _train_trl(task, torch.float32)
+
+
+def train_trl_best(task: Task) -> Measurement:
+    """TRL at its best setting here: weights in bfloat16, no autocast, no gradient checkpointing."""
+    return _train_trl(task, torch.bfloat16, bf16=False, gradient_checkpointing=False)
+
+
+def _train_trl(task: Task, dtype: torch.dtype, **settings: Any) -> Measurement:
+    """SFTTrainer with its own loss, which never holds all logits; rows in the order of everyone else."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+    from transformers.models.llama import modeling_llama  # noqa: F401
+    from transformers.utils import logging
+    from trl import SFTConfig, SFTTrainer
+
+    logging.disable_progress_bar()
+    device = torch.device(task.device)
+    peak = Peak(device)
+    clock, records = Clock(device), []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            clock.start()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.stop()
+
+        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            records.append(logs)
+
+    rows = [{"input_ids": tokens, "labels": labels} for batch in task.batches for tokens, labels in batch]
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            folder,
+            per_device_train_batch_size=task.work.batch_size,
+            max_steps=len(task.batches),
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=MAX_GRAD_NORM,
+            max_length=None,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            **settings,
+        )
+        data = Dataset.from_list(rows)
+        trainer = SFTTrainer(peft_model(task, dtype), config, train_dataset=data, callbacks=[Watch()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return measured(task, clock, peak, {"loss": records[0]["loss"], "gradient norm": records[0]["grad_norm"]})
+
+
 def measured(task: Task, clock: Clock, peak: Peak, checks: dict[str, float]) -> Measurement:
     """A run of training, its warm-up left out; tokens are real ones, never pads."""
     tokens = [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
     return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)
+
+
+def train_litgpt(task: Task) -> Measurement:
+    """litgpt's model, head and loss in the loop of its `finetune_lora`, in bf16-true; adapters have the base's dtype.
+
+    Its batches are padded as everyone's; it needs no mask, since what is at the right of a row is never looked at.
+    """
+    from lightning.fabric import Fabric
+    from litgpt.lora import GPT, mark_only_lora_as_trainable
+    from litgpt.utils import chunked_cross_entropy
+
+    device = torch.device(task.device)
+    peak = Peak(device)
+    precision = "bf16-true" if task.work.dtype == "bfloat16" else "32-true"
+    fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
+    with fabric.init_module():
+        model = GPT(litgpt_config(config_of(task.model)))
+    model.load_state_dict(litgpt_weights(task, model.config))
+    mark_only_lora_as_trainable(model)
+    model = fabric.setup_module(model).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True))
+    losses, norms, clock = [], [], Clock(device)
+    for rows in task.batches:
+        batch = padded(rows, device)
+        logits = model(batch["input_ids"], lm_head_chunk_size=128)
+        logits[-1] = logits[-1][..., :-1, :]
+        loss = chunked_cross_entropy(logits, batch["labels"][..., 1:])
+        fabric.backward(loss)
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        clock.stop()
+    return measured(task, clock, peak, {"loss": losses[0], "gradient norm": norms[0]})
+
+
+def litgpt_config(config: dict[str, Any]) -> Any:
+    """A config.json of a Llama, in litgpt's words."""
+    from litgpt.lora import Config
+
+    sizes = {
+        "block_size": config["max_position_embeddings"],
+        "vocab_size": config["vocab_size"],
+        "padded_vocab_size": config["vocab_size"],
+        "n_layer": config["num_hidden_layers"],
+        "n_head": config["num_attention_heads"],
+        "n_query_groups": config["num_key_value_heads"],
+        "n_embd": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "rope_base": config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+    }
+    kinds = {"rotary_percentage": 1.0, "parallel_residual": False, "bias": False}
+    names = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP"}
+    adapted = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
+    return Config(**sizes, **kinds, **names, **adapted, lora_r=RANK, lora_alpha=ALPHA)
+
+
+def litgpt_weights(task: Task, config: Any) -> dict[str, Tensor]:
+    """Base and adapter by litgpt's names; its A and B of query, key and value are one tensor each."""
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    base = {
+        name: tensor for file in sorted(task.model.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    copy_weights_hf_llama(config, {}, found, base)
+    adapter = load_file(task.adapter / "adapter_model.safetensors")
+    for layer in range(config.n_layer):
+        for theirs, names in LITGPT.items():
+            for part in ("lora_A", "lora_B"):
+                parts = [adapter[f"base_model.model.model.layers.{layer}.{name}.{part}.weight"] for name in names]
+                found[f"transformer.h.{layer}.{theirs}.{part}"] = torch.cat(parts)
+    return found
