@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import ConfigError, ShapeError
 from minilora.model.generate import penalize, probabilities
-from tests.models import FAMILIES, SIZES, randn, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, SIZES, randn, randomize_adapters_, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
 V = SIZES["vocab_size"]
@@ -72,6 +72,40 @@ def test_a_stop_token_ends_a_continuation_and_is_left_out(family, use_cache, see
     ends = [next((i for i, token in enumerate(new) if token in stop_ids), NEW) for new in free]
     stopped = ml.generate(model, prompts, NEW, stop_ids=stop_ids, use_cache=use_cache)
     assert stopped == [new[:end] for new, end in zip(free, ends, strict=True)]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@few
+@given(seeds, prompt_lengths, st.sets(st.integers(0, V - 1), min_size=5, max_size=20))
+def test_a_row_that_has_ended_is_computed_no_more(use_cache, seed, lengths, stop_ids):
+    model, prompts, counts = tiny_model("llama", seed), prompts_of(seed, lengths), []
+    model.model.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    written = ml.generate(model, prompts, NEW, stop_ids=stop_ids, use_cache=use_cache)
+    calls = [min(len(new) + 1, NEW) for new in written]  # the last one of some gives the token that ends them
+    given = [
+        length if use_cache and n == 0 else 1 if use_cache else length + n
+        for length, end in zip(lengths, calls, strict=True)
+        for n in range(end)
+    ]
+    assert sum(counts) == sum(given)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-dynamic", "mistral"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@few
+@given(seeds, st.lists(st.sampled_from([None, "linears", "head"]), min_size=1, max_size=4), st.data())
+def test_rows_have_each_their_adapter_also_when_some_have_ended(family, use_cache, seed, names, data):
+    model = tiny_model(family, seed)
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=3), "linears", dtype=torch.float64)
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=5, target_modules=["lm_head"]), "head", dtype=torch.float64)
+    randomize_adapters_(model, seed)
+    prompts = prompts_of(seed, data.draw(st.lists(st.integers(1, 9), min_size=len(names), max_size=len(names))))
+    settings = {"stop_ids": data.draw(st.sets(st.integers(0, V - 1), max_size=9)), "use_cache": use_cache}
+    with ml.mixed_batch(model, names):
+        mixed = ml.generate(model, prompts, NEW, **settings)
+    for name, prompt, new in zip(names, prompts, mixed, strict=True):
+        ml.set_adapter(model, [name] if name else [])
+        assert new == ml.generate(model, [prompt], NEW, **settings)[0]
 
 
 def test_generation_makes_no_gradients_and_no_changes():
@@ -293,6 +327,19 @@ def test_a_tensor_that_is_no_batch_is_refused(shape):
 def test_an_empty_prompt_is_refused(prompts):
     with pytest.raises(ShapeError, match="at least one token"):
         ml.generate(tiny_model(), prompts)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(seeds, st.sampled_from([1.0, 3.0]))
+def test_one_logit_that_is_not_finite_is_refused(value, temperature, dtype, seed, penalty):
+    model = tiny_model(dtype=dtype)
+    row = randn(seed, V, dtype=dtype)
+    row[seed % V] = value
+    model.lm_head = Even(row)
+    with pytest.raises(ml.TrainingError, match="NaN or infinity"):
+        ml.generate(model, [[1, 2], [3]], 1, temperature, repetition_penalty=penalty)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

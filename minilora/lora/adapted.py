@@ -120,11 +120,13 @@ class MixedBatch:
         return self._known[key]
 
     def _found(self, x: Tensor) -> list[Group]:
-        if x.size(0) not in (len(self.names), sum(self.lengths)):
+        lengths = self.lengths or [1] * len(self.names)
+        lasts = [min(length, 1) for length in lengths]  # a head may be given the last token of each row that has any
+        if x.size(0) not in (sum(lengths), sum(lasts)):
             raise ShapeError(
                 f"a layer was given {x.size(0)} rows in a batch of {len(self.names)}, so whose is not known"
             )
-        counts = torch.tensor([1] * len(self.names) if x.size(0) == len(self.names) else self.lengths)
+        counts = torch.tensor(lengths if x.size(0) == sum(lengths) else lasts)
         kinds = list(dict.fromkeys(self.names))
         owners = torch.tensor([kinds.index(name) for name in self.names]).repeat_interleave(counts)
         rows = [(owners == i).nonzero().flatten().to(x.device) for i in range(len(kinds))]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.model.attention import causal_attention
 from minilora.model.config import LlamaConfig
-from minilora.model.ops import causal_attention
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class KVCache:
     """The cache of a batch. A call says of each document how many tokens it brings; one that has ended brings none.
 
     With `dynamic` and `longrope` the rotation of all tokens changes when a document outgrows a length (`Rope.changes`),
-    and with it everything that was computed from them: set its entry of `lengths` to 0 and give the document anew.
+    and with it everything that was computed from them: `held` says what need not be given anew.
 
     Attributes:
         lengths: how many tokens of each document are held.
@@ -53,7 +53,13 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # what is in view and not looked at must be finite:
         self.values = torch.zeros(shape, dtype=dtype, device=device)  # it counts 0 times, and 0 · NaN is NaN
         self.lengths = [0] * documents
-        self._windows = set(config.windows)
+        self._windows, self._rope = set(config.windows), config.rope
+
+    def held(self, document: int, length: int) -> int:
+        """How many tokens of a document that is now so long are held; none, if they would turn by other angles now."""
+        if self._rope.changes(self.lengths[document], length):
+            self.lengths[document] = 0
+        return self.lengths[document]
 
     def begin(self, lengths: Sequence[int]) -> None:
         """So many tokens of each document come now. What all layers share is made here, once."""

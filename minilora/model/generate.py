@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -75,18 +76,21 @@ def generate(
     _check(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     prompts = _prompts(input_ids, model.model.embed_tokens.weight.size(0))
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    documents = [list(prompt) for prompt in prompts]
 
-    def choose(logits: Tensor, documents: list[list[int]]) -> list[int]:
-        if repetition_penalty != 1:
-            logits = penalize(logits, documents, repetition_penalty)
-        if temperature == 0:
-            return logits.argmax(-1).tolist()
-        chances = probabilities(logits, temperature, top_p, top_k)
-        rows = zip(chances, generators, strict=True)
-        return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
+    def choose(logits: Tensor, rows: Sequence[int]) -> list[int]:
+        texts, drawn = [documents[row] for row in rows], [generators[row] for row in rows]
+        return _chosen(logits, texts, drawn, temperature, top_p, top_k, repetition_penalty)
+
+    def goes_on(row: int, token: int) -> bool:
+        if token in stop_ids:
+            return False
+        documents[row].append(token)
+        return on_token is None or not on_token(row, token)
 
     with evaluating(model):
-        return _continued(model, prompts, max_new_tokens, choose, stop_ids, use_cache, on_token)
+        _continue(model, documents, max_new_tokens, choose, goes_on, use_cache)
+    return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
 
 
 def penalize(logits: Tensor, documents: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -123,55 +127,67 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) 
     return logits.softmax(-1)
 
 
-def _continued(
-    model: Llama,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    choose: Callable[[Tensor, list[list[int]]], list[int]],
-    stop_ids: Collection[int],
-    use_cache: bool,
-    on_token: OnToken | None,
-) -> list[list[int]]:
-    """What `choose` makes of the logits, token by token. Rows that have ended are computed on and not looked at."""
-    weight = model.model.embed_tokens.weight
-    capacity = max(map(len, prompts)) + max_new_tokens
-    cache = KVCache(model.config, len(prompts), capacity, weight.dtype, weight.device) if use_cache else None
-    documents = [list(prompt) for prompt in prompts]
-    running = set(range(len(prompts)))
-    feed = prompts
-    for _ in range(max_new_tokens):
-        chosen = choose(_next_logits(model, feed, cache), documents)
-        for row in sorted(running):
-            if chosen[row] in stop_ids:
-                running.discard(row)
-                continue
-            documents[row].append(chosen[row])
-            if on_token is not None and on_token(row, chosen[row]):
-                running.discard(row)
-        if not running:
-            break
-        feed = [[token] for token in chosen]
-        for row in running:
-            if cache is not None and model.config.rope.changes(cache.lengths[row], cache.lengths[row] + 1):
-                cache.lengths[row] = 0  # what is cached holds no longer
-            if cache is None or cache.lengths[row] == 0:
-                feed[row] = documents[row]
-    return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
-
-
-def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Logits (B, V) of what follows the last token of each document."""
-    device = model.model.embed_tokens.weight.device
-    lengths = [len(document) for document in feed]
-    hidden = model.model(
-        torch.tensor([token for document in feed for token in document], device=device), lengths, cache
-    )
-    logits = model.lm_head(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
-    if not logits.isfinite().all():
+def _chosen(
+    logits: Tensor,
+    documents: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator],
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    repetition_penalty: float,
+) -> list[int]:
+    """The token that follows each document. The device is asked once, as each answer has to be waited for."""
+    if temperature > 0:
+        logits = logits.cpu()
+    is_finite = torch.stack((logits.amin(), logits.amax())).isfinite().all(0, keepdim=True)  # both pass NaN on
+    if repetition_penalty != 1:
+        logits = penalize(logits, documents, repetition_penalty)
+    *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
+    if not all_finite:
         raise TrainingError(
             "the model computes NaN or infinity: weights, its own or an adapter's, are not finite or too large"
         )
-    return logits
+    if temperature == 0:
+        return likeliest
+    chances = zip(probabilities(logits, temperature, top_p, top_k), generators, strict=True)
+    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in chances]
+
+
+def _continue(
+    model: Llama,
+    documents: list[list[int]],
+    max_new_tokens: int,
+    choose: Callable[[Tensor, Sequence[int]], list[int]],
+    goes_on: Callable[[int, int], bool],
+    use_cache: bool,
+) -> None:
+    """Token by token: `choose` takes one for each row, and `goes_on` writes it and says whether the row goes on.
+
+    A row that has ended is computed no more: the model is given none of its tokens.
+    """
+    weight = model.model.embed_tokens.weight
+    capacity = max(map(len, documents)) + max_new_tokens
+    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device) if use_cache else None
+    running = list(range(len(documents)))
+    for _ in range(max_new_tokens):
+        feed: list[list[int]] = [[] for _ in documents]
+        for row in running:
+            held = 0 if cache is None else cache.held(row, len(documents[row]))
+            feed[row] = documents[row][held:]
+        chosen = choose(_next_logits(model, feed, cache), running)
+        running = [row for row, token in zip(running, chosen, strict=True) if goes_on(row, token)]
+        if not running:
+            break
+
+
+def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
+    """Logits of what follows the last token of each document that has tokens here: (B, V), or fewer."""
+    device = model.model.embed_tokens.weight.device
+    tokens = torch.tensor([token for document in feed for token in document], device=device)
+    lengths = [len(document) for document in feed]
+    hidden = model.model(tokens, lengths, cache)
+    ends = torch.tensor([end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length])
+    return model.lm_head(hidden[ends.to(device)])
 
 
 def _check(
