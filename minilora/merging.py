@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,12 @@ from minilora.model.llama import Llama
 from minilora.model.shards import SHARD_BYTES
 from minilora.model.tokenizer import Tokenizer
 from minilora.model.vocabulary import grow_vocabulary, grown
-from minilora.quant.config import Quantize, QuantizeConfig
+from minilora.quant.config import Quantize, QuantizeConfig, Target
 from minilora.quant.files import is_four_bit
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import pack, unpack
 from minilora.storage import TensorFile, read_json
 
-Target = Literal["original", "dequantized", "requantized"]
 DENSE = QuantizeConfig("none")
 CHUNK = 2**16  # numbers of a weight that are worked on at a time in float64, in memory that stays in a cache
 

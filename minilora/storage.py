@@ -12,20 +12,36 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError
 
+if TYPE_CHECKING:  # who reads and writes no tensors, as the help pages do, need not wait for torch
+    import torch
+    from torch import Tensor
+
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
+DTYPES = {  # how a safetensors file spells them, and torch
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
 def read_text(path: Path) -> str:
@@ -95,31 +111,46 @@ class TensorFile:
         try:
             # Checks the header: no gaps, sizes that fit dtype and shape. For PyTorch, it would map the file.
             with safe_open(path, framework="numpy"), path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self.entries = {name: _entry(header[name]) for name in sorted(header)}
+            self._spans = {name: [8 + size + at for at in header[name]["data_offsets"]] for name in header}
+            self._bytes = path.stat().st_size
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
         self.shapes = {name: entry.shape for name, entry in self.entries.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor.
+
+        Raises:
+            FormatError: torch does not have it.
+        """
+        import torch
+
+        stored = self.entries[name].dtype
+        if stored not in DTYPES:
+            raise FormatError(f"{self.path}: {name} cannot be read: it is {stored}; what can be are {list(DTYPES)}")
+        return getattr(torch, DTYPES[stored])
 
     def read(self, name: str) -> Tensor:
         """One tensor, as a view of the mapped file: copy it before the file may change.
 
         The file is mapped for this tensor alone. One mapping for all of them would keep every page that was read
-        resident, and a model in memory twice.
+        resident, and a model in memory twice. It is torch that maps: `safe_open` would read the header each time.
+
+        Raises:
+            FormatError: it cannot be read.
         """
-        return self._mapped([name])[name]
+        import torch
 
-    def read_all(self) -> dict[str, Tensor]:
-        """All tensors, in one mapping: of a small file with many, whose header would take longer than they do."""
-        return self._mapped(self.shapes)
-
-    def _mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
+        dtype, (begin, end) = self.dtype(name), self._spans[name]
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                return {name: file.get_tensor(name) for name in names}
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: it cannot be mapped
-            raise FormatError(f"{self.path}: {', '.join(names):.200} cannot be read ({error})") from error
+            content = torch.UntypedStorage.from_file(str(self.path), False, self._bytes)[begin:end]
+        except RuntimeError as error:  # it cannot be mapped, or is shorter now
+            raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(content).view(dtype).view(self.shapes[name])
 
 
 def _entry(entry: dict[str, Any]) -> TensorEntry:
@@ -192,6 +223,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers asks for."""
+    from safetensors.torch import save_file
+
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         try:

@@ -13,7 +13,7 @@ import pytest
 
 import minilora as ml
 from minilora import cli
-from minilora.cli.chat import HELP
+from minilora.cli.commands import CHAT_HELP
 from tests.models import randomize_adapters_
 from tests.test_cli_generate import make_models
 from tests.test_data import CHATML, CLOSE
@@ -177,9 +177,9 @@ def test_adapters_of_one_name_go_by_their_paths(directory, chat):
 
 def test_exit_ends_and_help_names_every_command(chat):
     out, err = chat("/help", "/exit", "the cat")
-    assert (out, err) == ("", HELP + "\n")
-    assert all(f"/{name} " in HELP for name in ("reset", "system", "adapter", "help", "exit"))
-    assert max(map(len, HELP.splitlines())) < 80
+    assert (out, err) == ("", CHAT_HELP + "\n")
+    assert all(f"/{name} " in CHAT_HELP for name in ("reset", "system", "adapter", "help", "exit"))
+    assert max(map(len, CHAT_HELP.splitlines())) < 80
 
 
 # --- what goes wrong ---
@@ -301,7 +301,7 @@ def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_and_ctrl_d_do_their_part(dir
         time.sleep(0.1)
         terminal.press(b"\x03", b"\n> ")
         terminal.press(b"/help\n", b"\n> ")
-        assert HELP.splitlines()[0].encode() in terminal.seen
+        assert CHAT_HELP.splitlines()[0].encode() in terminal.seen
         terminal.press(b"\x04", b"\n")
         assert terminal.process.wait(60) == 0
     finally:

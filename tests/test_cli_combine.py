@@ -10,7 +10,7 @@ import minilora as ml
 from minilora import cli
 from minilora.cli.merge import split_weight
 from minilora.extraction import extract_directory
-from minilora.lora.combine import CombineConfig
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.files import base_model_of
 from minilora.lora.find import adapter_layers
 from minilora.lora.weighted_files import combine_directories

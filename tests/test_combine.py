@@ -11,16 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, LoraConfig, ShapeError
-from minilora.lora.combine import (
-    CombinationType,
-    CombineConfig,
-    Factors,
-    best_factors,
-    check_additive,
-    combine,
-    compress,
-    concatenate,
-)
+from minilora.lora.combine import Factors, best_factors, check_additive, combine, compress, concatenate
+from minilora.lora.combine_config import CombinationType, CombineConfig
 from minilora.lora.functional import lora_scale
 from minilora.testing import reference
 from tests.models import randn, scales, seeds, sizes

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 import minilora as ml
-from minilora.cli.inspect import COMMAND, WIDTH
+from minilora.cli import inspect
+from minilora.cli.inspect import WIDTH
 from minilora.inspect.adapter import AdapterFacts, adapter_facts
 from minilora.inspect.change import delta_spectrum, effective_rank, frobenius_norm
 from minilora.inspect.fold import fold
@@ -51,7 +52,7 @@ def page(capsys):
 
     def run(path, model=None, **options):
         named = {"path": str(path), "model": model and str(model), "memory": False, "json": False}
-        assert COMMAND.run({**named, **options}) == 0
+        assert inspect.run({**named, **options}) == 0
         return capsys.readouterr().out
 
     return run
@@ -651,7 +652,7 @@ def test_whatever_a_json_file_holds_it_is_told_or_refused(tmp_path_factory, base
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
     for as_json in (False, True):
         with contextlib.suppress(ml.MiniloraError):
-            assert COMMAND.run({"path": str(directory), "model": None, "memory": False, "json": as_json}) == 0
+            assert inspect.run({"path": str(directory), "model": None, "memory": False, "json": as_json}) == 0
 
 
 # --- the pages ---

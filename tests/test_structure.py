@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 CORE = (
     *("lora/functional", "lora/layers", "lora/attach", "quant/nf4", "quant/linear"),
-    *("model/ops", "model/llama", "train/loop"),
+    *("model/ops", "model/attention", "model/llama", "train/loop"),
 )
 
 # part -> what it may import of minilora, besides `errors`. The first row that fits a module holds.
@@ -28,10 +28,12 @@ MAY_IMPORT = {
     "report": (),
     "lora/functional": (),
     "lora/config": (),
+    "lora/combine_config": (),
     "quant/nf4": (),
     "quant/linear": ("quant/nf4",),
-    "quant/config": ("quant/linear",),
+    "quant/config": (),
     "quant/files": ("quant/", "storage"),
+    "model/attention": (),
     "model/ops": (),
     "model/rope": (),
     "model/recompute": (),
@@ -40,8 +42,8 @@ MAY_IMPORT = {
     "model/quote": (),
     "model/text": ("model/tokenizer",),
     "model/config": ("model/rope", "quant/files"),
-    "model/cache": ("model/ops", "model/config"),
-    "model/llama": ("model/ops", "model/cache", "model/config", "model/recompute"),
+    "model/cache": ("model/attention", "model/config"),
+    "model/llama": ("model/ops", "model/attention", "model/cache", "model/config", "model/recompute"),
     "model/": ("model/", "quant/", "hub", "storage"),
     "lora/": ("lora/", "quant/", "hub", "storage"),
     "train/": (
@@ -66,7 +68,8 @@ MAY_IMPORT = {
         *("lora/", "model/", "quant/", "train/", "hub", "storage"),
     ),
     "__main__": ("cli",),
-    "__init__": ("lora/", "model/", "quant/", "train/"),
+    "public": ("lora/", "model/", "quant/", "train/"),
+    "__init__": (),
 }
 
 

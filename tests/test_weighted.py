@@ -8,7 +8,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, ShapeError, TargetError
-from minilora.lora.combine import CombineConfig
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.find import adapter_layers
 from minilora.lora.weighted import combine_adapters, config_of
 from tests.models import fill_, four_bit, randn, seeds, tiny_model

@@ -9,7 +9,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError
-from minilora.lora.combine import CombineConfig
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.files import base_model_of, base_quantization
 from minilora.lora.find import adapter_layers
 from minilora.lora.weighted import combine_adapters

@@ -10,26 +10,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from minilora.cli import chat, evaluate, export, extract, finetune, generate, inspect, merge, plot, quantize
-from minilora.cli.command import Options, say
-from minilora.cli.finetune import INTERRUPTED
+from minilora.cli.command import INTERRUPTED, Options, say
+from minilora.cli.commands import COMMANDS
 from minilora.cli.flags import names_of, nearest
 from minilora.errors import MiniloraError
 
 PAGE = 78  # characters of a line of a help page
 BROKEN_PIPE = 141  # the exit status of a program that nobody listens to any more
-COMMANDS = (
-    finetune.COMMAND,
-    generate.COMMAND,
-    chat.COMMAND,
-    merge.COMMAND,
-    extract.COMMAND,
-    export.COMMAND,
-    quantize.COMMAND,
-    evaluate.COMMAND,
-    inspect.COMMAND,
-    plot.COMMAND,
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Iterator
@@ -10,23 +9,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.cli.command import Command, Options, say
-from minilora.cli.finetune import INTERRUPTED
+from minilora.cli.command import INTERRUPTED, Options, say
+from minilora.cli.commands import CHAT_HELP
 from minilora.cli.flags import from_flags
-from minilora.cli.load import Loaded, adapters, add_model_flags, load
-from minilora.cli.write import Writing, add_writing_flags, write
+from minilora.cli.groups import Writing
+from minilora.cli.load import Loaded, load
+from minilora.cli.trained import adapters
+from minilora.cli.write import write
 from minilora.errors import ConfigError, FormatError, MiniloraError
 from minilora.lora.attach import set_adapter
 from minilora.model.template import Message
 
 NONE = "none"
-HELP = """\
-/reset              begin a new conversation
-/system TEXT        set the system prompt; without TEXT, have none
-/adapter NAME|none  go on with this adapter, or with none; alone: list them
-/help               show this
-/exit               end, as Ctrl-D does
-Ctrl-C stops a reply. A message that begins with / needs a space before it."""
 
 
 class Chat:
@@ -90,7 +84,7 @@ class Chat:
                     self._use(argument)
                 say("\n".join(f"{'*' if known == self.adapter else ' '} {known}" for known in (NONE, *self._loaded)))
             case "/help":
-                say(HELP)
+                say(CHAT_HELP)
             case _:
                 raise ConfigError(f"there is no command {name}; /help lists them")
 
@@ -102,14 +96,7 @@ class Chat:
         self.adapter = name
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser, many_adapters=True)
-    group = parser.add_argument_group("conversation")
-    group.add_argument("--system", metavar="TEXT", help="system prompt")
-    add_writing_flags(parser, max_new_tokens=512)
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     loaded = load(options)
     base = loaded.model.name_or_path
     if loaded.tokenizer.template is None:
@@ -158,13 +145,3 @@ def _lines(prompt: str) -> Iterator[str]:
             raise FormatError("standard input is not UTF-8") from error
         else:
             yield line
-
-
-COMMAND = Command(
-    name="chat",
-    help="talk with a model",
-    about="Talk with a model, message by message, by its chat template.\n\n" + HELP,
-    example="minilora chat --adapter run --temperature 0.7",
-    add_flags=_add_flags,
-    run=_run,
-)

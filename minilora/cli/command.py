@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Options = dict[str, Any]  # the parsed flags of a command line
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `run` carries it out and returns the exit status.
+    """One command, which the module of its name carries out, or `module`, where they differ.
 
     `help` is its line in the list of commands, `about` begins its own page, `example` is a command line that works.
     `prepare` may give its parser other defaults, having seen the words of the command line.
@@ -24,8 +26,12 @@ class Command:
     about: str
     example: str
     add_flags: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Options], int]
     prepare: Callable[[argparse.ArgumentParser, Sequence[str]], None] | None = None
+    module: str | None = None
+
+    def run(self, options: Options) -> int:
+        """Carry it out; the exit status. Its module is imported only now, since it brings PyTorch along."""
+        return importlib.import_module(f"minilora.cli.{self.module or self.name}").run(options)
 
 
 def say_bad(kind: str, bad: Sequence[str]) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from minilora.cli.command import Command, Options, say, say_bad
+from minilora.cli.command import Options, say, say_bad
+from minilora.cli.commands import CLASS_METRICS, METRICS
 from minilora.cli.confusion import confusion_table
-from minilora.cli.flags import add_flags, from_flags, names_of, use_config
-from minilora.cli.load import Found, adapters, add_model_flags, find, how_trained, load, load_classes
+from minilora.cli.flags import from_flags
+from minilora.cli.load import Found, find, load, load_classes
 from minilora.errors import ConfigError
 from minilora.train.classes import encode_classes
 from minilora.train.config import DataConfig
@@ -20,31 +19,8 @@ from minilora.train.data import Dataset, encode_rows, use_prompt_style
 from minilora.train.evaluate import choice_accuracy, evaluate_classes, exact_match, find_choices, held_out_loss
 from minilora.train.rows import Row, read_held_out
 
-METRICS = ("nll", "choice", "exact-match")  # of a language model
-CLASS_METRICS = ("accuracy", "nll")  # of a classifier
 
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser)
-    parser.add_argument("--data", required=True, nargs="+", help="rows; of a directory, the test split")
-    parser.add_argument(
-        "--metric",
-        choices=sorted({*METRICS, *CLASS_METRICS}),
-        help="nll: the loss of a labelled token; choice: how often the right one of few answers is the likeliest; "
-        "exact-match: how often the answer is written; accuracy, of classifiers: how often the class is right "
-        "(default: accuracy of a classifier, else nll)",
-    )
-    add_flags(parser, DataConfig, "data", but=("eval_split",))
-
-
-def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Rows are read as the adapter was trained on them, if flags do not say otherwise."""
-    trained = how_trained(adapters(vars(parser.parse_known_args(words)[0]))).config
-    names = names_of(parser) & {field.name for field in dataclasses.fields(DataConfig)}
-    use_config(parser, {name: trained[name] for name in names & set(trained)}, "run.json")
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     found = find(options)
     metrics = CLASS_METRICS if found.unit else METRICS
     metric = options["metric"] or metrics[0]
@@ -90,14 +66,3 @@ def _measure_classes(
     if scores.confusion:
         say(confusion_table(scores.confusion, shutil.get_terminal_size().columns))
     return {"value": scores.loss if metric == "nll" else scores.accuracy, **scores.record()}, examples
-
-
-COMMAND = Command(
-    name="eval",
-    help="measure a model, with or without an adapter, on rows of data",
-    about="Measure a model, with or without an adapter, on rows of data; print one JSON object.",
-    example="minilora eval --adapter run --data rows.jsonl --metric exact-match",
-    add_flags=_add_flags,
-    run=_run,
-    prepare=_prepare,
-)

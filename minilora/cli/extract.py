@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from pathlib import Path
 
-from minilora.cli.command import Command, Options
-from minilora.cli.flags import add_flags
+from minilora.cli.command import Options
+from minilora.cli.commands import EXTRACT_FIELDS
 from minilora.errors import ConfigError
 from minilora.extraction import Extraction, extract_directory
 from minilora.lora.config import RENAMED, LoraConfig
@@ -15,30 +13,14 @@ from minilora.model.tokenizer import load_tokenizer
 from minilora.run import pick_device
 from minilora.storage import holds_files
 
-FIELDS = ("r", "target_modules", "exclude_modules", "rank_pattern")  # of LoraConfig, that count here
 
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    for name, meaning in (("base", "the model that was tuned"), ("tuned", "what became of it")):
-        parser.add_argument(
-            f"--{name}", required=True, help=f"{meaning}: a directory, or org/name[@revision] of the Hugging Face hub"
-        )
-    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
-    parser.add_argument("--device", default="auto", help="where to compute it: cpu, cuda, mps (default: auto)")
-    others = [field.name for field in dataclasses.fields(LoraConfig) if field.name not in FIELDS]
-    add_flags(parser, LoraConfig, "adapter", but=others)
-    parser.add_argument(
-        "--svd-energy", type=float, metavar="X", help="share of each module's squares to keep, if a lower rank will do"
-    )
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     out, energy = Path(options["out"]), options["svd_energy"]
     if holds_files(out):
         raise ConfigError(f"{out}: holds files; give another --out")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"svd_energy is {energy}, need a number above 0, at most 1")
-    config = LoraConfig(**{name: options[RENAMED.get(name, name)] for name in FIELDS})
+    config = LoraConfig(**{name: options[RENAMED.get(name, name)] for name in EXTRACT_FIELDS})
     tokenizer = load_tokenizer(options["tuned"])
     device = pick_device(options["device"])
     found = extract_directory(options["base"], options["tuned"], out, config, energy, device)
@@ -60,13 +42,3 @@ def _in_words(found: Extraction) -> str:
             f"changes' squares: {', '.join(found.left_out[:3])}{more}"
         )
     return words
-
-
-COMMAND = Command(
-    name="extract",
-    help="write the adapter between two models",
-    about="Write the adapter that makes of a model what another one has become by tuning, as nearly as a rank allows.",
-    example="minilora extract --base model --tuned tuned-model --lora-r 32 --out adapter",
-    add_flags=_add_flags,
-    run=_run,
-)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from minilora.cli.command import Command, Options, say, say_bad
-from minilora.cli.flags import add_flags, from_flags, read_config, use_config
+from minilora.cli.command import INTERRUPTED, Options, say, say_bad
+from minilora.cli.flags import from_flags, read_config
 from minilora.cli.load import say_quantization
 from minilora.cli.memory import memory_lines
 from minilora.cli.meter import Meter
@@ -25,49 +22,13 @@ from minilora.quant.config import QuantizeConfig
 from minilora.run import Outcome, Run, pick_device
 from minilora.run_memory import check_memory, memory_of
 from minilora.settings import RunConfig
-from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.diagnose import free_memory_bytes, held_memory_bytes
 from minilora.train.evaluate import ClassScores, Progress, Scores, evaluate, evaluate_classes, measure_drift
 from minilora.train.loop import TrainResult
 
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, RunConfig, "files and device")
-    add_flags(parser, QuantizeConfig, "quantization")
-    add_flags(parser, LoraConfig, "adapter")
-    add_flags(parser, DataConfig, "data")
-    add_flags(parser, TrainConfig, "training")
-    parser.add_argument(
-        "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
-    parser.add_argument("--force", action="store_true", help="train even if the memory will not do")
-
-
-def _prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Values of --config become defaults; without --model and --data, those of the built-in example do.
-
-    Raises:
-        ConfigError: a model without data, or data without a model.
-    """
-    path = parser.parse_known_args(words)[0].config
-    values = read_config(path) if path is not None else {}
-    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
-    if len(named & {"model", "data"}) == 1:
-        lacking = "--data" if "model" in named else "--model"
-        raise ConfigError(
-            f"--model and --data go together: give {lacking}, too; {lacking} {BUILTIN} is the built-in one"
-        )
-    if not named & {"model", "data"}:
-        use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")
-    use_config(parser, values, str(path))
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     where = from_flags(RunConfig, options)
     if options["dry_run"]:
         device = pick_device(where.device)
@@ -179,19 +140,3 @@ def _table(outcome: Outcome, made: str) -> str:
     if drift:
         lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
     return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])
-
-
-COMMAND = Command(
-    name="finetune",
-    help="train an adapter, or all weights; without --model and --data, on a built-in model and data",
-    about=(
-        "Train an adapter for a model on rows of data, or with --method full the model itself, and measure the model "
-        "before and after.\n\n"
-        "Without --model and --data, a built-in model and data are used, and it takes less than a minute. --dry-run "
-        "shows what a run would learn. The same command, given again, goes on with a run that was stopped."
-    ),
-    example="minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run",
-    add_flags=_add_flags,
-    run=_run,
-    prepare=_prepare,
-)

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from minilora.cli.columns import columns
-from minilora.cli.command import Command, Options, say
-from minilora.cli.finetune import INTERRUPTED
-from minilora.cli.flags import add_flags, from_flags
-from minilora.cli.load import Loaded, add_model_flags, load
-from minilora.cli.prompts import add_prompt_flags, encode_prompts, read_prompts
-from minilora.cli.write import Writing, add_writing_flags, write
+from minilora.cli.command import INTERRUPTED, Options, say
+from minilora.cli.flags import from_flags
+from minilora.cli.groups import Output, Writing
+from minilora.cli.load import Loaded, load
+from minilora.cli.prompts import encode_prompts, read_prompts
+from minilora.cli.write import write
 from minilora.errors import ConfigError
 from minilora.lora.attach import disable_adapter
-from minilora.train.config import option
 from minilora.train.formats import Fields
 from minilora.train.rows import Row
 
 
-@dataclass(frozen=True)
-class Output:
-    """Which texts are written, and how they are printed."""
-
-    samples: int = option(1, "texts for each prompt")
-    compare_base: bool = option(False, "show what the base model writes, left, beside the adapter's")
-    json: bool = option(
-        False,
-        "print a JSON object a line, as --prompts and several --prompt always do: the prompt's row and `text`; "
-        "`sample`, from 1, with --samples, and `base` with --compare-base",
-    )
-    batch_size: int = option(8, "texts written at a time; in float32 it does not change them")
-
-    def __post_init__(self) -> None:
-        counts = {"samples": self.samples, "batch_size": self.batch_size}
-        if bad := [f"{name} is {value}" for name, value in counts.items() if value < 1]:
-            raise ConfigError(f"{', '.join(bad)}, need at least 1")
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser)
-    add_prompt_flags(parser)
-    add_writing_flags(parser, max_new_tokens=64)
-    add_flags(parser, Output, "output")
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     output, writing = from_flags(Output, options), from_flags(Writing, options)
     if output.compare_base and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
@@ -108,14 +80,3 @@ def _as_text(answer: Fields, output: Output, adapter: str) -> str:
 
 def _show(piece: str) -> None:
     print(piece, end="", flush=True)
-
-
-COMMAND = Command(
-    name="generate",
-    help="answer or continue prompts",
-    about="Answer prompts, each a user's turn of the chat template, or continue them if the model has none. One text "
-    "is shown as it is written.",
-    example='minilora generate --adapter run --prompt "Hello" --compare-base',
-    add_flags=_add_flags,
-    run=_run,
-)

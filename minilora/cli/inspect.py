@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import textwrap
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.cli.command import Command, Options
+from minilora.cli.command import Options
 from minilora.cli.memory import memory_page
 from minilora.inspect.adapter import AdapterFacts, ModuleFacts, OtherFacts
 from minilora.inspect.fold import fold
@@ -49,18 +48,7 @@ UNKNOWN = "?"
 Row = tuple[str, ...]
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
-    parser.add_argument("--model", help="base model of an adapter (default: the one that it names, where that is here)")
-    parser.add_argument(
-        "--memory",
-        action="store_true",
-        help="tell what fine-tuning a model takes, from its config.json alone, and what 7B, 13B and 70B do",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     if options["memory"]:
         print(memory_page(options["path"]))
         return 0
@@ -216,13 +204,3 @@ def _range(values: Sequence[float | None]) -> str:
 def _printable(text: str) -> str:
     """Names in a file may hold anything: what a terminal could take for an order is spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-COMMAND = Command(
-    name="inspect",
-    help="tell what a model, an adapter, a run or a safetensors file holds",
-    about="Tell what a model, an adapter, a run or a safetensors file holds, and which tools read it.",
-    example="minilora inspect run",
-    add_flags=_add_flags,
-    run=_run,
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.cli.command import Options, say
-from minilora.cli.flags import add_flags
+from minilora.cli.trained import Training, adapters, how_trained
 from minilora.errors import ConfigError, FormatError
 from minilora.hub import Location, fetch, locate
 from minilora.lora.attach import set_adapter
@@ -27,36 +26,7 @@ from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import is_four_bit
 from minilora.quant.nf4 import BLOCK_SIZE
 from minilora.run import pick_device
-from minilora.storage import BUILTIN, read_json, read_text
-
-
-def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
-    """--model, --adapter, --dtype, --device, and how the model is quantized."""
-    group = parser.add_argument_group("model and device")
-    group.add_argument(
-        "--model",
-        help="directory of the base model, or org/name[@revision] of the Hugging Face hub "
-        "(default: the one the adapter was made for, else the built-in one)",
-    )
-    action, more = ("append", "; give it again for more") if many_adapters else ("store", "")
-    group.add_argument("--adapter", action=action, help=f"directory of an adapter, or a hub id{more}")
-    group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="number format (default: auto)"
-    )
-    group.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is (default: auto)")
-    add_flags(parser, QuantizeConfig, group.title or "", unset="as the adapter was trained")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How an adapter was trained, as far as the files beside it tell; it wants to be asked in the same way.
-
-    `template` is its chat template; with `is_plain` its rows were no conversations; `config` is that of `run.json`.
-    """
-
-    template: str | None
-    is_plain: bool
-    config: Mapping[str, Any]
+from minilora.storage import BUILTIN, read_json
 
 
 @dataclass(frozen=True)
@@ -226,25 +196,6 @@ def _in_words(held: Mapping[str, Any]) -> str:
     return words
 
 
-def how_trained(names: Sequence[str | Path]) -> Training:
-    """What lies beside adapters, or a model: directories, or adapters' names. The first that has a file tells.
-
-    Raises:
-        FormatError: there is no such adapter, or a file is not what its name says.
-    """
-    paths = [name if isinstance(name, Path) else fetch(name, "adapter") for name in names]
-
-    def first(name: str) -> Path | None:
-        return next((path / name for path in paths if (path / name).is_file()), None)
-
-    template, run = first("chat_template.jinja"), first("run.json")
-    values = read_json(run) if run else {}
-    config = values.get("config", {})
-    if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
-        raise FormatError(f"{run}: config: found {config!r:.60}, need an object, and text as its 'system'")
-    return Training(read_text(template) if template else None, values.get("prompts") == "plain", config)
-
-
 def base_of(options: Options) -> str:
     """--model; else what the adapter's file names; else the built-in model."""
     if options["model"] or not adapters(options):
@@ -255,9 +206,3 @@ def base_of(options: Options) -> str:
     if any(base != bases[0] for base in bases):
         raise ConfigError(f"the adapters name different base models, {bases}; give --model")
     return bases[0]
-
-
-def adapters(options: Options) -> list[str]:
-    """--adapter, whether it may be given once or often."""
-    given = options["adapter"]
-    return given if isinstance(given, list) else [] if given is None else [given]

@@ -6,34 +6,31 @@ A:0.7     the same with a weight, if a directory is not called so; only a number
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 from torch import nn
 
-from minilora.cli.command import Command, Options
-from minilora.cli.flags import add_flags, from_flags
+from minilora.cli.command import Options
+from minilora.cli.flags import from_flags
 from minilora.cli.load import (
     Found,
-    adapters,
-    add_model_flags,
     base_of,
     find,
-    how_trained,
     recorded_quantization,
     say_quantization,
     was_trained_on,
 )
+from minilora.cli.trained import adapters, how_trained
 from minilora.errors import ConfigError
 from minilora.hub import fetch
-from minilora.lora.combine import CombineConfig, Cut
+from minilora.lora.combine import Cut
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.find import base_held
 from minilora.lora.weighted_files import combine_directories
-from minilora.merging import Deviation, Target, merge_directory
+from minilora.merging import Deviation, merge_directory
 from minilora.model.classifier import load_for
 from minilora.quant.config import QuantizeConfig
 from minilora.run import pick_device
@@ -43,22 +40,7 @@ NOTABLE = 0.1  # error of a merge, relative to what the adapter does, from which
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser, many_adapters=True)
-    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
-    parser.add_argument(
-        "--target",
-        choices=get_args(Target),
-        help="what to merge into: original, the 16-bit weights; dequantized, the 4-bit weights that were trained on, "
-        "made dense; requantized, these in four bits again (default: as the base was in training)",
-    )
-    parser.add_argument(
-        "--as-adapter", action="store_true", help="write the adapters as one adapter, and no model; no base is needed"
-    )
-    add_flags(parser, CombineConfig, "how adapters become one")
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     out, pairs = Path(options["out"]), [split_weight(text) for text in adapters(options)]
     if not pairs:
         raise ConfigError("there is nothing to merge: give --adapter")
@@ -156,15 +138,3 @@ def _in_words(deviation: Deviation, is_known: bool) -> str:
             "rounds less, --target dequantized exchanges nothing"
         )
     return words
-
-
-COMMAND = Command(
-    name="merge",
-    help="fold adapters into a model's weights and write the model",
-    about="Fold adapters into a model's weights and write the model, one weight at a time. With a weight "
-    "behind its name, as in --adapter one:0.7 --adapter two:0.3, an adapter counts for as much; a negative one takes "
-    "it away.",
-    example="minilora merge --adapter run --out merged",
-    add_flags=_add_flags,
-    run=_run,
-)

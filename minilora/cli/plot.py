@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shutil
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.cli.chart import chart
-from minilora.cli.command import Command, Options, say
+from minilora.cli.command import Options, say
 from minilora.cli.picture import SUFFIXES, save_picture
 from minilora.errors import ConfigError
 from minilora.metrics import read_metrics
@@ -18,19 +17,7 @@ from minilora.metrics import read_metrics
 INSTALL = "pip install 'minilora[plot]'"
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="picture to write, .svg or .png (default: plot.svg, in the directory of the run if there is one run)",
-    )
-    how.add_argument("--text", action="store_true", help="print a small chart instead; so it is without matplotlib")
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     paths = {Path(run).resolve(): Path(run) for run in options["runs"]}  # one given twice is drawn once
     out = options["out"] or (paths.copy().popitem()[1] if len(paths) == 1 else Path()) / "plot.svg"
     if out.suffix not in SUFFIXES:
@@ -59,13 +46,3 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return ["/".join(path.parts[-depth:]) for path in paths]
-
-
-COMMAND = Command(
-    name="plot",
-    help="draw loss, evaluation, learning rate and gradient norm of runs",
-    about="Draw loss, evaluation, learning rate and gradient norm of one or more runs as one picture.",
-    example="minilora plot run1 run2 --out runs.svg",
-    add_flags=_add_flags,
-    run=_run,
-)

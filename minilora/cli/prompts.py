@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -21,32 +20,6 @@ from minilora.train.rows import Row, read_held_out
 
 STDIN = "-"
 Asking = Literal["chat", "plain", "raw"]
-
-
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """--prompt, --prompts, --system and --raw."""
-    group = parser.add_argument_group("prompts")
-    one_of = group.add_mutually_exclusive_group()
-    one_of.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="what to answer or, if the model has no chat template, to continue; give it again for more; "
-        "-: all of standard input, which is also read where no prompt is given and it is no terminal",
-    )
-    one_of.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help=".txt: a prompt a line; else rows as in training, of which an answer is left out; a `prompt` of text "
-        "needs no `completion`, and without one it is asked as --prompt is",
-    )
-    group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
-    group.add_argument(
-        "--raw",
-        action=argparse.BooleanOptionalAction,
-        help="continue the prompt as it is, without the chat template, control tokens acting "
-        "(default: as the adapter's rows were written; else by the template, if there is one)",
-    )
 
 
 def read_prompts(options: Options) -> list[Row]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from minilora.cli.command import Command, Options
-from minilora.cli.flags import add_flags, from_flags
+from minilora.cli.command import Options
+from minilora.cli.flags import from_flags
 from minilora.errors import ConfigError
 from minilora.hub import locate
 from minilora.model.checkpoint import read_config, save_model, stored_dtype, stored_weights
@@ -16,21 +15,10 @@ from minilora.model.tokenizer import load_tokenizer
 from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import count_weights, is_four_bit
 from minilora.run import pick_device
-from minilora.storage import BUILTIN, holds_files
+from minilora.storage import holds_files
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=BUILTIN,
-        help=f"directory of the model, or org/name[@revision] of the Hugging Face hub (default: {BUILTIN})",
-    )
-    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
-    parser.add_argument("--device", default="auto", help="where to compute it: cpu, cuda, mps (default: auto)")
-    add_flags(parser, QuantizeConfig, "quantization", but=("quantize",))
-
-
-def _run(options: Options) -> int:
+def run(options: Options) -> int:
     out, device = Path(options["out"]), pick_device(options["device"])
     if holds_files(out):
         raise ConfigError(f"{out}: holds files; give another --out")
@@ -56,13 +44,3 @@ def _bits(directory: Path) -> str:
         f"{8 * count.packed_bytes / count.packed:.3f} bits for each of {count.packed:,} quantized weights; "
         f"{8 * size / count.weights:.3f} for each of all {count.weights:,} in {size:,} bytes of files"
     )
-
-
-COMMAND = Command(
-    name="quantize",
-    help="write a model in four bits, as bitsandbytes reads it",
-    about="Write a model in four bits (NF4), as transformers with bitsandbytes, and every command here, reads it.",
-    example="minilora quantize --model path/to/model --out model-nf4",
-    add_flags=_add_flags,
-    run=_run,
-)

@@ -151,7 +151,7 @@ def vocabulary_of(path: str | Path) -> int:
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:
-    """How the weights of its base were held when an adapter was saved, as `quant.config.describe` tells it.
+    """How the weights of its base were held when an adapter was saved, as `quant.files.describe` tells it.
 
     None if the file does not say, as those of PEFT do not.
 

@@ -10,7 +10,7 @@ from torch import nn
 from minilora.errors import TargetError
 from minilora.lora.adapted import Adapted
 from minilora.lora.config import LoraConfig
-from minilora.quant.config import describe
+from minilora.quant.files import describe
 from minilora.quant.linear import Linear, NF4Linear
 
 
@@ -70,7 +70,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_held(model: nn.Module) -> dict[str, Any]:
-    """How the weights of the base are held, dense or quantized, in the words of the flags (`quant.config.describe`)."""
+    """How the weights of the base are held, dense or quantized, in the words of the flags (`quant.files.describe`)."""
     return describe(linear_layers(model), head_path(model))
 
 

@@ -80,12 +80,13 @@ def read_adapter(directory: Path) -> Stored:
     tensors: dict[str, dict[str, Tensor]] = {}
     if strange := [name for name in file.shapes if not name.startswith(PREFIX)]:
         raise FormatError(f"{path}: {strange[:5]} are not an adapter's: names have to begin with {PREFIX}")
-    for name, tensor in file.read_all().items():
+    for name in file.shapes:
         if (repeated := REPEATED_BIAS.fullmatch(name)) and "".join(repeated.groups()) in file.shapes:
             continue
         where, key = understood(name)
         if key in tensors.setdefault(where, {}):
             raise FormatError(f"{path}: {where} has more than one {key}")
+        tensor = file.read(name)
         if tensor.dtype not in DTYPES or not tensor.isfinite().all():
             raise FormatError(f"{path}: {name} is {tensor.dtype} or not finite; need finite {DTYPES}")
         if key in ("lora_A", "lora_B") and (tensor.dim() < 2 or 0 in tensor.shape):

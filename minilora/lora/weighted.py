@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from minilora.lora.attach import place
-from minilora.lora.combine import CombineConfig, Cut, Factors, check_additive, combine
+from minilora.lora.combine import Cut, Factors, check_additive, combine
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.config import LoraConfig
 from minilora.lora.find import adapter_layers, known_adapters, places_of
 from minilora.lora.layers import LoRA

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minilora.errors import ConfigError
 from minilora.hub import unpinned
-from minilora.lora.combine import CombineConfig, Cut, Factors, check_additive, combine
+from minilora.lora.combine import Cut, Factors, check_additive, combine
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.config import LoraConfig
 from minilora.lora.files import BASE, base_quantization, write_adapter
 from minilora.lora.layout import REPEATED, WEIGHTS_FILE, factor_name, fields_of, understood

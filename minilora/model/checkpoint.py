@@ -111,16 +111,16 @@ def stored_weights(
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
             continue
-        tensor = files[name].read(name)
-        if tensor.dtype not in DTYPES.values():
-            raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
+        file, dtype = files[name], files[name].dtype(name)
+        if dtype not in DTYPES.values():
+            raise FormatError(f"{file.path}: {name} is {dtype}; supported are {sorted(DTYPES)}")
         if name in chosen:
             try:
-                yield name, NF4Linear.quantize(tensor.to(device), None, config.double_quant, target)
+                yield name, NF4Linear.quantize(file.read(name).to(device), None, config.double_quant, target)
             except TrainingError as error:
-                raise FormatError(f"{files[name].path}: {name}: {error}") from error
+                raise FormatError(f"{file.path}: {name}: {error}") from error
         else:
-            yield name, tensor.to(device, target, copy=True)
+            yield name, file.read(name).to(device, target, copy=True)
 
 
 def save_model(
@@ -195,7 +195,7 @@ def read_config(directory: Path) -> LlamaConfig:
     files = tensor_files(directory)
     if EMBEDDING not in files:
         return config  # and it is missed when the weights are read
-    return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].read(EMBEDDING).dtype)})
+    return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].dtype(EMBEDDING))})
 
 
 def stored_dtype(source: Mapping[str, Any]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from minilora.errors import ConfigError
-from minilora.quant.linear import NF4Linear
 
 Quantize = Literal["none", "nf4"]
+Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,6 @@ class QuantizeConfig:
                 kinds = sorted({path.rpartition(".")[2] for path in linears})
                 raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
         return [path for path in linears if not any(_names(entry, path) for entry in self.quantize_skip)]
-
-
-def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
-    """How a model's linears (path -> linear) are held, in the words of the flags; nf4 if all that are packed are nf4.
-
-    `head` is dense where minilora quantizes; it is spoken of only where others have packed it, too.
-    """
-    packed = [linear for linear in linears.values() if isinstance(linear, NF4Linear)]
-    if not packed:
-        return {"quantize": "none"}
-    others = [path for path in linears if path != head]
-    dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
-    held: dict[str, Any] = {
-        "quantize": min(linear.layout.quant_type for linear in packed),
-        "double_quant": all(linear.scales is not None for linear in packed),
-        "block_size": max(linear.layout.block_size for linear in packed),
-        "quantize_skip": shortest_names(dense, others),
-    }
-    packed_head = linears.get(head) if head is not None else None
-    return held | ({"head": packed_head.layout.quant_type} if isinstance(packed_head, NF4Linear) else {})
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import FormatError
-from minilora.quant.config import describe
+from minilora.quant.config import shortest_names
 from minilora.quant.linear import NF4Linear
 from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, Packed
 from minilora.storage import TensorFile
@@ -195,6 +195,26 @@ def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.d
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+
+
+def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
+    """How a model's linears (path -> linear) are held, in the words of the flags; nf4 if all that are packed are nf4.
+
+    `head` is dense where minilora quantizes; it is spoken of only where others have packed it, too.
+    """
+    packed = [linear for linear in linears.values() if isinstance(linear, NF4Linear)]
+    if not packed:
+        return {"quantize": "none"}
+    others = [path for path in linears if path != head]
+    dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
+    held: dict[str, Any] = {
+        "quantize": min(linear.layout.quant_type for linear in packed),
+        "double_quant": all(linear.scales is not None for linear in packed),
+        "block_size": max(linear.layout.block_size for linear in packed),
+        "quantize_skip": shortest_names(dense, others),
+    }
+    packed_head = linears.get(head) if head is not None else None
+    return held | ({"head": packed_head.layout.quant_type} if isinstance(packed_head, NF4Linear) else {})
 
 
 def is_four_bit(source: Mapping[str, Any]) -> bool:

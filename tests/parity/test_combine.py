@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.lora.combine import CombineConfig, Factors, combine
+from minilora.lora.combine import Factors, combine
+from minilora.lora.combine_config import CombineConfig
 from minilora.lora.functional import lora_delta
 from minilora.lora.weighted_files import combine_directories
 from tests.models import randn
