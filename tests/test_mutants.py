@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minilora.model import ops
+from minilora.model.attention import causal_attention
 from minilora.quant import nf4
 from minilora.testing import reference, reference_conv, reference_nf4
 from tests.models import randn, tiny_model, token_ids
@@ -155,12 +156,12 @@ def test_rotation_backwards_or_of_neighbouring_pairs():
 
 
 ATTENTION = {
-    "mask shifted": lambda q, k, v: ops.causal_attention(q, k, v, [3, 4], [3, 4], window=1),
-    "window too wide": lambda q, k, v: ops.causal_attention(q, k, v, [3, 4], [3, 4], window=3),
-    "no window": lambda q, k, v: ops.causal_attention(q, k, v, [3, 4], [3, 4]),
-    "one document": lambda q, k, v: ops.causal_attention(q, k, v, [7], [7], window=2),
-    "not divided by the root of E": lambda q, k, v: ops.causal_attention(2 * q, k, v, [3, 4], [3, 4], window=2),
-    "heads in the wrong order": lambda q, k, v: ops.causal_attention(q, k.flip(1), v.flip(1), [3, 4], [3, 4], window=2),
+    "mask shifted": lambda q, k, v: causal_attention(q, k, v, [3, 4], [3, 4], window=1),
+    "window too wide": lambda q, k, v: causal_attention(q, k, v, [3, 4], [3, 4], window=3),
+    "no window": lambda q, k, v: causal_attention(q, k, v, [3, 4], [3, 4]),
+    "one document": lambda q, k, v: causal_attention(q, k, v, [7], [7], window=2),
+    "not divided by the root of E": lambda q, k, v: causal_attention(2 * q, k, v, [3, 4], [3, 4], window=2),
+    "heads in the wrong order": lambda q, k, v: causal_attention(q, k.flip(1), v.flip(1), [3, 4], [3, 4], window=2),
 }
 
 
@@ -168,7 +169,7 @@ ATTENTION = {
 def test_attention(mistake):
     q, k, v = randn(1, 7, 4, 4), randn(2, 7, 2, 4), randn(3, 7, 2, 4)
     right = reference.causal_attention(q.numpy(), k.numpy(), v.numpy(), [3, 4], [3, 4], 2)
-    assert maths(ops.causal_attention(q, k, v, [3, 4], [3, 4], window=2), right) <= 1
+    assert maths(causal_attention(q, k, v, [3, 4], [3, 4], window=2), right) <= 1
     assert maths(ATTENTION[mistake](q, k, v), right) > 10
 
 

@@ -17,7 +17,6 @@ from tests.tolerance import assert_maths, assert_precision
 
 LOW = st.sampled_from([torch.float32, torch.bfloat16])
 EPS = 1e-6
-windows = st.none() | st.integers(1, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -66,33 +65,6 @@ def test_rotate_is_a_product_of_complex_numbers(case):
 def test_rotate_by_the_opposite_angle_undoes_it(case):
     x, cos, sin = case
     assert_maths(ops.rotate(ops.rotate(x, cos, sin), cos, -sin), x)
-
-
-# --- attention ---
-
-
-@st.composite
-def attention_inputs(draw, longest=9):
-    """q, k, v, lengths and key_lengths of several documents, some of which have keys in a cache."""
-    seed, kv_heads, group = draw(seeds), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))
-    key_lengths = [n + draw(st.integers(0, 4)) for n in lengths]
-    q = randn(seed, sum(lengths), kv_heads * group, 3)
-    k, v = (randn(seed + i, sum(key_lengths), kv_heads, 3) for i in (1, 2))
-    return q, k, v, lengths, key_lengths
-
-
-@given(attention_inputs(), windows)
-def test_attention_equals_the_loops(case, window):
-    q, k, v, lengths, key_lengths = case
-    expected = reference.causal_attention(wide(q), wide(k), wide(v), lengths, key_lengths, window)
-    assert_maths(ops.causal_attention(q, k, v, lengths, key_lengths, window), expected)
-
-
-@given(attention_inputs())
-def test_a_window_as_long_as_the_document_changes_nothing(case):
-    *_, key_lengths = case
-    assert_maths(ops.causal_attention(*case, window=max(key_lengths)), ops.causal_attention(*case))
 
 
 # --- cross entropy from hidden states ---
@@ -234,14 +206,8 @@ def test_rms_norm_and_swiglu_have_the_gradients_of_finite_differences(seed, n, w
 
 @given(rotations())
 def test_rotate_has_the_gradients_of_finite_differences(case):
-    assert torch.autograd.gradcheck(ops.rotate, [part.requires_grad_() for part in case])
-
-
-@given(attention_inputs(longest=3), windows)
-def test_attention_has_the_gradients_of_finite_differences(case, window):
-    *parts, lengths, key_lengths = case
-    leaves = [part.requires_grad_() for part in parts]
-    assert torch.autograd.gradcheck(lambda *qkv: ops.causal_attention(*qkv, lengths, key_lengths, window), leaves)
+    x, cos, sin = case
+    assert torch.autograd.gradcheck(lambda x: ops.rotate(x, cos, sin), (x.requires_grad_(),))
 
 
 @given(heads())
@@ -278,16 +244,6 @@ def test_rotate_is_as_precise_as_plain_pytorch(data, dtype):
     twice = [torch.cat((table, table), dim=-1).unsqueeze(1) for table in (cos, sin)]
     plain = torch.cat((x[..., :R] * twice[0] + torch.cat((-b, a), dim=-1) * twice[1], rest), dim=-1)
     assert_precision(ops.rotate(x, cos, sin), plain, reference.rotate(wide(x), wide(cos), wide(sin)))
-
-
-@given(seeds, LOW)
-def test_attention_is_as_precise_as_plain_pytorch(seed, dtype):
-    q, k, v = (randn(seed + i, 17, 3, 8, dtype=dtype) for i in range(3))
-    scores = torch.einsum("qhe,khe->hqk", q, k) / 8**0.5
-    hidden = torch.ones(17, 17, dtype=torch.bool).triu(1)
-    plain = torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-    oracle = reference.causal_attention(wide(q), wide(k), wide(v), [17], [17])
-    assert_precision(ops.causal_attention(q, k, v, [17], [17]), plain, oracle)
 
 
 @given(seeds, LOW)

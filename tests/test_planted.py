@@ -165,8 +165,8 @@ MISTAKES = {
     ),
     "law 9: documents see each other": Mistake(
         "model/llama.py",
-        "ops.causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)",
-        "ops.causal_attention(q, k, v, [len(q)], [len(q)], self.window)",
+        "causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)",
+        "causal_attention(q, k, v, [len(q)], [len(q)], self.window)",
         "test_llama.py::test_documents_beside_each_other_do_not_see_each_other",
     ),
     "law 9: the cache forgets where it was": Mistake(

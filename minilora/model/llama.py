@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora.errors import ShapeError
 from minilora.model import ops
+from minilora.model.attention import causal_attention
 from minilora.model.cache import KVCache
 from minilora.model.config import LlamaConfig
 from minilora.model.recompute import Recompute
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         if self.is_rotated:
             q, k = ops.rotate(q, *layout.rotation), ops.rotate(k, *layout.rotation)
         if cache is None:
-            heads = ops.causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)
+            heads = causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)
         else:
             heads = cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(heads.flatten(1))

@@ -1,29 +1,30 @@
-"""The operations of a Llama-style decoder, as functions of tensors.
+"""The operations of a Llama-style decoder but for attention, as functions of tensors.
 
-Documents are laid end to end: a batch of sequences of lengths L₁ … L_b is one tensor of N = ΣLᵢ rows, and `lengths`
-says where each ends. There is no padding, so nothing has to be masked away.
+Those with a gradient of their own are there for what they keep and how often they pass over it: a decoder's layers are
+matrix products, and all else should cost little beside them. Each stands below the function that it serves.
 
     N  tokens laid end to end      H  query heads       E  width of a head     D  hidden width
-    M  keys laid end to end        K  key/value heads   R  rotated width of a head (R ≤ E)      V  vocabulary
+    V  vocabulary                  F  ffn width         R  rotated width of a head (R ≤ E)
 
     [RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
     [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
     [GLU]   Shazeer 2020, GLU Variants Improve Transformer
-    [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
-    [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
-HEAD_CHUNK = 256  # rows of logits alive at a time: 256 x 128,256 float32 values are 131 MB
+# Rows of logits alive at a time. 128 x 49,152 float32 values are 25 MB: of more than 32 MB, Linux's allocator takes new
+# pages each time, which costs as much as the softmax (2,048 rows of SmolLM2 in bfloat16: 0.57 s, with 256 rows 0.66).
+HEAD_CHUNK = 128
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,9 +35,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps)[0]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """n = x/ρ, ρ = √(mean(x²) + eps), y = weight · n;  dn = weight · dy,  dx = (dn - n · mean(n · dn))/ρ.
+
+    Saved are x, which the residual stream keeps anyway, and 1/ρ, one number a row; n is made again.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide = x.to(_wide(x.dtype))
+        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return weight * (wide * inverse).to(x.dtype), inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        n = x.to(inverse.dtype) * inverse
+        dweight = (dy * n).reshape(-1, n.size(-1)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dn = (dy * weight).to(inverse.dtype)
+        dx = dn.sub_(n.mul_((dn * n).mean(-1, keepdim=True))).mul_(inverse)
+        return dx.to(x.dtype), dweight, None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -44,65 +72,67 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Shapes: gate (..., F), up (..., F) -> (..., F)
     """
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """y = silu(gate) ∘ up;  dgate = silu'(gate) ∘ up ∘ dy,  dup = silu(gate) ∘ dy.
+
+    Saved are gate and up. Autograd alone would also keep silu(gate), which is quickly made again.
+    """
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(a, b) ↦ (a cos θ - b sin θ, b cos θ + a sin θ) for each pair of coordinates  [RoPE eq. 34].
 
     Pairs are (i, i + R/2), as in the Hugging Face checkpoints, and not (2i, 2i + 1) as in the paper: their q and k
-    projections are permuted accordingly. Coordinates beyond R pass unchanged (partial rotary factor).
+    projections are permuted accordingly. Coordinates beyond R pass unchanged (partial rotary factor). The angles are
+    constants for the gradient.
 
     Shapes: x (N, H, E), cos (N, R/2), sin (N, R/2) -> (N, H, E)
     """
-    half = cos.size(-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    return _Rotate.apply(x, cos, sin)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    window: int | None = None,
-) -> Tensor:
-    """o = softmax(q kᵀ/√E + mask) v within each document; query head h reads key head ⌊h·K/H⌋  [GQA §2].
+class _Rotate(torch.autograd.Function):
+    """y = R(θ) x, and dx = R(θ)ᵀ dy = R(-θ) dy. Saved are cos and sin, which all layers share, and nothing of x."""
 
-    A document of `length` queries and `key_length` keys asks about its last `length` positions (with a cache there
-    are more keys than queries). Position i sees the positions j with i - window < j ≤ i  [SWA §3.1].
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _rotated(x, cos, sin)
 
-    Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
-    """
-    group = q.size(1) // k.size(1)
-    if group > 1 and q.device.type != "cpu":  # torch's own grouping is slow or missing in some kernels of GPUs
-        k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
-    outputs = []
-    documents = zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True)
-    for queries, keys, values in documents:
-        length, total = queries.size(0), keys.size(0)
-        sees_all = window is None or total <= window
-        needs_mask = not sees_all or 1 < length < total  # a single last token sees everything before it
-        heads = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),  # (1, H, length, E)
-            keys.transpose(0, 1).unsqueeze(0),
-            values.transpose(0, 1).unsqueeze(0),
-            attn_mask=_visible(length, total, window, q.device) if needs_mask else None,
-            is_causal=not needs_mask and length == total,
-            enable_gqa=group > 1,
-        )
-        outputs.append(heads.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, -sin), None, None
 
 
-def _visible(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look: (length, total), the queries being the last `length` of `total` positions."""
-    query = torch.arange(total - length, total, device=device).unsqueeze(1)
-    key = torch.arange(total, device=device).unsqueeze(0)
-    visible = key <= query
-    return visible if window is None else visible & (key > query - window)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half, rest = cos.size(-1), x.size(-1) - 2 * cos.size(-1)
+    y = x * F.pad(torch.cat((cos, cos), dim=-1), (0, rest), value=1.0).unsqueeze(1)
+    sin, a, b = sin.unsqueeze(1), x[..., :half], x[..., half : 2 * half]
+    y[..., :half] -= b * sin
+    y[..., half : 2 * half] += a * sin
+    return y
 
 
 def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -129,21 +159,12 @@ def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> T
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)[0]
-    losses = [_chunk_loss(*chunk, head) for chunk in _chunks(hidden, labels)]
+    losses = [_loss(head(rows), row_labels)[0] for rows, row_labels in _chunks(hidden, labels)]
     return torch.stack(losses).sum()
 
 
-def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
-
-
-def _chunk_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.cross_entropy(head(hidden).to(wide), labels, reduction="sum")
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of the chunks' losses with its gradients made in the forward pass.
+    """The sum of the chunks' losses with its gradients made in the forward pass: dlogits = softmax(logits) - onehot.
 
     Saved for backward: d(sum)/d(hidden), as large as `hidden`, and one gradient for each trained parameter of the head.
     Otherwise the logits, V numbers a row, would have to be kept, or computed a second time.
@@ -151,17 +172,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> tuple[Tensor, ...]:
-        loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        loss_sum = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
         hidden_grads = torch.empty_like(hidden)  # made first: what is kept would lie between the chunks' own logits
-        trained_grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        trained_grads = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
         for (rows, row_labels), row_grads in zip(_chunks(hidden, labels), hidden_grads.split(HEAD_CHUNK), strict=True):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                loss = _chunk_loss(leaf, row_labels, head)
+                logits = head(leaf)
+            loss, softmax = _loss(logits.detach(), row_labels)
+            loss_sum += loss
+            target = row_labels.unsqueeze(-1)
+            dlogits = softmax.scatter_(-1, target, softmax.gather(-1, target) - 1).to(logits.dtype)
             hidden_grad, *grads = torch.autograd.grad(
-                loss, [leaf, *trained], allow_unused=True, materialize_grads=True
+                logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True
             )  # an adapter that is not active is trained, but not used
-            loss_sum += loss.detach()
             row_grads.copy_(hidden_grad)
             for total, grad in zip(trained_grads, grads, strict=True):
                 total += grad
@@ -171,12 +195,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would be made for what has no gradient
         ctx.dtypes = [inputs[0].dtype, *(parameter.dtype for parameter in inputs[3:])]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         # Multiplied in the wider dtype: a rounded 1/n would scale the whole gradient by one wrong factor.
         scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
         hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return hidden_grad, None, None, *trained_grads
+
+
+def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ -log p[label], and p = softmax(logits), in float32 at least.
+
+    With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0.
+    """
+    wide = _wide(logits.dtype)
+    p = torch.softmax(logits, dim=-1, dtype=wide)
+    margin = logits.amax(-1).to(wide) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).to(wide)
+    return (margin - p.amax(-1).log_()).sum(), p
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)

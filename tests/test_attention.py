@@ -1,0 +1,202 @@
+"""Causal attention: each kernel against the loops and the obvious dense mask; gradients, what is saved, the choice."""
+
+import pytest
+import torch
+import torch.nn.attention.varlen
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minilora.model import attention
+from minilora.model.attention import block_attention, causal_attention, fused_attention, kernel_for, varlen_attention
+from minilora.testing import reference
+from tests.models import allocated, randn, seeds
+from tests.tolerance import assert_maths, assert_parity, assert_precision
+
+LOW = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+windows = st.none() | st.integers(1, 6)
+kernels = pytest.mark.parametrize("kernel", [block_attention, fused_attention, varlen_attention, causal_attention])
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Nine rows are several blocks, and torch's kernel of GPUs is stood in for."""
+    monkeypatch.setattr(attention, "_block_size", lambda dtype: 4)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn_as_documented)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+
+def varlen_attn_as_documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch says of `varlen_attn`: documents by their offsets, the window (left, right) with -1 for all."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(lengths), max(key_lengths))
+    assert enable_gqa or q.size(1) == k.size(1)
+    left, right = window_size
+    assert right == 0
+    return dense_attention(q, k, v, lengths, key_lengths, None if left == -1 else left + 1)
+
+
+def dense_attention(q, k, v, lengths, key_lengths, window):
+    """The obvious way: all scores of a document, those of what is not seen at -inf, in the dtype of q."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    outputs = []
+    for queries, keys, values in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
+        n, m = len(queries), len(keys)
+        distance = torch.arange(m - n, m).unsqueeze(1) - torch.arange(m)
+        hidden = (distance < 0) | (distance >= (m if window is None else window))
+        scores = torch.einsum("qhe,khe->hqk", queries, keys) / q.size(-1) ** 0.5
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs)
+
+
+def wide(tensor):
+    return tensor.detach().double().numpy()
+
+
+@st.composite
+def inputs(draw, longest=9, dtype=torch.float64, width=3):
+    """q, k, v, lengths and key_lengths of several documents, some of which have keys in a cache."""
+    seed, kv_heads, group = draw(seeds), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))
+    key_lengths = [n + draw(st.integers(0, 4)) for n in lengths]
+    q = randn(seed, sum(lengths), kv_heads * group, width, dtype=dtype)
+    k, v = (randn(seed + i, sum(key_lengths), kv_heads, width, dtype=dtype) for i in (1, 2))
+    return [q, k, v, lengths, key_lengths]
+
+
+@kernels
+@given(inputs(), windows)
+def test_attention_equals_the_loops(kernel, case, window):
+    q, k, v, lengths, key_lengths = case
+    expected = reference.causal_attention(wide(q), wide(k), wide(v), lengths, key_lengths, window)
+    assert_maths(kernel(q, k, v, lengths, key_lengths, window), expected)
+
+
+@kernels
+@given(inputs())
+def test_a_window_as_long_as_the_document_changes_nothing(kernel, case):
+    *_, key_lengths = case
+    assert_maths(kernel(*case, max(key_lengths)), kernel(*case, None))
+
+
+@given(inputs(longest=20), windows, st.sampled_from([1, 4, 7, 128]))
+def test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask(case, window, size):
+    leaves = case[:3]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_block_size", lambda dtype: size)
+        ours, dense = (
+            (o, *torch.autograd.grad(o, leaves, randn(1, *o.shape)))
+            for o in (f(*case, window) for f in (block_attention, dense_attention))
+        )
+    for our, expected in zip(ours, dense, strict=True):
+        assert_maths(our, expected)
+
+
+@pytest.mark.parametrize("kernel", [block_attention, fused_attention])
+@given(inputs(longest=6), windows)
+def test_attention_has_the_gradients_of_finite_differences(kernel, case, window):
+    *leaves, lengths, key_lengths = case
+    for leaf in leaves:
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *qkv: kernel(*qkv, lengths, key_lengths, window), leaves)
+
+
+@given(seeds, LOW, st.sampled_from([None, 5]))
+def test_values_and_gradients_of_blocks_are_as_precise_as_plain_pytorch(seed, dtype, window):
+    lengths, key_lengths = [24, 17], [24, 20]
+    q = randn(seed, sum(lengths), 4, 16, dtype=dtype)
+    parts = [q, *(randn(seed + i, sum(key_lengths), 2, 16, dtype=dtype) for i in (1, 2))]
+
+    def results(function, dtype):
+        leaves = [part.to(dtype).requires_grad_() for part in parts]
+        o = function(*leaves, lengths, key_lengths, window)
+        return o, *torch.autograd.grad(o, leaves, randn(seed + 3, *o.shape, dtype=q.dtype).to(dtype))
+
+    exact = results(dense_attention, torch.float64)
+    for ours, plain, oracle in zip(
+        results(block_attention, dtype), results(dense_attention, dtype), exact, strict=True
+    ):
+        assert_precision(ours, plain, oracle.detach())
+
+
+@given(inputs())
+def test_a_head_that_lies_between_others_is_read_in_place_and_not_written(case):
+    q, k, v, *where = case
+    whole = torch.cat((q, q), dim=-1)
+    before = whole.clone()
+    assert_maths(block_attention(whole[..., :3], k, v, *where, None), block_attention(q, k, v, *where, None))
+    assert torch.equal(whole, before)
+
+
+# --- what it saves and takes ---
+
+
+@given(inputs(), windows)
+def test_blocks_save_queries_keys_and_values_and_nothing_else(case, window):
+    leaves = case[:3]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        block_attention(*case, window)
+    assert [tensor.data_ptr() for tensor in saved] == [leaf.data_ptr() for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [None, 64])
+def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtype, window, monkeypatch):
+    monkeypatch.setattr(attention, "_block_size", lambda dtype: 64)
+
+    def most(length):
+        q, k, v = (randn(i, length, heads, 8, dtype=dtype).requires_grad_() for i, heads in enumerate((2, 1, 1)))
+        return allocated(lambda: causal_attention(q, k, v, [length], [length], window).sum().backward())[1]
+
+    assert most(4096) <= 2.2 * most(2048)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_lengths", "window", "kernel"),
+    [
+        (torch.bfloat16, [2048], None, block_attention),
+        (torch.float32, [512, 512], None, block_attention),
+        (torch.float32, [20, 2048], None, fused_attention),
+        (torch.float32, [20, 2048], 512, block_attention),
+        (torch.float32, [20, 2048], 4096, fused_attention),
+    ],
+)
+def test_the_kernel_follows_from_dtype_and_size(dtype, key_lengths, window, kernel):
+    assert kernel_for(torch.empty(0, 9, 64, dtype=dtype), key_lengths, window) is kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "kernel"),
+    [
+        (torch.bfloat16, 64, (8, 0), varlen_attention),
+        (torch.float32, 64, (9, 0), fused_attention),
+        (torch.float16, 64, (7, 5), fused_attention),
+        (torch.float16, 60, (9, 0), fused_attention),
+    ],
+)
+def test_a_gpu_answers_all_documents_at_once_where_its_kernel_can(dtype, width, capability, kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(4, 9, width, dtype=dtype, device="cuda")
+    assert kernel_for(q, [4], None) is kernel
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_are_compiled_as_one_graph(window):
+    leaves = [randn(i, 9, heads, 4, dtype=torch.float32).requires_grad_() for i, heads in enumerate((4, 2, 2))]
+    eager, compiled = (
+        (o, *torch.autograd.grad(o.square().sum(), leaves))
+        for o in (
+            f(*leaves, [7, 2], [7, 2], window)
+            for f in (block_attention, torch.compile(block_attention, backend="aot_eager", fullgraph=True))
+        )
+    )
+    for ours, expected in zip(compiled, eager, strict=True):
+        assert_parity(ours, expected)
