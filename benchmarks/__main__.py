@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a work was refused."""
-    known = {each.name: each for each in work.trainings()}
+    known = {each.name: each for each in [*work.trainings(), *work.operations()]}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
     parser.add_argument("--device", default="cpu")

@@ -27,7 +27,7 @@ def train_config(work: Training, steps: int) -> ml.TrainConfig:
 def train(task: Task) -> Measurement:
     """Load, attach the adapter, and train."""
     work, device = task.work, torch.device(task.device)
-    peak = Peak(device)
+    peak = Peak(task.device)
     model = ml.load_model(task.model, work.dtype, device, "nf4" if work.method == "qlora" else None)
     ml.load_adapter(model, task.adapter, trainable=True)
     examples = [ml.Example(tokens, labels) for tokens, labels in task.rows]

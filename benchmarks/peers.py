@@ -35,20 +35,28 @@ def padded(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.tensor(column, device=device) for name, column in columns.items()}
 
 
-def peft_model(task: Task, dtype: torch.dtype) -> Any:
-    """transformers' model with the adapter, as PEFT holds it: its adapters are float32 on any base.
+def loaded(task: Task, dtype: torch.dtype | None = None) -> Any:
+    """transformers' model, in the work's dtype unless another is given.
 
     Of bitsandbytes' 4-bit models PEFT documents `prepare_model_for_kbit_training`, which makes the embedding, the head
     and the norms float32; that costs time and memory, so the base is taken as it is loaded.
     """
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = dtype or getattr(torch, task.work.dtype)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     quantized = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if task.work.method == "qlora" else None
-    base = AutoModelForCausalLM.from_pretrained(
-        task.model, dtype=dtype, device_map={"": task.device}, quantization_config=quantized
+    place = {"": task.device}
+    return AutoModelForCausalLM.from_pretrained(
+        task.model, dtype=dtype, device_map=place, quantization_config=quantized
     )
+
+
+def peft_model(task: Task, dtype: torch.dtype | None = None) -> Any:
+    """The model with the adapter, as PEFT holds it: in float32 on any base."""
+    from peft import PeftModel
+
+    base = loaded(task, dtype)
     base.config.use_cache = False
     return PeftModel.from_pretrained(base, task.adapter, is_trainable=True).train()
 
@@ -61,8 +69,8 @@ def train_peft(task: Task) -> Measurement:
 
     device = torch.device(task.device)
     logging.disable_progress_bar()
-    peak = Peak(device)
-    model = peft_model(task, getattr(torch, task.work.dtype))
+    peak = Peak(task.device)
+    model = peft_model(task)
     if task.work.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -99,7 +107,7 @@ def _train_trl(task: Task, dtype: torch.dtype, **settings: Any) -> Measurement:
 
     logging.disable_progress_bar()
     device = torch.device(task.device)
-    peak = Peak(device)
+    peak = Peak(task.device)
     clock, records = Clock(device), []
 
     class Watch(TrainerCallback):
@@ -153,7 +161,7 @@ def train_litgpt(task: Task) -> Measurement:
     from litgpt.utils import chunked_cross_entropy
 
     device = torch.device(task.device)
-    peak = Peak(device)
+    peak = Peak(task.device)
     precision = "bf16-true" if task.work.dtype == "bfloat16" else "32-true"
     fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
     with fabric.init_module():

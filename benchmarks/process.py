@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from benchmarks.work import REPEATS
 
 GEMM_SIDES = (1024, 2048, 4096)
 
@@ -66,11 +70,11 @@ class Clock:
 class Peak:
     """The most memory that was taken since now: made after the imports, before a model is loaded."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: str):
+        self.device = torch.device(device)
         self.before = high_water_bytes()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> int:
         """Bytes: of tensors on CUDA, of the process elsewhere."""
@@ -104,6 +108,51 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     threads = (torch.get_num_threads(),)
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as pool:
         return pool.submit(function, *args).result()
+
+
+def repeated(
+    peak: Peak,
+    do: Callable[[Any], Any],
+    prepare: Callable[[], Any] = lambda: None,
+    amount: float = 1,
+    result: Callable[[], float] | None = None,
+) -> Measurement:
+    """Do it with what was prepared for it, which takes no time, again and again; the first does not count.
+
+    Args:
+        peak: made before anything was loaded.
+        do: what is measured.
+        prepare: what gives its argument.
+        amount: how much is done each time.
+        result: a number that says what was done, to be compared with everyone's.
+    """
+    clock = Clock(peak.device)
+    for _ in range(REPEATS + 1):
+        prepared = prepare()
+        clock.start()
+        do(prepared)
+        clock.stop()
+    taken = peak.read()
+    return Measurement(clock.seconds[1:], [amount] * REPEATS, taken, {} if result is None else {"result": result()})
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """√Σ x² over all their numbers."""
+    return sum(float(tensor.detach().double().square().sum()) for tensor in tensors) ** 0.5
+
+
+def size_of(folder: str | Path) -> int:
+    """Bytes of its tensors' files."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def python(*arguments: str) -> Callable[[Any], None]:
+    """The work of running Python with some arguments."""
+
+    def run(_: Any) -> None:
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+    return run
 
 
 def called(module: str, name: str, *args: Any) -> Any:

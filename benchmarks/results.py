@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+import minilora
 from benchmarks.process import Measurement, Round
-from benchmarks.work import Bound, Training
+from benchmarks.work import OURS, Bound, Operation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
-LIBRARY = Path(__file__).parents[1] / "minilora"
-OURS = "minilora"
+LIBRARY = Path(minilora.__file__).parent
 
 
 def surroundings(device: torch.device) -> dict[str, str]:
@@ -100,8 +100,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def comparison(work: Training, rounds: Sequence[Round]) -> list[list[str]]:
     """A row for each peer of a work: rate and peak, ours, theirs, and ours over theirs."""
     found = []
-    for peer in dict.fromkeys(side for each in rounds for side in each.sides if side != OURS):
-        bounds = (work.rate, work.memory) if peer == "peft" else (None, None)
+    for peer in _peers(rounds):
+        bounds = (work.rate, work.memory) if peer == work.peers[0] else (None, None)
         row = [work.name, peer]
         for value, amount, bound in zip((_rate, _peak), (_tokens, _gigabytes), bounds, strict=True):
             sides = [[value(each.sides[side]) for each in rounds if peer in each.sides] for side in (OURS, peer)]
@@ -109,6 +109,28 @@ def comparison(work: Training, rounds: Sequence[Round]) -> list[list[str]]:
             row += [*(amount(statistics.median(side)) for side in sides), spread(ratios), *verdict(ratios, bound)]
         found.append(row)
     return found
+
+
+def operation(work: Operation, rounds: Sequence[Round]) -> list[list[str]]:
+    """A row for each peer: seconds of ours and theirs, and theirs over ours; tokens a second where tokens are made."""
+    found = []
+    for peer in _peers(rounds):
+        sides = [[_rate(each.sides[side]) for each in rounds if peer in each.sides] for side in (OURS, peer)]
+        ratios = ratio(rounds, _rate, peer)
+        amount = _tokens if work.prompts else _seconds
+        bounds = verdict(ratios, work.rate if peer == work.peers[0] else None)
+        found.append(
+            [work.name, work.what, peer, *(amount(statistics.median(side)) for side in sides), spread(ratios), *bounds]
+        )
+    return found
+
+
+def _peers(rounds: Sequence[Round]) -> list[str]:
+    return list(dict.fromkeys(side for each in rounds for side in each.sides if side != OURS))
+
+
+def _seconds(rate: float) -> str:
+    return f"{1 / rate:.3f} s" if rate <= 10 else f"{1000 / rate:.2f} ms"
 
 
 def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
@@ -120,12 +142,12 @@ def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
     return [work.name, *gigaflops, spread(shares), *verdict(shares, work.utilisation)]
 
 
-def checks(work: Training, rounds: Sequence[Round]) -> Iterable[list[str]]:
-    """A row for each side of a work: what has to be the same."""
-    for side, measured in {side: found for each in rounds for side, found in each.sides.items()}.items():
-        found = [f"{measured.checks[name]:.6g}" if name in measured.checks else "" for name in work.bounds]
-        bounds = ["" if side == OURS else f"{bound:g}" for bound in work.bounds.values()]
-        yield [work.name, side, *(cell for pair in zip(found, bounds, strict=True) for cell in pair)]
+def checks(work: Work, rounds: Sequence[Round]) -> Iterable[list[str]]:
+    """A row for each number that has to be the same for everyone."""
+    measured = {side: found for each in rounds for side, found in each.sides.items()}
+    for name, bound in work.bounds.items():
+        numbers = (f"{side} {found.checks[name]:.6g}" for side, found in measured.items() if name in found.checks)
+        yield [work.name, name, ", ".join(numbers), f"{bound:g}"]
 
 
 def _rate(measured: Measurement) -> float:
@@ -137,7 +159,7 @@ def _peak(measured: Measurement) -> float:
 
 
 def _tokens(rate: float) -> str:
-    return f"{rate:,.0f}"
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def _gigabytes(count: float) -> str:
@@ -149,26 +171,33 @@ COMPARISON = (
     *("peak GB: minilora", "peer", "minilora over peer", "required", "met"),
 )
 UTILISATION = ("work", "GFLOP/s reached", "peak of matrix products", "share", "required", "met")
-CHECKS = ("work", "side", "first loss", "may differ by", "first gradient norm", "may differ by")
+OPERATIONS = ("work", "what", "peer", "minilora", "peer", "times as fast", "required", "met")
+CHECKS = ("work", "number", "of everyone", "may differ by this share")
 
 
-def spoken(work: Training, rounds: Sequence[Round]) -> str:
+def spoken(work: Work, rounds: Sequence[Round]) -> str:
     """What is known of a work so far, in a line."""
+    if isinstance(work, Operation):
+        return "; ".join(
+            f"{row[0]}: {row[3]}, {row[2]} {row[4]}, times as fast {row[5]}" for row in operation(work, rounds)
+        )
     ours = rounds[-1].sides[OURS]
     told = [f"{work.name}: {ours.rate:,.0f} tokens/s, peak {ours.peak_bytes / 1e9:.2f} GB"]
-    for row in comparison(work, rounds):
-        told.append(f"over {row[1]}: rate {row[4]}, peak {row[9]}")
+    told += [f"over {row[1]}: rate {row[4]}, peak {row[9]}" for row in comparison(work, rounds)]
     return "; ".join([*told, f"of the peak of matrix products {utilisation(work, rounds)[3]}"])
 
 
-def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Training]) -> str:
+def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     """RESULTS.md."""
     refused = [[name, found[-1]["refused"]] for name, found in lines.items() if "refused" in found[-1]]
     rounds = {name: [as_round(line) for line in found if "sides" in line] for name, found in lines.items()}
     shown = [(work, rounds[work.name]) for work in works if rounds.get(work.name) and work.name not in dict(refused)]
+    training = [each for each in shown if isinstance(each[0], Training)]
+    once = [each for each in shown if isinstance(each[0], Operation)]
     parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
-    parts.append(table(COMPARISON, [row for each in shown for row in comparison(*each)]))
-    parts.append("## Utilisation\n\n" + table(UTILISATION, [utilisation(*each) for each in shown]))
+    parts.append("## Training\n\n" + table(COMPARISON, [row for each in training for row in comparison(*each)]))
+    parts.append("## Utilisation\n\n" + table(UTILISATION, [utilisation(*each) for each in training]))
+    parts.append("## What is done at once\n\n" + table(OPERATIONS, [row for each in once for row in operation(*each)]))
     parts.append("## The same work\n\n" + table(CHECKS, [row for each in shown for row in checks(*each)]))
     if refused:
         parts.append("## Refused\n\n" + table(("work", "why"), refused))

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import make
 from benchmarks import work as works
-from benchmarks.process import Round, called, gemm_peak, in_fresh_process
-from benchmarks.work import Task, Training
+from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
+from benchmarks.work import OURS, Operation, Task, Training, Work
 
-OURS = "minilora"
-FUNCTIONS = {  # of each side, for works of training
+TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
     "peft": ("benchmarks.peers", "train_peft"),
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
     "litgpt": ("benchmarks.peers", "train_litgpt"),
 }
+
+
+def measured(task: Task, side: str) -> Measurement:
+    """What a side measures of a task, in a fresh process."""
+    if isinstance(task.work, Training):
+        module, function = TRAINING[side]
+    else:
+        module, function = f"benchmarks.{'our' if side == OURS else 'peer'}_operations", task.work.does
+    return in_fresh_process(called, module, function, replace(task, side=side))
 
 
 class Workshop:
@@ -43,30 +52,29 @@ class Workshop:
             make.adapter(self.model(model), path, dora)
         return path
 
-    def task(self, work: Training, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
+    def task(self, work: Work, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
         """All that a side of a work needs to know."""
-        model, count = self.model(work.model), work.batch_size * (warm_up + steps)
-        rows = works.rows(work.kind, count, works.config_of(model)["vocab_size"])
-        batches = make.batches(rows, work, warm_up + steps)
-        adapter = self.adapter(work.model, work.method == "dora")
-        return Task(work, model, adapter, self.device, rows, batches, warm_up)
+        model, adapter = self.model(work.model), self.adapter(work.model, work.method == "dora")
+        vocabulary = works.config_of(model)["vocab_size"]
+        if isinstance(work, Operation):
+            return Task(work, model, adapter, self.device, prompts=works.prompts(work.prompts, vocabulary))
+        rows = works.rows(work.kind, work.batch_size * (warm_up + steps), vocabulary)
+        return Task(work, model, adapter, self.device, rows, make.batches(rows, work, warm_up + steps), warm_up)
 
 
 def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
-    """In each round, what every side measured, each in a fresh process, and the peak of matrix products.
+    """In each round, what every side measured; for training the peak of matrix products, too.
 
     Raises:
-        DifferentWorkError: a side's first loss or gradient is not ours.
+        DifferentWorkError: a side did not compute what we did.
     """
-    config, measured = works.config_of(task.model), task.batches[task.warm_up :]
-    flop = sum(works.training_flops(config, batch) for batch in measured)
+    flop = sum(works.training_flops(works.config_of(task.model), batch) for batch in task.batches[task.warm_up :])
     for _ in range(count):
-        found = {side: in_fresh_process(called, *FUNCTIONS[side], task) for side in sides}
+        found = {side: measured(task, side) for side in sides}
         for side in sides[1:]:
             check_same_work(found[OURS].checks, found[side].checks, task.work.bounds, side)
-        yield Round(
-            task.work.name, found, flop, in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device))
-        )
+        peak = in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device)) if flop else 0.0
+        yield Round(task.work.name, found, flop, peak)
 
 
 class DifferentWorkError(Exception):

@@ -12,17 +12,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 RANK, ALPHA = 16, 32
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
 WARM_UP, STEPS = 2, 5
+REPEATS = 7  # of what is done at once
+NEW_TOKENS = 128
+ADAPTERS = 8  # that a model has which switches between them
+TINY_LAYERS = 32  # of a model whose linears are tiny, so that what is timed is the work on modules, not on numbers
+LINEARS = 7 * TINY_LAYERS
 SMOLLM2 = {  # SmolLM2-135M
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -49,6 +55,7 @@ LLAMA_1B = {  # Llama-3.2-1B, its first 4 layers of 16
 }
 MODELS = {"smollm2": SMOLLM2, "llama1b": LLAMA_1B}
 
+OURS = "minilora"
 Kind = Literal["fixed", "real", "long"]
 Method = Literal["lora", "dora", "qlora"]
 Row = tuple[list[int], list[int]]  # tokens, labels
@@ -94,21 +101,43 @@ class Training:
         Both compute in `dtype` and round at other places; bfloat16 has 8 bits.
         """
         return (
-            {"loss": 1e-4, "gradient norm": 1e-3} if self.dtype == "float32" else {"loss": 0.01, "gradient norm": 0.05}
+            {"loss": 1e-4, "gradient norm": 1e-3} if self.dtype == "float32" else {"loss": 2e-3, "gradient norm": 0.02}
         )
 
 
 @dataclass(frozen=True)
-class Task:
-    """A work of training as a side is given it: where model and adapter to begin with are, and the rows."""
+class Operation:
+    """What is done at once, not in steps; what is required holds beside the first of the peers."""
 
-    work: Training
+    name: str
+    does: str  # the function of each side
+    what: str
+    peers: tuple[str, ...] = ("peft",)
+    dtype: str = "bfloat16"
+    rate: Bound | None = None  # the peer's time over ours
+    bounds: dict[str, float] = field(default_factory=dict)  # how far results may be apart, relative to the peer's
+    prompts: tuple[int, ...] = ()  # of which lengths
+    model: str = "smollm2"
+    memory: Bound | None = None
+    method: Method = "lora"
+
+
+Work = Training | Operation
+
+
+@dataclass(frozen=True)
+class Task:
+    """A work as a side is given it: where model and adapter to begin with are, and the rows, of which it needs some."""
+
+    work: Any
     model: Path
     adapter: Path
     device: str
-    rows: list[Row]
-    batches: list[list[Row]]  # the same rows, as minilora's loop takes them in turn
-    warm_up: int
+    rows: Sequence[Row] = ()
+    batches: Sequence[list[Row]] = ()  # the same rows, as minilora's loop takes them in turn
+    warm_up: int = 0
+    prompts: Sequence[list[int]] = ()
+    side: str = OURS
 
 
 def trainings() -> list[Training]:
@@ -137,6 +166,47 @@ def trainings() -> list[Training]:
     ]
 
 
+def operations() -> list[Operation]:
+    """All that is done at once."""
+    least, same, close = (lambda limit: Bound("at least", limit)), {"result": 0.0}, {"result": 1e-4}
+    bnb = ("bitsandbytes-pytorch", "bitsandbytes")
+    texts = {"prompts": (32,), "bounds": same}
+    return [
+        Operation("generate", "generate", "128 tokens after 32, the adapter not merged", **texts),
+        Operation("generate-fp32", "generate", "the same in float32", dtype="float32", **texts),
+        Operation(
+            "generate-batch",
+            "generate",
+            "128 tokens for 8 prompts of 16 to 128",
+            prompts=tuple(range(16, 129, 16)),
+            bounds=same,
+        ),
+        Operation("load", "load", "SmolLM2 in bfloat16", rate=least(2), bounds=close),
+        Operation("load-nf4", "load", "the same into four bits", method="qlora"),
+        Operation(
+            "import",
+            "import_",
+            "python -c 'import …'",
+            ("torch", "transformers", "peft"),
+            rate=Bound("at least", 1 / 1.2),
+        ),
+        Operation("help", "help_", "minilora --help, beside python -c 'import torch'", ("torch",)),
+        Operation("merge", "merge", "an adapter on 210 linears folded into them", bounds=close),
+        Operation("save-adapter", "save_adapter", "its files", bounds={"result": 0.01}),
+        Operation("save-model", "save_model", "the model's files", bounds={"result": 0.01}),
+        Operation("attach", "attach", f"an adapter to {LINEARS} linears", rate=least(1)),
+        Operation("switch", "switch", f"to the next of {ADAPTERS} adapters of {LINEARS} linears", rate=least(5)),
+        Operation("disable", "disable", "no adapter for the length of an empty block", rate=least(5)),
+        Operation("load-adapter", "load_adapter", f"the files of an adapter of {LINEARS} linears"),
+        Operation(
+            "quantize", "quantize", "SmolLM2's linears, nested scales", ("bitsandbytes",), rate=least(4), bounds=same
+        ),
+        Operation("dequantize", "dequantize", "SmolLM2's linears", bnb, bounds=close),
+        Operation("dequantize-2048", "dequantize", "a weight of 2048 x 2048", bnb, rate=least(10), bounds=close),
+        Operation("dequantize-4096", "dequantize", "a weight of 4096 x 4096", bnb, rate=least(10), bounds=close),
+    ]
+
+
 def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
     """Random tokens, the same at every call."""
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +221,25 @@ def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
         asked = length // 2 if kind == "real" else 0
         found.append((tokens, [IGNORE_INDEX] * asked + tokens[asked:]))
     return found
+
+
+def prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
+    """Random tokens to go on from, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def square_weight(side: int, device: str) -> Tensor:
+    """Of a linear such as larger models have, in bfloat16."""
+    return torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+
+
+def tiny_llama() -> nn.Module:
+    """A model of transformers with many small linears."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": TINY_LAYERS}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
 
 
 def training_flops(config: dict[str, Any], batch: Sequence[Row]) -> float:

@@ -1,0 +1,144 @@
+"""minilora's side of what is done at once; each function is what an operation `does`."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+from typing import Any
+
+from torch import Tensor
+
+import minilora as ml
+from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
+from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
+from minilora.lora.find import linear_layers
+from minilora.quant.nf4 import Layout, pack, unpack
+
+TINY_CONFIG = ml.LoraConfig(r=8, target_modules=TARGETS)
+
+
+def loaded(task: Task) -> Any:
+    """The base."""
+    return ml.load_model(task.model, task.work.dtype, task.device, "nf4" if task.work.method == "qlora" else None)
+
+
+def adapted(task: Task) -> Any:
+    """The base with the adapter, not to be trained."""
+    model = loaded(task)
+    ml.load_adapter(model, task.adapter)
+    return model.eval()
+
+
+def generate(task: Task) -> Measurement:
+    """The result is the sum of the new tokens; in bfloat16 of the first ones, since close calls end otherwise."""
+    peak = Peak(task.device)
+    model, compared = adapted(task), NEW_TOKENS if task.work.dtype == "float32" else 1
+
+    def write(count: int) -> list[list[int]]:
+        return ml.generate(model, task.prompts, max_new_tokens=count)
+
+    amount = NEW_TOKENS * len(task.prompts)
+    return repeated(peak, lambda _: write(NEW_TOKENS), amount=amount, result=lambda: sum(map(sum, write(compared))))
+
+
+def load(task: Task) -> Measurement:
+    return repeated(Peak(task.device), lambda _: loaded(task), result=lambda: norm_of(loaded(task).parameters()))
+
+
+def import_(task: Task) -> Measurement:
+    return repeated(Peak(task.device), python("-c", "import minilora"))
+
+
+def help_(task: Task) -> Measurement:
+    return repeated(Peak(task.device), python("-m", "minilora", "--help"))
+
+
+def merge(task: Task) -> Measurement:
+    peak, model = Peak(task.device), adapted(task)
+
+    def result() -> float:
+        ml.merge(model)
+        return norm_of(model.parameters())
+
+    return repeated(peak, ml.merge, lambda: copy.deepcopy(model), result=result)
+
+
+def save_adapter(task: Task) -> Measurement:
+    peak, model = Peak(task.device), adapted(task)
+    with tempfile.TemporaryDirectory() as folder:
+        return repeated(peak, lambda _: ml.save_adapter(model, folder), result=lambda: size_of(folder))
+
+
+def save_model(task: Task) -> Measurement:
+    peak, model = Peak(task.device), loaded(task)
+    with tempfile.TemporaryDirectory() as folder:
+        return repeated(peak, lambda _: ml.save_model(model, folder), result=lambda: size_of(folder))
+
+
+def with_adapters() -> Any:
+    """A model that has several."""
+    model = tiny_llama()
+    for i in range(ADAPTERS):
+        ml.attach(model, TINY_CONFIG, f"{i}")
+    return model
+
+
+def attach(task: Task) -> Measurement:
+    return repeated(Peak(task.device), lambda model: ml.attach(model, TINY_CONFIG), tiny_llama)
+
+
+def switch(task: Task) -> Measurement:
+    peak, model, names = Peak(task.device), with_adapters(), itertools.cycle(f"{i}" for i in range(ADAPTERS))
+    return repeated(peak, lambda _: ml.set_adapter(model, next(names)))
+
+
+def disable(task: Task) -> Measurement:
+    peak, model = Peak(task.device), with_adapters()
+
+    def do(_: Any) -> None:
+        with ml.disable_adapter(model):
+            pass
+
+    return repeated(peak, do)
+
+
+def load_adapter(task: Task) -> Measurement:
+    peak, model = Peak(task.device), tiny_llama()
+    ml.attach(model, TINY_CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        ml.save_adapter(model, folder)
+        return repeated(peak, lambda model: ml.load_adapter(model, folder), tiny_llama)
+
+
+def weights(task: Task) -> list[Tensor]:
+    """Of the model's linears but the head, or one square one of the side in the operation's name."""
+    _, _, side = task.work.name.partition("-")
+    if side:
+        return [square_weight(int(side), task.device)]
+    return [linear.weight.detach() for path, linear in linear_layers(loaded(task)).items() if path != "lm_head"]
+
+
+def quantize(task: Task) -> Measurement:
+    """The result is the sum of all bytes of codes."""
+    peak, dense = Peak(task.device), weights(task)
+
+    def codes() -> float:
+        return sum(int(pack(weight).packed.long().sum()) for weight in dense)
+
+    def do(_: Any) -> None:
+        for weight in dense:
+            pack(weight)
+
+    return repeated(peak, do, result=codes)
+
+
+def dequantize(task: Task) -> Measurement:
+    peak = Peak(task.device)
+    packed = [(pack(weight), Layout(tuple(weight.shape), weight.dtype), weight.dtype) for weight in weights(task)]
+
+    def do(_: Any) -> None:
+        for each in packed:
+            unpack(*each)
+
+    return repeated(peak, do, result=lambda: norm_of(unpack(*each) for each in packed))
