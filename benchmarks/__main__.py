@@ -8,20 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks import results, turns, work
+from benchmarks import growth, results, turns, work
+from benchmarks.process import Round
 
 HERE = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a work was refused."""
-    known = {each.name: each for each in [*work.trainings(), *work.operations()]}
+    known = {each.name: each for each in work.works()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
     parser.add_argument("--device", default="cpu")
@@ -37,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         shop = turns.Workshop(Path(folder), args.model, args.device)
         for name in args.only:
-            peers = [peer for peer in known[name].peers if args.peers is None or peer in args.peers]
             found = []
             try:
-                for each in turns.rounds(shop.task(known[name]), [turns.OURS, *peers], args.rounds):
+                for each in measured(known[name], shop, args.rounds, args.peers):
                     results.keep(log, here, state, asdict(each))
                     found.append(each)
                     print(results.spoken(known[name], found), flush=True)
@@ -48,8 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.keep(log, here, state, {"work": name, "refused": str(error)})
                 refused = True
                 print(f"{name}: refused, {error}", flush=True)
-    args.out.write_text(results.page(results.kept(log, here), list(known.values())), encoding="utf-8")
+    kept = results.kept(log, here)
+    for grown in work.growths():
+        if grown.name in kept:
+            growth.draw(grown, results.as_round(kept[grown.name][-1]), args.out.parent / f"{grown.name}.svg")
+    args.out.write_text(results.page(kept, list(known.values())), encoding="utf-8")
     return int(refused)
+
+
+def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence[str] | None) -> Iterator[Round]:
+    """The rounds of a work; a curve takes one."""
+    if isinstance(each, work.Growth):
+        yield growth.measure(each, shop)
+    else:
+        sides = [work.OURS, *(peer for peer in each.peers if peers is None or peer in peers)]
+        yield from turns.rounds(shop.task(each), sides, rounds)
 
 
 if __name__ == "__main__":

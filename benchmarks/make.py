@@ -9,10 +9,11 @@ import torch
 
 import minilora as ml
 from benchmarks.ours import train_config
-from benchmarks.work import ALPHA, RANK, TARGETS, Row, Training
+from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, labelled
 from minilora.model.config import LlamaConfig
 from minilora.model.llama import Llama
 from minilora.train.batch import plan_steps
+from minilora.train.memory import forecast
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:
@@ -21,10 +22,15 @@ def random_model(config: dict[str, Any], directory: Path) -> None:
     ml.save_model(model.to(torch.bfloat16), directory, ml.load_tokenizer("minilora/builtin"))
 
 
-def adapter(model: Path, directory: Path, dora: bool) -> None:
+def adapter_config(dora: bool, rank: int = RANK) -> ml.LoraConfig:
+    """On all seven linears of a block."""
+    return ml.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=dora)
+
+
+def adapter(model: Path, directory: Path, dora: bool, rank: int = RANK) -> None:
     """An adapter that everyone begins with; with B = 0 a mistake in scale or in A would not be seen in the loss."""
     found = ml.load_model(model)
-    ml.attach(found, ml.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=dora))
+    ml.attach(found, adapter_config(dora, rank))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in found.named_parameters():
         if "lora_B" in name:
@@ -36,3 +42,13 @@ def batches(rows: list[Row], work: Training, steps: int) -> list[list[Row]]:
     """The rows of each step, in the order in which minilora's loop takes them; peers are given the same."""
     plan = plan_steps([len(tokens) for tokens, _ in rows], train_config(work, steps))
     return [[rows[row] for micro_batch in step for row in micro_batch] for step in plan]
+
+
+def forecast_bytes(task: Task) -> int:
+    """What minilora tells in advance of the peak of a task of training; no number is read for that."""
+    work, config = task.work, train_config(task.work, len(task.batches))
+    model = ml.load_model(task.model, work.dtype, "meta", "nf4" if work.method == "qlora" else None)
+    ml.attach(model, adapter_config(work.method == "dora"))
+    batch = max(task.batches, key=lambda rows: sum(len(tokens) for tokens, _ in rows))
+    lengths = [len(tokens) for tokens, _ in batch]
+    return forecast(model, lengths, labelled(batch), config, torch.device(task.device)).peak

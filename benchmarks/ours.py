@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def train(task: Task) -> Measurement:
     work, device = task.work, torch.device(task.device)
     peak = Peak(task.device)
     model = ml.load_model(task.model, work.dtype, device, "nf4" if work.method == "qlora" else None)
+    for i in range(1, task.adapters):
+        ml.load_adapter(model, task.adapter, f"{i}")
     ml.load_adapter(model, task.adapter, trainable=True)
     examples = [ml.Example(tokens, labels) for tokens, labels in task.rows]
     records: list[dict[str, Any]] = []
@@ -42,3 +45,8 @@ def train(task: Task) -> Measurement:
     checks = {"loss": records[0]["loss"], "gradient norm": records[0]["grad_norm"]}
     tokens = [record["tokens"] for record in records]
     return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)
+
+
+def train_dense(task: Task) -> Measurement:
+    """The same on a base that is not quantized, so that losses differ."""
+    return replace(train(replace(task, work=replace(task.work, method="lora"))), checks={})

@@ -39,12 +39,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Round:
-    """A turn of every side at one work, and what there was to do: FLOP of the measured steps."""
+    """A turn of every side at one work. Of training: FLOP of the measured steps, and what the machine can do."""
 
     work: str
     sides: dict[str, Measurement]
-    flop: float
-    gemm_peak: float  # FLOP a second
+    flop: float = 0.0
+    gemm_peak: float = 0.0  # FLOP a second
+    forecast_bytes: int = 0  # of our peak
 
 
 class Clock:

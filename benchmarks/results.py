@@ -11,14 +11,16 @@ import platform
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import minilora
+from benchmarks import growth
 from benchmarks.process import Measurement, Round
-from benchmarks.work import OURS, Bound, Operation, Training, Work
+from benchmarks.work import OURS, Bound, Growth, Operation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
@@ -74,7 +76,7 @@ def kept(path: Path, surroundings: dict[str, str]) -> dict[str, list[dict[str, A
 def as_round(line: dict[str, Any]) -> Round:
     """A line, as what it was made of."""
     sides = {side: Measurement(**measured) for side, measured in line["sides"].items()}
-    return Round(line["work"], sides, line["flop"], line["gemm_peak"])
+    return Round(**{field.name: line[field.name] for field in fields(Round)} | {"sides": sides})
 
 
 def ratio(rounds: Sequence[Round], value: Callable[[Measurement], float], peer: str) -> list[float]:
@@ -134,12 +136,13 @@ def _seconds(rate: float) -> str:
 
 
 def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
-    """A row: FLOP a second that were reached, the peak of matrix products, and the first as a share of the second."""
+    """A row: FLOP a second over the peak of matrix products, and the peak of memory over what was told of it."""
     reached = [each.flop / sum(each.sides[OURS].seconds) for each in rounds]
-    shares = [flops / each.gemm_peak for flops, each in zip(reached, rounds, strict=True)]
     peaks = [each.gemm_peak for each in rounds]
+    shares = [flops / peak for flops, peak in zip(reached, peaks, strict=True)]
+    told = [each.sides[OURS].peak_bytes / each.forecast_bytes for each in rounds]
     gigaflops = [f"{statistics.median(values) / 1e9:,.0f}" for values in (reached, peaks)]
-    return [work.name, *gigaflops, spread(shares), *verdict(shares, work.utilisation)]
+    return [work.name, *gigaflops, spread(shares), *verdict(shares, work.utilisation), spread(told)]
 
 
 def checks(work: Work, rounds: Sequence[Round]) -> Iterable[list[str]]:
@@ -170,13 +173,23 @@ COMPARISON = (
     *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer", "required", "met"),
     *("peak GB: minilora", "peer", "minilora over peer", "required", "met"),
 )
-UTILISATION = ("work", "GFLOP/s reached", "peak of matrix products", "share", "required", "met")
+UTILISATION = (
+    "work",
+    "GFLOP/s reached",
+    "peak of matrix products",
+    "share",
+    "required",
+    "met",
+    "peak memory over forecast",
+)
 OPERATIONS = ("work", "what", "peer", "minilora", "peer", "times as fast", "required", "met")
 CHECKS = ("work", "number", "of everyone", "may differ by this share")
 
 
 def spoken(work: Work, rounds: Sequence[Round]) -> str:
     """What is known of a work so far, in a line."""
+    if isinstance(work, Growth):
+        return f"{work.name}: {growth.sentences(work, rounds[-1])}"
     if isinstance(work, Operation):
         return "; ".join(
             f"{row[0]}: {row[3]}, {row[2]} {row[4]}, times as fast {row[5]}" for row in operation(work, rounds)
@@ -196,9 +209,16 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     once = [each for each in shown if isinstance(each[0], Operation)]
     parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
     parts.append("## Training\n\n" + table(COMPARISON, [row for each in training for row in comparison(*each)]))
-    parts.append("## Utilisation\n\n" + table(UTILISATION, [utilisation(*each) for each in training]))
+    parts.append(
+        "## What the machine can do, and what was told of memory\n\n"
+        + table(UTILISATION, [utilisation(*each) for each in training])
+    )
     parts.append("## What is done at once\n\n" + table(OPERATIONS, [row for each in once for row in operation(*each)]))
-    parts.append("## The same work\n\n" + table(CHECKS, [row for each in shown for row in checks(*each)]))
+    parts.append("## The same work\n\n" + table(CHECKS, [row for each in training + once for row in checks(*each)]))
+    parts.append("## Growth")
+    for each, measured in shown:
+        if isinstance(each, Growth):
+            parts.append(f"![{each.name}]({each.name}.svg)\n\n{growth.sentences(each, measured[-1])}")
     if refused:
         parts.append("## Refused\n\n" + table(("work", "why"), refused))
     return "\n\n".join(parts) + "\n"

@@ -15,6 +15,7 @@ from benchmarks.work import OURS, Operation, Task, Training, Work
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
+    "lora": ("benchmarks.ours", "train_dense"),
     "peft": ("benchmarks.peers", "train_peft"),
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
@@ -45,11 +46,19 @@ class Workshop:
             self.models[name] = self.folder / name
         return self.models[name]
 
-    def adapter(self, model: str, dora: bool) -> Path:
+    def layers(self, count: int) -> str:
+        """The name of a model of SmolLM2's sizes, but for its number of layers."""
+        name = f"{count} layers"
+        if name not in self.models:
+            make.random_model({**works.SMOLLM2, "num_hidden_layers": count}, self.folder / name)
+            self.models[name] = self.folder / name
+        return name
+
+    def adapter(self, model: str, dora: bool = False, rank: int = works.RANK) -> Path:
         """An adapter of a model."""
-        path = self.folder / f"{model}-{'dora' if dora else 'lora'}"
+        path = self.folder / f"{model}-{'dora' if dora else 'lora'}-{rank}"
         if not path.exists():
-            make.adapter(self.model(model), path, dora)
+            make.adapter(self.model(model), path, dora, rank)
         return path
 
     def task(self, work: Work, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
@@ -73,8 +82,11 @@ def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
         found = {side: measured(task, side) for side in sides}
         for side in sides[1:]:
             check_same_work(found[OURS].checks, found[side].checks, task.work.bounds, side)
-        peak = in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device)) if flop else 0.0
-        yield Round(task.work.name, found, flop, peak)
+        if isinstance(task.work, Training):
+            peak = in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device))
+            yield Round(task.work.name, found, flop, peak, make.forecast_bytes(task))
+        else:
+            yield Round(task.work.name, found)
 
 
 class DifferentWorkError(Exception):

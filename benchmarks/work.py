@@ -77,7 +77,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Training:
-    """Steps of AdamW on an adapter; what is required holds beside PEFT."""
+    """Steps of AdamW on an adapter; what is required holds beside the first of the peers."""
 
     name: str
     dtype: str
@@ -85,7 +85,7 @@ class Training:
     method: Method = "lora"
     recompute: bool = False
     model: str = "smollm2"
-    rate: Bound | None = None  # ours over PEFT's, in tokens a second
+    rate: Bound | None = None  # ours over the peer's, in tokens a second
     memory: Bound | None = None
     utilisation: Bound | None = None
     peers: tuple[str, ...] = ("peft",)
@@ -122,7 +122,17 @@ class Operation:
     method: Method = "lora"
 
 
-Work = Training | Operation
+@dataclass(frozen=True)
+class Growth:
+    """Steps of training while one size grows, and everything else stays."""
+
+    name: str
+    size: Literal["tokens", "rank", "layers", "adapters"]
+    points: tuple[int, ...]
+    peers: tuple[str, ...] = ()
+
+
+Work = Training | Operation | Growth
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ class Task:
     rows: Sequence[Row] = ()
     batches: Sequence[list[Row]] = ()  # the same rows, as minilora's loop takes them in turn
     warm_up: int = 0
+    adapters: int = 1  # that are loaded; one of them is trained
     prompts: Sequence[list[int]] = ()
     side: str = OURS
 
@@ -158,6 +169,7 @@ def trainings() -> list[Training]:
         Training("bf16-real-recompute", bf16, "real", recompute=True),
         Training("bf16-long", bf16, "long"),
         Training("bf16-long-recompute", bf16, "long", recompute=True),
+        Training("qlora-fixed", bf16, "fixed", "qlora", rate=least(0.87), peers=("lora", "peft")),
         Training("qlora-real", bf16, "real", "qlora"),
         Training("dora-real", bf16, "real", "dora"),
         Training("llama1b-bf16-fixed", bf16, "fixed", model="llama1b"),
@@ -207,6 +219,21 @@ def operations() -> list[Operation]:
     ]
 
 
+def growths() -> list[Growth]:
+    """What grows: tokens of one document; else there are 1,024 of them."""
+    return [
+        Growth("growth-tokens", "tokens", (256, 512, 1024, 2048, 4096, 8192)),
+        Growth("growth-rank", "rank", (4, 16, 64, 256)),
+        Growth("growth-layers", "layers", (2, 8, 16, 32)),
+        Growth("growth-adapters", "adapters", (1, 4, 16, 64)),
+    ]
+
+
+def works() -> list[Work]:
+    """Everything that is measured."""
+    return [*trainings(), *operations(), *growths()]
+
+
 def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
     """Random tokens, the same at every call."""
     generator = torch.Generator().manual_seed(0)
@@ -242,7 +269,12 @@ def tiny_llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
 
 
-def training_flops(config: dict[str, Any], batch: Sequence[Row]) -> float:
+def labelled(batch: Sequence[Row]) -> int:
+    """How many tokens are learned; a row's first is never predicted."""
+    return sum(label != IGNORE_INDEX for _, labels in batch for label in labels[1:])
+
+
+def training_flops(config: dict[str, Any], batch: Sequence[Row], rank: int = RANK) -> float:
     """FLOP of forward and backward passes that no way of computing LoRA's gradient can do without.
 
     A frozen linear (n, m) with an adapter takes T (4 m n + 6 r (m + n)): forward, the gradient of its input, and the
@@ -251,14 +283,13 @@ def training_flops(config: dict[str, Any], batch: Sequence[Row]) -> float:
     recomputed in blocks does not count: it is a way to save memory.
     """
     lengths = [len(tokens) for tokens, _ in batch]
-    labelled = sum(label != IGNORE_INDEX for _, labels in batch for label in labels[1:])
     H, F, V = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
     E = config.get("head_dim") or H // config["num_attention_heads"]
     D, K = config["num_attention_heads"] * E, config["num_key_value_heads"] * E
     linears = [(D, H), (K, H), (K, H), (H, D), (F, H), (F, H), (H, F)]
-    a_token = sum(4 * m * n + 6 * RANK * (m + n) for n, m in linears)
+    a_token = sum(4 * m * n + 6 * rank * (m + n) for n, m in linears)
     attention = sum(7 * D * T * T for T in lengths)
-    return config["num_hidden_layers"] * (a_token * sum(lengths) + attention) + 4.0 * V * H * labelled
+    return config["num_hidden_layers"] * (a_token * sum(lengths) + attention) + 4.0 * V * H * labelled(batch)
 
 
 def config_of(directory: Path) -> dict[str, Any]:
