@@ -151,7 +151,7 @@ def test_a_large_bias_is_not_stretched_nor_rounded_twice(dtype, seed):
     x = randn(seed + 50, 33, 40, dtype=dtype)
     exact = applied_by_loops(layer, x)
     assert_precision(layer(x), torch.from_numpy(exact).to(dtype), exact)
-    k, branch = 1000, layer.branch(x, *layer.adapters["new"].factors(), 7.0, lambda x: x)
+    k, branch = 1000, layer.branch(x, layer.adapters["new"], lambda x: x)
     swallowed = base(x) + (k - 1) * (base(x) - base.bias) + k * branch
     assert precision(swallowed, torch.from_numpy(exact).to(dtype), exact) > 10
 

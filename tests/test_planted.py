@@ -21,14 +21,14 @@ class Mistake(NamedTuple):
 MISTAKES = {
     "law 1: the branch is not scaled": Mistake(
         "lora/functional.py",
-        "h = scale * F.linear(x, lora_A.to(x.dtype))",
-        "h = F.linear(x, lora_A.to(x.dtype))",
+        "cast_A).to(x.dtype)).mul_(scale)",
+        "cast_A).to(x.dtype))",
         "test_bases.py::test_forward_is_the_merged_weight_applied[linear]",
     ),
     "law 1: no gradient reaches A": Mistake(
         "lora/functional.py",
-        "dA = (_rows(dh).T",
-        "dA = 0 * (_rows(dh).T",
+        "dA = (h.T @ x)",
+        "dA = (0 * h.T @ x)",
         "test_bases.py::test_gradients_are_those_of_the_merged_weight_applied[linear]",
     ),
     "law 2: B does not start at 0": Mistake(
@@ -51,8 +51,8 @@ MISTAKES = {
     ),
     "law 1: the bias is stretched, too": Mistake(
         "lora/layers.py",
-        "self.project(x, None if is_late else bias)",
-        "self.project(x, bias)",
+        "weight, None if is_late else bias, self.active",
+        "weight, bias, self.active",
         "test_bases.py::test_forward_is_the_merged_weight_applied[linear]",
     ),
     "law 1: a length is computed in the dtype of the weight": Mistake(
@@ -105,14 +105,14 @@ MISTAKES = {
     ),
     "law 4: only the first adapter acts": Mistake(
         "lora/layers.py",
-        "for name in names:\n            y = ",
-        "for name in names[:1]:\n            y = ",
+        "for name in names:\n            adapter = ",
+        "for name in names[:1]:\n            adapter = ",
         "test_layers.py::test_adapters_add_by_concatenating_ranks",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
         "lora/functional.py",
-        "dh = ctx.scale * (dy @ lora_B.to(dy.dtype))",
-        "dh = dy @ lora_B.to(dy.dtype)",
+        "h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)",
+        "h = dy @ lora_B.to(dy.dtype)",
         "test_layers.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none",
     ),
     "law 5: the gradient passes through another W than x did": Mistake(

@@ -26,10 +26,10 @@ from minilora.lora.find import (
 )
 from minilora.lora.from_data import FROM_DATA
 from minilora.lora.initialize import initial_factors
-from minilora.lora.layers import AdapterLayer, dense_linear
+from minilora.lora.layers import AdapterLayer
 from minilora.lora.parts import Part, check_places, completed, data_parts, low_rank_part, parameter_parts, targets
 from minilora.lora.tokens import TokenRows
-from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.quant.linear import NF4Linear, dense_linear, dense_weight
 
 
 def attach(

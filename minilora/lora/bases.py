@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError
 from minilora.lora.adapted import Shape, twin
-from minilora.lora.functional import lora_branch
-from minilora.lora.layers import AdapterLayer, AdapterLinear, Drop
+from minilora.lora.functional import lora_branch, lora_linear
+from minilora.lora.layers import AdapterLayer, AdapterLinear, Drop, LowRank
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -36,11 +36,14 @@ class AdapterConv1D(AdapterLayer):
         inner, out = base.weight.shape
         return (r, inner), (out, r)
 
-    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.base.weight.T, bias)
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.T, bias)
 
-    def branch(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, drop: Drop) -> Tensor:
-        return lora_branch(drop(x), lora_A, lora_B, scale)
+    def branch(self, x: Tensor, adapter: LowRank, drop: Drop) -> Tensor:
+        return lora_branch(drop(x), *adapter.arguments())
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor:
+        return lora_linear(x, weight.T, bias, *adapter.arguments())
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return twin(self.base, {"weight": weight, "bias": bias})
@@ -64,12 +67,17 @@ class AdapterEmbedding(AdapterLayer):
     def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
         return (r, base.num_embeddings), (base.embedding_dim, r)
 
-    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.base(x)
 
-    def branch(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, drop: Drop) -> Tensor:
+    def branch(self, x: Tensor, adapter: LowRank, drop: Drop) -> Tensor:
+        lora_A, lora_B = adapter.factors()
         h = F.embedding(x, lora_A.T, self.base.padding_idx)
-        return F.linear(scale * h * drop(torch.ones_like(h[..., :1])), lora_B).to(self.base.weight.dtype)
+        h = adapter.scale * h * drop(torch.ones_like(h[..., :1]))
+        return F.linear(h, lora_B).to(self.base.weight.dtype)
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor:
+        return self.project(x, weight, bias) + self.branch(x, adapter, lambda ones: ones)
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return twin(self.base, {"weight": weight})
@@ -101,12 +109,16 @@ class AdapterConv(AdapterLayer):
         ones = (1,) * len(base.kernel_size)
         return (r, base.in_channels, *base.kernel_size), (base.out_channels, r // base.groups, *ones)
 
-    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._convolve(x, self.base.weight, bias, self.base.groups)
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(x, weight, bias, self.base.groups)
 
-    def branch(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, drop: Drop) -> Tensor:
-        h = scale * self._convolve(drop(x), lora_A.to(x.dtype), None, 1)
+    def branch(self, x: Tensor, adapter: LowRank, drop: Drop) -> Tensor:
+        lora_A, lora_B = adapter.factors()
+        h = adapter.scale * self._convolve(drop(x), lora_A.to(x.dtype), None, 1)
         return CONVOLUTIONS[type(self.base)](h, lora_B.to(x.dtype), groups=self.base.groups)
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor:
+        return self.project(x, weight, bias) + self.branch(x, adapter, lambda x: x)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         base = self.base

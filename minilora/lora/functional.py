@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Remake = Callable[..., Tensor]  # (dtype, *parts) -> W
+Stored = tuple[Remake, tuple[Tensor | None, ...]]  # how W is made, and of what
+TILE = 2**18  # numbers that are worked on at a time on the CPU: 1 MB in float32
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -38,50 +43,94 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def lora_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """Δy = s·(x Aᵀ) Bᵀ  [LoRA eq. 3], computed in the dtype of x, whatever that of A and B.
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    cast: tuple[Tensor, Tensor] | None = None,
+    stored: Stored | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ  [LoRA eq. 3], computed in the dtype of x, whatever that of A and B.
 
-    Scaled in the middle, where a row has r numbers and not `out`. It has no second derivative: h, which is kept for the
-    first, knows nothing of where it came from.
+    As one function, so that neither the branch is another (N, out) nor its gradient another (N, in). It has no second
+    derivative: u, which is kept for the first, knows nothing of where it came from.
 
-    Shapes: x (N, in), lora_A (r, in), lora_B (out, r) -> (N, out)
+    `cast` are A and B in the dtype of x, if they are at hand; the gradient is that of A and B themselves. `stored` says
+    what W is made of, if it is to be made again in the backward pass and not kept.
+
+    Shapes: x (..., in), weight (out, in), bias (out), lora_A (r, in), lora_B (out, r) -> (..., out)
     """
-    return _Branch.apply(x, lora_A, lora_B, scale)[0]
+    remake, parts = stored or (None, ())
+    y, _ = _Linear.apply(_rows(x), weight, bias, lora_A, lora_B, scale, *(cast or (None, None)), remake, *parts)
+    return y.view(*x.shape[:-1], lora_B.size(0))
 
 
-class _Branch(torch.autograd.Function):
-    """h = s·x Aᵀ, Δy = h Bᵀ;  dB = dyᵀ h,  dh = s·dy B,  dA = dhᵀ x,  dx = dh A.
+def lora_branch(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, cast: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Δy = s·(x Aᵀ) Bᵀ: what A and B add, for an x of their own or a y that is there already. See `lora_linear`.
 
-    Saved are x, h and the adapter itself. Autograd alone would also keep A and B in the dtype of x, for every layer.
+    Shapes: x (..., in), lora_A (r, in), lora_B (out, r) -> (..., out)
+    """
+    y, _ = _Linear.apply(_rows(x), None, None, lora_A, lora_B, scale, *(cast or (None, None)), None)
+    return y.view(*x.shape[:-1], lora_B.size(0))
+
+
+class _Linear(torch.autograd.Function):
+    """u = s·x Aᵀ, y = x Wᵀ + b + u Bᵀ;  h = s·dy B, dx = dy W + h A,  dA = hᵀ x, dB = dyᵀ u,  dW = dyᵀ x, db = Σ dy.
+
+    Scaled in the middle, where a row has r numbers and not `out`. Saved are x, u, and A, B and W as they are stored.
+    Autograd alone would also keep A and B in the dtype of x, and a W in four bits as a dense one, for every layer.
     """
 
     @staticmethod
-    def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        h = scale * F.linear(x, lora_A.to(x.dtype))
-        return F.linear(h, lora_B.to(x.dtype)), h
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        cast_A: Tensor | None,
+        cast_B: Tensor | None,
+        remake: Remake | None,
+        *parts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        u = F.linear(x, (lora_A if cast_A is None else cast_A).to(x.dtype)).mul_(scale)
+        lora_B = (lora_B if cast_B is None else cast_B).to(u.dtype)  # under autocast that of x is wider
+        y = F.linear(u, lora_B) if weight is None else F.linear(x, weight, bias).addmm_(u, lora_B.T)
+        return y, u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, lora_A, lora_B, ctx.scale = inputs
-        ctx.save_for_backward(x, lora_A, lora_B, output[1])
+        x, weight, _, lora_A, lora_B, ctx.scale, cast_A, cast_B, ctx.remake, *parts = inputs
+        ctx.dtypes, factors = (lora_A.dtype, lora_B.dtype), (lora_A, lora_B) if cast_A is None else (cast_A, cast_B)
+        ctx.save_for_backward(x, output[1], *factors, *(parts if ctx.remake else (weight,)))
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of h, which there is none of
+        ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of u, which there is none of
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, h = ctx.saved_tensors
-        needs_dx, needs_dA, needs_dB, _ = ctx.needs_input_grad
-        dh = ctx.scale * (dy @ lora_B.to(dy.dtype))
-        dx = dh @ lora_A.to(dh.dtype) if needs_dx else None
-        dA = (_rows(dh).T @ _rows(x.to(dh.dtype))).to(lora_A.dtype) if needs_dA else None  # autocast: x is wider
-        dB = (_rows(dy).T @ _rows(h.to(dy.dtype))).to(lora_B.dtype) if needs_dB else None
-        return dx, dA, dB, None
+        x, u, lora_A, lora_B, *parts = ctx.saved_tensors
+        needs_dx, needs_dW, needs_db, needs_dA, needs_dB, *_ = ctx.needs_input_grad
+        h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
+        dx = _gradient_of_x(ctx, dy, h, lora_A.to(dy.dtype), parts) if needs_dx else None
+        x = x.to(dy.dtype)
+        dW = dy.T @ x if needs_dW else None
+        db = dy.sum(0) if needs_db else None
+        dA = (h.T @ x).to(ctx.dtypes[0]) if needs_dA else None
+        dB = (dy.T @ u).to(ctx.dtypes[1]) if needs_dB else None
+        return dx, dW, db, dA, dB, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) -> (N, D)."""
-    return x.reshape(-1, x.size(-1))
+def _gradient_of_x(ctx: Any, dy: Tensor, h: Tensor, lora_A: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
+    """dx = dy W + h A; a W that was not kept is made again here, and let go."""
+    weight = ctx.remake(dy.dtype, *parts) if ctx.remake else parts[0]
+    return h @ lora_A if weight is None else (dy @ weight.to(dy.dtype)).addmm_(h, lora_A)
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
@@ -95,6 +144,11 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """‖W + s·B A‖, the length of each row  [DoRA eq. 5], a constant for the gradient [§4.3], in float32 at least.
 
+    Of a tile of rows at a time, so that neither s·B A nor a wide W is ever there as a whole. Expanded, its square is
+    ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ) b for a row w of W and b of B. That takes the same products, but where a row nearly
+    vanishes, of large terms a small number is left: in float32, one hundredth of ‖w‖ is wrong in the third digit. Here
+    no digit is lost; and where B = 0 what is left is the sum of squares of W itself.
+
     The paper's W is (in, out) and its norm that of columns; a row here is a column there.
 
     Shapes: weight (out, in), lora_A (r, in), lora_B (out, r) -> (out)
@@ -103,8 +157,50 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     kind = weight.device.type
     as_is = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with torch.no_grad(), as_is:  # autocast would take the product in 16 bits
-        norm = torch.linalg.vector_norm(weight.to(wide) + lora_delta(lora_A.to(wide), lora_B.to(wide), scale), dim=1)
+        lora_A, tiles = lora_A.to(wide), zip(_tiles(weight), lora_B.to(wide).split(_tile(weight)), strict=True)
+        sums = (torch.addmm(w.to(wide), b, lora_A, alpha=scale) for w, b in tiles)
+        norm = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in sums])
     return norm.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has no direction: 0 / 0 is no number
+
+
+def dora_stretch(y: Tensor, k: Tensor) -> Tensor:
+    """k ⊙ y, a number for each of the outputs, computed in the wider dtype and rounded once to that of y  [DoRA eq. 5].
+
+    Shapes: y (N, out), k (out) -> (N, out)
+    """
+    rows = y.reshape(-1, *y.shape[y.dim() - k.dim() :])
+    return _Stretch.apply(rows, k).view(y.shape)
+
+
+class _Stretch(torch.autograd.Function):
+    """z = k ⊙ y;  dy = k ⊙ dz,  dk = Σ over rows of dz ∘ y.
+
+    k is float32 where y is bfloat16, or steps smaller than bfloat16's would teach it nothing. In tiles: the product of
+    two dtypes is made in the wider one, and that of all rows at once would be larger than y itself.
+    """
+
+    @staticmethod
+    def forward(y: Tensor, k: Tensor) -> Tensor:
+        z = torch.empty_like(y)
+        for part, out in zip(_tiles(y), _tiles(z), strict=True):
+            torch.mul(part, k, out=out)
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y, k = ctx.saved_tensors
+        needs_dy, needs_dk = ctx.needs_input_grad
+        dy, dk = torch.empty_like(dz), torch.zeros_like(k)
+        for part, own, out in zip(_tiles(dz), _tiles(y), _tiles(dy), strict=True):
+            wide = part.to(k.dtype)
+            dk += (wide * own).sum_to_size(k.shape) if needs_dk else 0
+            torch.mul(wide, k, out=out)
+        return dy if needs_dy else None, dk if needs_dk else None
 
 
 def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
@@ -119,3 +215,23 @@ def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
     return x * keep / (1 - p)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., D) -> (N, D)."""
+    return x.reshape(-1, x.size(-1))
+
+
+def _tiles(x: Tensor) -> tuple[Tensor, ...]:
+    """Some rows at a time."""
+    return x.split(_tile(x))
+
+
+def _tile(x: Tensor) -> int:
+    """How many rows to work on at a time.
+
+    On the CPU so many as stay in its cache. Elsewhere few launches count more, and what is compiled is one expression.
+    """
+    if torch.compiler.is_compiling():
+        return max(1, x.size(0))
+    return max(1, (TILE if x.device.type == "cpu" else 64 * TILE) // max(1, math.prod(x.shape[1:])))

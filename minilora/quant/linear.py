@@ -19,6 +19,7 @@ Whoever adapts a linear uses `dense_weight` and `apply_weight`, and never has to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,7 @@ class NF4Linear(nn.Module):
 
 
 Linear = nn.Linear | NF4Linear
+Stored = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
 
 def dense_weight(base: Any) -> Tensor:
@@ -104,44 +106,52 @@ def dense_weight(base: Any) -> Tensor:
     return weight
 
 
-def apply_weight(base: Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ, with a bias if one is given: (..., K) -> (..., N)."""
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen plain linear of these numbers."""
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+    linear.weight = _frozen(weight.detach())
+    if bias is not None:
+        linear.bias = _frozen(bias.detach())
+    return linear
+
+
+def apply_weight(base: Linear, x: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """x Wᵀ, with a bias if one is given: (..., K) -> (..., N). Who has `dense_weight(base)` already gives it along."""
+    weight = dense_weight(base) if weight is None else weight
     if isinstance(base, NF4Linear):
-        # Rows, as what a function of its own returns must not be a view: adapters add to it in place.
         rows = x.to(base.dtype).reshape(-1, base.in_features)
-        return _Product.apply(rows, bias, base.layout, *base.parts).view(*x.shape[:-1], base.out_features)
-    return F.linear(x, base.weight, bias)
+        return _Product.apply(rows, weight, bias, base.layout, *base.parts).view(*x.shape[:-1], base.out_features)
+    return F.linear(x, weight, bias)
+
+
+def stored(base: Any) -> Stored | None:
+    """How W is made again, and of what, where it is not stored as it is: remake(dtype, *parts) = W in the dtype."""
+    return (functools.partial(_remade, base.layout), base.parts) if isinstance(base, NF4Linear) else None
+
+
+def _remade(layout: Layout, dtype: torch.dtype, *parts: Any) -> Tensor:
+    return unpack(Packed(*parts), layout, dtype)
 
 
 class _Product(torch.autograd.Function):
     """y = x Wᵀ + b, and dx = dy W with W made again: what is saved is what is stored."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        bias: Tensor | None,
-        layout: Layout,
-        packed: Tensor,
-        absmax: Tensor,
-        scales: Tensor | None,
-        offset: Tensor | None,
-    ) -> Tensor:
-        weight = unpack(Packed(packed, absmax, scales, offset), layout, x.dtype)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *parts: Tensor | None) -> Tensor:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.layout, *parts = inputs
+        _, _, _, ctx.layout, *parts = inputs
         ctx.save_for_backward(*parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        packed, absmax, scales, offset = ctx.saved_tensors
-        needs_dx, needs_db, *_ = ctx.needs_input_grad
-        dx = dy @ unpack(Packed(packed, absmax, scales, offset), ctx.layout, dy.dtype) if needs_dx else None
+        needs_dx, _, needs_db, *_ = ctx.needs_input_grad
+        dx = dy @ unpack(Packed(*ctx.saved_tensors), ctx.layout, dy.dtype) if needs_dx else None
         db = dy.reshape(-1, dy.size(-1)).sum(0) if needs_db else None
-        return dx, db, *(None,) * 5
+        return dx, None, db, *(None,) * 5
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
