@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="turns of everyone at each work")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, default=list(known), help=", ".join(known))
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help="only these of a work's peers")
+    parser.add_argument("--peers", nargs="*", metavar="PEER", help="only these of a work's peers, or none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
     args = parser.parse_args(arguments)

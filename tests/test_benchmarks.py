@@ -1,90 +1,294 @@
-"""What the benchmarks count and compare; how long anything takes is no test."""
+"""What the benchmarks do and count, and what they refuse; how long anything takes is no test."""
 
-import importlib
-import math
+import ast
 import os
-import sys
+import re
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
-from tests.models import tiny_model
+from benchmarks import __main__ as command
+from benchmarks import growth, make, our_operations, ours, peer_operations, peers, process, results, turns, work
+from benchmarks.process import Measurement, Round
+from tests.tolerance import assert_maths
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where its files find each other, as scripts do
-adapters, measure, quantize = (importlib.import_module(name) for name in ("adapters", "measure", "quantize"))
-
-
-@pytest.fixture
-def directory(tmp_path):
-    model = tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=2, dtype=torch.bfloat16)
-    ml.save_model(model, tmp_path / "model")
-    return tmp_path / "model"
+SMALL = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TRAININGS, OPERATIONS = work.trainings(), work.operations()
+FOLDER = Path(work.__file__).parent
 
 
-def test_works_take_turns_and_the_first_round_does_not_count():
-    done = []
-    times = measure.alternate(2, torch.device("cpu"), lambda: done.append("a"), lambda: done.append("b"))
-    assert done == ["a", "b"] * 3
-    assert [len(seconds) for seconds in times] == [2, 2]
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A small model in SmolLM2's place."""
+    folder = tmp_path_factory.mktemp("shop")
+    make.random_model({**work.SMOLLM2, **SMALL}, folder / "model")
+    return turns.Workshop(folder, folder / "model", "cpu")
 
 
-def test_a_ratio_is_the_median_of_the_rounds_own_ratios():
-    row = measure.ratio_row("work", [1.0, 8.0, 9.0], [1.0, 2.0, 3.0], measure.Bound("at most", 3))
-    assert row == ["work", "8.000 s", "2.000 s", "3.00", "1.00 to 4.00", "at most 3", "yes"]  # 8 / 2 would be 4
+def named(name):
+    return next(each for each in work.works() if each.name == name)
+
+
+def task_of(shop, name):
+    return shop.task(named(name), warm_up=0, steps=2)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+
+
+def test_neither_side_imports_the_other():
+    theirs = {"transformers", "peft", "trl", "datasets", "litgpt", "lightning", "bitsandbytes"}
+    assert not theirs & {*imported(FOLDER / "ours.py"), *imported(FOLDER / "our_operations.py")}
+    assert not {"minilora"} & {
+        name for part in ("peers", "peer_operations", "process") for name in imported(FOLDER / f"{part}.py")
+    }
+    assert not {*theirs, "minilora"} & ({*imported(FOLDER / "work.py")} - {"transformers"})  # that is for tiny_llama
+
+
+def test_every_side_of_every_work_is_there():
+    assert {side for each in TRAININGS for side in each.peers} <= set(turns.TRAINING)
+    assert all(hasattr(module, each.does) for each in OPERATIONS for module in (our_operations, peer_operations))
+    names = [each.name for each in work.works()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("fixed", 512, 512), ("real", 20, 512), ("long", 4096, 4096)])
+def test_rows_are_the_same_at_every_call_and_half_of_a_real_one_is_learned(kind, low, high):
+    rows = work.rows(kind, 24, 4096)
+    assert rows == work.rows(kind, 24, 4096)
+    lengths = [len(tokens) for tokens, _ in rows]
+    assert min(lengths) >= low
+    assert max(lengths) <= high
+    for tokens, labels in rows:
+        asked = len(tokens) // 2 if kind == "real" else 0
+        assert labels == [work.IGNORE_INDEX] * asked + tokens[asked:]
+
+
+def test_real_lengths_have_the_stated_median_and_spread():
+    lengths = torch.tensor([float(len(tokens)) for tokens, _ in work.rows("real", 4000, 16)]).log()
+    assert abs(lengths.median().exp() - 110) < 110 * 6 * 1.2533 * 0.6 / 4000**0.5
+    assert 0.5 < lengths.std() < 0.6  # 512 cuts it
+
+
+def test_flop_of_the_linears_are_those_that_a_plain_backward_pass_counts():
+    T, r = 7, 5
+    config = {**work.SMOLLM2, **SMALL, "num_hidden_layers": 1}
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    with FlopCounterMode(display=False) as counter:
+        for n, m in shapes:
+            x, W = torch.ones(T, m, requires_grad=True), torch.ones(n, m)
+            A, B = torch.ones(r, m, requires_grad=True), torch.ones(n, r, requires_grad=True)
+            (x @ W.T + x @ A.T @ B.T).sum().backward()
+    tokens = [1] * T
+    without_head = (tokens, [work.IGNORE_INDEX] * T)
+    attention = 7 * 64 * T * T
+    assert work.training_flops(config, [without_head], r) - attention == counter.get_total_flops()
+    head = work.training_flops(config, [(tokens, tokens)], r) - work.training_flops(config, [without_head], r)
+    assert head == 4 * 4096 * 64 * (T - 1)
+
+
+def test_peers_are_given_the_rows_of_each_step_of_our_loop(shop):
+    task = task_of(shop, "fp32-real")
+    measured = ours.train(task)
+    assert measured.amounts == [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
+    alone = ours.train(replace(task, rows=task.batches[0], batches=task.batches[:1]))
+    turns.check_same_work(measured.checks, alone.checks, task.work.bounds, "the first batch alone")
+
+
+@pytest.mark.parametrize("planted", ["scale", "rows", "labels", "base"])
+def test_different_work_is_refused(shop, tmp_path, planted):
+    task = task_of(shop, "fp32-real")
+    found = ours.train(task).checks
+    turns.check_same_work(found, found, task.work.bounds, "peer")
+    if planted == "scale":
+        model = ml.load_model(task.model)
+        ml.load_adapter(model, task.adapter)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data *= 2
+        ml.save_adapter(model, tmp_path)
+        other = replace(task, adapter=tmp_path)
+    elif planted == "rows":
+        other = replace(task, rows=task.rows[::-1])
+    elif planted == "labels":
+        other = replace(task, rows=[(tokens, tokens) for tokens, _ in task.rows])
+    else:
+        other = replace(task, work=replace(task.work, method="qlora"))
+    with pytest.raises(turns.DifferentWorkError, match=r"of peft .* may differ by"):
+        turns.check_same_work(found, ours.train(other).checks, task.work.bounds, "peft")
+
+
+def test_what_is_not_finite_is_refused():
+    with pytest.raises(turns.DifferentWorkError, match="nan"):
+        turns.check_same_work({"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.1}, "peft")
 
 
 @pytest.mark.parametrize(
-    ("word", "value", "met"), [("at least", 3.9, "NO"), ("at least", 4, "yes"), ("at most", 5, "NO")]
+    "does", sorted({each.does for each in OPERATIONS} - {"attach", "switch", "disable", "load_adapter"})
 )
-def test_a_bound_says_whether_it_is_met(word, value, met):
-    assert measure.verdict(value, measure.Bound(word, 4)) == (f"{word} 4", met)
+def test_operations_of_ours_give_one_time_for_each_repetition(shop, does, monkeypatch):
+    monkeypatch.setattr(process, "REPEATS", 1)
+    monkeypatch.setattr(our_operations, "NEW_TOKENS", 3)
+    task = shop.task(next(each for each in OPERATIONS if each.does == does))
+    measured = getattr(our_operations, does)(task)
+    assert len(measured.seconds) == len(measured.amounts) == 1
+    assert measured.rate > 0
+    assert task.work.bounds.keys() <= measured.checks.keys()
 
 
 @pytest.fixture
 def _three_threads():
-    before = torch.get_num_threads()
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("_three_threads")
 def test_a_fresh_process_is_another_one_with_as_many_threads():
-    assert measure.in_fresh_process(os.getpid) != os.getpid()
-    assert measure.in_fresh_process(torch.get_num_threads) == 3
+    assert process.in_fresh_process(process.called, "os", "getpid") != os.getpid()
+    assert process.in_fresh_process(process.called, "torch", "get_num_threads") == 3
 
 
-def test_bits_are_those_of_the_tensors_and_of_the_files(directory, tmp_path):
-    tensors, files = quantize.bits_a_weight(directory, tmp_path / "packed")
-    model = ml.load_model(directory)
-    shapes = [(linear.out_features, linear.in_features) for linear in quantize.packable(model)]
-    n = sum(math.prod(shape) for shape in shapes)
-    blocks = [math.prod(shape) // 64 for shape in shapes]
-    nested = sum(8 * b + 32 * math.ceil(b / 256) + 32 for b in blocks)  # codes, scales, offset
-    assert tensors[1:] == [f"{4 + nested / n:.4f}", "4.5000"]
-    plain = sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors"))
-    assert files[2] == f"{8 * plain / ml.count_parameters(model).total:.4f}"
+def taken(count):
+    peak = process.Peak("cpu")
+    torch.ones(count, dtype=torch.uint8)
+    return peak.read()
+
+
+def test_the_peak_is_what_was_taken_since_the_imports():
+    assert 10**8 <= process.in_fresh_process(taken, 10**8) < 1.1 * 10**8
+
+
+def measurement(seconds, **checks):
+    return Measurement([seconds], [1], 10**9, checks)
+
+
+def test_a_ratio_is_the_rounds_own(shop):
+    rounds = [
+        Round("fp32-real", {"minilora": measurement(a), "peft": measurement(b)}) for a, b in ((1, 1), (2, 8), (3, 9))
+    ]
+    ratios = results.ratio(rounds, lambda measured: measured.rate, "peft")
+    assert results.spread(ratios) == "3.00 (1.00 to 4.00)"  # the medians' ratio would be 4
+    assert results.verdict(ratios, work.Bound("at least", 3)) == ("at least 3", "yes")
+    assert results.verdict(ratios, work.Bound("at most", 2.9)) == ("at most 2.9", "**no**")
+
+
+def test_lines_of_other_machines_and_of_older_states_are_left_out(tmp_path):
+    here, there = results.surroundings(torch.device("cpu")), {"machine": "m", "device": "cpu", "versions": "v"}
+    for where, state, note in ((here, "old", 1), (here, "new", 2), (there, "new", 3), (here, "new", 4)):
+        results.keep(tmp_path / "lines.jsonl", where, state, {"work": "load", "note": note})
+    kept = results.kept(tmp_path / "lines.jsonl", here)
+    assert [line["note"] for line in kept["load"]] == [2, 4]
+
+
+def columns(page):
+    """The numbers of columns of the rows of each table."""
+    tables = re.findall(r"(?:^\|.*\|\n)+", page, flags=re.MULTILINE)
+    return [{row.count("|") for row in found.splitlines()} for found in tables]
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_measures_and_writes_a_page(shop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(turns.works, "WARM_UP", 0)
+    out = tmp_path / "results" / "RESULTS.md"
+    arguments = ["--model", str(shop.model("smollm2")), "--out", str(out), "--rounds", "1", "--peers"]
+    assert command.main([*arguments, "--only", "bf16-real", "save-model"]) == 0
+    assert command.main([*arguments, "--only", "load"]) == 0
+    assert "bf16-real: " in capsys.readouterr().out
+    page = out.read_text(encoding="utf-8")
+    assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    assert all(len(found) == 1 for found in columns(page))
+    assert re.search(r"^\| bf16-real \| [\d,]+ \| [\d,]+ \| 0\.\d\d \(", page, flags=re.MULTILINE)
+    assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in page
+    assert "torch 2." in page
+
+
+def test_a_page_shows_what_was_required_and_what_was_refused():
+    sides = {"minilora": measurement(1.0, loss=2.0), "peft": measurement(1.5, loss=2.0)}
+    lines = {
+        "dora-fixed": [{"work": "dora-fixed", **vars(Round("dora-fixed", {}, 1e9, 4e9, 10**9))}],
+        "bf16-real": [{"work": "bf16-real", "refused": "loss 1, of peft 2"}],
+        "switch": [{"work": "switch", **vars(Round("switch", {}))}],
+    }
+    for name in ("dora-fixed", "switch"):
+        lines[name][0]["sides"] = {side: vars(measured) for side, measured in sides.items()}
+    for found in lines.values():
+        found[0] |= {"date": "2000-01-01", "machine": "m", "versions": "v", "source": "s"}
+    page = results.page(lines, work.works())
+    assert all(len(found) == 1 for found in columns(page))
+    assert "1.50 (1.50 to 1.50) | at least 1.7 | **no** |" in page  # rate of DoRA
+    assert "1.00 (1.00 to 1.00) | at most 0.45 | **no** |" in page
+    assert "1.50 (1.50 to 1.50) | at least 5 | **no** |" in page
+    assert "| bf16-real | loss 1, of peft 2 |" in page
+    assert "| dora-fixed | loss | minilora 2, peft 2 | 0.002 |" in page
+
+
+def test_a_curve_that_grows_otherwise_than_expected_is_told():
+    sizes = [1, 2, 4, 8]
+    straight = growth.curve(sizes, [3 + 2 * n for n in sizes], sizes)
+    assert_maths(torch.tensor(straight.fitted), torch.tensor(straight.found))
+    assert straight.sentence("Time", "FLOP").startswith("Time grows as")
+    squared = growth.curve(sizes, [n * n for n in sizes], sizes)
+    assert "**not** grow" in squared.sentence("Time", "FLOP")
+    constant = growth.curve(sizes, [5.0] * 4, [7.0] * 4)
+    assert_maths(torch.tensor(constant.fitted), torch.tensor(constant.found))
+
+
+def test_a_size_that_grows_changes_nothing_else(shop):
+    for each in work.growths():
+        tasks = [growth.at(each, point, shop) for point in each.points[:2] if each.size != "layers"]
+        for one, other in pairwise(tasks):
+            changed = {key for key in vars(one) if getattr(one, key) != getattr(other, key)}
+            assert changed == {"tokens": {"rows", "batches"}, "rank": {"adapter"}, "adapters": {"adapters"}}[each.size]
+
+
+def test_a_picture_is_drawn_of_a_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    each = Round("growth-rank", {f"{n}": replace(measurement(1.0 * n, flop=2.0 * n), peak_bytes=n) for n in (1, 2, 4)})
+    growth.draw(named("growth-rank"), each, tmp_path / "growth.svg")
+    assert "</svg>" in (tmp_path / "growth.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-def test_the_benchmark_prints_its_tables(directory, capsys):
-    pytest.importorskip("bitsandbytes")
-    quantize.main(["--model", str(directory), "--runs", "1"])
-    printed = capsys.readouterr().out
-    for head in (measure.RATIOS, quantize.MEMORY, quantize.SIZE):
-        assert f"| {' | '.join(head)} |\n" in printed
-    assert "14 linears" in printed
+@pytest.mark.parametrize(
+    "name", ["bf16-real", "fp32-real", "qlora-fixed-recompute", "dora-fixed", "bf16-long-recompute"]
+)
+def test_peft_does_the_same_work(shop, name):
+    task = task_of(shop, name)
+    turns.check_same_work(ours.train(task).checks, peers.train_peft(task).checks, task.work.bounds, "peft")
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-def test_the_benchmark_of_adapters_prints_its_table(capsys):
-    pytest.importorskip("peft")
-    adapters.main(["--layers", "1", "--runs", "1"])
-    printed = capsys.readouterr().out
-    assert "7 linears, 8 adapters" in printed
-    for what in ("attach", "switch", "disable and enable", "load"):
-        assert f"| {what}, PEFT's time over ours |" in printed
+@pytest.mark.parametrize(("side", "module"), [("trl", "trl"), ("trl-best", "trl"), ("litgpt", "litgpt")])
+def test_other_peers_do_the_same_work(shop, side, module):
+    pytest.importorskip(module)
+    task = task_of(shop, "bf16-real")
+    theirs = getattr(peers, turns.TRAINING[side][1])(task)
+    assert len(theirs.seconds) == len(theirs.amounts) == 2
+    turns.check_same_work(ours.train(task).checks, theirs.checks, task.work.bounds, side)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("each", OPERATIONS, ids=lambda each: each.name)
+def test_peers_do_the_same_operations(shop, each, monkeypatch):
+    monkeypatch.setattr(process, "REPEATS", 1)
+    for module in (our_operations, peer_operations):
+        monkeypatch.setattr(module, "NEW_TOKENS", 3)
+    task = shop.task(each)
+    mine = getattr(our_operations, each.does)(task)
+    for side in each.peers:
+        theirs = getattr(peer_operations, each.does)(replace(task, side=side))
+        turns.check_same_work(mine.checks, theirs.checks, each.bounds, side)
+        assert each.bounds.keys() <= theirs.checks.keys()
