@@ -38,7 +38,7 @@ from minilora.model.tokenizer import load_tokenizer
 from minilora.model.vocabulary import grow_vocabulary
 from minilora.quant.config import QuantizeConfig
 from minilora.report import TensorBoard
-from minilora.run_memory import check_memory, memory_of
+from minilora.run_memory import check_memory, choose_recompute
 from minilora.settings import RunConfig, default_settings, resolve
 from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
 from minilora.train.config import DataConfig, TrainConfig
@@ -46,6 +46,7 @@ from minilora.train.diagnose import peak_memory_bytes
 from minilora.train.evaluate import ClassScores, Drift, Scores, write_samples
 from minilora.train.fingerprint import bookkeeping
 from minilora.train.loop import Record, TrainResult, train
+from minilora.train.memory import Forecast
 from minilora.train.objective import start_losses
 from minilora.train.state import checkpoints, newest_step
 
@@ -168,13 +169,21 @@ class Run:
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         device = pick_device(self.config.device)
-        if device.type != "meta" and not is_forced:
-            check_memory(self, data, device, memory_of(self, data, device))
+        if device.type != "meta" and not (is_forced and self.training.recompute != "auto"):
+            told = self.fit(data, device)
+            if not is_forced:
+                check_memory(self, data, device, told)
         model = self.base_for(data, self.dtype, device, self.quantization)
         if not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.lora_for(data), seed=self.training.seed, losses=losses)
         return model, data, count_parameters(model)
+
+    def fit(self, data: Data, device: torch.device) -> Forecast:
+        """What the run takes on a device; how it recomputes is chosen, if that was left open."""
+        recompute, told = choose_recompute(self, data, device)
+        self.training = replace(self.training, recompute=recompute)
+        return told
 
     def base_for(
         self, data: Data, dtype: torch.dtype | str, device: torch.device | str, quantization: QuantizeConfig
@@ -227,6 +236,7 @@ class Run:
         time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
         start = {"time": time.isoformat(), "step": step}
         start |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+        start |= {"recompute": self.training.recompute}
         starts = [*earlier["starts"], start]
         prompts = "template" if data.train.conversations else "plain"  # how the adapter wants to be asked
         record = {"config": self.resolved, "versions": versions, "data_sha256": data.files, "prompts": prompts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -12,11 +12,10 @@ from minilora.errors import TrainingError
 from minilora.inputs import Data
 from minilora.lora.attach import attach
 from minilora.model.checkpoint import resolve_dtype
-from minilora.train.batch import plan_steps
+from minilora.model.recompute import Recompute
 from minilora.train.data import Example
 from minilora.train.diagnose import free_memory_bytes
-from minilora.train.memory import Forecast, amount, forecast
-from minilora.train.objective import groups_to_evaluate
+from minilora.train.memory import Forecast, amount, fitting, forecast, largest, largest_evaluation
 
 if TYPE_CHECKING:
     from minilora.run import Run
@@ -38,18 +37,17 @@ def memory_of(run: Run, data: Data, device: torch.device, **changes: Any) -> For
     def lengths(examples: Sequence[Example]) -> list[int]:
         return [min(len(example.tokens), changes.get("max_length", len(example.tokens))) for example in examples]
 
-    trained = lengths(data.train)
-    batches = [rows for micro_batches in plan_steps(trained, training) for rows in micro_batches]
-    batch = max(batches, key=lambda rows: sum(trained[row] for row in rows))
-    labelled = sum(min(data.train[row].labelled, trained[row]) for row in batch)
-    evaluated = [
-        [found[row] for row in rows]
-        for found in map(lengths, (data.valid, data.test, data.general))
-        for rows in groups_to_evaluate(found)
-    ]
-    return forecast(
-        model, [trained[row] for row in batch], labelled, training, device, max(evaluated, key=sum, default=())
-    )
+    labelled = [example.labelled for example in data.train]
+    rows = largest(lengths(data.train), labelled, training)
+    evaluated = largest_evaluation(*map(lengths, (data.valid, data.test, data.general)))
+    return forecast(model, *rows, training, device, evaluated)
+
+
+def choose_recompute(run: Run, data: Data, device: torch.device) -> tuple[Recompute, Forecast]:
+    """How the run recomputes, with `auto` the fastest way that fits; and what the run takes then."""
+    wanted = run.training.recompute
+    ways = get_args(Recompute) if wanted == "auto" else (wanted,)
+    return fitting(lambda way: memory_of(run, data, device, recompute=way), free_memory_bytes(device), ways)
 
 
 def check_memory(run: Run, data: Data, device: torch.device, told: Forecast) -> None:

@@ -1,6 +1,6 @@
-from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -24,16 +24,20 @@ def examples(draw):
     return ml.Example(tokens, [t if here else IGNORE_INDEX for t, here in zip(tokens, is_learned, strict=True)])
 
 
-@given(lengths, sizes, sizes, st.integers(1, 3), seeds)
-def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed):
+@given(lengths, sizes, sizes, st.integers(1, 3), seeds, st.none() | st.integers(1, 20), st.integers(1, 9))
+def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed, budget, window):
     config = ml.TrainConfig(
-        batch_size=batch_size, gradient_accumulation_steps=accumulation, epochs=epochs, seed=seed, batch_tokens=None
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        epochs=epochs,
+        seed=seed,
+        batch_tokens=budget,
+        sort_window=window,
     )
-    plan = plan_steps(lengths, config)
-    an_epoch = len(plan) // epochs
+    plan = [row for step in plan_steps(lengths, config) for rows in step for row in rows]
+    assert len(plan) == epochs * len(lengths)
     for epoch in range(epochs):
-        steps = plan[epoch * an_epoch : (epoch + 1) * an_epoch]
-        assert Counter(row for step in steps for rows in step for row in rows) == Counter(range(len(lengths)))
+        assert sorted(plan[epoch * len(lengths) :][: len(lengths)]) == list(range(len(lengths)))
 
 
 @given(lengths, sizes, sizes)
@@ -58,6 +62,28 @@ def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next
     assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
     assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, micro_batches, strict=True))
     assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], micro_batches[1:], strict=True))
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=60, unique=True), sizes, st.integers(1, 9), seeds)
+def test_a_window_of_the_permutation_is_cut_into_rows_of_like_lengths(lengths, batch_size, times, seed):
+    config = ml.TrainConfig(batch_size=batch_size, seed=seed)
+    shuffled = [row for step in plan_steps(lengths, config) for row in step[0]]
+    window = batch_size * times
+    batches = [step[0] for step in plan_steps(lengths, replace(config, sort_window=window))]
+    expected = [
+        rows[i : i + batch_size]
+        for rows in (sorted(shuffled[j : j + window], key=lengths.__getitem__) for j in range(0, len(lengths), window))
+        for i in range(0, len(rows), batch_size)
+    ]
+    assert sorted(batches) == sorted(expected if window > 1 else [[row] for row in shuffled])
+
+
+@given(seeds)
+def test_sorted_batches_come_in_no_order_of_length(seed):
+    config = ml.TrainConfig(batch_size=4, sort_window=400, seed=seed)
+    longest = [max(step[0]) for step in plan_steps(range(1, 401), config)]
+    rises = sum(after > before for before, after in pairwise(longest))
+    assert 20 < rises < 80  # of 99; sorted they would all be one
 
 
 @given(lengths, st.integers(1, 30))

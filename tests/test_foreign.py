@@ -78,13 +78,18 @@ def run(directory=None, model=None, rows=None, on_step=None, held_out=(), given=
 @settings(max_examples=8)
 @given(seeds, st.sampled_from([(8, 1), (1, 8), (2, 4), (3, 3)]))
 def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(seed, cut):
-    rows, model, records = points(seed, 8, torch.float64), Plain(), []
+    rows, model, records, found = points(seed, 8, torch.float64), Plain(), [], []
+
+    def see(record):
+        records.append(record)
+        found.append(gradients(model))
+
     config = {"batch_size": cut[0], "gradient_accumulation_steps": cut[1], "max_grad_norm": 0, "seed": seed}
-    run(model=model, rows=rows, on_step=records.append, epochs=1, **config)
+    run(model=model, rows=rows, on_step=see, epochs=1, **config)
     expected = Plain()
     total, count = loss(expected, rows)
     (total / count).backward()
-    assert relative(gradients(model), gradients(expected), MATHS / 10) <= 1
+    assert relative(found[0], gradients(expected), MATHS / 10) <= 1
     assert_maths(number(records[0]["loss"]), total / count)
     assert records[0]["tokens"] == count  # these rows have no tokens
 
@@ -184,8 +189,9 @@ def _copy(row):
 
 
 def test_a_budget_of_tokens_needs_rows_that_have_them():
-    with pytest.raises(ml.DataError, match="`tokens`"):
-        run(batch_tokens=20)
+    for config in ({"batch_tokens": 20}, {"sort_window": 2}):
+        with pytest.raises(ml.DataError, match="`tokens`"):
+            run(**config)
     rows = [{"tokens": [1] * n, "x": x, "class": c} for n, (x, c, _) in enumerate(points(1, 10), start=1)]
     sizes = []
 

@@ -77,10 +77,12 @@ def plain_gradients(model, rows):
 
 
 def one_step(model, rows, **config):
-    """Run one step over all rows; its record. The gradients stay in the model."""
-    records = []
-    ml.train(model, rows, ml.TrainConfig(**{"max_steps": 1, "max_grad_norm": 0, **config}), records.append)
-    return records[0]
+    """Run one step over all rows; its record, and the gradients that AdamW was given."""
+    found = []
+    config = ml.TrainConfig(**{"max_steps": 1, "max_grad_norm": 0, **config})
+    ml.train(model, rows, config, lambda record: found.extend((record, gradients(model))))
+    record, given = found
+    return record, given
 
 
 # --- law 8: the loss is a sum over labelled tokens divided by their number ---
@@ -97,39 +99,37 @@ def test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mea
     expected = plain_gradients(adapted(family), rows)
     for batch_size, accumulation in ((8, 1), (1, 8), (2, 4), (3, 3)):
         model = adapted(family)
-        one_step(model, rows, batch_size=batch_size, gradient_accumulation_steps=accumulation, seed=seed)
-        assert_same_gradient(gradients(model), expected)
+        _, found = one_step(model, rows, batch_size=batch_size, gradient_accumulation_steps=accumulation, seed=seed)
+        assert_same_gradient(found, expected)
 
 
 @few
 @given(seeds, st.integers(1, 80))
 def test_rows_packed_by_any_budget_of_tokens_give_the_same_gradient(seed, budget):
-    rows, model = random_rows(seed, 8), adapted()
-    one_step(model, rows, batch_tokens=budget, gradient_accumulation_steps=8)
-    assert_same_gradient(gradients(model), plain_gradients(adapted(), rows))
+    rows = random_rows(seed, 8)
+    _, found = one_step(adapted(), rows, batch_tokens=budget, gradient_accumulation_steps=8)
+    assert_same_gradient(found, plain_gradients(adapted(), rows))
 
 
 @few
 @given(seeds, st.sampled_from([1, 3, 8]))
 def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(seed, batch_size):
     rows = random_rows(seed, 8)
-    loss = one_step(adapted(), rows, batch_size=batch_size, gradient_accumulation_steps=8)["loss"]
-    assert_maths(number(loss), plain_loss(adapted(), rows))
+    record, _ = one_step(adapted(), rows, batch_size=batch_size, gradient_accumulation_steps=8)
+    assert_maths(number(record["loss"]), plain_loss(adapted(), rows))
 
 
 def test_a_fresh_adapter_begins_with_the_loss_of_the_base():
     rows = random_rows(1, 5)
-    loss = one_step(adapted(is_fresh=True), rows, batch_size=5)["loss"]
-    assert_maths(number(loss), plain_loss(tiny_model(), rows))
+    record, _ = one_step(adapted(is_fresh=True), rows, batch_size=5)
+    assert_maths(number(record["loss"]), plain_loss(tiny_model(), rows))
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize("base", [lambda model: model, four_bit], ids=["dense", "four bits"])
 def test_computing_again_changes_no_bit_of_the_gradient(recompute, base):
     rows, (kept, again) = random_rows(2, 5), (adapted(dtype=torch.float32, base=base) for _ in range(2))
-    one_step(kept, rows)
-    one_step(again, rows, recompute=recompute)
-    assert torch.equal(gradients(kept), gradients(again))
+    assert torch.equal(one_step(kept, rows)[1], one_step(again, rows, recompute=recompute)[1])
 
 
 # --- the step ---
@@ -161,11 +161,13 @@ def test_the_learning_rate_rises_linearly_and_falls_as_its_scheduler_says(total,
 @few
 @given(seeds, st.sampled_from([1e-3, 0.1, 1e3]))
 def test_a_gradient_longer_than_the_limit_is_cut_to_it_and_its_own_norm_is_reported(seed, limit):
-    rows, free, clipped = random_rows(seed, 4), adapted(), adapted()
-    norm = one_step(free, rows)["grad_norm"]
-    assert_maths(number(norm), gradients(free).norm())
-    assert one_step(clipped, rows, max_grad_norm=limit)["grad_norm"] == norm
-    assert_maths(gradients(clipped), gradients(free) * min(1, limit / (norm + 1e-6)))  # PyTorch adds 1e-6
+    rows = random_rows(seed, 4)
+    free, whole = one_step(adapted(), rows)
+    norm = free["grad_norm"]
+    assert_maths(number(norm), whole.norm())
+    clipped, cut = one_step(adapted(), rows, max_grad_norm=limit)
+    assert clipped["grad_norm"] == norm
+    assert_maths(cut, whole * min(1, limit / (norm + 1e-6)))  # PyTorch adds 1e-6
 
 
 def test_the_weights_follow_adamw_written_out():
@@ -216,11 +218,17 @@ def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_a
     model = base(tiny_model(family, dtype=dtype))
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ml.train(model, random_rows(6, 6), ml.TrainConfig(learning_rate=0.01, weight_decay=0.1, batch_size=2))
+    learned = set()
+
+    def see(record):
+        learned.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
+
+    ml.train(model, random_rows(6, 6), ml.TrainConfig(learning_rate=0.01, weight_decay=0.1, batch_size=2), see)
+    assert learned == {name for name in before if "lora_" in name}
     for name, parameter in model.named_parameters():
         is_adapter = "lora_" in name
         assert torch.equal(parameter, before[name]) != is_adapter, name
-        assert (parameter.grad is not None) == is_adapter, name
+        assert parameter.grad is None, name
 
 
 def test_an_adapter_that_is_not_trained_keeps_every_bit():
@@ -401,6 +409,27 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_chan
     ml.train(model, rows, config, check, held_out)
     assert [record["step"] for record in records if "eval_loss" in record] == [3, 6, 7]
     assert torch.equal(weights(model), weights(alone))
+
+
+# --- how it is computed ---
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, in its own compiler
+def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_plain_afterwards():
+    """In batches of several sizes."""
+    rows, model, seen = random_rows(17, 5), adapted(), []
+    mlp = model.model.layers[0].mlp
+    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(mlp._compiled_call_impl is not None))
+    config = {"batch_size": 2, "gradient_accumulation_steps": 3, "recompute": "mlp"}
+    record, found = one_step(model, rows, **config, compile=True)
+    assert seen == [True] * 3
+    assert mlp._compiled_call_impl is None
+    plain, expected = one_step(adapted(), rows, **config)
+    assert_maths(number(record["loss"]), number(plain["loss"]))
+    assert_same_gradient(found, expected)
+    phrase = break_loss(model)  # compiled modules have no hooks that find it
+    with pytest.raises(ml.TrainingError, match=phrase):
+        one_step(model, rows, compile=True)
 
 
 # --- the configuration ---

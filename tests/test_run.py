@@ -185,7 +185,7 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     assert record["versions"]["minilora"] == ml.__version__
     digest = hashlib.sha256((directory / "rows.jsonl").read_bytes()).hexdigest()
     assert record["data_sha256"] == {"rows.jsonl": digest}
-    assert [set(start) for start in record["starts"]] == [{"time", "step", "device", "dtype"}]
+    assert [set(start) for start in record["starts"]] == [{"time", "step", "device", "dtype", "recompute"}]
 
 
 def test_the_adapter_names_its_base_model(directory, whole):

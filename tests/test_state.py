@@ -1,6 +1,8 @@
+import hashlib
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 import minilora.storage as storage
 from minilora.lora.find import adapter_layers
-from minilora.train.state import checkpoints, newest_step, save_checkpoint, trained_adapters
+from minilora.train.fingerprint import bookkeeping, fingerprint
+from minilora.train.state import checkpoints, newest_step, trained_adapters
 from tests.models import tiny_model
 from tests.test_loop import adapted, random_rows, stop_after, weights
 
@@ -82,7 +85,7 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(tmp_path_factory, 
 
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):
     shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
-    other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7}
+    other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7, "recompute": "block"}
     run(tmp_path, **other)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
     assert contents(tmp_path, 6) == contents(whole, 6)
@@ -97,6 +100,46 @@ def test_a_checkpoint_is_an_adapter_that_can_be_loaded(whole):
         assert torch.equal(ours.lora_A, theirs.lora_A)
         assert torch.equal(ours.lora_B, theirs.lora_B)
         assert ours.scale == theirs.scale
+
+
+def test_moments_that_a_file_lacks_are_0_and_those_of_a_segment_have_made_as_many_steps(whole, tmp_path):
+    """Earlier versions had none for a parameter that had no gradient so far."""
+    shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
+    path = tmp_path / "step-000002" / "optimizer.safetensors"
+    moments = load_file(path)
+    first, second = [name.removesuffix("/step") for name in sorted(moments) if name.endswith("/step")][:2]
+    save_file({key: value for key, value in moments.items() if not key.startswith(f"{first}/")}, path)
+    found = []
+    run(tmp_path, on_step=lambda record: found.append(record) or True)
+    assert found[0]["step"] == 3
+    again = load_file(tmp_path / "step-000003" / "optimizer.safetensors")
+    assert again[f"{first}/step"] == again[f"{second}/step"] == 3
+    assert again[f"{first}/exp_avg"].any()
+    shutil.rmtree(tmp_path / "step-000003")
+    save_file({**moments, f"{second}/step": moments[f"{second}/step"] + 1}, path)
+    with pytest.raises(ml.FormatError, match=f"{re.escape(second)} have not made as many steps"):
+        run(tmp_path)
+
+
+def test_a_run_that_an_earlier_version_began_has_the_same_fingerprint():
+    """Settings that came later do not show as long as they are not used."""
+    config = ml.TrainConfig(learning_rate=0.01)
+    assert fingerprint(ROWS, (), config, {}) == fingerprint(ROWS, (), replace(config, recompute="auto"), {})
+    assert (
+        len(
+            {
+                fingerprint(ROWS, (), c, {})
+                for c in (config, replace(config, sort_window=2), replace(config, compile=True))
+            }
+        )
+        == 3
+    )
+    settings = {key: value for key, value in asdict(config).items() if key not in ("sort_window", "compile")}
+    settings = {key: value for key, value in settings.items() if key not in bookkeeping(config) - {"recompute"}}
+    digest = hashlib.sha256(json.dumps([settings, {}, len(ROWS)]).encode())
+    for row in ROWS:
+        digest.update(json.dumps([row.tokens, row.labels, row.shift]).encode())
+    assert fingerprint(ROWS, (), config, {}) == digest.hexdigest()
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -118,7 +161,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_pat
         {"learning_rate": 0.02},
         {"seed": 1},
         {"epochs": 3},
-        {"recompute": "mlp"},
+        {"sort_window": 3},
         {"rows": ROWS[:-1]},
         {"rows": [*ROWS[1:], ROWS[0]]},
         {"rows": [ml.Example(ROWS[0].tokens, ROWS[0].tokens), *ROWS[1:]]},  # the same tokens, other labels
@@ -347,8 +390,7 @@ def test_a_state_of_another_step_is_refused(whole, tmp_path, step):
 def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):
     model = fresh(name="first")
     ml.attach(model, ml.LoraConfig(r=2), name="second")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, {}, keep=1)
+    ml.train(model, ROWS, ml.TrainConfig(max_steps=1), checkpoint_dir=tmp_path)
     loaded = tiny_model(dtype=torch.float32)
     ml.load_adapter(loaded, tmp_path / "step-000001")
     assert {layer.adapters["default"].lora_A.size(0) for layer in adapter_layers(loaded).values()} == {2}

@@ -20,7 +20,7 @@ from minilora.model.classifier import Classifier
 from minilora.model.llama import Llama
 from minilora.quant.config import QuantizeConfig
 from minilora.run import Outcome, Run, pick_device
-from minilora.run_memory import check_memory, memory_of
+from minilora.run_memory import check_memory
 from minilora.settings import RunConfig
 from minilora.train.config import DataConfig, TrainConfig
 from minilora.train.diagnose import free_memory_bytes, held_memory_bytes
@@ -44,14 +44,16 @@ def run(options: Options) -> int:
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))
-        found = memory_of(run, data, device)
+        found = run.fit(data, device)
         print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
+        _tell_recompute(training, run.training)
         if not options["force"]:
             check_memory(run, data, device, found)
         return 0
     run.start(model, data, step)
     _say_size(model, data, count)
     _tell(model, data, run.reading)
+    _tell_recompute(training, run.training)
     if options["config"] and read_config(options["config"]).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {options['config']} was written with")
     if step:
@@ -82,6 +84,11 @@ def run(options: Options) -> int:
     print(_table(outcome, made))
     print(f"{made} written to {run.out}")
     return 0
+
+
+def _tell_recompute(asked: TrainConfig, chosen: TrainConfig) -> None:
+    if asked.recompute == "auto":
+        say(f"--recompute {chosen.recompute}: the fastest way for which there is memory")
 
 
 def _measured(model: Llama | Classifier, data: Data, progress: Progress) -> Scores | ClassScores:

@@ -26,40 +26,48 @@ class Batch:
     """Rows laid end to end.
 
     Shapes: tokens (N), targets (N): the label that is predicted at each one, of text the token that follows it, and
-    IGNORE_INDEX where there is none; lengths sum N
+    IGNORE_INDEX where there is none; places (M), where there is one; lengths sum N
     """
 
     tokens: Tensor
     targets: Tensor
+    places: Tensor
     lengths: list[int]
 
     @property
     def labelled(self) -> int:
         """How many targets are learned."""
-        return int((self.targets != IGNORE_INDEX).sum())
+        return len(self.places)
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Lay examples end to end. A text's last token has no target: the next row is none of its business."""
+    """Lay examples end to end. A text's last token has no target: the next row is none of its business.
+
+    All is made on the CPU, so that nothing has to be asked of a device; to a GPU it goes while that is at work.
+    """
     tokens = [token for example in examples for token in example.tokens]
     targets = [label for e in examples for label in [*e.labels[e.shift :], *[IGNORE_INDEX] * e.shift]]
-    return Batch(
-        torch.tensor(tokens, device=device),
-        torch.tensor(targets, device=device),
-        [len(example.tokens) for example in examples],
-    )
+    places = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
+    is_pinned = device.type == "cuda"
+
+    def sent(numbers: list[int]) -> Tensor:
+        made = torch.tensor(numbers, dtype=torch.int64, pin_memory=is_pinned)
+        return made.to(device, non_blocking=is_pinned)
+
+    return Batch(sent(tokens), sent(targets), sent(places), [len(example.tokens) for example in examples])
 
 
 def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
     """The micro-batches of every step of a run.
 
     Each epoch is a fresh permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
-    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps.
+    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, so many rows
+    of the permutation at a time are sorted by length before it is cut, and the micro-batches come in another order.
     """
     steps: list[list[Rows]] = []
     epochs = math.inf if config.max_steps is not None else config.epochs
     for epoch in range(math.ceil(config.epochs) if config.max_steps is None else config.max_steps):
-        micro_batches = list(_micro_batches(lengths, config, epoch))
+        micro_batches = _micro_batches(lengths, config, epoch)
         k = config.gradient_accumulation_steps
         whole = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
         share = round(min(1.0, epochs - epoch) * len(whole), 9)  # 1.1 - 1 is a little more than 0.1
@@ -83,10 +91,18 @@ def groups(lengths: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[
         yield group
 
 
-def _micro_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> Iterator[Rows]:
+def _micro_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> list[Rows]:
+    """Those of one epoch."""
     generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
+    size = config.sort_window
+    if size > 1:
+        windows = (order[i : i + size] for i in range(0, len(order), size))
+        order = [row for window in windows for row in sorted(window, key=lengths.__getitem__)]
     if config.batch_tokens is not None:
-        yield from groups(lengths, order, config.batch_tokens)
+        micro_batches = list(groups(lengths, order, config.batch_tokens))
     else:
-        yield from (order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size))
+        micro_batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    if size == 1:
+        return micro_batches
+    return [micro_batches[i] for i in torch.randperm(len(micro_batches), generator=generator).tolist()]

@@ -13,8 +13,9 @@ TrainOn = Literal["completion", "assistant", "all"]
 Scheduler = Literal["cosine", "linear", "constant"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
 Keep = Literal["last", "best"]
+Recomputing = Literal[Recompute, "auto"]
 COUNTS = (
-    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps"),
+    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
     *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
 )
 
@@ -74,7 +75,14 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
     epochs: float = option(1.0, "how often every row is seen")
     max_steps: int | None = option(None, "stop after so many steps, whatever --epochs says")
-    recompute: Recompute = option("none", "compute MLPs or whole blocks again in the backward pass to save memory")
+    sort_window: int = option(
+        1, "sort so many of the shuffled rows by length at a time: less padding where a loss pads"
+    )
+    recompute: Recomputing = option(
+        "none",
+        "compute MLPs or whole blocks again in the backward pass to save memory; auto: no more than it takes to fit",
+    )
+    compile: bool = option(False, "run norms and MLPs as torch.compile makes them")
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices alone")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
     eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
@@ -102,7 +110,7 @@ class TrainConfig:
             bad.append(f"seed is {self.seed!r}, need one below 2**32")
         if self.eval_steps is None and self.selects:
             bad.append("keep best and early_stopping need eval_steps")
-        for name, kind in (("lr_scheduler", Scheduler), ("keep", Keep), ("recompute", Recompute)):
+        for name, kind in (("lr_scheduler", Scheduler), ("keep", Keep), ("recompute", Recomputing)):
             if getattr(self, name) not in get_args(kind):
                 bad.append(f"{name} is {getattr(self, name)!r}, accepted are {list(get_args(kind))}")
         if bad:

@@ -12,7 +12,6 @@ from torch import nn
 
 from minilora.errors import DataError
 from minilora.lora.attach import disable_adapter
-from minilora.model import ops
 from minilora.model.generate import evaluating, generate
 from minilora.model.tokenizer import Tokenizer
 from minilora.train.batch import collate
@@ -95,10 +94,10 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     Raises:
         DataError: there are no losses.
     """
-    total, count = 0.0, 0
+    total, count, device = 0.0, 0, next(model.parameters()).device
     with evaluating(model):
         for together in objective.evaluated_together(rows):
-            loss, number = objective(model, [rows[row] for row in together])
+            loss, number = objective(model, objective.batch([rows[row] for row in together], device))
             total += loss.item()
             count += number
             if progress:
@@ -115,9 +114,8 @@ def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: P
     with evaluating(model):
         for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
             batch = collate([examples[row] for row in rows], device)
-            labelled = batch.targets != ops.IGNORE_INDEX
-            scores = model.score(model.model(batch.tokens, batch.lengths)[labelled])
-            classes = batch.targets[labelled]
+            scores = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
+            classes = batch.targets[batch.places]
             total -= _log_probabilities(scores).gather(-1, classes.unsqueeze(-1)).sum().item()
             pairs += zip(classes.tolist(), scores.argmax(-1).tolist(), strict=True)
             if progress:
@@ -144,7 +142,7 @@ def measure_drift(
             with disable_adapter(base):
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
-            for chunk in (batch.targets != ops.IGNORE_INDEX).nonzero().squeeze(-1).split(DRIFT_TOKENS):
+            for chunk in batch.places.split(DRIFT_TOKENS):
                 with disable_adapter(base):
                     log_p = _log_probabilities(base.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))

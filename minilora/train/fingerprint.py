@@ -16,17 +16,21 @@ from minilora.lora.config import LoraConfig
 from minilora.train.config import TrainConfig
 from minilora.train.data import Example
 
+LATER = (("sort_window", 1), ("compile", False))  # settings that earlier versions did not have, as they were
+
 
 def bookkeeping(config: TrainConfig) -> set[str]:
     """The settings that have no effect on the result: they may change between two starts of a run."""
-    return {"save_steps", "save_total_limit", "logging_steps"} | (set() if config.selects else {"eval_steps"})
+    names = {"save_steps", "save_total_limit", "logging_steps", "recompute"}
+    return names | (set() if config.selects else {"eval_steps"})
 
 
 def fingerprint(
     dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, LoraConfig]
 ) -> str:
     """Settings, the adapters that are trained, and the rows. Of rows that are no `Example`, see `_plain`."""
-    settings = {key: value for key, value in asdict(config).items() if key not in bookkeeping(config)}
+    idle, told = bookkeeping(config) - {"recompute"}, {**asdict(config), "recompute": "none"}
+    settings = {key: value for key, value in told.items() if key not in idle and (key, value) not in LATER}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_plain).encode())
     for rows in (dataset, held_out):
         for i in range(len(rows)):

@@ -13,24 +13,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.errors import DataError, FormatError, TrainingError
 from minilora.lora.attach import set_dropout_step
+from minilora.model.recompute import Recompute
 from minilora.storage import read_json
 from minilora.train.batch import Rows, plan_steps
 from minilora.train.config import TrainConfig
 from minilora.train.diagnose import first_bad_module, peak_memory_bytes, release_memory
 from minilora.train.evaluate import mean_loss
 from minilora.train.fingerprint import fingerprint
+from minilora.train.flat import Flat, flat_norm
 from minilora.train.objective import GivenLoss, Loss, Objective, TokenLoss
-from minilora.train.optimizer import adamw, learning_rate, set_rate
+from minilora.train.optimizer import adamw, learning, learning_rate, set_rate
 from minilora.train.select import Selection
 from minilora.train.state import checkpoints, load_checkpoint, newest_step, save_checkpoint, trained_adapters
 
@@ -89,45 +91,110 @@ def train(
             a checkpoint belongs to another run; a model that needs `loss`.
     """
     config = config or TrainConfig()
-    objective = TokenLoss(config) if loss is None else GivenLoss(loss, config)
+    objective = _objective(loss, config)
     adapters = trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     objective.check(model, dataset)
     if config.selects and not held_out:
         raise DataError("keep best and early_stopping need held-out examples")
-    lengths = objective.lengths(dataset)
+    if config.recompute == "auto":
+        config = replace(config, recompute=_fitting_recompute(model, dataset, held_out, config, loss))
+        objective = _objective(loss, config)
+    how, lengths = learning(model, config), objective.lengths(dataset)
     steps = plan_steps(lengths or [1] * len(dataset), config)
-    optimizer = adamw(model, config)
-    selection = Selection(config)
     state: Record = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint_dir is not None:
         checkpoint_dir = Path(checkpoint_dir)
         state["run"] = fingerprint(dataset, held_out if config.selects else (), config, adapters)
-        state = _resumed(checkpoint_dir, model, optimizer, selection, state)
-    tell = on_step or (lambda record: None)
+    flat = Flat(model, how)
+    try:
+        run = _Run(model, flat, adamw(flat, config), objective, dataset, lengths, steps, config)
+        with _compiled(objective.compilable(model) if config.compile else []):
+            return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
+    finally:
+        flat.release()
+
+
+def _objective(loss: Loss | None, config: TrainConfig) -> Objective:
+    return TokenLoss(config) if loss is None else GivenLoss(loss, config)
+
+
+def _fitting_recompute(
+    model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, loss: Loss | None
+) -> Recompute:
+    """What `auto` means here; a loss that is given recomputes what it likes."""
+    if loss is not None:
+        return "none"
+    from minilora.train.memory import fitting_recompute  # loads a part of PyTorch that is not needed otherwise
+
+    return fitting_recompute(model, dataset, held_out, config)
+
+
+@contextmanager
+def _compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, modules run as torch.compile makes them, for batches of any size."""
+    for module in modules:
+        module.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None  # what `compile` sets; there is no public way back
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of a run share."""
+
+    model: nn.Module
+    flat: Flat
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    dataset: Sequence[Any]
+    lengths: list[int] | None
+    steps: list[list[Rows]]
+    config: TrainConfig
+
+    def batches(self, step: int) -> list[Any]:
+        """The micro-batches of a step; none after the last one."""
+        device = next(self.model.parameters()).device
+        plan = self.steps[step] if step < len(self.steps) else []
+        return [self.objective.batch([self.dataset[row] for row in rows], device) for rows in plan]
+
+    def sources(self, step: int) -> str:
+        """Where the rows of a step come from."""
+        return ", ".join(str(getattr(self.dataset[row], "source", row)) for rows in self.steps[step] for row in rows)
+
+
+def _train(run: _Run, state: Record, tell: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
+    """Go from the newest checkpoint, or from the beginning, to the end; see `train`."""
+    model, config, steps, selection = run.model, run.config, run.steps, Selection(run.config)
+    if folder is not None:
+        state = _resumed(folder, run, selection, state)
     started = time.monotonic() - state["seconds"]
     stopped, first = False, state["step"]
+    batches = run.batches(first)
     while not (stopped or selection.has_ended or state["step"] == len(steps)):
         before = time.monotonic()
         micro_batches = steps[state["step"]]
-        record = _step(model, optimizer, objective, dataset, micro_batches, config, state["step"], len(steps))
+        record, batches = _step(run, state["step"], batches)
         if state["step"] == first:  # what kernels prepared for themselves lies scattered between tensors that are gone
             release_memory()
         now, counted = time.monotonic(), record.pop("counted")
-        tokens = sum(lengths[row] for rows in micro_batches for row in rows) if lengths else counted
+        tokens = sum(run.lengths[row] for rows in micro_batches for row in rows) if run.lengths else counted
         state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
         pace = {"tokens": tokens, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
         stopped = bool(tell({**record, **pace}))
         step, is_last = state["step"], state["step"] == len(steps)
         if held_out and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
-            eval_loss = mean_loss(model, objective, held_out)
+            eval_loss = mean_loss(model, run.objective, held_out)
             selection.note(model, step, eval_loss)
             stopped |= bool(tell({"step": step, "eval_loss": eval_loss, "best_step": selection.best_step}))
         is_last |= selection.has_ended  # what comes after training may fail, and must not cost the run
-        if checkpoint_dir is not None and (stopped or is_last or _is_due(config.save_steps, step)):
-            saved_state = {**state, **selection.state()}
-            save_checkpoint(checkpoint_dir, model, optimizer, saved_state, selection.tensors, config.save_total_limit)
+        if folder is not None and (stopped or is_last or _is_due(config.save_steps, step)):
+            saved, best = {**state, **selection.state()}, selection.tensors
+            save_checkpoint(folder, model, run.flat, run.optimizer, saved, best, config.save_total_limit)
     model.eval()
     finished, kept = selection.has_ended or state["step"] == len(steps), state["step"]
     if finished and selection.tensors:
@@ -136,77 +203,84 @@ def train(
     return TrainResult(state["step"], len(steps), state["tokens"], time.monotonic() - started, finished, kept)
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    dataset: Sequence[Any],
-    micro_batches: list[Rows],
-    config: TrainConfig,
-    step: int,
-    total: int,
-) -> Record:
-    """One optimizer step; the record says what it did.
+def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
+    """One optimizer step; the record says what it did. Also the next step's batches.
+
+    Until all is on its way nothing is asked of the device, whose work is only then waited for: once, for all numbers.
 
     Raises:
         DataError: the loss counts nothing.
         TrainingError: the loss or the gradient is not finite; the weights are those of before the step.
     """
+    model, config, segments = run.model, run.config, run.flat.segments
     model.train()
-    rate = learning_rate(step, total, config)
-    optimizer.zero_grad(set_to_none=True)
-    batches = [[dataset[row] for row in rows] for rows in micro_batches]
-    first = step * config.gradient_accumulation_steps
-    loss, counted = _backward(model, objective, batches, config.seed, first)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = total_norm.item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        sources = [str(getattr(dataset[row], "source", row)) for rows in micro_batches for row in rows]
-        where = first_bad_module(model, lambda: list(_losses(model, objective, batches, config.seed, first)))
+    rate = learning_rate(step, len(run.steps), config)
+    losses, counted = _backward(run, step, batches)
+    norm = flat_norm(segment.gradient for segment in segments)
+    is_finite = torch.stack([*losses, norm]).isfinite().all()
+    if config.max_grad_norm:
+        values = [segment.values for segment in segments]
+        torch.nn.utils.clip_grads_with_norm_(values, config.max_grad_norm, norm.where(is_finite, 0))  # 0 cuts nothing
+    set_rate(run.optimizer, rate)
+    _update(run.optimizer, ~is_finite)
+    weight_norm = flat_norm(segment.values for segment in segments)
+    upcoming = run.batches(step + 1)
+    *shares, grad_norm, length = torch.stack([*losses, norm, weight_norm]).tolist()
+    loss = sum(shares)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        with (
+            torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+        ):  # what is compiled has no hooks
+            where = first_bad_module(model, lambda: list(_losses(run, step, batches)))
         raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; first bad: {where}; rows: {', '.join(sources)}. "
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {run.sources(step)}. "
             "The weights are those of before the step; a lower learning rate or float32 may help"
         )
-    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm or math.inf, total_norm)
-    set_rate(optimizer, rate)
-    optimizer.step()
-    if not torch.nn.utils.get_total_norm(parameters).isfinite():
+    if not math.isfinite(length):
         raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
-    memory = peak_memory_bytes(parameters[0].device)
-    record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
-    return {**record, "peak_memory_bytes": memory, "counted": counted}
+    memory = peak_memory_bytes(norm.device)
+    record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
+    return {**record, "peak_memory_bytes": memory, "counted": counted}, upcoming
 
 
-def _backward(
-    model: nn.Module, objective: Objective, batches: list[list[Any]], seed: int, first: int
-) -> tuple[float, int]:
-    """Put the gradient of Σ sum / Σ count into the model; return that loss and Σ count."""
-    known = objective.known_count([row for rows in batches for row in rows])
-    loss, counted = 0.0, 0
-    for total, count in _losses(model, objective, batches, seed, first):
-        share = total / known if known else total
-        share.backward()
-        loss += share.item()
-        counted += count
+def _update(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
+    """Let AdamW make its step, unless it is bad: its kernel leaves all as it is then, and nobody has to wait."""
+    if is_bad.device.type != "mps" or not is_bad:  # the kernel for MPS takes no notice
+        optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+        optimizer.step()
+
+
+def _backward(run: _Run, step: int, batches: list[Any]) -> tuple[list[Tensor], int]:
+    """Put the gradient of Σ sum / Σ count into the model; return what each micro-batch adds to that loss, and Σ count.
+
+    Raises:
+        DataError: the loss counts nothing.
+    """
+    known = run.objective.known_count(batches)
+    losses, counted = list[Tensor](), 0
+    run.flat.zero_grad()
+    with run.flat.cast():
+        for total, count in _losses(run, step, batches):
+            share = total / known if known else total
+            share.backward()
+            losses.append(share.detach().reshape(()))
+            counted += count
     if not counted:
         raise DataError("the loss counts nothing in the rows of a step")
-    if known:
-        return loss, counted
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad /= counted
-    return loss / counted, counted
+    if not known:
+        losses = [loss / counted for loss in losses]
+        for segment in run.flat.segments:
+            segment.gradient.div_(counted)
+    return losses, counted
 
 
-def _losses(
-    model: nn.Module, objective: Objective, batches: list[list[Any]], seed: int, first: int
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Sum and count of each micro-batch of a step, of which the first one is the run's micro-batch `first`."""
-    for i, rows in enumerate(batches, start=first):
-        set_dropout_step(model, seed, i)
-        with _drawing(next(model.parameters()).device, seed * MICRO_BATCH_SEEDS + i):
-            found = objective(model, rows)
+def _losses(run: _Run, step: int, batches: list[Any]) -> Iterator[tuple[Tensor, int]]:
+    """Sum and count of each micro-batch of a step."""
+    seed, device = run.config.seed, next(run.model.parameters()).device
+    for i, batch in enumerate(batches, start=step * run.config.gradient_accumulation_steps):
+        set_dropout_step(run.model, seed, i)
+        with _drawing(device, seed * MICRO_BATCH_SEEDS + i):
+            found = run.objective(run.model, batch)
         yield found
 
 
@@ -221,9 +295,7 @@ def _drawing(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _resumed(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, selection: Selection, fresh: Record
-) -> Record:
+def _resumed(folder: Path, run: _Run, selection: Selection, fresh: Record) -> Record:
     """The state that a run goes on from: that of the newest checkpoint, which is put into the model, or a fresh one."""
     found = checkpoints(folder)
     if not found:
@@ -231,7 +303,7 @@ def _resumed(
     checkpoint = found[-1]
     if read_json(checkpoint / "state.json").get("run") != fresh["run"]:  # before anything is put into the model
         raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
-    state, best = load_checkpoint(checkpoint, model, optimizer)
+    state, best = load_checkpoint(checkpoint, run.model, run.flat, run.optimizer)
     if state.get("step") != newest_step(folder):
         raise FormatError(
             f"{checkpoint}: state.json says step {state.get('step')!r}; remove the directory to go on without it"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,21 @@ from torch.utils._pytree import tree_leaves
 from minilora.lora.attach import disable_adapter, set_dropout_step
 from minilora.lora.find import adapter_layers
 from minilora.model import ops
+from minilora.model.recompute import Recompute
+from minilora.train.batch import plan_steps
 from minilora.train.config import TrainConfig
+from minilora.train.data import Example
+from minilora.train.diagnose import free_memory_bytes
 from minilora.train.evaluate import DRIFT_TOKENS
+from minilora.train.flat import Flat
+from minilora.train.objective import groups_to_evaluate
+from minilora.train.optimizer import learning
 
 if TYPE_CHECKING:
     from minilora.model.classifier import Classifier
     from minilora.model.llama import Llama
 
+ROOM = 0.8  # of what is free: the rest is for what no forecast sees
 DOCUMENTS = 16  # that are traced; more are laid together
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dtype
@@ -40,12 +48,12 @@ MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dty
 class Forecast:
     """Bytes that a step takes.
 
-    weights, adapters: the parameters, those of adapters apart.
-    gradients, optimizer: of those that are trained.
+    weights, adapters: the parameters, those of adapters apart, with their copy in the dtype of the computation.
+    gradients, optimizer: of those that are trained; gradients live all the time.
     activations: what lives at the end of the trunk's forward pass besides.
     head_chunk: what the loss takes on top of it.
-    peak: the most that lives at once. It is no sum: gradients come while activations go, and what the backward pass
-        or an evaluation takes for a moment may be more than the loss does.
+    peak: the most that lives at once. It is no sum: what the backward pass or an evaluation takes for a moment may be
+        more than the loss does.
     """
 
     weights: int
@@ -76,21 +84,68 @@ def forecast(
         evaluated: tokens of each row of the largest batch of an evaluation, if there are any.
     """
     own = {p for layer in adapter_layers(model).values() for p in {*layer.parameters()} - {*layer.base.parameters()}}
-    adapters, gradients = _bytes(own), _bytes(p for p in model.parameters() if p.requires_grad)
+    adapters, trained = _bytes(own), _bytes(p for p in model.parameters() if p.requires_grad)
     weights = _bytes(model.parameters()) - adapters
     with FakeTensorMode(allow_non_fake_inputs=True), _Account() as account:
         model = _stand_in(model, device)
+        flat = Flat(model, learning(model, config))
+        flat.zero_grad()
         set_dropout_step(model, config.seed, 0)
-        if config.gradient_accumulation_steps > 1:  # those of the micro-batches before
-            for p in model.parameters():
-                p.grad = torch.empty_like(p) if p.requires_grad else None
-        held = account.live - weights - adapters
-        activations, head_chunk, step = _step(model, _together(model, lengths), labelled, config, account)
+        held = account.live
+        with flat.cast():
+            activations, head_chunk, step = _step(model, _together(model, lengths), labelled, config, account)
         shown = _together(model, evaluated)
         measuring = _measured(account, lambda: _evaluation(model, shown, device)) if evaluated else 0
-    best = gradients if config.keep == "best" else 0  # a copy of what is trained
-    peak = weights + adapters + MOMENTS * gradients + best + held + max(step, measuring + gradients)
-    return Forecast(weights, adapters, gradients, MOMENTS * gradients, activations, head_chunk, peak)
+    gradients = _bytes(segment.gradient for segment in flat.segments)
+    casts = _bytes(segment.low for segment in flat.segments if segment.low is not None)
+    best = trained if config.keep == "best" else 0  # a copy of what is trained
+    peak = held + MOMENTS * gradients + best + max(step, measuring)
+    return Forecast(weights, adapters + casts, gradients, MOMENTS * gradients, activations, head_chunk, peak)
+
+
+def largest(lengths: Sequence[int], labelled: Sequence[int], config: TrainConfig) -> tuple[list[int], int]:
+    """The micro-batch of a run that has the most tokens: those of each row, and how many of all are learned."""
+    batches = (rows for micro_batches in plan_steps(lengths, config) for rows in micro_batches)
+    batch = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
+    return [lengths[row] for row in batch], sum(min(labelled[row], lengths[row]) for row in batch)
+
+
+def largest_evaluation(*splits: Sequence[int]) -> list[int]:
+    """The tokens of each row of the largest batch of an evaluation, of rows by their numbers of tokens."""
+    batches = ([lengths[row] for row in rows] for lengths in splits for rows in groups_to_evaluate(lengths))
+    return max(batches, key=sum, default=[])
+
+
+def fitting(
+    told: Callable[[Recompute], Forecast], free: int | None, ways: Sequence[Recompute] = get_args(Recompute)
+) -> tuple[Recompute, Forecast]:
+    """The way to recompute that costs the least time, of those that fit into what is free, or else the leanest one.
+
+    Args:
+        told: what a way takes.
+        free: bytes; None where they are not known.
+        ways: those to choose from, the fastest first.
+    """
+    for way in ways:
+        found = told(way)
+        if free is None or found.peak <= ROOM * free:
+            break
+    return way, found
+
+
+def fitting_recompute(
+    model: Llama | Classifier, dataset: Sequence[Example], held_out: Sequence[Example], config: TrainConfig
+) -> Recompute:
+    """The fastest way for which there is room beside the model, on its device."""
+    device, held = next(model.parameters()).device, _bytes(model.parameters())
+    rows = largest([len(example.tokens) for example in dataset], [example.labelled for example in dataset], config)
+    evaluated = largest_evaluation([len(example.tokens) for example in held_out])
+
+    def told(way: Recompute) -> Forecast:
+        found = forecast(model, *rows, replace(config, recompute=way), device, evaluated)
+        return replace(found, peak=found.peak - held)
+
+    return fitting(told, free_memory_bytes(device))[0]
 
 
 class _Account(TorchDispatchMode):
@@ -135,7 +190,7 @@ def _step(
     hidden = model.model(tokens, lengths, recompute=config.recompute)
     activations = account.live - before - batch
     forward, account.most = account.most, account.live
-    loss = ops.labelled_cross_entropy(hidden[rows], labels, model.get_output_embeddings())
+    loss = ops.labelled_cross_entropy(hidden.index_select(0, rows), labels, model.get_output_embeddings())
     head_chunk = account.most - before - batch - activations
     del hidden
     loss.backward()

@@ -28,8 +28,12 @@ class Objective(ABC):
     """A loss, and what a run has to know of its rows (abstract)."""
 
     @abstractmethod
-    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
-        """The sum of the losses of some rows, and how many those are."""
+    def batch(self, rows: list[Any], device: torch.device) -> Any:
+        """Some rows as the loss takes them, on the device, or on their way there."""
+
+    @abstractmethod
+    def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
+        """The sum of the losses of a batch, and how many those are."""
 
     @abstractmethod
     def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
@@ -40,12 +44,16 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def known_count(self, rows: list[Any]) -> int | None:
-        """How many losses the rows have, if that is known before they are computed."""
+    def known_count(self, batches: list[Any]) -> int | None:
+        """How many losses the batches have, if that is known before they are computed."""
 
     @abstractmethod
     def lengths(self, dataset: Sequence[Any]) -> list[int] | None:
         """Tokens of each row, or None if that is not known."""
+
+    @abstractmethod
+    def compilable(self, model: Any) -> list[nn.Module]:
+        """The parts of the model that are worth to be compiled."""
 
     @abstractmethod
     def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
@@ -58,9 +66,11 @@ class TokenLoss(Objective):
     def __init__(self, config: TrainConfig):
         self.config = config
 
-    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
-        batch = collate(rows, next(model.parameters()).device)
-        return batch_loss(model, batch, self.config), self.known_count(rows)
+    def batch(self, rows: list[Any], device: torch.device) -> Batch:
+        return collate(rows, device)
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        return batch_loss(model, batch, self.config), batch.labelled
 
     def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
         trunk = getattr(model, "model", None)
@@ -75,11 +85,15 @@ class TokenLoss(Objective):
         if blank := [example.source for example in dataset if not example.labelled]:
             raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
 
-    def known_count(self, rows: list[Any]) -> int:
-        return sum(example.labelled for example in rows)
+    def known_count(self, batches: list[Batch]) -> int:
+        return sum(batch.labelled for batch in batches)
 
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
         return [len(example.tokens) for example in dataset]
+
+    def compilable(self, model: Any) -> list[nn.Module]:
+        """Norms and MLPs. Attention goes through documents by their lengths, and would be compiled for each anew."""
+        return [part for block in model.model.layers for part in block.children() if part is not block.self_attn]
 
     def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         return groups_to_evaluate(self.lengths(dataset))
@@ -91,13 +105,16 @@ class GivenLoss(Objective):
     def __init__(self, loss: Loss, config: TrainConfig):
         self.loss, self.config = loss, config
 
-    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+    def batch(self, rows: list[Any], device: torch.device) -> list[Any]:
+        return rows
+
+    def __call__(self, model: Any, batch: list[Any]) -> tuple[Tensor, int]:
         """What the function says.
 
         Raises:
             TrainingError: it is no sum with its count, or the sum has no gradient.
         """
-        found = self.loss(model, rows)
+        found = self.loss(model, batch)
         is_pair = isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor)
         if not is_pair or found[0].numel() != 1 or not _is_count(found[1]):
             raise TrainingError(
@@ -110,16 +127,20 @@ class GivenLoss(Objective):
         return found[0], int(found[1])
 
     def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
-        if self.config.batch_tokens is not None and self.lengths(dataset) is None:
-            raise DataError("batch_tokens counts the `tokens` of rows, which not all of these have; use batch_size")
+        needs_lengths = self.config.batch_tokens is not None or self.config.sort_window > 1
+        if needs_lengths and self.lengths(dataset) is None:
+            raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
 
-    def known_count(self, rows: list[Any]) -> None:
+    def known_count(self, batches: list[Any]) -> None:
         return None
 
     def lengths(self, dataset: Sequence[Any]) -> list[int] | None:
         found = [_tokens(dataset[i]) for i in range(len(dataset))]
         lengths = [len(tokens) for tokens in found if tokens is not None]
         return lengths if len(lengths) == len(found) else None
+
+    def compilable(self, model: Any) -> list[nn.Module]:
+        return [model]
 
     def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         size = self.config.batch_size
@@ -132,11 +153,12 @@ def start_losses(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) 
     They are what start values are made of that come from the data; `START_ROWS` rows are enough to see directions.
     """
     objective, rows = TokenLoss(config), 0
+    device = next(model.parameters()).device
     for step in plan_steps(objective.lengths(dataset), config):
         for batch in step:
             if rows >= START_ROWS:
                 return
-            total, count = objective(model, [dataset[row] for row in batch])
+            total, count = objective(model, objective.batch([dataset[row] for row in batch], device))
             yield total / count
             rows += len(batch)
 
@@ -148,8 +170,10 @@ def groups_to_evaluate(lengths: Sequence[int]) -> Iterator[Rows]:
 
 def batch_loss(model: Any, batch: Batch, config: TrainConfig) -> Tensor:
     """The sum of the losses of a batch's labelled tokens."""
-    hidden = model.model(batch.tokens, batch.lengths, recompute=config.recompute)
-    return ops.cross_entropy(hidden, batch.targets, model.get_output_embeddings())
+    recompute = "none" if config.recompute == "auto" else config.recompute  # a run has chosen before it comes here
+    hidden = model.model(batch.tokens, batch.lengths, recompute=recompute)
+    hidden, labels = hidden.index_select(0, batch.places), batch.targets.index_select(0, batch.places)
+    return ops.labelled_cross_entropy(hidden, labels, model.get_output_embeddings())
 
 
 def _is_count(value: Any) -> bool:

@@ -17,32 +17,29 @@ from torch import nn
 from minilora.errors import ConfigError
 from minilora.lora.find import adapter_layers
 from minilora.train.config import TrainConfig
+from minilora.train.flat import Flat, Learning
 
 EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in PEFT
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW on all that requires grad, in one fused kernel, which torch has for CPU, CUDA and MPS.
+def adamw(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW on each segment, in one fused kernel, which torch has for CPU, CUDA and MPS."""
+    groups = [{"params": [each.values], **each.learning._asdict()} for each in flat.segments]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
-    Its groups have a "factor": what `learning_rate` is multiplied with. Weight decay pulls on matrices alone: biases,
-    norms and magnitudes have no reason to be near 0.
+
+def learning(model: nn.Module, config: TrainConfig) -> dict[str, Learning]:
+    """Name -> how it learns, of all that requires grad.
+
+    Weight decay pulls on matrices alone: biases, norms and magnitudes have no reason to be near 0.
 
     Raises:
         ConfigError: `loraplus_lr_ratio` is given, and no factor of an adapter is trained.
     """
-    factors = rate_factors(model, config)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, factor in factors.items():
-        parameter = model.get_parameter(name)
-        groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "factor": factor, "weight_decay": config.weight_decay if decays else 0.0}
-            for (factor, decays), parameters in groups.items()
-        ],
-        lr=config.learning_rate,
-        fused=True,
-    )
+    return {
+        name: Learning(factor, config.weight_decay if model.get_parameter(name).dim() > 1 else 0.0)
+        for name, factor in rate_factors(model, config).items()
+    }
 
 
 def rate_factors(model: nn.Module, config: TrainConfig) -> dict[str, float]:

@@ -25,8 +25,9 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.files import save_adapter
 from minilora.lora.find import adapter_layers
 from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
+from minilora.train.flat import Flat, Segment
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:
@@ -63,6 +64,7 @@ def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
+    flat: Flat,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     best: dict[str, Tensor],
@@ -73,14 +75,8 @@ def save_checkpoint(
         adapters = trained_adapters(model)
         if len(adapters) == 1:
             save_adapter(model, directory, next(iter(adapters)))
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        moments = {
-            f"{names[parameter]}/{key}": value
-            for parameter, values in optimizer.state.items()
-            for key, value in values.items()
-        }
         write_tensors(directory / "trained.safetensors", changing(model))
-        write_tensors(directory / "optimizer.safetensors", moments)
+        write_tensors(directory / "optimizer.safetensors", _moments(flat, optimizer))
         if best:
             write_tensors(directory / "best.safetensors", best)
         write_json(directory / "state.json", state)
@@ -89,7 +85,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    directory: Path, model: nn.Module, flat: Flat, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put what was trained and the optimizer's tensors back where they were; return the state, and the best weights.
 
@@ -101,13 +97,11 @@ def load_checkpoint(
     best = directory / "best.safetensors"
     kept = {name: tensor.clone() for name, tensor in _tensors(best, now).items()} if best.is_file() else {}
     file = TensorFile(directory / "optimizer.safetensors")
-    moments = {name: _moments(file, name, p) for name, p in model.named_parameters() if p.requires_grad}
+    for segment in flat.segments:
+        _restore(file, segment, optimizer)
     with torch.no_grad():
         for name, tensor in trained.items():
             now[name].copy_(tensor)
-    for name, values in moments.items():
-        if values:
-            optimizer.state[model.get_parameter(name)] = values
     return read_json(directory / "state.json"), kept
 
 
@@ -128,20 +122,48 @@ def _tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _moments(file: TensorFile, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """A parameter's moments; none, if it had no gradient so far.
+def _moments(flat: Flat, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """name/key -> AdamW's tensors, of each parameter its part; all of a segment have made as many steps."""
+    found: dict[str, Tensor] = {}
+    for segment in flat.segments:
+        state = optimizer.state[segment.values]
+        for key in MOMENTS:
+            found |= {f"{name}/{key}": part for name, part in segment.split(state[key]).items()}
+        found |= {f"{name}/step": state["step"].clone() for name in segment.parameters}
+    return found
+
+
+def _restore(file: TensorFile, segment: Segment, optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments of a segment into the optimizer; where a file has none of a parameter, they are 0.
 
     Raises:
-        FormatError: one is lacking, or does not fit.
+        FormatError: one is lacking or does not fit, or some have made more steps than others.
     """
-    if not any(f"{name}/{key}" in file.shapes for key in MOMENTS):
-        return {}
-    found = {}
-    for key in MOMENTS:
-        moment = file.read(f"{name}/{key}").to(parameter.device, copy=True)
-        if not moment.is_floating_point() or moment.shape != (() if key == "step" else parameter.shape):
-            raise FormatError(f"{file.path}: {name}/{key} is {moment.dtype} {tuple(moment.shape)}")
-        found[key] = moment
+    state = {key: torch.zeros_like(segment.values.detach()) for key in MOMENTS}
+    parts = {key: segment.split(state[key]) for key in MOMENTS}
+    steps: dict[float, str] = {}
+    for name, parameter in segment.parameters.items():
+        if not any(f"{name}/{key}" in file.shapes for key in (*MOMENTS, "step")):
+            continue
+        for key in MOMENTS:
+            parts[key][name].copy_(_fitting(file, f"{name}/{key}", parameter))
+        steps.setdefault(_fitting(file, f"{name}/step", torch.tensor(0.0)).item(), name)
+    if len(steps) > 1:
+        raise FormatError(f"{file.path}: {' and '.join(steps.values())} have not made as many steps")
+    if steps:
+        step = torch.tensor(next(iter(steps)), device=segment.values.device)
+        optimizer.state[segment.values] = {"step": step, **state}
+
+
+def _fitting(file: TensorFile, name: str, like: Tensor) -> Tensor:
+    """A tensor of the file.
+
+    Raises:
+        FormatError: it is lacking, or has another dtype or shape.
+    """
+    found = file.read(name)
+    if (found.dtype, found.shape) != (like.dtype, like.shape):
+        raise FormatError(f"{file.path}: {name} is {found.dtype} {tuple(found.shape)}")
     return found
 
 
