@@ -5,8 +5,9 @@ form; what an adapter makes of W is `LoRA` or `DoRA`. Forward is the merged weig
 
     for each active adapter in turn    LoRA: y ← y + s·B A x      DoRA: y ← k ⊙ (y + s·B A x),  k = m / ‖W + s·B A‖
 
-beginning with y = W x and ending with the bias. Start values that move a part of W into A and B (PiSSA and its like)
-leave W where it is: with the start B₀ A₀, the adapter is s·(B A - B₀ A₀), nothing at first, and W is never rounded.
+beginning with y = W x, which a linear makes along with the first s·B A x, and ending with the bias. Start values that
+move a part of W into A and B (PiSSA and its like) leave W where it is: with the start B₀ A₀, the adapter is
+s·(B A - B₀ A₀), nothing at first, and W is never rounded.
 
     N  rows of x    in, out  features of the base    r  rank of an adapter
 
@@ -27,8 +28,16 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError
 from minilora.lora.adapted import Adapted, MixedBatch, Shape
 from minilora.lora.config import LoraConfig
-from minilora.lora.functional import dora_norm, keyed_dropout, lora_branch, lora_delta, lora_scale
-from minilora.quant.linear import Linear, NF4Linear, apply_weight, dense_weight
+from minilora.lora.functional import (
+    dora_norm,
+    dora_stretch,
+    keyed_dropout,
+    lora_branch,
+    lora_delta,
+    lora_linear,
+    lora_scale,
+)
+from minilora.quant.linear import Linear, NF4Linear, apply_weight, dense_linear, dense_weight, stored
 
 Drop = Callable[[Tensor], Tensor]
 
@@ -40,6 +49,9 @@ class LowRank(nn.Module, ABC):
         scale: s.
         tensors: `lora_A` and `lora_B`, and perhaps `lora_bias`, a bias of B; `bias`, which takes the place of the
             base's; `magnitude`, DoRA's m; `start_A` and `start_B`, whose product is subtracted.
+
+    `cast` is set, and removed, by whoever changes A and B and casts those of all layers at once. Without it they are
+    cast where they are used.
     """
 
     lora_A: nn.Parameter
@@ -65,14 +77,18 @@ class LowRank(nn.Module, ABC):
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, -self.start_B), dim=1)
 
+    def arguments(self) -> tuple[Tensor, Tensor, float, tuple[Tensor, Tensor] | None]:
+        """A, B, s and `cast`, as `lora_linear` and `lora_branch` take them."""
+        return *self.factors(), self.scale, self.cast if self.start_A is None else None
+
     def delta(self, dtype: torch.dtype) -> Tensor:
         """s·B A as a matrix (out, in), computed in the dtype."""
         lora_A, lora_B = (factor.to(dtype) for factor in AdapterLayer.thin(*self.factors()))
         return lora_delta(lora_A, lora_B, self.scale)
 
     @abstractmethod
-    def changed(self, layer: AdapterLayer, x: Tensor, y: Tensor, drop: Drop) -> Tensor:
-        """What becomes of y, in the course of `forward`."""
+    def finished(self, layer: AdapterLayer, y: Tensor, weight: Tensor) -> Tensor:
+        """What becomes of y, to which s·B A x was added, in the course of `forward`."""
 
     @abstractmethod
     def merged(self, layer: AdapterLayer, matrix: Tensor, weight: Tensor) -> Tensor:
@@ -82,8 +98,7 @@ class LowRank(nn.Module, ABC):
 class LoRA(LowRank):
     """W ↦ W + s·B A  [LoRA eq. 3] (final)."""
 
-    def changed(self, layer: AdapterLayer, x: Tensor, y: Tensor, drop: Drop) -> Tensor:
-        y += layer.branch(x, *self.factors(), self.scale, drop)  # in place, or each adapter would make another (N, out)
+    def finished(self, layer: AdapterLayer, y: Tensor, weight: Tensor) -> Tensor:
         return y
 
     def merged(self, layer: AdapterLayer, matrix: Tensor, weight: Tensor) -> Tensor:
@@ -103,9 +118,8 @@ class DoRA(LowRank):
         """k = m / ‖W + s·B A‖, (out)."""
         return self.magnitude.flatten() / dora_norm(weight, *layer.thin(*self.factors()), self.scale)
 
-    def changed(self, layer: AdapterLayer, x: Tensor, y: Tensor, drop: Drop) -> Tensor:
-        k = layer.spread(self.stretch(layer, layer.matrix(dense_weight(layer.base))))
-        return (k * (y + layer.branch(x, *self.factors(), self.scale, drop))).to(y.dtype)
+    def finished(self, layer: AdapterLayer, y: Tensor, weight: Tensor) -> Tensor:
+        return dora_stretch(y, layer.spread(self.stretch(layer, layer.matrix(weight))))
 
     def merged(self, layer: AdapterLayer, matrix: Tensor, weight: Tensor) -> Tensor:
         k = self.stretch(layer, weight).to(matrix.dtype)
@@ -158,24 +172,36 @@ class AdapterLayer(Adapted):
         if not self.active:
             return self.base(x)
         is_late = any(isinstance(self.adapters[name], DoRA) for name in self.active)  # the bias is not stretched
-        bias = self.merged_bias(self.active)
-        y = self._changed(x, self.project(x, None if is_late else bias), self.active)
+        bias, weight = self.merged_bias(self.active), dense_weight(self.base)
+        y = self._changed(x, None, weight, None if is_late else bias, self.active)
         return y + self.spread(bias).to(y.dtype) if is_late and bias is not None else y
 
     def _mixed(self, x: Tensor, batch: MixedBatch) -> Tensor:
         """W is applied to all rows at once, and then to each group what its adapters do."""
-        y = self.project(x, None)
+        weight = dense_weight(self.base)
+        y = self.project(x, weight, None)
         for names, rows in batch.groups(x):
             names = tuple(name for name in names if name in self.configs)
-            part, bias = self._changed(x[rows], y[rows], names), self.merged_bias(names)
+            part, bias = self._changed(x[rows], y[rows], weight, None, names), self.merged_bias(names)
             y[rows] = part if bias is None else part + self.spread(bias).to(y.dtype)
         return y
 
-    def _changed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
-        x = x.to(y.dtype) if x.is_floating_point() else x
+    def _changed(self, x: Tensor, y: Any, weight: Tensor, bias: Tensor | None, names: Sequence[str]) -> Tensor:
+        """What the adapters make of y, one after the other; if that is None, of W x + b."""
         for name in names:
-            y = self.adapters[name].changed(self, x, y, functools.partial(self.dropped, name=name))
+            adapter = self.adapters[name]
+            if y is None and not self.drops(name):
+                y = self.joined(x, weight, bias, adapter)
+            else:
+                y = self.project(x, weight, bias) if y is None else y
+                x = x.to(y.dtype) if x.is_floating_point() else x
+                y = y + self.branch(x, adapter, functools.partial(self.dropped, name=name))
+            y = adapter.finished(self, y, weight)
         return y
+
+    def drops(self, name: str) -> bool:
+        """Does the adapter's branch see only a part of x?"""
+        return self.training and self.configs[name].lora_dropout > 0
 
     def dropped(self, x: Tensor, name: str) -> Tensor:
         """What the adapter's branch sees of x: all of it, but for dropout in training.
@@ -183,14 +209,11 @@ class AdapterLayer(Adapted):
         Raises:
             ConfigError: there is dropout, but no `set_dropout_step` said which mask to draw.
         """
-        p = self.configs[name].lora_dropout
-        if p == 0 or not self.training:
+        if not self.drops(name):
             return x
         if self.dropout_key is None:
-            raise ConfigError(
-                "lora_dropout needs minilora.set_dropout_step(model, seed, step) before each forward pass"
-            )
-        return keyed_dropout(x, p, f"{self.dropout_key}/{self.path}/{name}")
+            raise ConfigError("lora_dropout needs minilora.set_dropout_step(model, seed, step) before a forward pass")
+        return keyed_dropout(x, self.configs[name].lora_dropout, f"{self.dropout_key}/{self.path}/{name}")
 
     def merged_bias(self, names: Sequence[str] | None = None) -> Tensor | None:
         """b, or what an adapter trained in its place, and s·b_B of each B that has a bias: (out), or None."""
@@ -257,12 +280,16 @@ class AdapterLayer(Adapted):
         """Of A and of B."""
 
     @abstractmethod
-    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """W x + b, as the base computes it."""
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + b, as the base computes it, with its weight as it is, or dense."""
 
     @abstractmethod
-    def branch(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, drop: Drop) -> Tensor:
+    def branch(self, x: Tensor, adapter: LowRank, drop: Drop) -> Tensor:
         """s·B A drop(x)."""
+
+    @abstractmethod
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor:
+        """W x + b + s·B A x."""
 
     @abstractmethod
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -293,11 +320,15 @@ class AdapterLinear(AdapterLayer):
     def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
         return (r, base.in_features), (base.out_features, r)
 
-    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return apply_weight(self.base, x, bias)
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return apply_weight(self.base, x, bias, weight)
 
-    def branch(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, drop: Drop) -> Tensor:
-        return lora_branch(drop(x), lora_A, lora_B, scale)
+    def branch(self, x: Tensor, adapter: LowRank, drop: Drop) -> Tensor:
+        return lora_branch(drop(x), *adapter.arguments())
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor:
+        x = x.to(weight.dtype) if isinstance(self.base, NF4Linear) else x
+        return lora_linear(x, weight, bias, *adapter.arguments(), stored(self.base))
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return dense_linear(weight, bias)
@@ -317,12 +348,3 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
     for group, block in enumerate(weight.unflatten(0, (groups, -1))):
         whole[group, :, group] = block
     return whole.flatten(2, 3).flatten(0, 1)
-
-
-def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen plain linear of these numbers."""
-    linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
