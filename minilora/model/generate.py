@@ -139,7 +139,7 @@ def _chosen(
     """The token that follows each document. The device is asked once, as each answer has to be waited for."""
     if temperature > 0:
         logits = logits.cpu()
-    is_finite = torch.stack((logits.amin(), logits.amax())).isfinite().all(0, keepdim=True)  # both pass NaN on
+    is_finite = torch.stack(logits.aminmax()).isfinite().all(0, keepdim=True)  # NaN is the least and the most
     if repetition_penalty != 1:
         logits = penalize(logits, documents, repetition_penalty)
     *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
