@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,3 +309,22 @@ def test_a_disk_that_is_full_is_told_with_the_file_and_leaves_nothing(tmp_path, 
     with pytest.raises(OSError, match=r"a\.safetensors: cannot be written .*No space left"):
         write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_has_become_shorter_is_refused(path):
+    write_tensors(path, {"a": torch.ones(5000)})
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "a cannot be read" in refuses(lambda _: file.read("a"), path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts what is mapped")
+def test_a_tensor_that_is_let_go_leaves_nothing_mapped_and_no_file_open(path):
+    write_tensors(path, {"a": torch.ones(5000), "b": torch.zeros(5000)})
+    file = TensorFile(path)
+    kept = file.read("b")
+    for _ in range(50):
+        file.read("a")
+    assert Path("/proc/self/maps").read_text().count(str(path)) == 1
+    assert not any(str(path) == str(handle.resolve()) for handle in Path("/proc/self/fd").iterdir())
+    assert not kept.any()
