@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     results.keep(log, here, state, asdict(each))
                     found.append(each)
                     print(results.spoken(known[name], found), flush=True)
-            except turns.DifferentWorkError as error:
+            except turns.RefusedError as error:
                 results.keep(log, here, state, {"work": name, "refused": str(error)})
                 refused = True
                 print(f"{name}: refused, {error}", flush=True)
@@ -61,7 +61,8 @@ def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence
     if isinstance(each, work.Growth):
         yield growth.measure(each, shop)
     else:
-        sides = [work.OURS, *(peer for peer in each.peers if peers is None or peer in peers)]
+        asked = [peer for peer in each.peers if peers is None or peer in peers]
+        sides = [work.OURS, *filter(turns.is_installed, asked)]
         yield from turns.rounds(shop.task(each), sides, rounds)
 
 

@@ -20,7 +20,7 @@ import torch
 import minilora
 from benchmarks import growth
 from benchmarks.process import Measurement, Round
-from benchmarks.work import OURS, Bound, Growth, Operation, Training, Work
+from benchmarks.work import ALPHA, OURS, RANK, REPEATS, STEPS, WARM_UP, Bound, Growth, Operation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
@@ -76,7 +76,7 @@ def kept(path: Path, surroundings: dict[str, str]) -> dict[str, list[dict[str, A
 def as_round(line: dict[str, Any]) -> Round:
     """A line, as what it was made of."""
     sides = {side: Measurement(**measured) for side, measured in line["sides"].items()}
-    return Round(**{field.name: line[field.name] for field in fields(Round)} | {"sides": sides})
+    return Round(**{key.name: line[key.name] for key in fields(Round)} | {"sides": sides})
 
 
 def ratio(rounds: Sequence[Round], value: Callable[[Measurement], float], peer: str) -> list[float]:
@@ -173,13 +173,8 @@ COMPARISON = (
     *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer", "required", "met"),
     *("peak GB: minilora", "peer", "minilora over peer", "required", "met"),
 )
-UTILISATION = (
-    "work",
-    "GFLOP/s reached",
-    "peak of matrix products",
-    "share",
-    "required",
-    "met",
+MACHINE = (
+    *("work", "GFLOP/s reached", "peak of matrix products", "share", "required", "met"),
     "peak memory over forecast",
 )
 OPERATIONS = ("work", "what", "peer", "minilora", "peer", "times as fast", "required", "met")
@@ -209,10 +204,7 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     once = [each for each in shown if isinstance(each[0], Operation)]
     parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
     parts.append("## Training\n\n" + table(COMPARISON, [row for each in training for row in comparison(*each)]))
-    parts.append(
-        "## What the machine can do, and what was told of memory\n\n"
-        + table(UTILISATION, [utilisation(*each) for each in training])
-    )
+    parts.append("## Beside the machine\n\n" + table(MACHINE, [utilisation(*each) for each in training]))
     parts.append("## What is done at once\n\n" + table(OPERATIONS, [row for each in once for row in operation(*each)]))
     parts.append("## The same work\n\n" + table(CHECKS, [row for each in training + once for row in checks(*each)]))
     parts.append("## Growth")
@@ -232,6 +224,11 @@ def facts(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
         "machine": lines[0]["machine"],
         "versions": lines[0]["versions"],
         "states": ", ".join(sorted(states)),
+        "warm_up": f"{WARM_UP}",
+        "steps": f"{STEPS}",
+        "repeats": f"{REPEATS}",
+        "rank": f"{RANK}",
+        "alpha": f"{ALPHA}",
     }
 
 
@@ -239,4 +236,30 @@ HEAD = """# What was measured
 
 {dates}, {machine}; {versions}. Hash of minilora's code: {states}.
 
-`python -m benchmarks --model smollm2` writes this page; `--help` tells how to measure a part of it."""
+`python -m benchmarks --model smollm2` writes this page; `--help` tells how to measure a part of it.
+
+Figures are medians of rounds, with the lowest and the highest round in brackets. In a round everyone has a turn,
+each in a fresh process, and a ratio is that of one round. Training is {warm_up} steps that do not count, then
+{steps}; tokens are real ones, never pads; what is done at once is done {repeats} times after one which does not
+count. The peak of memory is the process's, less what it was after the imports; on CUDA that of torch's allocator.
+All begin with the same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the same batches
+of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20 to
+512), of each the second half learned; *long*, one document of 4,096. `smollm2` has 135 M parameters; `llama1b` is
+Llama-3.2-1B's shape with 4 layers, of random weights.
+
+- **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults; `recompute="block"` where it says
+  so.
+- **peft**: transformers and PEFT in a plain loop: batches padded to their longest row, with a mask; base in the
+  work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped
+  to norm 1; `gradient_checkpointing_enable(use_reentrant=False)` with recompute. QLoRA is bitsandbytes' NF4 with
+  nested scales, and not prepared by `prepare_model_for_kbit_training`, whose float32 head and norms would make it
+  slower.
+- **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and
+  loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
+  FlashAttention.
+- **litgpt**: its model, head and chunked loss in the loop of its `finetune_lora`, `bf16-true`, padded.
+- **lora**: minilora on a base that is not quantized.
+
+FLOP are those of the frozen weights' forward pass and input gradients, of the adapter, of the head on learned
+tokens, and of causal attention; what is computed again to save memory does not count. The peak of matrix products
+is the best of three sizes in the same round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +22,36 @@ TRAINING = {  # the function of each side
     "trl-best": ("benchmarks.peers", "train_trl_best"),
     "litgpt": ("benchmarks.peers", "train_litgpt"),
 }
+PACKAGES = {
+    "lora": OURS,
+    "trl-best": "trl",
+    "bitsandbytes-pytorch": "bitsandbytes",
+}  # of sides that are named otherwise
+
+
+class RefusedError(Exception):
+    """A work whose figures are not compared."""
+
+
+def is_installed(side: str) -> bool:
+    """Is the side's package there?"""
+    return importlib.util.find_spec(PACKAGES.get(side, side)) is not None
 
 
 def measured(task: Task, side: str) -> Measurement:
-    """What a side measures of a task, in a fresh process."""
+    """What a side measures of a task, in a fresh process.
+
+    Raises:
+        RefusedError: it failed.
+    """
     if isinstance(task.work, Training):
         module, function = TRAINING[side]
     else:
         module, function = f"benchmarks.{'our' if side == OURS else 'peer'}_operations", task.work.does
-    return in_fresh_process(called, module, function, replace(task, side=side))
+    try:
+        return in_fresh_process(called, module, function, replace(task, side=side))
+    except Exception as error:  # of a library that is not ours, or a process that the system has ended
+        raise RefusedError(f"{side} failed, {type(error).__name__}: {error}") from error
 
 
 class Workshop:
@@ -75,7 +97,7 @@ def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
     """In each round, what every side measured; for training the peak of matrix products, too.
 
     Raises:
-        DifferentWorkError: a side did not compute what we did.
+        RefusedError: a side failed, or did not compute what we did.
     """
     flop = sum(works.training_flops(works.config_of(task.model), batch) for batch in task.batches[task.warm_up :])
     for _ in range(count):
@@ -89,15 +111,11 @@ def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
             yield Round(task.work.name, found)
 
 
-class DifferentWorkError(Exception):
-    """Two sides did not compute the same."""
-
-
 def check_same_work(ours: dict[str, float], theirs: dict[str, float], bounds: dict[str, float], side: str) -> None:
     """What both sides computed is the same within bounds, relative to the peer's.
 
     Raises:
-        DifferentWorkError: it is not.
+        RefusedError: it is not.
     """
     bad = [
         f"{name} {ours[name]:.6g}, of {side} {theirs[name]:.6g}, may differ by {bound:g} of it"
@@ -105,4 +123,4 @@ def check_same_work(ours: dict[str, float], theirs: dict[str, float], bounds: di
         if name in ours and name in theirs and not abs(ours[name] - theirs[name]) <= bound * abs(theirs[name])
     ]
     if bad:
-        raise DifferentWorkError("; ".join(bad))
+        raise RefusedError("; ".join(bad))

@@ -125,12 +125,12 @@ def test_different_work_is_refused(shop, tmp_path, planted):
         other = replace(task, rows=[(tokens, tokens) for tokens, _ in task.rows])
     else:
         other = replace(task, work=replace(task.work, method="qlora"))
-    with pytest.raises(turns.DifferentWorkError, match=r"of peft .* may differ by"):
+    with pytest.raises(turns.RefusedError, match=r"of peft .* may differ by"):
         turns.check_same_work(found, ours.train(other).checks, task.work.bounds, "peft")
 
 
 def test_what_is_not_finite_is_refused():
-    with pytest.raises(turns.DifferentWorkError, match="nan"):
+    with pytest.raises(turns.RefusedError, match="nan"):
         turns.check_same_work({"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.1}, "peft")
 
 
