@@ -145,7 +145,7 @@ def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
     return [work.name, *gigaflops, spread(shares), *verdict(shares, work.utilisation), spread(told)]
 
 
-def checks(work: Work, rounds: Sequence[Round]) -> Iterable[list[str]]:
+def checks(work: Training | Operation, rounds: Sequence[Round]) -> Iterable[list[str]]:
     """A row for each number that has to be the same for everyone."""
     measured = {side: found for each in rounds for side, found in each.sides.items()}
     for name, bound in work.bounds.items():
@@ -200,13 +200,13 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     refused = [[name, found[-1]["refused"]] for name, found in lines.items() if "refused" in found[-1]]
     rounds = {name: [as_round(line) for line in found if "sides" in line] for name, found in lines.items()}
     shown = [(work, rounds[work.name]) for work in works if rounds.get(work.name) and work.name not in dict(refused)]
-    training = [each for each in shown if isinstance(each[0], Training)]
-    once = [each for each in shown if isinstance(each[0], Operation)]
+    training = [(each, measured) for each, measured in shown if isinstance(each, Training)]
+    once = [(each, measured) for each, measured in shown if isinstance(each, Operation)]
     parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
     parts.append("## Training\n\n" + table(COMPARISON, [row for each in training for row in comparison(*each)]))
     parts.append("## Beside the machine\n\n" + table(MACHINE, [utilisation(*each) for each in training]))
     parts.append("## What is done at once\n\n" + table(OPERATIONS, [row for each in once for row in operation(*each)]))
-    parts.append("## The same work\n\n" + table(CHECKS, [row for each in training + once for row in checks(*each)]))
+    parts.append("## The same work\n\n" + table(CHECKS, [row for each in [*training, *once] for row in checks(*each)]))
     parts.append("## Growth")
     for each, measured in shown:
         if isinstance(each, Growth):

@@ -12,7 +12,7 @@ import torch
 from benchmarks import make
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
-from benchmarks.work import OURS, Operation, Task, Training, Work
+from benchmarks.work import OURS, Operation, Task, Training
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
@@ -83,7 +83,7 @@ class Workshop:
             make.adapter(self.model(model), path, dora, rank)
         return path
 
-    def task(self, work: Work, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
+    def task(self, work: Training | Operation, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
         """All that a side of a work needs to know."""
         model, adapter = self.model(work.model), self.adapter(work.model, work.method == "dora")
         vocabulary = works.config_of(model)["vocab_size"]

@@ -100,9 +100,8 @@ class Training:
 
         Both compute in `dtype` and round at other places; bfloat16 has 8 bits.
         """
-        return (
-            {"loss": 1e-4, "gradient norm": 1e-3} if self.dtype == "float32" else {"loss": 2e-3, "gradient norm": 0.02}
-        )
+        loss, norm = (1e-4, 1e-3) if self.dtype == "float32" else (2e-3, 2e-2)
+        return {"loss": loss, "gradient norm": norm}
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ class Operation:
     bounds: dict[str, float] = field(default_factory=dict)  # how far results may be apart, relative to the peer's
     prompts: tuple[int, ...] = ()  # of which lengths
     model: str = "smollm2"
-    memory: Bound | None = None
     method: Method = "lora"
 
 
@@ -129,7 +127,6 @@ class Growth:
     name: str
     size: Literal["tokens", "rank", "layers", "adapters"]
     points: tuple[int, ...]
-    peers: tuple[str, ...] = ()
 
 
 Work = Training | Operation | Growth
@@ -157,9 +154,7 @@ def trainings() -> list[Training]:
     everyone = ("peft", "trl", "trl-best", "litgpt")
     bf16, fp32 = "bfloat16", "float32"
     return [
-        Training(
-            "bf16-fixed", bf16, "fixed", rate=least(1.7), memory=most(0.5), utilisation=least(0.48), peers=everyone
-        ),
+        Training("bf16-fixed", bf16, "fixed", "lora", False, "smollm2", least(1.7), most(0.5), least(0.48), everyone),
         Training("bf16-fixed-recompute", bf16, "fixed", recompute=True, rate=least(1.5), memory=most(0.55)),
         Training("bf16-real", bf16, "real", rate=least(2.7), memory=most(0.3), peers=everyone),
         Training("fp32-fixed", fp32, "fixed", rate=least(1.15), memory=most(0.75)),
@@ -182,26 +177,14 @@ def operations() -> list[Operation]:
     """All that is done at once."""
     least, same, close = (lambda limit: Bound("at least", limit)), {"result": 0.0}, {"result": 1e-4}
     bnb = ("bitsandbytes-pytorch", "bitsandbytes")
-    texts = {"prompts": (32,), "bounds": same}
+    several = tuple(range(16, 129, 16))
     return [
-        Operation("generate", "generate", "128 tokens after 32, the adapter not merged", **texts),
-        Operation("generate-fp32", "generate", "the same in float32", dtype="float32", **texts),
-        Operation(
-            "generate-batch",
-            "generate",
-            "128 tokens for 8 prompts of 16 to 128",
-            prompts=tuple(range(16, 129, 16)),
-            bounds=same,
-        ),
+        Operation("generate", "generate", "128 tokens after 32, the adapter not merged", prompts=(32,), bounds=same),
+        Operation("generate-fp32", "generate", "in float32", dtype="float32", prompts=(32,), bounds=same),
+        Operation("generate-batch", "generate", "8 prompts of 16 to 128", prompts=several, bounds=same),
         Operation("load", "load", "SmolLM2 in bfloat16", rate=least(2), bounds=close),
         Operation("load-nf4", "load", "the same into four bits", method="qlora"),
-        Operation(
-            "import",
-            "import_",
-            "python -c 'import …'",
-            ("torch", "transformers", "peft"),
-            rate=Bound("at least", 1 / 1.2),
-        ),
+        Operation("import", "import_", "python -c 'import …'", ("torch", "transformers", "peft"), rate=least(1 / 1.2)),
         Operation("help", "help_", "minilora --help, beside python -c 'import torch'", ("torch",)),
         Operation("merge", "merge", "an adapter on 210 linears folded into them", bounds=close),
         Operation("save-adapter", "save_adapter", "its files", bounds={"result": 0.01}),
@@ -210,9 +193,7 @@ def operations() -> list[Operation]:
         Operation("switch", "switch", f"to the next of {ADAPTERS} adapters of {LINEARS} linears", rate=least(5)),
         Operation("disable", "disable", "no adapter for the length of an empty block", rate=least(5)),
         Operation("load-adapter", "load_adapter", f"the files of an adapter of {LINEARS} linears"),
-        Operation(
-            "quantize", "quantize", "SmolLM2's linears, nested scales", ("bitsandbytes",), rate=least(4), bounds=same
-        ),
+        Operation("quantize", "quantize", "SmolLM2's linears, double", ("bitsandbytes",), rate=least(4), bounds=close),
         Operation("dequantize", "dequantize", "SmolLM2's linears", bnb, bounds=close),
         Operation("dequantize-2048", "dequantize", "a weight of 2048 x 2048", bnb, rate=least(10), bounds=close),
         Operation("dequantize-4096", "dequantize", "a weight of 4096 x 4096", bnb, rate=least(10), bounds=close),
