@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig
+from minilora.lora import functional
 from minilora.lora.functional import dora_norm
 from minilora.lora.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
@@ -19,6 +20,12 @@ from tests.tolerance import assert_maths, assert_precision, precision
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 DORA = LoraConfig(r=4, lora_alpha=28, use_dora=True)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Some ten rows are several tiles."""
+    monkeypatch.setattr(functional, "TILE", 400)
 
 
 def numbers(layer):

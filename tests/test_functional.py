@@ -1,15 +1,34 @@
+import functools
+
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.lora.functional import keyed_dropout, lora_branch, lora_delta, lora_scale
+from minilora.lora import functional
+from minilora.lora.functional import (
+    dora_norm,
+    dora_stretch,
+    keyed_dropout,
+    lora_branch,
+    lora_delta,
+    lora_linear,
+    lora_scale,
+)
 from minilora.testing import reference
 from tests.models import randn, scales, seeds, sizes
-from tests.tolerance import assert_maths, assert_precision
+from tests.tolerance import assert_maths, assert_precision, precision
 
 keys = st.text(max_size=8)
 lows = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+leading = st.lists(sizes, max_size=2)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Some ten rows are several tiles."""
+    monkeypatch.setattr(functional, "TILE", 400)
 
 
 def exact_gradients(x, A, B, scale, dy):
@@ -78,6 +97,119 @@ def test_under_autocast_gradients_are_as_good_as_plain_pytorch_s(seed, scale):
     for our, their, oracle in zip(ours, plain, exact.values(), strict=True):
         assert our.dtype == torch.float32
         assert_precision(our.bfloat16(), their.bfloat16(), oracle)
+
+
+def linear_arguments(seed, leading, inner, outer, r, dtype=torch.float64):
+    """x, W, b, A and B, as `lora_linear` takes them; the adapter is in float32 at least."""
+    x, weight, bias = randn(seed, *leading, inner), randn(seed + 1, outer, inner), randn(seed + 2, outer)
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = randn(seed + 3, r, inner), randn(seed + 4, outer, r)
+    return [tensor.to(dtype) for tensor in (x, weight, bias)] + [factor.to(wide) for factor in factors]
+
+
+def obvious_linear(x, weight, bias, A, B, scale):
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+@given(seeds, leading, sizes, sizes, sizes, scales, st.sets(st.integers(0, 4), min_size=1), st.booleans())
+def test_a_linear_with_its_branch_is_the_sum_of_both_whatever_is_trained(
+    seed, leading, inner, outer, r, scale, trained, has_bias
+):
+    tensors = linear_arguments(seed, leading, inner, outer, r)
+    if not has_bias:
+        tensors[2], trained = None, trained - {2} or {0}
+    leaves = [tensors[i].requires_grad_() for i in trained]
+    ours, plain = lora_linear(*tensors, scale), obvious_linear(*tensors, scale)
+    assert_maths(ours, plain)
+    dy = randn(seed + 5, *plain.shape)
+    for our, their in zip(*(torch.autograd.grad(y, leaves, dy) for y in (ours, plain)), strict=True):
+        assert_maths(our, their)
+
+
+@given(seeds, scales)
+def test_gradients_are_those_of_small_differences(seed, scale):
+    tensors = [tensor.requires_grad_() for tensor in linear_arguments(seed, [3], 4, 5, 2)]
+    y, k = randn(seed + 5, 90, 5).requires_grad_(), randn(seed + 6, 5).requires_grad_()
+    linear, branch = (functools.partial(function, scale=scale) for function in (lora_linear, lora_branch))
+    for function, inputs in ((linear, tensors), (branch, [tensors[0], *tensors[3:]]), (dora_stretch, [y, k])):
+        assert torch.autograd.gradcheck(function, inputs, check_undefined_grad=False)
+
+
+@given(seeds, scales, lows)
+def test_in_low_precision_the_linear_is_as_good_as_plain_pytorch(seed, scale, dtype):
+    leaves = [tensor.requires_grad_() for tensor in linear_arguments(seed, [33], 40, 24, 8, dtype)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    dy = randn(seed + 5, 33, 24, dtype=dtype)
+    results = []
+    for function, tensors in ((lora_linear, leaves), (obvious_linear, leaves), (obvious_linear, wide)):
+        y = function(*tensors, scale)
+        results.append([y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))])
+    for our, their, exact, like in zip(*results, [dy, *leaves], strict=True):
+        assert our.dtype == like.dtype
+        assert_precision(our.to(dtype), their.to(dtype), exact.detach())
+
+
+@given(seeds, scales, st.booleans())
+def test_what_was_cast_before_acts_as_what_is_cast_here_and_its_master_gets_the_gradient(seed, scale, has_weight):
+    x, weight, bias, *factors = linear_arguments(seed, [5], 6, 4, 3, torch.bfloat16)
+    leaves, dy = [x.requires_grad_(), *(factor.requires_grad_() for factor in factors)], randn(1, 5, 4).bfloat16()
+    results = []
+    for cast in (None, tuple(factor.detach().bfloat16() for factor in factors)):
+        base = (weight, bias) if has_weight else ()
+        y = (lora_linear if has_weight else lora_branch)(x, *base, *factors, scale, cast)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for own, given_ in zip(*results, strict=True):
+        assert own.dtype == given_.dtype
+        assert torch.equal(own, given_)
+
+
+def kept_beyond(tensors, function):
+    """Bytes that autograd keeps of a call, besides what is stored anyway."""
+    known, kept = {tensor.untyped_storage().data_ptr() for tensor in tensors}, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
+        function()
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+
+
+@given(seeds, lows, st.booleans())
+def test_of_a_linear_r_numbers_a_row_are_kept_besides_x_and_of_a_stretch_nothing(seed, dtype, is_cast):
+    N, r = 30, 3
+    tensors = [tensor.requires_grad_() for tensor in linear_arguments(seed, [N], 20, 10, r, dtype)]
+    cast = tuple(factor.detach().to(dtype) for factor in tensors[3:])
+    known = [*tensors, *cast]
+    assert kept_beyond(known, lambda: lora_linear(*tensors, 0.5, cast if is_cast else None)) == N * r * dtype.itemsize
+    y, k = randn(seed, N, 10).to(dtype).requires_grad_(), randn(seed, 10).float().requires_grad_()
+    assert kept_beyond([y, k], lambda: dora_stretch(y, k)) == 0
+
+
+@given(seeds, lows)
+def test_a_stretch_is_rounded_once_and_its_gradients_are_as_good_as_plain_pytorch_s(seed, dtype):
+    y, k, dz = randn(seed, 33, 24).to(dtype), randn(seed + 1, 24).float(), randn(seed + 2, 33, 24).to(dtype)
+    leaves = [y.requires_grad_(), k.requires_grad_()]
+    ours, plain, exact = dora_stretch(y, k), y * k.to(dtype), y.double() * k.double()
+    assert torch.equal(ours, (y * k).to(dtype))
+    results = (torch.autograd.grad(z, leaves, dz.to(z.dtype)) for z in (ours, plain, exact))
+    for our, their, oracle in zip(*results, strict=True):
+        assert_precision(our.to(dtype), their.to(dtype), oracle)
+
+
+@given(seeds, scales, st.integers(-2, 6))
+def test_the_length_of_a_row_that_nearly_vanishes_is_as_good_as_plain_pytorch_s(seed, scale, cancelled):
+    """W + s·B A is 10^cancelled times smaller than s·B A; expanded, the square of the length loses twice the digits."""
+    A, B = randn(seed, 8, 64).float(), randn(seed + 1, 96, 8).float()
+    delta = scale * B.double() @ A.double()
+    rest = randn(seed + 2, 96, 64) * delta.norm() / delta.numel() ** 0.5
+    W = (rest * 10.0**-cancelled - delta).float()
+    exact = (W.double() + delta).norm(dim=1)
+    plain = (W + scale * (B @ A)).norm(dim=1)
+    norm, one = dora_norm(W, A, B, scale), torch.ones(96)
+    assert_precision((norm / exact).float(), (plain / exact).float(), one)
+    if cancelled >= 2:
+        square = W.square().sum(1) + ((2 * scale * W @ A.T + scale**2 * B @ (A @ A.T)) * B).sum(1)
+        expanded = square.clamp(min=0).sqrt() / exact
+        assert precision(expanded.float(), (plain / exact).float(), one) > 10
 
 
 @given(seeds, keys, keys, st.sampled_from([0.1, 0.5]))

@@ -12,6 +12,7 @@ from minilora.lora.initialize import initial_factors
 from minilora.lora.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference
+from tests.adapters import add
 from tests.models import fill_, randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, assert_precision
 
@@ -155,6 +156,22 @@ def test_merged_weight_of_a_bfloat16_base_is_rounded_once(seed, inner, outer, r,
     exact = torch.from_numpy(reference.lora_merged_weight(weight, lora_A, lora_B, scale))
     assert layer.merged_weight().dtype == torch.bfloat16
     assert_precision(layer.merged_weight(), exact.to(torch.bfloat16), exact)
+
+
+@given(seeds, scales, kinds, st.booleans(), st.booleans(), st.integers(1, 2))
+def test_what_was_cast_before_acts_as_what_is_cast_here(seed, scale, bits, use_dora, has_start, number):
+    layer = make_layer(seed, 8, 6, [], scale, dtype=torch.bfloat16, bits=bits)
+    for i in range(number):
+        add(layer, f"adapter{i}", seed + i, 2, scale, use_dora, has_start, dtype=torch.float32)
+    x, dy = randn(seed + 50, 5, 8).bfloat16().requires_grad_(), randn(seed + 51, 5, 6).bfloat16()
+    leaves, results = [x, *(p for p in layer.parameters() if p.requires_grad)], []
+    for is_cast in (False, True):
+        for adapter in layer.adapters.values():
+            adapter.cast = (adapter.lora_A.detach().bfloat16(), adapter.lora_B.detach().bfloat16()) if is_cast else None
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for own, given_ in zip(*results, strict=True):
+        assert torch.equal(own, given_)
 
 
 def test_dropout_without_a_step_is_refused():

@@ -195,12 +195,12 @@ class _Stretch(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y, k = ctx.saved_tensors
         needs_dy, needs_dk = ctx.needs_input_grad
-        dy, dk = torch.empty_like(dz), torch.zeros_like(k)
+        dy, dk = torch.empty_like(dz), []
         for part, own, out in zip(_tiles(dz), _tiles(y), _tiles(dy), strict=True):
             wide = part.to(k.dtype)
-            dk += (wide * own).sum_to_size(k.shape) if needs_dk else 0
+            dk.append((wide * own).sum_to_size(k.shape))
             torch.mul(wide, k, out=out)
-        return dy if needs_dy else None, dk if needs_dk else None
+        return dy if needs_dy else None, torch.stack(dk).sum(0) if needs_dk else None
 
 
 def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
