@@ -358,13 +358,13 @@ LARGE = {
 }
 MEASURE = """
 import sys
-import minilora
+from minilora import load_model
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 before = peak()
-model = minilora.load_model(sys.argv[1], dtype=sys.argv[2])
+model = load_model(sys.argv[1], dtype=sys.argv[2])
 print(peak() - before, sum(p.nbytes for p in model.parameters()))
 """
 
