@@ -140,8 +140,8 @@ def test_the_readme_counts_the_core_path():
     assert all(f"`{name}`" in README for name in CORE)
 
 
-def test_using_minilora_imports_no_template_engine_and_no_command_line():
-    needless = ("jinja2", "minilora.cli")
+def test_using_minilora_imports_no_template_engine_no_tokenizer_and_no_command_line():
+    needless = ("jinja2", "tokenizers", "minilora.cli")
     command = f"import sys, minilora; minilora.train; sys.exit(sum(name in sys.modules for name in {needless}))"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 

@@ -15,11 +15,12 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from minilora.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 QUOTE, RENAMED = "\ufdd2", "\ufdd3"  # Unicode noncharacters, as those that template.py marks spans with
 NONCHARACTERS = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # also the halves of surrogate pairs
@@ -96,6 +97,8 @@ class ControlTokens:
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """The tokenizer with its control tokens renamed; the ids are the same."""
+        import tokenizers
+
         data, names = json.loads(self._source), set(self._names)
         for entry in data["added_tokens"]:
             if entry["content"] in names:

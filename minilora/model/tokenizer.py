@@ -9,8 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
 from minilora.errors import ConfigError, DataError, FormatError
 from minilora.hub import fetch
 from minilora.model.quote import QUOTE, ControlTokens
@@ -66,6 +64,8 @@ class Tokenizer:
         self.template = _chat_template(template, self.special_tokens, None) if template else None
 
     def _read_backend(self) -> None:
+        import tokenizers  # here, so that only who has a tokenizer waits for it
+
         source = _with_whole_offsets(self._texts["tokenizer.json"])
         self._backend = tokenizers.Tokenizer.from_str(source)
         self._control = ControlTokens(source, self._backend)
@@ -107,6 +107,8 @@ class Tokenizer:
         Raises:
             ConfigError: a token is empty, is there already or is named twice.
         """
+        import tokenizers
+
         if not tokens:
             return self
         known = [token for token in tokens if self.token_id(token) is not None or tokens.count(token) > 1 or not token]
