@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,9 +19,9 @@ from minilora import (
 )
 from minilora.lora.attach import delete_adapter
 from minilora.lora.find import adapter_layers
-from minilora.lora.serve import hotswap_adapter, mixed_batch
+from minilora.lora.serve import MERGE_TOKENS, hotswap_adapter, merged_if_faster, mixed_batch
 from tests.models import four_bit, randn, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths
+from tests.tolerance import assert_maths, assert_precision
 
 KINDS = {
     "linears": LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
@@ -99,6 +99,65 @@ def test_a_model_that_keeps_its_rows_apart_needs_no_lengths():
 def test_a_mixed_batch_of_unknown_adapters_is_refused():
     with pytest.raises(TargetError, match="no adapter is called 'other'"), mixed_batch(model_with("dora"), ["other"]):
         pass
+
+
+# --- writing with merged weights ---
+
+
+@pytest.mark.parametrize("make", [lambda model: model, four_bit])
+@pytest.mark.parametrize(("tokens", "is_merged"), [(MERGE_TOKENS - 1, False), (MERGE_TOKENS, True)])
+def test_many_tokens_are_written_with_merged_weights_and_what_was_there_comes_back(make, tokens, is_merged):
+    model, ids = model_with("linears", "dora", make=make), token_ids(1, 2, 5)
+    before, layers = {name: t.clone() for name, t in model.state_dict().items()}, adapter_layers(model)
+    expected, written = model(ids), ml.generate(model, ids, tokens)
+
+    def write():
+        with merged_if_faster(model, tokens):
+            assert bool(adapter_layers(model)) != is_merged
+            assert ml.generate(model, ids, tokens) == written
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert adapter_layers(model) == layers
+    assert torch.equal(model(ids), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rows_with_an_adapter_each_and_models_without_one_are_not_merged():
+    model = model_with("linears", "dora")
+    layers = adapter_layers(model)
+    with mixed_batch(model, ["dora", None]), merged_if_faster(model, MERGE_TOKENS):
+        assert adapter_layers(model) == layers
+    with disable_adapter(model), merged_if_faster(model, MERGE_TOKENS):
+        assert adapter_layers(model) == layers
+    with merged_if_faster(tiny_model(), MERGE_TOKENS):
+        pass
+
+
+def test_a_second_copy_of_large_weights_is_not_made():
+    """Of two, of which the first alone has a gibibyte."""
+    model = nn.Sequential(*(nn.Linear(2**14, out, device="meta") for out in (2**14, 3)))
+    attach(model, LoraConfig(r=1, target_modules=["0", "1"]))
+    layers = adapter_layers(model)
+    with merged_if_faster(model, MERGE_TOKENS):
+        assert adapter_layers(model) == layers
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_merged_weights_are_as_precise_as_applied_adapters_in_bfloat16(seed):
+    ids, logits = token_ids(seed, 8, 20), {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = tiny_model(seed=seed, dtype=torch.bfloat16).to(dtype)
+        attach(model, LoraConfig(r=4, lora_alpha=8), dtype=torch.float32, seed=seed)
+        changed_(model, seed)
+        with torch.no_grad():
+            logits[dtype] = model(ids)
+            with merged_if_faster(model, MERGE_TOKENS):
+                assert not adapter_layers(model)
+                merged = model(ids)
+    assert_precision(merged, logits[torch.bfloat16], logits[torch.float64])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pissa"])

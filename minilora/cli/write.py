@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from minilora.cli.groups import Writing
+from minilora.lora.serve import merged_if_faster
 from minilora.model.generate import generate
 from minilora.model.llama import Llama
 from minilora.model.text import TextStream
@@ -34,7 +35,8 @@ def write(
         give(row, streams[row].add(token))
         return streams[row].is_stopped
 
-    generate(model, prompts, stop_ids=tokenizer.stop_ids, on_token=on_token, **settings)
+    with merged_if_faster(model, writing.max_new_tokens):
+        generate(model, prompts, stop_ids=tokenizer.stop_ids, on_token=on_token, **settings)
     for row, stream in enumerate(streams):
         give(row, stream.finish())
     return ["".join(row) for row in pieces]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from minilora.errors import ShapeError, TargetError
 from minilora.hub import fetch
-from minilora.lora.adapted import MixedBatch
+from minilora.lora.adapted import MixedBatch, innermost
+from minilora.lora.attach import merged
 from minilora.lora.find import adapter_layers, base_modules, known_adapters, places_of
 from minilora.lora.layers import LowRank
 from minilora.lora.parameters import Stacked
 from minilora.lora.stored import read_adapter, stored_parts
+from minilora.quant.linear import NF4Linear
+
+MERGE_TOKENS = 32  # below, a merge may take longer than it saves
+MERGE_BYTES = 2**30  # the most that the merged weights may take beside the others
 
 
 @contextmanager
@@ -60,6 +65,37 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
             layer.mixed = mixed
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def merged_if_faster(model: nn.Module, tokens: int) -> Iterator[None]:
+    """`merged`, if that many new tokens of each row are written sooner with it, for as long as the block lasts.
+
+    An applied adapter costs a step of generation some small products a linear, a merge some passes over the weights,
+    once. With r 16 on all linears of SmolLM2, on a CPU, milliseconds:
+
+                               bfloat16    NF4    float32
+        a token, applied             47    127         59
+        a token, merged              23     25         42
+        the merge                   142    244        114
+
+    The weights in the middle of a larger model outweigh that, and so does the memory of a second copy of them.
+    Against float32 logits were off by 0.14 to 0.19 in bfloat16 merged, by 0.13 to 0.17 applied. Rows that have each
+    their own adapter cannot be merged.
+    """
+    layers = adapter_layers(model).values()
+    is_mixed = any(layer.mixed is not None for layer in layers)
+    size = sum(_dense_bytes(innermost(layer)) for layer in layers if layer.active)
+    is_faster = tokens >= MERGE_TOKENS and 0 < size <= MERGE_BYTES and not is_mixed
+    with merged(model) if is_faster else nullcontext():
+        yield
+
+
+def _dense_bytes(base: nn.Module) -> int:
+    """Of the weights of a module, in the dtype of the computation."""
+    if isinstance(base, NF4Linear):
+        return base.out_features * base.in_features * base.dtype.itemsize
+    return sum(parameter.nbytes for parameter in base.parameters())
 
 
 def _is_packed(module: nn.Module) -> bool:
