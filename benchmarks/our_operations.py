@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-import minilora as ml
+import minilora.public as ml  # all of it now: memory is counted from after the imports
 from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
 from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
 from minilora.lora.find import linear_layers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import loaded, peft_model
+from benchmarks.peers import began, loaded, peft_model
 from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
 from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
 
@@ -20,16 +20,6 @@ IMPORTS = {
     "transformers": "from transformers import AutoModelForCausalLM",
     "peft": "import peft",
 }
-
-
-def began(task: Task) -> Peak:
-    """Memory after the imports."""
-    import peft  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return Peak(task.device)
 
 
 def generate(task: Task) -> Measurement:

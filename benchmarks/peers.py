@@ -35,6 +35,17 @@ def padded(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.tensor(column, device=device) for name, column in columns.items()}
 
 
+def began(task: Task) -> Peak:
+    """Memory from here on: after the imports, also of what transformers imports when it is used."""
+    from peft import PeftModel  # noqa: F401
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return Peak(task.device)
+
+
 def loaded(task: Task, dtype: torch.dtype | None = None) -> Any:
     """transformers' model, in the work's dtype unless another is given.
 
@@ -63,13 +74,7 @@ def peft_model(task: Task, dtype: torch.dtype | None = None) -> Any:
 
 def train_peft(task: Task) -> Measurement:
     """PEFT and transformers in a plain loop: padded batches with their mask, the loss of the model, fused AdamW."""
-    import peft  # noqa: F401  # the process as it is after the imports is where its memory begins
-    from transformers.models.llama import modeling_llama  # noqa: F401
-    from transformers.utils import logging
-
-    device = torch.device(task.device)
-    logging.disable_progress_bar()
-    peak = Peak(task.device)
+    peak, device = began(task), torch.device(task.device)
     model = peft_model(task)
     if task.work.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -101,13 +106,9 @@ def _train_trl(task: Task, dtype: torch.dtype, **settings: Any) -> Measurement:
     """SFTTrainer with its own loss, which never holds all logits; rows in the order of everyone else."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from transformers.models.llama import modeling_llama  # noqa: F401
-    from transformers.utils import logging
     from trl import SFTConfig, SFTTrainer
 
-    logging.disable_progress_bar()
-    device = torch.device(task.device)
-    peak = Peak(task.device)
+    peak, device = began(task), torch.device(task.device)
     clock, records = Clock(device), []
 
     class Watch(TrainerCallback):
@@ -160,8 +161,7 @@ def train_litgpt(task: Task) -> Measurement:
     from litgpt.lora import GPT, mark_only_lora_as_trainable
     from litgpt.utils import chunked_cross_entropy
 
-    device = torch.device(task.device)
-    peak = Peak(task.device)
+    peak, device = Peak(task.device), torch.device(task.device)
     precision = "bf16-true" if task.work.dtype == "bfloat16" else "32-true"
     fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
     with fabric.init_module():
