@@ -13,7 +13,7 @@ from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
 from minilora.testing import reference
 from tests.models import document_lengths, fill_, randn, seeds, sizes, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_precision
+from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 LOW = st.sampled_from([torch.float32, torch.bfloat16])
 EPS = 1e-6
@@ -216,11 +216,29 @@ def test_cross_entropy_has_the_gradient_of_finite_differences(case):
     assert torch.autograd.gradcheck(lambda rows: ops.cross_entropy(rows, labels, head), (hidden,))
 
 
+def assert_as_precise(ours, plain, leaves):
+    """Values and gradients of one function against the other, both against the latter in float64."""
+
+    def results(function, dtype):
+        own = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        y = function(*own)
+        return y, *torch.autograd.grad(y, own, randn(9, *y.shape, dtype=leaves[0].dtype).to(dtype))
+
+    dtype = leaves[0].dtype
+    found = zip(results(ours, dtype), results(plain, dtype), results(plain, torch.float64), strict=True)
+    for our, other, oracle in found:
+        assert our.dtype == dtype
+        assert_precision(our, other, oracle.detach())
+
+
 @given(seeds, LOW)
 def test_rms_norm_is_as_precise_as_plain_pytorch(seed, dtype):
-    x, weight = randn(seed, 9, 33, dtype=dtype), randn(seed + 1, 33, dtype=dtype)
-    plain = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
-    assert_precision(ops.rms_norm(x, weight, EPS), plain, reference.rms_norm(wide(x), wide(weight), EPS))
+    leaves = randn(seed, 9, 33, dtype=dtype), randn(seed + 1, 33, dtype=dtype)
+    assert_as_precise(
+        lambda x, weight: ops.rms_norm(x, weight, EPS),
+        lambda x, weight: x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight,
+        leaves,
+    )
 
 
 @given(seeds, LOW)
@@ -232,18 +250,30 @@ def test_rms_norm_takes_its_mean_in_float32_and_rounds_before_the_weight(seed, d
 
 @given(seeds, LOW)
 def test_swiglu_is_as_precise_as_plain_pytorch(seed, dtype):
-    gate, up = (4 * randn(seed, 9, 33)).to(dtype), randn(seed + 1, 9, 33, dtype=dtype)
-    assert_precision(ops.swiglu(gate, up), gate * gate.sigmoid() * up, reference.swiglu(wide(gate), wide(up)))
+    leaves = (4 * randn(seed, 9, 33)).to(dtype), randn(seed + 1, 9, 33, dtype=dtype)
+    assert_as_precise(ops.swiglu, lambda gate, up: gate * gate.sigmoid() * up, leaves)
 
 
 @given(st.data(), LOW)
 def test_rotate_is_as_precise_as_plain_pytorch(data, dtype):
     x, cos, sin = data.draw(rotations(dtype))
     R = 2 * cos.size(-1)
-    a, b, rest = x[..., : R // 2], x[..., R // 2 : R], x[..., R:]
-    twice = [torch.cat((table, table), dim=-1).unsqueeze(1) for table in (cos, sin)]
-    plain = torch.cat((x[..., :R] * twice[0] + torch.cat((-b, a), dim=-1) * twice[1], rest), dim=-1)
-    assert_precision(ops.rotate(x, cos, sin), plain, reference.rotate(wide(x), wide(cos), wide(sin)))
+
+    def plain(x):
+        a, b, rest = x[..., : R // 2], x[..., R // 2 : R], x[..., R:]
+        twice = [torch.cat((table, table), dim=-1).unsqueeze(1).to(x.dtype) for table in (cos, sin)]
+        return torch.cat((x[..., :R] * twice[0] + torch.cat((-b, a), dim=-1) * twice[1], rest), dim=-1)
+
+    assert_as_precise(lambda x: ops.rotate(x, cos, sin), plain, [x])
+
+
+@given(seeds, st.sampled_from([torch.bfloat16, torch.float16]))
+def test_rotate_rounds_as_the_checkpoints_own_code_does(seed, dtype):
+    x, angles = randn(seed, 9, 3, 8, dtype=dtype), randn(seed + 1, 9, 1, 4)
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (table.to(dtype) for table in (angles.cos(), angles.sin()))
+    theirs = x * torch.cat((cos, cos), dim=-1) + torch.cat((-b, a), dim=-1) * torch.cat((sin, sin), dim=-1)
+    assert torch.equal(ops.rotate(x, cos.squeeze(1), sin.squeeze(1)), theirs)
 
 
 @given(seeds, LOW)
@@ -262,6 +292,63 @@ def test_cross_entropy_and_its_gradient_are_as_precise_as_plain_pytorch(seed, dt
     (ours / 7).backward()
     (plain / 7).backward()
     assert_precision(hidden[0].grad, hidden[1].grad, exact.grad / 7)
+
+
+def test_a_label_whose_probability_is_no_float32_has_a_finite_loss_and_a_gradient():
+    head = nn.Linear(2, 3, bias=False)
+    head.weight.data = torch.tensor([[200.0, 0], [0, 0], [0, 300.0]])
+    hidden, labels = torch.eye(2).requires_grad_(), torch.tensor([1, 2])
+    loss = ops.cross_entropy(hidden, labels, head)
+    assert loss.item() == 200
+    loss.backward()
+    assert torch.equal(hidden.grad, torch.tensor([[200.0, 0], [0, 0]]))
+
+
+# --- what is saved, and what compiles ---
+
+
+def saved_by(function, *leaves):
+    """Where what a function saves for the gradient of its leaves lies, and how many numbers of it lie elsewhere."""
+    own = [leaf.requires_grad_() if leaf.is_floating_point() else leaf for leaf in leaves]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = function(*own)
+    known = [leaf.data_ptr() for leaf in own]
+    assert y.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+    places = [known.index(tensor.data_ptr()) for tensor in saved if tensor.data_ptr() in known]
+    return places, sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in known)
+
+
+@given(seeds, sizes, st.integers(2, 9))
+def test_what_is_saved_is_what_was_there_and_a_number_a_row_of_the_norm(seed, n, width):
+    x, y, weight = randn(seed, n, width), randn(seed + 1, n, width), randn(seed + 2, width)
+    assert saved_by(lambda *args: ops.rms_norm(*args, EPS), x, weight) == ([0, 1], n)
+    assert saved_by(ops.swiglu, x, y) == ([0, 1], 0)
+
+
+@given(rotations())
+def test_a_rotation_saves_nothing_of_what_it_turns(case):
+    x, cos, sin = case
+    assert saved_by(lambda x: ops.rotate(x, cos, sin), x) == ([], cos.numel() + sin.numel())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_the_operations_are_compiled_as_one_graph():
+    x, weight = randn(1, 5, 2, 8, dtype=torch.float32), randn(2, 8, dtype=torch.float32)
+    angles = randn(3, 5, 3, dtype=torch.float32)
+    cos, sin = angles.cos(), angles.sin()
+
+    def work(x, weight):
+        y = ops.rotate(ops.rms_norm(x, weight, EPS), cos, sin)
+        return ops.swiglu(y, x)
+
+    results = []
+    for run in (work, torch.compile(work, backend="aot_eager", fullgraph=True)):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, weight)]
+        y = run(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_parity(compiled, eager)
 
 
 @given(seeds, st.integers(2, 400))

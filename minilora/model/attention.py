@@ -91,9 +91,10 @@ class _BlockAttention(torch.autograd.Function):
     ) -> Tensor:
         o = torch.empty_like(q)
         queries, outputs = (_by_key_head(x, k.size(1)) for x in (q, o))
+        k, v = (x.transpose(0, 1).contiguous() for x in (k, v))
         for rows, keys in _blocks(lengths, key_lengths, window, _block_size(q.dtype)):
-            P = _probabilities(queries[:, rows], k[keys].transpose(0, 1), window)
-            outputs[:, rows] = (P @ v[keys].transpose(0, 1)).view_as(outputs[:, rows])
+            P = _probabilities(queries[:, rows], k[:, keys], window)
+            outputs[:, rows] = (P @ v[:, keys]).view_as(outputs[:, rows])
         return o
 
     @staticmethod
@@ -107,17 +108,20 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         lengths, key_lengths, window = ctx.where
         scale, wide = q.size(-1) ** -0.5, torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dq = torch.empty_like(q)
         queries, gradients, outputs = (_by_key_head(x, k.size(1)) for x in (q, do, dq))
+        k, v = (x.transpose(0, 1).contiguous() for x in (k, v))
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for rows, keys in _blocks(lengths, key_lengths, window, _block_size(q.dtype)):
-            P = _probabilities(queries[:, rows], k[keys].transpose(0, 1), window)
+            P = _probabilities(queries[:, rows], k[:, keys], window)
             dy = gradients[:, rows].flatten(1, 2)
-            dv[keys].transpose(0, 1).add_(P.mT @ dy)
-            dP = dy @ v[keys].permute(1, 2, 0)
+            dv[:, keys] += P.mT @ dy
+            dP = dy @ v[:, keys].mT
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-            outputs[:, rows] = _scaled(dS, k[keys].transpose(0, 1), scale).view_as(outputs[:, rows])
-            dk[keys].transpose(0, 1).add_(_scaled(dS.mT, queries[:, rows].flatten(1, 2), scale))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+            outputs[:, rows] = _scaled(dS, k[:, keys], scale).view_as(outputs[:, rows])
+            dk[:, keys] += _scaled(dS.mT, queries[:, rows].flatten(1, 2), scale)
+        dk, dv = (x.transpose(0, 1).to(q.dtype) for x in (dk, dv))
+        return dq, dk, dv, None, None, None
 
 
 def _block_size(dtype: torch.dtype) -> int:
@@ -128,15 +132,17 @@ def _block_size(dtype: torch.dtype) -> int:
 def _blocks(
     lengths: Sequence[int], key_lengths: Sequence[int], window: int | None, size: int
 ) -> Iterator[tuple[slice, slice]]:
-    """Blocks of at most `size` queries of one document, and the keys that some of them see; the last query sees itself.
+    """Blocks of about `size` queries of one document, as even as can be, and the keys that some of them see: the last
+    key is that of the last query.
 
-    >>> [(rows.stop, keys.start, keys.stop) for rows, keys in _blocks([5], [6], 2, 2)]
-    [(2, 0, 3), (4, 2, 5), (5, 4, 6)]
+    >>> [(rows.stop, keys.start, keys.stop) for rows, keys in _blocks([5, 3], [6, 3], 2, 4)]
+    [(5, 0, 6), (8, 6, 9)]
     """
     row = key = 0
     for length, total in zip(lengths, key_lengths, strict=True):
-        for first in range(0, length, size):
-            last, past = min(first + size, length), total - length
+        even = -(-length // max(1, round(length / size)))
+        for first in range(0, length, even):
+            last, past = min(first + even, length), total - length
             begin = 0 if window is None else max(0, past + first - window + 1)
             yield slice(row + first, row + last), slice(key + begin, key + past + last)
         row, key = row + length, key + total
@@ -154,9 +160,8 @@ def _probabilities(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """
     n, m = queries.size(1), keys.size(1)
     S = _scaled(queries.flatten(1, 2), keys.mT, keys.size(-1) ** -0.5)
-    masked = n if window is None or m <= window else m
-    hidden = ~_visible(n, masked, window, S.device)
-    S[..., m - masked :].unflatten(1, (n, -1)).masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    reach = n if window is None or m <= window else m
+    S[..., m - reach :].unflatten(1, (n, -1)).add_(_bias(S, n, reach, window).unsqueeze(1))
     return S.softmax(-1)
 
 
@@ -182,7 +187,7 @@ def fused_attention(
             queries.transpose(0, 1).unsqueeze(0),  # (1, H, length, E)
             keys.transpose(0, 1).unsqueeze(0),
             values.transpose(0, 1).unsqueeze(0),
-            attn_mask=_visible(length, total, window, q.device) if needs_mask else None,
+            attn_mask=_bias(queries, length, total, window) if needs_mask else None,
             is_causal=not needs_mask and length == total,
             enable_gqa=group > 1,
         )
@@ -190,12 +195,11 @@ def fused_attention(
     return torch.cat(outputs)
 
 
-def _visible(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look: (length, total), the queries being the last `length` of `total` positions."""
-    query = torch.arange(total - length, total, device=device).unsqueeze(1)
-    key = torch.arange(total, device=device).unsqueeze(0)
-    visible = key <= query
-    return visible if window is None else visible & (key > query - window)
+def _bias(like: Tensor, n: int, m: int, window: int | None) -> Tensor:
+    """-inf where a query may not look, else 0: (n, m), the queries being the last n of m positions."""
+    hidden = like.new_full((n, m), -torch.inf)
+    bias = hidden.triu(m - n + 1)
+    return bias if window is None else bias.add_(hidden.tril(m - n - window))
 
 
 def varlen_attention(

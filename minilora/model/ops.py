@@ -47,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = x.to(_wide(x.dtype))
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # not square(): four times as slow on a CPU
         return weight * (wide * inverse).to(x.dtype), inverse
 
     @staticmethod
