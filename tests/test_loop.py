@@ -414,7 +414,7 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_chan
 # --- how it is computed ---
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, in its own compiler
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
 def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_plain_afterwards():
     """In batches of several sizes."""
     rows, model, seen = random_rows(17, 5), adapted(), []

@@ -31,8 +31,8 @@ MODES = [(kind, dtype) for kind in ("lora", "qlora") for dtype in (torch.float32
 MODES += [("full", torch.float32), ("some", torch.float32)]
 
 
-def adapted(family="llama", kind="lora", dtype=torch.float32, vocab_size=61, **config):
-    model = tiny_model(family, dtype=dtype, vocab_size=vocab_size)
+def adapted(family="llama", kind="lora", dtype=torch.float32, vocab_size=61, sizes=(), **config):
+    model = tiny_model(family, dtype=dtype, vocab_size=vocab_size, **dict(sizes))
     if kind == "qlora":
         four_bit(model)
     if kind == "full":
@@ -182,6 +182,37 @@ def test_no_number_of_the_model_is_read_and_the_model_stays_as_it_is(kind):
     assert not model.training
     assert {layer.dropout_key for layer in adapter_layers(model).values()} == {None}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# --- many layers ---
+
+
+def traced_depths(monkeypatch):
+    """A list to which comes how many layers are traced."""
+    traced, depths = memory._traced, []
+    monkeypatch.setattr(memory, "_traced", lambda *args: depths.append(args[1]) or traced(*args))
+    return depths
+
+
+@pytest.mark.parametrize(("kind", "dtype"), MODES)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_two_and_three_layers_tell_of_seven_alike(kind, dtype, recompute, monkeypatch):
+    depths = traced_depths(monkeypatch)
+    model = adapted("llama", kind, dtype, sizes={"num_hidden_layers": 7})
+    lengths = [5, 3]
+    found = told(model, evaluated=lengths, recompute=recompute)
+    assert depths == [2, 3]
+    monkeypatch.setattr(memory, "_alike", lambda model: False)
+    assert told(model, evaluated=lengths, recompute=recompute) == found
+    assert depths == [2, 3, 7]
+
+
+def test_layers_that_are_not_alike_are_all_traced(monkeypatch):
+    depths = traced_depths(monkeypatch)
+    told(adapted(sizes={"num_hidden_layers": 4}, rank_pattern={"layers.2.mlp.up_proj": 5}))
+    told(adapted("smollm3-window", sizes={"num_hidden_layers": 4}))
+    told(adapted(sizes={"num_hidden_layers": 3}))
+    assert depths == [4, 4, 3]
 
 
 # --- what fits ---

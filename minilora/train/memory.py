@@ -13,7 +13,8 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ def forecast(
 ) -> Forecast:
     """What training the model as it is takes on a device. No number of the model is read: it may be on "meta".
 
+    Where all layers are alike, one more takes what one more takes: two and three tell the rest.
+
     Args:
         model: a `Llama` with what is to be trained.
         lengths: tokens of each row of a micro-batch.
@@ -86,21 +89,68 @@ def forecast(
     own = {p for layer in adapter_layers(model).values() for p in {*layer.parameters()} - {*layer.base.parameters()}}
     adapters, trained = _bytes(own), _bytes(p for p in model.parameters() if p.requires_grad)
     weights = _bytes(model.parameters()) - adapters
+    depth = len(model.model.layers)
+    if depth > 3 and _alike(model):
+        two, three = (_traced(model, layers, lengths, labelled, config, device, evaluated) for layers in (2, 3))
+        found = _Trace(*(last + (depth - 3) * (last - first) for first, last in zip(two, three, strict=True)))
+    else:
+        found = _traced(model, depth, lengths, labelled, config, device, evaluated)
+    best = trained if config.keep == "best" else 0  # a copy of what is trained
+    moments = MOMENTS * found.gradients
+    peak = found.held + moments + best + max(found.step, found.measuring)
+    return Forecast(
+        weights, adapters + found.casts, found.gradients, moments, found.activations, found.head_chunk, peak
+    )
+
+
+class _Trace(NamedTuple):
+    """Bytes: what lives between steps, without moments, of it gradients and casts; and what parts of a step add."""
+
+    held: int
+    gradients: int
+    casts: int
+    activations: int
+    head_chunk: int
+    step: int
+    measuring: int
+
+
+def _traced(
+    model: Llama | Classifier,
+    layers: int,
+    lengths: Sequence[int],
+    labelled: int,
+    config: TrainConfig,
+    device: torch.device,
+    evaluated: Sequence[int],
+) -> _Trace:
+    """What the first so many layers take, with all that is around them."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Account() as account:
-        model = _stand_in(model, device)
+        model = _stand_in(model, device, layers)
         flat = Flat(model, learning(model, config))
         flat.zero_grad()
         set_dropout_step(model, config.seed, 0)
         held = account.live
         with flat.cast():
-            activations, head_chunk, step = _step(model, _together(model, lengths), labelled, config, account)
+            step = _step(model, _together(model, lengths), labelled, config, account)
         shown = _together(model, evaluated)
         measuring = _measured(account, lambda: _evaluation(model, shown, device)) if evaluated else 0
     gradients = _bytes(segment.gradient for segment in flat.segments)
     casts = _bytes(segment.low for segment in flat.segments if segment.low is not None)
-    best = trained if config.keep == "best" else 0  # a copy of what is trained
-    peak = held + MOMENTS * gradients + best + max(step, measuring)
-    return Forecast(weights, adapters + casts, gradients, MOMENTS * gradients, activations, head_chunk, peak)
+    return _Trace(held, gradients, casts, *step, measuring)
+
+
+def _alike(model: Llama | Classifier) -> bool:
+    """Do all layers have tensors of the same names, shapes and kinds, and look as far?"""
+    layers = (
+        [
+            (name, t.shape, t.dtype, t.requires_grad)
+            for name, t in chain(layer.named_parameters(), layer.named_buffers())
+        ]
+        for layer in model.model.layers
+    )
+    first, *others = zip(layers, model.config.windows, model.config.rotated, strict=True)
+    return all(other == first for other in others)
 
 
 def largest(lengths: Sequence[int], labelled: Sequence[int], config: TrainConfig) -> tuple[list[int], int]:
@@ -201,7 +251,7 @@ def _evaluation(model: Llama | Classifier, lengths: Sequence[int], device: torch
     """What takes the most of `train.evaluate`: the base and the adapter compared on general text."""
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device=device)
     with torch.no_grad(), disable_adapter(model):
-        base = model.model(tokens, lengths)
+        base = model.model.embed_tokens(tokens)  # as large as what the base makes of it, which takes no more to make
         hidden = model.model(tokens, lengths)
         log_p, log_q = (
             model.get_output_embeddings()(states[:DRIFT_TOKENS])
@@ -227,14 +277,16 @@ def _measured(account: _Account, work: Callable[[], None]) -> int:
     return account.most - before
 
 
-def _stand_in(model: Llama | Classifier, device: torch.device) -> Llama | Classifier:
-    """A model with parameters and buffers of the same shapes and dtypes on the device."""
+def _stand_in(model: Llama | Classifier, device: torch.device, layers: int) -> Llama | Classifier:
+    """A model of the first so many layers, with parameters and buffers of the same shapes and dtypes on the device."""
 
     def empty(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     memo: dict[int, Any] = {id(buffer): empty(buffer) for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(empty(p), p.requires_grad) for p in model.parameters()}
+    trunk = model.model
+    memo[id(trunk.layers)] = copy.deepcopy(nn.ModuleList(list(trunk.layers)[:layers]), memo)
     return copy.deepcopy(model, memo).train()
 
 
