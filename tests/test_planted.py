@@ -223,6 +223,18 @@ MISTAKES = {
         "range(new)",
         "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
     ),
+    "law 9: in a step of many rows the short ones see what lies behind them": Mistake(
+        "model/cache.py",
+        "hidden = (position < first) | (position >= end)",
+        "hidden = position < first",
+        "test_cache.py::test_what_lies_beyond_a_document_is_not_looked_at",
+    ),
+    "law 9: rows that have ended are computed on": Mistake(
+        "model/generate.py",
+        "feed[row] = documents[row][held:]",
+        "feed[row] = documents[row][held:]\n        feed = [a or b[-1:] for a, b in zip(feed, documents)]",
+        "test_generate.py::test_a_row_that_has_ended_is_computed_no_more",
+    ),
     "law 9: padding is counted": Mistake(
         "model/llama.py",
         "torch.cat([row[:n] for row, n",
