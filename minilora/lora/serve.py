@@ -1,4 +1,4 @@
-"""Many adapters in one model at work: one for each row of a batch, and new numbers in an adapter's place."""
+"""Many adapters in one model at work: one for each row of a batch, merged while much is written, swapped by numbers."""
 
 from __future__ import annotations
 
