@@ -137,6 +137,8 @@ def train_configs(draw):
         kinds = typing.get_args(hint) or (hint,)
         if typing.get_origin(hint) is typing.Literal:
             values[name] = draw(st.sampled_from(kinds))
+        elif hint is bool:
+            values[name] = draw(st.booleans())
         elif float in kinds:
             values[name] = draw(st.floats(1e-6, 1e3))
         else:

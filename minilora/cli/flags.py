@@ -38,6 +38,8 @@ NAMES_ELSEWHERE = {
     "train_on": "completion_only_loss assistant_only_loss mask_prompt train_on_inputs",
     "recompute": "gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
     "batch_tokens": "packing sample_packing packed",
+    "sort_window": "group_by_length train_sampling_strategy",
+    "compile": "torch_compile use_compile",
     "prompt_style": "template chat_template",
     "report": "report_to logger_name",
     "resume": "resume_from_checkpoint resume_adapter_file",
