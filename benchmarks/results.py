@@ -252,8 +252,7 @@ Llama-3.2-1B's shape with 4 layers, of random weights.
 - **peft**: transformers and PEFT in a plain loop: batches padded to their longest row, with a mask; base in the
   work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped
   to norm 1; `gradient_checkpointing_enable(use_reentrant=False)` with recompute. QLoRA is bitsandbytes' NF4 with
-  nested scales, and not prepared by `prepare_model_for_kbit_training`, whose float32 head and norms would make it
-  slower.
+  nested scales, as it is loaded, without `prepare_model_for_kbit_training`.
 - **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and
   loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
   FlashAttention.
