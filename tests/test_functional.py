@@ -174,14 +174,14 @@ def kept_beyond(tensors, function):
 
 
 @given(seeds, lows, st.booleans())
-def test_of_a_linear_r_numbers_a_row_are_kept_besides_x_and_of_a_stretch_nothing(seed, dtype, is_cast):
+def test_of_a_linear_r_numbers_a_row_are_kept_besides_x_and_of_a_stretch_its_result(seed, dtype, is_cast):
     N, r = 30, 3
     tensors = [tensor.requires_grad_() for tensor in linear_arguments(seed, [N], 20, 10, r, dtype)]
     cast = tuple(factor.detach().to(dtype) for factor in tensors[3:])
     known = [*tensors, *cast]
     assert kept_beyond(known, lambda: lora_linear(*tensors, 0.5, cast if is_cast else None)) == N * r * dtype.itemsize
     y, k = randn(seed, N, 10).to(dtype).requires_grad_(), randn(seed, 10).float().requires_grad_()
-    assert kept_beyond([y, k], lambda: dora_stretch(y, k)) == 0
+    assert kept_beyond([k], lambda: dora_stretch(y, k)) == N * 10 * dtype.itemsize  # not y, too
 
 
 @given(seeds, lows)
@@ -193,6 +193,16 @@ def test_a_stretch_is_rounded_once_and_its_gradients_are_as_good_as_plain_pytorc
     results = (torch.autograd.grad(z, leaves, dz.to(z.dtype)) for z in (ours, plain, exact))
     for our, their, oracle in zip(*results, strict=True):
         assert_precision(our.to(dtype), their.to(dtype), oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_stretch_by_zero_is_zero_and_can_be_unlearned(dtype):
+    y, dz, k = randn(0, 33, 24).to(dtype), randn(1, 33, 24).to(dtype), randn(2, 24).to(dtype).to(torch.float64)
+    k = k.to(torch.promote_types(dtype, torch.float32)).index_fill_(0, torch.tensor([3, 20]), 0).requires_grad_()
+    z, plain, exact = dora_stretch(y, k), y * k.to(dtype), y.double() * k.double()
+    assert_precision(z, plain, exact.detach())
+    ours, theirs, oracle = (torch.autograd.grad(each, k, dz.to(each.dtype))[0] for each in (z, plain, exact))
+    assert_precision(ours.to(dtype), theirs.to(dtype), oracle)
 
 
 @given(seeds, scales, st.integers(-2, 6))

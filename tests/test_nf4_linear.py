@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
+from minilora.lora.find import shared_scratch
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import dequantize, dequantize_absmax, quantize, quantize_absmax
 from tests.models import randn, randomize_adapters_, seeds
@@ -130,6 +131,37 @@ def test_the_computation_has_a_dtype_of_its_own_and_the_gradient_that_of_x(dtype
     assert x.grad.dtype == torch.float32
 
 
+def test_a_shared_scratch_changes_no_bit_and_is_one_for_all_linears():
+    """Of different sizes, in two dtypes, with an adapter of each kind on them, and computed again in backward."""
+    sizes_ = [(96, 64), (64, 128), (128, 96)]
+    layers = [NF4Linear.quantize(randn(i, n, k, dtype=torch.bfloat16)) for i, (n, k) in enumerate(sizes_)]
+    model = torch.nn.Sequential(*reversed(layers), NF4Linear.quantize(randn(9, 32, 96), dtype=torch.float32))
+    for i, use_dora in enumerate((True, False)):
+        ml.attach(model, ml.LoraConfig(r=2, lora_alpha=6, target_modules=[str(i)], use_dora=use_dora), name=f"a{i}")
+    ml.set_adapter(model, ["a0", "a1"])
+    randomize_adapters_(model)
+    leaves, x = [p for p in model.parameters() if p.requires_grad], randn(5, 7, 96, dtype=torch.bfloat16)
+    known = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+
+    def results():
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves), model[0].merged_weight(), dense_weight(known[-1])]
+
+    plain = results()
+    with shared_scratch(model):
+        assert len({id(layer.scratch) for layer in known}) == 1
+        shared = results()
+        before = known[0].scratch.memory.data_ptr()
+        again = results()
+        assert known[0].scratch.memory.data_ptr() == before
+        assert known[0].scratch.memory.numel() == 128 * 96 * 2
+        assert before not in {tensor.untyped_storage().data_ptr() for tensor in again}
+    assert all(layer.scratch is None for layer in known)
+    for own, first, second in zip(plain, shared, again, strict=True):
+        assert torch.equal(own, first)
+        assert torch.equal(own, second)
+
+
 def test_a_second_derivative_is_refused():
     layer, *_ = make((2, 64), 4)
     x = torch.ones(1, 64, dtype=torch.float64, requires_grad=True)
@@ -159,11 +191,11 @@ def test_compiling_changes_nothing_and_breaks_no_graph(backend):
     randomize_adapters_(model)
     x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
     results = []
-    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
-        y = run(x)
-        results.append(
-            [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in model.parameters() if p.requires_grad)])]
-        )
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with shared_scratch(model):
+        for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+            y = run(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for eager, compiled in zip(*results, strict=True):
         assert_parity(compiled, eager)
 

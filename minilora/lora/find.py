@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,7 +12,7 @@ from minilora.errors import TargetError
 from minilora.lora.adapted import Adapted
 from minilora.lora.config import LoraConfig
 from minilora.quant.files import describe
-from minilora.quant.linear import Linear, NF4Linear
+from minilora.quant.linear import Linear, NF4Linear, Scratch
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -51,6 +52,19 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """Path -> linear, adapted or not. Subclasses of `nn.Linear` are left out: they may compute something else."""
     modules: dict[str, Any] = base_modules(model)
     return {path: module for path, module in modules.items() if path and type(module) in (nn.Linear, NF4Linear)}
+
+
+@contextmanager
+def shared_scratch(model: nn.Module) -> Iterator[None]:
+    """Within it, all linears in four bits of a model make their weights in one place; one thread may use the model."""
+    linears, scratch = [module for module in model.modules() if isinstance(module, NF4Linear)], Scratch()
+    try:
+        for linear in linears:
+            linear.scratch = scratch
+        yield
+    finally:
+        for linear in linears:
+            linear.scratch = None
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -173,34 +173,41 @@ def dora_stretch(y: Tensor, k: Tensor) -> Tensor:
 
 
 class _Stretch(torch.autograd.Function):
-    """z = k ⊙ y;  dy = k ⊙ dz,  dk = Σ over rows of dz ∘ y.
+    """z = k ⊙ y;  dy = k ⊙ dz,  dk = Σ over rows of dz ∘ y = (Σ over rows of dz ∘ z) / k.
 
     k is float32 where y is bfloat16, or steps smaller than bfloat16's would teach it nothing. In tiles: the product of
-    two dtypes is made in the wider one, and that of all rows at once would be larger than y itself.
+    two dtypes is made in the wider one, and that of all rows at once would be larger than y itself. Saved is z, as what
+    comes next mostly keeps it, too, and y nobody else; so a k of 0 is a little more, which no rounding lets be seen.
     """
 
     @staticmethod
     def forward(y: Tensor, k: Tensor) -> Tensor:
-        z = torch.empty_like(y)
+        z, k = torch.empty_like(y), _beyond_zero(k, y.dtype)
         for part, out in zip(_tiles(y), _tiles(z), strict=True):
             torch.mul(part, k, out=out)
         return z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        y, k = ctx.saved_tensors
+        z, k = ctx.saved_tensors
         needs_dy, needs_dk = ctx.needs_input_grad
-        dy, dk = torch.empty_like(dz), []
-        for part, own, out in zip(_tiles(dz), _tiles(y), _tiles(dy), strict=True):
+        dy, k, sums = torch.empty_like(dz), _beyond_zero(k, z.dtype), []
+        for part, own, out in zip(_tiles(dz), _tiles(z), _tiles(dy), strict=True):
             wide = part.to(k.dtype)
-            dk.append((wide * own).sum_to_size(k.shape))
+            sums.append((wide * own).sum_to_size(k.shape))
             torch.mul(wide, k, out=out)
-        return dy if needs_dy else None, torch.stack(dk).sum(0) if needs_dk else None
+        return dy if needs_dy else None, torch.stack(sums).sum(0) / k if needs_dk else None
+
+
+def _beyond_zero(k: Tensor, dtype: torch.dtype) -> Tensor:
+    """k, but at least so large that the dtype has numbers for k ⊙ y: ε² in most, which is lost in rounding anyway."""
+    least = max(torch.finfo(dtype).eps ** 2, torch.finfo(dtype).tiny)
+    return torch.where(k.abs() < least, least, k)
 
 
 def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:

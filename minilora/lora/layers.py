@@ -37,7 +37,7 @@ from minilora.lora.functional import (
     lora_linear,
     lora_scale,
 )
-from minilora.quant.linear import Linear, NF4Linear, apply_weight, dense_linear, dense_weight, stored
+from minilora.quant.linear import Linear, NF4Linear, apply_weight, dense_linear, dense_weight, passing_weight, stored
 
 Drop = Callable[[Tensor], Tensor]
 
@@ -172,13 +172,13 @@ class AdapterLayer(Adapted):
         if not self.active:
             return self.base(x)
         is_late = any(isinstance(self.adapters[name], DoRA) for name in self.active)  # the bias is not stretched
-        bias, weight = self.merged_bias(self.active), dense_weight(self.base)
+        bias, weight = self.merged_bias(self.active), passing_weight(self.base)
         y = self._changed(x, None, weight, None if is_late else bias, self.active)
         return y + self.spread(bias).to(y.dtype) if is_late and bias is not None else y
 
     def _mixed(self, x: Tensor, batch: MixedBatch) -> Tensor:
         """W is applied to all rows at once, and then to each group what its adapters do."""
-        weight = dense_weight(self.base)
+        weight = passing_weight(self.base)
         y = self.project(x, weight, None)
         for names, rows in batch.groups(x):
             names = tuple(name for name in names if name in self.configs)

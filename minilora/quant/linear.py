@@ -20,6 +20,7 @@ Whoever adapts a linear uses `dense_weight` and `apply_weight`, and never has to
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ class NF4Linear(nn.Module):
 
     def __init__(self, parts: Packed, layout: Layout, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
+        self.scratch: Scratch | None = None
         self.layout, self.dtype = layout, dtype
         self.out_features, self.in_features = layout.shape
         rows = (self.out_features, -1) if self.in_features % layout.block_size == 0 else (-1,)
@@ -95,7 +97,26 @@ class NF4Linear(nn.Module):
 
 
 Linear = nn.Linear | NF4Linear
-Stored = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
+Remake = Callable[..., Tensor]
+Stored = tuple[Remake, tuple[Tensor | None, ...]]
+
+
+class Scratch:
+    """Memory for one dense weight, for whoever makes one, computes with it and lets it go before the next (final).
+
+    On the CPU memory of 32 MB and more comes from the system each time, which first fills it with zeros, page by page:
+    that takes as long as dequantizing does. Elsewhere PyTorch itself keeps what was let go.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def place(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Where the weight may be written: its n numbers, whatever they are now."""
+        size = math.prod(layout.shape) * dtype.itemsize
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype)
 
 
 def dense_weight(base: Any) -> Tensor:
@@ -104,6 +125,11 @@ def dense_weight(base: Any) -> Tensor:
         return unpack(base.parts, base.layout, base.dtype)
     weight: Tensor = base.weight  # of a replica of DataParallel that is no parameter
     return weight
+
+
+def passing_weight(base: Any) -> Tensor:
+    """`dense_weight`, for whoever has done with it before the next one is asked for: it may be in a `Scratch`."""
+    return _remake(base)(base.dtype, *base.parts) if isinstance(base, NF4Linear) else dense_weight(base)
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -117,39 +143,45 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def apply_weight(base: Linear, x: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """x Wᵀ, with a bias if one is given: (..., K) -> (..., N). Who has `dense_weight(base)` already gives it along."""
-    weight = dense_weight(base) if weight is None else weight
+    weight = passing_weight(base) if weight is None else weight
     if isinstance(base, NF4Linear):
         rows = x.to(base.dtype).reshape(-1, base.in_features)
-        return _Product.apply(rows, weight, bias, base.layout, *base.parts).view(*x.shape[:-1], base.out_features)
+        return _Product.apply(rows, weight, bias, _remake(base), *base.parts).view(*x.shape[:-1], base.out_features)
     return F.linear(x, weight, bias)
 
 
 def stored(base: Any) -> Stored | None:
     """How W is made again, and of what, where it is not stored as it is: remake(dtype, *parts) = W in the dtype."""
-    return (functools.partial(_remade, base.layout), base.parts) if isinstance(base, NF4Linear) else None
+    return (_remake(base), base.parts) if isinstance(base, NF4Linear) else None
 
 
-def _remade(layout: Layout, dtype: torch.dtype, *parts: Any) -> Tensor:
-    return unpack(Packed(*parts), layout, dtype)
+def _remake(base: NF4Linear) -> Remake:
+    return functools.partial(_remade, base.layout, base.scratch)
+
+
+def _remade(layout: Layout, scratch: Scratch | None, dtype: torch.dtype, *parts: Any) -> Tensor:
+    if scratch is None or parts[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return unpack(Packed(*parts), layout, dtype)
+    return unpack(Packed(*parts), layout, dtype, scratch.place(layout, dtype))
 
 
 class _Product(torch.autograd.Function):
     """y = x Wᵀ + b, and dx = dy W with W made again: what is saved is what is stored."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *parts: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, remake: Remake, *parts: Tensor | None) -> Tensor:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, _, ctx.layout, *parts = inputs
+        _, _, _, ctx.remake, *parts = inputs
         ctx.save_for_backward(*parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx, _, needs_db, *_ = ctx.needs_input_grad
-        dx = dy @ unpack(Packed(*ctx.saved_tensors), ctx.layout, dy.dtype) if needs_dx else None
+        dx = dy @ ctx.remake(dy.dtype, *ctx.saved_tensors) if needs_dx else None
         db = dy.reshape(-1, dy.size(-1)).sum(0) if needs_db else None
         return dx, None, db, *(None,) * 5
 

@@ -88,13 +88,13 @@ def pack(weight: Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE
     return Packed(packed, *(quantize_absmax(absmax) if double_quant else (absmax, None, None)))
 
 
-def unpack(parts: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) that is meant, in `dtype`."""
+def unpack(parts: Packed, layout: Layout, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weight (N, K) that is meant, in `dtype`; in the memory of `out` (n), if that is given."""
     packed, absmax, scales, offset = parts
     absmax = absmax.reshape(-1)
     if scales is not None and offset is not None:
         absmax = dequantize_absmax(absmax, scales, offset)
-    return dequantize(packed, absmax, layout.shape, dtype, layout.block_size, layout.quant_type)
+    return dequantize(packed, absmax, layout.shape, dtype, layout.block_size, layout.quant_type, out)
 
 
 def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
@@ -166,8 +166,9 @@ def dequantize(
     dtype: torch.dtype,
     block_size: int = BLOCK_SIZE,
     quant_type: QuantType = "nf4",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """w = level[code] · absmax_b: one product in float32, rounded once to `dtype`.
+    """w = level[code] · absmax_b: one product in float32, rounded once to `dtype`; written into `out` (n), if given.
 
     A table gives both levels of a byte at a time. Nothing but w itself is larger than a tile.
 
@@ -175,21 +176,21 @@ def dequantize(
     Dtype: dtype
     """
     n, tile = math.prod(shape), _tile(packed.device)
-    weight = torch.empty(n, dtype=dtype, device=packed.device)
+    weight = torch.empty(n, dtype=dtype, device=packed.device) if out is None else out
     table = PAIRS[quant_type].to(packed.device, non_blocking=True)
     half = (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
     tiles = packed.reshape(-1).split(tile // 2), absmax.split(tile // block_size), weight.split(tile)
-    for part, largest, out in zip(*tiles, strict=True):
+    for part, largest, place in zip(*tiles, strict=True):
         if len(part) < len(byte):  # the last
             byte, pair = byte[: len(part)], pair[: len(part)]
         torch.index_select(table, 0, byte.copy_(part), out=pair)
-        w = pair.view(torch.float32)[: len(out)]
+        w = pair.view(torch.float32)[: len(place)]
         if len(w) % block_size:  # the last block is a part of one
             w *= largest.repeat_interleave(block_size)[: len(w)]
         else:
             w.view(-1, block_size).mul_(largest.unsqueeze(1))
-        out.copy_(w)
+        place.copy_(w)
         if type(weight) is not Tensor:  # a stand-in without numbers: one tile shows what all of them take
             break
     return weight.view(*shape)

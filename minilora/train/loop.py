@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from minilora.errors import DataError, FormatError, TrainingError
 from minilora.lora.attach import set_dropout_step
+from minilora.lora.find import shared_scratch
 from minilora.model.recompute import Recompute
 from minilora.storage import read_json
 from minilora.train.batch import Rows, plan_steps
@@ -110,7 +111,7 @@ def train(
     flat = Flat(model, how)
     try:
         run = _Run(model, flat, adamw(flat, config), objective, dataset, lengths, steps, config)
-        with _compiled(objective.compilable(model) if config.compile else []):
+        with shared_scratch(model), _compiled(objective.compilable(model) if config.compile else []):
             return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
     finally:
         flat.release()
