@@ -1,5 +1,6 @@
 """What is trained, its gradients and its moments lie end to end, and nobody notices."""
 
+import contextlib
 import copy
 
 import pytest
@@ -143,6 +144,19 @@ def test_nothing_is_cast_that_has_the_dtype_already_or_is_not_trained_whole():
     with flat_of(idle).cast():
         assert {adapter.cast for _, adapter in factors(idle)} == {None}
         assert all(layer.adapters["second"].cast for layer, _ in factors(idle))
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("base", [lambda model: model, four_bit], ids=["dense", "four bits"])
+def test_a_run_comes_to_the_same_bits_as_one_that_casts_at_each_use(base, config, monkeypatch):
+    def run():
+        model = lora(base=base, **config)
+        ml.train(model, random_rows(3, 6), ml.TrainConfig(batch_size=2, learning_rate=0.1, recompute="mlp"))
+        return weights(model)
+
+    once = run()
+    monkeypatch.setattr(Flat, "cast", lambda flat: contextlib.nullcontext())
+    assert torch.equal(once, run())
 
 
 # --- after a run ---

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora as ml
 from minilora.lora.find import adapter_layers
@@ -412,6 +413,36 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_chan
 
 
 # --- how it is computed ---
+
+
+class Questions(TorchDispatchMode):
+    """The operations that wait for a device because their result, or its shape, is needed."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").partition(".")[0]
+        has_mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        self.asked += [name] if has_mask or name.startswith(self.ASKING) else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "smollm3-window"])
+@pytest.mark.parametrize("base", [lambda model: model, four_bit], ids=["dense", "four bits"])
+def test_within_a_step_nothing_is_asked_of_the_device(family, base):
+    """But once, at the end: `tolist` of one tensor."""
+    model, rows = adapted(family, torch.float32, base=base, lora_dropout=0.3, use_dora=True), random_rows(18, 6)
+    config = ml.TrainConfig(batch_size=2, gradient_accumulation_steps=2, recompute="block")
+    with Questions() as questions:
+        ml.train(model, rows, config)
+    assert questions.asked == []
+    with Questions() as questions:
+        bool(torch.ones(3)[torch.ones(3) > 0].sum())
+    assert questions.asked == ["index", "_local_scalar_dense"]
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
