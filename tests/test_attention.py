@@ -122,6 +122,19 @@ def test_values_and_gradients_of_blocks_are_as_precise_as_plain_pytorch(seed, dt
         assert_precision(ours, plain, oracle.detach())
 
 
+@given(seeds)
+def test_the_gradient_of_a_key_that_many_blocks_see_is_summed_in_float32(seed):
+    """One key, alike to all queries: its gradient is a long sum of small parts."""
+    n, dtype = 400, torch.bfloat16
+    q, do = torch.zeros(n, 1, 8, dtype=dtype), randn(seed, n, 1, 8, dtype=dtype).abs()
+    v = randn(seed + 1, n, 1, 8, dtype=dtype).requires_grad_()
+    (ours,) = torch.autograd.grad(block_attention(q, q, v, [n], [n], None), v, do)
+    exact = v.detach().double().requires_grad_()
+    (oracle,) = torch.autograd.grad(dense_attention(q.double(), q.double(), exact, [n], [n], None), exact, do.double())
+    error = (ours[0].double() - oracle[0]).norm() / oracle[0].norm()
+    assert error <= 4 * torch.finfo(dtype).eps  # of each P and of the sum, not of each of a hundred sums
+
+
 @given(inputs())
 def test_a_head_that_lies_between_others_is_read_in_place_and_not_written(case):
     q, k, v, *where = case

@@ -304,6 +304,16 @@ def test_a_label_whose_probability_is_no_float32_has_a_finite_loss_and_a_gradien
     assert torch.equal(hidden.grad, torch.tensor([[200.0, 0], [0, 0]]))
 
 
+def test_the_gradient_of_a_sure_label_is_what_is_left_to_it():
+    """p[label] - 1, of which 16 bits would leave nothing."""
+    head = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
+    head.weight.data = torch.tensor([[8.0], [0.0]], dtype=torch.bfloat16)
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16).requires_grad_()
+    ops.cross_entropy(hidden, torch.tensor([0]), head).backward()
+    expected = -8 / (1 + torch.tensor(8.0).exp())
+    assert_parity(hidden.grad.flatten(), expected.reshape(1), torch.finfo(torch.bfloat16).eps)
+
+
 # --- what is saved, and what compiles ---
 
 
