@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.train.optimizer import adamw
+from minilora.train.optimizer import learning
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.parity
@@ -23,14 +23,12 @@ CONFIGS = {
 }
 
 
-def rates(optimizer):
+def by_rate(found):
     """Rate -> shapes of what has it, in order."""
-    found = {}
-    for group in optimizer.param_groups:
-        found.setdefault(round(group["lr"] * group.get("factor", 1.0), 12), []).extend(
-            tuple(p.shape) for p in group["params"]
-        )
-    return {rate: sorted(shapes) for rate, shapes in found.items() if shapes}
+    rates = {}
+    for rate, shape in found:
+        rates.setdefault(round(rate, 12), []).append(tuple(shape))
+    return {rate: sorted(shapes) for rate, shapes in rates.items()}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -44,6 +42,7 @@ def test_every_tensor_has_the_rate_that_peft_gives_it(case, tmp_path):
     optimizer = loraplus.create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, loraplus_lr_embedding=1e-6
     )
-    expected = rates(optimizer)
+    expected = by_rate((group["lr"], p.shape) for group in optimizer.param_groups for p in group["params"])
     assert len(expected) > 1
-    assert rates(adamw(ours, ml.TrainConfig(learning_rate=RATE, loraplus_lr_ratio=RATIO))) == expected
+    found = learning(ours, ml.TrainConfig(learning_rate=RATE, loraplus_lr_ratio=RATIO))
+    assert by_rate((RATE * how.factor, ours.get_parameter(name).shape) for name, how in found.items()) == expected
