@@ -159,6 +159,18 @@ def test_the_backward_pass_computes_again_what_recompute_names(recompute, attent
     assert runs == {"self_attn": attention, "mlp": mlp}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(recompute):
+    model, tokens = tiny_model("mistral", dtype=torch.float32), token_ids(0, 20)
+    results = []
+    for trunk in (model.model, torch.compile(model.model, backend="aot_eager", fullgraph=True)):
+        hidden = trunk(tokens, [13, 7], recompute=recompute)
+        results.append([hidden, *torch.autograd.grad(hidden.square().sum(), list(model.model.parameters()))])
+    for eager, compiled in zip(*results, strict=True):
+        assert_parity(compiled, eager)
+
+
 # --- what the model is made of ---
 
 
