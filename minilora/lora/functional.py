@@ -178,6 +178,8 @@ class _Stretch(torch.autograd.Function):
     k is float32 where y is bfloat16, or steps smaller than bfloat16's would teach it nothing. In tiles: the product of
     two dtypes is made in the wider one, and that of all rows at once would be larger than y itself. Saved is z, as what
     comes next mostly keeps it, too, and y nobody else; so a k of 0 is a little more, which no rounding lets be seen.
+    Only in float16, which has too few small numbers for that, y is saved. Who changes z in place loses it: autograd
+    refuses that.
     """
 
     @staticmethod
@@ -189,7 +191,8 @@ class _Stretch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output, inputs[1])
+        y, k = inputs
+        ctx.save_for_backward(y if y.dtype == torch.float16 else output, k)
 
     @staticmethod
     @once_differentiable
@@ -201,12 +204,13 @@ class _Stretch(torch.autograd.Function):
             wide = part.to(k.dtype)
             sums.append((wide * own).sum_to_size(k.shape))
             torch.mul(wide, k, out=out)
-        return dy if needs_dy else None, torch.stack(sums).sum(0) / k if needs_dk else None
+        dk = torch.stack(sums).sum(0) / (1 if z.dtype == torch.float16 else k)
+        return dy if needs_dy else None, dk if needs_dk else None
 
 
 def _beyond_zero(k: Tensor, dtype: torch.dtype) -> Tensor:
-    """k, but at least so large that the dtype has numbers for k ⊙ y: ε² in most, which is lost in rounding anyway."""
-    least = max(torch.finfo(dtype).eps ** 2, torch.finfo(dtype).tiny)
+    """k, but in the place of 0 the root of the smallest number, which is 1e-19 in float32 and bfloat16."""
+    least = torch.finfo(torch.promote_types(dtype, torch.float32)).tiny ** 0.5
     return torch.where(k.abs() < least, least, k)
 
 
