@@ -207,8 +207,8 @@ MISTAKES = {
     ),
     "law 7: a weight is rounded to the dtype of the computation before it is quantized": Mistake(
         "model/checkpoint.py",
-        "NF4Linear.quantize(tensor.to(device), ",
-        "NF4Linear.quantize(tensor.to(device, target), ",
+        "NF4Linear.quantize(file.read(name).to(device), ",
+        "NF4Linear.quantize(file.read(name).to(device, target), ",
         "test_quant_files.py::test_what_is_quantized_are_the_numbers_of_the_file_whatever_the_dtype_of_the_computation",
     ),
     "law 8: a mean of means": Mistake(
