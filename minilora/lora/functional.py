@@ -173,45 +173,34 @@ def dora_stretch(y: Tensor, k: Tensor) -> Tensor:
 
 
 class _Stretch(torch.autograd.Function):
-    """z = k ⊙ y;  dy = k ⊙ dz,  dk = Σ over rows of dz ∘ y = (Σ over rows of dz ∘ z) / k.
+    """z = k ⊙ y;  dy = k ⊙ dz,  dk = Σ over rows of dz ∘ y.
 
     k is float32 where y is bfloat16, or steps smaller than bfloat16's would teach it nothing. In tiles: the product of
-    two dtypes is made in the wider one, and that of all rows at once would be larger than y itself. Saved is z, as what
-    comes next mostly keeps it, too, and y nobody else; so a k of 0 is a little more, which no rounding lets be seen.
-    Only in float16, which has too few small numbers for that, y is saved. Who changes z in place loses it: autograd
-    refuses that.
+    two dtypes is made in the wider one, and that of all rows at once would be larger than y itself. Saved is y. It
+    could be z, from which y follows, and which what comes next often keeps; but that may as well change z in place.
     """
 
     @staticmethod
     def forward(y: Tensor, k: Tensor) -> Tensor:
-        z, k = torch.empty_like(y), _beyond_zero(k, y.dtype)
+        z = torch.empty_like(y)
         for part, out in zip(_tiles(y), _tiles(z), strict=True):
             torch.mul(part, k, out=out)
         return z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        y, k = inputs
-        ctx.save_for_backward(y if y.dtype == torch.float16 else output, k)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        z, k = ctx.saved_tensors
+        y, k = ctx.saved_tensors
         needs_dy, needs_dk = ctx.needs_input_grad
-        dy, k, sums = torch.empty_like(dz), _beyond_zero(k, z.dtype), []
-        for part, own, out in zip(_tiles(dz), _tiles(z), _tiles(dy), strict=True):
-            wide = part.to(k.dtype)
-            sums.append((wide * own).sum_to_size(k.shape))
-            torch.mul(wide, k, out=out)
-        dk = torch.stack(sums).sum(0) / (1 if z.dtype == torch.float16 else k)
-        return dy if needs_dy else None, dk if needs_dk else None
-
-
-def _beyond_zero(k: Tensor, dtype: torch.dtype) -> Tensor:
-    """k, but in the place of 0 the root of the smallest number, which is 1e-19 in float32 and bfloat16."""
-    least = torch.finfo(torch.promote_types(dtype, torch.float32)).tiny ** 0.5
-    return torch.where(k.abs() < least, least, k)
+        dy, sums = torch.empty_like(dz), []
+        for part, own, out in zip(_tiles(dz), _tiles(y), _tiles(dy), strict=True):
+            sums.append((part.to(k.dtype) * own).sum_to_size(k.shape))
+            torch.mul(part, k, out=out)
+        return dy if needs_dy else None, torch.stack(sums).sum(0) if needs_dk else None
 
 
 def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
