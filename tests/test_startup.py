@@ -95,6 +95,17 @@ def test_train_is_the_function_whatever_was_imported_before(first):
     assert python(code).startswith("True <function train")
 
 
+@pytest.mark.parametrize("name", ["errors.ConfigError", "model.llama.Llama", "lora.layers.AdapterLinear"])
+def test_the_modules_that_come_along_are_found_by_their_names(name):
+    assert name.rpartition(".")[2] in python(f"import minilora\nprint(minilora.{name})")
+
+
+@pytest.mark.parametrize("again", ["importlib.reload(minilora)", "del sys.modules['minilora']\nimport minilora"])
+def test_minilora_can_be_imported_again(again):
+    code = f"import importlib, sys, minilora\nminilora.train\n{again}\nprint(minilora.train)"
+    assert python(code).startswith("<function train")
+
+
 def test_what_they_make_can_be_copied_and_pickled():
     config = ml.LoraConfig(r=3)
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
