@@ -11,7 +11,6 @@ import torch
 import minilora as ml
 from minilora import cli, run_memory
 from minilora.cli.memory import amount
-from minilora.inspect import memory
 from minilora.inspect.memory import SHAPES, WAYS, told
 from minilora.model.config import LlamaConfig
 from minilora.quant.config import QuantizeConfig
@@ -31,22 +30,6 @@ CPU = torch.device("cpu")
 
 
 # --- inspect --memory ---
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_two_and_three_layers_tell_of_seven(way, monkeypatch):
-    config = tiny_config(num_hidden_layers=7)
-    expected = memory._traced(config, way, CPU)
-    depths = []
-    traced = memory._traced
-    monkeypatch.setattr(memory, "_traced", lambda cut, *args: depths.append(len(cut.windows)) or traced(cut, *args))
-    assert told(config, way, CPU) == expected
-    assert max(depths) == 3
-
-
-def test_layers_that_are_not_alike_are_all_traced():
-    config = tiny_config("smollm3-window")
-    assert told(config, "LoRA 16-bit", CPU) == memory._traced(config, "LoRA 16-bit", CPU)
 
 
 def test_a_full_fine_tune_holds_twelve_bytes_a_parameter():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,26 +58,7 @@ def memory_facts(directory: Path, device: torch.device) -> MemoryFacts:
 
 
 def told(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
-    """The forecast of a default batch, all of it labelled.
-
-    Where all layers are alike, one more takes what one more takes: two and three tell the rest.
-    """
-    depth = config.num_hidden_layers
-    if depth <= 3 or len({*zip(config.windows, config.rotated, strict=True)}) > 1:
-        return _traced(config, way, device)
-    two, three = (_traced(_cut(config, layers), way, device) for layers in (2, 3))
-    values: dict[str, Any] = {}
-    for field in fields(Forecast):
-        last = getattr(three, field.name)
-        values[field.name] = last + (depth - 3) * (last - getattr(two, field.name))
-    return Forecast(**values)
-
-
-def _cut(config: LlamaConfig, layers: int) -> LlamaConfig:
-    return replace(config, num_hidden_layers=layers, windows=config.windows[:layers], rotated=config.rotated[:layers])
-
-
-def _traced(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
+    """The forecast of a default batch, all of it labelled."""
     training = TrainConfig(recompute="block" if way.endswith("block") else "none")
     length = DataConfig().max_length
     model = _prepared(config, way)

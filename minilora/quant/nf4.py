@@ -115,7 +115,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
     tables, tile = _cell_tables(flat.device), _tile(flat.device)
-    for begin in range(0, n, tile):
+    for begin in range(0, 0 if flat.is_meta else n, tile):
         x = flat[begin : begin + tile].to(torch.float32, copy=True)
         whole = x.numel() // block_size * block_size
         blocks, rest = x[:whole].view(-1, block_size), x[whole:]
@@ -125,7 +125,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
         if rest.numel():
             largest[-1] = rest.abs().amax().clamp(min=SMALLEST)
             rest /= largest[-1].clone()
-        if not (largest.is_meta or largest.isfinite().all()):  # before what is not finite is taken for an index
+        if not largest.isfinite().all():  # before what is not finite is taken for an index
             raise TrainingError("a weight that is not finite cannot be quantized")
         codes = _codes(x.clamp_(-1, 1), *tables)
         if codes.numel() % 2:
@@ -180,8 +180,10 @@ def dequantize(
     table = PAIRS[quant_type].to(packed.device, non_blocking=True)
     half = (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
-    tiles = packed.reshape(-1).split(tile // 2), absmax.split(tile // block_size), weight.split(tile)
-    for part, largest, place in zip(*tiles, strict=True):
+    packed = packed.reshape(-1)
+    for begin in range(0, n, tile):
+        part, place = packed[begin // 2 : (begin + tile) // 2], weight[begin : begin + tile]
+        largest = absmax[begin // block_size : (begin + tile) // block_size]
         if len(part) < len(byte):  # the last
             byte, pair = byte[: len(part)], pair[: len(part)]
         torch.index_select(table, 0, byte.copy_(part), out=pair)
