@@ -13,7 +13,7 @@ from minilora.model.llama import Llama
 from minilora.testing import reference
 from tests.golden.make_models import FILE, LENGTHS
 from tests.models import FAMILIES, SIZES, document_lengths, seeds, tiny_config, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_parity
+from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -144,6 +144,24 @@ def test_recomputation_changes_no_bit_of_logits_and_gradients(family, recompute)
     kept = outcome("none")
     assert all(gradient.any() for gradient in kept)
     assert all(map(torch.equal, outcome(recompute), kept))
+
+
+@families
+def test_under_autocast_logits_and_gradients_are_as_good_as_those_of_a_model_in_16_bits(family):
+    lengths, tokens = [3, 17], token_ids(1, 20)
+
+    def outcome(dtype, autocast=False):
+        model, cache = tiny_model(family, dtype=dtype), KVCache(tiny_config(family), 2, 17, dtype, CPU)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.no_grad():
+                held = model.lm_head(model.model(tokens, lengths, cache))
+            logits = model.lm_head(model.model(tokens, lengths))
+        gradients = torch.autograd.grad(logits.float().square().mean(), list(model.parameters()))
+        return held, logits, torch.cat([gradient.flatten() for gradient in gradients])
+
+    oracle, plain, found = outcome(torch.float64), outcome(torch.bfloat16), outcome(torch.float32, autocast=True)
+    for actual, narrow, exact in zip(found, plain, oracle, strict=True):
+        assert_precision(actual, narrow, exact)
 
 
 @pytest.mark.parametrize(("recompute", "attention", "mlp"), [("none", 1, 1), ("mlp", 1, 2), ("block", 2, 2)])

@@ -77,8 +77,8 @@ class KVCache:
         Shapes: q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E)
         """
         keys, values = self.keys[layer], self.values[layer]
-        keys[self._documents, :, self._positions] = k
-        values[self._documents, :, self._positions] = v
+        keys[self._documents, :, self._positions] = k.to(keys.dtype)
+        values[self._documents, :, self._positions] = v.to(values.dtype)
         if not self._runs:
             return self._one_by_one(q, keys, values, window)
         parts = []

@@ -79,6 +79,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.is_rotated:
             q, k = ops.rotate(q, *layout.rotation), ops.rotate(k, *layout.rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a projection is narrower than norms and angles
         if cache is None:
             heads = causal_attention(q, k, v, layout.lengths, layout.lengths, self.window)
         else:
