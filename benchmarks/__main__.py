@@ -23,13 +23,14 @@ HERE = Path(__file__).parent
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a work was refused."""
     known = {each.name: each for each in work.works()}
+    peers = sorted({peer for each in known.values() if not isinstance(each, work.Growth) for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of everyone at each work")
+    parser.add_argument("--rounds", type=count, default=3, help="turns of everyone at each work")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, default=list(known), help=", ".join(known))
-    parser.add_argument("--peers", nargs="*", metavar="PEER", help="only these of a work's peers, or none")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -54,6 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             growth.draw(grown, results.as_round(kept[grown.name][-1]), args.out.parent / f"{grown.name}.svg")
     args.out.write_text(results.page(kept, list(known.values())), encoding="utf-8")
     return int(refused)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence[str] | None) -> Iterator[Round]:

@@ -172,6 +172,12 @@ def measurement(seconds, **checks):
     return Measurement([seconds], [1], 10**9, checks)
 
 
+@pytest.mark.parametrize("words", [["--rounds", "0"], ["--threads", "0"], ["--only", "x"], ["--peers", "x"]])
+def test_a_flag_that_is_wrong_is_told_before_anything_is_measured(words):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(words)
+
+
 def test_a_ratio_is_the_rounds_own(shop):
     rounds = [
         Round("fp32-real", {"minilora": measurement(a), "peft": measurement(b)}) for a, b in ((1, 1), (2, 8), (3, 9))
