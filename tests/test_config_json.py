@@ -233,7 +233,7 @@ def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is
     (rope if is_nested else source)[key] = value
     refusal = key
     try:
-        LlamaConfig.from_dict({"rope_parameters": rope} | source).rope.table(20, torch.device("cpu"))
+        LlamaConfig.from_dict({"rope_parameters": rope} | source).rope.rotation([range(20)], torch.device("cpu"))
     except ConfigError as error:
         refusal = str(error).replace("rope type", "type")
     assert key.removeprefix("rope_") in refusal

@@ -75,7 +75,9 @@ def test_frequencies_are_the_published_ones_as_precisely_as_plain_float32(rope, 
 def test_tables_are_cosine_and_sine_of_position_times_frequency(rope, length):
     angles = torch.arange(length).double().unsqueeze(1) * rope.frequencies(length).double()
     plain = torch.arange(length).float().unsqueeze(1) * rope.frequencies(length)
-    tables = zip(rope.table(length, CPU), (plain.cos(), plain.sin()), (angles.cos(), angles.sin()), strict=True)
+    tables = zip(
+        rope.rotation([range(length)], CPU), (plain.cos(), plain.sin()), (angles.cos(), angles.sin()), strict=True
+    )
     for ours, plain_table, exact in tables:
         assert ours.dtype == torch.float32
         assert_precision(ours, rope.amplitude * plain_table, rope.amplitude * exact)

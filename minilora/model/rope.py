@@ -12,7 +12,7 @@ frequencies, each by its own rule:
 `dynamic` and `longrope` depend on the length of the whole document: what was computed for a shorter one does not hold
 for a longer one (`Rope.changes`).
 
-    L  length of a document    N  tokens of all spans    R  rotated width of a head
+    N  tokens of all spans    R  rotated width of a head
 """
 
 from __future__ import annotations
@@ -85,14 +85,6 @@ class Rope:
             None if is_list and len(value) == pairs else f"found {value!r}, need a list of {pairs} numbers, one a pair"
         )
 
-    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of `position · frequency`, for all positions of a document.
-
-        Shapes: -> (L, R/2), (L, R/2)
-        Dtype: float32
-        """
-        return self.rotation([range(length)], device)
-
     def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of `position · frequency`, for a span of positions of each document, up to its present end.
 
@@ -128,7 +120,7 @@ class Rope:
 
     @property
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by: 1, but for longrope √(1 + ln s / ln L), as in Phi-3's own code."""
+        """A factor of cos and sin: 1, but for longrope √(1 + ln s / ln L), as in Phi-3's own code, trained on L."""
         if self.kind != "longrope":
             return 1.0
         if (given := self.scaling.get("attention_factor")) is not None:
