@@ -98,7 +98,6 @@ class NF4Linear(nn.Module):
 
 Linear = nn.Linear | NF4Linear
 Remake = Callable[..., Tensor]
-Stored = tuple[Remake, tuple[Tensor | None, ...]]
 
 
 class Scratch:
@@ -150,7 +149,7 @@ def apply_weight(base: Linear, x: Tensor, bias: Tensor | None = None, weight: Te
     return F.linear(x, weight, bias)
 
 
-def stored(base: Any) -> Stored | None:
+def stored(base: Any) -> tuple[Remake, Packed] | None:
     """How W is made again, and of what, where it is not stored as it is: remake(dtype, *parts) = W in the dtype."""
     return (_remake(base), base.parts) if isinstance(base, NF4Linear) else None
 
