@@ -76,6 +76,25 @@ def test_gradients_add_up_in_their_buffer_and_are_put_there_again_when_somebody_
         model.zero_grad()
 
 
+def swapped(model):
+    """As those do who evaluate with an average of the weights, and then go on."""
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data = torch.zeros_like(p)
+    for name, p in model.named_parameters():
+        p.data = own[name]
+
+
+@pytest.mark.parametrize("change", [swapped, lambda model: model.double().float()])
+def test_numbers_that_are_put_in_a_parameter_s_place_are_trained_on(change):
+    def outcome(between):
+        model = lora(torch.float32)
+        ml.train(model, random_rows(0, 6), ml.TrainConfig(batch_size=2), on_step=lambda record: between(model) and None)
+        return weights(model)
+
+    assert torch.equal(outcome(change), outcome(lambda model: None))
+
+
 @pytest.mark.parametrize(
     ("config", "segments"),
     [

@@ -50,7 +50,7 @@ class Segment:
         self.gradient = torch.zeros_like(values)
         self.values = nn.Parameter(values)
         self.values.grad = self.gradient
-        self.gradients = self.split(self.gradient)
+        self.places, self.gradients = self.split(values), self.split(self.gradient)
         self.low = None if dtype is None else torch.empty_like(values, dtype=dtype)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -87,11 +87,18 @@ class Flat:
         self.casts = [(each, (copies[each.lora_A], copies[each.lora_B])) for each, _ in factors]
 
     def zero_grad(self) -> None:
-        """Make every gradient 0, and a view of its buffer again, should somebody have put another in its place."""
+        """Make every gradient 0; and all views of the buffers again, should somebody have put others in their places.
+
+        Other numbers of a parameter are taken in: `model.to`, say, gives it memory of its own, there and back.
+        """
         for segment in self.segments:
             segment.gradient.zero_()
             for name, parameter in segment.parameters.items():
-                parameter.grad = segment.gradients[name]
+                place = segment.places[name]
+                if parameter.data_ptr() != place.data_ptr():
+                    place.copy_(parameter.detach())
+                    parameter.data = place
+                parameter.grad = segment.gradients[name].detach()  # a tensor of its own, as `model.to` changes that one
 
     @contextmanager
     def cast(self) -> Iterator[None]:
