@@ -15,6 +15,7 @@ from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 LOW = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 windows = st.none() | st.integers(1, 6)
+VARLEN_ATTN = torch.nn.attention.varlen.varlen_attn
 kernels = pytest.mark.parametrize("kernel", [block_attention, fused_attention, varlen_attention, causal_attention])
 
 
@@ -23,7 +24,6 @@ def _small_blocks(monkeypatch):
     """Nine rows are several blocks, and torch's kernel of GPUs is stood in for."""
     monkeypatch.setattr(attention, "_block_size", lambda dtype: 4)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn_as_documented)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
 
 def varlen_attn_as_documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
@@ -198,6 +198,17 @@ def test_a_gpu_answers_all_documents_at_once_where_its_kernel_can(dtype, width, 
     with FakeTensorMode():
         q = torch.empty(4, 9, width, dtype=dtype, device="cuda")
     assert kernel_for(q, [4], None) is kernel
+
+
+@kernels
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_forecast_can_run_every_kernel_without_numbers(kernel, window, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", VARLEN_ATTN)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(9, heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+        o = kernel(q, k, v, [7, 2], [7, 2], window)
+        gradients = torch.autograd.grad(o.sum(), (q, k, v))
+    assert [each.shape for each in (o, *gradients)] == [each.shape for each in (q, q, k, v)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself

@@ -210,9 +210,8 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn  # a second to import, and not there in older versions
 
     def ends(sizes: Sequence[int]) -> Tensor:
-        # Pinned, or the host would wait for the device.
         counted = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-        return counted.pin_memory().to(q.device, non_blocking=True)
+        return counted.to(q.device, non_blocking=True)  # not pinned: a forecast's stand-ins cannot be
 
     longest = max(key_lengths)
     reach = -1 if window is None or window > longest else window - 1, 0  # keys before and after a query; -1: all

@@ -96,7 +96,9 @@ class Rope:
             frequencies = torch.cat([self.frequencies(span.stop).expand(len(span), -1) for span in spans])
         else:
             frequencies = self.frequencies(0)
-        angles = positions.to(device).unsqueeze(1) * frequencies.to(device)
+        is_late = device.type == "cuda"  # then what is on its way is waited for by the device, and not by the host
+        positions, frequencies = (made.to(device, non_blocking=is_late) for made in (positions, frequencies))
+        angles = positions.unsqueeze(1) * frequencies
         return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
     def frequencies(self, length: int) -> Tensor:
