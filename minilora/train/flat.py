@@ -95,7 +95,7 @@ class Flat:
             segment.gradient.zero_()
             for name, parameter in segment.parameters.items():
                 place = segment.places[name]
-                if parameter.data_ptr() != place.data_ptr():
+                if parameter.untyped_storage()._cdata != place.untyped_storage()._cdata:  # stand-ins have no data_ptr
                     place.copy_(parameter.detach())
                     parameter.data = place
                 parameter.grad = segment.gradients[name].detach()  # a tensor of its own, as `model.to` changes that one
