@@ -44,7 +44,7 @@ def padded(tokens, lengths, extra=0):
 def expected_scores(model, document):
     """Those of every token, by the oracle, to which the head is a vocabulary."""
     tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    rotation = [table.numpy() for table in model.config.rope.table(len(document), CPU)]
+    rotation = [table.numpy() for table in model.config.rope.rotation([range(len(document))], CPU)]
     tensors["lm_head.weight"] = tensors["score.weight"]
     scores = reference.decoder_logits(tensors, model.config, document.tolist(), rotation)
     return torch.from_numpy(scores + tensors.get("score.bias", 0))

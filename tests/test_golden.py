@@ -23,11 +23,11 @@ def test_adapters_that_peft_wrote_have_the_logits_that_peft_computed(case, tmp_p
     model, expected = base_of(case, Conv1D), load_file(FOLDER / case / "logits.safetensors")["logits"]
     assert relative(model(IDS), expected, PARITY) > 1000  # the adapter matters
     ml.load_adapter(model, FOLDER / case)
-    assert_parity(model(IDS), expected)
     again = base_of(case, Conv1D)
     ml.save_adapter(model, tmp_path)
     ml.load_adapter(again, tmp_path)
-    assert_parity(again(IDS), expected)
+    for each in (model, again):  # in float64, so that all rounding is PEFT's
+        assert_parity(each.double()(IDS), expected)
     ml.merge(model)
     assert_parity(model(IDS), expected)
 

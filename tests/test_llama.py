@@ -38,7 +38,7 @@ def test_logits_equal_the_oracle(family, seed, lengths, longer):
     expected = []
     for part in tokens.split(lengths):
         # The model's own float32 tables: how exact they are is a law of test_rope.py, and float32 would hide the rest.
-        rotation = [table.numpy() for table in model.config.rope.table(len(part), CPU)]
+        rotation = [table.numpy() for table in model.config.rope.rotation([range(len(part))], CPU)]
         expected.append(torch.from_numpy(reference.decoder_logits(tensors, model.config, part.tolist(), rotation)))
     assert_maths(model.lm_head(hidden), torch.cat(expected))
 
@@ -125,9 +125,9 @@ def test_a_cache_changes_no_logits_however_the_documents_are_split(family, seed,
 def test_a_rotation_changes_where_its_table_does(family):
     rope = tiny_config(family).rope
     for before in range(2, 30):
-        cos, _ = rope.table(before, CPU)
+        cos, _ = rope.rotation([range(before)], CPU)
         for after in range(before, 30):
-            assert rope.changes(before, after) != torch.equal(rope.table(after, CPU)[0][:before], cos)
+            assert rope.changes(before, after) != torch.equal(rope.rotation([range(after)], CPU)[0][:before], cos)
 
 
 @families
