@@ -6,7 +6,7 @@ Their loops are what their own examples show, with their defaults wherever these
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,16 +74,29 @@ def peft_model(task: Task, dtype: torch.dtype | None = None) -> Any:
 
 def train_peft(task: Task) -> Measurement:
     """PEFT and transformers in a plain loop: padded batches with their mask, the loss of the model, fused AdamW."""
-    peak, device = began(task), torch.device(task.device)
+    peak = began(task)
     model = peft_model(task)
     if task.work.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    return looped(task, peak, trained, optimizer, lambda batch: model(**batch).loss, Tensor.backward)
+
+
+def looped(
+    task: Task,
+    peak: Peak,
+    trained: Sequence[Tensor],
+    optimizer: Any,
+    loss_of: Callable[[dict[str, Tensor]], Tensor],
+    backward: Callable[[Tensor], Any],
+) -> Measurement:
+    """A plain loop over padded batches, with the gradient clipped."""
+    device = torch.device(task.device)
     losses, norms, clock = [], [], Clock(device)
-    for batch in task.batches:
-        loss = model(**padded(batch, device)).loss
-        loss.backward()
+    for rows in task.batches:
+        loss = loss_of(padded(rows, device))
+        backward(loss)
         norms.append(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -171,19 +184,13 @@ def train_litgpt(task: Task) -> Measurement:
     model = fabric.setup_module(model).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True))
-    losses, norms, clock = [], [], Clock(device)
-    for rows in task.batches:
-        batch = padded(rows, device)
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
         logits = model(batch["input_ids"], lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
-        loss = chunked_cross_entropy(logits, batch["labels"][..., 1:])
-        fabric.backward(loss)
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        clock.stop()
-    return measured(task, clock, peak, {"loss": losses[0], "gradient norm": norms[0]})
+        return chunked_cross_entropy(logits, batch["labels"][..., 1:])
+
+    return looped(task, peak, trained, optimizer, loss_of, fabric.backward)
 
 
 def litgpt_config(config: dict[str, Any]) -> Any:
