@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig
-from minilora.lora import functional
+from minilora import LoraConfig, tiles
 from minilora.lora.functional import dora_norm
 from minilora.lora.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
@@ -25,7 +24,7 @@ DORA = LoraConfig(r=4, lora_alpha=28, use_dora=True)
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Some ten rows are several tiles."""
-    monkeypatch.setattr(functional, "TILE", 400)
+    monkeypatch.setattr(tiles, "TILE", 400)
 
 
 def numbers(layer):

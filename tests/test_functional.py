@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.lora import functional
+from minilora import tiles
 from minilora.lora.functional import (
     dora_norm,
     dora_stretch,
@@ -29,7 +29,7 @@ RELUS = torch.relu, torch.relu_
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Some ten rows are several tiles."""
-    monkeypatch.setattr(functional, "TILE", 400)
+    monkeypatch.setattr(tiles, "TILE", 400)
 
 
 def exact_gradients(x, A, B, scale, dy):

@@ -268,6 +268,9 @@ def test_an_evaluation_takes_what_was_told_or_less_even_where_it_is_more_than_a_
 # --- the process ---
 
 
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
 def in_a_process(code):
     run = [sys.executable, "-c", code]
     return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
@@ -287,15 +290,48 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     assert 2**28 <= peak < 2**28 + 2**26
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@needs_glibc
 def test_memory_that_is_freed_is_given_back():
     code = (
-        "import torch; from minilora.train.diagnose import held_memory_bytes, release_memory\n"
+        "import torch; from minilora.train.allocator import release_memory\n"
+        "from minilora.train.diagnose import held_memory_bytes\n"
         "blocks = [torch.ones(20_000) for _ in range(2000)]; last = torch.ones(20_000); del blocks\n"
         "before = held_memory_bytes(torch.device('cpu')); release_memory()\n"
         "assert last.sum() == 20_000; print(before - held_memory_bytes(torch.device('cpu')))"
     )
     assert in_a_process(code) > 100_000_000
+
+
+@needs_glibc
+@pytest.mark.parametrize(("keeping", "least", "most"), [("kept_memory", 0, 100), ("nullcontext", 10_000, 2**30)])
+def test_while_a_run_lasts_memory_is_taken_from_the_system_once(keeping, least, most):
+    """100 MB, taken a second time: pages that are cleared for it."""
+    code = f"""if True:
+        import torch
+        from contextlib import nullcontext
+        from resource import RUSAGE_SELF, getrusage
+        from minilora.train.allocator import kept_memory
+        with {keeping}():
+            torch.ones(25_000_000)
+            before = getrusage(RUSAGE_SELF).ru_minflt
+            torch.ones(25_000_000)
+            print(getrusage(RUSAGE_SELF).ru_minflt - before)"""
+    assert least <= in_a_process(code) <= most
+
+
+@needs_glibc
+def test_after_a_run_its_memory_is_given_back():
+    code = """if True:
+        import torch
+        from minilora.train.allocator import kept_memory
+        from minilora.train.diagnose import held_memory_bytes
+        with kept_memory():
+            blocks = [torch.ones(20_000) for _ in range(2000)] + [torch.ones(100_000_000)]
+            last = torch.ones(20_000)
+            del blocks
+        torch.ones(100_000_000)
+        print(held_memory_bytes(torch.device("cpu")))"""
+    assert in_a_process(code) < 50_000_000
 
 
 def test_what_the_import_took_is_no_part_of_the_peak(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig
+from minilora import LoraConfig, tiles
 from minilora.lora.layers import AdapterLinear
 from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
@@ -21,8 +21,9 @@ EPS = 1e-6
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    """Nine rows are more than one chunk."""
+    """Nine rows are more than one chunk, and a chunk more than one tile."""
     monkeypatch.setattr(ops, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(tiles, "TILE", 20)
 
 
 def wide(tensor):

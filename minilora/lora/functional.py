@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.tiles import tile_rows, tiles
+
 Remake = Callable[..., Tensor]  # (dtype, *parts) -> W
 Stored = tuple[Remake, tuple[Tensor | None, ...]]  # how W is made, and of what
-TILE = 2**18  # numbers that are worked on at a time on the CPU: 1 MB in float32
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -157,8 +158,8 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     kind = weight.device.type
     as_is = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with torch.no_grad(), as_is:  # autocast would take the product in 16 bits
-        lora_A, tiles = lora_A.to(wide), zip(_tiles(weight), lora_B.to(wide).split(_tile(weight)), strict=True)
-        sums = (torch.addmm(w.to(wide), b, lora_A, alpha=scale) for w, b in tiles)
+        lora_A, pairs = lora_A.to(wide), zip(tiles(weight), lora_B.to(wide).split(tile_rows(weight)), strict=True)
+        sums = (torch.addmm(w.to(wide), b, lora_A, alpha=scale) for w, b in pairs)
         norm = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in sums])
     return norm.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has no direction: 0 / 0 is no number
 
@@ -183,7 +184,7 @@ class _Stretch(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, k: Tensor) -> Tensor:
         z = torch.empty_like(y)
-        for part, out in zip(_tiles(y), _tiles(z), strict=True):
+        for part, out in zip(tiles(y), tiles(z), strict=True):
             torch.mul(part, k, out=out)
         return z
 
@@ -197,7 +198,7 @@ class _Stretch(torch.autograd.Function):
         y, k = ctx.saved_tensors
         needs_dy, needs_dk = ctx.needs_input_grad
         dy, sums = torch.empty_like(dz), []
-        for part, own, out in zip(_tiles(dz), _tiles(y), _tiles(dy), strict=True):
+        for part, own, out in zip(tiles(dz), tiles(y), tiles(dy), strict=True):
             sums.append((part.to(k.dtype) * own).sum_to_size(k.shape))
             torch.mul(part, k, out=out)
         return dy if needs_dy else None, torch.stack(sums).sum(0) if needs_dk else None
@@ -220,18 +221,3 @@ def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """(..., D) -> (N, D)."""
     return x.reshape(-1, x.size(-1))
-
-
-def _tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """Some rows at a time."""
-    return x.split(_tile(x))
-
-
-def _tile(x: Tensor) -> int:
-    """How many rows to work on at a time.
-
-    On the CPU so many as stay in its cache. Elsewhere few launches count more, and what is compiled is one expression.
-    """
-    if torch.compiler.is_compiling():
-        return max(1, x.size(0))
-    return max(1, (TILE if x.device.type == "cpu" else 64 * TILE) // max(1, math.prod(x.shape[1:])))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +101,6 @@ def _room(folder: Path, limit: str, usage: str, reclaimable: str) -> Iterator[in
         return
     if most != "max":
         yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
-
-
-def release_memory() -> None:
-    """Give back to the system what the C library keeps of freed memory; glibc can, elsewhere nothing happens."""
-    with suppress(AttributeError, OSError, TypeError):  # no such function, no such library, Windows
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @torch.no_grad()

@@ -26,9 +26,10 @@ from minilora.lora.attach import set_dropout_step
 from minilora.lora.find import shared_scratch
 from minilora.model.recompute import Recompute
 from minilora.storage import read_json
+from minilora.train.allocator import kept_memory, release_memory
 from minilora.train.batch import Rows, plan_steps
 from minilora.train.config import TrainConfig
-from minilora.train.diagnose import first_bad_module, peak_memory_bytes, release_memory
+from minilora.train.diagnose import first_bad_module, peak_memory_bytes
 from minilora.train.evaluate import mean_loss
 from minilora.train.fingerprint import fingerprint
 from minilora.train.flat import Flat, flat_norm
@@ -111,7 +112,8 @@ def train(
     flat = Flat(model, how)
     try:
         run = _Run(model, flat, adamw(flat, config), objective, dataset, lengths, steps, config)
-        with shared_scratch(model), _compiled(objective.compilable(model) if config.compile else []):
+        compiled = _compiled(objective.compilable(model) if config.compile else [])
+        with kept_memory(), shared_scratch(model), compiled:
             return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
     finally:
         flat.release()

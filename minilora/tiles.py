@@ -1,0 +1,28 @@
+"""Some rows of a tensor at a time, so that what is made of them on the way stays small."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+TILE = 2**18  # numbers that are worked on at a time on the CPU: 1 MB in float32
+
+
+def tiles(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of some rows each, `tile_rows` of them.
+
+    Shapes: x (N, ...)
+    """
+    return x.split(tile_rows(x))
+
+
+def tile_rows(x: Tensor) -> int:
+    """How many rows to work on at a time.
+
+    On the CPU so many as stay in its cache. Elsewhere few launches count more, and what is compiled is one expression.
+    """
+    if torch.compiler.is_compiling():
+        return max(1, x.size(0))
+    return max(1, (TILE if x.device.type == "cpu" else 64 * TILE) // max(1, math.prod(x.shape[1:])))
