@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = sorted({peer for each in known.values() if not isinstance(each, work.Growth) for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--rounds", type=count, default=3, help="turns of everyone at each work")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, default=list(known), help=", ".join(known))
     parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
@@ -62,6 +62,14 @@ def count(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def device(text: str) -> str:
+    """A name that PyTorch knows."""
+    try:
+        return str(torch.device(text))
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence[str] | None) -> Iterator[Round]:

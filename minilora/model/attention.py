@@ -46,14 +46,16 @@ def causal_attention(
 def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Kernel:
     """Which of the three below is used, by device, dtype and size.
 
-    On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of five on 2 threads:
+    On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of ten on 2 threads, freed
+    memory kept (`train/allocator.py`):
 
                                    bfloat16            float32
                                    blocks   fused      blocks   fused
-        4 documents of 512         22       54         49       67
-        8 documents of 62..260     9        17         14       13
-        1 document of 1,024        16       32         43       45
-        1 document of 2,048        53       105        166      146
+        4 documents of 512         16       47         40       58
+        8 documents of 62..260     6        14         10       12
+        1 document of 1,024        12       29         35       43
+        1 document of 2,048        42       97         134      142
+        1 document of 4,096        183      364        572      510
 
     A window makes the fused kernel compute all scores under a dense mask, and blocks leave them out. In 16 bits a GPU
     has a kernel for documents that are laid end to end; that it is chosen rests on its design, nothing was measured.
