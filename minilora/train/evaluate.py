@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from minilora.model.llama import Llama
 
 SAMPLE_TOKENS = 48  # that are written of a sample
-DRIFT_TOKENS = 512  # whose probabilities of the whole vocabulary are held at once
+DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MOST_CHOICES = 64
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]
