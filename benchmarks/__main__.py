@@ -25,17 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {each.name: each for each in work.works()}
     peers = sorted({peer for each in known.values() if not isinstance(each, work.Growth) for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
+    parser.add_argument("--model", type=model, help="directory of SmolLM2-135M; without one its shapes, random weights")
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--rounds", type=count, default=3, help="turns of everyone at each work")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, default=list(known), help=", ".join(known))
     parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
+    parser.add_argument("--out", type=page, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     log, here = args.out.with_suffix(".jsonl"), results.surroundings(torch.device(args.device))
     state, refused = results.source(), False
+    try:
+        results.kept(log, here)
+    except ValueError as error:  # now, and not after all was measured
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         shop = turns.Workshop(Path(folder), args.model, args.device)
         for name in args.only:
@@ -65,11 +69,25 @@ def count(text: str) -> int:
 
 
 def device(text: str) -> str:
-    """A name that PyTorch knows."""
+    """One that is there."""
     try:
-        return str(torch.device(text))
-    except RuntimeError as error:
+        return str(torch.empty(1, device=text).device)
+    except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def model(text: str) -> Path:
+    """A directory with a model."""
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text} has no config.json")
+    return Path(text)
+
+
+def page(text: str) -> Path:
+    """A file that ends in .md."""
+    if Path(text).suffix != ".md" or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no name of a file that ends in .md")
+    return Path(text)
 
 
 def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence[str] | None) -> Iterator[Round]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import turns
 from benchmarks import work as works
-from benchmarks.process import Measurement, Round, called, in_fresh_process
-from benchmarks.turns import Workshop
+from benchmarks.process import Round
 from benchmarks.work import Growth, Task, Training
 
 LENGTH = 1024
@@ -22,18 +22,18 @@ STEPS = 4  # the first is a warm-up
 OFF = 0.15  # how far a point may be off the fit
 
 
-def measure(growth: Growth, shop: Workshop) -> Round:
+def measure(growth: Growth, shop: turns.Workshop) -> Round:
     """A step at each point, in a fresh process; what FLOP there were is kept with it."""
     found = {}
     for point in growth.points:
         task, rank = at(growth, point, shop), point if growth.size == "rank" else works.RANK
-        measured: Measurement = in_fresh_process(called, "benchmarks.ours", "train", task)
+        measured = turns.measured(task, works.OURS)
         flop = works.training_flops(works.config_of(task.model), task.batches[0], rank)
         found[f"{point}"] = replace(measured, checks={"flop": flop})
     return Round(growth.name, found)
 
 
-def at(growth: Growth, point: int, shop: Workshop) -> Task:
+def at(growth: Growth, point: int, shop: turns.Workshop) -> Task:
     """The task where the size is `point`: a document at a step."""
     sizes = {"tokens": LENGTH, "rank": works.RANK, "adapters": 1, growth.size: point}
     model = shop.layers(point) if growth.size == "layers" else "smollm2"

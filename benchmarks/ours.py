@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 import minilora.public as ml  # all of it now: memory is counted from after the imports
-from benchmarks.process import Clock, Measurement, Peak
+from benchmarks.process import Clock, Measurement, Peak, first_and_last
 from benchmarks.work import LEARNING_RATE, MAX_GRAD_NORM, Task, Training
+from minilora.train.allocator import kept_memory
 
 
 def train_config(work: Training, steps: int) -> ml.TrainConfig:
@@ -42,7 +43,7 @@ def train(task: Task) -> Measurement:
         records.append(record)
 
     ml.train(model, examples, train_config(work, len(task.batches)), on_step)
-    checks = {"loss": records[0]["loss"], "gradient norm": records[0]["grad_norm"]}
+    checks = first_and_last([record["loss"] for record in records], records[0]["grad_norm"])
     tokens = [record["tokens"] for record in records]
     return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)
 
@@ -50,3 +51,11 @@ def train(task: Task) -> Measurement:
 def train_dense(task: Task) -> Measurement:
     """The same on a base that is not quantized, so that losses differ."""
     return replace(train(replace(task, work=replace(task.work, method="lora"))), checks={})
+
+
+def train_peft_kept(task: Task) -> Measurement:
+    """PEFT's loop, while freed memory is kept as our own keeps it: how much of the difference is that?"""
+    from benchmarks.peers import train_peft
+
+    with kept_memory():
+        return train_peft(task)

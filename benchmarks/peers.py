@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.process import Clock, Measurement, Peak
+from benchmarks.process import Clock, Measurement, Peak, first_and_last
 from benchmarks.work import ALPHA, IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, RANK, Row, Task, config_of
 
 LITGPT = {  # its linears, and what they are made of
@@ -93,16 +93,17 @@ def looped(
 ) -> Measurement:
     """A plain loop over padded batches, with the gradient clipped."""
     device = torch.device(task.device)
-    losses, norms, clock = [], [], Clock(device)
+    numbers, clock = [], Clock(device)
     for rows in task.batches:
         loss = loss_of(padded(rows, device))
         backward(loss)
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item())
+        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        numbers.append(torch.stack([loss.detach(), norm]).tolist())
         clock.stop()
-    return measured(task, clock, peak, {"loss": losses[0], "gradient norm": norms[0]})
+    losses, norms = zip(*numbers, strict=True)
+    return measured(task, clock, peak, first_and_last(losses, norms[0]))
 
 
 def train_trl(task: Task) -> Measurement:
@@ -156,7 +157,8 @@ def _train_trl(task: Task, dtype: torch.dtype, **settings: Any) -> Measurement:
         trainer = SFTTrainer(peft_model(task, dtype), config, train_dataset=data, callbacks=[Watch()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return measured(task, clock, peak, {"loss": records[0]["loss"], "gradient norm": records[0]["grad_norm"]})
+    losses = [record["loss"] for record in records if "loss" in record]
+    return measured(task, clock, peak, first_and_last(losses, records[0]["grad_norm"]))
 
 
 def measured(task: Task, clock: Clock, peak: Peak, checks: dict[str, float]) -> Measurement:

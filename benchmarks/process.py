@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,7 @@ class Peak:
     """The most memory that was taken since now: made after the imports, before a model is loaded."""
 
     def __init__(self, device: str):
+        importlib.import_module("torch._dynamo")  # any optimizer does, if nobody did before: 70 MB
         self.device = torch.device(device)
         self.before = high_water_bytes()
         if self.device.type == "cuda":
@@ -82,6 +83,11 @@ class Peak:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return high_water_bytes() - self.before
+
+
+def first_and_last(losses: Sequence[float], norm: float) -> dict[str, float]:
+    """What must be the same for everyone who trains: losses, and the norm of the first gradient."""
+    return {"loss": losses[0], "gradient norm": norm, "last loss": losses[-1]}
 
 
 def wait(device: torch.device) -> None:

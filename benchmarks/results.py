@@ -64,11 +64,19 @@ def keep(path: Path, surroundings: dict[str, str], state: str, what: dict[str, A
 
 
 def kept(path: Path, surroundings: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each work that were measured here; where minilora has changed between them, the newest state's."""
+    """The lines of each work that were measured here; where minilora has changed between them, the newest state's.
+
+    Raises:
+        ValueError: the file has a line that is not one of these.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        line = json.loads(text)
-        if all(line[key] == value for key, value in surroundings.items()):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), start=1):
+        try:
+            line = json.loads(text)
+            is_here = all(line[key] == value for key, value in surroundings.items())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: no line of what was measured, remove it") from error
+        if is_here:
             found.setdefault(line["work"], []).append(line)
     return {work: [line for line in lines if line["source"] == lines[-1]["source"]] for work, lines in found.items()}
 
@@ -253,11 +261,15 @@ Llama-3.2-1B's shape with 4 layers, of random weights.
   work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped
   to norm 1; `gradient_checkpointing_enable(use_reentrant=False)` with recompute. QLoRA is bitsandbytes' NF4 with
   nested scales, as it is loaded, without `prepare_model_for_kbit_training`.
+- **peft-kept**: the same loop while the C library keeps freed memory, as it does while `ml.train` runs (glibc's
+  `mallopt`): what of the difference to peft that alone is.
 - **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and
   loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
   FlashAttention.
 - **litgpt**: its model, head and chunked loss in the loop of its `finetune_lora`, `bf16-true`, padded.
 - **lora**: minilora on a base that is not quantized.
+- **bitsandbytes** has kernels for some processors; **bitsandbytes-pytorch** is its path of PyTorch's operations, as
+  they are, without `torch.compile`.
 
 FLOP are those of the frozen weights' forward pass and input gradients, of the adapter, of the head on learned
 tokens, and of causal attention; what is computed again to save memory does not count. The peak of matrix products

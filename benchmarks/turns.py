@@ -18,12 +18,14 @@ TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
     "lora": ("benchmarks.ours", "train_dense"),
     "peft": ("benchmarks.peers", "train_peft"),
+    "peft-kept": ("benchmarks.ours", "train_peft_kept"),
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
     "litgpt": ("benchmarks.peers", "train_litgpt"),
 }
 PACKAGES = {
     "lora": OURS,
+    "peft-kept": "peft",
     "trl-best": "trl",
     "bitsandbytes-pytorch": "bitsandbytes",
 }  # of sides that are named otherwise

@@ -15,6 +15,7 @@ import minilora as ml
 from benchmarks import __main__ as command
 from benchmarks import growth, make, our_operations, ours, peer_operations, peers, process, results, turns, work
 from benchmarks.process import Measurement, Round
+from minilora.train import loop
 from tests.tolerance import assert_maths
 
 SMALL = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -103,7 +104,8 @@ def test_peers_are_given_the_rows_of_each_step_of_our_loop(shop):
     measured = ours.train(task)
     assert measured.amounts == [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
     alone = ours.train(replace(task, rows=task.batches[0], batches=task.batches[:1]))
-    turns.check_same_work(measured.checks, alone.checks, task.work.bounds, "the first batch alone")
+    first = {name: task.work.bounds[name] for name in ("loss", "gradient norm")}
+    turns.check_same_work(measured.checks, alone.checks, first, "the first batch alone")
 
 
 @pytest.mark.parametrize("planted", ["scale", "rows", "labels", "base"])
@@ -127,6 +129,23 @@ def test_different_work_is_refused(shop, tmp_path, planted):
         other = replace(task, work=replace(task.work, method="qlora"))
     with pytest.raises(turns.RefusedError, match=r"of peft .* may differ by"):
         turns.check_same_work(found, ours.train(other).checks, task.work.bounds, "peft")
+
+
+def test_gradients_of_the_right_length_and_another_direction_are_refused(shop, monkeypatch):
+    """After some steps the loss tells them apart."""
+    monkeypatch.setattr(ours, "LEARNING_RATE", 0.05)
+    task, update = task_of(shop, "fp32-real"), loop._update
+
+    def astray(optimizer, is_bad):
+        for segment in optimizer.param_groups:
+            for p in segment["params"]:
+                p.grad.neg_()
+        update(optimizer, is_bad)
+
+    found = ours.train(task).checks
+    monkeypatch.setattr(loop, "_update", astray)
+    with pytest.raises(turns.RefusedError, match=r"^last loss"):
+        turns.check_same_work(found, ours.train(task).checks, task.work.bounds, "peft")
 
 
 def test_what_is_not_finite_is_refused():

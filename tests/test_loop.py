@@ -446,16 +446,17 @@ def test_within_a_step_nothing_is_asked_of_the_device(family, base):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
-def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_plain_afterwards():
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_plain_afterwards(use_dora):
     """In batches of several sizes."""
-    rows, model, seen = random_rows(17, 5), adapted(), []
+    rows, model, seen = random_rows(17, 5), adapted(use_dora=use_dora), []
     mlp = model.model.layers[0].mlp
     model.model.norm.register_forward_pre_hook(lambda *_: seen.append(mlp._compiled_call_impl is not None))
     config = {"batch_size": 2, "gradient_accumulation_steps": 3, "recompute": "mlp"}
     record, found = one_step(model, rows, **config, compile=True)
     assert seen == [True] * 3
     assert mlp._compiled_call_impl is None
-    plain, expected = one_step(adapted(), rows, **config)
+    plain, expected = one_step(adapted(use_dora=use_dora), rows, **config)
     assert_maths(number(record["loss"]), number(plain["loss"]))
     assert_same_gradient(found, expected)
     phrase = break_loss(model)  # compiled modules have no hooks that find it

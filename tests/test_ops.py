@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, tiles
+from minilora.errors import TrainingError
 from minilora.lora.layers import AdapterLinear
 from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
@@ -369,3 +370,25 @@ def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n)
     (whole,) = torch.autograd.grad(ops.cross_entropy(hidden, labels, head), hidden)
     (share,) = torch.autograd.grad(ops.cross_entropy(hidden, labels, head) / n, hidden)
     assert torch.equal(share, (whole.float() * torch.tensor(1.0).div(n)).bfloat16())
+
+
+def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
+    """Its gradient would lack a share without a word."""
+    hidden, labels, weight = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), randn(1, 5, 3)
+
+    class Head(torch.nn.Module):
+        def forward(self, x):
+            return x @ weight.T
+
+    ops.cross_entropy(hidden, labels, Head()).backward()
+    weight.requires_grad_()
+    with pytest.raises(TrainingError, match=r"a trained \(5, 3\) that is no parameter"):
+        ops.cross_entropy(hidden, labels, Head())
+
+
+def test_a_head_may_change_what_it_is_given():
+    hidden, labels, linear = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), torch.nn.Linear(3, 5).double()
+    loss = ops.cross_entropy(hidden, labels, torch.nn.Sequential(torch.nn.ReLU(inplace=True), linear))
+    plain = torch.nn.functional.cross_entropy(linear(hidden.relu()), labels, reduction="sum")
+    assert_maths(loss, wide(plain))
+    assert_maths(*(torch.autograd.grad(each, hidden)[0] for each in (loss, plain)))

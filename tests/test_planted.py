@@ -327,15 +327,27 @@ MISTAKES = {
     ),
     "the gradient of the logits lacks the label": Mistake(
         "model/ops.py",
-        "softmax.gather(-1, target) - 1",
-        "softmax.gather(-1, target)",
+        "p.gather(-1, target) - 1",
+        "p.gather(-1, target)",
         "test_ops.py::test_cross_entropy_has_the_gradient_of_finite_differences",
     ),
     "a label's probability is rounded to 16 bits before 1 is taken from it": Mistake(
         "model/ops.py",
-        "loss, softmax = _loss(logits.detach(), row_labels)",
-        "loss, softmax = (part.to(hidden.dtype) for part in _loss(logits.detach(), row_labels))",
+        "dlogits[rows] = p.scatter_(-1, target, p.gather(-1, target) - 1)",
+        "dlogits[rows] = p.to(z.dtype).scatter_(-1, target, p.to(z.dtype).gather(-1, target) - 1)",
         "test_ops.py::test_the_gradient_of_a_sure_label_is_what_is_left_to_it",
+    ),
+    "a run's memory is given back before its optimizer is gone": Mistake(
+        "train/allocator.py",
+        "        release_memory()\n\n",
+        "        pass\n\n",
+        "test_memory.py::test_after_a_run_its_memory_is_given_back",
+    ),
+    "a forecast forgets the gradients of what it did not trace": Mistake(
+        "train/memory.py",
+        "account.most + untraced, account.live",
+        "account.most, account.live",
+        "test_memory.py::test_not_all_of_a_long_loss_is_traced",
     ),
     "law 11: a resumed run forgets the best adapter": Mistake(
         "train/select.py",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minilora.errors import TrainingError
 from minilora.tiles import tile_rows
 
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
@@ -41,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """n = x/ρ, ρ = √(mean(x²) + eps), y = weight · n;  dn = weight · dy,  dx = (dn - n · mean(n · dn))/ρ.
 
-    Saved are x, which the residual stream keeps anyway, and 1/ρ, one number a row; n is made again.
+    Saved are x and 1/ρ, one number a row; n is made again.
     """
 
     @staticmethod
@@ -155,11 +156,14 @@ def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> T
 
     Shapes: hidden (N, D), labels (N) -> ()
     Dtype: float32 (float64 for a float64 hidden)
+
+    Raises:
+        TrainingError: the head computes with something trained that is no parameter of its own.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)[0]
-    losses = [_loss(head(rows), row_labels) for rows, row_labels in _chunks(hidden, labels)]
+    losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in _chunks(hidden, labels)]
     return torch.stack(losses).sum()
 
 
@@ -178,9 +182,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for (rows, row_labels), row_grads in zip(_chunks(hidden, labels), hidden_grads.split(HEAD_CHUNK), strict=True):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                logits = head(leaf)
+                logits = head(leaf.clone())  # the head may change what it is given
             dlogits = torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
+            if stray := [p for p in _leaves(logits) if all(p is not known for known in (leaf, *trained))]:
+                raise TrainingError(
+                    f"the head computes with a trained {tuple(stray[0].shape)} that is no parameter of it"
+                )
             hidden_grad, *grads = torch.autograd.grad(
                 logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True
             )  # an adapter that is not active is trained, but not used
@@ -205,6 +213,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
         hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return hidden_grad, None, None, *trained_grads
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor has a gradient with respect to."""
+    nodes, seen = [tensor.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [each for each, _ in node.next_functions]
+            if node.name() == "torch::autograd::AccumulateGrad":
+                yield node.variable
 
 
 def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

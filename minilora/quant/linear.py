@@ -103,8 +103,8 @@ Remake = Callable[..., Tensor]
 class Scratch:
     """Memory for one dense weight, for whoever makes one, computes with it and lets it go before the next (final).
 
-    On the CPU memory of 32 MB and more comes from the system each time, which first fills it with zeros, page by page:
-    that takes as long as dequantizing does. Elsewhere PyTorch itself keeps what was let go.
+    On the CPU the system may have to lend what each one takes, and first fills it with zeros, page by page: that takes
+    as long as dequantizing does. Elsewhere PyTorch itself keeps what was let go.
     """
 
     def __init__(self) -> None:

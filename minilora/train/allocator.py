@@ -1,7 +1,8 @@
 """The C library's memory: kept from step to step while a run lasts, then given back.
 
 A step frees all that it took, and the next takes the same again. glibc hands large pieces back to the system at once,
-which clears each page before it lends it out again: of a step of SmolLM2 on a CPU that was a tenth to a quarter.
+which clears each page before it lends it out again: of a step of SmolLM2 on a CPU that was a tenth to a quarter. Its
+other threads have pieces of 64 MB for themselves, of which this is not true.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Of glibc's malloc.h. Whoever sets one of them ends their adjusting themselves to what is freed: so they are left at
-# the most that they would have come to.
+# Of glibc's malloc.h. It tells nobody what they are; and whoever sets one ends their adjusting themselves to what is
+# freed. So they are left at the most that they would have come to.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 LEFT_AT = {M_TRIM_THRESHOLD: 64 * 2**20, M_MMAP_THRESHOLD: 32 * 2**20, M_MMAP_MAX: 65536}
 KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
@@ -19,7 +20,10 @@ KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Within it, freed memory stays with the process, whoever frees it there; glibc can, elsewhere nothing happens."""
+    """Within it, freed memory stays with the process; glibc can, elsewhere nothing happens.
+
+    It holds for the whole process: where two overlap, the first to end ends both.
+    """
     _set(KEEPING)
     try:
         yield

@@ -58,6 +58,7 @@ class TrainResult:
     kept: int
 
 
+@kept_memory()
 def train(
     model: nn.Module,
     dataset: Sequence[Any],
@@ -70,7 +71,7 @@ def train(
     """Train what of the model requires grad: an attached adapter; or, if there is none, the model itself.
 
     Weights are trained in their own dtype. In bfloat16 most updates of a weight are too small to change it: train a
-    whole model in float32, as adapters are.
+    whole model in float32, as adapters are. While it lasts no other thread may use the model.
 
     Args:
         model: a `Llama` or `Classifier` (a trunk `model`, a head `get_output_embeddings()`); with `loss`, any module.
@@ -113,7 +114,7 @@ def train(
     try:
         run = _Run(model, flat, adamw(flat, config), objective, dataset, lengths, steps, config)
         compiled = _compiled(objective.compilable(model) if config.compile else [])
-        with kept_memory(), shared_scratch(model), compiled:
+        with shared_scratch(model), compiled:
             return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
     finally:
         flat.release()
@@ -136,9 +137,9 @@ def _fitting_recompute(
 
 @contextmanager
 def _compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it, modules run as torch.compile makes them, for batches of any size."""
+    """Within it, modules run as torch.compile makes them: at first for a size, and from the second on for any."""
     for module in modules:
-        module.compile(dynamic=True)
+        module.compile()
     try:
         yield
     finally:

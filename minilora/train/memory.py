@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora.errors import TrainingError
 from minilora.lora.attach import disable_adapter, set_dropout_step
 from minilora.lora.find import adapter_layers
 from minilora.model import ops
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 ROOM = 0.8  # of what is free: the rest is for what no forecast sees
 DOCUMENTS = 16  # that are traced; more are laid together
+HEAD_CHUNKS = 2  # of the loss that are traced: the others take what these do, but for their gradient
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dtype
 
@@ -186,13 +188,20 @@ def fitting(
 def fitting_recompute(
     model: Llama | Classifier, dataset: Sequence[Example], held_out: Sequence[Example], config: TrainConfig
 ) -> Recompute:
-    """The fastest way for which there is room beside the model, on its device."""
+    """The fastest way for which there is room beside the model, on its device.
+
+    Raises:
+        TrainingError: the model does something that cannot be told in advance, such as to look at its numbers.
+    """
     device, held = next(model.parameters()).device, _bytes(model.parameters())
     rows = largest([len(example.tokens) for example in dataset], [example.labelled for example in dataset], config)
     evaluated = largest_evaluation([len(example.tokens) for example in held_out])
 
     def told(way: Recompute) -> Forecast:
-        found = forecast(model, *rows, replace(config, recompute=way), device, evaluated)
+        try:
+            found = forecast(model, *rows, replace(config, recompute=way), device, evaluated)
+        except Exception as error:  # of a module or a hook that is not ours, or of PyTorch's stand-ins
+            raise TrainingError(f"recompute 'auto' cannot tell what this model takes, name a way: {error}") from error
         return replace(found, peak=found.peak - held)
 
     return fitting(told, free_memory_bytes(device))[0]
@@ -240,11 +249,13 @@ def _step(
     hidden = model.model(tokens, lengths, recompute=config.recompute)
     activations = account.live - before - batch
     forward, account.most = account.most, account.live
-    loss = ops.labelled_cross_entropy(hidden.index_select(0, rows), labels, model.get_output_embeddings())
-    head_chunk = account.most - before - batch - activations
-    del hidden
+    learned, traced = hidden.index_select(0, rows), HEAD_CHUNKS * ops.HEAD_CHUNK
+    loss = ops.labelled_cross_entropy(learned[:traced], labels[:traced], model.get_output_embeddings())
+    untraced = learned[traced:].nbytes  # of their gradient
+    with_loss, account.most = account.most + untraced, account.live
+    del hidden, learned
     loss.backward()
-    return activations, head_chunk, max(forward, account.most) - before
+    return activations, with_loss - before - batch - activations, max(forward, with_loss, account.most) - before
 
 
 def _evaluation(model: Llama | Classifier, lengths: Sequence[int], device: torch.device) -> None:
