@@ -217,7 +217,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
     """What a tensor has a gradient with respect to."""
-    nodes, seen = [tensor.grad_fn], set[Any]()
+    nodes, seen = list[Any]([tensor.grad_fn]), set[Any]()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
