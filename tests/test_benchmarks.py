@@ -133,8 +133,8 @@ def test_different_work_is_refused(shop, tmp_path, planted):
 
 def test_gradients_of_the_right_length_and_another_direction_are_refused(shop, monkeypatch):
     """After some steps the loss tells them apart."""
-    monkeypatch.setattr(ours, "LEARNING_RATE", 0.05)
-    task, update = shop.task(named("fp32-real"), warm_up=0, steps=4), loop._update
+    monkeypatch.setattr(ours, "LEARNING_RATE", 0.01)
+    task, update = shop.task(named("fp32-real"), warm_up=0, steps=8), loop._update
 
     def astray(optimizer, is_bad):
         for segment in optimizer.param_groups:
