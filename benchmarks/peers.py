@@ -170,7 +170,8 @@ def measured(task: Task, clock: Clock, peak: Peak, checks: dict[str, float]) -> 
 def train_litgpt(task: Task) -> Measurement:
     """litgpt's model, head and loss in the loop of its `finetune_lora`, in bf16-true; adapters have the base's dtype.
 
-    Its batches are padded as everyone's; it needs no mask, since what is at the right of a row is never looked at.
+    Its batches are padded as everyone's; it needs no mask, since what is at the right of a row is never looked at. Its
+    angles are made again in float32: in `bf16-true` it rounds positions beyond 256, and its loss is another one.
     """
     from lightning.fabric import Fabric
     from litgpt.lora import GPT, mark_only_lora_as_trainable
@@ -181,6 +182,7 @@ def train_litgpt(task: Task) -> Measurement:
     fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
     with fabric.init_module():
         model = GPT(litgpt_config(config_of(task.model)))
+    model.cos, model.sin = (table.to(model.cos.dtype) for table in model.rope_cache())
     model.load_state_dict(litgpt_weights(task, model.config))
     mark_only_lora_as_trainable(model)
     model = fabric.setup_module(model).train()

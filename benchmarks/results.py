@@ -266,7 +266,8 @@ Llama-3.2-1B's shape with 4 layers, of random weights.
 - **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and
   loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
   FlashAttention.
-- **litgpt**: its model, head and chunked loss in the loop of its `finetune_lora`, `bf16-true`, padded.
+- **litgpt**: its model, head and chunked loss in the loop of its `finetune_lora`, `bf16-true`, padded; its angles made
+  in float32, as in `bf16-true` it rounds positions beyond 256, and its loss is another one (13.43 for 13.36).
 - **lora**: minilora on a base that is not quantized.
 - **bitsandbytes** has kernels for some processors; **bitsandbytes-pytorch** is its path of PyTorch's operations, as
   they are, without `torch.compile`.
