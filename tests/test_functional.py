@@ -150,6 +150,22 @@ def test_in_low_precision_the_linear_is_as_good_as_plain_pytorch(seed, scale, dt
         assert_precision(our.to(dtype), their.to(dtype), exact.detach())
 
 
+@given(seeds, scales, lows, st.integers(1, 9))
+def test_a_few_tokens_without_gradients_are_as_good_as_plain_pytorch(seed, scale, dtype, n):
+    """Fewer than r, where x is cast and not A and B, and more."""
+    x, weight, bias, *factors = linear_arguments(seed, [n], 40, 24, 8, dtype)
+    base, wide = (weight, bias), [tensor.double() for tensor in (x, weight, bias, *factors)]
+    nothing = torch.zeros_like(weight), torch.zeros_like(bias)
+    with torch.no_grad():
+        whole, branch = lora_linear(x, *base, *factors, scale), lora_branch(x, *factors, scale)
+        in_float64 = lora_linear(*wide[:3], *factors, scale)
+    assert whole.dtype == branch.dtype == dtype
+    assert_precision(whole, obvious_linear(x, *base, *factors, scale), obvious_linear(*wide, scale))
+    exact = obvious_linear(wide[0], *(each.double() for each in nothing), *wide[3:], scale)
+    assert_precision(branch, obvious_linear(x, *nothing, *factors, scale), exact)
+    assert_maths(in_float64, obvious_linear(*wide, scale))
+
+
 @given(seeds, scales, st.booleans())
 def test_what_was_cast_before_acts_as_what_is_cast_here_and_its_master_gets_the_gradient(seed, scale, has_weight):
     x, weight, bias, *factors = linear_arguments(seed, [5], 6, 4, 3, torch.bfloat16)

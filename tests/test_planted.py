@@ -337,6 +337,18 @@ MISTAKES = {
         "dlogits[rows] = p.to(z.dtype).scatter_(-1, target, p.to(z.dtype).gather(-1, target) - 1)",
         "test_ops.py::test_the_gradient_of_a_sure_label_is_what_is_left_to_it",
     ),
+    "a few tokens' branch lacks its scale": Mistake(
+        "lora/functional.py",
+        "lora_A.to(wide)).mul_(scale)",
+        "lora_A.to(wide))",
+        "test_functional.py::test_a_few_tokens_without_gradients_are_as_good_as_plain_pytorch",
+    ),
+    "a few tokens in float64 are rounded to the adapter's dtype": Mistake(
+        "lora/functional.py",
+        "wide = torch.promote_types(x.dtype, lora_A.dtype)\n    return",
+        "wide = lora_A.dtype\n    return",
+        "test_functional.py::test_a_few_tokens_without_gradients_are_as_good_as_plain_pytorch",
+    ),
     "a run's memory is given back before its optimizer is gone": Mistake(
         "train/allocator.py",
         "        release_memory()\n\n",

@@ -75,9 +75,9 @@ def merged_if_faster(model: nn.Module, tokens: int) -> Iterator[None]:
     once. With r 16 on all linears of SmolLM2, on a CPU, milliseconds:
 
                                bfloat16    NF4    float32
-        a token, applied             47    127         59
-        a token, merged              23     25         42
-        the merge                   142    244        114
+        a token, applied             31     82         52
+        a token, merged              23     24         44
+        the merge                   310    470        157
 
     The weights in the middle of a larger model outweigh that, and so does the memory of a second copy of them.
     Against float32 logits were off by 0.14 to 0.19 in bfloat16 merged, by 0.13 to 0.17 applied. Rows that have each
