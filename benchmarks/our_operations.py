@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -32,11 +33,12 @@ def adapted(task: Task) -> Any:
 
 def generate(task: Task) -> Measurement:
     """The result is the sum of the new tokens; in bfloat16 of the first ones, since close calls end otherwise."""
-    peak = Peak(task.device)
+    peak, is_free = Peak(task.device), task.work.name != "generate-applied"
     model, compared = adapted(task), NEW_TOKENS if task.work.dtype == "float32" else 1
 
     def write(count: int) -> list[list[int]]:
-        return ml.generate(model, task.prompts, max_new_tokens=count)
+        with ml.merged_if_faster(model, NEW_TOKENS) if is_free else nullcontext():
+            return ml.generate(model, task.prompts, max_new_tokens=count)
 
     amount = NEW_TOKENS * len(task.prompts)
     return repeated(peak, lambda _: write(NEW_TOKENS), amount=amount, result=lambda: sum(map(sum, write(compared))))

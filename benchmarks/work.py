@@ -180,7 +180,8 @@ def operations() -> list[Operation]:
     bnb = ("bitsandbytes-pytorch", "bitsandbytes")
     several = tuple(range(16, 129, 16))
     return [
-        Operation("generate", "generate", "128 tokens after 32, the adapter not merged", prompts=(32,), bounds=same),
+        Operation("generate", "generate", "128 tokens after 32", prompts=(32,), bounds=same),
+        Operation("generate-applied", "generate", "the adapter not merged meanwhile", prompts=(32,), bounds=same),
         Operation("generate-fp32", "generate", "in float32", dtype="float32", prompts=(32,), bounds=same),
         Operation("generate-batch", "generate", "8 prompts of 16 to 128", prompts=several, bounds=same),
         Operation("load", "load", "SmolLM2 in bfloat16", rate=least(2), bounds=close),

@@ -23,7 +23,7 @@ from minilora.lora.combine_config import CombineConfig
 from minilora.lora.config import LoraConfig
 from minilora.lora.files import load_adapter, save_adapter
 from minilora.lora.find import count_parameters
-from minilora.lora.serve import hotswap_adapter, mixed_batch
+from minilora.lora.serve import hotswap_adapter, merged_if_faster, mixed_batch
 from minilora.lora.targets import find_target_modules
 from minilora.lora.weighted import combine_adapters
 from minilora.model.checkpoint import load_model, save_model
@@ -72,6 +72,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merged",
+    "merged_if_faster",
     "mixed_batch",
     "save_adapter",
     "save_model",
