@@ -45,6 +45,12 @@ def generate(task: Task) -> Measurement:
 
 
 def load(task: Task) -> Measurement:
+    """By a program that does nothing else, which is when one waits for it."""
+    code = f"from minilora import load_model; load_model({str(task.model)!r}, {task.work.dtype!r}, {task.device!r})"
+    return repeated(Peak(task.device), python("-c", code), result=lambda: norm_of(loaded(task).parameters()))
+
+
+def load_again(task: Task) -> Measurement:
     return repeated(Peak(task.device), lambda _: loaded(task), result=lambda: norm_of(loaded(task).parameters()))
 
 

@@ -40,6 +40,12 @@ def generate(task: Task) -> Measurement:
 
 
 def load(task: Task) -> Measurement:
+    arguments = f"{str(task.model)!r}, dtype={task.work.dtype!r}, device_map={task.device!r}"
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({arguments})"
+    return repeated(began(task), python("-c", code), result=lambda: norm_of(loaded(task).parameters()))
+
+
+def load_again(task: Task) -> Measurement:
     return repeated(began(task), lambda _: loaded(task), result=lambda: norm_of(loaded(task).parameters()))
 
 

@@ -178,14 +178,22 @@ def operations() -> list[Operation]:
     """All that is done at once."""
     least, same, close = (lambda limit: Bound("at least", limit)), {"result": 0.0}, {"result": 1e-4}
     bnb = ("bitsandbytes-pytorch", "bitsandbytes")
-    several = tuple(range(16, 129, 16))
+    several, fp32 = tuple(range(16, 129, 16)), "float32"
     return [
         Operation("generate", "generate", "128 tokens after 32", prompts=(32,), bounds=same),
         Operation("generate-applied", "generate", "the adapter not merged meanwhile", prompts=(32,), bounds=same),
-        Operation("generate-fp32", "generate", "in float32", dtype="float32", prompts=(32,), bounds=same),
-        Operation("generate-batch", "generate", "8 prompts of 16 to 128", prompts=several, bounds=same),
-        Operation("load", "load", "SmolLM2 in bfloat16", rate=least(2), bounds=close),
-        Operation("load-nf4", "load", "the same into four bits", method="qlora"),
+        Operation("generate-fp32", "generate", "in float32", dtype=fp32, prompts=(32,), bounds=same),
+        Operation(
+            "generate-batch",
+            "generate",
+            "8 prompts of 16 to 128, in float32",
+            prompts=several,
+            dtype="float32",
+            bounds=same,
+        ),
+        Operation("load", "load", "SmolLM2 in bfloat16, python -c 'import …; load'", rate=least(2), bounds=close),
+        Operation("load-again", "load_again", "by a program that has loaded it before", bounds=close),
+        Operation("load-nf4", "load_again", "the same into four bits", method="qlora"),
         Operation("import", "import_", "python -c 'import …'", ("torch", "transformers", "peft"), rate=least(1 / 1.2)),
         Operation("help", "help_", "minilora --help, beside python -c 'import torch'", ("torch",)),
         Operation("merge", "merge", "an adapter on 210 linears folded into them", bounds=close),
