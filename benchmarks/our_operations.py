@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -33,11 +34,20 @@ def adapted(task: Task) -> Any:
 
 def generate(task: Task) -> Measurement:
     """The result is the sum of the new tokens; in bfloat16 of the first ones, since close calls end otherwise."""
-    peak, is_free = Peak(task.device), task.work.name != "generate-applied"
+    return _generated(task, lambda model: ml.merged_if_faster(model, NEW_TOKENS))
+
+
+def generate_applied(task: Task) -> Measurement:
+    """The adapter is not merged meanwhile."""
+    return _generated(task, nullcontext)
+
+
+def _generated(task: Task, around: Callable[[Any], AbstractContextManager[Any]]) -> Measurement:
+    peak = Peak(task.device)
     model, compared = adapted(task), NEW_TOKENS if task.work.dtype == "float32" else 1
 
     def write(count: int) -> list[list[int]]:
-        with ml.merged_if_faster(model, NEW_TOKENS) if is_free else nullcontext():
+        with around(model):
             return ml.generate(model, task.prompts, max_new_tokens=count)
 
     amount = NEW_TOKENS * len(task.prompts)

@@ -10,7 +10,6 @@ import torch
 import minilora.public as ml  # all of it now: memory is counted from after the imports
 from benchmarks.process import Clock, Measurement, Peak, first_and_last
 from benchmarks.work import LEARNING_RATE, MAX_GRAD_NORM, Task, Training
-from minilora.train.allocator import kept_memory
 
 
 def train_config(work: Training, steps: int) -> ml.TrainConfig:
@@ -51,11 +50,3 @@ def train(task: Task) -> Measurement:
 def train_dense(task: Task) -> Measurement:
     """The same on a base that is not quantized, so that losses differ."""
     return replace(train(replace(task, work=replace(task.work, method="lora"))), checks={})
-
-
-def train_peft_kept(task: Task) -> Measurement:
-    """PEFT's loop, while freed memory is kept as our own keeps it: how much of the difference is that?"""
-    from benchmarks.peers import train_peft
-
-    with kept_memory():
-        return train_peft(task)

@@ -39,6 +39,9 @@ def generate(task: Task) -> Measurement:
     return repeated(peak, lambda _: write(NEW_TOKENS), amount=amount, result=lambda: int(write(compared).sum()))
 
 
+generate_applied = generate
+
+
 def load(task: Task) -> Measurement:
     arguments = f"{str(task.model)!r}, dtype={task.work.dtype!r}, device_map={task.device!r}"
     code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({arguments})"

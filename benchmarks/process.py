@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # as any optimizer does: 70 MB that are nobody's own
 from torch import Tensor
 
 from benchmarks.work import REPEATS
@@ -72,7 +73,6 @@ class Peak:
     """The most memory that was taken since now: made after the imports, before a model is loaded."""
 
     def __init__(self, device: str):
-        importlib.import_module("torch._dynamo")  # any optimizer does, if nobody did before: 70 MB
         self.device = torch.device(device)
         self.before = high_water_bytes()
         if self.device.type == "cuda":

@@ -93,8 +93,9 @@ def ratio(rounds: Sequence[Round], value: Callable[[Measurement], float], peer: 
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and lowest to highest."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    """Median, and lowest to highest where there are several."""
+    several = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{several}"
 
 
 def verdict(values: Sequence[float], bound: Bound | None) -> tuple[str, str]:
@@ -246,9 +247,9 @@ HEAD = """# What was measured
 
 `python -m benchmarks --model smollm2` writes this page; `--help` tells how to measure a part of it.
 
-Figures are medians of rounds, with the lowest and the highest round in brackets. In a round everyone has a turn,
-each in a fresh process, and a ratio is that of one round. Training is {warm_up} steps that do not count, then
-{steps}; tokens are real ones, never pads; what is done at once is done {repeats} times after one which does not
+Figures are medians of rounds, with the lowest and the highest round in brackets; without brackets there was one. In a
+round everyone has a turn, each in a fresh process, and a ratio is that of one round. Training is {warm_up} steps that
+do not count, then {steps}; tokens are real ones, never pads; what is done at once is done {repeats} times after one which does not
 count. The peak of memory is the process's, less what it was after the imports; on CUDA that of torch's allocator.
 All begin with the same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the same batches
 of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20 to

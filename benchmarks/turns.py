@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import make
+from benchmarks import make, peers
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
 from benchmarks.work import OURS, Operation, Task, Training
+from minilora.train.allocator import kept_memory
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
     "lora": ("benchmarks.ours", "train_dense"),
     "peft": ("benchmarks.peers", "train_peft"),
-    "peft-kept": ("benchmarks.ours", "train_peft_kept"),
+    "peft-kept": ("benchmarks.turns", "train_peft_kept"),
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
     "litgpt": ("benchmarks.peers", "train_litgpt"),
@@ -54,6 +55,12 @@ def measured(task: Task, side: str) -> Measurement:
         return in_fresh_process(called, module, function, replace(task, side=side))
     except Exception as error:  # of a library that is not ours, or a process that the system has ended
         raise RefusedError(f"{side} failed, {type(error).__name__}: {error}") from error
+
+
+def train_peft_kept(task: Task) -> Measurement:
+    """PEFT's loop, while freed memory is kept as minilora's own keeps it: how much of the difference is that?"""
+    with kept_memory():
+        return peers.train_peft(task)
 
 
 class Workshop:

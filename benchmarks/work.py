@@ -181,16 +181,9 @@ def operations() -> list[Operation]:
     several, fp32 = tuple(range(16, 129, 16)), "float32"
     return [
         Operation("generate", "generate", "128 tokens after 32", prompts=(32,), bounds=same),
-        Operation("generate-applied", "generate", "the adapter not merged meanwhile", prompts=(32,), bounds=same),
-        Operation("generate-fp32", "generate", "in float32", dtype=fp32, prompts=(32,), bounds=same),
-        Operation(
-            "generate-batch",
-            "generate",
-            "8 prompts of 16 to 128, in float32",
-            prompts=several,
-            dtype="float32",
-            bounds=same,
-        ),
+        Operation("generate-applied", "generate_applied", "the adapter not merged", prompts=(32,), bounds=same),
+        Operation("generate-fp32", "generate", "in float32, as are the next", dtype=fp32, prompts=(32,), bounds=same),
+        Operation("generate-batch", "generate", "8 prompts of 16 to 128", dtype=fp32, prompts=several, bounds=same),
         Operation("load", "load", "SmolLM2 in bfloat16, python -c 'import …; load'", rate=least(2), bounds=close),
         Operation("load-again", "load_again", "by a program that has loaded it before", bounds=close),
         Operation("load-nf4", "load_again", "the same into four bits", method="qlora"),

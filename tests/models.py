@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from minilora import tiles
 from minilora.lora.attach import set_dropout_step
 from minilora.lora.find import adapter_layers, linear_layers
 from minilora.model.config import LlamaConfig
@@ -176,6 +177,12 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
         live += event.nbytes() if abs(event.nbytes()) != mapped else 0
         most = max(most, live)
     return live, most, result
+
+
+def small_tiles(patch: Any, numbers: int) -> None:
+    """Make `minilora.tiles` take so few at a time, on any number of threads."""
+    patch.setattr(tiles, "TILE", numbers)
+    patch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig, tiles
+from minilora import LoraConfig
 from minilora.lora.functional import dora_norm
 from minilora.lora.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference
 from tests.adapters import LAYERS, add, applied_by_loops, merged_by_loops, place
-from tests.models import fill_, randn, scales, seeds, sizes
+from tests.models import fill_, randn, scales, seeds, sizes, small_tiles
 from tests.tolerance import assert_maths, assert_precision, precision
 
 each_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -24,7 +24,7 @@ DORA = LoraConfig(r=4, lora_alpha=28, use_dora=True)
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Some ten rows are several tiles."""
-    monkeypatch.setattr(tiles, "TILE", 400)
+    small_tiles(monkeypatch, 400)
 
 
 def numbers(layer):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import tiles
 from minilora.lora.functional import (
     dora_norm,
     dora_stretch,
@@ -17,7 +16,7 @@ from minilora.lora.functional import (
     lora_scale,
 )
 from minilora.testing import reference
-from tests.models import randn, scales, seeds, sizes
+from tests.models import randn, scales, seeds, sizes, small_tiles
 from tests.tolerance import assert_maths, assert_precision, precision
 
 keys = st.text(max_size=8)
@@ -29,7 +28,7 @@ RELUS = torch.relu, torch.relu_
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Some ten rows are several tiles."""
-    monkeypatch.setattr(tiles, "TILE", 400)
+    small_tiles(monkeypatch, 400)
 
 
 def exact_gradients(x, A, B, scale, dy):

@@ -7,13 +7,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig, tiles
+from minilora import LoraConfig
 from minilora.errors import TrainingError
 from minilora.lora.layers import AdapterLinear
 from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
 from minilora.testing import reference
-from tests.models import document_lengths, fill_, randn, seeds, sizes, tiny_model, token_ids
+from tests.models import document_lengths, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 LOW = st.sampled_from([torch.float32, torch.bfloat16])
@@ -24,7 +24,7 @@ EPS = 1e-6
 def _small_chunks(monkeypatch):
     """Nine rows are more than one chunk, and a chunk more than one tile."""
     monkeypatch.setattr(ops, "HEAD_CHUNK", 3)
-    monkeypatch.setattr(tiles, "TILE", 20)
+    small_tiles(monkeypatch, 20)
 
 
 def wide(tensor):

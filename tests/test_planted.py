@@ -349,7 +349,7 @@ MISTAKES = {
         "wide = lora_A.dtype\n    return",
         "test_functional.py::test_a_few_tokens_without_gradients_are_as_good_as_plain_pytorch",
     ),
-    "a run's memory is given back before its optimizer is gone": Mistake(
+    "after a run nothing is given back": Mistake(
         "train/allocator.py",
         "        release_memory()\n\n",
         "        pass\n\n",

@@ -64,8 +64,8 @@ def lora_linear(
 
     Shapes: x (..., in), weight (out, in), bias (out), lora_A (r, in), lora_B (out, r) -> (..., out)
     """
-    if _is_written(x, lora_A):
-        return F.linear(x, weight, bias).add_(_written(x, lora_A, lora_B, scale))
+    if _casts_x(x, lora_A):
+        return F.linear(x, weight, bias).add_(_wide_branch(x, lora_A, lora_B, scale))
     remake, parts = stored or (None, ())
     y, _ = _Linear.apply(_rows(x), weight, bias, lora_A, lora_B, scale, *(cast or (None, None)), remake, *parts)
     return y.view(*x.shape[:-1], lora_B.size(0))
@@ -78,19 +78,19 @@ def lora_branch(
 
     Shapes: x (..., in), lora_A (r, in), lora_B (out, r) -> (..., out)
     """
-    if _is_written(x, lora_A):
-        return _written(x, lora_A, lora_B, scale).to(x.dtype)
+    if _casts_x(x, lora_A):
+        return _wide_branch(x, lora_A, lora_B, scale).to(x.dtype)
     y, _ = _Linear.apply(_rows(x), None, None, lora_A, lora_B, scale, *(cast or (None, None)), None)
     return y.view(*x.shape[:-1], lora_B.size(0))
 
 
-def _is_written(x: Tensor, lora_A: Tensor) -> bool:
-    """Are these fewer rows than A has, and no gradient is asked for? Then x is cast, and not A and B: it is smaller."""
+def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
+    """Is x cast, and not A and B? Where it has fewer rows than A, as in a step of generation, it is the smaller one."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < lora_A.numel()
 
 
-def _written(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """s·(x Aᵀ) Bᵀ for the few tokens of a step of generation, in the wider dtype of x and of A and B."""
+def _wide_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """s·(x Aᵀ) Bᵀ without a gradient, in the wider dtype of x and of A and B."""
     wide = torch.promote_types(x.dtype, lora_A.dtype)
     return F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
 

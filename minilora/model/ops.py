@@ -183,12 +183,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 logits = head(leaf.clone())  # the head may change what it is given
+            for stray in {*_leaves(logits)} - {leaf, *trained}:
+                shape = tuple(stray.shape)
+                raise TrainingError(f"the head computes with a trained {shape} that is no parameter of it")
             dlogits = torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
-            if stray := [p for p in _leaves(logits) if all(p is not known for known in (leaf, *trained))]:
-                raise TrainingError(
-                    f"the head computes with a trained {tuple(stray[0].shape)} that is no parameter of it"
-                )
             hidden_grad, *grads = torch.autograd.grad(
                 logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True
             )  # an adapter that is not active is trained, but not used

@@ -113,8 +113,7 @@ def train(
     flat = Flat(model, how)
     try:
         run = _Run(model, flat, adamw(flat, config), objective, dataset, lengths, steps, config)
-        compiled = _compiled(objective.compilable(model) if config.compile else [])
-        with shared_scratch(model), compiled:
+        with shared_scratch(model), _compiled(objective.compilable(model) if config.compile else []):
             return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
     finally:
         flat.release()
