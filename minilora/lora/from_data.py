@@ -216,14 +216,14 @@ def _gradients(model: nn.Module, targets: Mapping[str, Target], losses: Iterable
     It is taken where x and dy pass, so a packed weight has one, too, and no parameter needs a gradient.
     """
     gradients: dict[str, Tensor] = {}
-    anchor = torch.zeros((), requires_grad=True)  # what all that is watched depends on, or there is no way back
+    anchor = torch.zeros((), requires_grad=True)  # what has no way back depends on it
 
     def add(path: str, x: Tensor, dy: Tensor) -> None:
         dy = _rows(wide(dy))
         _add_product(gradients, path, dy, _rows(x).to(dy.dtype))
 
     def see(path: str, x: Tensor, y: Tensor) -> Any:
-        return _Tap.apply(y, x, anchor, functools.partial(add, path))
+        return _Tap.apply(y, x, None if y.requires_grad else anchor, functools.partial(add, path))
 
     with _watched(targets, see), _frozen(model), torch.enable_grad():
         for loss in losses:
@@ -237,7 +237,7 @@ class _Tap(torch.autograd.Function):
     """y as it is; in the backward pass, x and dy are shown to `add`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor | None, add: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.add = add
         ctx.save_for_backward(x)
         return y.clone()  # a view of y could not be changed in place by the model
