@@ -116,7 +116,8 @@ def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
     config, whole = layer.configs["new"], layer(case.x)
 
     def trained(p, key):
-        layer.configs["new"], layer.dropout_key = replace(config, lora_dropout=p), key
+        layer.configs["new"] = replace(config, lora_dropout=p)
+        layer.seed_dropout(key)
         return layer.train()(case.x)
 
     assert torch.equal(trained(0.5, "0/0"), trained(0.5, "0/0"))
@@ -129,7 +130,8 @@ def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
 def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
     layer = place("embedding", 0, 50).layer
     add(layer, "new", 1, 2, 7.0, use_dora)
-    layer.configs["new"], layer.dropout_key = replace(layer.configs["new"], lora_dropout=0.5), "0/0"
+    layer.configs["new"] = replace(layer.configs["new"], lora_dropout=0.5)
+    layer.seed_dropout("0/0")
     ids, p = torch.arange(50), 0.5
     adapter = layer.adapters["new"]
     whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from minilora.lora.functional import (
     dora_norm,
     dora_stretch,
-    keyed_dropout,
+    dropout_seed,
     lora_branch,
     lora_delta,
     lora_linear,
     lora_scale,
+    seeded_dropout,
 )
 from minilora.testing import reference
 from tests.models import randn, scales, seeds, sizes, small_tiles
@@ -241,16 +242,16 @@ def test_the_length_of_a_row_that_nearly_vanishes_is_as_good_as_plain_pytorch_s(
 def test_dropout_is_a_function_of_its_key(seed, key, other, p):
     x = randn(seed, 9, 40)
     state = torch.random.get_rng_state()
-    first, again = keyed_dropout(x, p, key), keyed_dropout(x, p, key)
+    first, again = (seeded_dropout(x, p, dropout_seed(key)) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert key == other or not torch.equal(first, keyed_dropout(x, p, other))
+    assert key == other or not torch.equal(first, seeded_dropout(x, p, dropout_seed(other)))
 
 
 @given(keys, st.sampled_from([0.1, 0.3, 0.5]))
 def test_dropout_keeps_a_share_of_1_minus_p_scaled_up_by_as_much(key, p):
     n = 20_000
-    dropped = keyed_dropout(torch.ones(n, dtype=torch.float64), p, key)
+    dropped = seeded_dropout(torch.ones(n, dtype=torch.float64), p, dropout_seed(key))
     assert_maths(dropped.unique(), [0.0, 1 / (1 - p)])
     sigma = (p * (1 - p) / n) ** 0.5
     assert abs((dropped == 0).double().mean().item() - p) < 6 * sigma

@@ -181,7 +181,7 @@ def test_dropout_without_a_step_is_refused():
     layer.train()
     with pytest.raises(ConfigError, match="set_dropout_step"):
         layer(randn(3, 5, 4))
-    layer.dropout_key = "0/0"
+    layer.seed_dropout("0/0")
     assert not torch.equal(layer(randn(3, 5, 4)), layer.eval()(randn(3, 5, 4)))
 
 

@@ -212,8 +212,8 @@ def test_weights_are_drawn_by_the_generator_alone():
 # --- what is refused ---
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 2, 3), ()])
-def test_input_ids_of_another_rank_are_refused(shape):
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 3), (), (0, 3), (2, 0)])
+def test_input_ids_of_another_rank_or_without_tokens_are_refused(shape):
     with pytest.raises(ShapeError, match=r"input_ids must be \(B, T\)"):
         tiny_model()(torch.zeros(shape, dtype=torch.long))
 

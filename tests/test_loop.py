@@ -13,7 +13,7 @@ import minilora as ml
 from minilora.lora.find import adapter_layers
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train.config import COUNTS
-from minilora.train.evaluate import held_out_loss
+from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.optimizer import learning_rate
 from tests.models import FAMILIES, bases, four_bit, randomize_adapters_, seeds, tiny_model
 from tests.tolerance import MATHS, assert_maths, relative
@@ -299,7 +299,7 @@ def test_no_two_micro_batches_of_a_run_share_a_mask(accumulation, seed):
     model = adapted(lora_dropout=0.5)
     keys = []
     layer = next(iter(adapter_layers(model).values()))
-    layer.register_forward_pre_hook(lambda module, inputs: keys.append(module.dropout_key))
+    layer.register_forward_pre_hook(lambda module, inputs: keys.append(int(module.dropout_seeds["default"])))
     config = ml.TrainConfig(batch_size=2, gradient_accumulation_steps=accumulation, epochs=2, seed=seed)
     ml.train(model, random_rows(11, 7), config)
     assert len(keys) == len(set(keys)) == 8
@@ -383,6 +383,16 @@ def test_an_example_without_a_label_is_refused_by_its_source(labels):
         ml.train(adapted(), rows)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "labels", "phrase"), [([1, 61, 2], [-100, -100, 2], "token 61"), ([1, 2], [-100, 99], "label 99")]
+)
+def test_ids_beyond_the_vocabulary_are_refused_by_their_source(tokens, labels, phrase):
+    rows = [*random_rows(14, 2), ml.Example(tokens, labels, "rows.jsonl:3")]
+    for look in (ml.train, held_out_loss, measure_drift):
+        with pytest.raises(ml.DataError, match=rf"'rows.jsonl:3' holds {phrase}; the model has \w+ 0 to 60"):
+            look(adapted(), rows)
+
+
 def test_no_examples_are_refused():
     with pytest.raises(ml.DataError, match="no examples"):
         ml.train(adapted(), [])
@@ -446,22 +456,36 @@ def test_within_a_step_nothing_is_asked_of_the_device(family, base):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_plain_afterwards(use_dora):
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_dropout": 0.5}])
+def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_before_afterwards(lora):
     """In batches of several sizes."""
-    rows, model, seen = random_rows(17, 5), adapted(use_dora=use_dora), []
+    rows, model, seen = random_rows(17, 5), adapted(**lora), []
     mlp = model.model.layers[0].mlp
-    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(mlp._compiled_call_impl is not None))
+    mlp.compile(backend="eager")
+    own = mlp._compiled_call_impl
+    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(mlp._compiled_call_impl is not own))
     config = {"batch_size": 2, "gradient_accumulation_steps": 3, "recompute": "mlp"}
     record, found = one_step(model, rows, **config, compile=True)
     assert seen == [True] * 3
-    assert mlp._compiled_call_impl is None
-    plain, expected = one_step(adapted(use_dora=use_dora), rows, **config)
+    assert mlp._compiled_call_impl is own
+    plain, expected = one_step(adapted(**lora), rows, **config)
     assert_maths(number(record["loss"]), number(plain["loss"]))
     assert_same_gradient(found, expected)
     phrase = break_loss(model)  # compiled modules have no hooks that find it
     with pytest.raises(ml.TrainingError, match=phrase):
         one_step(model, rows, compile=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_dropout": 0.5}])
+def test_layers_and_steps_share_what_is_compiled(lora):
+    """Norm and MLP, each for one size and for any: graphs of the forward pass, none of them broken."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    ml.train(adapted(**lora), random_rows(17, 9), ml.TrainConfig(batch_size=2, compile=True))
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 6
 
 
 # --- the configuration ---

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ShapeError, TargetError
 from minilora.lora.config import LoraConfig
+from minilora.lora.functional import dropout_seed
 
 Shape = tuple[int, ...]
 Group = tuple[tuple[str, ...], Tensor]  # adapters, and the numbers of the rows that they act on
@@ -36,7 +37,7 @@ class Adapted(nn.Module, ABC):
         self.configs: dict[str, LoraConfig] = {}
         self.active: tuple[str, ...] = ()
         self.mixed: MixedBatch | None = None
-        self.dropout_key: str | None = None
+        self.dropout_seeds: dict[str, Tensor] = {}
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -71,6 +72,11 @@ class Adapted(nn.Module, ABC):
         """The parameters of one adapter, without those that it shares with the base."""
         shared = {id(parameter) for parameter in self.base.parameters()}
         return [parameter for parameter in self.adapters[name].parameters() if id(parameter) not in shared]
+
+    def seed_dropout(self, key: str) -> None:
+        """Say which dropout masks the next forward pass draws: each adapter has its own, and each place."""
+        dropping = [name for name, config in self.configs.items() if config.lora_dropout]
+        self.dropout_seeds = {name: dropout_seed(f"{key}/{self.path}/{name}") for name in dropping}
 
     @abstractmethod
     def add(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -237,7 +237,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def set_dropout_step(model: nn.Module, seed: int, step: int) -> None:
     """Say which dropout masks the next forward pass draws; `train` does it before each one."""
     for layer in adapter_layers(model).values():
-        layer.dropout_key = f"{seed}/{step}"
+        layer.seed_dropout(f"{seed}/{step}")
 
 
 def _adapted(model: nn.Module, *names: str) -> dict[str, Adapted]:

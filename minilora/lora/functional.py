@@ -219,18 +219,36 @@ class _Stretch(torch.autograd.Function):
         return dy if needs_dy else None, torch.stack(sums).sum(0) if needs_dk else None
 
 
-def keyed_dropout(x: Tensor, p: float, key: str) -> Tensor:
+def dropout_seed(key: str) -> Tensor:
+    """A number of 56 bits that follows from the key: int64, ()."""
+    return torch.tensor(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little"))
+
+
+def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """x ∘ mask/(1-p),  mask ~ Bernoulli(1-p)  [Dropout §4].
 
-    The mask is a function of the key, the shape and the kind of device. No global random state is read or moved:
+    The mask is a function of the seed, the shape and the kind of device. No global random state is read or moved:
     recomputing a layer, resuming a run or another order of layers draws the same mask.
 
-    Shapes: x (N, in) -> (N, in)
+    Shapes: x (N, in), seed () -> (N, in)
     """
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-    return x * keep / (1 - p)
+    return x * _mask(x.detach(), p, seed) / (1 - p)
+
+
+@torch.library.custom_op("minilora::mask", mutates_args=(), schema="(Tensor x, float p, Tensor seed) -> Tensor")
+def _mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Where x stays: bool, in its shape.
+
+    An operator of its own: a compiler cannot look into a generator, and would compile anew for each seed that is not in
+    a tensor.
+    """
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+
+
+@_mask.register_fake
+def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool)
 
 
 def _rows(x: Tensor) -> Tensor:

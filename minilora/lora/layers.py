@@ -31,11 +31,11 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.functional import (
     dora_norm,
     dora_stretch,
-    keyed_dropout,
     lora_branch,
     lora_delta,
     lora_linear,
     lora_scale,
+    seeded_dropout,
 )
 from minilora.quant.linear import Linear, NF4Linear, apply_weight, dense_linear, dense_weight, passing_weight, stored
 
@@ -211,9 +211,9 @@ class AdapterLayer(Adapted):
         """
         if not self.drops(name):
             return x
-        if self.dropout_key is None:
+        if name not in self.dropout_seeds:
             raise ConfigError("lora_dropout needs minilora.set_dropout_step(model, seed, step) before a forward pass")
-        return keyed_dropout(x, self.configs[name].lora_dropout, f"{self.dropout_key}/{self.path}/{name}")
+        return seeded_dropout(x, self.configs[name].lora_dropout, self.dropout_seeds[name])
 
     def merged_bias(self, names: Sequence[str] | None = None) -> Tensor | None:
         """b, or what an adapter trained in its place, and s·b_B of each B that has a bias: (out), or None."""

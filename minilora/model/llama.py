@@ -227,8 +227,8 @@ def end_to_end(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor
     Raises:
         ShapeError: input_ids is not (B, T), or a length is not in 1..T.
     """
-    if input_ids.dim() != 2:
-        raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ShapeError(f"input_ids must be (B, T), neither of them 0, found {tuple(input_ids.shape)}")
     B, T = input_ids.shape
     lengths = [T] * B if lengths is None else [int(n) for n in lengths]
     if len(lengths) != B or not all(1 <= n <= T for n in lengths):

@@ -18,7 +18,7 @@ from minilora.train.batch import collate
 from minilora.train.config import TrainConfig
 from minilora.train.confusion import Confusion
 from minilora.train.data import Example
-from minilora.train.objective import Objective, TokenLoss, groups_to_evaluate
+from minilora.train.objective import Objective, TokenLoss, check_ids, groups_to_evaluate
 
 if TYPE_CHECKING:
     from minilora.model.classifier import Classifier
@@ -76,8 +76,8 @@ def evaluate(
     """Loss and accuracy of the model as it is."""
     if not examples:
         return Scores(None, None)
-    accuracy = choice_accuracy(model, examples, choices, progress) if choices else None
-    return Scores(held_out_loss(model, examples, progress), accuracy)
+    loss = held_out_loss(model, examples, progress)
+    return Scores(loss, choice_accuracy(model, examples, choices, progress) if choices else None)
 
 
 def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
@@ -85,6 +85,7 @@ def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progre
 
     `progress` is told how many examples are done, and of how many.
     """
+    check_ids(model, examples)
     return mean_loss(model, TokenLoss(TrainConfig()), examples, progress)
 
 
@@ -109,6 +110,7 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
 
 def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> ClassScores:
     """Loss of the model as it is, and for each class what was taken for what: the class with the highest score."""
+    check_ids(model, examples)
     device = next(model.parameters()).device
     total, pairs = 0.0, list[tuple[int, int]]()
     with evaluating(model):
@@ -134,6 +136,7 @@ def measure_drift(
     The base is the model without its adapters, unless one is given.
     """
     base = model if base is None else base
+    check_ids(base, examples)
     device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):

@@ -137,13 +137,14 @@ def _fitting_recompute(
 @contextmanager
 def _compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within it, modules run as torch.compile makes them: at first for a size, and from the second on for any."""
+    before = [module._compiled_call_impl for module in modules]  # what `compile` sets; there is no public way back
     for module in modules:
         module.compile()
     try:
         yield
     finally:
-        for module in modules:
-            module._compiled_call_impl = None  # what `compile` sets; there is no public way back
+        for module, own in zip(modules, before, strict=True):
+            module._compiled_call_impl = own
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from minilora.errors import DataError, TrainingError
 from minilora.model import ops
+from minilora.model.ops import IGNORE_INDEX
 from minilora.train.batch import Batch, Rows, collate, groups, plan_steps
 from minilora.train.config import TrainConfig
+from minilora.train.data import Example
 
 Loss = Callable[[Any, list[Any]], tuple[Tensor, Any]]  # (model, rows) -> sum of their losses, and how many those are
 START_ROWS = 256
@@ -84,6 +86,7 @@ class TokenLoss(Objective):
             raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
         if blank := [example.source for example in dataset if not example.labelled]:
             raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
+        check_ids(model, dataset)
 
     def known_count(self, batches: list[Batch]) -> int:
         return sum(batch.labelled for batch in batches)
@@ -161,6 +164,21 @@ def start_losses(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) 
             total, count = objective(model, objective.batch([dataset[row] for row in batch], device))
             yield total / count
             rows += len(batch)
+
+
+def check_ids(model: Any, examples: Sequence[Example]) -> None:
+    """Refuse what would end in an index out of range, on a GPU without saying where.
+
+    Raises:
+        DataError: a token that the model has not, or a label that its head has not.
+    """
+    ends = model.model.embed_tokens.num_embeddings, model.get_output_embeddings().out_features
+    for example in examples:
+        labels = [label for label in example.labels if label != IGNORE_INDEX]
+        for kind, ids, end in zip(("token", "label"), (example.tokens, labels), ends, strict=True):
+            if ids and not 0 <= min(ids) <= max(ids) < end:
+                wrong = next(each for each in ids if not 0 <= each < end)
+                raise DataError(f"{example.source!r} holds {kind} {wrong}; the model has {kind}s 0 to {end - 1}")
 
 
 def groups_to_evaluate(lengths: Sequence[int]) -> Iterator[Rows]:
