@@ -274,5 +274,5 @@ same batches of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 ro
   they are, without `torch.compile`.
 
 FLOP are those of the frozen weights' forward pass and input gradients, of the adapter, of the head on learned
-tokens, and of causal attention; what is computed again to save memory does not count. The peak of matrix products
-is the best of three sizes in the same round."""
+tokens, and of causal attention, whose probabilities are made twice; what else is computed again to save memory does
+not count. The peak of matrix products is the best of three sizes in the same round."""

@@ -259,12 +259,12 @@ def labelled(batch: Sequence[Row]) -> int:
 
 
 def training_flops(config: dict[str, Any], batch: Sequence[Row], rank: int = RANK) -> float:
-    """FLOP of forward and backward passes that no way of computing LoRA's gradient can do without.
+    """FLOP of the forward and backward passes of LoRA, without what is computed again to save memory.
 
     A frozen linear (n, m) with an adapter takes T (4 m n + 6 r (m + n)): forward, the gradient of its input, and the
     adapter's own; the head 4 V H a labelled token. Causal attention of a document has T²/2 pairs of positions, and 7
-    products of 2 FLOP a pair and dimension: 2 forward, 5 backward, of which one makes the probabilities again. What is
-    recomputed in blocks does not count: it is a way to save memory.
+    products of 2 FLOP a pair and dimension, as they are usually counted: 2 forward and 5 backward, of which one makes
+    the probabilities again, which nobody keeps.
     """
     lengths = [len(tokens) for tokens, _ in batch]
     H, F, V = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))

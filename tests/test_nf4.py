@@ -25,7 +25,7 @@ from minilora.quant.nf4 import (
 )
 from minilora.testing import reference_nf4 as reference
 from tests.golden.make_quantized import FILE, SMALL
-from tests.models import seeds
+from tests.models import seeds, small_tiles
 
 BOUND = 0.151904  # of the absmax: half the widest gap between levels, that between -1 and the next
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
@@ -163,7 +163,7 @@ def test_blocks_do_not_see_each_other(order, seed):
 def test_tiles_change_nothing(size, seed, tile):
     whole = quantize(make(size, seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nf4, "TILE", tile)
+        small_tiles(patch, tile)
         tiled = quantize(make(size, seed))
         assert all(map(torch.equal, tiled, whole))
         weight = dequantize(*tiled, size, torch.float32)

@@ -12,6 +12,7 @@ from minilora.errors import TrainingError
 from minilora.lora.layers import AdapterLinear
 from minilora.model import ops
 from minilora.model.ops import IGNORE_INDEX
+from minilora.quant.linear import NF4Linear
 from minilora.testing import reference
 from tests.models import document_lengths, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_parity, assert_precision
@@ -72,13 +73,18 @@ def test_rotate_by_the_opposite_angle_undoes_it(case):
 # --- cross entropy from hidden states ---
 
 
+HEADS = ("plain", "bias", "frozen", "adapted", "four bits", "adapted four bits")
+
+
 def make_head(kind, seed, D, V):
-    """A head of each kind that may be trained, and one that is not."""
-    head = nn.Linear(D, V, bias=kind in ("bias", "adapted")).double()
+    """A head of each kind that may be trained, and two that are not."""
+    head = nn.Linear(D, V, bias=kind == "bias" or "adapted" in kind).double()
     fill_(head, seed)
-    if kind in ("frozen", "adapted"):
+    if kind not in ("plain", "bias"):
         head.requires_grad_(False)
-    if kind != "adapted":
+    if "four bits" in kind:
+        head = NF4Linear.quantize(head.weight, head.bias)
+    if "adapted" not in kind:
         return head
     adapted = AdapterLinear(head, "lm_head")
     factors = {"lora_A": randn(seed + 1, 2, D), "lora_B": randn(seed + 2, V, 2)}
@@ -92,7 +98,7 @@ def heads(draw):
     """Hidden states of up to 9 tokens, about a third of them without a label, and a head."""
     seed, n, D, V = draw(seeds), draw(sizes), draw(sizes), draw(st.integers(2, 9))
     labels = token_ids(seed, n, high=V).masked_fill(token_ids(seed + 1, n, high=3) == 0, IGNORE_INDEX)
-    head = make_head(draw(st.sampled_from(["plain", "bias", "frozen", "adapted"])), seed + 3, D, V)
+    head = make_head(draw(st.sampled_from(HEADS)), seed + 3, D, V)
     return randn(seed + 2, n, D).requires_grad_(), labels, head
 
 
@@ -147,6 +153,18 @@ def test_cross_entropy_of_a_frozen_hidden_still_trains_the_head(case):
         assert_maths(our, expected)
 
 
+@given(heads())
+def test_cross_entropy_goes_back_to_what_a_head_is_given_besides(case):
+    """Where nothing that it knows of is trained."""
+    hidden, labels, head = case
+    assume((labels != IGNORE_INDEX).any())
+    head.requires_grad_(False)
+    added = randn(1, head.out_features).requires_grad_()
+    head.register_forward_hook(lambda module, inputs, logits: logits + added)
+    ours, full = (cross(hidden.detach(), labels, head) for cross in (ops.cross_entropy, full_cross_entropy))
+    assert_maths(*(torch.autograd.grad(loss, added)[0] for loss in (ours, full)))
+
+
 def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_without_gradient():
     hidden, labels, head = randn(0, 5, 4).requires_grad_(), token_ids(0, 5, high=3), make_head("adapted", 1, 4, 3)
     head.active = ()
@@ -155,7 +173,7 @@ def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_witho
     assert_maths(hidden.grad, torch.autograd.grad(full_cross_entropy(hidden, labels, head), hidden)[0])
 
 
-@pytest.mark.parametrize("kind", ["plain", "frozen", "adapted"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_cross_entropy_without_labels_is_zero_and_so_are_its_gradients(kind):
     hidden, head = randn(0, 5, 4).requires_grad_(), make_head(kind, 1, 4, 3)
     loss = ops.cross_entropy(hidden, torch.full((5,), IGNORE_INDEX), head)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "lora/functional": ("tiles",),
     "lora/config": (),
     "lora/combine_config": (),
-    "quant/nf4": (),
+    "quant/nf4": ("tiles",),
     "quant/linear": ("quant/nf4",),
     "quant/config": (),
     "quant/files": ("quant/", "storage"),

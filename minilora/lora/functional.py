@@ -130,7 +130,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, u, lora_A, lora_B, *parts = ctx.saved_tensors
         needs_dx, needs_dW, needs_db, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)

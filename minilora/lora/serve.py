@@ -21,7 +21,7 @@ from minilora.lora.parameters import Stacked
 from minilora.lora.stored import read_adapter, stored_parts
 from minilora.quant.linear import NF4Linear
 
-MERGE_TOKENS = 32  # below, a merge may take longer than it saves
+MERGE_TOKENS = 40  # below, a merge may take longer than it saves
 MERGE_BYTES = 2**30  # the most that the merged weights may take beside the others
 
 

@@ -62,7 +62,7 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
     """
     if q.device.type == "cpu":
         longest = max(key_lengths)
-        is_short = longest <= 1024 or (window is not None and window < longest)
+        is_short = longest <= 2048 or (window is not None and window < longest)
         return block_attention if q.dtype == torch.bfloat16 or is_short else fused_attention
     has_varlen = q.device.type == "cuda" and torch.__version__ >= "2.13"  # since then with windows and grouped heads
     is_able = has_varlen and torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -213,7 +213,7 @@ class Llama(nn.Module):
         Shapes: input_ids (B, T), lengths B numbers of real tokens in each row, padding to the right -> (B, T, V)
 
         Raises:
-            ShapeError: input_ids is not (B, T), or a length is not in 1..T.
+            ShapeError: input_ids is not (B, T) or empty, or a length is not in 1..T.
         """
         tokens, lengths = end_to_end(input_ids, lengths)
         return padded(self.lm_head(self.model(tokens, lengths)), lengths, input_ids.size(1))
@@ -225,7 +225,7 @@ def end_to_end(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor
     Shapes: input_ids (B, T) -> (N)
 
     Raises:
-        ShapeError: input_ids is not (B, T), or a length is not in 1..T.
+        ShapeError: input_ids is not (B, T) or empty, or a length is not in 1..T.
     """
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ShapeError(f"input_ids must be (B, T), neither of them 0, found {tuple(input_ids.shape)}")

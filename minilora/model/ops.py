@@ -241,7 +241,7 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
         z, target = logits[rows], labels[rows].unsqueeze(-1)
         p = torch.softmax(z, dim=-1, dtype=loss_sum.dtype)
         margin = z.amax(-1, keepdim=True).to(p.dtype) - z.gather(-1, target).to(p.dtype)
-        loss_sum += (margin - p.amax(-1, keepdim=True).log_()).sum()
+        loss_sum += (margin - p.amax(-1, keepdim=True).log()).sum()
         if dlogits is not None:
             dlogits[rows] = p.scatter_(-1, target, p.gather(-1, target) - 1)
     return loss_sum

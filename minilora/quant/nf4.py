@@ -26,7 +26,6 @@ rows laid end to end, and a quotient that is midway between two levels gets the 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -36,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.errors import ConfigError, TrainingError
+from minilora.tiles import tile_rows
 
 # As published. Computed again, the last bits differ from machine to machine.
 LEVELS = (
@@ -47,7 +47,6 @@ LEVELS = (
 FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share an absmax; absmaxes that share a scale
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has
-TILE = 2**17  # weights that are worked on at a time on the CPU, in memory that stays in its cache
 SMALLEST = 1e-38  # what is divided by at least: an absmax of 0 has only zeros to divide
 CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
 Rounding = Literal["cpu", "cuda"]
@@ -114,7 +113,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
-    tables, tile = _cell_tables(flat.device), _tile(flat.device)
+    tables, tile = _cell_tables(flat.device), tile_rows(flat)
     for begin in range(0, 0 if flat.is_meta else n, tile):
         x = flat[begin : begin + tile].to(torch.float32, copy=True)
         whole = x.numel() // block_size * block_size
@@ -175,8 +174,9 @@ def dequantize(
     Shapes: packed (⌈n/2⌉), absmax (b) -> shape
     Dtype: dtype
     """
-    n, tile = math.prod(shape), _tile(packed.device)
+    n = math.prod(shape)
     weight = torch.empty(n, dtype=dtype, device=packed.device) if out is None else out
+    tile = tile_rows(weight)
     table = PAIRS[quant_type].to(packed.device, non_blocking=True)
     half = (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
@@ -202,16 +202,6 @@ def _pairs(levels: Tensor) -> Tensor:
     """For each byte the levels of its two halves, float32, as one int64."""
     byte = torch.arange(256)
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
-
-
-def _tile(device: torch.device) -> int:
-    """How many weights to work on at a time.
-
-    What is compiled is one expression, and elsewhere than on the CPU few launches count more than a cache.
-    """
-    if torch.compiler.is_compiling():
-        return sys.maxsize
-    return TILE if device.type == "cpu" else 16 * TILE
 
 
 def _dynamic_map() -> Tensor:

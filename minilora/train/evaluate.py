@@ -84,6 +84,9 @@ def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progre
     """Σ over labelled tokens of -log p / their number, over all examples together.
 
     `progress` is told how many examples are done, and of how many.
+
+    Raises:
+        DataError: a token that the model has not; there are no labelled ones.
     """
     check_ids(model, examples)
     return mean_loss(model, TokenLoss(TrainConfig()), examples, progress)
@@ -134,6 +137,9 @@ def measure_drift(
 
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
     The base is the model without its adapters, unless one is given.
+
+    Raises:
+        DataError: a token that the model has not.
     """
     base = model if base is None else base
     check_ids(base, examples)

@@ -87,8 +87,9 @@ def train(
             `tokens`, else the counts. By default the loss of tokens.
 
     Raises:
-        DataError: there are no rows, an example has no label, or not one for each token, or what is counted is
-            nothing; there are none to choose the best weights with; `batch_tokens` with rows without `tokens`.
+        DataError: there are no rows, an example has no label, or not one for each token, or a token that the model has
+            not; what is counted is nothing; there are none to choose the best weights with; `batch_tokens` with rows
+            without `tokens`.
         FormatError: the newest checkpoint is damaged.
         TrainingError: nothing is trainable, or an adapter that does not act; a loss, gradient or weight is not finite;
             a checkpoint belongs to another run; a model that needs `loss`.
@@ -98,7 +99,7 @@ def train(
     adapters = trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
-    objective.check(model, dataset)
+    objective.check(model, dataset, held_out)
     if config.selects and not held_out:
         raise DataError("keep best and early_stopping need held-out examples")
     if config.recompute == "auto":
@@ -232,9 +233,8 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     *shares, grad_norm, length = torch.stack([*losses, norm, weight_norm]).tolist()
     loss = sum(shares)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        with (
-            torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-        ):  # what is compiled has no hooks
+        eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+        with eager:  # what is compiled has no hooks
             where = first_bad_module(model, lambda: list(_losses(run, step, batches)))
         raise TrainingError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {run.sources(step)}. "

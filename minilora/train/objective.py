@@ -38,7 +38,7 @@ class Objective(ABC):
         """The sum of the losses of a batch, and how many those are."""
 
     @abstractmethod
-    def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
+    def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
         """Refuse a model or rows that it is not made for.
 
         Raises:
@@ -74,7 +74,7 @@ class TokenLoss(Objective):
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         return batch_loss(model, batch, self.config), batch.labelled
 
-    def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
+    def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
         trunk = getattr(model, "model", None)
         is_ours = isinstance(trunk, nn.Module) and "lengths" in inspect.signature(trunk.forward).parameters
         if not is_ours:
@@ -86,7 +86,7 @@ class TokenLoss(Objective):
             raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
         if blank := [example.source for example in dataset if not example.labelled]:
             raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
-        check_ids(model, dataset)
+        check_ids(model, [*dataset, *held_out])
 
     def known_count(self, batches: list[Batch]) -> int:
         return sum(batch.labelled for batch in batches)
@@ -129,7 +129,7 @@ class GivenLoss(Objective):
             )
         return found[0], int(found[1])
 
-    def check(self, model: nn.Module, dataset: Sequence[Any]) -> None:
+    def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
         needs_lengths = self.config.batch_tokens is not None or self.config.sort_window > 1
         if needs_lengths and self.lengths(dataset) is None:
             raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
@@ -150,11 +150,12 @@ class GivenLoss(Objective):
         return (list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size))
 
 
-def start_losses(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> Iterator[Tensor]:
+def start_losses(model: Any, dataset: Sequence[Any], config: TrainConfig) -> Iterator[Tensor]:
     """Mean losses of the first micro-batches that a run would train on, each computed when it is asked for.
 
     They are what start values are made of that come from the data; `START_ROWS` rows are enough to see directions.
     """
+    check_ids(model, dataset)
     objective, rows = TokenLoss(config), 0
     device = next(model.parameters()).device
     for step in plan_steps(objective.lengths(dataset), config):
@@ -170,15 +171,13 @@ def check_ids(model: Any, examples: Sequence[Example]) -> None:
     """Refuse what would end in an index out of range, on a GPU without saying where.
 
     Raises:
-        DataError: a token that the model has not, or a label that its head has not.
+        DataError: a token that the model has not.
     """
-    ends = model.model.embed_tokens.num_embeddings, model.get_output_embeddings().out_features
+    size = model.model.embed_tokens.num_embeddings
     for example in examples:
-        labels = [label for label in example.labels if label != IGNORE_INDEX]
-        for kind, ids, end in zip(("token", "label"), (example.tokens, labels), ends, strict=True):
-            if ids and not 0 <= min(ids) <= max(ids) < end:
-                wrong = next(each for each in ids if not 0 <= each < end)
-                raise DataError(f"{example.source!r} holds {kind} {wrong}; the model has {kind}s 0 to {end - 1}")
+        learned = [label for label in example.labels if label != IGNORE_INDEX] if example.shift else []
+        if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
+            raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 
 
 def groups_to_evaluate(lengths: Sequence[int]) -> Iterator[Rows]:
