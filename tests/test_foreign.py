@@ -15,7 +15,7 @@ import minilora as ml
 from minilora.train.batch import collate
 from minilora.train.fingerprint import fingerprint
 from minilora.train.objective import batch_loss
-from tests.models import randn, seeds
+from tests.models import randn, randomize_adapters_, seeds, tiny_model
 from tests.test_loop import MATHS, adapted, gradients, number, random_rows, stop_after, weights
 from tests.test_state import contents
 from tests.tolerance import assert_maths, relative
@@ -110,6 +110,83 @@ def test_the_loss_of_tokens_may_be_given_too(seed, budget):
     assert_maths(number(records[0]["loss"]), number(expected[0]["loss"]))
     assert_maths(weights(model), weights(ours))
     assert records[0]["tokens"] == expected[0]["tokens"]
+
+
+def test_a_loss_may_clear_gradients_for_a_use_of_its_own():
+    def adversarial(model, rows):
+        loss(model, rows)[0].backward()
+        model.zero_grad()
+        return loss(model, rows)
+
+    config = {"gradient_accumulation_steps": 1}
+    cleared, plain = (
+        run(model=Plain(), rows=points(1, 6, torch.float64), given=g, **config)[0] for g in (adversarial, loss)
+    )
+    assert torch.equal(weights(cleared), weights(plain))
+
+
+def test_a_hook_may_put_another_gradient_in_the_place_of_one():
+    model = Plain()
+    model.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+    model.last.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    run(model=model, rows=points(1, 6, torch.float64))
+    for name in ("first", "last"):
+        ours, before = model.get_submodule(name), Plain().get_submodule(name)
+        assert torch.equal(ours.weight, before.weight)
+        assert not torch.equal(ours.bias, before.bias)
+
+
+def test_a_loss_may_put_other_numbers_in_the_place_of_a_and_b():
+    """In a dtype to which they are cast."""
+    told = []
+
+    def probing(model, rows):
+        batch = collate(rows, CPU)
+        B = [p for name, p in model.named_parameters() if "lora_B" in name]
+        with torch.no_grad():
+            for p in B:
+                p.zero_()
+            told.append(batch_loss(model, batch, ml.TrainConfig()))
+            with ml.disable_adapter(model):
+                told.append(batch_loss(model, batch, ml.TrainConfig()))
+        return batch_loss(model, batch, ml.TrainConfig()), batch.labelled
+
+    model = tiny_model(dtype=torch.bfloat16)
+    ml.attach(model, ml.LoraConfig(r=2))
+    randomize_adapters_(model, 0)
+    run(model=model, rows=random_rows(0, 2), given=probing, max_steps=1)
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.first.weight.requires_grad_(False),
+        lambda model: model.load_state_dict(Plain().state_dict(), assign=True),
+    ],
+)
+def test_what_is_trained_may_not_change_during_a_run(change):
+    model = Plain()
+    with pytest.raises(ml.TrainingError, match="what is trained has changed"):
+        run(model=model, rows=points(1, 9, torch.float64), on_step=lambda record: change(model) is None and None)
+
+
+def test_only_rows_that_are_learned_are_read():
+    class Rows(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    rows = Rows(points(1, 50))
+    run(rows=rows, max_steps=2)
+    assert rows.read == 8
+
+
+def test_there_is_no_training_without_gradients():
+    with torch.no_grad(), pytest.raises(ml.TrainingError, match="no_grad"):
+        run()
 
 
 def test_held_out_rows_are_measured_by_the_same_loss_without_dropout():

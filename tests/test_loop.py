@@ -306,6 +306,13 @@ def test_no_two_micro_batches_of_a_run_share_a_mask(accumulation, seed):
     assert len(keys) == len(set(keys)) == 8
 
 
+def test_after_a_run_no_step_is_left_whose_masks_would_be_drawn_for_ever():
+    model = adapted(lora_dropout=0.5)
+    ml.train(model, random_rows(11, 2))
+    with pytest.raises(ml.ConfigError, match="set_dropout_step"):
+        model.train()(torch.ones(1, 3, dtype=torch.long))
+
+
 # --- stopping ---
 
 

@@ -205,6 +205,8 @@ def test_no_number_of_the_model_is_read_and_the_model_stays_as_it_is(kind):
     assert told(adapted(kind=kind, lora_dropout=0.5).to("meta")) == expected
     assert not model.training
     assert not any(layer.dropout_seeds for layer in adapter_layers(model).values())
+    ml.set_dropout_step(model, 0, 0)
+    assert told(model) == expected
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

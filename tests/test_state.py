@@ -387,6 +387,25 @@ def test_a_state_of_another_step_is_refused(whole, tmp_path, step):
         run(tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("tokens", None), ("seconds", "1"), ("best_loss", "x"), ("stale", 0.5)])
+def test_a_state_with_a_number_of_another_kind_is_refused_by_its_name(whole, tmp_path, key, value):
+    shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
+    path = tmp_path / "step-000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ml.FormatError, match=rf"state\.json: {key} is {value!r}"):
+        run(tmp_path)
+
+
+def test_a_run_goes_on_whatever_the_default_dtype_is(whole, tmp_path):
+    shutil.copytree(whole / "step-000002", tmp_path / "step-000002")
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_a_checkpoint_holds_the_trained_adapter_alone(tmp_path):
     model = fresh(name="first")
     ml.attach(model, ml.LoraConfig(r=2), name="second")

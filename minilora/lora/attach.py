@@ -240,6 +240,12 @@ def set_dropout_step(model: nn.Module, seed: int, step: int) -> None:
         layer.seed_dropout(f"{seed}/{step}")
 
 
+def forget_dropout_step(model: nn.Module) -> None:
+    """Leave no step behind, whose masks every later forward pass would draw."""
+    for layer in adapter_layers(model).values():
+        layer.dropout_seeds = {}
+
+
 def _adapted(model: nn.Module, *names: str) -> dict[str, Adapted]:
     """The places of adapters; there must be one, and one for each of the names."""
     layers = adapter_layers(model)

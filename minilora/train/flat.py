@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minilora.errors import TrainingError
 from minilora.lora.find import adapter_layers
 from minilora.lora.layers import AdapterLayer, LowRank
 
@@ -99,6 +100,29 @@ class Flat:
                     place.copy_(parameter.detach())
                     parameter.data = place
                 parameter.grad = segment.gradients[name].detach()  # a tensor of its own, as `model.to` changes that one
+
+    def check(self, model: nn.Module) -> None:
+        """Is what the model trains still what it was?
+
+        Raises:
+            TrainingError: a parameter was frozen, thawed, or replaced by another one.
+        """
+        held = {id(p): name for segment in self.segments for name, p in segment.parameters.items()}
+        now = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        if changed := sorted({name for key, name in (held | now).items() if key not in held or key not in now}):
+            raise TrainingError(
+                f"{changed[:3]}: what is trained has changed since the run began; change it between two runs"
+            )
+
+    def collect(self) -> None:
+        """Take in gradients that lie elsewhere: a loss or a hook may have put others in their places, or none."""
+        for segment in self.segments:
+            for name, parameter in segment.parameters.items():
+                place = segment.gradients[name]
+                if parameter.grad is None:
+                    place.zero_()
+                elif parameter.grad.untyped_storage()._cdata != place.untyped_storage()._cdata:
+                    place.copy_(parameter.grad)
 
     @contextmanager
     def cast(self) -> Iterator[None]:

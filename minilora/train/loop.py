@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import DataError, FormatError, TrainingError
-from minilora.lora.attach import set_dropout_step
+from minilora.lora.attach import forget_dropout_step, set_dropout_step
 from minilora.lora.find import shared_scratch
 from minilora.model.recompute import Recompute
 from minilora.storage import read_json
@@ -94,6 +94,8 @@ def train(
         TrainingError: nothing is trainable, or an adapter that does not act; a loss, gradient or weight is not finite;
             a checkpoint belongs to another run; a model that needs `loss`.
     """
+    if not torch.is_grad_enabled():
+        raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()
     objective = _objective(loss, config)
     adapters = trained_adapters(model)
@@ -105,19 +107,19 @@ def train(
     if config.recompute == "auto":
         config = replace(config, recompute=_fitting_recompute(model, dataset, held_out, config, loss))
         objective = _objective(loss, config)
-    how, lengths = learning(model, config), objective.lengths(dataset)
-    steps = plan_steps(lengths or [1] * len(dataset), config)
+    how, steps = learning(model, config), plan_steps(objective.lengths(dataset), config)
     state: Record = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint_dir is not None:
         checkpoint_dir = Path(checkpoint_dir)
         state["run"] = fingerprint(dataset, held_out if config.selects else (), config, adapters)
     flat = Flat(model, how)
     try:
-        run = _Run(model, flat, adamw(flat, config), objective, dataset, lengths, steps, config)
+        run = _Run(model, flat, adamw(flat, config), objective, dataset, steps, config)
         with shared_scratch(model), _compiled(objective.compilable(model) if config.compile else []):
             return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
     finally:
         flat.release()
+        forget_dropout_step(model)
 
 
 def _objective(loss: Loss | None, config: TrainConfig) -> Objective:
@@ -157,7 +159,6 @@ class _Run:
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
-    lengths: list[int] | None
     steps: list[list[Rows]]
     config: TrainConfig
 
@@ -182,14 +183,12 @@ def _train(run: _Run, state: Record, tell: OnStep, held_out: Sequence[Any], fold
     batches = run.batches(first)
     while not (stopped or selection.has_ended or state["step"] == len(steps)):
         before = time.monotonic()
-        micro_batches = steps[state["step"]]
         record, batches = _step(run, state["step"], batches)
         if state["step"] == first:  # what kernels prepared for themselves lies scattered between tensors that are gone
             release_memory()
-        now, counted = time.monotonic(), record.pop("counted")
-        tokens = sum(run.lengths[row] for rows in micro_batches for row in rows) if run.lengths else counted
+        now, tokens = time.monotonic(), record["tokens"]
         state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
-        pace = {"tokens": tokens, "tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
+        pace = {"tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
         stopped = bool(tell({**record, **pace}))
         step, is_last = state["step"], state["step"] == len(steps)
         if held_out and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
@@ -218,9 +217,12 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
         TrainingError: the loss or the gradient is not finite; the weights are those of before the step.
     """
     model, config, segments = run.model, run.config, run.flat.segments
+    run.flat.check(model)
     model.train()
     rate = learning_rate(step, len(run.steps), config)
     losses, counted = _backward(run, step, batches)
+    sizes = [run.objective.tokens(batch) for batch in batches]
+    tokens = counted if None in sizes else sum(size or 0 for size in sizes)
     norm = flat_norm(segment.gradient for segment in segments)
     is_finite = torch.stack([*losses, norm]).isfinite().all()
     if config.max_grad_norm:
@@ -244,7 +246,7 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
         raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
     memory = peak_memory_bytes(norm.device)
     record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
-    return {**record, "peak_memory_bytes": memory, "counted": counted}, upcoming
+    return {**record, "tokens": tokens, "peak_memory_bytes": memory}, upcoming
 
 
 def _update(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
@@ -263,12 +265,13 @@ def _backward(run: _Run, step: int, batches: list[Any]) -> tuple[list[Tensor], i
     known = run.objective.known_count(batches)
     losses, counted = list[Tensor](), 0
     run.flat.zero_grad()
-    with run.flat.cast():
+    with run.flat.cast() if run.objective.may_cast else nullcontext():
         for total, count in _losses(run, step, batches):
             share = total / known if known else total
             share.backward()
             losses.append(share.detach().reshape(()))
             counted += count
+    run.flat.collect()
     if not counted:
         raise DataError("the loss counts nothing in the rows of a step")
     if not known:

@@ -296,6 +296,7 @@ def _stand_in(model: Llama | Classifier, device: torch.device, layers: int) -> L
 
     memo: dict[int, Any] = {id(buffer): empty(buffer) for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(empty(p), p.requires_grad) for p in model.parameters()}
+    memo |= {id(seed): seed for layer in adapter_layers(model).values() for seed in layer.dropout_seeds.values()}
     trunk = model.model
     memo[id(trunk.layers)] = copy.deepcopy(nn.ModuleList(list(trunk.layers)[:layers]), memo)
     return copy.deepcopy(model, memo).train()

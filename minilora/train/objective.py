@@ -7,6 +7,7 @@ then be any module, and of a list of rows, which may then be anything.
 from __future__ import annotations
 
 import inspect
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,13 @@ EVAL_TOKENS = 4096  # tokens in a forward pass of an evaluation
 
 
 class Objective(ABC):
-    """A loss, and what a run has to know of its rows (abstract)."""
+    """A loss, and what a run has to know of its rows (abstract).
+
+    Attributes:
+        may_cast: may adapters be cast once a step? What is in their place then is not seen by a loss that changes them.
+    """
+
+    may_cast: bool
 
     @abstractmethod
     def batch(self, rows: list[Any], device: torch.device) -> Any:
@@ -50,8 +57,12 @@ class Objective(ABC):
         """How many losses the batches have, if that is known before they are computed."""
 
     @abstractmethod
-    def lengths(self, dataset: Sequence[Any]) -> list[int] | None:
-        """Tokens of each row, or None if that is not known."""
+    def tokens(self, batch: Any) -> int | None:
+        """How many there are in a batch, or None if that is not known."""
+
+    @abstractmethod
+    def lengths(self, dataset: Sequence[Any]) -> list[int]:
+        """Tokens of each row, or 1, if nothing depends on them."""
 
     @abstractmethod
     def compilable(self, model: Any) -> list[nn.Module]:
@@ -64,6 +75,8 @@ class Objective(ABC):
 
 class TokenLoss(Objective):
     """-log p(token | before) of the labelled tokens of `Example`s (final)."""
+
+    may_cast = True
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -91,6 +104,9 @@ class TokenLoss(Objective):
     def known_count(self, batches: list[Batch]) -> int:
         return sum(batch.labelled for batch in batches)
 
+    def tokens(self, batch: Batch) -> int:
+        return sum(batch.lengths)
+
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
         return [len(example.tokens) for example in dataset]
 
@@ -104,6 +120,8 @@ class TokenLoss(Objective):
 
 class GivenLoss(Objective):
     """A function of any model and any rows (final)."""
+
+    may_cast = False
 
     def __init__(self, loss: Loss, config: TrainConfig):
         self.loss, self.config = loss, config
@@ -130,17 +148,22 @@ class GivenLoss(Objective):
         return found[0], int(found[1])
 
     def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
-        needs_lengths = self.config.batch_tokens is not None or self.config.sort_window > 1
-        if needs_lengths and self.lengths(dataset) is None:
+        if self._needs_lengths and any(_size(dataset[i]) is None for i in range(len(dataset))):
             raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
 
     def known_count(self, batches: list[Any]) -> None:
         return None
 
-    def lengths(self, dataset: Sequence[Any]) -> list[int] | None:
-        found = [_tokens(dataset[i]) for i in range(len(dataset))]
-        lengths = [len(tokens) for tokens in found if tokens is not None]
-        return lengths if len(lengths) == len(found) else None
+    @property
+    def _needs_lengths(self) -> bool:
+        return self.config.batch_tokens is not None or self.config.sort_window > 1
+
+    def tokens(self, batch: list[Any]) -> int | None:
+        sizes = [_size(row) for row in batch]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def lengths(self, dataset: Sequence[Any]) -> list[int]:
+        return [_size(dataset[i]) or 0 if self._needs_lengths else 1 for i in range(len(dataset))]
 
     def compilable(self, model: Any) -> list[nn.Module]:
         return [model]
@@ -194,8 +217,11 @@ def batch_loss(model: Any, batch: Batch, config: TrainConfig) -> Tensor:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor) and 0 <= float(value) < 2**63 and float(value) == int(value)
+    is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
 
 
-def _tokens(row: Any) -> Any:
-    return row.get("tokens") if isinstance(row, Mapping) else getattr(row, "tokens", None)
+def _size(row: Any) -> int | None:
+    """How many `tokens` a row has, if it has any."""
+    tokens = row.get("tokens") if isinstance(row, Mapping) else getattr(row, "tokens", None)
+    return None if tokens is None else len(tokens)

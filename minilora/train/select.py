@@ -58,8 +58,6 @@ class Selection:
         Raises:
             FormatError: it lacks something.
         """
-        if lacking := {"best_step", "best_loss", "stale"} - set(state):
-            raise FormatError(f"the checkpoint's state.json lacks {sorted(lacking)}")
         self.best_step, self.best_loss, self.stale = state["best_step"], state["best_loss"], state["stale"]
         self.tensors = tensors
         if self.config.keep == "best" and self.best_step and not tensors:

@@ -28,6 +28,14 @@ from minilora.storage import TensorFile, read_json, remove, replacing, write_jso
 from minilora.train.flat import Flat, Segment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE: dict[str, Any] = {  # of state.json, what each number may be
+    "step": int,
+    "tokens": int,
+    "seconds": int | float,
+    "best_step": int,
+    "best_loss": int | float | None,
+    "stale": int,
+}
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:
@@ -102,7 +110,15 @@ def load_checkpoint(
     with torch.no_grad():
         for name, tensor in trained.items():
             now[name].copy_(tensor)
-    return read_json(directory / "state.json"), kept
+    return _read_state(directory / "state.json"), kept
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_json(path)
+    if bad := [key for key, kind in STATE.items() if key not in state or not isinstance(state[key], kind)]:
+        found = f"is {state[bad[0]]!r}" if bad[0] in state else "is not there"
+        raise FormatError(f"{path}: {bad[0]} {found}")
+    return state
 
 
 def _tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,11 +163,11 @@ def _restore(file: TensorFile, segment: Segment, optimizer: torch.optim.Optimize
             continue
         for key in MOMENTS:
             parts[key][name].copy_(_fitting(file, f"{name}/{key}", parameter))
-        steps.setdefault(_fitting(file, f"{name}/step", torch.tensor(0.0)).item(), name)
+        steps.setdefault(_fitting(file, f"{name}/step", torch.tensor(0.0, dtype=torch.float32)).item(), name)
     if len(steps) > 1:
         raise FormatError(f"{file.path}: {' and '.join(steps.values())} have not made as many steps")
     if steps:
-        step = torch.tensor(next(iter(steps)), device=segment.values.device)
+        step = torch.tensor(next(iter(steps)), dtype=torch.float32, device=segment.values.device)
         optimizer.state[segment.values] = {"step": step, **state}
 
 
