@@ -194,14 +194,13 @@ def spoken(work: Work, rounds: Sequence[Round]) -> str:
     """What is known of a work so far, in a line."""
     if isinstance(work, Growth):
         return f"{work.name}: {growth.sentences(work, rounds[-1])}"
+    ratios = {peer: spread(ratio(rounds, _rate, peer)) for peer in _peers(rounds)}
     if isinstance(work, Operation):
-        return "; ".join(
-            f"{row[0]}: {row[3]}, {row[2]} {row[4]}, times as fast {row[5]}" for row in operation(work, rounds)
-        )
+        return f"{work.name}: {'; '.join(f'{times} times as fast as {peer}' for peer, times in ratios.items())}"
     ours = rounds[-1].sides[OURS]
     told = [f"{work.name}: {ours.rate:,.0f} tokens/s, peak {ours.peak_bytes / 1e9:.2f} GB"]
-    told += [f"over {row[1]}: rate {row[4]}, peak {row[9]}" for row in comparison(work, rounds)]
-    return "; ".join([*told, f"of the peak of matrix products {utilisation(work, rounds)[3]}"])
+    told += [f"over {peer}: rate {rate}, peak {spread(ratio(rounds, _peak, peer))}" for peer, rate in ratios.items()]
+    return "; ".join(told)
 
 
 def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
@@ -227,12 +226,16 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
 
 def facts(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Where and when all lines were measured."""
-    dates, states = sorted(line["date"] for line in lines), {line["source"] for line in lines}
+    dates, states = sorted(line["date"] for line in lines), dict[str, list[str]]()
+    for line in lines:
+        states.setdefault(line["source"], []).append(line["work"])
+    *_, most = sorted(states, key=lambda state: len(set(states[state])))
+    others = (f"of {', '.join(dict.fromkeys(works))} {state}" for state, works in states.items() if state != most)
     return {
         "dates": f"{dates[0][:10]} to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else dates[0][:10],
         "machine": lines[0]["machine"],
         "versions": lines[0]["versions"],
-        "states": ", ".join(sorted(states)),
+        "states": "; ".join([most, *others]),
         "warm_up": f"{WARM_UP}",
         "steps": f"{STEPS}",
         "repeats": f"{REPEATS}",
@@ -248,7 +251,8 @@ HEAD = """# What was measured
 `python -m benchmarks --model smollm2` writes this page; `--help` tells how to measure a part of it.
 
 Figures are medians of rounds, with the lowest and the highest round in brackets; without brackets there was one. In a
-round everyone has a turn, each in a fresh process, and a ratio is that of one round. Training is {warm_up} steps that
+round everyone has a turn, each in a fresh process, another one first each time; a rate is all of a turn's tokens over
+all its seconds, and a ratio is that of one round. Training is {warm_up} steps that
 do not count, then {steps}; tokens are real ones, never pads; what is done at once is done {repeats} times after one
 which does not count. The peak of memory is the process's, less what it was after the imports; on CUDA that of torch's
 allocator. All begin with the same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the
@@ -271,7 +275,8 @@ same batches of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 ro
   in float32, as in `bf16-true` it rounds positions beyond 256, and its loss is another one (13.43 for 13.36).
 - **lora**: minilora on a base that is not quantized.
 - **bitsandbytes** has kernels for some processors; **bitsandbytes-pytorch** is its path of PyTorch's operations, as
-  they are, without `torch.compile`.
+  they are, without `torch.compile`. What `dequantize` gives is new memory, which the system clears first: with 4096 x
+  4096 that is most of minilora's time. A run writes into memory that it keeps.
 
 FLOP are those of the frozen weights' forward pass and input gradients, of the adapter, of the head on learned
 tokens, and of causal attention, whose probabilities are made twice; what else is computed again to save memory does

@@ -109,8 +109,10 @@ def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
         RefusedError: a side failed, or did not compute what we did.
     """
     flop = sum(works.training_flops(works.config_of(task.model), batch) for batch in task.batches[task.warm_up :])
-    for _ in range(count):
-        found = {side: measured(task, side) for side in sides}
+    for turn in range(count):
+        first = turn % len(sides)  # another one begins each round, so that a machine that slows down favours nobody
+        taken = {side: measured(task, side) for side in (*sides[first:], *sides[:first])}
+        found = {side: taken[side] for side in sides}
         for side in sides[1:]:
             check_same_work(found[OURS].checks, found[side].checks, task.work.bounds, side)
         if isinstance(task.work, Training):

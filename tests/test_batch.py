@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minilora as ml
+from benchmarks import work
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train.batch import collate, groups, plan_steps
 from tests.models import seeds
@@ -76,6 +77,22 @@ def test_a_window_of_the_permutation_is_cut_into_rows_of_like_lengths(lengths, b
         for i in range(0, len(rows), batch_size)
     ]
     assert sorted(batches) == sorted(expected if window > 1 else [[row] for row in shuffled])
+
+
+def test_a_window_leaves_little_padding_for_a_loss_that_pads_and_larger_batches():
+    """What the README says of rows whose lengths are as those of the benchmarks."""
+    lengths = [len(tokens) for tokens, _ in work.rows("real", 8000, 61)]
+
+    def batches(window):
+        return [
+            [lengths[row] for row in step[0]]
+            for step in plan_steps(lengths, ml.TrainConfig(batch_size=8, sort_window=window))
+        ]
+
+    shuffled, sorted_ = batches(1), batches(64)
+    padded = [round(sum(len(b) * max(b) for b in each) / sum(lengths), 1) for each in (shuffled, sorted_)]
+    assert padded == [2.1, 1.2]
+    assert 1.7 < max(map(sum, sorted_)) / max(map(sum, shuffled)) < 2
 
 
 @given(seeds)
