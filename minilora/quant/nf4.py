@@ -113,7 +113,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
-    tables, tile = _cell_tables(flat.device), tile_rows(flat)
+    tables, tile = _cell_tables(flat.device), _tile(flat, block_size)
     for begin in range(0, 0 if flat.is_meta else n, tile):
         x = flat[begin : begin + tile].to(torch.float32, copy=True)
         whole = x.numel() // block_size * block_size
@@ -176,7 +176,7 @@ def dequantize(
     """
     n = math.prod(shape)
     weight = torch.empty(n, dtype=dtype, device=packed.device) if out is None else out
-    tile = tile_rows(weight)
+    tile = _tile(weight, block_size)
     table = PAIRS[quant_type].to(packed.device, non_blocking=True)
     half = (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
@@ -202,6 +202,11 @@ def _pairs(levels: Tensor) -> Tensor:
     """For each byte the levels of its two halves, float32, as one int64."""
     byte = torch.arange(256)
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
+
+
+def _tile(flat: Tensor, block_size: int) -> int:
+    """How many weights to work on at a time: whole blocks."""
+    return -(-tile_rows(flat) // block_size) * block_size
 
 
 def _dynamic_map() -> Tensor:
