@@ -371,6 +371,18 @@ def test_dropout_draws_other_masks_for_another_step_layer_or_seed():
     assert not any(torch.equal(first, other) for other in (branch(1, 0, 0), branch(0, 1, 0), branch(0, 0, 1)))
 
 
+def test_a_place_with_hooks_is_not_merged():
+    model = adapted()
+    path, layer = next(iter(adapter_layers(model).items()))
+    handle = layer.register_forward_hook(lambda *_: None)
+    for fold in (ml.merge, lambda model: ml.merged(model).__enter__()):
+        with pytest.raises(ml.TargetError, match=f"{path}: has hooks"):
+            fold(model)
+    assert path in adapter_layers(model)
+    handle.remove()
+    ml.merge(model)
+
+
 class Scaled(nn.Module):
     """Like some models of transformers, it scales what a tied head is given."""
 

@@ -329,6 +329,12 @@ def test_an_empty_prompt_is_refused(prompts):
         ml.generate(tiny_model(), prompts)
 
 
+@pytest.mark.parametrize("ids", [[[1.0]], [1, 2], "abc", None, torch.ones(1, 2)])
+def test_what_is_no_rows_of_whole_numbers_is_refused(ids):
+    with pytest.raises(ShapeError, match="rows of whole numbers"):
+        ml.generate(tiny_model(), ids)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -508,7 +508,11 @@ def test_layers_and_steps_share_what_is_compiled(lora):
             for name in ("learning_rate", "epochs", "loraplus_lr_ratio")
             for value in (0, -1.0, math.inf, math.nan)
         ),
-        *((ml.TrainConfig, name, "other") for name in ("lr_scheduler", "keep", "recompute")),
+        *(
+            (ml.TrainConfig, name, "1")
+            for name in ("lr_scheduler", "keep", "recompute", "learning_rate", "max_grad_norm")
+        ),
+        *((ml.TrainConfig, "seed", value) for value in (0.5, 2**32)),
         *((ml.DataConfig, "eval_split", value) for value in (-1, 1, math.nan)),
         (ml.DataConfig, "max_length", 0),
         (ml.DataConfig, "train_on", "other"),

@@ -133,6 +133,9 @@ def test_rows_with_an_adapter_each_and_models_without_one_are_not_merged():
         assert adapter_layers(model) == layers
     with merged_if_faster(tiny_model(), MERGE_TOKENS):
         pass
+    next(iter(layers.values())).register_forward_hook(lambda *_: None)
+    with merged_if_faster(model, MERGE_TOKENS):
+        assert adapter_layers(model) == layers
 
 
 def test_a_second_copy_of_large_weights_is_not_made():

@@ -139,6 +139,11 @@ class MixedBatch:
         return [((name,) if name else (), index) for name, index in zip(kinds, rows, strict=True) if len(index)]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Does more happen in a call than its forward? In the place of the module, another one would leave that out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """The module of the model itself, under what adapters put there."""
     while isinstance(module, Adapted):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import TargetError, TrainingError
-from minilora.lora.adapted import Adapted
+from minilora.lora.adapted import Adapted, has_hooks
 from minilora.lora.config import LoraConfig
 from minilora.lora.find import (
     adapter_layers,
@@ -154,11 +154,11 @@ def merge(model: nn.Module) -> None:
     was shared with another module is shared on only if both come out alike; else the other module keeps its own.
 
     Raises:
-        TargetError: there is no adapter, or none is active; or weights would be shared no longer, in a model that
-            computes otherwise then.
+        TargetError: there is no adapter, none is active, or one's place has hooks; or weights would be shared no
+            longer, in a model that computes otherwise then.
         TrainingError: an adapter holds a number that is not finite; the model is left as it was.
     """
-    layers = _adapted(model)
+    layers = _mergeable(model)
     if not any(layer.active for layer in layers.values()):
         raise TargetError("no adapter is active, so there is nothing to merge")
     for path, layer in layers.items():
@@ -190,9 +190,9 @@ def merged(model: nn.Module) -> Iterator[None]:
     bit: the bases were kept, and nothing is subtracted.
 
     Raises:
-        TargetError: there is no adapter.
+        TargetError: there is no adapter, or one's place has hooks.
     """
-    layers = list(reversed(_adapted(model).values()))  # those that do not act, too, or they could be switched on
+    layers = list(reversed(_mergeable(model).values()))  # those that do not act, too, or they could be switched on
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         # one after the other: what stands around another place sees what that one came to
@@ -252,6 +252,14 @@ def _adapted(model: nn.Module, *names: str) -> dict[str, Adapted]:
     if not layers:
         raise TargetError("the model has no adapter")
     known_adapters(layers.values(), names)
+    return layers
+
+
+def _mergeable(model: nn.Module) -> dict[str, Adapted]:
+    """The places of adapters, none of which has hooks that a plain module in its place would not have."""
+    layers = _adapted(model)
+    if hooked := [path for path, layer in layers.items() if has_hooks(layer)]:
+        raise TargetError(f"{hooked[0]}: has hooks, which would be left out where it is merged; remove them")
     return layers
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, TargetError
-from minilora.lora.adapted import Adapted, Shape
+from minilora.lora.adapted import Adapted, Shape, has_hooks
 from minilora.lora.bases import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
 from minilora.lora.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.lora.copies import TrainedCopy
@@ -267,7 +267,7 @@ def check_places(modules: Mapping[str, nn.Module], layers: Collection[Adapted], 
                 f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"
             )
         module = modules[path]
-        is_own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        is_own = has_hooks(module) or "forward" in module.__dict__
         if is_own and path in parts and issubclass(kind, AdapterLayer) and kind is not AdapterEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would pass by; exclude it")
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -212,7 +213,11 @@ def _prompts(input_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> li
     """The rows of token ids as lists."""
     if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
         raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
-    prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(prompt) for prompt in input_ids]
+    rows = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
+    try:
+        prompts = [[operator.index(token) for token in row] for row in rows]
+    except TypeError as error:
+        raise ShapeError(f"input_ids must be rows of whole numbers, found {input_ids!r:.80}") from error
     if not prompts or not all(prompts):
         raise ShapeError("every prompt needs at least one token")
     for row, prompt in enumerate(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,10 @@ COUNTS = (
 def option(default: Any, help: str, group: str | None = None) -> Any:
     """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
     return field(default=default, metadata={"help": help} | ({"group": group} if group else {}))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -99,15 +104,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 bad.append(f"{name} is {value!r}, need a whole number of at least 1")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                bad.append(f"{name} is {getattr(self, name)!r}, need a finite number of at least 0")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not (_is_number(value := getattr(self, name)) and value >= 0):
+                bad.append(f"{name} is {value!r}, need a finite number of at least 0")
         for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
             value = getattr(self, name)
-            if not (0 < (1 if value is None else value) < math.inf):
-                bad.append(f"{name} is {getattr(self, name)!r}, need a finite number above 0")
-        if self.seed >= 2**32:
-            bad.append(f"seed is {self.seed!r}, need one below 2**32")
+            if not (value is None and name == "loraplus_lr_ratio") and not (_is_number(value) and value > 0):
+                bad.append(f"{name} is {value!r}, need a finite number above 0")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            bad.append(f"seed is {self.seed!r}, need a whole number of at least 0 and below 2**32")
         if self.eval_steps is None and self.selects:
             bad.append("keep best and early_stopping need eval_steps")
         for name, kind in (("lr_scheduler", Scheduler), ("keep", Keep), ("recompute", Recomputing)):
