@@ -163,6 +163,8 @@ def trainings() -> list[Training]:
         Training("qlora-fixed-recompute", bf16, "fixed", "qlora", True, rate=least(1.5), memory=most(0.55)),
         Training("dora-fixed", bf16, "fixed", "dora", rate=least(1.7), memory=most(0.45)),
         Training("bf16-real-recompute", bf16, "real", recompute=True),
+        Training("fp32-fixed-recompute", fp32, "fixed", recompute=True),
+        Training("dora-fixed-recompute", bf16, "fixed", "dora", recompute=True),
         Training("bf16-long", bf16, "long"),
         Training("bf16-long-recompute", bf16, "long", recompute=True),
         Training("qlora-fixed", bf16, "fixed", "qlora", rate=least(0.87), peers=("lora", "peft")),

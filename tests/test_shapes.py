@@ -23,7 +23,7 @@ FUNCTIONS = {
     if any("Tensor" in str(kind) for kind in function.__annotations__.values())
     if not any("Packed" in str(kind) for kind in function.__annotations__.values())  # its own docstring has them
 }
-OTHERS = {"eps": 1e-6, "scale": 0.5, "p": 0.3, "key": "layer", "window": 3, "dtype": torch.bfloat16}
+OTHERS = {"eps": 1e-6, "scale": 0.5, "p": 0.3, "window": 3, "dtype": torch.bfloat16}
 BYTES = ("packed", "codes")  # arguments of uint8
 DIM = r"[\w/.⌈⌉]+"
 SHAPE = rf"\((?:|{DIM}(?:, {DIM})*)\)"

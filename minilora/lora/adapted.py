@@ -76,7 +76,7 @@ class Adapted(nn.Module, ABC):
     def seed_dropout(self, key: str) -> None:
         """Say which dropout masks the next forward pass draws: each adapter has its own, and each place."""
         dropping = [name for name, config in self.configs.items() if config.lora_dropout]
-        self.dropout_seeds = {name: dropout_seed(f"{key}/{self.path}/{name}") for name in dropping}
+        self.dropout_seeds = {name: torch.tensor(dropout_seed(f"{key}/{self.path}/{name}")) for name in dropping}
 
     @abstractmethod
     def add(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -221,9 +221,9 @@ class _Stretch(torch.autograd.Function):
         return dy if needs_dy else None, torch.stack(sums).sum(0) if needs_dk else None
 
 
-def dropout_seed(key: str) -> Tensor:
-    """A number of 56 bits that follows from the key: int64, ()."""
-    return torch.tensor(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little"))
+def dropout_seed(key: str) -> int:
+    """A number of 56 bits that follows from the key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
 
 def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Objective(ABC):
     """A loss, and what a run has to know of its rows (abstract).
 
     Attributes:
-        may_cast: may adapters be cast once a step? What is in their place then is not seen by a loss that changes them.
+        may_cast: are adapters cast once a step? A loss that changes A or B meanwhile would not see it.
     """
 
     may_cast: bool
