@@ -229,7 +229,7 @@ def facts(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
     dates, states = sorted(line["date"] for line in lines), dict[str, list[str]]()
     for line in lines:
         states.setdefault(line["source"], []).append(line["work"])
-    *_, most = sorted(states, key=lambda state: len(set(states[state])))
+    most = max(states, key=lambda state: len(set(states[state])))
     others = (f"of {', '.join(dict.fromkeys(works))} {state}" for state, works in states.items() if state != most)
     return {
         "dates": f"{dates[0][:10]} to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else dates[0][:10],
@@ -252,13 +252,13 @@ HEAD = """# What was measured
 
 Figures are medians of rounds, with the lowest and the highest round in brackets; without brackets there was one. In a
 round everyone has a turn, each in a fresh process, another one first each time; a rate is all of a turn's tokens over
-all its seconds, and a ratio is that of one round. Training is {warm_up} steps that
-do not count, then {steps}; tokens are real ones, never pads; what is done at once is done {repeats} times after one
-which does not count. The peak of memory is the process's, less what it was after the imports; on CUDA that of torch's
-allocator. All begin with the same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the
-same batches of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ
-0.6, 20 to 512), of each the second half learned; *long*, one document of 4,096. `smollm2` has 135 M parameters;
-`llama1b` is Llama-3.2-1B's shape with 4 layers, of random weights.
+all its seconds, and a ratio is that of one round. Training is {warm_up} steps that do not count, then {steps}; tokens
+are real ones, never pads; what is done at once is done {repeats} times after one which does not count. The peak of
+memory is the process's, less what it was after the imports; on CUDA that of torch's allocator. All begin with the
+same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the same batches of random tokens:
+*fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20 to 512), of each the
+second half learned; *long*, one document of 4,096. `smollm2` has 135 M parameters; `llama1b` is Llama-3.2-1B's shape
+with 4 layers, of random weights.
 
 - **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults; `recompute="block"` where it says
   so. It generates within `ml.merged_if_faster`, as `minilora generate` does, the merge included each time.

@@ -221,8 +221,7 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     model.train()
     rate = learning_rate(step, len(run.steps), config)
     losses, counted = _backward(run, step, batches)
-    sizes = [run.objective.tokens(batch) for batch in batches]
-    tokens = counted if None in sizes else sum(size or 0 for size in sizes)
+    tokens = run.objective.tokens(batches)
     norm = flat_norm(segment.gradient for segment in segments)
     is_finite = torch.stack([*losses, norm]).isfinite().all()
     if config.max_grad_norm:
@@ -246,7 +245,7 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
         raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
     memory = peak_memory_bytes(norm.device)
     record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
-    return {**record, "tokens": tokens, "peak_memory_bytes": memory}, upcoming
+    return {**record, "tokens": counted if tokens is None else tokens, "peak_memory_bytes": memory}, upcoming
 
 
 def _update(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:

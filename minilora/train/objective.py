@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,12 +57,16 @@ class Objective(ABC):
         """How many losses the batches have, if that is known before they are computed."""
 
     @abstractmethod
-    def tokens(self, batch: Any) -> int | None:
-        """How many there are in a batch, or None if that is not known."""
+    def tokens(self, batches: list[Any]) -> int | None:
+        """How many there are in the batches, or None if that is not known."""
 
     @abstractmethod
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
-        """Tokens of each row, or 1, if nothing depends on them."""
+        """Tokens of each row, or 1, if nothing depends on them.
+
+        Raises:
+            DataError: something does, and not all rows say how many they have.
+        """
 
     @abstractmethod
     def compilable(self, model: Any) -> list[nn.Module]:
@@ -104,8 +108,8 @@ class TokenLoss(Objective):
     def known_count(self, batches: list[Batch]) -> int:
         return sum(batch.labelled for batch in batches)
 
-    def tokens(self, batch: Batch) -> int:
-        return sum(batch.lengths)
+    def tokens(self, batches: list[Batch]) -> int:
+        return sum(sum(batch.lengths) for batch in batches)
 
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
         return [len(example.tokens) for example in dataset]
@@ -148,22 +152,22 @@ class GivenLoss(Objective):
         return found[0], int(found[1])
 
     def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
-        if self._needs_lengths and any(_size(dataset[i]) is None for i in range(len(dataset))):
-            raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
+        """Any will do."""
 
     def known_count(self, batches: list[Any]) -> None:
         return None
 
-    @property
-    def _needs_lengths(self) -> bool:
-        return self.config.batch_tokens is not None or self.config.sort_window > 1
-
-    def tokens(self, batch: list[Any]) -> int | None:
-        sizes = [_size(row) for row in batch]
-        return None if None in sizes else sum(size or 0 for size in sizes)
+    def tokens(self, batches: list[list[Any]]) -> int | None:
+        sizes = _sizes(row for batch in batches for row in batch)
+        return None if sizes is None else sum(sizes)
 
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
-        return [_size(dataset[i]) or 0 if self._needs_lengths else 1 for i in range(len(dataset))]
+        if self.config.batch_tokens is None and self.config.sort_window == 1:
+            return [1] * len(dataset)
+        sizes = _sizes(dataset[i] for i in range(len(dataset)))
+        if sizes is None:
+            raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
+        return sizes
 
     def compilable(self, model: Any) -> list[nn.Module]:
         return [model]
@@ -221,7 +225,12 @@ def _is_count(value: Any) -> bool:
     return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
 
 
-def _size(row: Any) -> int | None:
-    """How many `tokens` a row has, if it has any."""
-    tokens = row.get("tokens") if isinstance(row, Mapping) else getattr(row, "tokens", None)
-    return None if tokens is None else len(tokens)
+def _sizes(rows: Iterable[Any]) -> list[int] | None:
+    """How many `tokens` each row has; None if one has no such thing."""
+    sizes = []
+    for row in rows:
+        tokens = row.get("tokens") if isinstance(row, Mapping) else getattr(row, "tokens", None)
+        if tokens is None:
+            return None
+        sizes.append(len(tokens))
+    return sizes
