@@ -21,8 +21,8 @@ kernels = pytest.mark.parametrize("kernel", [block_attention, fused_attention, v
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    """Nine rows are several blocks, and torch's kernel of GPUs is stood in for."""
-    monkeypatch.setattr(attention, "_block_size", lambda dtype: 4)
+    """Four rows are two blocks, and torch's kernel of GPUs is stood in for."""
+    monkeypatch.setattr(attention, "_block_size", lambda dtype: 2)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn_as_documented)
 
 
@@ -55,13 +55,16 @@ def wide(tensor):
 
 
 @st.composite
-def inputs(draw, longest=9, dtype=torch.float64, width=3):
-    """q, k, v, lengths and key_lengths of several documents, some of which have keys in a cache."""
+def inputs(draw, longest=9, alike=(1, 2, attention.TOGETHER + 1)):
+    """q, k, v, lengths and key_lengths of several documents, some of which are alike, and some have keys in a cache."""
     seed, kv_heads, group = draw(seeds), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))
-    key_lengths = [n + draw(st.integers(0, 4)) for n in lengths]
-    q = randn(seed, sum(lengths), kv_heads * group, width, dtype=dtype)
-    k, v = (randn(seed + i, sum(key_lengths), kv_heads, width, dtype=dtype) for i in (1, 2))
+    sizes = st.tuples(st.integers(1, longest), st.integers(0, 4), st.sampled_from(alike))
+    documents = [
+        (n, n + past) for n, past, times in draw(st.lists(sizes, min_size=1, max_size=3)) for _ in range(times)
+    ]
+    lengths, key_lengths = map(list, zip(*documents, strict=True))
+    q = randn(seed, sum(lengths), kv_heads * group, 3, dtype=torch.float64)
+    k, v = (randn(seed + i, sum(key_lengths), kv_heads, 3, dtype=torch.float64) for i in (1, 2))
     return [q, k, v, lengths, key_lengths]
 
 
@@ -96,7 +99,7 @@ def test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask(case
 
 
 @pytest.mark.parametrize("kernel", [block_attention, fused_attention])
-@given(inputs(longest=6), windows)
+@given(inputs(longest=4, alike=(1, 2)), windows)
 def test_attention_has_the_gradients_of_finite_differences(kernel, case, window):
     *leaves, lengths, key_lengths = case
     for leaf in leaves:

@@ -285,15 +285,21 @@ MISTAKES = {
     ),
     "attention: the gradient of keys forgets the earlier blocks": Mistake(
         "model/attention.py",
-        "dk[:, keys] += ",
-        "dk[:, keys] = ",
+        "their_dk[:, seen] += ",
+        "their_dk[:, seen] = ",
         "test_attention.py::test_attention_has_the_gradients_of_finite_differences",
     ),
     "attention: the gradient of queries lacks the scale": Mistake(
         "model/attention.py",
-        "_scaled(dS, k[:, keys], scale)",
-        "_scaled(dS, k[:, keys], 1.0)",
+        "_scaled(dS, their_k[:, seen], scale)",
+        "_scaled(dS, their_k[:, seen], 1.0)",
         "test_attention.py::test_attention_has_the_gradients_of_finite_differences",
+    ),
+    "attention: documents of one length are taken for one another": Mistake(
+        "model/attention.py",
+        "x.flatten(2, 3).flatten(0, 1).contiguous()",
+        "x.flatten(2, 3).flip(0).flatten(0, 1).contiguous()",
+        "test_attention.py::test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask",
     ),
     "attention: sums over blocks are rounded to 16 bits": Mistake(
         "model/attention.py",

@@ -15,6 +15,7 @@ block of queries, or before its window, do not enter its product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from minilora.once import once_differentiable
 
+TOGETHER = 4  # documents of one length in a product: with three key heads, one of two threads would wait for the other
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]
 
 
@@ -74,7 +76,7 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
 ) -> Tensor:
-    """`causal_attention` by plain matrix products, a block of queries of one document at a time.
+    """`causal_attention` by plain matrix products, a block of queries of a document, or of some alike, at a time.
 
     No more than a block of scores lives at once, so memory grows with the length of a document, not with its square.
     """
@@ -94,11 +96,12 @@ class _BlockAttention(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
     ) -> Tensor:
         o = torch.empty_like(q)
-        queries, outputs = (_by_key_head(x, k.size(1)) for x in (q, o))
-        k, v = (x.transpose(0, 1).contiguous() for x in (k, v))
-        for rows, keys in _blocks(lengths, key_lengths, window, _block_size(q.dtype)):
-            P = _probabilities(queries[:, rows], k[:, keys], window)
-            outputs[:, rows] = (P @ v[:, keys]).view_as(outputs[:, rows])
+        for rows, keys, count in _alike(lengths, key_lengths):
+            queries, outputs = (_by_key_head(x[rows], k.size(1), count) for x in (q, o))
+            their_k, their_v = (_matrices(_by_key_head(x[keys], k.size(1), count)) for x in (k, v))
+            for block, seen in _blocks(queries.size(2), their_k.size(1), window, _block_size(q.dtype)):
+                P = _probabilities(_matrices(queries[:, :, block]), their_k[:, seen], queries.size(3), window)
+                outputs[:, :, block] = (P @ their_v[:, seen]).view_as(outputs[:, :, block])
         return o
 
     @staticmethod
@@ -112,20 +115,38 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         lengths, key_lengths, window = ctx.where
         scale, wide = q.size(-1) ** -0.5, torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty_like(q)
-        queries, gradients, outputs = (_by_key_head(x, k.size(1)) for x in (q, do, dq))
-        k, v = (x.transpose(0, 1).contiguous() for x in (k, v))
-        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for rows, keys in _blocks(lengths, key_lengths, window, _block_size(q.dtype)):
-            P = _probabilities(queries[:, rows], k[:, keys], window)
-            dy = gradients[:, rows].flatten(1, 2)
-            dv[:, keys] += P.mT @ dy
-            dP = dy @ v[:, keys].mT
-            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-            outputs[:, rows] = _scaled(dS, k[:, keys], scale).view_as(outputs[:, rows])
-            dk[:, keys] += _scaled(dS.mT, queries[:, rows].flatten(1, 2), scale)
-        dk, dv = (x.transpose(0, 1).to(q.dtype) for x in (dk, dv))
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        for rows, keys, count in _alike(lengths, key_lengths):
+            queries, gradients, outputs = (_by_key_head(x[rows], k.size(1), count) for x in (q, do, dq))
+            their_k, their_v = (_matrices(_by_key_head(x[keys], k.size(1), count)) for x in (k, v))
+            their_dk, their_dv = (torch.zeros_like(x, dtype=wide) for x in (their_k, their_v))
+            for block, seen in _blocks(queries.size(2), their_k.size(1), window, _block_size(q.dtype)):
+                asked, dy = (_matrices(x[:, :, block]) for x in (queries, gradients))
+                P = _probabilities(asked, their_k[:, seen], queries.size(3), window)
+                their_dv[:, seen] += P.mT @ dy
+                dP = dy @ their_v[:, seen].mT
+                dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+                outputs[:, :, block] = _scaled(dS, their_k[:, seen], scale).view_as(outputs[:, :, block])
+                their_dk[:, seen] += _scaled(dS.mT, asked, scale)
+            for x, total in ((dk, their_dk), (dv, their_dv)):
+                _by_key_head(x[keys], k.size(1), count).squeeze(3).copy_(total.unflatten(0, (count, -1)))
         return dq, dk, dv, None, None, None
+
+
+def _alike(lengths: Sequence[int], key_lengths: Sequence[int]) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring documents of one length, at most `TOGETHER` of them: their queries, their keys, their number.
+
+    >>> [(rows.stop, keys.stop, count) for rows, keys, count in _alike([5] * 6 + [3], [7] * 6 + [3])]
+    [(20, 28, 4), (30, 42, 2), (33, 45, 1)]
+    """
+    row = key = 0
+    for (length, total), documents in groupby(zip(lengths, key_lengths, strict=True)):
+        left = len(list(documents))
+        while left:
+            count = min(left, TOGETHER)
+            rows, keys = slice(row, row + count * length), slice(key, key + count * total)
+            yield rows, keys, count
+            row, key, left = rows.stop, keys.stop, left - count
 
 
 def _block_size(dtype: torch.dtype) -> int:
@@ -133,37 +154,37 @@ def _block_size(dtype: torch.dtype) -> int:
     return 128 if dtype == torch.bfloat16 else 64
 
 
-def _blocks(
-    lengths: Sequence[int], key_lengths: Sequence[int], window: int | None, size: int
-) -> Iterator[tuple[slice, slice]]:
-    """Blocks of about `size` queries of one document, as even as can be, and the keys that some of them see: the last
+def _blocks(length: int, total: int, window: int | None, size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of about `size` queries of a document, as even as can be, and the keys that some of them see: the last
     key is that of the last query.
 
-    >>> [(rows.stop, keys.start, keys.stop) for rows, keys in _blocks([5, 3], [6, 3], 2, 4)]
-    [(5, 0, 6), (8, 6, 9)]
+    >>> [(block.stop, seen.start, seen.stop) for block, seen in _blocks(5, 6, 2, 2)]
+    [(3, 0, 4), (5, 3, 6)]
     """
-    row = key = 0
-    for length, total in zip(lengths, key_lengths, strict=True):
-        even = -(-length // max(1, round(length / size)))
-        for first in range(0, length, even):
-            last, past = min(first + even, length), total - length
-            begin = 0 if window is None else max(0, past + first - window + 1)
-            yield slice(row + first, row + last), slice(key + begin, key + past + last)
-        row, key = row + length, key + total
+    even = -(-length // max(1, round(length / size)))
+    for first in range(0, length, even):
+        last, past = min(first + even, length), total - length
+        begin = 0 if window is None else max(0, past + first - window + 1)
+        yield slice(first, last), slice(begin, past + last)
 
 
-def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
-    """A view of a tensor of query heads by the key head that they read: (N, H, E) -> (K, N, G, E)."""
-    return x.unflatten(1, (key_heads, -1)).transpose(0, 1)
+def _by_key_head(x: Tensor, key_heads: int, count: int) -> Tensor:
+    """A view of documents of n tokens by the key head that each head reads: (count·n, H, E) -> (count, K, n, G, E)."""
+    return x.unflatten(1, (key_heads, -1)).unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _probabilities(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """softmax(q kᵀ/√E) of queries that are the last ones of the keys: (K, n, G, E), (K, m, E) -> (K, n·G, m).
+def _matrices(x: Tensor) -> Tensor:
+    """A matrix for each document and key head: (count, K, n, G, E) -> (count·K, n·G, E)."""
+    return x.flatten(2, 3).flatten(0, 1).contiguous()
+
+
+def _probabilities(queries: Tensor, keys: Tensor, group: int, window: int | None) -> Tensor:
+    """softmax(q kᵀ/√E) of n queries that are the last ones of the keys: (·, n·G, E), (·, m, E) -> (·, n·G, m).
 
     Where no query's window begins within the keys, only the square at their end has anything to hide.
     """
-    n, m = queries.size(1), keys.size(1)
-    S = _scaled(queries.flatten(1, 2), keys.mT, keys.size(-1) ** -0.5)
+    n, m = queries.size(1) // group, keys.size(1)
+    S = _scaled(queries, keys.mT, keys.size(-1) ** -0.5)
     reach = n if window is None or m <= window else m
     S[..., m - reach :].unflatten(1, (n, -1)).add_(_bias(S, n, reach, window).unsqueeze(1))
     return S.softmax(-1)
