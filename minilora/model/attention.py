@@ -54,11 +54,12 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
 
                                    bfloat16            float32
                                    blocks   fused      blocks   fused
-        4 documents of 512         16       47         40       58
-        8 documents of 62..260     6        14         10       12
-        1 document of 1,024        12       29         35       43
-        1 document of 2,048        42       97         134      142
-        1 document of 4,096        183      364        572      510
+        4 documents of 512         27       69         45       76
+        8 documents of 62..260     13       21         16       16
+        1 document of 1,024        24       42         46       52
+        1 document of 2,048        86       139        177      171
+        2 documents of 2,048       177      283        305      349
+        1 document of 4,096        332      525        724      619
 
     A window makes the fused kernel compute all scores under a dense mask, and blocks leave them out. In 16 bits a GPU
     has a kernel for documents that are laid end to end; that it is chosen rests on its design, nothing was measured.
