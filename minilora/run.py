@@ -157,8 +157,12 @@ class Run:
         self.began = datetime.fromisoformat(starts[0]["time"])
         return newest_step(self.out / "checkpoints")
 
-    def load(self, is_forced: bool = False) -> tuple[Llama | Classifier, Data, ParameterCount]:
+    def load(self, is_forced: bool = False, is_dry: bool = False) -> tuple[Llama | Classifier, Data, ParameterCount]:
         """The model with a fresh adapter, or as it is with all weights to be trained, and the data.
+
+        Args:
+            is_forced: also where it takes more memory than is free.
+            is_dry: the model without its numbers; what it takes is not asked.
 
         Raises:
             TrainingError: it takes more memory than is free, and is not forced.
@@ -169,11 +173,11 @@ class Run:
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         device = pick_device(self.config.device)
-        if device.type != "meta" and not (is_forced and self.training.recompute != "auto"):
+        if not (is_dry or (is_forced and self.training.recompute != "auto")):
             told = self.fit(data, device)
             if not is_forced:
                 check_memory(self, data, device, told)
-        model = self.base_for(data, self.dtype, device, self.quantization)
+        model = self.base_for(data, self.dtype, "meta" if is_dry else device, self.quantization)
         if not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.lora_for(data), seed=self.training.seed, losses=losses)
@@ -299,6 +303,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: there is no such device here.
     """
+    if name == "meta":
+        raise ConfigError("device 'meta' cannot be used: it holds no numbers")
     if name != "auto":
         try:
             return torch.empty(0, device=name).device

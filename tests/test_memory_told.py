@@ -94,9 +94,9 @@ def words(directory, out):
 
 def planned(directory, out, **training):
     """The run of those words, and its data."""
-    where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), str(out), device="meta")
+    where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), str(out), device="cpu")
     made = Run(where, QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training))
-    return made, made.load()[1]
+    return made, made.load(is_dry=True)[1]
 
 
 def test_a_dry_run_tells_each_part_beside_what_is_free(directory, tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 
 from minilora.cli.command import INTERRUPTED, Options, say, say_bad
 from minilora.cli.flags import from_flags, read_config
@@ -30,20 +29,18 @@ from minilora.train.loop import TrainResult
 
 def run(options: Options) -> int:
     where = from_flags(RunConfig, options)
-    if options["dry_run"]:
-        device = pick_device(where.device)
-        where = replace(where, device="meta")  # the model without its numbers
     reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
     quantization = from_flags(QuantizeConfig, options)
     if quantization.quantize == "none" and quantization != QuantizeConfig():
         raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
     run = Run(where, quantization, from_flags(LoraConfig, options), reading, training)
     step = 0 if options["dry_run"] else run.prepare()
-    model, data, count = run.load(options["force"])
+    model, data, count = run.load(options["force"], options["dry_run"])
     say_quantization(base_held(model), ())
     if options["dry_run"]:
         _tell(model, data, run.reading)
         print(preview(data, run.training, count))
+        device = pick_device(where.device)
         found = run.fit(data, device)
         print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
         _tell_recompute(training, run.training)
