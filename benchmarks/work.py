@@ -1,6 +1,6 @@
 """What is measured: models, rows of tokens, and one data class for each kind of work.
 
-    H  hidden_size    F  intermediate_size    V  vocab_size    r  rank    T  tokens of a document
+    D  hidden_size    F  intermediate_size    V  vocab_size    r  rank    T  tokens of a document
 
 Lengths of rows, three kinds of them:
     fixed  4 rows of 512 tokens, all learned
@@ -264,18 +264,18 @@ def training_flops(config: dict[str, Any], batch: Sequence[Row], rank: int = RAN
     """FLOP of the forward and backward passes of LoRA, without what is computed again to save memory.
 
     A frozen linear (n, m) with an adapter takes T (4 m n + 6 r (m + n)): forward, the gradient of its input, and the
-    adapter's own; the head 4 V H a labelled token. Causal attention of a document has T²/2 pairs of positions, and 7
+    adapter's own; the head 4 V D a labelled token. Causal attention of a document has T²/2 pairs of positions, and 7
     products of 2 FLOP a pair and dimension, as they are usually counted: 2 forward and 5 backward, of which one makes
     the probabilities again, which nobody keeps.
     """
     lengths = [len(tokens) for tokens, _ in batch]
-    H, F, V = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
-    E = config.get("head_dim") or H // config["num_attention_heads"]
-    D, K = config["num_attention_heads"] * E, config["num_key_value_heads"] * E
-    linears = [(D, H), (K, H), (K, H), (H, D), (F, H), (F, H), (H, F)]
+    D, F, V = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    E = config.get("head_dim") or D // config["num_attention_heads"]
+    Q, K = config["num_attention_heads"] * E, config["num_key_value_heads"] * E
+    linears = [(Q, D), (K, D), (K, D), (D, Q), (F, D), (F, D), (D, F)]
     a_token = sum(4 * m * n + 6 * rank * (m + n) for n, m in linears)
-    attention = sum(7 * D * T * T for T in lengths)
-    return config["num_hidden_layers"] * (a_token * sum(lengths) + attention) + 4.0 * V * H * labelled(batch)
+    attention = sum(7 * Q * T * T for T in lengths)
+    return config["num_hidden_layers"] * (a_token * sum(lengths) + attention) + 4.0 * V * D * labelled(batch)
 
 
 def config_of(directory: Path) -> dict[str, Any]:

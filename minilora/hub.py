@@ -48,6 +48,7 @@ class _Rules:
     builtin: Path | None = None
 
 
+CONFIGS: dict[Kind, str] = {"model": "config.json", "adapter": "adapter_config.json"}
 RULES: dict[Kind, _Rules] = {
     "model": _Rules(
         "no such directory; a model is a directory with config.json, 'minilora/builtin'",
@@ -93,8 +94,9 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         return Location(rules.builtin, name)
     path = Path(name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
-        if kind == "adapter" and not (path / "adapter_config.json").exists() and (path / "config.json").is_file():
-            raise FormatError(f"{path}: is a model and no adapter; name it as the model")
+        for other, file in CONFIGS.items() if kind in CONFIGS and not (path / CONFIGS[kind]).exists() else ():
+            if (path / file).is_file():
+                raise FormatError(f"{path}: holds {file} and no {CONFIGS[kind]}; name it as the {other}")
         return Location(path, name)
     if hub_id := _hub_id(name_or_path, kind):
         return _download(hub_id[1], hub_id[2], kind)

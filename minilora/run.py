@@ -303,13 +303,16 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: there is no such device here.
     """
-    if name == "meta":
-        raise ConfigError("device 'meta' cannot be used: it holds no numbers")
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
-            raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+            device = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError):  # AssertionError: a build of torch without CUDA
+            device = torch.device("meta")
+        if device.type == "meta":
+            raise ConfigError(
+                f"device {name!r} cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there"
+            )
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -3,6 +3,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import ceil
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -140,6 +141,14 @@ def test_max_steps_counts_steps_whatever_the_epochs_and_begins_like_a_longer_run
     plan = plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, max_steps=steps, epochs=epochs))
     assert len(plan) == steps
     assert plan == plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps))[:steps]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": 10**6 + 1}, {"max_steps": 10**30}, {"epochs": 3e5}, {"epochs": 1e300}]
+)
+def test_more_steps_than_a_plan_can_hold_are_refused_at_once(changes):
+    with pytest.raises(ml.ConfigError, match=r"max_steps .*, epochs .*: need at most 1,000,000 steps"):
+        plan_steps([1] * 20, ml.TrainConfig(**changes))
 
 
 @given(st.lists(examples(), min_size=1, max_size=5))

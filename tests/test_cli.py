@@ -521,7 +521,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
             "number of at least 1; epochs is inf",
         ),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
-        ("generate --model=model --prompt=Hi --device=meta", "device 'meta' cannot be used: it holds no numbers"),
+        ("generate --model=model --prompt=Hi --device=meta", "device 'meta' cannot be used here; need auto, cpu,"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("generate --model=model --prompt=a --compare-base", "--compare-base needs --adapter"),

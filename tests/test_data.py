@@ -480,6 +480,8 @@ NOTHING = "it is empty, so there is nothing to learn"
         ({}, "keys [] are of no known shape"),
         ({"body": "a", "id": 1}, "keys ['body', 'id'] are of no known shape"),
         ({"prompt": "a"}, "no known shape"),
+        ({"text": "a", "label": "b"}, "a class is learned with --task SEQ_CLS, the text alone with --text-field text"),
+        ({"tokens": ["a"], "labels": ["b"]}, "classes are learned with --task TOKEN_CLS"),
         ({"prompt": "a", "completion": None}, "completion: found None, need text"),
         ({"prompt": ["a"], "completion": "b"}, "need two texts or two lists of messages"),
         ({"prompt": "a", "completion": 5}, "completion: found 5, need text"),

@@ -197,6 +197,9 @@ def test_of_a_linear_r_numbers_a_row_are_kept_besides_x_and_of_a_stretch_nothing
     cast = tuple(factor.detach().to(dtype) for factor in tensors[3:])
     known = [*tensors, *cast]
     assert kept_beyond(known, lambda: lora_linear(*tensors, 0.5, cast if is_cast else None)) == N * r * dtype.itemsize
+    tensors[1].requires_grad_(False)
+    tensors[3].requires_grad_(False)  # x is there for the gradients of W and A alone
+    assert kept_beyond(known[1:], lambda: lora_linear(*tensors, 0.5)) == N * r * dtype.itemsize
     y, k = randn(seed, N, 10).to(dtype).requires_grad_(), randn(seed, 10).float().requires_grad_()
     assert kept_beyond([y, k], lambda: dora_stretch(y, k)) == 0
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.model.generate import penalize, probabilities
+from minilora.model.cache import KVCache
+from minilora.model.generate import _next_logits, penalize, probabilities
 from tests.models import FAMILIES, SIZES, randn, randomize_adapters_, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
@@ -327,6 +330,33 @@ def test_a_tensor_that_is_no_batch_is_refused(shape):
 def test_an_empty_prompt_is_refused(prompts):
     with pytest.raises(ShapeError, match="at least one token"):
         ml.generate(tiny_model(), prompts)
+
+
+class Transfers(TorchDispatchMode):
+    """The operations, and whether each has to do with two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        self.seen.append((func._schema.name, len({tensor.device for tensor in tensors}) > 1))
+        return result
+
+
+def test_nothing_is_sent_to_a_device_that_is_at_work():
+    """Or the sender would wait until all of its work is done."""
+    model = tiny_model().to("meta")
+    cache = KVCache(model.config, 2, 9, torch.float64, torch.device("meta"))
+    with Transfers() as transfers:
+        _next_logits(model, [[1, 2, 3], [4, 5]], cache)
+    names = [name for name, _ in transfers.seen]
+    at_work = transfers.seen[names.index("aten::mm") :]
+    assert len(at_work) > 100
+    assert not [name for name, is_sent in at_work if is_sent]
+    assert any(is_sent for _, is_sent in transfers.seen)
 
 
 @pytest.mark.parametrize("ids", [[[1.0]], [1, 2], "abc", None, torch.ones(1, 2)])

@@ -407,7 +407,14 @@ def test_a_fetch_is_silent_where_there_is_no_terminal(hub, models, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_that_is_given_as_an_adapter_is_told(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ml.FormatError, match="is a model and no adapter"):
-        fetch(tmp_path, "adapter")
+@pytest.mark.parametrize(
+    ("held", "kind", "words"),
+    [
+        ("config.json", "adapter", "holds config.json and no adapter_config.json; name it as the model"),
+        ("adapter_config.json", "model", "holds adapter_config.json and no config.json; name it as the adapter"),
+    ],
+)
+def test_a_model_that_is_given_as_an_adapter_is_told_and_an_adapter_given_as_a_model(tmp_path, held, kind, words):
+    (tmp_path / held).write_text("{}")
+    with pytest.raises(ml.FormatError, match=words):
+        fetch(tmp_path, kind)

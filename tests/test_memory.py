@@ -119,12 +119,12 @@ def test_not_all_of_a_long_loss_is_traced(monkeypatch):
     model, chunks = adapted(), []
 
     def traced(hidden, labels, head):
-        chunks.append(-(-len(hidden) // ops.HEAD_CHUNK))
+        chunks.append(-(-len(hidden) // ops.head_chunk(head)))
         return cross_entropy(hidden, labels, head)
 
     cross_entropy = ops.labelled_cross_entropy
     monkeypatch.setattr(ops, "labelled_cross_entropy", traced)
-    monkeypatch.setattr(ops, "HEAD_CHUNK", 2)
+    monkeypatch.setattr(ops, "head_chunk", lambda head: 2)
     some = told(model)
     monkeypatch.setattr(memory, "HEAD_CHUNKS", LABELLED)
     assert told(model) == some

@@ -24,7 +24,7 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Nine rows are more than one chunk, and a chunk more than one tile."""
-    monkeypatch.setattr(ops, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(ops, "head_chunk", lambda head: 3)
     small_tiles(monkeypatch, 20)
 
 

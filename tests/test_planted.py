@@ -285,20 +285,20 @@ MISTAKES = {
     ),
     "attention: the gradient of keys forgets the earlier blocks": Mistake(
         "model/attention.py",
-        "their_dk[:, seen] += ",
-        "their_dk[:, seen] = ",
+        "dk[:, seen] += ",
+        "dk[:, seen] = ",
         "test_attention.py::test_attention_has_the_gradients_of_finite_differences",
     ),
     "attention: the gradient of queries lacks the scale": Mistake(
         "model/attention.py",
-        "_scaled(dS, their_k[:, seen], scale)",
-        "_scaled(dS, their_k[:, seen], 1.0)",
+        "_scaled(dS, k[:, seen], scale)",
+        "_scaled(dS, k[:, seen], 1.0)",
         "test_attention.py::test_attention_has_the_gradients_of_finite_differences",
     ),
     "attention: documents of one length are taken for one another": Mistake(
         "model/attention.py",
-        "x.flatten(2, 3).flatten(0, 1).contiguous()",
-        "x.flatten(2, 3).flip(0).flatten(0, 1).contiguous()",
+        ".transpose(1, 2).reshape(-1, heads, E)",
+        ".transpose(1, 2).flip(0).reshape(-1, heads, E)",
         "test_attention.py::test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask",
     ),
     "attention: sums over blocks are rounded to 16 bits": Mistake(
@@ -307,10 +307,10 @@ MISTAKES = {
         "wide = q.size(-1) ** -0.5, q.dtype",
         "test_attention.py::test_the_gradient_of_a_key_that_many_blocks_see_is_summed_in_float32",
     ),
-    "attention: probabilities are kept": Mistake(
+    "attention: the output is kept, too": Mistake(
         "model/attention.py",
-        "ctx.save_for_backward(q, k, v)",
-        "ctx.save_for_backward(q, k, v, output)",
+        "ctx.save_for_backward(*qkv)",
+        "ctx.save_for_backward(*qkv, output)",
         "test_attention.py::test_blocks_save_queries_keys_and_values_and_nothing_else",
     ),
     "the gradient of a norm passes along the row, too": Mistake(

@@ -106,7 +106,8 @@ def _merge(options: Options, combined: Path | None, out: Path) -> int:
         found.tokenizer,
         trained=trained if is_known else None,
     )
-    print(f"{_in_words(deviation, is_known)}\nmerged model written to {out}")
+    is_exchanged = target in ("original", "requantized") and found.quantize.quantize != "none"
+    print(f"{_in_words(deviation, is_known, is_exchanged)}\nmerged model written to {out}")
     return 0
 
 
@@ -124,8 +125,8 @@ def _print_cut(cuts: Mapping[str, Cut]) -> None:
         )
 
 
-def _in_words(deviation: Deviation, is_known: bool) -> str:
-    """`is_known`: it is the base of the training that it is measured against."""
+def _in_words(deviation: Deviation, is_known: bool, is_exchanged: bool) -> str:
+    """`is_known`: it is measured against the base of the training; `is_exchanged`: another one is written."""
     if deviation.overall is None:
         return "the adapter changes nothing"
     words = (
@@ -135,6 +136,6 @@ def _in_words(deviation: Deviation, is_known: bool) -> str:
     if deviation.overall > NOTABLE:
         words += (
             f"\nwhat was rounded or exchanged is {deviation.overall:.0%} of what the adapter does; --dtype float32 "
-            "rounds less, --target dequantized exchanges nothing"
+            f"rounds less{', --target dequantized exchanges nothing' if is_exchanged else ''}"
         )
     return words

@@ -187,7 +187,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """The model with its active adapters folded into the weights, for as long as the block lasts.
 
     It computes as fast as without adapters, and holds the adapted weights twice. Then everything is as it was, to the
-    bit: the bases were kept, and nothing is subtracted.
+    bit: the bases were kept, and nothing is subtracted; what was attached within the block is gone with it.
 
     Raises:
         TargetError: there is no adapter, or one's place has hooks.

@@ -123,8 +123,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, lora_A, lora_B, ctx.scale, cast_A, cast_B, ctx.remake, *parts = inputs
-        ctx.dtypes, factors = (lora_A.dtype, lora_B.dtype), (lora_A, lora_B) if cast_A is None else (cast_A, cast_B)
-        ctx.save_for_backward(x, output[1], *factors, *(parts if ctx.remake else (weight,)))
+        _, needs_dW, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
+        ctx.dtypes = lora_A.dtype, lora_B.dtype
+        factors = (lora_A, lora_B) if cast_A is None else (cast_A, cast_B)
+        rows = x if needs_dW or needs_dA else None, output[1] if needs_dB else None
+        ctx.save_for_backward(*rows, *factors, *(parts if ctx.remake else (weight,)))
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of u, which there is none of
 
@@ -137,7 +140,7 @@ class _Linear(torch.autograd.Function):
         needs_dx, needs_dW, needs_db, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
         dx = _gradient_of_x(ctx, dy, h, lora_A.to(dy.dtype), parts) if needs_dx else None
-        x = x.to(dy.dtype)
+        x = x.to(dy.dtype) if needs_dW or needs_dA else x
         dW = dy.T @ x if needs_dW else None
         db = dy.sum(0) if needs_db else None
         dA = (h.T @ x).to(ctx.dtypes[0]) if needs_dA else None

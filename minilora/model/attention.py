@@ -15,7 +15,6 @@ block of queries, or before its window, do not enter its product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from minilora.once import once_differentiable
 
-TOGETHER = 4  # documents of one length in a product: with three key heads, one of two threads would wait for the other
+TOGETHER = 16  # matrices in a product, at most, of documents of one length: with three, one of two threads would wait
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]
 
 
@@ -61,17 +60,19 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
         2 documents of 2,048       177      283        305      349
         1 document of 4,096        332      525        724      619
 
-    A window makes the fused kernel compute all scores under a dense mask, and blocks leave them out. In 16 bits a GPU
-    has a kernel for documents that are laid end to end; that it is chosen rests on its design, nothing was measured.
+    A window makes the fused kernel compute all scores under a dense mask, which the backward pass needs again; blocks
+    leave them out. In 16 bits a GPU has a kernel for documents that are laid end to end; that it is chosen there, and
+    the fused one elsewhere, rests on their design: nothing was measured.
     """
+    longest = max(key_lengths)
+    is_windowed = window is not None and window < longest
     if q.device.type == "cpu":
-        longest = max(key_lengths)
-        is_short = longest <= 2048 or (window is not None and window < longest)
-        return block_attention if q.dtype == torch.bfloat16 or is_short else fused_attention
+        return block_attention if q.dtype == torch.bfloat16 or longest <= 2048 or is_windowed else fused_attention
     has_varlen = q.device.type == "cuda" and torch.__version__ >= "2.13"  # since then with windows and grouped heads
     is_able = has_varlen and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
-    return varlen_attention if is_able and fits else fused_attention
+    if is_able and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256:
+        return varlen_attention
+    return block_attention if is_windowed else fused_attention
 
 
 def block_attention(
@@ -81,102 +82,106 @@ def block_attention(
 
     No more than a block of scores lives at once, so memory grows with the length of a document, not with its square.
     """
-    return _BlockAttention.apply(q, k, v, lengths, key_lengths, window)
+    heads, key_heads, outputs = q.size(1), k.size(1), []
+    alike = list(_alike(lengths, key_lengths, max(1, TOGETHER // key_heads)))
+    queries = q.split([count * n for n, _, count in alike])
+    keys, values = (x.split([count * m for _, m, count in alike]) for x in (k, v))
+    for *qkv, (_, _, count) in zip(queries, keys, values, alike, strict=True):
+        matrices = (_matrices(x, count, key_heads) for x in qkv)
+        o = _BlockAttention.apply(*matrices, heads // key_heads, window)
+        outputs.append(_rows(o, count, heads))
+    return torch.cat(outputs)
 
 
 class _BlockAttention(torch.autograd.Function):
     """S = q kᵀ/√E, P = softmax(S), o = P v;  dv = Pᵀ do,  dP = do vᵀ,  dS = P ∘ (dP - rowsum(P ∘ dP)),
     dq = dS k/√E,  dk = dSᵀ q/√E.
 
-    Saved are q, k and v, which grow with N; P, which grows with N², is made again block by block [Flash §3.1]. The sums
-    of dk and dv over blocks are taken in float32.
+    Of documents of one length, n queries and m keys: a matrix for each and each key head, with a row for each query
+    that reads it. Saved are q, k and v, which grow with n; P, which grows with n·m, is made again block by block
+    [Flash §3.1]. The sums of dk and dv over blocks are taken in float32.
+
+    Shapes: q (·, n·G, E), k (·, m, E), v (·, m, E) -> (·, n·G, E)
     """
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
-    ) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor, group: int, window: int | None) -> Tensor:
         o = torch.empty_like(q)
-        for rows, keys, count in _alike(lengths, key_lengths):
-            queries, outputs = (_by_key_head(x[rows], k.size(1), count) for x in (q, o))
-            their_k, their_v = (_matrices(_by_key_head(x[keys], k.size(1), count)) for x in (k, v))
-            for block, seen in _blocks(queries.size(2), their_k.size(1), window, _block_size(q.dtype)):
-                P = _probabilities(_matrices(queries[:, :, block]), their_k[:, seen], queries.size(3), window)
-                outputs[:, :, block] = (P @ their_v[:, seen]).view_as(outputs[:, :, block])
+        for rows, seen in _blocks(q, k, group, window):
+            o[:, rows] = _probabilities(q[:, rows], k[:, seen], group, window) @ v[:, seen]
         return o
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, *ctx.where = inputs
-        ctx.save_for_backward(q, k, v)
+        *qkv, ctx.group, ctx.window = inputs
+        ctx.save_for_backward(*qkv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        lengths, key_lengths, window = ctx.where
         scale, wide = q.size(-1) ** -0.5, torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for rows, keys, count in _alike(lengths, key_lengths):
-            queries, gradients, outputs = (_by_key_head(x[rows], k.size(1), count) for x in (q, do, dq))
-            their_k, their_v = (_matrices(_by_key_head(x[keys], k.size(1), count)) for x in (k, v))
-            their_dk, their_dv = (torch.zeros_like(x, dtype=wide) for x in (their_k, their_v))
-            for block, seen in _blocks(queries.size(2), their_k.size(1), window, _block_size(q.dtype)):
-                asked, dy = (_matrices(x[:, :, block]) for x in (queries, gradients))
-                P = _probabilities(asked, their_k[:, seen], queries.size(3), window)
-                their_dv[:, seen] += P.mT @ dy
-                dP = dy @ their_v[:, seen].mT
-                dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-                outputs[:, :, block] = _scaled(dS, their_k[:, seen], scale).view_as(outputs[:, :, block])
-                their_dk[:, seen] += _scaled(dS.mT, asked, scale)
-            for x, total in ((dk, their_dk), (dv, their_dv)):
-                _by_key_head(x[keys], k.size(1), count).squeeze(3).copy_(total.unflatten(0, (count, -1)))
-        return dq, dk, dv, None, None, None
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for rows, seen in _blocks(q, k, ctx.group, ctx.window):
+            P = _probabilities(q[:, rows], k[:, seen], ctx.group, ctx.window)
+            dv[:, seen] += P.mT @ do[:, rows]
+            dP = do[:, rows] @ v[:, seen].mT
+            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+            dq[:, rows] = _scaled(dS, k[:, seen], scale)
+            dk[:, seen] += _scaled(dS.mT, q[:, rows], scale)
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None
 
 
-def _alike(lengths: Sequence[int], key_lengths: Sequence[int]) -> Iterator[tuple[slice, slice, int]]:
-    """Neighbouring documents of one length, at most `TOGETHER` of them: their queries, their keys, their number.
+def _alike(lengths: Sequence[int], key_lengths: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring documents of one length, at most so many: queries and keys of each, and their number.
 
-    >>> [(rows.stop, keys.stop, count) for rows, keys, count in _alike([5] * 6 + [3], [7] * 6 + [3])]
-    [(20, 28, 4), (30, 42, 2), (33, 45, 1)]
+    >>> list(_alike([5, 5, 5, 3], [7, 7, 7, 3], 2))
+    [(5, 7, 2), (5, 7, 1), (3, 3, 1)]
     """
-    row = key = 0
-    for (length, total), documents in groupby(zip(lengths, key_lengths, strict=True)):
-        left = len(list(documents))
-        while left:
-            count = min(left, TOGETHER)
-            rows, keys = slice(row, row + count * length), slice(key, key + count * total)
-            yield rows, keys, count
-            row, key, left = rows.stop, keys.stop, left - count
+    documents, first = list(zip(lengths, key_lengths, strict=True)), 0
+    while first < len(documents):  # not by groupby, which torch.compile takes with numbers that it knows alone
+        last = first + 1
+        while last < min(first + most, len(documents)) and documents[last] == documents[first]:
+            last += 1
+        yield *documents[first], last - first
+        first = last
 
 
 def _block_size(dtype: torch.dtype) -> int:
-    """Queries of a block: the fastest of 64, 96, 128, 192 and 256 in the cases of `kernel_for`."""
+    """Queries of a block: the fastest of 64, 96, 128, 192 and 256 in the two dtypes and the cases of `kernel_for`."""
     return 128 if dtype == torch.bfloat16 else 64
 
 
-def _blocks(length: int, total: int, window: int | None, size: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of about `size` queries of a document, as even as can be, and the keys that some of them see: the last
-    key is that of the last query.
+def _blocks(q: Tensor, k: Tensor, group: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Rows of about `_block_size` queries, as even as can be, and the keys that some of them see: the last key is that
+    of the last query.
 
-    >>> [(block.stop, seen.start, seen.stop) for block, seen in _blocks(5, 6, 2, 2)]
-    [(3, 0, 4), (5, 3, 6)]
+    >>> q, k = torch.empty(1, 2 * 200, 8), torch.empty(1, 210, 8)
+    >>> [(rows.stop, seen.start, seen.stop) for rows, seen in _blocks(q, k, 2, 100)]
+    [(134, 0, 77), (268, 0, 144), (400, 45, 210)]
     """
-    even = -(-length // max(1, round(length / size)))
-    for first in range(0, length, even):
-        last, past = min(first + even, length), total - length
+    n, m = q.size(1) // group, k.size(1)
+    even = -(-n // max(1, round(n / _block_size(q.dtype))))
+    for first in range(0, n, even):
+        last, past = min(first + even, n), m - n
         begin = 0 if window is None else max(0, past + first - window + 1)
-        yield slice(first, last), slice(begin, past + last)
+        yield slice(first * group, last * group), slice(begin, past + last)
 
 
-def _by_key_head(x: Tensor, key_heads: int, count: int) -> Tensor:
-    """A view of documents of n tokens by the key head that each head reads: (count·n, H, E) -> (count, K, n, G, E)."""
-    return x.unflatten(1, (key_heads, -1)).unflatten(0, (count, -1)).transpose(1, 2)
+def _matrices(x: Tensor, count: int, key_heads: int) -> Tensor:
+    """A matrix for each of `count` documents and each key head: (count·n, K·G, E) -> (count·K, n·G, E).
+
+    A copy even of a single token: a view, once saved, would keep what it is a view of.
+    """
+    E = x.size(-1)
+    heads = x.view(count, -1, key_heads, x.size(1) // key_heads, E).transpose(1, 2)
+    return heads.clone(memory_format=torch.contiguous_format).view(count * key_heads, -1, E)
 
 
-def _matrices(x: Tensor) -> Tensor:
-    """A matrix for each document and key head: (count, K, n, G, E) -> (count·K, n·G, E)."""
-    return x.flatten(2, 3).flatten(0, 1).contiguous()
+def _rows(x: Tensor, count: int, heads: int) -> Tensor:
+    """The way back: (count·K, n·G, E) -> (count·n, K·G, E)."""
+    key_heads, E = x.size(0) // count, x.size(-1)
+    return x.view(count, key_heads, -1, heads // key_heads, E).transpose(1, 2).reshape(-1, heads, E)
 
 
 def _probabilities(queries: Tensor, keys: Tensor, group: int, window: int | None) -> Tensor:
@@ -239,6 +244,6 @@ def varlen_attention(
         return counted.to(q.device, non_blocking=True)  # not pinned: a forecast's stand-ins cannot be
 
     longest = max(key_lengths)
-    reach = -1 if window is None or window > longest else window - 1, 0  # keys before and after a query; -1: all
+    before = -1 if window is None or window > longest else window - 1  # keys that a query sees; -1: all
     where: Any = (ends(lengths), ends(key_lengths), max(lengths), longest)
-    return cast(Tensor, varlen_attn(q, k, v, *where, window_size=reach, enable_gqa=q.size(1) != k.size(1)))
+    return cast(Tensor, varlen_attn(q, k, v, *where, window_size=(before, 0), enable_gqa=q.size(1) != k.size(1)))

@@ -101,11 +101,11 @@ def penalize(logits: Tensor, documents: Sequence[Sequence[int]], penalty: float)
 
     Shapes: logits (B, V), documents B lists of token ids -> (B, V)
     """
-    is_held = torch.zeros_like(logits, dtype=torch.bool)
+    is_held = torch.zeros(logits.shape, dtype=torch.bool)  # on the CPU, so that it goes to a device once and not by row
     for row, document in zip(is_held, documents, strict=True):
         row[list(document)] = True
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.where(is_held, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return torch.where(is_held.to(logits.device), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -184,11 +184,11 @@ def _continue(
 def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
     """Logits of what follows the last token of each document that has tokens here: (B, V), or fewer."""
     device = model.model.embed_tokens.weight.device
-    tokens = torch.tensor([token for document in feed for token in document], device=device)
     lengths = [len(document) for document in feed]
-    hidden = model.model(tokens, lengths, cache)
-    ends = torch.tensor([end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length])
-    return model.lm_head(hidden[ends.to(device)])
+    ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
+    tokens = torch.tensor([token for document in feed for token in document], device=device)
+    last = torch.tensor(ends, device=device)  # sent before the device is at work: a later copy waits for all of that
+    return model.lm_head(model.model(tokens, lengths, cache)[last])
 
 
 def _check(

@@ -149,7 +149,7 @@ class Trunk(nn.Module):
         Raises:
             ShapeError: the lengths do not add up to N, or one is negative.
         """
-        if min(lengths, default=0) < 0 or not sum(lengths) == tokens.numel() > 0:
+        if any(length < 0 for length in lengths) or not sum(lengths) == tokens.numel() > 0:
             raise ShapeError(f"lengths {list(lengths)} do not describe {tokens.numel()} tokens")
         if cache is not None:
             cache.begin(lengths)

@@ -25,7 +25,7 @@ from minilora.once import once_differentiable
 from minilora.tiles import tile_rows
 
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
-HEAD_CHUNK = 512  # rows of logits alive at a time: of 49,152 in bfloat16 50 MB, and as much for their gradient
+HEAD_LOGITS = 3 * 2**23  # alive at a time: in bfloat16 50 MB, and as much for their gradient; see `head_chunk`
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -148,10 +148,15 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     return labelled_cross_entropy(hidden[labelled], labels[labelled], head)
 
 
+def head_chunk(head: nn.Module) -> int:
+    """How many rows of logits are alive at a time: 512 of 49,152, in float32 a tenth faster than 256 would be."""
+    return max(1, HEAD_LOGITS // getattr(head, "out_features", 2**16))  # a head that is no linear may not say it
+
+
 def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """Σ -log softmax(head(h))[label] over rows that all have a label.
 
-    The head sees `HEAD_CHUNK` rows at a time, and each chunk's gradient is made while its logits are still alive, so
+    The head sees `head_chunk` rows at a time, and each chunk's gradient is made while its logits are still alive, so
     full logits never exist. The head is called as a module: adapted, tied or trained ones work alike.
 
     Shapes: hidden (N, D), labels (N) -> ()
@@ -163,7 +168,7 @@ def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> T
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)[0]
-    losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in _chunks(hidden, labels)]
+    losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in _chunks(head, hidden, labels)]
     return torch.stack(losses).sum()
 
 
@@ -179,12 +184,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
         hidden_grads = torch.empty_like(hidden)  # made first: what is kept would lie between the chunks' own logits
         trained_grads = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
-        for (rows, row_labels), row_grads in zip(_chunks(hidden, labels), hidden_grads.split(HEAD_CHUNK), strict=True):
+        for rows, row_labels, row_grads in _chunks(head, hidden, labels, hidden_grads):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 logits = head(leaf.clone())  # the head may change what it is given
-            for stray in {*_leaves(logits)} - {leaf, *trained}:
-                shape = tuple(stray.shape)
+            if strays := {*_leaves(logits)} - {leaf, *trained}:
+                shape = tuple(strays.pop().shape)
                 raise TrainingError(f"the head computes with a trained {shape} that is no parameter of it")
             dlogits = torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
@@ -226,8 +231,8 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
                 yield node.variable
 
 
-def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
+def _chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(head_chunk(head)) for tensor in tensors), strict=True)
 
 
 def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tensor:

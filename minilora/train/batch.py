@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minilora.errors import ConfigError
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train.config import TrainConfig
 from minilora.train.data import Example
 
 Rows = list[int]  # indices of the rows of one micro-batch
+MOST_STEPS = 1_000_000
 EPOCH_SEEDS = 1_000_003  # apart enough that no two (seed, epoch) of sensible size meet
 
 
@@ -63,6 +65,9 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
     Each epoch is a fresh permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
     step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, so many rows
     of the permutation at a time are sorted by length before it is cut, and the micro-batches come in another order.
+
+    Raises:
+        ConfigError: there are more steps than a plan can hold.
     """
     steps: list[list[Rows]] = []
     epochs = math.inf if config.max_steps is not None else config.epochs
@@ -70,6 +75,10 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
         micro_batches = _micro_batches(lengths, config, epoch)
         k = config.gradient_accumulation_steps
         whole = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
+        if (config.max_steps or config.epochs * len(whole)) > MOST_STEPS:
+            raise ConfigError(
+                f"max_steps {config.max_steps}, epochs {config.epochs}: need at most {MOST_STEPS:,} steps"
+            )
         share = round(min(1.0, epochs - epoch) * len(whole), 9)  # 1.1 - 1 is a little more than 0.1
         steps += whole[: math.ceil(share)]
         if config.max_steps is not None and len(steps) >= config.max_steps:

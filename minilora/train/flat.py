@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ class Segment:
         self.starts = list(accumulate(sizes, initial=0))
         first = next(iter(parameters.values()))
         values = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        for p, start, end in zip(parameters.values(), self.starts, self.starts[1:], strict=False):
+        for p, (start, end) in zip(parameters.values(), pairwise(self.starts), strict=True):
             values[start:end][: p.numel()] = p.detach().flatten()
             values[start:end][p.numel() :] = 0
             p.data = values[start:end][: p.numel()].view(p.shape)  # its own memory is free before the next is copied
@@ -96,7 +96,7 @@ class Flat:
             segment.gradient.zero_()
             for name, parameter in segment.parameters.items():
                 place = segment.places[name]
-                if parameter.untyped_storage()._cdata != place.untyped_storage()._cdata:  # stand-ins have no data_ptr
+                if _lies_elsewhere(parameter, place):
                     place.copy_(parameter.detach())
                     parameter.data = place
                 parameter.grad = segment.gradients[name].detach()  # a tensor of its own, as `model.to` changes that one
@@ -121,7 +121,7 @@ class Flat:
                 place = segment.gradients[name]
                 if parameter.grad is None:
                     place.zero_()
-                elif parameter.grad.untyped_storage()._cdata != place.untyped_storage()._cdata:
+                elif _lies_elsewhere(parameter.grad, place):
                     place.copy_(parameter.grad)
 
     @contextmanager
@@ -152,6 +152,10 @@ class Flat:
 def padded(size: int) -> int:
     """The place that so many numbers take in a segment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _lies_elsewhere(tensor: Tensor, place: Tensor) -> bool:
+    return tensor.untyped_storage()._cdata != place.untyped_storage()._cdata  # stand-ins have no data_ptr
 
 
 def flat_norm(tensors: Iterable[Tensor]) -> Tensor:

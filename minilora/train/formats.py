@@ -131,7 +131,13 @@ def _passage(fields: Fields, config: DataConfig) -> Passage:
             raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
         passage = Passage(text_of(fields, "prompt"), text_of(fields, "completion", is_learned=True))
     elif "text" in fields:
+        if "label" in fields:
+            raise DataError(
+                "text, label: a class is learned with --task SEQ_CLS, the text alone with --text-field text"
+            )
         passage = Passage("", text_of(fields, "text", is_learned=True))
+    elif "tokens" in fields and "labels" in fields:
+        raise DataError("tokens, labels: classes are learned with --task TOKEN_CLS")
     else:
         preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
         raise DataError(f"keys {sorted(fields)} are of no known shape; known are {SHAPES}{preference}")

@@ -292,7 +292,9 @@ def _losses(run: _Run, step: int, batches: list[Any]) -> Iterator[tuple[Tensor, 
 
 @contextmanager
 def _drawing(device: torch.device, seed: int) -> Iterator[None]:
-    """What a model of another library draws, such as its own dropout, follows from the seed; then all is as before."""
+    """What a model of another library draws, such as its own dropout, follows from the seed on a CPU and on CUDA; then
+    their generators are as before.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

@@ -249,8 +249,9 @@ def _step(
     hidden = model.model(tokens, lengths, recompute=config.recompute)
     activations = account.live - before - batch
     forward, account.most = account.most, account.live
-    learned, traced = hidden.index_select(0, rows), HEAD_CHUNKS * ops.HEAD_CHUNK
-    loss = ops.labelled_cross_entropy(learned[:traced], labels[:traced], model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    learned, traced = hidden.index_select(0, rows), HEAD_CHUNKS * ops.head_chunk(head)
+    loss = ops.labelled_cross_entropy(learned[:traced], labels[:traced], head)
     untraced = learned[traced:].nbytes  # of their gradient
     with_loss, account.most = account.most + untraced, account.live
     del hidden, learned
