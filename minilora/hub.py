@@ -94,9 +94,9 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         return Location(rules.builtin, name)
     path = Path(name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
-        for other, file in CONFIGS.items() if kind in CONFIGS and not (path / CONFIGS[kind]).exists() else ():
-            if (path / file).is_file():
-                raise FormatError(f"{path}: holds {file} and no {CONFIGS[kind]}; name it as the {other}")
+        held = [other for other, file in CONFIGS.items() if (path / file).is_file()]
+        if kind in CONFIGS and held and kind not in held:
+            raise FormatError(f"{path}: holds {CONFIGS[held[0]]} and no {CONFIGS[kind]}; name it as the {held[0]}")
         return Location(path, name)
     if hub_id := _hub_id(name_or_path, kind):
         return _download(hub_id[1], hub_id[2], kind)

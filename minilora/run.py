@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -304,15 +305,10 @@ def pick_device(name: str) -> torch.device:
         ConfigError: there is no such device here.
     """
     if name != "auto":
-        try:
-            device = torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError):  # AssertionError: a build of torch without CUDA
-            device = torch.device("meta")
-        if device.type == "meta":
-            raise ConfigError(
-                f"device {name!r} cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there"
-            )
-        return device
+        with suppress(RuntimeError, AssertionError):  # AssertionError: a build of torch without CUDA
+            if not (empty := torch.empty(0, device=name)).is_meta:
+                return empty.device
+        raise ConfigError(f"device {name!r} cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
 from minilora.lora.find import adapter_layers
+from minilora.lora.layers import AdapterLinear
 from minilora.model import ops
 from minilora.train import diagnose, memory
 from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
@@ -112,6 +113,12 @@ def test_the_loss_takes_what_a_chunk_of_logits_does():
     small, large = (told(adapted(vocab_size=V)).head_chunk for V in (1000, 3000))
     logits = 2000 * LABELLED * 4
     assert 2 * logits <= large - small <= 4 * logits
+
+
+@pytest.mark.parametrize(("V", "rows"), [(49_152, 512), (128_256, 196), (10**9, 1)])
+def test_the_larger_the_vocabulary_the_fewer_rows_have_their_logits_at_once(V, rows):
+    head = torch.nn.Linear(1, V, bias=False, device="meta")
+    assert ops.head_chunk(head) == ops.head_chunk(AdapterLinear(head, "lm_head")) == rows
 
 
 def test_not_all_of_a_long_loss_is_traced(monkeypatch):
