@@ -351,6 +351,7 @@ def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the
     assert printed.err.splitlines() == said
     first, *advice, last = printed.out.splitlines()
     assert bool(advice) == (expected.overall > NOTABLE)
+    assert not advice or ("--target dequantized" in advice[0]) == (target != "dequantized")
     assert first == (
         "error at the layers' outputs for inputs of all directions, relative to the adapter's effect: "
         f"{expected.overall:.2g}; worst {expected.worst:.2g} in {expected.layer}"
