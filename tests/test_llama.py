@@ -5,14 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
+import minilora as ml
 from minilora import ShapeError
+from minilora.lora.attach import attach
 from minilora.model import ops
 from minilora.model.cache import KVCache
 from minilora.model.llama import Llama
 from minilora.testing import reference
 from tests.golden.make_models import FILE, LENGTHS
-from tests.models import FAMILIES, SIZES, document_lengths, seeds, tiny_config, tiny_model, token_ids
+from tests.models import FAMILIES, SIZES, document_lengths, randn, seeds, tiny_config, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 CPU = torch.device("cpu")
@@ -175,6 +178,30 @@ def test_the_backward_pass_computes_again_what_recompute_names(recompute, attent
         getattr(model.model.layers[1], name).register_forward_pre_hook(lambda *_, name=name: count(name))
     model.model(token_ids(0, 5), [5], recompute=recompute).sum().backward()
     assert runs == {"self_attn": attention, "mlp": mlp}
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_what_is_computed_again_stops_before_its_last_product(recompute):
+    """Nothing needs it: it went into the next block long ago."""
+    model, tokens = tiny_model(dtype=torch.float32), token_ids(0, 20)
+    attach(model, ml.LoraConfig(r=3))
+    blocks, x, config = model.model.layers, randn(1, 20, model.config.hidden_size, dtype=torch.float32), model.config
+
+    def train(way):
+        model.model(tokens, [3, 17], recompute=way).sum().backward()
+
+    def again():
+        _ = model.model(tokens, [3, 17]) if recompute == "block" else [block.mlp(x) for block in blocks]
+
+    last = 2 * len(tokens) * config.intermediate_size * config.hidden_size
+    assert flop(train, recompute) - flop(train, "none") == flop(again) - len(blocks) * last
+
+
+def flop(function, *args):
+    """Of the matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself

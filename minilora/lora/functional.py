@@ -66,9 +66,7 @@ def lora_linear(
     """
     if _casts_x(x, lora_A):
         return F.linear(x, weight, bias).add_(_wide_branch(x, lora_A, lora_B, scale))
-    remake, parts = stored or (None, ())
-    y, _ = _Linear.apply(_rows(x), weight, bias, lora_A, lora_B, scale, *(cast or (None, None)), remake, *parts)
-    return y.view(*x.shape[:-1], lora_B.size(0))
+    return _added(x, weight, bias, lora_A, lora_B, scale, cast, stored)
 
 
 def lora_branch(
@@ -80,8 +78,7 @@ def lora_branch(
     """
     if _casts_x(x, lora_A):
         return _wide_branch(x, lora_A, lora_B, scale).to(x.dtype)
-    y, _ = _Linear.apply(_rows(x), None, None, lora_A, lora_B, scale, *(cast or (None, None)), None)
-    return y.view(*x.shape[:-1], lora_B.size(0))
+    return _added(x, None, None, lora_A, lora_B, scale, cast, None)
 
 
 def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
@@ -95,11 +92,32 @@ def _wide_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Ten
     return F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
 
 
+def _added(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    cast: tuple[Tensor, Tensor] | None,
+    stored: Stored | None,
+) -> Tensor:
+    rows, (cast_A, cast_B), (remake, parts) = _rows(x), cast or (None, None), stored or (None, ())
+    place, u = _Linear.apply(rows, weight, bias, lora_A, lora_B, scale, cast_A, cast_B, remake, *parts)
+    y = _Sum.apply(place, rows, weight, bias, u, lora_B if cast_B is None else cast_B)
+    return y.view(*x.shape[:-1], lora_B.size(0))
+
+
 class _Linear(torch.autograd.Function):
-    """u = s·x Aᵀ, y = x Wᵀ + b + u Bᵀ;  h = s·dy B, dx = dy W + h A,  dA = hᵀ x, dB = dyᵀ u,  dW = dyᵀ x, db = Σ dy.
+    """u = s·x Aᵀ, and all of the backward pass:
+
+    h = s·dy B,  dx = dy W + h A,  dA = hᵀ x,  dB = dyᵀ u,  dW = dyᵀ x,  db = Σ dy.
 
     Scaled in the middle, where a row has r numbers and not `out`. Saved are x, u, and A, B and W as they are stored.
     Autograd alone would also keep A and B in the dtype of x, and a W in four bits as a dense one, for every layer.
+
+    For y there is only a place, one number large, which `_Sum` takes and hands dy back to. So all is saved before y is
+    made. PyTorch stops to recompute when it has what was saved: that of a block's last linear, and y is left out.
     """
 
     @staticmethod
@@ -116,9 +134,7 @@ class _Linear(torch.autograd.Function):
         *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         u = F.linear(x, (lora_A if cast_A is None else cast_A).to(x.dtype)).mul_(scale)
-        lora_B = (lora_B if cast_B is None else cast_B).to(u.dtype)  # under autocast that of x is wider
-        y = F.linear(u, lora_B) if weight is None else F.linear(x, weight, bias).addmm_(u, lora_B.T)
-        return y, u
+        return u.new_empty_strided((x.size(0), lora_B.size(0)), (0, 0)), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -146,6 +162,25 @@ class _Linear(torch.autograd.Function):
         dA = (h.T @ x).to(ctx.dtypes[0]) if needs_dA else None
         dB = (dy.T @ u).to(ctx.dtypes[1]) if needs_dB else None
         return dx, dW, db, dA, dB, *(None,) * (len(ctx.needs_input_grad) - 5)
+
+
+class _Sum(torch.autograd.Function):
+    """y = x Wᵀ + b + u Bᵀ, in the place that `_Linear` gave it: dy goes there, and nothing is saved."""
+
+    @staticmethod
+    def forward(
+        place: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, u: Tensor, lora_B: Tensor
+    ) -> Tensor:
+        lora_B = lora_B.to(u.dtype)  # under autocast that of x is wider
+        return F.linear(u, lora_B) if weight is None else F.linear(x, weight, bias).addmm_(u, lora_B.T)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None, None, None, None
 
 
 def _gradient_of_x(ctx: Any, dy: Tensor, h: Tensor, lora_A: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
