@@ -224,6 +224,25 @@ def test_what_comes_next_may_change_a_result_in_place(seed, n, inner, outer, r, 
         assert all(torch.equal(own, other) for own, other in zip(*results, strict=True) if own is not None)
 
 
+def test_where_no_gradient_comes_in_none_goes_out():
+    """Zeros would be made for it, and an optimizer would take a step with them."""
+    leaves = [tensor.requires_grad_() for tensor in linear_arguments(0, [5], 4, 3, 2)]
+    gradients = torch.autograd.grad(Forgetful.apply(lora_linear(*leaves, 2.0)).sum(), leaves, allow_unused=True)
+    assert gradients == (None,) * len(leaves)
+
+
+class Forgetful(torch.autograd.Function):
+    """A tensor that does not say what it came from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
 @given(seeds, scales, st.integers(-2, 6))
 def test_the_length_of_a_row_that_nearly_vanishes_is_as_good_as_plain_pytorch_s(seed, scale, cancelled):
     """W + s·B A is 10^cancelled times smaller than s·B A; expanded, the square of the length loses twice the digits."""

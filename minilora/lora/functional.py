@@ -66,7 +66,7 @@ def lora_linear(
     """
     if _casts_x(x, lora_A):
         return F.linear(x, weight, bias).add_(_wide_branch(x, lora_A, lora_B, scale))
-    return _added(x, weight, bias, lora_A, lora_B, scale, cast, stored)
+    return _linear(x, weight, bias, lora_A, lora_B, scale, cast, stored)
 
 
 def lora_branch(
@@ -78,7 +78,7 @@ def lora_branch(
     """
     if _casts_x(x, lora_A):
         return _wide_branch(x, lora_A, lora_B, scale).to(x.dtype)
-    return _added(x, None, None, lora_A, lora_B, scale, cast, None)
+    return _linear(x, None, None, lora_A, lora_B, scale, cast, None)
 
 
 def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
@@ -92,7 +92,7 @@ def _wide_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Ten
     return F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
 
 
-def _added(
+def _linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -102,22 +102,23 @@ def _added(
     cast: tuple[Tensor, Tensor] | None,
     stored: Stored | None,
 ) -> Tensor:
+    """y of `lora_linear`; without a weight that of `lora_branch`."""
     rows, (cast_A, cast_B), (remake, parts) = _rows(x), cast or (None, None), stored or (None, ())
-    place, u = _Linear.apply(rows, weight, bias, lora_A, lora_B, scale, cast_A, cast_B, remake, *parts)
+    place, u = _Gradients.apply(rows, weight, bias, lora_A, lora_B, scale, cast_A, cast_B, remake, *parts)
     y = _Sum.apply(place, rows, weight, bias, u, lora_B if cast_B is None else cast_B)
     return y.view(*x.shape[:-1], lora_B.size(0))
 
 
-class _Linear(torch.autograd.Function):
-    """u = s·x Aᵀ, and all of the backward pass:
+class _Gradients(torch.autograd.Function):
+    """u = s·x Aᵀ, and of y = x Wᵀ + b + u Bᵀ the whole backward pass:
 
     h = s·dy B,  dx = dy W + h A,  dA = hᵀ x,  dB = dyᵀ u,  dW = dyᵀ x,  db = Σ dy.
 
     Scaled in the middle, where a row has r numbers and not `out`. Saved are x, u, and A, B and W as they are stored.
     Autograd alone would also keep A and B in the dtype of x, and a W in four bits as a dense one, for every layer.
 
-    For y there is only a place, one number large, which `_Sum` takes and hands dy back to. So all is saved before y is
-    made. PyTorch stops to recompute when it has what was saved: that of a block's last linear, and y is left out.
+    y itself is made behind it by `_Sum`, in a place of one number that hands dy back. When a block is computed again,
+    PyTorch stops as soon as it has all that was saved: before a block's last y, and with it a quarter of its products.
     """
 
     @staticmethod
@@ -165,7 +166,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """y = x Wᵀ + b + u Bᵀ, in the place that `_Linear` gave it: dy goes there, and nothing is saved."""
+    """y = x Wᵀ + b + u Bᵀ. Nothing is saved: dy goes back to the place, and all gradients come out of `_Gradients`."""
 
     @staticmethod
     def forward(
@@ -176,10 +177,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.set_materialize_grads(False)  # or zeros would be made for a y that nothing depends on
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return dy, None, None, None, None, None
 
 
