@@ -32,12 +32,13 @@ CPU = torch.device("cpu")
 # --- inspect --memory ---
 
 
-def test_a_full_fine_tune_holds_twelve_bytes_a_parameter():
+def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter():
     found, config = told(tiny_config(), "full fine-tune", CPU), tiny_config()
     count = sum(p.numel() for p in ml.model.llama.Llama(config).parameters())
-    assert (found.weights, found.adapters, found.optimizer) == (2 * count, 0, 8 * count)
-    assert 2 * count <= found.gradients < 2.1 * count  # in their buffer there are gaps
-    assert found.peak > 12 * count
+    assert (found.weights, found.adapters) == (4 * count, 0)
+    assert 4 * count <= found.gradients < 4.1 * count  # in their buffer there are gaps
+    assert 8 * count <= found.optimizer < 8.2 * count
+    assert found.peak > 16 * count
 
 
 def test_qlora_has_the_weights_of_the_packed_model_and_at_most_one_dense_weight_more_than_its_forecast():
@@ -64,9 +65,9 @@ def test_a_config_json_is_enough_and_the_three_shapes_follow(tmp_path, capsys):
     for name, least in zip(SHAPES, (13.4, 26.0, 137.9), strict=True):
         table = page.split(f"\n{name}\n")[1]
         weights = [float(row.split(way)[1].split()[0]) for row, way in zip(table.splitlines()[1:5], WAYS, strict=True)]
-        assert weights[0] == weights[1]
-        assert least <= weights[0] <= least + 0.2
-        assert weights[2] < 0.3 * weights[0]
+        assert abs(weights[0] - 2 * weights[1]) <= 0.2  # each is rounded to a tenth
+        assert least <= weights[1] <= least + 0.2
+        assert weights[2] < 0.3 * weights[1]
 
 
 def test_a_directory_without_a_config_json_is_refused(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ SHAPES = {  # of Llama 2
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
-ADAM = 8  # bytes a parameter: where bfloat16 is trained itself, AdamW's two moments are kept in float32
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,13 @@ def memory_facts(directory: Path, device: torch.device) -> MemoryFacts:
 def told(config: LlamaConfig, way: str, device: torch.device) -> Forecast:
     """The forecast of a default batch, all of it labelled."""
     training = TrainConfig(recompute="block" if way.endswith("block") else "none")
-    length = DataConfig().max_length
-    model = _prepared(config, way)
-    found = forecast(model, [length] * training.batch_size, length * training.batch_size, training, device)
-    if way != "full fine-tune":
-        return found
-    optimizer = ADAM * sum(p.numel() for p in model.parameters())
-    return replace(found, optimizer=optimizer, peak=found.peak - found.optimizer + optimizer)
+    rows = [DataConfig().max_length] * training.batch_size
+    return forecast(_prepared(config, way), rows, sum(rows), training, device)
 
 
 def _prepared(config: LlamaConfig, way: str) -> Llama:
-    """The model without numbers, in bfloat16, as it would be trained."""
-    model = skeleton(config).to(torch.bfloat16)
+    """The model without numbers, as it would be trained: in bfloat16, but for what is trained itself, in float32."""
+    model = skeleton(config).to(torch.float32 if way == "full fine-tune" else torch.bfloat16)
     model.tie_weights()
     if way.startswith("QLoRA"):
         for path, linear in linear_layers(model).items():
