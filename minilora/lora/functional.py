@@ -46,7 +46,7 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -54,10 +54,10 @@ def lora_linear(
     cast: tuple[Tensor, Tensor] | None = None,
     stored: Stored | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ  [LoRA eq. 3], in the dtype of x, whatever that of A and B.
+    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ  [LoRA eq. 3], in the dtype of x, whatever that of A and B; without W `lora_branch`.
 
-    As one function, so that neither the branch is another (N, out) nor its gradient another (N, in). It has no second
-    derivative: u, which is kept for the first, knows nothing of where it came from.
+    With a backward pass of its own, so that neither the branch is another (N, out) nor its gradient another (N, in). It
+    has no second derivative: u, which is kept for the first, knows nothing of where it came from.
 
     `cast` are A and B in the dtype of x, if they are at hand; the gradient is that of A and B themselves. `stored` says
     what W is made of, if it is to be made again in the backward pass and not kept.
@@ -65,8 +65,12 @@ def lora_linear(
     Shapes: x (..., in), weight (out, in), bias (out), lora_A (r, in), lora_B (out, r) -> (..., out)
     """
     if _casts_x(x, lora_A):
-        return F.linear(x, weight, bias).add_(_wide_branch(x, lora_A, lora_B, scale))
-    return _linear(x, weight, bias, lora_A, lora_B, scale, cast, stored)
+        branch = _wide_branch(x, lora_A, lora_B, scale)
+        return branch.to(x.dtype) if weight is None else F.linear(x, weight, bias).add_(branch)
+    rows, (cast_A, cast_B), (remake, parts) = _rows(x), cast or (None, None), stored or (None, ())
+    place, u = _Gradients.apply(rows, weight, bias, lora_A, lora_B, scale, cast_A, cast_B, remake, *parts)
+    y = _Sum.apply(place, rows, weight, bias, u, lora_B if cast_B is None else cast_B)
+    return y.view(*x.shape[:-1], lora_B.size(0))
 
 
 def lora_branch(
@@ -76,9 +80,7 @@ def lora_branch(
 
     Shapes: x (..., in), lora_A (r, in), lora_B (out, r) -> (..., out)
     """
-    if _casts_x(x, lora_A):
-        return _wide_branch(x, lora_A, lora_B, scale).to(x.dtype)
-    return _linear(x, None, None, lora_A, lora_B, scale, cast, None)
+    return lora_linear(x, None, None, lora_A, lora_B, scale, cast)
 
 
 def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
@@ -92,23 +94,6 @@ def _wide_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Ten
     return F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
 
 
-def _linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    cast: tuple[Tensor, Tensor] | None,
-    stored: Stored | None,
-) -> Tensor:
-    """y of `lora_linear`; without a weight that of `lora_branch`."""
-    rows, (cast_A, cast_B), (remake, parts) = _rows(x), cast or (None, None), stored or (None, ())
-    place, u = _Gradients.apply(rows, weight, bias, lora_A, lora_B, scale, cast_A, cast_B, remake, *parts)
-    y = _Sum.apply(place, rows, weight, bias, u, lora_B if cast_B is None else cast_B)
-    return y.view(*x.shape[:-1], lora_B.size(0))
-
-
 class _Gradients(torch.autograd.Function):
     """u = s·x Aᵀ, and of y = x Wᵀ + b + u Bᵀ the whole backward pass:
 
@@ -118,7 +103,7 @@ class _Gradients(torch.autograd.Function):
     Autograd alone would also keep A and B in the dtype of x, and a W in four bits as a dense one, for every layer.
 
     y itself is made behind it by `_Sum`, in a place of one number that hands dy back. When a block is computed again,
-    PyTorch stops as soon as it has all that was saved: before a block's last y, and with it a quarter of its products.
+    PyTorch stops as soon as it has all that was saved: before the y of a block's last linear is made.
     """
 
     @staticmethod

@@ -80,11 +80,14 @@ def test_both_load_a_half_precision_checkpoint_to_the_same_weights(dtype, tmp_pa
 @pytest.mark.parametrize("use_cache", [True, False])
 @families
 def test_greedy_text_of_64_tokens_is_equal(family, use_cache):
-    if family == "llama-dynamic" and use_cache:
-        pytest.skip("theirs keeps keys that were rotated for a shorter document, so its cache changes the text")
+    is_right = family != "llama-dynamic"  # or their cache keeps keys that were rotated for a shorter document
     ours, prompt = tiny_model(family, dtype=torch.float32), token_ids(0, 1, 5)
     theirs = their_model(ours).generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, use_cache=use_cache
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=64,
+        do_sample=False,
+        use_cache=use_cache and is_right,
     )
     assert ml.generate(ours, prompt, max_new_tokens=64, use_cache=use_cache) == theirs[:, 5:].tolist()
 
