@@ -1,15 +1,34 @@
+import os
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import Phase, settings
 
+from tests.text import write_tokenizer
+
 collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need the extra `parity`
-settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("find", settings.get_profile("fast"), phases=(Phase.explicit, Phase.generate))
-settings.load_profile("fast")
+settings.register_profile("default", max_examples=10, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=100)
+settings.register_profile("find", settings.get_profile("default"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile("default")
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))  # tiny tensors gain nothing from more
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
 def _same_everywhere():
-    """What a peer draws by itself is the same in each run; and tiny tensors gain nothing from more threads."""
+    """Draw the same numbers in each test, whatever ran before it, a peer's own numbers included."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A function that returns the tokenizer of `tests.text` with these options; each is made once."""
+
+    @cache
+    def make(**options):
+        return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), **options)
+
+    return make

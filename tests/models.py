@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -183,6 +184,11 @@ def small_tiles(patch: Any, numbers: int) -> None:
     """Make `minilora.tiles` take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def examples(share: float) -> settings:
+    """Draw a share of the profile's number of examples, at least two: for a test whose example is a whole run."""
+    return settings(max_examples=max(2, round(share * settings.default.max_examples)))
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

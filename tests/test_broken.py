@@ -6,15 +6,11 @@ from pathlib import Path
 import pytest
 
 import minilora as ml
-from tests.test_data import CHATML, CLOSE, write_tokenizer
+from tests.text import CHATML, CLOSE
 
+CHAT = {"template": CHATML, "eos": CLOSE}
 BROKEN = Path(__file__).parent / "golden" / "broken"
 ERRORS = dict(line.split(": ", 1) for line in (BROKEN / "errors.txt").read_text("utf-8").splitlines())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=CHATML, eos=CLOSE)
 
 
 def refusal(name, tokenizer):
@@ -32,7 +28,7 @@ def test_each_broken_file_has_its_error_and_there_are_at_least_forty():
 
 @pytest.mark.parametrize("name", sorted(ERRORS))
 def test_a_broken_file_is_told_in_one_line_what_is_wrong_where(name, tokenizer):
-    assert refusal(name, tokenizer) == ERRORS[name]
+    assert refusal(name, tokenizer(**CHAT)) == ERRORS[name]
 
 
 @pytest.mark.parametrize("name", sorted(ERRORS))
@@ -49,8 +45,8 @@ def test_bad_rows_are_skipped_and_told_where_that_is_asked_for(tmp_path, tokeniz
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(ml.DataError, match=r"rows\.jsonl:2: "):
-        ml.load_dataset(path, tokenizer)
-    found = ml.load_dataset(path, tokenizer, ml.DataConfig(skip_bad_rows=True))
+        ml.load_dataset(path, tokenizer(**CHAT))
+    found = ml.load_dataset(path, tokenizer(**CHAT), ml.DataConfig(skip_bad_rows=True))
     assert len(lines) == 2 * len(whole) >= 80
     assert [example.source for example in found] == [f"{path}:{line}" for line in range(1, len(lines), 2)]
     expected = [f"{path}:{2 * i + 2}: {ERRORS[name].removeprefix(f'{name}:2: ')}" for i, name in enumerate(whole)]
@@ -62,4 +58,4 @@ def test_where_no_row_is_left_the_first_bad_one_is_told(tmp_path, tokenizer):
     with pytest.raises(
         ml.DataError, match=r"2 were skipped, the first: .*rows\.jsonl:1: found 'a', need a JSON object"
     ):
-        ml.load_dataset(path, tokenizer, ml.DataConfig(skip_bad_rows=True))
+        ml.load_dataset(path, tokenizer(**CHAT), ml.DataConfig(skip_bad_rows=True))

@@ -16,7 +16,7 @@ from minilora import cli
 from minilora.cli.commands import CHAT_HELP
 from tests.models import randomize_adapters_
 from tests.test_cli_generate import make_models
-from tests.test_data import CHATML, CLOSE
+from tests.text import CHATML, CLOSE
 
 NEW = 6
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
@@ -21,20 +21,12 @@ from minilora.model import shards as shards_module
 from minilora.model.checkpoint import DTYPES, resolve_dtype
 from minilora.model.shards import INDEX, SHARD_BYTES
 from minilora.storage import read_json, write_json
+from tests.files import SHARD, change, same_state
 from tests.models import FAMILIES, SIZES, randomize_adapters_, tiny_model, token_ids
 from tests.tolerance import assert_maths
 
-SHARD = 9_000  # bytes: several shards for a tiny model
 families = pytest.mark.parametrize("family", FAMILIES)
 shards = pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, SHARD], ids=["single", "sharded"])
-
-
-def same_state(one, other):
-    """Equal names, dtypes and bits."""
-    assert one.state_dict().keys() == other.state_dict().keys()
-    for name, tensor in one.state_dict().items():
-        assert tensor.dtype == other.state_dict()[name].dtype
-        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 @pytest.fixture
@@ -42,12 +34,6 @@ def saved(tmp_path):
     """A saved llama, as a directory."""
     ml.save_model(tiny_model(dtype=torch.float32), tmp_path)
     return tmp_path
-
-
-def change(directory, changes):
-    """Write the tensors of a directory again, some of them changed; None takes one away."""
-    tensors = load_file(directory / "model.safetensors") | changes
-    save_file({k: v for k, v in tensors.items() if v is not None}, directory / "model.safetensors")
 
 
 # --- round trips ---

@@ -1,7 +1,6 @@
 """Rows with classes: which token has which class, which labels there are, and what is refused, with field and line."""
 
 import re
-from functools import cache
 
 import pytest
 from hypothesis import assume, example, given
@@ -11,21 +10,10 @@ import minilora as ml
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train.classes import encode_classes, find_labels
 from minilora.train.rows import Row
-from tests.test_data import BOS, EOS, some_text, texts, tokenizer_options, write_tokenizer
+from tests.text import BOS, EOS, some_text, texts, tokenizer_options
 
 LABELS = ("no", "yes")
 words = st.lists(texts.filter(str.strip), min_size=1, max_size=5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A function that gives the tokenizer with these options, each made once."""
-
-    @cache
-    def make(**options):
-        return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), **options)
-
-    return make
 
 
 def encode(tokenizer, fields, unit, labels=LABELS, **options):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -15,15 +15,15 @@ from minilora.model.classifier import Classifier, classifier_config, load_classi
 from minilora.quant.linear import NF4Linear
 from minilora.storage import read_json, write_json
 from minilora.testing import reference
-from tests.models import FAMILIES, document_lengths, fill_, seeds, tiny_config, tiny_model, token_ids
-from tests.test_checkpoint import same_state
+from tests.files import same_state
+from tests.models import FAMILIES, document_lengths, examples, fill_, seeds, tiny_config, tiny_model, token_ids
 from tests.tolerance import assert_maths
 
 LABELS = ["bad", "good", "so so"]
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("family", FAMILIES)
 units = pytest.mark.parametrize("unit", ["sequence", "token"])
-few = settings(max_examples=5)
+few = examples(0.2)
 
 
 def tiny_classifier(unit, family="llama", seed=0, dtype=torch.float64, labels=LABELS, **changes):

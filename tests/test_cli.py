@@ -24,8 +24,8 @@ from minilora.train.data import encode_rows
 from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.train.rows import read_rows
 from tests.models import randomize_adapters_, tiny_model
-from tests.test_data import CHATML, CLOSE, write_tokenizer
-from tests.test_run import CLASSES, contents, write_rows
+from tests.runs import CLASSES, contents, write_rows
+from tests.text import CHATML, CLOSE, write_tokenizer
 from tests.tolerance import assert_parity
 
 

@@ -23,10 +23,10 @@ from minilora.train.classes import encode_classes, find_labels
 from minilora.train.confusion import Confusion
 from minilora.train.evaluate import evaluate_classes
 from minilora.train.rows import Row, read_rows
+from tests.files import same_state
 from tests.models import tiny_model
-from tests.test_checkpoint import same_state
 from tests.test_classifier import tiny_classifier
-from tests.test_data import write_tokenizer
+from tests.text import write_tokenizer
 
 LABELS = ("no", "so so", "yes")
 TASKS = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}

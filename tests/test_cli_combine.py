@@ -17,7 +17,7 @@ from minilora.lora.weighted_files import combine_directories
 from minilora.merging import Deviation
 from tests.models import randn, randomize_adapters_, tiny_model
 from tests.test_cli import updates
-from tests.test_data import CHATML, CLOSE, write_tokenizer
+from tests.text import CHATML, CLOSE, write_tokenizer
 from tests.tolerance import PARITY, assert_parity, relative
 
 

@@ -20,10 +20,8 @@ from minilora.train.config import DataConfig
 from minilora.train.data import encode_row, use_prompt_style
 from minilora.train.rows import Row
 from tests.models import randomize_adapters_, tiny_model
-from tests.test_data import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, tokenizer, write_tokenizer
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
-
-__all__ = ["tokenizer"]  # a fixture
+from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, write_tokenizer
 
 
 def make_models(directory):

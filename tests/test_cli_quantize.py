@@ -17,8 +17,8 @@ from minilora.quant.linear import NF4Linear
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 from minilora.train.evaluate import held_out_loss
 from tests.models import tiny_model
-from tests.test_data import write_tokenizer
-from tests.test_run import write_rows
+from tests.runs import write_rows
+from tests.text import write_tokenizer
 
 SINGLE = "nf4 without double quantization but for down_proj"
 RECORDED = ml.QuantizeConfig("nf4", False, ("down_proj",))

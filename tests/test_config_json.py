@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError
 from minilora.model.config import FAMILIES, LlamaConfig
 from tests import models
-from tests.models import LLAMA3, SIZES, tiny_config
+from tests.models import LLAMA3, SIZES, examples, tiny_config
 
 ALL_KINDS = {
     "default": {},
@@ -223,7 +223,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@examples(10)
 @given(st.data(), st.sampled_from(list(models.FAMILIES)), values, st.booleans())
 def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is_nested):
     source = {**SIZES, "rms_norm_eps": 1e-5, "rope_theta": 10.0, "layer_types": None, **models.FAMILIES[family]}

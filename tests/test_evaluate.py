@@ -1,9 +1,10 @@
+import copy
 import math
 import random
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
@@ -18,13 +19,12 @@ from minilora.train.evaluate import (
     held_out_loss,
     measure_drift,
 )
-from tests.models import seeds, tiny_model
+from tests.models import examples, seeds, tiny_model
 from tests.test_classifier import tiny_classifier
-from tests.test_data import write_tokenizer
-from tests.test_loop import adapted, number, plain_loss, random_rows
 from tests.tolerance import assert_maths
+from tests.training import adapted, number, plain_loss, random_rows
 
-few = settings(max_examples=12)
+few = examples(0.5)
 families = st.sampled_from(["llama", "qwen2", "phi3", "smollm3-window"])
 budgets = st.sampled_from([1, 7, 30, 4096])
 tokens = st.integers(1, 3)  # few of them, so that choices begin and end alike
@@ -132,7 +132,6 @@ def plain_accuracy(model, rows, choices):
     return correct / len(rows)
 
 
-@settings(max_examples=30)
 @given(
     st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), min_size=2, max_size=6, unique=True),
     st.integers(0, 2),
@@ -201,15 +200,10 @@ def greedy(model, prompt, stop, limit):
     return written
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @few
 @given(seeds)
 def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed):
-    model, draw = tiny_model(vocab_size=400), random.Random(seed)
+    tokenizer, model, draw = copy.copy(tokenizer()), tiny_model(vocab_size=400), random.Random(seed)
     prompts = [[draw.randrange(4, 400) for _ in range(3)] for _ in range(4)]
     free = greedy(model, prompts[0], (), 6)
     ends = [i for i, token in enumerate(free) if i and token not in free[:i] and tokenizer.decode(free[:i]).strip()]

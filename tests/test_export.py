@@ -14,8 +14,8 @@ from minilora.cli import main
 from minilora.lora.export import NOT_PLAIN, export_adapter
 from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.lora.find import adapter_layers
+from tests.files import edit, saved
 from tests.models import randn, scales, seeds, tiny_model
-from tests.test_files import edit, saved
 from tests.tolerance import assert_parity
 
 MORE = [{}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 5, "down_proj": 2}}, {"alpha_pattern": {"up_proj": 0.7}}]

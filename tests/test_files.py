@@ -10,11 +10,11 @@ import minilora as ml
 from minilora.lora.files import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.lora.find import adapter_layers
 from minilora.storage import write_tensors
+from tests.files import edit, saved
 from tests.models import (
     CONFIGS,
     FAMILIES,
     WHOLE,
-    randomize_adapters_,
     scales,
     seeds,
     tiny_model,
@@ -24,20 +24,6 @@ from tests.models import (
 from tests.tolerance import PARITY, relative
 
 IDS = token_ids(3, 2, 7)
-
-
-def saved(directory, family="llama", seed=0, **config):
-    """A model with a random adapter, saved in `directory`."""
-    model = tiny_model(family, dtype=torch.float32)
-    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}), seed=seed)
-    randomize_adapters_(model, seed)
-    ml.save_adapter(model, directory)
-    return model
-
-
-def edit(directory, **changes):
-    path = directory / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]}

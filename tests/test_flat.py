@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,9 +14,9 @@ from minilora.lora.find import adapter_layers
 from minilora.lora.layers import AdapterLayer
 from minilora.train.flat import ALIGNMENT, CHUNK, Flat, Learning, flat_norm
 from minilora.train.optimizer import learning
-from tests.models import bases, four_bit, randn, seeds, tiny_model
-from tests.test_loop import adapted, random_rows, trained, weights
+from tests.models import bases, examples, four_bit, randn, seeds, tiny_model
 from tests.tolerance import assert_maths, assert_precision
+from tests.training import adapted, random_rows, trained, weights
 
 ORDINARY = Learning(1.0, 0.0)
 EVERYTHING = {"use_dora": True, "bias": "all", "modules_to_save": ("norm",), "trainable_token_indices": (3, 5)}
@@ -50,7 +50,7 @@ def owners(model):
 # --- views ---
 
 
-@settings(max_examples=10)
+@examples(0.4)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6), seeds)
 def test_parameters_keep_their_numbers_and_are_views_of_one_buffer(shapes, seed):
     model = nn.ParameterList(nn.Parameter(randn(seed + i, *shape)) for i, shape in enumerate(shapes))
@@ -134,7 +134,7 @@ def test_the_norm_of_many_numbers_is_as_exact_as_that_of_few():
 # --- the cast ---
 
 
-@settings(max_examples=6)
+@examples(0.3)
 @given(bases, st.booleans())
 def test_within_a_step_adapters_have_their_factors_in_the_computation_s_dtype_and_after_it_none(base, has_dora):
     model = lora(base=base, use_dora=has_dora)

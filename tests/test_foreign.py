@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -15,10 +15,11 @@ import minilora as ml
 from minilora.train.batch import collate
 from minilora.train.fingerprint import fingerprint
 from minilora.train.objective import batch_loss
-from tests.models import randn, randomize_adapters_, seeds, tiny_model
-from tests.test_loop import MATHS, adapted, gradients, number, random_rows, stop_after, weights
+from tests.models import examples, randn, randomize_adapters_, seeds, tiny_model
+from tests.test_loop import MATHS
 from tests.test_state import contents
 from tests.tolerance import assert_maths, relative
+from tests.training import adapted, gradients, number, random_rows, stop_after, weights
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ def run(directory=None, model=None, rows=None, on_step=None, held_out=(), given=
 # --- law 8 ---
 
 
-@settings(max_examples=8)
+@examples(0.3)
 @given(seeds, st.sampled_from([(8, 1), (1, 8), (2, 4), (3, 3)]))
 def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(seed, cut):
     rows, model, records, found = points(seed, 8, torch.float64), Plain(), [], []
@@ -94,7 +95,7 @@ def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(se
     assert records[0]["tokens"] == count  # these rows have no tokens
 
 
-@settings(max_examples=8)
+@examples(0.3)
 @given(seeds, st.integers(1, 60))
 def test_the_loss_of_tokens_may_be_given_too(seed, budget):
     rows, records = random_rows(seed, 6), []

@@ -11,23 +11,9 @@ from minilora.train.config import DataConfig
 from minilora.train.data import encode_row, use_prompt_style
 from minilora.train.formats import Conversation, Passage, understand
 from minilora.train.rows import Row
-from tests.test_data import (
-    BOS,
-    CHATML,
-    CLOSE,
-    EOS,
-    OPEN,
-    conversation,
-    learned,
-    reading,
-    some_text,
-    texts,
-    tokenizer,
-    touching,
-    write_tokenizer,
-)
+from tests.test_data import learned, reading, touching
+from tests.text import BOS, CHATML, CLOSE, EOS, OPEN, conversation, some_text, texts, write_tokenizer
 
-__all__ = ["tokenizer"]  # a fixture
 PARTS = CHATML.replace(
     "{{ m.content }}",
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content or () %}{{ p.text }}{% endfor %}"

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,11 +15,11 @@ import minilora as ml
 from minilora import ConfigError, ShapeError
 from minilora.model.cache import KVCache
 from minilora.model.generate import _next_logits, penalize, probabilities
-from tests.models import FAMILIES, SIZES, randn, randomize_adapters_, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, SIZES, examples, randn, randomize_adapters_, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
 V = SIZES["vocab_size"]
-few = settings(max_examples=5)
+few = examples(0.2)
 prompt_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=3)
 NEW = 24  # documents grow to more than any rotation of the tiny models was trained on
 
@@ -32,7 +32,7 @@ def prompts_of(seed, lengths):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=2)
+@examples(0.2)
 @given(seeds, prompt_lengths)
 def test_greedy_takes_the_likeliest_token_after_the_whole_text_so_far(family, seed, lengths):
     model, prompts = tiny_model(family, seed), prompts_of(seed, lengths)
@@ -43,7 +43,7 @@ def test_greedy_takes_the_likeliest_token_after_the_whole_text_so_far(family, se
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=2)
+@examples(0.2)
 @given(seeds, prompt_lengths)
 def test_a_cache_changes_no_token(family, seed, lengths):
     model, prompts = tiny_model(family, seed), prompts_of(seed, lengths)

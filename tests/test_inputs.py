@@ -6,8 +6,8 @@ import pytest
 import minilora as ml
 from minilora.inputs import load_data, load_general
 from minilora.storage import ASSETS, BUILTIN
-from tests.test_data import CHATML, CLOSE, write_tokenizer
-from tests.test_run import write_rows
+from tests.runs import write_rows
+from tests.text import CHATML, CLOSE, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ from minilora.lora.find import adapter_layers, linear_layers
 from minilora.model.shards import INDEX
 from minilora.quant.linear import dense_weight
 from minilora.storage import write_json
+from tests.files import edit, saved
 from tests.models import FAMILIES, randn, seeds, sizes, tiny_model
-from tests.test_data import CHATML, write_tokenizer
-from tests.test_files import edit, saved
+from tests.text import CHATML, write_tokenizer
 from tests.tolerance import assert_maths, assert_parity
 
 DTYPES = {

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +19,8 @@ from minilora.lora.export import export_adapter
 from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.lora.find import adapter_layers
 from minilora.storage import write_json
-from tests.models import randn, tiny_model
-from tests.test_files import edit
+from tests.files import edit
+from tests.models import examples, randn, tiny_model
 from tests.test_inspect import CHANGES, assert_number, spoilt
 from tests.tolerance import PARITY, assert_parity, relative
 
@@ -131,7 +131,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40)
+@examples(2)
 @given(configs)
 def test_a_verdict_says_yes_where_the_reader_s_model_is_the_right_one(tmp_path_factory, base, config):
     directory = tmp_path_factory.mktemp("adapter")
@@ -292,7 +292,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.floa
 fields = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in FIELDS.items()})
 
 
-@settings(max_examples=60)
+@examples(2)
 @given(st.dictionaries(names, st.tuples(shapes, dtypes), max_size=4), fields)
 def test_whatever_tensors_and_fields_there_are_each_is_told_once(tmp_path_factory, base, tensors, values):
     directory = tmp_path_factory.mktemp("any")

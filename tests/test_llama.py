@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,12 +15,12 @@ from minilora.model.cache import KVCache
 from minilora.model.llama import Llama
 from minilora.testing import reference
 from tests.golden.make_models import FILE, LENGTHS
-from tests.models import FAMILIES, SIZES, document_lengths, randn, seeds, tiny_config, tiny_model, token_ids
+from tests.models import FAMILIES, SIZES, document_lengths, examples, randn, seeds, tiny_config, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("family", FAMILIES)
-few = settings(max_examples=5)
+few = examples(0.2)
 # The rotation of these depends on the length of the whole document.
 LENGTH_MATTERS = ("llama-dynamic", "phi3-longrope")
 

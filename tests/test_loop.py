@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,75 +16,22 @@ from minilora.model.ops import IGNORE_INDEX
 from minilora.train.config import COUNTS
 from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.optimizer import learning_rate
-from tests.models import FAMILIES, bases, four_bit, randomize_adapters_, seeds, tiny_model
+from tests.models import FAMILIES, bases, examples, four_bit, seeds, tiny_model
 from tests.tolerance import MATHS, assert_maths, relative
+from tests.training import (
+    adapted,
+    gradients,
+    number,
+    one_step,
+    plain_gradients,
+    plain_loss,
+    random_rows,
+    stop_after,
+    weights,
+)
 
 families = st.sampled_from(sorted(FAMILIES))
-few = settings(max_examples=8)
-
-
-def random_rows(seed, count, vocabulary=61):
-    """Rows of random tokens whose answers are of very different lengths, some tokens in between not learned."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(count):
-        prompt, answer = draw.randint(1, 5), draw.choice([1, 2, 9])
-        tokens = [draw.randrange(vocabulary) for _ in range(prompt + answer)]
-        is_learned = [False] * prompt + [draw.random() < 0.8 for _ in range(answer - 1)] + [True]
-        labels = [t if here else IGNORE_INDEX for t, here in zip(tokens, is_learned, strict=True)]
-        rows.append(ml.Example(tokens, labels, f"rows.jsonl:{i + 1}"))
-    return rows
-
-
-def adapted(
-    family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", base=lambda model: model, **config
-):
-    """A tiny model with an adapter in the same dtype."""
-    model = base(tiny_model(family, dtype=dtype))
-    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}), name=name, seed=seed, dtype=dtype)
-    if not is_fresh:
-        randomize_adapters_(model, seed)
-    return model
-
-
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients(model):
-    return torch.cat([p.grad.flatten() for p in trained(model).values()])
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in trained(model).values()])
-
-
-def number(value):
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def plain_loss(model, rows):
-    """The mean over all labelled tokens of all rows of -log p, from full logits, one row at a time."""
-    losses = []
-    for row in rows:
-        logs = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
-        losses += [-logs[i - 1, label] for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
-    return sum(losses) / len(losses)
-
-
-def plain_gradients(model, rows):
-    model.zero_grad()
-    plain_loss(model, rows).backward()
-    return gradients(model)
-
-
-def one_step(model, rows, **config):
-    """Run one step over all rows; its record, and the gradients that AdamW was given."""
-    found = []
-    config = ml.TrainConfig(**{"max_steps": 1, "max_grad_norm": 0, **config})
-    ml.train(model, rows, config, lambda record: found.extend((record, gradients(model))))
-    record, given = found
-    return record, given
+few = examples(0.3)
 
 
 # --- law 8: the loss is a sum over labelled tokens divided by their number ---
@@ -94,7 +41,6 @@ def assert_same_gradient(actual, expected):
     assert (used := relative(actual, expected, MATHS / 10)) <= 1, f"{used:.3g} times the allowed error"
 
 
-@settings(max_examples=20)
 @given(families, seeds)
 def test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mean_over_labelled_tokens(family, seed):
     rows = random_rows(seed, 8)
@@ -314,10 +260,6 @@ def test_after_a_run_no_step_is_left_whose_masks_would_be_drawn_for_ever():
 
 
 # --- stopping ---
-
-
-def stop_after(step):
-    return lambda record: record["step"] == step
 
 
 @given(st.integers(1, 4))

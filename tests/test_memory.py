@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -23,8 +23,8 @@ from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.flat import Flat
 from minilora.train.memory import fitting, forecast, largest
 from minilora.train.optimizer import learning
-from tests.models import FAMILIES, allocated, four_bit, seeds, tiny_model, token_ids
-from tests.test_loop import random_rows, trained
+from tests.models import FAMILIES, allocated, examples, four_bit, seeds, tiny_model, token_ids
+from tests.training import random_rows, trained
 
 CPU = torch.device("cpu")
 LENGTHS, LABELLED = [7, 5, 9], 11
@@ -193,7 +193,7 @@ def test_the_best_of_what_is_trained_is_held_besides(kind):
     assert kept.peak - told(model).peak == (kept.weights if kind == "full" else kept.adapters)
 
 
-@settings(max_examples=5)
+@examples(0.2)
 @given(seeds, st.integers(1, 30), st.integers(0, 20), st.sampled_from(["none", "mlp", "block"]))
 def test_more_tokens_or_labels_never_take_less(seed, length, more, recompute):
     model, labelled = adapted("mistral"), 1 + seed % length

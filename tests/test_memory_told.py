@@ -23,8 +23,8 @@ from minilora.train.data import Dataset
 from minilora.train.diagnose import free_memory_bytes
 from minilora.train.memory import ROOM, forecast
 from tests.models import four_bit, tiny_config, tiny_model
-from tests.test_data import write_tokenizer
-from tests.test_run import write_rows
+from tests.runs import write_rows
+from tests.text import write_tokenizer
 
 CPU = torch.device("cpu")
 

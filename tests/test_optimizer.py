@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
 from minilora.train.optimizer import EMBEDDING_RATE, learning, learning_rate, rate_factors
-from tests.models import seeds, tiny_model
-from tests.test_loop import adapted, random_rows, trained
+from tests.models import examples, seeds, tiny_model
+from tests.training import adapted, random_rows, trained
 
 RATE = 0.01
 
@@ -22,7 +22,7 @@ def run(rows, directory=None, on_step=None, model=None, **config):
     return {name: p.detach().clone() for name, p in trained(model).items()}
 
 
-@settings(max_examples=6)
+@examples(0.3)
 @given(seeds, st.sampled_from([0.5, 4.0, 16.0]))
 def test_the_first_step_moves_a_as_its_rate_says_and_b_and_magnitudes_as_that_times_the_ratio_does(seed, ratio):
     """LoRA+ §4: whatever the rate of B, A goes where it would go; and the other way round."""

@@ -11,8 +11,8 @@ from minilora.train.config import DataConfig
 from minilora.train.data import encode_row
 from minilora.train.rows import Row
 from tests.models import tiny_model
-from tests.test_data import CHATML, CLOSE, OPEN, write_tokenizer
-from tests.test_run import write_rows
+from tests.runs import write_rows
+from tests.text import CHATML, CLOSE, OPEN, write_tokenizer
 
 
 @pytest.fixture(scope="module")

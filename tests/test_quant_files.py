@@ -21,9 +21,9 @@ from minilora.quant.files import describe, packed_tensors, packed_weights, read_
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, quantize_absmax, unpack
 from minilora.storage import TensorFile, read_json, write_json
+from tests.files import SHARD, change, same_state
 from tests.golden.make_quantized import FILE, KINDS
 from tests.models import FAMILIES, allocated, tiny_model, token_ids
-from tests.test_checkpoint import SHARD, same_state
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj"
@@ -62,12 +62,6 @@ def read_state(tensors, name=STATE):
 
 def as_tensor(text):
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def change(directory, changes):
-    """Write the tensors of a directory again, some of them changed; None takes one away."""
-    tensors = load_file(directory / "model.safetensors") | changes
-    save_file({k: v for k, v in tensors.items() if v is not None}, directory / "model.safetensors")
 
 
 # --- bitsandbytes' bytes ---

@@ -14,7 +14,8 @@ from minilora.model.ops import IGNORE_INDEX
 from minilora.model.quote import QUOTE, ControlTokens
 from minilora.train.data import encode_row, use_prompt_style
 from minilora.train.rows import Row
-from tests.test_data import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation, reading
+from tests.test_data import reading
+from tests.text import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation
 
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 PARTS = CHATML.replace(

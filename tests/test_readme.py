@@ -14,7 +14,7 @@ import minilora as ml
 from minilora import cli
 from minilora.cli.flags import names_of
 from minilora.storage import ASSETS, BUILTIN
-from tests.test_data import CHATML
+from tests.text import CHATML
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"(?<!-->\n)```sh\n(.*?)```", README, flags=re.DOTALL)  # those of CI are run by CI

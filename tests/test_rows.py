@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.storage import ASSETS, BUILTIN
 from minilora.train.rows import Row, find_splits, read_rows
-from tests.test_data import texts
+from tests.text import texts
 
 
 def as_lines(rows, draw):

@@ -14,8 +14,8 @@ from minilora.storage import TensorFile
 from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.state import checkpoints
 from tests.models import four_bit, tiny_model
-from tests.test_data import write_tokenizer
-from tests.test_run import SETTINGS, inputs, interrupt, metrics, starts, steps, write_rows
+from tests.runs import SETTINGS, inputs, interrupt, metrics, starts, steps, write_rows
+from tests.text import write_tokenizer
 
 ADAPTER = ("lora_r", "lora_alpha", "lora_dropout")
 FULL = {name: value for name, value in SETTINGS.items() if name not in ADAPTER} | {"learning_rate": 0.003}

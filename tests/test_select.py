@@ -10,7 +10,7 @@ import minilora as ml
 from minilora.train.select import Selection
 from minilora.train.state import checkpoints
 from tests.models import tiny_model
-from tests.test_loop import adapted, random_rows, stop_after, weights
+from tests.training import adapted, random_rows, stop_after, weights
 
 ROWS, HELD_OUT = random_rows(1, 9), random_rows(2, 4)
 # A learning rate at which the held-out loss falls and then rises; an evaluation after each of the 10 steps.

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -15,8 +15,8 @@ import minilora.storage as storage
 from minilora.lora.find import adapter_layers
 from minilora.train.fingerprint import bookkeeping, fingerprint
 from minilora.train.state import checkpoints, newest_step, trained_adapters
-from tests.models import tiny_model
-from tests.test_loop import adapted, random_rows, stop_after, weights
+from tests.models import examples, tiny_model
+from tests.training import adapted, random_rows, stop_after, weights
 
 # 9 rows make 5 micro-batches, the last one of a single row; 3 steps an epoch, the last one of a single micro-batch.
 ROWS = random_rows(1, 9)
@@ -60,7 +60,7 @@ def test_a_run_resumed_after_any_step_ends_in_the_same_bytes(whole, tmp_path, st
     assert result.tokens == 2 * sum(len(row.tokens) for row in ROWS)
 
 
-@settings(max_examples=8)
+@examples(0.3)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from(["none", "block"]),

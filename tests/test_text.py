@@ -2,13 +2,14 @@
 
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import minilora as ml
 from minilora.model import text as module
 from minilora.model.text import TextStream
+from tests.models import examples
 
 CORPUS = ["the cat sat on the mat, naïve café\n\n  two  spaces", "漢字 🙂🙂 e\u0301 don't . do n't"] * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -99,7 +100,7 @@ def tokens_and_stops(draw, tokenizer):
 
 
 @each_kind
-@settings(max_examples=200)
+@examples(8)
 @given(st.data(), st.sampled_from([(64, 8), (1, 1), (3, 2)]))
 def test_all_that_is_shown_is_the_text_of_all_tokens_before_the_first_stop_string(loaded, kind, data, sizes):
     tokenizer = loaded[kind]

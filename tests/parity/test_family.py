@@ -8,13 +8,14 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.lora.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
-from tests.models import seeds, tiny_model, token_ids
+from tests.files import edit
+from tests.models import examples, seeds, tiny_model, token_ids
 from tests.tolerance import MATHS, PARITY, assert_parity
 
 pytestmark = pytest.mark.parity
@@ -112,7 +113,7 @@ def merges_there(fields, is_tied):
     return not (is_tied and touched) and not (fields["lora_bias"] and "lm_head" in touched)
 
 
-@settings(max_examples=80)
+@examples(3)
 @given(families(PATTERNS + EXPRESSIONS), seeds)
 def test_what_we_save_peft_computes_with(tmp_path_factory, family, seed):
     (fields, is_tied, dtype), directory = family, tmp_path_factory.mktemp("ours")
@@ -129,7 +130,7 @@ def test_what_we_save_peft_computes_with(tmp_path_factory, family, seed):
         assert_parity(expected, logits(theirs.merge_and_unload()), ALLOWED[dtype])
 
 
-@settings(max_examples=80)
+@examples(3)
 @given(families(tuple(dict(sorted(pattern.items())) for pattern in PATTERNS)), seeds)
 def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
     """A raw PiSSA or OLoRA among it: there the decomposition is repeated."""
@@ -383,8 +384,3 @@ def test_every_field_that_peft_writes_is_known_and_written_alike(tmp_path):
         **written,
         "target_modules": sorted(written["target_modules"]),
     }
-
-
-def edit(directory, **changes):
-    path = directory / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

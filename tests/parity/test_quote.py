@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.train.data import use_prompt_style
-from tests.test_data import CHATML, CLOSE, SPECIAL, conversation, write_tokenizer
+from tests.text import CHATML, CLOSE, SPECIAL, conversation, write_tokenizer
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")

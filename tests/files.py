@@ -1,0 +1,43 @@
+"""Directories of models and adapters: what lies in them, and the same with something changed."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.lora.layout import CONFIG_FILE
+from tests.models import randomize_adapters_, tiny_model
+
+
+def saved(directory, family="llama", seed=0, **config):
+    """A model with a random adapter, saved in `directory`."""
+    model = tiny_model(family, dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}), seed=seed)
+    randomize_adapters_(model, seed)
+    ml.save_adapter(model, directory)
+    return model
+
+
+def edit(directory, **changes):
+    path = directory / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+SHARD = 9_000  # bytes: several shards for a tiny model
+
+
+def same_state(one, other):
+    """Equal names, dtypes and bits."""
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert tensor.dtype == other.state_dict()[name].dtype
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def change(directory, changes):
+    """Write the tensors of a directory again, some of them changed; None takes one away."""
+    tensors = load_file(directory / "model.safetensors") | changes
+    save_file({k: v for k, v in tensors.items() if v is not None}, directory / "model.safetensors")

@@ -1,0 +1,79 @@
+"""Rows of tokens, tiny models with an adapter, and their loss and gradients the plain way."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+import minilora as ml
+from minilora.model.ops import IGNORE_INDEX
+from tests.models import randomize_adapters_, tiny_model
+
+
+def random_rows(seed, count, vocabulary=61):
+    """Rows of random tokens whose answers are of very different lengths, some tokens in between not learned."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        prompt, answer = draw.randint(1, 5), draw.choice([1, 2, 9])
+        tokens = [draw.randrange(vocabulary) for _ in range(prompt + answer)]
+        is_learned = [False] * prompt + [draw.random() < 0.8 for _ in range(answer - 1)] + [True]
+        labels = [t if here else IGNORE_INDEX for t, here in zip(tokens, is_learned, strict=True)]
+        rows.append(ml.Example(tokens, labels, f"rows.jsonl:{i + 1}"))
+    return rows
+
+
+def adapted(
+    family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", base=lambda model: model, **config
+):
+    """A tiny model with an adapter in the same dtype."""
+    model = base(tiny_model(family, dtype=dtype))
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}), name=name, seed=seed, dtype=dtype)
+    if not is_fresh:
+        randomize_adapters_(model, seed)
+    return model
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in trained(model).values()])
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in trained(model).values()])
+
+
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def plain_loss(model, rows):
+    """The mean over all labelled tokens of all rows of -log p, from full logits, one row at a time."""
+    losses = []
+    for row in rows:
+        logs = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
+        losses += [-logs[i - 1, label] for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
+    return sum(losses) / len(losses)
+
+
+def plain_gradients(model, rows):
+    model.zero_grad()
+    plain_loss(model, rows).backward()
+    return gradients(model)
+
+
+def one_step(model, rows, **config):
+    """Run one step over all rows; its record, and the gradients that AdamW was given."""
+    found = []
+    config = ml.TrainConfig(**{"max_steps": 1, "max_grad_norm": 0, **config})
+    ml.train(model, rows, config, lambda record: found.extend((record, gradients(model))))
+    record, given = found
+    return record, given
+
+
+def stop_after(step):
+    return lambda record: record["step"] == step
