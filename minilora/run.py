@@ -50,6 +50,7 @@ from minilora.train.loop import Record, TrainResult, train
 from minilora.train.memory import Forecast
 from minilora.train.objective import start_losses
 from minilora.train.state import checkpoints, newest_step
+from minilora.train.threads import choose_threads, threads_are_given
 
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
@@ -83,6 +84,7 @@ class Run:
         self.reading, self.training = reading, training
         self.out = Path(run.out)
         self.board: TensorBoard | None = None
+        self.threads: int | None = None  # those that an earlier start computed with
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.resolved = resolve(run, quantization, lora, reading, training)
         self.unit = UNITS.get(lora.task_type)
@@ -156,6 +158,7 @@ class Run:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
         self.began = datetime.fromisoformat(starts[0]["time"])
+        self.threads = starts[0].get("threads")
         return newest_step(self.out / "checkpoints")
 
     def load(self, is_forced: bool = False, is_dry: bool = False) -> tuple[Llama | Classifier, Data, ParameterCount]:
@@ -241,7 +244,7 @@ class Run:
         time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
         start = {"time": time.isoformat(), "step": step}
         start |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
-        start |= {"recompute": self.training.recompute}
+        start |= {"recompute": self.training.recompute, "threads": torch.get_num_threads()}
         starts = [*earlier["starts"], start]
         prompts = "template" if data.train.conversations else "plain"  # how the adapter wants to be asked
         record = {"config": self.resolved, "versions": versions, "data_sha256": data.files, "prompts": prompts}
@@ -254,6 +257,17 @@ class Run:
         metrics = self.out / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
+
+    def choose_threads(self, model: Llama | Classifier, data: Data) -> int | None:
+        """Compute with the faster number of threads; see `minilora.train.threads.choose_threads`.
+
+        A run that goes on keeps the number that it began with, because another one may round otherwise.
+        """
+        if self.threads is None:
+            return choose_threads(model, data.train, self.training)
+        if not threads_are_given():
+            torch.set_num_threads(self.threads)
+        return None
 
     def train(self, model: Llama | Classifier, data: Data, on_step: Callable[[Record], bool | None]) -> TrainResult:
         """The training itself; records go to metrics.jsonl, to `--report`, and to `on_step`. No gradient is kept.

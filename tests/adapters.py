@@ -80,6 +80,14 @@ def place(
     return Place(AdapterLinear(base, "layer"), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
 
 
+def many_kinds(groups: int = 1, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """An embedding, linears and a convolution; it is never run."""
+    convolution = nn.Conv2d(4, 6, 3, groups=groups)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), convolution, nn.Linear(6, 5)).to(dtype)
+    fill_(model, 0)
+    return model
+
+
 def filled(module: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
     module = module.to(dtype).requires_grad_(False)
     fill_(module, seed)

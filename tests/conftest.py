@@ -16,6 +16,19 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))  # tiny tensors gain nothi
 torch.set_num_threads(THREADS)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", help="every N-th of the selected tests, from the K-th on (from 0)")
+
+
+@pytest.hookimpl(trylast=True)  # after the selection by markers
+def pytest_collection_modifyitems(config, items):
+    if part := config.getoption("--part"):
+        first, step = map(int, part.split("/"))
+        chosen = items[first::step]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def _same_everywhere():
     """Draw the same numbers in each test, whatever ran before it, a peer's own numbers included."""

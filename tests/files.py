@@ -29,6 +29,14 @@ def edit(directory, **changes):
 SHARD = 9_000  # bytes: several shards for a tiny model
 
 
+def write_base(directory, family="llama", dtype=torch.float32, quantize=None, **changes):
+    """Write a random model, in four bits if `quantize` says so; the directory."""
+    ml.save_model(tiny_model(family, dtype=dtype, **changes), directory)
+    if quantize is not None:
+        ml.save_model(ml.load_model(directory, dtype, quantize=quantize), directory)
+    return directory
+
+
 def same_state(one, other):
     """Equal names, dtypes and bits."""
     assert one.state_dict().keys() == other.state_dict().keys()

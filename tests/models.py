@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -115,6 +116,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, and scaled rotations.
+MOST_DIFFERENT = ("llama-bias-tied-wide-heads", "llama-dynamic", "qwen3", "smollm3-window", "phi3-longrope")
+
+
+def by_family(*names: str) -> pytest.MarkDecorator:
+    """Run a test for every family, by default for these."""
+    marks = {name: () if name in names else pytest.mark.long for name in FAMILIES}
+    return pytest.mark.parametrize("family", [pytest.param(name, marks=marks[name]) for name in FAMILIES])
+
+
+families = by_family(*MOST_DIFFERENT)
+layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
+
+
 def tiny_config(family: str = "llama", **changes: Any) -> LlamaConfig:
     return LlamaConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
 
@@ -189,6 +204,11 @@ def small_tiles(patch: Any, numbers: int) -> None:
 def examples(share: float) -> settings:
     """Draw a share of the profile's number of examples, at least two: for a test whose example is a whole run."""
     return settings(max_examples=max(2, round(share * settings.default.max_examples)))
+
+
+def long(*values: Any) -> list[Any]:
+    """Values of a test's parameter that only the long form tries."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

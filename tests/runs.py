@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import shutil
 import signal
+import sys
+
+import torch
 
 import minilora as ml
+from minilora import cli
 from minilora.cli.meter import Meter
 from minilora.inputs import load_data
+from minilora.model import generate
 from minilora.settings import RunConfig
+from minilora.train.state import checkpoints
+from tests.models import randomize_adapters_, tiny_model
+from tests.text import CHATML, CLOSE, write_tokenizer
 
+QUICK = ("--general-data=none", "--force")  # what takes longer than training a tiny model: general text, a forecast
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 CLASSES = (RunConfig, ml.QuantizeConfig, ml.LoraConfig, ml.DataConfig, ml.TrainConfig)
 SETTINGS = {
@@ -37,12 +48,77 @@ def write_rows(path, count, choices=("yes", "no")):
     return path
 
 
+def write_inputs(directory, dtype=torch.float32):
+    """Write a model of two layers with its tokenizer, 23 rows to learn from and two of general text; the directory."""
+    tokenizer = write_tokenizer(directory / "model")
+    ml.save_model(tiny_model(dtype=dtype, vocab_size=400, num_hidden_layers=2), directory / "model", tokenizer)
+    write_rows(directory / "rows.jsonl", 23)
+    (directory / "general.jsonl").write_text('{"text": "the town by the sea"}\n{"text": "what is the capital?"}\n')
+    return directory
+
+
+def words(directory, out, **changes):
+    """The command line of a run on `write_inputs`; None leaves a flag out. Its memory is not forecast, to save time."""
+    flags = {"model": directory / "model", "data": directory / "rows.jsonl", "out": out, "force": True}
+    given = {name: value for name, value in {**flags, **SETTINGS, **changes}.items() if value is not None}
+    return ["finetune", *(f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in given.items())]
+
+
+def finetune(directory, out, **changes):
+    return cli.main(words(directory, out, **changes))
+
+
+def unfinished(whole, out, step, **config):
+    """A copy of a finished run, with all its checkpoints, as if it had been killed after this one; the directory."""
+    shutil.copytree(whole, out, dirs_exist_ok=True)
+    (out / "summary.json").unlink()
+    for checkpoint in checkpoints(out / "checkpoints"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    record = json.loads((out / "run.json").read_text())
+    record["config"] |= {"out": str(out), **config}
+    (out / "run.json").write_text(json.dumps(record))
+    return out
+
+
 def contents(out, names=ADAPTER):
     return {name: (out / name).read_bytes() for name in names}
 
 
 def everything(out):
     return {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def runner(directory, capsys, monkeypatch):
+    """Go to a directory; a function that runs a command there, which must end with `status`: what it printed."""
+    monkeypatch.chdir(directory)
+
+    def run(*words, status=0):
+        capsys.readouterr()
+        assert cli.main([str(word) for word in words]) == status
+        return capsys.readouterr()
+
+    return run
+
+
+def type_in(monkeypatch, typed=b""):
+    """Text or bytes on standard input, which is no terminal."""
+    typed = typed.encode() if isinstance(typed, str) else typed
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+
+
+def write_chat_models(directory):
+    """Two models, one with a chat template, and an adapter of each."""
+    for name, options in (("model", {}), ("chat", {"template": CHATML, "eos": CLOSE, "post": "bos"})):
+        tokenizer = write_tokenizer(directory / name, **options)
+        sizes = {"vocab_size": 400, "num_hidden_layers": 2, "max_position_embeddings": 256}
+        model = tiny_model(seed=1, dtype=torch.float32, **sizes)
+        ml.save_model(model, directory / name, tokenizer)
+        model = ml.load_model(directory / name)
+        ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
+        randomize_adapters_(model)
+        ml.save_adapter(model, directory / f"{name}-adapter")
+    return directory
 
 
 def inputs(directory, **reading):
@@ -56,6 +132,10 @@ def metrics(out):
 
 def steps(out):
     return [record["step"] for record in metrics(out) if "eval_loss" not in record]
+
+
+def summary(out):
+    return json.loads((out / "summary.json").read_text())
 
 
 def starts(out):
@@ -72,3 +152,16 @@ def interrupt(monkeypatch, step, times=1):
         return report(meter, record)
 
     monkeypatch.setattr(Meter, "__call__", press)
+
+
+def interrupt_generation(monkeypatch, call):
+    """Press Ctrl-C when the model computes the next token for that time."""
+    calls = []
+
+    def press(*arguments, function=generate._next_logits):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(generate, "_next_logits", press)

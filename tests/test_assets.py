@@ -1,25 +1,22 @@
 """The built-in model and data: what a benchmark on them may rely on."""
 
 import importlib.util
-import json
 import random
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from tokenizers import Tokenizer
 
+from minilora.storage import ASSETS, TensorFile, read_json
+
 ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "minilora" / "assets"
 SIZES = {"train": 1600, "valid": 400, "test": 800}
 
 
-def load_script(name: str) -> ModuleType:
+def load_script(name):
     """A file of scripts/, which is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -29,31 +26,26 @@ make_data = load_script("make_data")
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[dict[str, str]]]:
+def splits():
     return {split: make_data.read_rows(ASSETS / "data" / f"{split}.jsonl") for split in SIZES}
 
 
 @pytest.fixture(scope="module")
-def texts(splits) -> dict[str, list[str]]:
-    return {
-        split: [make_data.normalise(make_data.row_definition(row)) for row in rows] for split, rows in splits.items()
-    }
+def definitions(splits):
+    return {split: [make_data.row_definition(row) for row in rows] for split, rows in splits.items()}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return Tokenizer.from_file(str(ASSETS / "model" / "tokenizer.json"))
 
 
-# --- the files ---
-
-
 def test_the_shipped_files_are_there_and_take_at_most_4_megabytes():
-    names = {path.relative_to(ASSETS).as_posix(): path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
-    model = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    data = ("train.jsonl", "valid.jsonl", "test.jsonl", "LICENSE-WordNet.txt")
-    assert {f"model/{name}" for name in model} | {f"data/{name}" for name in data} <= set(names)
-    assert sum(names.values()) <= 4_000_000
+    sizes = {path.relative_to(ASSETS).as_posix(): path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    data = {"train.jsonl", "valid.jsonl", "test.jsonl", "LICENSE-WordNet.txt"}
+    assert {f"model/{name}" for name in model} | {f"data/{name}" for name in data} <= set(sizes)
+    assert sum(sizes.values()) <= 4_000_000
 
 
 def test_the_licence_of_wordnet_comes_with_the_data():
@@ -64,17 +56,12 @@ def test_the_licence_of_wordnet_comes_with_the_data():
 
 
 def test_the_model_is_small_to_store_and_exact_to_compute_in():
-    config = json.loads((ASSETS / "model" / "config.json").read_text("utf-8"))
-    size = int.from_bytes((ASSETS / "model" / "model.safetensors").read_bytes()[:8], "little")
-    header = json.loads((ASSETS / "model" / "model.safetensors").read_bytes()[8 : 8 + size])
-    header.pop("__metadata__", None)
+    config = read_json(ASSETS / "model" / "config.json")
+    entries = TensorFile(ASSETS / "model" / "model.safetensors").entries
     assert (config["model_type"], config["dtype"]) == ("llama", "float32")
-    assert {tensor["dtype"] for tensor in header.values()} == {"BF16"}
+    assert {entry.dtype for entry in entries.values()} == {"BF16"}
     assert config["tie_word_embeddings"]
-    assert "lm_head.weight" not in header
-
-
-# --- the rows ---
+    assert "lm_head.weight" not in entries
 
 
 @pytest.mark.parametrize("split", SIZES)
@@ -83,27 +70,23 @@ def test_a_split_has_its_size_and_as_many_rows_of_each_category(splits, split):
     assert counts == {f" {category}": SIZES[split] // 8 for category in make_data.CATEGORIES.values()}
 
 
-@pytest.mark.parametrize("split", SIZES)
-def test_a_row_is_a_definition_and_its_category(splits, split):
-    for row in splits[split]:
-        text = make_data.row_definition(row)
-        assert row == {"prompt": f"Definition: {text}\nCategory:", "completion": row["completion"]}
-        assert 20 <= len(text) <= 160
-        assert not set(text) & {'"', "\n"}
+def test_a_row_is_a_definition_and_its_category(splits, definitions):
+    for split, rows in splits.items():
+        for row, text in zip(rows, definitions[split], strict=True):
+            assert row == {"prompt": f"Definition: {text}\nCategory:", "completion": row["completion"]}
+            assert 20 <= len(text) <= 160
+            assert not set(text) & {'"', "\n"}
 
 
-def test_no_definition_occurs_twice(texts):
-    everything = [text for split in texts.values() for text in split]
-    assert len(set(everything)) == len(everything)
-
-
-@pytest.mark.parametrize(("split", "held_out"), [("train", "test"), ("train", "valid"), ("valid", "test")])
-def test_no_row_has_a_near_twin_in_a_later_split(texts, split, held_out):
-    twins = [(a, b) for a in texts[split] for b in texts[held_out] if make_data.is_near_twin(a, b)]
-    assert not twins
-
-
-# --- the tokenizer ---
+def test_no_definition_occurs_twice_and_no_row_has_a_near_twin_in_a_later_split(definitions):
+    texts = {split: [make_data.normalise(text) for text in found] for split, found in definitions.items()}
+    words = {text: frozenset(text.split()) for found in texts.values() for text in found}
+    assert len(words) == sum(SIZES.values())
+    for earlier, later in (("train", "test"), ("train", "valid"), ("valid", "test")):
+        for a in texts[earlier]:
+            for b in texts[later]:
+                shared = len(words[a] & words[b])  # seven in ten of the shorter's words at least, of near-twins
+                assert shared < 0.7 * min(len(words[a]), len(words[b])) or not make_data.is_near_twin(a, b), (a, b)
 
 
 @pytest.mark.parametrize("category", make_data.CATEGORIES.values())
@@ -121,13 +104,10 @@ def test_the_tokenizer_writes_back_what_it_read(tokenizer, splits):
 
 
 def test_the_tokenizer_adds_nothing_and_closes_with_one_token(tokenizer):
-    config = json.loads((ASSETS / "model" / "tokenizer_config.json").read_text("utf-8"))
+    config = read_json(ASSETS / "model" / "tokenizer_config.json")
     assert tokenizer.encode("a").tokens == ["a"]
     assert tokenizer.encode(config["eos_token"]).ids == [0]
     assert tokenizer.get_vocab_size() == 2048
-
-
-# --- how they were made ---
 
 
 @pytest.mark.parametrize(

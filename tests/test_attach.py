@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from tests.models import (
     FAMILIES,
     WHOLE,
     bases,
+    examples,
     four_bit,
     randn,
     randomize_adapters_,
@@ -26,7 +28,7 @@ from tests.models import (
     token_ids,
     train_a_little,
 )
-from tests.tolerance import assert_maths, assert_precision, maths
+from tests.tolerance import assert_maths, maths
 
 families = st.sampled_from(sorted(FAMILIES))
 IDS = token_ids(3, 2, 7)
@@ -61,29 +63,40 @@ def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
     assert [type(module) for module in model.modules()] == kinds
 
 
-@pytest.fixture(params=CONFIGS)
-def trained(request):
-    """A model before and after some steps of training, and what it computed before."""
-    model = tiny_model(WHOLE)
-    before, logits = bits(model), model(IDS)
+def kinds_of(model):
+    return [type(module) for module in model.modules()]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def trained_once(request):
+    """A model after some steps of training, what it was before, and what it computed then."""
+    model = tiny_model(WHOLE, num_hidden_layers=2)
+    before, logits, kinds = bits(model), model(IDS), kinds_of(model)
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **CONFIGS[request.param]}), dtype=torch.float64)
     train_a_little(model.train(), IDS)
-    return model.eval(), before, logits
+    return model.eval(), before, logits, kinds
+
+
+@pytest.fixture
+def trained(trained_once):
+    """A copy of it for each test."""
+    model, *before = trained_once
+    return copy.deepcopy(model), *before
 
 
 def test_training_leaves_every_bit_of_the_base_which_acts_where_no_adapter_does(trained):
-    model, before, logits = trained
+    model, before, logits, kinds = trained
     assert maths(model(IDS), logits) > 1e6
     with ml.disable_adapter(model):
         assert torch.equal(model(IDS), logits)
     ml.detach(model)
     assert_same_bits(model, before)
     assert torch.equal(model(IDS), logits)
-    assert [type(module) for module in model.modules()] == [type(module) for module in tiny_model(WHOLE).modules()]
+    assert kinds_of(model) == kinds
 
 
 def test_merging_for_a_while_keeps_the_logits_and_comes_back_to_every_bit(trained):
-    model, _, _ = trained
+    model, *_ = trained
     state, logits, modules = bits(model), model(IDS), list(model.modules())
     with merged(model):
         assert not any(layer.active for layer in adapter_layers(model).values())
@@ -94,18 +107,18 @@ def test_merging_for_a_while_keeps_the_logits_and_comes_back_to_every_bit(traine
 
 
 def test_merging_keeps_the_logits_and_leaves_no_adapter(trained):
-    model, _, base_logits = trained
+    model, _, base_logits, kinds = trained
     logits = model(IDS)
     ml.merge(model)
     assert not adapter_layers(model)
     assert_maths(model(IDS), logits)
-    assert [type(module) for module in model.modules()] == [type(module) for module in tiny_model(WHOLE).modules()]
+    assert kinds_of(model) == kinds
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert maths(model(IDS), base_logits) > 1e6
 
 
 def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
-    model, before, _ = trained
+    model, before, *_ = trained
     logits = model(IDS)
     ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj", "k_proj")), name="other", dtype=torch.float64)
     delete_adapter(model, "other")
@@ -128,6 +141,7 @@ def test_loftq_puts_four_bits_in_the_place_of_dense_weights_and_makes_up_for_the
     assert torch.equal(model(IDS), rounded)
 
 
+@examples(0.3)
 @given(families)
 def test_four_bits_are_as_many_parameters_as_sixteen(family):
     dense, packed = tiny_model(family), four_bit(tiny_model(family))
@@ -165,41 +179,18 @@ def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():
 
 
 def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
-    config = LlamaConfig.from_dict(
-        {
-            "model_type": "llama",
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "tie_word_embeddings": True,
-        }
-    )
+    sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(LlamaConfig.from_dict({"model_type": "llama", **sizes, **heads}))
     ml.attach(model, ml.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")))
     assert ml.count_parameters(model) == (3_407_872, 1_239_222_272)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapters_are_float32_on_any_base(dtype):
-    model = tiny_model(dtype=dtype)
-    ml.attach(model, ml.LoraConfig())
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert model(IDS).dtype == dtype
-
-
 def test_rslora_takes_each_module_s_own_rank():
-    model = tiny_model()
-    targets = ("q_proj", "up_proj")
-    ml.attach(
-        model, ml.LoraConfig(r=16, lora_alpha=8, use_rslora=True, target_modules=targets, rank_pattern={"up_proj": 4})
-    )
-    assert model.model.layers[0].self_attn.q_proj.adapters["default"].scale == 8 / 4
-    assert model.model.layers[0].mlp.up_proj.adapters["default"].scale == 8 / 2
+    model = nn.ModuleDict({"q_proj": nn.Linear(3, 3), "up_proj": nn.Linear(3, 3)})
+    ml.attach(model, ml.LoraConfig(r=16, lora_alpha=8, use_rslora=True, rank_pattern={"up_proj": 4}))
+    assert [layer.adapters["default"].scale for layer in adapter_layers(model).values()] == [8 / 4, 8 / 2]
 
 
 def test_adapters_switch_combine_and_rest():
@@ -225,6 +216,8 @@ def test_an_error_inside_disable_adapter_still_brings_the_adapter_back():
     with pytest.raises(KeyError), ml.disable_adapter(model):
         raise KeyError
     assert torch.equal(model(IDS), before)
+    ml.set_adapter(model, ["default", "default"])  # an adapter named twice acts once
+    assert torch.equal(model(IDS), before)
 
 
 def test_all_linear_leaves_the_head_alone_and_a_name_can_still_mean_it():
@@ -236,31 +229,14 @@ def test_all_linear_leaves_the_head_alone_and_a_name_can_still_mean_it():
 
 
 def test_any_module_can_be_adapted_and_a_shared_linear_is_adapted_everywhere():
+    """Also under two names of one parent."""
     shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"first": nn.Sequential(shared, nn.ReLU()), "second": shared, "other": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"first": nn.Sequential(shared, shared), "second": shared, "other": nn.Linear(4, 4)})
     ml.attach(model, ml.LoraConfig(r=2, target_modules=r"first\.0"))
-    assert model["first"][0] is model["second"]
+    assert model["first"][0] is model["first"][1] is model["second"] is not shared
     assert list(adapter_layers(model)) == ["first.0"]
     ml.detach(model)
-    assert model["first"][0] is shared
-    assert model["second"] is shared
-
-
-def test_a_linear_under_two_names_of_one_parent_is_adapted_under_both():
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleList([shared, shared])
-    ml.attach(model, ml.LoraConfig(r=2))
-    assert model[0] is model[1]
-    assert model[0] is not shared
-    ml.detach(model)
-    assert model[0] is model[1] is shared
-
-
-def test_an_adapter_named_twice_acts_once():
-    model = adapted()
-    before = model(IDS)
-    ml.set_adapter(model, ["default", "default"])
-    assert torch.equal(model(IDS), before)
+    assert model["first"][0] is model["first"][1] is model["second"] is shared
 
 
 def test_subclasses_of_linear_are_not_targets():
@@ -272,19 +248,16 @@ def test_subclasses_of_linear_are_not_targets():
         ml.attach(nn.ModuleDict({"proj": Doubled(3, 3)}), ml.LoraConfig())
 
 
-def test_merging_a_tied_head_keeps_the_embedding():
+@pytest.mark.parametrize("is_active", [True, False])
+def test_merging_a_tied_head_keeps_the_embedding_and_the_tie_if_its_adapter_does_not_act(is_active):
     model = adapted("qwen2", target_modules=("lm_head",))
+    if not is_active:
+        ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="second")
     before, embedding = model(IDS), model.model.embed_tokens.weight.clone()
     ml.merge(model)
     assert_maths(model(IDS), before)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
-
-
-def test_merging_leaves_alone_what_no_active_adapter_touches():
-    model = adapted("qwen2", target_modules=("lm_head",))
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="second")
-    ml.merge(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) != is_active
 
 
 def test_merging_something_not_finite_is_refused_and_changes_nothing():
@@ -296,20 +269,6 @@ def test_merging_something_not_finite_is_refused_and_changes_nothing():
     with pytest.raises(ml.TrainingError, match=r"model\.layers\.3\.mlp\.down_proj"):
         ml.merge(model)
     assert_same_bits(model, before)
-
-
-@given(seeds)
-def test_a_bfloat16_merge_is_as_good_as_rounding_the_exact_weight(seed):
-    model = tiny_model(dtype=torch.bfloat16, seed=seed)
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj",)))
-    randomize_adapters_(model, seed)
-    layer = model.model.layers[0].self_attn.q_proj
-    exact = (
-        layer.base.weight.double()
-        + 2 * layer.adapters["default"].lora_B.double() @ layer.adapters["default"].lora_A.double()
-    )
-    ml.merge(model)
-    assert_precision(model.model.layers[0].self_attn.q_proj.weight, exact.bfloat16(), exact.detach())
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
@@ -343,19 +302,6 @@ def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
-
-
-def test_start_values_have_the_stated_distribution():
-    from minilora.lora.initialize import initial_factors
-
-    uniform, zero = initial_factors(True, (100, 400), (3, 100), torch.Generator().manual_seed(0))
-    gaussian, _ = initial_factors("gaussian", (100, 400), (3, 100), torch.Generator().manual_seed(0))
-    assert uniform.abs().max() <= 400**-0.5
-    n = uniform.numel()
-    for drawn, variance, kurtosis in ((uniform, 1 / (3 * 400), 9 / 5), (gaussian, 1 / 100**2, 3)):
-        assert abs(drawn.mean()) < 6 * (variance / n) ** 0.5
-        assert abs(drawn.square().mean() / variance - 1) < 6 * ((kurtosis - 1) / n) ** 0.5
-    assert not zero.any()
 
 
 def test_dropout_draws_other_masks_for_another_step_layer_or_seed():

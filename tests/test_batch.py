@@ -21,22 +21,19 @@ sizes = st.integers(1, 5)
 @st.composite
 def examples(draw):
     """One row of random tokens, each learned or not."""
-    tokens = draw(st.lists(st.integers(0, 60), min_size=1, max_size=6))
-    is_learned = draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
-    return ml.Example(tokens, [t if here else IGNORE_INDEX for t, here in zip(tokens, is_learned, strict=True)])
+    pairs = draw(st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=6))
+    return ml.Example([token for token, _ in pairs], [token if here else IGNORE_INDEX for token, here in pairs])
+
+
+def micro_batches(lengths, **config):
+    """The rows of all micro-batches of a run, one after the other."""
+    return [rows for step in plan_steps(lengths, ml.TrainConfig(**config)) for rows in step]
 
 
 @given(lengths, sizes, sizes, st.integers(1, 3), seeds, st.none() | st.integers(1, 20), st.integers(1, 9))
 def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed, budget, window):
-    config = ml.TrainConfig(
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        epochs=epochs,
-        seed=seed,
-        batch_tokens=budget,
-        sort_window=window,
-    )
-    plan = [row for step in plan_steps(lengths, config) for rows in step for row in rows]
+    config = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "epochs": epochs, "seed": seed}
+    plan = [row for rows in micro_batches(lengths, **config, batch_tokens=budget, sort_window=window) for row in rows]
     assert len(plan) == epochs * len(lengths)
     for epoch in range(epochs):
         assert sorted(plan[epoch * len(lengths) :][: len(lengths)]) == list(range(len(lengths)))
@@ -46,11 +43,11 @@ def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs
 def test_a_step_has_its_micro_batches_and_a_micro_batch_its_rows_but_the_last_ones(lengths, batch_size, accumulation):
     config = ml.TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation)
     plan = plan_steps(lengths, config)
-    micro_batches = [rows for step in plan for rows in step]
+    sizes = [len(rows) for step in plan for rows in step]
     assert [len(step) for step in plan[:-1]] == [accumulation] * (len(plan) - 1)
-    assert [len(rows) for rows in micro_batches[:-1]] == [batch_size] * (len(micro_batches) - 1)
-    assert len(micro_batches) == ceil(len(lengths) / batch_size)
-    assert len(plan) == ceil(len(micro_batches) / accumulation)
+    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
+    assert len(sizes) == ceil(len(lengths) / batch_size)
+    assert len(plan) == ceil(len(sizes) / accumulation)
 
 
 @given(lengths, sizes, st.integers(1, 20), seeds)
@@ -58,20 +55,18 @@ def test_a_step_has_its_micro_batches_and_a_micro_batch_its_rows_but_the_last_on
 def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next_row(
     lengths, accumulation, budget, seed
 ):
-    config = ml.TrainConfig(batch_tokens=budget, gradient_accumulation_steps=accumulation, batch_size=1, seed=seed)
-    micro_batches = [rows for step in plan_steps(lengths, config) for rows in step]
-    sizes = [sum(lengths[row] for row in rows) for rows in micro_batches]
-    assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
-    assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, micro_batches, strict=True))
-    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], micro_batches[1:], strict=True))
+    config = {"gradient_accumulation_steps": accumulation, "batch_size": 1, "seed": seed}
+    batches = micro_batches(lengths, batch_tokens=budget, **config)
+    sizes = [sum(lengths[row] for row in rows) for rows in batches]
+    assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, batches, strict=True))
+    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], batches[1:], strict=True))
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=60, unique=True), sizes, st.integers(1, 9), seeds)
 def test_a_window_of_the_permutation_is_cut_into_rows_of_like_lengths(lengths, batch_size, times, seed):
-    config = ml.TrainConfig(batch_size=batch_size, seed=seed)
-    shuffled = [row for step in plan_steps(lengths, config) for row in step[0]]
-    window = batch_size * times
-    batches = [step[0] for step in plan_steps(lengths, replace(config, sort_window=window))]
+    config, window = {"batch_size": batch_size, "seed": seed}, batch_size * times
+    shuffled = [row for rows in micro_batches(lengths, **config) for row in rows]
+    batches = micro_batches(lengths, **config, sort_window=window)
     expected = [
         rows[i : i + batch_size]
         for rows in (sorted(shuffled[j : j + window], key=lengths.__getitem__) for j in range(0, len(lengths), window))
@@ -84,13 +79,10 @@ def test_a_window_leaves_little_padding_for_a_loss_that_pads_and_larger_batches(
     """What the README says of rows whose lengths are as those of the benchmarks."""
     lengths = [len(tokens) for tokens, _ in work.rows("real", 8000, 61)]
 
-    def batches(window):
-        return [
-            [lengths[row] for row in step[0]]
-            for step in plan_steps(lengths, ml.TrainConfig(batch_size=8, sort_window=window))
-        ]
-
-    shuffled, sorted_ = batches(1), batches(64)
+    shuffled, sorted_ = (
+        [[lengths[row] for row in rows] for rows in micro_batches(lengths, batch_size=8, sort_window=window)]
+        for window in (1, 64)
+    )
     padded = [round(sum(len(b) * max(b) for b in each) / sum(lengths), 1) for each in (shuffled, sorted_)]
     assert padded == [2.1, 1.2]
     assert 1.7 < max(map(sum, sorted_)) / max(map(sum, shuffled)) < 2
@@ -98,8 +90,7 @@ def test_a_window_leaves_little_padding_for_a_loss_that_pads_and_larger_batches(
 
 @given(seeds)
 def test_sorted_batches_come_in_no_order_of_length(seed):
-    config = ml.TrainConfig(batch_size=4, sort_window=400, seed=seed)
-    longest = [max(step[0]) for step in plan_steps(range(1, 401), config)]
+    longest = [max(rows) for rows in micro_batches(range(1, 401), batch_size=4, sort_window=400, seed=seed)]
     rises = sum(after > before for before, after in pairwise(longest))
     assert 20 < rises < 80  # of 99; sorted they would all be one
 
@@ -122,11 +113,10 @@ def test_the_plan_is_a_function_of_the_seed(lengths, batch_size, seed):
 
 @given(seeds)
 def test_another_seed_and_another_epoch_have_another_order(seed):
-    def order(seed):
-        return [row for step in plan_steps([1] * 30, ml.TrainConfig(epochs=3, seed=seed)) for row in step[0]]
-
-    orders = [order(seed)[i : i + 30] for i in (0, 30, 60)] + [order(seed + 1)[i : i + 30] for i in (0, 30, 60)]
-    assert len(set(map(tuple, orders))) == 6
+    orders = [
+        [row for rows in micro_batches([1] * 30, epochs=3, seed=each) for row in rows] for each in (seed, seed + 1)
+    ]
+    assert len({tuple(order[i : i + 30]) for order in orders for i in (0, 30, 60)}) == 6
 
 
 @given(st.integers(1, 20), st.integers(1, 35))
@@ -151,26 +141,16 @@ def test_more_steps_than_a_plan_can_hold_are_refused_at_once(changes):
         plan_steps([1] * 20, ml.TrainConfig(**changes))
 
 
-@given(st.lists(examples(), min_size=1, max_size=5))
-def test_a_batch_is_the_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(rows):
-    batch = collate(rows, torch.device("cpu"))
+@given(st.lists(examples(), min_size=1, max_size=5), st.sampled_from([0, 1]))
+def test_a_batch_is_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(rows, shift):
+    """A token of a text predicts the one after it, with shift 1; a class belongs to its own token, with shift 0."""
+    batch = collate([replace(row, shift=shift) for row in rows], torch.device("cpu"))
     position = 0
     for row, length in zip(rows, batch.lengths, strict=True):
         for i in range(length):
             assert batch.tokens[position] == row.tokens[i]
-            assert batch.targets[position] == (row.labels[i + 1] if i + 1 < length else IGNORE_INDEX)
+            assert batch.targets[position] == (row.labels[i + shift] if i + shift < length else IGNORE_INDEX)
             position += 1
     assert position == len(batch.tokens) == len(batch.targets)
-
-
-@given(st.lists(examples(), min_size=1, max_size=5))
-def test_a_batch_learns_as_many_tokens_as_its_rows(rows):
-    assert collate(rows, torch.device("cpu")).labelled == sum(row.labelled for row in rows)
-
-
-@given(st.lists(examples(), min_size=1, max_size=5))
-def test_classes_are_targets_of_their_own_tokens(rows):
-    rows = [replace(row, shift=0) for row in rows]
-    batch = collate(rows, torch.device("cpu"))
-    assert batch.targets.tolist() == [label for row in rows for label in row.labels]
-    assert batch.labelled == sum(row.labelled for row in rows)
+    assert batch.places.tolist() == [i for i, target in enumerate(batch.targets) if target != IGNORE_INDEX]
+    assert batch.labelled == sum(replace(row, shift=shift).labelled for row in rows)

@@ -17,8 +17,8 @@ from benchmarks.process import Measurement, Round
 from minilora.train import loop
 from tests.tolerance import assert_maths
 
-SMALL = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL = {**work.SMOLLM2, **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 TRAININGS, OPERATIONS = work.trainings(), work.operations()
 FOLDER = Path(work.__file__).parent
 
@@ -27,8 +27,14 @@ FOLDER = Path(work.__file__).parent
 def shop(tmp_path_factory):
     """A small model in SmolLM2's place."""
     folder = tmp_path_factory.mktemp("shop")
-    make.random_model({**work.SMOLLM2, **SMALL}, folder / "model")
+    make.random_model(SMALL, folder / "model")
     return turns.Workshop(folder, folder / "model", "cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(shop):
+    """What we measure of two steps in float32."""
+    return ours.train(task_of(shop, "fp32-real"))
 
 
 def named(name):
@@ -83,7 +89,7 @@ def test_real_lengths_have_the_stated_median_and_spread():
 
 def test_flop_of_the_linears_are_those_that_a_plain_backward_pass_counts():
     T, r = 7, 5
-    config = {**work.SMOLLM2, **SMALL, "num_hidden_layers": 1}
+    config = {**SMALL, "num_hidden_layers": 1}
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
     with FlopCounterMode(display=False) as counter:
         for n, m in shapes:
@@ -98,19 +104,17 @@ def test_flop_of_the_linears_are_those_that_a_plain_backward_pass_counts():
     assert head == 4 * 4096 * 64 * (T - 1)
 
 
-def test_peers_are_given_the_rows_of_each_step_of_our_loop(shop):
+def test_peers_are_given_the_rows_of_each_step_of_our_loop(shop, trained):
     task = task_of(shop, "fp32-real")
-    measured = ours.train(task)
-    assert measured.amounts == [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
+    assert trained.amounts == [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
     alone = ours.train(replace(task, rows=task.batches[0], batches=task.batches[:1]))
     first = {name: task.work.bounds[name] for name in ("loss", "gradient norm")}
-    turns.check_same_work(measured.checks, alone.checks, first, "the first batch alone")
+    turns.check_same_work(trained.checks, alone.checks, first, "the first batch alone")
 
 
 @pytest.mark.parametrize("planted", ["scale", "rows", "labels", "base"])
-def test_different_work_is_refused(shop, tmp_path, planted):
-    task = task_of(shop, "fp32-real")
-    found = ours.train(task).checks
+def test_different_work_is_refused(shop, trained, tmp_path, planted):
+    task, found = task_of(shop, "fp32-real"), trained.checks
     turns.check_same_work(found, found, task.work.bounds, "peer")
     if planted == "scale":
         model = ml.load_model(task.model)
@@ -153,8 +157,13 @@ def test_what_is_not_finite_is_refused():
         turns.check_same_work({"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.1}, "peft")
 
 
+START_PYTHON = {"load", "import_"}  # several times; so does `help_`, which is the quickest
+OF_TRANSFORMERS = {"attach", "switch", "disable", "load_adapter"}
+DOES = sorted({each.does for each in OPERATIONS} - OF_TRANSFORMERS)
+
+
 @pytest.mark.parametrize(
-    "does", sorted({each.does for each in OPERATIONS} - {"attach", "switch", "disable", "load_adapter"})
+    "does", [pytest.param(does, marks=pytest.mark.long) if does in START_PYTHON else does for does in DOES]
 )
 def test_operations_of_ours_give_one_time_for_each_repetition(shop, does, monkeypatch):
     monkeypatch.setattr(process, "REPEATS", 1)
@@ -166,29 +175,18 @@ def test_operations_of_ours_give_one_time_for_each_repetition(shop, does, monkey
     assert task.work.bounds.keys() <= measured.checks.keys()
 
 
-@pytest.fixture
-def _three_threads():
-    torch.set_num_threads(3)
-
-
-@pytest.mark.usefixtures("_three_threads")
-def test_a_fresh_process_is_another_one_with_as_many_threads():
-    assert process.in_fresh_process(process.called, "os", "getpid") != os.getpid()
-    assert process.in_fresh_process(process.called, "torch", "get_num_threads") == 3
-
-
-def taken(count):
+def seen(count):
+    """The process, its threads, and its peak once so many bytes are taken."""
     peak = process.Peak("cpu")
     torch.ones(count, dtype=torch.uint8)
-    return peak.read()
+    return os.getpid(), torch.get_num_threads(), peak.read()
 
 
-def test_the_peak_is_what_was_taken_since_the_imports():
-    assert 10**8 <= process.in_fresh_process(taken, 10**8) < 1.1 * 10**8
-
-
-def measurement(seconds, **checks):
-    return Measurement([seconds], [1], 10**9, checks)
+def test_a_fresh_process_is_another_one_with_as_many_threads_and_a_peak_of_its_own():
+    torch.set_num_threads(3)
+    number, threads, peak = process.in_fresh_process(seen, 10**8)
+    assert (number != os.getpid(), threads) == (True, 3)
+    assert 10**8 <= peak < 1.1 * 10**8
 
 
 @pytest.mark.parametrize("words", [["--rounds", "0"], ["--threads", "0"], ["--only", "x"], ["--peers", "x"]])
@@ -197,7 +195,11 @@ def test_a_flag_that_is_wrong_is_told_before_anything_is_measured(words):
         command.main(words)
 
 
-def test_a_ratio_is_the_rounds_own(shop):
+def measurement(seconds, **checks):
+    return Measurement([seconds], [1], 10**9, checks)
+
+
+def test_a_ratio_is_the_rounds_own():
     rounds = [
         Round("fp32-real", {"minilora": measurement(a), "peft": measurement(b)}) for a, b in ((1, 1), (2, 8), (3, 9))
     ]
@@ -222,17 +224,22 @@ def columns(page):
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_command_measures_and_writes_a_page(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(turns.works, "WARM_UP", 0)
+@pytest.mark.parametrize("is_fresh", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_command_measures_and_writes_a_page(is_fresh, shop, tmp_path, capsys, monkeypatch):
+    if not is_fresh:  # all in this process
+        monkeypatch.setattr(turns, "in_fresh_process", lambda function, *args: function(*args))
+        monkeypatch.setattr(process, "REPEATS", 1)
+        monkeypatch.setattr(process, "GEMM_SIDES", (256,))
+    monkeypatch.setattr(turns.Workshop.task, "__defaults__", (0, 2))  # steps
     out = tmp_path / "results" / "RESULTS.md"
     arguments = ["--model", str(shop.model("smollm2")), "--out", str(out), "--rounds", "1", "--peers"]
     assert command.main([*arguments, "--only", "bf16-real", "save-model"]) == 0
-    assert command.main([*arguments, "--only", "load"]) == 0
+    assert command.main([*arguments, "--only", "load-again"]) == 0
     assert "bf16-real: " in capsys.readouterr().out
     page = out.read_text(encoding="utf-8")
     assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert all(len(found) == 1 for found in columns(page))
-    assert re.search(r"^\| bf16-real \| [\d,]+ \| [\d,]+ \| 0\.\d\d \|", page, flags=re.MULTILINE)
+    assert re.search(r"^\| bf16-real \| [\d,]+ \| [\d,]+ \| \d+\.\d\d \|", page, flags=re.MULTILINE)
     assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in page
     assert "torch 2." in page
 
@@ -268,7 +275,8 @@ def test_a_curve_that_grows_otherwise_than_expected_is_told():
     assert_maths(torch.tensor(constant.fitted), torch.tensor(constant.found))
 
 
-def test_a_size_that_grows_changes_nothing_else(shop):
+def test_a_size_that_grows_changes_nothing_else(shop, monkeypatch):
+    monkeypatch.setattr(work, "SMOLLM2", SMALL)
     changes = {
         "tokens": {"rows", "batches"},
         "rank": {"adapter"},
@@ -288,22 +296,18 @@ def test_a_picture_is_drawn_of_a_curve(tmp_path):
     assert "</svg>" in (tmp_path / "growth.svg").read_text(encoding="utf-8")
 
 
+WORKS_OF_PEFT = ("bf16-real", "fp32-real", "qlora-fixed-recompute", "dora-fixed", "bf16-long-recompute")
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    "name", ["bf16-real", "fp32-real", "qlora-fixed-recompute", "dora-fixed", "bf16-long-recompute"]
+    ("side", "name"),
+    [*(("peft", name) for name in WORKS_OF_PEFT), *((side, "bf16-real") for side in ("trl", "trl-best", "litgpt"))],
 )
-def test_peft_does_the_same_work(shop, name):
+def test_peers_do_the_same_training(shop, side, name):
+    pytest.importorskip(side.partition("-")[0])
     task = task_of(shop, name)
-    turns.check_same_work(ours.train(task).checks, peers.train_peft(task).checks, task.work.bounds, "peft")
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("side", "module"), [("trl", "trl"), ("trl-best", "trl"), ("litgpt", "litgpt")])
-def test_other_peers_do_the_same_work(shop, side, module):
-    pytest.importorskip(module)
-    task = task_of(shop, "bf16-real")
     theirs = getattr(peers, turns.TRAINING[side][1])(task)
     assert len(theirs.seconds) == len(theirs.amounts) == 2
     turns.check_same_work(ours.train(task).checks, theirs.checks, task.work.bounds, side)
@@ -311,9 +315,13 @@ def test_other_peers_do_the_same_work(shop, side, module):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("each", OPERATIONS, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "each",
+    [pytest.param(each, marks=[pytest.mark.long] * (each.does in START_PYTHON), id=each.name) for each in OPERATIONS],
+)
 def test_peers_do_the_same_operations(shop, each, monkeypatch):
     monkeypatch.setattr(process, "REPEATS", 1)
+    monkeypatch.setattr(work, "TINY_LAYERS", 2)
     for module in (our_operations, peer_operations):
         monkeypatch.setattr(module, "NEW_TOKENS", 3)
     task = shop.task(each)

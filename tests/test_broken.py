@@ -13,13 +13,6 @@ BROKEN = Path(__file__).parent / "golden" / "broken"
 ERRORS = dict(line.split(": ", 1) for line in (BROKEN / "errors.txt").read_text("utf-8").splitlines())
 
 
-def refusal(name, tokenizer):
-    """What a broken file is told, without the directory that it lies in."""
-    with pytest.raises((ml.DataError, ml.FormatError)) as error:
-        ml.load_dataset(BROKEN / name, tokenizer)
-    return str(error.value).replace(f"{BROKEN}/", "")
-
-
 def test_each_broken_file_has_its_error_and_there_are_at_least_forty():
     names = {path.name for path in BROKEN.iterdir()} - {"errors.txt"}
     assert names == set(ERRORS)
@@ -27,16 +20,13 @@ def test_each_broken_file_has_its_error_and_there_are_at_least_forty():
 
 
 @pytest.mark.parametrize("name", sorted(ERRORS))
-def test_a_broken_file_is_told_in_one_line_what_is_wrong_where(name, tokenizer):
-    assert refusal(name, tokenizer(**CHAT)) == ERRORS[name]
-
-
-@pytest.mark.parametrize("name", sorted(ERRORS))
-def test_the_line_begins_with_the_file_and_does_not_speak_of_python(name):
-    assert ERRORS[name].startswith(f"{name}:")
-    assert not {"codec", "NoneType", "Traceback", "sys.set", "recursion", "dict", "object is not"} & set(
-        ERRORS[name].split()
-    )
+def test_a_broken_file_is_told_in_one_line_what_is_wrong_where_and_not_in_words_of_python(name, tokenizer):
+    with pytest.raises((ml.DataError, ml.FormatError)) as error:
+        ml.load_dataset(BROKEN / name, tokenizer(**CHAT))
+    found = str(error.value).replace(f"{BROKEN}/", "")
+    assert found == ERRORS[name]
+    assert found.startswith(f"{name}:")
+    assert not {"codec", "NoneType", "Traceback", "recursion", "dict"} & set(found.split())
 
 
 def test_bad_rows_are_skipped_and_told_where_that_is_asked_for(tmp_path, tokenizer):
@@ -55,7 +45,5 @@ def test_bad_rows_are_skipped_and_told_where_that_is_asked_for(tmp_path, tokeniz
 
 def test_where_no_row_is_left_the_first_bad_one_is_told(tmp_path, tokenizer):
     shutil.copy(BROKEN / "text-lines.jsonl", path := tmp_path / "rows.jsonl")
-    with pytest.raises(
-        ml.DataError, match=r"2 were skipped, the first: .*rows\.jsonl:1: found 'a', need a JSON object"
-    ):
+    with pytest.raises(ml.DataError, match=r"2 were skipped, the first: .*rows\.jsonl:1: found 'a'"):
         ml.load_dataset(path, tokenizer(**CHAT), ml.DataConfig(skip_bad_rows=True))

@@ -1,16 +1,10 @@
 """What an outsider broke in the family of adapters, and what is to happen instead."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import minilora as ml
@@ -19,36 +13,36 @@ from minilora.cli import main
 from minilora.lora.copies import TrainedCopy
 from minilora.lora.find import adapter_layers
 from minilora.storage import write_json, write_tensors
-from tests.models import fill_, randn
+from tests.models import fill_, randn, tiny_model
+from tests.text import write_tokenizer
 from tests.tolerance import assert_maths, assert_parity
 
 
 class Tied(nn.Module):
     """An embedding, a linear between, and a head that is tied to the embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed, self.block, self.head = nn.Embedding(7, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 7)
         self.head.weight = self.embed.weight
         fill_(self.double(), 0)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        y: Tensor = self.head(self.block(self.embed(ids)))
-        return y
+    def forward(self, ids):
+        return self.head(self.block(self.embed(ids)))
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self):
         return self.embed
 
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
-def _fill_(model: nn.Module, seed: int) -> None:
+def _fill_(model, seed):
     trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     fill_(trained, seed)
 
 
-def _adapted(**adapters: LoraConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+def _adapted(**adapters):
     """A model, and what it computes with each adapter alone."""
     model = Tied().eval()
     for seed, (name, config) in enumerate(adapters.items(), start=1):
@@ -66,7 +60,7 @@ EMBED = LoraConfig(r=2, target_modules=["embed"])
 WHOLE = LoraConfig(r=2, target_modules=[], modules_to_save=["embed"])
 
 
-def test_three_kinds_of_adapter_in_one_place_are_each_saved_and_loaded(tmp_path: Path) -> None:
+def test_three_kinds_of_adapter_in_one_place_are_each_saved_and_loaded(tmp_path):
     model, outputs = _adapted(rows=ROWS, embed=EMBED, whole=WHOLE)
     for name, expected in outputs.items():
         ml.save_adapter(model, tmp_path / name, name)
@@ -75,7 +69,7 @@ def test_three_kinds_of_adapter_in_one_place_are_each_saved_and_loaded(tmp_path:
         assert_maths(loaded(IDS), expected)
 
 
-def test_places_in_one_place_are_merged_for_a_while_and_come_back() -> None:
+def test_places_in_one_place_are_merged_for_a_while_and_come_back():
     model, _ = _adapted(rows=ROWS, embed=EMBED, head=LoraConfig(r=2, target_modules=["head"], bias="lora_only"))
     ml.set_adapter(model, ["rows", "embed", "head"])
     expected = model(IDS)
@@ -87,7 +81,7 @@ def test_places_in_one_place_are_merged_for_a_while_and_come_back() -> None:
 LINEAR = LoraConfig(r=2, target_modules=["0"])
 
 
-def test_an_inner_block_has_the_say_and_the_outer_one_after_it() -> None:
+def test_an_inner_block_has_the_say_and_the_outer_one_after_it():
     model, outputs = _adapted(a=LINEAR, b=LINEAR)
     with ml.mixed_batch(model, ["a", "b"]):
         with ml.mixed_batch(model, ["b", "a"]):
@@ -98,7 +92,7 @@ def test_an_inner_block_has_the_say_and_the_outer_one_after_it() -> None:
         assert_maths(model(IDS)[1], outputs["b"][1])
 
 
-def test_an_adapter_can_be_deleted_while_it_is_disabled() -> None:
+def test_an_adapter_can_be_deleted_while_it_is_disabled():
     model, outputs = _adapted(a=LINEAR, b=LINEAR)
     ml.set_adapter(model, ["a", "b"])
     with ml.disable_adapter(model):
@@ -106,7 +100,7 @@ def test_an_adapter_can_be_deleted_while_it_is_disabled() -> None:
     assert torch.equal(model(IDS), outputs["b"])
 
 
-def test_a_module_trained_in_full_has_no_adapter_within() -> None:
+def test_a_module_trained_in_full_has_no_adapter_within():
     model, _ = _adapted(inner=LINEAR)
     with pytest.raises(ml.TargetError, match=r"block\.0: lies in block, which an adapter trains in full"):
         ml.attach(model, LoraConfig(target_modules=[], modules_to_save=["block"]), "outer")
@@ -118,16 +112,16 @@ def test_a_module_trained_in_full_has_no_adapter_within() -> None:
 class Twice(Tied):
     """What a T5 of transformers 5 has: an embedding for others to share, which is not called itself."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.shared = nn.Embedding(7, 4)
         self.shared.weight = self.embed.weight
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self):
         return self.shared
 
 
-def test_trained_rows_are_those_of_every_embedding_that_is_tied(tmp_path: Path) -> None:
+def test_trained_rows_are_those_of_every_embedding_that_is_tied(tmp_path):
     model = Twice()
     ml.attach(model, ROWS, dtype=torch.float64)
     _fill_(model, 1)
@@ -145,16 +139,14 @@ def test_trained_rows_are_those_of_every_embedding_that_is_tied(tmp_path: Path) 
     assert_maths(model(IDS), loaded(IDS))
 
 
-def test_a_replica_computes_what_the_model_does() -> None:
+def test_a_replica_computes_what_the_model_does():
     """As `nn.DataParallel` makes replicas: their parameters are plain tensors."""
-    config = {"target_modules": ["0", "head"], "use_dora": True, "bias": "lora_only"}
-    model, outputs = _adapted(dora=LoraConfig(r=2, **config))
-    modules = list(model.modules())
-    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    config = LoraConfig(r=2, target_modules=["0", "head"], use_dora=True, bias="lora_only")
+    model, outputs = _adapted(dora=config)
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in replicas.items():
-        for name, child in module._modules.items():
-            if child is not None:
-                setattr(replica, name, replicas[child])
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 replica._parameters[name] = None
@@ -163,38 +155,34 @@ def test_a_replica_computes_what_the_model_does() -> None:
     assert torch.equal(replicas[model](IDS), outputs["dora"])
 
 
-def _hooked() -> nn.Module:
+def _hooked():
     linear = nn.Linear(4, 4)
     linear.register_forward_hook(lambda module, args, y: 2 * y)
     return linear
 
 
-def _overridden() -> nn.Module:
+def _overridden():
     linear = nn.Linear(4, 4)
-    linear.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    linear.forward = lambda x: 2 * x
     return linear
 
 
-@pytest.mark.parametrize("linear", [_hooked, _overridden])
-def test_a_layer_that_does_more_than_its_class_is_refused(linear: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ml.TargetError, match="0: has hooks or a forward of its own"):
-        ml.attach(nn.Sequential(linear()), LoraConfig(r=2))
-
-
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "message"),
     [
-        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
-        lambda: prune.identity(nn.Linear(4, 4), "weight"),
-        lambda: nn.Embedding(4, 4, max_norm=1.0),
+        (_hooked, "0: has hooks or a forward of its own"),
+        (_overridden, "0: has hooks or a forward of its own"),
+        (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "no module that can be adapted matches"),
+        (lambda: prune.identity(nn.Linear(4, 4), "weight"), "no module that can be adapted matches"),
+        (lambda: nn.Embedding(4, 4, max_norm=1.0), "no module that can be adapted matches"),
     ],
 )
-def test_a_layer_that_makes_its_weight_anew_is_no_target(layer: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ml.TargetError, match="no module that can be adapted matches target_modules '0'"):
-        ml.attach(nn.Sequential(layer()), LoraConfig(r=2, target_modules=["0"]))
+def test_a_layer_that_does_more_than_its_class_or_makes_its_weight_anew_is_no_target(layer, message):
+    with pytest.raises(ml.TargetError, match=message):
+        ml.attach(nn.Sequential(layer()), LINEAR)
 
 
-def test_a_row_of_zeros_stays_a_number_under_dora() -> None:
+def test_a_row_of_zeros_stays_a_number_under_dora():
     linear = nn.Linear(4, 3)
     with torch.no_grad():
         linear.weight[1] = 0
@@ -207,24 +195,18 @@ def test_a_row_of_zeros_stays_a_number_under_dora() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "fields",
     [
-        ("target_modules", [1]),
-        ("target_modules", 3),
-        ("exclude_modules", [None]),
-        ("modules_to_save", {"a": 1}),
-        ("target_parameters", 1.5),
-        ("layers_pattern", [[]]),
-        ("layers_to_transform", ["1"]),
-        ("layers_to_transform", 1.5),
-        ("rank_pattern", None),
-        ("alpha_pattern", [1]),
-        ("lora_alpha", 10**400),
+        {"target_modules": [1], "exclude_modules": [None], "modules_to_save": {"a": 1}, "target_parameters": 1.5},
+        {"target_modules": 3, "layers_pattern": [[]], "layers_to_transform": ["1"], "rank_pattern": None},
+        {"layers_to_transform": 1.5, "alpha_pattern": [1]},
+        {"lora_alpha": 10**400},
     ],
 )
-def test_a_field_of_another_type_is_named(field: str, value: Any) -> None:
-    with pytest.raises(ml.ConfigError, match=f"{field} is "):
-        LoraConfig(**{field: value})
+def test_every_field_of_another_type_is_named(fields):
+    with pytest.raises(ml.ConfigError) as error:
+        LoraConfig(**fields)
+    assert [field for field in fields if f"{field} is " not in str(error.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -235,7 +217,7 @@ def test_a_field_of_another_type_is_named(field: str, value: Any) -> None:
         ({"lora_A": torch.zeros(2, 4), "lora_B": torch.zeros(2)}, "need a matrix"),
     ],
 )
-def test_a_file_without_matrices_is_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+def test_a_file_without_matrices_is_refused(tmp_path, tensors, message):
     write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     names = {f"base_model.model.block.0.{key}.weight": tensor for key, tensor in tensors.items()}
     write_tensors(tmp_path / "adapter_model.safetensors", names)
@@ -249,48 +231,48 @@ SUMS = {"cat": {}, "svd": {}, "ties_svd": {"density": 0.5}}
 
 
 @pytest.mark.parametrize("kind", SUMS)
-def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind: Any) -> None:
+def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
     model, _ = _adapted(a=LINEAR, b=LINEAR)
     with pytest.raises(ml.MiniloraError, match=r"not finite|has not"):
         ml.combine_adapters(model.float(), {"a": 1e39, "b": 1}, "sum", ml.CombineConfig(kind, **SUMS[kind]))
 
 
-def test_a_seed_that_no_generator_takes_is_named() -> None:
+def test_a_seed_that_no_generator_takes_is_named():
     with pytest.raises(ml.ConfigError, match="seed is"):
         ml.CombineConfig("dare_linear", density=0.5, seed=2**64)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "value", "message"),
     [
-        (["--layers-to-transform", "x"], "found 'x', need numbers joined with commas"),
-        (["--trainable-token-indices", "x"], "found 'x', need numbers joined with commas, or a JSON object"),
-        (["--rank-pattern", "{"], "found {, need a JSON object"),
+        ("--layers-to-transform", "x", "found 'x', need numbers joined with commas"),
+        ("--trainable-token-indices", "x", "found 'x', need numbers joined with commas, or a JSON object"),
+        ("--rank-pattern", "{", "found {, need a JSON object"),
     ],
 )
-def test_a_flag_that_cannot_be_read_says_what_it_takes(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flag_that_cannot_be_read_says_what_it_takes(flag, value, message, capsys):
     with pytest.raises(SystemExit):
-        main(["finetune", *flags])
+        main(["finetune", flag, value])
     assert message in capsys.readouterr().err
 
 
-def test_what_does_not_fit_into_memory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_into_memory_is_told(tmp_path, capsys):
     assert main(["finetune", "--lora-r", str(2**31 - 1), "--out", str(tmp_path / "out")]) == 1
     assert "does not fit into memory" in capsys.readouterr().err
 
 
-def test_full_fine_tuning_with_new_tokens_comes_to_its_end(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
+def test_full_fine_tuning_with_new_tokens_comes_to_its_end(tmp_path):
+    model, data, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
+    tokenizer = write_tokenizer(model)
+    ml.save_model(tiny_model(vocab_size=len(tokenizer), dtype=torch.float32), model)
     data.write_text('{"prompt": "a <z>", "completion": " b"}\n' * 4)
-    flags = ["--model", "minilora/builtin", "--data", str(data), "--method", "full", "--add-tokens", "<z>"]
-    assert main(["finetune", *flags, "--max-steps", "1", "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    flags = ["--method", "full", "--add-tokens", "<z>", "--max-steps", "1", "--general-data", "none"]
+    assert main(["finetune", "--model", str(model), "--data", str(data), *flags, "--out", str(out)]) == 0
+    assert ml.load_model(out).config.vocab_size == len(tokenizer) + 1
 
 
 @pytest.mark.parametrize("wrapped", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
-def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped):
     with pytest.raises(ml.TargetError, match="adapt it, then wrap it"):
         ml.attach(wrapped(Tied()), LINEAR)
 
@@ -298,23 +280,23 @@ def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped: Ca
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda total: total, r"has to give \(sum, count\)"),
-        (lambda total: None, r"has to give \(sum, count\)"),
-        (lambda total: (total, -2), r"has to give \(sum, count\)"),
-        (lambda total: (total, float("nan")), r"has to give \(sum, count\)"),
-        (lambda total: (total.expand(2), 1), r"has to give \(sum, count\)"),
-        (lambda total: (1.0, 1), r"has to give \(sum, count\)"),
+        (lambda total: total, "has to give"),
+        (lambda total: None, "has to give"),
+        (lambda total: (total, -2), "has to give"),
+        (lambda total: (total, float("nan")), "has to give"),
+        (lambda total: (total.expand(2), 1), "has to give"),
+        (lambda total: (1.0, 1), "has to give"),
         (lambda total: (total.detach(), 1), "found one without"),
     ],
 )
-def test_a_loss_that_is_no_sum_and_count_is_told(loss: Callable[[Tensor], Any], message: str) -> None:
+def test_a_loss_that_is_no_sum_and_count_is_told(loss, message):
     model = Tied()
     ml.attach(model, LINEAR)
     with pytest.raises(ml.TrainingError, match=message):
         ml.train(model, [IDS] * 2, ml.TrainConfig(max_steps=1), loss=lambda m, rows: loss(m(rows[0]).square().sum()))
 
 
-def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path, monkeypatch):
     """To read the header again for each tensor takes hours where there are tens of thousands, as of experts."""
     model, outputs = _adapted(a=LINEAR)
     ml.save_adapter(model, tmp_path, "a")
@@ -327,7 +309,7 @@ def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "pissa_niter_2"])
-def test_a_weight_that_is_not_finite_has_no_decomposition(kind: str) -> None:
+def test_a_weight_that_is_not_finite_has_no_decomposition(kind):
     model = Tied()
     with torch.no_grad():
         model.block[0].weight[0, 0] = float("nan")
@@ -336,13 +318,13 @@ def test_a_weight_that_is_not_finite_has_no_decomposition(kind: str) -> None:
 
 
 @pytest.mark.parametrize("names", [None, 3, [["a"]]])
-def test_adapters_are_set_by_names(names: Any) -> None:
+def test_adapters_are_set_by_names(names):
     model, _ = _adapted(a=LINEAR)
     with pytest.raises(ml.TargetError, match="need a name or a list of names"):
         ml.set_adapter(model, names)
 
 
-def test_within_merged_there_is_no_adapter_to_switch_on() -> None:
+def test_within_merged_there_is_no_adapter_to_switch_on():
     model, outputs = _adapted(a=LINEAR, b=LoraConfig(r=2, target_modules=["head"]))
     ml.set_adapter(model, "a")
     with ml.merged(model), pytest.raises(ml.TargetError, match="the model has no adapter"):
@@ -352,7 +334,7 @@ def test_within_merged_there_is_no_adapter_to_switch_on() -> None:
     assert torch.equal(model(IDS), outputs["b"])
 
 
-def test_rows_of_an_encoder_of_pytorch_have_each_their_own_adapter() -> None:
+def test_rows_of_an_encoder_of_pytorch_have_each_their_own_adapter():
     """Its fast path reads the weights of its linears, and does not call them."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64), 1)
     x, outputs = randn(0, 2, 3, 8), []
@@ -366,9 +348,9 @@ def test_rows_of_an_encoder_of_pytorch_have_each_their_own_adapter() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_modules_that_peft_saves_by_the_end_of_a_name_are_loaded(tmp_path: Path) -> None:
+def test_modules_that_peft_saves_by_the_end_of_a_name_are_loaded(tmp_path):
     class Normed(nn.Sequential):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.norm, self.input_norm, self.linear = nn.LayerNorm(4), nn.LayerNorm(4), nn.Linear(4, 4)
 

@@ -64,18 +64,17 @@ def test_the_answer_is_causal_attention_over_all_that_was_given(seed, calls, win
 def test_what_lies_beyond_a_document_is_not_looked_at(seed, lengths):
     clean, littered = filled(lengths), filled(lengths)
     for document, length in enumerate(lengths):
-        littered.keys[:, document, :, length:] = 1e6
-        littered.values[:, document, :, length:] = 1e6
+        for held in (littered.keys, littered.values):
+            held[:, document, :, length:] = 1e6
     ones = [1] * len(lengths)
     assert torch.equal(add(littered, ones, seed, WINDOW), add(clean, ones, seed, WINDOW))
 
 
 @given(seeds, sizes, st.integers(WINDOW, 20), st.integers(1, 3))
 def test_beyond_a_window_nothing_is_read(seed, documents, length, new):
-    clean, littered = filled([length] * documents), filled([length] * documents)
-    littered.keys[..., : length + 1 - WINDOW, :] = torch.nan
-    littered.values[..., : length + 1 - WINDOW, :] = torch.nan
-    news = [new] * documents
+    clean, littered, news = filled([length] * documents), filled([length] * documents), [new] * documents
+    for held in (littered.keys, littered.values):
+        held[..., : length + 1 - WINDOW, :] = torch.nan
     assert torch.equal(add(littered, news, seed, WINDOW), add(clean, news, seed, WINDOW))
 
 

@@ -27,9 +27,6 @@ def holders(tokenizer, tokens):
     return [i for i, token in enumerate(tokens) if token not in added for _ in tokenizer._backend.id_to_token(token)]
 
 
-# --- which token has the class ---
-
-
 @given(tokenizer_options, some_text, st.integers(0, 1))
 def test_the_class_of_a_sequence_is_at_its_last_token(tokenizer, options, text, wanted):
     chosen = tokenizer(**options)
@@ -84,12 +81,7 @@ def test_words_that_are_cut_off_lose_their_classes_and_are_counted(tokenizer):
 
 @pytest.mark.parametrize(("allow_special", "count"), [(False, 0), (True, 1)])
 @pytest.mark.parametrize("unit", ["sequence", "token"])
-def test_control_tokens_in_a_text_are_plain_text_unless_they_are_allowed(
-    tokenizer,
-    unit,
-    allow_special,
-    count,
-):
+def test_control_tokens_in_a_text_are_plain_text_unless_they_are_allowed(tokenizer, unit, allow_special, count):
     chosen = tokenizer()
     fields = {"text": f"the {BOS} cat", "label": "yes", "tokens": ["the", BOS, "cat"], "labels": ["yes", "no", "yes"]}
     config = ml.DataConfig(allow_special=allow_special)
@@ -102,9 +94,6 @@ def test_control_tokens_in_a_text_are_plain_text_unless_they_are_allowed(
 def test_the_text_may_be_in_another_field(tokenizer):
     fields = {"text": "the cat", "body": "the dog", "label": "yes"}
     assert encode(tokenizer(), fields, "sequence", text_field="body").tokens == tokenizer().encode("the dog")
-
-
-# --- labels ---
 
 
 @given(st.lists(some_text, min_size=2, unique=True))
@@ -125,11 +114,8 @@ def test_labels_that_are_numbers_are_in_their_order_written_as_text_or_not(numbe
     ("labels", "label", "place"),
     [(("3", "5"), 5, 1), (("3", "5"), "3", 0), (("no", "yes"), 1, 1), (("no", "1"), 1, 1), (("no", "yes"), "0", 0)],
 )
-def test_a_number_is_a_name_and_where_no_label_is_one_a_place(tokenizer, labels, label, place):
+def test_a_number_is_a_name_and_only_where_no_label_is_one_a_place(tokenizer, labels, label, place):
     assert encode(tokenizer(), {"text": "the", "label": label}, "sequence", labels).labels[-1] == place
-
-
-def test_where_a_label_is_a_number_no_other_number_is_taken_for_a_place(tokenizer):
     with pytest.raises(ml.DataError, match="label: found '0', which is not among"):
         encode(tokenizer(), {"text": "the", "label": 0}, "sequence", ("3", "5"))
 
@@ -144,13 +130,10 @@ def test_files_are_read_and_their_labels_found_unless_they_are_known(tokenizer, 
     rows, labels = ml.load_classes(tmp_path, tokenizer(), "sequence", labels=["b", "c", "a"])
     assert labels == ("b", "c", "a")
     assert [row.labels[-1] for row in rows] == [0, 2]
-    (tmp_path / "train.jsonl").unlink()
-    (tmp_path / "valid.jsonl").write_text('{"text": "dog", "label": "c"}\n')
+    (tmp_path / "train.jsonl").rename(tmp_path / "valid.jsonl")
     with pytest.raises(ml.DataError, match="there are no training rows"):
         ml.load_classes(tmp_path, tokenizer(), "sequence")
 
-
-# --- what is refused ---
 
 GOOD = {"text": "the", "label": "yes", "tokens": ["the", "cat"], "labels": ["yes", "no"]}
 REFUSED = [
@@ -176,12 +159,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("unit", "changes", "message"), REFUSED)
-def test_what_cannot_be_read_is_refused_with_place_and_field_or_skipped_and_counted(
-    tokenizer,
-    unit,
-    changes,
-    message,
-):
+def test_what_cannot_be_read_is_refused_with_place_and_field_or_skipped_and_counted(tokenizer, unit, changes, message):
     fields = {**GOOD, **changes}
     with pytest.raises(ml.DataError, match=re.escape(f"here:7: {message}")):
         encode(tokenizer(), fields, unit)

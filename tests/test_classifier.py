@@ -1,7 +1,5 @@
 """Classifiers: the head reads what it should, padding and neighbours change nothing, and labels survive the file."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given
@@ -16,12 +14,11 @@ from minilora.quant.linear import NF4Linear
 from minilora.storage import read_json, write_json
 from minilora.testing import reference
 from tests.files import same_state
-from tests.models import FAMILIES, document_lengths, examples, fill_, seeds, tiny_config, tiny_model, token_ids
+from tests.models import document_lengths, examples, families, fill_, layouts, seeds, tiny_config, tiny_model, token_ids
 from tests.tolerance import assert_maths
 
 LABELS = ["bad", "good", "so so"]
 CPU = torch.device("cpu")
-families = pytest.mark.parametrize("family", FAMILIES)
 units = pytest.mark.parametrize("unit", ["sequence", "token"])
 few = examples(0.2)
 
@@ -50,26 +47,19 @@ def expected_scores(model, document):
     return torch.from_numpy(scores + tensors.get("score.bias", 0))
 
 
-# --- forward ---
-
-
 @families
 @few
 @given(seeds, document_lengths, st.integers(0, 5))
-def test_a_sequence_has_the_scores_of_its_last_token_by_the_oracle_whatever_pads_it(family, seed, lengths, extra):
-    model, tokens = tiny_classifier("sequence", family, seed), token_ids(seed, sum(lengths))
-    scores = model(padded(tokens, lengths, extra), lengths)
-    assert_maths(scores, torch.stack([expected_scores(model, part)[-1] for part in tokens.split(lengths)]))
-
-
-@families
-@few
-@given(seeds, document_lengths, st.integers(0, 5))
-def test_every_token_has_its_scores_by_the_oracle_and_padding_has_none(family, seed, lengths, extra):
-    model, tokens = tiny_classifier("token", family, seed), token_ids(seed, sum(lengths))
-    scores = model(padded(tokens, lengths, extra), lengths)
+def test_scores_are_the_oracle_s_whatever_pads_a_sequence(family, seed, lengths, extra):
+    """Those of its last token, or of every token; padding has none."""
+    tokens = token_ids(seed, sum(lengths))
+    documents, rows = tokens.split(lengths), padded(tokens, lengths, extra)
+    model = tiny_classifier("sequence", family, seed)
+    assert_maths(model(rows, lengths), torch.stack([expected_scores(model, part)[-1] for part in documents]))
+    model = tiny_classifier("token", family, seed)
+    scores = model(rows, lengths)
     assert scores.shape == (len(lengths), max(lengths) + extra, len(LABELS))
-    for row, part in zip(scores, tokens.split(lengths), strict=True):
+    for row, part in zip(scores, documents, strict=True):
         assert_maths(row[: len(part)], expected_scores(model, part))
         assert not row[len(part) :].any()
 
@@ -90,11 +80,8 @@ def test_all_linear_trains_the_head_in_full(unit):
     assert isinstance(model.score, TrainedCopy)  # without being told that it is a classifier
 
 
-# --- files ---
-
-
 @units
-@families
+@layouts
 def test_what_was_saved_loads_bit_for_bit_with_its_labels(unit, family, tmp_path):
     model = tiny_classifier(unit, family, dtype=torch.float32)
     ml.save_model(model, tmp_path, shard_bytes=9_000)
@@ -165,9 +152,6 @@ def test_a_file_that_names_no_labels_has_the_two_that_transformers_does_not_writ
     assert load_classifier(tmp_path).labels == ("LABEL_0", "LABEL_1")
 
 
-# --- what is refused ---
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -181,11 +165,11 @@ def test_another_classifier_than_there_is_is_refused(options, message, tmp_path)
         load_classifier(tmp_path, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"unit": "token"}, {"labels": LABELS}])
-def test_a_new_head_needs_unit_and_labels(options, tmp_path):
+def test_a_new_head_needs_unit_and_labels(tmp_path):
     ml.save_model(tiny_model(), tmp_path)
-    with pytest.raises(ml.ConfigError, match="is no classifier; name unit and labels"):
-        load_classifier(tmp_path, **options)
+    for options in ({}, {"unit": "token"}, {"labels": LABELS}):
+        with pytest.raises(ml.ConfigError, match="is no classifier; name unit and labels"):
+            load_classifier(tmp_path, **options)
 
 
 @pytest.mark.parametrize("labels", [["one"], ["a", "b", "a"]])
@@ -202,20 +186,13 @@ def test_a_classifier_is_no_language_model_and_is_told_from_one(tmp_path):
         Classifier(tiny_config())
 
 
-@pytest.mark.parametrize(
-    "named", [["a", "b"], {"0": "a", "2": "b"}, {"0": "a"}, {"0": "a", "1": "a"}, {"0": 1, "1": 2}]
-)
-def test_labels_in_a_file_that_cannot_be_are_refused(named, tmp_path):
+def test_labels_in_a_file_that_cannot_be_are_refused(tmp_path):
     ml.save_model(tiny_classifier("sequence"), tmp_path)
     config = read_json(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": named}))
-    with pytest.raises(ml.ConfigError, match="id2label: found"):
-        load_classifier(tmp_path)
-
-
-def test_a_head_of_another_size_than_there_are_labels_is_named(tmp_path):
-    ml.save_model(tiny_classifier("sequence"), tmp_path)
-    config = read_json(tmp_path / "config.json")
+    for named in (["a", "b"], {"0": "a", "2": "b"}, {"0": "a"}, {"0": "a", "1": "a"}, {"0": 1, "1": 2}):
+        write_json(tmp_path / "config.json", {**config, "id2label": named})
+        with pytest.raises(ml.ConfigError, match="id2label: found"):
+            load_classifier(tmp_path)
     write_json(tmp_path / "config.json", {**config, "id2label": {"0": "bad", "1": "good"}})
     with pytest.raises(ml.FormatError, match=r"score\.weight is \(3, 24\), the config asks for \(2, 24\)"):
         load_classifier(tmp_path)

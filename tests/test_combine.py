@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from minilora import ConfigError, LoraConfig, ShapeError
 from minilora.lora.combine import Factors, best_factors, check_additive, combine, compress, concatenate
 from minilora.lora.combine_config import CombinationType, CombineConfig
-from minilora.lora.functional import lora_scale
 from minilora.testing import reference
 from tests.models import randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, relative
@@ -27,16 +26,24 @@ several = st.lists(st.tuples(sizes, scales, weights), min_size=1, max_size=4)
 
 
 def draw_factors(seed, outer, inner, ranks, scale):
-    return [
-        Factors(randn(seed + 2 * i, r, inner), randn(seed + 2 * i + 1, outer, r), s)
-        for i, (r, s) in enumerate(zip(ranks, scale, strict=True))
-    ]
+    drawn = enumerate(zip(ranks, scale, strict=True))
+    return [Factors(randn(seed + 2 * i, r, inner), randn(seed + 2 * i + 1, outer, r), s) for i, (r, s) in drawn]
 
 
 def delta(factors):
     """s·B A by the loops of the oracle."""
     A, B = factors.lora_A.numpy(), factors.lora_B.numpy()
-    return reference.lora_merged_weight(np.zeros((len(B), A.shape[1])), A, B, factors.scale)
+    return torch.from_numpy(reference.lora_merged_weight(np.zeros((len(B), A.shape[1])), A, B, factors.scale))
+
+
+def weighted_sum(parts, weights):
+    return sum(weight * delta(part) for part, weight in zip(parts, weights, strict=True))
+
+
+def best(matrix, rank):
+    """The best approximation of a rank, and all singular values."""
+    U, sigma, Vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)
+    return torch.from_numpy((U[:, :rank] * sigma[:rank]) @ Vt[:rank]), sigma
 
 
 def one_module(parts, weights, kind="cat", **options):
@@ -53,7 +60,8 @@ def product(cut):
     return delta(cut.factors)
 
 
-# --- the exact sum ---
+def assert_told(cut, lost, total):
+    assert_maths(torch.tensor([cut.lost, cut.total], dtype=torch.float64), [float(lost), float(total)])
 
 
 @given(seeds, sizes, sizes, several)
@@ -63,8 +71,7 @@ def test_adapters_add_by_concatenating_ranks(seed, outer, inner, drawn):
     found = one_module(parts, w)
     assert found.factors.lora_A.shape == (sum(ranks), inner)
     assert found.factors.lora_B.shape == (outer, sum(ranks))
-    expected = sum(weight * delta(part) for part, weight in zip(parts, w, strict=True))
-    assert_maths(torch.tensor(product(found)), expected)
+    assert_maths(product(found), weighted_sum(parts, w))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -72,17 +79,7 @@ def test_adapters_add_by_concatenating_ranks(seed, outer, inner, drawn):
 def test_a_weight_of_minus_one_takes_an_adapter_away(kind, seed, outer, inner, r, scale):
     (part,) = draw_factors(seed, outer, inner, [r], [scale])
     plus, minus = (one_module([part], [w], kind, **options_of(kind)) for w in (1, -1))
-    assert_maths(torch.tensor(product(minus)), -product(plus))
-
-
-@given(seeds, sizes, scales, st.integers(2, 9))
-def test_the_scale_of_rslora_counts_as_it_is_and_the_result_has_scale_1(seed, r, alpha, other):
-    scale = [lora_scale(r, alpha, use_rslora=True), lora_scale(other, alpha)]
-    parts = draw_factors(seed, 7, 8, [r, other], scale)
-    expected = 0.7 * delta(parts[0]) + 0.3 * delta(parts[1])
-    for kind in ("cat", "svd"):
-        options = {"svd_rank": 7} if kind == "svd" else {}
-        assert_maths(torch.tensor(product(one_module(parts, [0.7, 0.3], kind, **options))), expected)
+    assert_maths(product(minus), -product(plus))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -93,50 +90,37 @@ def test_a_module_that_some_adapters_have_is_that_of_those_alone(kind):
     assert list(found) == ["a", "b", "c"]
     expected = {"a": ([first], [0.7]), "b": ([second, third], [0.7, -0.3]), "c": ([first], [-0.3])}
     for path, (parts, w) in expected.items():
-        assert_maths(torch.tensor(product(found[path])), product(one_module(parts, w, kind, **options_of(kind, 1.0))))
-
-
-# --- cutting ---
+        assert_maths(product(found[path]), product(one_module(parts, w, kind, **options_of(kind, 1.0))))
 
 
 @given(seeds, sizes, sizes, st.integers(1, 12))
 def test_no_matrix_of_a_rank_is_nearer_than_the_best_and_the_error_is_what_is_told(seed, outer, inner, rank):
+    """Both factors are of one size."""
     wanted = randn(seed, outer, inner)
     cut = best_factors(wanted, rank)
-    found = product(cut)
-    U, sigma, Vt = np.linalg.svd(wanted.numpy(), full_matrices=False)
-    assert cut.factors.lora_A.shape == (min(rank, len(sigma)), inner)
-    assert_maths(torch.tensor(found), (U[:, :rank] * sigma[:rank]) @ Vt[:rank])
-    told = torch.tensor([cut.lost, cut.total], dtype=torch.float64)
-    assert_maths(told, [sum(sigma[rank:] ** 2), np.sum(wanted.numpy() ** 2)])
-    error = np.sum((wanted.numpy() - found) ** 2)
+    (A, B, _), found, (expected, sigma) = cut.factors, product(cut), best(wanted, rank)
+    assert A.shape == (min(rank, len(sigma)), inner)
+    assert_maths(A.norm(dim=1), B.norm(dim=0))
+    assert_maths(found, expected)
+    assert_told(cut, sum(sigma[rank:] ** 2), wanted.square().sum())
+    error = (wanted - found).square().sum()
     assert abs(error - cut.lost) <= 1e-11 * cut.total
     for other in range(3):  # near it and far from it
-        near = cut.factors.lora_B + 10.0**-other * randn(seed + other, *cut.factors.lora_B.shape)
-        rival = near @ cut.factors.lora_A if other else randn(seed + 3, outer, 1) @ randn(seed + 4, 1, inner)
-        assert np.sum((wanted - rival).numpy() ** 2) >= error
+        near = B + 10.0**-other * randn(seed + other, *B.shape)
+        rival = near @ A if other else randn(seed + 3, outer, 1) @ randn(seed + 4, 1, inner)
+        assert (wanted - rival).square().sum() >= error
 
 
 @given(seeds, sizes, sizes, several, st.integers(1, 12))
 def test_compressing_the_thin_factors_is_the_best_cut_of_their_sum(seed, outer, inner, drawn, rank):
     ranks, scale, w = zip(*drawn, strict=True)
     parts = draw_factors(seed, outer, inner, ranks, scale)
-    total = sum(weight * delta(part) for part, weight in zip(parts, w, strict=True))
-    U, sigma, Vt = np.linalg.svd(total, full_matrices=False)
+    expected, sigma = best(weighted_sum(parts, w), rank)
     assume(rank >= len(sigma) or sigma[rank - 1] > 1.001 * sigma[rank] or sigma[rank] < 1e-9 * sigma[0])
     found = one_module(parts, w, "svd", svd_rank=rank)
-    expected = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
-    assert relative(torch.tensor(product(found)), torch.tensor(expected), 1e-9) <= 1
+    assert relative(product(found), expected, 1e-9) <= 1
     assert found.factors.lora_A.size(0) == min(rank, outer, inner, sum(ranks))
     assert abs(found.lost - sum(sigma[rank:] ** 2)) <= 1e-11 * found.total
-
-
-@given(seeds, sizes, sizes, several)
-def test_enough_rank_loses_nothing(seed, outer, inner, drawn):
-    ranks, scale, w = zip(*drawn, strict=True)
-    parts = draw_factors(seed, outer, inner, ranks, scale)
-    found = one_module(parts, w, "svd", svd_rank=sum(ranks))
-    assert_maths(torch.tensor(product(found)), product(one_module(parts, w)))
 
 
 @given(seeds, sizes, sizes, st.floats(0.01, 1), st.none() | st.integers(1, 9))
@@ -158,9 +142,9 @@ def test_an_energy_alone_is_not_cut_to_the_ranks_of_the_adapters():
 
 
 def test_cutting_forms_no_matrix_of_the_weight_s_size():
-    parts = [Factors(randn(i, 2, 300_000), randn(i, 400_000, 2), 0.5) for i in range(2)]  # 960 GB in full
+    parts = [Factors(randn(i, 2, 100_000), randn(i, 200_000, 2), 0.5) for i in range(2)]  # 160 GB in full
     found = one_module(parts, [0.7, 0.3], "svd")
-    assert found.factors.lora_A.shape == (2, 300_000)
+    assert found.factors.lora_A.shape == (2, 100_000)
     assert 0 < found.lost < found.total
 
 
@@ -171,15 +155,6 @@ def test_an_update_of_zeros_is_cut_to_rank_1():
         assert (found.lost, found.total) == (0, 0)
         assert not product(found).any()
     assert found.factors.lora_A.shape == (1, 5)
-
-
-@given(seeds, sizes, sizes)
-def test_both_factors_of_a_cut_are_of_one_size(seed, outer, inner):
-    (A, B, _), *_ = best_factors(randn(seed, outer, inner))
-    assert_maths(A.norm(dim=1), B.norm(dim=0))
-
-
-# --- what changes the sum ---
 
 
 def brute_force(kind, tensors, w, density, method):
@@ -223,15 +198,7 @@ def test_types_on_updates_are_the_cut_of_brute_force(kind, seed, outer, inner, d
     ranks, scale, w = zip(*drawn, strict=True)
     parts = draw_factors(seed, outer, inner, ranks, scale)
     found = one_module(parts, w, kind, svd_rank=9, density=density, majority_sign_method=method)
-    mixed = brute_force(kind, [delta(part) for part in parts], w, density, method)
-    assert_maths(torch.tensor(product(found)), mixed)
-
-
-def test_linear_is_not_the_sum_and_cat_is():
-    parts = draw_factors(3, 8, 8, [4, 4], [2.0, 0.5])
-    expected = torch.tensor(0.7 * delta(parts[0]) + 0.3 * delta(parts[1]))
-    assert relative(torch.tensor(product(one_module(parts, [0.7, 0.3], "linear"))), expected, 0.1) > 1
-    assert_maths(torch.tensor(product(one_module(parts, [0.7, 0.3]))), expected)
+    assert_maths(product(found), brute_force(kind, [delta(part).numpy() for part in parts], w, density, method))
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
@@ -262,7 +229,7 @@ def test_dare_on_updates_with_nothing_dropped_is_the_sum_or_that_of_ties(kind):
     found = one_module(parts, [0.7, -0.3], kind, density=1.0, svd_rank=8)
     same = "svd" if kind == "dare_linear_svd" else "ties_svd"
     options = {} if same == "svd" else {"density": 1.0}
-    assert_maths(torch.tensor(product(found)), product(one_module(parts, [0.7, -0.3], same, svd_rank=8, **options)))
+    assert_maths(product(found), product(one_module(parts, [0.7, -0.3], same, svd_rank=8, **options)))
 
 
 @pytest.mark.parametrize("kind", ON_DELTAS)
@@ -270,11 +237,7 @@ def test_what_a_cut_loses_of_a_changed_sum_is_told(kind):
     parts = draw_factors(3, 8, 9, [2, 2], [2.0, 0.5])
     whole, cut = (one_module(parts, [0.7, 0.3], kind, density=0.5, svd_rank=rank) for rank in (8, 3))
     assert whole.lost <= 1e-20 * whole.total
-    lost = np.sum((product(whole) - product(cut)) ** 2)
-    assert_maths(torch.tensor([cut.lost, cut.total], dtype=torch.float64), [lost, np.sum(product(whole) ** 2)])
-
-
-# --- kinds of tensors ---
+    assert_told(cut, (product(whole) - product(cut)).square().sum(), product(whole).square().sum())
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -306,9 +269,6 @@ def test_what_went_in_is_as_it_was():
     for kind in TYPES:
         one_module(parts, [0.7, -0.3], kind, **options_of(kind))
     assert all(torch.equal(A, C) and torch.equal(B, D) for (A, B, _), (C, D) in zip(parts, before, strict=True))
-
-
-# --- what is refused ---
 
 
 @pytest.mark.parametrize("kind", ON_FACTORS)
@@ -380,5 +340,5 @@ def test_all_reasons_are_told_at_once():
 
 def test_concatenating_and_compressing_are_there_for_one_adapter_too():
     (part,) = draw_factors(3, 6, 7, [4], [7.0])
-    assert_maths(torch.tensor(delta(concatenate([part], [2]))), 2 * delta(part))
-    assert_maths(torch.tensor(product(compress(part))), delta(part))
+    assert_maths(delta(concatenate([part], [2])), 2 * delta(part))
+    assert_maths(product(compress(part)), delta(part))

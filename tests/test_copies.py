@@ -10,13 +10,17 @@ from minilora.lora.copies import TrainedCopy
 from minilora.lora.find import adapter_layers
 from minilora.model import ops
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
-from tests.tolerance import assert_maths, assert_precision
+from tests.tolerance import assert_maths
 
 IDS = token_ids(3, 2, 7)
 
 
+def base_model(dtype=torch.float64):
+    return tiny_model(WHOLE, dtype=dtype, num_hidden_layers=2)
+
+
 def with_copies(*names, dtype=torch.float64, own=torch.float32, **config):
-    model = tiny_model(WHOLE, dtype=dtype)
+    model = base_model(dtype)
     config = {"target_modules": (), "modules_to_save": names, **config}
     ml.attach(model, ml.LoraConfig(**config), dtype=own)
     return model
@@ -30,7 +34,7 @@ def own(model, name="default"):
 
 def test_a_copy_begins_as_the_module_and_is_trained_in_float32_whatever_the_base():
     model = with_copies("lm_head", "norm", dtype=torch.bfloat16)
-    assert torch.equal(model(IDS), tiny_model(WHOLE, dtype=torch.bfloat16)(IDS))
+    assert torch.equal(model(IDS), base_model(torch.bfloat16)(IDS))
     copies = own(model)
     assert set(copies) == {"lm_head", "model.norm"}
     trained = [tensor for held in copies.values() for tensor in held.values()]
@@ -46,21 +50,18 @@ def test_a_float32_copy_of_a_bfloat16_module_computes_in_bfloat16():
     assert copy.dtype == torch.float32
     assert place(x).dtype == model(IDS).dtype == torch.bfloat16
     assert torch.equal(place(x), nn.functional.linear(x, copy.bfloat16()))
-    assert place.merged().weight.dtype == torch.bfloat16
-    assert_precision(place.merged().weight, copy.bfloat16(), copy.double())
+    assert torch.equal(place.merged().weight, copy.bfloat16())
 
 
 def test_gradients_reach_the_copy_and_not_the_base_as_if_it_stood_there_alone():
-    model, plain = with_copies("layers.1.mlp", own=torch.float64), tiny_model(WHOLE)
+    model, plain = with_copies("layers.1.mlp", own=torch.float64), base_model()
     loss, expected = model(IDS).square().sum(), plain(IDS).square().sum()
-    copies = own(model)["model.layers.1.mlp"]
-    base = dict(plain.model.layers[1].mlp.named_parameters())
-    assert copies.keys() == base.keys()
-    ours, theirs = torch.autograd.grad(loss, list(copies.values())), torch.autograd.grad(expected, list(base.values()))
-    for our, their in zip(ours, theirs, strict=True):
-        assert_maths(our, their)
-    loss = model(IDS).sum()
     loss.backward()
+    expected.backward()
+    copies, base = own(model)["model.layers.1.mlp"], dict(plain.model.layers[1].mlp.named_parameters())
+    assert copies.keys() == base.keys()
+    for name, parameter in copies.items():
+        assert_maths(parameter.grad, base[name].grad)
     assert all(p.grad is None for name, p in model.named_parameters() if ".adapters." not in name)
 
 
@@ -76,9 +77,9 @@ def test_two_adapters_with_a_copy_of_one_module_cannot_act_together():
 
 
 def test_two_adapters_that_trained_one_bias_cannot_act_together():
-    model = tiny_model(WHOLE)
+    model = nn.ModuleDict({"q_proj": nn.Linear(3, 2)})
     for name in ("first", "second"):
-        ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="lora_only"), name=name)
+        ml.attach(model, ml.LoraConfig(bias="lora_only"), name=name)
     with pytest.raises(ml.TargetError, match=r"q_proj: \['first', 'second'\]"):
         ml.set_adapter(model, ["first", "second"])
 
@@ -100,53 +101,41 @@ def test_each_adapter_has_its_own_copy():
     assert torch.equal(model(IDS), base)
 
 
-def test_a_copied_head_that_was_tied_is_its_own_after_merging():
-    model = with_copies("lm_head")
-    assert adapter_layers(model)["lm_head"].base.weight is model.model.embed_tokens.weight
+@pytest.mark.parametrize(("name", "is_tied"), [("lm_head", False), ("norm", True)])
+def test_a_head_that_was_tied_is_its_own_after_merging_only_if_its_copy_was_trained(name, is_tied):
+    model = with_copies(name)
     train_a_little(model, IDS)
     embedding = model.model.embed_tokens.weight.clone()
     ml.merge(model)
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
     assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
-def test_a_head_that_comes_out_as_its_embedding_does_is_tied_again():
-    model = with_copies("norm")
-    train_a_little(model, IDS)
-    ml.merge(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
 def test_all_biases_are_trained_once_each_and_no_weight():
-    model = tiny_model(WHOLE)
+    model = base_model()
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all", modules_to_save=("layers.1.mlp",)))
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    copied = {name for name in biases if name.startswith("model.layers.1.mlp")}
-    adapted = {name for name in biases if "q_proj" in name}
-    names = {name.replace(".adapters.default.", ".") for name in trained if ".lora_" not in name}
-    assert biases - copied <= names
-    assert adapted
-    assert names - biases == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    names = [name.replace(".adapters.default.", ".") for name in trained]
+    weights = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    assert sorted(names) == sorted([*biases, *weights])
 
 
 def test_a_trained_bias_is_used_in_its_place():
-    model = tiny_model(WHOLE)
+    model = base_model()
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all"), dtype=torch.float64)
-    expected = tiny_model(WHOLE)
+    expected = base_model()
     for name, parameter in expected.named_parameters():
-        if name.endswith("bias"):
-            where = name.rpartition(".")[0]
-            adapter = adapter_layers(model)[where].adapters["default"]
+        path, _, last = name.rpartition(".")
+        if last == "bias":
             with torch.no_grad():
-                parameter.add_(1)
-                adapter.bias.copy_(parameter)
+                adapter_layers(model)[path].adapters["default"].bias.copy_(parameter.add_(1))
     assert_maths(model(IDS), expected(IDS))
 
 
-@pytest.mark.parametrize("kind", ["the head in full", "a norm in full"])
-def test_the_loss_of_labelled_tokens_is_that_of_full_logits(kind):
-    model = with_copies("lm_head" if kind == "the head in full" else "norm", own=torch.float64)
+@pytest.mark.parametrize("name", ["lm_head", "norm"])
+def test_the_loss_of_labelled_tokens_is_that_of_full_logits(name):
+    model = with_copies(name, own=torch.float64)
     labels = token_ids(5, 14)
     labels[::3] = ops.IGNORE_INDEX
     hidden = model.model(IDS.flatten(), [7, 7])
@@ -160,16 +149,11 @@ def test_the_loss_of_labelled_tokens_is_that_of_full_logits(kind):
 
 
 def test_one_adapter_changes_a_module_in_one_way():
-    model = tiny_model(WHOLE)
+    model = base_model()
     config = ml.LoraConfig(target_modules=(), modules_to_save=("embed_tokens",), trainable_token_indices=(1,))
     with pytest.raises(ml.TargetError, match="embed_tokens: one adapter can change a module in one way only"):
         ml.attach(model, config)
     assert not adapter_layers(model)
-
-
-def test_what_modules_to_save_means_is_there():
-    with pytest.raises(ml.TargetError, match=r"no module matches modules_to_save \['scores'\]"):
-        with_copies("scores")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +164,7 @@ def test_what_modules_to_save_means_is_there():
     ],
 )
 def test_what_cannot_be_trained_in_full_is_refused(names, base, why):
-    model = nn.ModuleDict({"model": base(tiny_model(WHOLE)), "empty": nn.ReLU()})
+    model = nn.ModuleDict({"model": base(base_model()), "empty": nn.ReLU()})
     with pytest.raises(ml.TargetError, match=why):
         ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), modules_to_save=names))
     assert not adapter_layers(model)
@@ -188,7 +172,7 @@ def test_what_cannot_be_trained_in_full_is_refused(names, base, why):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_four_bits_are_trained_beside_packed_weights(bias):
-    model = four_bit(tiny_model(WHOLE))
+    model = four_bit(base_model())
     base = model(IDS)
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias=bias), dtype=torch.float64)
     train_a_little(model, IDS)
@@ -202,7 +186,7 @@ def test_biases_of_four_bits_are_trained_beside_packed_weights(bias):
 
 def test_a_model_reads_the_copy_s_attributes():
     model = with_copies("lm_head")
-    train_a_little(model, IDS)
+    fill_(model.lm_head.adapters["default"], 1)
     assert torch.equal(model.lm_head.weight, own(model)["lm_head"]["weight"])
     with ml.disable_adapter(model):
         assert model.lm_head.weight is model.model.embed_tokens.weight

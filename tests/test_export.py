@@ -15,11 +15,18 @@ from minilora.lora.export import NOT_PLAIN, export_adapter
 from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.lora.find import adapter_layers
 from tests.files import edit, saved
-from tests.models import randn, scales, seeds, tiny_model
+from tests.models import WHOLE, randn, scales, seeds, tiny_model
+from tests.runs import everything
 from tests.tolerance import assert_parity
 
 MORE = [{}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 5, "down_proj": 2}}, {"alpha_pattern": {"up_proj": 0.7}}]
 TARGETS = ["all-linear", ("o_proj", "down_proj", "up_proj", "embed_tokens")]
+
+
+def exported(directory, **config):
+    """A model whose adapter is in `first` and its plain form in `plain`; the rank of that."""
+    model = saved(directory / "first", **config)
+    return model, export_adapter(directory / "first", directory / "plain")
 
 
 def factors(directory):
@@ -34,11 +41,10 @@ def factors(directory):
 
 @given(st.lists(st.sampled_from(MORE), max_size=4), st.sampled_from(TARGETS), scales, seeds)
 def test_the_change_is_the_same_but_for_one_rounding_of_each_number_of_b(tmp_path_factory, more, targets, scale, seed):
-    first, plain = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("plain")
+    directory = tmp_path_factory.mktemp("adapters")
     config = {key: value for each in more for key, value in each.items()}
-    model = saved(first, seed=seed, target_modules=targets, lora_alpha=3.1 * scale, **config)
-    rank = export_adapter(first, plain)
-    found, before = factors(plain), factors(first)
+    model, rank = exported(directory, seed=seed, target_modules=targets, lora_alpha=3.1 * scale, **config)
+    found, before = factors(directory / "plain"), factors(directory / "first")
     assert found.keys() == before.keys()
     for name, (A, B) in found.items():
         old_A, old_B = before[name]
@@ -58,12 +64,10 @@ def test_the_change_is_the_same_but_for_one_rounding_of_each_number_of_b(tmp_pat
 
 def test_a_number_of_b_is_the_nearest_to_the_exact_product(tmp_path):
     """Were s rounded to float32 first, a third of the numbers would be the next ones."""
-    model = saved(tmp_path / "first", use_rslora=True, target_modules=("q_proj",))
-    export_adapter(tmp_path / "first", tmp_path / "plain")
+    model, _ = exported(tmp_path, use_rslora=True, target_modules=("q_proj",))
     s = Fraction(next(iter(adapter_layers(model).values())).adapters["default"].scale)
-    for (_, old_B), (_, B) in zip(
-        factors(tmp_path / "first").values(), factors(tmp_path / "plain").values(), strict=True
-    ):
+    before, found = (factors(tmp_path / name).values() for name in ("first", "plain"))
+    for (_, old_B), (_, B) in zip(before, found, strict=True):
         for old, new in zip(old_B.flatten().tolist(), B.flatten().tolist(), strict=True):
             ulp = Fraction(torch.tensor(new).abs().nextafter(torch.tensor(torch.inf)).item()) - Fraction(abs(new))
             assert abs(Fraction(new) - s * Fraction(old)) <= ulp / 2
@@ -71,11 +75,9 @@ def test_a_number_of_b_is_the_nearest_to_the_exact_product(tmp_path):
 
 @pytest.mark.parametrize("alpha", [0.75, 12, 48])  # with r = 3: powers of two
 def test_a_scale_that_is_a_power_of_two_costs_no_bit(tmp_path, alpha):
-    saved(tmp_path / "first", lora_alpha=alpha)
-    export_adapter(tmp_path / "first", tmp_path / "plain")
-    for (_, old_B), (_, B) in zip(
-        factors(tmp_path / "first").values(), factors(tmp_path / "plain").values(), strict=True
-    ):
+    exported(tmp_path, lora_alpha=alpha)
+    before, found = (factors(tmp_path / name).values() for name in ("first", "plain"))
+    for (_, old_B), (_, B) in zip(before, found, strict=True):
         assert torch.equal(B, alpha / 3 * old_B)
 
 
@@ -92,22 +94,18 @@ def test_the_config_is_what_every_reader_takes_for_scale_one(tmp_path, more):
 
 
 def test_exporting_a_plain_adapter_gives_the_same_bytes(tmp_path):
-    saved(tmp_path / "first", use_rslora=True, rank_pattern={"o_proj": 5})
-    export_adapter(tmp_path / "first", tmp_path / "plain")
+    exported(tmp_path, use_rslora=True, rank_pattern={"o_proj": 5})
     export_adapter(tmp_path / "plain", tmp_path / "again")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert everything(tmp_path / "plain") == everything(tmp_path / "again")
 
 
 def test_how_the_base_was_held_is_told_in_the_plain_form_too(tmp_path):
-    saved(tmp_path / "first")
-    export_adapter(tmp_path / "first", tmp_path / "plain")
+    exported(tmp_path)
     assert base_quantization(tmp_path / "plain") == base_quantization(tmp_path / "first") == {"quantize": "none"}
 
 
 def test_older_names_come_out_as_todays(tmp_path):
-    saved(tmp_path / "first")
-    export_adapter(tmp_path / "first", tmp_path / "plain")
+    exported(tmp_path)
     tensors = load_file(tmp_path / "first" / WEIGHTS_FILE)
     renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "first" / WEIGHTS_FILE)
@@ -134,18 +132,14 @@ REFUSED = {
 }
 
 
-def write_refused(directory, field):
-    model = Stack() if field == "target_parameters" else tiny_model("llama-bias-tied-wide-heads", dtype=torch.float32)
-    targets = {"target_modules": () if field == "target_parameters" else ("q_proj",)}
-    ml.attach(model, ml.LoraConfig(r=2, **targets, **REFUSED[field]))
-    ml.save_adapter(model, directory)
-
-
 @pytest.mark.parametrize("field", NOT_PLAIN)
 @pytest.mark.parametrize("is_said", [True, False])
 def test_what_no_a_and_b_can_say_is_refused_by_name_with_the_way_out(tmp_path, field, is_said, capsys):
     """Also where the config keeps silent about what the tensors hold."""
-    write_refused(tmp_path / "first", field)
+    model = Stack() if field == "target_parameters" else tiny_model(WHOLE, dtype=torch.float32)
+    targets = {"target_modules": () if field == "target_parameters" else ("q_proj",)}
+    ml.attach(model, ml.LoraConfig(r=2, **targets, **REFUSED[field]))
+    ml.save_adapter(model, tmp_path / "first")
     if not is_said and field != "target_parameters":
         edit(tmp_path / "first", **{field: None})
     with pytest.raises(ml.ConfigError, match="minilora merge") as error:
@@ -165,8 +159,7 @@ def test_a_start_that_lies_in_the_base_is_refused(tmp_path, init):
 
 
 def test_what_began_as_a_part_of_the_weights_is_plain_once_it_is_saved(tmp_path):
-    model = saved(tmp_path / "first", init_lora_weights="pissa", target_modules=("q_proj",))
-    export_adapter(tmp_path / "first", tmp_path / "plain")
+    model, _ = exported(tmp_path, init_lora_weights="pissa", target_modules=("q_proj",))
     again = tiny_model(dtype=torch.float32)
     ml.load_adapter(again, tmp_path / "plain")
     ids = torch.arange(9)[None]
@@ -201,8 +194,7 @@ def test_the_command_writes_it_and_never_over_files(tmp_path, capsys):
 def test_peft_computes_the_same_with_the_plain_form(tmp_path, more):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     ml.save_model(tiny_model(dtype=torch.float32), tmp_path / "base")
-    ours = saved(tmp_path / "first", **more)
-    export_adapter(tmp_path / "first", tmp_path / "plain")
+    ours, _ = exported(tmp_path, **more)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "plain")
     ids = torch.arange(9)[None]

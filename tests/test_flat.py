@@ -14,7 +14,7 @@ from minilora.lora.find import adapter_layers
 from minilora.lora.layers import AdapterLayer
 from minilora.train.flat import ALIGNMENT, CHUNK, Flat, Learning, flat_norm
 from minilora.train.optimizer import learning
-from tests.models import bases, examples, four_bit, randn, seeds, tiny_model
+from tests.models import bases, examples, four_bit, long, randn, seeds, tiny_model
 from tests.tolerance import assert_maths, assert_precision
 from tests.training import adapted, random_rows, trained, weights
 
@@ -24,7 +24,7 @@ EVERYTHING = {"use_dora": True, "bias": "all", "modules_to_save": ("norm",), "tr
 
 def lora(dtype=torch.bfloat16, base=lambda model: model, **config):
     """An adapter in float32 on a base in another dtype."""
-    model = base(tiny_model(dtype=dtype))
+    model = base(tiny_model(dtype=dtype, num_hidden_layers=2))
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}))
     return model
 
@@ -142,10 +142,9 @@ def test_within_a_step_adapters_have_their_factors_in_the_computation_s_dtype_an
     for _ in range(2):
         with flat.cast():
             for _, adapter in factors(model):
-                assert all(
-                    copied.dtype == torch.bfloat16 and torch.equal(copied, factor.to(torch.bfloat16))
-                    for copied, factor in zip(adapter.cast, (adapter.lora_A, adapter.lora_B), strict=True)
-                )
+                for copied, factor in zip(adapter.cast, (adapter.lora_A, adapter.lora_B), strict=True):
+                    assert copied.dtype == torch.bfloat16
+                    assert torch.equal(copied, factor.to(torch.bfloat16))
             assert len({copied.untyped_storage().data_ptr() for _, each in factors(model) for copied in each.cast}) == 1
         assert {adapter.cast for _, adapter in factors(model)} == {None}
         for segment in flat.segments:
@@ -165,7 +164,9 @@ def test_nothing_is_cast_that_has_the_dtype_already_or_is_not_trained_whole():
         assert all(layer.adapters["second"].cast for layer, _ in factors(idle))
 
 
-@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, *long({}, {"lora_dropout": 0.3}, {"init_lora_weights": "pissa"})]
+)
 @pytest.mark.parametrize("base", [lambda model: model, four_bit], ids=["dense", "four bits"])
 def test_a_run_comes_to_the_same_bits_as_one_that_casts_at_each_use(base, config, monkeypatch):
     def run():
@@ -182,7 +183,7 @@ def test_a_run_comes_to_the_same_bits_as_one_that_casts_at_each_use(base, config
 
 
 @pytest.mark.parametrize(
-    "build", [lora, lambda: lora(base=four_bit, **EVERYTHING), lambda: tiny_model(dtype=torch.float32)]
+    "build", [lora, lambda: lora(base=four_bit, **EVERYTHING), lambda: tiny_model(num_hidden_layers=2)]
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_after_a_run_the_model_is_as_plain_as_before(build, fails):

@@ -8,11 +8,22 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.train.config import DataConfig
-from minilora.train.data import encode_row, use_prompt_style
+from minilora.train.data import use_prompt_style
 from minilora.train.formats import Conversation, Passage, understand
 from minilora.train.rows import Row
-from tests.test_data import learned, reading, touching
-from tests.text import BOS, CHATML, CLOSE, EOS, OPEN, conversation, some_text, texts, write_tokenizer
+from tests.text import (
+    BOS,
+    CHATML,
+    CLOSE,
+    EOS,
+    OPEN,
+    assert_learned,
+    conversation,
+    encoded,
+    some_text,
+    texts,
+    write_tokenizer,
+)
 
 PARTS = CHATML.replace(
     "{{ m.content }}",
@@ -24,12 +35,6 @@ systems = st.sampled_from([None, "Be brief."])
 turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
 train_on = st.sampled_from(["completion", "assistant", "all"])
 
-
-def encoded(row, tokenizer, **options):
-    return encode_row(Row(row, ""), tokenizer, reading(**options))
-
-
-# --- formats ---
 
 HUMAN = {"user": "human", "assistant": "gpt"}
 
@@ -54,11 +59,9 @@ def formats(messages):
 @given(turns, systems, train_on)
 def test_every_format_of_a_conversation_gives_the_same_tokens_and_labels(tokenizer, turns, system, train_on):
     chosen = tokenizer(template=PARTS, eos=CLOSE)
-    first, *others = formats(conversation(turns, system))
-    expected = encoded(first, chosen, train_on=train_on)
+    expected, *others = (encoded(row, chosen, train_on) for row in formats(conversation(turns, system)))
     assert chosen.decode(expected.tokens, skip_special_tokens=False) == chosen.render(conversation(turns, system))
-    for row in others:
-        assert encoded(row, chosen, train_on=train_on) == expected
+    assert others == [expected] * 8
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"where": {"type": "string"}}}}
@@ -80,8 +83,8 @@ def test_tools_their_calls_and_what_they_answer_are_the_same_in_both_formats_tha
     said = [("human", "where?"), ("function_call", json.dumps(CALL)), ("observation", "the sea"), ("tool", "the town")]
     said.append(("gpt", "by the sea"))
     shared = {"conversations": [{"from": who, "value": value} for who, value in said], "tools": tools}
-    found = encoded({"messages": messages, "tools": tools}, chosen, train_on=train_on)
-    assert encoded(shared, chosen, train_on=train_on) == found
+    found = encoded({"messages": messages, "tools": tools}, chosen, train_on)
+    assert encoded(shared, chosen, train_on) == found
     is_all, is_turn = train_on == "all", train_on != "completion"
     pieces = [
         (f"{json.dumps([TOOL])}{OPEN}user\nwhere?{CLOSE}\n{OPEN}assistant\n", is_all),
@@ -89,7 +92,7 @@ def test_tools_their_calls_and_what_they_answer_are_the_same_in_both_formats_tha
         (f"{OPEN}tool\nthe sea{CLOSE}\n{OPEN}tool\nthe town{CLOSE}\n{OPEN}assistant\n", is_all),
         (f"by the sea{CLOSE}\n", True),
     ]
-    assert learned(found) == touching(chosen, found.tokens, pieces)
+    assert_learned(found, chosen, pieces)
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
@@ -98,18 +101,15 @@ def test_no_tools_are_none(tools):
 
 
 def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
-    call = {"name": "look", "arguments": {"\ud800": 1}}
-    row = {"messages": [*conversation([("a", "b")]), {"role": "user", "content": "c"}]}
-    row["messages"].append({"role": "assistant", "tool_calls": [call]})
-    with pytest.raises(ml.DataError, match=r"^messages\[3\]\.tool_calls\[0\]\.arguments: found U\+D800"):
-        understand(row, DataConfig())
+    calls = [{"name": "look", "arguments": {"\ud800": 1}}]
+    messages = [{"role": "user", "content": "c"}, {"role": "assistant", "tool_calls": calls}]
+    with pytest.raises(ml.DataError, match=r"^messages\[1\]\.tool_calls\[0\]\.arguments: found U\+D800"):
+        understand({"messages": messages}, DataConfig())
 
 
 def test_a_function_call_may_be_several():
-    row = {
-        "conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL] * 2)}]
-    }
-    found = understand(row, DataConfig())
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL] * 2)}]
+    found = understand({"conversations": turns}, DataConfig())
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}] * 2
 
 
@@ -125,18 +125,15 @@ def test_alpaca_asks_with_instruction_and_input(instruction, extra):
 def test_text_is_learned_whole_by_its_name_or_by_the_name_of_its_field(tokenizer, text, train_on):
     chosen = tokenizer(post="bos")
     expected = encoded({"prompt": "", "completion": text}, chosen)
-    assert encoded({"text": text, "id": 1}, chosen, train_on=train_on) == expected
+    assert encoded({"text": text, "id": 1}, chosen, train_on) == expected
     row = {"body": text, "text": "c", "messages": [], "system": 5}
-    assert encoded(row, chosen, train_on=train_on, text_field="body") == expected
+    assert encoded(row, chosen, train_on, text_field="body") == expected
 
 
 @pytest.mark.parametrize("fields", [{}, {"body": 5}, {"body": ""}])
 def test_a_row_without_the_text_field_is_refused(tokenizer, fields):
     with pytest.raises(ml.DataError, match=r"body: (found (None|5), need text|it is empty)"):
         encoded(fields, tokenizer(), text_field="body")
-
-
-# --- system prompts ---
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
@@ -152,11 +149,12 @@ def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     assert understand({"messages": asked}, DataConfig()).messages == asked
 
 
-@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"body": "a"}])
 def test_plain_text_has_no_place_for_a_system_prompt(row):
-    assert isinstance(understand(row, DataConfig()), Passage)
+    text_field = "body" if "body" in row else None
+    assert isinstance(understand(row, DataConfig(text_field=text_field)), Passage)
     with pytest.raises(ml.DataError, match=r"system: found 'c', but plain text has no place"):
-        understand(row, DataConfig(system="c"))
+        understand(row, DataConfig(text_field=text_field, system="c"))
 
 
 def test_what_is_read_is_not_changed():
@@ -166,15 +164,13 @@ def test_what_is_read_is_not_changed():
     assert json.dumps(row) == before
 
 
-# --- prompt styles ---
-
 PREAMBLE = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
 CONTEXT = ", paired with an input that provides further context"
 
 
-def written(turns, system, is_alpaca):
+def written(turns, system=None, is_alpaca=True):
     """The text of a conversation in Alpaca's form, piece by piece, and which are answers; turns have an input."""
     head = PREAMBLE.format(CONTEXT if any(extra for _, extra, _ in turns) else "") if is_alpaca else ""
     pieces = [(f"{system}\n\n" if system else head, False)]
@@ -196,26 +192,16 @@ def test_a_prompt_style_writes_alpacas_text_and_learns_the_answers_and_their_end
     history = [list(pair) for pair in turns[:-1]]
     row = {"instruction": question, "input": extra, "output": answer, "history": history, "system": system}
     pieces = written([*((q, "", a) for q, a in turns[:-1]), (question, extra, answer)], system, style == "alpaca")
-    begin = BOS if post != "none" else ""
-    found = encoded(row, chosen, train_on="assistant")
-    assert chosen.decode(found.tokens, skip_special_tokens=False) == begin + "".join(text for text, _ in pieces)
-    assert learned(found) == touching(chosen, found.tokens, [(begin, False), *pieces])
-    last = encoded(row, chosen)
-    only = [(begin, False), *((text, False) for text, _ in pieces[:-1]), pieces[-1]]
-    assert last.tokens == found.tokens
-    assert learned(last) == touching(chosen, last.tokens, only)
+    pieces = [(BOS if post != "none" else "", False), *pieces]
+    assert_learned(encoded(row, chosen, "assistant"), chosen, pieces)
+    assert_learned(encoded(row, chosen), chosen, [*((text, False) for text, _ in pieces[:-1]), pieces[-1]])
 
 
 @pytest.mark.parametrize("extra", [{}, {"input": ""}, {"input": None}, {"input": "the sea"}])
 def test_instruction_rows_are_alpacas_text_where_the_model_has_no_template(tokenizer, extra):
-    row = Row({"instruction": "Add {a}.", "output": "b", **extra}, "")
-    found = encode_row(row, use_prompt_style(tokenizer(), "auto", [row]), reading())
-    context, given = "", ""
-    if extra.get("input"):
-        context, given = CONTEXT, "### Input:\nthe sea\n\n"
-    prompt = f"{PREAMBLE.format(context)}### Instruction:\nAdd {{a}}.\n\n{given}### Response:\n"
-    expected = encoded({"prompt": prompt, "completion": "b"}, tokenizer())
-    assert (found.tokens, found.labels) == (expected.tokens, expected.labels)
+    row = {"instruction": "Add {a}.", "output": "b", **extra}
+    chosen = use_prompt_style(tokenizer(), "auto", [Row(row)])
+    assert_learned(encoded(row, chosen), chosen, written([("Add {a}.", extra.get("input"), "b")]))
 
 
 def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(tokenizer):
@@ -248,9 +234,7 @@ def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):
     assert chosen.render(conversation([("a", "b")])) == "u=a;a=b;é"
     with pytest.raises(ml.FormatError, match=r"none\.jinja: cannot be read"):
         use_prompt_style(tokenizer(), str(tmp_path / "none.jinja"))
-    with pytest.raises(
-        ml.ConfigError, match=r"prompt_style is 'vicuna'; accepted are auto, alpaca, instruction, and a"
-    ):
+    with pytest.raises(ml.ConfigError, match="prompt_style is 'vicuna'; accepted are auto, alpaca, instruction"):
         use_prompt_style(tokenizer(), "vicuna")
 
 
@@ -266,18 +250,12 @@ def test_a_tokenizer_is_saved_with_the_style_that_it_has(tmp_path, style):
 
 
 @pytest.mark.parametrize(
-    ("row", "phrase"),
-    [
-        ({"messages": conversation([("a", "b")]), "tools": [TOOL]}, "no place for tools"),
-        (
-            {"messages": [conversation([("a", "b")])[0], {"role": "assistant", "content": "b", "tool_calls": [CALL]}]},
-            "no place for tool calls",
-        ),
-    ],
+    ("changes", "message"), [({"tools": [TOOL]}, "no place for tools"), ({"tool_calls": [CALL]}, "for tool calls")]
 )
-def test_what_a_style_has_no_place_for_is_refused(tokenizer, row, phrase):
-    with pytest.raises(ml.DataError, match=phrase):
-        encoded(row, use_prompt_style(tokenizer(), "alpaca"))
+def test_what_a_style_has_no_place_for_is_refused(tokenizer, changes, message):
+    question, answer = conversation([("a", "b")])
+    with pytest.raises(ml.DataError, match=message):
+        encoded({"messages": [question, answer | changes], **changes}, use_prompt_style(tokenizer(), "alpaca"))
 
 
 def test_a_conversation_in_parts_is_the_same_in_a_prompt_style(tokenizer):
@@ -287,19 +265,17 @@ def test_a_conversation_in_parts_is_the_same_in_a_prompt_style(tokenizer):
     assert encoded({"messages": parts}, chosen) == encoded({"messages": messages}, chosen)
 
 
-# --- several files ---
-
-
-def test_rows_of_all_formats_stand_beside_each_other_in_any_number_of_files(tokenizer, tmp_path):
+def test_each_row_is_recognised_by_itself_in_any_number_of_files(tokenizer, tmp_path):
     chosen = tokenizer(template=PARTS, eos=CLOSE)
-    rows = list(formats(conversation([("a", "b"), ("c", "d")], "e")))
-    for name, part in (("a.jsonl", rows[:4]), ("b.json", rows[4:])):
-        (tmp_path / name).write_text(json.dumps(part) if name == "b.json" else "\n".join(map(json.dumps, part)))
-    found = ml.load_dataset([tmp_path / "a.jsonl", tmp_path / "b.json"], chosen)
-    assert {(tuple(e.tokens), tuple(e.labels)) for e in found} == {(tuple(found[0].tokens), tuple(found[0].labels))}
-    assert len(found) == found.conversations == len(rows)
-
-
-def test_text_of_a_named_field_has_no_place_for_a_system_prompt_either():
-    with pytest.raises(ml.DataError, match="no place for a system prompt"):
-        understand({"body": "a"}, ml.DataConfig(text_field="body", system="Be brief."))
+    rows = [*formats(conversation([("a", "b"), ("c", "d")], "e")), {"prompt": "a", "completion": "b", "id": 1}]
+    lines, array = tmp_path / "a.jsonl", tmp_path / "b.json"
+    lines.write_text("\n".join(map(json.dumps, rows[:4])))
+    array.write_text("[" + ",\n".join(map(json.dumps, rows[4:])) + "]")
+    found = ml.load_dataset([lines, array], chosen)
+    assert [example.source for example in found] == [
+        *(f"{lines}:{line}" for line in range(1, 5)),
+        *(f"{array}:{line}" for line in range(1, len(rows) - 3)),
+    ]
+    assert {tuple(example.labels) for example in found[:-1]} == {tuple(found[0].labels)}
+    assert found[len(rows) - 1].tokens == [*chosen.encode("ab"), chosen.eos_id]
+    assert found.conversations == len(rows) - 1

@@ -1,5 +1,7 @@
 """Start values from data: they are what the papers say, they change nothing, and nothing else of the model changes."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora import ConfigError, LoraConfig, TrainingError
+from minilora import ConfigError, LoraConfig, TrainingError, attach
 from minilora.lora.decompose import moved_factors
+from minilora.lora.find import adapter_layers
 from minilora.lora.from_data import (
     Target,
     corda_factors,
@@ -66,17 +69,22 @@ def batches(seed=0, sizes=(5, 3, 9), dtype=torch.float64):
 
 
 def start(kind, model, data=None, r=2, scale=2.0, rho=1.0, **more):
-    data = batches() if data is None else data
-    return data_factors(
-        kind, model, targets(model, r, scale, **more), (model.loss(x) for x in data), generator(), rho=rho
-    )
+    losses = (model.loss(x) for x in (batches() if data is None else data))
+    return data_factors(kind, model, targets(model, r, scale, **more), losses, generator(), rho=rho)
+
+
+def assert_alike(ours, expected):
+    """Pairs of factors by path, but for signs."""
+    assert ours.keys() == expected.keys()
+    for path, pair in ours.items():
+        for our, other in zip(pair, expected[path], strict=True):
+            assert relative(our.abs(), other.abs(), 1e-9) < 1
 
 
 def inputs(model, data):
     """What the linears see, path -> (N, in), by hand."""
-    x = F.layer_norm(
-        torch.cat([x.reshape(-1, WIDTHS[0]) for x in data]), WIDTHS[:1], model.norm.weight, model.norm.bias
-    )
+    rows = torch.cat([x.reshape(-1, WIDTHS[0]) for x in data])
+    x = F.layer_norm(rows, WIDTHS[:1], model.norm.weight, model.norm.bias)
     hidden = (F.linear(x, dense_weight(model.up), model.up.bias) + 1).tanh()
     return {"up": x.detach().numpy(), "down": hidden.detach().numpy()}
 
@@ -84,9 +92,6 @@ def inputs(model, data):
 def truncated(M, r):
     U, S, Vh = np.linalg.svd(np.asarray(M))
     return (U[:, :r] * S[:r]) @ Vh[:r]
-
-
-# --- EVA ---
 
 
 @given(seeds)
@@ -117,11 +122,8 @@ def test_principal_directions_are_orthonormal_and_their_values_squared_singular_
 @pytest.mark.parametrize("kind", KINDS)
 def test_how_rows_are_put_into_batches_does_not_matter(kind):
     model, data = Small(), batches(sizes=(6, 6))
-    at_once = start(kind, model, [torch.cat(data)])
-    apart = start(kind, model, data)  # means of losses over as many rows differ by one factor, which cancels
-    for path, (lora_A, lora_B) in at_once.items():
-        for one, other in zip((lora_A, lora_B), apart[path], strict=True):
-            assert relative(one.abs(), other.abs(), 1e-9) < 1
+    # means of losses over as many rows differ by one factor, which cancels
+    assert_alike(start(kind, model, [torch.cat(data)]), start(kind, model, data))
 
 
 shares_of_layers = st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=5)
@@ -169,23 +171,13 @@ def test_a_layer_may_be_called_by_its_argument_s_name(kind):
 
 
 def test_the_config_of_redistributed_ranks_means_these_layers_with_these_ranks_and_scales():
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules="all-linear",
-        rank_pattern={"b": 2},
-        alpha_pattern={"b": 6},
-        exclude_modules="x",
-    )
+    config = LoraConfig(r=4, lora_alpha=8, rank_pattern={"b": 2}, alpha_pattern={"b": 6}, exclude_modules="x")
     found = redistributed(config, {"m.a": 6, "m.b": 1, "m.c": 4})
     assert found.target_modules == ("m.a", "m.b", "m.c")
     assert found.exclude_modules == ()
     assert [found.rank(path) for path in ("m.a", "m.b", "m.c")] == [6, 1, 4]
     assert [found.alpha(path) for path in ("m.a", "m.b", "m.c")] == [12, 3, 8]
     assert set(found.rank_pattern) == {"^m.a", "^m.b"}
-
-
-# --- CorDA ---
 
 
 @given(seeds, scales)
@@ -219,9 +211,6 @@ def test_corda_of_full_rank_is_the_weight(seed, inner, outer, scale):
     assert relative(scale * lora_B @ lora_A, weight, 1e-9) < 1  # C is near to singular
 
 
-# --- LoRA-GA ---
-
-
 @given(seeds, st.integers(0, 5), st.integers(0, 5), st.integers(1, 4), scales)
 def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight(seed, wider, taller, r, scale):
     inner, outer = 2 * r + wider, 2 * r + taller
@@ -234,8 +223,7 @@ def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight
 
 def test_lora_ga_has_as_many_parts_as_its_rank_also_of_large_weights():
     lora_A, lora_B = gradient_factors(randn(0, 70, 60), 20, generator())
-    assert lora_A.shape == (20, 60)
-    assert lora_B.shape == (70, 20)
+    assert (lora_A.shape, lora_B.shape) == ((20, 60), (70, 20))
     assert lora_A.is_contiguous()
     assert lora_B.is_contiguous()
 
@@ -254,29 +242,22 @@ def test_lora_ga_takes_the_gradient_of_all_losses_together(seed):
         assert relative(lora_B @ lora_B.T @ G, zeta**2 * second, 1e-9) < 1
 
 
-def test_a_weight_in_four_bits_has_the_gradient_of_the_dense_one():
-    dense = Small()
-    model = Small()
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_four_bits_start_as_the_dense_ones_that_they_stand_for(kind):
+    dense, model = Small(), Small()
     for path in ("up", "down"):
         linear = dense.get_submodule(path)
         base = NF4Linear.quantize(linear.weight.detach(), linear.bias)
         model.set_submodule(path, base)
         linear.weight = nn.Parameter(dense_weight(base))
-    for kind in KINDS:
-        ours, expected = start(kind, model), start(kind, dense)
-        for path in ("up", "down"):
-            for our, other in zip(ours[path], expected[path], strict=True):
-                assert relative(our.abs(), other.abs(), 1e-9) < 1
+    assert_alike(start(kind, model), start(kind, dense))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_lora_ga_through_recomputed_layers_is_the_same(reentrant):
     model = Small()
     losses = (checkpoint(model.loss, x.requires_grad_(), use_reentrant=reentrant) for x in batches())
-    ours = data_factors("lora_ga", model, targets(model), losses, generator())
-    for path, pair in start("lora_ga", model).items():
-        for our, expected in zip(ours[path], pair, strict=True):
-            assert relative(our.abs(), expected.abs(), 1e-9) < 1
+    assert_alike(data_factors("lora_ga", model, targets(model), losses, generator()), start("lora_ga", model))
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
@@ -296,18 +277,21 @@ def test_lora_ga_sees_every_linear_of_our_decoder_through_its_own_backward_passe
         assert relative(G @ lora_A.T @ lora_A, len(G) ** 0.5 / 16 * truncated(G, 2), 1e-6) < 1
 
 
-# --- of all of them ---
-
-
-@pytest.mark.parametrize("kind", ["corda", "lora_ga"])
+@pytest.mark.parametrize("kind", KINDS)
 @given(seeds, scales)
-def test_what_moves_into_the_factors_changes_nothing(kind, seed, scale):
-    model = Small(seed)
-    for path, (lora_A, lora_B) in start(kind, model, scale=scale).items():
-        weight = model.get_submodule(path).weight.detach()
-        x = randn(seed + 9, 4, weight.size(1))
-        residual = weight - scale * lora_B @ lora_A
-        assert_maths(x @ residual.T + scale * (x @ lora_A.T) @ lora_B.T, x @ weight.T)
+def test_an_adapter_of_a_model_begins_with_these_factors_and_changes_nothing(kind, seed, scale):
+    model, (x, *_) = Small(seed), batches()
+    expected, y = start(kind, model, scale=scale, rho=2.0), model(x)
+    config = LoraConfig(r=2, lora_alpha=2 * scale, target_modules=("up", "down"), init_lora_weights=kind)
+    attach(model, config, dtype=torch.float64, losses=(model.loss(x) for x in batches()))
+    layers = adapter_layers(model)
+    assert layers.keys() == expected.keys()
+    for path, layer in layers.items():
+        adapter = layer.adapters["default"]
+        assert adapter.scale == scale
+        for factor, other in zip((adapter.lora_A, adapter.lora_B), expected[path], strict=True):
+            assert_maths(factor, other)
+    assert_maths(model(x), y)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -324,10 +308,7 @@ def test_the_model_is_left_as_it_was(kind, fails):
             raise KeyError("data")
         yield model.loss(batches()[1])
 
-    if fails:
-        with pytest.raises(KeyError):
-            data_factors(kind, model, targets(model), losses(), generator())
-    else:
+    with pytest.raises(KeyError) if fails else nullcontext():
         data_factors(kind, model, targets(model), losses(), generator())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True]
@@ -357,9 +338,7 @@ def test_factors_of_a_bfloat16_model_are_float32_and_near_those_of_float64(kind)
     low = start(kind, Small(dtype=torch.bfloat16), batches(dtype=torch.bfloat16), r=1)
     exact = start(kind, Small(), r=1)
     for path, (lora_A, lora_B) in low.items():
-        assert lora_A.dtype == lora_B.dtype == torch.float32
-        assert not lora_A.requires_grad
-        assert not lora_B.requires_grad
+        assert {(factor.dtype, factor.requires_grad) for factor in (lora_A, lora_B)} == {(torch.float32, False)}
         one, other = lora_A[0].double(), exact[path][0][0]
         assert (one @ other).abs() > 0.99 * one.norm() * other.norm()
 
@@ -368,9 +347,6 @@ def test_factors_of_a_bfloat16_model_are_float32_and_near_those_of_float64(kind)
 def test_the_same_seed_gives_the_same_factors(kind):
     first, second = start(kind, Small()), start(kind, Small())
     assert all(torch.equal(a, b) for path in first for a, b in zip(first[path], second[path], strict=True))
-
-
-# --- refused ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -385,20 +361,18 @@ def test_losses_that_were_computed_before_are_refused(kind):
 def test_a_target_that_nothing_reaches_is_refused(kind):
     model = Small()
     model.idle = nn.Linear(4, 4)
-    with pytest.raises(TrainingError, match=r"\['idle'\] saw nothing but zeros"):
-        start(kind, model, paths=("up", "idle"))
-    losses = (model.loss(x) + model.idle(torch.zeros(3, 4)).sum() for x in batches())
-    with pytest.raises(TrainingError, match=r"\['idle'\] saw nothing but zeros"):
-        data_factors(kind, model, targets(model, paths=("up", "idle")), losses, generator())
+    with_zeros = (model.loss(x) + model.idle(torch.zeros(3, 4)).sum() for x in batches())
+    for losses in ((model.loss(x) for x in batches()), with_zeros):
+        with pytest.raises(TrainingError, match=r"\['idle'\] saw nothing but zeros"):
+            data_factors(kind, model, targets(model, paths=("up", "idle")), losses, generator())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_that_are_not_finite_are_refused(kind):
-    model = Small().double()
     data = batches()
     data[1][0, 0] = float("nan")
     with pytest.raises(TrainingError, match=r"\['up', 'down'\].* not finite"):
-        start(kind, model, data)
+        start(kind, Small(), data)
 
 
 @pytest.mark.parametrize(("kind", "r", "most"), [("corda", 8, 7), ("lora_ga", 4, 3)])
@@ -410,8 +384,11 @@ def test_a_rank_that_a_layer_has_not_is_refused_before_the_data_are_read(kind, r
     assert len(list(losses)) == 1
 
 
-def test_other_kinds_and_a_rho_below_one_are_refused():
+def test_other_kinds_a_rho_below_one_and_layers_that_are_no_linears_are_refused():
     with pytest.raises(ConfigError, match=r"'pissa', accepted are \['eva', 'corda', 'lora_ga'\]"):
         start("pissa", Small())
     with pytest.raises(ConfigError, match=r"rho is 0.5, need at least 1"):
         start("eva", Small(), rho=0.5)
+    config = LoraConfig(target_modules=("0",), init_lora_weights="eva")
+    with pytest.raises(ConfigError, match="0: init_lora_weights 'eva' is for linears, found Embedding"):
+        attach(nn.Sequential(nn.Embedding(3, 4)), config)

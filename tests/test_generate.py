@@ -15,7 +15,7 @@ import minilora as ml
 from minilora import ConfigError, ShapeError
 from minilora.model.cache import KVCache
 from minilora.model.generate import _next_logits, penalize, probabilities
-from tests.models import FAMILIES, SIZES, examples, randn, randomize_adapters_, seeds, tiny_model, token_ids
+from tests.models import SIZES, examples, families, randn, randomize_adapters_, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 
 V = SIZES["vocab_size"]
@@ -31,37 +31,21 @@ def prompts_of(seed, lengths):
 # --- greedy ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@examples(0.2)
+@families
+@few
 @given(seeds, prompt_lengths)
-def test_greedy_takes_the_likeliest_token_after_the_whole_text_so_far(family, seed, lengths):
+def test_greedy_takes_the_likeliest_token_after_the_whole_text_so_far_with_a_cache_and_without(family, seed, lengths):
     model, prompts = tiny_model(family, seed), prompts_of(seed, lengths)
-    for prompt, new in zip(prompts, ml.generate(model, prompts, NEW), strict=True):
+    written = ml.generate(model, prompts, NEW)
+    for prompt, new in zip(prompts, written, strict=True):
         for n, token in enumerate(new):
             assert token == model(torch.tensor([prompt + new[:n]]))[0, -1].argmax()
         assert len(new) == NEW
+    assert ml.generate(model, prompts, NEW, use_cache=False) == written
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@examples(0.2)
-@given(seeds, prompt_lengths)
-def test_a_cache_changes_no_token(family, seed, lengths):
-    model, prompts = tiny_model(family, seed), prompts_of(seed, lengths)
-    cached, uncached = (ml.generate(model, prompts, NEW, use_cache=use) for use in (True, False))
-    assert cached == uncached
-
-
-@few
-@given(seeds, prompt_lengths)
-def test_prompts_of_unequal_lengths_are_continued_as_one_by_one(seed, lengths):
-    model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
-    assert ml.generate(model, prompts, 8) == [ml.generate(model, [prompt], 8)[0] for prompt in prompts]
-
-
-@few
-@given(seeds)
-def test_a_tensor_of_prompts_is_as_good_as_a_list(seed):
-    model, prompts = tiny_model("llama", seed), token_ids(seed, 3, 5)
+def test_a_tensor_of_prompts_is_as_good_as_a_list():
+    model, prompts = tiny_model(), token_ids(1, 3, 5)
     assert ml.generate(model, prompts, 4) == ml.generate(model, prompts.tolist(), 4)
 
 
@@ -93,7 +77,7 @@ def test_a_row_that_has_ended_is_computed_no_more(use_cache, seed, lengths, stop
     assert sum(counts) == sum(given)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-dynamic", "mistral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("llama-dynamic", marks=pytest.mark.long), "mistral"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @few
 @given(seeds, st.lists(st.sampled_from([None, "linears", "head"]), min_size=1, max_size=4), st.data())
@@ -172,18 +156,21 @@ def test_every_allowed_token_and_no_other_is_drawn(seed, temperature, top_p, top
     assert ((shares - expected).abs() <= 6 * (expected * (1 - expected) / n).sqrt()).all()  # six sigma
 
 
+choices = {
+    "top_p": st.sampled_from([0.9, 1.0]),
+    "top_k": st.sampled_from([0, 9]),
+    "repetition_penalty": st.sampled_from([1.0, 1.5]),
+    "stop_ids": st.sets(st.integers(0, V - 1), max_size=9),
+    "use_cache": st.booleans(),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])
 @few
-@given(seeds, prompt_lengths, st.booleans(), st.data())
-def test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed(seed, lengths, use_cache, data):
+@given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=3), st.fixed_dictionaries(choices))
+def test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed(temperature, seed, lengths, chosen):
     model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
-    settings = {
-        "temperature": data.draw(st.sampled_from([0.0, 0.7, 2.0])),
-        "top_p": data.draw(st.sampled_from([0.9, 1.0])),
-        "top_k": data.draw(st.sampled_from([0, 9])),
-        "repetition_penalty": data.draw(st.sampled_from([1.0, 1.5])),
-        "stop_ids": data.draw(st.sets(st.integers(0, V - 1), max_size=9)),
-        "use_cache": use_cache,
-    }
+    settings = {"temperature": temperature, **chosen}
     alone = [ml.generate(model, [prompt], NEW, seed=seed + i, **settings)[0] for i, prompt in enumerate(prompts)]
     assert ml.generate(model, prompts, NEW, seed=seed, **settings) == alone
 
@@ -314,22 +301,19 @@ def test_extreme_numbers_that_have_a_meaning_work(fine):
     assert len(new) == 4
 
 
-@pytest.mark.parametrize("token", [-1, V, 2**40])
-def test_a_token_that_the_model_does_not_have_is_refused_by_name(token):
-    with pytest.raises(ShapeError, match=f"prompt 1 holds token {token}; the model has tokens 0 to {V - 1}"):
-        ml.generate(tiny_model(), [[1], [2, token]])
+TOKENS = f"; the model has tokens 0 to {V - 1}"
+NO_BATCH = [
+    *(([[1], [2, token]], f"prompt 1 holds token {token}{TOKENS}") for token in (-1, V, 2**40)),
+    *((torch.zeros(shape, dtype=torch.long), f"found {shape}") for shape in ((3,), (), (1, 2, 3))),
+    *((empty, "at least one token") for empty in ([], [[]], [[1], []], torch.zeros(2, 0, dtype=torch.long))),
+    *((ids, "rows of whole numbers") for ids in ([[1.0]], [1, 2], "abc", None, torch.ones(1, 2))),
+]
 
 
-@pytest.mark.parametrize("shape", [(3,), (), (1, 2, 3)])
-def test_a_tensor_that_is_no_batch_is_refused(shape):
-    with pytest.raises(ShapeError, match=re.escape(f"found {shape}")):
-        ml.generate(tiny_model(), torch.zeros(shape, dtype=torch.long))
-
-
-@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], torch.zeros(2, 0, dtype=torch.long)])
-def test_an_empty_prompt_is_refused(prompts):
-    with pytest.raises(ShapeError, match="at least one token"):
-        ml.generate(tiny_model(), prompts)
+@pytest.mark.parametrize(("input_ids", "phrase"), NO_BATCH)
+def test_what_is_no_batch_of_the_models_tokens_is_refused(input_ids, phrase):
+    with pytest.raises(ShapeError, match=re.escape(phrase)):
+        ml.generate(tiny_model(), input_ids)
 
 
 class Transfers(TorchDispatchMode):
@@ -359,16 +343,10 @@ def test_nothing_is_sent_to_a_device_that_is_at_work():
     assert any(is_sent for _, is_sent in transfers.seen)
 
 
-@pytest.mark.parametrize("ids", [[[1.0]], [1, 2], "abc", None, torch.ones(1, 2)])
-def test_what_is_no_rows_of_whole_numbers_is_refused(ids):
-    with pytest.raises(ShapeError, match="rows of whole numbers"):
-        ml.generate(tiny_model(), ids)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(seeds, st.sampled_from([1.0, 3.0]))
+@few
+@given(st.sampled_from([torch.float32, torch.bfloat16]), seeds, st.sampled_from([1.0, 3.0]))
 def test_one_logit_that_is_not_finite_is_refused(value, temperature, dtype, seed, penalty):
     model = tiny_model(dtype=dtype)
     row = randn(seed, V, dtype=dtype)

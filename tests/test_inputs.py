@@ -19,20 +19,29 @@ def directory(tmp_path_factory):
     return directory
 
 
-def load(path, directory, seed=0, training=None, unit=None, labels=(), **reading):
+def load(path, directory, training=None, unit=None, labels=(), **reading):
+    training = training or ml.TrainConfig()
+    paths = path if isinstance(path, list) else [path]
     tokenizer = ml.load_tokenizer(directory / "model")
-    training = ml.TrainConfig(seed=seed, **(training or {}))
-    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), training, unit, labels)
+    return load_data([str(path) for path in paths], tokenizer, ml.DataConfig(**reading), training, unit, labels)
+
+
+def sizes(data):
+    return len(data.train), len(data.valid), len(data.test)
 
 
 def sources(rows):
     return [row.source for row in rows]
 
 
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.2, 4), (0.5, 11), (0.99, 22)])
 def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory, share, held):
     rows = directory / "rows.jsonl"
-    first, again, other = (load(rows, directory, seed, eval_split=share) for seed in (1, 1, 2))
+    first, again, other = (load(rows, directory, ml.TrainConfig(seed=seed), eval_split=share) for seed in (1, 1, 2))
     assert len(first.test) == held
     assert sorted(sources(first.train) + sources(first.test)) == sorted(f"{rows}:{i}" for i in range(1, 24))
     assert sources(first.test) == sources(again.test) != sources(other.test)
@@ -43,11 +52,10 @@ def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path)
     for name, count in (("train", 9), ("valid", 5), ("test", 4)):
         write_rows(tmp_path / f"{name}.jsonl", count)
     data = load(tmp_path, directory, eval_split=0.5)
-    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 4)
+    assert sizes(data) == (9, 5, 4)
     assert set(data.files) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
     (tmp_path / "test.jsonl").unlink()
-    data = load(tmp_path, directory, eval_split=0.5)
-    assert (len(data.train), len(data.valid), len(data.test)) == (9, 5, 5)
+    assert sizes(load(tmp_path, directory, eval_split=0.5)) == (9, 5, 5)
 
 
 def test_data_without_a_training_file_are_refused(directory, tmp_path):
@@ -58,28 +66,25 @@ def test_data_without_a_training_file_are_refused(directory, tmp_path):
 
 @pytest.mark.parametrize("training", [{"keep": "best"}, {"early_stopping": 2}])
 def test_a_run_that_chooses_by_evaluations_does_not_choose_by_the_rows_it_is_judged_by(directory, tmp_path, training):
-    data = load(directory / "rows.jsonl", directory, training={"eval_steps": 1, **training}, eval_split=0.2)
-    assert (len(data.test), len(data.valid), len(data.train)) == (4, 3, 16)
+    training = ml.TrainConfig(eval_steps=1, **training)
+    data = load(directory / "rows.jsonl", directory, training, eval_split=0.2)
+    assert sizes(data) == (16, 3, 4)
     assert len({*sources(data.test), *sources(data.valid), *sources(data.train)}) == 23
     for name, count in (("train", 10), ("test", 4)):
         write_rows(tmp_path / f"{name}.jsonl", count)
-    data = load(tmp_path, directory, training={"eval_steps": 1, **training}, eval_split=0.2)
-    assert (len(data.test), len(data.valid), len(data.train)) == (4, 2, 8)
+    assert sizes(load(tmp_path, directory, training, eval_split=0.2)) == (8, 2, 4)
     (tmp_path / "test.jsonl").rename(tmp_path / "valid.jsonl")
-    data = load(tmp_path, directory, training={"eval_steps": 1, **training}, eval_split=0.2)
-    assert (len(data.test), len(data.valid), len(data.train)) == (2, 4, 8)
+    assert sizes(load(tmp_path, directory, training, eval_split=0.2)) == (8, 4, 2)
 
 
 def test_several_files_are_joined_and_each_is_named_with_its_digest(directory, tmp_path):
     first, second = write_rows(tmp_path / "a.jsonl", 3), write_rows(tmp_path / "b.jsonl", 4)
-    tokenizer = ml.load_tokenizer(directory / "model")
-    data = load_data([str(first), str(second)], tokenizer, ml.DataConfig(eval_split=0), ml.TrainConfig())
+    data = load([first, second], directory, eval_split=0)
     assert len(data.train) == 7
     assert data.files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)}
     (tmp_path / "other").mkdir()
     same = write_rows(tmp_path / "other" / "a.jsonl", 2)
-    data = load_data([str(first), str(same)], tokenizer, ml.DataConfig(eval_split=0), ml.TrainConfig())
-    assert set(data.files) == {str(first), str(same)}
+    assert set(load([first, same], directory, eval_split=0).files) == {str(first), str(same)}
 
 
 def test_of_general_text_every_token_is_predicted_whatever_is_learned_of_the_rows(directory):
@@ -93,8 +98,7 @@ def test_of_general_text_every_token_is_predicted_whatever_is_learned_of_the_row
 
 
 def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(directory, tmp_path):
-    row = {"instruction": "Say it.", "output": "It."}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    write_lines(tmp_path / "rows.jsonl", [{"instruction": "Say it.", "output": "It."}] * 3)
     tokenizer = load(tmp_path / "rows.jsonl", directory).tokenizer
     assert "### Instruction:\nSay it." in tokenizer.render([{"role": "user", "content": "Say it."}])
     assert load(directory / "rows.jsonl", directory).tokenizer.template is None
@@ -103,19 +107,12 @@ def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(
     assert data.tokenizer.template.source == CHATML
 
 
-# --- classes ---
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_labels_are_those_of_the_training_rows_and_of_those_that_are_held_out_of_them(directory, tmp_path):
     labels = ["d", "b", "a", "c"]
     write_lines(tmp_path / "train.jsonl", [{"text": "the cat", "label": label} for label in labels])
     data = load(tmp_path, directory, unit="sequence", eval_split=0.5)
     assert data.labels == ("a", "b", "c", "d")
-    assert (len(data.train), len(data.test), data.choices) == (2, 2, None)
+    assert (sizes(data), data.choices) == ((2, 2, 2), None)
     assert sorted(row.labels[-1] for row in [*data.train, *data.test]) == [0, 1, 2, 3]
     write_lines(tmp_path / "test.jsonl", [{"text": "the cat", "label": "e"}])
     with pytest.raises(ml.DataError, match=r"test\.jsonl:1: label: found 'e'"):

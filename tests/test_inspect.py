@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ from minilora.lora.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.lora.find import adapter_layers, linear_layers
 from minilora.model.shards import INDEX
 from minilora.quant.linear import dense_weight
-from minilora.storage import write_json
-from tests.files import edit, saved
-from tests.models import FAMILIES, randn, seeds, sizes, tiny_model
+from minilora.storage import read_json, write_json
+from tests.files import edit, saved, write_base
+from tests.models import examples, families, randn, seeds, sizes, tiny_model
 from tests.text import CHATML, write_tokenizer
 from tests.tolerance import assert_maths, assert_parity
 
@@ -66,7 +67,9 @@ def numbers(tensors):
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-# --- names ---
+def rows_of(text):
+    """The words of each row of the table of a page."""
+    return [line.split() for line in text.split("\n\n")[1].splitlines()]
 
 
 @given(st.dictionaries(names, st.sampled_from("xy"), min_size=1, max_size=30))
@@ -90,14 +93,8 @@ def test_layers_and_experts_that_repeat_are_one_line_and_its_count_tells_of_gaps
     kinds = {f"m.layers.{i}.experts.{j}.w": "x" for i in (0, 1, 2, 5) for j in range(12)} | {"m.norm": "x"}
     told = [(label, len(names)) for label, names in fold(kinds)]
     assert told == [("m.layers.{0-5}.experts.{0-11}.w", 48), ("m.norm", 1)]
-
-
-def test_a_number_within_a_word_or_too_long_is_text():
-    kinds = dict.fromkeys(("w1.a", "w2.a", f"{'9' * 5000}.a", f"{'8' * 5000}.a"), "x")
-    assert [label for label, _ in fold(kinds)] == sorted(kinds)
-
-
-# --- a file ---
+    words = dict.fromkeys(("w1.a", "w2.a", f"{'9' * 5000}.a", f"{'8' * 5000}.a"), "x")  # no numbers, or too long ones
+    assert [label for label, _ in fold(words)] == sorted(words)
 
 
 @given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3))))
@@ -113,8 +110,7 @@ def test_every_tensor_is_told_once_and_the_totals_are_the_file_s_bytes(tmp_path_
 def test_the_page_of_a_file_counts_every_tensor_and_byte(tmp_path, page):
     tensors = {f"layers.{i}.{name}": torch.zeros(3, size) for i in range(12) for name, size in (("q", 2), ("o", 5))}
     save_file({**tensors, "layers.12.q": torch.zeros(3, 2).half()}, tmp_path / "x.safetensors")
-    rows = [line.split() for line in page(tmp_path / "x.safetensors").split("\n\n")[1].splitlines()]
-    assert rows == [
+    assert rows_of(page(tmp_path / "x.safetensors")) == [
         ["count", "dtype", "shape", "bytes", "name"],
         ["12", "F32", "3x5", "720", "layers.{0-11}.o"],
         ["12", "F32", "3x2", "288", "layers.{0-11}.q"],
@@ -139,9 +135,6 @@ def test_orders_to_the_terminal_are_spelled_out(tmp_path, page):
     assert "\x1b" not in text
     assert "\x07" not in text
     assert r"a\x1b[2J\nb" in text
-
-
-# --- the size of a change ---
 
 
 @given(sizes, sizes, sizes, seeds)
@@ -171,13 +164,10 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_the_energies(va
 
 
 @pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_equally_strong_directions_are_counted(k, size):
-    values = torch.tensor([size] * k + [0.0] * (8 - k), dtype=torch.float64)
-    assert_number(effective_rank(values), float(k))
-
-
-def test_no_change_has_rank_0():
+def test_equally_strong_directions_are_counted(size):
+    for k in (1, 3, 8):
+        values = torch.tensor([size] * k + [0.0] * (8 - k), dtype=torch.float64)
+        assert_number(effective_rank(values), float(k))
     assert effective_rank(torch.zeros(3)) == effective_rank(torch.zeros(0)) == 0
 
 
@@ -189,24 +179,19 @@ def test_the_norm_of_a_weight_is_summed_in_float64_whatever_the_parts(monkeypatc
     assert_number(frobenius_norm(weight), exact)
 
 
-# --- an adapter ---
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model directory for each family; made once."""
-    made = {}
-
-    def make(family="llama"):
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("base")
-            ml.save_model(tiny_model(family, dtype=torch.float32), made[family])
-        return made[family]
-
-    return make
+    """A function that returns the model directory of a family; each is made once."""
+    return cache(lambda family="llama": write_base(tmp_path_factory.mktemp("base"), family))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.fixture
+def copied(base, tmp_path):
+    """A copy of a model's directory."""
+    return shutil.copytree(base(), tmp_path / "model")
+
+
+@families
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_each_norm_is_that_of_the_dense_delta_and_of_the_base(tmp_path, base, family, use_rslora):
     model = saved(tmp_path, family, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 7}, use_rslora=use_rslora)
@@ -222,8 +207,7 @@ def test_each_norm_is_that_of_the_dense_delta_and_of_the_base(tmp_path, base, fa
         assert (module.scale, module.rank, module.shape) == (adapter.scale, len(lora_A), weight.shape)
         assert_number(module.delta_norm, np.linalg.norm(dense))
         assert_number(module.base_norm, np.linalg.norm(weight))
-        ratio = np.linalg.norm(dense) / np.linalg.norm(weight)
-        assert_number(module.relative_norm, ratio)
+        assert_number(module.relative_norm, np.linalg.norm(dense) / np.linalg.norm(weight))
     assert numbers(facts.tensors) == sum(tensor.numel() for tensor in load_file(tmp_path / WEIGHTS_FILE).values())
 
 
@@ -249,8 +233,8 @@ def test_without_the_base_the_delta_s_own_norm_is_told(tmp_path, base, page):
     alone, measured = adapter_facts(tmp_path), adapter_facts(tmp_path, base())
     assert [m.delta_norm for m in alone.modules] == [m.delta_norm for m in measured.modules]
     assert all(m.base_norm is None and m.relative_norm is None for m in alone.modules)
-    assert "delta/base" in page(tmp_path, base()).split("\n\n")[1].splitlines()[0]
-    assert "delta/base" not in page(tmp_path).split("\n\n")[1].splitlines()[0]
+    assert "delta/base" in rows_of(page(tmp_path, base()))[0]
+    assert "delta/base" not in rows_of(page(tmp_path))[0]
 
 
 def test_the_base_is_the_one_that_the_config_names_where_it_is_here(tmp_path, base):
@@ -264,7 +248,7 @@ def test_the_base_is_the_one_that_the_config_names_where_it_is_here(tmp_path, ba
 
 def test_the_page_of_an_adapter_names_every_module(tmp_path, page, base):
     model = saved(tmp_path, rank_pattern={"layers.2.self_attn.q_proj": 5})
-    rows = [line.split() for line in page(tmp_path, base()).split("\n\n")[1].splitlines()[1:]]
+    rows = rows_of(page(tmp_path, base()))[1:]
     told = {row[-1]: int(row[0]) for row in rows if row[-1].startswith("model.")}
     assert told["model.layers.{0-3}.self_attn.q_proj"] == 3
     assert told["model.layers.2.self_attn.q_proj"] == 1
@@ -273,8 +257,9 @@ def test_the_page_of_an_adapter_names_every_module(tmp_path, page, base):
 
 def test_the_page_of_an_adapter_tells_its_ranks_and_scales(tmp_path, page):
     saved(tmp_path, rank_pattern={"q_proj": 6}, use_rslora=True)
-    above, table = page(tmp_path).split("\n\n")
-    told = {tuple(line.split()[i] for i in (1, 3)) for line in table.splitlines()[1:] if "model.layers" in line}
+    text = page(tmp_path)
+    above = text.partition("\n\n")[0]
+    told = {(row[1], row[3]) for row in rows_of(text) if row[-1].startswith("model.layers")}
     assert told == {("3", "12.12"), ("6", "8.573")}  # 21 / √3 and 21 / √6
     assert "lora_alpha 21, use_rslora True" in " ".join(above.split())
     assert "  base model  ?; it is not here: see --model\n" in above
@@ -353,8 +338,17 @@ CHANGES = {
 }
 
 
+NEED_BASE = (
+    *("another size", "another layer", "ranks that differ", "no matrix", "a copy of another base"),
+    *("a whole head", "target_parameters", "modules_to_save"),
+    *("DoRA", "a magnitude", "lora_bias", "a bias"),  # which modules have to have one, the model says
+)
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_the_verdict_on_an_adapter_comes_true(tmp_path, base, case, page):
+def test_the_verdict_on_an_adapter_comes_true_and_without_the_base_it_is_on_the_adapter_alone(
+    tmp_path, base, case, page
+):
     spoilt(tmp_path, CHANGES[case])
     facts = adapter_facts(tmp_path, base())
     assert 2 * len(facts.modules) + len(facts.other_tensors) == len(load_file(tmp_path / WEIGHTS_FILE))
@@ -366,21 +360,8 @@ def test_the_verdict_on_an_adapter_comes_true(tmp_path, base, case, page):
     assert all(problem in refusal for problem in facts.problems["minilora"])
     assert bool(facts.problems["minilora"]) == bool(refusal)
     assert f"minilora: {'no' if refusal else 'yes'}\n" in page(tmp_path, base())
-
-
-NEED_BASE = (
-    *("another size", "another layer", "ranks that differ", "no matrix", "a copy of another base"),
-    *("a whole head", "target_parameters", "modules_to_save"),
-    *("DoRA", "a magnitude", "lora_bias", "a bias"),  # which modules have to have one, the model says
-)
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_without_the_base_the_verdict_is_on_the_adapter_alone(tmp_path, base, case):
-    spoilt(tmp_path, CHANGES[case])
-    alone, measured = adapter_facts(tmp_path).problems, adapter_facts(tmp_path, base()).problems
-    assert alone["minilora"] == ([] if case in NEED_BASE else measured["minilora"])
-    assert all(alone[tool] == measured[tool] for tool in alone if tool != "minilora")
+    alone = adapter_facts(tmp_path).problems
+    assert alone == facts.problems | ({"minilora": []} if case in NEED_BASE else {})
 
 
 @pytest.mark.parametrize("case", ["PiSSA", "bias", "modules_to_save", "a magnitude", "a whole head", "lora_bias"])
@@ -404,88 +385,74 @@ def test_a_delta_that_does_not_fit_the_base_is_not_measured_against_it(tmp_path,
 
 @pytest.mark.parametrize("key", ["target_parameters", "use_qalora", "use_bdlora", "kasa_config"])
 def test_where_the_product_is_not_the_change_no_norm_is_told(tmp_path, key):
-    saved(tmp_path)
-    edit(tmp_path, **{key: {"a": 1}})
+    spoilt(tmp_path, {key: {"a": 1}})
     assert adapter_facts(tmp_path).modules == ()
 
 
 def test_scales_that_only_a_foreign_pattern_tells_are_unknown(tmp_path):
-    saved(tmp_path)
-    edit(tmp_path, alpha_pattern={r"layers\.[01]\..*": 3})
+    spoilt(tmp_path, {"alpha_pattern": {r"layers\.[01]\..*": 3}})
     assert all(m.scale is None and m.delta_norm is None for m in adapter_facts(tmp_path).modules)
 
 
-@pytest.mark.parametrize(
-    ("config", "reads"),
-    [
-        ({}, True),
-        ({"use_rslora": True}, True),
-        ({"alpha_pattern": {"q_proj": 5}}, False),
-        ({"rank_pattern": {"q_proj": 5}}, False),
-        ({"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"q_proj": 42}}, True),
-    ],
-)
-def test_vllm_needs_one_scale(tmp_path, config, reads):
-    saved(tmp_path, **config)
-    assert (not adapter_facts(tmp_path).problems["vLLM"]) == reads
+def test_vllm_needs_one_scale(tmp_path):
+    for config in ({}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"q_proj": 42}}):
+        saved(tmp_path, **config)
+        assert not adapter_facts(tmp_path).problems["vLLM"]
+    for config in ({"alpha_pattern": {"q_proj": 5}}, {"rank_pattern": {"q_proj": 5}}):
+        saved(tmp_path, **config)
+        assert adapter_facts(tmp_path).problems["vLLM"]
 
 
-@pytest.mark.parametrize(
-    ("change", "reads"),
-    [
-        ({}, True),
-        ({"rank_pattern": {"q_proj": 7}}, False),
-        ({"rank_pattern": {r".*q_proj": 7}}, True),  # not tried, so nothing is said against it
-        ({"r": 4}, False),
-        ({"peft_type": None}, False),
-    ],
-)
-def test_peft_needs_a_kind_and_the_ranks_that_the_config_says(tmp_path, change, reads):
+def test_peft_needs_a_kind_and_the_ranks_that_the_config_says(tmp_path):
+    for change in ({}, {"rank_pattern": {r".*q_proj": 7}}):  # a pattern is not tried, so nothing is said against it
+        spoilt(tmp_path, change)
+        assert not adapter_facts(tmp_path).problems["PEFT"]
+    for change in ({"rank_pattern": {"q_proj": 7}}, {"r": 4}, {"peft_type": None}):
+        spoilt(tmp_path, change)
+        assert adapter_facts(tmp_path).problems["PEFT"]
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE, "config.json", "model.safetensors"])
+def test_damage_to_an_adapter_or_a_model_names_the_file(copied, tmp_path, name):
     saved(tmp_path)
-    edit(tmp_path, **change)
-    assert (not adapter_facts(tmp_path).problems["PEFT"]) == reads
+    directory = tmp_path if "adapter" in name else copied
+    for content in (b"", b"[]", b"\xff" * 50):
+        (directory / name).write_bytes(content)
+        with pytest.raises(ml.FormatError, match=name) as error:
+            look(str(directory))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff" * 50, None])
-def test_damage_to_an_adapter_names_the_file(tmp_path, name, content):
+def test_a_missing_file_of_an_adapter_is_named(tmp_path, name):
     saved(tmp_path)
-    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
-    with pytest.raises(ml.FormatError, match=name) as error:
+    (tmp_path / name).unlink()
+    with pytest.raises(ml.FormatError, match=name):
         look(str(tmp_path))
-    assert "\n" not in str(error.value)
 
 
-# --- a model ---
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@families
 def test_each_parameter_of_a_model_is_told_once_and_every_tool_reads_it(base, family, page):
     facts = model_facts(base(family))
     expected = {name: tuple(p.shape) for name, p in ml.load_model(base(family)).named_parameters()}
     assert {name: tensor.shape for name, tensor in facts.tensors.items()} == expected
     assert facts.problems == {"minilora": [], "transformers": []}
     assert facts.tokenizer == {"problem": f"{base(family)}: there is no tokenizer.json"}
-    rows = [line.split() for line in page(base(family)).split("\n\n")[1].splitlines()[1:]]
-    assert sum(int(row[0]) for row in rows) == len(expected)
+    assert sum(int(row[0]) for row in rows_of(page(base(family)))[1:]) == len(expected)
 
 
 def test_a_packed_weight_is_one_tensor_of_its_own_shape_and_all_its_bytes(tmp_path, base):
-    model = ml.load_model(base("llama"), quantize="nf4")
-    ml.save_model(model, tmp_path)
-    facts, dense = look(str(tmp_path)).model, look(str(base("llama"))).model
-    assert numbers(facts.tensors) == numbers(dense.tensors) == ml.count_parameters(model).total
-    assert {name: entry.shape for name, entry in facts.tensors.items()} == {
-        name: entry.shape for name, entry in dense.tensors.items()
-    }
+    facts, dense = look(str(write_base(tmp_path, quantize="nf4"))).model, look(str(base())).model
+    assert numbers(facts.tensors) == numbers(dense.tensors) == ml.count_parameters(ml.load_model(tmp_path)).total
+    found, expected = ({name: entry.shape for name, entry in each.tensors.items()} for each in (facts, dense))
+    assert found == expected
     assert {entry.dtype for entry in facts.tensors.values()} == {"NF4", "F32"}
     header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     assert 8 + header + sum(entry.bytes for entry in facts.tensors.values()) == sum(facts.files.values())
 
 
-def test_a_packed_weight_that_is_not_understood_is_told_in_its_parts(tmp_path, base):
-    ml.save_model(ml.load_model(base("llama"), quantize="nf4"), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+def test_a_packed_weight_that_is_not_understood_is_told_in_its_parts(tmp_path):
+    tensors = load_file(write_base(tmp_path, quantize="nf4") / "model.safetensors")
     state = next(name for name in tensors if "quant_state" in name)
     tensors[state] = tensors[state][:-1]  # no JSON any more
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -517,45 +484,31 @@ def test_shards_hold_together_what_one_file_holds(tmp_path, base):
         ({"hidden_size": "wide", "architectures": 3, "tie_word_embeddings": {}}, "hidden_size"),
     ],
 )
-def test_a_model_that_minilora_does_not_run_is_told_with_the_reason(tmp_path, base, change, reason, page):
-    shutil.copytree(base(), tmp_path / "model")
-    config = json.loads((base() / "config.json").read_text())
-    write_json(tmp_path / "model" / "config.json", config | change)
-    facts = model_facts(tmp_path / "model")
-    assert reason in " ".join(facts.problems["minilora"])
+def test_a_model_that_minilora_does_not_run_is_told_with_the_reason(copied, change, reason, page):
+    write_json(copied / "config.json", read_json(copied / "config.json") | change)
+    assert reason in " ".join(model_facts(copied).problems["minilora"])
     with pytest.raises(ml.MiniloraError):
-        ml.load_model(tmp_path / "model")
-    assert ("quant_method bitsandbytes" in page(tmp_path / "model")) == ("quantization_config" in change)
-    assert "minilora: no\n" in page(tmp_path / "model")
+        ml.load_model(copied)
+    text = page(copied)
+    assert ("quant_method bitsandbytes" in text) == ("quantization_config" in change)
+    assert "minilora: no\n" in text
 
 
-def test_transformers_needs_a_model_type_and_the_format_of_each_file(tmp_path, base):
-    shutil.copytree(base(), tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
+def test_transformers_needs_a_model_type_and_the_format_of_each_file(copied):
+    file, config = copied / "model.safetensors", copied / "config.json"
+    whole = file.read_bytes()
     save_file(load_file(file), file)
-    assert "format" in model_facts(tmp_path / "model").problems["transformers"][0]
-    ml.save_model(ml.load_model(base()), tmp_path / "model")
-    edited = json.loads((base() / "config.json").read_text()) | {"model_type": None}
-    write_json(tmp_path / "model" / "config.json", edited)
-    assert model_facts(tmp_path / "model").problems["transformers"] == ["config.json has no model_type"]
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff" * 50])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_damage_to_a_model_names_the_file(tmp_path, base, name, content):
-    shutil.copytree(base(), tmp_path / "model")
-    (tmp_path / "model" / name).write_bytes(content)
-    with pytest.raises(ml.FormatError, match=name) as error:
-        look(str(tmp_path / "model"))
-    assert "\n" not in str(error.value)
+    assert "format" in model_facts(copied).problems["transformers"][0]
+    file.write_bytes(whole)
+    write_json(config, read_json(config) | {"model_type": None})
+    assert model_facts(copied).problems["transformers"] == ["config.json has no model_type"]
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "gone.safetensors"])
-def test_a_shard_that_is_not_there_is_named(tmp_path, base, shard):
-    shutil.copytree(base(), tmp_path / "model")
-    write_json(tmp_path / "model" / INDEX, {"weight_map": {"model.norm.weight": shard}})
+def test_a_shard_that_is_not_there_is_named(copied, shard):
+    write_json(copied / INDEX, {"weight_map": {"model.norm.weight": shard}})
     with pytest.raises(ml.FormatError, match=shard):
-        look(str(tmp_path / "model"))
+        look(str(copied))
 
 
 def test_a_directory_that_holds_nothing_known_is_refused(tmp_path):
@@ -563,9 +516,6 @@ def test_a_directory_that_holds_nothing_known_is_refused(tmp_path):
         look(str(tmp_path))
     with pytest.raises(ml.FormatError, match="no such file"):
         look(str(tmp_path / "x"))
-
-
-# --- a run ---
 
 
 @pytest.fixture
@@ -621,8 +571,6 @@ def test_damage_to_a_run_names_file_and_place(run):
             run_facts(run)
 
 
-# --- whatever the files hold ---
-
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -640,22 +588,27 @@ HOLDS = {
 }
 
 
-@pytest.mark.parametrize("file", HOLDS)
-@given(st.data())
-def test_whatever_a_json_file_holds_it_is_told_or_refused(tmp_path_factory, base, file, data):
-    directory = tmp_path_factory.mktemp("any")
-    shutil.copytree(base(), directory, dirs_exist_ok=True)
+@pytest.fixture(scope="module")
+def all_in_one(base, tmp_path_factory):
+    """A directory that is a model, an adapter and a run."""
+    directory = shutil.copytree(base(), tmp_path_factory.mktemp("any") / "all")
     saved(directory)
     write_json(directory / "run.json", {})
+    return directory
+
+
+@pytest.mark.parametrize("file", HOLDS)
+@examples(0.5)
+@given(st.data())
+def test_whatever_a_json_file_holds_it_is_told_or_refused(all_in_one, file, data):
+    path = all_in_one / file
+    before = path.read_text() if path.exists() else None
     values = data.draw(st.dictionaries(st.sampled_from(HOLDS[file].split()), anything, max_size=4))
-    path = directory / file
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    path.write_text(json.dumps(json.loads(before or "{}") | values))
     for as_json in (False, True):
         with contextlib.suppress(ml.MiniloraError):
-            assert inspect.run({"path": str(directory), "model": None, "memory": False, "json": as_json}) == 0
-
-
-# --- the pages ---
+            assert inspect.run({"path": str(all_in_one), "model": None, "memory": False, "json": as_json}) == 0
+    path.unlink() if before is None else path.write_text(before)
 
 
 def test_json_that_is_nested_deeply_is_told_or_refused(run, page):
@@ -704,8 +657,6 @@ def test_json_of_a_file_has_each_tensor(tmp_path, page):
     entries = {"a": {"dtype": "F32", "shape": [2, 3], "bytes": 24}, "b.0": {"dtype": "F16", "shape": [1], "bytes": 2}}
     assert told["tensors"] == entries
 
-
-# --- the same of PEFT's own files ---
 
 THEIRS = {
     "plain": {},

@@ -10,21 +10,11 @@ from minilora.lora.config import is_target, select_parameters, select_saved, sel
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]
-
-
+Q_PROJS = [path for path in LINEARS if path.endswith("q_proj")]
 OTHERS = ["model.embed_tokens", "model.stem.0"]
 PARAMETERS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(12) for name in ("gate_up_proj", "down_proj")]
-MODULES = [
-    "",
-    "model",
-    "model.layers",
-    "model.layers.0",
-    "head",
-    "head_norm",
-    "lm_head",
-    "classifier",
-    "classifier.out_proj",
-]
+MODULES = ["", "model", "model.layers", "model.layers.0", "head", "head_norm", "lm_head"]
+MODULES += ["classifier", "classifier.out_proj"]
 
 # What PEFT's own tests hold for these: path, target_modules, layers_to_transform, layers_pattern.
 Q_PROJ = "transformer.h.1.attn.attention.q_proj"
@@ -84,32 +74,22 @@ def named(targets, layers, pattern):
     )
 
 
-@pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in MEANT])
-def test_names_mean_what_they_mean_to_peft(path, names):
-    assert is_target(path, LoraConfig(**named(*names)))
+@pytest.mark.parametrize("case", [*((*case, True) for case in MEANT), *((*case, False) for case in NOT_MEANT)], ids=str)
+def test_names_mean_what_they_mean_to_peft_and_nothing_else(case):
+    path, *names, is_meant = case
+    assert is_target(path, LoraConfig(**named(*names))) == is_meant
 
 
-@pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in NOT_MEANT])
-def test_names_mean_nothing_else(path, names):
-    assert not is_target(path, LoraConfig(**named(*names)))
-
-
-# name, fields -> how many of LINEARS are meant, or which
+# what is meant -> the fields of the config (and the model's linears), which of the linears
 RULES = {
     "all linears but the head": ({}, LINEARS[:-1]),
     "whatever its case": ({"target_modules": "All-Linear"}, LINEARS[:-1]),
-    "the end of a path, after a dot": ({"target_modules": ["q_proj"]}, [p for p in LINEARS if p.endswith("q_proj")]),
+    "the end of a path, after a dot": ({"target_modules": ["q_proj"]}, Q_PROJS),
     "never a part of a name": ({"target_modules": ["up"]}, [p for p in LINEARS if p.endswith(".up")]),
     "several components": ({"target_modules": ["1.mlp.up"]}, ["model.layers.1.mlp.up"]),  # and not layer 11
     "a whole path": ({"target_modules": ["lm_head"]}, ["lm_head"]),
-    "a string is a regex for the whole path": (
-        {"target_modules": r".*\.(q|v)_proj"},
-        [p for p in LINEARS if "_proj" in p],
-    ),
-    "excluded by name": (
-        {"target_modules": ["q_proj", "up"], "exclude_modules": ["up"]},
-        [p for p in LINEARS if p.endswith("q_proj")],
-    ),
+    "a string is a regex": ({"target_modules": r".*\.(q|v)_proj"}, [p for p in LINEARS if "_proj" in p]),
+    "excluded by name": ({"target_modules": ["q_proj", "up"], "exclude_modules": ["up"]}, Q_PROJS),
     "excluded by regex": (
         {"exclude_modules": r".*layers\.\d+\..*|.*experts.*", "target_modules": ["lm_head", "up"]},
         ["lm_head"],
@@ -118,18 +98,16 @@ RULES = {
         {"target_modules": ["q_proj", "up"], "layers_to_transform": [1]},
         ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up", "model.experts.1.layers.0.up"],
     ),
-    "no layers, all layers": (
-        {"target_modules": ["q_proj"], "layers_to_transform": []},
-        [p for p in LINEARS if p.endswith("q_proj")],
-    ),
+    "no layers, all layers": ({"target_modules": ["q_proj"], "layers_to_transform": []}, Q_PROJS),
     "layers by a named list": (
         {"target_modules": ["up"], "layers_to_transform": 0, "layers_pattern": "layers"},
         ["model.layers.0.mlp.up", "model.experts.1.layers.0.up"],
     ),
-    "what all-linear leaves alone, by name": (
-        {"target_modules": ["embed_tokens", "stem.0"]},
-        OTHERS,
+    "layers hold for full paths too": (
+        {"target_modules": ["model.layers.1.mlp.up", "model.layers.2.mlp.up"], "layers_to_transform": [2]},
+        ["model.layers.2.mlp.up"],
     ),
+    "what all-linear leaves alone, by name": ({"target_modules": ["embed_tokens", "stem.0"]}, OTHERS),
     "the same by regex": ({"target_modules": r".*embed.*|.*\.1\.mlp\..*"}, ["model.layers.1.mlp.up", OTHERS[0]]),
     "nothing that is trained in full, nor below it": (
         {"modules_to_save": ["model.layers", "lm_head"]},
@@ -140,17 +118,10 @@ RULES = {
         {"linears": ["up", "score", "classifier.dense", "pre_score"], "task_type": "SEQ_CLS"},
         ["up", "pre_score"],
     ),
-    "any classifier of another model": (
-        {"linears": ["up", "score", "classifier.dense"]},
-        ["up", "score", "classifier.dense"],
-    ),
+    "any classifier of another model": ({"linears": ["up", "score"]}, ["up", "score"]),
     "nothing, if that is asked for": ({"target_modules": [], "modules_to_save": ["head"]}, []),
     "nothing, if there are parameters to adapt": ({"target_modules": None, "target_parameters": ["down"]}, []),
     "nothing, if there are tokens to train": ({"target_modules": (), "trainable_token_indices": [1]}, []),
-    "layers hold for full paths too": (
-        {"target_modules": ["model.layers.1.mlp.up", "model.layers.2.mlp.up"], "layers_to_transform": [2]},
-        ["model.layers.2.mlp.up"],
-    ),
 }
 
 
@@ -189,15 +160,10 @@ def test_the_first_key_of_a_pattern_that_matches_counts():
         rank_pattern={"layers.1.self_attn.q_proj": 4, "q_proj": 2, r"^model\.layers\.\d+\.mlp\.up": 6},
         alpha_pattern={"q_proj": 64, "layers.1.self_attn.q_proj": 1},
     )
-    assert [config.rank(f"model.layers.1.{name}") for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")] == [
-        4,
-        8,
-        6,
-    ]
-    assert config.rank("model.layers.2.self_attn.q_proj") == 2
-    assert config.rank("model.experts.1.layers.0.up") == 8
-    assert config.alpha("model.layers.1.self_attn.q_proj") == 64
-    assert config.alpha("model.layers.1.self_attn.v_proj") == 16
+    paths = [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
+    paths += ["model.layers.2.self_attn.q_proj", "model.experts.1.layers.0.up"]
+    assert [config.rank(path) for path in paths] == [4, 8, 6, 2, 8]
+    assert [config.alpha(path) for path in paths[:2]] == [64, 16]
 
 
 def test_a_rank_for_each_of_many_layers_is_found_without_compiling_each_key_again():
@@ -242,9 +208,26 @@ def test_the_head_of_a_classifier_is_trained_in_full():
     assert select_saved(MODULES, named) == ["classifier"]
 
 
-def test_a_module_to_save_that_is_nowhere_is_an_error_that_lists_what_there_is():
-    with pytest.raises(TargetError, match=r"\['heads'\].*'classifier', 'head', 'head_norm', 'layers', 'lm_head'"):
-        select_saved(MODULES, LoraConfig(modules_to_save=["head", "heads"]))
+@pytest.mark.parametrize(
+    ("select", "paths", "fields", "said"),
+    [
+        (
+            select_saved,
+            MODULES,
+            {"modules_to_save": ["head", "heads"]},
+            r"\['heads'\].*'classifier', 'head', 'head_norm'",
+        ),
+        (
+            select_parameters,
+            PARAMETERS,
+            {"target_parameters": ["down_proj", "up_proj"]},
+            r"\['up_proj'\].*\['experts.down_proj', 'experts.gate_up_proj'\]",
+        ),
+    ],
+)
+def test_an_entry_that_is_nowhere_is_an_error_that_lists_what_there_is(select, paths, fields, said):
+    with pytest.raises(TargetError, match=said):
+        select(paths, LoraConfig(**fields))
 
 
 def test_target_parameters_are_full_names_or_the_ends_of_them():
@@ -253,11 +236,6 @@ def test_target_parameters_are_full_names_or_the_ends_of_them():
     assert found == [PARAMETERS[0], PARAMETERS[2], PARAMETERS[3], *PARAMETERS[4::2]]
     saved = dataclasses.replace(config, modules_to_save=["model.layers.0.mlp"])
     assert select_parameters(PARAMETERS, saved) == found[1:]
-
-
-def test_a_target_parameter_that_is_nowhere_is_an_error_that_lists_what_there_is():
-    with pytest.raises(TargetError, match=r"\['up_proj'\].*\['experts.down_proj', 'experts.gate_up_proj'\]"):
-        select_parameters(PARAMETERS, LoraConfig(target_parameters=["down_proj", "up_proj"]))
 
 
 def test_patterns_hold_for_parameters_too():

@@ -11,6 +11,7 @@ import torch
 import minilora as ml
 from minilora import cli, run_memory
 from minilora.cli.memory import amount
+from minilora.inspect import memory
 from minilora.inspect.memory import SHAPES, WAYS, told
 from minilora.model.config import LlamaConfig
 from minilora.quant.config import QuantizeConfig
@@ -19,12 +20,10 @@ from minilora.run_memory import memory_of
 from minilora.settings import RunConfig
 from minilora.train.batch import plan_steps
 from minilora.train.config import DataConfig, TrainConfig
-from minilora.train.data import Dataset
 from minilora.train.diagnose import free_memory_bytes
 from minilora.train.memory import ROOM, forecast
-from tests.models import four_bit, tiny_config, tiny_model
-from tests.runs import write_rows
-from tests.text import write_tokenizer
+from tests.models import four_bit, long, tiny_config, tiny_model
+from tests.runs import SETTINGS, words, write_inputs
 
 CPU = torch.device("cpu")
 
@@ -32,6 +31,7 @@ CPU = torch.device("cpu")
 # --- inspect --memory ---
 
 
+@pytest.mark.long
 def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter():
     found, config = told(tiny_config(), "full fine-tune", CPU), tiny_config()
     count = sum(p.numel() for p in ml.model.llama.Llama(config).parameters())
@@ -41,6 +41,7 @@ def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter():
     assert found.peak > 16 * count
 
 
+@pytest.mark.long
 def test_qlora_has_the_weights_of_the_packed_model_and_at_most_one_dense_weight_more_than_its_forecast():
     found = told(tiny_config(), "QLoRA", CPU)
     model = four_bit(tiny_model(dtype=torch.bfloat16))
@@ -51,7 +52,9 @@ def test_qlora_has_the_weights_of_the_packed_model_and_at_most_one_dense_weight_
     assert 0 <= found.peak - traced.peak <= 40 * 24 * 2
 
 
-def test_a_config_json_is_enough_and_the_three_shapes_follow(tmp_path, capsys):
+def test_a_config_json_is_enough(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "SHAPES", {})
+    monkeypatch.setattr(memory, "WAYS", ("LoRA 16-bit",))
     source = {key: value for key, value in tiny_config().source.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(source))
     assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
@@ -62,6 +65,14 @@ def test_a_config_json_is_enough_and_the_three_shapes_follow(tmp_path, capsys):
     found = told(LlamaConfig.from_dict(source), "LoRA 16-bit", CPU)
     cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
     assert re.split(r"  +", cells.strip()) == [amount(value) for value in vars(found).values()]
+
+
+@pytest.mark.long
+def test_three_shapes_follow(tmp_path, capsys):
+    source = {key: value for key, value in tiny_config().source.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
+    page = capsys.readouterr().out
     for name, least in zip(SHAPES, (13.4, 26.0, 137.9), strict=True):
         table = page.split(f"\n{name}\n")[1]
         weights = [float(row.split(way)[1].split()[0]) for row, way in zip(table.splitlines()[1:5], WAYS, strict=True)]
@@ -81,27 +92,25 @@ def test_a_directory_without_a_config_json_is_refused(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("memory")
-    ml.save_model(
-        tiny_model(vocab_size=400, dtype=torch.float32), directory / "model", write_tokenizer(directory / "model")
-    )
-    write_rows(directory / "rows.jsonl", 21)
-    return directory
+    return write_inputs(tmp_path_factory.mktemp("memory"))
 
 
-def words(directory, out):
-    return ["finetune", f"--model={directory / 'model'}", "--data", str(directory / "rows.jsonl"), f"--out={out}"]
+def finetune(directory, out, *flags, **changes):
+    """The command, with the defaults of everything but general text, which is left out."""
+    defaults = dict.fromkeys([*SETTINGS, "force"]) | {"general_data": "none"}
+    return cli.main([*words(directory, out, **{**defaults, **changes}), *flags])
 
 
 def planned(directory, out, **training):
-    """The run of those words, and its data."""
+    """The run of that command, and its data."""
     where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), str(out), device="cpu")
+    where = replace(where, general_data="none")
     made = Run(where, QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training))
     return made, made.load(is_dry=True)[1]
 
 
 def test_a_dry_run_tells_each_part_beside_what_is_free(directory, tmp_path, capsys):
-    assert cli.main([*words(directory, tmp_path / "out"), "--dry-run"]) == 0
+    assert finetune(directory, tmp_path / "out", "--dry-run") == 0
     page = capsys.readouterr().out
     made, data = planned(directory, tmp_path / "out")
     found = memory_of(made, data, CPU)
@@ -112,6 +121,7 @@ def test_a_dry_run_tells_each_part_beside_what_is_free(directory, tmp_path, caps
     assert unit == amount(free_memory_bytes(CPU)).split()[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_is_the_one_that_takes_the_most(directory, tmp_path, batch_size):
     made, data = planned(directory, tmp_path / "out", batch_size=batch_size)
@@ -124,15 +134,15 @@ def test_the_batch_is_the_one_that_takes_the_most(directory, tmp_path, batch_siz
     assert memory_of(made, data, CPU).activations == max(each)
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_come_true(
     directory, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device: 1234)
-    assert cli.main([*words(directory, tmp_path / "out"), "--batch-size=20", "--general-data=none"]) != 0
+    assert finetune(directory, tmp_path / "out", batch_size=20) != 0
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     made, data = planned(directory, tmp_path / "out", batch_size=20)
-    data = replace(data, general=Dataset(()))
     needed = memory_of(made, data, CPU).peak
     assert f"needs {amount(needed)} of memory, and 1.2 kB are free" in error
     expected = [
@@ -145,30 +155,28 @@ def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out_that_
     lines = [f"{flags} brings it to {amount(peak)}" for flags, peak in helpful]
     assert [line.strip().partition(";")[0] for line in error.splitlines() if "brings it to" in line] == lines
     assert "--force" in error
-    assert cli.main([*words(directory, tmp_path / "out"), "--batch-size=20", "--general-data=none", "--dry-run"]) != 0
+    assert finetune(directory, tmp_path / "out", "--dry-run", batch_size=20) != 0
     assert capsys.readouterr().err == error
 
 
+@pytest.mark.long
 def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, capsys, monkeypatch):
     made, data = planned(directory, tmp_path / "out")
     needed = memory_of(made, data, CPU).peak
-    for name, free, extra in (("forced", 1, ["--force"]), ("fits", needed, []), ("unknown", None, [])):
+    for name, free, flags in (("forced", 1, ["--force"]), ("fits", needed, []), ("unknown", None, [])):
         monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device, free=free: free)
-        assert cli.main([*words(directory, tmp_path / name), "--max-steps=1", "--general-data=none", *extra]) == 0
+        assert finetune(directory, tmp_path / name, *flags, max_steps=1) == 0
         assert (tmp_path / name / "summary.json").is_file()
     monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device: needed - 1)
-    assert cli.main(words(directory, tmp_path / "not")) != 0
+    assert finetune(directory, tmp_path / "not") != 0
 
 
-@pytest.mark.parametrize("way", ["none", "mlp", "block"])
+@pytest.mark.parametrize("way", ["mlp", *long("none", "block")])
 def test_auto_chooses_tells_and_records_how_a_run_recomputes(directory, tmp_path, capsys, monkeypatch, way):
-    made, data = planned(directory, tmp_path / "out")
-    data = replace(data, general=Dataset(()))
-    needed = memory_of(made, data, CPU, recompute=way).peak
+    needed = memory_of(*planned(directory, tmp_path / "out"), CPU, recompute=way).peak
     monkeypatch.setattr(run_memory, "free_memory_bytes", lambda device: math.ceil(needed / ROOM))
-    auto = [*words(directory, tmp_path / "out"), "--general-data=none", "--max-steps=1", "--recompute=auto"]
-    for extra in (["--dry-run"], []):
-        assert cli.main([*auto, *extra]) == 0
+    for flags in (["--dry-run"], []):
+        assert finetune(directory, tmp_path / "out", *flags, max_steps=1, recompute="auto") == 0
         assert f"--recompute {way}: " in capsys.readouterr().err
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["config"]["recompute"] == "auto"

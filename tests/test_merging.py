@@ -1,6 +1,7 @@
 """Merging a directory: the bytes of a merge in memory, one file held at a time, and how far it is from the training."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,27 +15,19 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError, merging
 from minilora.lora.files import WEIGHTS_FILE
-from minilora.lora.find import linear_layers
+from minilora.lora.find import adapter_layers, linear_layers
 from minilora.lora.layers import AdapterLinear
 from minilora.merging import merge_directory, squared_norms
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import quantize
 from minilora.storage import holds_files
 from minilora.testing import reference_nf4 as reference
-from minilora.train.memory import _Account
-from tests.models import FAMILIES, randn, randomize_adapters_, scales, seeds, tiny_model
+from tests.files import SHARD, write_base
+from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, tiny_model
+from tests.runs import everything
 from tests.tolerance import assert_maths
 
 NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
-SHARD = 9_000  # bytes: several shards for a tiny model
-
-
-def write_base(path, family="llama", dtype=torch.float32, quantize=None, **changes):
-    """A model's directory; with `quantize` in four bits."""
-    ml.save_model(tiny_model(family, dtype=dtype, **changes), path)
-    if quantize is not None:
-        ml.save_model(ml.load_model(path, dtype, quantize=quantize), path)
-    return path
 
 
 def write_adapter(base, path, seed=1, quantize=None, **config):
@@ -55,23 +48,42 @@ def merge_in_memory(base, adapters, out, dtype, quantize=None):
     ml.save_model(model, out)
 
 
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+def deltas(base, adapter):
+    """ΔW of each linear that an adapter changes, by its path."""
+    model = ml.load_model(base)
+    ml.load_adapter(model, adapter)
+    shapes = {path: layer.base.weight.shape for path, layer in adapter_layers(model).items()}
+    zeros = {path: torch.zeros(shape, dtype=torch.float64) for path, shape in shapes.items()}
+    return {path: layer.merged_weight(zeros[path]) for path, layer in adapter_layers(model).items()}
+
+
+def merge(things, target=None, quantize=None, base="base", adapter="adapter", out="out", **options):
+    """Merge one of these adapters into one of these bases, as a directory."""
+    return merge_directory(things / base, [things / adapter], things / out, target, quantize, **options)
+
+
+def assert_as_in_memory(things, dtype="auto", quantize=None, base="base", adapter="adapter"):
+    """What `merge` wrote in `out` are the bytes of a merge in memory."""
+    merge_in_memory(things / base, [things / adapter], things / "expected", dtype, quantize)
+    assert everything(things / "out") == everything(things / "expected")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("made")
+    write_base(directory / "base")
+    write_base(directory / "packed", quantize=NF4)
+    write_adapter(directory / "base", directory / "adapter", target_modules=("q_proj", "o_proj", "down_proj"))
+    return directory
 
 
 @pytest.fixture
-def things(tmp_path):
+def things(made, tmp_path):
     """A base, the same in four bits, and an adapter of some of its modules."""
-    write_base(tmp_path / "base")
-    write_base(tmp_path / "packed", quantize=NF4)
-    write_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=("q_proj", "o_proj", "down_proj"))
-    return tmp_path
+    return shutil.copytree(made, tmp_path / "things")
 
 
-# --- what is written ---
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@layouts
 @pytest.mark.parametrize(
     ("kind", "dtype", "head"),
     [
@@ -89,8 +101,8 @@ def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family,
     asked = NF4 if kind == "quantized for the training" else None
     merge_in_memory(base, [first, second], tmp_path / "expected", dtype, asked)
     merge_directory(base, [first, second], tmp_path / "out", quantize=asked)
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    assert contents(tmp_path / "out")["model.safetensors"] != contents(base)["model.safetensors"]
+    assert everything(tmp_path / "out") == everything(tmp_path / "expected")
+    assert (tmp_path / "out/model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
 
 
 KINDS = {
@@ -105,29 +117,28 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-bias-tied-wide-heads"])
+@pytest.mark.parametrize("family", ["llama", WHOLE])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_is_merged_as_in_memory(tmp_path, monkeypatch, family, kind):
     monkeypatch.setattr(merging, "CHUNK", 48)
-    base, changes = write_base(tmp_path / "base", family), {"target_modules": ("q_proj", "down_proj"), **KINDS[kind]}
+    base = write_base(tmp_path / "base", family)
     model = ml.load_model(base)
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, **changes))
+    targets = {"target_modules": ("q_proj", "down_proj")}
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **targets, **KINDS[kind]}))
     with torch.no_grad():
         for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.3 * randn(i, *parameter.shape))
     ml.save_adapter(model, tmp_path / "adapter")
-    merge_in_memory(base, [tmp_path / "adapter"], tmp_path / "expected", "float32")
-    deviation = merge_directory(base, [tmp_path / "adapter"], tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    deviation = merge(tmp_path)
+    assert_as_in_memory(tmp_path)
     assert deviation.overall is None or deviation.overall < 1e-6
 
 
 def test_an_adapter_that_began_as_a_part_of_the_weights_is_read_with_them(things):
     path = things / "adapter" / "adapter_config.json"
     path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
-    merge_in_memory(things / "base", [things / "adapter"], things / "expected", "float32")
-    merge_directory(things / "base", [things / "adapter"], things / "out")
-    assert contents(things / "out") == contents(things / "expected")
+    merge(things)
+    assert_as_in_memory(things)
 
 
 def test_a_bias_that_the_model_has_no_place_for_is_refused_by_name(things):
@@ -135,16 +146,14 @@ def test_a_bias_that_the_model_has_no_place_for_is_refused_by_name(things):
     ml.attach(model, ml.LoraConfig(target_modules=("up_proj",), lora_bias=True))
     ml.save_adapter(model, things / "bias")
     with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj: the adapters add \['bias'\].*llama has no place"):
-        merge_directory(things / "base", [things / "bias"], things / "out")
+        merge(things, adapter="bias")
     assert not holds_files(things / "out")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("asked", [None, NF4])
+@pytest.mark.parametrize(("asked", "dtype"), [(None, "float64"), (NF4, "float32"), (NF4, "bfloat16")])
 def test_the_original_is_what_is_merged_into_if_that_is_asked_for(things, dtype, asked):
-    merge_in_memory(things / "base", [things / "adapter"], things / "expected", dtype)
-    merge_directory(things / "base", [things / "adapter"], things / "out", "original", asked, dtype)
-    assert contents(things / "out") == contents(things / "expected")
+    merge(things, "original", asked, dtype=dtype)
+    assert_as_in_memory(things, dtype)
 
 
 @pytest.mark.parametrize("shard_bytes", [SHARD, 4 * SHARD])
@@ -153,18 +162,17 @@ def test_shards_are_those_of_a_merge_in_memory(things, shard_bytes):
     ml.load_adapter(model, things / "adapter")
     ml.merge(model)
     ml.save_model(model, things / "expected", shard_bytes=shard_bytes)
-    merge_directory(things / "packed", [things / "adapter"], things / "out", shard_bytes=shard_bytes)
-    assert contents(things / "out") == contents(things / "expected")
+    merge(things, base="packed", shard_bytes=shard_bytes)
+    assert everything(things / "out") == everything(things / "expected")
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize(("is_packed", "double_quant"), [(True, True), (False, False)])
 def test_requantized_is_the_dequantized_result_quantized_again_and_the_rest_as_it_was(things, is_packed, double_quant):
     config = ml.QuantizeConfig("nf4", double_quant, ("o_proj",))
     packed = write_base(things / "four", quantize=config)
-    base, asked = (packed, None) if is_packed else (things / "base", config)
+    base, asked = ("four", None) if is_packed else ("base", config)
     for target in ("dequantized", "requantized"):
-        merge_directory(base, [things / "adapter"], things / target, target, asked)
+        merge(things, target, asked, base, out=target)
     expected, before = ml.load_model(things / "dequantized"), linear_layers(ml.load_model(packed))
     result, stored = (load_file(path / "model.safetensors") for path in (things / "requantized", packed))
     model = ml.load_model(things / "requantized")
@@ -175,9 +183,8 @@ def test_requantized_is_the_dequantized_result_quantized_again_and_the_rest_as_i
         elif path.endswith(("q_proj", "down_proj")):
             again = NF4Linear.quantize(expected.get_submodule(path).weight, double_quant=double_quant)
             assert again.layout == linear.layout
-            assert [None if part is None else part.tolist() for part in again.parts] == [
-                None if part is None else part.tolist() for part in linear.parts
-            ]
+            for found, expected_part in zip(linear.parts, again.parts, strict=True):
+                assert found is expected_part or torch.equal(found, expected_part)
         else:
             names = [name for name in stored if name.startswith(f"{path}.")]
             assert all(torch.equal(result[name], stored[name]) for name in names)
@@ -198,17 +205,19 @@ def test_a_block_size_other_than_ours_is_kept(things):
     assert torch.equal(again.absmax, example.absmax)
 
 
-def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_again(things):
+@pytest.mark.parametrize("end", ["_proj", "layers.3.mlp.down_proj"])
+def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_again(things, end):
+    """Also where that format is only one linear's."""
     model = ml.load_model(things / "packed")
-    for linear in linear_layers(model).values():
-        if isinstance(linear, NF4Linear):
+    for path, linear in linear_layers(model).items():
+        if isinstance(linear, NF4Linear) and path.endswith(end):
             linear.layout = replace(linear.layout, quant_type="fp4")
     ml.save_model(model, things / "fp4")
-    merge_in_memory(things / "fp4", [things / "adapter"], things / "expected", "float32")
-    assert merge_directory(things / "fp4", [things / "adapter"], things / "out").worst < 1e-6
-    assert contents(things / "out") == contents(things / "expected")
     with pytest.raises(ConfigError, match="fp4: the target 'requantized' needs linears held as nf4, found fp4"):
-        merge_directory(things / "fp4", [things / "adapter"], things / "other", "requantized")
+        merge(things, "requantized", base="fp4")
+    assert not (things / "out").exists()
+    assert merge(things, base="fp4").worst < 1e-6
+    assert_as_in_memory(things, base="fp4")
 
 
 @pytest.mark.parametrize(
@@ -216,24 +225,15 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
     [(False, None, "original"), (False, NF4, "dequantized"), (True, None, "dequantized")],
 )
 def test_the_default_target_is_what_was_trained(things, is_packed, asked, target):
-    base = things / ("packed" if is_packed else "base")
     for name, given_target in (("default", None), ("named", target)):
-        merge_directory(base, [things / "adapter"], things / name, given_target, asked)
-    assert contents(things / "default") == contents(things / "named")
+        merge(things, given_target, asked, "packed" if is_packed else "base", out=name)
+    assert everything(things / "default") == everything(things / "named")
 
 
-# --- what is held ---
-
-
-class Held(_Account):
-    """Bytes of what has numbers."""
-
-    def _hold(self, storage):
-        if storage.device.type != "meta":
-            super()._hold(storage)
-
-
-@pytest.mark.parametrize(("target", "asked"), [("original", None), ("original", NF4), ("requantized", NF4)])
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [("requantized", NF4), *(pytest.param("original", asked, marks=pytest.mark.long) for asked in (None, NF4))],
+)
 def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
     monkeypatch.setattr(merging, "CHUNK", 48)
     base = tmp_path / "base"
@@ -241,11 +241,10 @@ def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
     adapter = write_adapter(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
     largest = max(p.nbytes for p in model.parameters())
-    with Held() as account:
-        merge_directory(base, [adapter], tmp_path / "out", target, asked, shard_bytes=SHARD)
+    _, peak, _ = allocated(lambda: merge_directory(base, [adapter], tmp_path / "out", target, asked, shard_bytes=SHARD))
     held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
-    assert SHARD < account.most <= SHARD + 2 * held + 6 * largest
-    assert sum(p.nbytes for p in model.parameters()) > 4 * account.most
+    assert SHARD < peak <= SHARD + 2 * held + 6 * largest
+    assert sum(p.nbytes for p in model.parameters()) > 4 * peak
 
 
 @pytest.mark.parametrize("after", [0, 5])
@@ -260,16 +259,13 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_whole_and_can_be_done_ag
 
     monkeypatch.setattr(merging, "squared_norms", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        merge_directory(things / "base", [things / "adapter"], things / "out", shard_bytes=SHARD)
+        merge(things, shard_bytes=SHARD)
     monkeypatch.undo()
     assert not holds_files(things / "out")
     with pytest.raises(FormatError):
         ml.load_model(things / "out")
-    merge_directory(things / "base", [things / "adapter"], things / "out", shard_bytes=SHARD)
+    merge(things, shard_bytes=SHARD)
     ml.load_model(things / "out")
-
-
-# --- how far it is from what was trained ---
 
 
 def numbers(weight):
@@ -315,30 +311,24 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
 
 
 def test_the_norms_are_the_same_whatever_is_widened_at_a_time(things, monkeypatch):
-    whole = merge_directory(things / "base", [things / "adapter"], things / "a", "requantized", NF4)
+    whole = merge(things, "requantized", NF4)
     monkeypatch.setattr(merging, "CHUNK", 1)
-    by_rows = merge_directory(things / "base", [things / "adapter"], things / "b", "requantized", NF4)
+    by_rows = merge(things, "requantized", NF4)
     assert by_rows.layer == whole.layer
     ours, expected = (torch.tensor([d.overall, d.worst], dtype=torch.float64) for d in (by_rows, whole))
     assert_maths(ours, expected)
 
 
 def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_by_its_difference(things):
-    errors = {
-        target: merge_directory(things / "base", [things / "adapter"], things / target, target, NF4)
-        for target in ("dequantized", "requantized", "original")
-    }
+    errors = {target: merge(things, target, NF4) for target in ("dequantized", "requantized", "original")}
     assert errors["dequantized"].worst < 1e-6
     assert errors["original"].overall > 1e-3
     assert errors["requantized"].overall > 1e-3
-    held = linear_layers(ml.load_model(things / "base", quantize=NF4))
-    plain = linear_layers(ml.load_model(things / "base"))
-    model = ml.load_model(things / "base")
-    ml.load_adapter(model, things / "adapter")
-    ratios = {}
-    for path, layer in ml.lora.attach.adapter_layers(model).items():
-        delta = layer.merged_weight(torch.zeros_like(plain[path].weight, dtype=torch.float64))
-        ratios[path] = ((plain[path].weight - dense_weight(held[path])).double().norm() / delta.norm()).item()
+    held, plain = (linear_layers(ml.load_model(things / "base", quantize=quantize)) for quantize in (NF4, None))
+    ratios = {
+        path: ((plain[path].weight - dense_weight(held[path])).double().norm() / delta.norm()).item()
+        for path, delta in deltas(things / "base", things / "adapter").items()
+    }
     worst = max(ratios, key=ratios.get)
     assert errors["original"].layer == worst
     assert errors["original"].worst == pytest.approx(ratios[worst], rel=1e-6)
@@ -346,18 +336,13 @@ def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_
 
 
 @pytest.mark.parametrize(("target", "asked"), [("original", None), ("dequantized", NF4), ("requantized", NF4)])
-@pytest.mark.parametrize("trained", ["none", NF4, ml.QuantizeConfig("nf4", False)])
+@pytest.mark.parametrize("trained", [NF4, *long("none", ml.QuantizeConfig("nf4", False))])
 def test_the_error_is_the_distance_to_what_was_trained_whatever_is_merged_into(things, target, asked, trained):
-    found = merge_directory(things / "base", [things / "adapter"], things / "out", target, asked, trained=trained)
-    result, known = (
-        linear_layers(ml.load_model(*each[:1], quantize=each[1]))
-        for each in ((things / "out", None), (things / "base", trained))
-    )
-    model = ml.load_model(things / "base")
-    ml.load_adapter(model, things / "adapter")
+    found = merge(things, target, asked, trained=trained)
+    result = linear_layers(ml.load_model(things / "out"))
+    known = linear_layers(ml.load_model(things / "base", quantize=trained))
     error = effect = 0.0
-    for path, layer in ml.lora.attach.adapter_layers(model).items():
-        delta = layer.merged_weight(torch.zeros(layer.base.weight.shape, dtype=torch.float64))
+    for path, delta in deltas(things / "base", things / "adapter").items():
         before, now = (dense_weight(linears[path]).double() for linears in (known, result))
         error, effect = error + (now - before - delta).norm() ** 2, effect + delta.norm() ** 2
     assert found.overall == pytest.approx((error / effect).sqrt().item(), rel=1e-3, abs=1e-7)
@@ -365,24 +350,9 @@ def test_the_error_is_the_distance_to_what_was_trained_whatever_is_merged_into(t
 
 def test_a_trained_base_that_cannot_be_had_is_refused_before_anything_is_written(things):
     asked = ml.QuantizeConfig("nf4", quantize_skip=("up_proj",))
-    for base in ("base", "packed"):
+    for base, trained in (("base", replace(asked, quantize_skip=("typo",))), ("packed", asked)):
         with pytest.raises(ConfigError, match="quantize_skip"):
-            merge_directory(
-                things / base,
-                [things / "adapter"],
-                things / "out",
-                trained=replace(asked, quantize_skip=("typo",)) if base == "base" else asked,
-            )
-    assert not (things / "out").exists()
-
-
-def test_a_base_of_both_formats_of_four_bits_is_not_requantized(things):
-    model = ml.load_model(things / "packed")
-    linear = model.get_submodule("model.layers.3.mlp.down_proj")
-    linear.layout = replace(linear.layout, quant_type="fp4")
-    ml.save_model(model, things / "both")
-    with pytest.raises(ConfigError, match="both: the target 'requantized' needs linears held as nf4, found fp4"):
-        merge_directory(things / "both", [things / "adapter"], things / "out", "requantized")
+            merge(things, base=base, trained=trained)
     assert not (things / "out").exists()
 
 
@@ -392,7 +362,7 @@ def test_a_layer_without_effect_is_not_the_worst_and_an_adapter_without_one_has_
     for silent in ((lambda name: changing not in name), (lambda name: True)):
         changed = {name: t * 0 if "lora_B" in name and silent(name) else t for name, t in tensors.items()}
         save_file(changed, things / "adapter" / WEIGHTS_FILE)
-        found = merge_directory(things / "base", [things / "adapter"], things / "out", "original", NF4)
+        found = merge(things, "original", NF4)
         if silent(changing):
             assert (found.overall, found.worst, found.layer) == (None, None, None)
         else:
@@ -400,32 +370,17 @@ def test_a_layer_without_effect_is_not_the_worst_and_an_adapter_without_one_has_
             assert found.worst < found.overall  # which counts the errors of the others
 
 
-# --- what is refused ---
-
-
 @pytest.mark.parametrize(
-    ("base", "target", "asked", "phrase"),
+    ("base", "target", "phrase"),
     [
-        (
-            "packed",
-            "original",
-            None,
-            r"packed: is quantized as nf4; .*'original' needs the 16-bit model.*'dequantized'",
-        ),
-        ("base", "requantized", None, r"base: .*'requantized' needs linears held as nf4, found none; .*--quantize nf4"),
-        (
-            "base",
-            "somewhere",
-            None,
-            r"target is 'somewhere', accepted are \['original', 'dequantized', 'requantized'\]",
-        ),
+        ("packed", "original", r"packed: is quantized as nf4; .*'original' needs the 16-bit model.*'dequantized'"),
+        ("base", "requantized", r"base: .*'requantized' needs linears held as nf4, found none; .*--quantize nf4"),
+        ("base", "somewhere", r"target is 'somewhere', accepted are \['original', 'dequantized', 'requantized'\]"),
     ],
 )
-def test_a_target_that_the_base_does_not_allow_is_refused_before_anything_is_written(
-    things, base, target, asked, phrase
-):
+def test_a_target_that_the_base_does_not_allow_is_refused_before_anything_is_written(things, base, target, phrase):
     with pytest.raises(ConfigError, match=phrase):
-        merge_directory(things / base, [things / "adapter"], things / "out", target, asked)
+        merge(things, target, base=base)
     assert not (things / "out").exists()
 
 
@@ -440,10 +395,10 @@ def test_numbers_that_are_not_finite_are_refused_by_name(things):
     name = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
     save_file(tensors | {name: tensors[name] * torch.inf}, path)
     with pytest.raises(FormatError, match=name):
-        merge_directory(things / "base", [things / "adapter"], things / "out")
+        merge(things)
     save_file(tensors | {name: tensors[name] * 1e6}, path)
     with pytest.raises(TrainingError, match=r"model\.layers\.2\.mlp\.down_proj: .*not finite in torch.float16"):
-        merge_directory(things / "base", [things / "adapter"], things / "out", dtype="float16")
+        merge(things, dtype="float16")
     assert not holds_files(things / "out")
 
 
@@ -456,10 +411,9 @@ def test_a_copy_of_the_base_s_weight_beside_the_adapter_is_compared(tmp_path, is
     copy = {"base_model.model.lm_head.base_layer.weight": head if is_same else head + 1}
     save_file(load_file(adapter / WEIGHTS_FILE) | copy, adapter / WEIGHTS_FILE)
     if is_same:
-        merge_in_memory(base, [adapter], tmp_path / "expected", "float32")
-        merge_directory(base, [adapter], tmp_path / "out")
-        assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+        merge(tmp_path)
+        assert_as_in_memory(tmp_path)
     else:
         with pytest.raises(TargetError, match=r"lm_head\.base_layer\.weight is not the weight of this model"):
-            merge_directory(base, [adapter], tmp_path / "out")
+            merge(tmp_path)
         assert not (tmp_path / "out").exists()

@@ -14,123 +14,117 @@ from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
 N, INNER, OUTER, R, SCALE = 6, 8, 8, 2, 7.0  # square, or exchanged factors would not even multiply
 # Base, bias and update of one size, or a mistake in the smallest would drown in the rounding of the largest.
 X, W, BIAS = randn(1, N, INNER), randn(2, OUTER, INNER), 4 * randn(3, OUTER)
-A, B, DY = randn(4, R, INNER), 0.1 * randn(5, OUTER, R), randn(6, N, OUTER)
+A, B, DY, M = randn(4, R, INNER), 0.1 * randn(5, OUTER, R), randn(6, N, OUTER), randn(7, OUTER).abs() + 1
+V, DW = W + SCALE * B @ A, DY.T @ X  # the merged weight, and its gradient
+NORM = V.norm(dim=1)
+K = M / NORM
 CLOSE = torch.nextafter(torch.tensor(SCALE), torch.tensor(8.0)).item()  # the smallest wrong scale in float32
+WHERE = [3, 4], [3, 4]
+Q, KEYS, VALUES = randn(1, 7, 4, 4), randn(2, 7, 2, 4), randn(3, 7, 2, 4)
+ARRAYS = [tensor.numpy() for tensor in (W, A, B)]
 
 
 def forward(scale=SCALE, weight=W, bias=BIAS, lora_A=A, lora_B=B):
     return F.linear(X, weight, bias) + scale * X @ lora_A.T @ lora_B.T
 
 
-FORWARD = {
-    "scale dropped": forward(scale=1.0),
-    "scale squared": forward(scale=SCALE**2),
-    "scale in float32": forward(scale=CLOSE),
-    "alpha over the root of r": forward(scale=SCALE * R**0.5),
-    "A and B exchanged": forward(lora_A=B.T, lora_B=A.T),
-    "base transposed": forward(weight=W.T),
-    "bias scaled": forward(bias=SCALE * BIAS),
-    "bias twice": forward() + BIAS,
-    "delta subtracted": forward(scale=-SCALE),
-    "a rank lost": forward(lora_A=A[:-1], lora_B=B[:, :-1]),
+# what is computed -> the oracle's number, the right one as PyTorch has it
+RIGHT = {
+    "forward": (reference.lora_forward(X.numpy(), W.numpy(), BIAS.numpy(), *ARRAYS[1:], SCALE), forward()),
+    "merged weight": (reference.lora_merged_weight(*ARRAYS, SCALE), V),
+    "gradient of A": (reference.lora_gradients(X.numpy(), DY.numpy(), *ARRAYS[1:], SCALE)[0], SCALE * B.T @ DW),
+    "DoRA": (
+        X @ torch.from_numpy(reference.dora_merged_weight(*ARRAYS, SCALE, M.numpy())).T + BIAS,
+        K * (X @ V.T) + BIAS,
+    ),
+    "gradient of DoRA's A": (
+        reference.dora_gradients(X.numpy(), DY.numpy(), *ARRAYS, SCALE, M.numpy())[0],
+        SCALE * B.T @ (K.unsqueeze(1) * DW),
+    ),
+    "attention": (
+        reference.causal_attention(Q.numpy(), KEYS.numpy(), VALUES.numpy(), *WHERE, 2),
+        causal_attention(Q, KEYS, VALUES, *WHERE, window=2),
+    ),
 }
-MERGED = {
-    "scale dropped": W + B @ A,
-    "transposed": W + SCALE * (B @ A).T,
-    "merged twice": W + 2 * SCALE * B @ A,
-    "scale in float32": W + CLOSE * B @ A,
+MISTAKES = {
+    "forward": {
+        "scale dropped": forward(scale=1.0),
+        "scale squared": forward(scale=SCALE**2),
+        "scale in float32": forward(scale=CLOSE),
+        "alpha over the root of r": forward(scale=SCALE * R**0.5),
+        "A and B exchanged": forward(lora_A=B.T, lora_B=A.T),
+        "base transposed": forward(weight=W.T),
+        "bias scaled": forward(bias=SCALE * BIAS),
+        "bias twice": forward() + BIAS,
+        "delta subtracted": forward(scale=-SCALE),
+        "a rank lost": forward(lora_A=A[:-1], lora_B=B[:, :-1]),
+    },
+    "merged weight": {
+        "scale dropped": W + B @ A,
+        "transposed": W + SCALE * (B @ A).T,
+        "merged twice": W + 2 * SCALE * B @ A,
+        "scale in float32": W + CLOSE * B @ A,
+    },
+    "gradient of A": {
+        "scale dropped": B.T @ DW,
+        "scale squared": SCALE**2 * B.T @ DW,
+        "mean instead of sum": SCALE * B.T @ DW / N,
+    },
+    "DoRA": {
+        "not divided by the length": M * (X @ V.T) + BIAS,
+        "the length of the base": M / W.norm(dim=1) * (X @ V.T) + BIAS,
+        "the length of columns": M / V.norm(dim=0) * (X @ V.T) + BIAS,
+        "one length for all": M / V.norm() * (X @ V.T) + BIAS,
+        "the length without the scale": M / (W + B @ A).norm(dim=1) * (X @ V.T) + BIAS,
+        "the sum of squares": M / NORM**2 * (X @ V.T) + BIAS,
+        "the bias stretched": K * (X @ V.T + BIAS),
+        "only the update stretched": X @ W.T + K * SCALE * X @ A.T @ B.T + BIAS,
+        "only the base stretched": K * (X @ W.T) + SCALE * X @ A.T @ B.T + BIAS,
+        "columns stretched": X @ (K * V).T + BIAS,
+    },
+    "gradient of DoRA's A": {
+        "not stretched": SCALE * B.T @ DW,
+        "through the length": SCALE * B.T @ (K.unsqueeze(1) * (DW - ((DW * V).sum(1) / NORM**2).unsqueeze(1) * V)),
+        "without the length": SCALE * B.T @ (M.unsqueeze(1) * DW),
+    },
+    "attention": {
+        "mask shifted": causal_attention(Q, KEYS, VALUES, *WHERE, window=1),
+        "window too wide": causal_attention(Q, KEYS, VALUES, *WHERE, window=3),
+        "no window": causal_attention(Q, KEYS, VALUES, *WHERE),
+        "one document": causal_attention(Q, KEYS, VALUES, [7], [7], window=2),
+        "not divided by the root of E": causal_attention(2 * Q, KEYS, VALUES, *WHERE, window=2),
+        "heads in the wrong order": causal_attention(Q, KEYS.flip(1), VALUES.flip(1), *WHERE, window=2),
+    },
 }
-DW = DY.T @ X
-GRADIENTS = {  # of A; the right one is s·Bᵀ·dW
-    "scale dropped": B.T @ DW,
-    "scale squared": SCALE**2 * B.T @ DW,
-    "mean instead of sum": SCALE * B.T @ DW / N,
-}
+LOW = [(what, mistake) for what in ("forward", "DoRA") for mistake in MISTAKES[what] if mistake != "scale in float32"]
 
 
-V, M = W + SCALE * B @ A, randn(7, OUTER).abs() + 1
-NORM = V.norm(dim=1)
-DORA = {  # y for the merged weight m V/‖V‖
-    "not divided by the length": M * (X @ V.T) + BIAS,
-    "the length of the base": M / W.norm(dim=1) * (X @ V.T) + BIAS,
-    "the length of columns": M / V.norm(dim=0) * (X @ V.T) + BIAS,
-    "one length for all": M / V.norm() * (X @ V.T) + BIAS,
-    "the length without the scale": M / (W + B @ A).norm(dim=1) * (X @ V.T) + BIAS,
-    "the sum of squares": M / NORM**2 * (X @ V.T) + BIAS,
-    "the bias stretched": M / NORM * (X @ V.T + BIAS),
-    "only the update stretched": X @ W.T + M / NORM * SCALE * X @ A.T @ B.T + BIAS,
-    "only the base stretched": M / NORM * (X @ W.T) + SCALE * X @ A.T @ B.T + BIAS,
-    "columns stretched": X @ (M / NORM * V).T + BIAS,
-}
-K = M / NORM
-DORA_GRADIENTS = {  # of A, where the length is held fixed
-    "not stretched": SCALE * B.T @ DW,
-    "through the length": SCALE
-    * B.T
-    @ (K.unsqueeze(1) * (DW - (DW * V).sum(1, keepdim=True) / NORM.unsqueeze(1) ** 2 * V)),
-    "without the length": SCALE * B.T @ (M.unsqueeze(1) * DW),
-}
+@pytest.mark.parametrize(("what", "mistake"), [(what, mistake) for what in MISTAKES for mistake in MISTAKES[what]])
+def test_a_mistake_exceeds_the_tolerance_of_maths(what, mistake):
+    oracle, right = RIGHT[what]
+    assert maths(right, oracle) <= 1
+    assert maths(MISTAKES[what][mistake], oracle) > 10
 
 
-@pytest.mark.parametrize("mistake", DORA)
-def test_dora(mistake):
-    merged = reference.dora_merged_weight(W.numpy(), A.numpy(), B.numpy(), SCALE, M.numpy())
-    right = X @ torch.from_numpy(merged).T + BIAS
-    assert maths(K * (X @ V.T) + BIAS, right) <= 1
-    assert maths(DORA[mistake], right) > 10
-    for dtype in (torch.float32, torch.bfloat16):
-        x, v = X.to(dtype), V.to(dtype)
-        plain = K.to(dtype) * (x @ v.T) + BIAS.to(dtype)
-        assert precision(DORA[mistake].to(dtype), plain, right) > 10
-
-
-@pytest.mark.parametrize("mistake", DORA_GRADIENTS)
-def test_gradient_of_dora(mistake):
-    right, _, _ = reference.dora_gradients(X.numpy(), DY.numpy(), W.numpy(), A.numpy(), B.numpy(), SCALE, M.numpy())
-    assert maths(SCALE * B.T @ (K.unsqueeze(1) * DW), right) <= 1
-    assert maths(DORA_GRADIENTS[mistake], right) > 10
+@pytest.mark.parametrize(("what", "mistake"), LOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mistake_exceeds_the_tolerance_of_low_precision_and_of_parity(what, mistake, dtype):
+    oracle, right = RIGHT[what]
+    x, weight, bias, lora_A, lora_B, merged, k = (each.to(dtype) for each in (X, W, BIAS, A, B, V, K))
+    plain = k * (x @ merged.T) + bias if what == "DoRA" else F.linear(x, weight, bias) + SCALE * x @ lora_A.T @ lora_B.T
+    wrong = MISTAKES[what][mistake]
+    assert precision(wrong.to(dtype), plain, oracle) > 10
+    for allowed in (PARITY, GRADIENT_PARITY):
+        assert relative(wrong.float(), right, allowed) > 10
 
 
 def test_a_group_of_a_convolution_that_sees_another_one_s_channels():
     x, weight = randn(8, 2, 4, 5).numpy(), randn(9, 6, 2, 3).numpy()
     numbers = {"stride": [1], "padding": [(1, 1)], "dilation": [1]}
     right = F.conv1d(torch.from_numpy(x), torch.from_numpy(weight), padding=1, groups=2)
-    assert maths(right, reference_conv.convolution(x, reference_conv.ungrouped(weight, 2), None, **numbers)) <= 1
-    exchanged = reference_conv.ungrouped(weight, 2)[:, [2, 3, 0, 1]]
-    assert maths(right, reference_conv.convolution(x, exchanged, None, **numbers)) > 10
-
-
-@pytest.mark.parametrize("mistake", FORWARD)
-def test_forward(mistake):
-    right = reference.lora_forward(X.numpy(), W.numpy(), BIAS.numpy(), A.numpy(), B.numpy(), SCALE)
-    assert maths(forward(), right) <= 1
-    assert maths(FORWARD[mistake], right) > 10
-
-
-@pytest.mark.parametrize("mistake", sorted(set(FORWARD) - {"scale in float32"}))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_in_low_precision(mistake, dtype):
-    right = reference.lora_forward(X.numpy(), W.numpy(), BIAS.numpy(), A.numpy(), B.numpy(), SCALE)
-    plain = F.linear(X.to(dtype), W.to(dtype), BIAS.to(dtype)) + SCALE * X.to(dtype) @ A.to(dtype).T @ B.to(dtype).T
-    assert precision(FORWARD[mistake].to(dtype), plain, right) > 10
-
-
-@pytest.mark.parametrize("mistake", sorted(set(FORWARD) - {"scale in float32"}))
-@pytest.mark.parametrize("allowed", [PARITY, GRADIENT_PARITY])
-def test_parity(mistake, allowed):
-    assert relative(FORWARD[mistake].float(), forward(), allowed) > 10
-
-
-@pytest.mark.parametrize("mistake", MERGED)
-def test_merged_weight(mistake):
-    assert maths(MERGED[mistake], reference.lora_merged_weight(W.numpy(), A.numpy(), B.numpy(), SCALE)) > 10
-
-
-@pytest.mark.parametrize("mistake", GRADIENTS)
-def test_gradient(mistake):
-    right, _ = reference.lora_gradients(X.numpy(), DY.numpy(), A.numpy(), B.numpy(), SCALE)
-    assert maths(SCALE * B.T @ DW, right) <= 1
-    assert maths(GRADIENTS[mistake], right) > 10
+    whole = reference_conv.ungrouped(weight, 2)
+    assert maths(right, reference_conv.convolution(x, whole, None, **numbers)) <= 1
+    assert maths(right, reference_conv.convolution(x, whole[:, [2, 3, 0, 1]], None, **numbers)) > 10
 
 
 def test_norm_over_the_wrong_axis_or_without_eps():
@@ -153,24 +147,6 @@ def test_rotation_backwards_or_of_neighbouring_pairs():
     assert maths(ops.rotate(x, cos, -sin), right) > 10
     neighbours = ops.rotate(x[..., [0, 2, 4, 1, 3, 5]], cos, sin)[..., [0, 3, 1, 4, 2, 5]]
     assert maths(neighbours, right) > 10
-
-
-ATTENTION = {
-    "mask shifted": lambda q, k, v: causal_attention(q, k, v, [3, 4], [3, 4], window=1),
-    "window too wide": lambda q, k, v: causal_attention(q, k, v, [3, 4], [3, 4], window=3),
-    "no window": lambda q, k, v: causal_attention(q, k, v, [3, 4], [3, 4]),
-    "one document": lambda q, k, v: causal_attention(q, k, v, [7], [7], window=2),
-    "not divided by the root of E": lambda q, k, v: causal_attention(2 * q, k, v, [3, 4], [3, 4], window=2),
-    "heads in the wrong order": lambda q, k, v: causal_attention(q, k.flip(1), v.flip(1), [3, 4], [3, 4], window=2),
-}
-
-
-@pytest.mark.parametrize("mistake", ATTENTION)
-def test_attention(mistake):
-    q, k, v = randn(1, 7, 4, 4), randn(2, 7, 2, 4), randn(3, 7, 2, 4)
-    right = reference.causal_attention(q.numpy(), k.numpy(), v.numpy(), [3, 4], [3, 4], 2)
-    assert maths(causal_attention(q, k, v, [3, 4], [3, 4], window=2), right) <= 1
-    assert maths(ATTENTION[mistake](q, k, v), right) > 10
 
 
 def losses(micro_batches, labels):
@@ -204,8 +180,6 @@ def test_padding_that_is_attended_to():
     assert maths(model(ids, lengths=[5])[:, :5], right) <= 1
     assert maths(left_padded, right) > 10
 
-
-# --- four bits ---
 
 PACKED, ABSMAX = nf4.quantize(randn(7, 8, 64, dtype=torch.float32) * torch.arange(1.0, 9).unsqueeze(1))
 CODES, SCALES, OFFSET = nf4.quantize_absmax(ABSMAX)

@@ -40,10 +40,8 @@ def test_they_are_merged_as_in_memory(run, tmp_path):
     merge_directory(BUILTIN, [run], tmp_path / "merged", tokenizer=tokenizer)
     merged = ml.load_model(tmp_path / "merged")
     assert merged.config.vocab_size == len(tokenizer)
-    ids = tokenizer.encode("".join(ROWS[0].values()))
     written = ml.generate(merged, [tokenizer.encode(ROWS[1]["prompt"])], max_new_tokens=6)
     assert tokenizer.decode(written[0]).startswith(ROWS[1]["completion"])
-    assert set(tokenizer.encode(NEW[0])) < set(ids)
 
 
 def test_an_adapter_of_new_tokens_needs_room_for_them(run):

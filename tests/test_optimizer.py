@@ -1,7 +1,5 @@
 """With which rate each parameter learns: LoRA+, and what weight decay pulls on."""
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,13 +9,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import minilora as ml
 from minilora.train.optimizer import EMBEDDING_RATE, learning, learning_rate, rate_factors
 from tests.models import examples, seeds, tiny_model
-from tests.training import adapted, random_rows, trained
+from tests.tolerance import assert_maths
+from tests.training import adapted, copy_checkpoint, random_rows, trained
 
 RATE = 0.01
 
 
 def run(rows, directory=None, on_step=None, model=None, **config):
-    model = model or adapted(dtype=torch.float32, use_dora=True)
+    model = model or adapted(use_dora=True, layers=2)
     ml.train(model, rows, ml.TrainConfig(**{"learning_rate": RATE, **config}), on_step, checkpoint_dir=directory)
     return {name: p.detach().clone() for name, p in trained(model).items()}
 
@@ -26,11 +25,11 @@ def run(rows, directory=None, on_step=None, model=None, **config):
 @given(seeds, st.sampled_from([0.5, 4.0, 16.0]))
 def test_the_first_step_moves_a_as_its_rate_says_and_b_and_magnitudes_as_that_times_the_ratio_does(seed, ratio):
     """LoRA+ §4: whatever the rate of B, A goes where it would go; and the other way round."""
-    rows, config = random_rows(seed, 4), {"max_steps": 1, "max_grad_norm": 0}  # a norm is a sum, in another order here
+    rows, config = random_rows(seed, 4), {"max_steps": 1}
     found = run(rows, loraplus_lr_ratio=ratio, **config)
     slow, fast = run(rows, **config), run(rows, learning_rate=RATE * ratio, **config)
     for name, value in found.items():
-        assert torch.equal(value, (slow if name.endswith("lora_A") else fast)[name]), name
+        assert_maths(value, (slow if name.endswith("lora_A") else fast)[name])
         assert not torch.equal(slow[name], fast[name]), name
 
 
@@ -48,11 +47,10 @@ def test_the_schedule_keeps_the_ratio(scheduler):
     assert rates == [[rate, 8 * rate] for rate in expected]  # A; B and magnitudes, which are one while nothing decays
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_run_that_goes_on_keeps_the_ratio(tmp_path, step):
+def test_a_run_that_goes_on_keeps_the_ratio(tmp_path):
     config = {"loraplus_lr_ratio": 8, "batch_size": 1, "save_steps": 1}
     whole = run(random_rows(2, 5), tmp_path / "whole", save_total_limit=9, **config)
-    shutil.copytree(tmp_path / "whole" / f"step-{step:06d}", tmp_path / "half" / f"step-{step:06d}")
+    copy_checkpoint(tmp_path / "whole", 3, tmp_path / "half")
     found = run(random_rows(2, 5), tmp_path / "half", **config)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     with pytest.raises(ml.TrainingError, match="other data or settings"):

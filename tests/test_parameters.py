@@ -52,18 +52,15 @@ cases = given(seeds, sizes, sizes, sizes, st.integers(1, 4), scales, st.booleans
 
 @cases
 def test_forward_is_that_of_the_changed_parameters(seed, experts, inner, middle, r, scale, is_transposed):
-    plain = Experts(seed, experts, inner, middle, is_transposed)
-    model = attached(
-        nn.ModuleDict({"experts": Experts(seed, experts, inner, middle, is_transposed)}), r=r, lora_alpha=scale * r
-    )
+    plain, own = (Experts(seed, experts, inner, middle, is_transposed) for _ in range(2))
+    model = attached(nn.ModuleDict({"experts": own}), r=r, lora_alpha=scale * r)
     x, dy = randn(seed + 50, 5, inner).requires_grad_(), randn(seed + 51, 5, inner)
     adapters = model["experts"].adapters["default"]
-    factors = [(each.lora_A, each.lora_B) for each in (adapters["up_proj"], adapters["down_proj"])]
-    names = {"up_proj": factors[0], "down_proj": factors[1]}
-    weights = {name: changed(getattr(plain, name), *pair, scale, is_transposed) for name, pair in names.items()}
+    factors = {name: (adapters[name].lora_A, adapters[name].lora_B) for name in ("up_proj", "down_proj")}
+    weights = {name: changed(getattr(plain, name), *pair, scale, is_transposed) for name, pair in factors.items()}
     y, expected = model["experts"](x), torch.func.functional_call(plain, weights, x)
     assert_maths(y, expected)
-    inputs = [x, *(factor for pair in factors for factor in pair)]
+    inputs = [x, *(factor for pair in factors.values() for factor in pair)]
     for our, their in zip(*(torch.autograd.grad(each, inputs, dy) for each in (y, expected)), strict=True):
         assert_maths(our, their)
     merged_parameters = dict(model["experts"].merged().named_parameters())
@@ -85,17 +82,12 @@ def test_a_parameter_that_is_a_matrix_has_one_pair(seed, inner, outer, r, scale)
 def test_several_adapters_add(seed, experts, inner, middle, r, scale, is_transposed):
     model = nn.ModuleDict({"experts": Experts(seed, experts, inner, middle, is_transposed)})
     attached(model, r=r, lora_alpha=scale * r)
-    ml.attach(
-        model,
-        ml.LoraConfig(r=2, lora_alpha=10, target_modules=(), target_parameters=("up_proj",)),
-        name="second",
-        dtype=torch.float64,
-    )
-    place = model["experts"]
-    second = place.adapters["second"]["up_proj"]
-    second.lora_B.data.copy_(randn(seed, *second.lora_B.shape))
-    first = place.adapters["default"]["up_proj"]
+    config = ml.LoraConfig(r=2, lora_alpha=10, target_modules=(), target_parameters=("up_proj",))
+    ml.attach(model, config, name="second", dtype=torch.float64)
     ml.set_adapter(model, ["default", "second"])
+    place = model["experts"]
+    first, second = (place.adapters[name]["up_proj"] for name in ("default", "second"))
+    second.lora_B.data.copy_(randn(seed, *second.lora_B.shape))
     expected = changed(place.base.up_proj, first.lora_A, first.lora_B, scale, is_transposed)
     expected = changed(expected, second.lora_A, second.lora_B, 5, is_transposed)
     assert_maths(place.changed_parameters()["up_proj"], expected)
@@ -123,10 +115,8 @@ def test_a_new_adapter_changes_nothing_and_patterns_mean_parameters():
     model = nn.ModuleDict({"experts": Experts(0, 3, 6, 5, True), "head": nn.Linear(6, 6).double()})
     x = randn(1, 5, 6)
     y = model["experts"](x)
-    config = ml.LoraConfig(
-        r=4, target_modules=(), target_parameters=("up_proj", "head.weight"), rank_pattern={"up_proj": 2}
-    )
-    ml.attach(model, config)
+    names = {"target_modules": (), "target_parameters": ("up_proj", "head.weight")}
+    ml.attach(model, ml.LoraConfig(r=4, rank_pattern={"up_proj": 2}, **names))
     assert torch.equal(model["experts"](x), y)
     assert [type(place) for place in adapter_layers(model).values()] == [AdapterParameters] * 2
     stacked = model["experts"].adapters["default"]["up_proj"]

@@ -3,7 +3,6 @@ import re
 import pytest
 
 import minilora as ml
-from minilora import cli
 from minilora.cli.preview import marked
 from minilora.model.ops import IGNORE_INDEX
 from minilora.train.batch import plan_steps
@@ -11,32 +10,42 @@ from minilora.train.config import DataConfig
 from minilora.train.data import encode_row
 from minilora.train.rows import Row
 from tests.models import tiny_model
-from tests.runs import write_rows
+from tests.runs import runner, write_rows
 from tests.text import CHATML, CLOSE, OPEN, write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("preview")
-    ml.save_model(tiny_model(vocab_size=400), directory / "model", write_tokenizer(directory / "model"))
+    model = tiny_model(vocab_size=400, num_hidden_layers=1)
+    ml.save_model(model, directory / "model", write_tokenizer(directory / "model"))
     write_rows(directory / "rows.jsonl", 21)
     return directory
 
 
-def dry_run(directory, capsys, *words):
-    rows, out = directory / "rows.jsonl", directory / "out"
-    words = [f"--model={directory / 'model'}", "--data", str(rows), f"--out={out}", *words]
-    assert cli.main(["finetune", "--dry-run", *words]) == 0
-    assert not out.exists()
-    return capsys.readouterr().out
+@pytest.fixture
+def dry_run(directory, capsys, monkeypatch):
+    """What a dry run with these flags prints; it holds out no rows and writes nothing."""
+    run = runner(directory, capsys, monkeypatch)
+
+    def dry_run(*flags):
+        words = ["--dry-run", "--model=model", "--data=rows.jsonl", "--eval-split=0", "--out=out", *flags]
+        text = run("finetune", *words).out
+        assert not (directory / "out").exists()
+        return text
+
+    return dry_run
 
 
-def test_the_first_rows_are_shown_whole_with_what_is_learned_between_marks(directory, capsys):
-    text = dry_run(directory, capsys, "--eval-split=0")
+@pytest.fixture
+def data(directory):
+    return ml.load_dataset(directory / "rows.jsonl", ml.load_tokenizer(directory / "model"))
+
+
+def test_the_first_rows_are_shown_whole_with_what_is_learned_between_marks(directory, dry_run, data):
     tokenizer = ml.load_tokenizer(directory / "model")
-    data = ml.load_dataset(directory / "rows.jsonl", tokenizer)
-    shown = re.findall(r"--- (.*?:\d+)\n(.*?⟧)\n", text, flags=re.DOTALL)
-    assert [source for source, _ in shown] == [example.source for example in data[:3]]
+    shown = re.findall(r"--- (.*?:\d+)\n(.*?⟧)\n", dry_run(), flags=re.DOTALL)
+    assert [source for source, _ in shown] == [example.source.replace(f"{directory}/", "") for example in data[:3]]
     for example, (_, row) in zip(data, shown, strict=False):
         assert re.sub("[⟦⟧]", "", row) == tokenizer.decode(example.tokens, skip_special_tokens=False)
         learned = [token for token, label in zip(example.tokens, example.labels, strict=True) if label != IGNORE_INDEX]
@@ -59,29 +68,24 @@ def test_marks_stand_around_the_answers_of_a_conversation_control_tokens_and_spa
     assert marked(example, tokenizer, "⟦", "⟧") == text
 
 
-@pytest.mark.parametrize("words", [["--epochs=3", "--batch-size=2"], ["--max-steps=5", "--batch-tokens=40"]])
-def test_steps_rows_tokens_and_parameters_are_those_of_the_run(directory, capsys, tmp_path, words):
-    text = dry_run(directory, capsys, *words, "--eval-split=0")
-    config = ml.TrainConfig(**{w.split("=")[0].strip("-").replace("-", "_"): int(w.split("=")[1]) for w in words})
-    model = ml.load_model(directory / "model")
+@pytest.mark.parametrize("flags", [{"epochs": 3, "batch_size": 2}, {"max_steps": 5, "batch_tokens": 40}])
+def test_steps_rows_tokens_and_parameters_are_those_of_the_run(directory, dry_run, data, flags):
+    text = dry_run(*(f"--{name}={value}" for name, value in flags.items()))
+    model, config = ml.load_model(directory / "model"), ml.TrainConfig(**flags)
     ml.attach(model, ml.LoraConfig())
-    data = ml.load_dataset(directory / "rows.jsonl", ml.load_tokenizer(directory / "model"))
-    result = ml.train(model, data, config)
+    result, count = ml.train(model, data, config), ml.count_parameters(model)
     plan = [rows for micro_batches in plan_steps([len(e.tokens) for e in data], config) for rows in micro_batches]
     labels = sum(data[row].labelled for rows in plan for row in rows)
     figures = f"{result.total_steps} steps, {sum(map(len, plan))} rows, {result.tokens:,} tokens, {labels} of them"
     assert f"the run: {figures} learned" in text
-    count = ml.count_parameters(model)
-    assert (
-        f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})" in text
-    )
+    share = f"{count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})"
+    assert f"parameters: {share}" in text
 
 
-def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(directory, capsys):
-    data = ml.load_dataset(directory / "rows.jsonl", ml.load_tokenizer(directory / "model"))
+def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(dry_run, data):
     lengths = sorted(len(example.tokens) for example in data)
     limit = lengths[len(lengths) // 2] - 1
-    text = dry_run(directory, capsys, f"--max-length={limit}", "--eval-split=0")
+    text = dry_run(f"--max-length={limit}")
     cut, lost = map(int, re.search(r"cut to --max-length: (\d+) training rows, which lost (\d+) labels", text).groups())
     assert cut == sum(length > limit for length in lengths)
     assert lost == sum(sum(label != IGNORE_INDEX for label in example.labels[limit:]) for example in data)

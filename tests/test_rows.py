@@ -52,44 +52,29 @@ def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_k
     assert read_rows(path) == [Row(row, f"{path}:{line}") for row, line in zip(rows, lines, strict=True)]
 
 
-def refusal(path):
-    """Why the first bad row of a file is refused, or the file."""
-    try:
-        rows = read_rows(path)
-    except ml.DataError as error:
-        return str(error)
-    return next(f"{row.source}: {row.problem}" for row in rows if row.problem)
-
-
 @pytest.mark.parametrize(
-    ("content", "line", "phrase"),
+    ("content", "line", "message"),
     [
-        (b'{"a": 1}\n{"a": 1\n{"a": 1}', 2, "not JSON"),
         (b'{"a": 1}\n\n\n{"a": 1} {"a": 1}', 4, "not JSON: Extra data at column 10"),
-        (b'{"a": 1}\n{"a": "\xe9"}', 2, "byte 0xe9 at 7 is not UTF-8"),
-        (b'[{"a": 1},\n {"a": 1},\n {"a": },\n {"a": 1}]', 3, "not JSON"),
         (b'[{"a": 1},\n {\n"a"\n: }]', 4, "not JSON"),
-        (b'[{"a": 1},\n {"a": 1}\n {"a": 1}]', 3, "comma"),
-        (b'[{"a": 1},\n\n, {"a": 1}]', 3, "comma"),
-        (b'[,\n{"a": 1}]', 2, "comma"),
-        (b'[{"a": 1},\n]', 2, "comma"),
-        (b'[{"a": 1}\n', 2, "bracket"),
-        (b'[{"a": 1}]\n\n[{"a": 1}]', 1, "bracket"),
+        (b'[,\n{"a": 1}]', 2, "not JSON: before this, a comma"),
+        (b'[{"a": 1}\n', 2, "not JSON: before this, a comma or bracket"),
         (b'[{"a": 1},\n 5]', 2, "found 5, need a JSON object"),
         (b'[{"a": 1},\n {"a": "\xe9"}]', 2, "byte 0xe9"),
-        (b'{"a": 1}\n"text"', 2, "found 'text', need a JSON object"),
         (b"[[1]]", 1, "found [1], need a JSON object"),
         (b"\nnull", 2, "found None, need a JSON object"),
         (b'\n\n{"a": ' + b"[" * 100_000, 3, "nested too deeply"),
-        (b'\n{"a": ' + b"1" * 5000 + b"}", 2, "too many digits"),
-        (b'{"a": 1}\n\xef\xbb\xbf{"a": 1}', 2, "byte order mark"),
     ],
 )
-def test_an_error_in_a_file_is_named_with_its_line(tmp_path, content, line, phrase):
+def test_an_error_in_a_file_is_named_with_its_line(tmp_path, content, line, message):
+    """Further ones lie in tests/golden/broken."""
     path = tmp_path / "rows.json"
     path.write_bytes(content)
-    assert refusal(path).startswith(f"{path}:{line}: ")
-    assert phrase in refusal(path)
+    try:
+        refusal = next(f"{row.source}: {row.problem}" for row in read_rows(path) if row.problem)
+    except ml.DataError as error:
+        refusal = str(error)
+    assert refusal.startswith(f"{path}:{line}: {message}")
 
 
 def test_a_bad_line_leaves_the_others_alone(tmp_path):
@@ -100,58 +85,49 @@ def test_a_bad_line_leaves_the_others_alone(tmp_path):
     assert [row.source for row in rows] == [f"{path}:{line}" for line in range(1, 6)]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b" [\n]\n", b"\xef\xbb\xbf"])
-def test_a_file_without_rows_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((content, "there are no rows") for content in (b"", b"\n \n", b"[]", b" [\n]\n", b"\xef\xbb\xbf")),
+        *((mark + '{"a": 1}'.encode("utf-16-le"), "found UTF-16, need UTF-8") for mark in (b"\xff\xfe", b"\xfe\xff")),
+    ],
+)
+def test_a_file_without_rows_or_in_utf_16_is_refused(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ml.DataError, match="there are no rows") as error:
+    with pytest.raises(ml.DataError, match=message) as error:
         read_rows(path)
-    assert str(path) in str(error.value)
+    assert str(error.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-def test_utf_16_is_refused_by_name_where_it_has_its_mark(tmp_path, encoding):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xff\xfe" * (encoding != "utf-16") + '{"a": 1}'.encode(encoding))
-    with pytest.raises(ml.DataError, match="found UTF-16, need UTF-8"):
-        read_rows(path)
-
-
-def test_rows_of_several_files_follow_each_other(tmp_path):
-    for name in ("b", "a"):
-        (tmp_path / name).write_text(json.dumps({"a": name}))
-    assert [row.fields["a"] for row in read_rows(tmp_path / "b", tmp_path / "a")] == ["b", "a"]
-
-
-# --- which files there are ---
+def touch(directory, *names):
+    for name in names:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("{}")
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
 @pytest.mark.parametrize("valid", ["valid", "validation", "val"])
 def test_a_directory_has_a_file_for_each_split(tmp_path, ending, valid):
     names = {"train": "train.jsonl", "valid": f"{valid}{ending}", "test": "test.json.gz"}
-    for name in (*names.values(), "dev.jsonl", "README.txt", "dataset.csv", ".train.jsonl", "training.json"):
-        (tmp_path / name).write_text("{}")
+    touch(tmp_path, *names.values(), "dev.jsonl", "README.txt", "dataset.csv", ".train.jsonl", "training.json")
     (tmp_path / "test.json").mkdir()
     assert find_splits(tmp_path) == {split: [tmp_path / name] for split, name in names.items()}
 
 
-def test_a_lone_file_of_a_directory_is_the_training_split(tmp_path):
-    for name in ("some.jsonl", "notes.txt", ".some.jsonl"):
-        (tmp_path / name).write_text("{}")
-    assert find_splits(tmp_path) == {"train": [tmp_path / "some.jsonl"]}
-
-
-def test_a_file_is_the_training_split_and_the_builtin_data_have_all_three(tmp_path):
-    (tmp_path / "valid.json").write_text("{}")
+def test_a_lone_file_is_the_training_split_by_itself_or_in_a_directory(tmp_path):
+    touch(tmp_path, "valid.json")
     assert find_splits(tmp_path / "valid.json") == {"train": [tmp_path / "valid.json"]}
+    touch(tmp_path, "directory/some.jsonl", "directory/notes.txt", "directory/.some.jsonl")
+    assert find_splits(tmp_path / "directory") == {"train": [tmp_path / "directory" / "some.jsonl"]}
+
+
+def test_the_builtin_data_have_all_three_splits():
     assert find_splits(BUILTIN) == {s: [ASSETS / "data" / f"{s}.jsonl"] for s in ("train", "valid", "test")}
 
 
 def test_several_names_are_joined_split_by_split_in_their_order(tmp_path):
-    for name in ("b/train.json", "b/valid.json", "a/train.json", "a/test.json", "c.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
+    touch(tmp_path, "b/train.json", "b/valid.json", "a/train.json", "a/test.json", "c.jsonl")
     b, a, c = tmp_path / "b", tmp_path / "a", tmp_path / "c.jsonl"
     expected = {
         "train": [b / "train.json", c, a / "train.json"],
@@ -177,8 +153,7 @@ def test_a_pipe_is_a_file(tmp_path):
     ],
 )
 def test_a_directory_whose_files_leave_a_choice_is_refused(tmp_path, names, phrase):
-    for name in names:
-        (tmp_path / name).write_text("{}")
+    touch(tmp_path, *names)
     with pytest.raises(ml.DataError, match=phrase) as error:
         find_splits(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minilora import MiniloraError
+from minilora.model import sandbox
 from minilora.model.sandbox import Meter, Sandbox
 from minilora.model.template import ChatTemplate
 
@@ -20,8 +21,6 @@ USER = [{"role": "user", "content": "hi"}]
 def render(source, messages=USER, **options):
     return ChatTemplate(source, {}).render(messages, **options)
 
-
-# --- what a template cannot reach ---
 
 ESCAPES = [
     "{{ ''.__class__.__mro__ }}",
@@ -94,8 +93,6 @@ def test_python_internals_are_never_written(source):
     assert render(source) == ""
 
 
-# --- what a template cannot use up ---
-
 LARGE = "{% set large = 'a' * 7000000 %}"
 MANY = "{% set many = range(99999) | list %}"
 IFS = "{% if messages.x %}{% endif %}" * 5000
@@ -115,72 +112,51 @@ def forever(body, source=""):
 BOMBS = {
     "repetition": [
         "{{ 'a' * 10**8 }}",
-        "{{ 10**8 * 'a' }}",
         "{{ 'a' * 6000 * 6000 }}",
         "{{ [0] * 10**8 }}",
-        "{{ (0,) * 10**8 }}",
         "{{ [[0] * 500] * 10000 }}",
     ],
     "powers": [
         "{{ 9 ** 99999999 }}",
-        "{{ 10 ** (10 ** 10) }}",
-        "{{ 3 ** 14000000 }}",
         "{{ 1 | round(10**9, 'ceil') }}",
         "{{ (1).to_bytes(10**9, 'big') }}",
     ],
     "widths": [
         "{{ 'a'.ljust(10**15) }}",
-        "{{ 'a'.center(1000000000) }}",
-        "{{ 'a'.zfill(10**9) }}",
         "{{ 'a' | center(1000000000) }}",
         "{{ 'a\\n' | indent(10**9, true) }}",
-        "{{ ('a\\n' * 10000) | indent(10**5) }}",
-        "{{ 'a\\n' | indent(first='nan' | float, width=10**9) }}",
         "{{ ('\\t' * 10000).expandtabs(10**6) }}",
         "{{ [1] | batch(10**9, 'x') | list }}",
-        "{{ [1] | slice(10**9) | list }}",
         "{{ [1, 2] | tojson(indent=10**9) }}",
         "{{ [1] | tojson(indent='a' * 7000000) }}",
     ],
     "formats": [
         "{{ '%1000000000d' % 1 }}",
         "{{ '%*d' % (10**9, 1) }}",
-        "{{ '%.*f' % (10**9, 1.0) }}",
-        "{{ '%.1000000000f' % 1 }}",
         "{{ '%1000000000d' | format(1) }}",
         "{{ '{:>1000000000}'.format(1) }}",
         "{{ '{:{w}}'.format(1, w=10**9) }}",
         "{{ '{a[}]:{w}}'.format(a={'}': 1}, w=10**9) }}",
-        "{{ '{:{0[0]}}'.format([10**9]) }}",
         "{{ '{x:1000000000}'.format_map({'x': 1}) }}",
         "{{ '{:١٠٠٠٠٠٠٠٠٠}'.format(1) }}",
-        "{{ ('{:9999}' * 100000).format(*range(99999)) }}",
         "{{ ('%1$s' | safe * 9000000) % messages }}",
     ],
     "substitutions": [
         "{{ ('a' * 10000).replace('', 'b' * 10000) }}",
-        "{{ ('a' * 10000) | replace('', 'b' * 10000) }}",
         "{{ ('b' * 10000).join('a' * 10000) }}",
-        "{{ (['a'] * 10000) | join('b' * 10000) }}",
         "{{ ('a' * 10000).translate({97: 'b' * 10000}) }}",
         "{{ dict.fromkeys(range(9999), 'a' * 99999) | tojson }}",
     ],
     "doubling": [
         repeated("n.x ~ n.x"),
-        repeated("n.x + n.x"),
-        repeated("n.x + n.x", "[1]"),
         repeated("'%s%s' % (n.x, n.x)"),
         repeated("'{0}{0}'.format(n.x)"),
-        repeated("[n.x, n.x] | join"),
         repeated("n.x * n.x", "3"),
         repeated("n.x * 2 ** 1000", "1", 9999),
-        repeated("n.x + [i]", "[]", 99999),
     ],
     "holding twice": [
         repeated("[n.x, n.x]", "[]") + "{{ n.x }}",
-        repeated("[n.x, n.x]", "[]") + "{{ n.x | tojson }}",
         repeated("(n.x, n.x)", "()") + "{{ {n.x: 1} }}",
-        repeated("dict(a=n.x, b=n.x)", "{}") + "{{ n.x }}",
         repeated("{'a': n.x, 'b': n.x}.values()", "{}") + "{{ n.x }}",
         repeated("dict.fromkeys(range(9), n.x)", "{}") + "{{ n.x }}",
         repeated("[n.x]", "[]", 900) + "{{ n.x | tojson(indent=4) }}",
@@ -191,37 +167,22 @@ BOMBS = {
     "loops": [
         forever(""),
         forever("a"),
-        forever(IFS),
-        forever("{% set x = f() %}", "{% macro f() %}" + IFS + "{% endmacro %}"),
-        "{% macro f() %}" + forever("{% set x = caller() %}") + "{% endmacro %}{% call f() %}" + IFS + "{% endcall %}",
-        forever("{{ loop.length }}"),
         "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) if i.x %}{% endfor %}{% endfor %}",
         MANY + "{% for x in many * 9 %}{% set y = many | sort %}{% endfor %}",
-        MANY + forever("{% set x = many | map(attribute='x') | list %}"),
-        "{% set x = range(99999)" + " | map(attribute='x')" * 100 + " | list %}",
         "{% for i in range(99999) | map('string') | map('center', 99999) %}{% endfor %}",
         LARGE + "{% for c in large %}{% for d in large %}{% endfor %}{% endfor %}",
         LARGE + "{% for c in large recursive %}{% if loop.first %}{{ loop(large) }}{% endif %}{% endfor %}",
     ],
     "recursion": [
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
-        "{% macro f(n) %}{% if n %}{% set x = f(n - 1) ~ f(n - 1) %}{% endif %}{% endmacro %}{% set x = f(90) %}",
-        "{% for i in [0, 0] recursive %}{{ loop([0, 0]) if loop.depth < 50 }}{% endfor %}",
         "{% block a %}{{ self.a() }}{% endblock %}",
         "{% macro f() %}{% call f() %}{% endcall %}{{ caller() }}{% endmacro %}{% call f() %}{% endcall %}",
     ],
     "reading": [
         LARGE + forever("{% if large == large ~ 'c' %}{% endif %}"),
-        LARGE + forever("{% if 'x' in large %}{% endif %}"),
-        LARGE + forever("{% if large is lower %}{% endif %}"),
         LARGE + forever("{% set x = large[1:] %}"),
         LARGE + forever("{% set x = large.count('x') %}"),
         LARGE + "{{ [large] | map('title') | list }}",
-        MANY + "{% for x in many %}{% if x in many %}{% endif %}{% endfor %}",
-        MANY + "{% for x in many %}{{ many.index(99998) }}{% endfor %}",
-        "{% for i in range(9) %}{% set x = ('a b ' * 1000000) | title %}{% endfor %}",
         "{{ ('ab ' * 2000000) | urlencode }}",
         "{{ ('<a>' * 90000) | striptags }}",
         "{{ ([[0]] * 40000) | sum(start=[]) }}",
@@ -229,22 +190,49 @@ BOMBS = {
         "{{ strftime_now('%c' * 2000000) }}",
     ],
     "writing": [
-        "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
-        "{% set x %}{% for i in range(99999) %}" + "a" * 200000 + "{% endfor %}{% endset %}",
-        "{% filter upper %}{% for i in range(99999) %}" + "a" * 2000 + "{% endfor %}{% endfilter %}",
         LARGE + "{% set x %}{% for i in range(99999) %}{{ large }}{% endfor %}{% endset %}",
         LARGE + "{{ [large, large, large, large, large, large] }}",
     ],
     "paying with nothing": [
-        forever("{{ [1] | map('_paying') | list }}"),
         "{% for i in range(99999) %}{{ (0 - 9**9) | _paying }}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     ],
 }
 
+SLOW_BOMBS = {  # which take up to a second until they are refused
+    "formats": [
+        "{{ ('{:9999}' * 100000).format(*range(99999)) }}",
+    ],
+    "doubling": [
+        repeated("n.x + [i]", "[]", 99999),
+    ],
+    "loops": [
+        forever(IFS),
+        forever("{% set x = f() %}", "{% macro f() %}" + IFS + "{% endmacro %}"),
+        "{% macro f() %}" + forever("{% set x = caller() %}") + "{% endmacro %}{% call f() %}" + IFS + "{% endcall %}",
+        MANY + forever("{% set x = many | map(attribute='x') | list %}"),
+    ],
+    "recursion": [
+        "{% macro f(n) %}{% if n %}{% set x = f(n - 1) ~ f(n - 1) %}{% endif %}{% endmacro %}{% set x = f(90) %}",
+        "{% for i in [0, 0] recursive %}{{ loop([0, 0]) if loop.depth < 50 }}{% endfor %}",
+    ],
+    "reading": [
+        MANY + "{% for x in many %}{{ many.index(99998) }}{% endfor %}",
+    ],
+    "writing": [
+        "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
+        "{% set x %}{% for i in range(99999) %}" + "a" * 200000 + "{% endfor %}{% endset %}",
+    ],
+    "paying with nothing": [
+        forever("{{ [1] | map('_paying') | list }}"),
+    ],
+}
 
-@pytest.mark.parametrize(
-    "source", [pytest.param(source, id=f"{kind} {i}") for kind in BOMBS for i, source in enumerate(BOMBS[kind])]
-)
+
+def bombs(kinds, name="", **options):
+    return [pytest.param(bomb, id=f"{name}{k} {i}", **options) for k in kinds for i, bomb in enumerate(kinds[k])]
+
+
+@pytest.mark.parametrize("source", [*bombs(BOMBS), *bombs(SLOW_BOMBS, "slow ", marks=pytest.mark.long)])
 def test_a_bomb_is_refused_in_bounded_time_and_100_megabytes(source):
     begin = time.thread_time()
     with pytest.raises(MiniloraError, match=r"^chat template: (?!chat template)."):
@@ -259,33 +247,26 @@ def test_a_bomb_is_refused_in_bounded_time_and_100_megabytes(source):
         assert peak < 100e6
 
 
-def test_there_are_enough_attacks():
-    assert len(ESCAPES) >= 40
-    assert sum(map(len, BOMBS.values())) >= 80
-
-
-def test_each_rendering_has_its_own_budget_and_a_long_conversation_a_larger_one():
+def test_each_rendering_has_its_own_budget_and_a_long_conversation_a_larger_one(monkeypatch):
+    monkeypatch.setattr(sandbox, "WORK", 1000)
     source = "{% for m in messages %}{% for n in messages %}{{ n.content == m.content }}{% endfor %}{% endfor %}"
     chosen = ChatTemplate(source, {})
-    assert len(chosen.render(USER * 400)) == 4 * 400**2
+    assert len(chosen.render(USER * 50)) == 4 * 50**2
     chosen._sandbox.meter.pay(chosen._sandbox.meter._left)
     assert chosen.render(USER) == "True"
+    monkeypatch.setattr(sandbox, "ALLOWANCE", 0)
+    with pytest.raises(MiniloraError, match="more work or memory"):
+        chosen.render(USER * 50)
 
 
 def test_threads_do_not_pay_for_each_other():
     meter, left = Meter(), []
     meter.pay(10)
-
-    def other():
-        left.append(meter._left)
-
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=lambda: left.append(meter._left))
     thread.start()
     thread.join()
     assert left == [meter._left + 10]
 
-
-# --- and nothing else changes ---
 
 texts = st.sampled_from(["'a'", "' b '", "'%s'", "messages[0].content", "m.role", "nothing", "'A b'"])
 values = st.sampled_from(
@@ -294,17 +275,7 @@ values = st.sampled_from(
 BINARY = "+ - * / // % ** ~ == != < <= in and or".split()  # noqa: SIM905
 FILTERS = "upper trim length list first last string tojson join reverse sort items default title int abs unique".split()  # noqa: SIM905
 TESTS = "string none mapping defined sequence iterable lower".split()  # noqa: SIM905
-CALLS = [
-    "split()",
-    "strip('a')",
-    "get('role')",
-    "items()",
-    "replace('a', 'bb')",
-    "center(7)",
-    "keys()",
-    "format(1)",
-    "count('a')",
-]
+CALLS = ["split()", "strip('a')", "get('role')", "items()", "replace('a', 'bb')", "center(7)", "keys()", "format(1)"]
 
 
 def grown(inner):

@@ -8,42 +8,47 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.train.select import Selection
-from minilora.train.state import checkpoints
-from tests.models import tiny_model
-from tests.training import adapted, random_rows, stop_after, weights
+from tests.models import long, tiny_model
+from tests.training import adapted, copy_checkpoint, random_rows, stop_after, weights
 
-ROWS, HELD_OUT = random_rows(1, 9), random_rows(2, 4)
+ROWS, HELD_OUT = random_rows(1, 9), random_rows(9, 4)
 # A learning rate at which the held-out loss falls and then rises; an evaluation after each of the 10 steps.
 CONFIG = {"batch_size": 3, "epochs": 4, "max_steps": 10, "learning_rate": 0.05, "lr_scheduler": "constant"}
+CONFIG |= {"eval_steps": 1, "keep": "best", "early_stopping": 3}
 
 
 def run(directory=None, model=None, on_step=None, held_out=HELD_OUT, **config):
-    model = model or adapted(dtype=torch.float32, is_fresh=True)
-    config = ml.TrainConfig(**{**CONFIG, "eval_steps": 1, "keep": "best", "save_steps": 1, **config})
+    model = model or adapted(dtype=torch.float32, is_fresh=True, layers=2)
+    config = ml.TrainConfig(**{**CONFIG, **config})
     return model, ml.train(model, ROWS, config, on_step, held_out, directory)
 
 
 @pytest.fixture(scope="module")
 def watched():
     """After each step, the loss and the weights of a run that keeps the last adapter."""
-    torch.set_num_threads(1)
-    model, losses, snapshots = adapted(dtype=torch.float32, is_fresh=True), [], []
+    model, losses, snapshots = adapted(dtype=torch.float32, is_fresh=True, layers=2), [], []
 
     def watch(record):
         if "eval_loss" in record:
             losses.append(record["eval_loss"])
             snapshots.append(weights(model))
 
-    run(model=model, on_step=watch, keep="last")
-    assert losses.index(min(losses)) not in (0, len(losses) - 1)  # or these tests would show nothing
+    run(model=model, on_step=watch, keep="last", early_stopping=None)
+    assert 0 < losses.index(min(losses)) < len(losses) - 4  # or these tests would show nothing
     return losses, snapshots
 
 
-def test_the_adapter_of_the_lowest_held_out_loss_is_kept(watched):
-    losses, snapshots = watched
-    model, result = run()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that keeps the best adapter and ends early: its checkpoints, its model and its result."""
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, *run(directory, save_steps=1, save_total_limit=99)
+
+
+def test_the_adapter_of_the_lowest_held_out_loss_is_kept(watched, whole):
+    (losses, snapshots), (_, model, result) = watched, whole
     best = losses.index(min(losses))
-    assert (result.kept, result.steps) == (best + 1, 10)
+    assert (result.kept, result.steps) == (best + 1, best + 4)
     assert torch.equal(weights(model), snapshots[best])
 
 
@@ -56,8 +61,13 @@ def test_of_evaluations_now_and_then_the_best_of_those_is_kept(watched):
     assert torch.equal(weights(model), snapshots[best])
 
 
-@pytest.mark.parametrize("patience", [1, 2, 3])
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize(
+    ("patience", "keep"),
+    [
+        *((1, "best"), (2, "last")),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, "best"), (3, "best"), (1, "last"), (3, "last"))),
+    ],
+)
 def test_a_run_ends_after_so_many_evaluations_without_a_new_lowest_loss(watched, patience, keep):
     losses, snapshots = watched
     stale = [step - losses.index(min(losses[: step + 1])) for step in range(len(losses))]
@@ -70,37 +80,34 @@ def test_a_run_ends_after_so_many_evaluations_without_a_new_lowest_loss(watched,
     assert result.kept == kept + 1
 
 
-@pytest.mark.parametrize("step", range(1, 11))
-def test_a_run_resumed_after_any_step_keeps_the_same_adapter(tmp_path, step):
-    whole, early = tmp_path / "whole", tmp_path / "early"
-    expected, once = run(whole, save_total_limit=99, early_stopping=3)
-    shutil.copytree(whole / f"step-{min(step, once.steps):06d}", early / f"step-{min(step, once.steps):06d}")
-    found, again = run(early, early_stopping=3)
+@pytest.mark.parametrize("step", [2, 5, *long(1, 3, 4, 6)])
+def test_a_run_resumed_after_any_step_keeps_the_same_adapter(whole, tmp_path, step):
+    directory, expected, once = whole
+    copy_checkpoint(directory, step, tmp_path)
+    found, again = run(tmp_path)
     assert torch.equal(weights(found), weights(expected))
     assert (again.steps, again.kept, again.finished) == (once.steps, once.kept, True)
 
 
-def test_a_stopped_run_keeps_what_it_has_and_finds_the_best_when_it_goes_on(tmp_path):
-    expected, once = run()
-    model, stopped = run(tmp_path, on_step=stop_after(9), save_steps=None)
-    assert (stopped.finished, stopped.kept) == (False, 9)
+def test_a_stopped_run_keeps_what_it_has_and_finds_the_best_when_it_goes_on(whole, tmp_path):
+    _, expected, once = whole
+    model, stopped = run(tmp_path, on_step=stop_after(5))
+    assert (stopped.finished, stopped.kept) == (False, 5)
     assert not torch.equal(weights(model), weights(expected))
-    found, again = run(tmp_path, save_steps=None)
+    found, again = run(tmp_path)
     assert torch.equal(weights(found), weights(expected))
     assert again.kept == once.kept
 
 
-def test_a_best_adapter_of_other_tensors_is_refused(tmp_path):
-    run(tmp_path)
-    (newest,) = checkpoints(tmp_path)[-1:]
+def test_a_best_adapter_of_other_tensors_is_refused(whole, tmp_path):
+    newest = copy_checkpoint(whole[0], 6, tmp_path)
     shutil.copy(newest / "optimizer.safetensors", newest / "best.safetensors")
     with pytest.raises(ml.FormatError, match=r"best\.safetensors: holds other tensors"):
         run(tmp_path)
 
 
-def test_a_checkpoint_that_lacks_the_best_adapter_or_what_is_known_of_it_is_refused(tmp_path):
-    run(tmp_path)
-    (newest,) = checkpoints(tmp_path)[-1:]
+def test_a_checkpoint_that_lacks_the_best_adapter_or_what_is_known_of_it_is_refused(whole, tmp_path):
+    newest = copy_checkpoint(whole[0], 6, tmp_path)
     (newest / "best.safetensors").unlink()
     with pytest.raises(ml.FormatError, match=r"lacks best\.safetensors"):
         run(tmp_path)
@@ -110,11 +117,12 @@ def test_a_checkpoint_that_lacks_the_best_adapter_or_what_is_known_of_it_is_refu
         run(tmp_path)
 
 
-def test_what_chooses_the_result_cannot_change_when_the_run_goes_on(tmp_path):
-    run(tmp_path, on_step=stop_after(4))
-    for change in ({"eval_steps": 2}, {"keep": "last"}, {"early_stopping": 1}, {"held_out": HELD_OUT[:2]}):
-        with pytest.raises(ml.TrainingError, match="other data or settings"):
-            run(tmp_path, **change)
+@pytest.mark.parametrize(
+    "change", [{"eval_steps": 2}, {"keep": "last"}, {"early_stopping": 1}, {"held_out": HELD_OUT[:2]}]
+)
+def test_what_chooses_the_result_cannot_change_when_the_run_goes_on(whole, change):
+    with pytest.raises(ml.TrainingError, match="other data or settings"):
+        run(whole[0], **change)
 
 
 def test_without_held_out_examples_there_is_nothing_to_choose_by():

@@ -62,12 +62,8 @@ def dimensions(draw):
     lengths, kv_heads, half = draw(document_lengths), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     split = {"N": lengths, "M": [n + draw(st.integers(0, 4)) for n in lengths]}
     named = {name: draw(sizes) for name in ("in", "out", "r", "D", "F", "V")}
-    heads = {
-        "K": kv_heads,
-        "H": kv_heads * draw(st.integers(1, 3)),
-        "R/2": half,
-        "E": 2 * half + draw(st.integers(0, 3)),
-    }
+    group, rest = draw(st.integers(1, 3)), draw(st.integers(0, 3))
+    heads = {"K": kv_heads, "H": kv_heads * group, "R/2": half, "E": 2 * half + rest}
     letters = named | heads | {letter: sum(parts) for letter, parts in split.items()}
     return {letter: [size] for letter, size in letters.items()} | {"...": draw(st.lists(sizes, max_size=2))}, split
 

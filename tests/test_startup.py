@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import pickle
 import subprocess
 import sys
@@ -12,53 +13,80 @@ import minilora as ml
 from minilora import public
 from minilora.cli.commands import COMMANDS
 
-HEAVY = ("torch", "numpy", "tokenizers", "jinja2", "huggingface_hub")
+HEAVY = ("torch", "numpy", "tokenizers", "jinja2", "huggingface_hub", "matplotlib")
+LIGHT = ("errors", "settings", "storage", "hub", "lora.combine_config", "train.rows", "cli.picture")
+HELP = [["--help"], [], ["--version"], *([command.name, "--help"] for command in COMMANDS)]
+WRONG = [["finetune", "--lora-q", "3"], ["eval"], ["generate", "--seed", "x"], ["what"]]
+# Prints a JSON line for each module and each command line; the last entry is the heavy packages imported by then.
+BEFORE_PYTORCH = f"""
+import contextlib, importlib, io, json, sys
+def tell(*found):
+    print(json.dumps([*found, [name for name in {HEAVY} if name in sys.modules]]))
+import minilora
+minilora.__version__, minilora.__doc__, minilora.__path__
+tell("minilora")
+modules, lines = json.loads(sys.argv[1])
+for name in modules:
+    importlib.import_module("minilora." + name)
+    tell(name)
+from minilora.cli import main
+for words in lines:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+    tell(words, status, printed.getvalue())
+"""
+TRAIN = "import minilora\n{}\nfrom minilora import train\nprint(minilora.train is train, train)"
+NAME = "import minilora\nprint(minilora.{})"
+AGAIN = "import importlib, sys, minilora\nminilora.train\n{}\nprint(minilora.train)"
+IMPORTS = [  # of each kind some: Python, and how what it prints begins
+    [("from minilora import *\nprint([name for name in dir() if name[:2] != '__'])", str(public.__all__))],
+    [
+        (TRAIN.format(first), "True <function train")
+        for first in (
+            *("import minilora.train.loop", "from minilora.train import config"),
+            *("import minilora.train", "minilora.DataConfig"),
+        )
+    ],
+    [
+        (NAME.format(name), f"<class 'minilora.{name}'>")
+        for name in ("model.llama.Llama", "errors.ConfigError", "lora.layers.AdapterLinear")
+    ],
+    [
+        (AGAIN.format(again), "<function train")
+        for again in ("importlib.reload(minilora)", "del sys.modules['minilora']\nimport minilora")
+    ],
+]
+ONE_AFTER_THE_OTHER = """
+import json, sys
+for code in json.loads(sys.argv[1]):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "minilora"]:
+        del sys.modules[name]
+    exec(code, {})
+"""
 
 
 def python(code, *words):
-    """What a fresh interpreter prints."""
+    """The lines that a fresh interpreter prints."""
     run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-def imported(code, *words):
-    """Which of the heavy packages a fresh interpreter has imported at the end of some code, and what that printed."""
-    told = f"print([name for name in {HEAVY} if name in sys.modules])"
-    *printed, last = python(f"import sys\n{code}\n{told}", *words).splitlines()
-    return last, "\n".join(printed)
-
-
-def ended(*words):
-    """The same of a command line, and its exit status."""
-    code = "from minilora.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    print('ended', end.code)"
-    heavy, printed = imported(code, *words)
-    text, _, status = printed.rpartition("ended ")
-    return heavy, text, int(status)
+    return run.stdout.splitlines()
 
 
 # --- what does not need PyTorch ---
 
 
-def test_importing_minilora_imports_nothing_else():
-    assert imported("import minilora; minilora.__version__, minilora.__doc__, minilora.__path__")[0] == "[]"
-
-
-@pytest.mark.parametrize("words", [["--help"], [], ["--version"], *([command.name, "--help"] for command in COMMANDS)])
-def test_help_needs_no_torch(words):
-    heavy, text, status = ended(*words)
-    assert (heavy, status) == ("[]", 0)
-    assert "minilora" in text
-
-
-@pytest.mark.parametrize("words", [["finetune", "--lora-q", "3"], ["eval"], ["generate", "--seed", "x"], ["what"]])
-def test_a_command_line_that_is_wrong_is_told_without_torch(words):
-    assert ended(*words)[::2] == ("[]", 2)
-
-
-@pytest.mark.parametrize("name", ["errors", "settings", "storage", "hub", "lora.combine_config", "train.rows"])
-def test_what_is_only_told_or_asked_imports_no_torch(name):
-    assert imported(f"import minilora.{name}")[0] == "[]"
+def test_help_a_wrong_command_line_and_what_only_names_things_import_no_torch():
+    told = [json.loads(line) for line in python(BEFORE_PYTORCH, json.dumps([LIGHT, [*HELP, *WRONG]]))]
+    assert [what for what, *_, heavy in told if heavy] == []
+    printed = told[1 + len(LIGHT) :]
+    assert [(words, status) for words, status, _, _ in printed] == [
+        *((words, 0) for words in HELP),
+        *((words, 2) for words in WRONG),
+    ]
+    assert all("minilora" in text for _, _, text, _ in printed[: len(HELP)])
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -70,40 +98,28 @@ def test_every_command_has_a_module_that_carries_it_out(command):
 
 
 def test_every_public_name_is_what_its_module_has():
+    assert set(public.__all__) <= set(dir(ml))
     for name in public.__all__:
         assert getattr(ml, name) is getattr(public, name)
 
 
-def test_dir_and_star_name_them_all():
-    assert set(public.__all__) <= set(dir(ml))
-    found = python("from minilora import *\nprint(*dir())").split()
-    assert [name for name in found if not name.startswith("__")] == public.__all__
+def test_public_names_and_modules_are_found_whatever_was_imported_before():
+    firsts = [cases[0] for cases in IMPORTS]
+    printed = python(ONE_AFTER_THE_OTHER, json.dumps([code for code, _ in firsts]))
+    for (code, beginning), line in zip(firsts, printed, strict=True):
+        assert line.startswith(beginning), code
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("code", "beginning"), [case for cases in IMPORTS for case in cases])
+def test_the_same_holds_in_an_interpreter_that_has_imported_nothing(code, beginning):
+    assert python(code)[-1].startswith(beginning)
 
 
 @pytest.mark.parametrize("name", ["load_modle", "__wrapped__", "Mapping", "storag"])
 def test_another_name_is_an_attribute_error(name):
     with pytest.raises(AttributeError, match=f"module 'minilora' has no attribute '{name}'"):
         getattr(ml, name)
-
-
-@pytest.mark.parametrize(
-    "first",
-    ["import minilora.train.loop", "from minilora.train import config", "import minilora.train", "minilora.DataConfig"],
-)
-def test_train_is_the_function_whatever_was_imported_before(first):
-    code = f"import minilora\n{first}\nfrom minilora import train\nprint(minilora.train is train, train)"
-    assert python(code).startswith("True <function train")
-
-
-@pytest.mark.parametrize("name", ["errors.ConfigError", "model.llama.Llama", "lora.layers.AdapterLinear"])
-def test_the_modules_that_come_along_are_found_by_their_names(name):
-    assert name.rpartition(".")[2] in python(f"import minilora\nprint(minilora.{name})")
-
-
-@pytest.mark.parametrize("again", ["importlib.reload(minilora)", "del sys.modules['minilora']\nimport minilora"])
-def test_minilora_can_be_imported_again(again):
-    code = f"import importlib, sys, minilora\nminilora.train\n{again}\nprint(minilora.train)"
-    assert python(code).startswith("<function train")
 
 
 def test_what_they_make_can_be_copied_and_pickled():

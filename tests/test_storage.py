@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,20 +29,7 @@ from minilora.storage import (
 )
 from tests.models import randn
 
-HOSTILE_NAMES = [
-    *("", ".", "..", "/etc/passwd", "../model.safetensors", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a"),
-    *(3, None, ["model.safetensors"], {"a": 1}, True),
-]
-
-
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
 
 
 @pytest.fixture
@@ -55,9 +43,6 @@ def refuses(function, path):
         function(path)
     assert str(path) in str(error.value)
     return str(error.value)
-
-
-# --- reading ---
 
 
 @pytest.mark.parametrize(
@@ -151,10 +136,14 @@ def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, posit
         assert str(path) in str(error)  # noqa: PT017 - either is right
 
 
-# --- shard names ---
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a"),
+        *(3, None, ["model.safetensors"], {"a": 1}, True),
+    ],
+    ids=repr,
+)
 def test_a_shard_that_is_no_plain_file_name_is_refused(name, path):
     write_json(path, {"weight_map": {"a": "model.safetensors", "b": name}})
     assert f"{name!r} is not a plain file name" in refuses(shard_names, path)
@@ -172,9 +161,6 @@ def test_plain_file_names_are_returned_as_they_are(path):
     assert shard_names(path) == names
 
 
-# --- writing ---
-
-
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, FormatError])
 def test_an_error_leaves_the_old_file_and_nothing_else(kind, path):
     path.write_text("old")
@@ -190,28 +176,18 @@ def test_an_error_leaves_the_old_file_and_nothing_else(kind, path):
     assert path.read_text() == "old"
 
 
-def test_a_write_that_cannot_be_done_leaves_nothing_behind(path):
-    tensor = torch.ones(3)
-    with pytest.raises(RuntimeError, match="share memory"):
-        write_tensors(path, {"a": tensor, "b": tensor})
-    assert list(path.parent.iterdir()) == []
-
-
 def test_nothing_is_under_the_name_before_all_of_it_is(path):
     with replacing(path) as temporary:
         temporary.write_text("whole")
         assert not path.exists()
         assert temporary.parent == path.parent  # or the rename could not be atomic
     assert path.read_text() == "whole"
-    assert [file.name for file in path.parent.iterdir()] == ["file"]
-
-
-def test_a_directory_appears_whole_or_not_at_all(path):
-    with replacing(path) as temporary:
+    with replacing(path.with_name("directory")) as temporary:
         (temporary / "below").mkdir(parents=True)
         (temporary / "below" / "a").write_text("a")
-        assert not path.exists()
-    assert (path / "below" / "a").read_text() == "a"
+        assert not path.with_name("directory").exists()
+    assert (path.with_name("directory") / "below" / "a").read_text() == "a"
+    assert {file.name for file in path.parent.iterdir()} == {"file", "directory"}
 
 
 def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path, monkeypatch):
@@ -238,12 +214,8 @@ def test_file_modes_follow_the_umask(umask, path):
     assert now == umask  # it was only looked at
 
 
-def test_directories_that_are_missing_are_made(path):
-    write_text(path / "below" / "a", "text")
-    assert read_text(path / "below" / "a") == "text"
-
-
-def test_json_keeps_its_order_and_its_letters(path):
+def test_json_keeps_its_order_and_its_letters_and_missing_directories_are_made(path):
+    path = path / "below" / "a"
     write_json(path, {"b": "ü—漢", "a": [1.5, None, True]})
     assert list(read_json(path).items()) == [("b", "ü—漢"), ("a", [1.5, None, True])]
     assert read_text(path).endswith("}\n")
@@ -258,13 +230,8 @@ def test_lines_are_appended_one_object_each(path):
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_tensors_are_read_as_they_were_written(dtype, path):
-    tensors = {
-        "a": 9 * randn(1, 3, 4),
-        "transposed": 9 * randn(2, 3, 4).T,
-        "empty": randn(3, 0),
-        "scalar": randn(4, 1)[0],
-    }
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {"a": randn(1, 3, 4), "transposed": randn(2, 3, 4).T, "empty": randn(3, 0), "scalar": randn(4, 1)[0]}
+    tensors = {name: (9 * tensor).to(dtype) for name, tensor in tensors.items()}
     write_tensors(path, tensors, {"key": "value"})
     file = TensorFile(path)
     assert file.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -289,26 +256,24 @@ def test_remove_leaves_nothing_whatever_there_was(make, path):
     assert not path.exists()
 
 
-def test_metadata_is_written_in_one_order_and_beside_it_the_file_is_as_it_was(tmp_path):
+def test_metadata_is_written_in_one_order(path):
     tensors, metadata = {"ä": torch.arange(3.0), "b": torch.ones(2, 2)}, {f"key {i}": "ü" * i for i in range(9)}
     contents = set()
-    for i in range(5):
-        write_tensors(tmp_path / f"{i}.safetensors", tensors, metadata)
-        contents.add((tmp_path / f"{i}.safetensors").read_bytes())
+    for _ in range(5):
+        write_tensors(path, tensors, metadata)
+        contents.add(path.read_bytes())
     assert len(contents) == 1
-    file = TensorFile(tmp_path / "0.safetensors")
-    assert file.metadata == {"format": "pt", **metadata}
-    assert all(torch.equal(file.read(name), tensor) for name, tensor in tensors.items())
+    assert TensorFile(path).metadata == {"format": "pt", **metadata}
 
 
-def test_a_disk_that_is_full_is_told_with_the_file_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args, **options):
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match=r"a\.safetensors: cannot be written .*No space left"):
-        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)})
-    assert not list(tmp_path.iterdir())
+def test_a_write_that_cannot_be_done_leaves_nothing_behind(path, monkeypatch):
+    tensor = torch.ones(3)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_tensors(path, {"a": tensor, "b": tensor})
+    monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=SafetensorError("No space left on device")))
+    with pytest.raises(OSError, match=r"file: cannot be written .*No space left"):
+        write_tensors(path, {"a": tensor})
+    assert not list(path.parent.iterdir())
 
 
 def test_a_file_that_has_become_shorter_is_refused(path):

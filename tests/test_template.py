@@ -23,9 +23,6 @@ def messages_of(turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# --- what a template has at hand ---
-
-
 def test_a_template_sees_messages_tools_and_special_tokens():
     source = "{{ bos_token }}{{ messages[0].role }}|{{ messages[0]['content'] }}|{{ tools | length }}|{{ documents }}"
     assert render(source, special_tokens={"bos_token": "<s>"}, tools=[{}, {}]) == "<s>user|hi|2|None"
@@ -34,34 +31,32 @@ def test_a_template_sees_messages_tools_and_special_tokens():
 
 def test_the_generation_prompt_is_written_when_asked_for():
     source = "{% if add_generation_prompt %}go{% endif %}"
-    assert render(source, add_generation_prompt=True) == "go"
-    assert render(source) == ""
+    assert (render(source, add_generation_prompt=True), render(source)) == ("go", "")
 
 
-def test_a_name_that_is_not_there_is_nothing():
-    assert render("<{{ pad_token }}{{ messages[0].name }}>") == "<>"
+JINJA = {
+    "a name that is not there is nothing": ("<{{ pad_token }}{{ messages[0].name }}>", "<>"),
+    "a line that holds a tag alone leaves nothing": ("a\n   {% if true %}\n b\n   {% endif %}\nc", "a\n b\nc"),
+    "loops can be left": ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    "loops can be continued": (
+        "{% for i in [0, 1, 2] %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+        "02",
+    ),
+    "a namespace keeps what a loop sets": (
+        "{% set ns = namespace(n=1) %}{% for i in [1, 2] %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
+        "4",
+    ),
+    "a namespace has any keys": ("{% set ns = namespace(self=2) %}{{ ns.self }}", "2"),
+    "a dict can be made": (
+        "{{ dict(a=1) }}{{ dict([('b', 2)]) }}{{ dict.fromkeys('c', 3) }}",
+        "{'a': 1}{'b': 2}{'c': 3}",
+    ),
+}
 
 
-def test_a_line_that_holds_a_tag_alone_leaves_nothing():
-    assert render("a\n   {% if true %}\n b\n   {% endif %}\nc") == "a\n b\nc"
-
-
-def test_loops_can_be_left_and_continued():
-    source = (
-        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    )
-    assert render(source) == "02"
-
-
-def test_a_namespace_keeps_what_a_loop_sets():
-    source = (
-        "{% set ns = namespace(n=1, self=2) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}"
-    )
-    assert render(source + "{{ ns.self }}") == "42"
-
-
-def test_a_dict_can_be_made():
-    assert render("{{ dict(a=1) }}{{ dict([('b', 2)]) }}{{ dict.fromkeys('c', 3) }}") == "{'a': 1}{'b': 2}{'c': 3}"
+@pytest.mark.parametrize(("source", "expected"), JINJA.values(), ids=JINJA)
+def test_the_jinja_that_templates_are_written_for_is_there(source, expected):
+    assert render(source) == expected
 
 
 @pytest.mark.parametrize(
@@ -93,9 +88,6 @@ def test_a_template_can_refuse_a_conversation_in_its_own_words():
         render("{{ raise_exception('roles must alternate') }}")
 
 
-# --- messages ---
-
-
 def test_keys_without_a_value_are_dropped_before_the_template_sees_them():
     messages = [{"role": "assistant", "content": None, "tool_calls": None, "empty": "", "no": False}]
     assert render("{{ messages[0].keys() | list }}", messages) == "['role', 'empty', 'no']"
@@ -103,29 +95,21 @@ def test_keys_without_a_value_are_dropped_before_the_template_sees_them():
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning_goes_by_all_its_names(name):
-    messages = [{"role": "assistant", name: "because", "content": "yes"}]
-    assert render("{{ messages[0].reasoning_content }} {{ messages[0].thinking }}", messages) == "because because"
+def test_reasoning_goes_by_all_its_names_of_which_the_first_wins(name):
+    source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+    assert render(source, [{"role": "assistant", name: "because", "content": "yes"}]) == "because because"
+    assert render(source, [{"reasoning": "c", "thinking": "b", "reasoning_content": "a"}]) == "a b"
+    assert render(source, [{"thinking": "b", "reasoning": "c"}]) == "b b"
 
 
-def test_the_first_name_of_reasoning_wins_and_its_own_thinking_is_kept():
-    messages = [{"role": "assistant", "reasoning": "c", "thinking": "b", "reasoning_content": "a"}]
-    assert render("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", messages) == "ab"
-    assert render("{{ messages[0].reasoning_content }}", [{"thinking": "b", "reasoning": "c"}]) == "b"
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [([], "at least one message"), (["hi"], "found str"), ([None], "found None"), ([["user", "hi"]], "found list")],
+)
+def test_what_is_no_conversation_is_refused(messages, message):
+    with pytest.raises(DataError, match=message):
+        render("", messages)
 
-
-def test_a_conversation_without_messages_is_refused():
-    with pytest.raises(DataError, match="at least one message"):
-        render("", [])
-
-
-@pytest.mark.parametrize("message", ["hi", None, ["user", "hi"], 3])
-def test_a_message_that_is_no_object_is_refused(message):
-    with pytest.raises(DataError, match=f"found {type(message).__name__}"):
-        render("", [message])
-
-
-# --- generation blocks ---
 
 MARKED = """{% for m in messages %}<{{ m.role }}>
 {% if m.role == 'assistant' %}
@@ -152,16 +136,6 @@ def test_the_tag_adds_nothing_to_the_text(turns):
     assert not {BEGIN, END} & set(text)
 
 
-def test_the_tag_trims_white_space_as_other_tags_do():
-    text, spans = ChatTemplate("a \n{%- generation -%} b {%- endgeneration -%} \n c", {}).render_spans(USER)
-    assert (text, spans) == ("abc", [(1, 2)])
-
-
-def test_a_template_without_the_tag_has_no_spans_and_an_empty_block_an_empty_one():
-    assert ChatTemplate("a", {}).render_spans(USER) == ("a", [])
-    assert ChatTemplate("a{% generation %}{% endgeneration %}", {}).render_spans(USER) == ("a", [(1, 1)])
-
-
 NESTED = "a{% generation %}b{% generation %}{{ messages[0].content }}{% endgeneration %}d{% endgeneration %}e"
 SAID = "{% generation %} a {% endgeneration %}"
 HIDDEN = [
@@ -177,8 +151,17 @@ HIDDEN = [
 ]
 
 
-def test_of_nested_blocks_the_outermost_is_the_span():
-    assert ChatTemplate(NESTED * 2, {}).render_spans(USER) == ("abhideabhide", [(1, 5), (7, 11)])
+SPANS = {
+    "no tag, no span": ("a", ("a", [])),
+    "an empty block": ("a{% generation %}{% endgeneration %}", ("a", [(1, 1)])),
+    "trimming as other tags do": ("a \n{%- generation -%} b {%- endgeneration -%} \n c", ("abc", [(1, 2)])),
+    "the outermost of nested blocks": (NESTED * 2, ("abhideabhide", [(1, 5), (7, 11)])),
+}
+
+
+@pytest.mark.parametrize(("source", "expected"), SPANS.values(), ids=SPANS)
+def test_a_span_is_where_the_text_of_its_block_is(source, expected):
+    assert ChatTemplate(source, {}).render_spans(USER) == expected
 
 
 @pytest.mark.parametrize("source", HIDDEN)
@@ -195,9 +178,6 @@ def test_text_cannot_forge_the_marks_of_a_span(mark):
     for messages, tools in ((hidden, None), (USER, hidden)):
         with pytest.raises(DataError, match=r"U\+FDD0"):
             ChatTemplate(MARKED, {}).render_spans(messages, tools=tools)
-
-
-# --- what a template's author may not do ---
 
 
 def test_messages_are_not_changed_by_a_template_that_tries():

@@ -6,40 +6,11 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import models, pre_tokenizers
 
 import minilora as ml
 from minilora import DataError, FormatError
-
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
-    "Numbers such as 1024 and 3.14 are here too; so are naïve words and a smile 🙂.",
-    "    indented lines\n\tand tabs\n\n",
-] * 5
-
-
-def write_tokenizer(directory, trim_offsets=True):
-    """A byte-level BPE of 320 tokens that puts <s> before every text."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=trim_offsets),
-            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
-        ]
-    )
-    backend.enable_truncation(5)
-    backend.enable_padding(length=9)
-    directory.mkdir(exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    return directory
+from tests.text import BOS, CLOSE, EOS, SPECIAL, write_tokenizer
 
 
 def write(directory, **files):
@@ -50,68 +21,71 @@ def write(directory, **files):
     return directory
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["trimmed", "untrimmed"])
-def tokenizer(request, tmp_path_factory):
-    return ml.load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), request.param))
+@pytest.fixture(scope="module", params=["bos", "trimming"])
+def chosen(request, tokenizer):
+    """A byte-level tokenizer that puts a token before every text, and one that trims the spaces off its offsets."""
+    return tokenizer(post=request.param)
 
 
 @pytest.fixture
 def directory(tmp_path):
-    return write_tokenizer(tmp_path / "model")
-
-
-# --- ids and text ---
+    write_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @given(text=st.text(max_size=40))
-def test_text_comes_back_from_its_tokens(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_text_comes_back_from_its_tokens(chosen, text):
+    assert chosen.decode(chosen.encode(text)) == text
 
 
 @given(text=st.text(max_size=40))
 def test_the_tokens_around_every_text_are_added_when_asked_for(tokenizer, text):
-    bare = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.encode(text) == [0, *bare]
-    assert 0 not in bare
+    begin, end = SPECIAL.index(BOS), SPECIAL.index(EOS)
+    bare = tokenizer(post="bos and eos").encode(text, add_special_tokens=False)
+    assert tokenizer(post="bos and eos").encode(text) == [begin, *bare, end]
+    assert not {begin, end} & set(bare)
 
 
-def test_a_special_token_in_the_text_is_one_token(tokenizer):
-    ids = tokenizer.encode("a<|im_end|>b", add_special_tokens=False)
-    assert ids == [tokenizer.token_id("a"), 3, tokenizer.token_id("b")]
-    assert tokenizer.decode(ids) == "ab"
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_end|>b"
+def test_a_special_token_in_the_text_is_one_token(chosen):
+    ids = chosen.encode(f"a{CLOSE}b", add_special_tokens=False)
+    assert ids == [chosen.token_id("a"), SPECIAL.index(CLOSE), chosen.token_id("b")]
+    assert chosen.decode(ids) == "ab"
+    assert chosen.decode(ids, skip_special_tokens=False) == f"a{CLOSE}b"
 
 
-@pytest.mark.parametrize("code", [0xD800, 0xDFFF])
 @pytest.mark.parametrize("method", ["encode", "encode_spans", "quote"])
-def test_half_of_a_surrogate_pair_is_refused(tokenizer, method, code):
-    with pytest.raises(DataError, match=rf"^the text holds U\+{code:X}, which is not a character$"):
-        getattr(tokenizer, method)(f"a{chr(code)}b")
-    assert getattr(tokenizer, method)("\ud7ff\ue000😀")
+def test_half_of_a_surrogate_pair_is_refused(tokenizer, method):
+    for code in (0xD800, 0xDFFF):
+        with pytest.raises(DataError, match=rf"^the text holds U\+{code:X}, which is not a character$"):
+            getattr(tokenizer(), method)(f"a{chr(code)}b")
+    assert getattr(tokenizer(), method)("\ud7ff\ue000😀")
 
 
-def test_nothing_is_cut_or_padded_whatever_the_file_says(tokenizer):
+def test_nothing_is_cut_or_padded_whatever_the_file_says(directory):
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9)
+    backend.save(str(directory / "tokenizer.json"))
+    assert len(backend.encode("x").ids) == 9
+    tokenizer = ml.load_tokenizer(directory)
     assert len(tokenizer.encode("x" * 50)) > 9
-    assert len(tokenizer.encode("x")) == 2
+    assert len(tokenizer.encode("x")) == 1
 
 
-def test_the_length_is_the_number_of_tokens(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    assert len(tokenizer) == len(json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
-    assert tokenizer.token_id("<|im_end|>") == 3
-    assert tokenizer.token_id("no such token") is tokenizer.token_id(None) is None
+def test_the_length_is_the_number_of_tokens(chosen, tmp_path):
+    chosen.save(tmp_path)
+    assert len(chosen) == len(json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
+    assert chosen.token_id("no such token") is chosen.token_id(None) is None
 
-
-# --- spans ---
 
 spaced = st.text(st.sampled_from("ab  \n\té漢🙂́"), max_size=20)  # an accent that combines, too
 
 
 @example(text=" ", add_special_tokens=True)
 @given(text=st.text(max_size=30) | spaced, add_special_tokens=st.booleans())
-def test_spans_cover_every_character_in_order(tokenizer, text, add_special_tokens):
-    ids, spans = tokenizer.encode_spans(text, add_special_tokens)
-    assert ids == tokenizer.encode(text, add_special_tokens)
+def test_spans_cover_every_character_in_order(chosen, text, add_special_tokens):
+    ids, spans = chosen.encode_spans(text, add_special_tokens)
+    assert ids == chosen.encode(text, add_special_tokens)
     assert len(spans) == len(ids)
     reached = 0
     for begin, end in spans:
@@ -121,20 +95,20 @@ def test_spans_cover_every_character_in_order(tokenizer, text, add_special_token
 
 
 @given(text=st.text(st.sampled_from("ab ,.\n\t019"), max_size=30))
-def test_a_token_is_the_text_of_its_span(tokenizer, text):
-    for token, (begin, end) in zip(*tokenizer.encode_spans(text, add_special_tokens=False), strict=True):
-        assert tokenizer.decode([token]) == text[begin:end]
+def test_a_token_is_the_text_of_its_span(chosen, text):
+    for token, (begin, end) in zip(*chosen.encode_spans(text, add_special_tokens=False), strict=True):
+        assert chosen.decode([token]) == text[begin:end]
 
 
-def test_a_character_of_several_tokens_is_in_the_span_of_each(tokenizer):
-    ids, spans = tokenizer.encode_spans("a𝄞b", add_special_tokens=False)
+def test_a_character_of_several_tokens_is_in_the_span_of_each(chosen):
+    ids, spans = chosen.encode_spans("a𝄞b", add_special_tokens=False)
     assert len(ids) == 6  # four bytes, none of which were merged in training
     assert spans == [(0, 1), *[(1, 2)] * 4, (2, 3)]
 
 
 def test_a_token_that_is_not_from_the_text_has_an_empty_span(tokenizer):
-    ids, spans = tokenizer.encode_spans("a<|im_end|>b")
-    assert (ids[0], ids[2]) == (0, 3)
+    ids, spans = tokenizer(post="bos").encode_spans("a<|im_end|>b")
+    assert (ids[0], ids[2]) == (SPECIAL.index(BOS), SPECIAL.index(CLOSE))
     assert spans == [(0, 0), (0, 1), (1, 11), (11, 12)]
 
 
@@ -145,36 +119,27 @@ def test_white_space_that_is_no_token_belongs_to_the_token_after_it(tmp_path):
     assert ml.load_tokenizer(tmp_path).encode_spans(" a  b") == ([0, 1], [(0, 2), (2, 5)])
 
 
-# --- special tokens and stops ---
-
-
 def test_special_tokens_are_text_or_an_object_that_holds_it(directory):
-    added = {"content": "</s>", "lstrip": False, "special": True}
-    config = {
-        "bos_token": "<s>",
-        "eos_token": added,
-        "pad_token": None,
-        "added_tokens_decoder": {},
-        "model_max_length": 9,
-    }
+    added = {"content": EOS, "lstrip": False, "special": True}
+    config = {"bos_token": BOS, "eos_token": added, "pad_token": None, "added_tokens_decoder": {}}
     tokenizer = ml.load_tokenizer(write(directory, tokenizer_config=config))
-    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.special_tokens == {"bos_token": BOS, "eos_token": EOS}
     assert tokenizer.eos_id == 1
 
 
 def test_the_older_file_counts_where_the_newer_one_says_nothing(directory):
-    older = {"eos_token": "<s>", "pad_token": {"content": "<|im_end|>"}}
-    write(directory, special_tokens_map=older, tokenizer_config={"eos_token": "</s>"})
-    assert ml.load_tokenizer(directory).special_tokens == {"eos_token": "</s>", "pad_token": "<|im_end|>"}
+    older = {"eos_token": BOS, "pad_token": {"content": CLOSE}}
+    write(directory, special_tokens_map=older, tokenizer_config={"eos_token": EOS})
+    assert ml.load_tokenizer(directory).special_tokens == {"eos_token": EOS, "pad_token": CLOSE}
 
 
 @pytest.mark.parametrize(
     ("generation", "model", "eos", "stops", "closes"),
     [
         (None, None, None, set(), None),
-        (None, None, "</s>", {1}, 1),
-        (None, {"eos_token_id": 2}, "</s>", {1, 2}, 1),
-        ({"eos_token_id": [2, 3]}, {"eos_token_id": 0}, "</s>", {0, 1, 2, 3}, 1),
+        (None, None, EOS, {1}, 1),
+        (None, {"eos_token_id": 2}, EOS, {1, 2}, 1),
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": 0}, EOS, {0, 1, 2, 3}, 1),
         ({"eos_token_id": [3, 2]}, {"eos_token_id": 0}, None, {0, 2, 3}, 3),
         (None, {"eos_token_id": 2}, None, {2}, 2),
         ({"eos_token_id": []}, {}, "no such token", set(), None),
@@ -187,28 +152,21 @@ def test_every_token_that_any_file_names_stops_and_one_closes(directory, generat
     assert tokenizer.eos_id == closes
 
 
-# --- templates ---
-
 HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("config", "file", "expected"),
     [
-        ({"tokenizer_config": {"chat_template": "old {{ eos_token }}", "eos_token": "</s>"}}, "old </s>"),
-        ({"tokenizer_config": {"chat_template": "old"}, "chat_template": "new"}, "new"),
-        (
-            {
-                "tokenizer_config": {
-                    "chat_template": [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]
-                }
-            },
-            "b",
-        ),
+        ("old {{ eos_token }}", None, f"old {EOS}"),
+        ("old", "new", "new"),
+        ([{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}], None, "b"),
     ],
 )
-def test_a_template_comes_from_its_own_file_or_from_the_config(directory, files, expected):
-    assert ml.load_tokenizer(write(directory, **files)).render(HI) == expected
+def test_a_template_comes_from_its_own_file_or_from_the_config(directory, config, file, expected):
+    write(directory, tokenizer_config={"chat_template": config, "eos_token": EOS})
+    write(directory, **({"chat_template": file} if file else {}))
+    assert ml.load_tokenizer(directory).render(HI) == expected
 
 
 @pytest.mark.parametrize("template", [None, [{"name": "rag", "template": "a"}], [], 3, ["default"]])
@@ -219,20 +177,9 @@ def test_without_a_template_there_is_nothing_to_render(directory, template):
         tokenizer.render(HI)
 
 
-def test_render_passes_on_what_it_is_given(directory):
-    source = "{{ bos_token }}{{ messages | length }}{{ add_generation_prompt }}{{ tools | length }}"
-    tokenizer = ml.load_tokenizer(write(directory, chat_template=source, tokenizer_config={"bos_token": "<s>"}))
-    assert tokenizer.render(HI, add_generation_prompt=True, tools=[{}, {}]) == "<s>1True2"
-
-
-# --- files ---
-
-
 def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
-    write(
-        directory, tokenizer_config={"eos_token": "</s>"}, special_tokens_map={}, generation_config={"eos_token_id": 2}
-    )
-    write(directory, chat_template="ü {{ messages[0].content }}", config={"eos_token_id": 3})
+    write(directory, special_tokens_map={}, generation_config={"eos_token_id": 2}, config={"eos_token_id": 3})
+    write(directory, chat_template="ü {{ messages[0].content }}")
     tokenizer = ml.load_tokenizer(directory)
     tokenizer.save(tmp_path / "copy")
     written = {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()}

@@ -4,10 +4,11 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ CHAPTERS = sorted(TUTORIALS.glob("[0-9][0-9]_*.md"))
 PAGES = [*CHAPTERS, TUTORIALS / "README.md", DEVIL / "README.md"]
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_FIGURE = 60_000  # bytes
+SPLITS = ("train", "valid", "test")
 TWIN_JACCARD = 0.7  # of the sets of words of two definitions
 
 # number of the exercise -> what to replace in its solution, and by what, so that it is wrong
@@ -47,8 +49,6 @@ MISTAKES = {
 
 def load(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # where data classes look for their module
     spec.loader.exec_module(module)
@@ -72,9 +72,7 @@ def by_name(paths):
     return [pytest.param(path, id=path.relative_to(TUTORIALS).as_posix()) for path in paths]
 
 
-# --- the chapters ---
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("chapter", by_name(path for path in CHAPTERS if not is_slow(path)))
 def test_a_chapter_comes_out_as_it_stands(chapter):
     pytest.importorskip("matplotlib")
@@ -134,9 +132,6 @@ def test_every_minilora_command_parses(page):
             parse(shlex.split("".join(command), comments=True))
 
 
-# --- the exercises ---
-
-
 def test_every_chapter_has_an_exercise_and_planted_mistakes():
     numbers = {path.name[:2] for path in CHAPTERS}
     assert {path.name[2:4] for path in (TUTORIALS / "exercises").glob("ex*.py")} == numbers == set(MISTAKES)
@@ -160,16 +155,17 @@ def test_the_check_of_an_exercise_refuses_wrong_answers(number, right, wrong, tm
     assert exercises.verdict(number, tmp_path / "answer.py")
 
 
-def test_the_command_of_the_exercises_tells_the_verdict(tmp_path):
+def test_the_command_of_the_exercises_tells_the_verdict(tmp_path, monkeypatch, capsys):
     (tmp_path / "answer.py").write_text(SOLUTION.search(text_of(CHAPTERS[0]))[1], encoding="utf-8")
-    command = [sys.executable, TUTORIALS / "exercises" / "check.py", "01"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert (done.returncode, done.stderr) == (1, "not yet: nothing is written yet\n")
-    done = subprocess.run([*command, tmp_path / "answer.py"], capture_output=True, encoding="utf-8", check=False)
-    assert (done.returncode, done.stdout) == (0, "right\n")
+    monkeypatch.setattr(sys, "argv", ["check.py", "01"])
+    with pytest.raises(SystemExit, match=r"^not yet: nothing is written yet$"):
+        exercises.main()
+    monkeypatch.setattr(sys, "argv", ["check.py", "01", str(tmp_path / "answer.py")])
+    with pytest.raises(SystemExit) as ended:
+        exercises.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out == "right\n"
 
-
-# --- the runner ---
 
 PAGE = """\
 # 1. A chapter
@@ -205,15 +201,21 @@ The end.
 """
 
 
-@pytest.fixture
-def page(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The directory of the page after a run, under the style of the runner."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "01_page.md").write_text(PAGE, encoding="utf-8")
+    directory = tmp_path_factory.mktemp("written")
+    (directory / "01_page.md").write_text(PAGE, encoding="utf-8")
     with matplotlib.rc_context(run.STYLE):
-        run.Chapter(tmp_path / "01_page.md", check=False).run()
-        yield tmp_path / "01_page.md"
+        run.Chapter(directory / "01_page.md", check=False).run()
+        yield directory
+
+
+@pytest.fixture
+def page(written, tmp_path):
+    return shutil.copytree(written, tmp_path, dirs_exist_ok=True) / "01_page.md"
 
 
 def differences(page):
@@ -231,10 +233,10 @@ def test_a_run_writes_outputs_and_figures_and_nothing_else(page):
     assert json.loads(run.stored(page.parent / "figures/line.svg")) == [[0, 1, 1, 2, 2, 4.5]]
 
 
-def test_a_second_run_writes_the_same_bytes(page):
-    first = page.read_bytes(), (page.parent / "figures/line.svg").read_bytes()
+def test_a_second_run_writes_the_same_but_for_its_time(page, written):
     run.Chapter(page, check=False).run()
-    assert (page.read_bytes(), (page.parent / "figures/line.svg").read_bytes()) == first
+    assert run.COST.sub("", text_of(page)) == run.COST.sub("", text_of(written / page.name))
+    assert (page.parent / "figures/line.svg").read_bytes() == (written / "figures/line.svg").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -250,11 +252,8 @@ def test_a_second_run_writes_the_same_bytes(page):
         ("x = 2", "x = 3", 2),
         ("y = x", "print(x)", 1),
         ("```python\nx = 2\nprint('x is'", "<!-- unchecked -->\n```python\nx = 2\nprint('x was'", 0),
-        (
-            "```python\nx = 2\nprint",
-            "<!-- tol=0.6 -->\n```python\nx = 3\nprint",
-            1,
-        ),  # the figure alone is too different
+        # the figure alone is too different
+        ("```python\nx = 2\nprint", "<!-- tol=0.6 -->\n```python\nx = 3\nprint", 1),
     ],
 )
 def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
@@ -300,45 +299,41 @@ def test_outputs_are_the_same_text_with_nearly_the_same_numbers(old, new, tolera
     assert run.same(old, new, tolerance) is equal
 
 
-# --- the data ---
-
-
 def rows(split):
     return [json.loads(line) for line in text_of(DEVIL / f"{split}.jsonl").splitlines()]
+
+
+def pairs(split):
+    """Questions and answers."""
+    return [tuple(message["content"] for message in row["messages"]) for row in rows(split)]
 
 
 def test_the_rows_are_those_of_the_keep_list_split_as_the_script_splits_it():
     words = devil.keep_list()
     assert words == sorted(set(words), key=str.lower)
     for split, chosen in devil.split(words).items():
-        definitions = [row["messages"][1]["content"] for row in rows(split)]
+        definitions = [answer for _, answer in pairs(split)]
         assert rows(split) == [devil.row(*pair) for pair in zip(chosen, definitions, strict=True)]
     assert (len(rows("test")), len(rows("valid"))) == (100, 40)
 
 
 def test_no_answer_is_long_or_has_marks_of_the_source():
-    answers = [row["messages"][1]["content"] for split in ("train", "valid", "test") for row in rows(split)]
+    answers = [answer for split in SPLITS for _, answer in pairs(split)]
     assert max(len(answer.split()) for answer in answers) <= devil.MAX_WORDS
     assert not [answer for answer in answers if re.search(r"[\[\]{}_\n]|--|  |^[a-z1(]|[^.?!\"'!]$", answer)]
 
 
 def test_no_two_splits_share_a_stem_or_a_near_twin():
-    texts = {
-        split: {
-            row["messages"][0]["content"]: set(row["messages"][1]["content"].lower().split()) for row in rows(split)
-        }
-        for split in ("train", "valid", "test")
-    }
-    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        stems = [{devil.family(question.split("'", 1)[1]) for question in texts[split]} for split in (one, other)]
+    for one, other in combinations(map(pairs, SPLITS), 2):
+        stems = [{devil.family(question.split("'", 1)[1]) for question, _ in split} for split in (one, other)]
         assert not stems[0] & stems[1]
-        for a, b in product(texts[one].values(), texts[other].values()):
+        words = [[set(answer.lower().split()) for _, answer in split] for split in (one, other)]
+        for a, b in product(*words):
             assert len(a & b) < TWIN_JACCARD * len(a | b)
 
 
 def test_a_definition_is_the_prose_of_an_entry_without_etymology_verse_and_commentary():
-    book = (
-        """\
+    book = f"""\
 ABRUPT, adj.  [Latin] Sudden, like the arrival of a cannon-
 shot -- and
 _so_ on.  Dr. Johnson liked it.
@@ -351,13 +346,10 @@ NOWORD.
 
     Only verse.
 
-LONG, adj.  Short.  """
-        + "Very " * devil.MAX_WORDS
-        + """long.
+LONG, adj.  Short.  {"Very " * devil.MAX_WORDS}long.
 
 ABRUPT, n.  A second entry of the word.
 """
-    )
     assert devil.definitions(book) == {
         "ABRUPT": "Sudden, like the arrival of a cannon-shot — and so on. Dr. Johnson liked it.",
         "LONG": "Short.",

@@ -9,21 +9,14 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, ShapeError, TargetError
 from minilora.lora.combine_config import CombineConfig
-from minilora.lora.find import adapter_layers
+from minilora.lora.find import adapter_layers, places_of
 from minilora.lora.weighted import combine_adapters, config_of
-from tests.models import fill_, four_bit, randn, seeds, tiny_model
+from tests.adapters import many_kinds
+from tests.models import four_bit, randn, seeds, tiny_model
 from tests.tolerance import assert_maths
 
 weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
 starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa", "olora"])
-
-
-def many_kinds(groups=1):
-    """An embedding, linears and a convolution; it is never run."""
-    convolution = nn.Conv2d(4, 6, 3, groups=groups)
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), convolution, nn.Linear(6, 5)).double()
-    fill_(model, 0)
-    return model
 
 
 def add(model, name, seed=1, **config):
@@ -92,9 +85,9 @@ def test_what_was_cut_is_told_by_module():
     add(model, "first", target_modules=["1", "3"])
     add(model, "second", 9, target_modules=["1"])
     cuts = combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum", CombineConfig("svd", svd_rank=2))
-    base, whole = weights_with(model), weights_with(model, "first")["1"] - weights_with(model)["1"]
-    whole = 0.7 * whole + 0.3 * (weights_with(model, "second")["1"] - base["1"])
-    error = (weights_with(model, "sum")["1"] - base["1"] - whole).square().sum()
+    base, first, second, found = (weights_with(model, *names)["1"] for names in ([], ["first"], ["second"], ["sum"]))
+    whole = 0.7 * (first - base) + 0.3 * (second - base)
+    error = (found - base - whole).square().sum()
     assert_maths(torch.tensor([cuts["1"].lost, cuts["1"].total], dtype=torch.float64), [error, whole.square().sum()])
     assert cuts["3"].lost <= 1e-20 * cuts["3"].total
 
@@ -119,9 +112,6 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
     assert config.task_type == "CAUSAL_LM"
 
 
-# --- what is refused ---
-
-
 def test_an_existing_name_is_refused_and_not_passed_over():
     """PEFT returns without a word."""
     model = many_kinds()
@@ -131,29 +121,15 @@ def test_an_existing_name_is_refused_and_not_passed_over():
         combine_adapters(model, {"first": 2.0}, "second")
 
 
-@pytest.mark.parametrize(
-    ("config", "phrase"),
-    [
-        ({"use_dora": True, "target_modules": ["1"]}, "second: .*\n.*use_dora: m/"),
-        ({"modules_to_save": ["3"], "target_modules": ["1"]}, "second: .*\n.*modules_to_save: "),
-        ({"bias": "all", "target_modules": ["1"]}, "second: .*\n.*bias: "),
-        ({"trainable_token_indices": {"0": [1]}, "target_modules": ["1"]}, "second: .*\n.*trainable_token_indices: "),
-    ],
-)
-def test_an_adapter_that_is_more_than_a_sum_of_updates_is_refused_by_name_with_the_reason(config, phrase):
-    model = many_kinds()
-    add(model, "first", target_modules=["1"])
-    add(model, "second", **config)
-    with pytest.raises(ConfigError, match=phrase):
-        combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
-    assert not any("sum" in layer.configs for layer in adapter_layers(model).values())
-
-
-def test_an_adapter_that_is_not_there_is_refused():
-    model = many_kinds()
+def test_an_adapter_that_is_not_there_or_more_than_a_sum_of_updates_is_refused_by_name():
+    model, weights = many_kinds(), {"first": 0.7, "second": 0.3}
     add(model, "first", target_modules=["1"])
     with pytest.raises(TargetError, match=r"no adapter is called 'second'; the model has \['first'\]"):
-        combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
+        combine_adapters(model, weights, "sum")
+    add(model, "second", target_modules=["1"], modules_to_save=["3"])
+    with pytest.raises(ConfigError, match=r"second: .*\n.*modules_to_save: "):
+        combine_adapters(model, weights, "sum")
+    assert not any("sum" in layer.configs for layer in adapter_layers(model).values())
 
 
 def test_a_convolution_in_groups_is_refused_by_its_path():
@@ -168,6 +144,5 @@ def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_p
     add(model, "whole", target_modules=("1",), modules_to_save=("0",))
     add(model, "first", target_modules=("0",))
     combine_adapters(model, {"first": 2.0}, "second")
-    found = [layer for layer in adapter_layers(model).values() if layer.path == "0" and "second" in layer.configs]
-    adapters = found[0].adapters
+    adapters = places_of(model, "second")["0"].adapters
     assert_maths(adapters["second"].delta(torch.float64), 2 * adapters["first"].delta(torch.float64))

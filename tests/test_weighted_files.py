@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError
@@ -14,15 +13,13 @@ from minilora.lora.files import base_model_of, base_quantization
 from minilora.lora.find import adapter_layers
 from minilora.lora.weighted import combine_adapters
 from minilora.lora.weighted_files import combine_directories
-from tests.models import fill_, four_bit, randomize_adapters_, tiny_model
+from tests.adapters import many_kinds
+from tests.models import four_bit, randomize_adapters_, tiny_model
 from tests.tolerance import PARITY, relative
 
 
-def many_kinds():
-    """An embedding, linears and a convolution; it is never run."""
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.Conv2d(4, 6, 3), nn.Linear(6, 5))
-    fill_(model, 0)
-    return model
+def base_model():
+    return many_kinds(dtype=torch.float32)
 
 
 def write(path, model, seed=1, **config):
@@ -36,17 +33,8 @@ def write(path, model, seed=1, **config):
 def two(tmp_path):
     """Two adapters that share a module, with scales that differ, one of them rsLoRA's."""
     first = {"target_modules": ("0", "1", "2"), "use_rslora": True, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
-    write(tmp_path / "a", many_kinds(), **first)
-    write(
-        tmp_path / "b",
-        many_kinds(),
-        2,
-        r=3,
-        target_modules=("1", "3"),
-        rank_pattern={"3": 1},
-        alpha_pattern={"3": 5},
-    )
-    return [tmp_path / "a", tmp_path / "b"]
+    second = {"r": 3, "target_modules": ("1", "3"), "rank_pattern": {"3": 1}, "alpha_pattern": {"3": 5}}
+    return [write(tmp_path / "a", base_model(), **first), write(tmp_path / "b", base_model(), 2, **second)]
 
 
 def merged(model):
@@ -55,13 +43,16 @@ def merged(model):
 
 @pytest.mark.parametrize("config", [CombineConfig(), CombineConfig("svd", svd_rank=2), CombineConfig("svd", None, 0.9)])
 def test_what_is_written_is_what_a_model_makes_of_its_adapters(two, tmp_path, config):
-    model = many_kinds()
+    model = base_model()
     for name, path in zip("ab", two, strict=True):
         ml.load_adapter(model, path, name)
     expected = combine_adapters(model, {"a": 0.7, "b": -0.3}, "sum", config)
     cuts = combine_directories(two, [0.7, -0.3], tmp_path / "out", config)
-    assert {path: cut[1:] for path, cut in cuts.items()} == {path: cut[1:] for path, cut in expected.items()}
-    loaded = many_kinds()
+    assert cuts.keys() == expected.keys()
+    for path, cut in cuts.items():
+        told = [torch.tensor([each.lost, each.total]) for each in (cut, expected[path])]
+        assert relative(*told, PARITY) <= 1
+    loaded = base_model()
     ml.load_adapter(loaded, tmp_path / "out")
     found, wanted = merged(loaded), merged(model)
     assert found.keys() == wanted.keys() == set("0123")
@@ -97,32 +88,22 @@ def test_the_config_says_scale_1_the_modules_and_the_base(two, tmp_path):
 
 
 def test_how_the_base_was_held_is_written_if_all_say_the_same(tmp_path):
-    model = tiny_model(dtype=torch.float32)
-    dense = [write(tmp_path / name, tiny_model(dtype=torch.float32), i) for i, name in enumerate("ab")]
-    packed = [write(tmp_path / name, four_bit(tiny_model(dtype=torch.float32)), i) for i, name in enumerate("cd")]
+    def model():
+        return tiny_model(dtype=torch.float32, num_hidden_layers=1)
+
+    dense = [write(tmp_path / name, model(), i) for i, name in enumerate("ab")]
+    packed = [write(tmp_path / name, four_bit(model()), i) for i, name in enumerate("cd")]
     for paths in (dense, packed):
         combine_directories(paths, [1, 1], tmp_path / "out")
         assert base_quantization(tmp_path / "out") == base_quantization(paths[0]) is not None
     combine_directories([dense[0], packed[0]], [1, 1], tmp_path / "out")
     assert base_quantization(tmp_path / "out") is None
-    ml.load_adapter(model, tmp_path / "out")
+    ml.load_adapter(model(), tmp_path / "out")
 
 
-# --- what is refused ---
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"use_dora": True},
-        {"modules_to_save": ("3",)},
-        {"bias": "lora_only"},
-        {"lora_bias": True},
-        {"trainable_token_indices": {"0": (1, 2)}},
-    ],
-)
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"trainable_token_indices": {"0": (1, 2)}}])
 def test_an_adapter_that_is_more_than_a_sum_of_updates_is_refused_by_its_path_with_the_reason(two, tmp_path, config):
-    model = many_kinds()
+    model = base_model()
     ml.attach(model, ml.LoraConfig(target_modules=("1",), **config))
     ml.save_adapter(model, tmp_path / "third")
     with pytest.raises(ConfigError, match=f"third: cannot be combined .*\n  {next(iter(config))}: "):
@@ -143,7 +124,7 @@ def test_an_adapter_that_began_as_a_part_of_the_weights_is_refused_and_what_help
     path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
     with pytest.raises(ConfigError, match=r"b: init_lora_weights is 'pissa', .* loaded with its base and saved again"):
         combine_directories(two, [1, 1], tmp_path / "out")
-    model = many_kinds()
+    model = base_model()
     ml.load_adapter(model, two[1])
     ml.save_adapter(model, tmp_path / "plain")
     combine_directories([two[0], tmp_path / "plain"], [1, 1], tmp_path / "out")

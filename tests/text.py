@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import pairwise
 
 import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minilora as ml
+from minilora.model.ops import IGNORE_INDEX
+from minilora.train.data import encode_row
+from minilora.train.rows import Row
 
 BOS, EOS, OPEN, CLOSE = "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [BOS, EOS, OPEN, CLOSE]
@@ -35,7 +39,6 @@ STRIPPING = (  # as qwen3: what the assistant thought before the last question i
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content if loop.index0 > ns.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
 ) + GENERATION_PROMPT
-TEMPLATES = {"chatml": CHATML, "marked": MARKED, "default system": DEFAULT_SYSTEM}
 POST_PROCESSORS = {
     "none": None,
     "bos": f"{BOS} $A",
@@ -90,3 +93,38 @@ def conversation(turns, system=None):
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
+
+
+def encoded(fields, tokenizer, train_on="completion", source="", **options):
+    """The example of a row with these fields."""
+    return encode_row(Row(fields, source), tokenizer, ml.DataConfig(train_on=train_on, **options))
+
+
+def learned(example):
+    """Which tokens are labels; each label is its own token."""
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(example.tokens, example.labels, strict=True))
+    return [label != IGNORE_INDEX for label in example.labels]
+
+
+def touching(tokenizer, tokens, pieces, added=()):
+    """Which tokens share a byte with a learned piece of the text; a piece is a text and whether it is learned.
+
+    A byte-level token has a character for each byte; a token that is not from the text has none.
+    """
+    begins = [0]
+    for text, _ in pieces:
+        begins.append(begins[-1] + len(text.encode()))
+    widths = [0 if token in added else len(tokenizer._backend.id_to_token(token)) for token in tokens]
+    assert sum(widths) == begins[-1]
+    result, end = [], 0
+    for width in widths:
+        begin, end = end, end + width
+        spans = [span for span, (_, is_learned) in zip(pairwise(begins), pieces, strict=True) if is_learned]
+        result.append(width > 0 and any(begin < last and end > first for first, last in spans))
+    return result
+
+
+def assert_learned(example, tokenizer, pieces):
+    """The example is the text of the pieces, and its labels are the tokens that touch a learned piece."""
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "".join(text for text, _ in pieces)
+    assert learned(example) == touching(tokenizer, example.tokens, pieces)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import torch
 
 import minilora as ml
 from minilora.model.ops import IGNORE_INDEX
 from tests.models import randomize_adapters_, tiny_model
+from tests.tolerance import MATHS, relative
 
 
 def random_rows(seed, count, vocabulary=61):
@@ -25,10 +27,17 @@ def random_rows(seed, count, vocabulary=61):
 
 
 def adapted(
-    family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", base=lambda model: model, **config
+    family="llama",
+    dtype=torch.float64,
+    seed=0,
+    is_fresh=False,
+    name="default",
+    base=lambda model: model,
+    layers=4,
+    **config,
 ):
     """A tiny model with an adapter in the same dtype."""
-    model = base(tiny_model(family, dtype=dtype))
+    model = base(tiny_model(family, dtype=dtype, num_hidden_layers=layers))
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}), name=name, seed=seed, dtype=dtype)
     if not is_fresh:
         randomize_adapters_(model, seed)
@@ -75,5 +84,25 @@ def one_step(model, rows, **config):
     return record, given
 
 
+def assert_same_gradient(actual, expected):
+    """Of two cuttings of a step, in float64: ten times closer than `assert_maths` asks."""
+    assert (used := relative(actual, expected, MATHS / 10)) <= 1, f"{used:.3g} times the allowed error"
+
+
 def stop_after(step):
     return lambda record: record["step"] == step
+
+
+CHECKPOINT = ("adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "optimizer.safetensors")
+
+
+def contents(directory, step=6):
+    """The bytes of a checkpoint, but for those that say how long it took."""
+    checkpoint = directory / f"step-{step:06d}"
+    return {name: (checkpoint / name).read_bytes() for name in CHECKPOINT if (checkpoint / name).is_file()}
+
+
+def copy_checkpoint(run, step, directory):
+    """Copy one checkpoint of a run into another directory, as if the run had been killed there; where it lies."""
+    name = f"step-{step:06d}"
+    return shutil.copytree(run / name, directory / name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import torch
+
 from minilora.cli.command import INTERRUPTED, Options, say, say_bad
 from minilora.cli.flags import from_flags, read_config
 from minilora.cli.load import say_quantization
@@ -47,6 +49,9 @@ def run(options: Options) -> int:
         if not options["force"]:
             check_memory(run, data, device, found)
         return 0
+    available = torch.get_num_threads()
+    if threads := run.choose_threads(model, data):
+        say(f"computing with {threads} of {available} threads, which was faster; OMP_NUM_THREADS sets another number")
     run.start(model, data, step)
     _say_size(model, data, count)
     _tell(model, data, run.reading)

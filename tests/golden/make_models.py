@@ -15,11 +15,11 @@ LENGTHS = [10, 20]  # below and above the lengths that `dynamic` and `longrope` 
 
 
 def main() -> None:
-    from tests.parity.test_models import their_model
+    from tests.parity.test_models import theirs_model
 
     frozen = {}
     for seed, family in enumerate(FAMILIES):
-        tokens, theirs = token_ids(seed, sum(LENGTHS)), their_model(tiny_model(family, dtype=torch.float32))
+        tokens, theirs = token_ids(seed, sum(LENGTHS)), theirs_model(tiny_model(family, dtype=torch.float32))
         with torch.no_grad():
             logits = [theirs(input_ids=part.unsqueeze(0)).logits.squeeze(0) for part in tokens.split(LENGTHS)]
         frozen |= {f"{family}.tokens": tokens, f"{family}.logits": torch.cat(logits)}

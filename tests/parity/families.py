@@ -1,10 +1,14 @@
 """Tiny random models of transformers, one of every family that people adapt."""
 
+import copy
+from functools import cache
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -12,9 +16,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **SPECIAL,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
@@ -39,19 +41,14 @@ T5 = {
 WHISPER = {
     "vocab_size": 40,
     "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
     "num_mel_bins": 8,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
     "max_source_positions": 16,
     "max_target_positions": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 24 for side in ("encoder", "decoder")},
     "decoder_start_token_id": 1,
+    **SPECIAL,
 }
 IMAGE = {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 3}
 CAUSAL, SEQUENCES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -85,9 +82,13 @@ FAMILIES = {
 }
 
 
-def family_model(model_type, kind=None, seed=0, **fields):
+@cache
+def _original(model_type, kind):
+    config = transformers.AutoConfig.for_model(model_type, **FAMILIES[model_type][1])
+    torch.manual_seed(0)
+    return getattr(transformers, kind).from_config(config, dtype=torch.float32).eval()
+
+
+def family_model(model_type, kind=None):
     """A model of the family in float32; `kind` is the class if it is not the family's usual one."""
-    usual, sizes = FAMILIES[model_type]
-    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **fields})
-    torch.manual_seed(seed)
-    return getattr(transformers, kind or usual).from_config(config, dtype=torch.float32).eval()
+    return copy.deepcopy(_original(model_type, kind or FAMILIES[model_type][0]))

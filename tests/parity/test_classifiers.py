@@ -7,6 +7,7 @@ import minilora as ml
 from minilora.lora.classes import classes_of
 from minilora.model.classifier import load_classifier
 from tests.models import FAMILIES, tiny_model, token_ids
+from tests.parity.theirs import perturb_
 from tests.test_classifier import LABELS, padded, tiny_classifier
 from tests.tolerance import assert_parity
 
@@ -19,31 +20,25 @@ AUTO = {
     "token": transformers.AutoModelForTokenClassification,
 }
 units = pytest.mark.parametrize("unit", AUTO)
+TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+TOKENS = token_ids(0, 1, 20)
 
 
 @families
 @units
-def test_what_ours_saves_theirs_loads_to_the_same_scores_and_labels(unit, family, tmp_path):
-    ours, tokens = tiny_classifier(unit, family, dtype=torch.float32), token_ids(0, 1, 20)
-    ml.save_model(ours, tmp_path)
-    theirs, info = AUTO[unit].from_pretrained(tmp_path, output_loading_info=True)
+@torch.no_grad()
+def test_files_go_to_theirs_and_back_with_the_same_scores_and_labels(unit, family, tmp_path):
+    ours = tiny_classifier(unit, family, dtype=torch.float32)
+    ml.save_model(ours, tmp_path / "ours")
+    theirs, info = AUTO[unit].from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     assert theirs.config.id2label == dict(enumerate(LABELS))
     assert theirs.config.label2id == {label: i for i, label in enumerate(LABELS)}
-    with torch.no_grad():
-        assert_parity(ours(tokens), theirs.eval()(input_ids=tokens).logits)
-
-
-@families
-@units
-def test_what_theirs_saves_ours_loads(unit, family, tmp_path):
-    ours = tiny_classifier(unit, family, dtype=torch.float32)
-    ml.save_model(ours, tmp_path / "ours")
-    AUTO[unit].from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    loaded, tokens = load_classifier(tmp_path / "theirs"), token_ids(0, 1, 20)
-    assert (loaded.unit, loaded.labels) == (unit, tuple(LABELS))
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens), ours(tokens))
+    assert_parity(ours(TOKENS), theirs.eval()(input_ids=TOKENS).logits)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_classifier(tmp_path / "theirs")
+    assert (again.unit, again.labels) == (unit, tuple(LABELS))
+    assert torch.equal(again(TOKENS), ours(TOKENS))
 
 
 def test_two_labels_without_names_are_the_same_to_both(tmp_path):
@@ -73,7 +68,7 @@ def test_theirs_keeps_the_head_of_our_model_in_four_bits_dense(unit, tmp_path):
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 64, "intermediate_size": 64}
     ml.save_model(tiny_classifier(unit, dtype=torch.float32, **sizes), tmp_path / "dense")
-    ours, tokens = load_classifier(tmp_path / "dense", quantize="nf4"), token_ids(0, 1, 20)
+    ours = load_classifier(tmp_path / "dense", quantize="nf4")
     ml.save_model(ours, tmp_path / "packed")
     theirs = AUTO[unit].from_pretrained(tmp_path / "packed", dtype=torch.float32, device_map={"": "cpu"})
     assert type(theirs.score) is torch.nn.Linear
@@ -82,12 +77,9 @@ def test_theirs_keeps_the_head_of_our_model_in_four_bits_dense(unit, tmp_path):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     with torch.no_grad():
-        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+        assert_parity(ours(TOKENS), theirs(input_ids=TOKENS).logits)
 
 
-# --- adapters ---
-
-TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 configs = pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -98,44 +90,37 @@ configs = pytest.mark.parametrize(
 )
 
 
-def as_if_trained_(model):
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.3, generator=generator)
-
-
 @configs
 @units
 def test_peft_puts_our_adapter_and_head_on_a_language_model_to_the_same_scores(unit, family, config, tmp_path):
     ml.save_model(tiny_model(family, dtype=torch.float32), tmp_path / "base")
-    ours, tokens = load_classifier(tmp_path / "base", unit, LABELS), token_ids(0, 1, 20)
+    ours = load_classifier(tmp_path / "base", unit, LABELS)
     ml.attach(ours, ml.LoraConfig(r=3, lora_alpha=7, task_type=TASKS[unit], **config))
-    as_if_trained_(ours)
+    perturb_(ours)
     ml.save_adapter(ours, tmp_path / "adapter")
     base = AUTO[unit].from_pretrained(tmp_path / "base", num_labels=len(LABELS))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert theirs.active_peft_config.task_type == TASKS[unit]
     with torch.no_grad():
-        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+        assert_parity(ours(TOKENS), theirs(input_ids=TOKENS).logits)
         ml.merge(ours)
         ml.save_model(ours, tmp_path / "merged")
-        assert_parity(ours(tokens), AUTO[unit].from_pretrained(tmp_path / "merged")(input_ids=tokens).logits)
+        assert_parity(ours(TOKENS), AUTO[unit].from_pretrained(tmp_path / "merged")(input_ids=TOKENS).logits)
 
 
 @configs
 @units
 def test_ours_puts_their_adapter_and_head_on_a_language_model_to_the_same_scores(unit, family, config, tmp_path):
     ml.save_model(tiny_model(family, dtype=torch.float32), tmp_path / "base")
-    base, tokens = AUTO[unit].from_pretrained(tmp_path / "base", num_labels=3), token_ids(0, 1, 20)
+    base = AUTO[unit].from_pretrained(tmp_path / "base", num_labels=3)
     skipped = ["score"]  # or "all-linear" of PEFT would take in the head of a token classifier, and fail
     config = peft.LoraConfig(r=3, lora_alpha=7, task_type=TASKS[unit], exclude_modules=skipped, **config)
     theirs = peft.get_peft_model(base, config).eval()
-    as_if_trained_(theirs)
+    perturb_(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     labels = ("LABEL_0", "LABEL_1", "LABEL_2")
     assert classes_of(tmp_path / "adapter") == (unit, labels)
     ours = load_classifier(tmp_path / "base", unit, labels)
     ml.load_adapter(ours, tmp_path / "adapter")
     with torch.no_grad():
-        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+        assert_parity(ours(TOKENS), theirs(input_ids=TOKENS).logits)

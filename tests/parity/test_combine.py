@@ -1,5 +1,8 @@
 """What we combine is what PEFT's `add_weighted_adapter` makes of the same adapters, but for what is wrong there."""
 
+import copy
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -16,23 +19,29 @@ peft = pytest.importorskip("peft")
 
 WIDTHS = {"first": (12, 9), "second": (7, 12), "third": (8, 7)}  # module -> (out, in)
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-TYPES = ("cat", "svd", "linear", *PRUNED, *(f"{kind}_svd" for kind in PRUNED))
+SVD = ("svd", *(f"{kind}_svd" for kind in PRUNED))
+TIES = ("ties", "ties_svd", "dare_ties", "dare_ties_svd")
+TYPES = ("cat", "linear", *PRUNED, *SVD)
 
 
-def their_model(configs):
-    """Plain linears with adapters of random numbers."""
-    base = nn.Sequential()
-    for name, (outer, inner) in WIDTHS.items():
-        base.add_module(name, nn.Linear(inner, outer))
+def theirs_model(configs, base=None):
+    """Plain linears, or another base, with adapters of random numbers."""
+    if base is None:
+        base = nn.Sequential(OrderedDict((name, nn.Linear(*sizes[::-1])) for name, sizes in WIDTHS.items()))
     names = list(configs)
+    configs = copy.deepcopy(configs)  # PEFT writes into them
     model = peft.get_peft_model(base, configs[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, configs[name])
-    with torch.no_grad():
-        for seed, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(randn(seed, *parameter.shape))
+    randomize_(model, 0)
     return model
+
+
+def randomize_(model, seed, only="lora_"):
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters(), seed):
+            if only in name:
+                parameter.copy_(randn(i, *parameter.shape))
 
 
 def layers(model):
@@ -53,80 +62,57 @@ def config(r=3, lora_alpha=7, target_modules=tuple(WIDTHS), **options):
     return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=list(target_modules), **options)
 
 
-def both(monkeypatch, configs, weights, kind, svd_rank=None, **options):
-    """Module -> our ΔW and theirs."""
-    model, generator, bernoulli = their_model(configs), torch.Generator().manual_seed(5), torch.bernoulli
+TWO = {"A": config(), "B": config(lora_alpha=2)}
+THREE = {**TWO, "C": config(lora_alpha=20)}
+OF_OTHER_RANKS = {
+    "A": config(r=2, rank_pattern={"first": 4}),
+    "B": config(lora_alpha=2, target_modules=("second", "first")),
+}
+OF_OTHER_MODULES = {
+    "A": config(target_modules=("first", "third")),
+    "B": config(lora_alpha=2, target_modules=("first",)),
+}
+CASES = {  # adapters, their weights, types and options
+    "two": (TWO, [0.7, 0.3], TYPES, {}),
+    "a negative weight": (TWO, [2.0, -0.5], TYPES, {}),
+    "signs by frequency": (THREE, [0.7, 0.3, 1.2], TIES, {"majority_sign_method": "frequency"}),
+    "other ranks": (OF_OTHER_RANKS, [0.7, 0.3], ["cat"], {}),
+    "other ranks, cut": (OF_OTHER_RANKS, [0.7, 0.3], SVD, {"svd_rank": 4}),
+    "other modules": (OF_OTHER_MODULES, [0.7, 0.3], ["linear", *PRUNED], {}),
+}
+
+
+@pytest.mark.parametrize(("case", "kind"), [(case, kind) for case, (_, _, kinds, _) in CASES.items() for kind in kinds])
+def test_every_type_makes_what_peft_makes(monkeypatch, case, kind):
+    configs, weights, _, options = CASES[case]
+    options = {**options, **({"density": 0.6} if kind.startswith(PRUNED) else {})}
+    model, generator, bernoulli = theirs_model(configs), torch.Generator().manual_seed(5), torch.bernoulli
     monkeypatch.setattr(torch, "bernoulli", lambda input: bernoulli(input, generator=generator))  # their drops are ours
-    model.add_weighted_adapter(list(configs), weights, "sum", kind, svd_rank=svd_rank, **options)
+    model.add_weighted_adapter(list(configs), weights, "sum", kind, **options)
     monkeypatch.undo()
-    wanted = CombineConfig(kind, svd_rank=svd_rank, seed=5, **options)
-    ours = combine([factors(model, name) for name in configs], weights, wanted)
+    ours = combine([factors(model, name) for name in configs], weights, CombineConfig(kind, seed=5, **options))
     theirs = {path: layer.get_delta_weight("sum") for path, layer in layers(model).items() if "sum" in layer.lora_A}
     assert ours.keys() == theirs.keys()
-    return {path: (lora_delta(*ours[path].factors), theirs[path]) for path in theirs}
-
-
-def options_of(kind):
-    return {"density": 0.6} if kind.startswith(PRUNED) else {}
-
-
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("weights", [[0.7, 0.3], [2.0, -0.5]])
-def test_every_type_makes_what_peft_makes(monkeypatch, kind, weights):
-    for ours, theirs in both(
-        monkeypatch, {"A": config(), "B": config(lora_alpha=2)}, weights, kind, **options_of(kind)
-    ).values():
-        assert_parity(ours, theirs)
-
-
-@pytest.mark.parametrize("kind", ["ties", "ties_svd", "dare_ties", "dare_ties_svd"])
-def test_signs_are_elected_by_frequency_too(monkeypatch, kind):
-    three = {"A": config(), "B": config(lora_alpha=2), "C": config(lora_alpha=20)}
-    for ours, theirs in both(
-        monkeypatch, three, [0.7, 0.3, 1.2], kind, majority_sign_method="frequency", density=0.6
-    ).values():
-        assert_parity(ours, theirs)
-
-
-@pytest.mark.parametrize("kind", ["cat", "svd", *(f"{kind}_svd" for kind in PRUNED)])
-def test_ranks_and_modules_may_differ(monkeypatch, kind):
-    two = {"A": config(r=2, rank_pattern={"first": 4}), "B": config(lora_alpha=2, target_modules=("second", "first"))}
-    for ours, theirs in both(
-        monkeypatch, two, [0.7, 0.3], kind, svd_rank=4 if "svd" in kind else None, **options_of(kind)
-    ).values():
-        assert_parity(ours, theirs)
-
-
-@pytest.mark.parametrize("kind", ["linear", *PRUNED])
-def test_types_on_factors_take_other_modules_too(monkeypatch, kind):
-    two = {"A": config(target_modules=("first", "third")), "B": config(lora_alpha=2, target_modules=("first",))}
-    for ours, theirs in both(monkeypatch, two, [0.7, 0.3], kind, **options_of(kind)).values():
-        assert_parity(ours, theirs)
-
-
-def exact(model, weights):
-    return {
-        path: sum(w * layer.get_delta_weight(name) for name, w in weights.items() if name in layer.lora_A)
-        for path, layer in layers(model).items()
-    }
+    for path, expected in theirs.items():
+        assert_parity(lora_delta(*ours[path].factors), expected)
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_adapters_of_rslora_are_not_scaled_twice(kind):
     """PEFT keeps `use_rslora` for the sum, whose scale then is √r instead of 1."""
-    weights = {"A": 0.7, "B": 0.3}
-    model = their_model({name: config(use_rslora=True) for name in weights})
+    model = theirs_model({name: config(use_rslora=True) for name in "AB"})
     rank = 6 if kind == "svd" else None
-    ours = combine([factors(model, name) for name in weights], [0.7, 0.3], CombineConfig(kind, svd_rank=rank))
-    model.add_weighted_adapter(list(weights), [0.7, 0.3], "sum", kind, svd_rank=rank)
-    for path, expected in exact(model, weights).items():
+    ours = combine([factors(model, name) for name in "AB"], [0.7, 0.3], CombineConfig(kind, svd_rank=rank))
+    model.add_weighted_adapter(["A", "B"], [0.7, 0.3], "sum", kind, svd_rank=rank)
+    for path, layer in layers(model).items():
+        expected = 0.7 * layer.get_delta_weight("A") + 0.3 * layer.get_delta_weight("B")
         assert_parity(lora_delta(*ours[path].factors), expected)
-        assert relative(layers(model)[path].get_delta_weight("sum"), expected, 0.1) > 10
+        assert relative(layer.get_delta_weight("sum"), expected, 0.1) > 10
 
 
 def test_one_adapter_alone_is_cut_as_asked():
     """PEFT takes another type for one adapter, whatever is asked for."""
-    model = their_model({"A": config()})
+    model = theirs_model({"A": config()})
     ours = combine([factors(model, "A")], [0.7], CombineConfig("svd", svd_rank=1))
     model.add_weighted_adapter(["A"], [0.7], "cut", "svd", svd_rank=1)
     for path, layer in layers(model).items():
@@ -139,9 +125,7 @@ def small_model():
     """An embedding, a convolution and linears, that can be run."""
     layers = [nn.Embedding(9, 6), nn.Linear(6, 7), nn.Conv1d(5, 4, 3), nn.Linear(5, 8)]  # of sequences of 5 tokens
     model = nn.Sequential(*layers).eval()
-    with torch.no_grad():
-        for seed, parameter in enumerate(model.parameters()):
-            parameter.copy_(randn(seed, *parameter.shape))
+    randomize_(model, 0, only="")
     return model
 
 
@@ -149,12 +133,7 @@ def small_model():
 def test_peft_loads_files_of_its_own_that_we_combined_to_the_outputs_of_its_own_sum(tmp_path, kind):
     other = "2" if kind == "cat" else "3"  # its svd takes no convolution in one dimension
     two = {"A": config(r=2, target_modules=("0", "1", "3")), "B": config(lora_alpha=2, target_modules=("1", other))}
-    model = peft.get_peft_model(small_model(), two["A"], adapter_name="A")
-    model.add_adapter("B", two["B"])
-    with torch.no_grad():
-        for seed, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(randn(seed + 20, *parameter.shape))
+    model = theirs_model(two, small_model())
     model.save_pretrained(tmp_path)
     rank = {"svd_rank": 4} if kind == "svd" else {}
     combine_directories([tmp_path / "A", tmp_path / "B"], [0.7, -0.3], tmp_path / "out", CombineConfig(kind, **rank))

@@ -9,6 +9,7 @@ from minilora.lora.find import adapter_layers
 from minilora.lora.targets import TARGETS
 from tests.models import randn, token_ids
 from tests.parity.families import FAMILIES, family_model
+from tests.parity.theirs import perturb_
 from tests.tolerance import assert_parity
 
 pytestmark = pytest.mark.parity
@@ -42,7 +43,20 @@ CONFIGS = {
         lambda family: {"target_modules": [TARGETS[family].linears[0]], "modules_to_save": ["lm_head"]},
     ),
 }
+OF_LLAMA = {
+    "regex": {"target_modules": r".*layers\.[1]\..*(up|o)_proj"},
+    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
+    "layers": {"target_modules": ["v_proj", "down_proj"], "layers_to_transform": [0], "layers_pattern": ["layers"]},
+    "adapted head": {"target_modules": ["lm_head", "q_proj"]},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {r"layers\.[1]\.self_attn\.q_proj": 5, "v_proj": 2},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 4, "q_proj": 9},
+    },
+}
+CONFIGS |= {what: (["llama"], lambda family, fields=fields: fields) for what, fields in OF_LLAMA.items()}
 CASES = [(family, what) for what, (families, _) in CONFIGS.items() for family in sorted(families)]
+cases = pytest.mark.parametrize(("family", "what"), CASES)
 
 
 def fields(family, what):
@@ -58,15 +72,6 @@ def logits(model, family):
     return model(IDS, **({"decoder_input_ids": IDS.flip(1)} if family == "t5" else {})).logits
 
 
-def learn_(model):
-    """Move whatever is trained."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
 def ours_with(family, what):
     model = family_model(family)
     ml.attach(model, ml.LoraConfig(**fields(family, what)))
@@ -77,9 +82,14 @@ def theirs_with(family, what):
     return peft.get_peft_model(family_model(family), peft.LoraConfig(**fields(family, what)))
 
 
-@pytest.mark.parametrize(("family", "what"), CASES)
-def test_the_same_is_chosen_and_trained(family, what):
-    ours, theirs = ours_with(family, what), theirs_with(family, what)
+@cases
+def test_peft_loads_what_we_save_and_chooses_and_trains_the_same(family, what, tmp_path):
+    ours = ours_with(family, what)
+    perturb_(ours)
+    ml.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(family_model(family), tmp_path)
+    assert_parity(logits(ours, family), logits(theirs, family))
+    theirs = theirs_with(family, what)
     low_rank = {path for path, layer in adapter_layers(ours).items() if not isinstance(layer, TrainedCopy)}
     chosen = {name.split(".lora_")[0] for name, _ in theirs.named_parameters() if ".lora_" in name}
     assert low_rank == {name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in chosen}
@@ -88,15 +98,6 @@ def test_the_same_is_chosen_and_trained(family, what):
         biases = [p for name, p in theirs.named_parameters() if p.requires_grad and name.endswith("base_layer.bias")]
         total += sum(bias.numel() for bias in biases)
     assert tuple(ml.count_parameters(ours)) == (trainable, total)
-
-
-@pytest.mark.parametrize(("family", "what"), CASES)
-def test_peft_loads_what_we_save(family, what, tmp_path):
-    ours = ours_with(family, what)
-    learn_(ours)
-    ml.save_adapter(ours, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(family_model(family), tmp_path)
-    assert_parity(logits(ours, family), logits(theirs, family))
 
 
 def load(family, directory):
@@ -109,10 +110,10 @@ def load(family, directory):
     return model
 
 
-@pytest.mark.parametrize(("family", "what"), CASES)
+@cases
 def test_we_load_what_peft_saves_and_merge_to_the_same(family, what, tmp_path):
     theirs = theirs_with(family, what)
-    learn_(theirs)
+    perturb_(theirs)
     theirs.save_pretrained(tmp_path)
     ours, expected = load(family, tmp_path), logits(theirs, family)
     assert_parity(logits(ours, family), expected)
@@ -124,7 +125,7 @@ def test_we_load_what_peft_saves_and_merge_to_the_same(family, what, tmp_path):
 
 def test_all_linear_is_only_linears_where_peft_means_the_experts_and_the_router_of_mixtral_and_we_load_that(tmp_path):
     theirs = theirs_with("mixtral", "all-linear")
-    learn_(theirs)
+    perturb_(theirs)
     theirs.save_pretrained(tmp_path)
     assert theirs.peft_config["default"].target_parameters == {"gate.weight", "gate_up_proj", "down_proj"}
     ours = load("mixtral", tmp_path)

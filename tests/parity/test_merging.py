@@ -6,11 +6,11 @@ import torch
 import minilora as ml
 from minilora.merging import merge_directory
 from tests.models import randomize_adapters_, tiny_model, token_ids
+from tests.parity.theirs import theirs_loaded
 from tests.tolerance import assert_parity, assert_precision
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 IDS = token_ids(3, 2, 7)
@@ -35,17 +35,13 @@ def make(tmp_path):
     return write
 
 
-def their_model(path, dtype):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-
-
 @dtypes
 @families
 def test_peft_s_merge_into_the_weights_that_were_trained_on_is_ours_within_a_rounding(make, family, dtype):
     things = make(family, dtype)
     merge_directory(things / "base", [things / "adapter"], things / "merged", "dequantized", "nf4")
     ours = ml.load_model(things / "merged", dtype).state_dict()
-    base = their_model(things / "dense", dtype)
+    base = theirs_loaded(things / "dense", dtype)
     before = {name: weight.double() for name, weight in base.state_dict().items()}
     adapted = peft.PeftModel.from_pretrained(base, things / "adapter")
     factors = {name: factor.double() for name, factor in adapted.state_dict().items() if ".lora_" in name}
@@ -72,7 +68,7 @@ def test_transformers_opens_a_merged_directory_to_the_logits_of_the_adapted_mode
     merge_directory(things / "base", [things / "adapter"], things / "merged", target, "nf4")
     model = ml.load_model(things / "base", quantize="nf4" if target == "dequantized" else None)
     ml.load_adapter(model, things / "adapter")
-    theirs = their_model(things / "merged", torch.float32)
+    theirs = theirs_loaded(things / "merged", torch.float32)
     assert_parity(model(IDS), theirs(IDS).logits)
     assert torch.equal(theirs.lm_head.weight, ml.load_model(things / "merged").lm_head.weight)
 
@@ -83,7 +79,7 @@ def test_transformers_opens_a_requantized_directory_to_our_logits(make, double_q
     things = make("llama", torch.float32)
     config = ml.QuantizeConfig("nf4", double_quant, ("o_proj",))
     merge_directory(things / "base", [things / "adapter"], things / "merged", "requantized", config)
-    theirs = their_model(things / "merged", torch.float32).train()  # while evaluating it rounds more
+    theirs = theirs_loaded(things / "merged", torch.float32).train()  # while evaluating it rounds more
     packed = [module for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(packed) == 4 * 6
     assert_parity(ml.load_model(things / "merged")(IDS), theirs(IDS).logits)

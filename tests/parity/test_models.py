@@ -1,12 +1,15 @@
-"""Ours and transformers' decoders: the same logits, the same files, the same text."""
+"""Ours and transformers' decoders: the same logits, the same files, the same text, drawn or greedy."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.model.config import FAMILIES as TYPES
 from minilora.model.config import LlamaConfig
-from tests.models import FAMILIES, tiny_model, token_ids
+from minilora.model.generate import penalize, probabilities
+from tests.models import FAMILIES, examples, randn, seeds, tiny_model, token_ids
 from tests.test_config_json import MINIMAL, meaning
 from tests.tolerance import assert_parity
 
@@ -14,9 +17,12 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 families = pytest.mark.parametrize("family", FAMILIES)
 shards = pytest.mark.parametrize("shard_bytes", [1_000_000, 9_000])  # one file, several files
+TOKENS = token_ids(0, 2, 20)
+temperatures, top_ps, top_ks = st.sampled_from([0.3, 1.0, 2.5]), st.sampled_from([0.2, 0.9, 1.0]), st.integers(0, 99)
+penalties = st.sampled_from([0.5, 1.0, 1.3, 7.0])
 
 
-def their_model(ours):
+def theirs_model(ours):
     """transformers' model of the same config.json and weights."""
     source = dict(ours.config.source)
     config = transformers.AutoConfig.for_model(source.pop("model_type"), **source)
@@ -26,46 +32,39 @@ def their_model(ours):
 
 
 @families
-@pytest.mark.parametrize("n", [1, 10, 30])
-def test_logits_are_equal(family, n):
+@torch.no_grad()
+def test_logits_are_equal_at_every_length_and_of_padded_rows(family):
     ours = tiny_model(family, dtype=torch.float32)
-    tokens = token_ids(n, 2, n)
-    with torch.no_grad():
-        assert_parity(ours(tokens), their_model(ours)(input_ids=tokens).logits)
-
-
-@families
-def test_logits_of_padded_rows_are_equal(family):
-    ours, tokens, lengths = tiny_model(family, dtype=torch.float32), token_ids(0, 2, 9), [9, 4]
-    mask = (torch.arange(9) < torch.tensor(lengths).unsqueeze(1)).long()
-    with torch.no_grad():
-        ours_logits, theirs_logits = (
-            ours(tokens, lengths),
-            their_model(ours)(input_ids=tokens, attention_mask=mask).logits,
-        )
-    assert_parity(ours_logits[mask == 1], theirs_logits[mask == 1])
+    theirs = theirs_model(ours)
+    for length in (1, 10, 30):
+        tokens = token_ids(length, 2, length)
+        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+    tokens, lengths = token_ids(0, 2, 9), [9, 4]
+    mask = torch.arange(9) < torch.tensor(lengths).unsqueeze(1)
+    padded = theirs(input_ids=tokens, attention_mask=mask.long()).logits
+    assert_parity(ours(tokens, lengths)[mask], padded[mask])
 
 
 @families
 @shards
+@torch.no_grad()
 def test_what_ours_saves_theirs_loads_without_a_key_too_few_or_too_many(family, shard_bytes, tmp_path):
-    ours, tokens = tiny_model(family, dtype=torch.float32), token_ids(0, 2, 20)
+    ours = tiny_model(family, dtype=torch.float32)
     ml.save_model(ours, tmp_path, shard_bytes=shard_bytes)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert theirs.dtype == torch.float32
-    with torch.no_grad():
-        assert_parity(ours(tokens), theirs.eval()(input_ids=tokens).logits)
+    assert_parity(ours(TOKENS), theirs.eval()(input_ids=TOKENS).logits)
 
 
 @families
 @shards
+@torch.no_grad()
 def test_what_theirs_saves_ours_loads(family, shard_bytes, tmp_path):
-    theirs, tokens = their_model(tiny_model(family, dtype=torch.float32)), token_ids(0, 2, 20)
+    theirs = theirs_model(tiny_model(family, dtype=torch.float32))
     theirs.save_pretrained(tmp_path, max_shard_size=shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes < 10_000)
-    with torch.no_grad():
-        assert_parity(ml.load_model(tmp_path)(tokens), theirs(input_ids=tokens).logits)
+    assert_parity(ml.load_model(tmp_path)(TOKENS), theirs(input_ids=TOKENS).logits)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -77,19 +76,42 @@ def test_both_load_a_half_precision_checkpoint_to_the_same_weights(dtype, tmp_pa
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @families
-def test_greedy_text_of_64_tokens_is_equal(family, use_cache):
+def test_greedy_text_is_equal_with_and_without_a_cache(family):
     is_right = family != "llama-dynamic"  # or their cache keeps keys that were rotated for a shorter document
     ours, prompt = tiny_model(family, dtype=torch.float32), token_ids(0, 1, 5)
-    theirs = their_model(ours).generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=64,
-        do_sample=False,
-        use_cache=use_cache and is_right,
+    theirs = theirs_model(ours)
+    for use_cache, count in ((True, 64), (False, 24)):
+        settings = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache and is_right}
+        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert ml.generate(ours, prompt, max_new_tokens=count, use_cache=use_cache) == expected[:, 5:].tolist()
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return theirs_model(tiny_model(dtype=torch.float32))
+
+
+@given(seeds, temperatures, top_ps, top_ks, penalties)
+def test_the_probabilities_that_are_drawn_from_are_equal(theirs, seed, temperature, top_p, top_k, penalty):
+    """Theirs is what `generate` draws from: its own list of processors, in its own order."""
+    logits, documents = 3 * randn(seed, 4, 61, dtype=torch.float32), token_ids(seed, 4, 9)
+    ours = probabilities(penalize(logits, documents.tolist(), penalty), temperature, top_p, top_k)
+    settings = transformers.GenerationConfig(
+        do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty
     )
-    assert ml.generate(ours, prompt, max_new_tokens=64, use_cache=use_cache) == theirs[:, 5:].tolist()
+    expected = theirs._get_logits_processor(settings, documents.size(1), device="cpu")(documents, logits).softmax(-1)
+    assert torch.equal(ours > 0, expected > 0)
+    assert_parity(ours, expected)
+
+
+@examples(0.4)
+@given(seeds, penalties)
+def test_greedy_text_with_a_repetition_penalty_is_equal(seed, penalty):
+    ours, prompt = tiny_model("llama", seed, dtype=torch.float32), token_ids(seed, 1, 5)
+    settings = {"max_new_tokens": 40, "do_sample": False, "repetition_penalty": penalty}
+    theirs = theirs_model(ours).generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert ml.generate(ours, prompt, 40, repetition_penalty=penalty) == theirs[:, 5:].tolist()
 
 
 @pytest.mark.parametrize("family", TYPES)

@@ -16,7 +16,7 @@ from minilora.quant.nf4 import dequantize, quantize
 from minilora.storage import read_json
 from tests.models import tiny_model, token_ids
 from tests.test_nf4 import BOUND
-from tests.tolerance import assert_parity
+from tests.tolerance import assert_parity, assert_precision
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
@@ -24,7 +24,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-CASES = {  # of every family, its biases, a tied head, fused linears
+FAMILIES = {  # every one, its biases, a tied head, fused linears
     "llama": {},
     "llama-bias-tied-wide-heads": {"head_dim": 32},
     "mistral": {},
@@ -33,7 +33,7 @@ CASES = {  # of every family, its biases, a tied head, fused linears
     "smollm3": {},
     "phi3": {},
 }
-families = pytest.mark.parametrize("family", CASES)
+TOKENS = token_ids(0, 2, 12)
 doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "plain"])
 has_kernel = pytest.mark.skipif(
     not (hasattr(functional, "has_avx512bf16") and functional.has_avx512bf16()),
@@ -42,11 +42,11 @@ has_kernel = pytest.mark.skipif(
 
 
 def save_dense(path, family="llama", dtype=torch.bfloat16, **changes):
-    ml.save_model(tiny_model(family, dtype=dtype, **SIZES | CASES[family] | changes), path)
+    ml.save_model(tiny_model(family, dtype=dtype, **SIZES | FAMILIES[family] | changes), path)
     return path
 
 
-def their_model(path, dtype=torch.float32, **options):
+def theirs_model(path, dtype=torch.float32, **options):
     """transformers' model, quantized as it is loaded, or as it lies; it computes in float32."""
     if options:
         options = {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, **options)}
@@ -54,7 +54,7 @@ def their_model(path, dtype=torch.float32, **options):
     return model.train()
 
 
-def their_logits(model, tokens):
+def theirs_logits(model, tokens=TOKENS):
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
@@ -65,99 +65,90 @@ def their_logits(model, tokens):
         return model(input_ids=tokens).logits
 
 
-def our_logits(path, tokens):
+def ours_logits(path):
     with torch.no_grad():
-        return ml.load_model(path, "float32")(tokens)
+        return ml.load_model(path, "float32")(TOKENS)
 
 
-def options_of(double_quant, kind="nf4", **others):
+def options_of(double_quant=True, kind="nf4", **others):
     return {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant, **others}
+
+
+def tensors_of(path):
+    return load_file(path / "model.safetensors")
 
 
 def same_files(ours, theirs):
     """Tensors, JSON and what config.json says of quantization."""
-    one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    one, other = tensors_of(ours), tensors_of(theirs)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
         assert torch.equal(tensor, other[name]), name
-    our_entry, their_entry = (read_json(path / "config.json")["quantization_config"] for path in (ours, theirs))
-    assert json.dumps(our_entry) == json.dumps(their_entry)
+    ours_entry, theirs_entry = (read_json(path / "config.json")["quantization_config"] for path in (ours, theirs))
+    assert json.dumps(ours_entry) == json.dumps(theirs_entry)
 
 
-# --- the same bytes, the same logits ---
+def assert_each_loads_the_other_s(ours, theirs, model):
+    """Two directories, and their model of the same."""
+    expected = theirs_logits(model)
+    assert_parity(ours_logits(theirs), expected)
+    assert_parity(theirs_logits(theirs_model(ours)), expected)
 
 
-@families
+@pytest.mark.parametrize("family", FAMILIES)
 @doubles
-def test_a_4_bit_directory_is_theirs_byte_for_byte_and_each_loads_the_other_s_to_equal_logits(
-    family, double_quant, tmp_path
-):
-    dense, tokens = save_dense(tmp_path / "dense", family), token_ids(0, 2, 12)
-    ml.save_model(ml.load_model(dense, "bfloat16", quantize=QuantizeConfig("nf4", double_quant)), tmp_path / "ours")
-    theirs = their_model(dense, torch.bfloat16, **options_of(double_quant, bnb_4bit_compute_dtype=torch.bfloat16))
-    theirs.save_pretrained(tmp_path / "theirs")
-    same_files(tmp_path / "ours", tmp_path / "theirs")
-    expected = their_logits(theirs, tokens)
-    assert_parity(our_logits(tmp_path / "theirs", tokens), expected)
-    assert_parity(our_logits(tmp_path / "ours", tokens), their_logits(their_model(tmp_path / "ours"), tokens))
+def test_a_4_bit_directory_is_theirs_byte_for_byte_and_each_loads_the_other_s(family, double_quant, tmp_path):
+    dense, ours, theirs = save_dense(tmp_path / "dense", family), tmp_path / "ours", tmp_path / "theirs"
+    ml.save_model(ml.load_model(dense, "bfloat16", quantize=QuantizeConfig("nf4", double_quant)), ours)
+    model = theirs_model(dense, torch.bfloat16, **options_of(double_quant, bnb_4bit_compute_dtype=torch.bfloat16))
+    model.save_pretrained(theirs)
+    same_files(ours, theirs)
+    assert_each_loads_the_other_s(ours, theirs, model)
 
 
 @pytest.mark.parametrize("skip", [["down_proj"], ["model.layers.1"], ["q_proj", "model.layers.0.mlp"]])
 def test_what_stays_dense_is_the_same_to_both(skip, tmp_path):
-    dense, tokens = save_dense(tmp_path / "dense"), token_ids(0, 2, 12)
-    theirs = their_model(dense, **options_of(True, llm_int8_skip_modules=[*skip, "lm_head"]))
-    theirs.save_pretrained(tmp_path / "theirs")
-    ml.save_model(
-        ml.load_model(dense, "float32", quantize=QuantizeConfig("nf4", quantize_skip=skip)), tmp_path / "ours"
-    )
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
-    assert one.keys() == other.keys()
-    assert_parity(our_logits(tmp_path / "theirs", tokens), their_logits(theirs, tokens))
-    assert_parity(our_logits(tmp_path / "ours", tokens), their_logits(their_model(tmp_path / "ours"), tokens))
+    dense, ours, theirs = save_dense(tmp_path / "dense"), tmp_path / "ours", tmp_path / "theirs"
+    model = theirs_model(dense, **options_of(llm_int8_skip_modules=[*skip, "lm_head"]))
+    model.save_pretrained(theirs)
+    ml.save_model(ml.load_model(dense, "float32", quantize=QuantizeConfig("nf4", quantize_skip=skip)), ours)
+    assert tensors_of(ours).keys() == tensors_of(theirs).keys()
+    assert_each_loads_the_other_s(ours, theirs, model)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @doubles
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 def test_their_formats_and_storages_are_read(kind, double_quant, storage, tmp_path):
-    dense, tokens = save_dense(tmp_path / "dense", "qwen2"), token_ids(0, 2, 12)
-    theirs = their_model(dense, **options_of(double_quant, kind, bnb_4bit_quant_storage=storage))
-    theirs.save_pretrained(tmp_path / "theirs")
-    stored = load_file(tmp_path / "theirs" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    assert stored.dtype == storage
-    assert_parity(our_logits(tmp_path / "theirs", tokens), their_logits(theirs, tokens))
+    model = theirs_model(
+        save_dense(tmp_path / "dense", "qwen2"), **options_of(double_quant, kind, bnb_4bit_quant_storage=storage)
+    )
+    model.save_pretrained(tmp_path)
+    assert tensors_of(tmp_path)["model.layers.0.mlp.up_proj.weight"].dtype == storage
+    assert_parity(ours_logits(tmp_path), theirs_logits(model))
 
 
 def test_shards_that_part_a_weight_from_its_statistics_are_read_and_ours_by_them(tmp_path):
-    dense, tokens = save_dense(tmp_path / "dense"), token_ids(0, 2, 12)
-    theirs = their_model(dense, **options_of(True))
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=5000)
-    ml.save_model(ml.load_model(tmp_path / "theirs", "float32"), tmp_path / "ours", shard_bytes=20_000)
-    weight_map = read_json(tmp_path / "theirs" / "model.safetensors.index.json")["weight_map"]
-    parts = {name.partition(".weight")[0]: set() for name in weight_map}
-    for name, file in weight_map.items():
-        parts[name.partition(".weight")[0]].add(file)
-    assert max(map(len, parts.values())) > 1
-    expected = their_logits(theirs, tokens)
-    assert_parity(our_logits(tmp_path / "theirs", tokens), expected)
-    assert_parity(their_logits(their_model(tmp_path / "ours"), tokens), expected)
+    ours, theirs, files = tmp_path / "ours", tmp_path / "theirs", {}
+    model = theirs_model(save_dense(tmp_path / "dense"), **options_of())
+    model.save_pretrained(theirs, max_shard_size=5000)
+    ml.save_model(ml.load_model(theirs, "float32"), ours, shard_bytes=20_000)
+    for name, file in read_json(theirs / "model.safetensors.index.json")["weight_map"].items():
+        files.setdefault(name.partition(".weight")[0], set()).add(file)
+    assert max(map(len, files.values())) > 1
+    assert_each_loads_the_other_s(ours, theirs, model)
 
 
 def test_a_head_that_they_pack_is_read(tmp_path):
-    dense, tokens = save_dense(tmp_path / "dense", vocab_size=64), token_ids(0, 2, 12)
-    theirs = their_model(dense, **options_of(True, llm_int8_skip_modules=[]))
-    assert isinstance(theirs.lm_head, bitsandbytes.nn.Linear4bit)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = ml.load_model(tmp_path / "theirs", "float32")
-    ml.save_model(ours, tmp_path / "ours")
-    assert isinstance(ours.lm_head, NF4Linear)
-    expected = their_logits(theirs, tokens)
-    assert_parity(our_logits(tmp_path / "theirs", tokens), expected)
-    assert_parity(their_logits(their_model(tmp_path / "ours"), tokens), expected)
-
-
-# --- where they are wrong ---
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    model = theirs_model(save_dense(tmp_path / "dense", vocab_size=64), **options_of(llm_int8_skip_modules=[]))
+    assert isinstance(model.lm_head, bitsandbytes.nn.Linear4bit)
+    model.save_pretrained(theirs)
+    loaded = ml.load_model(theirs, "float32")
+    assert isinstance(loaded.lm_head, NF4Linear)
+    ml.save_model(loaded, ours)
+    assert_each_loads_the_other_s(ours, theirs, model)
 
 
 @has_kernel
@@ -185,7 +176,7 @@ def evaluate_save_and_train(layer):
     return stored, torch.autograd.grad(y.sum(), x, allow_unused=True)[0]
 
 
-def their_layer(weight):
+def theirs_layer(weight):
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
     return layer.to("cpu")
@@ -195,25 +186,26 @@ def their_layer(weight):
 def test_evaluating_saving_and_training_leaves_scales_and_gradients_intact_here_and_not_there():
     """There an evaluation rounds the scales to bfloat16, saving quantizes them anew; and the gradient is None."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    ours, theirs = NF4Linear.quantize(weight), their_layer(weight)
-    before, their_before = ({k: v.clone() for k, v in layer.state_dict().items()} for layer in (ours, theirs))
+    ours, theirs = NF4Linear.quantize(weight), theirs_layer(weight)
+    before, theirs_before = ({k: v.clone() for k, v in layer.state_dict().items()} for layer in (ours, theirs))
     stored, gradient = evaluate_save_and_train(ours)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())
-    assert torch.equal(gradient, torch.ones(2, 64).bfloat16() @ dense_weight(ours))
-    their_stored, their_gradient = evaluate_save_and_train(theirs)
-    assert torch.equal(their_stored["weight"].view(-1), their_before["weight"].view(-1))
-    drift = [name for name, tensor in their_stored.items() if not torch.equal(tensor, their_before[name])]
+    ones, dense = torch.ones(2, 64, dtype=torch.bfloat16), dense_weight(ours)
+    assert_precision(gradient, ones @ dense, ones.double() @ dense.double())
+    theirs_stored, theirs_gradient = evaluate_save_and_train(theirs)
+    assert torch.equal(theirs_stored["weight"].view(-1), theirs_before["weight"].view(-1))
+    drift = [name for name, tensor in theirs_stored.items() if not torch.equal(tensor, theirs_before[name])]
     assert "weight.absmax" in drift
-    assert their_gradient is None
+    assert theirs_gradient is None
 
 
 def evaluated(path, dense, double_quant):
     """What they save of a model after an evaluation."""
-    model = their_model(dense, torch.bfloat16, **options_of(double_quant)).eval()
+    model = theirs_model(dense, torch.bfloat16, **options_of(double_quant)).eval()
     with torch.no_grad():
         model(input_ids=token_ids(0, 1, 4))
     model.save_pretrained(path)
-    return load_file(path / "model.safetensors")
+    return tensors_of(path)
 
 
 @has_kernel

@@ -26,7 +26,7 @@ from minilora.train.evaluate import held_out_loss
 from minilora.train.objective import batch_loss
 from minilora.train.rows import Row, find_splits
 from tests.models import randomize_adapters_
-from tests.parity.test_quant_files import options_of, their_logits, their_model
+from tests.parity.test_quant_files import options_of, theirs_logits, theirs_model
 from tests.tolerance import GRADIENT_PARITY, assert_parity, relative
 
 pytestmark = pytest.mark.real
@@ -74,12 +74,11 @@ def chat_ids(tokenizer, prompt):
 def rows():
     """Rows of unequal answers: prompt and completion, as they are in the built-in data, and longer ones."""
     answers = ["animal", "a plant, which grows", "food", "it is said to be a place " * 3]
-    return [
-        Row({"prompt": f"Question {i}:", "completion": f" {answer}"}, f"row {i}") for i, answer in enumerate(answers)
-    ]
+    texts = [{"prompt": f"Question {i}:", "completion": f" {answer}"} for i, answer in enumerate(answers)]
+    return [Row(text, f"row {i}") for i, text in enumerate(texts)]
 
 
-def their_loss(model, batch):
+def theirs_loss(model, batch):
     """The sum over labelled tokens, each row run by itself."""
     total = 0.0
     for tokens, targets in zip(batch.tokens.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
@@ -117,28 +116,27 @@ def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, token
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
     batch = collate([encode_row(row, tokenizer, ml.DataConfig()) for row in rows()], torch.device("cpu"))
     exact = copy.deepcopy(wrapped).double()
-    our_loss, peft_loss = batch_loss(ours, batch, TrainConfig()), their_loss(wrapped, batch)
-    assert_parity(our_loss, peft_loss, GRADIENT_PARITY)
-    for loss in (our_loss, peft_loss, their_loss(exact, batch)):
+    ours_loss, peft_loss = batch_loss(ours, batch, TrainConfig()), theirs_loss(wrapped, batch)
+    assert_parity(ours_loss, peft_loss, GRADIENT_PARITY)
+    for loss in (ours_loss, peft_loss, theirs_loss(exact, batch)):
         loss.backward()
-    our_gradients = {
-        f"base_model.model.{path}.lora_{letter}.default.weight": getattr(
-            layer.adapters["default"], f"lora_{letter}"
-        ).grad
-        for path, layer in adapter_layers(ours).items()
-        for letter in "AB"
-    }
-    exact_gradients = {name: p.grad for name, p in exact.named_parameters() if p.requires_grad}
-    their_gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert our_gradients.keys() == their_gradients.keys()
-    assert len(our_gradients) == 2 * 7 * 30
-    our_errors, their_errors = (
+    ours_gradients = {}
+    for path, layer in adapter_layers(ours).items():
+        for factor in ("lora_A", "lora_B"):
+            name = f"base_model.model.{path}.{factor}.default.weight"
+            ours_gradients[name] = getattr(layer.adapters["default"], factor).grad
+    exact_gradients, theirs_gradients = (
+        {name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in (exact, wrapped)
+    )
+    assert ours_gradients.keys() == theirs_gradients.keys()
+    assert len(ours_gradients) == 2 * 7 * 30
+    ours_errors, theirs_errors = (
         [relative(gradients[name], exact_gradients[name], GRADIENT_PARITY) for name in exact_gradients]
-        for gradients in (our_gradients, their_gradients)
+        for gradients in (ours_gradients, theirs_gradients)
     )
     for middle_or_worst in (statistics.median, max):
-        assert middle_or_worst(our_errors) <= 2 * middle_or_worst(their_errors)
-    assert max(their_errors) < 10  # or twice their error would say little
+        assert middle_or_worst(ours_errors) <= 2 * middle_or_worst(theirs_errors)
+    assert max(theirs_errors) < 10  # or twice their error would say little
 
 
 def test_the_loss_of_step_0_is_the_base_model_s(ours, tokenizer):
@@ -151,16 +149,8 @@ def test_the_loss_of_step_0_is_the_base_model_s(ours, tokenizer):
 
 def conversations():
     """30 conversations: 1 to 3 rounds, with and without a system turn, odd white space, Unicode, empty lines."""
-    texts = [
-        "Hello",
-        " spaced ",
-        "две строки\n\nи ещё",
-        "日本語のテキスト 🙂",
-        "x" * 40,
-        "a\tb",
-        "<b>&amp;</b>",
-        '{"k": [1]}',
-    ]
+    texts = ["Hello", " spaced ", "две строки\n\nи ещё", "日本語のテキスト 🙂", "x" * 40, "a\tb", "<b>&amp;</b>"]
+    texts.append('{"k": [1]}')
     for i in range(30):
         turns = [{"role": "system", "content": texts[i % 5]}] if i % 3 == 0 else []
         for j in range(1 + i % 3):
@@ -172,18 +162,11 @@ def conversations():
 def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2)
     said = "{% generation %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}"
-    marked = (
-        theirs.chat_template.replace(
-            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}", "@"
-        )
-        .replace("@", "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}" + said)
-        .replace(
-            "{% endgeneration %}",
-            "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}",
-        )
-    )
+    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    other = "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}"
+    begun = "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
+    marked = theirs.chat_template.replace(turn, begun + said + other)
     assert "{% generation %}" in marked
-    count = 0
     for turns in conversations():
         assert tokenizer.render(turns) == theirs.apply_chat_template(turns, tokenize=False)
         encoded = theirs.apply_chat_template(
@@ -192,8 +175,6 @@ def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, to
         example = encode_row(Row({"messages": turns}, "row"), tokenizer, ml.DataConfig(train_on="assistant"))
         assert example.tokens == encoded["input_ids"]
         assert [label != ops.IGNORE_INDEX for label in example.labels] == [bool(m) for m in encoded["assistant_masks"]]
-        count += 1
-    assert count == 30
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -210,13 +191,13 @@ def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
     test_rows = ml.load_dataset(find_splits(BUILTIN)["test"][0], tokenizer)[:200]
     ours = ml.load_model(smollm2, dtype="float32")
     ml.load_adapter(ours, out)
-    our_loss = torch.tensor(held_out_loss(ours, test_rows))
+    ours_loss = torch.tensor(held_out_loss(ours, test_rows))
     with torch.no_grad():
         batch = collate(test_rows, torch.device("cpu"))
-        in_peft = their_loss(peft.PeftModel.from_pretrained(theirs, out).eval(), batch) / batch.labelled
+        in_peft = theirs_loss(peft.PeftModel.from_pretrained(theirs, out).eval(), batch) / batch.labelled
         in_transformers = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-        assert_parity(our_loss, in_peft)
-        assert_parity(our_loss, their_loss(in_transformers, batch) / batch.labelled)
+        assert_parity(ours_loss, in_peft)
+        assert_parity(ours_loss, theirs_loss(in_transformers, batch) / batch.labelled)
 
 
 def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_other_to_equal_logits(
@@ -224,7 +205,7 @@ def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_
 ):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     assert main(["quantize", "--model", str(smollm2), "--out", str(ours), "--device", "cpu"]) == 0
-    model = their_model(smollm2, "auto", **options_of(True, bnb_4bit_compute_dtype=torch.bfloat16))
+    model = theirs_model(smollm2, "auto", **options_of(bnb_4bit_compute_dtype=torch.bfloat16))
     model.save_pretrained(theirs)
     one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
     assert one.keys() == other.keys()
@@ -234,8 +215,8 @@ def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_
         assert torch.equal(tensor, other[name]), name
     assert read_json(ours / "config.json") == read_json(theirs / "config.json")
     ids = torch.tensor([chat_ids(tokenizer, PROMPTS[2])])
-    expected = their_logits(model, ids)
-    assert_parity(their_logits(their_model(ours), ids), expected)
+    expected = theirs_logits(model, ids)
+    assert_parity(theirs_logits(theirs_model(ours), ids), expected)
     for path in (ours, theirs):
         with torch.no_grad():
             assert_parity(ml.load_model(path, "float32")(ids), expected)

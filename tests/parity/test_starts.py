@@ -53,20 +53,20 @@ def data(seed=0):
     return [torch.cat((half, -half)) for half in halves]
 
 
-def their_config(init, targets=LINEARS, **more):
+def theirs_config(init, targets=LINEARS, **more):
     return peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=init, **more)
 
 
-def their_model(init, targets=LINEARS, **more):
-    return peft.get_peft_model(Parallel(), their_config(init, targets, **more))
+def theirs_model(init, targets=LINEARS, **more):
+    return peft.get_peft_model(Parallel(), theirs_config(init, targets, **more))
 
 
-def their_factors(model, path):
+def theirs_factors(model, path):
     layer = model.base_model.model.get_submodule(path)
     return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
 
-def our_targets(model):
+def ours_targets(model):
     return {
         path: Target(m, (m.out_features, m.in_features), lambda m=m: dense_weight(m), R, lora_scale(R, ALPHA))
         for path in LINEARS
@@ -74,10 +74,10 @@ def our_targets(model):
     }
 
 
-def our_factors(kind, batches, rho=2.0):
+def ours_factors(kind, batches, rho=2.0):
     model = Parallel()
     losses = (model.loss(x) for x in batches)
-    return data_factors(kind, model, our_targets(model), losses, torch.Generator().manual_seed(0), rho)
+    return data_factors(kind, model, ours_targets(model), losses, torch.Generator().manual_seed(0), rho)
 
 
 def assert_same_but_for_signs(ours, theirs):
@@ -87,13 +87,10 @@ def assert_same_but_for_signs(ours, theirs):
     assert_parity(ours[1] * signs, theirs[1], ALLOWED)
 
 
-# --- drawn ---
-
-
 @pytest.mark.parametrize("kind", [True, "gaussian"])
 @pytest.mark.parametrize(("path", "shapes"), [("wide", ((R, 12), (20, R))), ("scan", ((R, 4, 3, 3), (6, R, 1, 1)))])
 def test_the_same_numbers_are_drawn(kind, path, shapes):
-    layer = their_model(True, [path]).base_model.model.get_submodule(path)
+    layer = theirs_model(True, [path]).base_model.model.get_submodule(path)
     torch.manual_seed(7)
     layer.reset_lora_parameters("default", kind)
     lora_A, lora_B = initial_factors(kind, *shapes, torch.Generator().manual_seed(7))
@@ -102,7 +99,7 @@ def test_the_same_numbers_are_drawn(kind, path, shapes):
 
 
 def test_an_embedding_s_are_the_same_numbers():
-    layer = their_model(True, ["lookup"]).base_model.model.lookup
+    layer = theirs_model(True, ["lookup"]).base_model.model.lookup
     torch.manual_seed(7)
     layer.reset_lora_parameters("default", True)
     lora_A, lora_B = embedding_factors(True, 10, 6, R, torch.Generator().manual_seed(7))
@@ -112,8 +109,8 @@ def test_an_embedding_s_are_the_same_numbers():
 
 def test_orthogonal_factors_have_their_sizes_and_their_product_is_zero_there_too():
     torch.manual_seed(7)
-    big = peft.get_peft_model(nn.Sequential(nn.Linear(3000, 2000)), their_config("orthogonal", ["0"]))
-    theirs = their_factors(big, "0")
+    big = peft.get_peft_model(nn.Sequential(nn.Linear(3000, 2000)), theirs_config("orthogonal", ["0"]))
+    theirs = theirs_factors(big, "0")
     ours = initial_factors("orthogonal", (R, 3000), (2000, R), torch.Generator().manual_seed(7))
     for our, their in zip(ours, theirs, strict=True):
         assert our.shape == their.shape
@@ -122,18 +119,15 @@ def test_orthogonal_factors_have_their_sizes_and_their_product_is_zero_there_too
         assert (lora_B @ lora_A).abs().max() < 1e-5 * lora_A.abs().max() * lora_B.abs().max()
 
 
-# --- from the weight ---
-
-
 @pytest.mark.parametrize("path", LINEARS)
 @pytest.mark.parametrize("kind", ["pissa", "olora", "pissa_niter_300"])  # theirs has no column more than it needs
 def test_what_moves_out_of_the_weight_is_the_same(kind, path):
     torch.manual_seed(0)
-    theirs = their_model(kind)
+    theirs = theirs_model(kind)
     weight = Parallel().get_submodule(path).weight.detach()
     scale = lora_scale(R, ALPHA)
     ours = moved_factors(kind, weight, R, scale, torch.Generator().manual_seed(0))
-    assert_same_but_for_signs(ours, their_factors(theirs, path))
+    assert_same_but_for_signs(ours, theirs_factors(theirs, path))
     residual = theirs.base_model.model.get_submodule(path).base_layer.weight
     assert_parity(weight - scale * ours[1] @ ours[0], residual, ALLOWED)
 
@@ -148,24 +142,15 @@ def test_loftq_s_factors_are_theirs_of_the_same_rounding_and_divided_by_the_scal
     assert_same_but_for_signs((root * lora_A, root * lora_B), (theirs["R"], theirs["L"]))
 
 
-# --- from data ---
-
-
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_eva_of_inputs_of_mean_zero_has_the_same_directions_ranks_and_alphas(rho):
-    model = their_model("eva", eva_config=peft.EvaConfig(rho=rho, tau=0.9999))
+    model = theirs_model("eva", eva_config=peft.EvaConfig(rho=rho, tau=0.9999))
     whole = [torch.cat(data())]
-    peft.initialize_lora_eva_weights(
-        model,
-        whole,
-        forward_fn=lambda model, x: model(x),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=None,
-        show_progress_bar=False,
-    )
-    ours = our_factors("eva", data(), rho)
+    others = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize_lora_eva_weights(model, whole, forward_fn=lambda model, x: model(x), **others)
+    ours = ours_factors("eva", data(), rho)
     for path, factors in ours.items():
-        assert_same_but_for_signs(factors, their_factors(model, path))
+        assert_same_but_for_signs(factors, theirs_factors(model, path))
     theirs = model.peft_config["default"]
     config = redistributed(
         LoraConfig(r=R, lora_alpha=ALPHA, target_modules=LINEARS, init_lora_weights="eva"),
@@ -182,11 +167,11 @@ def test_corda_moves_the_same_part_of_the_weight(monkeypatch):
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    model, config, whole = Parallel(), their_config("corda", corda_config=CordaConfig()), torch.cat(data())
+    model, config, whole = Parallel(), theirs_config("corda", corda_config=CordaConfig()), torch.cat(data())
     preprocess_corda(model, config, run_model=lambda: model(whole))
     theirs = peft.get_peft_model(model, config)
-    for path, (lora_A, lora_B) in our_factors("corda", data()).items():
-        A, B = their_factors(theirs, path)
+    for path, (lora_A, lora_B) in ours_factors("corda", data()).items():
+        A, B = theirs_factors(theirs, path)
         assert_parity(lora_B @ lora_A, B @ A, ALLOWED)
         size = (A.norm() / lora_A.norm()).item()
         assert_same_but_for_signs((size * lora_A, lora_B / size), (A, B))
@@ -197,7 +182,7 @@ def test_lora_ga_has_the_same_directions_and_the_published_sizes():
     from peft.tuners.lora.loraga import preprocess_loraga
 
     torch.manual_seed(0)
-    model, config = Parallel(), their_config("lora_ga", lora_ga_config=peft.LoraGAConfig())
+    model, config = Parallel(), theirs_config("lora_ga", lora_ga_config=peft.LoraGAConfig())
     del model.lookup, model.scan
     gradients = {}
 
@@ -208,11 +193,9 @@ def test_lora_ga_has_the_same_directions_and_the_published_sizes():
 
     preprocess_loraga(model, config, step)
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    for path, (lora_A, lora_B) in our_factors("lora_ga", data()).items():
-        A, B = their_factors(theirs, path)
+    for path, (lora_A, lora_B) in ours_factors("lora_ga", data()).items():
+        A, B = theirs_factors(theirs, path)
         S = torch.linalg.svdvals(gradients[path] / len(data()))[R : 2 * R]
         zeta = lora_B.size(0) ** 0.25 / math.sqrt(GAMMA)
-        signs = (lora_A * A).sum(1).sign()
-        assert_parity(signs.unsqueeze(1) * lora_A / zeta, A, ALLOWED)
-        signs = (lora_B * B).sum(0).sign()
-        assert_parity(lora_B * signs * S, B, ALLOWED)
+        assert_parity((lora_A * A).sum(1, keepdim=True).sign() * lora_A / zeta, A, ALLOWED)
+        assert_parity((lora_B * B).sum(0).sign() * lora_B * S, B, ALLOWED)

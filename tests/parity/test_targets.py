@@ -15,14 +15,13 @@ from tests.test_lora_config import MEANT, NOT_MEANT, named
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
-theirs = pytest.importorskip("peft.tuners.tuners_utils")
-
+tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
 DEFAULTS = pytest.importorskip("peft.utils.constants").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 TASKS = {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForImageClassification": "SEQ_CLS"}
 
 
 def theirs_means(path, fields):
-    return bool(theirs.check_target_module_exists(peft.LoraConfig(**fields), path))
+    return bool(tuners_utils.check_target_module_exists(peft.LoraConfig(**fields), path))
 
 
 @pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in MEANT + NOT_MEANT])
@@ -57,12 +56,6 @@ def test_names_layers_and_exclusions_mean_what_they_mean_to_peft(path, fields):
     assert theirs_means(path, fields) == is_target(path, ml.LoraConfig(**fields))
 
 
-def test_layers_also_hold_for_modules_named_in_full_where_peft_ignores_them():
-    fields = {"target_modules": ["layers.1.q"], "layers_to_transform": [0], "layers_pattern": ["layers"]}
-    assert theirs_means("layers.1.q", fields)
-    assert not is_target("layers.1.q", ml.LoraConfig(**fields))
-
-
 def ours_chosen(model, **fields):
     return set(targets(base_modules(model), ml.LoraConfig(**fields), head_path(model)))
 
@@ -71,7 +64,7 @@ def ours_chosen(model, **fields):
 def test_all_linear_means_what_it_means_to_peft(family):
     model, task = family_model(family), TASKS.get(FAMILIES[family][0])
     config = peft.LoraConfig(target_modules="all-linear", task_type=task)
-    linears = theirs._maybe_include_all_linear_layers(config, model).target_modules
+    linears = tuners_utils._maybe_include_all_linear_layers(config, model).target_modules
     heads = {name for name in linears if name.split(".")[0] in ("classifier", "pre_classifier")}  # trained in full
     assert ours_chosen(model, task_type=task) == linears - heads
 
@@ -87,8 +80,9 @@ def test_where_fused_kernels_read_the_weights_themselves_an_adapter_is_refused_a
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_has_what_the_model_has_and_what_peft_takes(family):
+def test_every_linear_can_be_adapted_and_the_table_has_what_the_model_has_and_what_peft_takes(family):
     model, row = family_model(family), TARGETS[family]
+    assert all(kind_of(module) for module in base_modules(model).values() if isinstance(module, nn.Linear))
     assert row.peft == tuple(DEFAULTS.get(family, ()))
     assert find_target_modules(model) == sorted(row.linears)
     names = [name for name, _ in model.named_parameters()]
@@ -124,9 +118,3 @@ def test_what_is_adapted_already_is_found_as_before():
     ml.attach(model, ml.LoraConfig(target_modules=["q_proj", "embed_tokens"]))
     assert adapter_layers(model)
     assert find_target_modules(model) == found
-
-
-def test_every_linear_of_every_family_can_be_adapted():
-    for family in FAMILIES:
-        for path, module in base_modules(family_model(family)).items():
-            assert not isinstance(module, nn.Linear) or kind_of(module) is not None, f"{family} {path}"

@@ -1,7 +1,11 @@
-"""Ours and transformers' rendering of real chat templates: the same text, and the same tokens said by the assistant."""
+"""Ours and transformers' rendering of real chat templates: the same text, and the same tokens said by the assistant.
+
+Of a conversation with each template all of an answer is learned, and nothing else.
+"""
 
 import copy
 import json
+import shutil
 from datetime import datetime
 from importlib.resources import files
 
@@ -9,14 +13,17 @@ import pytest
 
 import minilora as ml
 from minilora import DataError
-from minilora.model import template as our_module
+from minilora.model import template as ours_module
+from minilora.model.ops import IGNORE_INDEX
 from minilora.model.template import ChatTemplate
 from minilora.storage import ASSETS
+from minilora.train.data import encode_row
+from minilora.train.rows import Row
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")
-their_module = transformers.utils.chat_template_utils
+theirs_module = transformers.utils.chat_template_utils
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 SOURCES = {
@@ -146,8 +153,8 @@ class Clock(datetime):
 
 @pytest.fixture(autouse=True)
 def _time_stands_still(monkeypatch):
-    monkeypatch.setattr(our_module, "datetime", Clock)
-    monkeypatch.setattr(their_module, "datetime", Clock)
+    monkeypatch.setattr(ours_module, "datetime", Clock)
+    monkeypatch.setattr(theirs_module, "datetime", Clock)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +170,7 @@ def ours(theirs, tmp_path_factory):
     return ml.load_tokenizer(directory)
 
 
-def their_outcome(theirs, messages, **options):
+def theirs_outcome(theirs, messages, **options):
     """What transformers makes of a conversation, or None where it or the template refuses it."""
     try:
         return theirs.apply_chat_template(messages, **options)
@@ -171,7 +178,7 @@ def their_outcome(theirs, messages, **options):
         return None
 
 
-def our_outcome(render, *args, **options):
+def ours_outcome(render, *args, **options):
     try:
         return render(*args, **options)
     except DataError:
@@ -188,13 +195,15 @@ def test_all_templates_and_enough_conversations_are_compared():
 def test_text_is_equal_and_the_same_conversations_are_refused(theirs, name):
     template = ChatTemplate(SOURCES[name], SPECIAL)
     for options in OPTIONS:
-        their_texts = {
-            key: their_outcome(theirs, messages, chat_template=SOURCES[name], tokenize=False, **options)
+        theirs_texts = {
+            key: theirs_outcome(theirs, messages, chat_template=SOURCES[name], tokenize=False, **options)
             for key, messages in CONVERSATIONS.items()
         }
-        our_texts = {key: our_outcome(template.render, messages, **options) for key, messages in CONVERSATIONS.items()}
-        assert our_texts == their_texts
-        assert sum(text is not None for text in our_texts.values()) >= 12
+        ours_texts = {
+            key: ours_outcome(template.render, messages, **options) for key, messages in CONVERSATIONS.items()
+        }
+        assert ours_texts == theirs_texts
+        assert sum(text is not None for text in ours_texts.values()) >= 12
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -202,8 +211,8 @@ def test_the_tokens_that_the_assistant_says_are_equal(ours, theirs, name):
     template, said = ChatTemplate(SOURCES[name], SPECIAL), 0
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     for key, messages in CONVERSATIONS.items():
-        encoded = their_outcome(theirs, messages, chat_template=SOURCES[name], tools=TOOLS, **options)
-        rendered = our_outcome(template.render_spans, messages, tools=TOOLS)
+        encoded = theirs_outcome(theirs, messages, chat_template=SOURCES[name], tools=TOOLS, **options)
+        rendered = ours_outcome(template.render_spans, messages, tools=TOOLS)
         assert (rendered is None) == (encoded is None), key
         if rendered is not None:
             ids, spans = ours.encode_spans(rendered[0], add_special_tokens=False)
@@ -224,3 +233,40 @@ def test_ours_reads_the_tokens_and_the_template_that_theirs_saves(theirs, tmp_pa
     assert ours.special_tokens == theirs.special_tokens_map == SPECIAL
     assert ours.eos_id == theirs.eos_token_id
     assert len(ours) == len(theirs)
+
+
+TURNS = 3
+LAST_ONLY = "gptoss"  # renders an answer otherwise once others follow, so that only the last one can be learned
+
+
+@pytest.fixture(scope="module")
+def builtin(tmp_path_factory):
+    """The built-in model's tokenizer, with an end token."""
+    directory = tmp_path_factory.mktemp("builtin") / "model"
+    shutil.copytree(ASSETS / "model", directory)
+    tokens = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
+    return ml.load_tokenizer(directory)
+
+
+def learned_text(tokenizer, as_parts, train_on):
+    """What the labels of a conversation say; None if it is refused."""
+    content = text if as_parts else str
+    turns = [(user(content(f"question{i}.")), assistant(content(f"answer{i}."))) for i in range(TURNS)]
+    row = Row({"messages": [message for turn in turns for message in turn]}, "row")
+    try:
+        example = encode_row(row, tokenizer, ml.DataConfig(train_on=train_on))
+    except DataError:
+        return None
+    return tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_answer_is_learned_and_no_question(builtin, name):
+    tokenizer = builtin.with_template(SOURCES[name])
+    for train_on, first in (("completion", TURNS - 1), ("assistant", 0)):
+        learned = [learned_text(tokenizer, as_parts, train_on) for as_parts in (False, True)]
+        assert any(learned) or (train_on == "assistant" and name == LAST_ONLY)
+        for said in filter(None, learned):
+            assert [i for i in range(TURNS) if f"answer{i}." in said] == list(range(first, TURNS))
+            assert "question" not in said
