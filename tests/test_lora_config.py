@@ -176,9 +176,17 @@ def test_a_rank_for_each_of_many_layers_is_found_without_compiling_each_key_agai
 
 def test_all_bad_values_are_told_at_once():
     with pytest.raises(ConfigError) as error:
-        LoraConfig(r=0, lora_alpha=-1, lora_dropout=1.0, init_lora_weights="pizza", rank_pattern={"(": 1.5})
-    for word in ("r is 0", "lora_alpha is -1", "lora_dropout is 1.0", "'pizza'", "rank_pattern['('] is 1.5", "regular"):
-        assert word in str(error.value)
+        LoraConfig(
+            r=0,
+            lora_alpha=-1,
+            lora_dropout=1.0,
+            init_lora_weights="pizza",
+            rank_pattern={"(": 1.5},
+            trainable_token_indices=(-1,),
+        )
+    named = ("r is 0", "lora_alpha is -1", "lora_dropout is 1.0", "'pizza'", "rank_pattern['('] is 1.5", "regular")
+    for words in (*named, "trainable_token_indices is (-1,)"):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"target_modules": ["q"], "layers_pattern": ["h"]}])
