@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +170,15 @@ def randomize_adapters_(model: torch.nn.Module, seed: int = 1) -> None:
                 factor.copy_(0.3 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
 
 
+def perturb_(model: torch.nn.Module, seed: int = 0) -> None:
+    """Move everything that is trained, as if it had learned."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
 def train_a_little(model: torch.nn.Module, ids: Tensor, steps: int = 3) -> None:
     """Some steps of AdamW away from the logits that there are, with a generous rate."""
     set_dropout_step(model, 0, 0)
@@ -204,6 +215,13 @@ def small_tiles(patch: Any, numbers: int) -> None:
 def examples(share: float) -> settings:
     """Draw a share of the profile's number of examples, at least two: for a test whose example is a whole run."""
     return settings(max_examples=max(2, round(share * settings.default.max_examples)))
+
+
+def compile_with(patch: pytest.MonkeyPatch, backend: str) -> None:
+    """Let `nn.Module.compile` use this backend of PyTorch; skip where the one that writes C++ cannot work."""
+    if backend == "inductor" and (shutil.which("g++") is None or torch.backends.cpu.get_cpu_capability() == "DEFAULT"):
+        pytest.skip("inductor needs g++ and a processor with vector instructions")
+    patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
 
 
 def long(*values: Any) -> list[Any]:

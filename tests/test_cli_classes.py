@@ -23,7 +23,7 @@ from minilora.train.confusion import Confusion
 from minilora.train.evaluate import evaluate_classes
 from minilora.train.rows import Row, read_rows
 from tests.files import same_state
-from tests.models import tiny_model
+from tests.models import perturb_, tiny_model
 from tests.runs import contents, runner
 from tests.test_classifier import tiny_classifier
 from tests.text import write_tokenizer
@@ -47,13 +47,6 @@ def write_classes(path, task, count, labels=LABELS):
     return path
 
 
-def _as_if_trained(model):
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.3, generator=generator)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A language model, a classifier, and for each task rows and an adapter of the model."""
@@ -65,7 +58,7 @@ def directory(tmp_path_factory):
     for task, unit in TASKS.items():
         model = load_classifier(directory / "model", unit, LABELS)
         ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, task_type=task))
-        _as_if_trained(model)
+        perturb_(model)
         ml.save_adapter(model, directory / task)
         write_classes(directory / f"{task}.jsonl", task, 16)
     return directory
@@ -308,7 +301,7 @@ def test_an_adapter_of_a_classifier_is_merged_into_it(directory, run, tmp_path):
 def assert_merges(run, model, directory, task):
     """The command writes what `ml.merge` makes of a model with a random adapter, file by file."""
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, task_type=task))
-    _as_if_trained(model)
+    perturb_(model)
     ml.save_adapter(model, directory / "adapter")
     printed = run("merge", f"--adapter={directory / 'adapter'}", f"--out={directory / 'merged'}").out
     assert "merged model written" in printed

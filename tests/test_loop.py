@@ -16,7 +16,7 @@ from minilora.model.ops import IGNORE_INDEX
 from minilora.train.config import COUNTS
 from minilora.train.evaluate import held_out_loss, measure_drift
 from minilora.train.optimizer import learning_rate
-from tests.models import FAMILIES, bases, examples, four_bit, long, seeds, tiny_model
+from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, seeds, tiny_model
 from tests.tolerance import assert_maths
 from tests.training import (
     adapted,
@@ -403,10 +403,25 @@ def test_within_a_step_nothing_is_asked_of_the_device(family, base):
     assert questions.asked == ["index", "_local_scalar_dense"]
 
 
+compiled = pytest.mark.parametrize(
+    ("backend", "lora"),
+    [
+        ("aot_eager", {}),
+        *(
+            pytest.param("inductor", lora, marks=pytest.mark.long)
+            for lora in ({}, {"use_dora": True}, {"lora_dropout": 0.5})
+        ),
+    ],
+)
+
+
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
-@pytest.mark.parametrize("lora", [{}, *long({"use_dora": True}, {"lora_dropout": 0.5})])
-def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_before_afterwards(lora):
+@compiled
+def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_before_afterwards(
+    backend, lora, monkeypatch
+):
     """In batches of several sizes."""
+    compile_with(monkeypatch, backend)
     rows, model, seen = random_rows(17, 5), small(**lora), []
     mlp = model.model.layers[0].mlp
     mlp.compile(backend="eager")
@@ -425,9 +440,10 @@ def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_befo
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
-@pytest.mark.parametrize("lora", [{}, *long({"use_dora": True}, {"lora_dropout": 0.5})])
-def test_layers_and_steps_share_what_is_compiled(lora):
+@compiled
+def test_layers_and_steps_share_what_is_compiled(backend, lora, monkeypatch):
     """Norm and MLP, each for one size and for any: graphs of the forward pass, none of them broken."""
+    compile_with(monkeypatch, backend)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -1,7 +1,5 @@
 """The 4-bit linear: it computes and learns as the dequantized weight does, and keeps nothing dense."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from minilora.errors import TrainingError
 from minilora.lora.find import shared_scratch
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import dequantize, dequantize_absmax, quantize, quantize_absmax
-from tests.models import long, randn, randomize_adapters_, seeds
+from tests.models import compile_with, long, randn, randomize_adapters_, seeds
 from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 sizes = st.tuples(st.integers(1, 9), st.sampled_from([1, 7, 32, 64, 96, 128]))
@@ -185,9 +183,8 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 @pytest.mark.parametrize("backend", ["aot_eager", *long("inductor")])
-def test_compiling_changes_nothing_and_breaks_no_graph(backend):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("needs a compiler of C++")
+def test_compiling_changes_nothing_and_breaks_no_graph(backend, monkeypatch):
+    compile_with(monkeypatch, backend)
     layer, *_ = make((48, 96), 7, dtype=torch.float32)
     model = torch.nn.Sequential(layer)
     ml.attach(model, ml.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))

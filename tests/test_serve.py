@@ -14,7 +14,7 @@ from minilora.lora import serve
 from minilora.lora.attach import delete_adapter
 from minilora.lora.find import adapter_layers
 from minilora.lora.serve import hotswap_adapter, merged_if_faster, mixed_batch
-from tests.models import WHOLE, examples, four_bit, randn, seeds, tiny_model, token_ids
+from tests.models import WHOLE, examples, four_bit, perturb_, randn, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 KINDS = {
@@ -39,18 +39,11 @@ def base_model() -> nn.Module:
     return tiny_model(WHOLE, num_hidden_layers=2)
 
 
-def changed_(model: nn.Module, seed: int) -> None:
-    """As if what is trained had been."""
-    with torch.no_grad():
-        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter += 0.2 * randn(seed + i, *parameter.shape).to(parameter.dtype)
-
-
 def model_with(*kinds: str, make=lambda model: model) -> nn.Module:
     model = make(base_model())
     for i, kind in enumerate(kinds):
         attach(model, KINDS[kind], kind, seed=i, dtype=torch.float64)
-        changed_(model, 10 * i)
+        perturb_(model, 10 * i)
     return model
 
 
@@ -91,7 +84,7 @@ def test_a_model_that_keeps_its_rows_apart_needs_no_lengths():
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     for name in ("one", "two"):
         attach(model, LoraConfig(r=2, lora_alpha=3), name, dtype=torch.float64)
-        changed_(model, len(name))
+        perturb_(model, len(name))
     x, chosen = randn(1, 3, 6, 5), ["two", None, "one"]
     with mixed_batch(model, chosen):
         mixed = model(x)
@@ -154,7 +147,7 @@ def test_merged_weights_are_as_precise_as_applied_adapters_in_bfloat16(seed):
     for dtype in (torch.float64, torch.bfloat16):
         model = tiny_model(seed=seed, dtype=torch.bfloat16).to(dtype)
         attach(model, LoraConfig(r=4, lora_alpha=8), dtype=torch.float32, seed=seed)
-        changed_(model, seed)
+        perturb_(model, seed)
         with torch.no_grad():
             logits[dtype] = model(ids)
             with merged_if_faster(model, MERGE_TOKENS):
@@ -167,7 +160,7 @@ def test_merged_weights_are_as_precise_as_applied_adapters_in_bfloat16(seed):
 def test_swapped_numbers_are_those_of_the_loaded_adapter_whatever_its_scale(kind, tmp_path):
     ids, other = token_ids(2, 2, 6), base_model()
     attach(other, replace(KINDS[kind], lora_alpha=7), dtype=torch.float64)
-    changed_(other, 77)
+    perturb_(other, 77)
     save_adapter(other, tmp_path / "new")
     model = model_with(kind)
     held = [id(parameter) for parameter in model.parameters()]
@@ -219,7 +212,7 @@ def test_swapping_does_not_compile_again(use_dora, tmp_path):
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).requires_grad_(False)
     for name, alpha in (("new", 9), ("default", 4)):
         attach(model, LoraConfig(r=2, lora_alpha=alpha, use_dora=use_dora), name)
-        changed_(model, alpha)
+        perturb_(model, alpha)
     save_adapter(model, tmp_path, "new")
     x = randn(1, 4, 8, dtype=torch.float32)
     with torch.no_grad():

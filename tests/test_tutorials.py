@@ -82,6 +82,7 @@ def test_a_chapter_comes_out_as_it_stands(chapter):
 
 
 @pytest.mark.real
+@pytest.mark.long
 @pytest.mark.parametrize("chapter", by_name(path for path in CHAPTERS if is_slow(path)))
 def test_a_slow_chapter_comes_out_as_it_stands(chapter):
     directory = ROOT / ".cache" / "smollm2"

@@ -6,8 +6,7 @@ import torch
 import minilora as ml
 from minilora.lora.classes import classes_of
 from minilora.model.classifier import load_classifier
-from tests.models import FAMILIES, tiny_model, token_ids
-from tests.parity.theirs import perturb_
+from tests.models import FAMILIES, perturb_, tiny_model, token_ids
 from tests.test_classifier import LABELS, padded, tiny_classifier
 from tests.tolerance import assert_parity
 

@@ -18,7 +18,7 @@ from minilora.lora.find import adapter_layers
 from minilora.lora.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.lora.serve import hotswap_adapter
 from minilora.quant.linear import NF4Linear, dense_weight
-from tests.models import allocated, fill_, randn, token_ids
+from tests.models import allocated, fill_, perturb_, randn, token_ids
 from tests.parity.test_family import (
     Q_PROJ,
     loaded,
@@ -29,7 +29,6 @@ from tests.parity.test_family import (
     theirs_loading,
     theirs_of,
 )
-from tests.parity.theirs import perturb_
 from tests.tolerance import PARITY, assert_parity, assert_precision, relative
 
 pytestmark = pytest.mark.parity

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 from minilora.lora.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
 from tests.files import edit
-from tests.models import examples, seeds, tiny_model, token_ids
-from tests.parity.theirs import perturb_, theirs_loaded
+from tests.models import examples, perturb_, seeds, tiny_model, token_ids
+from tests.parity.theirs import theirs_loaded
 from tests.tolerance import MATHS, PARITY, assert_parity
 
 pytestmark = pytest.mark.parity

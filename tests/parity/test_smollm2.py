@@ -105,7 +105,7 @@ def test_64_greedy_tokens_equal_transformers(ours, theirs, tokenizer, use_cache)
     assert written == expected[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, tokenizer, tmp_path, use_rslora):
     ml.attach(ours, ml.LoraConfig(r=4, lora_alpha=28, use_rslora=use_rslora))
     randomize_adapters_(ours)
@@ -177,6 +177,7 @@ def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, to
         assert [label != ops.IGNORE_INDEX for label in example.labels] == [bool(m) for m in encoded["assistant_masks"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
     smollm2, tmp_path, tokenizer, theirs, seed
