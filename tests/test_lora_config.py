@@ -277,7 +277,6 @@ FLAGS = {
     "modules_to_save": ("lm_head,model.embed_tokens", ("lm_head", "model.embed_tokens")),
     "trainable_token_indices": ("5, 7", (5, 7)),
     "target_parameters": ("experts.down_proj", ("experts.down_proj",)),
-    "fan_in_fan_out": (None, True),
     "task_type": ("SEQ_CLS", "SEQ_CLS"),
 }
 NEEDED = {

@@ -1,9 +1,6 @@
-import itertools
 import json
 import math
-import re
 import sys
-import unicodedata
 from xml.etree import ElementTree
 
 import pytest
@@ -11,7 +8,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora import cli
-from minilora.cli.chart import BRAILLE, chart
 from minilora.cli.picture import COLOURS, draw, needs_logarithm, save_picture
 from minilora.cli.plot import distinct_names
 from minilora.metrics import Curve, Metrics, read_metrics, smooth
@@ -209,90 +205,9 @@ def test_names_of_runs_are_their_directories_with_as_many_parents_as_tell_them_a
     assert distinct_names([a / "s", b / "s"]) == ["x/run/s", "y/run/s"]
 
 
-# --- the chart ---
-
-
-def inside(text, panel=0):
-    """The rows between the axes of a panel, after its numbers."""
-    rows = [line for line in text.splitlines() if line[8:9] in ("┤", "│")]
-    return [row[9:] for row in rows[9 * panel : 9 * panel + 9]]
-
-
-@given(st.lists(st.floats(0.5, 4), min_size=1, max_size=200), st.lists(st.floats(0.5, 4), max_size=9))
-@example([3.0], [])
-@example([2.0, 2.0, 2.0], [2.0])
-def test_the_line_of_the_chart_goes_through_every_value(losses, evaluations):
-    run = metrics(losses, evaluations)
-    rows = inside(chart({"run": run}, 80))
-    both = [*smooth(run.loss).values, *evaluations]
-    last = max(len(losses), len(evaluations))
-    for curve, mark in ((smooth(run.loss), None), (run.eval_loss, "o")):
-        for step, value in points(curve):
-            x = (step - 1) / (last - 1) if last > 1 else 0.5
-            y = (max(both) - value) / (max(both) - min(both)) if max(both) > min(both) else 0.5
-            near = {
-                rows[row][column : column + 1]
-                for column in {int((141 * x + e) / 2) for e in (-0.5, 0.5)}
-                for row in {int((35 * y + e) / 4) for e in (-0.5, 0.5, 0)}
-            }
-            assert any(cell == mark if mark else cell == "o" or cell > chr(BRAILLE) for cell in near)
-
-
-def dots(rows):
-    """(column, row) of every dot, by the names that Unicode gives the characters."""
-    places = {"1": (0, 0), "2": (0, 1), "3": (0, 2), "7": (0, 3), "4": (1, 0), "5": (1, 1), "6": (1, 2), "8": (1, 3)}
-    for y, row in enumerate(rows):
-        for x, cell in enumerate(row):
-            for dot in unicodedata.name(cell).partition("DOTS-")[2]:
-                yield 2 * x + places[dot][0], 4 * y + places[dot][1]
-
-
-def test_a_falling_line_goes_down_dot_by_dot_from_corner_to_corner():
-    falling = sorted(dots(inside(chart({"run": metrics([2.0, 1.0])}, 80))))
-    assert falling[0] == (0, 0)
-    assert falling[-1] == (141, 35)
-    for (x, y), (next_x, next_y) in itertools.pairwise(falling):
-        assert (next_x - x, next_y - y) in ((0, 1), (1, 0), (1, 1))
-
-
-def test_the_chart_fits_the_width_and_fills_it():
-    runs = {"run": metrics([3.0, 2.0, 1.0] * 30, [2.0]), "n" * 200: metrics([2.5])}
-    for width in (40, 80, 120):
-        assert max(map(len, chart(runs, width).splitlines())) == width
-    assert chart(runs, 5) == chart(runs, 40)
-
-
-def test_runs_share_their_axes_and_one_without_losses_has_no_line():
-    text = chart({"high": metrics([8.0] * 9), "low": metrics([1.0] * 9), "none": metrics([])}, 80)
-    assert inside(text, 0)[0].strip()
-    assert inside(text, 1)[-1].strip()
-    assert not "".join(inside(text, 2)).strip()
-    assert text.count("       8┤") == text.count("       1┤") == text.count("     4.5┤") == 3
-    assert "high: loss 8" in text
-    assert "training, smoothed" not in text
-    assert chart({"run": metrics([])}, 80) == "there is no loss to draw yet"
-
-
-def test_where_braille_cannot_be_printed_question_marks_are():
-    runs = {"zażółć": metrics([3.0, 2.0, 1.0], [2.0])}
-    text, braille = chart(runs, 80, "ascii"), chart(runs, 80)
-    assert text.isascii()
-    assert re.sub(r"[^ \n]", "#", text) == re.sub(r"[^ \n]", "#", braille)
-
-
-def test_a_chart_is_printed_if_asked_for_or_if_there_is_no_matplotlib_and_how_to_get_the_picture(
-    tmp_path, monkeypatch, capsys
-):
+def test_without_matplotlib_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", records(60))
-    monkeypatch.setenv("COLUMNS", "100")
-    drawn = chart({"run": read_metrics(run)}, 100) + "\n"
-    assert "training, smoothed" in drawn
-    assert plot(run, "--text") == 0
-    assert capsys.readouterr() == (drawn, "")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot(run) == 0
-    advice = "pip install 'minilora[plot]'"
-    assert capsys.readouterr() == (drawn, f"{advice} draws the picture, with learning rate and gradient norm\n")
-    assert plot(run, "--out", tmp_path / "x.svg") == 1
-    assert f"x.svg: needs the package matplotlib: {advice}" in capsys.readouterr().err
+    assert plot(run) == 1
+    assert "pip install 'minilora[plot]'" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]

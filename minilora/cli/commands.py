@@ -157,14 +157,12 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 def _plot_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help="picture to write, .svg or .png (default: plot.svg, in the directory of the run if there is one run)",
     )
-    how.add_argument("--text", action="store_true", help="print a small chart instead; so it is without matplotlib")
 
 
 COMMANDS = (

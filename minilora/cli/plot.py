@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.cli.chart import chart
-from minilora.cli.command import Options, say
+from minilora.cli.command import Options
 from minilora.cli.picture import SUFFIXES, save_picture
 from minilora.errors import ConfigError
 from minilora.metrics import read_metrics
-
-INSTALL = "pip install 'minilora[plot]'"
 
 
 def run(options: Options) -> int:
@@ -22,17 +17,11 @@ def run(options: Options) -> int:
     out = options["out"] or (paths.copy().popitem()[1] if len(paths) == 1 else Path()) / "plot.svg"
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
-    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
-    if options["out"] and not has_matplotlib:
-        raise ConfigError(f"--out {out}: needs the package matplotlib: {INSTALL}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plot needs the package matplotlib: pip install 'minilora[plot]'")
     runs = dict(zip(distinct_names(list(paths)), map(read_metrics, paths.values()), strict=True))
-    if has_matplotlib and not options["text"]:
-        save_picture(runs, out)
-        print(f"picture written to {out}")
-        return 0
-    print(chart(runs, shutil.get_terminal_size().columns, sys.stdout.encoding))
-    if not options["text"]:
-        say(f"{INSTALL} draws the picture, with learning rate and gradient norm")
+    save_picture(runs, out)
+    print(f"picture written to {out}")
     return 0
 
 

@@ -76,9 +76,6 @@ class LoraConfig:
     target_parameters: tuple[str, ...] = field(
         default=(), metadata={"help": "parameters to adapt that are not a module's weight, as of fused experts"}
     )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "weights are (in, out); without effect: the class of a module says it"}
-    )
     task_type: Task | None = field(default=None, metadata={"help": TASK_HELP})
 
     def __post_init__(self) -> None:
@@ -123,7 +120,7 @@ class LoraConfig:
         bad += [f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not _is_positive(a)]
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
-        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 bad.append(f"{name} is {getattr(self, name)!r}, need true or false")
         for name, accepted in (("bias", get_args(Bias)), ("task_type", (*get_args(Task), None))):

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from minilora.once import once_differentiable
 from minilora.tiles import tile_rows, tiles
 
 Remake = Callable[..., Tensor]  # (dtype, *parts) -> W

@@ -27,7 +27,6 @@ from minilora.storage import TensorFile
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE_COPY = re.escape(PREFIX) + r"(.+)\.base_layer\.weight"
 PEFT_VERSION = "0.21.2"  # whose layout this is
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.

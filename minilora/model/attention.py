@@ -20,8 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from minilora.once import once_differentiable
+from torch.autograd.function import once_differentiable
 
 TOGETHER = 16  # matrices in a product, at most, of documents of one length: with three, one of two threads would wait
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]

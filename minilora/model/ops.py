@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minilora.errors import TrainingError
-from minilora.once import once_differentiable
 from minilora.tiles import tile_rows
 
 IGNORE_INDEX = -100  # the label of a token that is read but not learned

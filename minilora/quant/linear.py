@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from minilora.once import once_differentiable
 from minilora.quant.nf4 import Layout, Packed, pack, unpack
 
 
