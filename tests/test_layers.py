@@ -120,13 +120,16 @@ def test_what_was_cast_before_acts_as_what_is_cast_here(seed, scale, bits, use_d
         assert torch.equal(own, given_)
 
 
-def test_dropout_without_a_step_is_refused():
-    layer = make_layer(0, 4, 4, [2], 2.0).train()
+def test_dropout_without_a_step_draws_from_the_random_state_of_pytorch():
+    layer, x = make_layer(0, 4, 4, [2], 2.0).train(), randn(3, 5, 4)
     layer.configs["adapter0"] = LoraConfig(r=2, lora_dropout=0.5)
-    with pytest.raises(ConfigError, match="set_dropout_step"):
-        layer(randn(3, 5, 4))
+    first, second = layer(x), layer(x)
+    torch.manual_seed(0)  # as at the start of each test
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(second, first)
     layer.seed_dropout("0/0")
-    assert not torch.equal(layer(randn(3, 5, 4)), layer.eval()(randn(3, 5, 4)))
+    assert torch.equal(layer(x), layer(x))
+    assert not torch.equal(layer(x), layer.eval()(x))
 
 
 def test_a_second_adapter_of_the_same_name_is_refused():

@@ -23,9 +23,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError
 from minilora.lora.adapted import Adapted, MixedBatch, Shape
 from minilora.lora.config import LoraConfig
 from minilora.lora.functional import (
@@ -204,16 +204,15 @@ class AdapterLayer(Adapted):
         return self.training and self.configs[name].lora_dropout > 0
 
     def dropped(self, x: Tensor, name: str) -> Tensor:
-        """What the adapter's branch sees of x: all of it, but for dropout in training.
+        """Apply the adapter's dropout, in training.
 
-        Raises:
-            ConfigError: there is dropout, but no `set_dropout_step` said which mask to draw.
+        The mask follows from the seed that `set_dropout_step` has set, as `train` does before each micro-batch, or else
+        from PyTorch's random state.
         """
         if not self.drops(name):
             return x
-        if name not in self.dropout_seeds:
-            raise ConfigError("lora_dropout needs minilora.set_dropout_step(model, seed, step) before a forward pass")
-        return seeded_dropout(x, self.configs[name].lora_dropout, self.dropout_seeds[name])
+        p, seed = self.configs[name].lora_dropout, self.dropout_seeds.get(name)
+        return F.dropout(x, p) if seed is None else seeded_dropout(x, p, seed)
 
     def merged_bias(self, names: Sequence[str] | None = None) -> Tensor | None:
         """b, or what an adapter trained in its place, and s·b_B of each B that has a bias: (out), or None."""
