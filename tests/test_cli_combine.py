@@ -15,7 +15,7 @@ from minilora.lora.weighted_files import combine_directories
 from minilora.merging import Deviation
 from minilora.storage import read_json
 from tests.files import edit, same_state
-from tests.models import randn, randomize_adapters_, tiny_model
+from tests.models import perturb_, randn, randomize_adapters_, tiny_model
 from tests.runs import runner
 from tests.text import CHATML, CLOSE, write_tokenizer
 from tests.tolerance import assert_parity
@@ -285,3 +285,19 @@ def test_what_cannot_be_extracted_is_refused_before_anything_is_written(run, tmp
     out = [] if "--out=a" in words else [f"--out={tmp_path / 'out'}"]
     assert phrase in run("extract", "--base=model", *words, *out, status=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=1)
+    ml.save_model(model, tmp_path / "model")
+    ml.attach(model, ml.LoraConfig(r=2))
+    perturb_(model)
+    ml.save_adapter(model, tmp_path / "adapter")
+    chosen, out = [f"--model={tmp_path / 'model'}", f"--adapter={tmp_path / 'adapter'}"], tmp_path / "out"
+    run("merge", *chosen, f"--out={out / 'merged'}")
+    run("quantize", chosen[0], f"--out={out / 'packed'}")
+    run("export", chosen[1], f"--out={out / 'plain'}")
+    run("extract", "--base", tmp_path / "model", "--tuned", out / "merged", "--lora-r=2", f"--out={out / 'found'}")
+    assert sorted(path.name for path in out.iterdir()) == ["found", "merged", "packed", "plain"]
+    assert not list(out.glob("*/tokenizer.json"))
+    assert "model: there is no tokenizer.json" in run("generate", *chosen, "--prompt=a", status=1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import ConfigError, LoraConfig, TargetError
+from minilora import LoraConfig, TargetError
 from minilora.lora.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference
@@ -123,8 +123,9 @@ def test_what_was_cast_before_acts_as_what_is_cast_here(seed, scale, bits, use_d
 def test_dropout_without_a_step_draws_from_the_random_state_of_pytorch():
     layer, x = make_layer(0, 4, 4, [2], 2.0).train(), randn(3, 5, 4)
     layer.configs["adapter0"] = LoraConfig(r=2, lora_dropout=0.5)
+    torch.manual_seed(5)
     first, second = layer(x), layer(x)
-    torch.manual_seed(0)  # as at the start of each test
+    torch.manual_seed(5)
     assert torch.equal(layer(x), first)
     assert not torch.equal(second, first)
     layer.seed_dropout("0/0")

@@ -61,7 +61,7 @@ def _measure_classes(
 ) -> tuple[dict[str, Any], Dataset]:
     """Everything that is known of a classifier; the table of what was taken for what is said, too."""
     model = load_classes(options, found)
-    examples = encode_classes(rows, found.tokenizer, config, model.unit, model.labels)
+    examples = encode_classes(rows, found.required_tokenizer(), config, model.unit, model.labels)
     scores = evaluate_classes(model, examples)
     if scores.confusion:
         say(confusion_table(scores.confusion, shutil.get_terminal_size().columns))

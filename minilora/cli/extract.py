@@ -9,7 +9,7 @@ from minilora.cli.commands import EXTRACT_FIELDS
 from minilora.errors import ConfigError
 from minilora.extraction import Extraction, extract_directory
 from minilora.lora.config import RENAMED, LoraConfig
-from minilora.model.tokenizer import load_tokenizer
+from minilora.model.tokenizer import find_tokenizer
 from minilora.run import pick_device
 from minilora.storage import holds_files
 
@@ -21,10 +21,11 @@ def run(options: Options) -> int:
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"svd_energy is {energy}, need a number above 0, at most 1")
     config = LoraConfig(**{name: options[RENAMED.get(name, name)] for name in EXTRACT_FIELDS})
-    tokenizer = load_tokenizer(options["tuned"])
+    tokenizer = find_tokenizer(options["tuned"])
     device = pick_device(options["device"])
     found = extract_directory(options["base"], options["tuned"], out, config, energy, device)
-    tokenizer.save(out)
+    if tokenizer:
+        tokenizer.save(out)
     print(f"{_in_words(found)}\nadapter written to {out}")
     return 0
 

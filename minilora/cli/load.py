@@ -20,7 +20,7 @@ from minilora.model.checkpoint import load_model
 from minilora.model.classifier import Classifier, load_classifier
 from minilora.model.config import LlamaConfig, Unit
 from minilora.model.llama import Llama
-from minilora.model.tokenizer import Tokenizer, load_tokenizer
+from minilora.model.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minilora.model.vocabulary import grow_vocabulary
 from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import is_four_bit
@@ -33,16 +33,25 @@ from minilora.storage import BUILTIN, read_json
 class Found:
     """What --model and --adapter name: where they are, and how the base is to be held and asked.
 
-    `unit` is what gets one of the classes `labels`; None, if it is a language model.
+    `unit` is what gets one of the classes `labels`; None, if it is a language model. A model can be merged without a
+    tokenizer.
     """
 
     base: Location
     adapters: tuple[Path, ...]
     quantize: QuantizeConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     training: Training
     unit: Unit | None
     labels: tuple[str, ...]
+
+    def required_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer.
+
+        Raises:
+            FormatError: the model has none.
+        """
+        return self.tokenizer or load_tokenizer(self.base.name)
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,16 @@ def find(options: Options) -> Found:
             f"{error} (the adapter {adapter} names it as its base model; --model names another)"
         ) from error
     tokenizer, training = _tokenizer(base, paths), how_trained(paths or [base.path])
-    if training.template:
+    if tokenizer and training.template:
         tokenizer = tokenizer.with_template(training.template)
     quantize = _quantize(options, base.path, paths)
     return Found(base, tuple(paths), quantize, tokenizer, training, *_classes(base.path, paths))
 
 
-def _tokenizer(base: Location, paths: Sequence[Path]) -> Tokenizer:
+def _tokenizer(base: Location, paths: Sequence[Path]) -> Tokenizer | None:
     """The base's, or that of the first adapter which brings tokens of its own."""
     own = (path for path in paths if vocabulary_of(path) and (path / "tokenizer.json").is_file())
-    return load_tokenizer(next(own, base.name))
+    return find_tokenizer(next(own, base.name))
 
 
 def load(options: Options, found: Found | None = None) -> Loaded:
@@ -95,7 +104,7 @@ def load(options: Options, found: Found | None = None) -> Loaded:
             f"{(*adapters(options), found.base.name)[0]}: is a classifier, which `minilora eval` measures"
         )
     model = load_model(found.base.name, options["dtype"], pick_device(options["device"]), found.quantize)
-    return Loaded(model, found.tokenizer, _with_adapters(model, found.adapters), found.training)
+    return Loaded(model, found.required_tokenizer(), _with_adapters(model, found.adapters), found.training)
 
 
 def load_classes(options: Options, found: Found) -> Classifier:

@@ -11,7 +11,7 @@ from minilora.hub import locate
 from minilora.model.checkpoint import read_config, save_model, stored_dtype, stored_weights
 from minilora.model.classifier import load_for, skeleton_for
 from minilora.model.shards import tensor_files
-from minilora.model.tokenizer import load_tokenizer
+from minilora.model.tokenizer import find_tokenizer
 from minilora.quant.config import QuantizeConfig
 from minilora.quant.files import count_weights, is_four_bit
 from minilora.run import pick_device
@@ -30,7 +30,7 @@ def run(options: Options) -> int:
     dtype = stored_dtype(read.source)
     model = load_for(read.unit, (), location.path, dtype, "meta", config)
     weights = stored_weights(location.path, skeleton_for(read.unit, (), read), dtype, device, config)
-    save_model(model, out, load_tokenizer(location.name), weights=weights)
+    save_model(model, out, find_tokenizer(location.name), weights=weights)
     print(f"{_bits(out)}\nmodel written to {out}")
     return 0
 

@@ -32,6 +32,17 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return Tokenizer(fetch(name_or_path, "tokenizer"))
 
 
+def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
+    """Load the tokenizer of a model, for what works without one: None if its directory has no `tokenizer.json`.
+
+    Raises:
+        FormatError: as `load_tokenizer`, but for that.
+    """
+    directory = Path(name_or_path)
+    has_none = directory.is_dir() and not (directory / "tokenizer.json").is_file()
+    return None if has_none else load_tokenizer(name_or_path)
+
+
 class Tokenizer:
     """A `tokenizer.json` with what the files beside it say.
 
