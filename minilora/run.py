@@ -85,6 +85,7 @@ class Run:
         self.out = Path(run.out)
         self.board: TensorBoard | None = None
         self.threads: int | None = None  # those that an earlier start computed with
+        self.has_begun = False  # has there been an earlier start?
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.resolved = resolve(run, quantization, lora, reading, training)
         self.unit = UNITS.get(lora.task_type)
@@ -158,7 +159,7 @@ class Run:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
         self.began = datetime.fromisoformat(starts[0]["time"])
-        self.threads = starts[0].get("threads")
+        self.threads, self.has_begun = starts[0].get("threads"), True
         return newest_step(self.out / "checkpoints")
 
     def load(self, is_forced: bool = False, is_dry: bool = False) -> tuple[Llama | Classifier, Data, ParameterCount]:

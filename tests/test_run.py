@@ -267,6 +267,25 @@ def test_resume_never_refuses_what_resume_auto_goes_on_with(refused, directory, 
     assert_resumed(tmp_path, whole, 8)
 
 
+def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_anew(directory, whole, tmp_path, capsys):
+    unfinished(whole, tmp_path, step=0)
+    assert finetune(directory, tmp_path) == 0
+    assert "starting anew" in capsys.readouterr().err
+    assert contents(tmp_path) == contents(whole)
+    assert starts(tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_run_that_is_not_finished_is_no_adapter_and_its_newest_checkpoint_is_named(whole, tmp_path, capsys, step):
+    unfinished(whole, tmp_path, step=step)
+    for name in ADAPTER:
+        (tmp_path / name).unlink()
+    assert cli.main(["generate", f"--adapter={tmp_path}", "--prompt=a"]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: is a run that is not finished" in error
+    assert (f"checkpoints/step-{step:06d}" if step else "it has no checkpoint yet") in error
+
+
 def test_what_a_writer_killed_at_once_left_does_not_keep_the_directory(directory, tmp_path):
     (tmp_path / ".run.json.123.tmp").write_text('{"conf')
     assert finetune(directory, tmp_path, max_steps=1) == 0

@@ -60,6 +60,8 @@ def run(options: Options) -> int:
         say(f"the data are not those that {options['config']} was written with")
     if step:
         say(f"going on from step {step}")
+    elif run.has_begun:
+        say("starting anew: the run was stopped before its first checkpoint")
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
