@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -219,8 +220,12 @@ def examples(share: float) -> settings:
 
 def compile_with(patch: pytest.MonkeyPatch, backend: str) -> None:
     """Let `nn.Module.compile` use this backend of PyTorch; skip where the one that writes C++ cannot work."""
-    if backend == "inductor" and (shutil.which("g++") is None or torch.backends.cpu.get_cpu_capability() == "DEFAULT"):
-        pytest.skip("inductor needs g++ and a processor with vector instructions")
+    if backend == "inductor":
+        capability = torch.backends.cpu.get_cpu_capability()
+        if shutil.which("g++") is None or capability == "DEFAULT":
+            pytest.skip("inductor needs g++ and a processor with vector instructions")
+        # Its cache is not keyed by ATEN_CPU_CAPABILITY: code that was compiled for another one gives nan.
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/minilora-inductor-{capability}")
     patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
 
 
