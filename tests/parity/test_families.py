@@ -7,9 +7,8 @@ import minilora as ml
 from minilora.lora.copies import TrainedCopy
 from minilora.lora.find import adapter_layers
 from minilora.lora.targets import TARGETS
-from tests.models import randn, token_ids
+from tests.models import perturb_, randn, token_ids
 from tests.parity.families import FAMILIES, family_model
-from tests.parity.theirs import perturb_
 from tests.tolerance import assert_parity
 
 pytestmark = pytest.mark.parity
