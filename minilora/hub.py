@@ -99,8 +99,8 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
             raise FormatError(f"{path}: holds {CONFIGS[held[0]]} and no {CONFIGS[kind]}; name it as the {held[0]}")
         if kind == "adapter" and not held and (path / "run.json").is_file():
             newest = max(path.glob("checkpoints/step-*"), default=None)
-            found = f"its newest checkpoint is {newest}" if newest else "it has no checkpoint yet"
-            raise FormatError(f"{path}: is a run that is not finished; the command that began it goes on; {found}")
+            found = f", or use its newest checkpoint, {newest}" if newest else "; it has no checkpoint yet"
+            raise FormatError(f"{path}: is an unfinished run; repeat its finetune command to resume it{found}")
         return Location(path, name)
     if hub_id := _hub_id(name_or_path, kind):
         return _download(hub_id[1], hub_id[2], kind)

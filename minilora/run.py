@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -50,7 +51,7 @@ from minilora.train.loop import Record, TrainResult, train
 from minilora.train.memory import Forecast
 from minilora.train.objective import start_losses
 from minilora.train.state import checkpoints, newest_step
-from minilora.train.threads import choose_threads, threads_are_given
+from minilora.train.threads import choose_threads
 
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
@@ -84,8 +85,8 @@ class Run:
         self.reading, self.training = reading, training
         self.out = Path(run.out)
         self.board: TensorBoard | None = None
-        self.threads: int | None = None  # those that an earlier start computed with
-        self.has_begun = False  # has there been an earlier start?
+        self.has_begun = False  # True where the directory holds an earlier start
+        self.threads: int | None = None  # the number that the earlier start computed with
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.resolved = resolve(run, quantization, lora, reading, training)
         self.unit = UNITS.get(lora.task_type)
@@ -260,13 +261,13 @@ class Run:
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
 
     def choose_threads(self, model: Llama | Classifier, data: Data) -> int | None:
-        """Compute with the faster number of threads; see `minilora.train.threads.choose_threads`.
+        """Set the faster number of threads, see `minilora.train.threads`; return it, or None if it was left alone.
 
         A run that goes on keeps the number that it began with, because another one may round otherwise.
         """
-        if self.threads is None:
+        if not self.has_begun:
             return choose_threads(model, data.train, self.training)
-        if not threads_are_given():
+        if self.threads is not None and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.threads)
         return None
 

@@ -36,11 +36,11 @@ for line in sys.stdin:
 class Copy:
     """A copy of package and tests in a folder, where one mistake at a time is planted."""
 
-    def __init__(self, folder: Path, root: Path = ROOT):
+    def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
         for name in ("minilora", "tests"):
-            shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(root / "pyproject.toml", folder)
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, **streams)
@@ -51,14 +51,14 @@ class Copy:
         It is negative where the tests took more than `seconds`.
         """
         path = self.folder / "minilora" / file
-        right = path.read_text(encoding="utf-8")
+        original = path.read_text(encoding="utf-8")
         self._write(path, source)
         options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--hypothesis-profile=find"]
         print(
             json.dumps([seconds, [*options, *(f"tests/{test}" for test in tests)]]), file=self.server.stdin, flush=True
         )
         status = int(self.server.stdout.readline())
-        self._write(path, right)
+        self._write(path, original)
         return status
 
     @property

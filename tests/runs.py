@@ -71,7 +71,8 @@ def finetune(directory, out, **changes):
 def unfinished(whole, out, step, **config):
     """A copy of a finished run, with all its checkpoints, as if it had been killed after this one; the directory."""
     shutil.copytree(whole, out, dirs_exist_ok=True)
-    (out / "summary.json").unlink()
+    for name in ("summary.json", *ADAPTER, "config.json", "model.safetensors"):
+        (out / name).unlink(missing_ok=True)
     for checkpoint in checkpoints(out / "checkpoints"):
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)

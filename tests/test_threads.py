@@ -7,8 +7,9 @@ import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.lora.find import adapter_layers
 from minilora.train import threads
-from minilora.train.threads import MAX_PARAMETERS, choose_threads
+from minilora.train.threads import MAX_PARAMETERS, MAX_SECONDS, choose_threads
 from tests.models import tiny_model
 from tests.runs import SETTINGS, interrupt, starts, write_rows
 from tests.text import write_tokenizer
@@ -35,11 +36,24 @@ def seconds(monkeypatch):
 @pytest.mark.parametrize("faster", [1, 2])
 def test_the_faster_number_of_threads_is_set_and_the_model_is_left_as_it_was(seconds, faster):
     seconds[faster] = 0.1
-    model = adapted(lora_dropout=0.5)
+    model, state = adapted(lora_dropout=0.5), torch.get_rng_state()
     before = {name: p.detach().clone() for name, p in trained(model).items()}
     assert choose_threads(model, random_rows(0, 4), ml.TrainConfig()) == torch.get_num_threads() == faster
     assert not model.training
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in trained(model).items())
+    assert not any(layer.dropout_seeds for layer in adapter_layers(model).values())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_where_a_step_takes_long_one_is_enough_and_all_threads_are_kept(seconds):
+    seconds[1], seconds[2] = 0.1, 1.1 * MAX_SECONDS
+    assert choose_threads(adapted(), random_rows(0, 4), ml.TrainConfig()) == 2
+
+
+def test_rows_that_cannot_be_trained_are_refused_as_in_training(seconds):
+    rows = random_rows(0, 4, vocabulary=99)
+    with pytest.raises(ml.DataError, match="holds token"):
+        choose_threads(adapted(), rows, ml.TrainConfig())
 
 
 @pytest.mark.parametrize("reason", ["OMP_NUM_THREADS", "one thread", "a large model"])
@@ -64,7 +78,7 @@ def test_a_run_says_and_records_its_threads_and_keeps_them_when_it_goes_on(secon
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         cli.main(["finetune", *words])
-    assert "computing with 1 of 2 threads" in capsys.readouterr().err
+    assert "using 1 of 2 threads" in capsys.readouterr().err
     seconds[1] = 10.0  # it would not be chosen now
     torch.set_num_threads(2)
     assert cli.main(["finetune", *words]) == 0

@@ -51,7 +51,7 @@ def run(options: Options) -> int:
         return 0
     available = torch.get_num_threads()
     if threads := run.choose_threads(model, data):
-        say(f"computing with {threads} of {available} threads, which was faster; OMP_NUM_THREADS sets another number")
+        say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
     run.start(model, data, step)
     _say_size(model, data, count)
     _tell(model, data, run.reading)

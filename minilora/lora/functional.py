@@ -56,8 +56,8 @@ def lora_linear(
 ) -> Tensor:
     """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ  [LoRA eq. 3], in the dtype of x, whatever that of A and B; without W `lora_branch`.
 
-    With a backward pass of its own, so that neither the branch is another (N, out) nor its gradient another (N, in). It
-    has no second derivative: u, which is kept for the first, knows nothing of where it came from.
+    With a backward pass of its own, so that neither the branch is another (N, out) nor its gradient another (N, in).
+    Its saved u is a constant, so there is no second derivative.
 
     `cast` are A and B in the dtype of x, if they are at hand; the gradient is that of A and B themselves. `stored` says
     what W is made of, if it is to be made again in the backward pass and not kept.

@@ -1,4 +1,4 @@
-"""How many threads a run computes with on the CPU.
+"""The number of threads that a run computes with on the CPU.
 
 At the end of each product the threads wait for the slowest one. Where products are tiny, or other programs keep the
 cores busy, one thread is therefore often faster than all of them.
@@ -20,30 +20,31 @@ from minilora.train.batch import plan_steps
 from minilora.train.config import TrainConfig
 from minilora.train.objective import TokenLoss
 
-MAX_PARAMETERS = 200_000_000  # a larger model has products that are worth all threads
-ROUNDS, SECONDS = 5, 2.0  # the most of each that a measurement takes, where one round is enough
-
-
-def threads_are_given() -> bool:
-    """Is the number of threads the user's, by OMP_NUM_THREADS, or is there only one?"""
-    return "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1
+MAX_PARAMETERS = 200_000_000  # the products of a larger model are worth all threads
+MAX_TOKENS = 512  # of the rows that are timed
+MAX_SECONDS = 2.0  # where a step takes longer than this, or the rounds together do, no further round follows
+ROUNDS = 5
 
 
 def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> int | None:
-    """Compute with one thread or with all, whichever is faster for the forward and backward pass of the first rows.
+    """Set the number of threads to one or to all, whichever runs a forward and backward pass of a few rows faster.
 
-    The weights stay as they are, and no gradient is left.
+    Weights, gradients and random states stay as they are.
 
     Returns:
-        The number of threads, which is set; None where there is nothing to measure: on another device, for a large
-        model, or where `threads_are_given`.
+        The number of threads, or None where nothing is measured: with OMP_NUM_THREADS set, with one thread, on another
+        device, or for a large model.
+
+    Raises:
+        DataError, TrainingError: the rows or the model cannot be trained, as in `train`.
     """
-    device = next(model.parameters()).device
-    if device.type != "cpu" or threads_are_given() or sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
+    threads, device = torch.get_num_threads(), next(model.parameters()).device
+    is_small = sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS
+    if "OMP_NUM_THREADS" in os.environ or threads == 1 or device.type != "cpu" or not is_small:
         return None
     objective, was_training = TokenLoss(config), model.training
-    rows = plan_steps(objective.lengths(dataset), config)[0][0]
-    batch = objective.batch([dataset[row] for row in rows], device)
+    objective.check(model, dataset, ())
+    batch = objective.batch(_few_rows(dataset, objective.lengths(dataset), config), device)
 
     def step() -> None:
         loss, _ = objective(model, batch)
@@ -52,7 +53,7 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     model.train()
     set_dropout_step(model, config.seed, 0)
     try:
-        found = fastest(step, (1, torch.get_num_threads()))
+        found = fastest_thread_count(step, (1, threads))
     finally:
         forget_dropout_step(model)
         model.train(was_training)
@@ -61,16 +62,33 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     return found
 
 
-def fastest(step: Callable[[], None], choices: Sequence[int]) -> int:
-    """Return the number of threads with the smallest median time of a step; each has its turn in every round."""
-    step()  # the first one also prepares kernels
-    seconds: dict[int, list[float]] = {threads: [] for threads in choices}
-    began, rounds = perf_counter(), 0
-    while rounds == 0 or (rounds < ROUNDS and perf_counter() - began < SECONDS):
+def _few_rows(dataset: Sequence[Any], lengths: Sequence[int], config: TrainConfig) -> list[Any]:
+    """The rows of the first micro-batch, shortest first, up to `MAX_TOKENS`; at least one."""
+    chosen, total = [], 0
+    for row in sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row]):
+        total += lengths[row]
+        if chosen and total > MAX_TOKENS:
+            break
+        chosen.append(dataset[row])
+    return chosen
+
+
+def fastest_thread_count(step: Callable[[], None], choices: Sequence[int]) -> int:
+    """Return the number of threads with the smallest median time of a step; the last one where a step takes long."""
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        began = perf_counter()
+        step()
+        return perf_counter() - began
+
+    first = seconds(choices[-1])  # not counted: it also prepares the kernels
+    if first > MAX_SECONDS:
+        return choices[-1]
+    times: dict[int, list[float]] = {threads: [] for threads in choices}
+    for _ in range(ROUNDS):
         for threads in choices:
-            torch.set_num_threads(threads)
-            before = perf_counter()
-            step()
-            seconds[threads].append(perf_counter() - before)
-        rounds += 1
-    return min(choices, key=lambda threads: statistics.median(seconds[threads]))
+            times[threads].append(seconds(threads))
+        if sum(map(sum, times.values())) > MAX_SECONDS:
+            break
+    return min(choices, key=lambda threads: statistics.median(times[threads]))
