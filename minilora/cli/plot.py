@@ -17,9 +17,9 @@ def run(options: Options) -> int:
     out = options["out"] or (paths.copy().popitem()[1] if len(paths) == 1 else Path()) / "plot.svg"
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
+    runs = dict(zip(distinct_names(list(paths)), map(read_metrics, paths.values()), strict=True))
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plot needs the package matplotlib: pip install 'minilora[plot]'")
-    runs = dict(zip(distinct_names(list(paths)), map(read_metrics, paths.values()), strict=True))
     save_picture(runs, out)
     print(f"picture written to {out}")
     return 0
