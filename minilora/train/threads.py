@@ -64,7 +64,7 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
 
 def _few_rows(dataset: Sequence[Any], lengths: Sequence[int], config: TrainConfig) -> list[Any]:
     """The rows of the first micro-batch, shortest first, up to `MAX_TOKENS`; at least one."""
-    chosen, total = [], 0
+    chosen, total = list[Any](), 0
     for row in sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row]):
         total += lengths[row]
         if chosen and total > MAX_TOKENS:
