@@ -177,7 +177,7 @@ def perturb_(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
 
 def train_a_little(model: torch.nn.Module, ids: Tensor, steps: int = 3) -> None:
