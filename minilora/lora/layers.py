@@ -50,8 +50,8 @@ class LowRank(nn.Module, ABC):
         tensors: `lora_A` and `lora_B`, and perhaps `lora_bias`, a bias of B; `bias`, which takes the place of the
             base's; `magnitude`, DoRA's m; `start_A` and `start_B`, whose product is subtracted.
 
-    `cast` is set, and removed, by whoever changes A and B and casts those of all layers at once. Without it they are
-    cast where they are used.
+    `cast` is set while `train` keeps copies of A and B of all layers in the dtype of the computation. Without it, A and
+    B are cast where they are used.
     """
 
     lora_A: nn.Parameter

@@ -138,7 +138,7 @@ def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) 
 
 
 def with_new_head(base: Llama, unit: Unit, labels: Sequence[str], seed: int = 0) -> Classifier:
-    """A classifier that has the trunk of a language model, and a head that knows nothing: W ~ N(0, 0.02²), bias 0.
+    """Build a classifier from the trunk of a language model and an untrained head, W ~ N(0, 0.02²), bias 0.
 
     Raises:
         ConfigError: see `classifier_config`.

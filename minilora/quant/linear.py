@@ -11,7 +11,7 @@ W is made where it is used and let go. Autograd would keep it: to compute dx it 
 backward pass, and the model is in memory as if it had never been quantized. So the product has a function of its own,
 which saves the packed weight and makes W again. x is not saved at all: W is frozen, so nothing needs it.
 
-Whoever adapts a linear uses `dense_weight` and `apply_weight`, and never has to know which kind it is.
+Adapters read and apply the base's weight through `dense_weight` and `apply_weight`, dense or 4-bit.
 
     N rows (out), K columns (in)
     [QLoRA]  Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
@@ -101,7 +101,7 @@ Remake = Callable[..., Tensor]
 
 
 class Scratch:
-    """Memory for one dense weight, for whoever makes one, computes with it and lets it go before the next (final).
+    """A buffer for one dense weight, which is valid until the next one is made (final).
 
     On the CPU the system may have to lend what each one takes, and first fills it with zeros, page by page: that takes
     as long as dequantizing does. Elsewhere PyTorch itself keeps what was let go.
@@ -127,7 +127,7 @@ def dense_weight(base: Any) -> Tensor:
 
 
 def passing_weight(base: Any) -> Tensor:
-    """`dense_weight`, for whoever has done with it before the next one is asked for: it may be in a `Scratch`."""
+    """Return `dense_weight`, valid until the next call: it may lie in a shared `Scratch`."""
     return _remake(base)(base.dtype, *base.parts) if isinstance(base, NF4Linear) else dense_weight(base)
 
 

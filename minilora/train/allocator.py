@@ -11,8 +11,8 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Of glibc's malloc.h. It tells nobody what they are; and whoever sets one ends their adjusting themselves to what is
-# freed. So they are left at the most that they would have come to.
+# Options of glibc's malloc.h. Their values cannot be read, and setting one turns off its automatic adjustment, so
+# afterwards each is left at the largest value that the adjustment would have reached.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 LEFT_AT = {M_TRIM_THRESHOLD: 64 * 2**20, M_MMAP_THRESHOLD: 32 * 2**20, M_MMAP_MAX: 65536}
 KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
