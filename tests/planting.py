@@ -34,13 +34,12 @@ for line in sys.stdin:
 
 
 class Copy:
-    """A copy of package and tests in a folder, where one mistake at a time is planted."""
+    """A copy of the project in a folder, where one mistake at a time is planted."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
-        for name in ("minilora", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        unneeded = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "minilora-run")
+        shutil.copytree(ROOT, folder, ignore=unneeded, dirs_exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, **streams)
@@ -55,7 +54,7 @@ class Copy:
         self._write(path, source)
         options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--hypothesis-profile=find"]
         print(
-            json.dumps([seconds, [*options, *(f"tests/{test}" for test in tests)]]), file=self.server.stdin, flush=True
+            json.dumps([seconds, [*options, *(test if test.startswith("-") else f"tests/{test}" for test in tests)]]), file=self.server.stdin, flush=True
         )
         status = int(self.server.stdout.readline())
         self._write(path, original)
