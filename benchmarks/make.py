@@ -10,10 +10,10 @@ import torch
 import minilora as ml
 from benchmarks.ours import train_config
 from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, labelled
-from minilora.model.config import LlamaConfig
-from minilora.model.llama import Llama
-from minilora.train.batch import plan_steps
-from minilora.train.memory import forecast
+from minilora.models.config import LlamaConfig
+from minilora.models.llama import Llama
+from minilora.runs.batch import plan_steps
+from minilora.runs.memory import forecast
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:

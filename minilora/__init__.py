@@ -12,15 +12,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from minilora.public import *  # noqa: F403 - which names they are, it says itself
 else:
-    importlib.import_module("minilora.train")  # A package is set as an attribute here when it is first imported:
-    globals().pop("train", None)  # that is now, and later `minilora.train` is the function.
 
     def __getattr__(name):
         if not name.startswith("__") or name == "__all__":
             public = importlib.import_module("minilora.public")
             if name == "__all__" or name in public.__all__:
                 return getattr(public, name)
-            if name in globals():  # a module that came along, such as `minilora.lora`
+            if name in globals():  # a module that came along, such as `minilora.adapters`
                 return globals()[name]
         raise AttributeError(f"module 'minilora' has no attribute {name!r}")
 

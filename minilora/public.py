@@ -1,15 +1,6 @@
 """The public names, which `minilora` has as its own."""
 
-from minilora.errors import (
-    ConfigError,
-    DataError,
-    FormatError,
-    MiniloraError,
-    ShapeError,
-    TargetError,
-    TrainingError,
-)
-from minilora.lora.attach import (
+from minilora.adapters.attach import (
     attach,
     delete_adapter,
     detach,
@@ -19,23 +10,32 @@ from minilora.lora.attach import (
     set_adapter,
     set_dropout_step,
 )
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.config import LoraConfig
-from minilora.lora.files import load_adapter, save_adapter
-from minilora.lora.find import count_parameters
-from minilora.lora.serve import hotswap_adapter, merged_if_faster, mixed_batch
-from minilora.lora.targets import find_target_modules
-from minilora.lora.weighted import combine_adapters
-from minilora.model.checkpoint import load_model, save_model
-from minilora.model.classifier import load_classifier
-from minilora.model.generate import generate
-from minilora.model.tokenizer import Tokenizer, load_tokenizer
-from minilora.model.vocabulary import grow_vocabulary
-from minilora.quant.config import QuantizeConfig
-from minilora.train.classes import load_classes
-from minilora.train.config import DataConfig, TrainConfig
-from minilora.train.data import Dataset, Example, load_dataset
-from minilora.train.loop import TrainResult, train
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import load_adapter, save_adapter
+from minilora.adapters.find import count_parameters
+from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
+from minilora.adapters.targets import find_target_modules
+from minilora.adapters.weighted import combine_adapters
+from minilora.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MiniloraError,
+    ShapeError,
+    TargetError,
+    TrainingError,
+)
+from minilora.models.checkpoint import load_model, save_model
+from minilora.models.classifier import load_classifier
+from minilora.models.generate import generate
+from minilora.models.quantization import QuantizeConfig
+from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.models.vocabulary import grow_vocabulary
+from minilora.runs.classes import load_classes
+from minilora.runs.config import DataConfig, TrainConfig
+from minilora.runs.data import Dataset, Example, load_dataset
+from minilora.runs.loop import TrainResult, train
 
 __all__ = [
     "CombineConfig",

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.planting import Copy  # noqa: E402  # the checkout is no installed package
 
-CORE = ("lora/functional", "lora/layers", "lora/attach", "quant/nf4", "quant/linear")
-CORE += ("model/ops", "model/attention", "model/llama", "train/loop")
+CORE = ("adapters/functional", "adapters/layers", "adapters/attach", "quant/nf4", "quant/linear")
+CORE += ("models/ops", "models/attention", "models/llama", "runs/loop")
 TESTS = ("functional", "ops", "attention", "nf4", "nf4_linear", "layers", "bases", "dora", "llama", "cache", "attach")
 TESTS += ("loop", "flat", "tokens", "parameters", "serve", "golden", "derivatives")
 SWAPS = ((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq))

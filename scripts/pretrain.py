@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from minilora.model.llama import Llama, LlamaConfig
+from minilora.models.llama import Llama, LlamaConfig
 
 MODEL = DATA.parent / "model"
 EOS = "<|endoftext|>"

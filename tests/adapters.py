@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora import LoraConfig
-from minilora.lora.bases import AdapterConv, AdapterConv1D, AdapterEmbedding
-from minilora.lora.layers import AdapterLayer, AdapterLinear
+from minilora.adapters.bases import AdapterConv, AdapterConv1D, AdapterEmbedding
+from minilora.adapters.layers import AdapterLayer, AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference, reference_conv
 from tests.models import fill_, randn, scales, seeds, token_ids

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.lora.layout import CONFIG_FILE
+from minilora.adapters.layout import CONFIG_FILE
 from tests.models import randomize_adapters_, tiny_model
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minilora import tiles
-from minilora.lora.attach import set_dropout_step
-from minilora.lora.find import adapter_layers, linear_layers
-from minilora.model.config import LlamaConfig
-from minilora.model.llama import Llama
+from minilora.adapters.attach import set_dropout_step
+from minilora.adapters.find import adapter_layers, linear_layers
+from minilora.models.config import LlamaConfig
+from minilora.models.llama import Llama
 from minilora.quant.linear import NF4Linear
 
 SIZES = {

@@ -54,7 +54,9 @@ class Copy:
         self._write(path, source)
         options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--hypothesis-profile=find"]
         print(
-            json.dumps([seconds, [*options, *(test if test.startswith("-") else f"tests/{test}" for test in tests)]]), file=self.server.stdin, flush=True
+            json.dumps([seconds, [*options, *(test if test.startswith("-") else f"tests/{test}" for test in tests)]]),
+            file=self.server.stdin,
+            flush=True,
         )
         status = int(self.server.stdout.readline())
         self._write(path, original)

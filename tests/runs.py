@@ -14,10 +14,10 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.cli.meter import Meter
-from minilora.inputs import load_data
-from minilora.model import generate
-from minilora.settings import RunConfig
-from minilora.train.state import checkpoints
+from minilora.models import generate
+from minilora.runs.checkpoints import checkpoints
+from minilora.runs.inputs import load_data
+from minilora.runs.settings import RunConfig
 from tests.models import randomize_adapters_, tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
 

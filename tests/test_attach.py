@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.lora.attach import delete_adapter, merged
-from minilora.lora.find import adapter_layers, linear_layers
-from minilora.model.config import LlamaConfig
-from minilora.model.llama import Llama
+from minilora.adapters.attach import delete_adapter, merged
+from minilora.adapters.find import adapter_layers, linear_layers
+from minilora.models.config import LlamaConfig
+from minilora.models.llama import Llama
 from minilora.quant.linear import NF4Linear
 from tests.models import (
     CONFIGS,

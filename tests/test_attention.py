@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
-from minilora.model import attention
-from minilora.model.attention import block_attention, causal_attention, fused_attention, kernel_for, varlen_attention
+from minilora.models import attention
+from minilora.models.attention import block_attention, causal_attention, fused_attention, kernel_for, varlen_attention
 from minilora.testing import reference
 from tests.models import allocated, examples, randn, seeds
 from tests.tolerance import assert_maths, assert_parity, assert_precision

@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import nn
 
 from minilora import ConfigError, LoraConfig, attach
-from minilora.lora.bases import AdapterConv
+from minilora.adapters.bases import AdapterConv
 from minilora.quant.linear import dense_weight
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
 from tests.models import randn, scales, seeds

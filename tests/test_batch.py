@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from benchmarks import work
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train.batch import collate, groups, plan_steps
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs.batch import collate, groups, plan_steps
 from tests.models import seeds
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)

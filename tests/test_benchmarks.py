@@ -14,7 +14,7 @@ import minilora as ml
 from benchmarks import __main__ as command
 from benchmarks import growth, make, our_operations, ours, peer_operations, peers, process, results, turns, work
 from benchmarks.process import Measurement, Round
-from minilora.train import loop
+from minilora.runs import loop
 from tests.tolerance import assert_maths
 
 SIZES = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrizations, prune
 
 import minilora as ml
 from minilora import LoraConfig, storage
+from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.find import adapter_layers
 from minilora.cli import main
-from minilora.lora.copies import TrainedCopy
-from minilora.lora.find import adapter_layers
 from minilora.storage import write_json, write_tensors
 from tests.models import fill_, randn, tiny_model
 from tests.text import write_tokenizer

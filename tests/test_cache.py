@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.model.cache import KVCache, decode_attention, neighbours
+from minilora.models.cache import KVCache, decode_attention, neighbours
 from minilora.testing import reference
 from tests.models import allocated, randn, seeds, sizes, tiny_config
 from tests.tolerance import assert_maths, assert_precision

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
 from minilora import ConfigError, FormatError, LoraConfig
-from minilora.model import checkpoint
-from minilora.model import shards as shards_module
-from minilora.model.checkpoint import DTYPES, resolve_dtype
-from minilora.model.shards import INDEX, SHARD_BYTES
+from minilora.models import checkpoint
+from minilora.models import shards as shards_module
+from minilora.models.checkpoint import DTYPES, resolve_dtype
+from minilora.models.shards import INDEX, SHARD_BYTES
 from minilora.storage import read_json, write_json
 from tests.files import SHARD, change, same_state, write_base
 from tests.models import FAMILIES, SIZES, families, layouts, long, randomize_adapters_, tiny_model, token_ids

@@ -7,9 +7,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train.classes import encode_classes, find_labels
-from minilora.train.rows import Row
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs.classes import encode_classes, find_labels
+from minilora.runs.rows import Row
 from tests.text import BOS, EOS, some_text, texts, tokenizer_options
 
 LABELS = ("no", "yes")

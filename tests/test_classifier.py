@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.lora.copies import TrainedCopy
-from minilora.lora.find import linear_layers
-from minilora.model.classifier import Classifier, classifier_config, load_classifier, with_new_head
+from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.find import linear_layers
+from minilora.models.classifier import Classifier, classifier_config, load_classifier, with_new_head
 from minilora.quant.linear import NF4Linear
 from minilora.storage import read_json, write_json
 from minilora.testing import reference

@@ -16,15 +16,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora import cli, inputs
+from minilora import cli
+from minilora.adapters.config import INITS
 from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, read_config, use_config
 from minilora.cli.meter import Meter
-from minilora.lora.config import INITS
-from minilora.settings import RunConfig
+from minilora.runs import inputs
+from minilora.runs.data import encode_rows
+from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.rows import read_rows
+from minilora.runs.settings import RunConfig
 from minilora.storage import ASSETS
-from minilora.train.data import encode_rows
-from minilora.train.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.train.rows import read_rows
 from tests.files import edit
 from tests.models import randomize_adapters_, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, runner, write_rows

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
+from minilora.adapters.classes import classes_of
 from minilora.cli.columns import cells
 from minilora.cli.confusion import confusion_table
-from minilora.inspect.adapter import adapter_facts
-from minilora.inspect.model import model_facts
-from minilora.lora.classes import classes_of
-from minilora.model.classifier import load_classifier
+from minilora.models.classifier import load_classifier
+from minilora.runs.classes import encode_classes, find_labels
+from minilora.runs.confusion import Confusion
+from minilora.runs.evaluate import evaluate_classes
+from minilora.runs.rows import Row, read_rows
 from minilora.storage import ASSETS, BUILTIN, read_json
-from minilora.train.classes import encode_classes, find_labels
-from minilora.train.confusion import Confusion
-from minilora.train.evaluate import evaluate_classes
-from minilora.train.rows import Row, read_rows
+from minilora.tools.inspect_adapter import adapter_facts
+from minilora.tools.inspect_model import model_facts
 from tests.files import same_state
 from tests.models import perturb_, tiny_model
 from tests.runs import contents, runner

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.files import base_model_of
+from minilora.adapters.weighted_files import combine_directories
 from minilora.cli.merge import split_weight
-from minilora.extraction import extract_directory
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.files import base_model_of
-from minilora.lora.weighted_files import combine_directories
-from minilora.merging import Deviation
 from minilora.storage import read_json
+from minilora.tools.extraction import extract_directory
+from minilora.tools.merging import Deviation
 from tests.files import edit, same_state
 from tests.models import perturb_, randn, randomize_adapters_, tiny_model
 from tests.runs import runner

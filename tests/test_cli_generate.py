@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.cli.columns import cells, columns, wrap
 from minilora.cli.prompts import encode_prompt
-from minilora.hub import Location
-from minilora.train.config import DataConfig
-from minilora.train.data import encode_row, use_prompt_style
-from minilora.train.rows import Row
+from minilora.models.hub import Location
+from minilora.runs.config import DataConfig
+from minilora.runs.data import encode_row, use_prompt_style
+from minilora.runs.rows import Row
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
 from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, write_tokenizer

@@ -8,14 +8,14 @@ import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.adapters.files import BASE, base_quantization
+from minilora.adapters.find import linear_layers
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
-from minilora.lora.files import BASE, base_quantization
-from minilora.lora.find import linear_layers
-from minilora.merging import merge_directory
 from minilora.quant.linear import NF4Linear
+from minilora.runs.evaluate import held_out_loss
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
-from minilora.train.evaluate import held_out_loss
+from minilora.tools.merging import merge_directory
 from tests.files import same_state
 from tests.models import tiny_model
 from tests.runs import QUICK, everything, runner, write_rows

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError
-from minilora.model.config import FAMILIES, LlamaConfig
+from minilora.models.config import FAMILIES, LlamaConfig
 from tests import models
 from tests.models import LLAMA3, SIZES, examples, tiny_config
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minilora.train.confusion import Confusion
+from minilora.runs.confusion import Confusion
 
 LABELS = ("ham", "spam", "eggs", "toast")
 classes = st.integers(0, len(LABELS) - 1)

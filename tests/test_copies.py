@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import minilora as ml
-from minilora.lora.attach import delete_adapter
-from minilora.lora.copies import TrainedCopy
-from minilora.lora.find import adapter_layers
-from minilora.model import ops
+from minilora.adapters.attach import delete_adapter
+from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.find import adapter_layers
+from minilora.models import ops
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
 from tests.tolerance import assert_maths
 

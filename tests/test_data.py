@@ -5,9 +5,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train.data import encode_rows
-from minilora.train.rows import Row
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs.data import encode_rows
+from minilora.runs.rows import Row
 from tests.models import examples
 from tests.text import (
     BOS,

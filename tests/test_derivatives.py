@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import minilora as ml
-from minilora.lora.functional import dora_stretch, lora_branch, lora_linear
-from minilora.model import ops
-from minilora.model.attention import block_attention
+from minilora.adapters.functional import dora_stretch, lora_branch, lora_linear
+from minilora.models import ops
+from minilora.models.attention import block_attention
 from minilora.quant.linear import NF4Linear
 from tests.models import randn, randomize_adapters_
 from tests.tolerance import assert_maths

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig
-from minilora.lora.functional import dora_norm
-from minilora.lora.layers import AdapterLinear
+from minilora.adapters.functional import dora_norm
+from minilora.adapters.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference
 from tests.adapters import LAYERS, add, applied_by_loops, merged_by_loops, place

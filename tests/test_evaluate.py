@@ -8,10 +8,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.model.generate import generate
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train import evaluate, objective
-from minilora.train.evaluate import (
+from minilora.models.generate import generate
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs import evaluate, objective
+from minilora.runs.evaluate import (
     choice_accuracy,
     evaluate_classes,
     exact_match,

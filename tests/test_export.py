@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
+from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.adapters.find import adapter_layers
 from minilora.cli import main
-from minilora.lora.export import NOT_PLAIN, export_adapter
-from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE, base_quantization
-from minilora.lora.find import adapter_layers
+from minilora.tools.export import NOT_PLAIN, export_adapter
 from tests.files import edit, saved
 from tests.models import WHOLE, randn, scales, seeds, tiny_model
 from tests.runs import everything

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.lora.find import adapter_layers
-from minilora.lora.layers import AdapterLayer
-from minilora.train.flat import ALIGNMENT, CHUNK, Flat, Learning, flat_norm
-from minilora.train.optimizer import learning
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.layers import AdapterLayer
+from minilora.runs.flat import ALIGNMENT, CHUNK, Flat, Learning, flat_norm
+from minilora.runs.optimizer import learning
 from tests.models import bases, examples, four_bit, long, randn, seeds, tiny_model
 from tests.tolerance import assert_maths, assert_precision
 from tests.training import adapted, random_rows, trained, weights

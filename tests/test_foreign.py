@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import minilora as ml
-from minilora.train.batch import collate
-from minilora.train.fingerprint import fingerprint
-from minilora.train.objective import batch_loss
+from minilora.runs.batch import collate
+from minilora.runs.fingerprint import fingerprint
+from minilora.runs.objective import batch_loss
 from tests.models import examples, fill_, long, randn, randomize_adapters_, seeds, tiny_model
 from tests.tolerance import assert_maths, assert_parity
 from tests.training import (

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.train.config import DataConfig
-from minilora.train.data import use_prompt_style
-from minilora.train.formats import Conversation, Passage, understand
-from minilora.train.rows import Row
+from minilora.runs.config import DataConfig
+from minilora.runs.data import use_prompt_style
+from minilora.runs.formats import Conversation, Passage, understand
+from minilora.runs.rows import Row
 from tests.text import (
     BOS,
     CHATML,

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora import ConfigError, LoraConfig, TrainingError, attach
-from minilora.lora.decompose import moved_factors
-from minilora.lora.find import adapter_layers
-from minilora.lora.from_data import (
+from minilora.adapters.decompose import moved_factors
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.from_data import (
     Target,
     corda_factors,
     data_factors,
@@ -23,7 +23,7 @@ from minilora.lora.from_data import (
     redistribute,
     redistributed,
 )
-from minilora.model import ops
+from minilora.models import ops
 from minilora.quant.linear import NF4Linear, dense_weight
 from tests.models import fill_, randn, scales, seeds, sizes, tiny_model, token_ids
 from tests.tolerance import assert_maths, relative

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.lora.functional import (
+from minilora.adapters.functional import (
     dora_norm,
     dora_stretch,
     dropout_seed,

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.model.cache import KVCache
-from minilora.model.generate import _next_logits, penalize, probabilities
+from minilora.models.cache import KVCache
+from minilora.models.generate import _next_logits, penalize, probabilities
 from tests.models import SIZES, examples, families, randn, randomize_adapters_, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_precision
 

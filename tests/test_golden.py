@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.lora.layout import CONFIG_FILE
+from minilora.adapters.layout import CONFIG_FILE
 from tests.adapters import Conv1D
 from tests.golden.make_adapters import CASES, FOLDER, IDS, base_of
 from tests.tolerance import PARITY, assert_parity, relative

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import constants
 
 import minilora as ml
-from minilora.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
-from minilora.lora.files import CONFIG_FILE, base_model_of
+from minilora.adapters.files import CONFIG_FILE, base_model_of
+from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
 from minilora.storage import ASSETS, BUILTIN
 from tests.models import randomize_adapters_, tiny_model, token_ids
 
@@ -361,9 +361,9 @@ def test_what_was_fetched_once_is_there_without_a_network(hub, models, monkeypat
 def test_the_hub_s_own_environment_says_where_it_is_and_where_its_cache_is(hub, models, tmp_path):
     """In a process of its own, since `huggingface_hub` reads it once. Nothing is imported before it is needed."""
     code = """
-import sys, minilora.hub
+import sys, minilora.models.hub
 assert "huggingface_hub" not in sys.modules
-print(minilora.hub.locate("org/tiny", "model").name)
+print(minilora.models.hub.locate("org/tiny", "model").name)
 """
     environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-W", "error", "-c", code]

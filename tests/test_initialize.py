@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
-from minilora.lora.decompose import loftq_factors, moved_factors, randomized_svd
-from minilora.lora.initialize import embedding_factors, initial_factors
+from minilora.adapters.decompose import loftq_factors, moved_factors, randomized_svd
+from minilora.adapters.initialize import embedding_factors, initial_factors
 from minilora.quant.linear import NF4Linear, dense_weight
 from tests.models import randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, relative

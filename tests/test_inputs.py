@@ -4,7 +4,7 @@ import json
 import pytest
 
 import minilora as ml
-from minilora.inputs import load_data, load_general
+from minilora.runs.inputs import load_data, load_general
 from minilora.storage import ASSETS, BUILTIN
 from tests.runs import write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer

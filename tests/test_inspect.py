@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 import minilora as ml
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapters.find import adapter_layers, linear_layers
 from minilora.cli import inspect
 from minilora.cli.inspect import WIDTH
-from minilora.inspect.adapter import AdapterFacts, adapter_facts
-from minilora.inspect.change import delta_spectrum, effective_rank, frobenius_norm
-from minilora.inspect.fold import fold
-from minilora.inspect.look import look
-from minilora.inspect.model import model_facts
-from minilora.inspect.run import run_facts
-from minilora.lora.config import LoraConfig
-from minilora.lora.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from minilora.lora.find import adapter_layers, linear_layers
-from minilora.model.shards import INDEX
+from minilora.models.shards import INDEX
 from minilora.quant.linear import dense_weight
 from minilora.storage import read_json, write_json
+from minilora.tools.inspect import look
+from minilora.tools.inspect_adapter import AdapterFacts, adapter_facts
+from minilora.tools.inspect_change import delta_spectrum, effective_rank, frobenius_norm
+from minilora.tools.inspect_fold import fold
+from minilora.tools.inspect_model import model_facts
+from minilora.tools.inspect_run import run_facts
 from tests.files import edit, saved, write_base
 from tests.models import examples, families, randn, seeds, sizes, tiny_model
 from tests.text import CHATML, write_tokenizer
@@ -174,7 +174,7 @@ def test_equally_strong_directions_are_counted(size):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_norm_of_a_weight_is_summed_in_float64_whatever_the_parts(monkeypatch, dtype):
     weight = randn(3, 70, 11, dtype=dtype)
-    monkeypatch.setattr("minilora.inspect.change.CHUNK", 30)
+    monkeypatch.setattr("minilora.tools.inspect_change.CHUNK", 30)
     exact = math.sqrt(math.fsum(float(value) ** 2 for value in weight.flatten()))
     assert_number(frobenius_norm(weight), exact)
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.inspect.adapter import adapter_facts
-from minilora.lora.export import export_adapter
-from minilora.lora.files import CONFIG_FILE, WEIGHTS_FILE
-from minilora.lora.find import adapter_layers
+from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapters.find import adapter_layers
 from minilora.storage import write_json
+from minilora.tools.export import export_adapter
+from minilora.tools.inspect_adapter import adapter_facts
 from tests.files import edit, write_base
 from tests.models import randn, tiny_model
 from tests.test_inspect import CHANGES, assert_number, spoilt

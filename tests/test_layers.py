@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, TargetError
-from minilora.lora.layers import AdapterLinear
+from minilora.adapters.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.testing import reference
 from tests.adapters import add

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
 from minilora import ShapeError
-from minilora.lora.attach import attach
-from minilora.model import ops
-from minilora.model.cache import KVCache
-from minilora.model.llama import Llama
+from minilora.adapters.attach import attach
+from minilora.models import ops
+from minilora.models.cache import KVCache
+from minilora.models.llama import Llama
 from minilora.testing import reference
 from tests.golden.make_models import FILE, LENGTHS
 from tests.models import (

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora as ml
-from minilora.lora.find import adapter_layers
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train.config import COUNTS
-from minilora.train.evaluate import held_out_loss, measure_drift
-from minilora.train.optimizer import learning_rate
+from minilora.adapters.find import adapter_layers
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs.config import COUNTS
+from minilora.runs.evaluate import held_out_loss, measure_drift
+from minilora.runs.optimizer import learning_rate
 from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, seeds, tiny_model
 from tests.tolerance import assert_maths
 from tests.training import (

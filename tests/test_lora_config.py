@@ -5,8 +5,8 @@ import time
 import pytest
 
 from minilora import ConfigError, LoraConfig, TargetError
+from minilora.adapters.config import is_target, select_parameters, select_saved, select_targets
 from minilora.cli.flags import RENAMED, add_flags, from_flags
-from minilora.lora.config import is_target, select_parameters, select_saved, select_targets
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]

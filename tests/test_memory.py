@@ -12,15 +12,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
-from minilora.lora.find import adapter_layers
-from minilora.lora.layers import AdapterLinear
-from minilora.model import ops
-from minilora.train import diagnose, memory
-from minilora.train.diagnose import free_memory_bytes, peak_memory_bytes
-from minilora.train.evaluate import held_out_loss, measure_drift
-from minilora.train.flat import Flat
-from minilora.train.memory import fitting, forecast, largest
-from minilora.train.optimizer import learning
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.layers import AdapterLinear
+from minilora.models import ops
+from minilora.runs import diagnose, memory
+from minilora.runs.diagnose import free_memory_bytes, peak_memory_bytes
+from minilora.runs.evaluate import held_out_loss, measure_drift
+from minilora.runs.flat import Flat
+from minilora.runs.memory import fitting, forecast, largest
+from minilora.runs.optimizer import learning
 from tests.models import FAMILIES, allocated, four_bit, long, tiny_model, token_ids
 from tests.training import random_rows, trained
 
@@ -296,7 +296,7 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     """The process that starts this one may have held much more."""
     code = """if True:
         import minilora, torch
-        from minilora.train.diagnose import peak_memory_bytes
+        from minilora.runs.diagnose import peak_memory_bytes
         numbers = torch.ones(2**26)
         del numbers
         print(peak_memory_bytes(torch.device("cpu")))"""
@@ -313,7 +313,7 @@ def test_while_a_run_lasts_memory_is_taken_from_the_system_once():
         import torch
         from contextlib import nullcontext
         from resource import RUSAGE_SELF, getrusage
-        from minilora.train.allocator import kept_memory
+        from minilora.runs.allocator import kept_memory
         def faults():
             before = getrusage(RUSAGE_SELF).ru_minflt
             torch.ones(25_000_000)
@@ -332,8 +332,8 @@ def test_after_a_run_its_memory_is_given_back():
     """Gradients and moments of 25 million numbers, and a block that is taken and given back afterwards."""
     code = """if True:
         import minilora as ml, torch
-        from minilora.train.allocator import release_memory
-        from minilora.train.diagnose import held_memory_bytes
+        from minilora.runs.allocator import release_memory
+        from minilora.runs.diagnose import held_memory_bytes
         def loss(model, rows):
             return sum((p * p).sum() for p in model.parameters()), 1
         model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(25)))

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora import cli, run_memory
+from minilora import cli
 from minilora.cli.memory import amount
-from minilora.inspect import memory
-from minilora.inspect.memory import SHAPES, WAYS, told
-from minilora.model.config import LlamaConfig
-from minilora.quant.config import QuantizeConfig
-from minilora.run import Run
-from minilora.run_memory import memory_of
-from minilora.settings import RunConfig
-from minilora.train.batch import plan_steps
-from minilora.train.config import DataConfig, TrainConfig
-from minilora.train.diagnose import free_memory_bytes
-from minilora.train.memory import ROOM, forecast
+from minilora.models.config import LlamaConfig
+from minilora.models.quantization import QuantizeConfig
+from minilora.runs import run_memory
+from minilora.runs.batch import plan_steps
+from minilora.runs.config import DataConfig, TrainConfig
+from minilora.runs.diagnose import free_memory_bytes
+from minilora.runs.memory import ROOM, forecast
+from minilora.runs.run import Run
+from minilora.runs.run_memory import memory_of
+from minilora.runs.settings import RunConfig
+from minilora.tools import inspect_memory as memory
+from minilora.tools.inspect_memory import SHAPES, WAYS, told
 from tests.models import four_bit, long, tiny_config, tiny_model
 from tests.runs import SETTINGS, words, write_inputs
 

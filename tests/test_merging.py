@@ -14,14 +14,14 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError, merging
-from minilora.lora.files import WEIGHTS_FILE
-from minilora.lora.find import adapter_layers, linear_layers
-from minilora.lora.layers import AdapterLinear
-from minilora.merging import merge_directory, squared_norms
+from minilora.adapters.files import WEIGHTS_FILE
+from minilora.adapters.find import adapter_layers, linear_layers
+from minilora.adapters.layers import AdapterLinear
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import quantize
 from minilora.storage import holds_files
 from minilora.testing import reference_nf4 as reference
+from minilora.tools.merging import merge_directory, squared_norms
 from tests.files import SHARD, write_base
 from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, tiny_model
 from tests.runs import everything

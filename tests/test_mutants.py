@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minilora.model import ops
-from minilora.model.attention import causal_attention
+from minilora.models import ops
+from minilora.models.attention import causal_attention
 from minilora.quant import nf4
 from minilora.testing import reference, reference_conv, reference_nf4
 from tests.models import randn, tiny_model, token_ids

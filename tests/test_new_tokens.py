@@ -6,8 +6,8 @@ import pytest
 
 import minilora as ml
 from minilora.cli import main
-from minilora.merging import merge_directory
 from minilora.storage import BUILTIN
+from minilora.tools.merging import merge_directory
 
 NEW = ["<coin>", "Wumpus"]
 ROWS = [

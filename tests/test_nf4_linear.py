@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.lora.find import shared_scratch
+from minilora.adapters.find import shared_scratch
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import dequantize, dequantize_absmax, quantize, quantize_absmax
 from tests.models import compile_with, long, randn, randomize_adapters_, seeds

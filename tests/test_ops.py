@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig
+from minilora.adapters.layers import AdapterLinear
 from minilora.errors import TrainingError
-from minilora.lora.layers import AdapterLinear
-from minilora.model import ops
-from minilora.model.ops import IGNORE_INDEX
+from minilora.models import ops
+from minilora.models.ops import IGNORE_INDEX
 from minilora.quant.linear import NF4Linear
 from minilora.testing import reference
 from tests.models import document_lengths, examples, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids

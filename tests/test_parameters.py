@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.lora.adapted import Adapted
-from minilora.lora.attach import merged
-from minilora.lora.find import adapter_layers
-from minilora.lora.parameters import AdapterParameters
+from minilora.adapters.adapted import Adapted
+from minilora.adapters.attach import merged
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.parameters import AdapterParameters
 from tests.models import randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, assert_precision
 

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora import cli
-from minilora.cli.picture import COLOURS, draw, needs_logarithm, save_picture
 from minilora.cli.plot import distinct_names
-from minilora.metrics import Curve, Metrics, read_metrics, smooth
+from minilora.runs.metrics import Curve, Metrics, read_metrics, smooth
+from minilora.tools.plot import COLOURS, draw, needs_logarithm, save_picture
 
 values = st.lists(st.floats(0.01, 100), max_size=200)
 NONE = Curve((), ())

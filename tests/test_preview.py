@@ -4,11 +4,11 @@ import pytest
 
 import minilora as ml
 from minilora.cli.preview import marked
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train.batch import plan_steps
-from minilora.train.config import DataConfig
-from minilora.train.data import encode_row
-from minilora.train.rows import Row
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs.batch import plan_steps
+from minilora.runs.config import DataConfig
+from minilora.runs.data import encode_row
+from minilora.runs.rows import Row
 from tests.models import tiny_model
 from tests.runs import runner, write_rows
 from tests.text import CHATML, CLOSE, OPEN, write_tokenizer

@@ -13,11 +13,11 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError
-from minilora.lora.find import linear_layers
-from minilora.model.checkpoint import skeleton, stored_weights
-from minilora.model.shards import SHARD_BYTES
-from minilora.quant.config import QuantizeConfig
-from minilora.quant.files import describe, packed_tensors, packed_weights, read_packed
+from minilora.adapters.find import linear_layers
+from minilora.models.bitsandbytes import describe, packed_tensors, packed_weights, read_packed
+from minilora.models.checkpoint import skeleton, stored_weights
+from minilora.models.quantization import QuantizeConfig
+from minilora.models.shards import SHARD_BYTES
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, quantize_absmax, unpack
 from minilora.storage import TensorFile, read_json, write_json

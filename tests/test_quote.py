@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 import minilora as ml
-from minilora.model.ops import IGNORE_INDEX
-from minilora.model.quote import QUOTE, ControlTokens
-from minilora.train.data import use_prompt_style
+from minilora.models.ops import IGNORE_INDEX
+from minilora.models.quote import QUOTE, ControlTokens
+from minilora.runs.data import use_prompt_style
 from tests.models import examples
 from tests.text import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation, encoded, trained_bpe
 

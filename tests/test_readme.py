@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import minilora as ml
-import minilora.run
+import minilora.runs.run
 from minilora import cli
 from minilora.cli.flags import names_of
+from minilora.runs.data import Dataset
 from minilora.storage import ASSETS
-from minilora.train.data import Dataset
 from tests.models import tiny_model
 from tests.runs import type_in, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
@@ -48,7 +48,7 @@ def test_the_python_of_the_readme_runs(block):
 
 def test_the_commands_of_the_readme_run_one_after_the_other(directory, monkeypatch, capsys):
     pytest.importorskip("matplotlib")  # for the picture
-    monkeypatch.setattr(minilora.run, "load_general", lambda *_: Dataset(()))
+    monkeypatch.setattr(minilora.runs.run, "load_general", lambda *_: Dataset(()))
     lines = [line for line in COMMANDS.splitlines() if line and "--memory" not in line]  # which takes a minute
     assert len(lines) >= 20
     for line in lines:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError
-from minilora.model import ops
-from minilora.model.rope import ROPE_KEYS, Rope
+from minilora.models import ops
+from minilora.models.rope import ROPE_KEYS, Rope
 from minilora.testing import reference
 from tests.models import randn, seeds
 from tests.tolerance import assert_maths, assert_parity, assert_precision

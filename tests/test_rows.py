@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
+from minilora.runs.rows import Row, find_splits, read_rows
 from minilora.storage import ASSETS, BUILTIN
-from minilora.train.rows import Row, find_splits, read_rows
 from tests.text import texts
 
 

@@ -16,13 +16,13 @@ import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.adapters.config import RENAMED
 from minilora.cli.finetune import INTERRUPTED
-from minilora.inputs import load_general
-from minilora.lora.config import RENAMED
-from minilora.model import template
-from minilora.run import PACKAGES
-from minilora.train.evaluate import evaluate, held_out_loss, measure_drift
-from minilora.train.state import checkpoints
+from minilora.models import template
+from minilora.runs.checkpoints import checkpoints
+from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift
+from minilora.runs.inputs import load_general
+from minilora.runs.run import PACKAGES
 from tests.models import four_bit, long
 from tests.runs import (
     ADAPTER,

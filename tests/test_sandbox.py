@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minilora import MiniloraError
-from minilora.model import sandbox
-from minilora.model.sandbox import Meter, Sandbox
-from minilora.model.template import ChatTemplate
+from minilora.models import sandbox
+from minilora.models.sandbox import Meter, Sandbox
+from minilora.models.template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora.lora import functional
-from minilora.model import ops
+from minilora.adapters import functional
+from minilora.models import ops
 from minilora.quant import nf4
 from tests.models import document_lengths, randn, seeds, sizes, token_ids
 

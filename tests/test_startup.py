@@ -46,13 +46,13 @@ IMPORTS = [  # of each kind some: Python, and how what it prints begins
     [
         (TRAIN.format(first), "True <function train")
         for first in (
-            *("import minilora.train.loop", "from minilora.train import config"),
-            *("import minilora.train", "minilora.DataConfig"),
+            *("import minilora.runs.loop", "from minilora.runs import config"),
+            *("import minilora.cli", "minilora.DataConfig"),
         )
     ],
     [
         (NAME.format(name), f"<class 'minilora.{name}'>")
-        for name in ("model.llama.Llama", "errors.ConfigError", "lora.layers.AdapterLinear")
+        for name in ("models.llama.Llama", "errors.ConfigError", "adapters.layers.AdapterLinear")
     ],
     [
         (AGAIN.format(again), "<function train")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig, TargetError, attach
-from minilora.lora.targets import TARGETS, find_target_modules
+from minilora.adapters.targets import TARGETS, find_target_modules
 from tests.models import tiny_model
 
 

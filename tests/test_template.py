@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import DataError, FormatError
-from minilora.model import template as module
-from minilora.model.template import BEGIN, END, OUTPUT_LIMIT, TEMPLATE_LIMIT, ChatTemplate
+from minilora.models import template as module
+from minilora.models.template import BEGIN, END, OUTPUT_LIMIT, TEMPLATE_LIMIT, ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 texts = st.text(max_size=8)

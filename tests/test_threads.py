@@ -7,9 +7,9 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.lora.find import adapter_layers
-from minilora.train import threads
-from minilora.train.threads import MAX_PARAMETERS, MAX_SECONDS, choose_threads
+from minilora.adapters.find import adapter_layers
+from minilora.runs import threads
+from minilora.runs.threads import MAX_PARAMETERS, MAX_SECONDS, choose_threads
 from tests.models import tiny_model
 from tests.runs import SETTINGS, interrupt, starts, write_rows
 from tests.text import write_tokenizer

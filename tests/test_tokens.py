@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.lora.find import adapter_layers
-from minilora.lora.tokens import TokenRows
-from minilora.model import ops
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.tokens import TokenRows
+from minilora.models import ops
 from tests.models import WHOLE, allocated, randn, seeds, tiny_model, token_ids, train_a_little
 from tests.tolerance import assert_maths
 

@@ -8,9 +8,9 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, ShapeError, TargetError
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.find import adapter_layers, places_of
-from minilora.lora.weighted import combine_adapters, config_of
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.find import adapter_layers, places_of
+from minilora.adapters.weighted import combine_adapters, config_of
 from tests.adapters import many_kinds
 from tests.models import four_bit, randn, seeds, tiny_model
 from tests.tolerance import assert_maths

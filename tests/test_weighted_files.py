@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora import ConfigError, FormatError
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.files import base_model_of, base_quantization
-from minilora.lora.find import adapter_layers
-from minilora.lora.weighted import combine_adapters
-from minilora.lora.weighted_files import combine_directories
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.files import base_model_of, base_quantization
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.weighted import combine_adapters
+from minilora.adapters.weighted_files import combine_directories
 from tests.adapters import many_kinds
 from tests.models import four_bit, randomize_adapters_, tiny_model
 from tests.tolerance import PARITY, relative

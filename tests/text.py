@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minilora as ml
-from minilora.model.ops import IGNORE_INDEX
-from minilora.train.data import encode_row
-from minilora.train.rows import Row
+from minilora.models.ops import IGNORE_INDEX
+from minilora.runs.data import encode_row
+from minilora.runs.rows import Row
 
 BOS, EOS, OPEN, CLOSE = "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [BOS, EOS, OPEN, CLOSE]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from minilora.adapters.attach import set_adapter
 from minilora.cli.command import INTERRUPTED, Options, say
 from minilora.cli.commands import CHAT_HELP
 from minilora.cli.flags import from_flags
@@ -17,8 +18,7 @@ from minilora.cli.load import Loaded, load
 from minilora.cli.trained import adapters
 from minilora.cli.write import write
 from minilora.errors import ConfigError, FormatError, MiniloraError
-from minilora.lora.attach import set_adapter
-from minilora.model.template import Message
+from minilora.models.template import Message
 
 NONE = "none"
 

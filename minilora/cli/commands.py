@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.config import LoraConfig
 from minilora.cli.command import Command
 from minilora.cli.flags import add_flags, names_of, read_config, use_config
 from minilora.cli.groups import Output, add_model_flags, add_prompt_flags, add_writing_flags
 from minilora.cli.trained import adapters, how_trained
 from minilora.errors import ConfigError
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.config import LoraConfig
-from minilora.quant.config import QuantizeConfig, Target
-from minilora.settings import RunConfig
+from minilora.models.quantization import QuantizeConfig, Target
+from minilora.runs.config import DataConfig, TrainConfig
+from minilora.runs.settings import RunConfig
 from minilora.storage import ASSETS, BUILTIN, read_json
-from minilora.train.config import DataConfig, TrainConfig
 
 METRICS = ("nll", "choice", "exact-match")  # of a language model
 CLASS_METRICS = ("accuracy", "nll")  # of a classifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minilora.cli.columns import cells, fit
-from minilora.train.confusion import Confusion
+from minilora.runs.confusion import Confusion
 
 LABEL_WIDTH = 24
 SCORES = ("precision", "recall", "F1", "count")

@@ -13,11 +13,11 @@ from minilora.cli.confusion import confusion_table
 from minilora.cli.flags import from_flags
 from minilora.cli.load import Found, find, load, load_classes
 from minilora.errors import ConfigError
-from minilora.train.classes import encode_classes
-from minilora.train.config import DataConfig
-from minilora.train.data import Dataset, encode_rows, use_prompt_style
-from minilora.train.evaluate import choice_accuracy, evaluate_classes, exact_match, find_choices, held_out_loss
-from minilora.train.rows import Row, read_held_out
+from minilora.runs.classes import encode_classes
+from minilora.runs.config import DataConfig
+from minilora.runs.data import Dataset, encode_rows, use_prompt_style
+from minilora.runs.evaluate import choice_accuracy, evaluate_classes, exact_match, find_choices, held_out_loss
+from minilora.runs.rows import Row, read_held_out
 
 
 def run(options: Options) -> int:

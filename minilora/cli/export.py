@@ -6,8 +6,8 @@ from pathlib import Path
 
 from minilora.cli.command import Options
 from minilora.errors import ConfigError
-from minilora.lora.export import export_adapter
 from minilora.storage import holds_files
+from minilora.tools.export import export_adapter
 
 
 def run(options: Options) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.cli.command import Options
 from minilora.cli.commands import EXTRACT_FIELDS
 from minilora.errors import ConfigError
-from minilora.extraction import Extraction, extract_directory
-from minilora.lora.config import RENAMED, LoraConfig
-from minilora.model.tokenizer import find_tokenizer
-from minilora.run import pick_device
+from minilora.models.tokenizer import find_tokenizer
+from minilora.runs.run import pick_device
 from minilora.storage import holds_files
+from minilora.tools.extraction import Extraction, extract_directory
 
 
 def run(options: Options) -> int:

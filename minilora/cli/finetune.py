@@ -6,6 +6,9 @@ import signal
 
 import torch
 
+from minilora.adapters.attach import disable_adapter
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.find import ParameterCount, base_held
 from minilora.cli.command import INTERRUPTED, Options, say, say_bad
 from minilora.cli.flags import from_flags, read_config
 from minilora.cli.load import say_quantization
@@ -13,20 +16,17 @@ from minilora.cli.memory import memory_lines
 from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
-from minilora.inputs import Data
-from minilora.lora.attach import disable_adapter
-from minilora.lora.config import LoraConfig
-from minilora.lora.find import ParameterCount, base_held
-from minilora.model.classifier import Classifier
-from minilora.model.llama import Llama
-from minilora.quant.config import QuantizeConfig
-from minilora.run import Outcome, Run, pick_device
-from minilora.run_memory import check_memory
-from minilora.settings import RunConfig
-from minilora.train.config import DataConfig, TrainConfig
-from minilora.train.diagnose import free_memory_bytes, held_memory_bytes
-from minilora.train.evaluate import ClassScores, Progress, Scores, evaluate, evaluate_classes, measure_drift
-from minilora.train.loop import TrainResult
+from minilora.models.classifier import Classifier
+from minilora.models.llama import Llama
+from minilora.models.quantization import QuantizeConfig
+from minilora.runs.config import DataConfig, TrainConfig
+from minilora.runs.diagnose import free_memory_bytes, held_memory_bytes
+from minilora.runs.evaluate import ClassScores, Progress, Scores, evaluate, evaluate_classes, measure_drift
+from minilora.runs.inputs import Data
+from minilora.runs.loop import TrainResult
+from minilora.runs.run import Outcome, Run, pick_device
+from minilora.runs.run_memory import check_memory
+from minilora.runs.settings import RunConfig
 
 
 def run(options: Options) -> int:

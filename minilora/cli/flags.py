@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minilora.adapters.config import RENAMED
 from minilora.errors import ConfigError
-from minilora.lora.config import RENAMED
 from minilora.storage import read_json, read_text
 
 T = TypeVar("T")

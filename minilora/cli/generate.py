@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from minilora.adapters.attach import disable_adapter
 from minilora.cli.columns import columns
 from minilora.cli.command import INTERRUPTED, Options, say
 from minilora.cli.flags import from_flags
@@ -15,9 +16,8 @@ from minilora.cli.load import Loaded, load
 from minilora.cli.prompts import encode_prompts, read_prompts
 from minilora.cli.write import write
 from minilora.errors import ConfigError
-from minilora.lora.attach import disable_adapter
-from minilora.train.formats import Fields
-from minilora.train.rows import Row
+from minilora.runs.formats import Fields
+from minilora.runs.rows import Row
 
 
 def run(options: Options) -> int:

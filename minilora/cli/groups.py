@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from minilora.cli.flags import add_flags
 from minilora.errors import ConfigError
-from minilora.quant.config import QuantizeConfig
-from minilora.train.config import option
+from minilora.models.quantization import QuantizeConfig
+from minilora.runs.config import option
 
 
 def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:

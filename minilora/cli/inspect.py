@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minilora.adapters.layout import PREFIX
 from minilora.cli.command import Options
 from minilora.cli.memory import memory_page
-from minilora.inspect.adapter import AdapterFacts, ModuleFacts, OtherFacts
-from minilora.inspect.fold import fold
-from minilora.inspect.look import FileFacts, look
-from minilora.inspect.model import ModelFacts
-from minilora.lora.layout import PREFIX
 from minilora.storage import TensorEntry
+from minilora.tools.inspect import FileFacts, look
+from minilora.tools.inspect_adapter import AdapterFacts, ModuleFacts, OtherFacts
+from minilora.tools.inspect_fold import fold
+from minilora.tools.inspect_model import ModelFacts
 
 WIDTH, LABEL = 80, 14  # with which a SHA-256 fits on a line
 SHOWN = 3  # reasons why a tool does not read something; the others are counted

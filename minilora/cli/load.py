@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora.adapters.attach import set_adapter
+from minilora.adapters.classes import classes_of
+from minilora.adapters.files import base_model_of, base_quantization, load_adapter, vocabulary_of
+from minilora.adapters.find import base_held
 from minilora.cli.command import Options, say
 from minilora.cli.trained import Training, adapters, how_trained
 from minilora.errors import ConfigError, FormatError
-from minilora.hub import Location, fetch, locate
-from minilora.lora.attach import set_adapter
-from minilora.lora.classes import classes_of
-from minilora.lora.files import base_model_of, base_quantization, load_adapter, vocabulary_of
-from minilora.lora.find import base_held
-from minilora.model.checkpoint import load_model
-from minilora.model.classifier import Classifier, load_classifier
-from minilora.model.config import LlamaConfig, Unit
-from minilora.model.llama import Llama
-from minilora.model.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from minilora.model.vocabulary import grow_vocabulary
-from minilora.quant.config import QuantizeConfig
-from minilora.quant.files import is_four_bit
+from minilora.models.bitsandbytes import is_four_bit
+from minilora.models.checkpoint import load_model
+from minilora.models.classifier import Classifier, load_classifier
+from minilora.models.config import LlamaConfig, Unit
+from minilora.models.hub import Location, fetch, locate
+from minilora.models.llama import Llama
+from minilora.models.quantization import QuantizeConfig
+from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from minilora.models.vocabulary import grow_vocabulary
 from minilora.quant.nf4 import BLOCK_SIZE
-from minilora.run import pick_device
+from minilora.runs.run import pick_device
 from minilora.storage import BUILTIN, read_json
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from minilora.hub import fetch
-from minilora.inspect.memory import MemoryFacts, memory_facts
-from minilora.run import pick_device
-from minilora.train.memory import Forecast, amount
+from minilora.models.hub import fetch
+from minilora.runs.memory import Forecast, amount
+from minilora.runs.run import pick_device
+from minilora.tools.inspect_memory import MemoryFacts, memory_facts
 
 NAMES = [field.name for field in fields(Forecast)]
 

@@ -13,6 +13,10 @@ from pathlib import Path
 
 from torch import nn
 
+from minilora.adapters.combine import Cut
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.find import base_held
+from minilora.adapters.weighted_files import combine_directories
 from minilora.cli.command import Options
 from minilora.cli.flags import from_flags
 from minilora.cli.load import (
@@ -25,16 +29,12 @@ from minilora.cli.load import (
 )
 from minilora.cli.trained import adapters, how_trained
 from minilora.errors import ConfigError
-from minilora.hub import fetch
-from minilora.lora.combine import Cut
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.find import base_held
-from minilora.lora.weighted_files import combine_directories
-from minilora.merging import Deviation, merge_directory
-from minilora.model.classifier import load_for
-from minilora.quant.config import QuantizeConfig
-from minilora.run import pick_device
+from minilora.models.classifier import load_for
+from minilora.models.hub import fetch
+from minilora.models.quantization import QuantizeConfig
+from minilora.runs.run import pick_device
 from minilora.storage import holds_files, write_text
+from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # error of a merge, relative to what the adapter does, from which on advice is given
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"

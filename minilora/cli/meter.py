@@ -8,9 +8,9 @@ import time
 from types import FrameType
 
 from minilora.cli.columns import visible
-from minilora.train.evaluate import Progress
-from minilora.train.loop import Record
-from minilora.train.memory import amount
+from minilora.runs.evaluate import Progress
+from minilora.runs.loop import Record
+from minilora.runs.memory import amount
 
 
 class Meter:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.cli.command import Options
-from minilora.cli.picture import SUFFIXES, save_picture
 from minilora.errors import ConfigError
-from minilora.metrics import read_metrics
+from minilora.runs.metrics import read_metrics
+from minilora.tools.plot import SUFFIXES, save_picture
 
 
 def run(options: Options) -> int:

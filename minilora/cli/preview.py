@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 
+from minilora.adapters.find import ParameterCount
 from minilora.cli.columns import visible
-from minilora.inputs import Data
-from minilora.lora.find import ParameterCount
-from minilora.model.ops import IGNORE_INDEX
-from minilora.model.tokenizer import Tokenizer
-from minilora.train.batch import plan_steps
-from minilora.train.config import TrainConfig
-from minilora.train.data import Example
+from minilora.models.ops import IGNORE_INDEX
+from minilora.models.tokenizer import Tokenizer
+from minilora.runs.batch import plan_steps
+from minilora.runs.config import TrainConfig
+from minilora.runs.data import Example
+from minilora.runs.inputs import Data
 
 ROWS = 3
 MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere

@@ -11,12 +11,12 @@ from typing import Literal
 from minilora.cli.command import Options
 from minilora.cli.load import Loaded
 from minilora.errors import ConfigError, DataError
-from minilora.model.tokenizer import Tokenizer
+from minilora.models.tokenizer import Tokenizer
+from minilora.runs.config import DataConfig
+from minilora.runs.data import use_prompt_style
+from minilora.runs.formats import Passage, understand_question
+from minilora.runs.rows import Row, read_held_out
 from minilora.storage import read_text
-from minilora.train.config import DataConfig
-from minilora.train.data import use_prompt_style
-from minilora.train.formats import Passage, understand_question
-from minilora.train.rows import Row, read_held_out
 
 STDIN = "-"
 Asking = Literal["chat", "plain", "raw"]

@@ -7,14 +7,14 @@ from pathlib import Path
 from minilora.cli.command import Options
 from minilora.cli.flags import from_flags
 from minilora.errors import ConfigError
-from minilora.hub import locate
-from minilora.model.checkpoint import read_config, save_model, stored_dtype, stored_weights
-from minilora.model.classifier import load_for, skeleton_for
-from minilora.model.shards import tensor_files
-from minilora.model.tokenizer import find_tokenizer
-from minilora.quant.config import QuantizeConfig
-from minilora.quant.files import count_weights, is_four_bit
-from minilora.run import pick_device
+from minilora.models.bitsandbytes import count_weights, is_four_bit
+from minilora.models.checkpoint import read_config, save_model, stored_dtype, stored_weights
+from minilora.models.classifier import load_for, skeleton_for
+from minilora.models.hub import locate
+from minilora.models.quantization import QuantizeConfig
+from minilora.models.shards import tensor_files
+from minilora.models.tokenizer import find_tokenizer
+from minilora.runs.run import pick_device
 from minilora.storage import holds_files
 
 

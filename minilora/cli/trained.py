@@ -9,7 +9,7 @@ from typing import Any
 
 from minilora.cli.command import Options
 from minilora.errors import FormatError
-from minilora.hub import fetch
+from minilora.models.hub import fetch
 from minilora.storage import read_json, read_text
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from minilora.adapters.serve import merged_if_faster
 from minilora.cli.groups import Writing
-from minilora.lora.serve import merged_if_faster
-from minilora.model.generate import generate
-from minilora.model.llama import Llama
-from minilora.model.text import TextStream
-from minilora.model.tokenizer import Tokenizer
+from minilora.models.generate import generate
+from minilora.models.llama import Llama
+from minilora.models.text import TextStream
+from minilora.models.tokenizer import Tokenizer
 
 
 def write(

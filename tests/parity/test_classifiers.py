@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.lora.classes import classes_of
-from minilora.model.classifier import load_classifier
+from minilora.adapters.classes import classes_of
+from minilora.models.classifier import load_classifier
 from tests.models import FAMILIES, perturb_, tiny_model, token_ids
 from tests.test_classifier import LABELS, padded, tiny_classifier
 from tests.tolerance import assert_parity

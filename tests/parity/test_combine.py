@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.lora.combine import Factors, combine
-from minilora.lora.combine_config import CombineConfig
-from minilora.lora.functional import lora_delta
-from minilora.lora.weighted_files import combine_directories
+from minilora.adapters.combine import Factors, combine
+from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.functional import lora_delta
+from minilora.adapters.weighted_files import combine_directories
 from tests.models import randn
 from tests.tolerance import assert_parity, relative
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minilora as ml
-from minilora.lora.attach import merged
-from minilora.lora.find import adapter_layers
-from minilora.lora.layout import CONFIG_FILE, WEIGHTS_FILE
-from minilora.lora.serve import hotswap_adapter
+from minilora.adapters.attach import merged
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapters.serve import hotswap_adapter
 from minilora.quant.linear import NF4Linear, dense_weight
 from tests.models import allocated, fill_, perturb_, randn, token_ids
 from tests.parity.test_family import (

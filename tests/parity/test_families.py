@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.lora.copies import TrainedCopy
-from minilora.lora.find import adapter_layers
-from minilora.lora.targets import TARGETS
+from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.find import adapter_layers
+from minilora.adapters.targets import TARGETS
 from tests.models import perturb_, randn, token_ids
 from tests.parity.families import FAMILIES, family_model
 from tests.tolerance import assert_parity

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.lora.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
+from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
 from tests.files import edit
 from tests.models import examples, perturb_, seeds, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.train.optimizer import learning
+from minilora.runs.optimizer import learning
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.parity

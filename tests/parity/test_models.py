@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.model.config import FAMILIES as TYPES
-from minilora.model.config import LlamaConfig
-from minilora.model.generate import penalize, probabilities
+from minilora.models.config import FAMILIES as TYPES
+from minilora.models.config import LlamaConfig
+from minilora.models.generate import penalize, probabilities
 from tests.models import FAMILIES, examples, randn, seeds, tiny_model, token_ids
 from tests.test_config_json import MINIMAL, meaning
 from tests.tolerance import assert_parity

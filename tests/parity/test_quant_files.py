@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.quant.config import QuantizeConfig
+from minilora.models.quantization import QuantizeConfig
 from minilora.quant.linear import NF4Linear, dense_weight
 from minilora.quant.nf4 import dequantize, quantize
 from minilora.storage import read_json

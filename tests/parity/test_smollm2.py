@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.adapters.find import adapter_layers
 from minilora.cli import main
-from minilora.lora.find import adapter_layers
-from minilora.model import ops
+from minilora.models import ops
+from minilora.runs.batch import collate
+from minilora.runs.config import TrainConfig
+from minilora.runs.data import encode_row
+from minilora.runs.evaluate import held_out_loss
+from minilora.runs.objective import batch_loss
+from minilora.runs.rows import Row, find_splits
 from minilora.storage import BUILTIN, read_json
-from minilora.train.batch import collate
-from minilora.train.config import TrainConfig
-from minilora.train.data import encode_row
-from minilora.train.evaluate import held_out_loss
-from minilora.train.objective import batch_loss
-from minilora.train.rows import Row, find_splits
 from tests.models import randomize_adapters_
 from tests.parity.test_quant_files import options_of, theirs_logits, theirs_model
 from tests.tolerance import GRADIENT_PARITY, assert_parity, relative

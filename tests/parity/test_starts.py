@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.lora.config import LoraConfig
-from minilora.lora.decompose import loftq_factors, moved_factors
-from minilora.lora.from_data import GAMMA, Target, data_factors, redistributed
-from minilora.lora.functional import lora_scale
-from minilora.lora.initialize import embedding_factors, initial_factors
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.decompose import loftq_factors, moved_factors
+from minilora.adapters.from_data import GAMMA, Target, data_factors, redistributed
+from minilora.adapters.functional import lora_scale
+from minilora.adapters.initialize import embedding_factors, initial_factors
 from minilora.quant.linear import dense_weight
 from tests.models import fill_, randn
 from tests.tolerance import assert_parity

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.lora.config import is_target
-from minilora.lora.find import adapter_layers, base_modules, head_path
-from minilora.lora.parts import kind_of, targets
-from minilora.lora.targets import TARGETS, find_target_modules
+from minilora.adapters.config import is_target
+from minilora.adapters.find import adapter_layers, base_modules, head_path
+from minilora.adapters.parts import kind_of, targets
+from minilora.adapters.targets import TARGETS, find_target_modules
 from tests.parity.families import FAMILIES, family_model
 from tests.test_lora_config import MEANT, NOT_MEANT, named
 

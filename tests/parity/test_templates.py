@@ -13,12 +13,12 @@ import pytest
 
 import minilora as ml
 from minilora import DataError
-from minilora.model import template as ours_module
-from minilora.model.ops import IGNORE_INDEX
-from minilora.model.template import ChatTemplate
+from minilora.models import template as ours_module
+from minilora.models.ops import IGNORE_INDEX
+from minilora.models.template import ChatTemplate
+from minilora.runs.data import encode_row
+from minilora.runs.rows import Row
 from minilora.storage import ASSETS
-from minilora.train.data import encode_row
-from minilora.train.rows import Row
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,221 @@
+"""Adapters combined into one, and the adapter between two weights: pure tensors.
+
+    ΔW = Σᵢ wᵢ·sᵢ·Bᵢ Aᵢ,    A (r, in),  B (out, r),  sᵢ the scale of adapter i,  wᵢ the weight that the user gives it
+
+What comes out has scale 1: as a file it says alpha = r without rsLoRA, whatever the scales of what went in.
+
+    R  sum of the ranks, or the rank asked for    σ  singular values of ΔW, largest first
+
+    [LoRA]  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
+    [EY]    Eckart & Young 1936, The Approximation of One Matrix by Another of Lower Rank
+    [TIES]  Yadav et al. 2023, TIES-Merging: Resolving Interference When Merging Models
+    [DARE]  Yu et al. 2023, Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from minilora.adapters.combine_config import EXACT, CombineConfig
+from minilora.adapters.config import HEADS, LoraConfig, Task
+from minilora.adapters.functional import lora_delta
+from minilora.errors import ConfigError, ShapeError, TrainingError
+
+NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them do not add
+    "use_dora": "m/‖W + ΔW‖ multiplies the whole weight, so it is no sum of updates",
+    "modules_to_save": "a module trained in full stands in place of the base's, and only one can",
+    "task_type": "the head of a classifier is trained in full, and only one can stand there",
+    "bias": "a trained bias stands in place of the base's, and only one can",
+    "lora_bias": "a bias is no update of low rank",
+    "trainable_token_indices": "trained rows stand in place of the base's, and only one can",
+    "target_parameters": "one matrix holds the updates of many experts",
+}
+
+
+class Factors(NamedTuple):
+    """What an adapter has on one module: ΔW = scale · lora_B lora_A.
+
+    Shapes: lora_A (r, in), lora_B (out, r); of a convolution (r, in, k, …), (out, r, 1, …)
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float = 1.0
+
+
+class Cut(NamedTuple):
+    """A ΔW of low rank that stands for another one: what of it is lost, ‖ΔW - B A‖², of how much, ‖ΔW‖²."""
+
+    factors: Factors
+    lost: float
+    total: float
+
+
+def combine(
+    adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float], config: CombineConfig | None = None
+) -> dict[str, Cut]:
+    """One adapter out of several, module by module (path -> factors); a module is that of those that have it.
+
+    A weight of -1 takes an adapter away. Results are in the adapters' dtype, float32 at least.
+
+    Raises:
+        ConfigError: there are no adapters, or not as many weights, or one is not finite, or what comes of it.
+        TrainingError: what is to be cut is not finite.
+        ShapeError: the adapters of a module do not fit together.
+    """
+    config = config or CombineConfig()
+    if not any(adapters) or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
+        raise ConfigError(f"need a finite weight for each of the {len(adapters)} adapters, found {list(weights)}")
+    generator = torch.Generator().manual_seed(config.seed)
+    combined = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter):
+        pairs = [(adapter[path], w) for adapter, w in zip(adapters, weights, strict=True) if path in adapter]
+        parts, its_weights = zip(*pairs, strict=True)
+        cut = combined[path] = _combine(_checked(path, parts, config), its_weights, config, generator)
+        if not all(bool(factor.isfinite().all()) for factor in cut.factors[:2]):
+            raise ConfigError(f"{path}: weights {its_weights} make numbers that {cut.factors.lora_A.dtype} has not")
+    return combined
+
+
+def _combine(
+    parts: Sequence[Factors], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
+) -> Cut:
+    """One module's adapters as one."""
+    tails = [factor.shape[2:] for factor in parts[0][:2]]
+    flat = [Factors(A.flatten(1), B.flatten(1), s) for A, B, s in parts]
+    largest = None if config.svd_energy else max(part.lora_A.size(0) for part in parts)
+    rank = config.svd_rank or largest
+    if config.combination_type in EXACT:
+        found = concatenate(flat, weights)
+        cut = compress(found, rank, config.svd_energy) if config.is_cut else Cut(found, 0.0, 0.0)
+    elif config.is_cut:
+        delta = mix([lora_delta(*part) for part in flat], weights, config, generator)
+        cut = best_factors(delta, rank, config.svd_energy)
+    else:
+        shares = [weight * part.scale for part, weight in zip(flat, weights, strict=True)]
+        roots = [math.sqrt(abs(share)) for share in shares]
+        lora_A = mix([part.lora_A for part in flat], list(map(math.copysign, roots, shares)), config, generator)
+        lora_B = mix([part.lora_B for part in flat], roots, config, generator)
+        cut = Cut(Factors(lora_A, lora_B), 0.0, 0.0)
+    lora_A, lora_B = (factor.unflatten(1, (-1, *t)) for factor, t in zip(cut.factors[:2], tails, strict=True))
+    return cut._replace(factors=Factors(lora_A, lora_B))
+
+
+def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Σ wᵢ·sᵢ·Bᵢ Aᵢ = [w₁s₁B₁ w₂s₂B₂ …][A₁; A₂; …], exactly: adapters add by concatenating ranks.
+
+    >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1), scale=2.0)
+    >>> concatenate([one, one], [1, -3]).lora_B
+    tensor([[ 2., -6.],
+            [ 2., -6.]])
+    """
+    scaled = [weight * part.scale * part.lora_B for part, weight in zip(parts, weights, strict=True)]
+    return Factors(torch.cat([part.lora_A for part in parts]), torch.cat(scaled, dim=1))
+
+
+def compress(factors: Factors, rank: int | None = None, energy: float | None = None) -> Cut:
+    """`best_factors` of s·B A, which is never formed: B = Q R and Aᵀ = Q′ R′ make it Q (s·R R′ᵀ) Q′ᵀ.
+
+    Q and Q′ turn without stretching, so the singular values are those of the small matrix between them, (R, R).
+    """
+    turn_out, right_B = torch.linalg.qr(factors.lora_B)
+    turn_in, right_A = torch.linalg.qr(factors.lora_A.T)
+    (lora_A, lora_B, _), lost, total = best_factors(factors.scale * (right_B @ right_A.T), rank, energy)
+    return Cut(Factors(lora_A @ turn_in.T, turn_out @ lora_B), lost, total)
+
+
+def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = None) -> Cut:
+    """B A nearest to ΔW = U diag(σ) Vᵀ of all of a rank: B = U √σ, A = √σ Vᵀ, the largest σ only  [EY].
+
+    The rank is at most `rank`, and the least that keeps the share `energy` of Σσ² = ‖ΔW‖²; it is 1 at least.
+    σ is shared between both, or one of them would be much larger than the other.
+
+    Shapes: delta (out, in) -> lora_A (rank, in), lora_B (out, rank)
+
+    Raises:
+        TrainingError: a number is not finite.
+    """
+    if not delta.isfinite().all():
+        raise TrainingError(f"a change of {tuple(delta.shape)} holds numbers that are not finite, or the weights do")
+    U, sigma, Vt = torch.linalg.svd(delta.to(_wide(delta)), full_matrices=False)
+    squares = sigma.cpu().double().square()
+    kept = squares.cumsum(0)
+    rank = min(rank or len(sigma), len(sigma))
+    if energy is not None:
+        rank = min(rank, int((kept < energy * kept[-1]).sum()) + 1)
+    root = sigma[:rank].sqrt()
+    factors = Factors(root[:, None] * Vt[:rank], U[:, :rank] * root)
+    return Cut(factors, squares[rank:].sum().item(), kept[-1].item())
+
+
+def mix(
+    tensors: Sequence[Tensor], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
+) -> Tensor:
+    """Σ wᵢ·Tᵢ, of each Tᵢ what the type of the combination keeps  [TIES alg. 1, DARE §3].
+
+    The types in ties elect a sign for each number, that of Σ Tᵢ or of Σ sign Tᵢ, and take the mean over the wᵢ·Tᵢ
+    whose Tᵢ has it. Weights do not vote, as in PEFT; so one below 0 takes away what agrees.
+    """
+    method = config.combination_type.removesuffix("_svd")
+    if config.density is not None and method.startswith("dare"):
+        tensors = [drop(tensor, config.density, generator) for tensor in tensors]
+    elif config.density is not None:
+        tensors = [keep_largest(tensor, config.density) for tensor in tensors]
+    weighted = [weight * tensor for tensor, weight in zip(tensors, weights, strict=True)]
+    if not method.endswith("ties"):
+        return torch.stack(weighted).sum(0)
+    signs = torch.stack([tensor.sign() for tensor in tensors])
+    votes = signs if config.majority_sign_method == "frequency" else torch.stack(list(tensors))
+    elected = signs == torch.where(votes.sum(0) >= 0, 1, -1)
+    return (torch.stack(weighted) * elected).sum(0) / elected.sum(0).clamp(min=1)
+
+
+def keep_largest(tensor: Tensor, density: float) -> Tensor:
+    """The ⌊density·n⌋ numbers of the largest magnitude; the others 0  [TIES alg. 1]."""
+    flat = tensor.flatten()
+    chosen = flat.abs().topk(int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy(0, chosen, flat[chosen]).view_as(tensor)
+
+
+def drop(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """T ∘ mask / density,  mask ~ Bernoulli(density), which has the mean T  [DARE §3]."""
+    keep = torch.bernoulli(torch.full_like(tensor, density, device="cpu"), generator=generator)
+    return tensor * keep.to(tensor.device) / density
+
+
+def check_additive(name: str, config: LoraConfig) -> None:
+    """Does an adapter consist of updates ΔW = s·B A alone?
+
+    Raises:
+        ConfigError: it has more, which does not add; all of it is named, with the reasons.
+    """
+    none = (False, (), None, "none", *(task for task in get_args(Task) if task not in HEADS))
+    bad = [f"{field}: {why}" for field, why in NOT_ADDED.items() if getattr(config, field) not in none]
+    if bad:
+        raise ConfigError(f"{name}: cannot be combined with other adapters, or weighed:\n  " + "\n  ".join(bad))
+
+
+def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list[Factors]:
+    """The adapters of a module in their widest dtype, float32 at least."""
+    shapes = [(*A.shape[1:], *B.shape[:1], *B.shape[2:]) for A, B, _ in parts]
+    is_wrong = len(set(shapes)) > 1 or any(A.dim() < 2 or A.size(0) != B.size(1) for A, B, _ in parts)
+    found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
+    if is_wrong:
+        raise ShapeError(f"{path}: the adapters do not fit together: {found}")
+    if not (config.is_cut or config.combination_type == "cat") and len({A.size(0) for A, _, _ in parts}) > 1:
+        raise ShapeError(
+            f"{path}: {config.combination_type!r} needs adapters of one rank, found {found}; "
+            f"cat and the types in svd take any"
+        )
+    wide = _wide(*(factor for part in parts for factor in part[:2]))
+    return [Factors(A.detach().to(wide), B.detach().to(wide), s) for A, B, s in parts]
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)

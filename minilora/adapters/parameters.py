@@ -1,0 +1,121 @@
+"""Parameters that are no layer's weight (`target_parameters`), as of experts that are stacked in one tensor.
+
+A module's forward runs with W + s·B A in the parameter's place, for that call alone. With E experts, each has its own
+factors, and PEFT lays them out in two matrices:
+
+    A (E·r, in), that of one expert after the other     B (out, r·E), the experts being the fastest index
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from minilora.adapters.adapted import Adapted, Shape, twin
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.functional import lora_scale
+from minilora.errors import TargetError
+
+
+class Stacked(nn.Module):
+    """s·B A of one adapter for one parameter of E experts, or of a plain matrix.
+
+    Shapes: lora_A (E·r, in), lora_B (out, r·E)
+    """
+
+    def __init__(self, scale: float, lora_A: Tensor, lora_B: Tensor):
+        super().__init__()
+        self.scale = scale
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
+    def added(self, weight: Tensor, is_transposed: bool) -> Tensor:
+        """W + s·B A of each expert: (E, out, in), transposed (E, in, out), or (out, in), in the weight's dtype."""
+        experts = experts_of(weight)
+        wide = torch.promote_types(weight.dtype, self.lora_A.dtype)
+        lora_A = self.lora_A.to(wide).unflatten(0, (experts, -1))  # (E, r, in)
+        lora_B = self.lora_B.to(wide).unflatten(1, (-1, experts)).permute(2, 0, 1)  # (E, out, r)
+        delta = self.scale * (lora_B @ lora_A)
+        delta = delta.mT if is_transposed else delta
+        return (weight + (delta if weight.dim() == 3 else delta[0])).to(weight.dtype)
+
+
+class AdapterParameters(Adapted):
+    """A module some of whose parameters have adapters (final)."""
+
+    def add(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Hold `<parameter>.lora_A` and `<parameter>.lora_B` of each, in the order in which the module has them."""
+        stacked = {}
+        for key in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+            path, weight = f"{self.path}.{key}", self.base.get_parameter(key)
+            r = tensors[f"{key}.lora_A"].size(0) // experts_of(weight)
+            scale = lora_scale(r, config.alpha(path), config.use_rslora)
+            stacked[key] = Stacked(scale, tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"])
+        self.hold(name, config, nn.ModuleDict(stacked))
+
+    def current(self) -> nn.Module:
+        return self.base
+
+    def rivals(self, names: Sequence[str]) -> list[str]:
+        return []
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """In PEFT one parameter is a wrapper around the next: the first has the most names in front."""
+        held = self.adapters[name]
+        return {
+            f"{'base_layer.' * depth}{factor}.weight": getattr(held[key], factor)
+            for depth, key in enumerate(reversed(list(held)))
+            for factor in ("lora_A", "lora_B")
+        }
+
+    def changed_parameters(self) -> dict[str, Tensor]:
+        """Name of a parameter -> what the active adapters make of it."""
+        changed: dict[str, Tensor] = {}
+        for name in self.active:
+            for key, stacked in self.adapters[name].items():
+                weight = changed.get(key, self.base.get_parameter(key))
+                changed[key] = stacked.added(weight, is_transposed(self.base))
+        return changed
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module with the changed parameters.
+
+        Raises:
+            TargetError: in a mixed batch; one call has one set of parameters.
+        """
+        if self.mixed is not None:
+            raise TargetError(f"{self.path}: target_parameters cannot be mixed in one batch")
+        return (
+            functional_call(self.base, self.changed_parameters(), args, kwargs)
+            if self.active
+            else self.base(*args, **kwargs)
+        )
+
+    def merged(self) -> nn.Module:
+        return twin(self.base, self.changed_parameters())
+
+
+def experts_of(weight: Tensor) -> int:
+    """How many matrices it holds."""
+    return weight.size(0) if weight.dim() == 3 else 1
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Are the experts' weights (E, in, out)? Modules of transformers say so."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def stacked_shapes(module: nn.Module, name: str, r: int) -> tuple[Shape, Shape]:
+    """Of A and B for one of the module's parameters, by its full name.
+
+    Raises:
+        TargetError: it is no matrix and no stack of them.
+    """
+    weight = module.get_parameter(name.rpartition(".")[2])
+    if weight.dim() not in (2, 3):
+        raise TargetError(f"{name}: is {tuple(weight.shape)}, target_parameters need (out, in) or (experts, out, in)")
+    out, inner = weight.mT.shape[-2:] if weight.dim() == 3 and is_transposed(module) else weight.shape[-2:]
+    return (experts_of(weight) * r, inner), (out, r * experts_of(weight))

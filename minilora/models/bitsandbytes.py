@@ -1,0 +1,227 @@
+"""4-bit weights on disk, in the layout of bitsandbytes 0.50.
+
+Beside `<path>.weight`, the packed weight (⌈n/2⌉, 1), lie
+
+    .absmax             uint8 (b) with double quantization, else float32 (b)
+    .quant_map          float32 (16), the levels
+    .nested_absmax      float32 (⌈b/256⌉)  and  .nested_quant_map, float32 (256): with double quantization
+    .quant_state.bitsandbytes__nf4   the bytes of a JSON object: shape, dtype, block size, the offset
+
+The levels in a file are those of the format; they are compared, not used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minilora.errors import FormatError
+from minilora.models.quantization import shortest_names
+from minilora.quant.linear import NF4Linear
+from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, Packed
+from minilora.storage import TensorFile
+
+STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
+STATE_BYTES = 4096  # at most; bitsandbytes writes 170
+FLOAT32_MAX = torch.finfo(torch.float32).max
+STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a config.json spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
+    """Name of each packed weight -> the names of all its tensors; the first is the JSON object's."""
+    names = set(names)
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if (state := STATE.fullmatch(name)) and (weight := state["weight"]) in names:
+            found[weight] = [name, weight, *(f"{weight}.{part}" for part in STATISTICS if f"{weight}.{part}" in names)]
+    return found
+
+
+class Count(NamedTuple):
+    """How many weights files hold, how many of them packed, and the bytes of what tells the packed ones' numbers."""
+
+    weights: int
+    packed: int
+    packed_bytes: int
+
+
+def count_weights(files: Mapping[str, TensorFile]) -> Count:
+    """Of the packed weights, tables and JSON do not count: they tell of the format."""
+    found = packed_weights(files)
+    shapes = {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in found.items()}
+    inside = {part for parts in found.values() for part in parts}
+    packed = sum(map(math.prod, shapes.values()))
+    dense = sum(math.prod(file.shapes[name]) for name, file in files.items() if name not in inside)
+    told = [part for part in inside if not part.endswith("quant_map") and not STATE.fullmatch(part)]
+    return Count(dense + packed, packed, sum(files[part].entries[part].bytes for part in told))
+
+
+def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
+    """What the JSON object of that name says of its weight: the layout, and the offset of double quantization.
+
+    Raises:
+        FormatError: it is not such an object, or names a format that is not known here.
+    """
+    state = _read_state(file, name)
+    values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]
+    shape, dtype, block_size, kind, offset = values
+    is_right = {
+        "shape": isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape),
+        "blocksize": type(block_size) is int and block_size in BLOCK_SIZES,
+        "dtype": str(dtype) in DTYPES,
+        "quant_type": str(kind) in CODEBOOKS and name.endswith(f"__{kind}"),
+    }
+    if "nested_blocksize" in state or "nested_offset" in state:
+        is_right["nested_blocksize"] = state.get("nested_blocksize") == NESTED_BLOCK_SIZE
+        is_right["nested_offset"] = type(offset) is float and abs(offset) <= FLOAT32_MAX
+    if wrong := {key: state.get(key) for key, right in is_right.items() if not right}:
+        raise FormatError(f"{file.path}: {name} says {wrong!s:.300}, which cannot be read")
+    return Layout((shape[0], shape[1]), DTYPES[dtype], block_size, kind), offset
+
+
+def _read_state(file: TensorFile, name: str) -> dict[str, Any]:
+    stored = file.read(name)
+    if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
+        raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
+    try:
+        state = json.loads(bytes(stored.flatten().tolist()))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file.path}: {name} is not JSON ({error})") from error
+    if not isinstance(state, dict):
+        raise FormatError(f"{file.path}: {name} is not a JSON object")
+    return state
+
+
+def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
+    """The packed weight whose tensors have these names, the first being its JSON object's.
+
+    Raises:
+        FormatError: a tensor is missing, has the wrong size or dtype or numbers that are not finite, or its levels are
+            not those of the format.
+    """
+    state_name, weight, *_ = names
+    layout, nested_offset = read_layout(files[state_name], state_name)
+    n = layout.shape[0] * layout.shape[1]
+    blocks = -(-n // layout.block_size)
+
+    def read(name: str, size: int, dtype: torch.dtype) -> Tensor:
+        if name not in files:
+            raise FormatError(f"{files[state_name].path}: {name} is missing")
+        tensor = files[name].read(name)
+        if name == weight:  # written as any dtype, it is bytes all the same
+            tensor = tensor.flatten().view(torch.uint8)
+        if tensor.numel() != size or tensor.dtype != dtype:
+            found = f"{tensor.numel()} of {tensor.dtype}"
+            raise FormatError(f"{files[name].path}: {name} holds {found}, need {size} of {dtype}")
+        if dtype == torch.float32 and not tensor.isfinite().all():
+            raise FormatError(f"{files[name].path}: {name} holds numbers that are not finite")
+        return tensor.flatten()
+
+    def check(name: str, levels: Tensor) -> None:  # their last bits differ with the machine that made them
+        if not torch.allclose(read(name, len(levels), torch.float32), levels, rtol=1e-6, atol=0):
+            raise FormatError(f"{files[state_name].path}: {name} holds other levels than those of the format")
+
+    packed = read(weight, (n + 1) // 2, torch.uint8).to(device, copy=True)
+    check(f"{weight}.quant_map", CODEBOOKS[layout.quant_type])
+    if nested_offset is None:
+        absmax = read(f"{weight}.absmax", blocks, torch.float32).to(device, copy=True)
+        return Packed(packed, absmax, None, None), layout
+    check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
+    absmax = read(f"{weight}.absmax", blocks, torch.uint8).to(device, copy=True)
+    scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
+    offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
+    return Packed(packed, absmax, scales.to(device, copy=True), offset), layout
+
+
+def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
+    """The tensors of a packed weight, by the names that they have in a file."""
+    (packed, absmax, scales, offset), layout = linear.parts, linear.layout
+    dtype = dtype_name(layout.dtype)
+    state: dict[str, Any] = {
+        "quant_type": layout.quant_type,
+        "blocksize": layout.block_size,
+        "dtype": dtype if dtype in DTYPES else "float32",  # float64 is not known there; quantizing rounds to float32
+        "shape": list(layout.shape),
+    }
+    tensors = {
+        weight: packed.reshape(-1, 1),
+        f"{weight}.absmax": absmax.reshape(-1),
+        f"{weight}.quant_map": CODEBOOKS[layout.quant_type].clone(),  # each its own, or it is refused
+    }
+    if scales is not None and offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset.item()}
+        tensors |= {f"{weight}.nested_absmax": scales, f"{weight}.nested_quant_map": DYNAMIC_MAP.clone()}
+    text = json.dumps(state).encode()
+    tensors[f"{weight}.quant_state.bitsandbytes__{layout.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return tensors
+
+
+def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The entry of a config.json about a model's linears (path -> linear), with all keys that transformers writes.
+
+    Which of them are dense is named, unless it is a language model's head alone, as when nothing is said; the head of
+    a classifier transformers may not spare by itself.
+    """
+    held = describe(linears, head)
+    if held["quantize"] == "none":
+        return None
+    dense = [*held["quantize_skip"], *([] if isinstance(linears[head], NF4Linear) else [head])]
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": held["quantize"],
+        "bnb_4bit_use_double_quant": held["double_quant"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if dense == ["lm_head"] else dense,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
+    """How a model's linears (path -> linear) are held, in the words of the flags; nf4 if all that are packed are nf4.
+
+    `head` is dense where minilora quantizes; it is spoken of only where others have packed it, too.
+    """
+    packed = [linear for linear in linears.values() if isinstance(linear, NF4Linear)]
+    if not packed:
+        return {"quantize": "none"}
+    others = [path for path in linears if path != head]
+    dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
+    held: dict[str, Any] = {
+        "quantize": min(linear.layout.quant_type for linear in packed),
+        "double_quant": all(linear.scales is not None for linear in packed),
+        "block_size": max(linear.layout.block_size for linear in packed),
+        "quantize_skip": shortest_names(dense, others),
+    }
+    packed_head = linears.get(head) if head is not None else None
+    return held | ({"head": packed_head.layout.quant_type} if isinstance(packed_head, NF4Linear) else {})
+
+
+def is_four_bit(source: Mapping[str, Any]) -> bool:
+    """Does a config.json say that its checkpoint is one of these?"""
+    entry = source.get("quantization_config")
+    return (
+        isinstance(entry, Mapping)
+        and entry.get("quant_method", "bitsandbytes") == "bitsandbytes"
+        and (entry.get("load_in_4bit") is True or entry.get("_load_in_4bit") is True)
+    )

@@ -1,0 +1,241 @@
+"""`config.json` of a Llama-family checkpoint, read into what the decoder needs to know.
+
+The families differ in a few switches only, so one data class describes them all: biases, norms of q and k, fused
+projections, sliding windows, layers without rotation. A key that is missing has the value that transformers gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from minilora.errors import ConfigError
+from minilora.models.bitsandbytes import is_four_bit
+from minilora.models.rope import Rope, is_positive
+
+FAMILIES: dict[str, dict[str, Any]] = {  # the values of keys that a config.json leaves out
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "smollm3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+}
+COMMON: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 1.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
+    *("sliding_window", "max_window_layers", "no_rope_layer_interval"),
+)
+Unit = Literal["sequence", "token"]  # what a classifier gives a class to
+CLASSIFIERS: dict[str, Unit] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """One decoder of the family. Names are those of `config.json` where it has them.
+
+    `windows[i]` is how far layer i looks back (None: all the way), `rotated[i]` whether its q and k are rotated.
+    `source` is the JSON object it was read from, which `save_model` writes back.
+    """
+
+    source: Mapping[str, Any]
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    is_fused: bool
+    windows: tuple[int | None, ...]
+    rotated: tuple[bool, ...]
+    rope: Rope
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
+        """Read a `config.json`, old or new spelling.
+
+        Raises:
+            ConfigError: another `model_type`, an activation other than silu, a quantized checkpoint, missing or
+                impossible numbers; all of them in one message.
+        """
+        family = source.get("model_type")
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise ConfigError(f"model_type {family!r} is not supported; supported are {sorted(FAMILIES)}")
+        values = (
+            COMMON | FAMILIES[family] | {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
+        )
+        _check(values)
+        heads = values["num_attention_heads"]
+        head_dim = values.get("head_dim") or values["hidden_size"] // heads
+        layers = values["num_hidden_layers"]
+        attention_bias = bool(values.get("attention_bias")) and family in ("llama", "qwen3", "smollm3")
+        rotated = _rotated(values) if family == "smollm3" else (True,) * layers
+        return cls(
+            source=dict(source),
+            **{key: values[key] for key in ("model_type", *REQUIRED, "rms_norm_eps", "tie_word_embeddings")},
+            num_key_value_heads=values.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            qkv_bias=attention_bias or family == "qwen2",
+            o_bias=attention_bias,
+            mlp_bias=bool(values.get("mlp_bias")) and family in ("llama", "smollm3"),
+            qk_norm=family == "qwen3",
+            is_fused=family == "phi3",
+            windows=_windows(values, rotated),
+            rotated=rotated,
+            rope=_rope(values, head_dim),
+        )
+
+    @property
+    def class_name(self) -> str:
+        """What the names of transformers' classes for this family begin with."""
+        names = {"smollm3": "SmolLM3"}
+        return names.get(self.model_type, self.model_type.capitalize())
+
+    @property
+    def unit(self) -> Unit | None:
+        """What gets a class, if the model is a classifier: it is known by the name of transformers' class for it."""
+        names = self.source.get("architectures")
+        listed = [str(name) for name in names] if isinstance(names, list) else []
+        return next((unit for ending, unit in CLASSIFIERS.items() for name in listed if name.endswith(ending)), None)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's classes; transformers leaves them out of the file if they are LABEL_0 and LABEL_1.
+
+        Raises:
+            ConfigError: `id2label` is not at least two different names by number.
+        """
+        named = self.source.get("id2label")
+        if named is None:
+            return ("LABEL_0", "LABEL_1")
+        if isinstance(named, Mapping) and set(named) == set(map(str, range(len(named)))):
+            labels = tuple(named[str(i)] for i in range(len(named)))
+            if all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels) > 1:
+                return labels
+        raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.rope.width + self.rope.width % 2 > self.head_dim:
+            raise ConfigError(f"head_dim {self.head_dim} is odd, but its coordinates turn in pairs")
+
+
+def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`; before, `rope_scaling` stood beside `rope_theta`, as it does here."""
+    scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    given = {}
+    if isinstance(scaling, Mapping):
+        given = {key: scaling[key] for key in ("rope_theta", "partial_rotary_factor") if scaling.get(key)}
+    return {**source, "rope_scaling": scaling, **given}
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Collect everything that cannot work before raising once."""
+    bad = []
+    for key in (*REQUIRED, *OPTIONAL):
+        value = values.get(key)
+        if value is None and key not in REQUIRED:
+            continue
+        least = 0 if key == "max_window_layers" else 1  # 0: every layer has a window
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            bad.append(f"{key}: found {value!r}, need a whole number of at least {least}")
+    for key, most in (("rms_norm_eps", math.inf), ("rope_theta", math.inf), ("partial_rotary_factor", 1.0)):
+        if not is_positive(values[key]) or values[key] > most:
+            bad.append(f"{key}: found {values[key]!r}, need a number above 0" + (" and at most 1" if most == 1 else ""))
+    for key, kind, name in (
+        ("rope_scaling", Mapping, "object"),
+        ("layer_types", list, "list"),
+        ("no_rope_layers", list, "list"),
+    ):
+        if values.get(key) is not None and not isinstance(values[key], kind):
+            bad.append(f"{key}: found {values[key]!r}, need a JSON {name}")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if not isinstance(values.get(key) or False, bool):
+            bad.append(f"{key}: found {values[key]!r}, need true or false")
+    if values["model_type"] != "phi3" and values["partial_rotary_factor"] != 1:
+        bad.append(f"partial_rotary_factor: found {values['partial_rotary_factor']!r}, which only phi3 knows")
+    if values["model_type"] == "mistral" and values.get("layer_types") is not None:
+        bad.append(
+            "layer_types: mistral has one window for all layers; with layer_types it is another model, ministral"
+        )
+    if values["hidden_act"] not in ("silu", "swish"):
+        bad.append(f"hidden_act: found {values['hidden_act']!r}, supported is 'silu'")
+    if values.get("quantization_config") is not None and not is_four_bit(values):
+        bad.append("quantization_config: of quantized checkpoints only bitsandbytes' 4-bit ones can be read")
+    if bad:
+        raise ConfigError("config.json cannot be used:\n  " + "\n  ".join(bad))
+
+
+def _rotated(values: Mapping[str, Any]) -> tuple[bool, ...]:
+    """SmolLM3: which layers rotate q and k; every fourth one does not unless the config lists them."""
+    layers, interval = values["num_hidden_layers"], values.get("no_rope_layer_interval") or 4
+    listed = values.get("no_rope_layers")  # despite its name, 1 means "with rope"
+    if listed is None:
+        return tuple((i + 1) % interval != 0 for i in range(layers))
+    if len(listed) < layers:
+        raise ConfigError(f"no_rope_layers has {len(listed)} entries; the model has {layers} layers")
+    return tuple(bool(entry) for entry in listed[:layers])
+
+
+def _windows(values: Mapping[str, Any], rotated: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """How far each layer looks back. mistral and phi3: all alike; qwen and smollm3: as `layer_types` says."""
+    family, layers, window = values["model_type"], values["num_hidden_layers"], values.get("sliding_window")
+    if family in ("mistral", "phi3"):
+        return (window,) * layers
+    types = values.get("layer_types")
+    is_listed = family == "smollm3" and types is not None  # then transformers looks at nothing else
+    if family == "llama" or not (values.get("use_sliding_window") or is_listed):
+        return (None,) * layers
+    if types is not None:
+        slides = [kind == "sliding_attention" for kind in types]
+    elif family == "smollm3":
+        slides = [not turn for turn in rotated]
+    else:
+        first = values.get("max_window_layers")
+        slides = [i >= (28 if first is None else first) for i in range(layers)]
+    if len(slides) != layers:
+        raise ConfigError(f"layer_types has {len(slides)} entries; the model has {layers} layers")
+    return tuple(window if slide else None for slide in slides)
+
+
+def _rope(values: Mapping[str, Any], head_dim: int) -> Rope:
+    scaling = values["rope_scaling"]
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "su" or (kind == "yarn" and values["model_type"] == "phi3"):
+        kind = "longrope"  # Phi-3's first names for it
+    return Rope(
+        width=int(head_dim * values["partial_rotary_factor"]),
+        theta=float(values["rope_theta"]),
+        kind=kind,
+        scaling=dict(scaling),
+        trained_length=values.get("original_max_position_embeddings")
+        or scaling.get("original_max_position_embeddings")
+        or values["max_position_embeddings"],
+        max_length=values["max_position_embeddings"],
+    )

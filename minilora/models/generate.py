@@ -1,0 +1,226 @@
+"""Text from a model: one token at a time, with a KV cache.
+
+    B  prompts of a batch    T  tokens of a prompt    V  vocab_size
+
+[Nucleus]  Holtzman et al. 2019, The Curious Case of Neural Text Degeneration
+[Top-k]    Fan et al. 2018, Hierarchical Neural Story Generation
+[CTRL]     Keskar et al. 2019, CTRL: A Conditional Transformer Language Model for Controllable Generation
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, ShapeError, TrainingError
+from minilora.models.cache import KVCache
+from minilora.models.llama import Llama
+
+OnToken = Callable[[int, int], bool | None]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout, for as long as the block lasts."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(was_training)
+
+
+def generate(
+    model: Llama,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+    use_cache: bool = True,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by at most `max_new_tokens` tokens; a stop token ends one and is not returned.
+
+    A batch is its prompts one by one: row i draws from a generator of its own, seeded with `seed` + i, and is what
+    `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds up to rounding, which depends on how
+    many rows are multiplied at a time: where two tokens are nearly equally likely, the other one may be taken.
+
+    Args:
+        model: the model, with whatever adapters are active.
+        input_ids: (B, T) token ids, or B lists of any lengths.
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it before sampling.
+        top_p: sample from the fewest tokens that have this probability together  [Nucleus §3.1].
+        top_k: sample from the k likeliest tokens; 0: from all  [Top-k §5.4].
+        repetition_penalty: above 1 makes what the prompt and the text so far hold less likely  [CTRL §4.1].
+        seed: of the sampling.
+        stop_ids: tokens that end a continuation.
+        use_cache: keep keys and values instead of computing them again; the result is the same.
+        on_token: is told row and token of all that is written, as it is written; True ends that row.
+
+    Raises:
+        ConfigError: a number that cannot work; all of them in one message.
+        ShapeError: input_ids are not rows of the model's token ids, or a prompt is empty.
+        TrainingError: the model computes NaN or infinity.
+    """
+    _check(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    prompts = _prompts(input_ids, model.model.embed_tokens.weight.size(0))
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    documents = [list(prompt) for prompt in prompts]
+
+    def choose(logits: Tensor, rows: Sequence[int]) -> list[int]:
+        texts, drawn = [documents[row] for row in rows], [generators[row] for row in rows]
+        return _chosen(logits, texts, drawn, temperature, top_p, top_k, repetition_penalty)
+
+    def goes_on(row: int, token: int) -> bool:
+        if token in stop_ids:
+            return False
+        documents[row].append(token)
+        return on_token is None or not on_token(row, token)
+
+    with evaluating(model):
+        _continue(model, documents, max_new_tokens, choose, goes_on, use_cache)
+    return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
+
+
+def penalize(logits: Tensor, documents: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """x / θ for tokens that the row's document holds, where x > 0; x · θ where x < 0  [CTRL §4.1].
+
+    The paper divides in both cases, which makes a token with x < 0 likelier; to multiply there is transformers' way.
+
+    Shapes: logits (B, V), documents B lists of token ids -> (B, V)
+    """
+    is_held = torch.zeros(logits.shape, dtype=torch.bool)  # on the CPU, so that it goes to a device once and not by row
+    for row, document in zip(is_held, documents, strict=True):
+        row[list(document)] = True
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.where(is_held.to(logits.device), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """softmax(logits / temperature) over the tokens that `top_k` and, of those, `top_p` leave.
+
+    In float64 and on the CPU, so that every device draws the same.
+
+    Shapes: logits (B, V) -> (B, V)
+    """
+    logits = logits.cpu().double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature makes it overflow
+    if top_k:
+        floor = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        chances = ordered.softmax(-1)
+        before = chances.cumsum(-1) - chances  # of the likelier ones; the likeliest always stays
+        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+    return logits.softmax(-1)
+
+
+def _chosen(
+    logits: Tensor,
+    documents: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator],
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    repetition_penalty: float,
+) -> list[int]:
+    """The token that follows each document. The device is asked once, as each answer has to be waited for."""
+    if temperature > 0:
+        logits = logits.cpu()
+    is_finite = torch.stack(logits.aminmax()).isfinite().all(0, keepdim=True)  # NaN is the least and the most
+    if repetition_penalty != 1:
+        logits = penalize(logits, documents, repetition_penalty)
+    *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
+    if not all_finite:
+        raise TrainingError(
+            "the model computes NaN or infinity: weights, its own or an adapter's, are not finite or too large"
+        )
+    if temperature == 0:
+        return likeliest
+    chances = zip(probabilities(logits, temperature, top_p, top_k), generators, strict=True)
+    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in chances]
+
+
+def _continue(
+    model: Llama,
+    documents: list[list[int]],
+    max_new_tokens: int,
+    choose: Callable[[Tensor, Sequence[int]], list[int]],
+    goes_on: Callable[[int, int], bool],
+    use_cache: bool,
+) -> None:
+    """Token by token: `choose` takes one for each row, and `goes_on` writes it and says whether the row goes on.
+
+    A row that has ended is computed no more: the model is given none of its tokens.
+    """
+    weight = model.model.embed_tokens.weight
+    capacity = max(map(len, documents)) + max_new_tokens
+    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device) if use_cache else None
+    running = list(range(len(documents)))
+    for _ in range(max_new_tokens):
+        feed: list[list[int]] = [[] for _ in documents]
+        for row in running:
+            held = 0 if cache is None else cache.held(row, len(documents[row]))
+            feed[row] = documents[row][held:]
+        chosen = choose(_next_logits(model, feed, cache), running)
+        running = [row for row, token in zip(running, chosen, strict=True) if goes_on(row, token)]
+        if not running:
+            break
+
+
+def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
+    """Logits of what follows the last token of each document that has tokens here: (B, V), or fewer."""
+    device = model.model.embed_tokens.weight.device
+    lengths = [len(document) for document in feed]
+    ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
+    tokens = torch.tensor([token for document in feed for token in document], device=device)
+    last = torch.tensor(ends, device=device)  # sent before the device is at work: a later copy waits for all of that
+    return model.lm_head(model.model(tokens, lengths, cache)[last])
+
+
+def _check(
+    max_new_tokens: int, temperature: float, top_p: float, top_k: int, repetition_penalty: float, seed: int
+) -> None:
+    def is_whole(value: int, least: int) -> bool:
+        return isinstance(value, int) and value >= least
+
+    needs = [
+        (is_whole(max_new_tokens, 1), f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
+        (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),
+        (0 < top_p <= 1, f"top_p {top_p}, need a number above 0 and at most 1"),
+        (is_whole(top_k, 0), f"top_k {top_k}, need a whole number of at least 0"),
+        (0.01 <= repetition_penalty <= 100, f"repetition_penalty {repetition_penalty}, need a number from 0.01 to 100"),
+        (is_whole(seed, 0) and seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
+    ]
+    if bad := [message for is_right, message in needs if not is_right]:
+        raise ConfigError("; ".join(bad))
+
+
+def _prompts(input_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    """The rows of token ids as lists."""
+    if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
+        raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
+    rows = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
+    try:
+        prompts = [[operator.index(token) for token in row] for row in rows]
+    except TypeError as error:
+        raise ShapeError(f"input_ids must be rows of whole numbers, found {input_ids!r:.80}") from error
+    if not prompts or not all(prompts):
+        raise ShapeError("every prompt needs at least one token")
+    for row, prompt in enumerate(prompts):
+        if wrong := next((token for token in prompt if not 0 <= token < vocab_size), None):
+            raise ShapeError(f"prompt {row} holds token {wrong}; the model has tokens 0 to {vocab_size - 1}")
+    return prompts

@@ -1,0 +1,180 @@
+"""Chat templates: a conversation becomes text, as transformers 5 renders it.
+
+A template is code from a model's author, so it runs in a sandbox, with limits on its size, its work and what it writes.
+`{% generation %} … {% endgeneration %}` marks what the assistant says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+
+from minilora.errors import DataError, FormatError
+from minilora.models.sandbox import Sandbox
+
+Message = Mapping[str, Any]
+TEMPLATE_LIMIT = 256_000  # characters of a template
+OUTPUT_LIMIT = 8_000_000  # characters that it may write
+INDENT_LIMIT = 16  # of tojson
+BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
+IS_MARKED = "is marked"  # a variable that no template can name
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's reasoning is passed under
+
+
+class ChatTemplate:
+    """One chat template.
+
+    Args:
+        source: the Jinja text.
+        special_tokens: `bos_token`, `eos_token`, … as the template may name them.
+        now: what a template that writes the date takes for it; by default, the time of rendering.
+
+    Raises:
+        FormatError: the text is too long, or not Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], now: datetime | None = None):
+        if len(source) > TEMPLATE_LIMIT:
+            raise FormatError(f"chat template: {len(source)} characters; at most {TEMPLATE_LIMIT} are accepted")
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        self._sandbox = _environment(now)
+        try:
+            tree = self._sandbox.parse(source)
+            self._hides_generation = _hides_generation(tree)
+            self._template = self._sandbox.compiled(tree)
+        except Exception as error:  # also Python's compiler has limits
+            raise FormatError(f"chat template: {_reason(error)}") from error
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
+        """The conversation as text.
+
+        Raises:
+            DataError: there are no messages, or the template refuses them.
+        """
+        return self._run(_normalized(messages), add_generation_prompt, tools, is_marked=False)
+
+    def render_spans(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and where the template's `generation` blocks lie in it, the outermost of them.
+
+        Raises:
+            DataError: as for `render`; or a `generation` block stands where the template could change its text.
+        """
+        if self._hides_generation:
+            raise DataError(
+                "chat template: a generation block stands in a macro, a set, filter or call block, a named block or a "
+                "recursive loop, so what the assistant says cannot be found in the text"
+            )
+        normalized = _normalized(messages)
+        if any(mark in json.dumps([normalized, tools], ensure_ascii=False, default=str) for mark in (BEGIN, END)):
+            raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
+        text, spans, depth, begin = "", [], 0, 0
+        for piece in re.split(f"([{BEGIN}{END}])", self._run(normalized, add_generation_prompt, tools, is_marked=True)):
+            if piece == BEGIN:
+                begin, depth = begin if depth else len(text), depth + 1
+            elif piece == END:
+                depth -= 1
+                spans += [] if depth else [(begin, len(text))]
+            else:
+                text += piece
+        return text, spans
+
+    def _run(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] | None, is_marked: bool
+    ) -> str:
+        variables: dict[str, Any] = {**self._special_tokens, "messages": messages, "tools": tools, "documents": None}
+        variables |= {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
+        written, size = [], 0
+        try:
+            self._sandbox.meter.start([messages, tools])
+            for piece in self._template.generate(variables):
+                written.append(piece)
+                size += len(piece)
+                if size > OUTPUT_LIMIT:
+                    _raise(f"wrote more than {OUTPUT_LIMIT} characters")
+        except Exception as error:  # a template's code can raise anything
+            raise DataError(f"chat template: {_reason(error)}") from error
+        return "".join(written)
+
+
+def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What transformers does first: keys without a value are dropped, reasoning gets all the names it goes by."""
+    if not messages:
+        raise DataError("a conversation needs at least one message")
+    normalized = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise DataError(f"a message must be an object with role and content, found {type(message).__name__}")
+        kept = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((kept[key] for key in REASONING if key in kept), None)
+        normalized.append(
+            kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+        )
+    return normalized
+
+
+class _Generation(Extension):
+    """The `generation` tag: its body, between marks where they are asked for."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    @jinja2.pass_context
+    def _marked(self, context: jinja2.runtime.Context, caller: jinja2.runtime.Macro) -> str:
+        return BEGIN + caller() + END if context.get(IS_MARKED) else caller()
+
+
+def _hides_generation(tree: nodes.Template) -> bool:
+    """Whether the text of a generation block is a value before it is written."""
+    values = (nodes.Macro, nodes.AssignBlock, nodes.FilterBlock, nodes.CallBlock, nodes.Block, nodes.For)
+    return any(
+        _is_generation(inner)
+        for outer in tree.find_all(values)
+        if not _is_generation(outer) and not (isinstance(outer, nodes.For) and not outer.recursive)
+        for inner in outer.find_all(nodes.CallBlock)
+    )
+
+
+def _is_generation(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute)
+
+
+def _environment(now: datetime | None) -> Sandbox:
+    functions = {"raise_exception": _raise, "strftime_now": lambda form: (now or datetime.now()).strftime(form)}
+    return Sandbox([_Generation], {"tojson": _to_json}, functions)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; jinja2's own filter escapes it for HTML."""
+    if indent is not None and not (isinstance(indent, int) and indent <= INDENT_LIMIT):
+        raise ValueError(f"tojson: indent {indent!r:.20}; at most {INDENT_LIMIT} is accepted")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

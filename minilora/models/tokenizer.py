@@ -1,0 +1,218 @@
+"""Text to token ids and back, and the special tokens and chat template that belong to a model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilora.errors import ConfigError, DataError, FormatError
+from minilora.models.hub import fetch
+from minilora.models.quote import QUOTE, ControlTokens
+from minilora.storage import read_json, read_text, write_text
+
+if TYPE_CHECKING:
+    from minilora.models.template import ChatTemplate, Message
+
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    "generation_config.json",
+)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, of "minilora/builtin", or of a repository of the hub, without its weights.
+
+    Raises:
+        FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
+    """
+    return Tokenizer(fetch(name_or_path, "tokenizer"))
+
+
+def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
+    """Load the tokenizer of a model, for what works without one: None if its directory has no `tokenizer.json`.
+
+    Raises:
+        FormatError: as `load_tokenizer`, but for that.
+    """
+    directory = Path(name_or_path)
+    has_none = directory.is_dir() and not (directory / "tokenizer.json").is_file()
+    return None if has_none else load_tokenizer(name_or_path)
+
+
+class Tokenizer:
+    """A `tokenizer.json` with what the files beside it say.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token`, … : the text of each.
+        eos_id: the token that closes an answer, or None.
+        stop_ids: every token that ends a generation: a model may name several.
+        template: the chat template, or None.
+    """
+
+    def __init__(self, directory: Path):
+        self._texts = {name: read_text(directory / name) for name in FILES if (directory / name).is_file()}
+        if "tokenizer.json" not in self._texts:
+            raise FormatError(f"{directory}: there is no tokenizer.json")
+        try:
+            self._read_backend()
+        except Exception as error:  # the library raises nothing narrower
+            raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
+        config, older, generation, model = (
+            read_json(directory / name) if (directory / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+        )
+        self.special_tokens = _special_tokens(older) | _special_tokens(config)
+        stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
+        named = self.token_id(self.special_tokens.get("eos_token"))
+        self.eos_id = named if named is not None else next(iter(stops), None)
+        self.stop_ids = {*stops, *_ids(self.eos_id)}
+        template = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
+        self._now: datetime | None = None
+        self.template = _chat_template(template, self.special_tokens, None) if template else None
+
+    def _read_backend(self) -> None:
+        import tokenizers  # here, so that only who has a tokenizer waits for it
+
+        source = _with_whole_offsets(self._texts["tokenizer.json"])
+        self._backend = tokenizers.Tokenizer.from_str(source)
+        self._control = ControlTokens(source, self._backend)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of one token by its text; None if there is none."""
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with `add_special_tokens`, also those that the tokenizer puts around every text (often a BOS)."""
+        return self.encode_spans(text, add_special_tokens)[0]
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation. Control tokens are the template's alone: those in a message are plain text."""
+        text = self.render(self.quote(list(messages)), add_generation_prompt, self.quote(tools))
+        return self.encode(text, add_special_tokens=False)
+
+    def quote(self, value: Any) -> Any:
+        """Text, or messages, whose control tokens `encode` and `encode_spans` take as plain text (see `quote.py`)."""
+        return self._control.quote(value)
+
+    def with_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template, which it is saved with."""
+        other = copy.copy(self)
+        other._texts = {**self._texts, "chat_template.jinja": source}
+        other.template = _chat_template(source, self.special_tokens, self._now)
+        return other
+
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with new tokens, whose ids follow those that there are. They act in any text.
+
+        Raises:
+            ConfigError: a token is empty, is there already or is named twice.
+        """
+        import tokenizers
+
+        if not tokens:
+            return self
+        known = [token for token in tokens if self.token_id(token) is not None or tokens.count(token) > 1 or not token]
+        if known:
+            raise ConfigError(f"new tokens: {known[:5]} are empty, named twice, or tokens already")
+        backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
+        other = copy.copy(self)
+        other._texts = {**self._texts, "tokenizer.json": backend.to_str(pretty=True)}
+        other._read_backend()
+        return other
+
+    def at(self, now: datetime) -> Tokenizer:
+        """The same tokenizer, whose chat template takes this for the date, if it writes one."""
+        other = copy.copy(self)
+        other._now = now
+        other.template = self.template and _chat_template(self.template.source, self.special_tokens, now)
+        return other
+
+    def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and which characters [begin, end) of the text each stands for.
+
+        Tokens that are not from the text are empty. A token begins no later than the one before it ended, so that
+        characters which the tokenizer drops, white space say, belong to the token after them.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair.
+        """
+        if found := re.search("[\ud800-\udfff]", text):
+            raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
+        backend, origin = self._backend, list(range(len(text) + 1))
+        if QUOTE in text:
+            backend, (text, origin) = self._control.backend, self._control.rename(text)
+        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        spans, previous = [], 0
+        for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if is_added and begin == end:
+                begin = end = previous
+            first = min(begin, previous)
+            spans.append((origin[first], origin[end - 1] + 1 if end > first else origin[end]))
+            previous = end
+        return encoding.ids, spans
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
+        """A conversation as the text that the model was trained on; encode it with `add_special_tokens=False`.
+
+        Raises:
+            DataError: the model has no chat template, or the template refuses the messages.
+        """
+        if self.template is None:
+            raise DataError("the model has no chat template, so conversations cannot be rendered")
+        return self.template.render(messages, add_generation_prompt, tools)
+
+    def save(self, directory: Path) -> None:
+        """Write the files that it was read from."""
+        for name, text in self._texts.items():
+            write_text(directory / name, text)
+
+
+def _chat_template(source: str, special_tokens: dict[str, str], now: datetime | None) -> ChatTemplate:
+    from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
+
+    return ChatTemplate(source, special_tokens, now)
+
+
+def _with_whole_offsets(text: str) -> str:
+    """A tokenizer.json whose tokens' offsets keep their white space, which some trim off; ids do not change."""
+    return re.sub(r'"trim_offsets"\s*:\s*true', '"trim_offsets": false', text)
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`*_token` entries, which are text or an object that holds it."""
+    tokens = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
+    return tokens
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [entry for entry in values if isinstance(entry, int)]
+
+
+def _default_template(value: Any) -> str | None:
+    """The old key `chat_template`: text, or a list of named templates."""
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,199 @@
+"""Checkpoints from which a run goes on to the same bytes.
+
+    checkpoints/step-000120/trained.safetensors      what training changes, by its names in the model
+                            optimizer.safetensors    AdamW's moments, by parameter name
+                            best.safetensors         with `keep best`: the best of what training changes, so far
+                            state.json               the step, and counts so far
+                            adapter_config.json, adapter_model.safetensors
+                                                     if one adapter is trained: the same, usable as it is
+
+The order of rows and the dropout masks follow from the seed and the step, so no random state has to be kept. A
+directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import save_adapter
+from minilora.adapters.find import adapter_layers
+from minilora.errors import FormatError, TrainingError
+from minilora.runs.flat import Flat, Segment
+from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE: dict[str, Any] = {  # of state.json, what each number may be
+    "step": int,
+    "tokens": int,
+    "seconds": int | float,
+    "best_step": int,
+    "best_loss": int | float | None,
+    "stale": int,
+}
+
+
+def changing(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> what training changes: parameters that require grad; and the buffers that belong to the model's state.
+
+    Those are, say, the averages of a batch norm. Where an adapter's start is kept (PiSSA), it is one of them: computed
+    anew, it might differ in a bit.
+    """
+    lasting = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+
+
+def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """Name -> config of the adapters of which something requires grad.
+
+    Raises:
+        TrainingError: nothing of the model requires grad, or an adapter does that does not act.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
+    found: dict[str, LoraConfig] = {}
+    active: set[str] = set()
+    for layer in adapter_layers(model).values():
+        active |= set(layer.active)
+        for name, config in layer.configs.items():
+            if any(parameter.requires_grad for parameter in layer.trained(name)):
+                found.setdefault(name, config)
+    if idle := sorted(found.keys() - active):
+        raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
+    return found
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    flat: Flat,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    best: dict[str, Tensor],
+    keep: int,
+) -> None:
+    """Write `step-…` for `state["step"]`, then remove all but the newest `keep`."""
+    with replacing(folder / f"step-{state['step']:06d}") as directory:
+        adapters = trained_adapters(model)
+        if len(adapters) == 1:
+            save_adapter(model, directory, next(iter(adapters)))
+        write_tensors(directory / "trained.safetensors", changing(model))
+        write_tensors(directory / "optimizer.safetensors", _moments(flat, optimizer))
+        if best:
+            write_tensors(directory / "best.safetensors", best)
+        write_json(directory / "state.json", state)
+    for old in checkpoints(folder)[:-keep]:
+        remove(old)
+
+
+def load_checkpoint(
+    directory: Path, model: nn.Module, flat: Flat, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put what was trained and the optimizer's tensors back where they were; return the state, and the best weights.
+
+    Raises:
+        FormatError: the checkpoint is not of this model and what it trains.
+    """
+    now = changing(model)
+    trained = _tensors(directory / "trained.safetensors", now)
+    best = directory / "best.safetensors"
+    kept = {name: tensor.clone() for name, tensor in _tensors(best, now).items()} if best.is_file() else {}
+    file = TensorFile(directory / "optimizer.safetensors")
+    for segment in flat.segments:
+        _restore(file, segment, optimizer)
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            now[name].copy_(tensor)
+    return _read_state(directory / "state.json"), kept
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_json(path)
+    if bad := [key for key, kind in STATE.items() if key not in state or not isinstance(state[key], kind)]:
+        found = f"is {state[bad[0]]!r}" if bad[0] in state else "is not there"
+        raise FormatError(f"{path}: {bad[0]} {found}")
+    return state
+
+
+def _tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which are those that are expected.
+
+    Raises:
+        FormatError: they are not.
+    """
+    file = TensorFile(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if file.shapes != shapes:
+        differing = {name for name in file.shapes.keys() | shapes if file.shapes.get(name) != shapes.get(name)}
+        raise FormatError(f"{path}: holds other tensors than the run trains: {sorted(differing)[:5]}")
+    found = {name: file.read(name) for name in expected}
+    if other := [name for name in expected if found[name].dtype != expected[name].dtype]:
+        raise FormatError(f"{path}: {other[0]} is {found[other[0]].dtype}, the run has {expected[other[0]].dtype}")
+    return found
+
+
+def _moments(flat: Flat, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """name/key -> AdamW's tensors, of each parameter its part; all of a segment have made as many steps."""
+    found: dict[str, Tensor] = {}
+    for segment in flat.segments:
+        state = optimizer.state[segment.values]
+        for key in MOMENTS:
+            found |= {f"{name}/{key}": part for name, part in segment.split(state[key]).items()}
+        found |= {f"{name}/step": state["step"].clone() for name in segment.parameters}
+    return found
+
+
+def _restore(file: TensorFile, segment: Segment, optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments of a segment into the optimizer; where a file has none of a parameter, they are 0.
+
+    Raises:
+        FormatError: one is lacking or does not fit, or some have made more steps than others.
+    """
+    state = {key: torch.zeros_like(segment.values.detach()) for key in MOMENTS}
+    parts = {key: segment.split(state[key]) for key in MOMENTS}
+    steps: dict[float, str] = {}
+    for name, parameter in segment.parameters.items():
+        if not any(f"{name}/{key}" in file.shapes for key in (*MOMENTS, "step")):
+            continue
+        for key in MOMENTS:
+            parts[key][name].copy_(_fitting(file, f"{name}/{key}", parameter))
+        steps.setdefault(_fitting(file, f"{name}/step", torch.tensor(0.0, dtype=torch.float32)).item(), name)
+    if len(steps) > 1:
+        raise FormatError(f"{file.path}: {' and '.join(steps.values())} have not made as many steps")
+    if steps:
+        step = torch.tensor(next(iter(steps)), dtype=torch.float32, device=segment.values.device)
+        optimizer.state[segment.values] = {"step": step, **state}
+
+
+def _fitting(file: TensorFile, name: str, like: Tensor) -> Tensor:
+    """A tensor of the file.
+
+    Raises:
+        FormatError: it is lacking, or has another dtype or shape.
+    """
+    found = file.read(name)
+    if (found.dtype, found.shape) != (like.dtype, like.shape):
+        raise FormatError(f"{file.path}: {name} is {found.dtype} {tuple(found.shape)}")
+    return found
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=_step)
+
+
+def newest_step(folder: Path) -> int:
+    """The step that a run goes on from: that of the newest checkpoint, or 0."""
+    found = checkpoints(folder)
+    return _step(found[-1]) if found else 0
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

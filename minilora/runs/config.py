@@ -1,0 +1,127 @@
+"""How rows are read, `DataConfig`, and how a run goes, `TrainConfig`: fields are the command line's flags and help."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from minilora.errors import ConfigError
+from minilora.models.recompute import Recompute
+
+TrainOn = Literal["completion", "assistant", "all"]
+Scheduler = Literal["cosine", "linear", "constant"]
+WATCHING = "evaluating, saving and reporting"  # a group of the help page
+Keep = Literal["last", "best"]
+Recomputing = Literal[Recompute, "auto"]
+COUNTS = (
+    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
+    *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
+)
+
+
+def option(default: Any, help: str, group: str | None = None) -> Any:
+    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
+    return field(default=default, metadata={"help": help} | ({"group": group} if group else {}))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How rows of data become tokens and labels.
+
+    Raises:
+        ConfigError: a value that cannot work; all of them in one message.
+    """
+
+    max_length: int = option(1024, "tokens after which a row is cut")
+    train_on: TrainOn = option("completion", "labels: the last answer, every assistant turn, or all tokens")
+    prompt_style: str = option(
+        "auto",
+        "how a conversation is written: alpaca, instruction (alpaca without its preamble), or a .jinja file; "
+        "auto: the model's chat template, and for instruction rows without one, alpaca",
+    )
+    system: str | None = option(None, "system prompt of conversations that have none")
+    text_field: str | None = option(None, "learn the text in this field of every row, and nothing else")
+    allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
+    eval_split: float = option(0.05, "share of the rows that is held out, if the data has no split of its own")
+
+    def __post_init__(self) -> None:
+        bad = []
+        if not (isinstance(self.max_length, int) and self.max_length >= 1):
+            bad.append(f"max_length is {self.max_length!r}, need a whole number of at least 1")
+        if not 0 <= self.eval_split < 1:
+            bad.append(f"eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
+        if self.train_on not in get_args(TrainOn):
+            bad.append(f"train_on is {self.train_on!r}, accepted are {list(get_args(TrainOn))}")
+        if bad:
+            raise ConfigError("DataConfig: " + "; ".join(bad))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Raises:
+        ConfigError: a value that cannot work; all of them in one message.
+    """
+
+    learning_rate: float = option(2e-4, "highest learning rate of AdamW")
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learn B with this multiple of A's rate; 16 is usual")
+    lr_scheduler: Scheduler = option("cosine", "how the learning rate falls after the warm-up")
+    warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a fraction of all steps")
+    batch_size: int = option(4, "rows in a micro-batch")
+    batch_tokens: int | None = option(None, "fill micro-batches up to so many tokens instead of counting rows")
+    gradient_accumulation_steps: int = option(1, "micro-batches in a step")
+    epochs: float = option(1.0, "how often every row is seen")
+    max_steps: int | None = option(None, "stop after so many steps, whatever --epochs says")
+    sort_window: int = option(
+        1, "sort so many of the shuffled rows by length at a time: less padding where a loss pads"
+    )
+    recompute: Recomputing = option(
+        "none",
+        "compute MLPs or whole blocks again in the backward pass to save memory; auto: no more than it takes to fit",
+    )
+    compile: bool = option(False, "run norms and MLPs as torch.compile makes them")
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices alone")
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
+    eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
+    keep: Keep = option("last", "which weights are the result: the last, or the best of the evaluations", WATCHING)
+    early_stopping: int | None = option(None, "stop after so many evaluations without a new lowest loss", WATCHING)
+    save_steps: int | None = option(None, "write a checkpoint every so many steps", WATCHING)
+    save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
+    logging_steps: int = option(1, "steps between two lines of metrics.jsonl", WATCHING)
+    seed: int = option(0, "of the order of rows, the adapter's start and dropout")
+
+    def __post_init__(self) -> None:
+        bad = []
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                bad.append(f"{name} is {value!r}, need a whole number of at least 1")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not (_is_number(value := getattr(self, name)) and value >= 0):
+                bad.append(f"{name} is {value!r}, need a finite number of at least 0")
+        for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
+            value = getattr(self, name)
+            if not (value is None and name == "loraplus_lr_ratio") and not (_is_number(value) and value > 0):
+                bad.append(f"{name} is {value!r}, need a finite number above 0")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            bad.append(f"seed is {self.seed!r}, need a whole number of at least 0 and below 2**32")
+        if self.eval_steps is None and self.selects:
+            bad.append("keep best and early_stopping need eval_steps")
+        for name, kind in (("lr_scheduler", Scheduler), ("keep", Keep), ("recompute", Recomputing)):
+            if getattr(self, name) not in get_args(kind):
+                bad.append(f"{name} is {getattr(self, name)!r}, accepted are {list(get_args(kind))}")
+        if bad:
+            raise ConfigError("TrainConfig: " + "; ".join(bad))
+
+    @property
+    def selects(self) -> bool:
+        """Do evaluations decide what comes out of the run?"""
+        return self.keep == "best" or self.early_stopping is not None

@@ -1,0 +1,259 @@
+"""How good is it? Held-out loss, accuracy among choices, exact match. And did it forget? Drift on general text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from minilora.adapters.attach import disable_adapter
+from minilora.errors import DataError
+from minilora.models.generate import evaluating, generate
+from minilora.models.tokenizer import Tokenizer
+from minilora.runs.batch import collate
+from minilora.runs.config import TrainConfig
+from minilora.runs.confusion import Confusion
+from minilora.runs.data import Example
+from minilora.runs.objective import Objective, TokenLoss, check_ids, groups_to_evaluate
+
+if TYPE_CHECKING:
+    from minilora.models.classifier import Classifier
+    from minilora.models.llama import Llama
+
+SAMPLE_TOKENS = 48  # that are written of a sample
+DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
+MOST_CHOICES = 64
+Choice = tuple[int, ...]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Loss on general text of the base and with the adapter, and the divergence of the two."""
+
+    before: float
+    after: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out loss, and accuracy where the data has choices; both None if nothing is held out."""
+
+    loss: float | None
+    accuracy: float | None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Held-out loss of a classifier, and what it took for what; both None if nothing is held out."""
+
+    loss: float | None
+    confusion: Confusion | None
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.confusion.accuracy if self.confusion else None
+
+    @property
+    def macro_f1(self) -> float | None:
+        return self.confusion.macro_f1 if self.confusion else None
+
+    def record(self) -> dict[str, Any]:
+        return {"loss": self.loss, "accuracy": None, **(self.confusion.record() if self.confusion else {})}
+
+
+def evaluate(
+    model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress | None = None
+) -> Scores:
+    """Loss and accuracy of the model as it is."""
+    if not examples:
+        return Scores(None, None)
+    loss = held_out_loss(model, examples, progress)
+    return Scores(loss, choice_accuracy(model, examples, choices, progress) if choices else None)
+
+
+def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
+    """Σ over labelled tokens of -log p / their number, over all examples together.
+
+    `progress` is told how many examples are done, and of how many.
+
+    Raises:
+        DataError: a token that the model has not; there are no labelled ones.
+    """
+    check_ids(model, examples)
+    return mean_loss(model, TokenLoss(TrainConfig()), examples, progress)
+
+
+def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress | None = None) -> float:
+    """Σ of the losses of all rows / their number.
+
+    Raises:
+        DataError: there are no losses.
+    """
+    total, count, device = 0.0, 0, next(model.parameters()).device
+    with evaluating(model):
+        for together in objective.evaluated_together(rows):
+            loss, number = objective(model, objective.batch([rows[row] for row in together], device))
+            total += loss.item()
+            count += number
+            if progress:
+                progress(together[-1] + 1, len(rows))
+    if not count:
+        raise DataError("the loss counts nothing in the held-out rows")
+    return total / count
+
+
+def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> ClassScores:
+    """Loss of the model as it is, and for each class what was taken for what: the class with the highest score."""
+    check_ids(model, examples)
+    device = next(model.parameters()).device
+    total, pairs = 0.0, list[tuple[int, int]]()
+    with evaluating(model):
+        for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
+            batch = collate([examples[row] for row in rows], device)
+            scores = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
+            classes = batch.targets[batch.places]
+            total -= _log_probabilities(scores).gather(-1, classes.unsqueeze(-1)).sum().item()
+            pairs += zip(classes.tolist(), scores.argmax(-1).tolist(), strict=True)
+            if progress:
+                progress(rows[-1] + 1, len(examples))
+    if not pairs:
+        return ClassScores(None, None)
+    return ClassScores(total / len(pairs), Confusion.of(pairs, model.labels))
+
+
+def measure_drift(
+    model: Llama, examples: Sequence[Example], progress: Progress | None = None, base: Llama | None = None
+) -> Drift:
+    """What training costs on text that it was not made for: the base p, the model as it is q.
+
+    kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
+    The base is the model without its adapters, unless one is given.
+
+    Raises:
+        DataError: a token that the model has not.
+    """
+    base = model if base is None else base
+    check_ids(base, examples)
+    device = next(model.parameters()).device
+    sums, labelled = torch.zeros(3, dtype=torch.float64), 0
+    with evaluating(model):
+        for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
+            batch = collate([examples[row] for row in rows], device)
+            with disable_adapter(base):
+                expected = base.model(batch.tokens, batch.lengths)
+            hidden = model.model(batch.tokens, batch.lengths)
+            for chunk in batch.places.split(DRIFT_TOKENS):
+                with disable_adapter(base):
+                    log_p = _log_probabilities(base.lm_head(expected[chunk]))
+                log_q = _log_probabilities(model.lm_head(hidden[chunk]))
+                targets = batch.targets[chunk].unsqueeze(-1)
+                before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
+                kl = (log_p.exp() * (log_p - log_q)).sum()
+                sums += torch.stack((before, after, kl)).cpu()
+            labelled += batch.labelled
+            if progress:
+                progress(rows[-1] + 1, len(examples))
+    before, after, kl = (sums / labelled).tolist()
+    return Drift(before, after, kl)
+
+
+def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
+    """The distinct answers, if there are few: at most 64, each given four times on average. Else None.
+
+    There is nothing to choose by where an example has no prompt.
+    """
+    answers = sorted({example.answer for example in examples})
+    is_few = 1 < len(answers) <= min(MOST_CHOICES, len(examples) // 4)
+    return answers if is_few and all(example.prompt for example in examples) else None
+
+
+def choice_accuracy(
+    model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress | None = None
+) -> float:
+    """The share of examples whose answer is the likeliest of the `choices` after the prompt.
+
+    What all choices end in (their closing tokens) says nothing and is left off.
+    """
+    closing = _common_ending(choices)
+    answers = [choice[: len(choice) - closing] for choice in choices]
+    copies = len({answer[:-1] for answer in answers})
+    correct = 0
+    with evaluating(model):
+        for rows in groups_to_evaluate([len(example.tokens) * copies for example in examples]):
+            for row, scores in zip(rows, _scores(model, [examples[row].prompt for row in rows], answers), strict=True):
+                correct += choices[scores.index(max(scores))] == examples[row].answer
+            if progress:
+                progress(rows[-1] + 1, len(examples))
+    return correct / len(examples)
+
+
+def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:
+    """For each prompt, log p(answer | prompt) of each answer.
+
+    Each distinct beginning of an answer is run once: with answers of one token that is the prompt alone.
+    """
+    stems = sorted({answer[:-1] for answer in answers})
+    documents = [[*prompt, *stem] for prompt in prompts for stem in stems]
+    lengths = [len(document) for document in documents]
+    device = next(model.parameters()).device
+    tokens = torch.tensor([token for document in documents for token in document], device=device)
+    hidden = iter(model.model(tokens, lengths).split(lengths))
+    for prompt in prompts:
+        states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
+        logs = {stem: _log_probabilities(model.lm_head(state)).cpu() for stem, state in states.items()}
+        yield [sum(logs[answer[:-1]][j, token].item() for j, token in enumerate(answer)) for answer in answers]
+
+
+def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer) -> float:
+    """The share of examples whose answer is what the model writes, greedily, white space at the ends aside."""
+    correct = 0
+    for example in examples:
+        if not example.prompt:
+            raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
+        room = len(example.answer) + 1
+        written = generate(model, [example.prompt], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
+        correct += tokenizer.decode(written).strip() == tokenizer.decode(example.answer).strip()
+    return correct / len(examples)
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
+    """What the model writes, greedily, for the prompts of some examples."""
+    asked = [example for example in examples if example.prompt]
+    if not asked:
+        return []
+    written = generate(model, [example.prompt for example in asked], SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
+    return [
+        {"prompt": tokenizer.decode(example.prompt), "text": tokenizer.decode(tokens)}
+        for example, tokens in zip(asked, written, strict=True)
+    ]
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _common_ending(choices: Sequence[Choice]) -> int:
+    """How many tokens all choices share at their end, each keeping at least one.
+
+    Without its closing token " no" would be the beginning of " no idea", and could not be less likely.
+    """
+    length = 0
+    while length < min(map(len, choices)) - 1 and len({choice[-1 - length] for choice in choices}) == 1:
+        length += 1
+    while length and _is_nested([choice[: len(choice) - length] for choice in choices]):
+        length -= 1
+    return length
+
+
+def _is_nested(answers: Sequence[Choice]) -> bool:
+    """Is one of them the beginning of another?"""
+    return any(after[: len(before)] == before for before, after in pairwise(sorted(answers)))

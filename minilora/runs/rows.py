@@ -1,0 +1,170 @@
+"""Data files: which there are, and their rows, each with the place it was read from.
+
+A file holds a JSON array of objects or one object a line, told apart by its first character, and may be compressed
+(`.gz`). A byte order mark at its beginning is accepted; lines end in LF or CRLF.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import DataError
+from minilora.models.hub import DATA_ENDINGS, fetch
+from minilora.storage import read_bytes
+
+LAYOUTS = "one JSON object a line, or one array of them"
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read, and where: "file:line". `problem` says why there are no fields, if so."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    problem: str = ""
+
+
+def find_splits(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
+    """The files of a data set by split.
+
+    A directory's files are its `train`, `valid` (or `validation`, `val`) and `test`, or else its only one, which is
+    "train" as a file by itself is. Several names are joined.
+
+    Raises:
+        FormatError: there is nothing of that name.
+        DataError: a directory without data files, or with two for one split.
+    """
+    found: dict[str, list[Path]] = {}
+    for name in [names] if isinstance(names, str | Path) else names:
+        for split, path in _splits_of(name).items():
+            found.setdefault(split, []).append(path)
+    return found
+
+
+def _splits_of(name: str | Path) -> dict[str, Path]:
+    path = fetch(name, "dataset")
+    if not path.is_dir():
+        return {"train": path}
+    files = _data_files(path)
+    found: dict[str, Path] = {}
+    for file in files:
+        stem = file.name.partition(".")[0]
+        for split in (split for split, names in SPLITS.items() if stem in names):
+            if split in found:
+                raise DataError(f"{path}: {found[split].name} and {file.name} are both the {split} split; remove one")
+            found[split] = file
+    if not found and len(files) == 1:
+        return {"train": files[0]}
+    if not found:
+        held = f"found {[file.name for file in files]}" if files else "found none"
+        raise DataError(f"{path}: need one data file (*.jsonl, *.json, *.gz), or train.jsonl and perhaps more; {held}")
+    return found
+
+
+def _data_files(directory: Path) -> list[Path]:
+    named = (file for file in directory.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
+    return sorted(file for file in named if file.is_file())
+
+
+def read_training_rows(path: str | Path | Sequence[str | Path]) -> list[Row]:
+    """The rows of files, and the training rows of directories.
+
+    Raises:
+        DataError: there are none, or a row that is no JSON object.
+    """
+    files = find_splits(path)
+    if "train" not in files:
+        raise DataError(f"{path}: there are no training rows; found {sorted(files)}")
+    return read_rows(*files["train"])
+
+
+def read_held_out(names: str | Path | Sequence[str | Path]) -> list[Row]:
+    """The rows to measure with: those of the test split, else of the validation split, else all there are."""
+    files = find_splits(names)
+    return read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+
+
+def read_rows(*paths: Path) -> list[Row]:
+    """The rows of files. One that is no JSON object has a `problem`; it is for the caller to refuse or skip it.
+
+    Raises:
+        FormatError: a file cannot be read.
+        DataError: a file has no rows, or is a JSON array that breaks off, or is UTF-16.
+    """
+    rows: list[Row] = []
+    for path in paths:
+        data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: found UTF-16, need UTF-8")
+        found = list(_array(data, path) if data.lstrip()[:1] == b"[" else _lines(data, path))
+        if not found:
+            raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
+        rows += found
+    return rows
+
+
+def _lines(data: bytes, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield _from_line(line, f"{path}:{number}")
+
+
+def _from_line(line: bytes, source: str) -> Row:
+    if line.startswith(codecs.BOM_UTF8):
+        return Row(source=source, problem="found a byte order mark, which is accepted only at the beginning of a file")
+    try:
+        return _row(json.loads(line.decode("utf-8")), source)
+    except UnicodeDecodeError as error:
+        return Row(source=source, problem=_not_utf8(error))
+    except (ValueError, RecursionError) as error:
+        return Row(source=source, problem=_not_json(error, f"; need {LAYOUTS}"))
+
+
+def _array(data: bytes, path: Path) -> Iterator[Row]:
+    """The elements of a JSON array, each with the line that it begins on."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: {_not_utf8(error)}") from error
+    decoder, position, white = json.JSONDecoder(), text.index("[") + 1, " \t\r\n"
+    line, counted, separators = 1, 0, 0
+    while True:
+        begin = position
+        while position < len(text) and text[position] in white + ",":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        is_end = text[position : position + 1] == "]" and not text[position + 1 :].strip()
+        if text.count(",", begin, position) != (0 if is_end else separators):
+            raise DataError(f"{path}:{line}: not JSON: before this, a comma or bracket is missing or one too many")
+        if is_end:
+            return
+        separators = 1
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)  # a JSONDecodeError knows better than where the element began
+            raise DataError(f"{path}:{line}: {_not_json(error)}") from error
+        yield _row(value, f"{path}:{line}")
+
+
+def _row(value: Any, source: str) -> Row:
+    if not isinstance(value, dict):
+        return Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
+    return Row(value, source)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
+
+
+def _not_json(error: ValueError | RecursionError, advice: str = "") -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{advice}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"

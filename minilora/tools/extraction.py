@@ -1,0 +1,147 @@
+"""The adapter between two models of one architecture: in each module the best of its rank, one weight at a time.
+
+W₁ - W₀ ≈ B A    W₀ a weight of the base, W₁ what it became
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.adapters.attach import place
+from minilora.adapters.bases import AdapterEmbedding
+from minilora.adapters.combine import Cut, best_factors
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import save_adapter
+from minilora.adapters.find import base_modules, head_path
+from minilora.adapters.parts import Part, kind_of, targets
+from minilora.adapters.weighted import config_of
+from minilora.errors import FormatError, TargetError
+from minilora.models.checkpoint import (
+    Weight,
+    load_model,
+    read_config,
+    resolve_dtype,
+    skeleton,
+    stored_dtype,
+    stored_weights,
+)
+from minilora.models.hub import fetch
+from minilora.models.llama import Llama
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.tools.merging import Deviation
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How well an adapter tells what has changed between two models.
+
+    Attributes:
+        deviation: ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, the error of the cut, over the modules that the adapter changes.
+        left_out: names of other parameters that differ, or that only one of the models has in this shape.
+        share: how much of ‖W₁ - W₀‖² over all parameters is in those that both have and the adapter does not change.
+    """
+
+    deviation: Deviation
+    left_out: tuple[str, ...]
+    share: float
+
+
+def extract_directory(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    config: LoraConfig,
+    energy: float | None = None,
+    device: torch.device | str = "cpu",
+) -> Extraction:
+    """Write the adapter that makes of a base what another model has become, as nearly as its rank allows.
+
+    Held are two weights at a time, and what the adapter has so far. A module that is the same in both has no adapter.
+
+    Args:
+        base: the model that was tuned, as `load_model` takes it.
+        tuned: what became of it, also whole.
+        out: the directory that is written.
+        config: which modules, and their ranks; nothing else of it counts.
+        energy: share of each module's ‖W₁ - W₀‖² to keep, if that takes a lower rank.
+        device: where to compute.
+
+    Raises:
+        TargetError: `config` means modules that are not there, that have no weight of their own in both models or
+            another shape, or that are all the same.
+        FormatError: a model cannot be read, or a weight is not finite.
+    """
+    before, after = fetch(base, "model"), fetch(tuned, "model")
+    model = load_model(base, device="meta")
+    modules, unpaired = base_modules(model), _unpaired(before, after)
+    chosen = targets(modules, config, head_path(model))
+    paired = _shapes(before).keys() - unpaired
+    if lacking := [path for path in chosen if f"{path}.weight" not in paired]:
+        raise TargetError(f"{before}, {after}: {lacking[:5]}: not both have a weight of this shape, and of its own")
+    cuts: dict[str, Cut] = {}
+    others = dict.fromkeys(unpaired, 0.0)
+    for name, delta in _differences(before, after, paired, torch.device(device)):
+        path = name.removesuffix(".weight")
+        if path in chosen:
+            matrix = delta.T if kind_of(modules[path]) is AdapterEmbedding else delta
+            cuts[path] = best_factors(matrix, config.rank(path), energy)
+        else:
+            others[name] = torch.linalg.vector_norm(delta).item() ** 2
+    if not cuts:
+        raise TargetError(f"{before}, {after}: are the same in all of the modules that were asked for")
+    _save(model, cuts, out)
+    inside, outside = sum(cut.total for cut in cuts.values()), sum(others.values())
+    deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
+    return Extraction(deviation, tuple(others), outside / (inside + outside))
+
+
+def _shapes(directory: Path) -> dict[str, torch.Size]:
+    """Name of a parameter -> its shape; a tied head has none of its own."""
+    return {name: parameter.shape for name, parameter in skeleton(read_config(directory)).named_parameters()}
+
+
+def _unpaired(before: Path, after: Path) -> list[str]:
+    """Parameters that not both models have in the same shape."""
+    first, second = _shapes(before), _shapes(after)
+    return [name for name in first | second if first.get(name) != second.get(name)]
+
+
+def _differences(
+    before: Path, after: Path, names: Collection[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of the names whose parameters are not the same, and W₁ - W₀, in float32 or what is wider."""
+    configs = [read_config(directory) for directory in (before, after)]
+    dtypes = [resolve_dtype(stored_dtype(config.source), config.source, device) for config in configs]
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    first, second = (
+        ((name, weight) for name, weight in stored_weights(path, skeleton(config), wide, device, None) if name in names)
+        for path, config in zip((before, after), configs, strict=True)
+    )
+    for (name, start), (_, end) in zip(first, second, strict=True):
+        delta = _dense(end) - _dense(start)
+        if not delta.isfinite().all():
+            raise FormatError(f"{before}, {after}: {name}: there are numbers that are not finite")
+        if delta.any():
+            yield name, delta
+
+
+def _dense(weight: Weight) -> Tensor:
+    return dense_weight(weight) if isinstance(weight, NF4Linear) else weight
+
+
+def _save(model: Llama, cuts: Mapping[str, Cut], out: str | Path) -> None:
+    """Write the adapter of these factors of scale 1; the model needs no numbers."""
+    parts = {}
+    for path, (factors, _, _) in cuts.items():
+        kind = kind_of(model.get_submodule(path))
+        assert kind is not None
+        parts[path] = Part(kind, {"lora_A": factors.lora_A.cpu(), "lora_B": factors.lora_B.cpu()})
+    config = config_of({path: cut.factors for path, cut in cuts.items()})
+    place(model, config, "default", parts, None, trainable=False)
+    save_adapter(model, out)

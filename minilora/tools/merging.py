@@ -1,0 +1,346 @@
+"""Adapters merged into a model directory, one weight after the other: what is held at a time is one file of the result.
+
+    W′ = W + ΔW,    ΔW = Σ s·B A over the adapters
+
+What W is, the *target* says:
+
+    original      the directory's weight, which is not quantized
+    dequantized   the weight as it is held; what is in four bits becomes dense, with an adapter and without
+    requantized   the same; what is in four bits is quantized again, and stays as it is where there is no adapter
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.adapted import Adapted
+from minilora.adapters.attach import set_adapter
+from minilora.adapters.classes import classes_of
+from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.files import load_adapter, vocabulary_of
+from minilora.adapters.find import adapter_layers, base_held
+from minilora.adapters.layers import AdapterLayer, AdapterLinear
+from minilora.adapters.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, understood
+from minilora.errors import ConfigError, TrainingError
+from minilora.models.bitsandbytes import is_four_bit
+from minilora.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Weight,
+    assign,
+    read_config,
+    resolve_dtype,
+    save_model,
+    stored_dtype,
+    stored_weights,
+)
+from minilora.models.classifier import Classifier, load_for, skeleton_for
+from minilora.models.hub import fetch
+from minilora.models.llama import Llama
+from minilora.models.quantization import Quantize, QuantizeConfig, Target
+from minilora.models.shards import SHARD_BYTES
+from minilora.models.tokenizer import Tokenizer
+from minilora.models.vocabulary import grow_vocabulary, grown
+from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.quant.nf4 import pack, unpack
+from minilora.storage import TensorFile, read_json
+
+DENSE = QuantizeConfig("none")
+CHUNK = 2**16  # numbers of a weight that are worked on at a time in float64, in memory that stays in a cache
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """‖W′ - (W + ΔW)‖ / ‖ΔW‖, W being what was trained on: over all adapted layers, and in the worst one.
+
+    The norms are those of Frobenius. Of inputs that favour no direction, x xᵀ being σ²·1 on average, a matrix M makes
+    outputs with the mean square σ²‖M‖² / out. So this is the error of the layers' outputs relative to what the adapters
+    change of them, as root mean squares.
+
+    None where the adapters change nothing; a layer in which they do not is never the worst.
+    """
+
+    overall: float | None
+    worst: float | None
+    layer: str | None
+
+    @classmethod
+    def of(cls, squares: Mapping[str, tuple[float, float]]) -> Deviation:
+        """From ‖error‖² and ‖ΔW‖² of each layer, by its path."""
+        ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
+        if not ratios:
+            return cls(None, None, None)
+        error, effect = map(sum, zip(*squares.values(), strict=True))
+        worst = max(ratios, key=ratios.__getitem__)
+        return cls(math.sqrt(error / effect), ratios[worst], worst)
+
+
+def merge_directory(
+    name_or_path: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    target: Target | None = None,
+    quantize: QuantizeConfig | Quantize | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    trained: QuantizeConfig | Quantize | None = None,
+) -> Deviation:
+    """Write the model that adapters make of another one, and tell how far it is from what was trained.
+
+    It is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
+    "dequantized", without for "original".
+
+    Args:
+        name_or_path: the base model, as `load_model` takes it.
+        adapters: directories or names of the hub; all of them act.
+        out: the directory that is written.
+        target: what to merge into; None is "dequantized" if the base is held in four bits, else "original".
+        quantize: how the base is held, as `load_model` takes it.
+        dtype: of what is dense; "auto" is the checkpoint's own, also where this machine computes it slowly.
+        device: where to compute.
+        tokenizer: its files are written beside the model.
+        shard_bytes: how large a file may be.
+        trained: how the base was held in training, if that is not `quantize`; the error is measured against it.
+
+    Raises:
+        ConfigError: no adapter is named, or this base cannot be merged into that target.
+        TrainingError: a merged weight is not finite; no file is left in `out`.
+        FormatError, TargetError: as of `load_model` and `load_adapter`; nothing was written.
+    """
+    paths = [fetch(adapter, "adapter") for adapter in adapters]
+    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained, paths)
+    if base.trained != base.quantize:
+        base.load(base.trained)  # what is wrong with it is said before writing
+    held = base.load(base.quantize)
+    layers = _adapted(base, paths)
+    kind = base_held(held)["quantize"]
+    if target is None:
+        target = "original" if kind == "none" else "dequantized"
+    _check(base, target, kind)
+    model = held if target == "requantized" else base.bare().to(base.dtype)
+    if isinstance(model, Llama) and _unties(base, layers):
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # tied no longer
+    squares: dict[str, tuple[float, float]] = {}
+    save_model(model, out, tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
+    return Deviation.of(squares)
+
+
+class _Base:
+    """A model directory whose weights are read one after the other, into `dtype` on `device`.
+
+    `unit` and `labels` are what the adapters say, if they are for a classifier. A language model's head is none of its;
+    what stands in the new head's place, zeros, makes way for that of the adapters.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype | str,
+        device: torch.device,
+        quantize: QuantizeConfig | Quantize | None,
+        trained: QuantizeConfig | Quantize | None,
+        adapters: Sequence[Path],
+    ):
+        self.directory, self.device = directory, device
+        self.quantize = QuantizeConfig.of(quantize)
+        self.trained = self.quantize if trained is None else QuantizeConfig.of(trained)
+        self.config = read_config(directory)
+        source = self.config.source
+        self.rows = max(map(vocabulary_of, adapters), default=0)  # that the adapters' tokens need of the embedding
+        self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
+        self.unit, self.labels = classes_of(adapters[0]) if adapters else (None, ())
+
+    def load(self, quantize: QuantizeConfig) -> Llama | Classifier:
+        """The model without numbers, held like this."""
+        return self._with_room(load_for(self.unit, self.labels, self.directory, self.dtype, "meta", quantize))
+
+    def bare(self) -> Llama | Classifier:
+        """The model's names and shapes only, all of it dense."""
+        return self._with_room(skeleton_for(self.unit, self.labels, self.config))
+
+    def _with_room(self, model: Llama | Classifier) -> Llama | Classifier:
+        grow_vocabulary(model, self.rows)
+        return model
+
+    def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
+        """Names and weights; with `has_head` that of a tied head, too, by the head's name."""
+        bare, is_new = skeleton_for(self.config.unit, (), self.config), self.unit != self.config.unit
+        for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
+            if is_new and name == HEAD:
+                continue
+            if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
+                weight = grown(weight, self.rows)
+            yield name, weight
+            if name == EMBEDDING and has_head and self.config.tie_word_embeddings:
+                yield HEAD, weight
+        for name, parameter in self.bare().get_output_embeddings().named_parameters() if is_new else ():
+            yield f"{Classifier.head}.{name}", torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
+
+    def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
+        """Names, the weights to merge into, and those that were trained on."""
+        held = DENSE if target == "original" else self.quantize
+        if held == self.trained:
+            yield from ((name, weight, weight) for name, weight in self.weights(held, has_head))
+        else:
+            trained = self.weights(self.trained, has_head)
+            for (name, weight), (_, known) in zip(self.weights(held, has_head), trained, strict=True):
+                yield name, weight, known
+
+
+def _check(base: _Base, target: Target, kind: str) -> None:
+    """Can the base, whose linears are held as `kind`, be merged into the target?"""
+    if target not in get_args(Target):
+        raise ConfigError(f"target is {target!r}, accepted are {list(get_args(Target))}")
+    if target == "original" and is_four_bit(base.config.source):
+        raise ConfigError(
+            f"{base.directory}: is quantized as {kind}; the target 'original' needs the 16-bit model that it was "
+            "made of, accepted here are 'dequantized' and 'requantized'"
+        )
+    if target == "requantized" and kind != "nf4":
+        raise ConfigError(
+            f"{base.directory}: the target 'requantized' needs linears held as nf4, found {kind}; "
+            + ("give --quantize nf4 or " if kind == "none" else "")
+            + "another target"
+        )
+
+
+def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, Adapted]:
+    """The places that have adapters, all of them active, on modules without numbers.
+
+    Some adapters need those of the base to be understood: where PEFT has written a copy of them, to compare, and where
+    the adapter began as a part of them.
+    """
+    if not adapters:
+        raise ConfigError("there is nothing to merge: name an adapter")
+    model, names = base.bare(), [f"adapter{i}" for i in range(len(adapters))]
+    if needed := {f"{path}.weight" for adapter in adapters for path in _needed(adapter)}:
+        for name, weight in base.weights(base.quantize, has_head=True):
+            if name in needed:
+                assign(model, name, weight)
+    for name, path in zip(names, adapters, strict=True):
+        load_adapter(model, path, name)
+    set_adapter(model, names)
+    layers = adapter_layers(model)
+    for layer in layers.values():
+        layer.base.to("meta")
+        if not isinstance(layer, TrainedCopy):  # which shares parameters with its base
+            layer.adapters.to(base.device)
+    return layers
+
+
+def _needed(adapter: Path) -> set[str]:
+    """Paths of the modules whose weights an adapter is read with."""
+    found = [understood(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
+    is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in REPEATED
+    return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
+
+
+def _unties(base: _Base, layers: Mapping[str, Adapted]) -> bool:
+    """Do an embedding and a head that are tied come out as two weights?"""
+    ends = [
+        layers[path] for path in (HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")) if path in layers
+    ]
+    return (
+        base.unit is None
+        and base.config.tie_word_embeddings
+        and any(isinstance(end, AdapterLayer | TrainedCopy) for end in ends)
+    )
+
+
+def _merged_weights(
+    base: _Base, layers: Mapping[str, Adapted], target: Target, squares: dict[str, tuple[float, float]]
+) -> Iterator[tuple[str, Weight]]:
+    """Names and weights of the result; what `squared_norms` says of an adapted layer goes into `squares`."""
+    pairs = base.pairs(target, _unties(base, layers))
+    for path, group in itertools.groupby(pairs, key=lambda pair: _place(pair[0], layers)):
+        if path is None:
+            yield from ((name, weight if target == "requantized" else _dense(weight)) for name, weight, _ in group)
+            continue
+        layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
+        merged = _merged(layer, {key: _dense(weight) for key, (weight, _) in weights.items()})
+        if more := merged.keys() - weights.keys():
+            raise ConfigError(
+                f"{path}: the adapters add {sorted(more)}, which a {base.config.model_type} has no place for"
+            )
+        for key, (weight, trained) in weights.items():
+            if not merged[key].isfinite().all():
+                raise TrainingError(f"{path}: the merged {key} has numbers that are not finite in {base.dtype}")
+            result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
+            if key == "weight" and isinstance(layer, AdapterLayer):
+                squares[path] = squared_norms(result, trained, layer)
+            yield f"{path}.{key}", result
+
+
+def _place(name: str, layers: Mapping[str, Adapted]) -> str | None:
+    """Path of the place of adapters that a parameter belongs to."""
+    paths = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
+    return next((path for path in paths if path in layers), None)
+
+
+def _merged(layer: Adapted, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What adapters make of a module's parameters, in their dtype, by their names in the module."""
+    if isinstance(layer, TrainedCopy):
+        own = layer.tensors(layer.active[-1])
+        return {key: own.get(key, weight).to(weight) for key, weight in weights.items()}
+    for key, weight in weights.items():
+        assign(layer.base, key, weight)
+    found = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
+    layer.base.to("meta")  # or the weights of all layers would be held in the end
+    return found
+
+
+def _dense(weight: Weight) -> Tensor:
+    return dense_weight(weight) if isinstance(weight, NF4Linear) else weight
+
+
+def _packed_like(example: Weight, weight: Tensor) -> Weight:
+    """The weight in four bits with the settings of the example, if that is."""
+    if not isinstance(example, NF4Linear):
+        return weight
+    parts = pack(weight, example.scales is not None, example.layout.block_size)
+    return NF4Linear(parts, example.layout, None, example.dtype)
+
+
+def squared_norms(merged: Weight, trained: Weight, layer: AdapterLayer) -> tuple[float, float]:
+    """‖W′ - (W + ΔW)‖² and ‖ΔW‖², of the numbers that W and W′ stand for, in float64, a few rows at a time.
+
+    Shapes: merged (out, in), trained (out, in) -> two numbers
+    """
+    now, before = (
+        layer.matrix(unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
+        for w in (merged, trained)
+    )
+    error = effect = 0.0
+    rows = max(1, CHUNK // now.size(1))
+    for begin in range(0, now.size(0), rows):
+        part = slice(begin, begin + rows)
+        start = before[part].double()
+        exact = _rows(layer, part).merged_weight(start).detach()
+        error += torch.linalg.vector_norm(now[part].double() - exact).item() ** 2
+        effect += torch.linalg.vector_norm(exact - start).item() ** 2
+    return error, effect
+
+
+def _rows(layer: AdapterLayer, part: slice) -> AdapterLinear:
+    """The active adapters of some rows of W, in float64 on the CPU: not every device has such numbers."""
+    rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
+    for name in layer.active:
+        adapter = layer.adapters[name]
+        lora_A, lora_B = layer.thin(*adapter.factors())
+        tensors = {"lora_A": lora_A, "lora_B": lora_B[part]}
+        if adapter.magnitude is not None:
+            tensors["magnitude"] = adapter.magnitude.flatten()[part]
+        wide = {key: tensor.detach().cpu().double() for key, tensor in tensors.items()}
+        rows.hold(name, layer.configs[name], type(adapter)(adapter.scale, wide))
+    rows.active = layer.active
+    return rows
