@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import growth, results, turns, work
+from benchmarks import ablation, growth, results, turns, work
 from benchmarks.process import Round
 
 HERE = Path(__file__).parent
@@ -23,12 +23,14 @@ HERE = Path(__file__).parent
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a work was refused."""
     known = {each.name: each for each in work.works()}
-    peers = sorted({peer for each in known.values() if not isinstance(each, work.Growth) for peer in each.peers})
+    groups = {"ablation": [each.name for each in work.ablations()]}
+    peers = sorted({peer for each in [*work.trainings(), *work.operations()] for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=model, help="directory of SmolLM2-135M; without one its shapes, random weights")
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--rounds", type=count, default=3, help="turns of everyone at each work")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, default=list(known), help=", ".join(known))
+    names = [*known, *groups]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=list(known), help=", ".join(names))
     parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--out", type=page, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         shop = turns.Workshop(Path(folder), args.model, args.device)
-        for name in args.only:
+        for name in (name for asked in args.only for name in groups.get(asked, [asked])):
             found = []
             try:
                 for each in measured(known[name], shop, args.rounds, args.peers):
@@ -94,6 +96,8 @@ def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence
     """The rounds of a work; a curve takes one."""
     if isinstance(each, work.Growth):
         yield growth.measure(each, shop)
+    elif isinstance(each, work.Ablation):
+        yield from ablation.rounds(each, shop, rounds)
     else:
         asked = [peer for peer in each.peers if peers is None or peer in peers]
         sides = [work.OURS, *filter(turns.is_installed, asked)]

@@ -9,16 +9,18 @@ import torch
 
 import minilora as ml
 from benchmarks.ours import train_config
-from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, labelled
+from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of, labelled
+from minilora.llama import Llama
+from minilora.models.checkpoint import init_weights
 from minilora.models.config import LlamaConfig
-from minilora.models.llama import Llama
 from minilora.runs.batch import plan_steps
-from minilora.runs.memory import forecast
+from minilora.runs.memory import Plan, forecast
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:
     """A model directory with random weights, in bfloat16, and some tokenizer, without which TRL does not start."""
-    model = Llama(LlamaConfig.from_dict(config), torch.Generator().manual_seed(0))
+    model = Llama(LlamaConfig.from_dict(config))
+    init_weights(model, torch.Generator().manual_seed(0))
     ml.save_model(model.to(torch.bfloat16), directory, ml.load_tokenizer("minilora/builtin"))
 
 
@@ -45,10 +47,10 @@ def batches(rows: list[Row], work: Training, steps: int) -> list[list[Row]]:
 
 
 def forecast_bytes(task: Task) -> int:
-    """What minilora tells in advance of the peak of a task of training; no number is read for that."""
+    """Return minilora's forecast of the peak of a task of training."""
     work, config = task.work, train_config(task.work, len(task.batches))
-    model = ml.load_model(task.model, work.dtype, "meta", "nf4" if work.method == "qlora" else None)
-    ml.attach(model, adapter_config(work.method == "dora"))
-    batch = max(task.batches, key=lambda rows: sum(len(tokens) for tokens, _ in rows))
-    lengths = [len(tokens) for tokens, _ in batch]
-    return forecast(model, lengths, labelled(batch), config, torch.device(task.device)).peak
+    quantization = ml.QuantizeConfig("nf4" if work.method == "qlora" else "none")
+    rows = [(len(tokens), labelled([(tokens, labels)])) for tokens, labels in task.rows]
+    lora, dtype = adapter_config(work.method == "dora"), getattr(torch, work.dtype)
+    config_json = LlamaConfig.from_dict(config_of(task.model))
+    return forecast(Plan(config_json, lora, config, quantization, dtype, torch.device(task.device), rows)).peak

@@ -20,7 +20,20 @@ import torch
 import minilora
 from benchmarks import growth
 from benchmarks.process import Measurement, Round
-from benchmarks.work import ALPHA, OURS, RANK, REPEATS, STEPS, WARM_UP, Bound, Growth, Operation, Training, Work
+from benchmarks.work import (
+    ALPHA,
+    OURS,
+    RANK,
+    REPEATS,
+    STEPS,
+    WARM_UP,
+    Ablation,
+    Bound,
+    Growth,
+    Operation,
+    Training,
+    Work,
+)
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
@@ -162,6 +175,23 @@ def checks(work: Training | Operation, rounds: Sequence[Round]) -> Iterable[list
         yield [work.name, name, ", ".join(numbers), f"{bound:g}"]
 
 
+def without(ablations: Sequence[tuple[Ablation, Sequence[Round]]]) -> list[list[str]]:
+    """A row for each trick: of each work time and peak memory without it, over those with everything on."""
+    sides = dict.fromkeys(side for _, rounds in ablations for side in _peers(rounds))
+    rows = [["(everything on)"]]
+    for _, rounds in ablations:
+        found = [each.sides[OURS] for each in rounds]
+        seconds = statistics.median(statistics.mean(each.seconds) for each in found)
+        rows[0] += [f"{seconds:.2f} s", f"{_gigabytes(statistics.median(each.peak_bytes for each in found))} GB"]
+    for side in sorted(sides, key=lambda side: side == "everything plain"):
+        row = [side]
+        for _, rounds in ablations:
+            time, memory = ratio(rounds, _rate, side), [1 / each for each in ratio(rounds, _peak, side)]
+            row += [spread(time), spread(memory)] if time else ["", ""]
+        rows.append(row)
+    return rows
+
+
 def _rate(measured: Measurement) -> float:
     return measured.rate
 
@@ -178,6 +208,13 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f}"
 
 
+ABLATION = (
+    "Seconds of a step and peak memory with one trick off, over those with everything on, in each round; below, "
+    "everything off at once, but for *head rows*, which the definition has, too. Off, kernels leave the call to the "
+    "plain function that they stand for; *kept memory*: the C library gives freed memory back to the system; *cast "
+    "copies*: A and B are cast where they are used; *early stop*: a block is computed again to its end; *head rows*: "
+    "the head sees all rows. Where a work makes no use of a trick there is no figure."
+)
 COMPARISON = (
     *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer", "required", "met"),
     *("peak GB: minilora", "peer", "minilora over peer", "required", "met"),
@@ -194,6 +231,9 @@ def spoken(work: Work, rounds: Sequence[Round]) -> str:
     """What is known of a work so far, in a line."""
     if isinstance(work, Growth):
         return f"{work.name}: {growth.sentences(work, rounds[-1])}"
+    if isinstance(work, Ablation):
+        shown = "; ".join(f"{side} {time}, {memory}" for side, time, memory in without([(work, rounds)]))
+        return f"{work.name}: time and peak memory without {shown}"
     ratios = {peer: spread(ratio(rounds, _rate, peer)) for peer in _peers(rounds)}
     if isinstance(work, Operation):
         return f"{work.name}: {'; '.join(f'{times} times as fast as {peer}' for peer, times in ratios.items())}"
@@ -219,6 +259,10 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     for each, measured in shown:
         if isinstance(each, Growth):
             parts.append(f"![{each.name}]({each.name}.svg)\n\n{growth.sentences(each, measured[-1])}")
+    ablations = [(each, measured) for each, measured in shown if isinstance(each, Ablation)]
+    if ablations:
+        head = ["without", *(f"{each.training}: {what}" for each, _ in ablations for what in ("time", "memory"))]
+        parts.append("## Ablation\n\n" + ABLATION + "\n\n" + table(head, without(ablations)))
     if refused:
         parts.append("## Refused\n\n" + table(("work", "why"), refused))
     return "\n\n".join(parts) + "\n"

@@ -48,7 +48,7 @@ def measured(task: Task, side: str) -> Measurement:
         RefusedError: it failed.
     """
     if isinstance(task.work, Training):
-        module, function = TRAINING[side]
+        module, function = TRAINING.get(side, ("benchmarks.ablation", "train"))
     else:
         module, function = f"benchmarks.{'our' if side == OURS else 'peer'}_operations", task.work.does
     try:
@@ -110,16 +110,25 @@ def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
     """
     flop = sum(works.training_flops(works.config_of(task.model), batch) for batch in task.batches[task.warm_up :])
     for turn in range(count):
-        first = turn % len(sides)  # another one begins each round, so that a machine that slows down favours nobody
-        taken = {side: measured(task, side) for side in (*sides[first:], *sides[:first])}
-        found = {side: taken[side] for side in sides}
-        for side in sides[1:]:
-            check_same_work(found[OURS].checks, found[side].checks, task.work.bounds, side)
+        found = taken(task, sides, turn)
         if isinstance(task.work, Training):
             peak = in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device))
             yield Round(task.work.name, found, flop, peak, make.forecast_bytes(task))
         else:
             yield Round(task.work.name, found)
+
+
+def taken(task: Task, sides: Sequence[str], turn: int) -> dict[str, Measurement]:
+    """What every side measures in a round; another one begins each, so that a machine that slows down favours nobody.
+
+    Raises:
+        RefusedError: a side failed, or did not compute what we did.
+    """
+    first = turn % len(sides)
+    found = {side: measured(task, side) for side in (*sides[first:], *sides[:first])}
+    for side in sides[1:]:
+        check_same_work(found[OURS].checks, found[side].checks, task.work.bounds, side)
+    return {side: found[side] for side in sides}
 
 
 def check_same_work(ours: dict[str, float], theirs: dict[str, float], bounds: dict[str, float], side: str) -> None:

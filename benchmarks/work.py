@@ -130,7 +130,15 @@ class Growth:
     points: tuple[int, ...]
 
 
-Work = Training | Operation | Growth
+@dataclass(frozen=True)
+class Ablation:
+    """A work of training without each of our tricks."""
+
+    name: str
+    training: str
+
+
+Work = Training | Operation | Growth | Ablation
 
 
 @dataclass(frozen=True)
@@ -215,9 +223,15 @@ def growths() -> list[Growth]:
     ]
 
 
+def ablations() -> list[Ablation]:
+    """The works that show what each of our tricks buys."""
+    names = ("bf16-fixed", "bf16-real", "fp32-fixed", "qlora-fixed-recompute")
+    return [Ablation(f"ablation-{name}", name) for name in names]
+
+
 def works() -> list[Work]:
     """Everything that is measured."""
-    return [*trainings(), *operations(), *growths()]
+    return [*trainings(), *operations(), *growths(), *ablations()]
 
 
 def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:

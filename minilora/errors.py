@@ -1,5 +1,13 @@
 """What can go wrong, as one family of exceptions: each message names file, key, what was found and what is accepted."""
 
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class MiniloraError(Exception):
     """Every error that minilora raises on purpose."""
@@ -27,3 +35,45 @@ class ShapeError(MiniloraError, ValueError):
 
 class TrainingError(MiniloraError, RuntimeError):
     """Training cannot go on: a loss or a gradient is not finite, or a run does not fit its directory."""
+
+
+def check_types(owner: Any, values: Mapping[str, object]) -> None:
+    """Raise a `ConfigError` that names each value which does not fit its annotation.
+
+    Args:
+        owner: the function or data class with the annotations.
+        values: its arguments or fields, such as `locals()` in the function's first line.
+    """
+    hints = typing.get_type_hints(owner)
+    bad = [(name, value) for name, value in values.items() if not fits(value, hints[name])]
+    if bad:
+        wrong = (f"{name} is {value!r:.80}, need {in_words(hints[name])}" for name, value in bad)
+        raise ConfigError(f"{owner.__name__}: {'; '.join(wrong)}")
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Return whether a value is of the annotated type: any collection for a tuple, a whole number for a float."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(value is part or (value == part and type(value) is type(part)) for part in parts)
+    if origin is tuple:
+        return isinstance(value, list | tuple | set | frozenset) and all(fits(element, parts[0]) for element in value)
+    if origin is Sequence and isinstance(value, list | tuple):
+        return all(fits(element, parts[0]) for element in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return all(fits(key, parts[0]) and fits(element, parts[1]) for key, element in value.items())
+    kind = {float: (int, float)}.get(hint, origin or hint)
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+
+
+def in_words(hint: Any) -> str:
+    """Return the name of an annotated type for a message."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(in_words, typing.get_args(hint)))
+    return "None" if hint is types.NoneType else re.sub(r"<class '|'>|\w+\.(?=\w)", "", str(hint))

@@ -1,22 +1,18 @@
-"""The public names, which `minilora` has as its own."""
+"""The public names, which `minilora` has as its own. Importing them registers the kernels."""
 
-from minilora.adapters.attach import (
-    attach,
-    delete_adapter,
-    detach,
-    disable_adapter,
-    merge,
-    merged,
-    set_adapter,
-    set_dropout_step,
-)
+import minilora.kernel  # noqa: F401
+from minilora.adapter import detach, disable_adapter, set_adapter
+from minilora.adapters.attach import attach, delete_adapter, merge, merged
 from minilora.adapters.combine_config import CombineConfig
 from minilora.adapters.config import LoraConfig
+from minilora.adapters.dropout import set_dropout_step
 from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.find import count_parameters
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
 from minilora.adapters.targets import find_target_modules
 from minilora.adapters.weighted import combine_adapters
+from minilora.data import Example
+from minilora.definition import kernels, plain
 from minilora.errors import (
     ConfigError,
     DataError,
@@ -34,7 +30,7 @@ from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import grow_vocabulary
 from minilora.runs.classes import load_classes
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.data import Dataset, Example, load_dataset
+from minilora.runs.data import Dataset, load_dataset
 from minilora.runs.loop import TrainResult, train
 
 __all__ = [
@@ -64,6 +60,7 @@ __all__ = [
     "generate",
     "grow_vocabulary",
     "hotswap_adapter",
+    "kernels",
     "load_adapter",
     "load_classes",
     "load_classifier",
@@ -74,6 +71,7 @@ __all__ = [
     "merged",
     "merged_if_faster",
     "mixed_batch",
+    "plain",
     "save_adapter",
     "save_model",
     "set_adapter",

@@ -16,15 +16,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError
-
-if TYPE_CHECKING:  # who reads and writes no tensors, as the help pages do, need not wait for torch
-    import torch
-    from torch import Tensor
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
@@ -127,8 +125,6 @@ class TensorFile:
         Raises:
             FormatError: torch does not have it.
         """
-        import torch
-
         stored = self.entries[name].dtype
         if stored not in DTYPES:
             raise FormatError(f"{self.path}: {name} cannot be read: it is {stored}; what can be are {list(DTYPES)}")
@@ -143,8 +139,6 @@ class TensorFile:
         Raises:
             FormatError: it cannot be read.
         """
-        import torch
-
         dtype, (begin, end) = self.dtype(name), self._spans[name]
         try:
             content = torch.UntypedStorage.from_file(str(self.path), False, self._bytes)[begin:end]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import minilora as ml
-from minilora.models.llama import Llama
+from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount

@@ -3,9 +3,10 @@
     python scripts/mutants.py --count 100 --seed 0 [--only 3 14 15] [--all]
 
 A mistake changes one expression or drops one statement. The tests are those of the core until the first failure, and
-the file with the name of the changed one comes first. With `--all` they are the whole default suite, which takes
-minutes where nothing is noticed: use it with `--only` for mistakes that the core's tests missed. The same tests have to
-pass without a mistake. Some mistakes change no result, as where a size of blocks is chosen for speed alone.
+the file with the name of the changed one comes first, or that of the kernels. With `--all` they are the whole default
+suite, which takes minutes where nothing is noticed: use it with `--only` for mistakes that the core's tests missed. The
+same tests have to pass without a mistake. Some mistakes change no result, as where a size of blocks is chosen for speed
+alone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.planting import Copy  # noqa: E402  # the checkout is no installed package
 
-CORE = ("adapters/functional", "adapters/layers", "adapters/attach", "quant/nf4", "quant/linear")
-CORE += ("models/ops", "models/attention", "models/llama", "runs/loop")
-TESTS = ("functional", "ops", "attention", "nf4", "nf4_linear", "layers", "bases", "dora", "llama", "cache", "attach")
-TESTS += ("loop", "flat", "tokens", "parameters", "serve", "golden", "derivatives")
+CORE = ("lora", "nf4", "llama", "adapter", "data", "training")
+CORE += ("kernel/lora", "kernel/nf4", "kernel/attention", "kernel/decoder", "kernel/loss", "kernel/tiles")
+TESTS = ("kernels", "lora", "nf4", "attention", "loss", "layers", "llama", "cache", "attach", "six_pages", "loop")
+TESTS += ("batch", "data", "files", "tokens", "parameters", "serve", "golden")
 SWAPS = ((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq))
 SWAPS += ((ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or))
 OPERATORS = {ast.FloorDiv: ast.Div, **dict(SWAPS), **{right: left for left, right in SWAPS}}
@@ -105,7 +106,7 @@ def main() -> None:
         rest = ["", "--ignore=tests/test_planted.py"] if args.all else []
 
         def status_of(file: str, source: str) -> int:
-            first = Path(file).stem.replace("linear", "nf4_linear")
+            first = "kernels" if file.startswith("kernel/") else Path(file).stem
             tests = [f"test_{name}.py" for name in sorted(TESTS, key=lambda name: name != first)]
             return copy.run(file, source, [*tests, *rest], seconds=900)
 

@@ -22,7 +22,8 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from minilora.models.llama import Llama, LlamaConfig
+from minilora.llama import Llama, LlamaConfig
+from minilora.models.checkpoint import init_weights
 
 MODEL = DATA.parent / "model"
 EOS = "<|endoftext|>"
@@ -143,7 +144,8 @@ def main() -> None:
     shuffler = random.Random(arguments.seed)
     passes = [shuffler.sample(texts, len(texts)) for _ in range(PASSES)]
     stream = torch.cat([lay_end_to_end(tokenizer, texts) for texts in passes])
-    model = Llama(LlamaConfig.from_dict(CONFIG), generator=torch.Generator().manual_seed(arguments.seed))
+    model = Llama(LlamaConfig.from_dict(CONFIG))
+    init_weights(model, torch.Generator().manual_seed(arguments.seed))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(texts):,} texts, {len(stream):,} tokens, {parameters:,} parameters", flush=True)
     train(model, stream, arguments.steps or (len(stream) - 1) // (DOCUMENTS * LENGTH))

@@ -1,4 +1,4 @@
-"""Adapted layers of every base and of every kind of adapter, as tests draw them, and the same once more by loops."""
+"""Layers of every base with every kind of adapter, as tests draw them, and the same once more by loops."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora import LoraConfig
-from minilora.adapters.bases import AdapterConv, AdapterConv1D, AdapterEmbedding
-from minilora.adapters.layers import AdapterLayer, AdapterLinear
-from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.adapters.layers import AdapterConv, AdapterConv1D, AdapterEmbedding
+from minilora.adapters.parts import build_adapter
+from minilora.lora import AdapterLinear
+from minilora.nf4 import NF4Linear
 from minilora.testing import reference, reference_conv
 from tests.models import fill_, randn, scales, seeds, token_ids
 
@@ -39,7 +40,7 @@ Conv1D.__module__ = "transformers.pytorch_utils"  # by which it is known
 class Place(NamedTuple):
     """A layer without adapters yet, PyTorch's own layer for what will be merged, and an input."""
 
-    layer: AdapterLayer
+    layer: AdapterLinear
     plain: nn.Module
     x: Tensor
 
@@ -95,7 +96,7 @@ def filled(module: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def add(
-    layer: AdapterLayer,
+    layer: AdapterLinear,
     name: str,
     seed: int,
     r: int,
@@ -118,8 +119,13 @@ def add(
     if bias and layer.base._parameters.get("bias") is not None:
         tensors["bias"] = randn(seed + 7, shape_B[0])
     config = LoraConfig(r=r, lora_alpha=scale * r, use_dora=use_dora)
-    layer.add(name, config, {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    add_built(layer, name, config, {key: tensor.to(dtype) for key, tensor in tensors.items()})
     layer.active = (*layer.active, name)
+
+
+def add_built(layer: AdapterLinear, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Give a layer an adapter of these tensors, as `attach` and `load_adapter` do; it does not act yet."""
+    layer.add_adapter(name, build_adapter(layer, config, tensors), config)
 
 
 sizes = st.integers(1, 4)
@@ -153,16 +159,16 @@ def adapted(draw: Any, kinds: tuple[str, ...] = LAYERS) -> Place:
     return found
 
 
-def merged_by_loops(layer: AdapterLayer) -> tuple[reference.Array, reference.Array | None]:
+def merged_by_loops(layer: AdapterLinear) -> tuple[reference.Array, reference.Array | None]:
     """W (out, in) and b with all active adapters, one after the other and number by number."""
-    weight = matrix = _matrix(layer, dense_weight(layer.base))
+    weight = matrix = _matrix(layer, layer.base.weight)
     bias = _array(layer.base._parameters.get("bias"))
     adapters = [layer.adapters[name] for name in layer.active]
     for adapter in adapters:
         bias = bias if adapter.bias is None else _array(adapter.bias)
     for adapter in adapters:
         pairs = [(adapter.lora_A, adapter.lora_B, adapter.scale)]
-        if adapter.start_A is not None:
+        if hasattr(adapter, "start_A"):
             pairs.append((adapter.start_A, adapter.start_B, -adapter.scale))
         left, own = matrix, weight
         for lora_A, lora_B, scale in pairs:
@@ -176,7 +182,7 @@ def merged_by_loops(layer: AdapterLayer) -> tuple[reference.Array, reference.Arr
     return matrix, bias
 
 
-def applied_by_loops(layer: AdapterLayer, x: Tensor) -> reference.Array:
+def applied_by_loops(layer: AdapterLinear, x: Tensor) -> reference.Array:
     """y of all active adapters."""
     matrix, bias = merged_by_loops(layer)
     if isinstance(layer, AdapterEmbedding):
@@ -195,7 +201,7 @@ def applied_by_loops(layer: AdapterLayer, x: Tensor) -> reference.Array:
     return reference_conv.convolution(_array(x), whole, bias, base.stride, padding, base.dilation, base.padding_mode)
 
 
-def _matrix(layer: AdapterLayer, weight: Tensor, is_factor: bool = False) -> reference.Array:
+def _matrix(layer: AdapterLinear, weight: Tensor, is_factor: bool = False) -> reference.Array:
     array = _array(weight)
     if isinstance(layer, AdapterConv):
         return reference_conv.ungrouped(array, layer.base.groups).reshape(len(array), -1)

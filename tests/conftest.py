@@ -1,10 +1,12 @@
 import os
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import Phase, settings
 
+import minilora as ml
 from tests.text import write_tokenizer
 
 collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need the extra `parity`
@@ -18,6 +20,7 @@ torch.set_num_threads(THREADS)
 
 def pytest_addoption(parser):
     parser.addoption("--part", metavar="K/N", help="every N-th of the selected tests, from the K-th on (from 0)")
+    parser.addoption("--plain", action="store_true", help="compute as the definitions say, without kernels")
 
 
 @pytest.hookimpl(trylast=True)  # after the selection by markers
@@ -35,6 +38,20 @@ def _same_everywhere():
     """Draw the same numbers in each test, whatever ran before it, a peer's own numbers included."""
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain(request):
+    """Switch all kernels off, if that is asked for."""
+    with ml.plain() if request.config.getoption("--plain") else nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request):
+    """With the parameter "plain" the definitions alone; see `tests.models.either`."""
+    with ml.plain() if getattr(request, "param", None) == "plain" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from minilora import tiles
-from minilora.adapters.attach import set_dropout_step
-from minilora.adapters.find import adapter_layers, linear_layers
+from minilora.adapter import adapter_layers
+from minilora.adapters.dropout import set_dropout_step
+from minilora.adapters.find import linear_layers
+from minilora.kernel import tiles
+from minilora.llama import Llama
 from minilora.models.config import LlamaConfig
-from minilora.models.llama import Llama
-from minilora.quant.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 SIZES = {
     "vocab_size": 61,
@@ -109,7 +110,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "the embedding adapted by DoRA": {"target_modules": ("embed_tokens",), "use_dora": True},
     "the tied head adapted": {"target_modules": ("lm_head", "q_proj")},
     "a parameter": {"target_parameters": ("mlp.up_proj.weight",), "target_modules": ("q_proj",)},
-    "only parameters": {"target_parameters": ("up_proj.weight", "q_proj.weight"), "target_modules": ()},
+    "only parameters": {"target_parameters": ("up_proj.weight", "o_proj.weight"), "target_modules": ()},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "PiSSA": {"init_lora_weights": "pissa"},
@@ -129,6 +130,7 @@ def by_family(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family", [pytest.param(name, marks=marks[name]) for name in FAMILIES])
 
 
+either = pytest.mark.parametrize("_kernels", ["kernels", "plain"], indirect=True)  # a test with and without them
 families = by_family(*MOST_DIFFERENT)
 layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
 
@@ -208,7 +210,7 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
 
 
 def small_tiles(patch: Any, numbers: int) -> None:
-    """Make `minilora.tiles` take so few at a time, on any number of threads."""
+    """Make `minilora.kernel.tiles` take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
 
@@ -226,6 +228,7 @@ def compile_with(patch: pytest.MonkeyPatch, backend: str) -> None:
             pytest.skip("inductor needs g++ and a processor with vector instructions")
         # Its cache is not keyed by ATEN_CPU_CAPABILITY: code that was compiled for another one gives nan.
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/minilora-inductor-{capability}")
+    torch.compiler.reset()  # what another test has compiled would be compiled again for other sizes
     patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
 
 

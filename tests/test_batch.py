@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from benchmarks import work
-from minilora.models.ops import IGNORE_INDEX
-from minilora.runs.batch import collate, groups, plan_steps
+from minilora.data import IGNORE_INDEX, collate
+from minilora.runs.batch import groups, plan_steps
 from tests.models import seeds
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -145,12 +145,14 @@ def test_more_steps_than_a_plan_can_hold_are_refused_at_once(changes):
 def test_a_batch_is_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(rows, shift):
     """A token of a text predicts the one after it, with shift 1; a class belongs to its own token, with shift 0."""
     batch = collate([replace(row, shift=shift) for row in rows], torch.device("cpu"))
+    targets = []
     position = 0
     for row, length in zip(rows, batch.lengths, strict=True):
         for i in range(length):
             assert batch.tokens[position] == row.tokens[i]
-            assert batch.targets[position] == (row.labels[i + shift] if i + shift < length else IGNORE_INDEX)
+            targets.append(row.labels[i + shift] if i + shift < length else IGNORE_INDEX)
             position += 1
-    assert position == len(batch.tokens) == len(batch.targets)
-    assert batch.places.tolist() == [i for i, target in enumerate(batch.targets) if target != IGNORE_INDEX]
-    assert batch.labelled == sum(replace(row, shift=shift).labelled for row in rows)
+    assert position == len(batch.tokens) == len(targets)
+    assert batch.places.tolist() == [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
+    assert batch.labels.tolist() == [target for target in targets if target != IGNORE_INDEX]
+    assert len(batch.labels) == sum(replace(row, shift=shift).labelled for row in rows)

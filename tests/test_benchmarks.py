@@ -1,6 +1,7 @@
 """What the benchmarks do and count, and what they refuse; how long anything takes is no test."""
 
 import ast
+import itertools
 import os
 import re
 from dataclasses import replace
@@ -12,9 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
 from benchmarks import __main__ as command
-from benchmarks import growth, make, our_operations, ours, peer_operations, peers, process, results, turns, work
+from benchmarks import (
+    ablation,
+    growth,
+    make,
+    our_operations,
+    ours,
+    peer_operations,
+    peers,
+    process,
+    results,
+    turns,
+    work,
+)
 from benchmarks.process import Measurement, Round
-from minilora.runs import loop
 from tests.tolerance import assert_maths
 
 SIZES = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -137,19 +149,30 @@ def test_different_work_is_refused(shop, trained, tmp_path, planted):
 def test_gradients_of_the_right_length_and_another_direction_are_refused(shop, monkeypatch):
     """After some steps on the same rows the loss tells them apart."""
     monkeypatch.setattr(ours, "LEARNING_RATE", 0.01)
-    task, update = shop.task(named("fp32-real"), warm_up=0, steps=4), loop._update
+    task, step = shop.task(named("fp32-real"), warm_up=0, steps=4), torch.optim.AdamW.step
     task = replace(task, rows=task.rows[:1] * len(task.rows))
 
-    def astray(optimizer, is_bad):
-        for segment in optimizer.param_groups:
-            for p in segment["params"]:
+    def astray(optimizer):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
                 p.grad.neg_()
-        update(optimizer, is_bad)
+        step(optimizer)
 
     found = ours.train(task).checks
-    monkeypatch.setattr(loop, "_update", astray)
+    monkeypatch.setattr(torch.optim.AdamW, "step", astray)
     with pytest.raises(turns.RefusedError, match=r"^last loss"):
         turns.check_same_work(found, ours.train(task).checks, task.work.bounds, "peft")
+
+
+@pytest.mark.parametrize("name", ["bf16-real", "fp32-real", "qlora-fixed-recompute"])
+def test_without_a_trick_the_same_is_computed(shop, name):
+    task = task_of(shop, name)
+    found, sides = ours.train(task).checks, ablation.tricks(task.work)
+    assert ("nf4_linear" in sides) == (task.work.method == "qlora")
+    for side in [*sides, ablation.PLAIN]:
+        checks = ablation.train(replace(task, side=side)).checks
+        turns.check_same_work(found, checks, task.work.bounds, side)
+        assert bool(checks) == (side != ablation.HEAD_ROWS)
 
 
 def test_what_is_not_finite_is_refused():
@@ -230,15 +253,19 @@ def test_the_command_measures_and_writes_a_page(is_fresh, shop, tmp_path, capsys
         monkeypatch.setattr(turns, "in_fresh_process", lambda function, *args: function(*args))
         monkeypatch.setattr(process, "REPEATS", 1)
         monkeypatch.setattr(process, "GEMM_SIDES", (256,))
+        monkeypatch.setattr(process, "high_water_bytes", itertools.count(1).__next__)  # this process's stays
     monkeypatch.setattr(turns.Workshop.task, "__defaults__", (0, 2))  # steps
     out = tmp_path / "results" / "RESULTS.md"
     arguments = ["--model", str(shop.model("smollm2")), "--out", str(out), "--rounds", "1", "--peers"]
     assert command.main([*arguments, "--only", "bf16-real", "save-model"]) == 0
     assert command.main([*arguments, "--only", "load-again"]) == 0
+    monkeypatch.setattr(work, "ablations", lambda: [work.Ablation("ablation-bf16-real", "bf16-real")])
+    assert command.main([*arguments, "--only", "ablation"]) == 0
     assert "bf16-real: " in capsys.readouterr().out
     page = out.read_text(encoding="utf-8")
-    assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert all(len(found) == 1 for found in columns(page))
+    assert re.search(r"^\| kept memory \| \d+\.\d\d \| \d+\.\d\d \|$", page, flags=re.MULTILINE)
     assert re.search(r"^\| bf16-real \| [\d,]+ \| [\d,]+ \| \d+\.\d\d \|", page, flags=re.MULTILINE)
     assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in page
     assert "torch 2." in page

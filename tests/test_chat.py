@@ -11,7 +11,7 @@ import time
 import pytest
 
 import minilora as ml
-from minilora.cli.commands import CHAT_HELP
+from minilora.cli.chat import CHAT_HELP
 from tests.models import randomize_adapters_
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.text import CHATML, CLOSE, OPEN

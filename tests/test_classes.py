@@ -7,7 +7,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX
 from minilora.runs.classes import encode_classes, find_labels
 from minilora.runs.rows import Row
 from tests.text import BOS, EOS, some_text, texts, tokenizer_options
@@ -41,11 +41,9 @@ def test_the_class_of_a_sequence_is_at_its_last_token(tokenizer, options, text, 
 
 @given(some_text, st.integers(1, 4))
 def test_the_class_of_a_sequence_that_is_cut_is_at_the_last_token_that_is_left(tokenizer, text, limit):
-    chosen = tokenizer()
-    rows = encode_classes([Row({"text": text, "label": "yes"})], chosen, ml.DataConfig(limit), "sequence", LABELS)
-    tokens = chosen.encode(text)
-    assert rows[0].tokens == tokens[:limit]
-    assert rows[0].labels[-1] == 1
+    tokens = tokenizer().encode(text)
+    rows = encode_classes([Row({"text": text, "label": "yes"})], tokenizer(), ml.DataConfig(limit), "sequence", LABELS)
+    assert (rows[0].tokens, rows[0].labels[-1]) == (tokens[:limit], 1)
     assert (rows.truncated, rows.lost, rows.unlabelled) == (len(tokens) > limit, 0, 0)
 
 
@@ -91,23 +89,13 @@ def test_control_tokens_in_a_text_are_plain_text_unless_they_are_allowed(tokeniz
     assert found[0].labelled == (1 if unit == "sequence" else 3)
 
 
-def test_the_text_may_be_in_another_field(tokenizer):
-    fields = {"text": "the cat", "body": "the dog", "label": "yes"}
-    assert encode(tokenizer(), fields, "sequence", text_field="body").tokens == tokenizer().encode("the dog")
-
-
-@given(st.lists(some_text, min_size=2, unique=True))
-def test_labels_of_text_are_in_the_order_of_the_alphabet(names):
-    assume(not all(re.fullmatch(r"-?[0-9]+", name) for name in names))
-    rows = [Row({"text": "a", "label": name}) for name in [*names, names[0]]]
-    assert find_labels(rows, "sequence", ml.DataConfig()) == tuple(sorted(names))
-
-
-@given(st.sets(st.integers(-20, 200), min_size=2), st.booleans())
-def test_labels_that_are_numbers_are_in_their_order_written_as_text_or_not(numbers, is_text):
-    labels = [str(n) if is_text else n for n in numbers]
-    rows = [Row({"tokens": ["a"] * len(labels), "labels": labels})]
-    assert find_labels(rows, "token", ml.DataConfig()) == tuple(map(str, sorted(numbers)))
+@given(st.lists(some_text, min_size=2, unique=True) | st.lists(st.integers(-20, 200), min_size=2, unique=True))
+def test_labels_are_in_the_order_of_the_alphabet_or_of_their_numbers_written_as_text_or_not(labels):
+    names = list(map(str, labels))
+    assume(isinstance(labels[0], int) or not all(re.fullmatch(r"-?[0-9]+", name) for name in names))
+    for written in (labels, names):
+        rows = [Row({"tokens": ["a"] * len(written), "labels": written})] * 2
+        assert find_labels(rows, "token", ml.DataConfig()) == tuple(map(str, sorted(labels)))
 
 
 @pytest.mark.parametrize(
@@ -124,29 +112,24 @@ def test_files_are_read_and_their_labels_found_unless_they_are_known(tokenizer, 
     (tmp_path / "train.jsonl").write_text('{"text": "the", "label": "b"}\n{"text": "cat", "label": "a"}\n')
     (tmp_path / "test.jsonl").write_text('{"text": "dog", "label": "c"}\n')
     for path in (tmp_path, tmp_path / "train.jsonl"):
-        rows, labels = ml.load_classes(path, tokenizer(), "sequence")
-        assert labels == ("a", "b")
-        assert [row.labels[-1] for row in rows] == [1, 0]
-    rows, labels = ml.load_classes(tmp_path, tokenizer(), "sequence", labels=["b", "c", "a"])
-    assert labels == ("b", "c", "a")
-    assert [row.labels[-1] for row in rows] == [0, 2]
-    (tmp_path / "train.jsonl").rename(tmp_path / "valid.jsonl")
-    with pytest.raises(ml.DataError, match="there are no training rows"):
-        ml.load_classes(tmp_path, tokenizer(), "sequence")
+        for known, found, classes in (((), ("a", "b"), [1, 0]), (["b", "c", "a"], ("b", "c", "a"), [0, 2])):
+            rows, labels = ml.load_classes(path, tokenizer(), "sequence", labels=known)
+            assert (labels, [row.labels[-1] for row in rows]) == (found, classes)
+    swapped = ml.DataConfig(text_field="label")
+    rows, _ = ml.load_classes(tmp_path, tokenizer(), "sequence", swapped)
+    assert [row.tokens for row in rows] == [tokenizer().encode(text) for text in ("b", "a")]
 
 
 GOOD = {"text": "the", "label": "yes", "tokens": ["the", "cat"], "labels": ["yes", "no"]}
 REFUSED = [
     ("sequence", {"text": None}, "text: found None, need text"),
     ("sequence", {"text": ""}, "text: it is empty"),
-    ("sequence", {"text": "\ud800"}, "text: found U+D800"),
     ("sequence", {"label": None}, "label: found None, need text or a whole number"),
     ("sequence", {"label": True}, "label: found True, need text or a whole number"),
     ("sequence", {"label": 0.5}, "label: found 0.5, need text or a whole number"),
     ("sequence", {"label": ""}, "label: found '', need text or a whole number"),
     ("sequence", {"label": "\ud800"}, "label: found U+D800"),
     ("sequence", {"label": "maybe"}, "label: found 'maybe', which is not among the known ['no', 'yes'"),
-    ("sequence", {"label": 2}, "label: found '2', which is not among"),
     ("token", {"tokens": "the cat"}, "tokens: found 'the cat', need a list"),
     ("token", {"labels": None}, "labels: found None, need a list"),
     ("token", {"tokens": [], "labels": []}, "tokens: it is empty"),
@@ -171,16 +154,14 @@ def test_what_cannot_be_read_is_refused_with_place_and_field_or_skipped_and_coun
 
 def test_rows_whose_labels_cannot_be_collected_are_refused_or_skipped():
     rows = [Row({"text": "a", "label": label}, f"here:{label}") for label in ("yes", None, "no")]
-    with pytest.raises(ml.DataError, match="here:None: label"):
-        find_labels(rows, "sequence", ml.DataConfig())
+    bad = [(rows, "here:None: label"), (rows[:1], "here:yes: all 1 rows have the labels ['yes']; need at least two")]
+    for some, message in [*bad, ([Row(source="here", problem="no JSON")], "here: no JSON")]:
+        with pytest.raises(ml.DataError, match=re.escape(message)):
+            find_labels(some, "sequence", ml.DataConfig())
     assert find_labels(rows, "sequence", ml.DataConfig(skip_bad_rows=True)) == ("no", "yes")
-    with pytest.raises(ml.DataError, match=r"here:yes: all 1 rows have the labels \['yes'\]; need at least two"):
-        find_labels(rows[:1], "sequence", ml.DataConfig())
-    with pytest.raises(ml.DataError, match="here: no JSON"):
-        find_labels([Row(source="here", problem="no JSON")], "sequence", ml.DataConfig())
 
 
-@pytest.mark.parametrize("options", [{"train_on": "all"}, {"prompt_style": "alpaca"}, {"system": "Be brief."}])
-def test_settings_without_effect_on_classes_are_refused(tokenizer, options):
-    with pytest.raises(ml.ConfigError, match=f"{next(iter(options))}: without effect"):
+def test_settings_without_effect_on_classes_are_refused(tokenizer):
+    options = {"train_on": "all", "prompt_style": "alpaca", "system": "Be brief."}
+    with pytest.raises(ml.ConfigError, match="train_on, prompt_style, system: without effect"):
         encode(tokenizer(), GOOD, "sequence", **options)

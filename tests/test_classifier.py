@@ -1,5 +1,7 @@
 """Classifiers: the head reads what it should, padding and neighbours change nothing, and labels survive the file."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +11,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.find import linear_layers
-from minilora.models.classifier import Classifier, classifier_config, load_classifier, with_new_head
-from minilora.quant.linear import NF4Linear
+from minilora.models.classifier import Classifier, classifier_config, load_classifier
 from minilora.storage import read_json, write_json
 from minilora.testing import reference
 from tests.files import same_state
@@ -65,14 +66,6 @@ def test_scores_are_the_oracle_s_whatever_pads_a_sequence(family, seed, lengths,
 
 
 @units
-def test_input_that_does_not_fit_is_refused(unit):
-    model = tiny_classifier(unit)
-    for ids, lengths in ((token_ids(0, 3), None), (token_ids(0, 2, 3), [3]), (token_ids(0, 2, 3), [3, 4])):
-        with pytest.raises(ml.ShapeError):
-            model(ids, lengths)
-
-
-@units
 def test_all_linear_trains_the_head_in_full(unit):
     model = tiny_classifier(unit)
     ml.attach(model, ml.LoraConfig(r=2))
@@ -87,8 +80,7 @@ def test_what_was_saved_loads_bit_for_bit_with_its_labels(unit, family, tmp_path
     ml.save_model(model, tmp_path, shard_bytes=9_000)
     loaded = load_classifier(tmp_path)
     same_state(loaded, model)
-    assert (loaded.unit, loaded.labels) == (unit, tuple(LABELS))
-    assert loaded.name_or_path == str(tmp_path)
+    assert (loaded.unit, loaded.labels, loaded.name_or_path) == (unit, tuple(LABELS), str(tmp_path))
     assert not loaded.training
 
 
@@ -111,38 +103,17 @@ def test_config_json_says_what_transformers_would(unit, ending, more, tmp_path):
 @units
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # with a head of its own, with a tied one
 def test_a_language_model_gives_its_trunk_and_the_seed_the_head(unit, family, tmp_path):
-    base = tiny_model(family, dtype=torch.float32)
+    base, labels = tiny_model(family, dtype=torch.float32), [str(i) for i in range(1000)]
     ml.save_model(base, tmp_path)
-    model, same, other = (load_classifier(tmp_path, unit, LABELS, seed=seed) for seed in (3, 3, 4))
+    model, same, other = (load_classifier(tmp_path, unit, labels, seed=seed) for seed in (3, 3, 4))
     same_state(model.model, base.model)
     same_state(model, same)
-    assert not torch.equal(model.score.weight, other.score.weight)
-    assert (model.score.bias is None) == (unit == "sequence")
-    assert model.score.bias is None or not model.score.bias.any()
-    assert (model.labels, model.name_or_path, model.training) == (tuple(LABELS), str(tmp_path), False)
-
-
-def test_a_new_head_is_drawn_with_a_standard_deviation_of_2_percent():
-    labels = [str(i) for i in range(1000)]
-    weight = with_new_head(tiny_model(dtype=torch.float32), "sequence", labels).score.weight
-    n = weight.numel()
-    assert abs(weight.mean().item()) < 6 * 0.02 / n**0.5
-    assert abs(weight.std().item() / 0.02 - 1) < 6 / (2 * n) ** 0.5
-
-
-def test_the_head_stays_dense_in_four_bits(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 64}
-    ml.save_model(tiny_classifier("sequence", dtype=torch.float32, **sizes), tmp_path / "dense")
-    model = load_classifier(tmp_path / "dense", quantize="nf4")
-    assert type(model.score) is torch.nn.Linear
-    assert isinstance(model.model.layers[0].mlp.up_proj, NF4Linear)
-    ml.save_model(model, tmp_path / "packed")
-    same_state(load_classifier(tmp_path / "packed"), model)
-
-
-def test_labels_keep_the_order_of_the_head_and_may_be_some_of_its(tmp_path):
-    ml.save_model(tiny_classifier("sequence"), tmp_path)
-    assert load_classifier(tmp_path, "sequence", ["so so", "bad"]).labels == tuple(LABELS)
+    assert (model.labels, model.name_or_path, model.training) == (tuple(labels), str(tmp_path), False)
+    weight, bias = model.score.weight, model.score.bias
+    assert not torch.equal(weight, other.score.weight)
+    assert abs(weight.mean().item()) < 6 * 0.02 / weight.numel() ** 0.5
+    assert abs(weight.std().item() / 0.02 - 1) < 6 / (2 * weight.numel()) ** 0.5
+    assert bias is None if unit == "sequence" else not bias.any()
 
 
 def test_a_file_that_names_no_labels_has_the_two_that_transformers_does_not_write(tmp_path):
@@ -152,38 +123,34 @@ def test_a_file_that_names_no_labels_has_the_two_that_transformers_does_not_writ
     assert load_classifier(tmp_path).labels == ("LABEL_0", "LABEL_1")
 
 
+NO_CLASSIFIER = "is no classifier; name unit and labels"
+ANOTHER = "gives each sequence one of ['bad', 'good', 'so so']; asked for is one that gives each"
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("directory", "unit", "labels", "message"),
     [
-        ({"unit": "token"}, r"gives each sequence one of .*; asked for is one that gives each token"),
-        ({"labels": ["bad", "awful"]}, r"gives each sequence one of \['bad', 'good', 'so so'\].* \['bad', 'awful'\]"),
+        ("model", None, (), NO_CLASSIFIER),
+        ("model", "token", (), NO_CLASSIFIER),
+        ("model", None, LABELS, NO_CLASSIFIER),
+        ("model", "token", ["one"], "labels: found ['one'], need at least two different"),
+        ("model", "token", ["a", "b", "a"], "labels: found ['a', 'b', 'a'], need at least two different"),
+        ("classifier", "token", (), f"{ANOTHER} token"),
+        ("classifier", None, ["bad", "awful"], f"{ANOTHER} sequence one of ['bad', 'awful']"),
     ],
 )
-def test_another_classifier_than_there_is_is_refused(options, message, tmp_path):
+def test_a_classifier_that_cannot_be_is_refused(directory, unit, labels, message, tmp_path):
+    ml.save_model(tiny_model(), tmp_path / "model")
+    ml.save_model(tiny_classifier("sequence"), tmp_path / "classifier")
+    with pytest.raises(ml.ConfigError, match=re.escape(message)):
+        load_classifier(tmp_path / directory, unit, labels)
+
+
+def test_a_classifier_keeps_the_order_of_its_labels_and_is_no_language_model(tmp_path):
     ml.save_model(tiny_classifier("sequence"), tmp_path)
-    with pytest.raises(ml.ConfigError, match=message):
-        load_classifier(tmp_path, **options)
-
-
-def test_a_new_head_needs_unit_and_labels(tmp_path):
-    ml.save_model(tiny_model(), tmp_path)
-    for options in ({}, {"unit": "token"}, {"labels": LABELS}):
-        with pytest.raises(ml.ConfigError, match="is no classifier; name unit and labels"):
-            load_classifier(tmp_path, **options)
-
-
-@pytest.mark.parametrize("labels", [["one"], ["a", "b", "a"]])
-def test_labels_are_at_least_two_different_ones(labels):
-    with pytest.raises(ml.ConfigError, match="at least two different"):
-        with_new_head(tiny_model(), "sequence", labels)
-
-
-def test_a_classifier_is_no_language_model_and_is_told_from_one(tmp_path):
-    ml.save_model(tiny_classifier("sequence"), tmp_path)
+    assert load_classifier(tmp_path, "sequence", ["so so", "bad"]).labels == tuple(LABELS)
     with pytest.raises(ml.ConfigError, match="is a classifier, which load_classifier reads"):
         ml.load_model(tmp_path)
-    with pytest.raises(ml.ConfigError, match="architectures: found None"):
-        Classifier(tiny_config())
 
 
 def test_labels_in_a_file_that_cannot_be_are_refused(tmp_path):

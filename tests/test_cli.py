@@ -58,7 +58,7 @@ def run(directory, capsys, monkeypatch):
 
 
 def finetune_parser():
-    return cli._parser()[1]["finetune"]
+    return cli.command_parser("finetune")
 
 
 def flag(field):
@@ -235,7 +235,7 @@ def test_minilora_alone_is_its_help_page(capsys):
 
 
 def test_the_flags_of_other_tools_are_no_flags_here_and_what_they_mean_is_one():
-    own = set().union(*(names_of(parser) for parser in cli._parser()[1].values()))
+    own = set().union(*(names_of(cli.command_parser(name)) for name in cli.COMMANDS))
     assert not own & set(ELSEWHERE)
     assert set(ELSEWHERE.values()) <= own
 
@@ -351,7 +351,7 @@ def test_the_run_json_of_a_run_is_a_configuration_that_makes_the_same_adapter(ru
 
 
 def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_their_own(tmp_path, capsys, monkeypatch):
-    for name in ("read_rows", "read_held_out"):  # the first rows of each file will do
+    for name in ("read_rows", "read_eval_rows"):  # the first rows of each file will do
         read = getattr(inputs, name)
         monkeypatch.setattr(inputs, name, lambda *paths, read=read: read(*paths)[:48])
     run = runner(tmp_path, capsys, monkeypatch)

@@ -13,7 +13,7 @@ from minilora.cli.columns import cells, columns, wrap
 from minilora.cli.prompts import encode_prompt
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
-from minilora.runs.data import encode_row, use_prompt_style
+from minilora.runs.data import encode_rows, use_prompt_style
 from minilora.runs.rows import Row
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
@@ -102,7 +102,7 @@ def test_standard_input_is_one_prompt_without_its_last_line_end(directory, comma
 
 def test_text_is_printed_piece_by_piece_as_it_is_written(directory, monkeypatch, command):
     text, seen = written(directory, "the cat"), []
-    monkeypatch.setattr(ml.model.generate, "_next_logits", watched(ml.model.generate._next_logits, seen))
+    monkeypatch.setattr(ml.models.generate, "_next_logits", watched(ml.models.generate._next_logits, seen))
     monkeypatch.setattr("builtins.print", lambda piece="", **options: seen.append((piece, options.get("flush"))))
     command("--prompt=the cat")
     shown = [i for i, event in enumerate(seen) if event and event[1]]
@@ -132,7 +132,7 @@ def test_a_stop_string_ends_the_text_before_it(directory, command, monkeypatch):
     stops = [text[12:14], text[20:21]]
     cut = min(text.find(stop) for stop in stops)
     words, computed = [f"--stop={stop}" for stop in stops], []
-    monkeypatch.setattr(ml.model.generate, "_next_logits", watched(ml.model.generate._next_logits, computed))
+    monkeypatch.setattr(ml.models.generate, "_next_logits", watched(ml.models.generate._next_logits, computed))
     assert cut > 0
     assert command("--prompt=the cat", *words, max_new_tokens=40) == text[:cut] + "\n"
     assert len(computed) < 40  # and nothing is computed after it
@@ -210,7 +210,7 @@ def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, trai
         asked.append(name)
         return Location(path, "org/run@5")
 
-    monkeypatch.setattr(ml.hub, "_download", download)
+    monkeypatch.setattr(ml.models.hub, "_download", download)
     command("--adapter=org/run", "--prompt=a", model=None)
     assert asked == [("org/run", None, "adapter")]
 
@@ -233,7 +233,7 @@ def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_a
     rows = [{**row, "tools": tools} for row in (*rows, {**last, "input": extra})] if has_template else [last]
     chosen = use_prompt_style(tokenizer(template=WITH_TOOLS if has_template else None), "auto", [Row(last)])
     for fields in rows:
-        expected = encode_row(Row(fields), chosen, DataConfig(system=system)).prompt
+        expected = encode_rows([Row(fields)], chosen, DataConfig(system=system))[0].prompt
         for asked in (fields, unanswered(fields)):
             assert encode_prompt(Row(asked), chosen, system, "chat") == expected
 
@@ -243,7 +243,7 @@ def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion,
     row = Row({"prompt": prompt, "completion": f" a{completion}"})
     for template in (CHATML, None):
         chosen = tokenizer(template=template, post=post)
-        expected = encode_row(row, chosen, DataConfig()).prompt
+        expected = encode_rows([row], chosen, DataConfig())[0].prompt
         assert encode_prompt(row, chosen, None, asking) == expected
         if template is None or asking == "plain":
             assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking) == expected

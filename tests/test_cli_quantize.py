@@ -12,7 +12,7 @@ from minilora.adapters.files import BASE, base_quantization
 from minilora.adapters.find import linear_layers
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
-from minilora.quant.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 from minilora.tools.merging import merge_directory

@@ -297,7 +297,7 @@ def test_each_adapter_needs_a_weight_that_is_a_number(w):
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ({"combination_type": "sum"}, r"combination_type is 'sum', accepted are \['cat'"),
+        ({"combination_type": "sum"}, r"combination_type is 'sum', need one of \['cat'"),
         ({"svd_rank": 4}, "svd_rank: without effect; 'cat' cuts nothing"),
         ({"combination_type": "ties", "density": 0.5, "svd_energy": 0.5}, "svd_energy: without effect; 'ties'"),
         ({"combination_type": "svd", "svd_rank": 0}, "svd_rank is 0"),

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import minilora as ml
+from minilora import llama
+from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.find import adapter_layers
-from minilora.models import ops
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
 from tests.tolerance import assert_maths
 
@@ -29,7 +29,7 @@ def with_copies(*names, dtype=torch.float64, own=torch.float32, **config):
 def own(model, name="default"):
     """Path -> what an adapter trains there, of modules in full and biases."""
     places = {path: place for path, place in adapter_layers(model).items() if isinstance(place, TrainedCopy)}
-    return {path: place.tensors(name) for path, place in places.items() if name in place.configs}
+    return {path: place.peft_tensors(name) for path, place in places.items() if name in place.configs}
 
 
 def test_a_copy_begins_as_the_module_and_is_trained_in_float32_whatever_the_base():
@@ -137,9 +137,8 @@ def test_a_trained_bias_is_used_in_its_place():
 def test_the_loss_of_labelled_tokens_is_that_of_full_logits(name):
     model = with_copies(name, own=torch.float64)
     labels = token_ids(5, 14)
-    labels[::3] = ops.IGNORE_INDEX
     hidden = model.model(IDS.flatten(), [7, 7])
-    ours = ops.cross_entropy(hidden, labels, model.lm_head)
+    ours = llama.cross_entropy(hidden, labels, model.lm_head)
     theirs = nn.functional.cross_entropy(model.lm_head(hidden), labels, reduction="sum")
     assert_maths(ours, theirs)
     trained = [p for p in model.parameters() if p.requires_grad]

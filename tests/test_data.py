@@ -5,7 +5,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX
 from minilora.runs.data import encode_rows
 from minilora.runs.rows import Row
 from tests.models import examples

@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minilora as ml
+from minilora.data import IGNORE_INDEX
 from minilora.models.generate import generate
-from minilora.models.ops import IGNORE_INDEX
 from minilora.runs import evaluate, objective
 from minilora.runs.evaluate import (
     choice_accuracy,
+    class_scores,
     evaluate_classes,
     exact_match,
     find_choices,
@@ -252,11 +254,42 @@ def test_a_classifier_is_measured_token_by_token_and_its_loss_is_that_of_held_ou
             if label != IGNORE_INDEX:
                 counts[label][scores.index(max(scores))] += 1
                 loss.append(math.log(math.fsum(math.exp(score - scores[label]) for score in scores)))
-    assert [list(row) for row in found.confusion.counts] == counts
-    assert found.confusion.labels == model.labels
+    assert found.class_scores == class_scores(counts, model.labels)
     assert_maths(number(found.loss), number(math.fsum(loss) / len(loss)))
     assert_maths(number(measured(budget, held_out_loss, model, rows)), number(found.loss))
     assert found.accuracy == found.record()["accuracy"] == sum(counts[i][i] for i in range(3)) / len(loss)
+
+
+def share(found, of):
+    """The share of `of` which is `found`, as a fraction; 0 of none is 0."""
+    return Fraction(sum(map(found, of)), len(of)) if of else Fraction(0)
+
+
+def is_close(found, expected):
+    """Are all numbers the exact fractions, up to the rounding of a few operations?"""
+    close = (abs(Fraction(found[key]) - value) <= Fraction(1, 10**14) for key, value in expected.items())
+    return found.keys() == expected.keys() and all(close)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30), st.permutations(range(4)))
+@example([(0, 1)], range(4))  # of class 1 there is none, class 0 is not predicted, of the others neither
+@example([(0, 0), (1, 0)], range(4))
+def test_the_scores_of_classes_are_those_counted_pair_by_pair_in_any_order_of_the_labels(pairs, order):
+    counts = [[pairs.count((i, j)) for j in order] for i in order]
+    found = class_scores(counts, [str(i) for i in order])
+    assert found["confusion"] == counts
+    expected, f1 = {"accuracy": share(lambda pair: pair[0] == pair[1], pairs)}, {}
+    for i in range(4):
+        precision = share(lambda pair: pair[0] == pair[1], [pair for pair in pairs if pair[1] == i])
+        recall = share(lambda pair: pair[0] == pair[1], [pair for pair in pairs if pair[0] == i])
+        f1[i] = 2 * precision * recall / (precision + recall or 1)
+        count = sum(true == i for true, _ in pairs)
+        scores = {"precision": precision, "recall": recall, "f1": f1[i], "count": count}
+        assert is_close(found["classes"][str(i)], scores)
+    seen = {i for pair in pairs for i in pair}
+    expected["macro_f1"] = sum(f1[i] for i in seen) / len(seen)
+    expected["weighted_f1"] = sum(f1[true] for true, _ in pairs) / len(pairs)
+    assert is_close({key: found[key] for key in expected}, expected)
 
 
 def test_without_rows_a_classifier_has_no_scores():

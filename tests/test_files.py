@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
+from minilora.adapter import adapter_layers
 from minilora.adapters.files import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
-from minilora.adapters.find import adapter_layers
 from minilora.storage import write_tensors
 from tests.files import edit, saved
 from tests.models import CONFIGS, FAMILIES, WHOLE, scales, seeds, tiny_model, token_ids, train_a_little

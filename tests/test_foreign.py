@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import minilora as ml
-from minilora.runs.batch import collate
+from minilora.data import collate
 from minilora.runs.fingerprint import fingerprint
-from minilora.runs.objective import batch_loss
+from minilora.training import token_loss
 from tests.models import examples, fill_, long, randn, randomize_adapters_, seeds, tiny_model
 from tests.tolerance import assert_maths, assert_parity
 from tests.training import (
@@ -105,7 +105,7 @@ def test_the_loss_of_tokens_may_be_given_too(seed, budget):
 
     def of_tokens(model, rows):
         batch = collate(rows, CPU)
-        return batch_loss(model, batch, ml.TrainConfig()), batch.labelled
+        return token_loss(model, batch)
 
     model = adapted(layers=2)
     run(model=model, rows=rows, on_step=records.append, given=of_tokens, batch_tokens=budget, max_steps=1)
@@ -150,10 +150,10 @@ def test_a_loss_may_put_other_numbers_in_the_place_of_a_and_b():
         with torch.no_grad():
             for p in B:
                 p.zero_()
-            told.append(batch_loss(model, batch, ml.TrainConfig()))
+            told.append(token_loss(model, batch)[0])
             with ml.disable_adapter(model):
-                told.append(batch_loss(model, batch, ml.TrainConfig()))
-        return batch_loss(model, batch, ml.TrainConfig()), batch.labelled
+                told.append(token_loss(model, batch)[0])
+        return token_loss(model, batch)
 
     model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=2)
     ml.attach(model, ml.LoraConfig(r=2))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.runs.config import DataConfig
 from minilora.runs.data import use_prompt_style
-from minilora.runs.formats import Conversation, Passage, understand
+from minilora.runs.formats import Conversation, PromptCompletion, parse_row
 from minilora.runs.rows import Row
 from tests.text import (
     BOS,
@@ -97,25 +97,25 @@ def test_tools_their_calls_and_what_they_answer_are_the_same_in_both_formats_tha
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
 def test_no_tools_are_none(tools):
-    assert understand({"messages": conversation([("a", "b")]), "tools": tools}, DataConfig()).tools is None
+    assert parse_row({"messages": conversation([("a", "b")]), "tools": tools}, DataConfig()).tools is None
 
 
 def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
     calls = [{"name": "look", "arguments": {"\ud800": 1}}]
     messages = [{"role": "user", "content": "c"}, {"role": "assistant", "tool_calls": calls}]
     with pytest.raises(ml.DataError, match=r"^messages\[1\]\.tool_calls\[0\]\.arguments: found U\+D800"):
-        understand({"messages": messages}, DataConfig())
+        parse_row({"messages": messages}, DataConfig())
 
 
 def test_a_function_call_may_be_several():
     turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL] * 2)}]
-    found = understand({"conversations": turns}, DataConfig())
+    found = parse_row({"conversations": turns}, DataConfig())
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}] * 2
 
 
 @given(some_text, texts)
 def test_alpaca_asks_with_instruction_and_input(instruction, extra):
-    found = understand({"instruction": instruction, "input": extra, "output": "b"}, DataConfig())
+    found = parse_row({"instruction": instruction, "input": extra, "output": "b"}, DataConfig())
     asked = found.messages[0]
     assert (asked["instruction"], asked["input"]) == (instruction, extra)
     assert asked["content"] == (f"{instruction}\n\n{extra}" if extra else instruction)
@@ -141,26 +141,26 @@ def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     asked = conversation([("a", "b")])
     config = DataConfig(system="from outside")
     own = [{"role": role, "content": "own"}, *asked]
-    assert understand({"messages": own}, config).messages == own
+    assert parse_row({"messages": own}, config).messages == own
     for absent in ({}, {"system": None}, {"system": ""}):
-        assert understand({"messages": asked, **absent}, config).messages[0]["content"] == "from outside"
-    found = understand({"messages": asked, "system": "own"}, config).messages
+        assert parse_row({"messages": asked, **absent}, config).messages[0]["content"] == "from outside"
+    found = parse_row({"messages": asked, "system": "own"}, config).messages
     assert found == [{"role": "system", "content": "own"}, *asked]
-    assert understand({"messages": asked}, DataConfig()).messages == asked
+    assert parse_row({"messages": asked}, DataConfig()).messages == asked
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"body": "a"}])
 def test_plain_text_has_no_place_for_a_system_prompt(row):
     text_field = "body" if "body" in row else None
-    assert isinstance(understand(row, DataConfig(text_field=text_field)), Passage)
+    assert isinstance(parse_row(row, DataConfig(text_field=text_field)), PromptCompletion)
     with pytest.raises(ml.DataError, match=r"system: found 'c', but plain text has no place"):
-        understand(row, DataConfig(text_field=text_field, system="c"))
+        parse_row(row, DataConfig(text_field=text_field, system="c"))
 
 
 def test_what_is_read_is_not_changed():
     row = {"messages": conversation([("a", "b")]), "tools": [TOOL], "system": "c"}
     before = json.dumps(row)
-    assert isinstance(understand(row, DataConfig()), Conversation)
+    assert isinstance(parse_row(row, DataConfig()), Conversation)
     assert json.dumps(row) == before
 
 

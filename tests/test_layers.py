@@ -1,153 +1,183 @@
-"""Laws of an adapted linear: 4 (sums) and 5 (gradients); 1 and 2, for every layer, are in `test_bases`."""
+"""Laws 1 and 2 for every base: forward is the merged weight applied, whatever the adapters; a new one is nothing."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig, TargetError
-from minilora.adapters.layers import AdapterLinear
-from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.testing import reference
-from tests.adapters import add
-from tests.models import fill_, randn, scales, seeds, sizes
-from tests.tolerance import assert_maths, assert_precision
+from minilora import ConfigError, LoraConfig, attach
+from minilora.adapters.dropout import SeededDropout, dropout_seed
+from minilora.adapters.layers import AdapterConv
+from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
+from tests.models import either, randn, scales, seeds
+from tests.tolerance import assert_maths, assert_precision, maths
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # PyTorch's, of its own copy
+each_layer = pytest.mark.parametrize("kind", LAYERS)
+each_class = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 
 
-def make_layer(seed, inner, outer, ranks, scale, dtype=torch.float64, adapter_dtype=torch.float64, bits=None):
-    """A layer with an adapter for each rank, all of them active; on a base of four bits, doubly quantized or not."""
-    base = nn.Linear(inner, outer).to(dtype).requires_grad_(False)
-    fill_(base, seed)
-    if bits:
-        base = NF4Linear.quantize(base.weight, base.bias, double_quant=bits == "double")
-    layer = AdapterLinear(base, "proj")
-    for i, r in enumerate(ranks):
-        config = LoraConfig(r=r, lora_alpha=scale * r)
-        lora_A, lora_B = randn(seed + 2 * i, r, inner), randn(seed + 2 * i + 1, outer, r)
-        layer.add(f"adapter{i}", config, {"lora_A": lora_A.to(adapter_dtype), "lora_B": lora_B.to(adapter_dtype)})
-    layer.active = tuple(layer.configs)
-    return layer
+def kinds(test):
+    """The test for each kind of layer on its own, with as many examples, with kernels and without."""
+
+    @either
+    @each_layer
+    def each(kind):
+        given(adapted((kind,)))(test)()
+
+    each.__name__, each.__doc__ = test.__name__, test.__doc__
+    return each
 
 
-kinds = st.sampled_from([None, "single", "double"])
+@kinds
+def test_forward_is_the_merged_weight_applied(case):
+    layer = case.layer
+    assert_maths(layer(case.x), case.applied(layer.merged_weight(), layer.merged_bias()))
 
 
-@given(seeds, sizes, sizes, sizes, scales)
-def test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none(seed, inner, outer, r, scale):
-    layer = make_layer(seed, inner, outer, [r], scale)
-    x, dy = randn(seed + 50, 5, inner), randn(seed + 51, 5, outer)
-    layer(x).backward(dy)
-    adapter = layer.adapters["adapter0"]
-    arrays = (tensor.detach().numpy() for tensor in (x, dy, adapter.lora_A, adapter.lora_B))
-    dA, dB = reference.lora_gradients(*arrays, scale)
-    assert_maths(adapter.lora_A.grad, dA)
-    assert_maths(adapter.lora_B.grad, dB)
-    assert layer.base.weight.grad is None
-    assert layer.base.bias.grad is None
+@kinds
+def test_gradients_are_those_of_the_merged_weight_applied(case):
+    layer, x = case.layer, case.x
+    inputs = [*layer.adapters.parameters(), *([x.requires_grad_()] if x.is_floating_point() else [])]
+    y, merged = layer(x), case.applied(layer.merged_weight(), layer.merged_bias())
+    dy = randn(7, *y.shape)
+    ours, expected = (torch.autograd.grad(each, inputs, dy, allow_unused=True) for each in (y, merged))
+    for our, their in zip(ours, expected, strict=True):
+        assert (our is None) == (their is None)  # a bias that a later adapter's takes the place of
+        if our is not None:
+            assert_maths(our, their)
 
 
-lows = st.sampled_from([torch.float32, torch.bfloat16])
+@kinds
+def test_forward_and_merged_weight_equal_the_loops(case):
+    layer, merged = case.layer, case.layer.merged_weight()
+    matrix, bias = merged_by_loops(layer)
+    assert_maths(merged.flatten(1) if isinstance(layer, AdapterConv) else layer.as_matrix(merged), matrix)
+    assert (layer.merged_bias() is None) == (bias is None)
+    if bias is not None:
+        assert_maths(layer.merged_bias(), bias)
+    assert_maths(layer(case.x), applied_by_loops(layer, case.x))
 
 
-@given(seeds, sizes, sizes, sizes, scales, lows, lows)
-def test_what_a_base_computes_in_another_dtype_its_adapters_do_too(seed, inner, outer, r, scale, computed, own):
-    """The gradient has the dtype of x; and a new adapter changes nothing."""
-    layer = make_layer(seed, inner, outer, [r], scale, dtype=computed, adapter_dtype=own, bits="double")
-    given_dtype = torch.float32 if computed == torch.bfloat16 else torch.bfloat16
-    x = randn(seed + 50, 5, inner, dtype=given_dtype).requires_grad_()
-    assert torch.equal(layer(x), layer(x.to(computed)))
-    layer.adapters["adapter0"].lora_B.data.zero_()
-    y, alone = layer(x), layer.base(x)
-    assert y.dtype == alone.dtype == computed
-    assert torch.equal(y, alone)
-    ours, base_s = (torch.autograd.grad(each.sum(), x)[0] for each in (y, alone))
-    assert ours.dtype == given_dtype
-    assert torch.equal(ours, base_s)
+@each_class
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(seeds, scales)
+def test_in_low_precision_forward_is_as_good_as_pytorch_with_the_merged_weight(kind, use_dora, dtype, seed, scale):
+    case = place(kind, seed, 40, 24, dtype=dtype)
+    add(case.layer, "new", seed, 8, scale, use_dora, lora_bias=True, dtype=torch.float32)
+    y, plain = case.layer(case.x), case.applied(case.layer.merged_weight(), case.layer.merged_bias())
+    assert y.dtype == dtype
+    assert_precision(y, plain, applied_by_loops(case.layer, case.x))
 
 
-@given(seeds, sizes, sizes, sizes, sizes, scales, scales)
-def test_adapters_add_by_concatenating_ranks(seed, inner, outer, r1, r2, s1, s2):
-    layer, both = make_layer(seed, inner, outer, [r1], s1), make_layer(seed, inner, outer, [], 2.0)
-    add(layer, "second", seed + 7, r2, s2)
-    first, second = layer.adapters.values()
-    lora_A = torch.cat([first.lora_A, second.lora_A]).detach()
-    lora_B = torch.cat([s1 * first.lora_B, s2 * second.lora_B], dim=1).detach()
-    both.add("sum", LoraConfig(r=r1 + r2, lora_alpha=r1 + r2), {"lora_A": lora_A, "lora_B": lora_B})
-    both.active = ("sum",)
-    x = randn(seed + 50, 5, inner)
-    assert_maths(layer(x), both(x))
-    assert_maths(layer.merged_weight(), both.merged_weight())
+@each_class
+@each_layer
+@given(seeds, scales)
+def test_the_merged_weight_of_a_bfloat16_base_is_rounded_once(kind, use_dora, seed, scale):
+    layer = place(kind, seed, dtype=torch.bfloat16).layer
+    add(layer, "new", seed, 2, scale, use_dora, dtype=torch.float32)
+    matrix, _ = merged_by_loops(layer)
+    merged = layer.merged_weight()
+    assert merged.dtype == torch.bfloat16
+    exact = torch.from_numpy(matrix)
+    merged = merged.flatten(1) if isinstance(layer, AdapterConv) else layer.as_matrix(merged)
+    assert_precision(merged, exact.bfloat16(), exact)
 
 
-@given(seeds, scales, kinds)
-def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed, scale, bits):
-    layer = make_layer(seed, 40, 24, [8], scale, dtype=torch.float32, adapter_dtype=torch.float32, bits=bits)
-    x, dy = randn(seed + 50, 33, 40, dtype=torch.float32), randn(seed + 51, 33, 24, dtype=torch.bfloat16)
-    A, B = layer.adapters["adapter0"].lora_A, layer.adapters["adapter0"].lora_B
-    leaves = [x.requires_grad_(), A, B]
-    weight, bias = dense_weight(layer.base), layer.base.bias
-
-    def plain(x, A, B, weight, bias):
-        return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, A), B)
-
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = layer(x), plain(*leaves, weight, bias)
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    exact = plain(*wide, weight.double(), bias.double())
-    assert ours.dtype == theirs.dtype
-    both = ((ours, leaves), (theirs, leaves), (exact, wide))
-    results = [[y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))] for y, inputs in both]
-    for our, their, oracle, like in zip(*results, [ours, *leaves], strict=True):
-        assert our.dtype == like.dtype
-        assert_precision(our.bfloat16(), their.bfloat16(), oracle)
+@each_class
+@each_layer
+def test_the_base_gets_no_gradient_and_is_no_parameter_of_the_adapter(kind, use_dora):
+    case = place(kind, 0)
+    add(case.layer, "new", 1, 2, 7.0, use_dora, bias=True)
+    before = {name: tensor.clone() for name, tensor in case.layer.base.state_dict().items()}
+    case.layer(case.x).sum().backward()
+    assert all(parameter.grad is None for parameter in case.layer.base.parameters())
+    assert all(parameter.grad.any() for parameter in case.layer.own_parameters("new"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in case.layer.base.state_dict().items())
 
 
-@given(seeds, scales, kinds, st.booleans(), st.booleans(), st.integers(1, 2))
-def test_what_was_cast_before_acts_as_what_is_cast_here(seed, scale, bits, use_dora, has_start, number):
-    layer = make_layer(seed, 8, 6, [], scale, dtype=torch.bfloat16, bits=bits)
-    for i in range(number):
-        add(layer, f"adapter{i}", seed + i, 2, scale, use_dora, has_start, dtype=torch.float32)
-    x, dy = randn(seed + 50, 5, 8).bfloat16().requires_grad_(), randn(seed + 51, 5, 6).bfloat16()
-    leaves, results = [x, *(p for p in layer.parameters() if p.requires_grad)], []
-    for is_cast in (False, True):
-        for adapter in layer.adapters.values():
-            adapter.cast = (adapter.lora_A.detach().bfloat16(), adapter.lora_B.detach().bfloat16()) if is_cast else None
-        y = layer(x)
-        results.append([y, *torch.autograd.grad(y, leaves, dy)])
-    for own, given_ in zip(*results, strict=True):
-        assert torch.equal(own, given_)
+def test_padding_of_an_embedding_is_not_adapted_by_training():
+    """Its row of the base gets no gradient in PyTorch, either."""
+    case = place("embedding", 0, padding_idx=1)
+    add(case.layer, "new", 1, 2, 7.0)
+    case.layer(torch.tensor([0, 1, 2])).sum().backward()
+    assert not case.layer.adapters["new"].lora_A.grad[:, 1].any()
+    assert case.layer.adapters["new"].lora_A.grad[:, 0].all()
 
 
-def test_dropout_without_a_step_draws_from_the_random_state_of_pytorch():
-    layer, x = make_layer(0, 4, 4, [2], 2.0).train(), randn(3, 5, 4)
-    layer.configs["adapter0"] = LoraConfig(r=2, lora_dropout=0.5)
-    torch.manual_seed(5)
-    first, second = layer(x), layer(x)
-    torch.manual_seed(5)
-    assert torch.equal(layer(x), first)
-    assert not torch.equal(second, first)
-    layer.seed_dropout("0/0")
-    assert torch.equal(layer(x), layer(x))
-    assert not torch.equal(layer(x), layer.eval()(x))
+@either
+@each_class
+@each_layer
+@given(seed=seeds)
+def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
+    case = place(kind, seed)
+    layer = case.layer
+    add(layer, "new", seed, 2, 0.5, use_dora)
+    adapter, whole = layer.adapters["new"], layer(case.x)
+
+    def trained(p, key):
+        adapter.dropout = SeededDropout(p)
+        adapter.dropout.seed = dropout_seed(key)
+        return layer.train()(case.x)
+
+    assert torch.equal(trained(0.5, "0/0"), trained(0.5, "0/0"))
+    assert not torch.equal(trained(0.5, "0/0"), trained(0.5, "0/1"))
+    assert_maths(trained(1e-13, "0/0"), whole)
+    assert torch.equal(layer.eval()(case.x), whole)
 
 
-def test_a_second_adapter_of_the_same_name_is_refused():
-    layer = make_layer(0, 4, 4, [2], 2.0)
-    with pytest.raises(TargetError, match="proj has an adapter 'adapter0'"):
-        layer.add("adapter0", LoraConfig(r=2), {"lora_A": randn(1, 2, 4), "lora_B": randn(2, 4, 2)})
+@either
+@each_class
+def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
+    layer = place("embedding", 0, 50).layer
+    add(layer, "new", 1, 2, 7.0, use_dora)
+    adapter, ids, p = layer.adapters["new"], torch.arange(50), 0.5
+    adapter.dropout = SeededDropout(p)
+    adapter.dropout.seed = dropout_seed("0/0")
+    whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T
+    k = layer.magnitude_ratio(adapter, layer.base.weight) if use_dora else 1
+    y = layer.train()(ids)
+    is_dropped = torch.tensor([maths(row, k * base) <= 1 for row, base in zip(y, layer.base.weight, strict=True)])
+    assert_maths(y[~is_dropped], (k * whole)[~is_dropped])
+    assert 10 < is_dropped.sum() < 40
 
 
-@given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales)
-def test_what_is_merged_into_another_weight_is_what_is_merged_into_the_base_s_own(seed, inner, outer, ranks, scale):
-    """Also where the base is without numbers."""
-    layer, other = make_layer(seed, inner, outer, ranks, scale), randn(seed + 70, outer, inner)
-    empty = AdapterLinear(nn.Linear(inner, outer, device="meta"), "proj")
-    for name, adapter in layer.adapters.items():
-        empty.add(name, layer.configs[name], dict(adapter.named_parameters()))
-    empty.active = layer.active
-    found = [each.merged_weight(other) for each in (layer, empty)]
-    layer.base.weight.copy_(other)
-    for each in found:
-        assert_maths(each, layer.merged_weight())
+@either
+@each_class
+@each_layer
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, dtype):
+    """To the bit where B = 0; of B A - B₀ A₀ the order of the sums is left."""
+    case = place(kind, 3, 12, 8, dtype=dtype)
+    model, base = nn.ModuleDict({"layer": case.layer.base}), case.layer.base(case.x)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=("layer",), init_lora_weights=init, use_dora=use_dora)
+    if kind == "embedding" and init in ("gaussian", "orthogonal"):
+        with pytest.raises(ConfigError, match=init):
+            attach(model, config)
+        return
+    attach(model, config, seed=1)
+    y = model["layer"](case.x)
+    adapter = model["layer"].adapters["default"]
+    assert all(factor.dtype == torch.float32 for factor in (adapter.lora_A, adapter.lora_B))
+    if init in (True, "gaussian") and not use_dora:
+        assert torch.equal(y, base)
+        assert torch.equal(model["layer"].merged_weight(), model["layer"].base.weight)
+    else:
+        assert_precision(y, base, applied_by_loops(case.layer, case.x))
+    y.sum().backward()
+    assert any(factor.grad.any() for factor in (adapter.lora_A, adapter.lora_B))
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora", "loftq"])
+def test_start_values_that_there_are_not_for_a_convolution_in_groups_are_refused(init):
+    model = nn.ModuleDict({"layer": place("conv2d", 0, 4, 4, groups=2).layer.base})
+    with pytest.raises(ConfigError, match=init):
+        attach(model, LoraConfig(r=2, target_modules=("layer",), init_lora_weights=init))
+
+
+def test_groups_that_do_not_divide_the_rank_are_refused():
+    model = nn.ModuleDict({"layer": place("conv1d", 0, groups=3).layer.base})
+    with pytest.raises(ConfigError, match="3 groups needs a rank that they divide, found r 4"):
+        attach(model, LoraConfig(r=4, target_modules=("layer",)))

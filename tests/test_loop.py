@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora as ml
-from minilora.adapters.find import adapter_layers
-from minilora.models.ops import IGNORE_INDEX
+from minilora.adapter import adapter_layers
+from minilora.data import IGNORE_INDEX
 from minilora.runs.config import COUNTS
 from minilora.runs.evaluate import held_out_loss, measure_drift
-from minilora.runs.optimizer import learning_rate
+from minilora.runs.optimizer import rate_of_step
 from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, seeds, tiny_model
 from tests.tolerance import assert_maths
 from tests.training import (
@@ -88,7 +88,7 @@ def warmup_of(warmup, total):
 def test_the_learning_rate_rises_linearly_and_falls_as_its_scheduler_says(total, warmup, scheduler):
     given_warmup, steps = warmup_of(warmup, total)
     config = ml.TrainConfig(learning_rate=0.5, warmup_steps=given_warmup, lr_scheduler=scheduler)
-    found = number([learning_rate(step, total, config) for step in range(total)])
+    found = number([rate_of_step(step, total, config) for step in range(total)])
     x = (torch.arange(total, dtype=torch.float64) - steps) / max(1, total - steps)
     fall = {"cosine": torch.cos(x * math.pi / 2) ** 2, "linear": 1 - x, "constant": torch.ones_like(x)}[scheduler]
     rise = (torch.arange(total, dtype=torch.float64) + 1) / max(1, steps)
@@ -115,7 +115,7 @@ def test_the_weights_follow_adamw_written_out():
     state = {"w": weights(model), "m": 0, "v": 0}
 
     def check(record):
-        k, g, rate = record["step"], gradients(model), learning_rate(record["step"] - 1, 8, config)
+        k, g, rate = record["step"], gradients(model), rate_of_step(record["step"] - 1, 8, config)
         state["m"] = 0.9 * state["m"] + 0.1 * g
         state["v"] = 0.999 * state["v"] + 0.001 * g**2
         m, v = state["m"] / (1 - 0.9**k), state["v"] / (1 - 0.999**k)
@@ -224,7 +224,7 @@ def test_seed_step_layer_and_adapter_each_have_a_mask_of_their_own():
 
     def mask(seed=1, step=2, layer=q, name="a"):
         ml.set_dropout_step(model, seed, step)
-        return layer.dropped(torch.ones(5, 24), name).flatten().tolist()
+        return layer.adapters[name].dropout(torch.ones(5, 24)).flatten().tolist()
 
     assert mask() == mask()
     assert set(mask()) == {0.0, 2.0}
@@ -237,7 +237,7 @@ def test_no_two_micro_batches_of_a_run_share_a_mask(accumulation, seed):
     model = small(lora_dropout=0.5)
     keys = []
     layer = next(iter(adapter_layers(model).values()))
-    layer.register_forward_pre_hook(lambda module, inputs: keys.append(int(module.dropout_seeds["default"])))
+    layer.register_forward_pre_hook(lambda module, inputs: keys.append(int(module.adapters["default"].dropout.seed)))
     config = ml.TrainConfig(batch_size=2, gradient_accumulation_steps=accumulation, epochs=2, seed=seed)
     ml.train(model, random_rows(11, 7), config)
     assert len(keys) == len(set(keys)) == 8
@@ -455,7 +455,7 @@ def test_layers_and_steps_share_what_is_compiled(backend, lora, monkeypatch):
 # --- the configuration ---
 
 
-POSITIVE, WORDS = ("learning_rate", "epochs", "loraplus_lr_ratio"), ("lr_scheduler", "keep", "recompute")
+POSITIVE = ("learning_rate", "epochs", "loraplus_lr_ratio")
 
 
 @pytest.mark.parametrize(
@@ -464,10 +464,9 @@ POSITIVE, WORDS = ("learning_rate", "epochs", "loraplus_lr_ratio"), ("lr_schedul
         *((ml.TrainConfig, name, 0) for name in COUNTS),
         *((ml.TrainConfig, name, -1) for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed")),
         *((ml.TrainConfig, name, value) for name in POSITIVE for value in (0, -1.0, math.inf, math.nan)),
-        *((ml.TrainConfig, name, "1") for name in (*WORDS, "learning_rate", "max_grad_norm")),
-        *((ml.TrainConfig, "seed", value) for value in (0.5, 2**32)),
+        (ml.TrainConfig, "seed", 2**32),
         *((ml.DataConfig, "eval_split", value) for value in (-1, 1, math.nan)),
-        *((ml.DataConfig, "max_length", 0), (ml.DataConfig, "train_on", "other")),
+        (ml.DataConfig, "max_length", 0),
     ],
 )
 def test_a_setting_that_cannot_work_is_named_with_its_value_and_so_is_every_other_one(cls, name, value):

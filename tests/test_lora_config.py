@@ -6,7 +6,7 @@ import pytest
 
 from minilora import ConfigError, LoraConfig, TargetError
 from minilora.adapters.config import is_target, select_parameters, select_saved, select_targets
-from minilora.cli.flags import RENAMED, add_flags, from_flags
+from minilora.cli.flags import RENAMED, add_fields, from_flags
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]
@@ -181,10 +181,10 @@ def test_all_bad_values_are_told_at_once():
             lora_alpha=-1,
             lora_dropout=1.0,
             init_lora_weights="pizza",
-            rank_pattern={"(": 1.5},
+            rank_pattern={"(": 0},
             trainable_token_indices=(-1,),
         )
-    named = ("r is 0", "lora_alpha is -1", "lora_dropout is 1.0", "'pizza'", "rank_pattern['('] is 1.5", "regular")
+    named = ("r is 0", "lora_alpha is -1", "lora_dropout is 1.0", "'pizza'", "rank_pattern['('] is 0", "regular")
     for words in (*named, "trainable_token_indices is (-1,)"):
         assert words in str(error.value)
 
@@ -287,7 +287,7 @@ NEEDED = {
 
 def parsed(*words):
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_flags(parser, LoraConfig, "adapter")
+    add_fields(parser, LoraConfig, "adapter")
     return from_flags(LoraConfig, vars(parser.parse_args(words)))
 
 

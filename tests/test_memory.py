@@ -1,282 +1,323 @@
-"""Memory told in advance against memory that was taken: of PyTorch's allocator, of autograd, of the process."""
+"""Memory that is forecast against memory that is taken: by tensors and by the process; what fits, and what does not."""
 
-import copy
-import math
+import json
 import platform
+import re
 import subprocess
 import sys
-from types import SimpleNamespace
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minilora as ml
-from minilora.adapters.find import adapter_layers
-from minilora.adapters.layers import AdapterLinear
-from minilora.models import ops
+from minilora import cli
+from minilora.adapters.dropout import set_dropout_step
+from minilora.cli import memory as pages
+from minilora.data import IGNORE_INDEX, Example, collate
+from minilora.kernel import loss, tiles
+from minilora.llama import Llama
+from minilora.models.config import LlamaConfig
+from minilora.models.quantization import QuantizeConfig
 from minilora.runs import diagnose, memory
+from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.diagnose import free_memory_bytes, peak_memory_bytes
-from minilora.runs.evaluate import held_out_loss, measure_drift
-from minilora.runs.flat import Flat
-from minilora.runs.memory import fitting, forecast, largest
-from minilora.runs.optimizer import learning
-from tests.models import FAMILIES, allocated, four_bit, long, tiny_model, token_ids
-from tests.training import random_rows, trained
+from minilora.runs.memory import Plan, amount, fit, forecast, parameter_shapes, trained
+from minilora.runs.objective import TokenLoss
+from minilora.runs.optimizer import build_optimizer
+from minilora.runs.run import Run
+from minilora.runs.settings import RunConfig
+from minilora.training import train_step
+from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
+from tests.runs import SETTINGS, words, write_inputs
+from tests.training import random_rows
 
 CPU = torch.device("cpu")
-LENGTHS, LABELLED = [7, 5, 9], 11
 WAYS = ("none", "mlp", "block")
-LONG = pytest.mark.long
-MODES = [(kind, dtype) for kind in ("lora", "qlora") for dtype in (torch.float32, torch.bfloat16)]
-MODES += [("full", torch.float32), ("some", torch.float32)]
-modes = pytest.mark.parametrize(
-    ("kind", "dtype"), [pytest.param(*mode, marks=[] if mode == ("qlora", torch.bfloat16) else LONG) for mode in MODES]
+FIELDS = ("weights", "adapters", "gradients", "moments", "activations", "working", "kept")
+
+
+def plan(config, lora=None, lengths=(7, 5, 9), labelled=11, quantize="none", dtype=torch.float32, **training):
+    rows = [(lengths[0], labelled), *((n, 0) for n in lengths[1:])]
+    training = TrainConfig(batch_size=len(rows), **training)
+    return Plan(config, lora, training, QuantizeConfig(quantize), dtype, CPU, rows)
+
+
+# --- tensors ---
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that operations returned and that still live, and the most that did."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.hold(tensor.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self.let_go, storage._cdata, storage.nbytes())
+
+    def let_go(self, place, size):
+        self.known.remove(place)
+        self.live -= size
+
+
+def live_bytes(model, config, lengths, labelled):
+    """The most bytes of tensors that live in a step that is not the first."""
+    optimizer, objective = build_optimizer(model, config), TokenLoss(config)
+    labels = torch.full((sum(lengths),), IGNORE_INDEX)
+    labels[:labelled] = 1
+    rows = [Example([1] * len(part), part.tolist(), shift=0) for part in labels.split(lengths)]
+    set_dropout_step(model, 0)
+    train_step(model, optimizer, [collate(rows, CPU)], objective)
+    optimizer.zero_grad()
+    with Live() as live:
+        moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        for tensor in (*model.parameters(), *model.buffers(), *moments):
+            live.hold(tensor.untyped_storage())
+        train_step(model, optimizer, [collate(rows, CPU)], objective)
+    return live.most
+
+
+@st.composite
+def shapes(draw):
+    """A config.json with sizes in the proportions of real ones, and small."""
+    K, E = draw(st.integers(1, 3)), draw(st.sampled_from([16, 32]))
+    H = K * draw(st.integers(1, 3))
+    sizes = {"num_key_value_heads": K, "num_attention_heads": H, "head_dim": E, "hidden_size": H * E}
+    sizes |= {"intermediate_size": H * E * draw(st.integers(3, 4)), "num_hidden_layers": draw(st.integers(2, 4))}
+    family = draw(st.sampled_from(["llama", "qwen3", "phi3", WHOLE]))
+    return tiny_config(family, **sizes, vocab_size=draw(st.sampled_from([200, 3000])), sliding_window=None)
+
+
+adapters = st.builds(
+    ml.LoraConfig,
+    r=st.sampled_from([2, 8, 16]),
+    use_dora=st.booleans(),
+    lora_dropout=st.sampled_from([0.0, 0.0, 0.1]),
+    target_modules=st.sampled_from(["all-linear", "all-linear", r".*(q|qkv|v|gate|gate_up)_proj"]),
 )
-ways = pytest.mark.parametrize("recompute", ["block", *long("none", "mlp")])
 
 
-def adapted(family="llama", kind="lora", dtype=torch.float32, vocab_size=61, layers=2, **config):
-    model = tiny_model(family, dtype=dtype, vocab_size=vocab_size, num_hidden_layers=layers)
-    if kind == "qlora":
+@examples(0.5)
+@given(
+    shapes(),
+    st.none() | adapters,
+    st.sampled_from(["none", "nf4"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(WAYS),
+    st.lists(st.integers(100, 300), min_size=2, max_size=6),
+    st.floats(0.2, 1),
+)
+def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_of_a_step(
+    config, lora, quantize, dtype, recompute, lengths, share
+):
+    """With tiles and chunks of rows as small beside the model as they are beside a real one."""
+    dtype, quantize = (torch.float32, "none") if lora is None else (dtype, quantize)
+    labelled = max(1, int(share * sum(lengths)))
+    model = Llama(config).to(dtype)
+    model.tie_weights()
+    fill_(model, 0)
+    if quantize == "nf4":
         four_bit(model)
-    if kind == "full":
-        return model
-    if kind == "some":
-        config = {"use_dora": True, "bias": "all", "modules_to_save": ("norm",), **config}
-        config |= {"trainable_token_indices": (3, 5), "init_lora_weights": "pissa"}
-    ml.attach(model, ml.LoraConfig(**{"r": 3, **config}))
-    return model
+    if lora is not None:
+        ml.attach(model, lora)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, size in ((tiles, "TILE", 2**14), (loss, "HEAD_LOGITS", 2**18)):
+            patch.setattr(module, name, size)
+            patch.setattr(memory, name, size)
+        planned = plan(config, lora, lengths, labelled, quantize, dtype, recompute=recompute)
+        taken = live_bytes(model, planned.training, lengths, labelled)
+        found = forecast(planned)
+        assert abs((found.peak - found.kept) / taken - 1) <= 0.05, found
 
 
-def told(model, lengths=LENGTHS, labelled=LABELLED, evaluated=(), **config):
-    return forecast(model, lengths, labelled, ml.TrainConfig(**config), CPU, evaluated)
-
-
-def step(model, recompute):
-    """One micro-batch with `LENGTHS` and `LABELLED`, forward, loss and backward."""
-    tokens, targets = token_ids(0, sum(LENGTHS)), token_ids(1, sum(LENGTHS))
-    targets[LABELLED:] = ops.IGNORE_INDEX
-
-    def work():
-        hidden = model.model(tokens, LENGTHS, recompute=recompute)
-        loss = ops.cross_entropy(hidden, targets, model.lm_head)
-        del hidden
-        loss.backward()
-
-    return work
-
-
-# --- a step ---
-
-
-@modes
-@ways
-@pytest.mark.parametrize("family", ["mistral", *long("phi3")])
-def test_activations_are_to_the_byte_what_lives_after_the_trunk_s_forward_pass(family, recompute, kind, dtype):
-    model = adapted(family, kind, dtype).train()
-    tokens = token_ids(0, sum(LENGTHS))
-    live, *_ = allocated(lambda: model.model(tokens, LENGTHS, recompute=recompute))
-    assert told(model, recompute=recompute).activations == live
-
-
-@LONG
-@pytest.mark.parametrize("kind", ["some", "lora"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_activations_are_what_autograd_saves_beyond_parameters_and_the_result(family, kind):
-    model = adapted(family, kind, layers=4).train()
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        return kept.setdefault(storage.data_ptr(), storage) and tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pack(model.model(token_ids(0, sum(LENGTHS)), LENGTHS))
-    assert told(model).activations == sum(storage.nbytes() for at, storage in kept.items() if at not in known)
+def test_names_and_shapes_are_those_of_the_model(family):
+    model = tiny_model(family)
+    found = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    assert parameter_shapes(model.config) == found
 
 
-@pytest.mark.parametrize("kind", ["full", *long("lora", "qlora")])
-@ways
-@pytest.mark.parametrize("family", ["llama", *long("phi3")])
-def test_the_peak_is_that_of_the_allocator_but_for_the_indices_of_rows(family, recompute, kind):
-    """In float32; in bfloat16 some kernels have float32 copies of their own, in the forecast they have none."""
-    model = adapted(family, kind).train()
-    found = told(model, recompute=recompute)
-    flat = Flat(model, learning(model, ml.TrainConfig()))
-    flat.zero_grad()
-    _, most, _ = allocated(step(model, recompute))
-    gaps = sum(segment.values.nbytes for segment in flat.segments) - sum(p.nbytes for p in trained(model).values())
-    batch = 8 * (sum(LENGTHS) + 2 * LABELLED)  # the stand-in for it is made within a step
-    besides = found.weights + found.adapters + found.gradients + found.optimizer + gaps
-    assert 0 <= found.peak - besides - most <= batch
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_what_is_trained_has_as_many_numbers_as_what_attach_adds(name):
+    model, lora = tiny_model(WHOLE), ml.LoraConfig(**{"r": 3, **CONFIGS[name]})
+    factors, others, _ = trained(lora, parameter_shapes(model.config), model.config.tie_word_embeddings)
+    ml.attach(model, lora)
+    assert sum(factors + others) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("V", "rows"), [(49_152, 512), (128_256, 196), (10**9, 1)])
-def test_the_larger_the_vocabulary_the_fewer_rows_have_their_logits_at_once(V, rows):
-    head = torch.nn.Linear(1, V, bias=False, device="meta")
-    assert ops.head_chunk(head) == ops.head_chunk(AdapterLinear(head, "lm_head")) == rows
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_weights_in_four_bits_are_those_of_the_packed_model(double_quant):
+    model = four_bit(tiny_model(dtype=torch.bfloat16), double_quant)
+    planned = plan(model.config, ml.LoraConfig(), dtype=torch.bfloat16)
+    planned = replace(planned, quantization=QuantizeConfig("nf4", double_quant))
+    assert forecast(planned).weights == sum(p.nbytes for p in model.parameters())
 
 
-def test_not_all_of_a_long_loss_is_traced(monkeypatch):
-    """And nothing else is told for that."""
-    model, chunks = adapted(layers=1), []
-
-    def traced(hidden, labels, head):
-        chunks.append(-(-len(hidden) // ops.head_chunk(head)))
-        return cross_entropy(hidden, labels, head)
-
-    cross_entropy = ops.labelled_cross_entropy
-    monkeypatch.setattr(ops, "labelled_cross_entropy", traced)
-    monkeypatch.setattr(ops, "head_chunk", lambda head: 2)
-    some = told(model)
-    monkeypatch.setattr(memory, "HEAD_CHUNKS", LABELLED)
-    assert told(model) == some
-    assert chunks[0] == 2 < chunks[-1]
+def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter_and_keep_best_four_more():
+    config = tiny_config()
+    count = sum(p.numel() for p in Llama(config).parameters())
+    found, best = forecast(plan(config)), forecast(plan(config, keep="best", eval_steps=1))
+    assert found.weights + found.gradients + found.moments == pytest.approx(16 * count, rel=0.05)
+    assert best.peak - found.peak == 4 * count
 
 
-def test_a_model_that_looks_at_its_numbers_cannot_be_told_of():
-    model = adapted()
-    model.model.norm.register_forward_hook(lambda module, inputs, output: print(float(output.sum())))
-    with pytest.raises(ml.TrainingError, match="recompute 'auto' cannot tell"):
-        ml.train(model, random_rows(0, 2), ml.TrainConfig(max_steps=1, recompute="auto"))
-
-
-@modes
-@pytest.mark.parametrize("family", ["llama-bias-tied-wide-heads", *long("phi3")])
-def test_parameters_gradients_and_optimizer_are_those_of_a_run(family, kind, dtype):
-    model = adapted(family, kind, dtype)
-    found = told(model)
-    factors = {p for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
-    assert found.weights == sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in factors)
-    optimizers, buffers = [], {}
-
-    def see(record):
-        for p in trained(model).values():
-            storage = p.grad.untyped_storage()
-            buffers[storage.data_ptr()] = storage.nbytes()
-
-    hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
-    try:
-        ml.train(model, random_rows(0, 4), ml.TrainConfig(max_steps=1), see)
-    finally:
-        hook.remove()
-    assert found.gradients == sum(buffers.values())
-    moments = [state[key] for state in optimizers[0].state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert found.optimizer == sum(moment.nbytes for moment in moments)
-    casts = found.gradients // 2 if dtype == torch.bfloat16 else 0
-    assert found.adapters == sum(p.nbytes for p in factors) + casts
-
-
-@ways
-@pytest.mark.parametrize("family", ["llama", *long("mistral")])
-def test_many_documents_take_what_as_many_tokens_in_fewer_do(family, recompute, monkeypatch):
-    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
-    alone = told(adapted(family), lengths, 10, lengths, recompute=recompute)
-    monkeypatch.setattr(memory, "DOCUMENTS", 3)
-    assert told(adapted(family), lengths, 10, lengths, recompute=recompute) == alone
-
-
-@pytest.mark.parametrize("kind", ["lora", *long("full")])
-def test_the_best_of_what_is_trained_is_held_besides(kind):
-    model = adapted(kind=kind)
-    kept = told(model, keep="best", eval_steps=1)
-    assert kept.peak - told(model).peak == (kept.weights if kind == "full" else kept.adapters)
-
-
-@pytest.mark.parametrize("kind", ["qlora", *long("lora")])
-def test_no_number_of_the_model_is_read_and_the_model_stays_as_it_is(kind):
-    model = adapted(kind=kind, lora_dropout=0.5)
-    expected = told(model)
-    before = copy.deepcopy(model.state_dict())
-    assert told(adapted(kind=kind, lora_dropout=0.5).to("meta")) == expected
-    assert not model.training
-    assert not any(layer.dropout_seeds for layer in adapter_layers(model).values())
-    ml.set_dropout_step(model, 0, 0)
-    assert told(model) == expected
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-# --- many layers ---
-
-
-def traced_depths(monkeypatch):
-    """A list to which comes how many layers are traced."""
-    traced, depths = memory._traced, []
-    monkeypatch.setattr(memory, "_traced", lambda *args: depths.append(args[1]) or traced(*args))
-    return depths
-
-
-@LONG
-@pytest.mark.parametrize(("kind", "dtype"), MODES)
-@pytest.mark.parametrize("recompute", WAYS)
-def test_two_and_three_layers_tell_of_seven_alike(kind, dtype, recompute, monkeypatch):
-    depths = traced_depths(monkeypatch)
-    model = adapted("llama", kind, dtype, layers=7)
-    lengths = [5, 3]
-    found = told(model, evaluated=lengths, recompute=recompute)
-    assert depths == [2, 3]
-    monkeypatch.setattr(memory, "_alike", lambda model: False)
-    assert told(model, evaluated=lengths, recompute=recompute) == found
-    assert depths == [2, 3, 7]
-
-
-@LONG
-def test_layers_that_are_not_alike_are_all_traced(monkeypatch):
-    depths = traced_depths(monkeypatch)
-    told(adapted(layers=4, rank_pattern={"layers.2.mlp.up_proj": 5}))
-    told(adapted("smollm3-window", layers=4))
-    told(adapted(layers=3))
-    assert depths == [4, 4, 3]
+def test_a_long_evaluation_may_take_more_than_a_step():
+    short = plan(tiny_config(), ml.LoraConfig())
+    assert forecast(replace(short, evaluated=[[64] * 60])).peak > forecast(replace(short, evaluated=[[2]])).peak
 
 
 # --- what fits ---
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_auto_is_the_fastest_way_whose_forecast_fits_with_room_for_what_none_sees(way):
-    peaks = {"none": 300, "mlp": 200, "block": 100}
-    told_of = []
-
-    def told(way):
-        told_of.append(way)
-        return SimpleNamespace(peak=peaks[way])
-
-    free = math.ceil(peaks[way] / memory.ROOM)
-    assert fitting(told, free)[0] == way
-    assert tuple(told_of) == WAYS[: WAYS.index(way) + 1]
-    assert fitting(told, free - 1)[0] == WAYS[min(2, WAYS.index(way) + 1)]
-    assert fitting(told, None)[0] == "none"
+def test_auto_is_the_fastest_way_that_fits(way, monkeypatch):
+    auto = plan(tiny_config(), ml.LoraConfig(), [100] * 4, 100, recompute="auto")
+    peaks = [forecast(replace(auto, training=replace(auto.training, recompute=each))).peak for each in WAYS]
+    assert peaks == sorted(peaks, reverse=True)
+    free = peaks[WAYS.index(way)]
+    for held in (0, free // 3):
+        monkeypatch.setattr(memory, "free_memory_bytes", lambda device, held=held: free - held)
+        chosen, found = fit(auto, held)
+        assert (chosen.training.recompute, found.peak) == (way, free)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
+    assert fit(auto)[0].training.recompute == "none"
 
 
-@pytest.mark.parametrize("way", ["mlp", *long("none", "block")])
-def test_a_run_computes_again_as_auto_finds_it_fits_beside_the_model(way, monkeypatch):
-    rows, seen, model = random_rows(0, 9), [], adapted()
-    config = ml.TrainConfig(batch_size=2, max_steps=1, recompute="auto")
-    lengths, labelled = [len(row.tokens) for row in rows], [row.labelled for row in rows]
-    peak = told(model, *largest(lengths, labelled, config), recompute=way).peak
-    room = peak - sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: math.ceil(room / memory.ROOM))
+@pytest.mark.parametrize(("free", "way"), [(None, "none"), (0, "block")])
+def test_a_run_computes_again_what_auto_chose(free, way, monkeypatch):
+    model, seen = tiny_model(dtype=torch.float32), []
+    ml.attach(model, ml.LoraConfig(r=3))
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
     model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["recompute"]), with_kwargs=True)
-    ml.train(model, rows, config)
+    ml.train(model, random_rows(0, 9), ml.TrainConfig(batch_size=2, max_steps=1, recompute="auto"))
     assert seen[-1] == way
 
 
-# --- evaluations ---
+def test_the_memory_of_other_models_is_not_forecast():
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_model(dtype=torch.float32).model
+
+    with pytest.raises(ml.TrainingError, match="for minilora's own decoders; name a way"):
+        ml.train(Other(), random_rows(0, 2), ml.TrainConfig(max_steps=1, recompute="auto"))
 
 
-@LONG
-def test_an_evaluation_takes_what_was_told_or_less_even_where_it_is_more_than_a_step():
-    model = adapted(vocab_size=3000)
-    rows = [ml.Example(row.tokens, row.tokens, row.source) for row in random_rows(3, 9)]  # general text
-    lengths = [len(row.tokens) for row in rows]
-    found = told(model, [2], 1, evaluated=lengths)
-    held = found.weights + found.adapters + found.gradients + found.optimizer
-    assert found.peak > told(model, [2], 1).peak
-    drift = allocated(lambda: measure_drift(model, rows))[1]
-    assert allocated(lambda: held_out_loss(model, rows))[1] <= drift
-    assert 0.8 * (found.peak - held) <= drift <= found.peak - held
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("memory"))
+
+
+def finetune(directory, out, *flags, **changes):
+    """The command, with the defaults of everything but general text, which is left out."""
+    defaults = dict.fromkeys([*SETTINGS, "force"]) | {"general_data": "none"}
+    return cli.main([*words(directory, out, **{**defaults, **changes}), *flags])
+
+
+def planned(directory, out, **training):
+    """The plan of that command, and its forecast."""
+    where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), str(out), device="cpu")
+    run = Run(
+        replace(where, general_data="none"), QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training)
+    )
+    return run.fit(run.load_data(), CPU)
+
+
+def test_a_dry_run_tells_each_term_beside_what_is_free(directory, tmp_path, capsys):
+    assert finetune(directory, tmp_path / "out", "--dry-run") == 0
+    page, (_, found) = capsys.readouterr().out, planned(directory, tmp_path / "out")
+    assert "memory: " + ", ".join(f"{name} {amount(getattr(found, name))}" for name in FIELDS) in page
+    assert f"at most {amount(found.peak)} at once" in page
+    unit = page.rsplit(" free", 1)[0].rsplit(" ", 1)[1]
+    assert unit == amount(free_memory_bytes(CPU)).split()[1]
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 1234)
+    assert finetune(directory, tmp_path / "out", batch_size=20) != 0
+    assert not (tmp_path / "out").exists()
+    error, (wanted, found) = capsys.readouterr().err, planned(directory, tmp_path / "out", batch_size=20)
+    assert f"needs {amount(found.peak)} of memory, and 1.2 kB are free" in error
+    flags = re.findall(r"^  (.*) brings it to", error, re.MULTILINE)
+    assert flags == ["--batch-size 10 --gradient-accumulation-steps 2", "--recompute block", "--quantize nf4"]
+    for changed in (
+        replace(wanted, training=replace(wanted.training, batch_size=10, gradient_accumulation_steps=2)),
+        replace(wanted, training=replace(wanted.training, recompute="block")),
+        replace(wanted, quantization=QuantizeConfig("nf4")),
+    ):
+        assert (peak := forecast(changed).peak) < found.peak
+        assert f"brings it to {amount(peak)}; " in error
+    assert "--force" in error
+    assert finetune(directory, tmp_path / "out", "--dry-run", batch_size=20) != 0
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize(
+    ("free", "flags", "runs"), [(1, ["--force"], True), (None, [], True), (-1, [], False), (0, [], True)]
+)
+def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, monkeypatch, free, flags, runs):
+    needed = planned(directory, tmp_path / "out", max_steps=1)[1].peak
+    free = needed + free if free in (0, -1) else free
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
+    assert (finetune(directory, tmp_path / "out", *flags, max_steps=1) == 0) == runs
+
+
+def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
+    needed = planned(directory, tmp_path / "out", max_steps=1, recompute="mlp")[1].peak
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: needed)
+    for flags in (["--dry-run"], []):
+        assert finetune(directory, tmp_path / "out", *flags, max_steps=1, recompute="auto") == 0
+        assert "--recompute mlp: " in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["config"]["recompute"], record["starts"][0]["recompute"]) == ("auto", "mlp")
+
+
+def test_a_config_json_is_enough_for_a_page_with_three_known_sizes(tmp_path, capsys):
+    source = {key: value for key, value in tiny_config().source.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
+    page = capsys.readouterr().out
+    assert "4 rows of 1,024 tokens" in page
+    assert max(map(len, page.splitlines())) <= 120
+    found = forecast(pages.default_plan(LlamaConfig.from_dict(source), "LoRA 16-bit", CPU))
+    cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
+    assert re.split(r"  +", cells) == [amount(value) for value in (*vars(found).values(), found.peak)]
+    for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9), strict=True):
+        rows = page.split(f"\n{name}\n")[1].splitlines()[1:5]
+        full, dense, packed, _ = (
+            float(row.split(way)[1].split()[0]) for row, way in zip(rows, pages.WAYS, strict=True)
+        )
+        assert abs(full - 2 * dense) <= 0.2  # each is rounded to a tenth
+        assert least <= dense <= least + 0.2
+        assert packed < 0.3 * dense
+
+
+def test_a_directory_without_a_config_json_is_refused(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path), "--memory"]) != 0
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_amounts_are_told_in_powers_of_a_thousand():
+    assert [amount(n) for n in (7, 1000, 2_500_000, 13_480_000_000)] == ["7 bytes", "1.0 kB", "2.5 MB", "13.5 GB"]
 
 
 # --- the process ---
@@ -291,7 +332,7 @@ def in_a_process(code):
     return [int(each) for each in subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()]
 
 
-@LONG
+@pytest.mark.long
 def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     """The process that starts this one may have held much more."""
     code = """if True:

@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minilora as ml
-from minilora import ConfigError, FormatError, TargetError, TrainingError, merging
+from minilora import ConfigError, FormatError, TargetError, TrainingError
+from minilora.adapter import adapter_layers
 from minilora.adapters.files import WEIGHTS_FILE
-from minilora.adapters.find import adapter_layers, linear_layers
-from minilora.adapters.layers import AdapterLinear
-from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import quantize
+from minilora.adapters.find import linear_layers
+from minilora.lora import AdapterLinear
+from minilora.nf4 import NF4Linear, quantize
 from minilora.storage import holds_files
 from minilora.testing import reference_nf4 as reference
+from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms
+from tests.adapters import add_built
 from tests.files import SHARD, write_base
 from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, tiny_model
 from tests.runs import everything
@@ -199,7 +201,7 @@ def test_a_block_size_other_than_ours_is_kept(things):
     packed, absmax = quantize(base.weight, 128)
     layout = replace(example.layout, block_size=128)
     example = NF4Linear(example.parts._replace(packed=packed, absmax=absmax), layout, None, torch.float32)
-    again = merging._packed_like(example, dense_weight(example))
+    again = merging._packed_like(example, example.weight)
     assert again.layout == layout
     assert torch.equal(again.packed, example.packed)
     assert torch.equal(again.absmax, example.absmax)
@@ -295,7 +297,7 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
     layer = AdapterLinear(nn.Linear(inner, outer, device="meta"), "proj")
     for i, r in enumerate(ranks):
         lora_A, lora_B = randn(seed + 2 + i, r, inner), randn(seed + 9 + i, outer, r)
-        layer.add(f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), {"lora_A": lora_A, "lora_B": lora_B})
+        add_built(layer, f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), {"lora_A": lora_A, "lora_B": lora_B})
     layer.active = tuple(layer.configs)
     now, before = map(numbers, weights)
     error = effect = 0.0
@@ -326,7 +328,7 @@ def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_
     assert errors["requantized"].overall > 1e-3
     held, plain = (linear_layers(ml.load_model(things / "base", quantize=quantize)) for quantize in (NF4, None))
     ratios = {
-        path: ((plain[path].weight - dense_weight(held[path])).double().norm() / delta.norm()).item()
+        path: ((plain[path].weight - held[path].weight).double().norm() / delta.norm()).item()
         for path, delta in deltas(things / "base", things / "adapter").items()
     }
     worst = max(ratios, key=ratios.get)
@@ -343,7 +345,7 @@ def test_the_error_is_the_distance_to_what_was_trained_whatever_is_merged_into(t
     known = linear_layers(ml.load_model(things / "base", quantize=trained))
     error = effect = 0.0
     for path, delta in deltas(things / "base", things / "adapter").items():
-        before, now = (dense_weight(linears[path]).double() for linears in (known, result))
+        before, now = (linears[path].weight.double() for linears in (known, result))
         error, effect = error + (now - before - delta).norm() ** 2, effect + delta.norm() ** 2
     assert found.overall == pytest.approx((error / effect).sqrt().item(), rel=1e-3, abs=1e-7)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
-from minilora.runs.optimizer import EMBEDDING_RATE, learning, learning_rate, rate_factors
+from minilora.runs.optimizer import EMBEDDING_RATE, build_optimizer, rate_factors, rate_of_step
 from tests.models import examples, seeds, tiny_model
 from tests.tolerance import assert_maths
 from tests.training import adapted, copy_checkpoint, random_rows, trained
@@ -43,7 +43,7 @@ def test_the_schedule_keeps_the_ratio(scheduler):
         run(random_rows(1, 6), loraplus_lr_ratio=8, **config)
     finally:
         hook.remove()
-    expected = [learning_rate(step, 6, ml.TrainConfig(learning_rate=RATE, **config)) for step in range(6)]
+    expected = [rate_of_step(step, 6, ml.TrainConfig(learning_rate=RATE, **config)) for step in range(6)]
     assert rates == [[rate, 8 * rate] for rate in expected]  # A; B and magnitudes, which are one while nothing decays
 
 
@@ -74,10 +74,10 @@ def test_a_ratio_needs_an_adapter():
 
 def test_weight_decay_pulls_on_matrices_alone():
     model = tiny_model("llama-bias-tied-wide-heads")
-    found = learning(model, ml.TrainConfig(weight_decay=0.3))
+    groups = build_optimizer(model, ml.TrainConfig(weight_decay=0.3)).param_groups
     expected = {name: 0.3 if p.dim() == 2 else 0.0 for name, p in model.named_parameters()}
-    assert {name: how.weight_decay for name, how in found.items()} == expected
-    assert all(how.weight_decay == 0 for how in learning(model, ml.TrainConfig()).values())
+    assert {name: group["weight_decay"] for group in groups for name in group["names"]} == expected
+    assert {group["weight_decay"] for group in build_optimizer(model, ml.TrainConfig()).param_groups} == {0.0}
 
 
 def test_without_a_ratio_everything_has_the_rate_itself():

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.adapters.adapted import Adapted
+from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
-from minilora.adapters.find import adapter_layers
 from minilora.adapters.parameters import AdapterParameters
+from minilora.lora import AdapterWrapper
 from tests.models import randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, assert_precision
 
@@ -105,7 +105,7 @@ def test_the_parameter_itself_never_changes_and_gets_no_gradient():
     with ml.disable_adapter(model):
         assert torch.equal(model["experts"](x), y)
     with merged(model):
-        assert not isinstance(model["experts"], Adapted)
+        assert not isinstance(model["experts"], AdapterWrapper)
     ml.detach(model)
     assert torch.equal(model["experts"](x), y)
     assert {name: torch.equal(p, before[name]) for name, p in model.named_parameters()} == dict.fromkeys(before, True)
@@ -127,7 +127,7 @@ def test_a_new_adapter_changes_nothing_and_patterns_mean_parameters():
 def test_the_parameter_that_the_module_has_first_is_innermost_in_peft_s_names():
     model = attached(nn.ModuleDict({"experts": Experts(0, 3, 4, 5, False)}), names=("down_proj", "up_proj"))
     adapters = model["experts"].adapters["default"]
-    found = model["experts"].tensors("default")
+    found = model["experts"].peft_tensors("default")
     assert found["base_layer.lora_A.weight"] is adapters["up_proj"].lora_A
     assert found["lora_B.weight"] is adapters["down_proj"].lora_B
     assert len(found) == 4
@@ -156,3 +156,17 @@ def test_what_is_no_matrix_or_not_there_is_refused(names, why):
     with pytest.raises(ml.TargetError, match=why):
         attached(model, names=names)
     assert not adapter_layers(model)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("other", [{"target_modules": ("proj",)}, {"target_modules": (), "modules_to_save": ("proj",)}])
+def test_target_parameters_and_another_adapter_of_one_module_are_refused_in_both_orders(other, order):
+    model = nn.ModuleDict({"proj": nn.Linear(3, 4).double(), "head": nn.Linear(4, 5).double()})
+    configs = [{"target_modules": (), "target_parameters": ("proj.weight",)}, other][::order]
+    ml.attach(model, ml.LoraConfig(**configs[0]))
+    places = adapter_layers(model)
+    with pytest.raises(ml.TargetError, match="proj: target_parameters go with no other adapter of the same module"):
+        ml.attach(model, ml.LoraConfig(**configs[1]), name="second")
+    assert adapter_layers(model) == places
+    assert all(list(place.configs) == ["default"] for place in places.values())
+    ml.attach(model, ml.LoraConfig(target_modules=("head",)), name="second")

@@ -4,10 +4,10 @@ import pytest
 
 import minilora as ml
 from minilora.cli.preview import marked
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX
 from minilora.runs.batch import plan_steps
 from minilora.runs.config import DataConfig
-from minilora.runs.data import encode_row
+from minilora.runs.data import encode_rows
 from minilora.runs.rows import Row
 from tests.models import tiny_model
 from tests.runs import runner, write_rows
@@ -59,7 +59,7 @@ def test_marks_stand_around_the_answers_of_a_conversation_control_tokens_and_spa
         *({"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat  "}),
         *({"role": "user", "content": "é?"}, {"role": "assistant", "content": "🙂"}),
     ]
-    example = encode_row(Row({"messages": messages}, ""), tokenizer, DataConfig(train_on=train_on))
+    example = encode_rows([Row({"messages": messages})], tokenizer, DataConfig(train_on=train_on))[0]
     first = f" sat  {CLOSE}\n"
     text = f"{OPEN}user\nthe cat{CLOSE}\n{OPEN}assistant\n"
     text += f"⟦{first}⟧" if train_on == "assistant" else first
@@ -96,5 +96,5 @@ def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(dry_run, d
 
 def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
     tokenizer = write_tokenizer(tmp_path)
-    example = encode_row(Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c"}, ""), tokenizer, DataConfig())
+    example = encode_rows([Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c"})], tokenizer, DataConfig())[0]
     assert marked(example, tokenizer, "⟦", "⟧") == "a[2J\nb⟦c<|end|>⟧"

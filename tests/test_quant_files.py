@@ -18,8 +18,7 @@ from minilora.models.bitsandbytes import describe, packed_tensors, packed_weight
 from minilora.models.checkpoint import skeleton, stored_weights
 from minilora.models.quantization import QuantizeConfig
 from minilora.models.shards import SHARD_BYTES
-from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import CODEBOOKS, DYNAMIC_MAP, quantize_absmax, unpack
+from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, quantize_absmax, unpack
 from minilora.storage import TensorFile, read_json, write_json
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
@@ -89,7 +88,6 @@ def test_absmaxes_are_rounded_as_bitsandbytes_does_on_the_cpu():
     codes, scales, _ = quantize_absmax(frozen["absmax"])
     assert torch.equal(codes, frozen["absmax.codes"])
     assert torch.equal(scales, frozen["absmax.scales"])
-    assert not torch.equal(quantize_absmax(frozen["absmax"], "cuda")[0], codes)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
@@ -181,7 +179,7 @@ def test_logits_are_those_of_a_dense_model_of_the_dequantized_weights(family, do
     with torch.no_grad():
         ours, plain = model(tokens), dense(tokens)
         for path, linear in packed_linears(model).items():
-            dense.get_submodule(path).weight.copy_(dense_weight(linear))
+            dense.get_submodule(path).weight.copy_(linear.weight)
         assert_parity(ours, dense(tokens))
     assert relative(ours, plain, PARITY) > 100
 
@@ -264,7 +262,7 @@ def test_a_head_that_others_packed_is_read_and_written_as_it_is(tmp_path):
     change(directory, packed_tensors("lm_head.weight", linear))
     model, tokens = ml.load_model(directory), token_ids(0, 2, 9)
     with torch.no_grad():
-        before.lm_head.weight.copy_(dense_weight(linear))
+        before.lm_head.weight.copy_(linear.weight)
         assert_parity(model(tokens), before(tokens))
     ml.save_model(model, tmp_path / "b")
     assert read_json(tmp_path / "b/config.json")["quantization_config"]["llm_int8_skip_modules"] == ["o_proj"]
@@ -576,15 +574,6 @@ def test_a_choice_that_leaves_nothing_to_quantize_is_refused(tmp_path):
 @pytest.mark.parametrize("skip", ["up_proj, down_proj", ["down_proj", "up_proj "], ("up_proj", "down_proj", "up_proj")])
 def test_modules_to_skip_are_a_set_whose_order_and_blanks_mean_nothing(skip):
     assert QuantizeConfig("nf4", quantize_skip=skip) == QuantizeConfig("nf4", quantize_skip=("down_proj", "up_proj"))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"double_quant": "no"}, {"double_quant": 1}, {"quantize_skip": None}, {"quantize_skip": (1,)}, {"quantize": []}],
-)
-def test_a_value_of_the_wrong_kind_is_refused_by_its_field(fields):
-    with pytest.raises(ConfigError, match=rf"QuantizeConfig: {next(iter(fields))} is .*, (need|accepted)"):
-        QuantizeConfig(**fields)
 
 
 def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path):

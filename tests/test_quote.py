@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 import minilora as ml
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX
 from minilora.models.quote import QUOTE, ControlTokens
 from minilora.runs.data import use_prompt_style
 from tests.models import examples

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import ConfigError
-from minilora.models import ops
-from minilora.models.rope import ROPE_KEYS, Rope
+from minilora import ConfigError, llama
+from minilora.models.rope import ROPE_KEYS, ScaledRope
 from minilora.testing import reference
 from tests.models import randn, seeds
 from tests.tolerance import assert_maths, assert_parity, assert_precision
@@ -32,7 +31,7 @@ def ropes(draw, kinds=tuple(ROPE_KEYS)):
         "short_factor": draw(factors),
         "long_factor": draw(factors),
     }
-    return Rope(
+    return ScaledRope(
         width=width,
         theta=draw(st.sampled_from([10.0, 500.0, 10_000.0, 1e6])),
         kind=kind,
@@ -93,6 +92,12 @@ def test_every_other_kind_leaves_the_tables_unstretched(rope):
     assert rope.amplitude == 1
 
 
+@given(ropes(kinds=["default"]), document_lengths)
+def test_the_default_kind_is_the_rotation_of_a_plain_llama(rope, length):
+    plain = llama.Rope(rope.width, rope.theta)
+    assert all(map(torch.equal, plain.rotation([range(length)], CPU), rope.rotation([range(length)], CPU)))
+
+
 @given(ropes(kinds=["dynamic"]), st.floats(0, 1))
 def test_dynamic_changes_nothing_up_to_the_longest_trained_document(rope, share):
     default = replace(rope, kind="default", scaling={})
@@ -116,7 +121,7 @@ def test_scores_depend_on_the_distance_of_two_tokens_only(seed, rope, i, j, shif
 
     def turned(x, position):
         angles = position * frequencies.unsqueeze(0)
-        return ops.rotate(x, angles.cos(), angles.sin())
+        return llama.rotate(x, angles.cos(), angles.sin())
 
     near, far = ((turned(q, i + s) * turned(k, j + s)).sum() / (q.norm() * k.norm()) + 2 for s in (0, shift))
     assert_maths(near, far)  # a cosine plus 2, so that it cannot be near 0
@@ -124,14 +129,14 @@ def test_scores_depend_on_the_distance_of_two_tokens_only(seed, rope, i, j, shif
 
 def test_an_unknown_kind_is_refused_with_the_kinds_that_are_supported():
     with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
-        Rope(8, 1e4, "yarn", {"factor": 2.0}, 16, 16)
+        ScaledRope(8, 1e4, "yarn", {"factor": 2.0}, 16, 16)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, keys in ROPE_KEYS.items() if keys])
 def test_every_number_that_a_kind_lacks_or_that_cannot_work_is_named(kind):
     for value in (None, "2", 0, -1.0, True, float("inf"), [], {}):
         with pytest.raises(ConfigError) as error:
-            Rope(8, 1e4, kind, dict.fromkeys(ROPE_KEYS[kind], value), 16, 16)
+            ScaledRope(8, 1e4, kind, dict.fromkeys(ROPE_KEYS[kind], value), 16, 16)
         for key in ROPE_KEYS[kind]:
             assert (repr(key) if value is None else f"{key}: found {value!r}") in str(error.value)
 
@@ -140,9 +145,9 @@ def test_every_number_that_a_kind_lacks_or_that_cannot_work_is_named(kind):
 def test_longrope_needs_a_factor_for_each_pair(wrong):
     scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
     with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
-        Rope(8, 1e4, "longrope", scaling, 16, 16)
+        ScaledRope(8, 1e4, "longrope", scaling, 16, 16)
 
 
 def test_a_pair_that_turns_alone_cannot_be_dynamic():
     with pytest.raises(ConfigError, match="only 2 coordinates of a head turn"):
-        Rope(2, 1e4, "dynamic", {"factor": 2.0}, 16, 16)
+        ScaledRope(2, 1e4, "dynamic", {"factor": 2.0}, 16, 16)

@@ -7,7 +7,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.find import adapter_layers
+from minilora.adapter import adapter_layers
 from minilora.cli.finetune import INTERRUPTED
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.inputs import load_general
@@ -130,7 +130,7 @@ def test_a_run_cannot_change_its_method(directory, whole, tmp_path, capsys):
 
 
 def test_a_run_that_does_not_fit_is_told_that_an_adapter_takes_less(directory, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("minilora.runs.run_memory.free_memory_bytes", lambda device: 1234)
+    monkeypatch.setattr("minilora.runs.memory.free_memory_bytes", lambda device: 1234)
     assert finetune(directory, tmp_path / "out", batch_size=1, force=None) == 1
     error = capsys.readouterr().err
     assert "--method lora brings it to" in error

@@ -8,11 +8,11 @@ import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from minilora import MiniloraError
 from minilora.models import sandbox
-from minilora.models.sandbox import Meter, Sandbox
+from minilora.models.sandbox import Metered, Sandbox
 from minilora.models.template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
@@ -39,7 +39,6 @@ ESCAPES = [
     "{{ (messages|map(attribute='__class__')|first).x }}",
     "{{ namespace(__class__=1) }}",
     "{{ namespace({'_x': 1}) }}",
-    "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
     "{{ messages.append(1) }}",
     "{{ messages.clear() }}",
     "{{ messages[0].update({}) }}",
@@ -69,6 +68,7 @@ ESCAPES = [
     "{{ [1, 2] | random }}",
 ]
 HARMLESS = [  # jinja2's sandbox writes nothing where Python's internals would be
+    "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__ }}",
     "{{ ''.__class__ }}",
     "{{ ''['__class__'] }}",
     "{{ ''|attr('__class__') }}",
@@ -116,6 +116,14 @@ BOMBS = {
         "{{ [0] * 10**8 }}",
         "{{ [[0] * 500] * 10000 }}",
     ],
+    "integers": [
+        "{% set x = ('f' * 1000000) | int(base=16) %}{{ x // 3 }}",
+        "{% set x = ('f' * 1000000) | int(base=16) %}" + forever("{% if x is even %}{% endif %}"),
+        "{% set x = ('f' * 1000000) | int(base=16) %}" + forever("{% set y = -x %}"),
+        "{% set x = 0x" + "f" * 200000 + " %}" + forever("{% if x is divisibleby(x) %}{% endif %}"),
+        "{{ 9 ** 99 }}",
+        "{{ 1 | round(10**7, 'floor') }}",
+    ],
     "powers": [
         "{{ 9 ** 99999999 }}",
         "{{ 1 | round(10**9, 'ceil') }}",
@@ -140,9 +148,11 @@ BOMBS = {
         "{{ '{x:1000000000}'.format_map({'x': 1}) }}",
         "{{ '{:١٠٠٠٠٠٠٠٠٠}'.format(1) }}",
         "{{ ('%1$s' | safe * 9000000) % messages }}",
+        "{{ ['%1000000000d'] | format(1) }}",
     ],
     "substitutions": [
         "{{ ('a' * 10000).replace('', 'b' * 10000) }}",
+        "{{ ('a' * 10000) | replace(new='b' * 10000, old='') }}",
         "{{ ('b' * 10000).join('a' * 10000) }}",
         "{{ ('a' * 10000).translate({97: 'b' * 10000}) }}",
         "{{ dict.fromkeys(range(9999), 'a' * 99999) | tojson }}",
@@ -247,25 +257,29 @@ def test_a_bomb_is_refused_in_bounded_time_and_100_megabytes(source):
         assert peak < 100e6
 
 
-def test_each_rendering_has_its_own_budget_and_a_long_conversation_a_larger_one(monkeypatch):
-    monkeypatch.setattr(sandbox, "WORK", 1000)
+def test_each_rendering_has_its_own_limit_and_a_long_conversation_a_larger_one(monkeypatch):
+    monkeypatch.setattr(sandbox, "LIMIT", 1000)
     source = "{% for m in messages %}{% for n in messages %}{{ n.content == m.content }}{% endfor %}{% endfor %}"
     chosen = ChatTemplate(source, {})
     assert len(chosen.render(USER * 50)) == 4 * 50**2
-    chosen._sandbox.meter.pay(chosen._sandbox.meter._left)
     assert chosen.render(USER) == "True"
-    monkeypatch.setattr(sandbox, "ALLOWANCE", 0)
+    monkeypatch.setattr(sandbox, "LIMIT_PER_CHARACTER", 0)
     with pytest.raises(MiniloraError, match="more work or memory"):
         chosen.render(USER * 50)
 
 
 def test_threads_do_not_pay_for_each_other():
-    meter, left = Meter(), []
-    meter.pay(10)
-    thread = threading.Thread(target=lambda: left.append(meter._left))
-    thread.start()
-    thread.join()
-    assert left == [meter._left + 10]
+    chosen, lengths = Sandbox({}, {}), []
+    chosen.start(USER)
+    other = threading.Thread(target=lambda: lengths.append(len(vars(chosen._rendering))))
+    other.start()
+    other.join()
+    assert lengths == [0]
+
+
+def test_a_long_answer_can_be_taken_apart_in_a_loop():
+    source = "{% for m in messages %}{% set x = m.content.split('</think>')[-1].strip() %}{{ x }}{% endfor %}"
+    assert render(source, [{"role": "assistant", "content": "a</think> " + "b" * 300_000}]) == "b" * 300_000
 
 
 texts = st.sampled_from(["'a'", "' b '", "'%s'", "messages[0].content", "m.role", "nothing", "'A b'"])
@@ -315,11 +329,13 @@ def outcome(template, **variables):
 def test_what_is_written_is_what_jinja2_writes(form, first, second):
     source = form.replace("A", first).replace("B", second)
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    ours = Sandbox([], {}, {})
+    ours = Sandbox({}, {}, trim_blocks=True, lstrip_blocks=True)
     try:
         expected = plain.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         with pytest.raises(type(error)):
             ours.parse(source)
         return
-    assert outcome(ours.compiled(ours.parse(source))) == outcome(expected)
+    ours.start(USER)
+    found = outcome(ours.from_string(Metered().visit(ours.parse(source))))
+    assert found == outcome(expected) or found is SecurityError

@@ -10,9 +10,9 @@ from torch import nn
 
 import minilora as ml
 from minilora import LoraConfig, ShapeError, TargetError, attach, disable_adapter, save_adapter, set_adapter
+from minilora.adapter import adapter_layers
 from minilora.adapters import serve
 from minilora.adapters.attach import delete_adapter
-from minilora.adapters.find import adapter_layers
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
 from tests.models import WHOLE, examples, four_bit, perturb_, randn, seeds, tiny_model, token_ids
 from tests.tolerance import assert_maths, assert_parity, assert_precision

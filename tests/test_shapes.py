@@ -1,4 +1,4 @@
-"""The shapes that docstrings state of functions of tensors: sizes are drawn, the function is called and compared."""
+"""What docstrings of the six pages state: their first sentence, and the shapes, for which sizes are drawn."""
 
 import inspect
 import math
@@ -10,26 +10,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora.adapters import functional
-from minilora.models import ops
-from minilora.quant import nf4
+from minilora import adapter, data, llama, lora, nf4, training
+from minilora.definition import Definition
 from tests.models import document_lengths, randn, seeds, sizes, token_ids
 
+PAGES = (adapter, data, llama, lora, nf4, training)
 FUNCTIONS = {
-    name: function
-    for module in (functional, ops, nf4)
-    for name, function in inspect.getmembers(module, inspect.isfunction)
-    if function.__module__ == module.__name__ and not name.startswith("_")
-    if any("Tensor" in str(kind) for kind in function.__annotations__.values())
-    if not any("Packed" in str(kind) for kind in function.__annotations__.values())  # its own docstring has them
+    name: getattr(member, "function", member)
+    for page in PAGES
+    for name, member in vars(page).items()
+    if (inspect.isfunction(member) or isinstance(member, Definition)) and member.__module__ == page.__name__
 }
+SHAPED = [name for name, function in FUNCTIONS.items() if re.search("Shapes:.*->", function.__doc__ or "")]
 OTHERS = {"eps": 1e-6, "scale": 0.5, "p": 0.3, "window": 3, "dtype": torch.bfloat16}
 BYTES = ("packed", "codes")  # arguments of uint8
 DIM = r"[\w/.⌈⌉]+"
 SHAPE = rf"\((?:|{DIM}(?:, {DIM})*)\)"
-ARGUMENT = rf"(\w+) (?:({SHAPE})|sum (\w+))"
+ARGUMENT = rf"(\w+) (?:({SHAPE})|sum (\w+)|\w+ numbers)"
 PART = rf"\w+ ({SHAPE})(?: (\w+))?"
 RESULT = rf"{SHAPE}|[a-z]+|{PART}(?:, {PART})*"
+
+
+def members():
+    """Functions, classes and methods of the pages that have a docstring."""
+    classes = [member for page in PAGES for member in vars(page).values() if inspect.isclass(member)]
+    own = [each for each in classes if each.__module__ in {page.__name__ for page in PAGES}]
+    methods = [
+        member for each in own for name, member in vars(each).items() if inspect.isfunction(member) and name[0] != "_"
+    ]
+    return [each for each in [*FUNCTIONS.values(), *methods] if each.__doc__]
+
+
+@pytest.mark.parametrize("member", members(), ids=lambda member: member.__qualname__)
+def test_a_docstring_begins_with_a_sentence_and_not_with_an_equation(member):
+    assert re.fullmatch(r"(?:[A-Z][a-z]+ .*|`.*` with .*)[.:]", member.__doc__.split("\n")[0])
 
 
 def read_shapes(docstring):
@@ -42,15 +56,15 @@ def read_shapes(docstring):
     >>> read_shapes("Shapes: x (N) -> codes (⌈N/2⌉) uint8, scale ()")[-1]
     [(['⌈N/2⌉'], 'uint8'), ([], '')]
     """
-    line = re.search(rf"^\s*Shapes: ({ARGUMENT}(?:, {ARGUMENT})*) -> ({RESULT})$", docstring, re.MULTILINE)
+    line = re.search(rf"^\s*Shapes: (?:{ARGUMENT}(?:, {ARGUMENT})*)? ?-> (?:{RESULT})$", docstring, re.MULTILINE)
     if line is None:
         raise ValueError(f"no readable line `Shapes:` in {docstring!r}")
-    arguments, result = line[0].split("Shapes: ")[1].split(" -> ")
+    arguments, result = line[0].split("Shapes: ")[1].split("-> ")
     shapes, sums = {}, {}
     for name, shape, total in re.findall(ARGUMENT, arguments):
         if total:
             sums[name] = total
-        else:
+        elif shape:
             shapes[name] = re.findall(DIM, shape)
     parts = re.findall(PART, result) or [(result, "")]
     return shapes, sums, [(re.findall(DIM, shape), dtype) for shape, dtype in parts]
@@ -65,6 +79,8 @@ def dimensions(draw):
     group, rest = draw(st.integers(1, 3)), draw(st.integers(0, 3))
     heads = {"K": kv_heads, "H": kv_heads * group, "R/2": half, "E": 2 * half + rest}
     letters = named | heads | {letter: sum(parts) for letter, parts in split.items()}
+    letters |= {"B": len(lengths), "T": max(lengths) + draw(st.integers(0, 2))}
+    letters["width"] = letters["T"]
     return {letter: [size] for letter, size in letters.items()} | {"...": draw(st.lists(sizes, max_size=2))}, split
 
 
@@ -75,16 +91,26 @@ def packed_dimensions(draw):
     n = math.prod(shape)
     b = math.ceil(n / 64)
     letters = {"N": shape[0], "K": shape[1], "n": n, "b": b, "⌈n/2⌉": (n + 1) // 2, "⌈b/256⌉": math.ceil(b / 256)}
-    return {letter: [size] for letter, size in letters.items()} | {"shape": shape}, {}
+    more = {"shape": shape, "...": draw(st.lists(sizes, max_size=2))}
+    return {letter: [size] for letter, size in letters.items()} | {"256": [256]} | more, {}
 
 
 def argument(name, shape, seed, V, dtype):
-    if name == "labels":
+    if name in ("labels", "input_ids"):
         return token_ids(seed, *shape, high=V)
+    if name == "seed":
+        return torch.tensor(seed)
     return token_ids(seed, *shape, high=256).byte() if name in BYTES else randn(seed, *shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+def linear(letters, is_packed, dtype):
+    """The layer that a function is given."""
+    out, inner = (letters[name][0] for name in (("N", "K") if is_packed else ("out", "in")))
+    layer = nn.Linear(inner, out).to(dtype)
+    return nf4.NF4Linear.quantize(layer.weight) if is_packed else layer
+
+
+@pytest.mark.parametrize("name", SHAPED)
 @given(data=st.data(), seed=seeds)
 def test_a_function_has_the_shapes_that_its_docstring_states(name, data, seed):
     function, is_packed = FUNCTIONS[name], FUNCTIONS[name].__module__ == nf4.__name__
@@ -94,27 +120,19 @@ def test_a_function_has_the_shapes_that_its_docstring_states(name, data, seed):
     def sizes_of(shape):
         return [size for dim in shape for size in letters[dim]]
 
-    D, V = (letters.get(letter, [1])[0] for letter in "DV")
-    others = OTHERS | {"head": nn.Linear(D, V).double(), "shape": letters.get("shape")}
+    D, V, width = (letters.get(letter, [1])[0] for letter in ("D", "V", "width"))
+    dtype = torch.float32 if is_packed else torch.float64
+    layer = linear(letters, is_packed, dtype)
+    others = OTHERS | {"head": nn.Linear(D, V).double(), "shape": letters.get("shape"), "base": layer, "layer": layer}
+    others |= {"lengths": split.get("N"), "width": width}
     arguments = {other: others[other] for other in inspect.signature(function).parameters if other in others}
     arguments |= {key: split[letter] for key, letter in sums.items()}
-    dtype = torch.float32 if is_packed else torch.float64
     arguments |= {key: argument(key, sizes_of(shape), seed, V, dtype) for key, shape in shapes.items()}
     found = function(**arguments)
-    for tensor, (shape, kind) in zip(found if isinstance(found, tuple) else [found], results, strict=True):
+    tensors = [each for each in found if isinstance(each, torch.Tensor)] if isinstance(found, tuple) else [found]
+    for tensor, (shape, kind) in zip(tensors, results, strict=True):
         assert list(tensor.shape) == sizes_of(shape)
         assert not kind or str(tensor.dtype) == f"torch.{kind}"
-
-
-@given(packed_dimensions(), seeds)
-def test_a_packed_weight_has_the_shapes_that_its_docstring_states(case, seed):
-    letters, _ = case
-    stated = re.search(rf"Shapes: ({PART}(?:, {PART})*)$", nf4.Packed.__doc__, re.MULTILINE)
-    shapes = re.findall(rf"(\w+) ({SHAPE})", stated[0])
-    parts = nf4.pack(randn(seed, *letters["shape"], dtype=torch.float32))._asdict()
-    assert {name: list(part.shape) for name, part in parts.items()} == {
-        name: [size for dim in re.findall(DIM, shape) for size in letters[dim]] for name, shape in shapes
-    }
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 
 import minilora as ml
-from minilora.quant.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 from tests.models import randn, randomize_adapters_
 from tests.tolerance import assert_parity
 

@@ -1,7 +1,6 @@
-"""Starting: the public names come when they are used, and whoever only asks for help does not wait for PyTorch."""
+"""Starting: help pages, and the public names, which are imported when they are used."""
 
 import copy
-import importlib
 import json
 import pickle
 import subprocess
@@ -11,32 +10,14 @@ import pytest
 
 import minilora as ml
 from minilora import public
-from minilora.cli.commands import COMMANDS
+from minilora.cli import COMMANDS, command_parser, main
 
-HEAVY = ("torch", "numpy", "tokenizers", "jinja2", "huggingface_hub", "matplotlib")
-LIGHT = ("errors", "settings", "storage", "hub", "lora.combine_config", "train.rows", "cli.picture")
-HELP = [["--help"], [], ["--version"], *([command.name, "--help"] for command in COMMANDS)]
-WRONG = [["finetune", "--lora-q", "3"], ["eval"], ["generate", "--seed", "x"], ["what"]]
-# Prints a JSON line for each module and each command line; the last entry is the heavy packages imported by then.
-BEFORE_PYTORCH = f"""
-import contextlib, importlib, io, json, sys
-def tell(*found):
-    print(json.dumps([*found, [name for name in {HEAVY} if name in sys.modules]]))
-import minilora
-minilora.__version__, minilora.__doc__, minilora.__path__
-tell("minilora")
-modules, lines = json.loads(sys.argv[1])
-for name in modules:
-    importlib.import_module("minilora." + name)
-    tell(name)
+NO_PYTORCH = """
+import contextlib, sys
 from minilora.cli import main
-for words in lines:
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
-        try:
-            status = main(words)
-        except SystemExit as end:
-            status = end.code
-    tell(words, status, printed.getvalue())
+with contextlib.suppress(SystemExit):
+    main(sys.argv[1:])
+print([name for name in ("torch", "numpy", "tokenizers", "jinja2") if name in sys.modules])
 """
 TRAIN = "import minilora\n{}\nfrom minilora import train\nprint(minilora.train is train, train)"
 NAME = "import minilora\nprint(minilora.{})"
@@ -52,7 +33,7 @@ IMPORTS = [  # of each kind some: Python, and how what it prints begins
     ],
     [
         (NAME.format(name), f"<class 'minilora.{name}'>")
-        for name in ("models.llama.Llama", "errors.ConfigError", "adapters.layers.AdapterLinear")
+        for name in ("llama.Llama", "errors.ConfigError", "adapters.layers.AdapterConv")
     ],
     [
         (AGAIN.format(again), "<function train")
@@ -78,20 +59,20 @@ def python(code, *words):
 # --- what does not need PyTorch ---
 
 
-def test_help_a_wrong_command_line_and_what_only_names_things_import_no_torch():
-    told = [json.loads(line) for line in python(BEFORE_PYTORCH, json.dumps([LIGHT, [*HELP, *WRONG]]))]
-    assert [what for what, *_, heavy in told if heavy] == []
-    printed = told[1 + len(LIGHT) :]
-    assert [(words, status) for words, status, _, _ in printed] == [
-        *((words, 0) for words in HELP),
-        *((words, 2) for words in WRONG),
-    ]
-    assert all("minilora" in text for _, _, text, _ in printed[: len(HELP)])
+@pytest.mark.parametrize("words", [["--help"], [], ["--version"], ["what"]])
+def test_the_list_of_commands_the_version_and_a_wrong_command_import_no_torch(words):
+    assert python(NO_PYTORCH, *words)[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_every_command_has_a_module_that_carries_it_out(command):
-    assert callable(importlib.import_module(f"minilora.cli.{command.module or command.name}").run)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help_page_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert printed.startswith(f"usage: minilora {name}")
+    assert f"\n\nExample:\n  minilora {name}" in printed
+    assert max(map(len, command_parser(name).description.splitlines())) < 80
 
 
 # --- the public names ---

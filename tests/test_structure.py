@@ -1,6 +1,8 @@
-"""The project as a whole: who may import whom, what the README says of the tree, and what must never appear."""
+"""The project as a whole: who may import whom, what its pages say of its files, and what must never appear."""
 
 import ast
+import graphlib
+import json
 import re
 import subprocess
 import sys
@@ -9,38 +11,36 @@ from pathlib import Path
 import pytest
 
 import minilora
+from scripts import mutants
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minilora"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-CORE = (
-    *("adapters/functional", "adapters/layers", "adapters/attach", "quant/nf4", "quant/linear"),
-    *("models/ops", "models/attention", "models/llama", "runs/loop"),
-)
+PAGES = ("nf4", "lora", "llama", "adapter", "data", "training")  # the order in which they may import each other
+PAGES_LINES = 1300  # of all six, at most
+ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 
-# part -> what it may import of minilora, besides `errors` and `definition`. The first row that fits a module holds.
-BELOW = (
-    "storage",
-    "tiles",
-    "quant/",
-    "models/",
-    "adapters/",
-    "runs/",
-    "tools/",
-    "cli/",
-)  # each imports those before it
+# part, a folder or file -> the parts that it may import besides itself, `errors` and `definition`
 MAY_IMPORT = {
-    "errors": (),
-    "storage": (),
-    "tiles": (),
-    "testing/reference": (),
-    "testing/": ("testing/",),
-    "__main__": ("cli",),
-    "public": BELOW[:-1],
-    "__init__": (),
-    **{part: BELOW[: i + 1] for i, part in enumerate(BELOW)},
+    **dict.fromkeys(("errors", "definition", "storage", "testing/", "__init__"), ()),
+    **{page: PAGES[:i] for i, page in enumerate(PAGES)},
+    "kernel/": PAGES,  # which `public` alone imports
+    "runs/memory": ("storage", *PAGES, "kernel/", "models/", "adapters/", "runs/"),  # counts what kernels keep
+    **{room: ("storage", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
+    "public": (*PAGES, *ROOMS[:-1], "kernel/"),
+    "__main__": ("cli/",),
 }
+FIRST_IMPORTS = """
+import importlib, json, sys
+for module in json.loads(sys.argv[1]):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "minilora"]:
+        del sys.modules[name]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(module, error)
+"""
 
 
 def imported(path):
@@ -60,18 +60,39 @@ def imported(path):
             yield from (alias.name for alias in node.names)
 
 
-def of_minilora(path):
-    names = {
-        name.removeprefix("minilora.").replace(".", "/") for name in imported(path) if name.startswith("minilora.")
-    }
-    return {name for name in names if name in MODULES}
+def of_minilora(module):
+    """The modules of minilora that one of them imports."""
+    names = {name.removeprefix("minilora.").replace(".", "/") for name in imported(MODULES[module])}
+    return {found for name in names for found in (name, f"{name}/__init__") if found in MODULES} - {module}
 
 
-@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.stat().st_size])
+def part_of(module):
+    folder, slash, _ = module.partition("/")
+    return folder + slash
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_part_imports_only_what_the_design_allows(module):
-    allowed = next(allowed for part, allowed in MAY_IMPORT.items() if module.startswith(part))
-    wrong = {name for name in of_minilora(MODULES[module]) if name != "errors" and not name.startswith(tuple(allowed))}
-    assert not wrong, f"minilora/{module}.py imports {sorted(wrong)}"
+    part = part_of(module)
+    allowed = {part, "errors", "definition", *MAY_IMPORT.get(module, MAY_IMPORT[part])}
+    assert not {name for name in of_minilora(module) if part_of(name) not in allowed}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graphlib.TopologicalSorter({module: of_minilora(module) for module in MODULES}).prepare()  # CycleError names them
+
+
+def test_every_module_can_be_the_first_that_is_imported():
+    names = [f"minilora.{module}".replace("/", ".").removesuffix(".__init__") for module in MODULES]
+    names.remove("minilora.__main__")  # which runs
+    command = [sys.executable, "-c", FIRST_IMPORTS, json.dumps(names)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout == ""
+
+
+def test_the_six_pages_are_read_in_an_afternoon():
+    lines = {page: len(MODULES[page].read_text(encoding="utf-8").splitlines()) for page in PAGES}
+    assert sum(lines.values()) <= PAGES_LINES, lines
 
 
 @pytest.mark.parametrize("module", ["testing/reference", "testing/reference_nf4"])
@@ -91,23 +112,38 @@ def test_nothing_is_pickled_evaluated_or_run_by_a_shell():
         assert not forbidden.search(path.read_text(encoding="utf-8").replace("Nothing is pickled", "")), module
 
 
+def tree(page):
+    """The paths below minilora/ in the tree of a page, and its folders at the top."""
+    block = page.partition("\nminilora/")[2].partition("```")[0]
+    folders, found = ["minilora/"], []
+    for indent, name in re.findall(r"^( *)([\w.]+/?) +\S", block, flags=re.MULTILINE):
+        folders[len(indent) // 2 :] = [name]
+        found.append("".join(folders))
+    return found
+
+
 def test_the_page_of_architecture_names_every_file_of_the_package_and_no_other():
-    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
-    named, folder = set(), ""
-    for indent, name in re.findall(r"^( *)(\w+(?:/|\.py)) +\S", tree, flags=re.MULTILINE):
-        folder = "" if len(indent) <= 2 else folder
-        if name.endswith("/"):
-            folder = name
-        else:
-            named.add(folder + name)
-    assert named == {f"{name}.py" for name, path in MODULES.items() if path.stat().st_size}
+    named = tree((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    written = {f"minilora/{name}.py" for name, path in MODULES.items() if path.stat().st_size}
+    assert sorted(name for name in named if name.endswith(".py")) == sorted(written)
+    assert {name for name in named if name.endswith("/")} == folders_of_the_package()
 
 
-def test_the_readme_counts_the_core_path():
-    lines = sum(len(MODULES[name].read_text(encoding="utf-8").splitlines()) for name in CORE)
-    stated = int(re.search(r"about ([\d,]+) lines", README)[1].replace(",", ""))
-    assert abs(stated - lines) <= 50, f"the core path has {lines} lines"
-    assert all(f"`{name}`" in README for name in CORE)
+def test_the_readme_names_the_six_pages_and_the_folders():
+    named = tree(README.partition("## The tree")[2])
+    own = [name for name in named if name.startswith("minilora/")]
+    assert set(own) == {f"minilora/{page}.py" for page in PAGES} | folders_of_the_package()
+    assert all((ROOT / name).is_dir() for name in set(named) - set(own))
+
+
+def folders_of_the_package():
+    return {f"minilora/{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+
+
+def test_the_script_of_mutants_names_the_core_and_tests_that_there_are():
+    kernels = {name for name in MODULES if name.startswith("kernel/") and not name.endswith("/__init__")}
+    assert set(mutants.CORE) == {*PAGES, *kernels}
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in mutants.TESTS)
 
 
 def test_using_minilora_imports_no_template_engine_no_tokenizer_and_no_command_line():

@@ -7,7 +7,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.find import adapter_layers
+from minilora.adapters.dropout import SeededDropout
 from minilora.runs import threads
 from minilora.runs.threads import MAX_PARAMETERS, MAX_SECONDS, choose_threads
 from tests.models import tiny_model
@@ -41,7 +41,7 @@ def test_the_faster_number_of_threads_is_set_and_the_model_is_left_as_it_was(sec
     assert choose_threads(model, random_rows(0, 4), ml.TrainConfig()) == torch.get_num_threads() == faster
     assert not model.training
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in trained(model).items())
-    assert not any(layer.dropout_seeds for layer in adapter_layers(model).values())
+    assert not any(isinstance(module, SeededDropout) for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -8,9 +8,11 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, ShapeError, TargetError
+from minilora.adapter import adapter_layers
 from minilora.adapters.combine_config import CombineConfig
-from minilora.adapters.find import adapter_layers, places_of
+from minilora.adapters.find import places_of
 from minilora.adapters.weighted import combine_adapters, config_of
+from minilora.lora import lora_delta
 from tests.adapters import many_kinds
 from tests.models import four_bit, randn, seeds, tiny_model
 from tests.tolerance import assert_maths
@@ -23,7 +25,7 @@ def add(model, name, seed=1, **config):
     """An adapter with random numbers; a start stays what it is."""
     ml.attach(model, ml.LoraConfig(**{"r": 2, "lora_alpha": 14, **config}), name, seed=seed, dtype=torch.float64)
     for i, layer in enumerate(layer for layer in adapter_layers(model).values() if name in layer.configs):
-        for j, parameter in enumerate(layer.trained(name)):
+        for j, parameter in enumerate(layer.own_parameters(name)):
             with torch.no_grad():
                 parameter.copy_(randn(seed + 7 * i + j, *parameter.shape))
 
@@ -107,7 +109,7 @@ def test_the_config_of_the_sum_says_scale_1_for_every_module():
 
 def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
     ranks = {"q": 2, "block.q": 5, "block.block.q": 3}
-    config = config_of({path: ml.lora.combine.Factors(randn(0, r, 3), randn(0, 3, r)) for path, r in ranks.items()})
+    config = config_of({path: ml.adapters.combine.Factors(randn(0, r, 3), randn(0, 3, r)) for path, r in ranks.items()})
     assert {path: config.rank(path) for path in ranks} == {path: config.alpha(path) for path in ranks} == ranks
     assert config.task_type == "CAUSAL_LM"
 
@@ -145,4 +147,5 @@ def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_p
     add(model, "first", target_modules=("0",))
     combine_adapters(model, {"first": 2.0}, "second")
     adapters = places_of(model, "second")["0"].adapters
-    assert_maths(adapters["second"].delta(torch.float64), 2 * adapters["first"].delta(torch.float64))
+    first, second = (lora_delta(*adapters[name].factors(), adapters[name].scale) for name in ("first", "second"))
+    assert_maths(second, 2 * first)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minilora as ml
-from minilora.models.ops import IGNORE_INDEX
-from minilora.runs.data import encode_row
+from minilora.data import IGNORE_INDEX
+from minilora.runs.data import encode_rows
 from minilora.runs.rows import Row
 
 BOS, EOS, OPEN, CLOSE = "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"
@@ -97,7 +97,7 @@ def conversation(turns, system=None):
 
 def encoded(fields, tokenizer, train_on="completion", source="", **options):
     """The example of a row with these fields."""
-    return encode_row(Row(fields, source), tokenizer, ml.DataConfig(train_on=train_on, **options))
+    return encode_rows([Row(fields, source)], tokenizer, ml.DataConfig(train_on=train_on, **options))[0]
 
 
 def learned(example):

@@ -8,7 +8,7 @@ import shutil
 import torch
 
 import minilora as ml
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX
 from tests.models import randomize_adapters_, tiny_model
 from tests.tolerance import MATHS, relative
 

@@ -2,7 +2,7 @@
 
     ΔW = Σᵢ wᵢ·sᵢ·Bᵢ Aᵢ,    A (r, in),  B (out, r),  sᵢ the scale of adapter i,  wᵢ the weight that the user gives it
 
-What comes out has scale 1: as a file it says alpha = r without rsLoRA, whatever the scales of what went in.
+The result has scale 1, in a file alpha = r without rsLoRA, whatever the scales of the adapters.
 
     R  sum of the ranks, or the rank asked for    σ  singular values of ΔW, largest first
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from minilora.adapters.combine_config import EXACT, CombineConfig
 from minilora.adapters.config import HEADS, LoraConfig, Task
-from minilora.adapters.functional import lora_delta
 from minilora.errors import ConfigError, ShapeError, TrainingError
+from minilora.lora import lora_delta
 
 NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them do not add
     "use_dora": "m/‖W + ΔW‖ multiplies the whole weight, so it is no sum of updates",
@@ -39,7 +39,7 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them do not 
 
 
 class Factors(NamedTuple):
-    """What an adapter has on one module: ΔW = scale · lora_B lora_A.
+    """The factors of an adapter at one module: ΔW = scale · lora_B lora_A.
 
     Shapes: lora_A (r, in), lora_B (out, r); of a convolution (r, in, k, …), (out, r, 1, …)
     """
@@ -50,7 +50,7 @@ class Factors(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A ΔW of low rank that stands for another one: what of it is lost, ‖ΔW - B A‖², of how much, ‖ΔW‖²."""
+    """A low-rank approximation B A of ΔW, with the error ‖ΔW - B A‖² and the total ‖ΔW‖²."""
 
     factors: Factors
     lost: float
@@ -60,9 +60,9 @@ class Cut(NamedTuple):
 def combine(
     adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float], config: CombineConfig | None = None
 ) -> dict[str, Cut]:
-    """One adapter out of several, module by module (path -> factors); a module is that of those that have it.
+    """Combine adapters (path -> factors) into one, module by module; a module combines the adapters that have it.
 
-    A weight of -1 takes an adapter away. Results are in the adapters' dtype, float32 at least.
+    A weight of -1 subtracts an adapter. Results are in the adapters' dtype, float32 at least.
 
     Raises:
         ConfigError: there are no adapters, or not as many weights, or one is not finite, or what comes of it.
@@ -86,7 +86,7 @@ def combine(
 def _combine(
     parts: Sequence[Factors], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
 ) -> Cut:
-    """One module's adapters as one."""
+    """Combine the adapters of one module."""
     tails = [factor.shape[2:] for factor in parts[0][:2]]
     flat = [Factors(A.flatten(1), B.flatten(1), s) for A, B, s in parts]
     largest = None if config.svd_energy else max(part.lora_A.size(0) for part in parts)
@@ -120,9 +120,9 @@ def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def compress(factors: Factors, rank: int | None = None, energy: float | None = None) -> Cut:
-    """`best_factors` of s·B A, which is never formed: B = Q R and Aᵀ = Q′ R′ make it Q (s·R R′ᵀ) Q′ᵀ.
+    """Compute `best_factors` of s·B A without forming it: B = Q R and Aᵀ = Q′ R′ make it Q (s·R R′ᵀ) Q′ᵀ.
 
-    Q and Q′ turn without stretching, so the singular values are those of the small matrix between them, (R, R).
+    Q and Q′ have orthonormal columns, so the singular values are those of the small matrix between them, (R, R).
     """
     turn_out, right_B = torch.linalg.qr(factors.lora_B)
     turn_in, right_A = torch.linalg.qr(factors.lora_A.T)
@@ -131,7 +131,7 @@ def compress(factors: Factors, rank: int | None = None, energy: float | None = N
 
 
 def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = None) -> Cut:
-    """B A nearest to ΔW = U diag(σ) Vᵀ of all of a rank: B = U √σ, A = √σ Vᵀ, the largest σ only  [EY].
+    """Return the best approximation B A of a rank to ΔW = U diag(σ) Vᵀ: B = U √σ, A = √σ Vᵀ of the largest σ  [EY].
 
     The rank is at most `rank`, and the least that keeps the share `energy` of Σσ² = ‖ΔW‖²; it is 1 at least.
     σ is shared between both, or one of them would be much larger than the other.
@@ -177,7 +177,7 @@ def mix(
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """The ⌊density·n⌋ numbers of the largest magnitude; the others 0  [TIES alg. 1]."""
+    """Keep the ⌊density·n⌋ numbers of largest magnitude and set the others to 0  [TIES alg. 1]."""
     flat = tensor.flatten()
     chosen = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy(0, chosen, flat[chosen]).view_as(tensor)

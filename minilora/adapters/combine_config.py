@@ -6,9 +6,9 @@ A (r, in),  B (out, r),  s the scale of an adapter,  w the weight that the user 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, check_types
 
 CombinationType = Literal[
     "cat",
@@ -42,7 +42,8 @@ class CombineConfig:
     formed one module at a time, and cut.
 
     Raises:
-        ConfigError: a value that cannot work or has no effect; all of them in one message.
+        ConfigError: values of the wrong type, or else values that cannot work or have no effect; all of them in one
+            message.
     """
 
     combination_type: CombinationType = field(
@@ -64,11 +65,8 @@ class CombineConfig:
     seed: int = field(default=0, metadata={"help": "of what dare drops"})
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         bad = []
-        if self.combination_type not in get_args(CombinationType):
-            raise ConfigError(
-                f"combination_type is {self.combination_type!r}, accepted are {list(get_args(CombinationType))}"
-            )
         for name in ("svd_rank", "svd_energy"):
             if getattr(self, name) is not None and not self.is_cut:
                 bad.append(f"{name}: without effect; {self.combination_type!r} cuts nothing, give a type in svd")
@@ -81,8 +79,6 @@ class CombineConfig:
                 bad.append(f"{name} is {value!r}, need a number above 0, at most 1")
         if not 0 <= self.seed < 2**63:
             bad.append(f"seed is {self.seed!r}, need a whole number from 0 to below 2⁶³")
-        if self.majority_sign_method not in ("total", "frequency"):
-            bad.append(f"majority_sign_method is {self.majority_sign_method!r}, accepted are 'total' and 'frequency'")
         if bad:
             raise ConfigError("CombineConfig: " + "; ".join(bad))
 

@@ -1,4 +1,4 @@
-"""What to adapt and how: `LoraConfig`, with PEFT's field names, and which modules it means.
+"""`LoraConfig`, with PEFT's field names, and which modules of a model it matches.
 
 Names are matched as PEFT 0.21 does (`check_target_module_exists`), but for three things that are wrong there: an entry
 that matches nothing is an error even if another one matches, `layers_to_transform` also holds for modules named in
@@ -12,9 +12,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError
+from minilora.errors import ConfigError, TargetError, check_types
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -24,7 +24,8 @@ HEADS = {  # what transformers calls the heads of these models; they start at ra
 }
 TASK_HELP = "what the model is for: to write text, or to give a class to texts (SEQ_CLS) or to words (TOKEN_CLS)"
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
-NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
+NAMES = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
 RANDOMIZED = r"pissa_niter_\d+"  # and the number of its power iterations
 RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class LoraConfig:
     """How a model is adapted. Field names and meanings are PEFT's.
 
     Raises:
-        ConfigError: a value that cannot work; all of them in one message.
+        ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
     r: int = field(default=16, metadata={"help": "rank of the update", "example": "8"})
@@ -70,7 +71,7 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = field(
         default=(), metadata={"help": "modules to train in full and to save with the adapter"}
     )
-    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] | None = field(
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = field(
         default=None, metadata={"help": "tokens whose embeddings are trained: ids, or JSON of module names and ids"}
     )
     target_parameters: tuple[str, ...] = field(
@@ -79,53 +80,30 @@ class LoraConfig:
     task_type: Task | None = field(default=None, metadata={"help": TASK_HELP})
 
     def __post_init__(self) -> None:
-        if bad := self._strange():
-            raise ConfigError("LoraConfig: " + "; ".join(bad))
         for name in NAMES:
-            value = getattr(self, name)
-            if name in NAMES[2:] and isinstance(value, str):  # which is no regular expression
-                value = (value,) if value else ()
-            if not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value or ()))
-        tokens = self.trainable_token_indices
-        if isinstance(tokens, list):
-            object.__setattr__(self, "trainable_token_indices", tuple(tokens))
-        elif isinstance(tokens, Mapping) and all(isinstance(ids, list) for ids in tokens.values()):
-            object.__setattr__(self, "trainable_token_indices", {name: tuple(ids) for name, ids in tokens.items()})
-        layers = self.layers_to_transform
-        layers = (layers,) if isinstance(layers, int) else tuple(layers or ())
-        object.__setattr__(self, "layers_to_transform", layers or None)
+            value = getattr(self, name) or ()
+            is_name = isinstance(value, str) and name not in PATTERNS
+            object.__setattr__(self, name, (value,) if is_name else _as_tuple(value))
+        layers, tokens = self.layers_to_transform, self.trainable_token_indices
+        layers = (layers,) if isinstance(layers, int) else _as_tuple(layers) or None
+        object.__setattr__(self, "layers_to_transform", layers)
+        if isinstance(tokens, Mapping):
+            tokens = {name: _as_tuple(ids) for name, ids in tokens.items()}
+        object.__setattr__(self, "trainable_token_indices", _as_tuple(tokens))
+        check_types(LoraConfig, vars(self))
         if bad := self._problems():
             raise ConfigError("LoraConfig: " + "; ".join(bad))
-
-    def _strange(self) -> list[str]:
-        """Fields that hold no names, numbers or patterns at all."""
-        bad = []
-        for name in NAMES:
-            if not isinstance(value := getattr(self, name) or (), str) and not _are(str, value):
-                bad.append(f"{name} is {value!r}, need names")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(value := getattr(self, name), Mapping) or not _are(str, tuple(value)):
-                bad.append(f"{name} is {value!r}, need names of modules, each with a number")
-        layers = self.layers_to_transform
-        if layers is not None and not _are(int, (layers,) if isinstance(layers, int) else layers):
-            bad.append(f"layers_to_transform is {layers!r}, need numbers of layers")
-        return bad
 
     def _problems(self) -> list[str]:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
         alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         need = "need a whole number of at least 1, below 2³¹"
-        bad = [f"{name} is {r!r}, {need}" for name, r in ranks.items() if not _is_rank(r)]
-        bad += [f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not _is_positive(a)]
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+        bad = [f"{name} is {r!r}, {need}" for name, r in ranks.items() if not 1 <= r < 2**31]
+        bad += [
+            f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not 0 < a <= sys.float_info.max
+        ]
+        if not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
-        for name in ("use_rslora", "use_dora", "lora_bias"):
-            if not isinstance(getattr(self, name), bool):
-                bad.append(f"{name} is {getattr(self, name)!r}, need true or false")
-        for name, accepted in (("bias", get_args(Bias)), ("task_type", (*get_args(Task), None))):
-            if getattr(self, name) not in accepted:
-                bad.append(f"{name} is {getattr(self, name)!r}, accepted are {list(accepted)}")
         init = self.init_lora_weights
         if init not in INITS and not (isinstance(init, str) and re.fullmatch(RANDOMIZED, init)):
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}")
@@ -150,17 +128,17 @@ class LoraConfig:
 
     @property
     def vocabulary(self) -> int:
-        """How many rows an embedding needs for `trainable_token_indices`; 0 if there are none."""
+        """Return how many rows an embedding needs for `trainable_token_indices`; 0 if there are none."""
         wanted = self.trainable_token_indices or ()
         lists = wanted.values() if isinstance(wanted, Mapping) else (wanted,)
         return max((token + 1 for ids in lists for token in ids), default=0)
 
     def rank(self, path: str) -> int:
-        """r of one module: the first key of `rank_pattern` that matches its path, else `r`."""
+        """Return r of one module: that of the first key of `rank_pattern` that matches its path, else `r`."""
         return _first_match(self.rank_pattern, path, self.r)
 
     def alpha(self, path: str) -> float:
-        """α of one module, likewise."""
+        """Return α of one module, from `alpha_pattern` likewise."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
 
@@ -171,14 +149,14 @@ def select_targets(
     others: Sequence[str] = (),
     parameters: Sequence[str] = (),
 ) -> list[str]:
-    """Those of a model's modules that `config` means to adapt.
+    """Return the paths of the modules that `config` adapts.
 
     Args:
-        linears: paths of what "all-linear" means, such as "model.layers.0.self_attn.q_proj".
+        linears: paths that "all-linear" stands for, such as "model.layers.0.self_attn.q_proj".
         config: the names.
         head: the output head's path, which "all-linear" leaves alone.
-        others: paths of what must be named to be adapted: embeddings and convolutions.
-        parameters: those that `select_parameters` chose. Patterns mean them, too.
+        others: paths of modules that are adapted only if named: embeddings and convolutions.
+        parameters: the result of `select_parameters`; patterns match these, too.
 
     Raises:
         TargetError: nothing matches, or an entry of `target_modules`, `exclude_modules`, `layers_to_transform`,
@@ -203,10 +181,9 @@ def select_targets(
 
 
 def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
-    """Those of all of a model's modules (paths) that are trained in full, and none that is a part of another.
+    """Return the paths of the modules that are trained in full; none lies in another.
 
-    They are those of `modules_to_save`, and the head of a classifier, which starts at random: if `task_type` says that
-    the model is one, its head need not be named, and PEFT names them all.
+    They are those of `modules_to_save` and, if `task_type` is a classifier's, its head, which starts at random.
 
     Raises:
         TargetError: another entry of `modules_to_save` matches nothing; the message lists what there is.
@@ -219,7 +196,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
 
 
 def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
-    """Those of a model's parameters (full names) that `target_parameters` means: the name, or its end after a dot.
+    """Return the parameters (full names) that `target_parameters` matches: by name, or by its end after a dot.
 
     Raises:
         TargetError: an entry matches nothing; the message lists what there is.
@@ -231,24 +208,24 @@ def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
 
 
 def is_general(config: LoraConfig) -> bool:
-    """Does it mean all linears, without naming them?"""
+    """Return whether `target_modules` is "all-linear"."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
 def is_target(path: str, config: LoraConfig) -> bool:
-    """Does `config` mean this module by its name?"""
+    """Return whether `config` adapts this module by its name."""
     return matches(config.target_modules, path) and _is_in_layers(path, config) and not _is_left_out(path, config)
 
 
 def matches(entries: str | Sequence[str], path: str) -> bool:
-    """A string is a regular expression for the whole path; a list holds paths, or what they end in after a dot."""
+    """Match a path: a string is a regular expression for all of it; a list holds paths, or their ends after a dot."""
     if isinstance(entries, str):
         return bool(entries) and re.fullmatch(entries, path) is not None
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
 def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
-    """One phrase for each entry of the config that names nothing."""
+    """Return a message for each entry of the config that matches nothing."""
     found = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
@@ -267,7 +244,7 @@ def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) 
 
 
 def _nowhere(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
-    """The entries that match none of the paths; a regular expression is one entry."""
+    """Return the entries that match none of the paths; a regular expression is one entry."""
     if isinstance(entries, str):
         return [entries] if entries and not any(matches(entries, path) for path in paths) else []
     return [entry for entry in entries if not any(matches((entry,), path) for path in paths)]
@@ -282,7 +259,7 @@ def _is_left_out(path: str, config: LoraConfig) -> bool:
 
 
 def _is_saved(path: str, config: LoraConfig) -> bool:
-    """Is it in `modules_to_save` or in a classifier's head, or in a module below one that is?"""
+    """Return whether a path lies in `modules_to_save` or in a classifier's head."""
     return any(f".{name}." in f".{path}." for name in config.modules_to_save + _heads(config))
 
 
@@ -291,7 +268,7 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
 
 
 def _does_more(config: LoraConfig) -> bool:
-    """Is there something to train without any module adapted?"""
+    """Return whether something else than low-rank adapters of modules is trained."""
     return bool(config.target_parameters or config.modules_to_save or config.trainable_token_indices)
 
 
@@ -316,26 +293,10 @@ def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     return next((value for key, value in pattern.items() if _is_key(key, path)), default)
 
 
-def _are_tokens(value: object) -> bool:
+def _are_tokens(value: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> bool:
     lists = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
-    return all(
-        isinstance(ids, list | tuple)
-        and ids
-        and len(set(map(str, ids))) == len(ids)
-        and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
-        for ids in lists
-    )
+    return all(ids and len(set(ids)) == len(ids) and min(ids) >= 0 for ids in lists)
 
 
-def _are(kind: type, values: object) -> bool:
-    if not isinstance(values, list | tuple | set | frozenset):
-        return False
-    return all(isinstance(each, kind) and not isinstance(each, bool) for each in values)
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | set | frozenset) else value

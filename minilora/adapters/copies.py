@@ -5,35 +5,31 @@ Each adapter has a copy; the base stays what it was, and acts where no adapter d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapters.adapted import Adapted, innermost, twin
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.find import get_base_layer, shallow_copy
+from minilora.lora import AdapterWrapper
 
 
-class TrainedCopy(Adapted):
+class TrainedCopy(AdapterWrapper):
     """A module, or the active adapter's copy of it (final).
 
     A copy has own parameters, which are trained and saved, and shares the others with the base.
     """
 
-    def add(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Hold a copy with these parameters of its own, by their names in the module."""
-        self.hold(name, config, twin(innermost(self.base), tensors))
-
     def current(self) -> nn.Module:
         return self.adapters[self.active[-1]] if self.active else self.base
 
-    def rivals(self, names: Sequence[str]) -> list[str]:
-        inner = self.base.configs if isinstance(self.base, Adapted) else {}
+    def conflicting_adapters(self, names: Sequence[str]) -> list[str]:
+        inner = self.base.configs if isinstance(self.base, AdapterWrapper) else {}
         here = [name for name in names if name in self.configs]
         return here + [name for name in names if name in inner] if here else []
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def peft_tensors(self, name: str) -> dict[str, Tensor]:
         shared = {id(parameter) for parameter in self.base.parameters()}
         return {key: p for key, p in self.adapters[name].named_parameters() if id(p) not in shared}
 
@@ -52,8 +48,8 @@ class TrainedCopy(Adapted):
         return functional_call(self.adapters[name], self._as_in_base(name), args, kwargs)
 
     def _as_in_base(self, name: str) -> dict[str, Tensor]:
-        base = innermost(self.base)
-        return {key: own.to(base.get_parameter(key).dtype) for key, own in self.tensors(name).items()}
+        base = get_base_layer(self.base)
+        return {key: own.to(base.get_parameter(key).dtype) for key, own in self.peft_tensors(name).items()}
 
     def merged(self) -> nn.Module:
-        return twin(self.current(), self._as_in_base(self.active[-1]))
+        return shallow_copy(self.current(), self._as_in_base(self.active[-1]))

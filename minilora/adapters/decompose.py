@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, TrainingError
-from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import Layout, pack
+from minilora.nf4 import Layout, NF4Linear, pack
 
 OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 
@@ -63,30 +62,24 @@ def loftq_factors(
     weight: Tensor,
     r: int,
     scale: float,
-    iterations: int = 1,
     bias: Tensor | None = None,
     double_quant: bool = True,
 ) -> tuple[Tensor, Tensor, NF4Linear]:
     """A, B and the base Q in four bits, such that Q + s·B A is near W  [LoftQ alg. 1].
 
-    In turns, Q = nf4(W - s·B A), first with B A = 0, and s·B A = the best of rank r for W - Q. The second step ends it,
-    so the error is what rank r cannot say of W - Q, Q as the layer computes with it. One turn is what PEFT does.
+    Q = nf4(W), then s·B A = the best approximation of rank r to W - Q, where Q is what the layer computes with. The
+    paper may repeat both steps; like PEFT, this takes them once.
 
     Shapes: weight (out, in), bias (out) -> (r, in), (out, r)
     Dtype: float32, or the weight's if it is wider; the base computes in that of the weight
     Raises:
-        ConfigError: W has no rank of r, or there is no iteration.
+        ConfigError: W has no rank of r.
         TrainingError: a weight is not finite.
     """
     check_rank("loftq", weight.shape, r)
-    if iterations < 1:
-        raise ConfigError(f"loftq needs at least one iteration, found {iterations}")
-    W = rest = wide(weight)
-    layout = Layout((W.size(0), W.size(1)), weight.dtype)
-    for _ in range(iterations):
-        base = NF4Linear(pack(rest, double_quant), layout, bias, weight.dtype)
-        lora_A, lora_B = balanced(*torch.linalg.svd(W - dense_weight(base), full_matrices=False), r=r, scale=scale)
-        rest = W - scale * (lora_B @ lora_A)
+    W = wide(weight)
+    base = NF4Linear(pack(W, double_quant), Layout((W.size(0), W.size(1)), weight.dtype), bias, weight.dtype)
+    lora_A, lora_B = balanced(*torch.linalg.svd(W - base.weight, full_matrices=False), r=r, scale=scale)
     return lora_A, lora_B, base
 
 

@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.adapters.adapted import Adapted
-from minilora.adapters.attach import place
-from minilora.adapters.bases import AdapterConv1D
-from minilora.adapters.classes import labels_in_metadata
+from minilora.adapter import base_modules
+from minilora.adapters.attach import inject_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.find import base_held, base_modules, places_of
-from minilora.adapters.layers import AdapterLayer
+from minilora.adapters.find import base_held, places_of
+from minilora.adapters.layers import AdapterConv1D
 from minilora.adapters.layout import (
     CONFIG_FILE,
     PEFT_DEFAULTS,
@@ -31,14 +29,17 @@ from minilora.adapters.layout import (
     named,
 )
 from minilora.adapters.parameters import AdapterParameters
-from minilora.adapters.stored import read_adapter, stored_parts
-from minilora.errors import TargetError
+from minilora.adapters.parts import StartedAdapter
+from minilora.adapters.stored import read_adapter, stored_specs
+from minilora.errors import FormatError, TargetError, check_types
+from minilora.lora import AdapterLinear, AdapterWrapper
+from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, unpinned, with_revision
 from minilora.models.quantization import shortest_names
-from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS
+from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
-BASE = "base_quantization"  # in the metadata of the weights' file
+BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -52,18 +53,21 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     Raises:
         TargetError: the model has no adapter of that name.
     """
+    check_types(save_adapter, locals())
     layers = places_of(model, name)
     if not layers:
         raise TargetError(f"the model has no adapter {name!r} to save")
     tensors = {
         f"{PREFIX}{where}.{key}": tensor
         for where, layer in layers.items()
-        for key, tensor in layer.tensors(name).items()
+        for key, tensor in layer.peft_tensors(name).items()
     }
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(next(iter(layers.values())).configs[name], name, layers, list(base_modules(model)))
-    metadata = {BASE: json.dumps(base_held(model)), **labels_in_metadata(getattr(model, "labels", None))}
+    metadata = {BASE: json.dumps(base_held(model))}
+    if labels := _labels(getattr(model, "labels", None)):
+        metadata[LABELS] = json.dumps(labels)
     write_adapter(Path(path), fields, tensors, metadata)
 
 
@@ -76,13 +80,13 @@ def write_adapter(
     write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 
 
-def _fields(config: LoraConfig, name: str, layers: Mapping[str, Adapted], modules: list[str]) -> dict[str, Any]:
+def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
     """What the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
-    low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLayer)}
+    low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLinear)}
     copies = {where: layer for where, layer in layers.items() if isinstance(layer, TrainedCopy)}
-    whole = [where for where, layer in copies.items() if set(layer.tensors(name)) != {"bias"}]
+    whole = [where for where, layer in copies.items() if set(layer.peft_tensors(name)) != {"bias"}]
     stacked = {where: layer.adapters[name] for where, layer in layers.items() if isinstance(layer, AdapterParameters)}
-    times = {where: 1 if layer.adapters[name].start_A is None else 2 for where, layer in low_rank.items()}
+    times = {where: 2 if isinstance(layer.adapters[name], StartedAdapter) else 1 for where, layer in low_rank.items()}
     times |= {f"{where}.{key}": 1 for where, held in stacked.items() for key in held}
     more = max(times.values(), default=1)
     growths = {n: math.sqrt(n) if config.use_rslora else n for n in (1, 2)}
@@ -122,9 +126,10 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
         TargetError: the adapter adapts modules that the model does not have, or has in other shapes; all of them are
             named, with both shapes.
     """
+    check_types(load_adapter, locals())
     stored = read_adapter(fetch(path, "adapter"))
-    config, parts = stored_parts(stored, base_modules(model))
-    place(model, config, name, parts, None, trainable)
+    config, parts = stored_specs(stored, base_modules(model))
+    inject_adapter(model, config, name, parts, None, trainable)
 
 
 def base_model_of(path: str | Path) -> str | None:
@@ -148,6 +153,31 @@ def vocabulary_of(path: str | Path) -> int:
     values = read_json(path)
     check_keys(path, values)
     return config_from(path, values, {}).vocabulary
+
+
+def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
+    """Return what the adapter of a classifier gives a class to, and the names of the classes; None and () for others.
+
+    PEFT does not write the names: they are LABEL_0, LABEL_1, … then, as in transformers.
+
+    Raises:
+        FormatError: there is no such adapter, it has no head of a classifier, or its names are malformed.
+    """
+    directory = fetch(path, "adapter")
+    unit = UNITS.get(str(read_json(directory / CONFIG_FILE).get("task_type")))
+    if unit is None:
+        return None, ()
+    file, head = TensorFile(directory / WEIGHTS_FILE), f"{PREFIX}score.weight"
+    if head not in file.shapes:
+        raise FormatError(f"{file.path}: there is no {head}, the head of a classifier")
+    names = metadata_of(file, LABELS, _labels, "names of classes")
+    return unit, names or tuple(f"LABEL_{i}" for i in range(file.shapes[head][0]))
+
+
+def _labels(found: Any) -> tuple[str, ...] | None:
+    """Names of classes; None if they are none."""
+    is_names = isinstance(found, list | tuple) and len(found) > 1 and all(isinstance(label, str) for label in found)
+    return tuple(found) if is_names else None
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:

@@ -1,41 +1,31 @@
-"""What is in a model: the places where adapters act, its own modules, and how many numbers they have."""
+"""What is in a model: its adapter layers, its own modules, and how many parameters they have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from minilora.adapters.adapted import Adapted
+from minilora.adapter import adapter_layers, base_modules, walk
 from minilora.adapters.config import LoraConfig
-from minilora.errors import TargetError
+from minilora.errors import TargetError, check_types
+from minilora.lora import AdapterWrapper, Linear
 from minilora.models.bitsandbytes import describe
-from minilora.quant.linear import Linear, NF4Linear, Scratch
+from minilora.nf4 import NF4Linear
 
 
-def adapter_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Path -> what adapters put there, one place in another being its base; the inner ones come after the outer."""
-    found: dict[str, Adapted] = {}
-    for path, module in _walk(model):
-        if isinstance(module, Adapted):
-            while path in found:
-                path = f"{path}.base"
-            found[path] = module
-    return found
-
-
-def places_of(model: nn.Module, name: str) -> dict[str, Adapted]:
-    """Path in the model -> the place where one adapter acts there; of others around it the path takes no notice."""
+def places_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
+    """Return the layers of one adapter, by the path that the module has in the model without adapters."""
     return {layer.path: layer for layer in adapter_layers(model).values() if name in layer.configs}
 
 
-def known_adapters(layers: Iterable[Adapted], names: Iterable[str] = ()) -> dict[str, LoraConfig]:
-    """Name -> config of the adapters that act in these places.
+def known_adapters(layers: Iterable[AdapterWrapper], names: Iterable[str] = ()) -> dict[str, LoraConfig]:
+    """Return the configs of the layers' adapters by name.
 
     Raises:
-        TargetError: one of these names is none of them.
+        TargetError: there is no adapter of one of these names.
     """
     known = {name: config for layer in layers for name, config in layer.configs.items()}
     if unknown := [name for name in names if name not in known]:
@@ -43,58 +33,24 @@ def known_adapters(layers: Iterable[Adapted], names: Iterable[str] = ()) -> dict
     return known
 
 
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module, the model itself at "", as if no adapter had been attached."""
-    return {path: module for path, module in _walk(model) if not isinstance(module, Adapted)}
-
-
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Path -> linear, adapted or not. Subclasses of `nn.Linear` are left out: they may compute something else."""
+    """Return the linears by path, adapted or not, without subclasses of `nn.Linear`, which may compute anything."""
     modules: dict[str, Any] = base_modules(model)
     return {path: module for path, module in modules.items() if path and type(module) in (nn.Linear, NF4Linear)}
 
 
-@contextmanager
-def shared_scratch(model: nn.Module) -> Iterator[None]:
-    """Within it, all linears in four bits of a model make their weights in one place; one thread may use the model."""
-    linears, scratch = [module for module in model.modules() if isinstance(module, NF4Linear)], Scratch()
-    try:
-        for linear in linears:
-            linear.scratch = scratch
-        yield
-    finally:
-        for linear in linears:
-            linear.scratch = None
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the model once, with its path, the base of an adapted one after it and by the same path."""
-    pending, seen = [("", model)], set()
-    while pending:
-        path, module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        if isinstance(module, Adapted):
-            pending.append((path, module.base))
-        else:
-            children = [(f"{path}.{name}" if path else name, child) for name, child in module._modules.items()]
-            pending += [(where, child) for where, child in reversed(children) if child is not None]
-
-
 def base_held(model: nn.Module) -> dict[str, Any]:
-    """How the weights of the base are held, dense or quantized, in the words of the flags (`quant.files.describe`)."""
+    """Return how the base's weights are held, dense or quantized, by the names of the flags."""
     return describe(linear_layers(model), head_path(model))
 
 
 def head_path(model: nn.Module) -> str | None:
-    """Where the output head is, by the method that transformers' models and ours have for it."""
+    """Return the path of the output head, from `get_output_embeddings`, or None."""
     return _path_of(model, "get_output_embeddings")
 
 
 def embedding_path(model: nn.Module) -> str | None:
-    """Where the input embedding is, likewise."""
+    """Return the path of the input embedding, from `get_input_embeddings`, or None."""
     return _path_of(model, "get_input_embeddings")
 
 
@@ -102,22 +58,46 @@ def _path_of(model: nn.Module, method: str) -> str | None:
     find = getattr(model, method, None)
     try:
         found = find() if callable(find) else None
-    except NotImplementedError:  # as transformers says of models that have none
+    except NotImplementedError:  # raised by models of transformers that have none
         found = None
-    return next((path for path, module in _walk(model) if module is found), None) if found is not None else None
+    return next((path for path, module in walk(model) if module is found), None) if found is not None else None
 
 
 class ParameterCount(NamedTuple):
-    """How many numbers are trained, of how many."""
+    """The number of trainable parameters and of all."""
 
     trainable: int
     total: int
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Trainable and all parameters, a shared one counted once; of a packed weight the numbers that it stands for."""
+    """Count trainable and all parameters, a shared one once; a packed weight counts as the dense one it encodes."""
+    check_types(count_parameters, locals())
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     parts = {id(part) for linear in packed for part in linear.parts}
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if id(p) not in parts]
     sizes += [(linear.out_features * linear.in_features, False) for linear in packed]
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
+
+
+def get_base_layer(module: nn.Module) -> nn.Module:
+    """Return the module of the model itself, under what adapters put there."""
+    while isinstance(module, AdapterWrapper):
+        module = module.base
+    return module
+
+
+def shallow_copy(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return a copy of a module that shares its parameters and buffers, but for its own: frozen, or None for none."""
+    held = [*module.parameters(), *module.buffers()]
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in held})
+    for name, tensor in own.items():
+        where, _, last = name.rpartition(".")
+        parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        copied.get_submodule(where).register_parameter(last, parameter)
+    return copied
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

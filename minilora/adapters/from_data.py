@@ -37,6 +37,7 @@ FROM_DATA = ("eva", "corda", "lora_ga")
 DAMPING = 0.01  # of the mean second moment, added to each: C has an inverse also where inputs never go
 GAMMA = 16  # γ of LoRA-GA's stable scale
 ITERATIONS = 4  # power iterations for the gradient, as published
+RHO = 2  # how many times its own rank a layer may get from EVA
 
 
 class Target(NamedTuple):
@@ -63,11 +64,10 @@ def data_factors(
     targets: Mapping[str, Target],
     losses: Iterable[Tensor],
     generator: torch.Generator,
-    rho: float = 2.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B for each target, by its path.
 
-    "eva":     A are the first directions of the inputs, B = 0; ranks are redistributed (`redistribute`, up to rho · r),
+    "eva":     A are the first directions of the inputs, B = 0; ranks are redistributed (`redistribute`),
                so that A says which rank a layer has, and those that got none are left out  [EVA §3]
     "corda":   `corda_factors`. They begin with a part of W, which is to be subtracted
     "lora_ga": `gradient_factors`. These, too
@@ -81,16 +81,13 @@ def data_factors(
         targets: what is to be adapted.
         losses: each computed when it is asked for; LoRA-GA calls `backward` on it.
         generator: of the randomized decomposition of gradients.
-        rho: how many times its own rank a layer may get from EVA.
 
     Raises:
-        ConfigError: another kind; a weight has not such a rank; rho is below 1; a loss comes without a gradient.
+        ConfigError: another kind; a weight has not such a rank; a loss comes without a gradient.
         TrainingError: no input reached a layer, or what did is not finite.
     """
     if kind not in FROM_DATA:
         raise ConfigError(f"init_lora_weights is {kind!r}, accepted are {list(FROM_DATA)}")
-    if rho < 1:
-        raise ConfigError(f"rho is {rho!r}, need at least 1")
     for path, target in targets.items() if kind != "eva" else ():
         check_rank(f"{path}: {kind}", target.shape, target.r, 2 if kind == "lora_ga" else 1)
     if kind == "lora_ga":
@@ -98,7 +95,7 @@ def data_factors(
         return {path: gradient_factors(gradients[path], target.r, generator) for path, target in targets.items()}
     moments = _seen(targets, _second_moments(targets, losses))
     if kind == "eva":
-        return _eva_factors(targets, moments, rho)
+        return _eva_factors(targets, moments)
     return {path: corda_factors(wide(t.weight()), moments[path], t.r, t.scale) for path, t in targets.items()}
 
 
@@ -117,17 +114,16 @@ def principal_directions(moment: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(1), values.flip(0).clamp(min=0)
 
 
-def redistribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
+def redistribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, int]:
     """The ranks of all layers together, spent where a direction has the largest share of its layer's λ  [EVA §3].
 
-    No layer gets more than rho times what it had. Of equal shares, as of layers with the same inputs, the first counts.
+    No layer gets more than `RHO` times what it had. Of equal shares, as of layers with the same inputs, the first one
+    counts.
 
-    >>> redistribute({"q": torch.tensor([0.5, 0.3, 0.2]), "v": torch.tensor([0.9, 0.1])}, {"q": 1, "v": 1}, rho=2.0)
+    >>> redistribute({"q": torch.tensor([0.5, 0.3, 0.2]), "v": torch.tensor([0.9, 0.1])}, {"q": 1, "v": 1})
     {'q': 1, 'v': 1}
     """
-    found = [
-        (share, path) for path, all_of_it in shares.items() for share in all_of_it[: round(rho * ranks[path])].tolist()
-    ]
+    found = [(share, path) for path, all_of_it in shares.items() for share in all_of_it[: RHO * ranks[path]].tolist()]
     best = sorted(found, key=lambda pair: -pair[0])[: sum(ranks.values())]
     counts = Counter(path for _, path in best)
     return {path: counts[path] for path in ranks}
@@ -177,15 +173,13 @@ def gradient_factors(gradient: Tensor, r: int, generator: torch.Generator) -> tu
     return zeta * Vh[:r].contiguous(), zeta * U[:, r : 2 * r].contiguous()
 
 
-def _eva_factors(
-    targets: Mapping[str, Target], moments: Mapping[str, Tensor], rho: float
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _eva_factors(targets: Mapping[str, Target], moments: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     directions, shares = {}, {}
     for path, moment in moments.items():
         vectors, values = principal_directions(moment)
-        directions[path] = vectors[:, : round(rho * targets[path].r)].T.contiguous()
+        directions[path] = vectors[:, : RHO * targets[path].r].T.contiguous()
         shares[path] = values / values.sum()
-    ranks = redistribute(shares, {path: target.r for path, target in targets.items()}, rho)
+    ranks = redistribute(shares, {path: target.r for path, target in targets.items()})
     return {
         path: (directions[path][:r].clone(), directions[path].new_zeros(targets[path].shape[0], r))
         for path, r in ranks.items()

@@ -63,10 +63,10 @@ KEY = re.compile(  # the last group is there for the adapter's own name, which o
 )
 
 
-def understood(name: str) -> tuple[str, str]:
-    """The path of the module that a tensor of a file belongs to, and the tensor's name there as `Adapted.add` has it.
+def parse_tensor_name(name: str) -> tuple[str, str]:
+    """Return the path of the module that a tensor of a file belongs to, and the tensor's key in `build_adapter`.
 
-    "weight" is a copy of the base's weight. The name of a parameter of the model itself comes back with the path "".
+    "weight" is a copy of the base's weight. A parameter of the model itself has the path "" and its full name.
     """
     name = name.removeprefix(PREFIX)
     found = KEY.fullmatch(name)
@@ -80,12 +80,12 @@ def understood(name: str) -> tuple[str, str]:
 
 
 def factor_name(where: str, factor: str, is_embedding: bool) -> str:
-    """How PEFT calls A or B of a module today; older files have the adapter's own name within."""
+    """Return PEFT's name of A or B of a module; older files also have the adapter's name in it."""
     return f"{PREFIX}{where}." + (factor.replace("_", "_embedding_") if is_embedding else f"{factor}.weight")
 
 
 def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
-    """The checked values of a file as a `LoraConfig` for an adapter whose tensors have these ranks (path -> r)."""
+    """Return the `LoraConfig` of a file's checked values, for tensors of these ranks (path -> r)."""
     init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
     said = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
     said |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
@@ -100,31 +100,31 @@ def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int])
 
 
 def fields_of(config: LoraConfig) -> dict[str, Any]:
-    """What a file says of an adapter that leaves the base's weights alone."""
+    """Return the fields to write for an adapter that leaves the base's weights as they are."""
     said = {name: getattr(config, name) for name in READ}
     init = "gaussian" if config.init_lora_weights == "gaussian" else True
     return {name: None if value == () else value for name, value in said.items()} | {"init_lora_weights": init}
 
 
-def metadata_of(file: TensorFile, key: str, understood: Callable[[Any], T | None], need: str) -> T | None:
-    """What the metadata of a file say in JSON, as it is understood; None if they do not say.
+def metadata_of(file: TensorFile, key: str, parse: Callable[[Any], T | None], need: str) -> T | None:
+    """Return `parse` of a JSON value in a file's metadata; None if there is none.
 
     Raises:
-        FormatError: it is not understood.
+        FormatError: `parse` fails or returns None.
     """
     if key not in file.metadata:
         return None
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        if (found := understood(json.loads(file.metadata[key]))) is not None:
+        if (found := parse(json.loads(file.metadata[key]))) is not None:
             return found
     raise FormatError(f"{file.path}: metadata {key}: found {file.metadata[key]!r:.80}, need {need}")
 
 
 def check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    """What is not understood may be there only if it says nothing.
+    """Refuse keys that are not supported, unless they have PEFT's default or an empty value.
 
     Raises:
-        FormatError: something else is there; all of it in one message.
+        FormatError: there are others; all of them are named in one message.
     """
     bad = []
     for key, value in values.items():
@@ -151,7 +151,7 @@ def check_keys(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def is_name(key: str) -> bool:
-    """A path or the end of one, harmless as a regular expression.
+    """Return whether a key is a path or the end of one, which is safe as a regular expression.
 
     `^` in front means "from the start"; PEFT itself writes `.*\\.` there, for the experts of Mixtral.
     """
@@ -159,7 +159,7 @@ def is_name(key: str) -> bool:
 
 
 def named(pattern: Mapping[str, T] | None, values: Mapping[str, T], default: T) -> dict[str, T]:
-    """A pattern whose keys are names, which is all that `load_adapter` accepts: spelled out if need be, or if None."""
+    """Return a pattern whose keys are names, as `load_adapter` requires: the given one, or one key for each module."""
     if pattern is not None and all(is_name(key) for key in pattern):
         return dict(pattern)
     return {f"^{where}": value for where, value in values.items() if value != default}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapters.adapted import Adapted, Shape, twin
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.functional import lora_scale
+from minilora.adapters.find import shallow_copy
 from minilora.errors import TargetError
+from minilora.lora import AdapterWrapper, Shape, lora_scale
 
 
 class Stacked(nn.Module):
@@ -43,26 +43,23 @@ class Stacked(nn.Module):
         return (weight + (delta if weight.dim() == 3 else delta[0])).to(weight.dtype)
 
 
-class AdapterParameters(Adapted):
+class AdapterParameters(AdapterWrapper):
     """A module some of whose parameters have adapters (final)."""
 
-    def add(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Hold `<parameter>.lora_A` and `<parameter>.lora_B` of each, in the order in which the module has them."""
+    def build(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Build an adapter of each parameter's `<parameter>.lora_A` and `<parameter>.lora_B`, in the module's order."""
         stacked = {}
         for key in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
             path, weight = f"{self.path}.{key}", self.base.get_parameter(key)
             r = tensors[f"{key}.lora_A"].size(0) // experts_of(weight)
             scale = lora_scale(r, config.alpha(path), config.use_rslora)
             stacked[key] = Stacked(scale, tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"])
-        self.hold(name, config, nn.ModuleDict(stacked))
+        return nn.ModuleDict(stacked)
 
-    def current(self) -> nn.Module:
-        return self.base
-
-    def rivals(self, names: Sequence[str]) -> list[str]:
+    def conflicting_adapters(self, names: Sequence[str]) -> list[str]:
         return []
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def peft_tensors(self, name: str) -> dict[str, Tensor]:
         """In PEFT one parameter is a wrapper around the next: the first has the most names in front."""
         held = self.adapters[name]
         return {
@@ -95,7 +92,7 @@ class AdapterParameters(Adapted):
         )
 
     def merged(self) -> nn.Module:
-        return twin(self.base, self.changed_parameters())
+        return shallow_copy(self.base, self.changed_parameters())
 
 
 def experts_of(weight: Tensor) -> int:

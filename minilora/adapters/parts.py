@@ -1,4 +1,4 @@
-"""What an adapter puts where, and with which start values a new one: a `LoraConfig` made concrete for a model."""
+"""A `LoraConfig` made concrete for a model: which modules get what, and the start values of a new adapter."""
 
 from __future__ import annotations
 
@@ -9,47 +9,94 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.adapted import Adapted, Shape, has_hooks
-from minilora.adapters.bases import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.decompose import loftq_factors, moved_factors
+from minilora.adapters.find import get_base_layer, has_hooks, shallow_copy
 from minilora.adapters.from_data import Target, data_factors, redistributed
-from minilora.adapters.functional import lora_scale
 from minilora.adapters.initialize import embedding_factors, initial_factors
-from minilora.adapters.layers import AdapterLayer, AdapterLinear
+from minilora.adapters.layers import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
 from minilora.adapters.parameters import AdapterParameters, stacked_shapes
-from minilora.adapters.tokens import TokenRows
+from minilora.adapters.tokens import Rows, TokenRows
 from minilora.errors import ConfigError, TargetError
-from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm, lora_scale
+from minilora.nf4 import NF4Linear
 
 Factors = tuple[Tensor, Tensor]
 LINEARS = (AdapterLinear, AdapterConv1D)
-FOREIGN: Mapping[tuple[str, str], type[AdapterLayer]] = {  # transformers' classes that compute a plain linear
+FOREIGN: Mapping[tuple[str, str], type[AdapterLinear]] = {  # transformers' classes that compute a plain linear
     ("transformers.pytorch_utils", "Conv1D"): AdapterConv1D,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): AdapterLinear,
 }
 
 
-class Part(NamedTuple):
-    """One module's share of an adapter.
+class AdapterSpec(NamedTuple):
+    """What an adapter adds at one module.
 
     Attributes:
-        kind: what is put in the module's place.
-        tensors: what its `add` takes, also those that the model holds itself, of which `attach` makes copies.
-        base: what takes the place of the module itself, if anything does.
+        kind: the class of the layer that replaces the module.
+        tensors: what `build_adapter` takes; `attach` copies those that belong to the model.
+        base: a replacement for the module itself, or None.
     """
 
-    kind: type[Adapted]
+    kind: type[AdapterWrapper]
     tensors: dict[str, Tensor]
     base: nn.Module | None = None
 
 
-def kind_of(module: nn.Module | None) -> type[AdapterLayer] | None:
-    """What holds the low-rank adapters of such a module. Subclasses have none: they may compute something else."""
+class StartedAdapter(LoraAdapter):
+    """An adapter that began as a part A₀, B₀ of W, which is subtracted: s·(B A - B₀ A₀), nothing at first (final).
+
+    So W stays where it is and is never rounded. It is written to files as a plain adapter of twice the rank.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
+        super().__init__(tensors, scale, dropout)
+        self.register_buffer("start_A", tensors["start_A"])
+        self.register_buffer("start_B", tensors["start_B"])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return [A; A₀] and [B, -B₀], whose product is B A - B₀ A₀."""
+        return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, -self.start_B), dim=1)
+
+
+def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Build what a wrapper holds as an adapter of these tensors; DoRA's m, if it is not given, is ‖W + s·B A‖."""
+    if isinstance(layer, AdapterLinear):
+        scale = lora_scale(tensors["lora_A"].size(0), config.alpha(layer.path), config.use_rslora)
+        if config.use_dora and "magnitude" not in tensors:
+            tensors = {**tensors, "magnitude": _initial_magnitude(layer, tensors, scale)}
+        return _low_rank(tensors)(tensors, scale, config.lora_dropout)
+    if isinstance(layer, AdapterParameters):
+        return layer.build(config, tensors)
+    if isinstance(layer, TokenRows):
+        return Rows(tensors["ids"].tolist(), tensors["rows"])
+    return shallow_copy(get_base_layer(layer), tensors)
+
+
+def _low_rank(tensors: Mapping[str, Tensor]) -> type[LoraAdapter]:
+    return StartedAdapter if "start_A" in tensors else LoraAdapter
+
+
+def _initial_magnitude(layer: AdapterLinear, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Return ‖W + s·(B A - B₀ A₀)‖ in PEFT's shape: (out), of a convolution (1, out, 1, …)."""
+    weight = layer.as_matrix(layer.base.weight.detach())
+    lora_A, lora_B = _low_rank(tensors)(tensors, scale).factors()
+    shape = (lora_B.size(0),) if lora_B.dim() == 2 else (1, lora_B.size(0), *lora_B.shape[2:])
+    if weight.is_meta:
+        return torch.ones(shape, dtype=lora_A.dtype)
+    factors = layer.as_matrices(lora_A.detach().to(weight.device), lora_B.detach().to(weight.device))
+    return dora_norm(weight, *factors, scale).reshape(shape).to(lora_A.dtype)
+
+
+def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
+    """Return the layer class for low-rank adapters of a module; None for subclasses, which may compute anything."""
     if type(module) is NF4Linear:
         return AdapterLinear
-    if module is None or "weight" not in module._parameters:  # it is made anew in each call, as by PyTorch's pruning
+    if module is None or "weight" not in module._parameters:  # computed in each call, as by PyTorch's pruning
         return None
     if type(module) is nn.Linear:
         return AdapterLinear
@@ -61,13 +108,13 @@ def kind_of(module: nn.Module | None) -> type[AdapterLayer] | None:
 
 
 def is_read_by_kernels(path: str, modules: Mapping[str, Any]) -> bool:
-    """Is it a part of a Mamba mixer whose weight fused kernels take, without a call that an adapter could answer?"""
+    """Return whether a module belongs to a Mamba mixer whose fused kernels read its weight without calling it."""
     parent, _, name = path.rpartition(".")
     return {"A_log", "D"} <= modules[parent]._parameters.keys() and name != "in_proj"
 
 
 def targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
-    """Paths of the modules that get a low-rank adapter; see `select_targets`."""
+    """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
     kinds = {path: kind for path, module in modules.items() if path and (kind := kind_of(module)) is not None}
     kinds = {path: kind for path, kind in kinds.items() if not is_read_by_kernels(path, modules)}
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
@@ -76,40 +123,43 @@ def targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) ->
 
 
 def stacked(modules: Mapping[str, Any], config: LoraConfig) -> list[str]:
-    """Names of the parameters that `target_parameters` means."""
+    """Return the names of the parameters that `target_parameters` matches."""
     held = {path: [name for name, p in module._parameters.items() if p is not None] for path, module in modules.items()}
     names = [f"{path}.{name}".lstrip(".") for path, own in held.items() for name in own]
     return select_parameters(names, config)
 
 
-def completed(
-    modules: Mapping[str, Any], config: LoraConfig, factors: Mapping[str, Part], embedding: str | None
-) -> dict[str, Part]:
-    """Path -> what an adapter has there, begun from the model's own numbers where they are not those of factors.
+def build_specs(
+    modules: Mapping[str, Any], config: LoraConfig, factors: Mapping[str, AdapterSpec], embedding: str | None
+) -> dict[str, AdapterSpec]:
+    """Return all specs of an adapter by path: the low-rank ones, modules trained in full, token rows and biases.
 
     Args:
-        modules: all of the model's by path, without those that adapters put there.
+        modules: the model's modules by path, without adapter layers.
         config: of the adapter.
-        factors: the parts of low rank.
+        factors: the low-rank specs by path.
         embedding: path of the model's input embedding.
 
     Raises:
-        TargetError: an entry of `config` means nothing, or one module would be changed in two ways.
+        TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
     """
-    parts = dict(factors)
+    specs = dict(factors)
     whole = select_saved([path for path in modules if path], config)
-    for more in ({path: _whole(path, modules[path]) for path in whole}, _token_parts(modules, config, embedding)):
-        if twice := sorted(parts.keys() & more.keys()):
+    for more in (
+        {path: _full_module_spec(path, modules[path]) for path in whole},
+        _token_specs(modules, config, embedding),
+    ):
+        if twice := sorted(specs.keys() & more.keys()):
             raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
-        parts |= more
-    return _with_biases(modules, parts, config)
+        specs |= more
+    return _with_biases(modules, specs, config)
 
 
-def low_rank_part(module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator) -> Part:
-    """A new adapter of one layer, with start values that are drawn, or made from its weight.
+def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator) -> AdapterSpec:
+    """Return the spec of a new adapter of one layer, with start values that are drawn or made from its weight.
 
     Raises:
-        ConfigError: such a layer cannot have these start values.
+        ConfigError: these start values are not defined for such a layer.
     """
     kind, init, r = kind_of(module), config.init_lora_weights, config.rank(path)
     assert kind is not None
@@ -127,28 +177,28 @@ def low_rank_part(module: nn.Module, path: str, config: LoraConfig, generator: t
                 "leave --quantize out"
             )
         lora_A, lora_B, base = loftq_factors(module.weight, r, scale, bias=module.bias)
-    elif is_moved(init):
+    elif init_from_weight(init):
         if shape_B[1] != r:
             raise ConfigError(f"{path}: init_lora_weights is {init!r}, which there is not for a convolution in groups")
-        lora_A, lora_B = moved_factors(str(init), _matrix(kind(module, path)), r, scale, generator)
+        lora_A, lora_B = moved_factors(str(init), _dense_matrix(kind(module, path)), r, scale, generator)
         lora_A, lora_B = lora_A.view(shape_A), lora_B.view(shape_B)
     elif kind is AdapterEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
     else:
         lora_A, lora_B = initial_factors(init, shape_A, shape_B, generator)
     more = {"lora_bias": torch.zeros(shape_B[0])} if config.lora_bias else {}
-    return Part(kind, _begun(init, lora_A, lora_B) | more, base)
+    return AdapterSpec(kind, _start_values(init, lora_A, lora_B) | more, base)
 
 
-def data_parts(
+def data_specs(
     model: nn.Module,
     modules: Mapping[str, Any],
     paths: Sequence[str],
     config: LoraConfig,
     losses: Iterable[Tensor],
     generator: torch.Generator,
-) -> tuple[LoraConfig, dict[str, Part]]:
-    """A new adapter's parts with start values from data, and the config, whose ranks the data may have changed.
+) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
+    """Return the specs of a new adapter with start values from data, and the config with the ranks that these have.
 
     Raises:
         ConfigError: a layer is no linear, or as `data_factors`.
@@ -156,7 +206,7 @@ def data_parts(
     """
     init = str(config.init_lora_weights)
     found: dict[str, Target] = {}
-    layers: dict[str, AdapterLayer] = {}
+    layers: dict[str, AdapterLinear] = {}
     for path in paths:
         kind, r = kind_of(modules[path]), config.rank(path)
         if kind is None or kind not in LINEARS:
@@ -167,58 +217,58 @@ def data_parts(
         shape_A, shape_B = layer.shapes(layer.base, r)
         scale = lora_scale(r, config.alpha(path), config.use_rslora)
         found[path] = Target(
-            model.get_submodule(path), (shape_B[0], shape_A[1]), functools.partial(_matrix, layer), r, scale
+            model.get_submodule(path), (shape_B[0], shape_A[1]), functools.partial(_dense_matrix, layer), r, scale
         )
     factors = data_factors(init, model, found, losses, generator)
     if init == "eva":
         config = redistributed(config, {path: len(lora_A) for path, (lora_A, _) in factors.items()})
-    return config, {path: Part(type(layers[path]), _begun(init, *pair)) for path, pair in factors.items()}
+    return config, {path: AdapterSpec(type(layers[path]), _start_values(init, *pair)) for path, pair in factors.items()}
 
 
-def _matrix(layer: AdapterLayer) -> Tensor:
-    return layer.matrix(dense_weight(layer.base))
+def _dense_matrix(layer: AdapterLinear) -> Tensor:
+    return layer.as_matrix(layer.base.weight)
 
 
-def is_moved(init: bool | str) -> bool:
-    """Does such an adapter begin with a part of W?"""
+def init_from_weight(init: bool | str) -> bool:
+    """Return whether the start values are a part of W, which is subtracted from it."""
     return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
 
 
-def _begun(init: bool | str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
-    """A and B; those that are a part of W are also their start, which is subtracted."""
-    start = {"start_A": lora_A, "start_B": lora_B} if is_moved(init) else {}
+def _start_values(init: bool | str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+    """Return A and B and, where they are a part of W, copies of them as the start that is subtracted."""
+    start = {"start_A": lora_A, "start_B": lora_B} if init_from_weight(init) else {}
     return {"lora_A": lora_A, "lora_B": lora_B, **start}
 
 
 def tied_modules(modules: Mapping[str, Any], embedding: nn.Module) -> list[str]:
-    """Paths of the linears and of other embeddings whose weight is the embedding's."""
+    """Return the paths of the linears and other embeddings that share the embedding's weight."""
     others = {path: module for path, module in modules.items() if type(module) in (nn.Linear, nn.Embedding)}
     return [path for path, own in others.items() if own is not embedding and own.weight is embedding.weight]
 
 
-def _whole(path: str, module: nn.Module) -> Part:
+def _full_module_spec(path: str, module: nn.Module) -> AdapterSpec:
     found = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if not found or not all(parameter.is_floating_point() for parameter in found.values()):
         what = "packed weights, which cannot be trained" if found else "no parameters"
         raise TargetError(f"modules_to_save: {path} has {what}")
-    return Part(TrainedCopy, found)
+    return AdapterSpec(TrainedCopy, found)
 
 
-def parameter_parts(
+def parameter_specs(
     modules: Mapping[str, Any], config: LoraConfig, draw: Callable[[Shape, Shape], Sequence[Tensor]]
-) -> dict[str, Part]:
-    """The parts of `target_parameters`, with the A and B that are drawn for their shapes."""
-    parts: dict[str, Part] = {}
+) -> dict[str, AdapterSpec]:
+    """Return the specs of `target_parameters`; `draw` makes A and B of the given shapes."""
+    specs: dict[str, AdapterSpec] = {}
     for name in stacked(modules, config):
         path, _, last = name.rpartition(".")
         lora_A, lora_B = draw(*stacked_shapes(modules[path], name, config.rank(name)))
         tensors = {f"{last}.lora_A": lora_A, f"{last}.lora_B": lora_B}
-        parts[path] = Part(AdapterParameters, (parts[path].tensors if path in parts else {}) | tensors)
-    return parts
+        specs[path] = AdapterSpec(AdapterParameters, (specs[path].tensors if path in specs else {}) | tensors)
+    return specs
 
 
-def _token_parts(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, Part]:
-    """Trained rows begin as those of the embedding. What is tied to it has them, too, and no tensors."""
+def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
+    """Return the specs of trained rows, which start as the embedding's; modules tied to it share them."""
     wanted = config.trainable_token_indices
     if wanted is None:
         return {}
@@ -226,7 +276,7 @@ def _token_parts(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
         if embedding is None:
             raise TargetError("trainable_token_indices: the model does not say which its embedding is; name the module")
         wanted = {embedding: wanted}
-    parts = {}
+    specs = {}
     for entry, ids in wanted.items():
         paths = [path for path, module in modules.items() if matches((entry,), path) and type(module) is nn.Embedding]
         if not paths:
@@ -236,30 +286,36 @@ def _token_parts(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
             if bad := [token for token in ids if token >= len(weight)]:
                 there = f"{len(weight)}, the rows of {path}, which has none for {len(bad)} tokens"
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
-            parts[path] = Part(TokenRows, {"ids": torch.tensor(ids), "rows": weight.detach()[list(ids)]})
-            parts = {other: Part(TokenRows, {}) for other in tied_modules(modules, modules[path])} | parts
-    return parts
+            specs[path] = AdapterSpec(TokenRows, {"ids": torch.tensor(ids), "rows": weight.detach()[list(ids)]})
+            specs = {other: AdapterSpec(TokenRows, {}) for other in tied_modules(modules, modules[path])} | specs
+    return specs
 
 
-def check_places(modules: Mapping[str, nn.Module], layers: Collection[Adapted], parts: Mapping[str, Part]) -> None:
-    """Could something there have no effect, or lose one?
+def check_places(
+    modules: Mapping[str, nn.Module], layers: Collection[AdapterWrapper], specs: Mapping[str, AdapterSpec]
+) -> None:
+    """Refuse combinations of adapters that would not act as configured.
 
     Raises:
-        TargetError: a place lies in a module that is trained in full, or is the whole model, a layer is not called as
-            its class says, or a weight would be exchanged below another adapter.
+        TargetError: a module lies in one that is trained in full, or is the whole model; its call does more than its
+            class's forward; a weight would be exchanged below another adapter; or `target_parameters` and another kind
+            of adapter meet in one module.
     """
-    if "" in parts:
+    if "" in specs:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
     whole = modules[""]
     if isinstance(whole, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in whole._modules:
         raise TargetError(
             f"the model is in a {type(whole).__name__}, which its names would tell: adapt it, then wrap it"
         )
-    places = [(layer.path, type(layer)) for layer in layers] + [(path, part.kind) for path, part in parts.items()]
+    places = [(layer.path, type(layer)) for layer in layers] + [(path, spec.kind) for path, spec in specs.items()]
     if exchanged := sorted(
-        {layer.path for layer in layers} & {path for path, part in parts.items() if part.base is not None}
+        {layer.path for layer in layers} & {path for path, spec in specs.items() if spec.base is not None}
     ):
         raise TargetError(f"{exchanged[0]}: has an adapter already, so its weight cannot be exchanged")
+    stacked_paths = {path for path, kind in places if kind is AdapterParameters}
+    if both := sorted(path for path, kind in places if path in stacked_paths and kind is not AdapterParameters):
+        raise TargetError(f"{both[0]}: target_parameters go with no other adapter of the same module")
     copied = {path for path, kind in places if kind is TrainedCopy}
     for path, kind in places:
         if outer := [where for where in copied if path.startswith(f"{where}.")]:
@@ -268,23 +324,25 @@ def check_places(modules: Mapping[str, nn.Module], layers: Collection[Adapted], 
             )
         module = modules[path]
         is_own = has_hooks(module) or "forward" in module.__dict__
-        if is_own and path in parts and issubclass(kind, AdapterLayer) and kind is not AdapterEmbedding:
+        if is_own and path in specs and issubclass(kind, AdapterLinear) and kind is not AdapterEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would pass by; exclude it")
 
 
-def _with_biases(modules: Mapping[str, Any], parts: dict[str, Part], config: LoraConfig) -> dict[str, Part]:
-    """The parts and the biases that are trained, of adapted layers or of all modules; each begins as it is."""
-    found, copies = dict(parts), [path for path, part in parts.items() if part.kind is TrainedCopy]
+def _with_biases(
+    modules: Mapping[str, Any], specs: dict[str, AdapterSpec], config: LoraConfig
+) -> dict[str, AdapterSpec]:
+    """Add trained biases to the specs, of adapted layers or of all modules; each starts as the model's."""
+    found, copies = dict(specs), [path for path, spec in specs.items() if spec.kind is TrainedCopy]
     for path, module in modules.items() if config.bias != "none" else ():
         bias = module._parameters.get("bias")
         if bias is None:
             continue
-        if path in parts and parts[path].kind is AdapterParameters:
+        if path in specs and specs[path].kind is AdapterParameters:
             raise TargetError(f"{path}: is in target_parameters, so its bias cannot be trained, too")
-        if path in parts and parts[path].kind is TokenRows and config.bias == "all":
+        if path in specs and specs[path].kind is TokenRows and config.bias == "all":
             raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
-        if path in parts and issubclass(parts[path].kind, AdapterLayer):
-            found[path] = parts[path]._replace(tensors=parts[path].tensors | {"bias": bias.detach()})
+        if path in specs and issubclass(specs[path].kind, AdapterLinear):
+            found[path] = specs[path]._replace(tensors=specs[path].tensors | {"bias": bias.detach()})
         elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
-            found[path] = Part(TrainedCopy, {"bias": bias.detach()})
+            found[path] = AdapterSpec(TrainedCopy, {"bias": bias.detach()})
     return found

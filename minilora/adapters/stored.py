@@ -1,4 +1,4 @@
-"""What an adapter's files hold, and which part of it belongs where in a model."""
+"""An adapter's files as tensors by module, and as specs for a given model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.adapted import Shape
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.decompose import moved_factors
-from minilora.adapters.functional import lora_scale
-from minilora.adapters.layers import AdapterLayer, AdapterLinear, magnitude_shape
 from minilora.adapters.layout import (
     CONFIG_FILE,
     PREFIX,
@@ -27,12 +24,12 @@ from minilora.adapters.layout import (
     WEIGHTS_FILE,
     check_keys,
     config_from,
-    understood,
+    parse_tensor_name,
 )
 from minilora.adapters.parameters import AdapterParameters, experts_of
-from minilora.adapters.parts import LINEARS, Part, completed, kind_of, parameter_parts, stacked
+from minilora.adapters.parts import LINEARS, AdapterSpec, build_specs, kind_of, parameter_specs, stacked
 from minilora.errors import ConfigError, FormatError, TargetError
-from minilora.quant.linear import dense_weight
+from minilora.lora import AdapterLinear, Shape, lora_scale
 from minilora.storage import TensorFile, read_json
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,12 +39,12 @@ BRINGS = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter as it lies on disk.
+    """The contents of an adapter's directory.
 
     Attributes:
         path: its directory.
         values: those of the JSON, checked.
-        tensors: path of a module -> name -> tensor, in float32 at least (see `layout.understood`).
+        tensors: path of a module -> name -> tensor, in float32 at least (see `layout.parse_tensor_name`).
     """
 
     path: Path
@@ -55,13 +52,13 @@ class Stored:
     tensors: dict[str, dict[str, Tensor]]
 
     def config(self, ranks: Mapping[str, int] | None = None) -> LoraConfig:
-        """The values as the config of an adapter of these ranks, path -> r; if not given, those of all A."""
+        """Return the config of the adapter with these ranks (path -> r), by default those of its A."""
         if ranks is None:
             ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
         return config_from(self.path / CONFIG_FILE, self.values, ranks)
 
     def factors(self) -> dict[str, Factors]:
-        """Path -> A, B and s, of an adapter that has them everywhere."""
+        """Return A, B and s by path, of an adapter that has nothing else."""
         config, pairs = self.config(), {w: (held["lora_A"], held["lora_B"]) for w, held in self.tensors.items()}
         scale = {w: lora_scale(len(A), config.alpha(w), config.use_rslora) for w, (A, _) in pairs.items()}
         return {where: Factors(*pair, scale[where]) for where, pair in pairs.items()}
@@ -71,7 +68,7 @@ def read_adapter(directory: Path) -> Stored:
     """Read an adapter's two files.
 
     Raises:
-        FormatError: one is missing or malformed, or asks for something that is not understood.
+        FormatError: one is missing or malformed, or has a setting that is not supported.
     """
     values = read_json(directory / CONFIG_FILE)
     check_keys(directory / CONFIG_FILE, values)
@@ -83,7 +80,7 @@ def read_adapter(directory: Path) -> Stored:
     for name in file.shapes:
         if (repeated := REPEATED_BIAS.fullmatch(name)) and "".join(repeated.groups()) in file.shapes:
             continue
-        where, key = understood(name)
+        where, key = parse_tensor_name(name)
         if key in tensors.setdefault(where, {}):
             raise FormatError(f"{path}: {where} has more than one {key}")
         tensor = file.read(name)
@@ -104,9 +101,9 @@ def read_adapter(directory: Path) -> Stored:
 
 
 def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
-    """Paths of the modules that a file holds in full, which PEFT knows by the last letters of their paths.
+    """Return the paths of the modules that a file holds in full; PEFT matches the ends of their paths as text.
 
-    An entry of which there is nothing stays as it is, to be missed.
+    An entry that matches nothing is kept, so that it is reported as missing.
     """
     paths = []
     for name in own:
@@ -115,14 +112,14 @@ def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
     return (*dict.fromkeys(paths), *(entry for entry in entries if not any(path.endswith(entry) for path in paths)))
 
 
-def stored_parts(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Part]]:
-    """The adapter's config, and path -> what it has there in a model of these modules.
+def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
+    """Return the adapter's config, and its specs by path for a model of these modules.
 
-    What an adapter of this config needs, the file has to have, in the same shapes, and nothing else.
+    The file must hold exactly the tensors that the config asks for, in the shapes that the model needs.
 
     Raises:
-        FormatError: the config does not say what a tensor is, or speaks of some that are not there.
-        TargetError: the model lacks modules, or has them in other shapes; all of them are named, with both shapes.
+        FormatError: config and tensors contradict each other.
+        TargetError: the model has no such modules, or others in shape; all of them are named, with both shapes.
     """
     held = _by_module(stored, modules)
     config, init = stored.config(_ranks(held, modules)), stored.values.get("init_lora_weights")
@@ -131,18 +128,18 @@ def stored_parts(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
     if config.trainable_token_indices and embedding is None:
         found = f"trainable_token_indices: found {config.trainable_token_indices}"
         raise _at_odds(stored, [f"{found}, and there are no rows"])
-    parts, misfits, odds = completed(modules, config, _blank_parts(held, modules, config), embedding), [], []
+    specs, misfits, odds = build_specs(modules, config, _blank_specs(held, modules, config), embedding), [], []
     own = held.pop("", {})
-    for path, part in parts.items():
-        if part.kind is TrainedCopy:
-            tensors = {key: own.pop(f"{path}.{key}") for key in part.tensors if f"{path}.{key}" in own}
+    for path, spec in specs.items():
+        if spec.kind is TrainedCopy:
+            tensors = {key: own.pop(f"{path}.{key}") for key in spec.tensors if f"{path}.{key}" in own}
         else:
             tensors = held.pop(path, {})
-        misfits += _misfits(path, part, tensors, modules[path])
-        odds += _odds(path, part, tensors, config)
-        if part.kind in LINEARS and init in REPEATED and not misfits:  # PEFT takes the word for True on other layers
-            tensors |= _start(init, path, part.kind, modules[path], config)
-        parts[path] = part._replace(tensors=part.tensors | tensors)
+        misfits += _misfits(path, spec, tensors, modules[path])
+        odds += _odds(path, spec, tensors, config)
+        if spec.kind in LINEARS and init in REPEATED and not misfits:  # PEFT takes the word for True on other layers
+            tensors |= _start(init, path, spec.kind, modules[path], config)
+        specs[path] = spec._replace(tensors=spec.tensors | tensors)
     misfits += [f"{path}: the model has no such layer" for path in held if kind_of(modules.get(path)) is None]
     others = [*own, *(path for path in held if kind_of(modules.get(path)) is not None)]
     misfits += [f"{name}: is no part of an adapter that the config speaks of" for name in others]
@@ -150,7 +147,7 @@ def stored_parts(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
         raise TargetError(f"{stored.path} does not fit the model:\n  {_listed(misfits)}")
     if odds:
         raise _at_odds(stored, odds)
-    return config, parts
+    return config, specs
 
 
 def _at_odds(stored: Stored, odds: Sequence[str]) -> FormatError:
@@ -163,7 +160,7 @@ def _listed(problems: Sequence[str]) -> str:
 
 
 def _by_module(stored: Stored, modules: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Path of a module -> key as `Adapted.add` has it -> tensor. Of the model's own parameters the path is ""."""
+    """Return path -> key of `build_adapter` -> tensor; the path of the model's own parameters is ""."""
     held = {where: dict(tensors) for where, tensors in stored.tensors.items()}
     wrappers: Counter[str] = Counter()
     for name in reversed(stacked(modules, stored.config({}))):
@@ -175,7 +172,7 @@ def _by_module(stored: Stored, modules: Mapping[str, Any]) -> dict[str, dict[str
 
 
 def _ranks(held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any]) -> dict[str, int]:
-    """Path of a module, or full name of a parameter, -> the rank of its A."""
+    """Return the rank of each A, by the path of its module or the full name of its parameter."""
     ranks = {}
     for path, key in ((path, key) for path, tensors in held.items() for key in tensors if path):
         last, _, factor = key.rpartition(".")
@@ -185,15 +182,15 @@ def _ranks(held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any])
     return ranks
 
 
-def _blank_parts(
+def _blank_specs(
     held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any], config: LoraConfig
-) -> dict[str, Part]:
-    """The parts of low rank that the config means, of tensors without numbers."""
+) -> dict[str, AdapterSpec]:
+    """Return the low-rank specs that the config asks for, with tensors on the device "meta"."""
 
     def blank(*shapes: Shape) -> list[Tensor]:
         return [torch.empty(shape, device="meta") for shape in shapes]
 
-    parts = parameter_parts(modules, config, blank)
+    specs = parameter_specs(modules, config, blank)
     for path, tensors in held.items():
         if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
             continue
@@ -201,48 +198,57 @@ def _blank_parts(
             lora_A, lora_B = blank(*kind.shapes(modules[path], config.rank(path)))
         except ConfigError as error:
             raise TargetError(f"{path}: {error}") from error
-        magnitude, bias = blank(magnitude_shape(lora_B), (lora_B.size(0),))
+        magnitude, bias = blank(_magnitude_shape(lora_B), (lora_B.size(0),))
         asked = {"magnitude": (magnitude, config.use_dora), "lora_bias": (bias, config.lora_bias)}
         asked["bias"] = (bias, "bias" in tensors and modules[path]._parameters.get("bias") is not None)
-        more = {key: tensor for key, (tensor, is_asked) in asked.items() if is_asked and key in kind.KEYS}
-        parts[path] = Part(kind, {"lora_A": lora_A, "lora_B": lora_B, **more})
-    return parts
+        more = {key: tensor for key, (tensor, is_asked) in asked.items() if is_asked and key in kind.PEFT_NAMES}
+        specs[path] = AdapterSpec(kind, {"lora_A": lora_A, "lora_B": lora_B, **more})
+    return specs
 
 
-def _misfits(path: str, part: Part, held: dict[str, Tensor], module: Any) -> list[str]:
-    """What is of another shape than the model needs, or not its own; a copy of the base's weight is taken out."""
+def _magnitude_shape(lora_B: Tensor) -> Shape:
+    """Return the shape that PEFT has for DoRA's m: (out), of a convolution (1, out, 1, …)."""
+    return (lora_B.size(0),) if lora_B.dim() == 2 else (1, lora_B.size(0), *lora_B.shape[2:])
+
+
+def _misfits(path: str, spec: AdapterSpec, held: dict[str, Tensor], module: Any) -> list[str]:
+    """Return what does not fit the model: wrong shapes, unknown tensors, another base weight (which is removed)."""
     shapes = {key: tuple(tensor.shape) for key, tensor in held.items()}
-    needed = {key: tuple(tensor.shape) for key, tensor in part.tensors.items()}
+    needed = {key: tuple(tensor.shape) for key, tensor in spec.tensors.items()}
     wrong = [key for key in shapes if key in needed and shapes[key] != needed[key]]
     found = [f"{path}.{key}: the adapter has {shapes[key]}, the model needs {needed[key]}" for key in wrong]
-    if issubclass(part.kind, AdapterLayer) and {"lora_A", "lora_B"} & {*wrong}:
+    if issubclass(spec.kind, AdapterLinear) and {"lora_A", "lora_B"} & {*wrong}:
         factors = f"A {shapes['lora_A']} and B {shapes['lora_B']}"
-        found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(dense_weight(module).shape)}"]
-    if issubclass(part.kind, AdapterLayer) and "weight" in held:
-        base = dense_weight(module)
+        found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(module.weight.shape)}"]
+    if issubclass(spec.kind, AdapterLinear) and "weight" in held:
+        base = module.weight
         if not torch.equal(held.pop("weight").to(base.device, base.dtype), base):
             found.append(f"{path}.base_layer.weight is not the weight of this model")
     strange = [key for key in held if key not in needed and key not in ("magnitude", "lora_bias")]
     return found + [f"{path}.{key}: is no part of an adapter that the config speaks of" for key in strange]
 
 
-def _odds(path: str, part: Part, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
-    """What the config says is trained and the file does not have, or the other way round."""
-    lacking = [key for key in part.tensors if key not in held and key != "ids"]
-    if part.kind is AdapterParameters or (part.kind is TrainedCopy and part.tensors.keys() != {"bias"}):
-        field = "target_parameters" if part.kind is AdapterParameters else "modules_to_save"
+def _odds(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
+    """Return the contradictions between what the config says is trained and what the file has."""
+    lacking = [key for key in spec.tensors if key not in held and key != "ids"]
+    if spec.kind is AdapterParameters or (spec.kind is TrainedCopy and spec.tensors.keys() != {"bias"}):
+        field = "target_parameters" if spec.kind is AdapterParameters else "modules_to_save"
         return [f"{field}: means {path}, of which there is no {key}" for key in lacking]
     found = []
     for key in BRINGS:
-        if (key in held) != (key in part.tensors):
-            has = f"{'a' if key in held else 'no'} {AdapterLinear.KEYS.get(key, key)}" if key != "bias" else "none"
+        if (key in held) != (key in spec.tensors):
+            has = (
+                f"{'a' if key in held else 'no'} {AdapterLinear.PEFT_NAMES.get(key, key)}" if key != "bias" else "none"
+            )
             found.append(f"{BRINGS[key]}: found {getattr(config, BRINGS[key])!r}, and {path} has {has}")
     return found
 
 
-def _start(init: str, path: str, kind: type[AdapterLayer], module: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """The part of the weight that such an adapter began as."""
+def _start(init: str, path: str, kind: type[AdapterLinear], module: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """Return the part of the weight that the adapter started from."""
     r = config.rank(path)
     scale = lora_scale(r, config.alpha(path), config.use_rslora)
-    start = moved_factors(init, kind(module, path).matrix(dense_weight(module)), r, scale, torch.Generator())
+    start = moved_factors(
+        init, kind(module, path).as_matrix(module.get_parameter("weight")), r, scale, torch.Generator()
+    )
     return dict(zip(("start_A", "start_B"), start, strict=True))

@@ -1,4 +1,4 @@
-"""Which modules to adapt: `find_target_modules` asks the model, and `TARGETS` says it of the usual architectures.
+"""Which modules to adapt: `find_target_modules` inspects a model, and `TARGETS` lists them for usual architectures.
 
 LoRA on all linears of the attention and the MLP learns what LoRA on the attention alone does not, also with as many
 numbers to train [QLoRA §4, Schulman]; so these are what the field adapts. PEFT's own defaults are older and fewer.
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from minilora.adapters.find import base_modules
+from minilora.adapter import base_modules
 from minilora.adapters.parts import LINEARS, is_read_by_kernels, kind_of
-from minilora.errors import TargetError
+from minilora.errors import TargetError, check_types
 
 
 class Targets(NamedTuple):
@@ -75,10 +75,10 @@ TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules ar
 
 
 def find_target_modules(model: nn.Module) -> list[str]:
-    """The shortest `target_modules` that mean all linears in a model's layers, and nothing else that it has.
+    """Return the shortest `target_modules` that match all linears in a model's layers, and nothing else.
 
-    A layer is what has a number in its path, as "3" in "model.layers.3.mlp.up_proj". What stands once, as heads and
-    poolers do, is left out, and of what is in the layers
+    A layer has a number in its path, as "3" in "model.layers.3.mlp.up_proj". Modules outside layers, such as heads and
+    poolers, are left out, and of those in the layers
 
     - the routers of a mixture of experts: a small change there sends tokens to experts that have not learned them;
     - all of a Mamba mixer but its `in_proj`: fused kernels read the other weights without calling their modules, and an
@@ -87,6 +87,7 @@ def find_target_modules(model: nn.Module) -> list[str]:
     Raises:
         TargetError: there are no such linears.
     """
+    check_types(find_target_modules, locals())
     modules = base_modules(model)
     chosen = {
         path
@@ -104,18 +105,18 @@ def _is_in_layer(path: str) -> bool:
 
 
 def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """A linear beside experts, or a part of a router, is no expert's, nor a shared expert's."""
+    """Return whether a linear stands beside a module `experts` or belongs to a router."""
     parts = path.split(".")
     return "router" in parts or ".".join([*parts[:-1], "experts"]) in modules
 
 
 def _shortest_names(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The shortest ends of the chosen paths that are no ends of the others."""
+    """Return the shortest endings of the chosen paths with which no other path ends."""
     taken = {end for path in others for end in _ends(path)}
     return sorted({next((end for end in _ends(path) if end not in taken), path) for path in chosen})
 
 
 def _ends(path: str) -> Iterator[str]:
-    """What a path ends in, from a word on: of "h.2.mlp.0" it is "mlp.0" and "h.2.mlp.0"."""
+    """Yield the endings of a path that start with a word, as "mlp.0" and "h.2.mlp.0" of "h.2.mlp.0"."""
     parts = path.split(".")
     return (".".join(parts[at:]) for at in reversed(range(len(parts))) if not parts[at].isdecimal())

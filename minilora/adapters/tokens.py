@@ -6,14 +6,15 @@ embedding, it reads the same rows, and the logits of those tokens are made with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapters.adapted import Adapted, innermost, twin
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.find import get_base_layer, shallow_copy
+from minilora.lora import AdapterWrapper
 
 
 class Rows(nn.Module):
@@ -38,34 +39,30 @@ class Rows(nn.Module):
         return ranked[place] == tokens, self.order[place]
 
 
-class TokenRows(Adapted):
+class TokenRows(AdapterWrapper):
     """An embedding, or what is tied to it, with rows of the adapters' own (final)."""
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)
         self.shared: set[str] = set()  # the adapters whose rows are another place's
 
-    def add(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Hold `rows` of the tokens `ids`."""
+    def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
         self.shared.discard(name)
-        self.hold(name, config, Rows(tensors["ids"].tolist(), tensors["rows"]))
+        super().add_adapter(name, adapter, config)
 
     def share(self, name: str, places: Iterable[TokenRows]) -> None:
         """Hold the rows that the embedding which this one is tied to has."""
         held = [place for place in places if name in place.configs and name not in place.shared]
         tied = next(place for place in held if _weight(place) is _weight(self))
-        self.hold(name, tied.configs[name], tied.adapters[name])
+        self.add_adapter(name, tied.adapters[name], tied.configs[name])
         self.shared.add(name)
 
-    def current(self) -> nn.Module:
-        return self.base
-
-    def rivals(self, names: Sequence[str]) -> list[str]:
+    def conflicting_adapters(self, names: Sequence[str]) -> list[str]:
         held = [name for name in names if name in self.configs]
         ids = [token for name in held for token in self.adapters[name].ids.tolist()]
         return held if len(set(ids)) < len(ids) else []
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def peft_tensors(self, name: str) -> dict[str, Tensor]:
         return {} if name in self.shared else {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +76,7 @@ class TokenRows(Adapted):
 
     def _changed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
         for adapter in (self.adapters[name] for name in names if name in self.configs):
-            if isinstance(innermost(self.base), nn.Linear):
+            if isinstance(get_base_layer(self.base), nn.Linear):
                 bias = None if self.base.bias is None else self.base.bias[adapter.ids].to(x.dtype)
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))
             else:
@@ -96,8 +93,8 @@ class TokenRows(Adapted):
         return weight
 
     def merged(self) -> nn.Module:
-        return twin(innermost(self.base), {"weight": self.weight})
+        return shallow_copy(get_base_layer(self.base), {"weight": self.weight})
 
 
 def _weight(place: TokenRows) -> nn.Parameter:
-    return innermost(place.base).get_parameter("weight")
+    return get_base_layer(place.base).get_parameter("weight")

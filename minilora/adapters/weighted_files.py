@@ -1,4 +1,4 @@
-"""Several adapters on disk, each with a weight, as one: no model is needed, and every architecture will do."""
+"""Several adapters on disk combined into one, each with a weight, without a model and for any architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minilora.adapters.combine import Cut, Factors, check_additive, combine
 from minilora.adapters.combine_config import CombineConfig
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import BASE, base_quantization, write_adapter
-from minilora.adapters.layout import REPEATED, WEIGHTS_FILE, factor_name, fields_of, understood
+from minilora.adapters.layout import REPEATED, WEIGHTS_FILE, factor_name, fields_of, parse_tensor_name
 from minilora.adapters.stored import Stored, read_adapter
 from minilora.adapters.weighted import config_of
 from minilora.errors import ConfigError
@@ -27,9 +27,9 @@ def combine_directories(
     config: CombineConfig | None = None,
     base_model: str | None = None,
 ) -> dict[str, Cut]:
-    """Write one adapter out of several, as `combine_adapters` makes it; `base_model` is the model that it is for.
+    """Combine adapters as `combine_adapters` does and write the result, an adapter of `base_model`.
 
-    How the base was held in training is written if all of them tell the same.
+    How the base was quantized in training is written if it is the same for all of them.
 
     Raises:
         FormatError: an adapter cannot be read.
@@ -53,7 +53,7 @@ def combine_directories(
 
 
 def _checked_config(stored: Stored) -> LoraConfig:
-    """The config of an adapter that is a sum of updates and nothing else."""
+    """Return the config of an adapter that consists of updates ΔW = s·B A alone."""
     config = stored.config()
     check_additive(str(stored.path), config)
     if (init := stored.values.get("init_lora_weights")) in REPEATED:
@@ -68,12 +68,16 @@ def _checked_config(stored: Stored) -> LoraConfig:
 
 
 def _embeddings(stored: Stored) -> set[str]:
-    """Paths of the modules whose factors have the names that those of embeddings have."""
-    return {understood(name)[0] for name in TensorFile(stored.path / WEIGHTS_FILE).shapes if ".lora_embedding_" in name}
+    """Return the paths of the modules whose factors are named as those of embeddings."""
+    return {
+        parse_tensor_name(name)[0]
+        for name in TensorFile(stored.path / WEIGHTS_FILE).shapes
+        if ".lora_embedding_" in name
+    }
 
 
 def _tensors(factors: Mapping[str, Factors], embeddings: set[str]) -> dict[str, Tensor]:
-    """Name in the file -> tensor."""
+    """Return the tensors by their names in the file."""
     return {
         factor_name(path, key, path in embeddings): getattr(pair, key)
         for path, pair in factors.items()

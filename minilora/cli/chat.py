@@ -1,7 +1,14 @@
-"""minilora chat: a conversation with a model. Replies go to standard output, and everything else to standard error."""
+"""Talk with a model, message by message, by its chat template.
+
+Replies are printed to standard output, everything else to standard error.
+
+Example:
+  minilora chat --adapter run --temperature 0.7
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Iterator
@@ -9,18 +16,23 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.adapters.attach import set_adapter
+from minilora.adapter import set_adapter
 from minilora.cli.command import INTERRUPTED, Options, say
-from minilora.cli.commands import CHAT_HELP
 from minilora.cli.flags import from_flags
-from minilora.cli.groups import Writing
-from minilora.cli.load import Loaded, load
+from minilora.cli.load import Loaded, add_model_flags, load
 from minilora.cli.trained import adapters
-from minilora.cli.write import write
+from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError, FormatError, MiniloraError
 from minilora.models.template import Message
 
 NONE = "none"
+CHAT_HELP = """\
+/reset              begin a new conversation
+/system TEXT        set the system prompt; without TEXT, have none
+/adapter NAME|none  go on with this adapter, or with none; alone: list them
+/help               show this
+/exit               end, as Ctrl-D does
+Ctrl-C stops a reply. A message that begins with / needs a space before it."""
 
 
 class Chat:
@@ -50,7 +62,7 @@ class Chat:
         turns = [*self.turns, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         ids = self._tokenizer.encode_chat([*system, *turns], add_generation_prompt=True)
-        if len(ids) > (limit := self._model.config.rope.max_length):
+        if len(ids) > (limit := self._model.config.max_position_embeddings):
             say(f"the conversation has {len(ids)} tokens, and the model was made for {limit}: see /reset")
         pieces: list[str] = []
 
@@ -94,6 +106,14 @@ class Chat:
         if self._loaded:
             set_adapter(self._model, [] if name == NONE else self._loaded[name])
         self.adapter = name
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{parser.description}\n\n{CHAT_HELP}"
+    add_model_flags(parser, many_adapters=True)
+    group = parser.add_argument_group("conversation")
+    group.add_argument("--system", metavar="TEXT", help="system prompt")
+    add_writing_flags(parser, max_new_tokens=512)
 
 
 def run(options: Options) -> int:

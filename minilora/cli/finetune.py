@@ -1,67 +1,94 @@
-"""minilora finetune: train an adapter, or all weights."""
+"""Train an adapter, or with --method full all weights, on rows of data.
+
+The model is measured before and after. Without --model and --data, a built-in
+model and data are used, and it takes less than a minute. --dry-run shows what
+a run would learn. The same command, given again, continues a run that was
+stopped.
+
+Example:
+  minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run
+"""
 
 from __future__ import annotations
 
+import argparse
 import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from minilora.adapters.attach import disable_adapter
+from minilora.adapter import disable_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import ParameterCount, base_held
 from minilora.cli.command import INTERRUPTED, Options, say, say_bad
-from minilora.cli.flags import from_flags, read_config
+from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.load import say_quantization
 from minilora.cli.memory import memory_lines
 from minilora.cli.meter import Meter
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
+from minilora.llama import Llama
 from minilora.models.classifier import Classifier
-from minilora.models.llama import Llama
 from minilora.models.quantization import QuantizeConfig
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.diagnose import free_memory_bytes, held_memory_bytes
-from minilora.runs.evaluate import ClassScores, Progress, Scores, evaluate, evaluate_classes, measure_drift
+from minilora.runs.evaluate import Progress, Scores, evaluate, evaluate_classes, measure_drift
 from minilora.runs.inputs import Data
 from minilora.runs.loop import TrainResult
+from minilora.runs.memory import Forecast, Plan, check_memory
 from minilora.runs.run import Outcome, Run, pick_device
-from minilora.runs.run_memory import check_memory
 from minilora.runs.settings import RunConfig
+from minilora.storage import ASSETS, BUILTIN, read_json
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_fields(parser, RunConfig, "files and device")
+    add_fields(parser, QuantizeConfig, "quantization")
+    add_fields(parser, LoraConfig, "adapter")
+    add_fields(parser, DataConfig, "data")
+    add_fields(parser, TrainConfig, "training")
+    parser.add_argument(
+        "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
+    parser.add_argument("--force", action="store_true", help="train even if the memory will not do")
+
+
+def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Values of --config become defaults; without --model and --data, those of the built-in example do.
+
+    Raises:
+        ConfigError: a model without data, or data without a model.
+    """
+    path = parser.parse_known_args(words)[0].config
+    values = read_config(path) if path is not None else {}
+    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
+    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
+    if len(named & {"model", "data"}) == 1:
+        lacking = "--data" if "model" in named else "--model"
+        raise ConfigError(
+            f"--model and --data go together: give {lacking}, too; {lacking} {BUILTIN} is the built-in one"
+        )
+    if not named & {"model", "data"}:
+        use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")
+    use_config(parser, values, str(path))
 
 
 def run(options: Options) -> int:
-    where = from_flags(RunConfig, options)
-    reading, training = from_flags(DataConfig, options), from_flags(TrainConfig, options)
-    quantization = from_flags(QuantizeConfig, options)
-    if quantization.quantize == "none" and quantization != QuantizeConfig():
-        raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
-    run = Run(where, quantization, from_flags(LoraConfig, options), reading, training)
+    run = _configured(options)
     step = 0 if options["dry_run"] else run.prepare()
-    model, data, count = run.load(options["force"], options["dry_run"])
-    say_quantization(base_held(model), ())
+    asked, device = run.training.recompute, pick_device(run.config.device)
+    data = run.load_data()
+    plan, memory = run.fit(data, device)
     if options["dry_run"]:
-        _tell(model, data, run.reading)
-        print(preview(data, run.training, count))
-        device = pick_device(where.device)
-        found = run.fit(data, device)
-        print(memory_lines(found, held_memory_bytes(device), free_memory_bytes(device)))
-        _tell_recompute(training, run.training)
-        if not options["force"]:
-            check_memory(run, data, device, found)
-        return 0
-    available = torch.get_num_threads()
-    if threads := run.choose_threads(model, data):
-        say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
-    run.start(model, data, step)
-    _say_size(model, data, count)
-    _tell(model, data, run.reading)
-    _tell_recompute(training, run.training)
-    if options["config"] and read_config(options["config"]).get("data_sha256", data.files) != data.files:
-        say(f"the data are not those that {options['config']} was written with")
-    if step:
-        say(f"going on from step {step}")
-    elif run.has_begun:
-        say("starting anew: the run was stopped before its first checkpoint")
+        return _preview(run, data, plan, memory, asked, options["force"])
+    if not options["force"]:
+        check_memory(plan, memory)
+    model = run.load_model(data, device)
+    count = run.attach(model, data)
+    _announce(run, model, data, count, step, asked, options["config"])
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
@@ -78,9 +105,7 @@ def run(options: Options) -> int:
     after = _measured(model, data, meter.rows(f"measuring the {made}"))
     drift = None
     if data.general and isinstance(model, Llama):
-        device = next(model.parameters()).device
-        base = run.base_for(data, run.dtype, device, run.quantization) if run.is_full else None
-        assert not isinstance(base, Classifier)  # as the model is none
+        base: Any = run.load_model(data, device) if run.is_full else None
         drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
     outcome = Outcome(result, before, after, drift)
@@ -90,12 +115,55 @@ def run(options: Options) -> int:
     return 0
 
 
-def _tell_recompute(asked: TrainConfig, chosen: TrainConfig) -> None:
-    if asked.recompute == "auto":
+def _configured(options: Options) -> Run:
+    """Return the run that the flags describe."""
+    quantization = from_flags(QuantizeConfig, options)
+    if quantization.quantize == "none" and quantization != QuantizeConfig():
+        raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
+    adapter, reading = from_flags(LoraConfig, options), from_flags(DataConfig, options)
+    return Run(from_flags(RunConfig, options), quantization, adapter, reading, from_flags(TrainConfig, options))
+
+
+def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, asked: str, is_forced: bool) -> int:
+    """Show what the run would learn, with a model that has no numbers, and how much memory it would take."""
+    model = run.load_model(data, "meta")
+    count = run.attach(model, data)
+    say_quantization(base_held(model), ())
+    _tell(model, data, run.reading)
+    print(preview(data, run.training, count))
+    print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
+    _tell_recompute(asked, run.training)
+    if not is_forced:
+        check_memory(plan, memory)
+    return 0
+
+
+def _announce(
+    run: Run, model: Llama | Classifier, data: Data, count: ParameterCount, step: int, asked: str, config: Path | None
+) -> None:
+    """Record the start, and say what the run begins with."""
+    say_quantization(base_held(model), ())
+    available = torch.get_num_threads()
+    if threads := run.choose_threads(model, data):
+        say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
+    run.start(model, data, step)
+    _say_size(model, data, count)
+    _tell(model, data, run.reading)
+    _tell_recompute(asked, run.training)
+    if config and read_config(config).get("data_sha256", data.files) != data.files:
+        say(f"the data are not those that {config} was written with")
+    if step:
+        say(f"going on from step {step}")
+    elif run.has_begun:
+        say("starting anew: the run was stopped before its first checkpoint")
+
+
+def _tell_recompute(asked: str, chosen: TrainConfig) -> None:
+    if asked == "auto":
         say(f"--recompute {chosen.recompute}: the fastest way for which there is memory")
 
 
-def _measured(model: Llama | Classifier, data: Data, progress: Progress) -> Scores | ClassScores:
+def _measured(model: Llama | Classifier, data: Data, progress: Progress) -> Scores:
     if isinstance(model, Classifier):
         return evaluate_classes(model, data.test, progress)
     return evaluate(model, data.test, data.choices, progress)
@@ -121,7 +189,7 @@ def _say_size(model: Llama | Classifier, data: Data, count: ParameterCount) -> N
 
 def _tell(model: Llama | Classifier, data: Data, reading: DataConfig) -> None:
     """What is unusual about the rows."""
-    longest, limit = max(len(example.tokens) for example in data.train), model.config.rope.max_length
+    longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     if reading.prompt_style != "auto" and not data.train.conversations:
@@ -139,13 +207,13 @@ def _tell(model: Llama | Classifier, data: Data, reading: DataConfig) -> None:
 
 
 def _table(outcome: Outcome, made: str) -> str:
-    def row(name: str, scores: Scores | ClassScores) -> str:
-        values = [scores.loss, scores.accuracy, *([scores.macro_f1] if isinstance(scores, ClassScores) else [])]
+    def row(name: str, scores: Scores) -> str:
+        values = [scores.loss, scores.accuracy, *([scores.class_scores["macro_f1"]] if scores.class_scores else [])]
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
         return f"{name:<10}{cells[0]:>15}" + "".join(f"{cell:>12}" for cell in cells[1:])
 
     head = f"{'':<10}{'held-out loss':>15}{'accuracy':>12}"
-    head += f"{'macro F1':>12}" if isinstance(outcome.after, ClassScores) else ""
+    head += f"{'macro F1':>12}" if outcome.after.class_scores else ""
     result, drift = outcome.result, outcome.drift
     lines = [head, row("base", outcome.before), row(made, outcome.after)]
     if drift:

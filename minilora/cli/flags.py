@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minilora.adapters.config import RENAMED
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, fits, in_words
 from minilora.storage import read_json, read_text
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ ADVICE = {  # where no flag is the same
 }
 
 
-def add_flags(
+def add_fields(
     parser: argparse.ArgumentParser, cls: type, title: str, but: Sequence[str] = (), unset: str | None = None
 ) -> None:
     """One flag for each field of a data class `but` those, in the group that the field names, or else in `title`.
@@ -105,20 +105,13 @@ def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     declared = {name: _as_declared(values[flag], hints[name]) for name, flag in names.items()}
     bad = [
-        f"{names[name]} is {values[names[name]]!r}, need {_words(hints[name])}"
+        f"{names[name]} is {values[names[name]]!r}, need {in_words(hints[name])}"
         for name, value in declared.items()
-        if not _fits(value, hints[name])
+        if not fits(value, hints[name])
     ]
     if bad:
         raise ConfigError("; ".join(bad))
     return cls(**declared)
-
-
-def _words(hint: Any) -> str:
-    """A type in an error's words."""
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {list(typing.get_args(hint))}"
-    return str(getattr(hint, "__name__", hint))
 
 
 def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> None:
@@ -172,19 +165,6 @@ def _as_declared(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, str) and hint == tuple[str, ...] else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Is the value of this type? A list may stand for a tuple, and a whole number for a float."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is typing.Literal:
-        return value in parts
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(element, parts[0]) for element in value)
-    kind = {float: (int, float)}.get(hint, origin or hint)
-    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

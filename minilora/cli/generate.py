@@ -1,23 +1,83 @@
-"""minilora generate: answer or continue prompts."""
+"""Answer prompts, each a user's turn of the chat template.
+
+A model without a template continues them. A single text is shown as it is
+written.
+
+Example:
+  minilora generate --adapter run --prompt "Hello" --compare-base
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from minilora.adapters.attach import disable_adapter
+from minilora.adapter import disable_adapter
 from minilora.cli.columns import columns
 from minilora.cli.command import INTERRUPTED, Options, say
-from minilora.cli.flags import from_flags
-from minilora.cli.groups import Output, Writing
-from minilora.cli.load import Loaded, load
+from minilora.cli.flags import add_fields, from_flags
+from minilora.cli.load import Loaded, add_model_flags, load
 from minilora.cli.prompts import encode_prompts, read_prompts
-from minilora.cli.write import write
+from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError
+from minilora.runs.config import option
 from minilora.runs.formats import Fields
 from minilora.runs.rows import Row
+
+
+@dataclass(frozen=True)
+class Output:
+    """Which texts are written, and how they are printed."""
+
+    samples: int = option(1, "texts for each prompt")
+    compare_base: bool = option(False, "show what the base model writes, left, beside the adapter's")
+    json: bool = option(
+        False,
+        "print a JSON object a line, as --prompts and several --prompt always do: the prompt's row and `text`; "
+        "`sample`, from 1, with --samples, and `base` with --compare-base",
+    )
+    batch_size: int = option(8, "texts written at a time; in float32 it does not change them")
+
+    def __post_init__(self) -> None:
+        counts = {"samples": self.samples, "batch_size": self.batch_size}
+        if bad := [f"{name} is {value}" for name, value in counts.items() if value < 1]:
+            raise ConfigError(f"{', '.join(bad)}, need at least 1")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    add_prompt_flags(parser)
+    add_writing_flags(parser, max_new_tokens=64)
+    add_fields(parser, Output, "output")
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """--prompt, --prompts, --system and --raw."""
+    group = parser.add_argument_group("prompts")
+    one_of = group.add_mutually_exclusive_group()
+    one_of.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to answer or, if the model has no chat template, to continue; give it again for more; "
+        "-: all of standard input, which is also read where no prompt is given and it is no terminal",
+    )
+    one_of.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=".txt: a prompt a line; else rows as in training, of which an answer is left out; a `prompt` of text "
+        "needs no `completion`, and without one it is asked as --prompt is",
+    )
+    group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
+    group.add_argument(
+        "--raw",
+        action=argparse.BooleanOptionalAction,
+        help="continue the prompt as it is, without the chat template, control tokens acting "
+        "(default: as the adapter's rows were written; else by the template, if there is one)",
+    )
 
 
 def run(options: Options) -> int:

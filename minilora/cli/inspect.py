@@ -1,182 +1,181 @@
-"""minilora inspect: tell what a model, an adapter, a run or a safetensors file holds."""
+"""Show what a model, an adapter, a run or a safetensors file holds.
+
+Of an adapter, it also says which tools read it.
+
+Example:
+  minilora inspect run
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from minilora.adapters.layout import PREFIX
 from minilora.cli.command import Options
 from minilora.cli.memory import memory_page
 from minilora.storage import TensorEntry
-from minilora.tools.inspect import FileFacts, look
-from minilora.tools.inspect_adapter import AdapterFacts, ModuleFacts, OtherFacts
-from minilora.tools.inspect_fold import fold
-from minilora.tools.inspect_model import ModelFacts
+from minilora.tools.inspect import inspect_path
 
 WIDTH, LABEL = 80, 14  # with which a SHA-256 fits on a line
-SHOWN = 3  # reasons why a tool does not read something; the others are counted
-MODEL_KEYS = (
+CONFIG_KEYS = (
     *("architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling"),
     *("rope_parameters", "tie_word_embeddings", "quantization_config"),
-)
-ADAPTER_KEYS = (
-    *(
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "lora_dropout",
-        "init_lora_weights",
-        "bias",
-        "lora_bias",
-    ),
-    *("modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("base_model_name_or_path", "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "bias"),
+    *("init_lora_weights", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
 )
 LEGEND = (
     "n modules of a kind; effective: the effective rank, how many equally strong directions B A amounts to, from the "
     "least to the greatest of them; delta: the norm of the change, s B A but for DoRA; delta/base: over the norm of "
-    "the base's weight"
+    "the base's weight; change/base: the norm of the difference over that of the base's tensor"
+)
+PLAIN = (
+    "Readers that know only A, B and lora_alpha / r ignore or refuse these (docs/readers.md). minilora export writes "
+    "what A and B can express, minilora merge the whole model."
 )
 UNKNOWN = "?"
-Row = tuple[str, ...]
+NUMBER = re.compile(r"(?<![^./])([0-9]{1,9})(?![^./])")  # a whole part of a name
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
+    parser.add_argument("--model", help="base model of an adapter (default: the one that it names, where that is here)")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="tell what fine-tuning a model takes, from its config.json alone, and what 7B, 13B and 70B do",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
 
 
 def run(options: Options) -> int:
     if options["memory"]:
         print(memory_page(options["path"]))
         return 0
-    facts = look(options["path"], options["model"])
+    found = inspect_path(options["path"], options["model"])
     if options["json"]:
-        found = {name: value for name, value in vars(facts).items() if value is not None}
         print(json.dumps(found, default=vars))
-        return 0
-    pages = [
-        _run_page(facts.run) if facts.run else [],
-        _adapter_page(facts.adapter) if facts.adapter else [],
-        _model_page(facts.model) if facts.model else [],
-        _file_page(facts.file) if facts.file else [],
-    ]
-    print("\n\n".join("\n".join(map(_printable, page)) for page in pages if page))
+    else:
+        print("\n\n".join("\n".join(map(_printable, _page(kind, facts))) for kind, facts in found.items()))
     return 0
 
 
-def _file_page(facts: FileFacts) -> list[str]:
-    inside = sum(tensor.bytes for tensor in facts.tensors.values())
-    return [
-        f"safetensors file  {facts.path}",
-        *_item("bytes", f"{facts.bytes:,}, of which {inside:,} are the tensors"),
-        *_item("metadata", _text(facts.metadata) or "none"),
-        *_item("numbers", _numbers(facts.tensors)),
-        "",
-        *_tensor_table(facts.tensors),
-    ]
-
-
-def _model_page(facts: ModelFacts) -> list[str]:
-    return [
-        f"model  {facts.path}",
-        *_item("config", _text({key: facts.config[key] for key in MODEL_KEYS if facts.config.get(key) is not None})),
-        *_item("numbers", _numbers(facts.tensors)),
-        *_item("files", ", ".join(f"{name} ({size:,} bytes)" for name, size in facts.files.items())),
-        *_item("tokenizer", _text(facts.tokenizer)),
-        *_readers(facts.problems),
-        "",
-        *_tensor_table(facts.tensors),
-    ]
-
-
-def _adapter_page(facts: AdapterFacts) -> list[str]:
-    base = _text(facts.config.get("base_model_name_or_path"))
-    found = "it is not here: see --model" if facts.base is None else f"measured against {facts.base}"
-    return [
-        f"adapter  {facts.path}",
-        *(_item("checkpoint", f"of step {_text(facts.step)}") if facts.step is not None else []),
-        *_item("base model", base if facts.base == base else f"{base}; {found}"),
-        *_item("config", _text({key: facts.config[key] for key in ADAPTER_KEYS if facts.config.get(key) is not None})),
-        *_item("numbers", _numbers(facts.tensors)),
-        *_readers(facts.problems),
-        "",
-        *_module_table(facts.modules, facts.base is not None),
-        *textwrap.wrap(LEGEND, WIDTH, initial_indent="  ", subsequent_indent="  "),
-        *(["", *_other_table(facts.other_tensors, facts.base is not None)] if facts.other_tensors else []),
-    ]
-
-
-def _run_page(facts: Mapping[str, Any]) -> list[str]:
-    lines = [f"run  {facts['path']}"]
-    for key in (key for key in facts if key not in ("path", "config", "summary")):
-        lines += _item(key.replace("_", " "), _text(facts[key]) or "none")
-    goes_on = f"no; it goes on from {facts['checkpoint'] or 'the beginning'}"
-    return [*lines, *_item("finished", goes_on if facts["summary"] is None else _text(facts["summary"]))]
-
-
-def _tensor_table(tensors: Mapping[str, TensorEntry]) -> list[str]:
-    rows = []
-    for label, names in fold({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}):
-        dtype, shape = tensors[names[0]].dtype, "x".join(map(str, tensors[names[0]].shape)) or "scalar"
-        rows.append((str(len(names)), dtype, shape, f"{sum(tensors[name].bytes for name in names):,}", label))
-    return _table(("count", "dtype", "shape", "bytes", "name"), rows)
-
-
-def _module_table(modules: Sequence[ModuleFacts], has_base: bool) -> list[str]:
-    known = {module.module: module for module in modules}
-    rows = []
-    for label, names in fold({module.module: (module.rank, module.scale, module.shape) for module in modules}):
-        folded = [known[name] for name in names]
-        rank, scale = str(folded[0].rank), UNKNOWN if folded[0].scale is None else f"{folded[0].scale:.4g}"
-        norms = _range([module.relative_norm if has_base else module.delta_norm for module in folded])
-        rows.append((str(len(folded)), rank, _range([m.effective_rank for m in folded]), scale, norms, label))
-    return _table(("n", "rank", "effective", "scale", "delta/base" if has_base else "delta", "module"), rows)
-
-
-def _other_table(others: Mapping[str, OtherFacts], has_base: bool) -> list[str]:
-    """What an adapter holds besides A and B; `change/base` is how far from the base's own numbers it is."""
-    rows = []
-    for label, names in fold({name: other.shape for name, other in others.items()}):
-        changes = [_range([others[name].relative_change for name in names])] if has_base else []
-        shape = "x".join(map(str, others[names[0]].shape)) or "scalar"
-        rows.append((str(len(names)), shape, *changes, label.removeprefix(PREFIX)))
-    return _table(("n", "shape", *(["change/base"] if has_base else []), "beside A and B"), rows)
-
-
-def _readers(problems: Mapping[str, Sequence[str]]) -> list[str]:
-    """Who reads it, or the first reasons why not."""
-    lines: list[str] = []
-    for tool, reasons in problems.items():
-        lines += _item("" if lines else "read by", f"{tool}: {'no' if reasons else 'yes'}")
-        lines += [line for reason in reasons[:SHOWN] for line in _item("", f"- {reason}")]
-        if len(reasons) > SHOWN:
-            lines += _item("", f"- and {len(reasons) - SHOWN} more: see --json")
+def _page(kind: str, facts: Mapping[str, Any]) -> list[str]:
+    lines = [f"{kind}  {facts['path']}"]
+    for key, text in _texts(kind, facts).items():
+        label = f"  {key.replace('_', ' ')}"
+        for paragraph in text.split("\n"):
+            for line in textwrap.wrap(paragraph, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False) or [""]:
+                lines.append(f"{label:<{LABEL}}{line}")
+                label = ""
+    if kind == "adapter":
+        has_base = facts["base"] is not None
+        norm = {"delta/base": "relative_norm"} if has_base else {"delta": "delta_norm"}
+        columns = {"rank": "rank", "effective": "effective_rank", "scale": "scale", **norm}
+        modules = {module["module"]: module for module in facts["modules"]}
+        lines += _table("n", modules, columns, "module", ("rank", "scale", "shape"))
+        others = {name.removeprefix(PREFIX): other for name, other in facts["other_tensors"].items()}
+        columns = {"shape": "shape", **({"change/base": "relative_change"} if has_base else {})}
+        lines += _table("n", others, columns, "beside A and B", ("shape",)) if others else []
+        lines += ["", *textwrap.wrap(LEGEND, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    elif kind != "run":
+        tensors = {name: vars(entry) for name, entry in facts["tensors"].items()}
+        columns = {key: key for key in ("dtype", "shape", "bytes")}
+        lines += _table("count", tensors, columns, "name", ("dtype", "shape"))
     return lines
 
 
+def _texts(kind: str, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Describe what is not a table, by its label."""
+    shown = {key: value for key, value in facts.items() if key not in ("path", "modules", "other_tensors")}
+    if kind == "run":
+        shown.pop("config", None)  # of which the settings are shown
+        if facts["summary"] is None:
+            shown["summary"] = f"none yet; the run goes on from {facts['checkpoint'] or 'the beginning'}"
+        return {key: _text(value) or "none" for key, value in shown.items()}
+    texts = {key: _text(value) or "none" for key, value in shown.items()}
+    if "config" in shown:
+        config = shown["config"]
+        texts["config"] = _text({key: config[key] for key in CONFIG_KEYS if config.get(key) is not None})
+    if kind == "file":
+        texts["bytes"] = f"{facts['bytes']:,}"
+    elif kind == "model":
+        texts["files"] = ", ".join(f"{name} ({size:,} bytes)" for name, size in facts["files"].items())
+    elif kind == "adapter":
+        texts["base"] = facts["base"] or "not here: see --model"
+        if facts["step"] is None:  # as it is no checkpoint
+            del texts["step"]
+    if facts.get("features"):
+        texts["features"] = "\n".join([PLAIN, *(f"- {name}: {why}" for name, why in facts["features"].items())])
+    if facts.get("problems"):
+        texts["problems"] = "\n".join(["minilora does not load it", *(f"- {each}" for each in facts["problems"])])
+    return {**texts, "tensors": _numbers(facts["tensors"])}
+
+
+def _table(
+    count: str, facts: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], name: str, same: Sequence[str]
+) -> list[str]:
+    """One row for names that differ in numbers alone and whose facts are equal in the keys `same`.
+
+    `columns` maps titles to keys; `count` and `name` are the titles of the first column and of the last.
+    """
+    rows = [[count, *columns, name]]
+    for label, names in fold({name: tuple(each[key] for key in same) for name, each in facts.items()}):
+        cells = (_cell(key, [facts[name][key] for name in names]) for key in columns.values())
+        rows.append([str(len(names)), *cells, label])
+    widths = [*[max(map(len, column)) for column in zip(*rows, strict=True)][:-1], 0]
+    return ["", *("".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)]
+
+
+def _cell(key: str, values: Sequence[Any]) -> str:
+    """The sum of bytes; else what is equal, or the least and the greatest value if all are known."""
+    if key == "bytes":
+        return f"{sum(values):,}"
+    if key == "shape":
+        return "x".join(map(str, values[0])) or "scalar"
+    if None in values:
+        return UNKNOWN
+    digits = 4 if key == "scale" else 2
+    low, high = (f"{end:.{digits}g}" if isinstance(end, float) else str(end) for end in (min(values), max(values)))
+    return low if low == high else f"{low}..{high}"
+
+
+def fold(kinds: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
+    """Group names of one kind that differ in numbers alone, as (label, names).
+
+    A label has the least and the greatest number of each place. It covers names that do not exist if some between them
+    are of another kind, or missing; the count of the names shows it.
+
+    >>> fold({"a.0.w": "x", "a.1.w": "x", "a.2.w": "y", "b": "x"})
+    [('a.{0-1}.w', ['a.0.w', 'a.1.w']), ('a.2.w', ['a.2.w']), ('b', ['b'])]
+    """
+    groups: dict[Hashable, list[str]] = {}
+    for name in sorted(kinds):
+        groups.setdefault((*NUMBER.split(name)[::2], kinds[name]), []).append(name)
+    return [(_label(names), names) for names in groups.values()]
+
+
+def _label(names: list[str]) -> str:
+    places = [set(place) for place in zip(*map(NUMBER.split, names), strict=True)]
+    ends = [sorted(place, key=int) if len(place) > 1 else [*place] for place in places]
+    return "".join(f"{{{end[0]}-{end[-1]}}}" if len(end) > 1 else end[0] for end in ends)
+
+
 def _numbers(tensors: Mapping[str, TensorEntry]) -> str:
-    """How many there are, and of which dtypes."""
+    """How many numbers there are, and of which dtypes."""
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
         counts[tensor.dtype] += math.prod(tensor.shape)
     dtypes = ", ".join(f"{dtype} {count:,}" if len(counts) > 1 else dtype for dtype, count in counts.most_common())
-    return f"{counts.total():,} in {len(tensors):,} tensors; {dtypes}"
-
-
-def _item(label: str, text: str) -> list[str]:
-    """A label and its text, which goes on below itself."""
-    lines = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False) or [""]
-    return [f"{'' if i else '  ' + label:<{LABEL}}{line}" for i, line in enumerate(lines)]
-
-
-def _table(head: Row, rows: Sequence[Row]) -> list[str]:
-    """Columns to the right but the last, which may be long."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    widths[-1] = 0
-    return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    size = sum(tensor.bytes for tensor in tensors.values())
+    return f"{counts.total():,} numbers, {size:,} bytes in {len(tensors):,} tensors; {dtypes}"
 
 
 def _text(value: Any, depth: int = 0) -> str:
@@ -190,15 +189,6 @@ def _text(value: Any, depth: int = 0) -> str:
     if isinstance(value, list):
         return ", ".join(_text(inner, depth + 1) for inner in value)
     return UNKNOWN if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _range(values: Sequence[float | None]) -> str:
-    """The least and the greatest, where all are known."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return UNKNOWN
-    low, high = f"{min(known):.2g}", f"{max(known):.2g}"
-    return low if low == high else f"{low}..{high}"
 
 
 def _printable(text: str) -> str:

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters.attach import set_adapter
-from minilora.adapters.classes import classes_of
-from minilora.adapters.files import base_model_of, base_quantization, load_adapter, vocabulary_of
+from minilora.adapter import set_adapter
+from minilora.adapters.files import base_model_of, base_quantization, classes_of, load_adapter, vocabulary_of
 from minilora.adapters.find import base_held
 from minilora.cli.command import Options, say
+from minilora.cli.flags import add_fields
 from minilora.cli.trained import Training, adapters, how_trained
 from minilora.errors import ConfigError, FormatError
+from minilora.llama import Llama
 from minilora.models.bitsandbytes import is_four_bit
-from minilora.models.checkpoint import load_model
-from minilora.models.classifier import Classifier, load_classifier
+from minilora.models.classifier import Classifier, load_for
 from minilora.models.config import LlamaConfig, Unit
 from minilora.models.hub import Location, fetch, locate
-from minilora.models.llama import Llama
 from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minilora.models.vocabulary import grow_vocabulary
-from minilora.quant.nf4 import BLOCK_SIZE
+from minilora.nf4 import BLOCK_SIZE
 from minilora.runs.run import pick_device
 from minilora.storage import BUILTIN, read_json
+
+
+def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
+    """--model, --adapter, --dtype, --device, and how the model is quantized."""
+    group = parser.add_argument_group("model and device")
+    group.add_argument(
+        "--model",
+        help="directory of the base model, or org/name[@revision] of the Hugging Face hub "
+        "(default: the one the adapter was made for, else the built-in one)",
+    )
+    action, more = ("append", "; give it again for more") if many_adapters else ("store", "")
+    group.add_argument("--adapter", action=action, help=f"directory of an adapter, or a hub id{more}")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="number format (default: auto)"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is (default: auto)")
+    add_fields(parser, QuantizeConfig, group.title or "", unset="as the adapter was trained")
 
 
 @dataclass(frozen=True)
@@ -103,28 +120,23 @@ def load(options: Options, found: Found | None = None) -> Loaded:
         raise ConfigError(
             f"{(*adapters(options), found.base.name)[0]}: is a classifier, which `minilora eval` measures"
         )
-    model = load_model(found.base.name, options["dtype"], pick_device(options["device"]), found.quantize)
-    return Loaded(model, found.required_tokenizer(), _with_adapters(model, found.adapters), found.training)
+    model, names = load_with_adapters(options, found)
+    assert isinstance(model, Llama)
+    return Loaded(model, found.required_tokenizer(), names, found.training)
 
 
-def load_classes(options: Options, found: Found) -> Classifier:
-    """The classifier that was found."""
-    where = options["dtype"], pick_device(options["device"]), found.quantize
-    model = load_classifier(found.base.name, found.unit, found.labels, *where)
-    _with_adapters(model, found.adapters)
-    return model
-
-
-def _with_adapters(model: Llama | Classifier, paths: Sequence[Path]) -> tuple[str, ...]:
-    """Load adapters on a model, all of them active; their names."""
-    say_quantization(base_held(model), paths)
-    grow_vocabulary(model, max(map(vocabulary_of, paths), default=0))
-    names = tuple(f"adapter{i}" for i in range(len(paths)))
-    for name, path in zip(names, paths, strict=True):
+def load_with_adapters(options: Options, found: Found) -> tuple[Llama | Classifier, tuple[str, ...]]:
+    """Load the model that was found, and its adapters, all of them active; return the adapters' names, too."""
+    where = found.base.name, options["dtype"], pick_device(options["device"]), found.quantize
+    model = load_for(found.unit, found.labels, *where)
+    say_quantization(base_held(model), found.adapters)
+    grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
+    names = tuple(f"adapter{i}" for i in range(len(found.adapters)))
+    for name, path in zip(names, found.adapters, strict=True):
         load_adapter(model, path, name)
     if names:
         set_adapter(model, names)
-    return names
+    return model, names
 
 
 def _classes(base: Path, paths: Sequence[Path]) -> tuple[Unit | None, tuple[str, ...]]:
@@ -135,7 +147,7 @@ def _classes(base: Path, paths: Sequence[Path]) -> tuple[Unit | None, tuple[str,
     """
     if not paths:
         config = LlamaConfig.from_dict(read_json(base / "config.json"))
-        return config.unit, config.labels if config.unit else ()
+        return config.unit, config.labels
     found = [classes_of(path) for path in paths]
     if len({unit for unit, _ in found}) > 1:
         raise ConfigError(f"{', '.join(map(str, paths))}: are for different tasks; name adapters of one task")

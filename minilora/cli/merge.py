@@ -1,15 +1,21 @@
-"""minilora merge: fold adapters into a model's weights, or several adapters into one.
+"""Fold adapters into a model's weights and write the model.
 
-A         an adapter as it is: a directory, org/name or org/name@revision
-A:0.7     the same with a weight, if a directory is not called so; only a number after the last colon is one
+The weights are read, merged and written one at a time. With a weight behind
+its name, as in --adapter one:0.7 --adapter two:0.3, an adapter is multiplied
+by it; a negative weight subtracts the adapter.
+
+Example:
+  minilora merge --adapter run --out merged
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from torch import nn
 
@@ -18,9 +24,10 @@ from minilora.adapters.combine_config import CombineConfig
 from minilora.adapters.find import base_held
 from minilora.adapters.weighted_files import combine_directories
 from minilora.cli.command import Options
-from minilora.cli.flags import from_flags
+from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import (
     Found,
+    add_model_flags,
     base_of,
     find,
     recorded_quantization,
@@ -31,13 +38,28 @@ from minilora.cli.trained import adapters, how_trained
 from minilora.errors import ConfigError
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
-from minilora.models.quantization import QuantizeConfig
+from minilora.models.quantization import QuantizeConfig, Target
 from minilora.runs.run import pick_device
 from minilora.storage import holds_files, write_text
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # error of a merge, relative to what the adapter does, from which on advice is given
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser, many_adapters=True)
+    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
+    parser.add_argument(
+        "--target",
+        choices=get_args(Target),
+        help="what to merge into: original, the 16-bit weights; dequantized, the 4-bit weights that were trained on, "
+        "made dense; requantized, these in four bits again (default: as the base was in training)",
+    )
+    parser.add_argument(
+        "--as-adapter", action="store_true", help="write the adapters as one adapter, and no model; no base is needed"
+    )
+    add_fields(parser, CombineConfig, "how adapters become one")
 
 
 def run(options: Options) -> int:

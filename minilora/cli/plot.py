@@ -1,7 +1,12 @@
-"""minilora plot: look at runs."""
+"""Draw loss, evaluation, learning rate and gradient norm of runs as one picture.
+
+Example:
+  minilora plot run1 run2 --out runs.svg
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +15,16 @@ from minilora.cli.command import Options
 from minilora.errors import ConfigError
 from minilora.runs.metrics import read_metrics
 from minilora.tools.plot import SUFFIXES, save_picture
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="picture to write, .svg or .png (default: plot.svg, in the directory of the run if there is one run)",
+    )
 
 
 def run(options: Options) -> int:

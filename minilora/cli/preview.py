@@ -9,11 +9,10 @@ from itertools import groupby
 
 from minilora.adapters.find import ParameterCount
 from minilora.cli.columns import visible
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX, Example
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
-from minilora.runs.data import Example
 from minilora.runs.inputs import Data
 
 ROWS = 3

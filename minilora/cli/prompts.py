@@ -14,8 +14,8 @@ from minilora.errors import ConfigError, DataError
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.data import use_prompt_style
-from minilora.runs.formats import Passage, understand_question
-from minilora.runs.rows import Row, read_held_out
+from minilora.runs.formats import PromptCompletion, parse_prompt
+from minilora.runs.rows import Row, read_eval_rows
 from minilora.storage import read_text
 
 STDIN = "-"
@@ -70,14 +70,14 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: As
         fields, text = row.fields, row.fields.get("prompt")
         if isinstance(text, str) and asking == "chat" and tokenizer.template and fields.get("completion") is None:
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
-        meaning = understand_question(fields, DataConfig(system=system))
+        parsed = parse_prompt(fields, DataConfig(system=system))
         json.dumps(row.fields, ensure_ascii=False).encode()
-        if isinstance(meaning, Passage):
-            ids = _encode_beginning(meaning.prompt if asking == "raw" else tokenizer.quote(meaning.prompt), tokenizer)
+        if isinstance(parsed, PromptCompletion):
+            ids = _encode_beginning(parsed.prompt if asking == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
         elif asking == "raw":
             raise DataError("a conversation needs the chat template, which --raw leaves out")
         else:
-            ids = tokenizer.encode_chat(meaning.messages, add_generation_prompt=True, tools=meaning.tools)
+            ids = tokenizer.encode_chat(parsed.messages, add_generation_prompt=True, tools=parsed.tools)
     except DataError as error:
         raise DataError(f"{row.source}: {error}") from error
     except UnicodeEncodeError as error:
@@ -88,7 +88,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: As
 
 
 def _rows_of(name: str) -> list[Row]:
-    return _lines_of(Path(name)) if name.endswith(".txt") else read_held_out(name)
+    return _lines_of(Path(name)) if name.endswith(".txt") else read_eval_rows(name)
 
 
 def _lines_of(path: Path) -> list[Row]:

@@ -1,11 +1,18 @@
-"""minilora quantize: write a model in four bits."""
+"""Write a model in four bits (NF4).
+
+transformers with bitsandbytes, and every command here, reads it.
+
+Example:
+  minilora quantize --model path/to/model --out model-nf4
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from minilora.cli.command import Options
-from minilora.cli.flags import from_flags
+from minilora.cli.flags import add_fields, from_flags
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import count_weights, is_four_bit
 from minilora.models.checkpoint import read_config, save_model, stored_dtype, stored_weights
@@ -15,7 +22,18 @@ from minilora.models.quantization import QuantizeConfig
 from minilora.models.shards import tensor_files
 from minilora.models.tokenizer import find_tokenizer
 from minilora.runs.run import pick_device
-from minilora.storage import holds_files
+from minilora.storage import BUILTIN, holds_files
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=BUILTIN,
+        help=f"directory of the model, or org/name[@revision] of the Hugging Face hub (default: {BUILTIN})",
+    )
+    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
+    parser.add_argument("--device", default="auto", help="where to compute it: cpu, cuda, mps (default: auto)")
+    add_fields(parser, QuantizeConfig, "quantization", but=("quantize",))
 
 
 def run(options: Options) -> int:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from minilora.errors import FormatError
 from minilora.models.quantization import shortest_names
-from minilora.quant.linear import NF4Linear
-from minilora.quant.nf4 import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, Packed
+from minilora.nf4 import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 from minilora.storage import TensorFile
 
 STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")

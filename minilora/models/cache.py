@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.models.attention import causal_attention
-from minilora.models.config import LlamaConfig
+from minilora.llama import LlamaConfig, causal_attention
+from minilora.models.rope import ScaledRope
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Run:
 class KVCache:
     """The cache of a batch. A call says of each document how many tokens it brings; one that has ended brings none.
 
-    With `dynamic` and `longrope` the rotation of all tokens changes when a document outgrows a length (`Rope.changes`),
-    and with it everything that was computed from them: `held` says what need not be given anew.
+    With `dynamic` and `longrope` the rotation of all tokens changes when a document outgrows a length
+    (`ScaledRope.changes`), and with it everything that was computed from them: `held` says what need not be given anew.
 
     Attributes:
         lengths: how many tokens of each document are held.
@@ -57,7 +57,7 @@ class KVCache:
 
     def held(self, document: int, length: int) -> int:
         """How many tokens of a document that is now so long are held; none, if they would turn by other angles now."""
-        if self._rope.changes(self.lengths[document], length):
+        if isinstance(self._rope, ScaledRope) and self._rope.changes(self.lengths[document], length):
             self.lengths[document] = 0
         return self.lengths[document]
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, FormatError, TrainingError
+from minilora.errors import ConfigError, FormatError, TrainingError, check_types
+from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     dtype_name,
     is_four_bit,
@@ -20,13 +21,12 @@ from minilora.models.bitsandbytes import (
     read_layout,
     read_packed,
 )
-from minilora.models.config import LlamaConfig
+from minilora.models.config import LlamaConfig, class_name
 from minilora.models.hub import Location, locate
-from minilora.models.llama import Llama
 from minilora.models.quantization import Quantize, QuantizeConfig, shortest_names
 from minilora.models.shards import SHARD_BYTES, tensor_files, write_shards
 from minilora.models.tokenizer import Tokenizer
-from minilora.quant.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 from minilora.storage import TensorFile, read_json, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ M = TypeVar("M", "Llama", "Classifier")
 def load_model(
     name_or_path: str | Path,
     dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | int = "cpu",
     quantize: QuantizeConfig | Quantize | None = None,
 ) -> Llama:
     """Build the model that a directory describes and read its weights straight into `dtype` on `device`.
@@ -67,6 +67,7 @@ def load_model(
         ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype; it is quantized
             already, and otherwise than is asked for.
     """
+    check_types(load_model, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     if config.unit is not None:
@@ -124,7 +125,7 @@ def stored_weights(
 
 
 def save_model(
-    model: Llama | Classifier,
+    model: Any,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -136,7 +137,7 @@ def save_model(
     no longer, because an adapter was merged into it, is written and named in `config.json`, which comes last.
 
     Args:
-        model: what is written.
+        model: a `Llama` or a `Classifier`.
         path: the directory.
         tokenizer: its files are written beside the model.
         shard_bytes: how large a file may be.
@@ -144,8 +145,11 @@ def save_model(
             other, as `stored_weights` gives them. Peak memory is one file's.
 
     Raises:
-        ConfigError: adapters are attached: merge or detach them first, or save them with `save_adapter`.
+        ConfigError: another model; adapters are attached: merge or detach them first, or save them with `save_adapter`.
     """
+    check_types(save_model, locals())
+    if not isinstance(getattr(model, "config", None), LlamaConfig):
+        raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama or a Classifier")
     path, own = Path(path), _weights(model)
     with torch.device("meta"):
         bare = type(model)(model.config)
@@ -166,7 +170,9 @@ def save_model(
     now["dtype"] = dtype_name(embedding.dtype)
     if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
         now["quantization_config"] = quantization
-    write_json(path / "config.json", {"architectures": [f"{model.config.class_name}ForCausalLM"], **source, **now})
+    write_json(
+        path / "config.json", {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **source, **now}
+    )
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -306,6 +312,15 @@ def skeleton(config: LlamaConfig) -> Llama:
     """The model without storage: names and shapes only."""
     with torch.device("meta"):
         return Llama(config)
+
+
+def init_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights of a new model from N(0, 0.02²); biases are 0, norms 1."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 def assign(model: nn.Module, name: str, weight: Weight) -> None:

@@ -1,7 +1,7 @@
-"""A classifier: the decoder's trunk, and a head that scores the classes of every sequence, or of every token.
+"""A classifier: the decoder's trunk with a head that scores the classes of every sequence, or of every token.
 
 Parameter names and the entries of config.json are those of transformers' `…ForSequenceClassification` (a head without
-bias) and `…ForTokenClassification` (with one). Attention looks back only, so the last token of a sequence is the one
+bias) and `…ForTokenClassification` (with one). Attention is causal, so the last token of a sequence is the only one
 that has read all of it: its scores are the sequence's.
 
     N  tokens laid end to end    D  hidden_size    C  classes    B  sequences of a batch    T  their padded length
@@ -12,57 +12,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, check_types
+from minilora.llama import Llama, Trunk, end_to_end, padded
 from minilora.models.checkpoint import filled, load_model, read_config, skeleton
-from minilora.models.config import CLASSIFIERS, LlamaConfig, Unit
+from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
-from minilora.models.llama import Llama, Trunk, end_to_end, padded
 from minilora.models.quantization import Quantize, QuantizeConfig
 
 
 class Classifier(nn.Module):
-    """Trunk and head.
-
-    Attributes:
-        unit: what gets a class, a "sequence" or a "token".
-        labels: the classes' names.
-
-    Args:
-        config: a classifier's (see `classifier_config`); its weights are to be loaded.
-
-    Raises:
-        ConfigError: the config is no classifier's, or names no classes.
-    """
+    """Compute the scores of the classes `labels` for each `unit`, a "sequence" or a "token"."""
 
     head = "score"
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        if config.unit is None:
-            found = config.source.get("architectures")
-            raise ConfigError(f"architectures: found {found!r:.80}, need one that ends in {' or '.join(CLASSIFIERS)}")
-        self.config = config
-        self.name_or_path = ""
-        self.unit: Unit = config.unit
-        self.task_type = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}[self.unit]
-        self.labels = config.labels
+        assert config.unit is not None
+        self.config, self.name_or_path = config, ""
+        self.unit, self.labels = config.unit, config.labels
+        self.task_type = next(task for task, unit in UNITS.items() if unit == config.unit)
         self.model = Trunk(config)
         self.score = nn.Linear(config.hidden_size, len(self.labels), bias=self.unit == "token")
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head, by the name by which "all-linear" knows what to leave alone."""
+        """Return the head, which "all-linear" leaves out."""
         return self.score
 
     def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Scores (logits) of the classes, for each sequence or for each token; those of the padding are 0.
+        """Compute the scores (logits) of the classes, for each sequence or for each token; those of the padding are 0.
 
-        Shapes: input_ids (B, T), lengths B numbers of real tokens in each row, padding to the right
-            -> (B, C) for sequences, (B, T, C) for tokens
+        Shapes: input_ids (B, T), lengths B numbers in 1..T -> (B, C) for sequences, (B, T, C) for tokens
 
         Raises:
             ShapeError: input_ids is not (B, T), or a length is not in 1..T.
@@ -79,39 +62,40 @@ def load_classifier(
     unit: Unit | None = None,
     labels: Sequence[str] = (),
     dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | int = "cpu",
     quantize: QuantizeConfig | Quantize | None = None,
     seed: int = 0,
 ) -> Classifier:
-    """The classifier in a directory; or the trunk of a language model there with a new head.
+    """Load a classifier; or the trunk of a language model with a new head, W ~ N(0, 0.02²) by `seed`, bias 0.
 
-    Args:
-        name_or_path: as for `load_model`.
-        unit: what gets a class, "sequence" or "token"; for a classifier that is there it need not be named.
-        labels: the classes' names; a classifier that is there must know them, and may know more.
-        dtype: as for `load_model`.
-        device: as for `load_model`.
-        quantize: as for `load_model`; the head stays dense.
-        seed: of a new head.
+    A new head needs `unit` and `labels`, the names of its classes; a classifier must have them, and may have more. The
+    other arguments are those of `load_model`; the head is never quantized.
 
     Raises:
         FormatError: as for `load_model`.
-        ConfigError: as for `load_model`; unit and labels are needed, or those of the directory are others.
+        ConfigError: as for `load_model`; unit and labels are missing, or the classifier has others.
     """
+    check_types(load_classifier, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
-    if config.unit is None:
-        if unit is None or not labels:
-            raise ConfigError(f"{location.path}: is no classifier; name unit and labels to put a new head on its trunk")
-        return with_new_head(load_model(location.name, dtype, device, quantize), unit, labels, seed)
-    if unit not in (None, config.unit) or not set(labels) <= set(config.labels):
+    if config.unit is None and (unit is None or not labels):
+        raise ConfigError(f"{location.path}: is no classifier; name unit and labels to put a new head on its trunk")
+    if config.unit and (unit not in (None, config.unit) or not set(labels) <= set(config.labels)):
         raise ConfigError(
             f"{location.path}: is a classifier that gives each {config.unit} one of {list(config.labels)}; asked for "
             f"is one that gives each {unit or config.unit} one of {list(labels)}"
         )
-    with torch.device("meta"):
-        model = Classifier(config)
-    return filled(model, location, dtype, torch.device(device), quantize)
+    model = skeleton_for(unit or config.unit, labels, config)
+    assert isinstance(model, Classifier)
+    if config.unit:
+        return filled(model, location, dtype, torch.device(device), quantize)
+    base = load_model(location.name, dtype, device, quantize)
+    weight = torch.normal(torch.zeros(model.score.weight.shape), 0.02, generator=torch.Generator().manual_seed(seed))
+    for name, value in {"weight": weight, "bias": torch.zeros(len(labels))}.items():
+        if getattr(model.score, name) is not None:
+            setattr(model.score, name, nn.Parameter(value.to(base.model.embed_tokens.weight)))
+    model.model, model.name_or_path = base.model, base.name_or_path
+    return model.eval()
 
 
 def load_for(
@@ -123,51 +107,34 @@ def load_for(
     quantize: QuantizeConfig | Quantize | None,
     seed: int = 0,
 ) -> Llama | Classifier:
-    """A classifier, or the language model if nothing is to get a class; see `load_classifier` and `load_model`."""
+    """Load a classifier, or a language model if `unit` is None."""
     if unit is None:
         return load_model(name_or_path, dtype, device, quantize)
     return load_classifier(name_or_path, unit, labels, dtype, device, quantize, seed)
 
 
 def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) -> Llama | Classifier:
-    """The same without storage: names and shapes only. `config` is that of a language model, or the classifier's."""
+    """Build the same without storage, from the config of a language model or of the classifier itself."""
     if unit is None:
         return skeleton(config)
     with torch.device("meta"):
         return Classifier(config if config.unit else classifier_config(config, unit, labels))
 
 
-def with_new_head(base: Llama, unit: Unit, labels: Sequence[str], seed: int = 0) -> Classifier:
-    """Build a classifier from the trunk of a language model and an untrained head, W ~ N(0, 0.02²), bias 0.
-
-    Raises:
-        ConfigError: see `classifier_config`.
-    """
-    with torch.device("meta"):
-        model = Classifier(classifier_config(base.config, unit, labels))
-    embedding, shape = base.model.embed_tokens.weight, model.score.weight.shape
-    weight = torch.normal(torch.zeros(shape), 0.02, generator=torch.Generator().manual_seed(seed))
-    model.score.weight = nn.Parameter(weight.to(embedding))
-    if unit == "token":
-        model.score.bias = nn.Parameter(torch.zeros(len(labels)).to(embedding))
-    model.model, model.name_or_path = base.model, base.name_or_path
-    return model.train(base.training)
-
-
 def classifier_config(config: LlamaConfig, unit: Unit, labels: Sequence[str]) -> LlamaConfig:
-    """The config of a decoder with what that of a classifier says besides.
+    """Return the config of a language model as that of a classifier.
 
     Raises:
-        ConfigError: equal labels, or fewer than two: transformers takes one for a number that is to be predicted.
+        ConfigError: equal labels, or fewer than two: transformers reads one label as a regression.
     """
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise ConfigError(f"labels: found {list(labels)!r:.80}, need at least two different ones")
     ending = next(ending for ending, classified in CLASSIFIERS.items() if classified == unit)
-    entries: dict[str, Any] = {
-        "architectures": [config.class_name + ending],
+    source = {
+        **config.source,
+        "architectures": [class_name(config.model_type) + ending],
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
+        **({"problem_type": "single_label_classification"} if unit == "sequence" else {}),
     }
-    if unit == "sequence":
-        entries["problem_type"] = "single_label_classification"
-    return replace(config, source={**config.source, **entries})
+    return replace(config, source=source)

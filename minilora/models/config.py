@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from minilora import llama
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import is_four_bit
-from minilora.models.rope import Rope, is_positive
+from minilora.models.rope import ScaledRope, is_positive
 
 FAMILIES: dict[str, dict[str, Any]] = {  # the values of keys that a config.json leaves out
     "llama": {"max_position_embeddings": 2048},
@@ -42,35 +42,11 @@ OPTIONAL = (
 )
 Unit = Literal["sequence", "token"]  # what a classifier gives a class to
 CLASSIFIERS: dict[str, Unit] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
+UNITS: dict[str | None, Unit] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}  # PEFT's task_type -> what gets a class
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """One decoder of the family. Names are those of `config.json` where it has them.
-
-    `windows[i]` is how far layer i looks back (None: all the way), `rotated[i]` whether its q and k are rotated.
-    `source` is the JSON object it was read from, which `save_model` writes back.
-    """
-
-    source: Mapping[str, Any]
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    is_fused: bool
-    windows: tuple[int | None, ...]
-    rotated: tuple[bool, ...]
-    rope: Rope
+class LlamaConfig(llama.LlamaConfig):
+    """One decoder of any of the families."""
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
@@ -92,11 +68,12 @@ class LlamaConfig:
         layers = values["num_hidden_layers"]
         attention_bias = bool(values.get("attention_bias")) and family in ("llama", "qwen3", "smollm3")
         rotated = _rotated(values) if family == "smollm3" else (True,) * layers
-        return cls(
+        config = cls(
             source=dict(source),
             **{key: values[key] for key in ("model_type", *REQUIRED, "rms_norm_eps", "tie_word_embeddings")},
             num_key_value_heads=values.get("num_key_value_heads") or heads,
             head_dim=head_dim,
+            max_position_embeddings=values["max_position_embeddings"],
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
             mlp_bias=bool(values.get("mlp_bias")) and family in ("llama", "smollm3"),
@@ -106,27 +83,30 @@ class LlamaConfig:
             rotated=rotated,
             rope=_rope(values, head_dim),
         )
-
-    @property
-    def class_name(self) -> str:
-        """What the names of transformers' classes for this family begin with."""
-        names = {"smollm3": "SmolLM3"}
-        return names.get(self.model_type, self.model_type.capitalize())
+        if heads % config.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
+            )
+        if config.rope.width + config.rope.width % 2 > head_dim:
+            raise ConfigError(f"head_dim {head_dim} is odd, but its coordinates turn in pairs")
+        return config
 
     @property
     def unit(self) -> Unit | None:
-        """What gets a class, if the model is a classifier: it is known by the name of transformers' class for it."""
+        """What a classifier gives a class to, by the name of transformers' class for it; None for another model."""
         names = self.source.get("architectures")
         listed = [str(name) for name in names] if isinstance(names, list) else []
         return next((unit for ending, unit in CLASSIFIERS.items() for name in listed if name.endswith(ending)), None)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A classifier's classes; transformers leaves them out of the file if they are LABEL_0 and LABEL_1.
+        """The names of a classifier's classes, none for another model; transformers does not write LABEL_0, LABEL_1.
 
         Raises:
             ConfigError: `id2label` is not at least two different names by number.
         """
+        if self.unit is None:
+            return ()
         named = self.source.get("id2label")
         if named is None:
             return ("LABEL_0", "LABEL_1")
@@ -136,14 +116,10 @@ class LlamaConfig:
                 return labels
         raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
 
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.rope.width + self.rope.width % 2 > self.head_dim:
-            raise ConfigError(f"head_dim {self.head_dim} is odd, but its coordinates turn in pairs")
+
+def class_name(model_type: str) -> str:
+    """Return what the names of transformers' classes for a family begin with."""
+    return "SmolLM3" if model_type == "smollm3" else model_type.capitalize()
 
 
 def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,12 +200,12 @@ def _windows(values: Mapping[str, Any], rotated: tuple[bool, ...]) -> tuple[int 
     return tuple(window if slide else None for slide in slides)
 
 
-def _rope(values: Mapping[str, Any], head_dim: int) -> Rope:
+def _rope(values: Mapping[str, Any], head_dim: int) -> ScaledRope:
     scaling = values["rope_scaling"]
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su" or (kind == "yarn" and values["model_type"] == "phi3"):
         kind = "longrope"  # Phi-3's first names for it
-    return Rope(
+    return ScaledRope(
         width=int(head_dim * values["partial_rotary_factor"]),
         theta=float(values["rope_theta"]),
         kind=kind,

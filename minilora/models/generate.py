@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, ShapeError, TrainingError
+from minilora.errors import ConfigError, ShapeError, TrainingError, check_types
+from minilora.llama import Llama
 from minilora.models.cache import KVCache
-from minilora.models.llama import Llama
 
 OnToken = Callable[[int, int], bool | None]
 
@@ -39,7 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def generate(
     model: Llama,
-    input_ids: Tensor | Sequence[Sequence[int]],
+    input_ids: Tensor | Iterable[Sequence[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -47,7 +47,6 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
-    use_cache: bool = True,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_new_tokens` tokens; a stop token ends one and is not returned.
@@ -66,7 +65,6 @@ def generate(
         repetition_penalty: above 1 makes what the prompt and the text so far hold less likely  [CTRL §4.1].
         seed: of the sampling.
         stop_ids: tokens that end a continuation.
-        use_cache: keep keys and values instead of computing them again; the result is the same.
         on_token: is told row and token of all that is written, as it is written; True ends that row.
 
     Raises:
@@ -74,6 +72,7 @@ def generate(
         ShapeError: input_ids are not rows of the model's token ids, or a prompt is empty.
         TrainingError: the model computes NaN or infinity.
     """
+    check_types(generate, locals())
     _check(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     prompts = _prompts(input_ids, model.model.embed_tokens.weight.size(0))
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -90,7 +89,7 @@ def generate(
         return on_token is None or not on_token(row, token)
 
     with evaluating(model):
-        _continue(model, documents, max_new_tokens, choose, goes_on, use_cache)
+        _continue(model, documents, max_new_tokens, choose, goes_on)
     return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
 
 
@@ -160,7 +159,6 @@ def _continue(
     max_new_tokens: int,
     choose: Callable[[Tensor, Sequence[int]], list[int]],
     goes_on: Callable[[int, int], bool],
-    use_cache: bool,
 ) -> None:
     """Token by token: `choose` takes one for each row, and `goes_on` writes it and says whether the row goes on.
 
@@ -168,20 +166,19 @@ def _continue(
     """
     weight = model.model.embed_tokens.weight
     capacity = max(map(len, documents)) + max_new_tokens
-    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device) if use_cache else None
+    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device)
     running = list(range(len(documents)))
     for _ in range(max_new_tokens):
         feed: list[list[int]] = [[] for _ in documents]
         for row in running:
-            held = 0 if cache is None else cache.held(row, len(documents[row]))
-            feed[row] = documents[row][held:]
+            feed[row] = documents[row][cache.held(row, len(documents[row])) :]
         chosen = choose(_next_logits(model, feed, cache), running)
         running = [row for row, token in zip(running, chosen, strict=True) if goes_on(row, token)]
         if not running:
             break
 
 
-def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
+def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Logits of what follows the last token of each document that has tokens here: (B, V), or fewer."""
     device = model.model.embed_tokens.weight.device
     lengths = [len(document) for document in feed]
@@ -194,22 +191,19 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache | N
 def _check(
     max_new_tokens: int, temperature: float, top_p: float, top_k: int, repetition_penalty: float, seed: int
 ) -> None:
-    def is_whole(value: int, least: int) -> bool:
-        return isinstance(value, int) and value >= least
-
     needs = [
-        (is_whole(max_new_tokens, 1), f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
+        (max_new_tokens >= 1, f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
         (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),
         (0 < top_p <= 1, f"top_p {top_p}, need a number above 0 and at most 1"),
-        (is_whole(top_k, 0), f"top_k {top_k}, need a whole number of at least 0"),
+        (top_k >= 0, f"top_k {top_k}, need a whole number of at least 0"),
         (0.01 <= repetition_penalty <= 100, f"repetition_penalty {repetition_penalty}, need a number from 0.01 to 100"),
-        (is_whole(seed, 0) and seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
+        (0 <= seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
     ]
     if bad := [message for is_right, message in needs if not is_right]:
         raise ConfigError("; ".join(bad))
 
 
-def _prompts(input_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+def _prompts(input_ids: Tensor | Iterable[Sequence[int]], vocab_size: int) -> list[list[int]]:
     """The rows of token ids as lists."""
     if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
         raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, check_types
 
 Quantize = Literal["none", "nf4"]
 Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
@@ -33,15 +33,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         names = self.quantize_skip.split(",") if isinstance(self.quantize_skip, str) else self.quantize_skip
-        bad = []
-        if self.quantize not in get_args(Quantize):
-            bad.append(f"quantize is {self.quantize!r}, accepted are {list(get_args(Quantize))}")
-        if not isinstance(self.double_quant, bool):
-            bad.append(f"double_quant is {self.double_quant!r}, need true or false")
-        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
-            bad.append(f"quantize_skip is {names!r}, need names of modules")
-        if bad:
-            raise ConfigError("QuantizeConfig: " + "; ".join(bad))
+        check_types(QuantizeConfig, {**vars(self), "quantize_skip": names})
         object.__setattr__(self, "quantize_skip", tuple(sorted({name.strip() for name in names})))
 
     @classmethod

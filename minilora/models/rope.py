@@ -10,7 +10,7 @@ frequencies, each by its own rule:
     longrope  a factor a pair, for short or long documents   Ding et al. 2024, LongRoPE
 
 `dynamic` and `longrope` depend on the length of the whole document: what was computed for a shorter one does not hold
-for a longer one (`Rope.changes`).
+for a longer one (`changes`).
 
     N  tokens of all spans    R  rotated width of a head
 """
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError
+from minilora.llama import Rope
 
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -38,12 +39,11 @@ TRAINED = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
-class Rope:
-    """The rotation of one model.
+class ScaledRope(Rope):
+    """The rotation of one model, with frequencies that may be scaled.
 
     Args:
-        width: R, how many coordinates of a head turn.
-        theta: the base θ.
+        width, theta: as of `llama.Rope`.
         kind: a key of `ROPE_KEYS`.
         scaling: the numbers that the kind needs.
         trained_length: the length that scaling starts from.
@@ -53,8 +53,6 @@ class Rope:
         ConfigError: an unknown kind, or a number that the kind needs is missing.
     """
 
-    width: int
-    theta: float
     kind: str
     scaling: Mapping[str, Any]
     trained_length: int

@@ -1,6 +1,6 @@
 """Chat templates: a conversation becomes text, as transformers 5 renders it.
 
-A template is code from a model's author, so it runs in a sandbox, with limits on its size, its work and what it writes.
+A template is code from a model's author, so it runs in a sandbox, with limits on its size, its work and its output.
 `{% generation %} … {% endgeneration %}` marks what the assistant says.
 """
 
@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension
+from jinja2.ext import Extension, loopcontrols
 
 from minilora.errors import DataError, FormatError
-from minilora.models.sandbox import Sandbox
+from minilora.models.sandbox import Metered, Sandbox
 
 Message = Mapping[str, Any]
 TEMPLATE_LIMIT = 256_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
-INDENT_LIMIT = 16  # of tojson
+INDENT_LIMIT, FORMAT_LIMIT = 16, 256  # of tojson; characters of strftime_now's format
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 IS_MARKED = "is marked"  # a variable that no template can name
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's reasoning is passed under
@@ -49,7 +49,7 @@ class ChatTemplate:
         try:
             tree = self._sandbox.parse(source)
             self._hides_generation = _hides_generation(tree)
-            self._template = self._sandbox.compiled(tree)
+            self._template = self._sandbox.from_string(Metered().visit(tree))
         except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {_reason(error)}") from error
 
@@ -97,7 +97,7 @@ class ChatTemplate:
         variables |= {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
         written, size = [], 0
         try:
-            self._sandbox.meter.start([messages, tools])
+            self._sandbox.start([messages, tools])
             for piece in self._template.generate(variables):
                 written.append(piece)
                 size += len(piece)
@@ -155,8 +155,14 @@ def _is_generation(node: nodes.Node) -> bool:
 
 
 def _environment(now: datetime | None) -> Sandbox:
-    functions = {"raise_exception": _raise, "strftime_now": lambda form: (now or datetime.now()).strftime(form)}
-    return Sandbox([_Generation], {"tojson": _to_json}, functions)
+    def strftime_now(form: str) -> str:
+        if len(form) > FORMAT_LIMIT:
+            raise ValueError(f"strftime_now: a format of {len(form)} characters; at most {FORMAT_LIMIT} are accepted")
+        return (now or datetime.now()).strftime(form)
+
+    functions = {"raise_exception": _raise, "strftime_now": strftime_now}
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation, loopcontrols]}
+    return Sandbox({"tojson": _to_json}, functions, **options)
 
 
 def _to_json(

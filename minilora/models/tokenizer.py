@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.errors import ConfigError, DataError, FormatError
+from minilora.errors import ConfigError, DataError, FormatError, check_types
 from minilora.models.hub import fetch
 from minilora.models.quote import QUOTE, ControlTokens
 from minilora.storage import read_json, read_text, write_text
@@ -29,6 +29,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
     """
+    check_types(load_tokenizer, locals())
     return Tokenizer(fetch(name_or_path, "tokenizer"))
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, check_types
+from minilora.llama import Llama
 from minilora.models.classifier import Classifier
-from minilora.models.llama import Llama
 
 
 def grow_vocabulary(model: Llama | Classifier, size: int) -> None:
@@ -21,6 +21,7 @@ def grow_vocabulary(model: Llama | Classifier, size: int) -> None:
     Raises:
         ConfigError: the model has adapters, or its head is in four bits.
     """
+    check_types(grow_vocabulary, locals())
     if size <= model.config.vocab_size:
         return
     embedding = model.model.embed_tokens

@@ -1,4 +1,4 @@
-"""Which rows are in which batch, and how a batch lies in memory: rows end to end, no padding.
+"""Which rows are in which batch.
 
 The whole order of a run is a function of the seed and the rows' lengths, so a resumed run needs a step number and
 nothing else.
@@ -8,55 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from minilora.errors import ConfigError
-from minilora.models.ops import IGNORE_INDEX
 from minilora.runs.config import TrainConfig
-from minilora.runs.data import Example
 
 Rows = list[int]  # indices of the rows of one micro-batch
 MOST_STEPS = 1_000_000
 EPOCH_SEEDS = 1_000_003  # apart enough that no two (seed, epoch) of sensible size meet
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows laid end to end.
-
-    Shapes: tokens (N), targets (N): the label that is predicted at each one, of text the token that follows it, and
-    IGNORE_INDEX where there is none; places (M), where there is one; lengths sum N
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    places: Tensor
-    lengths: list[int]
-
-    @property
-    def labelled(self) -> int:
-        """How many targets are learned."""
-        return len(self.places)
-
-
-def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Lay examples end to end. A text's last token has no target: the next row is none of its business.
-
-    All is made on the CPU, so that nothing has to be asked of a device; to a GPU it goes while that is at work.
-    """
-    tokens = [token for example in examples for token in example.tokens]
-    targets = [label for e in examples for label in [*e.labels[e.shift :], *[IGNORE_INDEX] * e.shift]]
-    places = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
-    is_pinned = device.type == "cuda"
-
-    def sent(numbers: list[int]) -> Tensor:
-        made = torch.tensor(numbers, dtype=torch.int64, pin_memory=is_pinned)
-        return made.to(device, non_blocking=is_pinned)
-
-    return Batch(sent(tokens), sent(targets), sent(places), [len(example.tokens) for example in examples])
 
 
 def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapter import adapter_layers
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
-from minilora.adapters.find import adapter_layers
 from minilora.errors import FormatError, TrainingError
-from minilora.runs.flat import Flat, Segment
+from minilora.runs.optimizer import trained_parameters
 from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,7 +62,7 @@ def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
     for layer in adapter_layers(model).values():
         active |= set(layer.active)
         for name, config in layer.configs.items():
-            if any(parameter.requires_grad for parameter in layer.trained(name)):
+            if any(parameter.requires_grad for parameter in layer.own_parameters(name)):
                 found.setdefault(name, config)
     if idle := sorted(found.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
@@ -72,7 +72,6 @@ def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
-    flat: Flat,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     best: dict[str, Tensor],
@@ -84,7 +83,7 @@ def save_checkpoint(
         if len(adapters) == 1:
             save_adapter(model, directory, next(iter(adapters)))
         write_tensors(directory / "trained.safetensors", changing(model))
-        write_tensors(directory / "optimizer.safetensors", _moments(flat, optimizer))
+        write_tensors(directory / "optimizer.safetensors", _moments(optimizer))
         if best:
             write_tensors(directory / "best.safetensors", best)
         write_json(directory / "state.json", state)
@@ -93,7 +92,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, model: nn.Module, flat: Flat, optimizer: torch.optim.Optimizer
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put what was trained and the optimizer's tensors back where they were; return the state, and the best weights.
 
@@ -105,8 +104,7 @@ def load_checkpoint(
     best = directory / "best.safetensors"
     kept = {name: tensor.clone() for name, tensor in _tensors(best, now).items()} if best.is_file() else {}
     file = TensorFile(directory / "optimizer.safetensors")
-    for segment in flat.segments:
-        _restore(file, segment, optimizer)
+    _restore(file, optimizer)
     with torch.no_grad():
         for name, tensor in trained.items():
             now[name].copy_(tensor)
@@ -138,37 +136,26 @@ def _tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _moments(flat: Flat, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """name/key -> AdamW's tensors, of each parameter its part; all of a segment have made as many steps."""
-    found: dict[str, Tensor] = {}
-    for segment in flat.segments:
-        state = optimizer.state[segment.values]
-        for key in MOMENTS:
-            found |= {f"{name}/{key}": part for name, part in segment.split(state[key]).items()}
-        found |= {f"{name}/step": state["step"].clone() for name in segment.parameters}
-    return found
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return AdamW's tensors as "name/key"; a parameter that has made no step has none."""
+    return {
+        f"{name}/{key}": tensor
+        for name, parameter in trained_parameters(optimizer).items()
+        for key, tensor in optimizer.state[parameter].items()
+    }
 
 
-def _restore(file: TensorFile, segment: Segment, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments of a segment into the optimizer; where a file has none of a parameter, they are 0.
+def _restore(file: TensorFile, optimizer: torch.optim.Optimizer) -> None:
+    """Put AdamW's tensors back.
 
     Raises:
-        FormatError: one is lacking or does not fit, or some have made more steps than others.
+        FormatError: one is missing or does not fit.
     """
-    state = {key: torch.zeros_like(segment.values.detach()) for key in MOMENTS}
-    parts = {key: segment.split(state[key]) for key in MOMENTS}
-    steps: dict[float, str] = {}
-    for name, parameter in segment.parameters.items():
-        if not any(f"{name}/{key}" in file.shapes for key in (*MOMENTS, "step")):
-            continue
-        for key in MOMENTS:
-            parts[key][name].copy_(_fitting(file, f"{name}/{key}", parameter))
-        steps.setdefault(_fitting(file, f"{name}/step", torch.tensor(0.0, dtype=torch.float32)).item(), name)
-    if len(steps) > 1:
-        raise FormatError(f"{file.path}: {' and '.join(steps.values())} have not made as many steps")
-    if steps:
-        step = torch.tensor(next(iter(steps)), dtype=torch.float32, device=segment.values.device)
-        optimizer.state[segment.values] = {"step": step, **state}
+    for name, parameter in trained_parameters(optimizer).items():
+        if any(f"{name}/{key}" in file.shapes for key in (*MOMENTS, "step")):
+            step = _fitting(file, f"{name}/step", torch.tensor(0.0, dtype=torch.float32)).to(parameter.device)
+            moments = {key: _fitting(file, f"{name}/{key}", parameter).to(parameter.device) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": step.clone(), **{k: t.clone() for k, t in moments.items()}}
 
 
 def _fitting(file: TensorFile, name: str, like: Tensor) -> Tensor:

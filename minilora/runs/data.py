@@ -1,7 +1,7 @@
-"""Rows of data become token ids and labels.
+"""Tokenize rows and label the tokens that are trained on.
 
-What is learned is marked in the characters of the text and carried over to tokens by their offsets: counting the
-tokens of the prompt alone would be wrong wherever a token spans the seam.
+Targets are spans of characters, which the tokenizer's offsets map to tokens. Counting the tokens of the prompt alone
+would be wrong where one token holds the end of the prompt and the beginning of the answer.
 """
 
 from __future__ import annotations
@@ -10,56 +10,26 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import overload
 
-from minilora.errors import ConfigError, DataError
-from minilora.models.ops import IGNORE_INDEX
+from minilora.data import Example, label_tokens
+from minilora.errors import ConfigError, DataError, check_types
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
-from minilora.runs.formats import Conversation, Passage, understand
+from minilora.runs.formats import Conversation, PromptCompletion, parse_row
 from minilora.runs.rows import Row, read_training_rows
-from minilora.runs.turns import Span, written
+from minilora.runs.turns import render_conversation
 from minilora.storage import ASSETS, read_text
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as the model sees it. `labels[i]` is `tokens[i]` where that token is learned, else IGNORE_INDEX.
-
-    A label is predicted `shift` tokens before its own: text from the token before it. A class is at the token that it
-    is read from: there `labels[i]` is a class, and `shift` is 0.
-    """
-
-    tokens: list[int]
-    labels: list[int]
-    source: str = ""
-    shift: int = 1
-
-    @property
-    def labelled(self) -> int:
-        """How many labels are learned. The first token is never predicted, so as text it does not count."""
-        return sum(label != IGNORE_INDEX for label in self.labels[self.shift :])
-
-    @property
-    def prompt(self) -> list[int]:
-        """The tokens before the first learned one."""
-        return self.tokens[: next(i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)]
-
-    @property
-    def answer(self) -> tuple[int, ...]:
-        """The learned tokens that follow the prompt, up to the first that is not learned."""
-        return tuple(takewhile(lambda label: label != IGNORE_INDEX, self.labels[len(self.prompt) :]))
 
 
 @dataclass(frozen=True, repr=False)
 class Dataset(Sequence[Example]):
-    """Examples ready for training.
+    """Tokenized rows, and how many of them needed something.
 
-    `truncated` rows were cut to `max_length`, and `lost` labels with that. Not in are the `unlabelled` rows, which had
-    none left, and those that could not be used, about which `bad` has a line each. `conversations` went through a chat
-    template; `quoted` rows had control tokens in their text, which are plain text now.
+    `truncated` rows were cut to `max_length`, which removed `lost` labels; the `unlabelled` rows had none left and are
+    dropped. Rows that cannot be used are dropped, too: `bad` has an error message for each. `conversations` counts rows
+    rendered by a chat template, `quoted` rows whose control tokens are encoded as plain text.
     """
 
     examples: tuple[Example, ...]
@@ -89,20 +59,21 @@ class Dataset(Sequence[Example]):
 def load_dataset(
     path: str | Path | Sequence[str | Path], tokenizer: Tokenizer, config: DataConfig | None = None
 ) -> Dataset:
-    """Read the rows of files, and the training rows of directories, and encode them.
+    """Read and tokenize the rows of files, and the training rows of directories.
 
     Raises:
         DataError: a row that cannot be used, with file and line; a file without rows.
     """
+    check_types(load_dataset, locals())
     config = config or DataConfig()
     rows = read_training_rows(path)
     return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
 
 
 def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ()) -> Tokenizer:
-    """The tokenizer with the chat template that a prompt style stands for.
+    """Return the tokenizer with the chat template of a prompt style.
 
-    "auto" is the tokenizer's own; where it has none, and there are rows of instruction and output, it is "alpaca".
+    "auto" is the tokenizer's own; if it has none and a row has an `instruction`, "alpaca".
 
     Raises:
         ConfigError: no such style.
@@ -124,25 +95,34 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ())
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
-    """Tokens and labels of every row.
+    """Tokenize and label every row.
 
     Raises:
         DataError: a row that cannot be used, unless those are skipped; no row has a label left.
     """
 
     def encode(row: Row) -> tuple[Example, bool, bool]:
-        meaning, is_quoted = _read(row, tokenizer, config)
-        example = _encoded(meaning, row.source, tokenizer, config.train_on)
-        return example, isinstance(meaning, Conversation), is_quoted
+        with errors_at(row.source):
+            parsed, is_quoted = _parse(row, tokenizer, config)
+            if isinstance(parsed, PromptCompletion):
+                tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
+            else:
+                tokens, labels = _encode_conversation(parsed, tokenizer, config.train_on)
+            example = Example(tokens, labels, row.source)
+            if not example.labelled:
+                raise DataError("nothing to learn: no token of an answer can be predicted")
+        return example, isinstance(parsed, Conversation), is_quoted
 
-    return gather(rows, encode, config)
+    return build_dataset(rows, encode, config)
 
 
-def gather(rows: Sequence[Row], encode: Callable[[Row], tuple[Example, bool, bool]], config: DataConfig) -> Dataset:
-    """The rows, encoded and cut; `encode` gives the example, and whether it is a conversation, and is quoted.
+def build_dataset(
+    rows: Sequence[Row], encode: Callable[[Row], tuple[Example, bool, bool]], config: DataConfig
+) -> Dataset:
+    """Build a data set of rows; `encode` returns the example, whether it is a conversation, and whether it is quoted.
 
     Raises:
-        DataError: as of `encode_rows`.
+        DataError: as for `encode_rows`.
     """
     examples, bad, conversations, quoted = [], [], 0, 0
     for row in rows:
@@ -169,56 +149,34 @@ def gather(rows: Sequence[Row], encode: Callable[[Row], tuple[Example, bool, boo
     return Dataset(kept, truncated, len(cut) - len(kept), lost, tuple(bad), conversations, quoted)
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
-    """Tokens and labels of one row, uncut.
-
-    Raises:
-        DataError: the row has none of the known shapes, a field of the wrong type, or nothing to learn.
-    """
-    return _encoded(_read(row, tokenizer, config)[0], row.source, tokenizer, config.train_on)
-
-
-def _read(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Passage | Conversation, bool]:
-    """What a row means; what looks like a control token in it is quoted, unless asked otherwise: is anything?"""
-    with located(row.source):
-        if row.problem:
-            raise DataError(row.problem)
-        meaning = understand(row.fields, config)
-        if isinstance(meaning, Passage):  # one that brings its closing token gets no second one
-            closing = tokenizer.special_tokens.get("eos_token", "")
-            meaning = replace(meaning, completion=meaning.completion.removesuffix(closing))
-        if config.allow_special:
-            return meaning, False
-        quoted = replace(meaning, **{name: tokenizer.quote(value) for name, value in vars(meaning).items()})
-        return quoted, quoted != meaning
-
-
-def _encoded(meaning: Passage | Conversation, source: str, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
-    with located(source):
-        if isinstance(meaning, Passage):
-            tokens, labels = _encode_passage(meaning, tokenizer, train_on)
-        else:
-            tokens, labels = _encode_conversation(meaning, tokenizer, train_on)
-        example = Example(tokens, labels, source)
-        if not example.labelled:
-            raise DataError("nothing to learn: no token of an answer can be predicted")
-        return example
+def _parse(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[PromptCompletion | Conversation, bool]:
+    """Parse a row and quote the control tokens in it, unless they are allowed; return whether there were any, too."""
+    if row.problem:
+        raise DataError(row.problem)
+    parsed = parse_row(row.fields, config)
+    if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
+        closing = tokenizer.special_tokens.get("eos_token", "")
+        parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
+    if config.allow_special:
+        return parsed, False
+    quoted = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
+    return quoted, quoted != parsed
 
 
 @contextmanager
-def located(source: str) -> Iterator[None]:
-    """Errors say where."""
+def errors_at(source: str) -> Iterator[None]:
+    """Put the source of a row in front of the message of a DataError."""
     try:
         yield
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
 
 
-def _encode_passage(passage: Passage, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
-    """Prompt and completion as one text, closed by the end token, which is always a label if anything is."""
-    prompt, text = passage.prompt, passage.prompt + passage.completion
+def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
+    """Tokenize prompt and completion as one text and append the end token, which is always labelled."""
+    prompt, text = parsed.prompt, parsed.prompt + parsed.completion
     tokens, spans = tokenizer.encode_spans(text)
-    labels = _labels(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
+    labels = label_tokens(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
     if tokenizer.eos_id is not None:
         if tokens[-1:] != [tokenizer.eos_id]:
             tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
@@ -229,14 +187,6 @@ def _encode_passage(passage: Passage, tokenizer: Tokenizer, train_on: TrainOn) -
 def _encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn
 ) -> tuple[list[int], list[int]]:
-    text, learned = written(conversation, tokenizer, train_on)
+    text, learned = render_conversation(conversation, tokenizer, train_on)
     tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
-    return tokens, _labels(tokens, spans, learned)
-
-
-def _labels(tokens: list[int], spans: list[Span], learned: list[Span]) -> list[int]:
-    """A token is a label where it shares a character with a learned span."""
-    return [
-        token if any(end > first and begin < last for first, last in learned) and end > begin else IGNORE_INDEX
-        for token, (begin, end) in zip(tokens, spans, strict=True)
-    ]
+    return tokens, label_tokens(tokens, spans, learned)

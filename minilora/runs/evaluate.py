@@ -1,28 +1,26 @@
-"""How good is it? Held-out loss, accuracy among choices, exact match. And did it forget? Drift on general text."""
+"""Held-out loss, accuracy among choices or classes, F1, exact match, and drift on general text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from minilora.adapters.attach import disable_adapter
+from minilora.adapter import disable_adapter
+from minilora.data import Example, collate
 from minilora.errors import DataError
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.batch import collate
 from minilora.runs.config import TrainConfig
-from minilora.runs.confusion import Confusion
-from minilora.runs.data import Example
-from minilora.runs.objective import Objective, TokenLoss, check_ids, groups_to_evaluate
+from minilora.runs.objective import Objective, TokenLoss, check_ids, eval_groups
 
 if TYPE_CHECKING:
+    from minilora.llama import Llama
     from minilora.models.classifier import Classifier
-    from minilora.models.llama import Llama
 
 SAMPLE_TOKENS = 48  # that are written of a sample
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
@@ -42,32 +40,17 @@ class Drift:
 
 @dataclass(frozen=True)
 class Scores:
-    """Held-out loss, and accuracy where the data has choices; both None if nothing is held out."""
+    """Held-out loss, and accuracy where the data has choices or classes; both None if nothing is held out.
+
+    `class_scores` holds the other scores of a classifier, as the function of that name returns them.
+    """
 
     loss: float | None
     accuracy: float | None
+    class_scores: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class ClassScores:
-    """Held-out loss of a classifier, and what it took for what; both None if nothing is held out."""
-
-    loss: float | None
-    confusion: Confusion | None
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.confusion.accuracy if self.confusion else None
-
-    @property
-    def macro_f1(self) -> float | None:
-        return self.confusion.macro_f1 if self.confusion else None
-
-    def record(self) -> dict[str, Any]:
-        return {"loss": self.loss, "accuracy": None, **(self.confusion.record() if self.confusion else {})}
+        return {"loss": self.loss, "accuracy": self.accuracy, **self.class_scores}
 
 
 def evaluate(
@@ -100,8 +83,9 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     """
     total, count, device = 0.0, 0, next(model.parameters()).device
     with evaluating(model):
-        for together in objective.evaluated_together(rows):
-            loss, number = objective(model, objective.batch([rows[row] for row in together], device))
+        for together in objective.eval_batches(rows):
+            batch: Any = objective.batch([rows[row] for row in together], device)
+            loss, number = objective(model, batch)
             total += loss.item()
             count += number
             if progress:
@@ -111,23 +95,45 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     return total / count
 
 
-def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> ClassScores:
-    """Loss of the model as it is, and for each class what was taken for what: the class with the highest score."""
+def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> Scores:
+    """Compute loss and scores of a classifier, which predicts the class with the highest logit."""
     check_ids(model, examples)
-    device = next(model.parameters()).device
-    total, pairs = 0.0, list[tuple[int, int]]()
+    device, C = next(model.parameters()).device, len(model.labels)
+    total, confusion = 0.0, torch.zeros(C * C, dtype=torch.int64)
     with evaluating(model):
-        for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
+        for rows in eval_groups([len(example.tokens) for example in examples]):
             batch = collate([examples[row] for row in rows], device)
-            scores = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
-            classes = batch.targets[batch.places]
-            total -= _log_probabilities(scores).gather(-1, classes.unsqueeze(-1)).sum().item()
-            pairs += zip(classes.tolist(), scores.argmax(-1).tolist(), strict=True)
+            logits = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
+            total -= _log_probabilities(logits).gather(-1, batch.labels.unsqueeze(-1)).sum().item()
+            confusion += (C * batch.labels + logits.argmax(-1)).cpu().bincount(minlength=C * C)
             if progress:
                 progress(rows[-1] + 1, len(examples))
-    if not pairs:
-        return ClassScores(None, None)
-    return ClassScores(total / len(pairs), Confusion.of(pairs, model.labels))
+    if not confusion.any():
+        return Scores(None, None)
+    found = class_scores(confusion.view(C, C).tolist(), model.labels)
+    return Scores(total / int(confusion.sum()), found["accuracy"], found)
+
+
+def class_scores(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
+    """Compute the scores of a classifier from its confusion matrix: n_ij examples of class i are predicted as class j.
+
+        precision_i = n_ii / Σ_j n_ji    recall_i = n_ii / Σ_j n_ij    F1_i = 2 n_ii / (Σ_j n_ij + Σ_j n_ji)
+
+    0 / 0 counts as 0. Macro F1 is the mean over the classes that occur or are predicted, weighted F1 that over the
+    examples.
+    """
+    n = torch.tensor(confusion, dtype=torch.float64)
+    correct, counts, predicted = n.diag(), n.sum(1), n.sum(0)
+    f1 = (2 * correct / (counts + predicted)).nan_to_num()
+    columns = (correct / predicted).nan_to_num(), (correct / counts).nan_to_num(), f1, counts.long()
+    classes = zip(labels, *(column.tolist() for column in columns), strict=True)
+    return {
+        "accuracy": (correct.sum() / n.sum()).item(),
+        "macro_f1": f1[counts + predicted > 0].mean().item(),
+        "weighted_f1": (counts @ f1 / n.sum()).item(),
+        "classes": {label: dict(zip(("precision", "recall", "f1", "count"), c, strict=True)) for label, *c in classes},
+        "confusion": [list(row) for row in confusion],
+    }
 
 
 def measure_drift(
@@ -146,20 +152,21 @@ def measure_drift(
     device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
-        for rows in groups_to_evaluate([len(example.tokens) for example in examples]):
+        for rows in eval_groups([len(example.tokens) for example in examples]):
             batch = collate([examples[row] for row in rows], device)
             with disable_adapter(base):
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
-            for chunk in batch.places.split(DRIFT_TOKENS):
+            chunks = zip(batch.places.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
+            for chunk, labels in chunks:
                 with disable_adapter(base):
                     log_p = _log_probabilities(base.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))
-                targets = batch.targets[chunk].unsqueeze(-1)
+                targets = labels.unsqueeze(-1)
                 before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
                 kl = (log_p.exp() * (log_p - log_q)).sum()
                 sums += torch.stack((before, after, kl)).cpu()
-            labelled += batch.labelled
+            labelled += len(batch.labels)
             if progress:
                 progress(rows[-1] + 1, len(examples))
     before, after, kl = (sums / labelled).tolist()
@@ -188,7 +195,7 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        for rows in groups_to_evaluate([len(example.tokens) * copies for example in examples]):
+        for rows in eval_groups([len(example.tokens) * copies for example in examples]):
             for row, scores in zip(rows, _scores(model, [examples[row].prompt for row in rows], answers), strict=True):
                 correct += choices[scores.index(max(scores))] == examples[row].answer
             if progress:

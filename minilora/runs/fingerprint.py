@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.config import LoraConfig
+from minilora.data import Example
 from minilora.runs.config import TrainConfig
-from minilora.runs.data import Example
 
 LATER = (("sort_window", 1), ("compile", False))  # settings that earlier versions did not have, as they were
 

@@ -1,4 +1,4 @@
-"""What goes into a run: its rows, split into those to learn from and those to look at, and general text."""
+"""Rows of a run: training, validation and test split, and general text to measure drift on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from minilora.runs.classes import encode_classes, find_labels
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
-from minilora.runs.rows import find_splits, read_held_out, read_rows
+from minilora.runs.rows import find_splits, read_eval_rows, read_rows
 from minilora.storage import ASSETS, BUILTIN
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from; what it is watched with while it learns; what it is judged by in the end."""
+    """Training rows; validation rows for the evaluations of a run; test rows for its summary."""
 
     tokenizer: Tokenizer
     train: Dataset
@@ -30,11 +30,11 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = Dataset(())
-    labels: tuple[str, ...] = ()  # of classes
+    labels: tuple[str, ...] = ()  # a classifier's
 
     @property
     def splits(self) -> dict[str, Dataset]:
-        """Name -> rows, each set of rows once."""
+        """Splits that have rows, by name; validation is left out if it is the test split."""
         found = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
         return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
 
@@ -47,10 +47,10 @@ def load_data(
     unit: Unit | None = None,
     labels: tuple[str, ...] = (),
 ) -> Data:
-    """Training, validation and test rows, and the tokenizer in the prompt style that they are written in.
+    """Read and tokenize training, validation and test rows; the tokenizer gets the prompt style of the rows.
 
-    Without files of their own, a share of the training rows is held out; and another one to choose the best adapter
-    with, if the run does. With a `unit` rows have classes, of the `labels`, or else of those of the training rows.
+    If there is no test file, a share of the training rows is held out; and another one for validation, if the run
+    selects the best adapter. With a `unit` rows have classes; without `labels`, those of the training rows are taken.
 
     Raises:
         DataError: a row that cannot be used, or there is no training file.
@@ -68,30 +68,30 @@ def load_data(
     for split in ("test", "valid") if training.selects else ("test",):
         is_there = split in encoded or (split == "test" and "valid" in encoded and not training.selects)
         if not is_there and reading.eval_split and len(encoded["train"]) > 1:
-            encoded |= _hold_out(encoded["train"], split, reading.eval_split, training.seed)
+            encoded |= _split_off(encoded["train"], split, reading.eval_split, training.seed)
     test = encoded.get("test") or encoded.get("valid") or Dataset(())
     valid = encoded.get("valid") or test
     choices = None if unit else find_choices([*encoded["train"], *test])
-    return Data(tokenizer, encoded["train"], valid, test, choices, _digests(files), labels=labels)
+    return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files), labels=labels)
 
 
-def _hold_out(whole: Dataset, split: str, share: float, seed: int) -> dict[str, Dataset]:
+def _split_off(whole: Dataset, split: str, share: float, seed: int) -> dict[str, Dataset]:
     shuffled = random.Random(seed).sample(whole.examples, len(whole))
     held = max(1, int(share * len(shuffled)))
     return {"train": replace(whole, examples=tuple(shuffled[held:])), split: Dataset(tuple(shuffled[:held]))}
 
 
 def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Dataset:
-    """General text, every token of it to be predicted; empty for "none"."""
+    """Read and tokenize general text, with a label on every token; "none" is an empty data set."""
     if name == "none":
         return Dataset(())
     path = ASSETS / "data" / "general.jsonl" if name == BUILTIN else name
-    rows = read_held_out(path)
+    rows = read_eval_rows(path)
     return encode_rows(rows, tokenizer, replace(reading, train_on="all", system=None, text_field="text"))
 
 
-def _digests(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """SHA-256 by file name, or by path where names are not distinct; of a pipe, which is read once, there is none."""
+def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """Return SHA-256 by file name, or by path if names are not distinct; a pipe, which is read once, has none."""
     paths = [path for found in files.values() for path in found if path.is_file()]
     names = [path.name for path in paths]
     is_distinct = len(set(names)) == len(names)

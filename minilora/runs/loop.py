@@ -1,12 +1,4 @@
-"""The training loop: what a step is, and what happens around it.
-
-The loss of a step is the sum of the losses of its rows divided by their number; for rows of text, over their labelled
-tokens. Any cutting of a step into micro-batches gives one gradient:
-
-    L = 1/n Σ_t -log p(token t | before),  n = Σ over micro-batches of their labelled tokens
-
-A number that is known beforehand divides each micro-batch's sum before its backward pass, another one the gradient.
-"""
+"""Training: what happens around the step of `minilora.training`: the plan, evaluation, checkpoints, records."""
 
 from __future__ import annotations
 
@@ -19,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.adapters.attach import forget_dropout_step, set_dropout_step
-from minilora.adapters.find import shared_scratch
-from minilora.errors import DataError, FormatError, TrainingError
-from minilora.models.recompute import Recompute
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.dropout import set_dropout_step
+from minilora.adapters.find import base_held
+from minilora.errors import DataError, FormatError, TrainingError, check_types
+from minilora.llama import Llama, Recompute
+from minilora.models.classifier import Classifier
+from minilora.models.quantization import QuantizeConfig
 from minilora.runs.allocator import kept_memory, release_memory
 from minilora.runs.batch import Rows, plan_steps
 from minilora.runs.checkpoints import checkpoints, load_checkpoint, newest_step, save_checkpoint, trained_adapters
@@ -32,11 +27,16 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.diagnose import first_bad_module, peak_memory_bytes
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.fingerprint import fingerprint
-from minilora.runs.flat import Flat, flat_norm
-from minilora.runs.objective import GivenLoss, Loss, Objective, TokenLoss
-from minilora.runs.optimizer import adamw, learning, learning_rate, set_rate
+from minilora.runs.memory import Plan, fit
+from minilora.runs.objective import GivenLoss, Objective, TokenLoss
+from minilora.runs.optimizer import (
+    build_optimizer,
+    rate_of_step,
+    trained_parameters,
+)
 from minilora.runs.select import Selection
 from minilora.storage import read_json
+from minilora.training import Loss, total_norm, train_step
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
@@ -94,6 +94,7 @@ def train(
         TrainingError: nothing is trainable, or an adapter that does not act; a loss, gradient or weight is not finite;
             a checkpoint belongs to another run; a model that needs `loss`.
     """
+    check_types(train, locals())
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()
@@ -105,21 +106,23 @@ def train(
     if config.selects and not held_out:
         raise DataError("keep best and early_stopping need held-out examples")
     if config.recompute == "auto":
-        config = replace(config, recompute=_fitting_recompute(model, dataset, held_out, config, loss))
+        lora = next(iter(adapters.values()), None)
+        way = _fitting_recompute(model, dataset, held_out, config, lora) if loss is None else "none"
+        config = replace(config, recompute=way)  # a given loss recomputes what it likes
         objective = _objective(loss, config)
-    how, steps = learning(model, config), plan_steps(objective.lengths(dataset), config)
+    steps = plan_steps(objective.lengths(dataset), config)
     state: Record = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint_dir is not None:
         checkpoint_dir = Path(checkpoint_dir)
         state["run"] = fingerprint(dataset, held_out if config.selects else (), config, adapters)
-    flat = Flat(model, how)
+    run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
     try:
-        run = _Run(model, flat, adamw(flat, config), objective, dataset, steps, config)
-        with shared_scratch(model), _compiled(objective.compilable(model) if config.compile else []):
+        with _compiled(objective.compilable(model) if config.compile else []):
             return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
     finally:
-        flat.release()
-        forget_dropout_step(model)
+        for parameter in trained_parameters(run.optimizer).values():
+            parameter.grad = None
+        set_dropout_step(model, None)
 
 
 def _objective(loss: Loss | None, config: TrainConfig) -> Objective:
@@ -127,14 +130,30 @@ def _objective(loss: Loss | None, config: TrainConfig) -> Objective:
 
 
 def _fitting_recompute(
-    model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, loss: Loss | None
+    model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
 ) -> Recompute:
-    """What `auto` means here; a loss that is given recomputes what it likes."""
-    if loss is not None:
-        return "none"
-    from minilora.runs.memory import fitting_recompute  # loads a part of PyTorch that is not needed otherwise
+    """Choose for `auto` what fits beside the loaded model.
 
-    return fitting_recompute(model, dataset, held_out, config)
+    Raises:
+        TrainingError: the model is none of minilora's decoders, whose memory alone is forecast.
+    """
+    if not isinstance(model, Llama | Classifier):
+        raise TrainingError(f"{type(model).__name__}: recompute 'auto' is for minilora's own decoders; name a way")
+    weight = model.model.embed_tokens.weight
+    plan = Plan(
+        model.config,
+        lora,
+        config,
+        QuantizeConfig("none" if base_held(model)["quantize"] == "none" else "nf4"),
+        weight.dtype,
+        weight.device,
+        [(len(example.tokens), example.labelled) for example in dataset],
+        [[len(example.tokens) for example in held_out]],
+        len(model.labels) if isinstance(model, Classifier) else 0,
+    )
+    chosen = fit(plan, held=sum(p.nbytes for p in model.parameters()))[0].training.recompute
+    assert chosen != "auto"
+    return chosen
 
 
 @contextmanager
@@ -155,7 +174,6 @@ class _Run:
     """What all steps of a run share."""
 
     model: nn.Module
-    flat: Flat
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
@@ -173,7 +191,7 @@ class _Run:
         return ", ".join(str(getattr(self.dataset[row], "source", row)) for rows in self.steps[step] for row in rows)
 
 
-def _train(run: _Run, state: Record, tell: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
+def _train(run: _Run, state: Record, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
     """Go from the newest checkpoint, or from the beginning, to the end; see `train`."""
     model, config, steps, selection = run.model, run.config, run.steps, Selection(run.config)
     if folder is not None:
@@ -189,16 +207,16 @@ def _train(run: _Run, state: Record, tell: OnStep, held_out: Sequence[Any], fold
         now, tokens = time.monotonic(), record["tokens"]
         state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
         pace = {"tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
-        stopped = bool(tell({**record, **pace}))
+        stopped = bool(on_step({**record, **pace}))
         step, is_last = state["step"], state["step"] == len(steps)
         if held_out and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
             eval_loss = mean_loss(model, run.objective, held_out)
             selection.note(model, step, eval_loss)
-            stopped |= bool(tell({"step": step, "eval_loss": eval_loss, "best_step": selection.best_step}))
+            stopped |= bool(on_step({"step": step, "eval_loss": eval_loss, "best_step": selection.best_step}))
         is_last |= selection.has_ended  # what comes after training may fail, and must not cost the run
         if folder is not None and (stopped or is_last or _is_due(config.save_steps, step)):
             saved, best = {**state, **selection.state()}, selection.tensors
-            save_checkpoint(folder, model, run.flat, run.optimizer, saved, best, config.save_total_limit)
+            save_checkpoint(folder, model, run.optimizer, saved, best, config.save_total_limit)
     model.eval()
     finished, kept = selection.has_ended or state["step"] == len(steps), state["step"]
     if finished and selection.tensors:
@@ -208,99 +226,68 @@ def _train(run: _Run, state: Record, tell: OnStep, held_out: Sequence[Any], fold
 
 
 def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
-    """One optimizer step; the record says what it did. Also the next step's batches.
+    """Make one optimizer step; return its record, and the micro-batches of the next step.
 
     Until all is on its way nothing is asked of the device, whose work is only then waited for: once, for all numbers.
 
     Raises:
         DataError: the loss counts nothing.
-        TrainingError: the loss or the gradient is not finite; the weights are those of before the step.
+        TrainingError: the loss, the gradient or a weight is not finite, or what is trained has changed.
     """
-    model, config, segments = run.model, run.config, run.flat.segments
-    run.flat.check(model)
-    model.train()
-    rate = learning_rate(step, len(run.steps), config)
-    losses, counted = _backward(run, step, batches)
-    tokens = run.objective.tokens(batches)
-    norm = flat_norm(segment.gradient for segment in segments)
-    is_finite = torch.stack([*losses, norm]).isfinite().all()
-    if config.max_grad_norm:
-        values = [segment.values for segment in segments]
-        torch.nn.utils.clip_grads_with_norm_(values, config.max_grad_norm, norm.where(is_finite, 0))  # 0 cuts nothing
-    set_rate(run.optimizer, rate)
-    _update(run.optimizer, ~is_finite)
-    weight_norm = flat_norm(segment.values for segment in segments)
+    model, config, first = run.model, run.config, step * run.config.gradient_accumulation_steps
+    _check_trained(model, run.optimizer)
+    rate = rate_of_step(step, len(run.steps), config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    drawn = _drawing(model, batches, config.seed, first)
+    done = train_step(model, run.optimizer, drawn, run.objective, config.max_grad_norm)
+    weight_norm = total_norm([p.detach() for p in trained_parameters(run.optimizer).values()])
     upcoming = run.batches(step + 1)
-    *shares, grad_norm, length = torch.stack([*losses, norm, weight_norm]).tolist()
+    *shares, grad_norm, length = torch.cat([done.losses, torch.stack([done.grad_norm, weight_norm])]).tolist()
     loss = sum(shares)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
         with eager:  # what is compiled has no hooks
-            where = first_bad_module(model, lambda: list(_losses(run, step, batches)))
+            again = _drawing(model, batches, config.seed, first)
+            where = first_bad_module(model, lambda: [run.objective(model, batch) for batch in again])
         raise TrainingError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {run.sources(step)}. "
             "The weights are those of before the step; a lower learning rate or float32 may help"
         )
     if not math.isfinite(length):
         raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
-    memory = peak_memory_bytes(norm.device)
+    tokens = run.objective.tokens(batches)
+    memory = peak_memory_bytes(done.grad_norm.device)
     record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
-    return {**record, "tokens": counted if tokens is None else tokens, "peak_memory_bytes": memory}, upcoming
+    return {**record, "tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}, upcoming
 
 
-def _update(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
-    """Let AdamW make its step, unless it is bad: its kernel leaves all as it is then, and nobody has to wait."""
-    if is_bad.device.type != "mps" or not is_bad:  # the kernel for MPS takes no notice
-        optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
-        optimizer.step()
+def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a TrainingError if a parameter was frozen, thawed, or replaced by another one since the run began."""
+    held = {id(p): name for name, p in trained_parameters(optimizer).items()}
+    now = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if changed := sorted({name for key, name in (held | now).items() if key not in held or key not in now}):
+        raise TrainingError(
+            f"{changed[:3]}: what is trained has changed since the run began; change it between two runs"
+        )
 
 
-def _backward(run: _Run, step: int, batches: list[Any]) -> tuple[list[Tensor], int]:
-    """Put the gradient of Σ sum / Σ count into the model; return what each micro-batch adds to that loss, and Σ count.
+def _drawing(model: nn.Module, batches: Sequence[Any], seed: int, first: int) -> Iterator[Any]:
+    """Yield the micro-batches, while PyTorch's random state follows from the seed on a CPU and on CUDA.
 
-    Raises:
-        DataError: the loss counts nothing.
+    What a model of another library draws, such as its own dropout, then is the same in a resumed run. Afterwards the
+    generators are as before.
     """
-    known = run.objective.known_count(batches)
-    losses, counted = list[Tensor](), 0
-    run.flat.zero_grad()
-    with run.flat.cast() if run.objective.may_cast else nullcontext():
-        for total, count in _losses(run, step, batches):
-            share = total / known if known else total
-            share.backward()
-            losses.append(share.detach().reshape(()))
-            counted += count
-    run.flat.collect()
-    if not counted:
-        raise DataError("the loss counts nothing in the rows of a step")
-    if not known:
-        losses = [loss / counted for loss in losses]
-        for segment in run.flat.segments:
-            segment.gradient.div_(counted)
-    return losses, counted
-
-
-def _losses(run: _Run, step: int, batches: list[Any]) -> Iterator[tuple[Tensor, int]]:
-    """Sum and count of each micro-batch of a step."""
-    seed, device = run.config.seed, next(run.model.parameters()).device
-    for i, batch in enumerate(batches, start=step * run.config.gradient_accumulation_steps):
-        set_dropout_step(run.model, seed, i)
-        with _drawing(device, seed * MICRO_BATCH_SEEDS + i):
-            found = run.objective(run.model, batch)
-        yield found
-
-
-@contextmanager
-def _drawing(device: torch.device, seed: int) -> Iterator[None]:
-    """What a model of another library draws, such as its own dropout, follows from the seed on a CPU and on CUDA; then
-    their generators are as before.
-    """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+    device = next(model.parameters()).device
+    for index, batch in enumerate(batches, start=first):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            number = seed * MICRO_BATCH_SEEDS + index
+            torch.default_generator.manual_seed(number)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(number)
+            set_dropout_step(model, seed, index)
+            yield batch
 
 
 def _resumed(folder: Path, run: _Run, selection: Selection, fresh: Record) -> Record:
@@ -311,7 +298,7 @@ def _resumed(folder: Path, run: _Run, selection: Selection, fresh: Record) -> Re
     checkpoint = found[-1]
     if read_json(checkpoint / "state.json").get("run") != fresh["run"]:  # before anything is put into the model
         raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
-    state, best = load_checkpoint(checkpoint, run.model, run.flat, run.optimizer)
+    state, best = load_checkpoint(checkpoint, run.model, run.optimizer)
     if state.get("step") != newest_step(folder):
         raise FormatError(
             f"{checkpoint}: state.json says step {state.get('step')!r}; remove the directory to go on without it"

@@ -1,313 +1,350 @@
-"""How much memory training takes, told without taking it.
+"""Estimate how much memory a run takes, from the model's config and the batch; choose and check what fits.
 
-The model's own forward pass, loss and backward pass run on stand-ins: tensors with shape, dtype and device, but without
-numbers. Meanwhile an account is kept of all storages that live. So there is no second description of the model that
-could drift from it, and what PyTorch's autograd keeps is found and not guessed.
+Every term is a product of sizes. `layer_terms` lists what autograd keeps of a layer: it changes with the functions
+whose saved tensors it counts. A test compares the sum with the tensors that live at the peak of a step.
 
-What a kernel takes and gives back within itself is not seen, nor what the process holds besides tensors.
+    N  tokens of a micro-batch    M  labelled ones    D  hidden_size    F  intermediate_size    V  vocab_size
+    H  query heads    K  key heads    E  head_dim    d  bytes of a number in the dtype of the computation
 """
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from minilora.adapters.attach import disable_adapter, set_dropout_step
-from minilora.adapters.find import adapter_layers
+from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
+from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
-from minilora.models import ops
-from minilora.models.recompute import Recompute
+from minilora.kernel.attention import TOGETHER, block_attention, block_size, fused_attention, kernel_for
+from minilora.kernel.loss import HEAD_LOGITS
+from minilora.kernel.tiles import TILE
+from minilora.llama import LlamaConfig, Recompute
+from minilora.models.checkpoint import resolve_dtype
+from minilora.models.quantization import QuantizeConfig
+from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
-from minilora.runs.data import Example
 from minilora.runs.diagnose import free_memory_bytes
 from minilora.runs.evaluate import DRIFT_TOKENS
-from minilora.runs.flat import Flat
-from minilora.runs.objective import groups_to_evaluate
-from minilora.runs.optimizer import learning
+from minilora.runs.objective import eval_groups
 
-if TYPE_CHECKING:
-    from minilora.models.classifier import Classifier
-    from minilora.models.llama import Llama
+WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
+DRIFT_COPIES = 5  # of all tokens' probabilities that live at once when an adapter is compared with its base
+# What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
+LIBRARIES = 258_000_000  # what PyTorch and its kernels load and keep from the first step on
+FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds and cannot use
+EMBEDDING = "model.embed_tokens"
+Shapes = dict[str, tuple[int, ...]]
 
-ROOM = 0.8  # of what is free: the rest is for what no forecast sees
-DOCUMENTS = 16  # that are traced; more are laid together
-HEAD_CHUNKS = 2  # of the loss that are traced: the others take what these do, but for their gradient
-UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-MOMENTS = 2  # numbers that AdamW holds for each that it trains, in the same dtype
+
+@dataclass(frozen=True)
+class Plan:
+    """What the memory of a run depends on.
+
+    Args:
+        config: the model's.
+        lora: the adapter's; None trains all weights.
+        rows: tokens and labelled tokens of each training row.
+        evaluated: tokens of each row of every split that is evaluated.
+        classes: of a classifier; 0 for a language model.
+    """
+
+    config: LlamaConfig
+    lora: LoraConfig | None
+    training: TrainConfig
+    quantization: QuantizeConfig
+    dtype: torch.dtype
+    device: torch.device
+    rows: Sequence[tuple[int, int]]
+    evaluated: Sequence[Sequence[int]] = ()
+    classes: int = 0
+
+    def batch(self) -> tuple[list[int], int]:
+        """The micro-batch with the most tokens: those of each row, and how many of all are labelled."""
+        batches = (rows for step in plan_steps([tokens for tokens, _ in self.rows], self.training) for rows in step)
+        batch = [self.rows[i] for i in max(batches, key=lambda rows: sum(self.rows[i][0] for i in rows))]
+        return [tokens for tokens, _ in batch], sum(labelled for _, labelled in batch)
+
+    def cut(self, length: int) -> Plan:
+        """The same plan with rows of at most `length` tokens."""
+        rows = [(min(tokens, length), min(labelled, length)) for tokens, labelled in self.rows]
+        return replace(self, rows=rows, evaluated=[[min(n, length) for n in split] for split in self.evaluated])
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that a step takes.
+    """Bytes at the peak of a run.
 
-    weights, adapters: the parameters, those of adapters apart, with their copy in the dtype of the computation.
-    gradients, optimizer: of those that are trained; gradients live all the time.
-    activations: what lives at the end of the trunk's forward pass besides.
-    head_chunk: what the loss takes on top of it.
-    peak: the most that lives at once. It is no sum: what the backward pass or an evaluation takes for a moment may be
-        more than the loss does.
+    Attributes:
+        weights: of the base, dense or in four bits.
+        adapters: what is trained beside them, and the best so far.
+        gradients, moments: of everything that is trained.
+        activations: what autograd keeps of a micro-batch.
+        working: the largest of what comes on top: the logits of a chunk of rows with their gradient, the gradients
+            within a layer with a dequantized weight, or an evaluation, which needs no activations.
+        kept: what the C library and kernels hold besides tensors.
     """
 
     weights: int
     adapters: int
     gradients: int
-    optimizer: int
+    moments: int
     activations: int
-    head_chunk: int
-    peak: int
+    working: int
+    kept: int
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values())
 
 
-def forecast(
-    model: Llama | Classifier,
-    lengths: Sequence[int],
-    labelled: int,
-    config: TrainConfig,
-    device: torch.device,
-    evaluated: Sequence[int] = (),
-) -> Forecast:
-    """What training the model as it is takes on a device. No number of the model is read: it may be on "meta".
-
-    Where all layers are alike, one more takes what one more takes: two and three tell the rest.
-
-    Args:
-        model: a `Llama` with what is to be trained.
-        lengths: tokens of each row of a micro-batch.
-        labelled: how many of its tokens are learned.
-        config: how it is trained.
-        device: where; it has to be there.
-        evaluated: tokens of each row of the largest batch of an evaluation, if there are any.
-    """
-    own = {p for layer in adapter_layers(model).values() for p in {*layer.parameters()} - {*layer.base.parameters()}}
-    adapters, trained = _bytes(own), _bytes(p for p in model.parameters() if p.requires_grad)
-    weights = _bytes(model.parameters()) - adapters
-    depth = len(model.model.layers)
-    if depth > 3 and _alike(model):
-        two, three = (_traced(model, layers, lengths, labelled, config, device, evaluated) for layers in (2, 3))
-        found = _Trace(*(last + (depth - 3) * (last - first) for first, last in zip(two, three, strict=True)))
-    else:
-        found = _traced(model, depth, lengths, labelled, config, device, evaluated)
-    best = trained if config.keep == "best" else 0  # a copy of what is trained
-    moments = MOMENTS * found.gradients
-    peak = found.held + moments + best + max(found.step, found.measuring)
-    return Forecast(
-        weights, adapters + found.casts, found.gradients, moments, found.activations, found.head_chunk, peak
-    )
-
-
-class _Trace(NamedTuple):
-    """Bytes: what lives between steps, without moments, of it gradients and casts; and what parts of a step add."""
-
-    held: int
-    gradients: int
-    casts: int
-    activations: int
-    head_chunk: int
-    step: int
-    measuring: int
-
-
-def _traced(
-    model: Llama | Classifier,
-    layers: int,
-    lengths: Sequence[int],
-    labelled: int,
-    config: TrainConfig,
-    device: torch.device,
-    evaluated: Sequence[int],
-) -> _Trace:
-    """What the first so many layers take, with all that is around them."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Account() as account:
-        model = _stand_in(model, device, layers)
-        flat = Flat(model, learning(model, config))
-        flat.zero_grad()
-        set_dropout_step(model, config.seed, 0)
-        held = account.live
-        with flat.cast():
-            step = _step(model, _together(model, lengths), labelled, config, account)
-        shown = _together(model, evaluated)
-        measuring = _measured(account, lambda: _evaluation(model, shown, device)) if evaluated else 0
-    gradients = _bytes(segment.gradient for segment in flat.segments)
-    casts = _bytes(segment.low for segment in flat.segments if segment.low is not None)
-    return _Trace(held, gradients, casts, *step, measuring)
-
-
-def _alike(model: Llama | Classifier) -> bool:
-    """Do all layers have tensors of the same names, shapes and kinds, and look as far?"""
-    layers = (
-        [
-            (name, t.shape, t.dtype, t.requires_grad)
-            for name, t in chain(layer.named_parameters(), layer.named_buffers())
-        ]
-        for layer in model.model.layers
-    )
-    first, *others = zip(layers, model.config.windows, model.config.rotated, strict=True)
-    return all(other == first for other in others)
-
-
-def largest(lengths: Sequence[int], labelled: Sequence[int], config: TrainConfig) -> tuple[list[int], int]:
-    """The micro-batch of a run that has the most tokens: those of each row, and how many of all are learned."""
-    batches = (rows for micro_batches in plan_steps(lengths, config) for rows in micro_batches)
-    batch = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
-    return [lengths[row] for row in batch], sum(min(labelled[row], lengths[row]) for row in batch)
-
-
-def largest_evaluation(*splits: Sequence[int]) -> list[int]:
-    """The tokens of each row of the largest batch of an evaluation, of rows by their numbers of tokens."""
-    batches = ([lengths[row] for row in rows] for lengths in splits for rows in groups_to_evaluate(lengths))
-    return max(batches, key=sum, default=[])
-
-
-def fitting(
-    told: Callable[[Recompute], Forecast], free: int | None, ways: Sequence[Recompute] = get_args(Recompute)
-) -> tuple[Recompute, Forecast]:
-    """The way to recompute that costs the least time, of those that fit into what is free, or else the leanest one.
-
-    Args:
-        told: what a way takes.
-        free: bytes; None where they are not known.
-        ways: those to choose from, the fastest first.
-    """
-    for way in ways:
-        found = told(way)
-        if free is None or found.peak <= ROOM * free:
-            break
-    return way, found
-
-
-def fitting_recompute(
-    model: Llama | Classifier, dataset: Sequence[Example], held_out: Sequence[Example], config: TrainConfig
-) -> Recompute:
-    """The fastest way for which there is room beside the model, on its device.
+def forecast(plan: Plan) -> Forecast:
+    """Return the terms of a plan.
 
     Raises:
-        TrainingError: the model does something that cannot be told in advance, such as to look at its numbers.
+        TargetError: the adapter's config names modules that the model does not have.
     """
-    device, held = next(model.parameters()).device, _bytes(model.parameters())
-    rows = largest([len(example.tokens) for example in dataset], [example.labelled for example in dataset], config)
-    evaluated = largest_evaluation([len(example.tokens) for example in held_out])
+    config, lora, training, d = plan.config, plan.lora, plan.training, plan.dtype.itemsize
+    lengths, M = plan.batch()
+    N, D, F, V = sum(lengths), config.hidden_size, config.intermediate_size, plan.classes or config.vocab_size
+    shapes = parameter_shapes(config, plan.classes)
+    factors, others, ranks = trained(lora, shapes, config.tie_word_embeddings)
+    gradients = WIDE * sum(factors + others)
+    adapters = (lora is not None) * gradients
+    if lora is not None and init_from_weight(lora.init_lora_weights):
+        adapters += WIDE * sum(factors)  # the start, which is subtracted
+    adapters += (training.keep == "best") * gradients
 
-    def told(way: Recompute) -> Forecast:
-        try:
-            found = forecast(model, *rows, replace(config, recompute=way), device, evaluated)
-        except Exception as error:  # of a module or a hook that is not ours, or of PyTorch's stand-ins
-            raise TrainingError(f"recompute 'auto' cannot tell what this model takes, name a way: {error}") from error
-        return replace(found, peak=found.peak - held)
-
-    return fitting(told, free_memory_bytes(device))[0]
-
-
-class _Account(TorchDispatchMode):
-    """How many bytes of storage live, and the most that did, of all that operations return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # most of all calls, and no operation
-            return args[0].fake_device
-        result = func(*args, **(kwargs or {}))
-        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
-        return result
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.most = max(self.most, self.live)
-            weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
-
-    def _let_go(self, place: int, size: int) -> None:
-        self.known.remove(place)
-        self.live -= size
+    learns = lora is None or EMBEDDING in ranks or lora.trainable_token_indices is not None
+    # The input of the last norm; tokens, places and labels; cos and sin.
+    activations = N * (d * D + WIDE) + 8 * (N + 2 * M) + d * N * config.rope.width
+    for i in range(config.num_hidden_layers):
+        terms, learns = layer_terms(plan, shapes, ranks, i, lengths, learns)
+        x = d * N * D * learns
+        attention = sum(size for name, size in terms.items() if not name.startswith("mlp"))
+        activations += (held := {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.recompute])
+    head = _head_bytes(plan, M, ranks.get("score" if plan.classes else "lm_head") == 0)
+    weights, dense = _weight_bytes(plan, shapes)
+    layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - held, dense)
+    n = max((sum(map(split.__getitem__, i)) for split in plan.evaluated for i in eval_groups(split)), default=0)
+    evaluation = dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
+    working = max(head, layer, evaluation - activations)
+    # With recomputation, the little that is kept of a layer splits the free memory that the next one needs, in 16 bits
+    # a quarter as often as in float32; and what was freed of a batch does not fit the next one, if their sizes differ.
+    holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
+    holes += working * (len({tokens for tokens, _ in plan.rows}) > 1)
+    kept = int(FRAGMENTS * activations) + (LIBRARIES + holes) * (plan.device.type == "cpu")
+    return Forecast(weights, adapters, gradients, 2 * gradients, activations, working, kept)
 
 
-def _step(
-    model: Llama | Classifier, lengths: Sequence[int], labelled: int, config: TrainConfig, account: _Account
-) -> tuple[int, int, int]:
-    """Activations, what the loss takes beside them, and the most at once, of `train.loop`'s work on a micro-batch."""
-    device = next(model.parameters()).device
-    account.most = before = account.live
-    tokens, labels, rows = (
-        torch.empty(n, dtype=torch.int64, device=device) for n in (sum(lengths), labelled, labelled)
-    )
-    batch = account.live - before
-    hidden = model.model(tokens, lengths, recompute=config.recompute)
-    activations = account.live - before - batch
-    forward, account.most = account.most, account.live
-    head = model.get_output_embeddings()
-    learned, traced = hidden.index_select(0, rows), HEAD_CHUNKS * ops.head_chunk(head)
-    loss = ops.labelled_cross_entropy(learned[:traced], labels[:traced], head)
-    untraced = learned[traced:].nbytes  # of their gradient
-    with_loss, account.most = account.most + untraced, account.live
-    del hidden, learned
-    loss.backward()
-    return activations, with_loss - before - batch - activations, max(forward, with_loss, account.most) - before
+def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
+    """The most that the loss takes: labelled rows and their gradient, the logits of a chunk of rows and theirs."""
+    d, D, V = plan.dtype.itemsize, plan.config.hidden_size, plan.classes or plan.config.vocab_size
+    rows = min(labelled, max(1, HEAD_LOGITS // V))
+    tile = TILE * (torch.get_num_threads() if plan.device.type == "cpu" else 128)
+    copies = 1 if d == WIDE else 2  # of logits in float32: 16 bits are cast before the softmax
+    probabilities = WIDE * min(copies * rows * V, (copies + 1) * tile)
+    total = is_trained * WIDE * V * D  # the gradient of the head's own weight, of all chunks and of one
+    cast = is_trained * (d < WIDE) * d * V * D
+    return d * (2 * labelled * D + 2 * rows * V + rows * D) + total + cast + max(probabilities, d * rows * D + total)
 
 
-def _evaluation(model: Llama | Classifier, lengths: Sequence[int], device: torch.device) -> None:
-    """What takes the most of `train.evaluate`: the base and the adapter compared on general text."""
-    tokens = torch.empty(sum(lengths), dtype=torch.int64, device=device)
-    with torch.no_grad(), disable_adapter(model):
-        base = model.model.embed_tokens(tokens)  # as large as what the base makes of it, which takes no more to make
-        hidden = model.model(tokens, lengths)
-        log_p, log_q = (
-            model.get_output_embeddings()(states[:DRIFT_TOKENS])
-            .to(torch.promote_types(states.dtype, torch.float32))
-            .log_softmax(-1)
-            for states in (base, hidden)
-        )
-        (log_p.exp() * (log_p - log_q)).sum()
+def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again: int, dense: int) -> int:
+    """The most that gradients within the last layer take, with a `dense` weight, and what is computed `again` there."""
+    config, lora, d, lengths = plan.config, plan.lora, plan.dtype.itemsize, plan.batch()[0]
+    N, D, F, H = sum(lengths), config.hidden_size, config.intermediate_size, config.num_attention_heads
+    tied = (lora is None and config.tie_word_embeddings) * WIDE * config.vocab_size * D  # the head's gradient waits
+    norm = N * D * (d + 3 * WIDE)  # dy of the last norm, and in float32 its input, that one's gradient, their product
+    done = terms["mlp product"] + terms["mlp down branch"]  # what the backward pass has let go of
+    gates = 3 * d * N * F  # dy, dgate and dup
+    if lora is not None and lora.lora_dropout:  # in the forward pass, W x beside the update and their sum
+        gates = max(gates, 4 * d * N * F * config.is_fused, done + 2 * d * N * (F + D))  # or the product with the mask
+    linear = d * N * (2 * F + D) + dense  # dgate, dup and dx
+    if lora is not None and lora.use_dora:  # dup in float32 with its products with m/c and y, and dgate
+        has_up = f"model.layers.{config.num_hidden_layers - 1}.mlp.up_proj" in ranks
+        linear = max(linear, N * (3 * WIDE * F + (3 * WIDE * F if config.is_fused else d * (F if has_up else D))))
+    swiglu = again - done + max(gates, linear - terms["mlp gate and up"])
+    T = max(lengths)
+    together = min(max(1, TOGETHER // config.num_key_value_heads), lengths.count(T))
+    scores = together * H * min(T, block_size(plan.dtype)) * T
+    mlp = sum(size for name, size in terms.items() if name.startswith("mlp"))
+    attention = again - mlp + d * (N * (D + 2 * H * config.head_dim) + 3 * scores)  # dy and do; P, dP and dS
+    return tied + max(norm, swiglu, attention)
 
 
-def _together(model: Llama | Classifier, lengths: Sequence[int]) -> list[int]:
-    """As many tokens in fewer documents: where no layer has a window, attention keeps as much for them."""
-    if len(lengths) <= DOCUMENTS or any(window is not None for window in model.config.windows):
-        return list(lengths)
-    each = -(-len(lengths) // DOCUMENTS)
-    return [sum(lengths[i : i + each]) for i in range(0, len(lengths), each)]
+def layer_terms(
+    plan: Plan, shapes: Shapes, ranks: dict[str, int], layer: int, lengths: Sequence[int], learns: bool
+) -> tuple[dict[str, int], bool]:
+    """Return the bytes that autograd keeps of a layer by name, the MLP's begin with "mlp"; does its output need grad?
+
+    `ranks` are those of `trained`; `learns` says whether the layer's input requires grad.
+    """
+    config, lora, d = plan.config, plan.lora or LoraConfig(), plan.dtype.itemsize
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    kernel = kernel_for(torch.empty(0, E, dtype=plan.dtype, device=plan.device), lengths, config.windows[layer])
+    keys = H if kernel is fused_attention and plan.device.type != "cpu" else K  # GPUs' kernels get them repeated
+    prefix, init = f"model.layers.{layer}.", lora.init_lora_weights
+    adapted = {path.removeprefix(prefix): r for path, r in ranks.items() if path.startswith(prefix)}
+    attends = learns or any(path.startswith("self_attn") for path in adapted)
+
+    def inputs(*names: str) -> int:
+        """x of linears that share it, which the gradient of A needs; with dropout each has its own, and a mask."""
+        widths = [shapes[f"{prefix}{path}.weight"][1] for path in adapted if path.startswith(names)]
+        return sum(widths) * (d + 1) if lora.lora_dropout else max(widths, default=0) * d
+
+    def branches(*names: str) -> int:
+        """u = s·A x of each adapter, and what DoRA stretches, which the gradient of its magnitude needs."""
+        own, times = [path for path, r in adapted.items() if path.startswith(names) and r], 1 + init_from_weight(init)
+        return d * sum(times * adapted[path] + lora.use_dora * shapes[f"{prefix}{path}.weight"][0] for path in own)
+
+    terms = {
+        "attention norm": learns * (d * D + WIDE),  # its input, and 1/ρ
+        "attention inputs": inputs("self_attn.q", "self_attn.k", "self_attn.v"),
+        "attention branches": branches("self_attn"),
+        "q and k norms": attends * config.qk_norm * (d * E + WIDE) * (H + K),
+        "q, k, v": attends * d * E * (H + 2 * keys),
+        "fused attention": attends * (kernel is not block_attention) * (d * E + WIDE) * H,  # its output, and Σ exp
+        "attention output": inputs("self_attn.o"),
+        "mlp norm": attends * (d * D + WIDE),
+        "mlp inputs": inputs("mlp.gate", "mlp.up"),
+        "mlp branches": branches("mlp.gate", "mlp.up"),
+        "mlp gate and up": (attends or any(path.startswith(("mlp.gate", "mlp.up")) for path in adapted)) * 2 * d * F,
+        "mlp product": inputs("mlp.down"),
+        "mlp down branch": branches("mlp.down"),
+    }
+    return {name: sum(lengths) * size for name, size in terms.items()}, attends or bool(adapted)
 
 
-def _measured(account: _Account, work: Callable[[], None]) -> int:
-    """The most bytes that live while it runs, more than before."""
-    account.most = before = account.live
-    work()
-    return account.most - before
+def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
+    """Names and shapes of a decoder's parameters, a tied head included."""
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    Q, K = config.num_attention_heads * E, config.num_key_value_heads * E
+    attention = {"qkv": Q + 2 * K} if config.is_fused else {"q": Q, "k": K, "v": K}
+    mlp = {"gate_up": 2 * F} if config.is_fused else {"gate": F, "up": F}
+    layer = {f"self_attn.{name}_proj": ((n, D), config.qkv_bias) for name, n in attention.items()}
+    layer |= {"self_attn.o_proj": ((D, Q), config.o_bias), "mlp.down_proj": ((D, F), config.mlp_bias)}
+    layer |= {f"mlp.{name}_proj": ((n, D), config.mlp_bias) for name, n in mlp.items()}
+    norms = {"input_layernorm": D, "post_attention_layernorm": D}
+    norms |= {"self_attn.q_norm": E, "self_attn.k_norm": E} if config.qk_norm else {}
+    shapes: Shapes = {f"{EMBEDDING}.weight": (config.vocab_size, D), "model.norm.weight": (D,)}
+    for prefix in (f"model.layers.{i}." for i in range(config.num_hidden_layers)):
+        shapes |= {f"{prefix}{name}.weight": shape for name, (shape, _) in layer.items()}
+        shapes |= {f"{prefix}{name}.bias": shape[:1] for name, (shape, has_bias) in layer.items() if has_bias}
+        shapes |= {f"{prefix}{name}.weight": (n,) for name, n in norms.items()}
+    return shapes | ({"score.weight": (classes, D)} if classes else {"lm_head.weight": (config.vocab_size, D)})
 
 
-def _stand_in(model: Llama | Classifier, device: torch.device, layers: int) -> Llama | Classifier:
-    """A model of the first so many layers, with parameters and buffers of the same shapes and dtypes on the device."""
+def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[int], list[int], dict[str, int]]:
+    """Numbers of each A and B, of each other trained tensor, and path -> rank, 0 where a module is trained itself."""
+    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    if lora is None:
+        own = [math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")]
+        return [], own, dict.fromkeys(linears, 0)
+    linears.remove(EMBEDDING)
+    parameters = select_parameters(list(shapes), lora)
+    ranks = {path: lora.rank(path) for path in select_targets(linears, lora, linears[-1], [EMBEDDING], parameters)}
+    sizes = {path: (lora.rank(path), *shapes[f"{path}.weight"]) for path in ranks}
+    sizes |= {name: (lora.rank(name), *shapes[name]) for name in parameters}
+    factors = [r * n for r, *widths in sizes.values() for n in widths]
+    outputs = [shapes[f"{path}.weight"][path == EMBEDDING] for path in ranks]  # an embedding's weight is turned
+    others = outputs * (lora.use_dora + lora.lora_bias)
+    parents = {name: {name[: i.start()] for i in re.finditer(r"\.", name)} for name in shapes}
+    saved = set(select_saved(sorted(set().union(*parents.values())), lora))
+    whole = [name for name, paths in parents.items() if paths & saved]
+    adapted = {f"{path}.bias" for path in ranks}
+    biases = {name for name in shapes if name.endswith(".bias") and (lora.bias == "all" or name in adapted)}
+    others += [math.prod(shapes[name]) for name in {*whole, *(biases if lora.bias != "none" else ())}]
+    tokens = lora.trainable_token_indices or ()
+    ids = [token for each in tokens.values() for token in each] if isinstance(tokens, Mapping) else tokens
+    others += [len(ids) * shapes[f"{EMBEDDING}.weight"][1]] if ids else []
+    return factors, others, ranks | {name.removesuffix(".weight"): 0 for name in whole}
 
-    def empty(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    memo: dict[int, Any] = {id(buffer): empty(buffer) for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(empty(p), p.requires_grad) for p in model.parameters()}
-    memo |= {id(seed): seed for layer in adapter_layers(model).values() for seed in layer.dropout_seeds.values()}
-    trunk = model.model
-    memo[id(trunk.layers)] = copy.deepcopy(nn.ModuleList(list(trunk.layers)[:layers]), memo)
-    return copy.deepcopy(model, memo).train()
+def _weight_bytes(plan: Plan, shapes: Shapes) -> tuple[int, int]:
+    """The parameters of the base, and the largest of those in four bits as it is when it is used."""
+    d, config = plan.dtype.itemsize, plan.config
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers")]
+    entry, quantization = config.source.get("quantization_config"), plan.quantization
+    if entry:  # a checkpoint that is in four bits already
+        quantization = QuantizeConfig("nf4", bool(entry.get("bnb_4bit_use_double_quant")))
+    packed = {f"{path}.weight" for path in quantization.chosen([name.removesuffix(".weight") for name in matrices])}
+    total = 0
+    for name, shape in shapes.items():
+        n = math.prod(shape)
+        if name in packed:
+            blocks = -(-n // BLOCK_SIZE)
+            nested = blocks + WIDE * (-(-blocks // NESTED_BLOCK_SIZE) + 1)
+            total += (n + 1) // 2 + (nested if quantization.double_quant else WIDE * blocks)
+        elif not (config.tie_word_embeddings and name == "lm_head.weight"):
+            total += d * n
+    return total, d * max((math.prod(shapes[name]) for name in packed), default=0)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def fit(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:
+    """Return the plan with its recomputation chosen, for "auto" the fastest that fits, else the leanest; its forecast.
+
+    Args:
+        plan: as the run was asked for.
+        held: bytes of it that the process has already taken, such as those of a loaded model.
+    """
+    wanted, free = plan.training.recompute, free_memory_bytes(plan.device)
+    for way in get_args(Recompute) if wanted == "auto" else (wanted,):  # the fastest first
+        chosen = replace(plan, training=replace(plan.training, recompute=way))
+        found = forecast(chosen)
+        if free is None or found.peak <= free + held:
+            break
+    return chosen, found
+
+
+def check_memory(plan: Plan, found: Forecast) -> None:
+    """Refuse a run that does not fit, and name the three cheapest changes that would help.
+
+    Raises:
+        TrainingError: it takes more memory than is free.
+    """
+    free = free_memory_bytes(plan.device)
+    if free is None or found.peak <= free:
+        return
+    lines = [f"the run needs {amount(found.peak)} of memory, and {amount(free)} are free on {plan.device}"]
+    for flags, changed, cost in _remedies(plan):
+        if len(lines) <= 3 and (peak := forecast(changed).peak) < found.peak:
+            lines.append(f"{flags} brings it to {amount(peak)}; {cost}")
+    raise TrainingError("\n  ".join([*lines, "--force runs all the same"]))
+
+
+def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
+    """Flags that may save memory, the plan with them, and what they cost: the cheapest first."""
+    training = plan.training
+    more = 2 * training.gradient_accumulation_steps
+    if training.batch_tokens is None:
+        fewer = (min(training.batch_size, len(plan.rows)) + 1) // 2
+        flag, smaller = f"--batch-size {fewer}", replace(training, batch_size=fewer, gradient_accumulation_steps=more)
+    else:
+        fewer = (training.batch_tokens + 1) // 2
+        flag = f"--batch-tokens {fewer}"
+        smaller = replace(training, batch_tokens=fewer, gradient_accumulation_steps=more)
+    yield f"{flag} --gradient-accumulation-steps {more}", replace(plan, training=smaller), "the gradient is the same"
+    if training.recompute != "block":
+        yield "--recompute block", replace(plan, training=replace(training, recompute="block")), "it takes longer"
+    if plan.lora is None:
+        adapted = replace(plan, lora=LoraConfig(), dtype=resolve_dtype("auto", plan.config.source, plan.device))
+        yield "--method lora", adapted, "an adapter is trained, and the weights stay as they are"
+    else:
+        if plan.quantization.quantize == "none" and not plan.config.source.get("quantization_config"):
+            packed = replace(plan, quantization=QuantizeConfig("nf4"))
+            yield "--quantize nf4", packed, "a little slower, and the base is rounded"
+        yield "--dtype bfloat16", replace(plan, dtype=torch.bfloat16), "the base and the computation are rounded"
+    half = (max(tokens for tokens, _ in plan.rows) + 1) // 2
+    yield f"--max-length {half}", plan.cut(half), "longer rows lose what they end in"
 
 
 def amount(size: int) -> str:
     """Bytes as a person reads them; GB are 10⁹ bytes."""
-    unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), (1, "bytes"))
-    return f"{size / unit:,.1f} {name}" if unit > 1 else f"{size} {name}"
+    power = min((len(str(size)) - 1) // 3, 3)
+    return f"{size / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}" if power else f"{size} bytes"

@@ -8,90 +8,43 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minilora.data import IGNORE_INDEX, Batch, Example, collate
 from minilora.errors import DataError, TrainingError
-from minilora.models import ops
-from minilora.models.ops import IGNORE_INDEX
-from minilora.runs.batch import Batch, Rows, collate, groups, plan_steps
+from minilora.runs.batch import Rows, groups, plan_steps
 from minilora.runs.config import TrainConfig
-from minilora.runs.data import Example
+from minilora.training import Loss, token_loss
 
-Loss = Callable[[Any, list[Any]], tuple[Tensor, Any]]  # (model, rows) -> sum of their losses, and how many those are
 START_ROWS = 256
 EVAL_TOKENS = 4096  # tokens in a forward pass of an evaluation
 
 
-class Objective(ABC):
-    """A loss, and what a run has to know of its rows (abstract).
-
-    Attributes:
-        may_cast: are adapters cast once a step? A loss that changes A or B meanwhile would not see it.
-    """
-
-    may_cast: bool
-
-    @abstractmethod
-    def batch(self, rows: list[Any], device: torch.device) -> Any:
-        """Some rows as the loss takes them, on the device, or on their way there."""
-
-    @abstractmethod
-    def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
-        """The sum of the losses of a batch, and how many those are."""
-
-    @abstractmethod
-    def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
-        """Refuse a model or rows that it is not made for.
-
-        Raises:
-            DataError, TrainingError: why.
-        """
-
-    @abstractmethod
-    def known_count(self, batches: list[Any]) -> int | None:
-        """How many losses the batches have, if that is known before they are computed."""
-
-    @abstractmethod
-    def tokens(self, batches: list[Any]) -> int | None:
-        """How many there are in the batches, or None if that is not known."""
-
-    @abstractmethod
-    def lengths(self, dataset: Sequence[Any]) -> list[int]:
-        """Tokens of each row, or 1, if nothing depends on them.
-
-        Raises:
-            DataError: something does, and not all rows say how many they have.
-        """
-
-    @abstractmethod
-    def compilable(self, model: Any) -> list[nn.Module]:
-        """The parts of the model that are worth to be compiled."""
-
-    @abstractmethod
-    def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
-        """The rows of each forward pass of an evaluation."""
-
-
-class TokenLoss(Objective):
-    """-log p(token | before) of the labelled tokens of `Example`s (final)."""
-
-    may_cast = True
+class TokenLoss:
+    """-log p(token | before) of the labelled tokens of `Example`s: the loss of the decoders of this package."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
 
     def batch(self, rows: list[Any], device: torch.device) -> Batch:
+        """Lay rows end to end, on the device or on their way there."""
         return collate(rows, device)
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        return batch_loss(model, batch, self.config), batch.labelled
+        """Return the sum of the losses of a batch, and how many those are."""
+        recompute = self.config.recompute
+        return token_loss(model, batch, "none" if recompute == "auto" else recompute)  # a run has chosen before
 
     def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """Refuse a model or rows that the loss is not made for.
+
+        Raises:
+            DataError, TrainingError: why.
+        """
         trunk = getattr(model, "model", None)
         is_ours = isinstance(trunk, nn.Module) and "lengths" in inspect.signature(trunk.forward).parameters
         if not is_ours:
@@ -105,27 +58,28 @@ class TokenLoss(Objective):
             raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
         check_ids(model, [*dataset, *held_out])
 
-    def known_count(self, batches: list[Batch]) -> int:
-        return sum(batch.labelled for batch in batches)
-
     def tokens(self, batches: list[Batch]) -> int:
+        """Count the tokens of some batches."""
         return sum(sum(batch.lengths) for batch in batches)
 
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
+        """Count the tokens of each row."""
         return [len(example.tokens) for example in dataset]
 
     def compilable(self, model: Any) -> list[nn.Module]:
-        """Norms and MLPs. Attention goes through documents by their lengths, and would be compiled for each anew."""
+        """Return the parts that are worth compiling: norms and MLPs.
+
+        Attention goes through documents by their lengths, and would be compiled for each anew.
+        """
         return [part for block in model.model.layers for part in block.children() if part is not block.self_attn]
 
-    def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
-        return groups_to_evaluate(self.lengths(dataset))
+    def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:
+        """Yield the rows of each forward pass of an evaluation."""
+        return eval_groups(self.lengths(dataset))
 
 
-class GivenLoss(Objective):
-    """A function of any model and any rows (final)."""
-
-    may_cast = False
+class GivenLoss:
+    """A function of any model and any rows. Its methods are those of `TokenLoss`."""
 
     def __init__(self, loss: Loss, config: TrainConfig):
         self.loss, self.config = loss, config
@@ -154,9 +108,6 @@ class GivenLoss(Objective):
     def check(self, model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any]) -> None:
         """Any will do."""
 
-    def known_count(self, batches: list[Any]) -> None:
-        return None
-
     def tokens(self, batches: list[list[Any]]) -> int | None:
         sizes = _sizes(row for batch in batches for row in batch)
         return None if sizes is None else sum(sizes)
@@ -172,9 +123,12 @@ class GivenLoss(Objective):
     def compilable(self, model: Any) -> list[nn.Module]:
         return [model]
 
-    def evaluated_together(self, dataset: Sequence[Any]) -> Iterator[Rows]:
+    def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         size = self.config.batch_size
         return (list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size))
+
+
+Objective = TokenLoss | GivenLoss
 
 
 def start_losses(model: Any, dataset: Sequence[Any], config: TrainConfig) -> Iterator[Tensor]:
@@ -207,17 +161,9 @@ def check_ids(model: Any, examples: Sequence[Example]) -> None:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 
 
-def groups_to_evaluate(lengths: Sequence[int]) -> Iterator[Rows]:
+def eval_groups(lengths: Sequence[int]) -> Iterator[Rows]:
     """Consecutive rows, by their numbers of tokens: so many together as one forward pass of an evaluation takes."""
     return groups(lengths, range(len(lengths)), EVAL_TOKENS)
-
-
-def batch_loss(model: Any, batch: Batch, config: TrainConfig) -> Tensor:
-    """The sum of the losses of a batch's labelled tokens."""
-    recompute = "none" if config.recompute == "auto" else config.recompute  # a run has chosen before it comes here
-    hidden = model.model(batch.tokens, batch.lengths, recompute=recompute)
-    hidden, labels = hidden.index_select(0, batch.places), batch.targets.index_select(0, batch.places)
-    return ops.labelled_cross_entropy(hidden, labels, model.get_output_embeddings())
 
 
 def _is_count(value: Any) -> bool:

@@ -1,45 +1,49 @@
-"""AdamW: with which rate each parameter learns, and how the rate changes over a run.
+"""Which parameters learn with which rate.
 
 LoRA+ gives B a higher rate than A: with one rate for both, one of them learns inefficiently in wide layers.
 
-    [AdamW]  Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization
-    [SGDR]   Loshchilov & Hutter 2016, SGDR: Stochastic Gradient Descent with Warm Restarts
     [LoRA+]  Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from minilora.adapters.find import adapter_layers
+from minilora.adapter import adapter_layers
 from minilora.errors import ConfigError
 from minilora.runs.config import TrainConfig
-from minilora.runs.flat import Flat, Learning
+from minilora.training import adamw, learning_rate
 
 EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in PEFT
 
 
-def adamw(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW on each segment, in one fused kernel, which torch has for CPU, CUDA and MPS."""
-    groups = [{"params": [each.values], **each.learning._asdict()} for each in flat.segments]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Build AdamW over what of the model requires grad, in groups that learn alike.
 
-
-def learning(model: nn.Module, config: TrainConfig) -> dict[str, Learning]:
-    """Name -> how it learns, of all that requires grad.
-
-    Weight decay pulls on matrices alone: biases, norms and magnitudes have no reason to be near 0.
+    Each group has its rate as a multiple of the run's, `factor`, and the `names` of its parameters. Weight decay pulls
+    on matrices alone: biases, norms and magnitudes have no reason to be near 0.
 
     Raises:
         ConfigError: `loraplus_lr_ratio` is given, and no factor of an adapter is trained.
     """
-    return {
-        name: Learning(factor, config.weight_decay if model.get_parameter(name).dim() > 1 else 0.0)
-        for name, factor in rate_factors(model, config).items()
-    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, factor in rate_factors(model, config).items():
+        parameter = model.get_parameter(name)
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        group = groups.setdefault((factor, decay), {"params": [], "names": []})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return adamw({**group, "factor": key[0], "weight_decay": key[1]} for key, group in groups.items())
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by name."""
+    pairs = (zip(group["names"], group["params"], strict=True) for group in optimizer.param_groups)
+    return {name: parameter for group in pairs for name, parameter in group}
 
 
 def rate_factors(model: nn.Module, config: TrainConfig) -> dict[str, float]:
@@ -75,16 +79,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of step 0 ≤ step < total: up linearly in the warm-up, then down to 0  [SGDR eq. 5].
-
-    The warm-up's first step has 1/warm-up of the full rate, and the last step of all is not wasted on a rate of 0.
-    """
+def rate_of_step(step: int, total: int, config: TrainConfig) -> float:
+    """Compute the learning rate of step 0 ≤ step < total; see `training.learning_rate`."""
     warmup = int(config.warmup_steps)
     if config.warmup_steps < 1:
         warmup = math.ceil(round(config.warmup_steps * total, 9))  # 0.07 * 100 is a little more than 7
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return config.learning_rate * falls[config.lr_scheduler]
+    return learning_rate(step, total, config.learning_rate, warmup, config.lr_scheduler)

@@ -1,4 +1,4 @@
-"""Data files: which there are, and their rows, each with the place it was read from.
+"""Data files: the splits of a data set, and rows with the file and line that they were read from.
 
 A file holds a JSON array of objects or one object a line, told apart by its first character, and may be compressed
 (`.gz`). A byte order mark at its beginning is accepted; lines end in LF or CRLF.
@@ -23,7 +23,7 @@ SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read, and where: "file:line". `problem` says why there are no fields, if so."""
+    """One row as it was read; `source` is "file:line", and `problem` says why there are no fields, if so."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
@@ -31,13 +31,13 @@ class Row:
 
 
 def find_splits(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
-    """The files of a data set by split.
+    """Return the files of a data set by split.
 
-    A directory's files are its `train`, `valid` (or `validation`, `val`) and `test`, or else its only one, which is
-    "train" as a file by itself is. Several names are joined.
+    The splits of a directory are its files `train`, `valid` (or `validation`, `val`) and `test`. A file by itself, or
+    the only one of a directory, is "train". Several names are joined.
 
     Raises:
-        FormatError: there is nothing of that name.
+        FormatError: there is no such file, directory or repository.
         DataError: a directory without data files, or with two for one split.
     """
     found: dict[str, list[Path]] = {}
@@ -73,10 +73,10 @@ def _data_files(directory: Path) -> list[Path]:
 
 
 def read_training_rows(path: str | Path | Sequence[str | Path]) -> list[Row]:
-    """The rows of files, and the training rows of directories.
+    """Read the rows of files, and the training rows of directories.
 
     Raises:
-        DataError: there are none, or a row that is no JSON object.
+        DataError: there are none; or as for `read_rows`.
     """
     files = find_splits(path)
     if "train" not in files:
@@ -84,50 +84,50 @@ def read_training_rows(path: str | Path | Sequence[str | Path]) -> list[Row]:
     return read_rows(*files["train"])
 
 
-def read_held_out(names: str | Path | Sequence[str | Path]) -> list[Row]:
-    """The rows to measure with: those of the test split, else of the validation split, else all there are."""
+def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
+    """Read the rows of the test split, else of the validation split, else of the training split."""
     files = find_splits(names)
     return read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
 
 
 def read_rows(*paths: Path) -> list[Row]:
-    """The rows of files. One that is no JSON object has a `problem`; it is for the caller to refuse or skip it.
+    """Read the rows of files. A row that is no JSON object has a `problem`; the caller refuses or skips it.
 
     Raises:
         FormatError: a file cannot be read.
-        DataError: a file has no rows, or is a JSON array that breaks off, or is UTF-16.
+        DataError: a file has no rows, is a malformed JSON array, or is UTF-16.
     """
     rows: list[Row] = []
     for path in paths:
         data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: found UTF-16, need UTF-8")
-        found = list(_array(data, path) if data.lstrip()[:1] == b"[" else _lines(data, path))
+        found = list(_parse_array(data, path) if data.lstrip()[:1] == b"[" else _parse_lines(data, path))
         if not found:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
         rows += found
     return rows
 
 
-def _lines(data: bytes, path: Path) -> Iterator[Row]:
+def _parse_lines(data: bytes, path: Path) -> Iterator[Row]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            yield _from_line(line, f"{path}:{number}")
+            yield _parse_line(line, f"{path}:{number}")
 
 
-def _from_line(line: bytes, source: str) -> Row:
+def _parse_line(line: bytes, source: str) -> Row:
     if line.startswith(codecs.BOM_UTF8):
         return Row(source=source, problem="found a byte order mark, which is accepted only at the beginning of a file")
     try:
-        return _row(json.loads(line.decode("utf-8")), source)
+        return _as_row(json.loads(line.decode("utf-8")), source)
     except UnicodeDecodeError as error:
         return Row(source=source, problem=_not_utf8(error))
     except (ValueError, RecursionError) as error:
         return Row(source=source, problem=_not_json(error, f"; need {LAYOUTS}"))
 
 
-def _array(data: bytes, path: Path) -> Iterator[Row]:
-    """The elements of a JSON array, each with the line that it begins on."""
+def _parse_array(data: bytes, path: Path) -> Iterator[Row]:
+    """Yield the elements of a JSON array, each with the line that it begins on."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -149,12 +149,12 @@ def _array(data: bytes, path: Path) -> Iterator[Row]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", line)  # a JSONDecodeError knows better than where the element began
+            line = getattr(error, "lineno", line)  # that of the error, and not of the element
             raise DataError(f"{path}:{line}: {_not_json(error)}") from error
-        yield _row(value, f"{path}:{line}")
+        yield _as_row(value, f"{path}:{line}")
 
 
-def _row(value: Any, source: str) -> Row:
+def _as_row(value: Any, source: str) -> Row:
     if not isinstance(value, dict):
         return Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
     return Row(value, source)

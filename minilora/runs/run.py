@@ -24,31 +24,29 @@ from pathlib import Path
 import torch
 
 from minilora.adapters.attach import attach
-from minilora.adapters.classes import UNITS
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.files import base_quantization, save_adapter
 from minilora.adapters.find import ParameterCount, base_held, count_parameters
 from minilora.errors import ConfigError, FormatError, TrainingError
-from minilora.models.checkpoint import read_config, save_model
+from minilora.llama import Llama
+from minilora.models.checkpoint import read_config, resolve_dtype, save_model
 from minilora.models.classifier import Classifier, load_for
-from minilora.models.config import LlamaConfig
+from minilora.models.config import UNITS, LlamaConfig
 from minilora.models.hub import locate
-from minilora.models.llama import Llama
 from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import load_tokenizer
 from minilora.models.vocabulary import grow_vocabulary
 from minilora.runs.checkpoints import checkpoints, newest_step
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.diagnose import peak_memory_bytes
-from minilora.runs.evaluate import ClassScores, Drift, Scores, write_samples
+from minilora.runs.evaluate import Drift, Scores, write_samples
 from minilora.runs.fingerprint import bookkeeping
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import Forecast
+from minilora.runs.memory import Forecast, Plan, fit
 from minilora.runs.metrics import read_records
 from minilora.runs.objective import start_losses
 from minilora.runs.report import TensorBoard
-from minilora.runs.run_memory import check_memory, choose_recompute
 from minilora.runs.settings import RunConfig, default_settings, resolve
 from minilora.runs.threads import choose_threads
 from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
@@ -61,8 +59,8 @@ class Outcome:
     """What a finished or stopped run has to tell."""
 
     result: TrainResult
-    before: Scores | ClassScores
-    after: Scores | ClassScores
+    before: Scores
+    after: Scores
     drift: Drift | None
 
 
@@ -163,46 +161,47 @@ class Run:
         self.threads, self.has_begun = starts[0].get("threads"), True
         return newest_step(self.out / "checkpoints")
 
-    def load(self, is_forced: bool = False, is_dry: bool = False) -> tuple[Llama | Classifier, Data, ParameterCount]:
-        """The model with a fresh adapter, or as it is with all weights to be trained, and the data.
-
-        Args:
-            is_forced: also where it takes more memory than is free.
-            is_dry: the model without its numbers; what it takes is not asked.
-
-        Raises:
-            TrainingError: it takes more memory than is free, and is not forced.
-        """
+    def load_data(self) -> Data:
+        """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
         tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        known = self.base_config().labels if self.base_config().unit else ()
-        data = load_data(self.config.data, tokenizer, self.reading, self.training, self.unit, known)
+        labels = self.base_config().labels
+        data = load_data(self.config.data, tokenizer, self.reading, self.training, self.unit, labels)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
-        device = pick_device(self.config.device)
-        if not (is_dry or (is_forced and self.training.recompute != "auto")):
-            told = self.fit(data, device)
-            if not is_forced:
-                check_memory(self, data, device, told)
-        model = self.base_for(data, self.dtype, "meta" if is_dry else device, self.quantization)
+        return data
+
+    def load_model(self, data: Data, device: torch.device | str) -> Llama | Classifier:
+        """Load the base model, quantized as it is read, with a head for the data's classes and room for new tokens."""
+        seed = self.training.seed
+        model = load_for(self.unit, data.labels, self.config.model, self.dtype, device, self.quantization, seed)
+        grow_vocabulary(model, max(self._new_tokens(data), default=-1) + 1)
+        return model
+
+    def attach(self, model: Llama | Classifier, data: Data) -> ParameterCount:
+        """Attach a fresh adapter, unless all weights are trained; return how many parameters are."""
         if not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.lora_for(data), seed=self.training.seed, losses=losses)
-        return model, data, count_parameters(model)
+        return count_parameters(model)
 
-    def fit(self, data: Data, device: torch.device) -> Forecast:
-        """What the run takes on a device; how it recomputes is chosen, if that was left open."""
-        recompute, told = choose_recompute(self, data, device)
-        self.training = replace(self.training, recompute=recompute)
-        return told
-
-    def base_for(
-        self, data: Data, dtype: torch.dtype | str, device: torch.device | str, quantization: QuantizeConfig
-    ) -> Llama | Classifier:
-        """The model before anything is attached, with a head for the data's classes and room for new tokens."""
-        seed = self.training.seed
-        model = load_for(self.unit, data.labels, self.config.model, dtype, device, quantization, seed)
-        grow_vocabulary(model, max(self._new_tokens(data), default=-1) + 1)
-        return model
+    def fit(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
+        """Forecast the run's memory on a device, and choose how it recomputes if that was left open."""
+        config = self.base_config()
+        splits = (data.valid, data.test, data.general)
+        plan = Plan(
+            replace(config, vocab_size=max(config.vocab_size, *(token + 1 for token in self._new_tokens(data)), 0)),
+            None if self.is_full else self.lora_for(data),
+            self.training,
+            self.quantization,
+            resolve_dtype(self.dtype, config.source, device),
+            device,
+            [(len(example.tokens), example.labelled) for example in data.train],
+            [[len(example.tokens) for example in split] for split in splits],
+            len(config.labels if config.unit else data.labels),
+        )
+        plan, found = fit(plan)
+        self.training = plan.training
+        return plan, found
 
     def lora_for(self, data: Data) -> LoraConfig:
         """The adapter's config; the rows of new tokens are trained, too.

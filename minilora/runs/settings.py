@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, check_types
 from minilora.models.quantization import QuantizeConfig
 from minilora.runs.config import WATCHING, DataConfig, TrainConfig, option
 from minilora.storage import BUILTIN
@@ -45,7 +45,8 @@ class RunConfig:
     samples: int = option(2, "held-out prompts that each evaluation answers, to be looked at", WATCHING)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.samples, int) and self.samples >= 0):
+        check_types(RunConfig, vars(self))
+        if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
 
 

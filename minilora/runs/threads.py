@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.adapters.attach import forget_dropout_step, set_dropout_step
+from minilora.adapters.dropout import set_dropout_step
 from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import TokenLoss
@@ -55,7 +55,7 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     try:
         found = fastest_thread_count(step, (1, threads))
     finally:
-        forget_dropout_step(model)
+        set_dropout_step(model, None)
         model.train(was_training)
         model.zero_grad()
     torch.set_num_threads(found)

@@ -2,69 +2,100 @@
 
     B ← s·B,   A and B with zeros up to one rank r,   α = r:    α/r·B A = s·B A
 
-Readers that take no notice of rsLoRA, or of patterns of ranks and α, then compute what the adapter does. A stays as it
-is. A number of B is rounded once, to float32, and not at all where s is a power of two, so that what becomes of ΔW is
+Readers that ignore rsLoRA, or patterns of ranks and α, then compute what the adapter does. A is unchanged. An element
+of B is rounded once, to float32, and not at all if s is a power of two, so that the error of ΔW is bounded by
 
-    |ΔW′ - ΔW| ≤ 2⁻²⁴·|s|·|B| |A|,   number by number
+    |ΔW′ - ΔW| ≤ 2⁻²⁴·|s|·|B| |A|,   element by element
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.adapters.combine import NOT_ADDED
 from minilora.adapters.files import write_adapter
-from minilora.adapters.layout import PREFIX, REPEATED, WEIGHTS_FILE, factor_name, understood
+from minilora.adapters.layout import (
+    INFORMATION,
+    PEFT_DEFAULTS,
+    PLAIN_INITS,
+    PREFIX,
+    READ,
+    WEIGHTS_FILE,
+    factor_name,
+    parse_tensor_name,
+)
 from minilora.adapters.stored import BRINGS, Stored, read_adapter
 from minilora.errors import ConfigError
 from minilora.models.hub import fetch
 from minilora.storage import TensorFile
 
+FOLDED = {
+    "use_rslora": "the scale is lora_alpha / √r",
+    "rank_pattern": "modules have ranks of their own",
+    "alpha_pattern": "modules have a lora_alpha of their own",
+}
+KEPT = {"embeddings": "A and B of an embedding", "convolutions": "A and B of a convolution"}
+NOT_PLAIN = {
+    "use_dora": "the magnitude m/‖W + ΔW‖ multiplies the whole weight",
+    "modules_to_save": "copies of modules that were trained in full",
+    "bias": "trained biases of the base",
+    "lora_bias": "a bias of lora_B",
+    "trainable_token_indices": "trained rows of an embedding",
+    "target_parameters": "A and B of experts that are stacked in one parameter",
+}
 PLAIN = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
-NOT_PLAIN = {field: why for field, why in NOT_ADDED.items() if field != "task_type"}
+
+
+def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """List what an adapter has besides A and B of linears and one scale α/r: name -> why a plain reader is wrong.
+
+    `values` are those of its JSON, `shapes` those of its tensors, by the names in its file.
+    """
+    places = {name: parse_tensor_name(name) for name in shapes}
+    found = {field for field in FOLDED | NOT_PLAIN if values.get(field) not in (None, False, "none", [], {})}
+    found |= {BRINGS[key] for _, key in places.values() if key in BRINGS}
+    if any(not module for module, _ in places.values()) and not found & {"modules_to_save", "bias"}:
+        found.add("modules_to_save")
+    if any("lora_embedding_" in name for name in places):
+        found.add("embeddings")
+    if any(key == "lora_A" and len(shapes[name]) > 2 for name, (_, key) in places.items()):
+        found.add("convolutions")
+    why = {name: why for name, why in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
+    if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
+        why["init_lora_weights"] = f"{init!r:.60} has its start in the base's weights"
+    unknown = [key for key in values if key not in READ | INFORMATION and PEFT_DEFAULTS.get(key) != values[key]]
+    return why | {key: f"{values[key]!r:.60}" for key in unknown if values[key]}
 
 
 def export_adapter(path: str | Path, out: str | Path) -> int:
-    """Write the plain form of an adapter as one of PEFT's layout; its rank.
+    """Write the plain form of an adapter in PEFT's layout, and return its rank.
 
     `path` is the adapter's directory, or a repository of the hub, "org/name" or "org/name@revision".
 
     Raises:
         FormatError: the adapter is missing or malformed.
-        ConfigError: it does more than add s·B A; all of that is named, with the reasons.
+        ConfigError: it does more than add s·B A; each feature that does is named, with the reason.
     """
     stored = read_adapter(fetch(path, "adapter"))
-    if reasons := more_than_plain(stored):
+    file = TensorFile(stored.path / WEIGHTS_FILE)
+    found = features(stored.values, file.shapes)
+    if reasons := [f"{name}: {why}" for name, why in found.items() if name not in FOLDED | KEPT]:
         raise ConfigError(
             f"{stored.path} has no plain form:\n  "
             + "\n  ".join(reasons)
             + "\nevery reader takes the model that minilora merge makes with it"
         )
     rank, tensors = plain_tensors(stored)
-    fields = {**stored.values, **PLAIN, "r": rank, "lora_alpha": rank}
-    metadata = TensorFile(stored.path / WEIGHTS_FILE).metadata
-    write_adapter(Path(out), fields, tensors, metadata)
+    write_adapter(Path(out), {**stored.values, **PLAIN, "r": rank, "lora_alpha": rank}, tensors, file.metadata)
     return rank
 
 
-def more_than_plain(stored: Stored) -> list[str]:
-    """What an adapter does besides adding s·B A, each with the reason why B A cannot do it."""
-    held = {key for each in stored.tensors.values() for key in each}
-    fields = {key for key in NOT_PLAIN if stored.values.get(key) not in (None, False, "none", [], {})}
-    fields |= {field for key, field in BRINGS.items() if key in held}
-    reasons = [f"{field}: {why}" for field, why in NOT_PLAIN.items() if field in fields]
-    if stored.tensors.get("") and not fields & {"modules_to_save", "bias"}:
-        reasons.append(f"{next(iter(stored.tensors['']))}: a parameter of the model itself, trained in full")
-    if (init := stored.values.get("init_lora_weights")) in REPEATED:
-        reasons.append(f"init_lora_weights: {init!r} has its start in the base's weights")
-    return reasons
-
-
 def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
-    """The largest rank, and the tensors by their names in PEFT's file, each pair of this rank and of scale 1.
+    """Return the largest rank, and the tensors by their names in PEFT's file, each pair of this rank and of scale 1.
 
     Raises:
         ConfigError: a convolution in groups, whose A is of one rank and B of another, has not the largest.
@@ -75,7 +106,7 @@ def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
     if uneven := [where for where, r in ranks.items() if r != rank and factors[where].lora_B.size(1) != r]:
         raise ConfigError(f"{uneven[0]}: a convolution in groups takes no zeros, and others have the rank {rank}")
     for name in TensorFile(stored.path / WEIGHTS_FILE).shapes:
-        where, key = understood(name)
+        where, key = parse_tensor_name(name)
         tensor = stored.tensors[where][key]
         if key == "weight":
             tensors[f"{PREFIX}{where}.base_layer.weight"] = tensor
@@ -83,11 +114,11 @@ def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
         if key == "lora_B":  # in float64, or s would be rounded too
             tensor = (factors[where].scale * tensor.double()).to(tensor.dtype)
         is_embedding = "lora_embedding_" in name
-        tensors[factor_name(where, key, is_embedding)] = _widened(tensor, 0 if key == "lora_A" else 1, rank)
+        tensors[factor_name(where, key, is_embedding)] = _pad(tensor, 0 if key == "lora_A" else 1, rank)
     return rank, tensors
 
 
-def _widened(factor: Tensor, dim: int, rank: int) -> Tensor:
-    """Zeros after the factor, up to the rank."""
+def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
+    """Append zeros up to the rank."""
     missing = rank - factor.size(dim)
     return F.pad(factor, (0, 0) * (factor.dim() - 1 - dim) + (0, missing))

@@ -1,4 +1,4 @@
-"""The adapter between two models of one architecture: in each module the best of its rank, one weight at a time.
+"""Extracts the adapter between two models of one architecture: the best of its rank in each module.
 
 W₁ - W₀ ≈ B A    W₀ a weight of the base, W₁ what it became
 """
@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.adapters.attach import place
-from minilora.adapters.bases import AdapterEmbedding
+from minilora.adapter import base_modules
+from minilora.adapters.attach import inject_adapter
 from minilora.adapters.combine import Cut, best_factors
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
-from minilora.adapters.find import base_modules, head_path
-from minilora.adapters.parts import Part, kind_of, targets
+from minilora.adapters.find import head_path
+from minilora.adapters.layers import AdapterEmbedding
+from minilora.adapters.parts import AdapterSpec, kind_of, targets
 from minilora.adapters.weighted import config_of
 from minilora.errors import FormatError, TargetError
+from minilora.llama import Llama
 from minilora.models.checkpoint import (
     Weight,
     load_model,
@@ -32,14 +34,13 @@ from minilora.models.checkpoint import (
     stored_weights,
 )
 from minilora.models.hub import fetch
-from minilora.models.llama import Llama
-from minilora.quant.linear import NF4Linear, dense_weight
+from minilora.nf4 import NF4Linear
 from minilora.tools.merging import Deviation
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """How well an adapter tells what has changed between two models.
+    """How much of the difference between two models an adapter holds.
 
     Attributes:
         deviation: ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, the error of the cut, over the modules that the adapter changes.
@@ -60,15 +61,15 @@ def extract_directory(
     energy: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Extraction:
-    """Write the adapter that makes of a base what another model has become, as nearly as its rank allows.
+    """Write the adapter that turns a base into a tuned model, as nearly as its rank allows.
 
-    Held are two weights at a time, and what the adapter has so far. A module that is the same in both has no adapter.
+    Memory holds two weights at a time, and the adapter so far. A module that is equal in both models gets no adapter.
 
     Args:
         base: the model that was tuned, as `load_model` takes it.
-        tuned: what became of it, also whole.
+        tuned: the tuned model, with all its weights.
         out: the directory that is written.
-        config: which modules, and their ranks; nothing else of it counts.
+        config: which modules, and their ranks; other fields are ignored.
         energy: share of each module's ‖W₁ - W₀‖² to keep, if that takes a lower rank.
         device: where to compute.
 
@@ -102,12 +103,12 @@ def extract_directory(
 
 
 def _shapes(directory: Path) -> dict[str, torch.Size]:
-    """Name of a parameter -> its shape; a tied head has none of its own."""
+    """Map each parameter to its shape; a tied head has none of its own."""
     return {name: parameter.shape for name, parameter in skeleton(read_config(directory)).named_parameters()}
 
 
 def _unpaired(before: Path, after: Path) -> list[str]:
-    """Parameters that not both models have in the same shape."""
+    """List the parameters that only one model has, or that differ in shape."""
     first, second = _shapes(before), _shapes(after)
     return [name for name in first | second if first.get(name) != second.get(name)]
 
@@ -115,7 +116,7 @@ def _unpaired(before: Path, after: Path) -> list[str]:
 def _differences(
     before: Path, after: Path, names: Collection[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Those of the names whose parameters are not the same, and W₁ - W₀, in float32 or what is wider."""
+    """Yield the names whose parameters differ, and W₁ - W₀, in float32 at least."""
     configs = [read_config(directory) for directory in (before, after)]
     dtypes = [resolve_dtype(stored_dtype(config.source), config.source, device) for config in configs]
     wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -132,16 +133,16 @@ def _differences(
 
 
 def _dense(weight: Weight) -> Tensor:
-    return dense_weight(weight) if isinstance(weight, NF4Linear) else weight
+    return weight.weight if isinstance(weight, NF4Linear) else weight
 
 
 def _save(model: Llama, cuts: Mapping[str, Cut], out: str | Path) -> None:
-    """Write the adapter of these factors of scale 1; the model needs no numbers."""
+    """Write the adapter of these factors, with scale 1; the model needs no weights."""
     parts = {}
     for path, (factors, _, _) in cuts.items():
         kind = kind_of(model.get_submodule(path))
         assert kind is not None
-        parts[path] = Part(kind, {"lora_A": factors.lora_A.cpu(), "lora_B": factors.lora_B.cpu()})
+        parts[path] = AdapterSpec(kind, {"lora_A": factors.lora_A.cpu(), "lora_B": factors.lora_B.cpu()})
     config = config_of({path: cut.factors for path, cut in cuts.items()})
-    place(model, config, "default", parts, None, trainable=False)
+    inject_adapter(model, config, "default", parts, None, trainable=False)
     save_adapter(model, out)

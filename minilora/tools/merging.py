@@ -1,12 +1,12 @@
-"""Adapters merged into a model directory, one weight after the other: what is held at a time is one file of the result.
+"""Merges adapters into a model directory, one weight after the other; memory holds one file of the result at a time.
 
     W′ = W + ΔW,    ΔW = Σ s·B A over the adapters
 
-What W is, the *target* says:
+The *target* decides what W is:
 
     original      the directory's weight, which is not quantized
-    dequantized   the weight as it is held; what is in four bits becomes dense, with an adapter and without
-    requantized   the same; what is in four bits is quantized again, and stays as it is where there is no adapter
+    dequantized   the weight as it is loaded; every 4-bit weight becomes dense, with an adapter or without
+    requantized   the same; 4-bit weights are quantized again, and stay unchanged where there is no adapter
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.adapted import Adapted
-from minilora.adapters.attach import set_adapter
-from minilora.adapters.classes import classes_of
+from minilora.adapter import adapter_layers, set_adapter
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.files import load_adapter, vocabulary_of
-from minilora.adapters.find import adapter_layers, base_held
-from minilora.adapters.layers import AdapterLayer, AdapterLinear
-from minilora.adapters.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, understood
+from minilora.adapters.files import classes_of, load_adapter, vocabulary_of
+from minilora.adapters.find import base_held
+from minilora.adapters.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, parse_tensor_name
 from minilora.errors import ConfigError, TrainingError
+from minilora.llama import Llama
+from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
@@ -44,13 +43,11 @@ from minilora.models.checkpoint import (
 )
 from minilora.models.classifier import Classifier, load_for, skeleton_for
 from minilora.models.hub import fetch
-from minilora.models.llama import Llama
 from minilora.models.quantization import Quantize, QuantizeConfig, Target
 from minilora.models.shards import SHARD_BYTES
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grow_vocabulary, grown
-from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import pack, unpack
+from minilora.nf4 import NF4Linear, pack, unpack
 from minilora.storage import TensorFile, read_json
 
 DENSE = QuantizeConfig("none")
@@ -95,9 +92,9 @@ def merge_directory(
     shard_bytes: int = SHARD_BYTES,
     trained: QuantizeConfig | Quantize | None = None,
 ) -> Deviation:
-    """Write the model that adapters make of another one, and tell how far it is from what was trained.
+    """Merge adapters into a model on disk, write it, and return how far it is from the trained weights.
 
-    It is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
+    The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
     "dequantized", without for "original".
 
     Args:
@@ -105,12 +102,12 @@ def merge_directory(
         adapters: directories or names of the hub; all of them act.
         out: the directory that is written.
         target: what to merge into; None is "dequantized" if the base is held in four bits, else "original".
-        quantize: how the base is held, as `load_model` takes it.
-        dtype: of what is dense; "auto" is the checkpoint's own, also where this machine computes it slowly.
+        quantize: how the base is quantized, as `load_model` takes it.
+        dtype: of dense weights; "auto" is the checkpoint's own, also if this machine computes it slowly.
         device: where to compute.
         tokenizer: its files are written beside the model.
         shard_bytes: how large a file may be.
-        trained: how the base was held in training, if that is not `quantize`; the error is measured against it.
+        trained: how the base was quantized in training, if not as `quantize`; the error is measured against it.
 
     Raises:
         ConfigError: no adapter is named, or this base cannot be merged into that target.
@@ -161,11 +158,11 @@ class _Base:
         self.unit, self.labels = classes_of(adapters[0]) if adapters else (None, ())
 
     def load(self, quantize: QuantizeConfig) -> Llama | Classifier:
-        """The model without numbers, held like this."""
+        """Load the model without its weights, quantized like this."""
         return self._with_room(load_for(self.unit, self.labels, self.directory, self.dtype, "meta", quantize))
 
     def bare(self) -> Llama | Classifier:
-        """The model's names and shapes only, all of it dense."""
+        """Build the model with names and shapes only, all of it dense."""
         return self._with_room(skeleton_for(self.unit, self.labels, self.config))
 
     def _with_room(self, model: Llama | Classifier) -> Llama | Classifier:
@@ -173,7 +170,7 @@ class _Base:
         return model
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
-        """Names and weights; with `has_head` that of a tied head, too, by the head's name."""
+        """Yield names and weights; with `has_head` also a tied head's weight, by the head's name."""
         bare, is_new = skeleton_for(self.config.unit, (), self.config), self.unit != self.config.unit
         for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
             if is_new and name == HEAD:
@@ -187,7 +184,7 @@ class _Base:
             yield f"{Classifier.head}.{name}", torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
 
     def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
-        """Names, the weights to merge into, and those that were trained on."""
+        """Yield names, the weights to merge into, and those that the adapters were trained on."""
         held = DENSE if target == "original" else self.quantize
         if held == self.trained:
             yield from ((name, weight, weight) for name, weight in self.weights(held, has_head))
@@ -198,7 +195,7 @@ class _Base:
 
 
 def _check(base: _Base, target: Target, kind: str) -> None:
-    """Can the base, whose linears are held as `kind`, be merged into the target?"""
+    """Raise an error if a base with linears of this kind cannot be merged into the target."""
     if target not in get_args(Target):
         raise ConfigError(f"target is {target!r}, accepted are {list(get_args(Target))}")
     if target == "original" and is_four_bit(base.config.source):
@@ -214,11 +211,11 @@ def _check(base: _Base, target: Target, kind: str) -> None:
         )
 
 
-def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, Adapted]:
-    """The places that have adapters, all of them active, on modules without numbers.
+def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]:
+    """Load all adapters, active, onto a model without weights, and return its adapted modules.
 
-    Some adapters need those of the base to be understood: where PEFT has written a copy of them, to compare, and where
-    the adapter began as a part of them.
+    Some adapters cannot be read without weights of the base: if PEFT has stored copies of them, to compare, and if the
+    adapter started as a part of them.
     """
     if not adapters:
         raise ConfigError("there is nothing to merge: name an adapter")
@@ -239,28 +236,28 @@ def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, Adapted]:
 
 
 def _needed(adapter: Path) -> set[str]:
-    """Paths of the modules whose weights an adapter is read with."""
-    found = [understood(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
+    """List the modules whose weights are needed to read an adapter."""
+    found = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
     is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in REPEATED
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
-def _unties(base: _Base, layers: Mapping[str, Adapted]) -> bool:
-    """Do an embedding and a head that are tied come out as two weights?"""
+def _unties(base: _Base, layers: Mapping[str, AdapterWrapper]) -> bool:
+    """Does merging turn a tied embedding and head into two weights?"""
     ends = [
         layers[path] for path in (HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")) if path in layers
     ]
     return (
         base.unit is None
         and base.config.tie_word_embeddings
-        and any(isinstance(end, AdapterLayer | TrainedCopy) for end in ends)
+        and any(isinstance(end, AdapterLinear | TrainedCopy) for end in ends)
     )
 
 
 def _merged_weights(
-    base: _Base, layers: Mapping[str, Adapted], target: Target, squares: dict[str, tuple[float, float]]
+    base: _Base, layers: Mapping[str, AdapterWrapper], target: Target, squares: dict[str, tuple[float, float]]
 ) -> Iterator[tuple[str, Weight]]:
-    """Names and weights of the result; what `squared_norms` says of an adapted layer goes into `squares`."""
+    """Yield names and weights of the result, and write `squared_norms` of each adapted layer into `squares`."""
     pairs = base.pairs(target, _unties(base, layers))
     for path, group in itertools.groupby(pairs, key=lambda pair: _place(pair[0], layers)):
         if path is None:
@@ -276,21 +273,21 @@ def _merged_weights(
             if not merged[key].isfinite().all():
                 raise TrainingError(f"{path}: the merged {key} has numbers that are not finite in {base.dtype}")
             result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
-            if key == "weight" and isinstance(layer, AdapterLayer):
+            if key == "weight" and isinstance(layer, AdapterLinear):
                 squares[path] = squared_norms(result, trained, layer)
             yield f"{path}.{key}", result
 
 
-def _place(name: str, layers: Mapping[str, Adapted]) -> str | None:
-    """Path of the place of adapters that a parameter belongs to."""
+def _place(name: str, layers: Mapping[str, AdapterWrapper]) -> str | None:
+    """Find the adapted module that a parameter belongs to."""
     paths = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
     return next((path for path in paths if path in layers), None)
 
 
-def _merged(layer: Adapted, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What adapters make of a module's parameters, in their dtype, by their names in the module."""
+def _merged(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge the adapters of a module: name of each parameter -> its merged value, in the same dtype."""
     if isinstance(layer, TrainedCopy):
-        own = layer.tensors(layer.active[-1])
+        own = layer.peft_tensors(layer.active[-1])
         return {key: own.get(key, weight).to(weight) for key, weight in weights.items()}
     for key, weight in weights.items():
         assign(layer.base, key, weight)
@@ -300,24 +297,24 @@ def _merged(layer: Adapted, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dense(weight: Weight) -> Tensor:
-    return dense_weight(weight) if isinstance(weight, NF4Linear) else weight
+    return weight.weight if isinstance(weight, NF4Linear) else weight
 
 
 def _packed_like(example: Weight, weight: Tensor) -> Weight:
-    """The weight in four bits with the settings of the example, if that is."""
+    """Quantize the weight as the example is quantized, if it is."""
     if not isinstance(example, NF4Linear):
         return weight
     parts = pack(weight, example.scales is not None, example.layout.block_size)
     return NF4Linear(parts, example.layout, None, example.dtype)
 
 
-def squared_norms(merged: Weight, trained: Weight, layer: AdapterLayer) -> tuple[float, float]:
-    """‖W′ - (W + ΔW)‖² and ‖ΔW‖², of the numbers that W and W′ stand for, in float64, a few rows at a time.
+def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tuple[float, float]:
+    """Compute ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights in float64, a few rows at a time.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
     now, before = (
-        layer.matrix(unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
+        layer.as_matrix(unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
         for w in (merged, trained)
     )
     error = effect = 0.0
@@ -331,16 +328,16 @@ def squared_norms(merged: Weight, trained: Weight, layer: AdapterLayer) -> tuple
     return error, effect
 
 
-def _rows(layer: AdapterLayer, part: slice) -> AdapterLinear:
-    """The active adapters of some rows of W, in float64 on the CPU: not every device has such numbers."""
+def _rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
+    """Build a layer with the active adapters of some rows of W, in float64 on the CPU: not every device has float64."""
     rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
     for name in layer.active:
         adapter = layer.adapters[name]
-        lora_A, lora_B = layer.thin(*adapter.factors())
+        lora_A, lora_B = layer.as_matrices(*adapter.factors())
         tensors = {"lora_A": lora_A, "lora_B": lora_B[part]}
         if adapter.magnitude is not None:
             tensors["magnitude"] = adapter.magnitude.flatten()[part]
         wide = {key: tensor.detach().cpu().double() for key, tensor in tensors.items()}
-        rows.hold(name, layer.configs[name], type(adapter)(adapter.scale, wide))
+        rows.add_adapter(name, LoraAdapter(wide, adapter.scale))
     rows.active = layer.active
     return rows

@@ -9,8 +9,8 @@ from torch import nn
 
 from minilora.adapters.combine import Factors, combine
 from minilora.adapters.combine_config import CombineConfig
-from minilora.adapters.functional import lora_delta
 from minilora.adapters.weighted_files import combine_directories
+from minilora.lora import lora_delta
 from tests.models import randn
 from tests.tolerance import assert_parity, relative
 

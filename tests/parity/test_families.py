@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import minilora as ml
+from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.find import adapter_layers
 from minilora.adapters.targets import TARGETS
 from tests.models import perturb_, randn, token_ids
 from tests.parity.families import FAMILIES, family_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.runs.optimizer import learning
+from minilora.runs.optimizer import rate_factors
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.parity
@@ -44,5 +44,5 @@ def test_every_tensor_has_the_rate_that_peft_gives_it(case, tmp_path):
     )
     expected = by_rate((group["lr"], p.shape) for group in optimizer.param_groups for p in group["params"])
     assert len(expected) > 1
-    found = learning(ours, ml.TrainConfig(learning_rate=RATE, loraplus_lr_ratio=RATIO))
-    assert by_rate((RATE * how.factor, ours.get_parameter(name).shape) for name, how in found.items()) == expected
+    found = rate_factors(ours, ml.TrainConfig(learning_rate=RATE, loraplus_lr_ratio=RATIO))
+    assert by_rate((RATE * factor, ours.get_parameter(name).shape) for name, factor in found.items()) == expected

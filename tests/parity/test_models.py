@@ -77,14 +77,13 @@ def test_both_load_a_half_precision_checkpoint_to_the_same_weights(dtype, tmp_pa
 
 
 @families
-def test_greedy_text_is_equal_with_and_without_a_cache(family):
+def test_greedy_text_is_equal(family):
     is_right = family != "llama-dynamic"  # or their cache keeps keys that were rotated for a shorter document
     ours, prompt = tiny_model(family, dtype=torch.float32), token_ids(0, 1, 5)
     theirs = theirs_model(ours)
-    for use_cache, count in ((True, 64), (False, 24)):
-        settings = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache and is_right}
-        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-        assert ml.generate(ours, prompt, max_new_tokens=count, use_cache=use_cache) == expected[:, 5:].tolist()
+    settings = {"max_new_tokens": 64, "do_sample": False, "use_cache": is_right}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert ml.generate(ours, prompt, max_new_tokens=64) == expected[:, 5:].tolist()
 
 
 @pytest.fixture(scope="module")

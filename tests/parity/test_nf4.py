@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilora.quant.nf4 import DYNAMIC_MAP, dequantize, dequantize_absmax, quantize, quantize_absmax
+from minilora.nf4 import DYNAMIC_MAP, dequantize, dequantize_absmax, quantize, quantize_absmax
 
 pytestmark = pytest.mark.parity
 functional = pytest.importorskip("bitsandbytes.functional")

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.models.quantization import QuantizeConfig
-from minilora.quant.linear import NF4Linear, dense_weight
-from minilora.quant.nf4 import dequantize, quantize
+from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.storage import read_json
 from tests.models import tiny_model, token_ids
 from tests.test_nf4 import BOUND
@@ -190,7 +189,7 @@ def test_evaluating_saving_and_training_leaves_scales_and_gradients_intact_here_
     before, theirs_before = ({k: v.clone() for k, v in layer.state_dict().items()} for layer in (ours, theirs))
     stored, gradient = evaluate_save_and_train(ours)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())
-    ones, dense = torch.ones(2, 64, dtype=torch.bfloat16), dense_weight(ours)
+    ones, dense = torch.ones(2, 64, dtype=torch.bfloat16), ours.weight
     assert_precision(gradient, ones @ dense, ones.double() @ dense.double())
     theirs_stored, theirs_gradient = evaluate_save_and_train(theirs)
     assert torch.equal(theirs_stored["weight"].view(-1), theirs_before["weight"].view(-1))
@@ -219,7 +218,7 @@ def test_what_they_saved_after_an_evaluation_is_read(tmp_path):
         right = exact.get_submodule(path)
         assert torch.equal(linear.packed, right.packed)
         assert not torch.equal(linear.scales, right.scales)
-        found, expected = dense_weight(linear), dense_weight(right)
+        found, expected = linear.weight, right.weight
         assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
     assert len(linears) == 4 * 7
 

@@ -12,9 +12,8 @@ from torch import nn
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.decompose import loftq_factors, moved_factors
 from minilora.adapters.from_data import GAMMA, Target, data_factors, redistributed
-from minilora.adapters.functional import lora_scale
 from minilora.adapters.initialize import embedding_factors, initial_factors
-from minilora.quant.linear import dense_weight
+from minilora.lora import lora_scale
 from tests.models import fill_, randn
 from tests.tolerance import assert_parity
 
@@ -68,16 +67,16 @@ def theirs_factors(model, path):
 
 def ours_targets(model):
     return {
-        path: Target(m, (m.out_features, m.in_features), lambda m=m: dense_weight(m), R, lora_scale(R, ALPHA))
+        path: Target(m, (m.out_features, m.in_features), lambda m=m: m.weight, R, lora_scale(R, ALPHA))
         for path in LINEARS
         for m in [model.get_submodule(path)]
     }
 
 
-def ours_factors(kind, batches, rho=2.0):
+def ours_factors(kind, batches):
     model = Parallel()
     losses = (model.loss(x) for x in batches)
-    return data_factors(kind, model, ours_targets(model), losses, torch.Generator().manual_seed(0), rho)
+    return data_factors(kind, model, ours_targets(model), losses, torch.Generator().manual_seed(0))
 
 
 def assert_same_but_for_signs(ours, theirs):
@@ -137,18 +136,17 @@ def test_loftq_s_factors_are_theirs_of_the_same_rounding_and_divided_by_the_scal
     loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
     weight, scale = Parallel().wide.weight.detach(), lora_scale(R, ALPHA)
     lora_A, lora_B, base = loftq_factors(weight, R, scale)
-    theirs = loftq_utils._low_rank_decomposition(weight - dense_weight(base), reduced_rank=R)
+    theirs = loftq_utils._low_rank_decomposition(weight - base.weight, reduced_rank=R)
     root = math.sqrt(scale)
     assert_same_but_for_signs((root * lora_A, root * lora_B), (theirs["R"], theirs["L"]))
 
 
-@pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_eva_of_inputs_of_mean_zero_has_the_same_directions_ranks_and_alphas(rho):
-    model = theirs_model("eva", eva_config=peft.EvaConfig(rho=rho, tau=0.9999))
+def test_eva_of_inputs_of_mean_zero_has_the_same_directions_ranks_and_alphas():
+    model = theirs_model("eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.9999))
     whole = [torch.cat(data())]
     others = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
     peft.initialize_lora_eva_weights(model, whole, forward_fn=lambda model, x: model(x), **others)
-    ours = ours_factors("eva", data(), rho)
+    ours = ours_factors("eva", data())
     for path, factors in ours.items():
         assert_same_but_for_signs(factors, theirs_factors(model, path))
     theirs = model.peft_config["default"]

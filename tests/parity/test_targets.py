@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
+from minilora.adapter import adapter_layers, base_modules
 from minilora.adapters.config import is_target
-from minilora.adapters.find import adapter_layers, base_modules, head_path
+from minilora.adapters.find import head_path
 from minilora.adapters.parts import kind_of, targets
 from minilora.adapters.targets import TARGETS, find_target_modules
 from tests.parity.families import FAMILIES, family_model

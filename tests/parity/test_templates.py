@@ -13,10 +13,10 @@ import pytest
 
 import minilora as ml
 from minilora import DataError
+from minilora.data import IGNORE_INDEX
 from minilora.models import template as ours_module
-from minilora.models.ops import IGNORE_INDEX
 from minilora.models.template import ChatTemplate
-from minilora.runs.data import encode_row
+from minilora.runs.data import encode_rows
 from minilora.runs.rows import Row
 from minilora.storage import ASSETS
 
@@ -255,7 +255,7 @@ def learned_text(tokenizer, as_parts, train_on):
     turns = [(user(content(f"question{i}.")), assistant(content(f"answer{i}."))) for i in range(TURNS)]
     row = Row({"messages": [message for turn in turns for message in turn]}, "row")
     try:
-        example = encode_row(row, tokenizer, ml.DataConfig(train_on=train_on))
+        example = encode_rows([row], tokenizer, ml.DataConfig(train_on=train_on, max_length=10**6))[0]
     except DataError:
         return None
     return tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX], skip_special_tokens=False)

@@ -1,14 +1,11 @@
-"""Causal attention over documents laid end to end.
+"""Kernels of causal attention over documents laid end to end: by plain products in blocks, and PyTorch's own.
 
-A batch of documents of lengths L₁ … L_b is one tensor of N = ΣLᵢ rows, and `lengths` says where each ends: no row of
-padding is computed, and no mask keeps documents apart. A score is never asked for where nobody looks: keys after a
-block of queries, or before its window, do not enter its product.
+A score is never computed where nothing is visible: keys after a block of queries, or before its window, do not enter
+its product.
 
     N  queries laid end to end     H  query heads       E  width of a head
     M  keys laid end to end        K  key/value heads   G  H/K, query heads that share keys and values
 
-    [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
-    [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
     [Flash] Dao et al. 2022, FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness
 """
 
@@ -22,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora import llama
+from minilora.definition import kernel
+
 TOGETHER = 16  # matrices in a product, at most, of documents of one length: with three, one of two threads would wait
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]
 
 
+@kernel(of=llama.causal_attention)
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -34,13 +35,7 @@ def causal_attention(
     key_lengths: Sequence[int],
     window: int | None = None,
 ) -> Tensor:
-    """o = softmax(q kᵀ/√E + mask) v within each document; query head h reads key head ⌊h·K/H⌋  [GQA §2].
-
-    A document of `length` queries and `key_length` keys asks about its last `length` positions (with a cache there
-    are more keys than queries). Position i sees the positions j with i - window < j ≤ i  [SWA §3.1].
-
-    Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
-    """
+    """See `llama.causal_attention`."""
     return kernel_for(q, key_lengths, window)(q, k, v, lengths, key_lengths, window)
 
 
@@ -146,13 +141,13 @@ def _alike(lengths: Sequence[int], key_lengths: Sequence[int], most: int) -> Ite
         first = last
 
 
-def _block_size(dtype: torch.dtype) -> int:
+def block_size(dtype: torch.dtype) -> int:
     """Queries of a block: the fastest of 64, 96, 128, 192 and 256 in the two dtypes and the cases of `kernel_for`."""
     return 128 if dtype == torch.bfloat16 else 64
 
 
 def _blocks(q: Tensor, k: Tensor, group: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Rows of about `_block_size` queries, as even as can be, and the keys that some of them see: the last key is that
+    """Rows of about `block_size` queries, as even as can be, and the keys that some of them see: the last key is that
     of the last query.
 
     >>> q, k = torch.empty(1, 2 * 200, 8), torch.empty(1, 210, 8)
@@ -160,7 +155,7 @@ def _blocks(q: Tensor, k: Tensor, group: int, window: int | None) -> Iterator[tu
     [(134, 0, 77), (268, 0, 144), (400, 45, 210)]
     """
     n, m = q.size(1) // group, k.size(1)
-    even = -(-n // max(1, round(n / _block_size(q.dtype))))
+    even = -(-n // max(1, round(n / block_size(q.dtype))))
     for first in range(0, n, even):
         last, past = min(first + even, n), m - n
         begin = 0 if window is None else max(0, past + first - window + 1)
@@ -240,7 +235,7 @@ def varlen_attention(
 
     def ends(sizes: Sequence[int]) -> Tensor:
         counted = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-        return counted.to(q.device, non_blocking=True)  # not pinned: a forecast's stand-ins cannot be
+        return counted.to(q.device, non_blocking=True)
 
     longest = max(key_lengths)
     before = -1 if window is None or window > longest else window - 1  # keys that a query sees; -1: all

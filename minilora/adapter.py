@@ -1,0 +1,211 @@
+"""Adapters in and out of a model: attach, switch, merge, detach, save, load.
+
+Where an adapter acts, an `AdapterWrapper` stands in the model and holds the module that it replaced. `attach_lora`,
+`save_lora` and `load_lora` are for LoRA and DoRA with one rank on linear layers; `minilora.adapters` has all that PEFT
+has. Saved adapters have PEFT's layout, with tensors named `base_model.model.<path>.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minilora.errors import FormatError, TargetError, TrainingError, check_types
+from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, dense_linear, dora_norm, lora_scale
+from minilora.nf4 import NF4Linear
+
+PREFIX = "base_model.model."
+Place = tuple[nn.Module, str, nn.Module]
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once with its path; the base of a wrapper follows it and has the same path."""
+    pending, seen = [("", model)], set()
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if isinstance(module, AdapterWrapper):
+            pending.append((path, module.base))
+        else:
+            children = [(f"{path}.{name}".lstrip("."), child) for name, child in module._modules.items()]
+            pending += [(where, child) for where, child in reversed(children) if child is not None]
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterWrapper]:
+    """Return the wrappers by path. One that is the base of another has the path of that one and ".base"."""
+    found: dict[str, AdapterWrapper] = {}
+    for path, module in walk(model):
+        if isinstance(module, AdapterWrapper):
+            while path in found:
+                path = f"{path}.base"
+            found[path] = module
+    return found
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by path, the model itself at "", as if no adapter had been attached."""
+    return {path: module for path, module in walk(model) if not isinstance(module, AdapterWrapper)}
+
+
+def known_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
+    """Return the wrappers, the outer ones first. Raise a TargetError if there is none, or no adapter of a name."""
+    layers = list(adapter_layers(model).values())
+    if not layers:
+        raise TargetError("the model has no adapter")
+    known = {name for layer in layers for name in layer.configs}
+    if unknown := [name for name in names if name not in known]:
+        raise TargetError(f"no adapter is called {unknown[0]!r}; the model has {sorted(known)}")
+    return layers
+
+
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> list[Place]:
+    """Put the second module of each pair wherever the first stands; return (parent, name, first) of each place."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():  # named_children() leaves out a second name of one child
+            places.setdefault(id(child), []).append((parent, name))
+    replaced = []
+    for module, substitute in pairs:
+        for parent, name in places[id(module)]:
+            parent._modules[name] = substitute
+            replaced.append((parent, name, module))
+    return replaced
+
+
+def attach_lora(
+    model: nn.Module,
+    target_modules: Sequence[str],
+    r: int = 16,
+    lora_alpha: float = 32,
+    use_dora: bool = False,
+    lora_dropout: float = 0.0,
+    name: str = "default",
+    seed: int = 0,
+) -> None:
+    """Add a new adapter to the linear layers with these last names, and make it the active and only trainable thing.
+
+    A ~ U(-1/√in, 1/√in) and B = 0, so it changes nothing until it is trained. Arguments are those of PEFT's LoraConfig.
+    """
+    generator, scale, wrappers = torch.Generator().manual_seed(seed), lora_scale(r, lora_alpha), adapter_layers(model)
+    linears = {p: m for p, m in base_modules(model).items() if type(m) in (nn.Linear, NF4Linear)}
+    chosen = {path: linear for path, linear in linears.items() if path.rpartition(".")[2] in target_modules}
+    if not chosen:
+        raise TargetError(f"no linear layer is named {list(target_modules)}; the model has {sorted(linears)[:9]}")
+    for path, linear in chosen.items():
+        layer: Any = wrappers.get(path) or AdapterLinear(linear, path)
+        shape_A, shape_B = layer.shapes(linear, r)
+        lora_A = nn.init.kaiming_uniform_(torch.empty(shape_A), a=5**0.5, generator=generator)
+        tensors = {"lora_A": lora_A, "lora_B": torch.zeros(shape_B)}
+        if use_dora:  # m = ‖W‖
+            tensors["magnitude"] = dora_norm(layer.base.weight.cpu(), **tensors, scale=scale)
+        layer.add_adapter(name, LoraAdapter(tensors, scale, lora_dropout))
+        if path not in wrappers:
+            replace_modules(model, [(linear, layer)])
+    activate(model, name, trainable=True)
+
+
+def activate(model: nn.Module, name: str, trainable: bool) -> None:
+    """Freeze everything but, if it is trainable, one adapter, and let it act alone."""
+    model.requires_grad_(False)
+    for layer in adapter_layers(model).values():
+        for parameter in layer.own_parameters(name) if name in layer.configs else ():
+            parameter.requires_grad_(trainable)
+    set_adapter(model, name)
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make these adapters, and no others, act. Which parameters are trainable does not change."""
+    check_types(set_adapter, locals())
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    layers = known_layers(model, *wanted)
+    for layer in layers if len(wanted) > 1 else ():
+        if len(conflicting := layer.conflicting_adapters(wanted)) > 1:
+            raise TargetError(f"{layer.path}: {conflicting} have trained the same parameter, and only one can act")
+    for layer in layers:
+        layer.active = tuple(name for name in wanted if name in layer.configs)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Compute as the base model does, for as long as the block lasts."""
+    check_types(disable_adapter, locals())
+    layers = list(adapter_layers(model).values())
+    before = [(layer.active, layer.mixed) for layer in layers]
+    try:
+        for layer in layers:
+            layer.active, layer.mixed = (), None
+        yield
+    finally:
+        for layer, (active, mixed) in zip(layers, before, strict=True):
+            layer.active, layer.mixed = tuple(name for name in active if name in layer.configs), mixed
+
+
+def detach(model: nn.Module) -> None:
+    """Take all adapters off: the base modules stand where they stood, bit for bit as they were."""
+    check_types(detach, locals())
+    replace_modules(model, ((layer, layer.base) for layer in reversed(known_layers(model))))
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the active adapters into the weights, W ← merged_weight(), and leave plain modules, all of them dense."""
+    layers = known_layers(model)
+    if not any(layer.active for layer in layers):
+        raise TargetError("no adapter is active, so there is nothing to merge")
+    for layer in layers:
+        if not all(bool(p.isfinite().all()) for name in layer.active for p in layer.own_parameters(name)):
+            raise TrainingError(f"{layer.path}: an adapter holds numbers that are not finite; nothing was merged")
+    while layers:  # the inner ones first; each is freed before the next is merged
+        layer = layers.pop()
+        replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
+    packed = {module for module in model.modules() if isinstance(module, NF4Linear)}
+    replace_modules(model, ((linear, dense_linear(linear.weight, linear.bias)) for linear in packed))
+
+
+def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter by their names in PEFT's file."""
+    layers = [layer for layer in known_layers(model, name) if name in layer.configs]
+    return {f"{PREFIX}{layer.path}.{key}": t for layer in layers for key, t in layer.peft_tensors(name).items()}
+
+
+def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Write an adapter of linear layers with one rank and one scale, in PEFT's layout."""
+    directory, tensors = Path(path), lora_tensors(model, name)
+    layers = {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
+    adapter = next(iter(layers.values())).adapters[name]
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "r": len(adapter.lora_A),
+        "lora_alpha": adapter.scale * len(adapter.lora_A),
+        "lora_dropout": adapter.dropout.p,
+        "use_dora": adapter.magnitude is not None,
+        "target_modules": sorted({where.rpartition(".")[2] for where in layers}),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({key: t.contiguous() for key, t in tensors.items()}, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def load_lora(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
+    """Read an adapter that `save_lora` wrote, attach it and let it act alone."""
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    stored = load_file(Path(path) / "adapter_model.safetensors")
+    numbers = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")}
+    attach_lora(model, config["target_modules"], **numbers, name=name)
+    tensors = lora_tensors(model, name)
+    if stored.keys() != tensors.keys():
+        raise FormatError(f"{path}: missing or unexpected tensors: {sorted(stored.keys() ^ tensors.keys())[:5]}")
+    with torch.no_grad():
+        for key, parameter in tensors.items():
+            parameter.copy_(stored[key])
+    activate(model, name, trainable)

@@ -1,0 +1,101 @@
+"""What is learned from: a row becomes text, tokens and labels, and rows become a batch.
+
+    text     the prompt and the completion, closed by the end token
+    labels   labels[i] = tokens[i] where token i is learned, else IGNORE_INDEX: the prompt is read, not learned
+
+A token is learned if it shares a character with the completion. Counting the tokens of the prompt alone would be wrong
+wherever a token spans the seam.
+
+    N  tokens of a batch laid end to end    M  those of them at which a label is predicted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the label of a token that is read but not learned
+Span = tuple[int, int]  # first character, and the one after the last
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it."""
+
+    tokens: list[int]
+    labels: list[int]
+    source: str = ""  # where it was read
+    shift: int = 1  # a label is predicted so many tokens before its own: 1 for text, 0 for classes
+
+    @property
+    def labelled(self) -> int:
+        """How many labels are learned. The first token of a text is never predicted, so it does not count."""
+        return sum(label != IGNORE_INDEX for label in self.labels[self.shift :])
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first learned one."""
+        return self.tokens[: next(i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The learned tokens that follow the prompt, up to the first that is not learned."""
+        return tuple(takewhile(lambda label: label != IGNORE_INDEX, self.labels[len(self.prompt) :]))
+
+
+def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the prompt and the completion of a row: its own, or Alpaca's form of `instruction`, `input`, `output`."""
+    if "prompt" in row:
+        return row["prompt"], row["completion"]
+    context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n", row["output"]
+
+
+def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int, max_length: int = 1024) -> Example:
+    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned, if it is not cut off."""
+    prompt, completion = row_text(row)
+    encoding = tokenizer.encode(prompt + completion)
+    learned = [(len(prompt), len(prompt) + len(completion))]
+    labels = label_tokens(encoding.ids, encoding.offsets, learned)
+    return Example([*encoding.ids, eos_id][:max_length], [*labels, eos_id][:max_length])
+
+
+def label_tokens(tokens: Sequence[int], spans: Sequence[Span], learned: Sequence[Span]) -> list[int]:
+    """Return the label of each token: itself where it shares a character with a learned span."""
+    return [
+        token if any(end > first and begin < last for first, last in learned) and end > begin else IGNORE_INDEX
+        for token, (begin, end) in zip(tokens, spans, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid end to end."""
+
+    tokens: Tensor  # (N)
+    lengths: list[int]  # of the rows, sum N
+    places: Tensor  # (M), where a label is predicted
+    labels: Tensor  # (M), which
+
+
+def collate(examples: Iterable[Example], device: torch.device) -> Batch:
+    """Lay examples end to end. A text's last token predicts nothing: no label crosses a document boundary.
+
+    Everything is made on the CPU, and copied to a GPU while that is at work.
+    """
+    tokens, targets, lengths = list[int](), list[int](), list[int]()
+    for example in examples:
+        tokens += example.tokens
+        targets += [*example.labels[example.shift :], *[IGNORE_INDEX] * example.shift]
+        lengths.append(len(example.tokens))
+    places = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
+    is_pinned = device.type == "cuda"
+    numbers = (tokens, places, [targets[i] for i in places])
+    tensors = (torch.tensor(each, dtype=torch.int64, pin_memory=is_pinned) for each in numbers)
+    on_device, where, labels = (each.to(device, non_blocking=is_pinned) for each in tensors)
+    return Batch(on_device, lengths, where, labels)

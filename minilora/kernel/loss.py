@@ -1,0 +1,124 @@
+"""The kernel of the loss: labelled rows go through the head in chunks, so that full logits never exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from minilora import llama
+from minilora.definition import kernel
+from minilora.errors import TrainingError
+from minilora.kernel.tiles import tile_rows
+
+HEAD_LOGITS = 3 * 2**23  # alive at a time: in bfloat16 50 MB, and as much for their gradient; see `head_chunk`
+
+
+@kernel(of=llama.cross_entropy)
+def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """See `llama.cross_entropy`.
+
+    The head sees `head_chunk` rows at a time, and each chunk's gradient is made while its logits are still alive, so
+    full logits never exist. The head is called as a module: adapted, tied or trained ones work alike.
+
+    Raises:
+        TrainingError: the head computes with something trained that is no parameter of its own.
+    """
+    trained = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+        return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)[0]
+    losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in _chunks(head, hidden, labels)]
+    return torch.stack(losses).sum()
+
+
+def head_chunk(head: nn.Module) -> int:
+    """How many rows of logits are alive at a time: 512 of 49,152, in float32 a tenth faster than 256 would be."""
+    return max(1, HEAD_LOGITS // getattr(head, "out_features", 2**16))  # a head that is no linear may not say it
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of the chunks' losses with its gradients made in the forward pass: dlogits = softmax(logits) - onehot.
+
+    Saved for backward: d(sum)/d(hidden), as large as `hidden`, and one gradient for each trained parameter of the head.
+    Otherwise the logits, V numbers a row, would have to be kept, or computed a second time.
+    """
+
+    @staticmethod
+    def forward(hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> tuple[Tensor, ...]:
+        loss_sum = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+        hidden_grads = torch.empty_like(hidden)  # made first: what is kept would lie between the chunks' own logits
+        trained_grads = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
+        for rows, row_labels, row_grads in _chunks(head, hidden, labels, hidden_grads):
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                logits = head(leaf.clone())  # the head may change what it is given
+            if strays := {*_leaves(logits)} - {leaf, *trained}:
+                shape = tuple(strays.pop().shape)
+                raise TrainingError(f"the head computes with a trained {shape} that is no parameter of it")
+            dlogits = torch.empty_like(logits)
+            loss_sum += _loss(logits.detach(), row_labels, dlogits)
+            hidden_grad, *grads = torch.autograd.grad(
+                logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True
+            )  # an adapter that is not active is trained, but not used
+            row_grads.copy_(hidden_grad)
+            trained_grads = [total.add_(grad) for total, grad in zip(trained_grads, grads, strict=True)]
+            del logits, dlogits, hidden_grad, grads  # or they would live beside the next chunk's
+        return loss_sum, hidden_grads, *trained_grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would be made for what has no gradient
+        ctx.dtypes = [inputs[0].dtype, *(parameter.dtype for parameter in inputs[3:])]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        # Multiplied in the wider dtype: a rounded 1/n would scale the whole gradient by one wrong factor.
+        scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
+        hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
+        return hidden_grad, None, None, *trained_grads
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor has a gradient with respect to."""
+    nodes, seen = list[Any]([tensor.grad_fn]), set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [each for each, _ in node.next_functions]
+            if node.name() == "torch::autograd::AccumulateGrad":
+                yield node.variable
+
+
+def _chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(head_chunk(head)) for tensor in tensors), strict=True)
+
+
+def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tensor:
+    """Σ -log p[label], p = softmax(logits), in float32 at least; `dlogits` becomes its gradient, p - onehot.
+
+    With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. Of some
+    rows at a time: p, which is wider than the logits are, is gone before it leaves the cache.
+    """
+    loss_sum, tile = torch.zeros((), dtype=_wide(logits.dtype), device=logits.device), tile_rows(logits)
+    for rows in (slice(first, first + tile) for first in range(0, logits.size(0), tile)):
+        z, target = logits[rows], labels[rows].unsqueeze(-1)
+        p = torch.softmax(z, dim=-1, dtype=loss_sum.dtype)
+        margin = z.amax(-1, keepdim=True).to(p.dtype) - z.gather(-1, target).to(p.dtype)
+        loss_sum += (margin - p.amax(-1, keepdim=True).log()).sum()
+        if dlogits is not None:
+            dlogits[rows] = p.scatter_(-1, target, p.gather(-1, target) - 1)
+    return loss_sum
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,146 @@
+"""Kernels of 4-bit weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora import nf4
+from minilora.definition import kernel
+from minilora.errors import TrainingError
+from minilora.kernel.tiles import tile_rows
+
+CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
+
+
+@kernel(of=nf4.quantize)
+def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, Tensor]:
+    """See `nf4.quantize`. A tile at a time, with tables in place of a search among the midpoints."""
+    flat = weight.detach().reshape(-1)
+    n = flat.numel()
+    if flat.is_meta or not n or block_size not in nf4.BLOCK_SIZES:
+        return nf4.quantize.function(weight, block_size)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
+    tables, tile = _cell_tables(flat.device), _tile(flat, block_size)
+    for begin in range(0, n, tile):
+        x = flat[begin : begin + tile].to(torch.float32, copy=True)
+        whole = x.numel() // block_size * block_size
+        blocks, rest = x[:whole].view(-1, block_size), x[whole:]
+        largest = absmax[begin // block_size :][: -(-x.numel() // block_size)]
+        torch.amax(blocks.abs(), dim=1, out=largest[: len(blocks)])
+        blocks *= largest[: len(blocks)].clamp(min=nf4.SMALLEST).reciprocal_().unsqueeze(1)
+        if rest.numel():
+            largest[-1] = rest.abs().amax().clamp(min=nf4.SMALLEST)
+            rest /= largest[-1].clone()
+        if not largest.isfinite().all():  # before what is not finite is taken for an index
+            raise TrainingError("a weight that is not finite cannot be quantized")
+        codes = _codes(x.clamp_(-1, 1), *tables)
+        if codes.numel() % 2:
+            codes = torch.cat([codes, codes.new_full((1,), nf4.LEVELS.index(0.0))])
+        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[begin // 2 :][: codes.numel() // 2])
+    return packed, absmax
+
+
+def _codes(x: Tensor, below: Tensor, own: Tensor) -> Tensor:
+    """How many of the 15 midpoints lie below each x in [-1, 1], as uint8.
+
+    [-1, 1] is cut into cells so narrow that none holds two midpoints. Cells follow each other as their numbers do, so
+    all midpoints of earlier cells are below x, all of later ones above: only that of x's own cell is to be compared.
+
+    Shapes: x (n), below (CELLS + 1), own (CELLS + 1) -> (n)
+    """
+    cell = _cell(x)
+    return below.index_select(0, cell) + (x > own.index_select(0, cell))
+
+
+def _cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell, how many midpoints lie in earlier ones, and its own midpoint, or 2, which no x is above."""
+    midpoints = nf4.midpoints(nf4.CODEBOOKS["nf4"].to(device, non_blocking=True))
+    cells = _cell(midpoints)
+    below = torch.bucketize(torch.arange(CELLS + 1, device=device), cells).to(torch.uint8)
+    return below, torch.full_like(below, 2, dtype=torch.float32).index_put((cells,), midpoints)
+
+
+def _cell(x: Tensor) -> Tensor:
+    return ((x + 1) * (CELLS / 2)).to(torch.int32)
+
+
+def _pairs(levels: Tensor) -> Tensor:
+    """For each byte the levels of its two halves, float32, as one int64."""
+    byte = torch.arange(256)
+    return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
+
+
+with torch.device("cpu"):
+    PAIRS = {name: _pairs(levels) for name, levels in nf4.CODEBOOKS.items()}
+
+
+@kernel(of=nf4.dequantize)
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int = nf4.BLOCK_SIZE,
+    quant_type: nf4.QuantType = "nf4",
+) -> Tensor:
+    """See `nf4.dequantize`. A table gives both levels of a byte at a time; nothing but w is larger than a tile."""
+    n = math.prod(shape)
+    weight = torch.empty(n, dtype=dtype, device=packed.device)
+    tile = _tile(weight, block_size)
+    table = PAIRS[quant_type].to(packed.device, non_blocking=True)
+    half = (min(tile, n) + 1) // 2
+    byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
+    packed = packed.reshape(-1)
+    for begin in range(0, n, tile):
+        part, place = packed[begin // 2 : (begin + tile) // 2], weight[begin : begin + tile]
+        largest = absmax[begin // block_size : (begin + tile) // block_size]
+        if len(part) < len(byte):  # the last
+            byte, pair = byte[: len(part)], pair[: len(part)]
+        torch.index_select(table, 0, byte.copy_(part), out=pair)
+        w = pair.view(torch.float32)[: len(place)]
+        if len(w) % block_size:  # the last block is a part of one
+            w *= largest.repeat_interleave(block_size)[: len(w)]
+        else:
+            w.view(-1, block_size).mul_(largest.unsqueeze(1))
+        place.copy_(w)
+    return weight.view(*shape)
+
+
+def _tile(flat: Tensor, block_size: int) -> int:
+    """How many weights to work on at a time: whole blocks."""
+    return -(-tile_rows(flat) // block_size) * block_size
+
+
+@kernel(of=nf4.nf4_linear)
+def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
+    """See `nf4.nf4_linear`."""
+    rows = x.reshape(-1, layer.in_features)
+    return _NF4Linear.apply(rows, layer.weight, bias, layer.layout, *layer.parts).view(*x.shape[:-1], -1)
+
+
+class _NF4Linear(torch.autograd.Function):
+    """y = x Wᵀ + b, and dx = dy W with W dequantized again: saved is what is stored."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: nf4.Layout, *parts: Tensor | None) -> Tensor:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, _, ctx.layout, *parts = inputs
+        ctx.save_for_backward(*parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_dx, _, needs_db, *_ = ctx.needs_input_grad
+        dx = dy @ nf4.unpack(nf4.Packed(*ctx.saved_tensors), ctx.layout, dy.dtype) if needs_dx else None
+        return dx, None, dy.sum(0) if needs_db else None, *(None,) * 5

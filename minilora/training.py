@@ -1,0 +1,102 @@
+"""How an adapter learns: the loss of tokens, the schedule of the learning rate, and the step.
+
+The loss of a step is the sum of the losses of its tokens divided by their number, so any cutting of a step into
+micro-batches gives one gradient:
+
+    L = 1/n Σ_t -log p(token t | before),    n = Σ over micro-batches of their labelled tokens
+
+A run is a loop over steps; `minilora.runs` puts evaluation, checkpoints and logs around it:
+
+    for step, rows in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), peak=2e-4, warmup=10)
+        train_step(model, optimizer, [collate(rows, device)])
+
+    [AdamW]  Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization
+    [SGDR]   Loshchilov & Hutter 2016, SGDR: Stochastic Gradient Descent with Warm Restarts
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minilora.data import Batch
+from minilora.errors import DataError
+from minilora.llama import Recompute, cross_entropy
+
+Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> sum of its losses, and how many those are
+NORM_CHUNK = 65536  # numbers under one square root: one float32 sum of the squares of 134 million is off by 3 %
+
+
+def token_loss(model: Any, batch: Batch, recompute: Recompute = "none") -> tuple[Tensor, int]:
+    """Sum -log p(token | before) over the labelled tokens of a batch; return it with their number."""
+    hidden = model.model(batch.tokens, batch.lengths, recompute=recompute)
+    hidden = hidden.index_select(0, batch.places)  # the head sees only what predicts a label
+    return cross_entropy(hidden, batch.labels, model.get_output_embeddings()), len(batch.labels)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int, scheduler: str = "cosine") -> float:
+    """Compute the learning rate of step 0 ≤ step < total: up linearly in the warm-up, then down to 0  [SGDR eq. 5].
+
+    The first step of the warm-up has 1/warmup of the peak, and the last step of all is not wasted on a rate of 0.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return peak * falls[scheduler]
+
+
+def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
+    """Build AdamW over parameters, or groups of them, in one fused kernel [AdamW alg. 2]."""
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+class Step(NamedTuple):
+    """What a step did. The numbers are on the device, whose work is waited for when they are read."""
+
+    losses: Tensor  # of each micro-batch, as its share of the step's loss
+    grad_norm: Tensor  # before clipping
+    labelled: int  # losses that were counted
+
+
+def train_step(
+    model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], loss: Loss = token_loss, max_grad_norm: float = 1.0
+) -> Step:
+    """Make one optimizer step on the mean loss of some micro-batches.
+
+    The gradient is scaled down to `max_grad_norm`, if that is not 0. If a loss or the gradient is not finite, the
+    weights stay as they are.
+    """
+    model.train()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)  # a parameter without a part in the loss has the gradient 0
+    sums, count = [], 0
+    for batch in batches:
+        total, number = loss(model, batch)
+        total.backward()  # adds to the gradients
+        sums.append(total.detach().reshape(()))
+        count += number
+    if not count:
+        raise DataError("the loss counts nothing in the rows of a step")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_div_(gradients, count)
+    losses, norm = torch.stack(sums) / count, total_norm(gradients)
+    is_finite = losses.isfinite().all() & norm.isfinite()
+    if max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0 scales nothing
+    if norm.device.type != "mps" or is_finite:  # AdamW's kernel for MPS takes no notice of `found_inf`
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+        optimizer.step()
+    return Step(losses, norm, count)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute the norm of all numbers of some tensors."""
+    return torch.nn.utils.get_total_norm([part for tensor in tensors for part in tensor.flatten().split(NORM_CHUNK)])

@@ -1,0 +1,95 @@
+"""Arguments of the wrong type: a `ConfigError` names each one, what was found and what is accepted."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.errors import fits, in_words
+from minilora.runs.settings import RunConfig
+
+CONFIGS = (ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
+FUNCTIONS = [f for f in (getattr(ml, name) for name in ml.__all__) if inspect.isfunction(f)]
+UNLIKE = object()  # of no type that is accepted anywhere
+
+
+def arguments():
+    """Each argument of each public function."""
+    for function in FUNCTIONS:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is not parameter.VAR_POSITIONAL and parameter.annotation not in (
+                "Any",
+                "Iterable[tuple[str, Weight]] | None",
+            ):
+                yield pytest.param(function, name, id=f"{function.__name__}-{name}")
+
+
+@pytest.mark.parametrize(("function", "name"), list(arguments()))
+def test_an_argument_of_the_wrong_type_is_named(function, name):
+    others = [each for each, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+    with pytest.raises(ml.ConfigError, match=rf"{function.__name__}: .*{name} is <object object.*, need \w"):
+        with_context(function(**dict.fromkeys([*others, name], UNLIKE)))
+
+
+def with_context(result):
+    """A context manager checks its arguments when it is entered."""
+    with result:
+        pass
+
+
+@pytest.mark.parametrize(("cls", "name"), [(cls, field.name) for cls in CONFIGS for field in dataclasses.fields(cls)])
+def test_a_field_of_the_wrong_type_is_named(cls, name):
+    with pytest.raises(ml.ConfigError, match=f"{cls.__name__}: {name} is <object object.*, need "):
+        cls(**{name: UNLIKE})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ml.attach(ml.load_model("minilora/builtin"), "lora"), "attach: config is 'lora', need LoraConfig"),
+        (lambda: ml.LoraConfig(r="8", use_dora=1), "LoraConfig: r is '8', need int; use_dora is 1, need bool"),
+        (lambda: ml.TrainConfig(keep="all"), r"TrainConfig: keep is 'all', need one of \['last', 'best'\]"),
+        (lambda: ml.load_model(3), "load_model: name_or_path is 3, need str or Path"),
+        (lambda: ml.save_model("model", "out"), "save_model: model is a str, need a Llama or a Classifier"),
+        (lambda: ml.merge("model"), "merge: model is 'model', need Module"),
+    ],
+)
+def test_the_message_says_what_was_found_and_what_is_accepted(call, message):
+    with pytest.raises(ml.ConfigError, match=message):
+        call()
+
+
+@given(st.integers(), st.floats(), st.text(), st.booleans())
+def test_numbers_and_text_fit_their_own_types_and_whole_numbers_fit_float(number, real, text, truth):
+    found = {hint: [fits(value, hint) for value in (number, real, text, truth)] for hint in (int, float, str, bool)}
+    assert found == {
+        int: [True, False, False, False],
+        float: [True, True, False, False],
+        str: [False, False, True, False],
+        bool: [False, False, False, True],
+    }
+    assert fits([number, number], tuple[int, ...])
+    assert not fits([number, text], tuple[int, ...])
+    assert fits({text: number}, Mapping[str, float])
+    assert not fits({text: text}, Mapping[str, float])
+    assert fits(None, int | None)
+    assert not fits(True, typing.Literal[1])
+    assert not fits([[text]], Sequence[str])
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (int | None, "int or None"),
+        (str | Path | Sequence[str | Path], "str or Path or Sequence[str | Path]"),
+        (typing.Literal["a", "b"] | None, "one of ['a', 'b'] or None"),
+    ],
+)
+def test_types_have_short_names(hint, words):
+    assert in_words(hint) == words

@@ -1,0 +1,413 @@
+"""`inspect` of adapters: each number is that of another algorithm, problems and features are those that show."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.adapter import adapter_layers
+from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapters.find import linear_layers
+from minilora.storage import read_json, write_json
+from minilora.tools.export import FOLDED, KEPT, export_adapter
+from minilora.tools.inspect import inspect_path
+from minilora.tools.inspect_adapter import adapter_facts
+from minilora.tools.inspect_change import delta_spectrum, effective_rank, frobenius_norm
+from tests.files import edit, saved, write_base
+from tests.models import families, randn, seeds, sizes, tiny_model
+from tests.tolerance import PARITY, assert_maths, assert_parity, relative
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IDS = torch.arange(12).view(2, 6)
+
+
+def assert_number(found, expected, check=assert_maths):
+    check(torch.tensor(found, dtype=torch.float64), torch.tensor(float(expected), dtype=torch.float64))
+
+
+def by_module(directory, base=None):
+    return {each["module"]: each for each in adapter_facts(directory, base)["modules"]}
+
+
+def write(directory, model, seed=0, **config):
+    """The model with an adapter that changes everything that it trains, which is saved."""
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for place in adapter_layers(model).values():
+            for parameter in (each for name in place.configs for each in place.own_parameters(name)):
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    ml.save_adapter(model, directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"), attention_bias=True, mlp_bias=True)
+
+
+# --- singular values and norms ---
+
+
+@given(sizes, sizes, sizes, seeds)
+@example(1, 5, 9, 0)
+@example(9, 2, 3, 0)
+def test_the_spectrum_is_that_of_the_dense_delta(r, n_in, n_out, seed):
+    lora_A, lora_B = randn(seed, r, n_in), randn(seed + 1, n_out, r)
+    dense = np.linalg.svd(lora_B.numpy() @ lora_A.numpy(), compute_uv=False)[: min(r, n_in, n_out)]
+    assert_maths(delta_spectrum(lora_A, lora_B), dense)
+
+
+def test_a_delta_that_nearly_cancels_keeps_its_digits():
+    """B = [b, b + 1e-9·e] and A = [a; -a] give -1e-9·e aᵀ: the products of Gram matrices would give noise."""
+    a, b, e = randn(0, 1, 50), randn(1, 40, 1), randn(2, 40, 1)
+    exact = 1e-9 * np.linalg.norm(a.numpy()) * np.linalg.norm(e.numpy())
+    found = delta_spectrum(torch.cat([a, -a]), torch.cat([b, b + 1e-9 * e], 1))
+    assert_number(found[0].item(), exact, assert_parity)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=9), st.sampled_from([1e-200, 1.0, 1e200]))
+@example([1.0], 1e200)
+@example([1.0, 1.0, 1.0], 1e-200)
+def test_the_effective_rank_is_the_exponential_of_the_entropy_of_the_energies(values, size):
+    total = math.fsum(value**2 for value in values)
+    entropy = -math.fsum(value**2 / total * math.log(value**2 / total) for value in values)
+    found = effective_rank(size * torch.tensor([*values, 0.0], dtype=torch.float64))
+    assert_number(found, math.exp(entropy))
+    assert effective_rank(torch.zeros(3)) == effective_rank(torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_norm_of_a_weight_is_summed_in_float64_whatever_the_parts(monkeypatch, dtype):
+    weight, other = (randn(seed, 70, 11, dtype=dtype) for seed in (3, 4))
+    monkeypatch.setattr("minilora.tools.inspect_change.CHUNK", 30)
+    for found, values in (
+        (frobenius_norm(weight), weight.double()),
+        (frobenius_norm(weight, other), weight.double() - other.double()),
+    ):
+        assert_number(found, math.sqrt(math.fsum(value**2 for value in values.flatten().tolist())))
+
+
+# --- modules ---
+
+
+@families
+@pytest.mark.parametrize(
+    "config", [{"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 7}}, {"use_dora": True}]
+)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_each_norm_is_that_of_the_dense_change_and_of_the_base(tmp_path, family, config, use_rslora):
+    base = write_base(tmp_path / "base", family)
+    model = write(tmp_path, ml.load_model(base), use_rslora=use_rslora, **config)
+    found, alone, layers = by_module(tmp_path, base), by_module(tmp_path), adapter_layers(model)
+    assert list(found) == sorted(layers)
+    for module, facts in found.items():
+        layer, adapter = layers[module], layers[module].adapters["default"]
+        A, B, W = (each.detach().double().numpy() for each in (*adapter.factors(), layer.base.weight))
+        merged, check = W + adapter.scale * B @ A, assert_maths
+        if config.get("use_dora"):
+            merged *= adapter.magnitude.detach().double().numpy()[:, None] / np.linalg.norm(merged, axis=1)[:, None]
+            check = assert_parity
+        assert (facts["scale"], facts["rank"], facts["shape"]) == (adapter.scale, len(A), W.shape)
+        assert_number(facts["delta_norm"], np.linalg.norm(merged - W), check)
+        assert_number(facts["base_norm"], np.linalg.norm(W))
+        assert_number(facts["relative_norm"], np.linalg.norm(merged - W) / np.linalg.norm(W), check)
+        without = dict.fromkeys(("base_norm", "relative_norm", *(["delta_norm"] if config.get("use_dora") else [])))
+        assert alone[module] == facts | without
+
+
+def test_an_embedding_is_measured_as_merging_changes_it_and_a_tied_head_against_the_embedding(tmp_path):
+    model = tiny_model("qwen2", dtype=torch.float32)
+    ml.save_model(model, tmp_path / "base")
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    write(tmp_path, model, target_modules=("lm_head", "embed_tokens"))
+    changed = adapter_layers(model)["model.embed_tokens"].weight.detach()
+    found = by_module(tmp_path, tmp_path / "base")
+    assert_number(found["lm_head"]["base_norm"], embedding.double().norm())
+    assert_number(found["model.embed_tokens"]["delta_norm"], (changed - embedding).norm(), assert_parity)
+
+
+def test_a_base_of_four_bits_is_measured_as_it_acts(tmp_path, base):
+    saved(tmp_path, "llama")
+    model = ml.load_model(base, quantize=ml.QuantizeConfig("nf4", quantize_skip="o_proj"))
+    ml.save_model(model, tmp_path / "nf4")
+    for module, facts in by_module(tmp_path, tmp_path / "nf4").items():
+        assert_number(facts["base_norm"], linear_layers(model)[module].weight.detach().double().norm())
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Module()
+        self.experts.up = torch.nn.Parameter(randn(0, 3, 10, 4, dtype=torch.float32))
+        self.experts.down = torch.nn.Parameter(randn(1, 3, 4, 5, dtype=torch.float32))
+        self.conv = torch.nn.Conv1d(4, 6, 3)
+
+
+def test_stacked_experts_and_convolutions_have_the_norms_of_their_changes(tmp_path):
+    model = Experts()
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    parameters = ("experts.up", "experts.down")
+    write(tmp_path, model, target_modules=("conv",), target_parameters=parameters, rank_pattern={"conv": 2})
+    found = by_module(tmp_path, tmp_path / "base")
+    place, conv = (adapter_layers(model)[path] for path in ("experts", "conv"))
+    changed = place.changed_parameters()
+    expected = {
+        "experts.base_layer": (3, place.base.up, changed["up"]),
+        "experts": (3, place.base.down, changed["down"]),
+        "conv": (2, conv.base.weight, conv.weight),
+    }
+    assert found.keys() == expected.keys()
+    for module, (rank, old, new) in expected.items():
+        assert found[module]["rank"] == rank
+        assert_number(found[module]["delta_norm"], (new - old).norm().item(), assert_parity)
+        assert_number(found[module]["base_norm"], old.norm().item(), assert_parity)
+    for pattern in ({"experts.up": 1}, {"experts.up": 4, "experts.down": 4}):  # two ranks, or one that does not fit
+        edit(tmp_path, rank_pattern={"conv": 2, **pattern})
+        found = by_module(tmp_path)
+        assert all(found[module]["delta_norm"] is None for module in ("experts", "experts.base_layer"))
+
+
+def test_copies_biases_and_rows_are_told_with_how_far_they_are_from_the_base(tmp_path, base):
+    config = {"bias": "all", "modules_to_save": ("lm_head",), "trainable_token_indices": (5, 3), "use_dora": True}
+    write(tmp_path, ml.load_model(base), target_modules=("q_proj",), **config)
+    held, old = load_file(tmp_path / WEIGHTS_FILE), load_file(base / "model.safetensors")
+    others = adapter_facts(tmp_path, base)["other_tensors"]
+    assert set(others) == {name for name in held if ".lora_A" not in name and ".lora_B" not in name}
+    for name, facts in others.items():
+        where = name.removeprefix("base_model.model.")
+        if "magnitude" in name:
+            expected = old[where.replace("lora_magnitude_vector", "weight")].norm(dim=1)
+        elif "token_adapter" in name:
+            expected = old["model.embed_tokens.weight"][[5, 3]]
+        else:
+            expected = old[where.replace(".base_layer", "")]
+        ratio = (held[name] - expected).norm() / expected.norm()
+        assert ratio > 0
+        assert facts["shape"] == held[name].shape
+        assert_number(facts["relative_change"], ratio, assert_parity)
+    assert all(each["relative_change"] is None for each in adapter_facts(tmp_path)["other_tensors"].values())
+
+
+def test_the_base_is_the_one_that_the_config_names_if_it_is_here(tmp_path, base):
+    saved(tmp_path)
+    for name, found in ((str(base), str(base)), ("somebody/something", None), (["a"], None), (None, None)):
+        edit(tmp_path, base_model_name_or_path=name)
+        assert inspect_path(str(tmp_path))["adapter"]["base"] == found
+    with pytest.raises(ml.FormatError, match="nothing-here"):
+        inspect_path(str(tmp_path), "nothing-here")
+
+
+# --- problems ---
+
+
+def spoil(directory, change):
+    """Save an adapter with something changed: its config, or its tensors."""
+    saved(directory)
+    if isinstance(change, dict):
+        edit(directory, **change)
+    else:
+        save_file(change(load_file(directory / WEIGHTS_FILE)), directory / WEIGHTS_FILE)
+
+
+def with_last(change):
+    """A change of the last tensor: its name and itself to what stands in its place."""
+    return lambda tensors: {**dict(sorted(tensors.items())[:-1]), **change(*max(tensors.items()))}
+
+
+def copies(factor):
+    """A base's weight as PEFT stores it beside the adapter of a head."""
+    weight = tiny_model("llama", dtype=torch.float32).model.layers[0].mlp.up_proj.weight
+    return {"base_model.model.model.layers.0.mlp.up_proj.base_layer.weight": factor * weight.detach()}
+
+
+CHANGES = {
+    "nothing": {},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "a wild pattern": {"alpha_pattern": {r"([a-z0-9_.]+)+!": 3}},
+    "no pattern": {"rank_pattern": ["q_proj"]},
+    "target_parameters": {"target_parameters": ["experts.w"]},
+    "a whole head": with_last(lambda name, t: {name: t, "base_model.model.lm_head.weight": t.clone()}),
+    "half a pair": with_last(lambda name, t: {}),
+    "twice": with_last(lambda name, t: {name: t, name.replace(".weight", ".other.weight"): t + 1}),
+    "the adapter's name": lambda tensors: {k.replace(".weight", ".default.weight"): t for k, t in tensors.items()},
+    "integers": with_last(lambda name, t: {name: t.long()}),
+    "not finite": with_last(lambda name, t: {name: t * torch.nan}),
+    "empty": lambda tensors: {name: t[:0] if "lora_A" in name else t[:, :0].clone() for name, t in tensors.items()},
+    "another size": with_last(lambda name, t: {name: t[:5]}),
+    "a copy of the base": lambda tensors: tensors | copies(1),
+    "a copy of another base": lambda tensors: tensors | copies(2),
+}
+# What only the base shows to be wrong.
+NEED_BASE = ("another size", "a copy of another base", "a whole head", "target_parameters", "DoRA")
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_problems_are_what_loading_says_and_without_the_base_those_of_the_adapter_alone(tmp_path, case):
+    base = write_base(tmp_path / "base")
+    spoil(tmp_path, CHANGES[case])
+    facts, alone = adapter_facts(tmp_path, base), adapter_facts(tmp_path)
+    assert 2 * len(facts["modules"]) + len(facts["other_tensors"]) == len(load_file(tmp_path / WEIGHTS_FILE))
+    refusal = ""
+    try:
+        ml.load_adapter(ml.load_model(base), tmp_path)
+    except ml.MiniloraError as error:
+        refusal = str(error)
+    assert all(problem in refusal for problem in facts["problems"])
+    assert bool(facts["problems"]) == bool(refusal)
+    assert alone["problems"] == ([] if case in NEED_BASE else facts["problems"])
+
+
+@pytest.mark.parametrize(
+    ("case", "key"), [("not finite", "delta_norm"), ("another size", "relative_norm"), ("a wild pattern", "scale")]
+)
+def test_what_cannot_be_known_is_told_as_unknown(tmp_path, base, case, key):
+    spoil(tmp_path, CHANGES[case])
+    facts = adapter_facts(tmp_path, base)
+    unknown = [each["module"] for each in facts["modules"] if each[key] is None]
+    assert len(unknown) == (len(facts["modules"]) if case == "a wild pattern" else 1)
+    assert case == "a wild pattern" or unknown[0] in facts["problems"][0]
+
+
+@pytest.mark.parametrize("key", ["target_parameters", "use_qalora", "use_bdlora", "kasa_config"])
+def test_where_the_product_is_not_the_change_no_norm_is_told(tmp_path, key):
+    spoil(tmp_path, {key: {"a": 1}})
+    facts = adapter_facts(tmp_path)
+    assert facts["modules"] == []
+    assert key in facts["features"]
+
+
+# --- features ---
+
+
+def plain_logits(base, directory):
+    """Of the model that a reader makes which knows A and B of linears and embeddings, r and lora_alpha alone."""
+    values, tensors = read_json(directory / CONFIG_FILE), load_file(directory / WEIGHTS_FILE)
+    model, scale = ml.load_model(base), values["lora_alpha"] / values["r"]
+    with torch.no_grad():
+        for name, A in tensors.items():
+            where, factor, _ = name.removeprefix("base_model.model.").partition(".lora_")
+            if factor and ("lora_A.weight" in name or "lora_embedding_A" in name):
+                weight = model.get_submodule(where).weight
+                delta = scale * tensors[name.replace("_A", "_B")] @ A
+                weight += delta if delta.shape == weight.shape else delta.T
+        return model(IDS)
+
+
+configs = st.fixed_dictionaries(
+    {"target_modules": st.lists(st.sampled_from([*LINEARS, "embed_tokens"]), min_size=1, max_size=3, unique=True)},
+    optional={
+        "use_rslora": st.just(True),
+        "use_dora": st.just(True),
+        "bias": st.sampled_from(["lora_only", "all"]),
+        "lora_bias": st.just(True),
+        "modules_to_save": st.sampled_from([("lm_head",), ("norm",), ("input_layernorm",)]),
+        "trainable_token_indices": st.just((3, 5)),
+        "rank_pattern": st.just(5),
+        "alpha_pattern": st.sampled_from([9, 4.5]),
+    },
+)
+
+
+@given(configs)
+@example({"target_modules": ["up_proj", "embed_tokens"]})
+@example({"target_modules": ["up_proj"], "use_rslora": True, "rank_pattern": 5, "alpha_pattern": 4.5})
+def test_a_plain_reader_is_right_where_no_feature_is_named_and_after_export(tmp_path_factory, base, config):
+    first, plain = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("plain")
+    config |= {key: {config["target_modules"][0]: config[key]} for key in config if key.endswith("_pattern")}
+    try:
+        model = write(first, ml.load_model(base), **config)
+    except ml.MiniloraError:
+        assume(False)
+    features, kept = adapter_facts(first)["features"].keys(), KEPT.keys()
+    assert features - kept == config.keys() - {"target_modules"}
+    assert ("embeddings" in features) == ("embed_tokens" in config["target_modules"])
+    assert (relative(plain_logits(base, first), model(IDS), PARITY) <= 1) == (not features - kept)
+    if features - kept - FOLDED.keys():
+        with pytest.raises(ml.ConfigError, match="no plain form"):
+            export_adapter(first, plain)
+    else:
+        export_adapter(first, plain)
+        assert not adapter_facts(plain)["features"].keys() - kept
+        assert relative(plain_logits(base, plain), model(IDS), PARITY) <= 1
+
+
+ENDINGS = (
+    *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias", "lora_A.other.weight"),
+    *("lora_magnitude_vector", "base_layer.weight", "base_layer.bias", "weight"),
+    "token_adapter.trainable_tokens_delta",
+)
+PATHS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp", "model.embed_tokens", "lm_head", "model.norm", "x")
+FIELDS = {
+    "use_dora": [True, 3],
+    "fan_in_fan_out": [True],
+    "target_parameters": [["mlp.up_proj"], ["layers.0.mlp"], [3], "x"],
+    "trainable_token_indices": [[3], [10**9], {"embed_tokens": [1, 2]}, {"embed_tokens": "x"}, {"x": [[1]]}],
+    "modules_to_save": [["lm_head"], [None], 1],
+    "rank_pattern": [{"up_proj": 2}, {"mlp": 0}, [1]],
+    "init_lora_weights": ["pissa", [1]],
+}
+names = st.builds(
+    "{}{}.{}".format, st.sampled_from(["base_model.model.", ""]), st.sampled_from(PATHS), st.sampled_from(ENDINGS)
+)
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 24, 40, 61]), max_size=3)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn])
+fields = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in FIELDS.items()})
+
+
+@given(st.dictionaries(names, st.tuples(shapes, dtypes), max_size=4), fields)
+def test_whatever_tensors_and_fields_there_are_each_is_told_once(tmp_path_factory, base, tensors, values):
+    directory = tmp_path_factory.mktemp("any")
+    save_file({k: torch.ones(shape).to(dtype) for k, (shape, dtype) in tensors.items()}, directory / WEIGHTS_FILE)
+    write_json(directory / CONFIG_FILE, {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **values})
+    for measured in (None, base):
+        facts = adapter_facts(directory, measured)
+        assert 2 * len(facts["modules"]) + len(facts["other_tensors"]) == len(tensors)
+        assert set(facts["other_tensors"]) <= set(tensors)
+
+
+# --- against PEFT ---
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 4}},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_an_adapter_that_peft_wrote_has_the_deltas_that_peft_computes(tmp_path, base, config):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 21, **config})
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    model.save_pretrained(tmp_path)
+    found = by_module(tmp_path, base)
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert found.keys() == layers.keys()
+    for module, layer in layers.items():
+        assert found[module]["scale"] == layer.scaling["default"]
+        before = layer.base_layer.weight.detach().clone()
+        layer.merge()
+        change = layer.base_layer.weight.detach() - before
+        assert_number(found[module]["delta_norm"], change.norm(), assert_parity)
+        assert_number(found[module]["base_norm"], before.norm(), assert_parity)
+    assert not adapter_facts(tmp_path, base)["problems"]

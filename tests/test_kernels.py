@@ -1,0 +1,416 @@
+"""Kernels compute what their definitions say: one table of calls, and what holds for every entry."""
+
+import functools
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import minilora as ml
+from minilora import definition, llama, lora, nf4
+from minilora.kernel import attention, loss
+from minilora.nf4 import NF4Linear
+from tests.models import (
+    document_lengths,
+    examples,
+    randn,
+    randomize_adapters_,
+    scales,
+    seeds,
+    sizes,
+    small_tiles,
+    token_ids,
+)
+from tests.tolerance import GRADIENT_PARITY, assert_maths, assert_parity, assert_precision
+
+DEFINITIONS = definition.WITH_KERNEL
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Call:
+    """A drawn call of a definition.
+
+    Sizes are small and odd, or large enough for the largest rounding errors of two ways to be alike.
+
+    Attributes:
+        leaves: the tensors of the call, in float64.
+        fixed: which of them are never trained.
+        masters: which of them stay in float32 at least.
+        call: (function, *leaves) -> the result.
+        kept: how many numbers in the dtype of the call, and how many in float32 at least, are kept for the backward
+            pass besides the leaves and `stored`.
+        stored: other tensors that are there anyway.
+        not_kept: which leaves the backward pass does without.
+    """
+
+    def __init__(self, draw, is_large):
+        self.draw, self.is_large, self.seed = draw, is_large, draw(seeds)
+        self.leaves, self.fixed, self.masters = [], set(), set()
+        self.kept, self.stored, self.not_kept = (0, 0), [], set()
+
+    def size(self, large, most=9):
+        return large if self.is_large else self.draw(st.integers(1, most))
+
+    def rows(self):
+        return [self.of(33, 3)] if self.is_large else self.draw(st.lists(sizes, max_size=2))
+
+    def of(self, *values):
+        return self.draw(st.sampled_from(values))
+
+    def leaf(self, *shape, is_fixed=False, is_master=False):
+        index = len(self.leaves)
+        self.leaves.append(randn(self.seed + index, *shape))
+        self.fixed |= {index} if is_fixed else set()
+        self.masters |= {index} if is_master else set()
+
+    def packed(self, rows, columns):
+        layer = NF4Linear.quantize(randn(self.seed + 90, rows, columns), double_quant=self.of(True, False))
+        self.stored += layer.parameters()
+        return layer
+
+
+def computing_in(layer, dtype):
+    if layer.dtype != dtype:
+        layer.dtype = dtype
+    return layer
+
+
+def lora_linear(c):
+    rows, inner, outer, r, scale, kind = c.rows(), c.size(40), c.size(24), c.size(8), c.draw(scales), c.of("W", "4", "")
+    c.leaf(*rows, inner)
+    c.leaf(r, inner, is_master=True)
+    c.leaf(outer, r, is_master=True)
+    has_bias, packed = c.of(True, False), c.packed(outer, inner) if kind == "4" else None
+    if has_bias:
+        c.leaf(outer)
+    if packed is None:
+        c.leaf(outer, inner, is_fixed=not kind)
+    c.kept, dense = (math.prod(rows) * r, 0), nn.Module()
+
+    def call(function, x, A, B, *more):
+        dense.weight = None if packed else more[-1]
+        base = computing_in(packed, x.dtype) if packed else dense
+        return function(x, base, more[0] if has_bias else None, A, B, scale)
+
+    c.call = call
+
+
+def lora_update(c):
+    rows, inner, outer, r, scale = c.rows(), c.size(40), c.size(24), c.size(8), c.draw(scales)
+    c.leaf(*rows, inner)
+    c.leaf(r, inner, is_master=True)
+    c.leaf(outer, r, is_master=True)
+    c.kept = math.prod(rows) * r, 0
+    c.call = lambda function, x, A, B: function(x, A, B, scale)
+
+
+def dora_norm(c):
+    inner, outer, r, scale = c.size(40), c.size(24), c.size(8), c.draw(scales)
+    c.leaf(outer, inner)
+    c.leaf(r, inner, is_master=True)
+    c.leaf(outer, r, is_master=True)
+    c.call = lambda function, *leaves: function(*leaves, scale)
+
+
+def quantize(c):
+    c.leaf(c.size(24), c.size(150, 150), is_fixed=True)
+    block_size = c.of(32, 64, 128)
+    c.call = lambda function, weight: function(weight, block_size)
+
+
+def dequantize(c):
+    shape = c.size(24), c.size(150, 150)
+    packed, absmax = nf4.quantize.function(randn(c.seed, *shape))
+    c.leaf(1, is_fixed=True)  # for its dtype
+    quant_type = c.of("nf4", "fp4")
+    c.call = lambda function, x: function(packed, absmax, shape, x.dtype, quant_type=quant_type)
+
+
+def nf4_linear(c):
+    rows, inner, outer = c.rows(), c.size(64, 150), c.size(24)
+    c.leaf(*rows, inner)
+    has_bias, packed, c.not_kept = c.of(True, False), c.packed(outer, inner), {0}
+    if has_bias:
+        c.leaf(outer, is_master=True)
+    c.call = lambda function, x, bias=None: function(x, computing_in(packed, x.dtype), bias)
+
+
+def rms_norm(c):
+    rows, width, eps = c.rows(), c.size(40) + 1, c.of(1e-6, 0.5)  # one number alone has hardly a gradient
+    c.leaf(*rows, width)
+    c.leaf(width)
+    c.kept = 0, math.prod(rows)
+    c.call = lambda function, *leaves: function(*leaves, eps)
+
+
+def causal_attention(c):
+    lengths = [24, 17] if c.is_large else [3, *(n for n in c.draw(document_lengths) for _ in range(c.of(1, 2, 7)))]
+    key_lengths = [n + c.of(0, 0, 3) for n in lengths]
+    K, group, E, window = c.size(2, 3), c.size(2, 3), c.size(16), c.of(None, 2, 5)
+    for n, heads in ((sum(lengths), K * group), (sum(key_lengths), K), (sum(key_lengths), K)):
+        c.leaf(n, heads, E)
+    c.kept = sum(leaf.numel() for leaf in c.leaves), 0
+    c.call = lambda function, *leaves: function(*leaves, lengths, key_lengths, window)
+
+
+def swiglu(c):
+    rows, width = c.rows(), c.size(40)
+    c.leaf(*rows, width)
+    c.leaf(*rows, width)
+    c.call = lambda function, *leaves: function(*leaves)
+
+
+def cross_entropy(c):
+    n, D, V, has_bias = c.size(64), c.size(32), c.size(50) + 1, c.of(True, False)
+    labels = token_ids(c.seed, n, high=V)
+    c.leaf(n, D)
+    c.leaf(V, D)
+    if has_bias:
+        c.leaf(V)
+    c.kept = n * D, sum(leaf.numel() for leaf in c.leaves[1:])
+
+    def call(function, hidden, weight, bias=None):
+        head = nn.Linear(D, V, device="meta")
+        head.weight, head.bias = weight, bias
+        return function(hidden, labels, head)
+
+    c.call = call
+
+
+DIFFERENTIABLE = [lora_linear, lora_update, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
+EXACT = [quantize, dequantize]
+TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm)}
+NOT_COMPILED = {"quantize", "cross_entropy"}  # they look at numbers
+each = pytest.mark.parametrize("name", TABLE)
+each_differentiable = pytest.mark.parametrize("name", [case.__name__ for case in DIFFERENTIABLE])
+
+
+@st.composite
+def calls(draw, name, is_large=False):
+    call = Call(draw, is_large)
+    TABLE[name](call)
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """A few rows are several tiles, blocks and chunks."""
+    small_tiles(monkeypatch, 100)
+    monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
+    monkeypatch.setattr(attention, "block_size", lambda dtype: 2)
+    monkeypatch.setattr(attention, "TOGETHER", 6)
+
+
+def leaves_of(call, dtype, trained=None):
+    wide = torch.promote_types(dtype, torch.float32)
+    trained = set(range(len(call.leaves))) if trained is None else trained
+    return [
+        nn.Parameter(leaf.to(wide if i in call.masters else dtype), i in trained - call.fixed)
+        for i, leaf in enumerate(call.leaves)
+    ]
+
+
+def results(function, call, leaves, dtype):
+    """What comes out, and the gradients of what is trained; the latter arrive in a dtype."""
+    y = call.call(function, *leaves)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    if isinstance(y, tuple) or not y.requires_grad:
+        return list(y) if isinstance(y, tuple) else [y]
+    return [y, *torch.autograd.grad(y, trained, randn(99, *y.shape, dtype=dtype).to(y.dtype))]
+
+
+def assert_kernel_is_the_definition(name, call, trained, has_grad=True):
+    leaves, own = leaves_of(call, torch.float64, trained), DEFINITIONS[name]
+    with torch.set_grad_enabled(has_grad):
+        ours, expected = (results(function, call, leaves, torch.float64) for function in (own, own.function))
+    for our, their in zip(ours, expected, strict=True):
+        assert our.dtype == their.dtype
+        if TABLE[name] in EXACT:
+            assert torch.equal(our, their)
+        else:
+            assert_maths(our, their)
+
+
+def test_every_kernel_is_in_the_table():
+    assert sorted(TABLE) == sorted(ml.kernels())
+
+
+@each
+@given(data=st.data(), trained=st.sets(st.integers(0, 4)), has_grad=st.booleans())
+def test_values_and_gradients_equal_the_definition_s_whatever_is_trained(name, data, trained, has_grad):
+    assert_kernel_is_the_definition(name, data.draw(calls(name)), trained, has_grad)
+
+
+@each
+def test_a_wrong_kernel_is_noticed(name, monkeypatch):
+    """And `plain` does not call it."""
+    own = DEFINITIONS[name]
+
+    def wrong(*args, **kwargs):
+        y = own.function(*args, **kwargs)
+        first = y[0] if isinstance(y, tuple) else y
+        first = ~first if first.dtype in (torch.uint8, torch.bool) else first * (1 + 1e-6)
+        return (first, *y[1:]) if isinstance(y, tuple) else first
+
+    monkeypatch.setattr(own, "kernel", wrong)
+
+    @given(calls(name))
+    def check(call):
+        assert_kernel_is_the_definition(name, call, {0, 1})
+
+    with pytest.raises(AssertionError):
+        check()
+    with ml.plain(name):
+        check()
+
+
+@each
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@given(data=st.data(), has_grad=st.booleans())
+def test_in_low_precision_values_and_gradients_are_as_good_as_the_definition_s(name, dtype, data, has_grad):
+    call, own = data.draw(calls(name, is_large=True)), DEFINITIONS[name]
+    leaves = leaves_of(call, dtype)
+    wide = [nn.Parameter(leaf.detach().double(), leaf.requires_grad) for leaf in leaves]
+    ways = ((own, leaves), (own.function, leaves), (own.function, wide))
+    with torch.set_grad_enabled(has_grad):
+        found = [results(function, call, inputs, dtype) for function, inputs in ways]
+    for i, (our, their, exact) in enumerate(zip(*found, strict=True)):
+        assert our.dtype == their.dtype
+        if TABLE[name] in EXACT:
+            assert torch.equal(our, their)
+        elif not i and not our.dim():
+            assert_parity(our, their, GRADIENT_PARITY)  # a single number may have a small error by chance
+        else:
+            computed = dtype if i else our.dtype  # the gradient of a float32 tensor is computed in that dtype, too
+            assert_precision(our.to(computed), their.to(computed), exact.detach())
+
+
+@each_differentiable
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@given(data=st.data())
+def test_of_the_results_only_what_is_counted_is_kept_for_the_backward_pass(name, dtype, data):
+    call, saved = data.draw(calls(name)), []
+    leaves = leaves_of(call, dtype)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(weakref.ref(tensor)) or tensor, lambda tensor: tensor
+    ):
+        y = call.call(DEFINITIONS[name], *leaves)
+    storages = [tensor.untyped_storage() for found in saved if (tensor := found()) is not None]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert not {leaves[i].data_ptr() for i in call.not_kept} & kept.keys()
+    for tensor in [*leaves, *call.stored]:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    own, wide = call.kept
+    assert sum(kept.values()) == own * dtype.itemsize + wide * torch.promote_types(dtype, torch.float32).itemsize
+    del y
+
+
+def test_an_input_is_not_kept_where_neither_weight_nor_A_is_trained():
+    tensors, saved = [randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])], []
+    x, A, B = tensors[0].requires_grad_(), tensors[1], tensors[2].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        lora.lora_update(x, A, B, 2.0)
+    assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+
+
+@each_differentiable
+@given(data=st.data())
+def test_what_comes_next_may_change_a_result_in_place(name, data):
+    call = data.draw(calls(name))
+    leaves = leaves_of(call, torch.float64)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    both = (relu(call.call(DEFINITIONS[name], *leaves)).sum() for relu in (torch.relu, torch.relu_))
+    assert all(map(torch.equal, *(torch.autograd.grad(y, trained) for y in both)))
+
+
+class Forgetful(torch.autograd.Function):
+    """A tensor that does not say what it came from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_update", "cross_entropy"])
+@examples(0.2)
+@given(data=st.data())
+def test_where_no_gradient_comes_in_none_goes_out(name, data):
+    """Zeros would be made for it, and an optimizer would take a step with them."""
+    call = data.draw(calls(name))
+    leaves = leaves_of(call, torch.float64)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    y = Forgetful.apply(call.call(DEFINITIONS[name], *leaves))
+    assert torch.autograd.grad(y.sum(), trained, allow_unused=True) == (None,) * len(trained)
+
+
+@each_differentiable
+@examples(0.2)
+@given(data=st.data())
+def test_a_second_derivative_is_refused(name, data):
+    call = data.draw(calls(name))
+    leaves = leaves_of(call, torch.float64)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    first, *_ = torch.autograd.grad(call.call(DEFINITIONS[name], *leaves).square().sum(), trained, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in NOT_COMPILED])
+@examples(0.01)
+@given(data=st.data())
+def test_a_kernel_is_compiled_as_one_graph(name, data):
+    call = data.draw(calls(name))
+    leaves = leaves_of(call, torch.float32)
+    own = DEFINITIONS[name]
+    call.call(own, *leaves)
+    torch.compiler.reset()
+    compiled = torch.compile(functools.partial(call.call, own), backend="aot_eager", fullgraph=True)
+    eager = results(own, call, leaves, torch.float32)
+    call.call = lambda _, *leaves: compiled(*leaves)
+    for our, expected in zip(results(own, call, leaves, torch.float32), eager, strict=True):
+        assert_parity(our, expected)
+
+
+def test_plain_switches_some_kernels_off_or_all_and_back_on_whatever_happens():
+    def off():
+        return {name for name, own in DEFINITIONS.items() if own.is_plain}
+
+    with ml.plain("swiglu"):
+        assert off() == {"swiglu"}
+        with pytest.raises(KeyboardInterrupt), ml.plain():  # noqa: PT012
+            assert off() == set(ml.kernels())
+            raise KeyboardInterrupt
+        with ml.plain("rms_norm", "swiglu"):
+            assert off() == {"rms_norm", "swiglu"}
+        assert off() == {"swiglu"}
+    assert off() == set()
+
+
+def test_a_name_that_no_kernel_has_is_refused_with_those_that_there_are():
+    with (
+        pytest.raises(ml.ConfigError, match=r"no kernel 'swish'; there are \[.*'swiglu'"),
+        ml.plain("rms_norm", "swish"),
+    ):
+        pass
+    assert not llama.rms_norm.is_plain
+    assert lora.lora_linear.kernel is not None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of a batch of backward passes
+def test_transformed_functions_have_their_first_derivative():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=["0", "2"], task_type=None), dtype=torch.float64)
+    randomize_adapters_(model, 0)
+    x = randn(0, 3, 4).requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    assert_maths(torch.func.grad(lambda x: model(x).sum())(x.detach()), expected)
+    assert_maths(torch.func.jacrev(lambda x: model(x).flatten())(x.detach()).sum(0), expected)

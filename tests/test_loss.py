@@ -1,0 +1,162 @@
+"""The kernel of the loss: heads of every kind, and what it sees and computes with."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from minilora import LoraConfig, llama
+from minilora.adapters.parts import build_adapter
+from minilora.errors import TrainingError
+from minilora.kernel import loss
+from minilora.lora import AdapterLinear
+from minilora.nf4 import NF4Linear
+from tests.models import document_lengths, examples, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids
+from tests.tolerance import assert_maths, assert_parity
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Nine rows are more than one chunk, and a chunk more than one tile."""
+    monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
+    small_tiles(monkeypatch, 20)
+
+
+HEADS = ("plain", "bias", "frozen", "adapted", "four bits", "adapted four bits")
+
+
+def make_head(kind, seed, D, V):
+    """A head of each kind that may be trained, and two that are not."""
+    head = nn.Linear(D, V, bias=kind == "bias" or "adapted" in kind).double()
+    fill_(head, seed)
+    if kind not in ("plain", "bias"):
+        head.requires_grad_(False)
+    if "four bits" in kind:
+        head = NF4Linear.quantize(head.weight, head.bias)
+    if "adapted" not in kind:
+        return head
+    adapted = AdapterLinear(head, "lm_head")
+    factors = {"lora_A": randn(seed + 1, 2, D), "lora_B": randn(seed + 2, V, 2)}
+    adapted.add_adapter(
+        "default", build_adapter(adapted, LoraConfig(r=2, lora_alpha=7), factors), LoraConfig(r=2, lora_alpha=7)
+    )
+    adapted.active = ("default",)
+    return adapted
+
+
+@st.composite
+def heads(draw):
+    """Hidden states of up to 9 labelled tokens, and a head."""
+    seed, n, D, V = draw(seeds), draw(sizes), draw(sizes), draw(st.integers(2, 9))
+    head = make_head(draw(st.sampled_from(HEADS)), seed + 3, D, V)
+    return randn(seed + 2, n, D).requires_grad_(), token_ids(seed, n, high=V), head
+
+
+def assert_gradients_of_full_logits(case, inputs, upstream=1.0):
+    both = [upstream * cross(*case) for cross in (llama.cross_entropy, llama.cross_entropy.function)]
+    ours, full = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in both)
+    for our, expected in zip(ours, full, strict=True):
+        assert_maths(our, expected)
+
+
+@given(heads(), st.sampled_from([0.25, 7.0]), st.booleans())
+def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(case, upstream, is_frozen):
+    """Also the head alone, where the hidden states are frozen."""
+    hidden, labels, head = case
+    trained = [p for p in head.parameters() if p.requires_grad]
+    assume(trained or not is_frozen)
+    if is_frozen:
+        assert_gradients_of_full_logits((hidden.detach(), labels, head), trained, upstream)
+    else:
+        assert_gradients_of_full_logits(case, [hidden, *trained], upstream)
+
+
+@examples(0.5)
+@given(seeds, document_lengths)
+def test_cross_entropy_gives_a_tied_head_the_gradient_of_both_its_uses(seed, lengths):
+    model, n = tiny_model("qwen2", seed, num_hidden_layers=1), sum(lengths)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    hidden = model.model(token_ids(seed, n), lengths)
+    assert_gradients_of_full_logits((hidden, token_ids(seed + 1, n), model.lm_head), list(model.parameters()))
+
+
+@given(heads())
+def test_cross_entropy_goes_back_to_what_a_head_is_given_besides(case):
+    """Where nothing that it knows of is trained."""
+    hidden, labels, head = case
+    head.requires_grad_(False)
+    added = randn(1, head.out_features).requires_grad_()
+    head.register_forward_hook(lambda module, inputs, logits: logits + added)
+    assert_gradients_of_full_logits((hidden.detach(), labels, head), [added])
+
+
+def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_without_gradient():
+    hidden, labels, head = randn(0, 5, 4).requires_grad_(), token_ids(0, 5, high=3), make_head("adapted", 1, 4, 3)
+    head.active = ()
+    llama.cross_entropy(hidden, labels, head).backward()
+    assert not any(p.grad is not None and p.grad.any() for p in head.parameters())
+    assert_gradients_of_full_logits((hidden, labels, head), [hidden])
+
+
+@given(heads(), st.booleans())
+def test_the_head_sees_a_chunk_at_a_time(case, grad):
+    hidden, labels, head = case
+    rows = []
+    handle = head.register_forward_hook(lambda _, args, output: rows.append(output[..., 0].numel()))
+    with torch.set_grad_enabled(grad):
+        llama.cross_entropy(hidden, labels, head)
+    handle.remove()
+    assert sum(rows) == len(labels)
+    assert max(rows) <= 3
+
+
+@given(seeds, st.integers(2, 400))
+def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n):
+    labels, head = token_ids(seed, 20, high=50), make_head("frozen", seed + 1, 32, 50).to(torch.bfloat16)
+    hidden = randn(seed, 20, 32, dtype=torch.bfloat16).requires_grad_()
+    (whole,) = torch.autograd.grad(llama.cross_entropy(hidden, labels, head), hidden)
+    (share,) = torch.autograd.grad(llama.cross_entropy(hidden, labels, head) / n, hidden)
+    assert torch.equal(share, (whole.float() * torch.tensor(1.0).div(n)).bfloat16())
+
+
+def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
+    """Its gradient would lack a share without a word."""
+    hidden, labels, weight = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), randn(1, 5, 3)
+
+    class Head(nn.Module):
+        def forward(self, x):
+            return x @ weight.T
+
+    llama.cross_entropy(hidden, labels, Head()).backward()
+    weight.requires_grad_()
+    with pytest.raises(TrainingError, match=r"a trained \(5, 3\) that is no parameter"):
+        llama.cross_entropy(hidden, labels, Head())
+
+
+def test_a_head_may_change_what_it_is_given():
+    hidden, labels, linear = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), nn.Linear(3, 5).double()
+    loss = llama.cross_entropy(hidden, labels, nn.Sequential(nn.ReLU(inplace=True), linear))
+    plain = llama.cross_entropy.function(hidden.relu(), labels, linear)
+    assert_maths(loss, plain)
+    assert_maths(*(torch.autograd.grad(each, hidden)[0] for each in (loss, plain)))
+
+
+def test_a_label_whose_probability_is_no_float32_has_a_finite_loss_and_a_gradient():
+    head = nn.Linear(2, 3, bias=False)
+    head.weight.data = torch.tensor([[200.0, 0], [0, 0], [0, 300.0]])
+    hidden, labels = torch.eye(2).requires_grad_(), torch.tensor([1, 2])
+    loss = llama.cross_entropy(hidden, labels, head)
+    assert loss.item() == 200
+    loss.backward()
+    assert torch.equal(hidden.grad, torch.tensor([[200.0, 0], [0, 0]]))
+
+
+def test_the_gradient_of_a_sure_label_is_what_is_left_to_it():
+    """p[label] - 1, of which 16 bits would leave nothing."""
+    head = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
+    head.weight.data = torch.tensor([[8.0], [0.0]], dtype=torch.bfloat16)
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16).requires_grad_()
+    llama.cross_entropy(hidden, torch.tensor([0]), head).backward()
+    expected = -8 / (1 + torch.tensor(8.0).exp())
+    assert_parity(hidden.grad.flatten(), expected.reshape(1), torch.finfo(torch.bfloat16).eps)
