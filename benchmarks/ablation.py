@@ -19,7 +19,7 @@ from minilora.definition import kernels, plain
 PLAIN = "everything plain"
 HEAD_ROWS = "head rows"  # the head sees labelled rows only; off: every row is labelled, so the losses differ
 OTHERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "kept memory": lambda: patch("minilora.runs.allocator._set", lambda options: None),
+    "kept memory": lambda: patch("minilora.runs.machine._set", lambda options: None),
     HEAD_ROWS: nullcontext,
 }
 

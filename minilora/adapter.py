@@ -1,8 +1,8 @@
 """Adapters in and out of a model: attach, switch, merge, detach, save, load.
 
-Where an adapter acts, an `AdapterWrapper` stands in the model and holds the module that it replaced. `attach_lora`,
-`save_lora` and `load_lora` are for LoRA and DoRA with one rank on linear layers; `minilora.adapters` has all that PEFT
-has. Saved adapters have PEFT's layout, with tensors named `base_model.model.<path>.lora_A.weight`.
+An `AdapterWrapper` replaces each adapted module and holds it. `attach_lora`, `save_lora` and `load_lora` are for LoRA
+and DoRA with one rank on all linear layers of some names; `minilora.adapters` has all that PEFT has. Saved adapters
+have PEFT's layout, with tensors named `base_model.model.<path>.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora.errors import FormatError, TargetError, TrainingError, check_types
+from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, dense_linear, dora_norm, lora_scale
 from minilora.nf4 import NF4Linear
 
@@ -69,7 +69,7 @@ def known_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
 
 
 def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> list[Place]:
-    """Put the second module of each pair wherever the first stands; return (parent, name, first) of each place."""
+    """Replace the first module of each pair by the second, wherever it stands; return (parent, name, first) each."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():  # named_children() leaves out a second name of one child
@@ -92,30 +92,34 @@ def attach_lora(
     name: str = "default",
     seed: int = 0,
 ) -> None:
-    """Add a new adapter to the linear layers with these last names, and make it the active and only trainable thing.
+    """Add a new adapter to the linear layers with these last names, activate it alone and freeze everything else.
 
     A ~ U(-1/√in, 1/√in) and B = 0, so it changes nothing until it is trained. Arguments are those of PEFT's LoraConfig.
     """
+    if r < 1:
+        raise ConfigError(f"r is {r}, need at least 1")
     generator, scale, wrappers = torch.Generator().manual_seed(seed), lora_scale(r, lora_alpha), adapter_layers(model)
     linears = {p: m for p, m in base_modules(model).items() if type(m) in (nn.Linear, NF4Linear)}
+    found = {path.rpartition(".")[2] for path in linears}
+    if not target_modules or isinstance(target_modules, str) or set(target_modules) - found:
+        raise TargetError(f"target_modules is {target_modules!r}, need a list of some of {sorted(found)}")
     chosen = {path: linear for path, linear in linears.items() if path.rpartition(".")[2] in target_modules}
-    if not chosen:
-        raise TargetError(f"no linear layer is named {list(target_modules)}; the model has {sorted(linears)[:9]}")
-    for path, linear in chosen.items():
-        layer: Any = wrappers.get(path) or AdapterLinear(linear, path)
-        shape_A, shape_B = layer.shapes(linear, r)
+    if taken := [path for path in chosen if path in wrappers and name in wrappers[path].configs]:
+        raise TargetError(f"{taken[0]} has an adapter {name!r} already")
+    layers: dict[str, Any] = {path: wrappers.get(path) or AdapterLinear(chosen[path], path) for path in chosen}
+    for layer in layers.values():
+        shape_A, shape_B = layer.shapes(layer.base, r)
         lora_A = nn.init.kaiming_uniform_(torch.empty(shape_A), a=5**0.5, generator=generator)
         tensors = {"lora_A": lora_A, "lora_B": torch.zeros(shape_B)}
         if use_dora:  # m = ‖W‖
             tensors["magnitude"] = dora_norm(layer.base.weight.cpu(), **tensors, scale=scale)
         layer.add_adapter(name, LoraAdapter(tensors, scale, lora_dropout))
-        if path not in wrappers:
-            replace_modules(model, [(linear, layer)])
+    replace_modules(model, [(linear, layers[path]) for path, linear in chosen.items() if path not in wrappers])
     activate(model, name, trainable=True)
 
 
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
-    """Freeze everything but, if it is trainable, one adapter, and let it act alone."""
+    """Activate one adapter alone and freeze everything else, and the adapter, too, unless it is `trainable`."""
     model.requires_grad_(False)
     for layer in adapter_layers(model).values():
         for parameter in layer.own_parameters(name) if name in layer.configs else ():
@@ -124,20 +128,20 @@ def activate(model: nn.Module, name: str, trainable: bool) -> None:
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Make these adapters, and no others, act. Which parameters are trainable does not change."""
+    """Activate these adapters and no others. Which parameters are trainable does not change."""
     check_types(set_adapter, locals())
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     layers = known_layers(model, *wanted)
     for layer in layers if len(wanted) > 1 else ():
         if len(conflicting := layer.conflicting_adapters(wanted)) > 1:
-            raise TargetError(f"{layer.path}: {conflicting} have trained the same parameter, and only one can act")
+            raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
     for layer in layers:
         layer.active = tuple(name for name in wanted if name in layer.configs)
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Compute as the base model does, for as long as the block lasts."""
+    """Compute as the base model does inside the block."""
     check_types(disable_adapter, locals())
     layers = list(adapter_layers(model).values())
     before = [(layer.active, layer.mixed) for layer in layers]
@@ -151,9 +155,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def detach(model: nn.Module) -> None:
-    """Take all adapters off: the base modules stand where they stood, bit for bit as they were."""
+    """Remove all adapters and put the base modules back, bit for bit as they were."""
     check_types(detach, locals())
-    replace_modules(model, ((layer, layer.base) for layer in reversed(known_layers(model))))
+    layers = reversed(known_layers(model))  # the inner first: the base of the outer is then what is left of them
+    replace_modules(model, ((layer, layer.base) for layer in layers))
 
 
 def merge(model: nn.Module) -> None:
@@ -167,7 +172,7 @@ def merge(model: nn.Module) -> None:
     while layers:  # the inner ones first; each is freed before the next is merged
         layer = layers.pop()
         replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
-    packed = {module for module in model.modules() if isinstance(module, NF4Linear)}
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, ((linear, dense_linear(linear.weight, linear.bias)) for linear in packed))
 
 
@@ -180,8 +185,10 @@ def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Write an adapter of linear layers with one rank and one scale, in PEFT's layout."""
     directory, tensors = Path(path), lora_tensors(model, name)
-    layers = {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
-    adapter = next(iter(layers.values())).adapters[name]
+    layers = {layer.path: layer.adapters[name] for layer in known_layers(model, name) if name in layer.configs}
+    if len({(len(each.lora_A), each.scale) for each in layers.values()}) > 1:
+        raise TargetError(f"{name}: layers differ in rank or scale; `minilora.adapters` writes such adapters")
+    adapter = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(model, "name_or_path", None),
@@ -197,14 +204,17 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
-    """Read an adapter that `save_lora` wrote, attach it and let it act alone."""
+    """Read an adapter that `save_lora` wrote, attach it and activate it alone."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     stored = load_file(Path(path) / "adapter_model.safetensors")
+    if more := [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(key)]:
+        raise FormatError(f"{path}: adapter_config.json sets {more}; `minilora.adapters` reads such adapters")
     numbers = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")}
     attach_lora(model, config["target_modules"], **numbers, name=name)
     tensors = lora_tensors(model, name)
-    if stored.keys() != tensors.keys():
-        raise FormatError(f"{path}: missing or unexpected tensors: {sorted(stored.keys() ^ tensors.keys())[:5]}")
+    there, wanted = ({(key, tuple(t.shape)) for key, t in each.items()} for each in (stored, tensors))
+    if there != wanted:
+        raise FormatError(f"{path}: missing, unexpected or misshapen tensors: {sorted(there ^ wanted)[:5]}")
     with torch.no_grad():
         for key, parameter in tensors.items():
             parameter.copy_(stored[key])

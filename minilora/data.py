@@ -1,10 +1,10 @@
-"""What is learned from: a row becomes text, tokens and labels, and rows become a batch.
+"""Training data: rows become tokens and labels, and examples become a batch.
 
     text     the prompt and the completion, closed by the end token
-    labels   labels[i] = tokens[i] where token i is learned, else IGNORE_INDEX: the prompt is read, not learned
+    labels   labels[i] = tokens[i] where token i is learned, else IGNORE_INDEX: the prompt is only context
 
 A token is learned if it shares a character with the completion. Counting the tokens of the prompt alone would be wrong
-wherever a token spans the seam.
+where a token holds the end of the one and the beginning of the other.
 
     N  tokens of a batch laid end to end    M  those of them at which a label is predicted
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -30,26 +29,16 @@ class Example:
     tokens: list[int]
     labels: list[int]
     source: str = ""  # where it was read
-    shift: int = 1  # a label is predicted so many tokens before its own: 1 for text, 0 for classes
+    shift: int = 1  # labels[i] is predicted at token i - shift: 1 for text, 0 for classes
 
     @property
     def labelled(self) -> int:
         """How many labels are learned. The first token of a text is never predicted, so it does not count."""
         return sum(label != IGNORE_INDEX for label in self.labels[self.shift :])
 
-    @property
-    def prompt(self) -> list[int]:
-        """The tokens before the first learned one."""
-        return self.tokens[: next(i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)]
-
-    @property
-    def answer(self) -> tuple[int, ...]:
-        """The learned tokens that follow the prompt, up to the first that is not learned."""
-        return tuple(takewhile(lambda label: label != IGNORE_INDEX, self.labels[len(self.prompt) :]))
-
 
 def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the prompt and the completion of a row: its own, or Alpaca's form of `instruction`, `input`, `output`."""
+    """Return the prompt and the completion of a row: or of Alpaca's keys in its template without preamble."""
     if "prompt" in row:
         return row["prompt"], row["completion"]
     context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
@@ -57,7 +46,7 @@ def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int, max_length: int = 1024) -> Example:
-    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned, if it is not cut off."""
+    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned, unless `max_length` cuts it off."""
     prompt, completion = row_text(row)
     encoding = tokenizer.encode(prompt + completion)
     learned = [(len(prompt), len(prompt) + len(completion))]
@@ -79,14 +68,14 @@ class Batch:
 
     tokens: Tensor  # (N)
     lengths: list[int]  # of the rows, sum N
-    places: Tensor  # (M), where a label is predicted
-    labels: Tensor  # (M), which
+    places: Tensor  # (M), positions at which a label is predicted
+    labels: Tensor  # (M), the label at each
 
 
 def collate(examples: Iterable[Example], device: torch.device) -> Batch:
     """Lay examples end to end. A text's last token predicts nothing: no label crosses a document boundary.
 
-    Everything is made on the CPU, and copied to a GPU while that is at work.
+    For a GPU the tensors are built in pinned memory and copied asynchronously.
     """
     tokens, targets, lengths = list[int](), list[int](), list[int]()
     for example in examples:

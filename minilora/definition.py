@@ -1,15 +1,16 @@
-"""Which function answers a call: a definition of the six pages, or a kernel that is registered behind it.
+"""Dispatch between the definition of a function on one of the six pages and a kernel that is registered for it.
 
-A definition is the plain function, as its page says it. A kernel has the same signature and computes the same, faster
-or in less memory; it calls the definition where it has nothing better. Without `minilora.kernel` there are none.
+A definition is the plain function. A kernel has the same signature and the same result, and is faster or takes less
+memory; where it has nothing better it calls `definition.function`, as the definition's name would call the kernel
+again. Kernels are registered when `minilora.kernel` is imported.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Generic, ParamSpec, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from minilora.errors import ConfigError
 
@@ -18,18 +19,18 @@ R = TypeVar("R")
 
 
 class Definition(Generic[P, R]):
-    """A function of a page (final). `function` is what the page says, `kernel` what may answer in its place."""
+    """A function of a page (final), and the kernel that may replace it."""
 
     __name__: str
 
     def __init__(self, function: Callable[P, R]):
         self.function = function
         self.kernel: Callable[P, R] | None = None
-        self.is_plain = False
+        self.disabled = 0  # how many blocks of `plain` are open
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.kernel is None or self.is_plain:
+        if self.kernel is None or self.disabled:
             return self.function(*args, **kwargs)
         return self.kernel(*args, **kwargs)
 
@@ -58,21 +59,35 @@ def kernels() -> list[str]:
     return list(WITH_KERNEL)
 
 
+def is_plain() -> bool:
+    """Return whether a block of `plain` disables all kernels."""
+    return all(each.disabled for each in WITH_KERNEL.values())
+
+
 @contextmanager
 def plain(*names: str) -> Iterator[None]:
-    """Compute as the definitions say, without these kernels, or without any, for as long as the block lasts.
+    """Use the definitions instead of these kernels, or of all kernels if none is named, inside the block.
+
+    The switch is global to the process. Call `backward()` inside the block, too: recomputed layers run again there.
 
     Raises:
         ConfigError: no kernel has that name.
     """
     if unknown := [name for name in names if name not in WITH_KERNEL]:
-        raise ConfigError(f"plain: there is no kernel {unknown[0]!r}; there are {kernels()}")
+        raise ConfigError(f"plain: no kernel is named {unknown}; there are {kernels()}")
     chosen = [WITH_KERNEL[name] for name in names or WITH_KERNEL]
-    before = [each.is_plain for each in chosen]
+    for each in chosen:
+        each.disabled += 1
     try:
-        for each in chosen:
-            each.is_plain = True
         yield
     finally:
-        for each, was_plain in zip(chosen, before, strict=True):
-            each.is_plain = was_plain
+        for each in chosen:
+            each.disabled -= 1
+
+
+def no_autocast(device_type: str) -> Any:
+    """Let products keep the dtype of their operands inside a block: autocast would round B A to 16 bits."""
+    import torch  # here, as the list of commands is shown without it
+
+    is_there = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if is_there else nullcontext()

@@ -13,7 +13,7 @@ laid end to end as one tensor of N tokens, and `lengths` says where each ends; o
     [RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
     [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
     [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
-    [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
+    [SWA]   Jiang et al. 2023, Mistral 7B
     [GLU]   Shazeer 2020, GLU Variants Improve Transformer
 """
 
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora.definition import definition
 from minilora.errors import ConfigError, FormatError, ShapeError
 
-Pair = tuple[Tensor, Tensor]
+CosSin = tuple[Tensor, Tensor]
 Recompute = Literal["none", "mlp", "block"]  # what the backward pass computes again: nothing, MLPs, whole blocks
 
 
@@ -46,14 +46,14 @@ class Rope:
     theta: float
 
     def frequencies(self, length: int) -> Tensor:
-        """Return the turn of each pair per position, (R/2), in a document of `length`."""
+        """Return the angle of each pair per position, (R/2); scaled variants depend on the document's `length`."""
         return 1.0 / self.theta ** (torch.arange(0, self.width, 2).float() / self.width)
 
     def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
         angles = [torch.outer(torch.arange(s.start, s.stop).float(), self.frequencies(s.stop)) for s in spans]
-        turns = torch.cat(angles).to(device, non_blocking=device.type == "cuda")
-        return turns.cos(), turns.sin()
+        on_device = torch.cat(angles).to(device, non_blocking=device.type == "cuda")
+        return on_device.cos(), on_device.sin()
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
         """Read the `config.json` of a plain Llama; `minilora.models.config` reads those of all families."""
-        if source.get("model_type") != "llama" or source.get("rope_scaling"):
-            raise ConfigError(f"need a plain llama, found {source.get('model_type')!r}, {source.get('rope_scaling')!r}")
+        kind, scaling = source.get("model_type"), source.get("rope_scaling") or source.get("rope_parameters") or {}
+        if kind != "llama" or scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise ConfigError(f"need a Llama without scaling of its rotary embedding, found {kind!r}, {scaling}")
         heads, layers = source["num_attention_heads"], source["num_hidden_layers"]
         defaults = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}
         given = {field.name: source[field.name] for field in fields(cls) if source.get(field.name) is not None}
         found = {"tie_word_embeddings": False, **defaults, **given}
-        rope = Rope(found["head_dim"], source.get("rope_theta", 10_000.0))
+        rope = Rope(found["head_dim"], scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0)
         return cls(**found, source=source, rope=rope, windows=(None,) * layers, rotated=(True,) * layers)
 
 
@@ -98,7 +99,7 @@ class LlamaConfig:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, and scale each column.
 
-    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], x/√… in float32 at least and rounded before it meets the weight
+    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], x/√… in float32 at least, rounded before the product with weight
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """
@@ -125,12 +126,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None = None
 ) -> Tensor:
-    """Let each query attend to the keys before it in its own document.
+    """Let each query attend to the keys of its own document, up to and including its own position.
 
     o = softmax(q kᵀ/√E + mask) v;  query head h reads key head ⌊h·K/H⌋  [GQA §2]
 
-    A document of n queries and m ≥ n keys asks about its last n positions (with a cache there are more keys than
-    queries). Position i sees the positions j with i - window < j ≤ i  [SWA §3.1].
+    A document's n queries are those of its last n of m ≥ n positions (with a cache, m > n). Position i attends to the
+    positions j with i - window < j ≤ i  [SWA §2].
 
     Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
     """
@@ -157,7 +158,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @definition
 def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """Sum the cross entropies of some rows, all of which have a label, so that batches add up.
+    """Sum the cross entropy over rows that all have a label. A sum, so that micro-batches add up.
 
     L = Σ -log softmax(head(h))[label], in float32 at least
 
@@ -192,7 +193,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, documents: list[int], rotation: Pair, cache: Any) -> Tensor:
+    def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any) -> Tensor:
         if self.is_fused:
             q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
         else:
@@ -201,7 +202,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.is_rotated:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a projection is narrower than norms and angles
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast v has 16 bits, norms and rotation 32
         if cache is not None:
             return self.o_proj(cache.attend(self.layer, q, k, v, self.window).flatten(1))
         return self.o_proj(causal_attention(q, k, v, documents, documents, self.window).flatten(1))
@@ -230,20 +231,20 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, documents: list[int], rotation: Pair, cache: Any, recompute: Recompute) -> Tensor:
+    def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any, recompute: Recompute) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), documents, rotation, cache)
-        return x + (recomputed(self.feed_forward, x) if recompute == "mlp" else self.feed_forward(x))
+        return x + (checkpointed(self.feed_forward, x) if recompute == "mlp" else self.feed_forward(x))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Return function(*args), whose activations are computed again in the backward pass instead of being kept."""
     return checkpoint(function, *args, use_reentrant=False)
 
 
-class Trunk(nn.Module):
+class Decoder(nn.Module):
     """The decoder without its head: tokens laid end to end in, hidden states out."""
 
     def __init__(self, config: LlamaConfig):
@@ -273,9 +274,9 @@ class Trunk(nn.Module):
         past = cache.lengths if cache is not None else [0] * len(lengths)
         spans = [range(first, first + new) for first, new in zip(past, lengths, strict=True) if new]
         cos, sin = (table.to(x.dtype) for table in self.config.rope.rotation(spans, x.device))
+        rest = ([len(span) for span in spans], (cos, sin), cache, recompute)
         for block in self.layers:
-            arguments = (x, [len(span) for span in spans], (cos, sin), cache, recompute)
-            x = recomputed(block, *arguments) if recompute == "block" else block(*arguments)
+            x = checkpointed(block, x, *rest) if recompute == "block" else block(x, *rest)
         if cache is not None:
             cache.end()
         return self.norm(x)
@@ -288,7 +289,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path = ""
-        self.model = Trunk(config)
+        self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -303,13 +304,13 @@ class Llama(nn.Module):
         return self.lm_head
 
     def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Compute the logits (B, T, V) of right-padded rows (B, T) with so many real tokens; those of padding are 0."""
-        tokens, lengths = end_to_end(input_ids, lengths)
-        return padded(self.lm_head(self.model(tokens, lengths)), lengths, input_ids.size(1))
+        """Compute the logits (B, T, V) of right-padded rows (B, T), `lengths` tokens real; 0 at padding."""
+        tokens, lengths = unpad(input_ids, lengths)
+        return pad(self.lm_head(self.model(tokens, lengths)), lengths, input_ids.size(1))
 
 
-def end_to_end(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-    """Lay the tokens of right-padded rows (B, T) end to end; return them (N) and how many each row has, all if None."""
+def unpad(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+    """Concatenate the real tokens of right-padded rows (B, T); return them (N) and the lengths, T each if None."""
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ShapeError(f"input_ids must be (B, T), neither of them 0, found {tuple(input_ids.shape)}")
     B, T = input_ids.shape
@@ -319,8 +320,8 @@ def end_to_end(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor
     return torch.cat([row[:n] for row, n in zip(input_ids, lengths, strict=True)]), lengths
 
 
-def padded(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
-    """Cut rows laid end to end (N, V) into documents of one width again, padded with 0: (B, width, V)."""
+def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
+    """Split rows laid end to end (N, V) by document, and pad each on the right with 0: (B, width, V)."""
     return torch.stack([F.pad(part, (0, 0, 0, width - len(part))) for part in rows.split(list(lengths))])
 
 
@@ -332,8 +333,7 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
     index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    shards = [load_file(directory / Path(file).name) for file in files]
-    found = {name: tensor.to(dtype) for shard in shards for name, tensor in shard.items()}
+    found = {name: t.to(dtype) for file in files for name, t in load_file(directory / Path(file).name).items()}
     if wrong := sorted(found.keys() ^ dict(model.named_parameters())):  # a tied head is the embedding
         raise FormatError(f"{directory}: missing or unexpected tensors: {wrong[:5]}")
     model.load_state_dict(found, strict=False, assign=True)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.definition import definition
+from minilora.definition import definition, no_autocast
 from minilora.errors import TargetError
 from minilora.nf4 import NF4Linear, nf4_linear
 
@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """Compute the factor s of the update: α/r  [LoRA §4.1], or α/√r  [rsLoRA], which keeps its size as r grows.
+    """Compute the factor s of the update: α/r  [LoRA §4.1], or α/√r  [rsLoRA], stable as r grows.
 
     >>> lora_scale(16, 32), lora_scale(16, 32, use_rslora=True)
     (2.0, 8.0)
@@ -47,7 +47,7 @@ def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tens
 
     Δy = (s·x Aᵀ) Bᵀ  [LoRA eq. 3]
 
-    The product B A is never formed: x goes through A first, which leaves r numbers per row.
+    B A is never formed: x goes through A first. A and B may be kept in a wider dtype; they are rounded to that of x.
 
     Shapes: x (..., in), lora_A (r, in), lora_B (out, r) -> (..., out)
     """
@@ -87,21 +87,20 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
 
     c = ‖W + s·B A‖  [DoRA eq. 5, §4.3], in float32 at least, and above 0
 
-    The paper's W is (in, out), so a row here is a column there.
+    One norm per output, as in the authors' code; the paper's columns are those of W as (in, out).
 
     Shapes: weight (out, in), lora_A (r, in), lora_B (out, r) -> (out)
     """
     wide = functools.reduce(torch.promote_types, (weight.dtype, lora_A.dtype, torch.float32))
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast(weight.device.type):
         norm = (weight.to(wide) + lora_delta(lora_A.to(wide), lora_B.to(wide), scale)).norm(dim=1)
     return norm.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class LoraAdapter(nn.Module):
-    """One adapter of one layer: its scale s, the dropout of its input, and its tensors.
+    """One adapter of one layer: its scale, its dropout, and its tensors.
 
-    Those are `lora_A` and `lora_B`, and perhaps `magnitude`, DoRA's m; `lora_bias`, a bias of B; and `bias`, trained in
-    the place of the base's.
+    `lora_A` and `lora_B`; optionally `magnitude` (DoRA's m), `lora_bias` (of B, scaled by s), `bias` (for the base's).
     """
 
     lora_A: nn.Parameter
@@ -120,9 +119,9 @@ class LoraAdapter(nn.Module):
 
 
 class AdapterWrapper(nn.Module, ABC):
-    """A module of a model at a path, and what named adapters put in its place (abstract).
+    """Base class of modules that wrap a module of the model and hold its adapters by name (abstract).
 
-    `active` names the adapters that act, in this order. `mixed`, if set, gives each row of a batch its own adapter.
+    `active` names the adapters in use, in order. If `mixed` is set, each row of a batch uses an adapter of its own.
     """
 
     def __init__(self, base: nn.Module, path: str):
@@ -130,13 +129,13 @@ class AdapterWrapper(nn.Module, ABC):
         self.base: Any = base
         self.path = path
         self.adapters: Any = nn.ModuleDict()
-        self.configs: dict[str, Any] = {}  # how each adapter was made, where that is known
+        self.configs: dict[str, Any] = {}  # that each adapter was made from, or None
         self.active: tuple[str, ...] = ()
         self.mixed: Any = None
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
-        """Answer with the attribute of the module that is replaced, such as `out_features`."""
+        """Forward unknown attributes, such as `out_features`, to the base."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -145,7 +144,7 @@ class AdapterWrapper(nn.Module, ABC):
             return getattr(self.current(), name)
 
     def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
-        """Hold one more adapter, on the base's device; it acts once its name is in `active`."""
+        """Add an adapter on the base's device. It is inactive until `active` names it."""
         if name in self.configs:
             raise TargetError(f"{self.path} has an adapter {name!r} already; it has {sorted(self.configs)}")
         example = next(self.base.parameters())
@@ -164,7 +163,7 @@ class AdapterWrapper(nn.Module, ABC):
 
     @abstractmethod
     def conflicting_adapters(self, names: Sequence[str]) -> list[str]:
-        """Return those of the adapters that cannot act together, if there are several."""
+        """Return those of the adapters that train the same parameter; two of them cannot be active together."""
 
     @abstractmethod
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
@@ -172,13 +171,13 @@ class AdapterWrapper(nn.Module, ABC):
 
     @abstractmethod
     def merged(self) -> nn.Module:
-        """Build a plain module that does what the active adapters make of the base, which stays as it is."""
+        """Build a plain module equal to the base with its active adapters; the base is unchanged."""
 
 
 class AdapterLinear(AdapterWrapper):
     """A frozen linear layer with low-rank adapters, which are kept in a dtype of their own.
 
-    Other layers that are a matrix W in another form, such as embeddings, are subclasses in `minilora.adapters.layers`.
+    Embeddings and convolutions subclass this in `minilora.adapters.layers`.
     """
 
     PEFT_NAMES: ClassVar[Mapping[str, str]] = {
@@ -199,12 +198,12 @@ class AdapterLinear(AdapterWrapper):
         if not self.active:
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
-        first, *others = (self.adapters[name] for name in self.active)
-        bias, has_dora = self.merged_bias(), any(self.adapters[name].magnitude is not None for name in self.active)
-        y = self.apply_magnitude(self.lora_forward(x, None if has_dora else bias, first), first)
-        for adapter in others:
+        adapters = [self.adapters[name] for name in self.active]
+        bias, has_dora = self.merged_bias(), any(adapter.magnitude is not None for adapter in adapters)
+        y = self.apply_magnitude(self.lora_forward(x, None if has_dora else bias, adapters[0]), adapters[0])
+        for adapter in adapters[1:]:
             y = self.apply_magnitude(y + self.lora_update(x, adapter), adapter)
-        return y + self.per_output(bias).to(y.dtype) if has_dora and bias is not None else y
+        return y + self.broadcast_to_output(bias).to(y.dtype) if has_dora and bias is not None else y
 
     def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
         """Return W x + b + s·B A x."""
@@ -217,14 +216,14 @@ class AdapterLinear(AdapterWrapper):
         return base_linear(x, self.base, bias)
 
     def lora_update(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
-        """Return s·B A x, with the adapter's dropout."""
+        """Return s·B A x; dropout acts on this x, never on the base's."""
         return lora_update(adapter.dropout(x), *adapter.factors(), adapter.scale)
 
     def apply_magnitude(self, y: Tensor, adapter: LoraAdapter) -> Tensor:
         """Return m ⊙ y / ‖W + s·B A‖, or y if the adapter has no magnitude."""
         if adapter.magnitude is None:
             return y
-        return (self.per_output(self.magnitude_ratio(adapter, self.base.weight)) * y).to(y.dtype)
+        return (self.broadcast_to_output(self.magnitude_ratio(adapter, self.base.weight)) * y).to(y.dtype)
 
     def magnitude_ratio(self, adapter: LoraAdapter, weight: Tensor) -> Tensor:
         """Return m / ‖W + s·B A‖, (out)."""
@@ -236,11 +235,12 @@ class AdapterLinear(AdapterWrapper):
         """Return what the active adapters make of the base's weight, or of a given one, rounded once to its dtype."""
         weight = self.base.weight if weight is None else weight
         adapters = [self.adapters[name] for name in self.active]
-        wide = functools.reduce(torch.promote_types, (each.lora_A.dtype for each in adapters), weight.dtype)
+        wide = functools.reduce(torch.promote_types, (weight.dtype, torch.float32, *(a.lora_A.dtype for a in adapters)))
         merged = self.as_matrix(weight).to(wide)
         for adapter in adapters:
-            lora_A, lora_B = self.as_matrices(*adapter.factors())
-            merged = merged + lora_delta(lora_A.to(wide), lora_B.to(wide), adapter.scale)
+            A, B = (factor.to(wide) for factor in self.as_matrices(*adapter.factors()))
+            with no_autocast(weight.device.type):
+                merged = merged + lora_delta(A, B, adapter.scale)
             if adapter.magnitude is not None:
                 merged = self.magnitude_ratio(adapter, weight.to(wide)).to(wide).unsqueeze(1) * merged
         return self.from_matrix(merged).to(weight.dtype) if adapters else weight
@@ -289,7 +289,7 @@ class AdapterLinear(AdapterWrapper):
         """Return A and B as matrices (r, in) and (out, r)."""
         return lora_A, lora_B
 
-    def per_output(self, values: Tensor) -> Tensor:
+    def broadcast_to_output(self, values: Tensor) -> Tensor:
         """Return a number for each output, (out), in a shape that multiplies y."""
         return values
 

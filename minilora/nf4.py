@@ -2,9 +2,9 @@
 
     absmax_b = max |w| over block b,    code = nearest of 16 levels to w / absmax_b,    w ≈ level[code] · absmax_b
 
-Weights are distributed nearly normally, so the levels are quantiles of a normal distribution  [QLoRA §3, app. E]. An
-absmax in float32 costs half a bit for each of its 64 weights. *Double quantization* stores the absmaxes in eight bits,
-less their mean, with a float32 scale for 256 of them: 8/64 + 32/(64·256) = 0.127 bits a weight.
+Weights are nearly normal, so the levels are quantiles of a normal distribution, scaled to [-1, 1] and with an exact 0
+[QLoRA §3, app. E]. An absmax in float32 costs half a bit for each of its 64 weights. *Double quantization* stores the
+absmaxes, less their mean, in eight bits, with one float32 scale per 256: 8/64 + 32/(64·256) = 0.127 bits a weight.
 
 QLoRA is LoRA on such a weight, stored in four bits and computed with in 16  [QLoRA eq. 5]. Bytes are those of
 bitsandbytes: the first of two weights is in the high half of a byte, blocks run over the rows laid end to end, and a
@@ -43,7 +43,7 @@ QuantType = Literal["nf4", "fp4"]
 
 
 class Packed(NamedTuple):
-    """The tensors of a weight in four bits."""
+    """The tensors of a weight in four bits; an `NF4Linear` keeps (N, …) of them, and offset (1)."""
 
     packed: Tensor  # (⌈n/2⌉) uint8
     absmax: Tensor  # (b) float32, or with double quantization uint8 codes
@@ -53,16 +53,16 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors of a packed weight do not say."""
+    """Shape, dtype and block size of a packed weight."""
 
     shape: tuple[int, int]
-    dtype: torch.dtype  # that the weight had
+    dtype: torch.dtype  # of the weight before quantization
     block_size: int = BLOCK_SIZE
     quant_type: QuantType = "nf4"
 
 
 def pack(weight: Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE) -> Packed:
-    """Quantize a weight (N, K) to 4.127 bits a number, or without double quantization to 4.5."""
+    """Quantize a weight (N, K): in blocks of 64 to 4.127 bits a number, or 4.5 without double quantization."""
     packed, absmax = quantize(weight, block_size)
     return Packed(packed, *(quantize_absmax(absmax) if double_quant else (absmax, None, None)))
 
@@ -82,7 +82,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
 
     absmax_b = max |w| over block b,    code = number of midpoints of neighbouring levels below w · (1/absmax_b)
 
-    As in bitsandbytes, an incomplete last block is divided by absmax; if n is odd, the last half byte says 0.
+    As in bitsandbytes, an incomplete last block is divided by absmax; if n is odd, the code of 0 fills the last byte.
 
     Shapes: weight (N, K) -> packed (⌈n/2⌉) uint8, absmax (b) float32
     """
@@ -98,9 +98,8 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     if n % block_size:
         absmax[-1].clamp_(min=SMALLEST)
         x[-1] = blocks[-1] / absmax[-1]
-    codes = torch.bucketize(
-        x.view(-1)[:n], midpoints(CODEBOOKS["nf4"].to(x.device, non_blocking=True)), out_int32=True
-    ).to(torch.uint8)
+    bounds = midpoints(CODEBOOKS["nf4"].to(x.device, non_blocking=True))
+    codes = torch.bucketize(x.view(-1)[:n], bounds, out_int32=True).to(torch.uint8)
     codes = F.pad(codes, (0, n % 2), value=LEVELS.index(0.0))
     return codes[0::2] << 4 | codes[1::2], absmax
 
@@ -134,9 +133,9 @@ def dequantize(
 
 
 def dynamic_map() -> Tensor:
-    """Return the 256 levels of the second quantization, rising: 0, 1, and ±10^(i-6)·m for i = 0 … 6  [8-bit].
+    """Return the 256 levels of the second quantization in order: 0, 1, and ±10^(i-6)·m for i = 0 … 6  [8-bit].
 
-    m are the midpoints of 2^i equal parts of [0.1, 1], so the levels are finer the nearer they are to 0.
+    m are the midpoints of 2^i equal parts of [0.1, 1], so levels are closer together towards 0.
     """
     levels = [torch.tensor([0, 1], dtype=torch.float32)]
     for i in range(7):
@@ -157,7 +156,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     offset = mean of absmax;    scale_c = max |absmax - offset| over 256 of them;    code = nearest of 256 levels
 
-    Rounded as bitsandbytes does on the CPU, by a table of 65,536 places; on CUDA two codes in a thousand differ.
+    Rounded as bitsandbytes does on the CPU, by a table of 65,536 entries; on CUDA two codes in a thousand differ.
 
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset () float32
     """
@@ -168,8 +167,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = F.pad(absmax - offset, (0, -b % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
     x = (blocks * scales.reciprocal().unsqueeze(1)).view(-1)[:b].clamp(-1, 1)
-    place = ((x.nan_to_num(-1) + 1) * 0.5 * 65535 + 0.5).to(torch.int32)  # a block of zeros has place 0
-    x = place.float() * (2 / 65535) - 1
+    index = ((x.nan_to_num(-1) + 1) * 0.5 * 65535 + 0.5).to(torch.int32)  # a block of zeros, 0/0, has index 0
+    x = index.float() * (2 / 65535) - 1
     return torch.bucketize(x, midpoints(DYNAMIC_MAP.to(x.device, non_blocking=True))).to(torch.uint8), scales, offset
 
 
@@ -187,6 +186,8 @@ def nf4_linear(x: Tensor, layer: NF4Linear, bias: Tensor | None) -> Tensor:
     """Apply a 4-bit linear layer, with a given bias.
 
     y = x Wᵀ + b,  W = dequantize(packed, absmax, …)
+
+    Shapes: x (..., K), bias (N) -> (..., N)
 
     Autograd keeps the dense W of every layer, to compute dx = dy W; the kernel dequantizes W a second time instead.
     """
@@ -228,7 +229,7 @@ class NF4Linear(nn.Module):
         return nf4_linear(x.to(self.dtype), self, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        """Take `.to(dtype)` and its like for the dtype of the computation; packed tensors are moved, never rounded."""
+        """Apply `.to()` and the like: a new dtype is that of the computation; packed tensors only change device."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:

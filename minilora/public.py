@@ -3,7 +3,7 @@
 import minilora.kernel  # noqa: F401
 from minilora.adapter import detach, disable_adapter, set_adapter
 from minilora.adapters.attach import attach, delete_adapter, merge, merged
-from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.dropout import set_dropout_step
 from minilora.adapters.files import load_adapter, save_adapter

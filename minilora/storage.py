@@ -220,13 +220,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask has it; save_file leaves 0600
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # a full disk, and the like
             raise OSError(f"{path}: cannot be written ({error})") from error
         _sort_metadata(temporary)
-        temporary.chmod(0o666 & ~_umask())  # save_file leaves 0600
+        temporary.chmod(mode)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -245,12 +247,6 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""How an adapter learns: the loss of tokens, the schedule of the learning rate, and the step.
+"""Training: the loss, the learning-rate schedule and the optimizer step.
 
-The loss of a step is the sum of the losses of its tokens divided by their number, so any cutting of a step into
-micro-batches gives one gradient:
+The loss of a step is the sum of the losses of its tokens divided by their number, so splitting a step into
+micro-batches does not change its gradient:
 
     L = 1/n Σ_t -log p(token t | before),    n = Σ over micro-batches of their labelled tokens
 
@@ -29,8 +29,8 @@ from minilora.data import Batch
 from minilora.errors import DataError
 from minilora.llama import Recompute, cross_entropy
 
-Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> sum of its losses, and how many those are
-NORM_CHUNK = 65536  # numbers under one square root: one float32 sum of the squares of 134 million is off by 3 %
+Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> the sum of losses, and their number
+NORM_CHUNK = 65536  # numbers of a partial norm: one float32 sum of 134 million squares is off by 3 %
 
 
 def token_loss(model: Any, batch: Batch, recompute: Recompute = "none") -> tuple[Tensor, int]:
@@ -41,24 +41,24 @@ def token_loss(model: Any, batch: Batch, recompute: Recompute = "none") -> tuple
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int, scheduler: str = "cosine") -> float:
-    """Compute the learning rate of step 0 ≤ step < total: up linearly in the warm-up, then down to 0  [SGDR eq. 5].
+    """Compute the learning rate of step 0 ≤ step < total: linear warm-up to the peak, then decay  [SGDR eq. 5].
 
-    The first step of the warm-up has 1/warmup of the peak, and the last step of all is not wasted on a rate of 0.
+    The first step has peak/warmup. The decay would reach 0 at step = total, so no step has a rate of 0.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return peak * falls[scheduler]
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return peak * factor[scheduler]
 
 
 def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
-    """Build AdamW over parameters, or groups of them, in one fused kernel [AdamW alg. 2]."""
+    """Build the fused AdamW over parameters, or groups of them, without weight decay  [AdamW alg. 2]."""
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 class Step(NamedTuple):
-    """What a step did. The numbers are on the device, whose work is waited for when they are read."""
+    """The result of a step. Reading its tensors waits for the device."""
 
     losses: Tensor  # of each micro-batch, as its share of the step's loss
     grad_norm: Tensor  # before clipping
@@ -70,13 +70,13 @@ def train_step(
 ) -> Step:
     """Make one optimizer step on the mean loss of some micro-batches.
 
-    The gradient is scaled down to `max_grad_norm`, if that is not 0. If a loss or the gradient is not finite, the
-    weights stay as they are.
+    The gradient is clipped to `max_grad_norm`, if that is not 0. If a loss or the gradient is not finite, the weights
+    stay unchanged, provided that the optimizer is a fused one (`adamw`).
     """
     model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # a parameter without a part in the loss has the gradient 0
+        parameter.grad = torch.zeros_like(parameter)  # not None, where the loss does not use a parameter
     sums, count = [], 0
     for batch in batches:
         total, number = loss(model, batch)
@@ -90,9 +90,9 @@ def train_step(
     losses, norm = torch.stack(sums) / count, total_norm(gradients)
     is_finite = losses.isfinite().all() & norm.isfinite()
     if max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0 scales nothing
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: as it is
     if norm.device.type != "mps" or is_finite:  # AdamW's kernel for MPS takes no notice of `found_inf`
-        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # fused ones skip the step
         optimizer.step()
     return Step(losses, norm, count)
 

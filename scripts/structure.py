@@ -129,6 +129,8 @@ def trace_run() -> Trace:
 
 def figures(modules: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield what is measured, and the figure."""
+    from minilora import plain
+
     pages = {name: lines([modules[name]] if name in modules else []) for name in PAGES}
     found = closure(PAGES, modules)
     for name in {*modules} - {"__init__", "__main__"}:  # before anything is traced: an import calls functions, too
@@ -138,6 +140,8 @@ def figures(modules: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     yield "the six pages: lines", f"{sum(pages.values()):,} ({', '.join(f'{k} {v}' for k, v in pages.items())})"
     yield "with all that they import", f"{len(found)} files, {lines(modules[name] for name in found):,} lines"
     yield "a step of training", f"{trace_step()}"
+    with plain():
+        yield "a step of training, without kernels", f"{trace_step()}"
     yield "a whole finetune", f"{trace_run()}"
     yield "the package", f"{len(modules)} modules, {lines(modules.values()):,} lines"
     yield "lines of it that are imports", f"{sum(node.end_lineno - node.lineno + 1 for node in statements):,}"

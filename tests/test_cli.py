@@ -21,10 +21,10 @@ from minilora.adapters.config import INITS
 from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, read_config, use_config
 from minilora.cli.meter import Meter
 from minilora.runs import inputs
+from minilora.runs.config import RunConfig
 from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.rows import read_rows
-from minilora.runs.settings import RunConfig
 from minilora.storage import ASSETS
 from tests.files import edit
 from tests.models import randomize_adapters_, tiny_model

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.combine import CombineConfig
 from minilora.adapters.files import base_model_of
-from minilora.adapters.weighted_files import combine_directories
+from minilora.adapters.weighted import combine_directories
 from minilora.cli.merge import split_weight
 from minilora.storage import read_json
 from minilora.tools.extraction import extract_directory

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.cli.columns import cells, columns, wrap
-from minilora.cli.prompts import encode_prompt
+from minilora.cli.generate import encode_prompt
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.data import encode_rows, use_prompt_style
+from minilora.runs.evaluate import prompt_of
 from minilora.runs.rows import Row
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
@@ -233,7 +234,7 @@ def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_a
     rows = [{**row, "tools": tools} for row in (*rows, {**last, "input": extra})] if has_template else [last]
     chosen = use_prompt_style(tokenizer(template=WITH_TOOLS if has_template else None), "auto", [Row(last)])
     for fields in rows:
-        expected = encode_rows([Row(fields)], chosen, DataConfig(system=system))[0].prompt
+        expected = prompt_of(encode_rows([Row(fields)], chosen, DataConfig(system=system))[0])
         for asked in (fields, unanswered(fields)):
             assert encode_prompt(Row(asked), chosen, system, "chat") == expected
 
@@ -243,7 +244,7 @@ def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion,
     row = Row({"prompt": prompt, "completion": f" a{completion}"})
     for template in (CHATML, None):
         chosen = tokenizer(template=template, post=post)
-        expected = encode_rows([row], chosen, DataConfig())[0].prompt
+        expected = prompt_of(encode_rows([row], chosen, DataConfig())[0])
         assert encode_prompt(row, chosen, None, asking) == expected
         if template is None or asking == "plain":
             assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking) == expected

@@ -11,8 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, LoraConfig, ShapeError
-from minilora.adapters.combine import Factors, best_factors, check_additive, combine, compress, concatenate
-from minilora.adapters.combine_config import CombinationType, CombineConfig
+from minilora.adapters.combine import (
+    CombinationType,
+    CombineConfig,
+    Factors,
+    best_factors,
+    check_additive,
+    combine,
+    compress,
+    concatenate,
+)
 from minilora.testing import reference
 from tests.models import randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, relative

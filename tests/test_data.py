@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.runs.data import encode_rows
+from minilora.runs.evaluate import answer_of, prompt_of
 from minilora.runs.rows import Row
 from tests.models import examples
 from tests.text import (
@@ -57,7 +58,7 @@ def test_a_token_that_spans_the_seam_is_learned_whole(tokenizer):
     whole = encoded({"prompt": "the ca", "completion": "t sat"}, chosen)
     alone = chosen.encode("the ca")
     assert whole.tokens[: len(alone)] != alone  # so counting the prompt's own tokens would be wrong
-    before = chosen.decode(whole.prompt)
+    before = chosen.decode(prompt_of(whole))
     assert before != "the ca"
     assert "the ca".startswith(before)
 
@@ -74,12 +75,12 @@ def test_without_an_end_token_nothing_is_appended(tmp_path):
 
 def test_the_prompt_ends_before_the_first_label_and_the_answer_where_learning_does(tokenizer):
     found = encoded({"prompt": "what?", "completion": " the end"}, tokenizer())
-    assert tokenizer().decode(found.prompt) == "what?"
-    assert tokenizer().decode(found.answer) == " the end"
-    assert [*found.prompt, *found.answer] == found.tokens
-    assert found.labelled == len(found.answer)
+    assert tokenizer().decode(prompt_of(found)) == "what?"
+    assert tokenizer().decode(answer_of(found)) == " the end"
+    assert [*prompt_of(found), *answer_of(found)] == found.tokens
+    assert found.labelled == len(answer_of(found))
     example = ml.Example([1, 2, 3, 4], [IGNORE_INDEX, 2, 3, IGNORE_INDEX])
-    assert (example.prompt, example.answer) == ([1], (2, 3))
+    assert (prompt_of(example), answer_of(example)) == ([1], (2, 3))
 
 
 turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
@@ -207,8 +208,8 @@ def test_an_earlier_answer_that_a_template_rewrites_is_refused_for_assistant_but
     with pytest.raises(ml.DataError, match=r"here:7: .*message 1, .*differently.*--train-on completion"):
         encoded(row, chosen, "assistant", "here:7")
     found = encoded(row, chosen)
-    assert chosen.decode(found.answer, skip_special_tokens=False) == f"{last}{CLOSE}\n"
-    assert sum(learned(found)) == len(found.answer)
+    assert chosen.decode(answer_of(found), skip_special_tokens=False) == f"{last}{CLOSE}\n"
+    assert sum(learned(found)) == len(answer_of(found))
 
 
 def test_a_template_may_refuse_conversations_that_break_off(tokenizer):

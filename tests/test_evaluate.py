@@ -13,6 +13,7 @@ from minilora.data import IGNORE_INDEX
 from minilora.models.generate import generate
 from minilora.runs import evaluate, objective
 from minilora.runs.evaluate import (
+    answer_of,
     choice_accuracy,
     class_scores,
     evaluate_classes,
@@ -20,6 +21,7 @@ from minilora.runs.evaluate import (
     find_choices,
     held_out_loss,
     measure_drift,
+    prompt_of,
 )
 from tests.models import examples, seeds, tiny_model
 from tests.test_classifier import tiny_classifier
@@ -118,10 +120,10 @@ def plain_accuracy(model, rows, choices):
     for each in rows:
         scores = []
         for answer in compared(choices):
-            logs = model(torch.tensor([[*each.prompt, *answer]]))[0].log_softmax(-1)
-            first = len(each.prompt) - 1
+            logs = model(torch.tensor([[*prompt_of(each), *answer]]))[0].log_softmax(-1)
+            first = len(prompt_of(each)) - 1
             scores.append(sum(logs[first + i, token].item() for i, token in enumerate(answer)))
-        correct += choices[scores.index(max(scores))] == each.answer
+        correct += choices[scores.index(max(scores))] == answer_of(each)
     return correct / len(rows)
 
 
@@ -209,8 +211,8 @@ def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokeniz
     rows = [row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     rows.append(row(prompts[0], [*space, *answers[0], *space]))  # white space at the ends does not count
     right = [
-        tokenizer.decode(greedy(model, r.prompt, tokenizer.stop_ids, len(r.answer) + 1)).strip()
-        == tokenizer.decode(r.answer).strip()
+        tokenizer.decode(greedy(model, prompt_of(r), tokenizer.stop_ids, len(answer_of(r)) + 1)).strip()
+        == tokenizer.decode(answer_of(r)).strip()
         for r in rows
     ]
     assert right[0]

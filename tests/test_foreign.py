@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import minilora as ml
 from minilora.data import collate
-from minilora.runs.fingerprint import fingerprint
+from minilora.runs.checkpoints import fingerprint
 from minilora.training import token_loss
 from tests.models import examples, fill_, long, randn, randomize_adapters_, seeds, tiny_model
 from tests.tolerance import assert_maths, assert_parity

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora import ConfigError, LoraConfig, TrainingError, attach, llama
 from minilora.adapter import adapter_layers
-from minilora.adapters.decompose import moved_factors
 from minilora.adapters.from_data import (
     Target,
     corda_factors,
@@ -23,6 +22,7 @@ from minilora.adapters.from_data import (
     redistribute,
     redistributed,
 )
+from minilora.adapters.initialize import moved_factors
 from minilora.nf4 import NF4Linear
 from tests.models import fill_, randn, scales, seeds, sizes, tiny_model, token_ids
 from tests.tolerance import assert_maths, relative

@@ -9,8 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
-from minilora.adapters.decompose import loftq_factors, moved_factors, randomized_svd
-from minilora.adapters.initialize import embedding_factors, initial_factors
+from minilora.adapters.initialize import (
+    embedding_factors,
+    initial_factors,
+    loftq_factors,
+    moved_factors,
+    randomized_svd,
+)
 from minilora.nf4 import NF4Linear
 from tests.models import randn, scales, seeds, sizes
 from tests.tolerance import assert_maths, relative

@@ -16,8 +16,7 @@ from minilora.adapters.find import linear_layers
 from minilora.storage import read_json, write_json
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import inspect_path
-from minilora.tools.inspect_adapter import adapter_facts
-from minilora.tools.inspect_change import delta_spectrum, effective_rank, frobenius_norm
+from minilora.tools.inspect_adapter import adapter_facts, delta_spectrum, effective_rank, frobenius_norm
 from tests.files import edit, saved, write_base
 from tests.models import families, randn, seeds, sizes, tiny_model
 from tests.tolerance import PARITY, assert_maths, assert_parity, relative
@@ -85,7 +84,7 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_the_energies(va
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_norm_of_a_weight_is_summed_in_float64_whatever_the_parts(monkeypatch, dtype):
     weight, other = (randn(seed, 70, 11, dtype=dtype) for seed in (3, 4))
-    monkeypatch.setattr("minilora.tools.inspect_change.CHUNK", 30)
+    monkeypatch.setattr("minilora.tools.inspect_adapter.CHUNK", 30)
     for found, values in (
         (frobenius_norm(weight), weight.double()),
         (frobenius_norm(weight, other), weight.double() - other.double()),

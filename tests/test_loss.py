@@ -9,7 +9,7 @@ from torch import nn
 from minilora import LoraConfig, llama
 from minilora.adapters.parts import build_adapter
 from minilora.errors import TrainingError
-from minilora.kernel import loss
+from minilora.kernel import llama as loss
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from tests.models import document_lengths, examples, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids

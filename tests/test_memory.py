@@ -21,18 +21,19 @@ from minilora import cli
 from minilora.adapters.dropout import set_dropout_step
 from minilora.cli import memory as pages
 from minilora.data import IGNORE_INDEX, Example, collate
-from minilora.kernel import loss, tiles
+from minilora.kernel import llama as loss
+from minilora.kernel import tiles
 from minilora.llama import Llama
 from minilora.models.config import LlamaConfig
 from minilora.models.quantization import QuantizeConfig
-from minilora.runs import diagnose, memory
-from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.diagnose import free_memory_bytes, peak_memory_bytes
+from minilora.runs import machine as host
+from minilora.runs import memory
+from minilora.runs.config import DataConfig, RunConfig, TrainConfig
+from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
 from minilora.runs.memory import Plan, amount, fit, forecast, parameter_shapes, trained
 from minilora.runs.objective import TokenLoss
 from minilora.runs.optimizer import build_optimizer
 from minilora.runs.run import Run
-from minilora.runs.settings import RunConfig
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.runs import SETTINGS, words, write_inputs
@@ -337,7 +338,7 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     """The process that starts this one may have held much more."""
     code = """if True:
         import minilora, torch
-        from minilora.runs.diagnose import peak_memory_bytes
+        from minilora.runs.machine import peak_memory_bytes
         numbers = torch.ones(2**26)
         del numbers
         print(peak_memory_bytes(torch.device("cpu")))"""
@@ -354,7 +355,7 @@ def test_while_a_run_lasts_memory_is_taken_from_the_system_once():
         import torch
         from contextlib import nullcontext
         from resource import RUSAGE_SELF, getrusage
-        from minilora.runs.allocator import kept_memory
+        from minilora.runs.machine import kept_memory
         def faults():
             before = getrusage(RUSAGE_SELF).ru_minflt
             torch.ones(25_000_000)
@@ -373,8 +374,8 @@ def test_after_a_run_its_memory_is_given_back():
     """Gradients and moments of 25 million numbers, and a block that is taken and given back afterwards."""
     code = """if True:
         import minilora as ml, torch
-        from minilora.runs.allocator import release_memory
-        from minilora.runs.diagnose import held_memory_bytes
+        from minilora.runs.machine import release_memory
+        from minilora.runs.machine import held_memory_bytes
         def loss(model, rows):
             return sum((p * p).sum() for p in model.parameters()), 1
         model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(25)))
@@ -387,9 +388,9 @@ def test_after_a_run_its_memory_is_given_back():
 
 
 def test_what_the_import_took_is_no_part_of_the_peak(monkeypatch):
-    monkeypatch.setattr(diagnose, "AT_IMPORT", 0)
+    monkeypatch.setattr(host, "AT_IMPORT", 0)
     whole = peak_memory_bytes(CPU)
-    monkeypatch.setattr(diagnose, "AT_IMPORT", 1000)
+    monkeypatch.setattr(host, "AT_IMPORT", 1000)
     assert peak_memory_bytes(CPU) - whole + 1000 in range(2**20)
     assert whole > 2**27 or sys.platform not in ("linux", "darwin")
 
@@ -403,7 +404,7 @@ def machine(tmp_path, monkeypatch):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(content)
 
-    monkeypatch.setattr(diagnose, "LINUX", tmp_path)
+    monkeypatch.setattr(host, "LINUX", tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
     write({"proc/meminfo": "MemTotal:   2000 kB\nMemAvailable:    900 kB\n"})
     return write

@@ -158,7 +158,7 @@ MISTAKES = {
     ),
     "law 4: only the first adapter acts": Mistake(
         "lora.py",
-        "for adapter in others:",
+        "for adapter in adapters[1:]:",
         "for adapter in ():",
         "test_lora.py::test_adapters_add_by_concatenating_ranks[kernels]",
     ),
@@ -391,7 +391,7 @@ MISTAKES = {
         f"{KEPT}[torch.float64-causal_attention]",
     ),
     "the gradient of a norm passes along the row, too": Mistake(
-        "kernel/decoder.py",
+        "kernel/llama.py",
         "dn.sub_(n.mul_((dn * n).mean(-1, keepdim=True))).mul_(inverse)",
         "dn.mul_(inverse)",
         f"{EQUAL}[rms_norm]",
@@ -409,7 +409,7 @@ MISTAKES = {
         "test_llama.py::test_rotate_is_a_product_of_complex_numbers",
     ),
     "the gradients of gate and up are exchanged": Mistake(
-        "kernel/decoder.py",
+        "kernel/llama.py",
         "silu_backward(dy * up, gate), F.silu(gate).mul_(dy)",
         "silu_backward(dy * gate, up), F.silu(up).mul_(dy)",
         f"{EQUAL}[swiglu]",
@@ -421,13 +421,13 @@ MISTAKES = {
         f"{EQUAL}[swiglu]",
     ),
     "the gradient of the logits lacks the label": Mistake(
-        "kernel/loss.py",
+        "kernel/llama.py",
         "p.gather(-1, target) - 1",
         "p.gather(-1, target)",
         f"{EQUAL}[cross_entropy]",
     ),
     "a label's probability is rounded to 16 bits before 1 is taken from it": Mistake(
-        "kernel/loss.py",
+        "kernel/llama.py",
         "dlogits[rows] = p.scatter_(-1, target, p.gather(-1, target) - 1)",
         "dlogits[rows] = p.to(z.dtype).scatter_(-1, target, p.to(z.dtype).gather(-1, target) - 1)",
         "test_loss.py::test_the_gradient_of_a_sure_label_is_what_is_left_to_it",
@@ -439,7 +439,7 @@ MISTAKES = {
         "test_loop.py::test_the_learning_rate_rises_linearly_and_falls_as_its_scheduler_says",
     ),
     "after a run nothing is given back": Mistake(
-        "runs/allocator.py",
+        "runs/machine.py",
         "        release_memory()\n\n",
         "        pass\n\n",
         "test_memory.py::test_after_a_run_its_memory_is_given_back",
@@ -451,7 +451,7 @@ MISTAKES = {
         "test_memory.py::test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_of_a_step",
     ),
     "law 11: a resumed run forgets the best adapter": Mistake(
-        "runs/select.py",
+        "runs/checkpoints.py",
         "        self.tensors = tensors",
         "        self.tensors = {}",
         "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",

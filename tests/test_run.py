@@ -20,7 +20,7 @@ from minilora.adapters.config import RENAMED
 from minilora.cli.finetune import INTERRUPTED
 from minilora.models import template
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift
+from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of
 from minilora.runs.inputs import load_general
 from minilora.runs.run import PACKAGES
 from tests.models import four_bit, long
@@ -138,7 +138,8 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     assert record["versions"]["minilora"] == ml.__version__
     digest = hashlib.sha256((directory / "rows.jsonl").read_bytes()).hexdigest()
     assert record["data_sha256"] == {"rows.jsonl": digest}
-    assert [set(start) for start in record["starts"]] == [{"time", "step", "device", "dtype", "recompute", "threads"}]
+    names = {"time", "step", "device", "dtype", "recompute", "threads", "plain"}
+    assert [set(start) for start in record["starts"]] == [names]
 
 
 def test_the_adapter_names_its_base_model(directory, whole):
@@ -332,7 +333,7 @@ def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, t
     (record,) = (record for record in metrics(tmp_path) if "eval_loss" in record)
     data, model = inputs(directory, eval_split=0.2), ml.load_model(directory / "model")
     ml.load_adapter(model, tmp_path)
-    prompts = [example.prompt for example in data.test[:3]]
+    prompts = [prompt_of(example) for example in data.test[:3]]
     written = ml.generate(model, prompts, 48, stop_ids=data.tokenizer.stop_ids)
     assert record["samples"] == [
         {"prompt": data.tokenizer.decode(prompt), "text": data.tokenizer.decode(text)}

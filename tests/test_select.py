@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.select import Selection
+from minilora.runs.checkpoints import Selection
 from tests.models import long, tiny_model
 from tests.training import adapted, copy_checkpoint, random_rows, stop_after, weights
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 import minilora.storage as storage
 from minilora.adapter import adapter_layers
-from minilora.runs.checkpoints import checkpoints, newest_step, trained_adapters
-from minilora.runs.fingerprint import bookkeeping, fingerprint
+from minilora.runs.checkpoints import bookkeeping, checkpoints, fingerprint, newest_step, trained_adapters
 from tests.models import examples, long, tiny_model
 from tests.training import adapted, contents, copy_checkpoint, random_rows, stop_after, weights
 

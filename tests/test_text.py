@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import minilora as ml
-from minilora.models import text as module
-from minilora.models.text import TextStream
+from minilora.cli import write as module
+from minilora.cli.write import TextStream
 from tests.models import examples
 
 CORPUS = ["the cat sat on the mat, naïve café\n\n  two  spaces", "漢字 🙂🙂 e\u0301 don't . do n't"] * 3

@@ -8,8 +8,8 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.dropout import SeededDropout
-from minilora.runs import threads
-from minilora.runs.threads import MAX_PARAMETERS, MAX_SECONDS, choose_threads
+from minilora.runs import machine as threads
+from minilora.runs.machine import MAX_PARAMETERS, MAX_SECONDS, choose_threads
 from tests.models import tiny_model
 from tests.runs import SETTINGS, interrupt, starts, write_rows
 from tests.text import write_tokenizer

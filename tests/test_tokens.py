@@ -10,7 +10,7 @@ from torch import nn
 import minilora as ml
 from minilora import llama
 from minilora.adapter import adapter_layers
-from minilora.adapters.tokens import Rows, TokenRows
+from minilora.adapters.copies import Rows, TokenRows
 from tests.models import WHOLE, allocated, randn, seeds, tiny_model, token_ids, train_a_little
 from tests.tolerance import assert_maths
 

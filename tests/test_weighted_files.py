@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 from minilora import ConfigError, FormatError
 from minilora.adapter import adapter_layers
-from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.combine import CombineConfig
 from minilora.adapters.files import base_model_of, base_quantization
-from minilora.adapters.weighted import combine_adapters
-from minilora.adapters.weighted_files import combine_directories
+from minilora.adapters.weighted import combine_adapters, combine_directories
 from tests.adapters import many_kinds
 from tests.models import four_bit, randomize_adapters_, tiny_model
 from tests.tolerance import PARITY, relative

@@ -20,6 +20,7 @@ from minilora.adapter import (
     replace_modules,
 )
 from minilora.adapters.config import LoraConfig
+from minilora.adapters.copies import TokenRows
 from minilora.adapters.find import embedding_path, has_hooks, head_path
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.initialize import initial_factors
@@ -33,7 +34,6 @@ from minilora.adapters.parts import (
     parameter_specs,
     targets,
 )
-from minilora.adapters.tokens import TokenRows
 from minilora.errors import TargetError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.decompose import balanced, check_rank, randomized_svd, wide
+from minilora.adapters.initialize import balanced, check_rank, randomized_svd, wide
 from minilora.errors import ConfigError, TrainingError
 
 FROM_DATA = ("eva", "corda", "lora_ga")

@@ -136,7 +136,7 @@ class AdapterConv(AdapterLinear):
         """See `AdapterLinear`. In G groups each row of B has its r/G numbers only."""
         return lora_A.flatten(1), ungrouped(lora_B, self.base.groups).flatten(1)
 
-    def per_output(self, values: Tensor) -> Tensor:
+    def broadcast_to_output(self, values: Tensor) -> Tensor:
         return values.view(-1, *(1,) * len(self.base.kernel_size))
 
     def merged(self) -> nn.Module:

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
-from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.decompose import loftq_factors, moved_factors
+from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
 from minilora.adapters.find import get_base_layer, has_hooks, shallow_copy
 from minilora.adapters.from_data import Target, data_factors, redistributed
-from minilora.adapters.initialize import embedding_factors, initial_factors
+from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
 from minilora.adapters.layers import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
 from minilora.adapters.parameters import AdapterParameters, stacked_shapes
-from minilora.adapters.tokens import Rows, TokenRows
 from minilora.errors import ConfigError, TargetError
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm, lora_scale
 from minilora.nf4 import NF4Linear

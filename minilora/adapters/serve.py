@@ -51,7 +51,7 @@ class MixedBatch:
             part, bias = y[rows], layer.merged_bias(names)
             for adapter in (layer.adapters[name] for name in names):
                 part = layer.apply_magnitude(part + layer.lora_update(x[rows], adapter), adapter)
-            y[rows] = part if bias is None else part + layer.per_output(bias).to(y.dtype)
+            y[rows] = part if bias is None else part + layer.broadcast_to_output(bias).to(y.dtype)
         return y
 
     def groups(self, x: Tensor) -> list[Group]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.decompose import moved_factors
+from minilora.adapters.initialize import moved_factors
 from minilora.adapters.layout import (
     CONFIG_FILE,
     PREFIX,

@@ -19,8 +19,7 @@ from pathlib import Path
 from minilora.adapter import set_adapter
 from minilora.cli.command import INTERRUPTED, Options, say
 from minilora.cli.flags import from_flags
-from minilora.cli.load import Loaded, add_model_flags, load
-from minilora.cli.trained import adapters
+from minilora.cli.load import Loaded, adapters, add_model_flags, load
 from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError, FormatError, MiniloraError
 from minilora.models.template import Message

@@ -18,8 +18,7 @@ from typing import Any
 from minilora.cli.columns import cells, fit
 from minilora.cli.command import Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
-from minilora.cli.load import Found, add_model_flags, find, load, load_with_adapters
-from minilora.cli.trained import adapters, how_trained
+from minilora.cli.load import Found, adapters, add_model_flags, find, how_trained, load, load_with_adapters
 from minilora.errors import ConfigError
 from minilora.models.classifier import Classifier
 from minilora.runs.classes import encode_classes

@@ -32,14 +32,13 @@ from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.classifier import Classifier
 from minilora.models.quantization import QuantizeConfig
-from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.diagnose import free_memory_bytes, held_memory_bytes
+from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.evaluate import Progress, Scores, evaluate, evaluate_classes, measure_drift
 from minilora.runs.inputs import Data
 from minilora.runs.loop import TrainResult
+from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import Forecast, Plan, check_memory
 from minilora.runs.run import Outcome, Run, pick_device
-from minilora.runs.settings import RunConfig
 from minilora.storage import ASSETS, BUILTIN, read_json
 
 

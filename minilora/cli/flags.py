@@ -120,7 +120,7 @@ def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], sourc
     Raises:
         ConfigError: a key that is no flag; the nearest right one is named.
     """
-    known = names_of(parser) - {"config", "dry_run"}
+    known = names_of(parser) - {"config", "dry_run", "force", "plain"}
     for key in values:
         if key.replace("-", "_") not in known:
             raise ConfigError(f"{source}: key {key!r} is unknown{nearest(key, known)}")

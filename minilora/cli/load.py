@@ -14,7 +14,6 @@ from minilora.adapters.files import base_model_of, base_quantization, classes_of
 from minilora.adapters.find import base_held
 from minilora.cli.command import Options, say
 from minilora.cli.flags import add_fields
-from minilora.cli.trained import Training, adapters, how_trained
 from minilora.errors import ConfigError, FormatError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import is_four_bit
@@ -26,7 +25,7 @@ from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minilora.models.vocabulary import grow_vocabulary
 from minilora.nf4 import BLOCK_SIZE
 from minilora.runs.run import pick_device
-from minilora.storage import BUILTIN, read_json
+from minilora.storage import BUILTIN, read_json, read_text
 
 
 def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
@@ -227,3 +226,40 @@ def base_of(options: Options) -> str:
     if any(base != bases[0] for base in bases):
         raise ConfigError(f"the adapters name different base models, {bases}; give --model")
     return bases[0]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an adapter was trained, as far as the files beside it tell; it wants to be asked in the same way.
+
+    `template` is its chat template; with `is_plain` its rows were no conversations; `config` is that of `run.json`.
+    """
+
+    template: str | None
+    is_plain: bool
+    config: Mapping[str, Any]
+
+
+def how_trained(names: Sequence[str | Path]) -> Training:
+    """What lies beside adapters, or a model: directories, or adapters' names. The first that has a file tells.
+
+    Raises:
+        FormatError: there is no such adapter, or a file is not what its name says.
+    """
+    paths = [name if isinstance(name, Path) else fetch(name, "adapter") for name in names]
+
+    def first(name: str) -> Path | None:
+        return next((path / name for path in paths if (path / name).is_file()), None)
+
+    template, run = first("chat_template.jinja"), first("run.json")
+    values = read_json(run) if run else {}
+    config = values.get("config", {})
+    if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
+        raise FormatError(f"{run}: config: found {config!r:.60}, need an object, and text as its 'system'")
+    return Training(read_text(template) if template else None, values.get("prompts") == "plain", config)
+
+
+def adapters(options: Options) -> list[str]:
+    """--adapter, whether it may be given once or often."""
+    given = options["adapter"]
+    return given if isinstance(given, list) else [] if given is None else [given]

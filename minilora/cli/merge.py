@@ -19,22 +19,22 @@ from typing import get_args
 
 from torch import nn
 
-from minilora.adapters.combine import Cut
-from minilora.adapters.combine_config import CombineConfig
+from minilora.adapters.combine import CombineConfig, Cut
 from minilora.adapters.find import base_held
-from minilora.adapters.weighted_files import combine_directories
+from minilora.adapters.weighted import combine_directories
 from minilora.cli.command import Options
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import (
     Found,
+    adapters,
     add_model_flags,
     base_of,
     find,
+    how_trained,
     recorded_quantization,
     say_quantization,
     was_trained_on,
 )
-from minilora.cli.trained import adapters, how_trained
 from minilora.errors import ConfigError
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch

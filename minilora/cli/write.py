@@ -1,18 +1,86 @@
-"""Writing text with the flags of generate and chat: how tokens are chosen, and where a text ends."""
+"""Text as generate and chat write it: how tokens are chosen, where a text ends, and of the tokens that came so far
+the characters that no later token can change.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import final
 
 from minilora.adapters.serve import merged_if_faster
 from minilora.cli.flags import add_fields
+from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.generate import generate
-from minilora.models.text import TextStream
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import option
+
+UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
+LONGEST, KEPT = 64, 8  # tokens that are decoded anew for each one that comes, and how many of them give the context
+
+
+@final
+class TextStream:
+    """Tokens of one text in, text that is safe to show out.
+
+    What `add` and `finish` gave, put together, is the text of all tokens, special ones left out, up to where the first
+    of the stop strings begins: whatever the tokens are, and wherever they cut the text.
+
+    Attributes:
+        is_stopped: a stop string came, and there is no more text.
+
+    Raises:
+        ConfigError: a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        if not all(stops):
+            raise ConfigError("a stop string is empty")
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._bytes = {tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)}
+        self._tokens: list[int] = []  # the last ones
+        self._text = ""  # that of `_tokens` which was handed on
+        self._held = ""  # may be the beginning of a stop string
+        self.is_stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is settled by one more token."""
+        self._tokens.append(token)
+        # Byte tokens are decoded together, also with a special token between them, and one wrong one spoils them all.
+        if token in self._bytes or not self._tokenizer.decode([token]):
+            return ""
+        text = self._tokenizer.decode(self._tokens)
+        settled = text.rstrip(UNFINISHED)
+        new, self._text = settled[len(self._text) :], settled
+        if text == settled and len(self._tokens) > LONGEST:
+            self._forget()
+        return self._until_stop(new)
+
+    def finish(self) -> str:
+        """The rest of the text, as no more tokens come."""
+        return self._until_stop(self._tokenizer.decode(self._tokens)[len(self._text) :], is_last=True)
+
+    def _forget(self) -> None:
+        """Keep just enough tokens to decode those that follow as if all were there: the first ones may lose a space."""
+        tokens = self._tokens[-KEPT:]
+        if (text := self._tokenizer.decode(tokens)).rstrip(UNFINISHED):
+            self._tokens, self._text = tokens, text
+
+    def _until_stop(self, new: str, is_last: bool = False) -> str:
+        """Up to the first place where a stop string begins, or could begin if more text comes."""
+        if self.is_stopped:
+            return ""
+        text, self._held = self._held + new, ""
+        for begin in range(len(text)):
+            if text.startswith(self._stops, begin):
+                self.is_stopped = True
+                return text[:begin]
+            if not is_last and any(stop.startswith(text[begin:]) for stop in self._stops):
+                self._held = text[begin:]
+                return text[:begin]
+        return text
 
 
 @dataclass(frozen=True)

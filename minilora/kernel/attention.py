@@ -43,7 +43,7 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
     """Which of the three below is used, by device, dtype and size.
 
     On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of ten on 2 threads, freed
-    memory kept (`runs/allocator.py`):
+    memory kept (`runs/machine.py`):
 
                                    bfloat16            float32
                                    blocks   fused      blocks   fused

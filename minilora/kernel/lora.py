@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora import lora
-from minilora.definition import kernel
-from minilora.kernel.tiles import tile_rows, tiles
+from minilora.definition import kernel, no_autocast
+from minilora.kernel.tiles import tile_rows
 from minilora.nf4 import Layout, NF4Linear, Packed, unpack
 
 
@@ -25,8 +24,8 @@ def lora_linear(
     if _casts_x(x, lora_A):
         return lora.base_linear(x, base, bias).add_(_wide_update(x, lora_A, lora_B, scale))
     layout, parts = (base.layout, base.parts) if isinstance(base, NF4Linear) else (None, ())
-    y, _ = _LoraLinear.apply(_rows(x), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
-    return y.view(*x.shape[:-1], -1)
+    y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
+    return y.view(*x.shape[:-1], y.size(-1))
 
 
 @kernel(of=lora.lora_update)
@@ -34,13 +33,8 @@ def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tens
     """See `lora.lora_update`."""
     if _casts_x(x, lora_A):
         return _wide_update(x, lora_A, lora_B, scale).to(x.dtype)
-    y, _ = _LoraLinear.apply(_rows(x), None, None, lora_A, lora_B, scale, None)
-    return y.view(*x.shape[:-1], -1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) -> (N, D)."""
-    return x.reshape(-1, x.size(-1))
+    y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), None, None, lora_A, lora_B, scale, None)
+    return y.view(*x.shape[:-1], y.size(-1))
 
 
 def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
@@ -117,10 +111,9 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     same products, and where a row nearly vanishes, a small number is left of large terms.
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
-    kind = weight.device.type
-    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-    with torch.no_grad(), exact:  # autocast would take the product in 16 bits
-        lora_A, pairs = lora_A.to(wide), zip(tiles(weight), lora_B.to(wide).split(tile_rows(weight)), strict=True)
+    lora_A, size = lora_A.to(wide), tile_rows(weight)
+    with torch.no_grad(), no_autocast(weight.device.type):
+        pairs = zip(weight.split(size), lora_B.to(wide).split(size), strict=True)
         sums = (torch.addmm(w.to(wide), b, lora_A, alpha=scale) for w, b in pairs)
         norm = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in sums])
     return norm.clamp_(min=torch.finfo(torch.float32).tiny)

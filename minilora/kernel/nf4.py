@@ -122,8 +122,8 @@ def _tile(flat: Tensor, block_size: int) -> int:
 @kernel(of=nf4.nf4_linear)
 def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
     """See `nf4.nf4_linear`."""
-    rows = x.reshape(-1, layer.in_features)
-    return _NF4Linear.apply(rows, layer.weight, bias, layer.layout, *layer.parts).view(*x.shape[:-1], -1)
+    y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), layer.weight, bias, layer.layout, *layer.parts)
+    return y.view(*x.shape[:-1], layer.out_features)
 
 
 class _NF4Linear(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, check_types
-from minilora.llama import Llama, Trunk, end_to_end, padded
+from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.checkpoint import filled, load_model, read_config, skeleton
 from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         self.config, self.name_or_path = config, ""
         self.unit, self.labels = config.unit, config.labels
         self.task_type = next(task for task, unit in UNITS.items() if unit == config.unit)
-        self.model = Trunk(config)
+        self.model = Decoder(config)
         self.score = nn.Linear(config.hidden_size, len(self.labels), bias=self.unit == "token")
 
     def get_output_embeddings(self) -> nn.Module:
@@ -50,10 +50,10 @@ class Classifier(nn.Module):
         Raises:
             ShapeError: input_ids is not (B, T), or a length is not in 1..T.
         """
-        tokens, lengths = end_to_end(input_ids, lengths)
+        tokens, lengths = unpad(input_ids, lengths)
         hidden = self.model(tokens, lengths)  # (N, D)
         if self.unit == "token":
-            return padded(self.score(hidden), lengths, input_ids.size(1))
+            return pad(self.score(hidden), lengths, input_ids.size(1))
         return self.score(hidden[torch.tensor(lengths, device=hidden.device).cumsum(0) - 1])
 
 

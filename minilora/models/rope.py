@@ -84,23 +84,11 @@ class ScaledRope(Rope):
         )
 
     def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of `position · frequency`, for a span of positions of each document, up to its present end.
-
-        Shapes: spans sum N -> (N, R/2), (N, R/2)
-        Dtype: float32
-        """
-        positions = torch.cat([torch.arange(span.start, span.stop, dtype=torch.float32) for span in spans])
-        if self.kind in ("dynamic", "longrope"):
-            frequencies = torch.cat([self.frequencies(span.stop).expand(len(span), -1) for span in spans])
-        else:
-            frequencies = self.frequencies(0)
-        is_late = device.type == "cuda"  # then what is on its way is waited for by the device, and not by the host
-        positions, frequencies = (made.to(device, non_blocking=is_late) for made in (positions, frequencies))
-        angles = positions.unsqueeze(1) * frequencies
-        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        """Return cos and sin of position · frequency, (N, R/2) each in float32, times the amplitude."""
+        cos, sin = super().rotation(spans, device)
+        return cos * self.amplitude, sin * self.amplitude
 
     def frequencies(self, length: int) -> Tensor:
-        """The turn of each pair per position, (R/2,), in a document of `length`."""
         pairs = torch.arange(0, self.width, 2).float() / self.width
         if self.kind == "dynamic":
             return 1.0 / self._dynamic_theta(length) ** pairs

@@ -8,25 +8,87 @@
                                                      if one adapter is trained: the same, usable as it is
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state has to be kept. A
-directory appears whole or not at all.
+directory appears whole or not at all. A run goes on from one only if its `fingerprint` is the same.
+`Selection` says which weights are the result, the last or the best, and when to stop looking.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
+from minilora.data import Example
 from minilora.errors import FormatError, TrainingError
+from minilora.runs.config import TrainConfig
 from minilora.runs.optimizer import trained_parameters
 from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
 
+
+class Selection:
+    """The evaluations of a run so far.
+
+    Attributes:
+        best_step, best_loss: of the lowest loss; 0 and None before the first evaluation.
+        stale: evaluations since then.
+        tensors: what training had made of the model then (see `changing`); empty with `keep="last"`.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.best_step, self.stale = 0, 0
+        self.best_loss: float | None = None
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def has_ended(self) -> bool:
+        """Has the loss not fallen for `early_stopping` evaluations?"""
+        return self.config.early_stopping is not None and self.stale >= self.config.early_stopping
+
+    def note(self, model: nn.Module, step: int, loss: float) -> None:
+        """Take in an evaluation. A loss that is not finite is never the best."""
+        if loss < (float("inf") if self.best_loss is None else self.best_loss):
+            self.best_step, self.best_loss, self.stale = step, loss, 0
+            if self.config.keep == "best":
+                self.tensors = {name: tensor.detach().clone() for name, tensor in changing(model).items()}
+        else:
+            self.stale += 1
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the best weights into the model, if they are wanted."""
+        now = changing(model)
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                now[name].copy_(tensor)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of it, beside the tensors."""
+        return {"best_step": self.best_step, "best_loss": self.best_loss, "stale": self.stale}
+
+    def resume(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            FormatError: it lacks something.
+        """
+        self.best_step, self.best_loss, self.stale = state["best_step"], state["best_loss"], state["stale"]
+        self.tensors = tensors
+        if self.config.keep == "best" and self.best_step and not tensors:
+            raise FormatError(f"the checkpoint lacks best.safetensors, the weights of step {self.best_step}")
+
+
+LATER = (("sort_window", 1), ("compile", False))  # settings that earlier versions did not have, as they were
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE: dict[str, Any] = {  # of state.json, what each number may be
     "step": int,
@@ -184,3 +246,36 @@ def newest_step(folder: Path) -> int:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def bookkeeping(config: TrainConfig) -> set[str]:
+    """The settings that have no effect on the result: they may change between two starts of a run."""
+    names = {"save_steps", "save_total_limit", "logging_steps", "recompute"}
+    return names | (set() if config.selects else {"eval_steps"})
+
+
+def fingerprint(
+    dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, LoraConfig]
+) -> str:
+    """Settings, the adapters that are trained, and the rows. Of rows that are no `Example`, see `_plain`."""
+    idle, told = bookkeeping(config) - {"recompute"}, {**asdict(config), "recompute": "none"}
+    settings = {key: value for key, value in told.items() if key not in idle and (key, value) not in LATER}
+    digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_plain).encode())
+    for rows in (dataset, held_out):
+        for i in range(len(rows)):
+            digest.update(json.dumps(rows[i], default=_plain).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: of an array its numbers, of a record its fields, of anything else its type alone."""
+    if isinstance(value, Example):
+        return [value.tokens, value.labels, value.shift]  # and not where they came from
+    if isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(numbers.tobytes()).hexdigest()]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return type(value).__qualname__

@@ -10,17 +10,142 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import overload
 
-from minilora.data import Example, label_tokens
+from minilora.data import Example, Span, label_tokens
 from minilora.errors import ConfigError, DataError, check_types
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
-from minilora.runs.formats import Conversation, PromptCompletion, parse_row
+from minilora.runs.formats import Conversation, Fields, PromptCompletion, parse_row
 from minilora.runs.rows import Row, read_training_rows
-from minilora.runs.turns import render_conversation
 from minilora.storage import ASSETS, read_text
+
+OPEN, CLOSE = "\ufdd4", "\ufdd5"  # noncharacters that mark answers where the template has no marks
+
+
+def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[str, list[Span]]:
+    """Render a conversation; return the text, and the spans of it that are trained on.
+
+    Raises:
+        DataError: there is no chat template, it leaves a message out, or the answers cannot be found in the text.
+    """
+    if tokenizer.template is None:
+        raise DataError(
+            "a conversation needs a chat template, and the model has none: take an instruct model, give --prompt-style "
+            "alpaca, instruction or a .jinja file, or use rows of prompt and completion"
+        )
+    if train_on == "all":
+        text = tokenizer.template.render(conversation.messages, tools=conversation.tools)
+        learned = [(0, len(text))]
+    else:
+        text, learned = tokenizer.template.render_spans(conversation.messages, tools=conversation.tools)
+        learned = _merge_adjacent(learned) or _assistant_spans(text, conversation, tokenizer, train_on)
+        learned = learned if train_on == "assistant" else learned[-1:]
+    _check_complete(text, conversation, tokenizer, train_on)
+    return text, learned
+
+
+def _check_complete(text: str, conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> None:
+    """Check that questions and targets are in the text: some templates want content as text, some as parts."""
+    messages = conversation.messages
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    for i, message in enumerate(messages):
+        if message["role"] == "user" or (message["role"] == "assistant" and (train_on != "completion" or i == last)):
+            content = message.get("content") or ""
+            written = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            wanted = {written, message.get("instruction", written)}  # an Alpaca row has its question in both
+            if not any(each.rpartition("</think>")[2].strip() in text for each in wanted):  # thoughts may be left out
+                raise DataError(
+                    f"the chat template leaves out what message {i} says; it may want content as text, or as parts"
+                )
+            if message.get("tool_calls"):
+                without = [*messages[:i], {**message, "tool_calls": None}, *messages[i + 1 :]]
+                if tokenizer.render(without, tools=conversation.tools) == text:
+                    raise DataError(f"the chat template leaves out the tool calls of message {i}")
+
+
+def _merge_adjacent(spans: list[Span]) -> list[Span]:
+    """Merge adjacent spans: a template may mark an answer and its closing token apart."""
+    merged: list[Span] = []
+    for begin, end in spans:
+        if merged and merged[-1][1] == begin:
+            begin = merged.pop()[0]
+        merged.append((begin, end))
+    return merged
+
+
+def _assistant_spans(text: str, conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
+    """Return the spans of the assistant's turns, for templates that do not mark them.
+
+    A span begins after the generation prompt and ends with the turn. It is found by rendering the messages up to it,
+    which must give a prefix of the whole text; if it does not, by marks around the answers.
+    """
+    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    spans, found = [], None
+    for number, i in list(enumerate(turns)) if train_on == "assistant" else [(-1, turns[-1])]:
+        span = _message_span(text, conversation, i, tokenizer)
+        if span is None:
+            found = found or _find_answers(text, conversation, tokenizer)
+            if not found:
+                advice = "; --train-on completion learns the last answer only" if train_on == "assistant" else ""
+                raise DataError(
+                    f"the chat template renders message {i}, or those before it, differently once others follow, or "
+                    f"does not begin an answer as it asks for one, so its tokens cannot be found{advice}"
+                )
+            span = found[number]
+        spans.append(span)
+    return spans
+
+
+def _message_span(text: str, conversation: Conversation, i: int, tokenizer: Tokenizer) -> Span | None:
+    """Return the span of message i; None if the messages up to it are not rendered as a prefix of the text."""
+    messages, tools = conversation.messages, conversation.tools
+    try:
+        through = tokenizer.render(messages[: i + 1], tools=tools)
+        before = tokenizer.render(messages[: max(i, 1)], add_generation_prompt=True, tools=tools)
+    except DataError:  # some templates refuse a conversation that breaks off
+        return None
+    if not text.startswith(through):  # phi3's template closes the whole text, not the turn, with the end token
+        through = through.removesuffix(tokenizer.special_tokens.get("eos_token", ""))
+    if i == 0:  # no message comes before; the generation prompt is inside the turn
+        header = before.removeprefix(through)
+        before = through[: through.index(header) + len(header)] if header in through else before
+    return (len(before), len(through)) if text.startswith(through) and through.startswith(before) else None
+
+
+def _find_answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -> list[Span] | None:
+    """Return the span of every answer, with its closing token, by rendering marks around it; None if that fails.
+
+    Answers with more than content, such as tool calls, are not found like this: the marks would miss the rest.
+    """
+
+    def pieces(messages: Sequence[Fields]) -> list[str]:
+        return tokenizer.render(messages, tools=conversation.tools).replace(CLOSE, OPEN).split(OPEN)
+
+    messages, last = list(conversation.messages), 0
+    for i, message in enumerate(conversation.messages):
+        content = message.get("content")
+        if message["role"] == "assistant":
+            if not isinstance(content, str) or not content.strip() or _has_other_fields(message):
+                return None
+            last = i
+            for core in (content, content.strip()):  # many templates strip
+                messages[i] = {**message, "content": content.replace(core, f"{OPEN}{core}{CLOSE}", 1)}
+                if "".join(pieces(messages)) == text:
+                    break
+    found, closing = pieces(messages), pieces(messages[: last + 1])[-1]
+    answers = sum(message["role"] == "assistant" for message in messages)
+    is_whole = "".join(found) == text and len(found) == 2 * answers + 1
+    if not (is_whole and all(after.startswith(closing) for after in found[2::2])):
+        return None
+    ends = list(accumulate(map(len, found)))
+    return [(begin, end + len(closing)) for begin, end in zip(ends[0::2], ends[1::2], strict=False)]
+
+
+def _has_other_fields(answer: Fields) -> bool:
+    return any(value for key, value in answer.items() if key not in ("role", "content", "name", "weight"))
 
 
 @dataclass(frozen=True, repr=False)

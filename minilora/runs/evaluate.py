@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from minilora.adapter import disable_adapter
-from minilora.data import Example, collate
+from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import DataError
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
@@ -51,6 +51,16 @@ class Scores:
 
     def record(self) -> dict[str, Any]:
         return {"loss": self.loss, "accuracy": self.accuracy, **self.class_scores}
+
+
+def prompt_of(example: Example) -> list[int]:
+    """Return the tokens before the first learned one."""
+    return example.tokens[: next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)]
+
+
+def answer_of(example: Example) -> tuple[int, ...]:
+    """Return the learned tokens that follow the prompt, up to the first that is not learned."""
+    return tuple(takewhile(lambda label: label != IGNORE_INDEX, example.labels[len(prompt_of(example)) :]))
 
 
 def evaluate(
@@ -178,9 +188,9 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
 
     There is nothing to choose by where an example has no prompt.
     """
-    answers = sorted({example.answer for example in examples})
+    answers = sorted({answer_of(example) for example in examples})
     is_few = 1 < len(answers) <= min(MOST_CHOICES, len(examples) // 4)
-    return answers if is_few and all(example.prompt for example in examples) else None
+    return answers if is_few and all(prompt_of(example) for example in examples) else None
 
 
 def choice_accuracy(
@@ -196,8 +206,9 @@ def choice_accuracy(
     correct = 0
     with evaluating(model):
         for rows in eval_groups([len(example.tokens) * copies for example in examples]):
-            for row, scores in zip(rows, _scores(model, [examples[row].prompt for row in rows], answers), strict=True):
-                correct += choices[scores.index(max(scores))] == examples[row].answer
+            prompts = [prompt_of(examples[row]) for row in rows]
+            for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
+                correct += choices[scores.index(max(scores))] == answer_of(examples[row])
             if progress:
                 progress(rows[-1] + 1, len(examples))
     return correct / len(examples)
@@ -224,22 +235,22 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer)
     """The share of examples whose answer is what the model writes, greedily, white space at the ends aside."""
     correct = 0
     for example in examples:
-        if not example.prompt:
+        if not prompt_of(example):
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-        room = len(example.answer) + 1
-        written = generate(model, [example.prompt], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
-        correct += tokenizer.decode(written).strip() == tokenizer.decode(example.answer).strip()
+        room = len(answer_of(example)) + 1
+        written = generate(model, [prompt_of(example)], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
+        correct += tokenizer.decode(written).strip() == tokenizer.decode(answer_of(example)).strip()
     return correct / len(examples)
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
     """What the model writes, greedily, for the prompts of some examples."""
-    asked = [example for example in examples if example.prompt]
+    asked = [example for example in examples if prompt_of(example)]
     if not asked:
         return []
-    written = generate(model, [example.prompt for example in asked], SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
+    written = generate(model, [prompt_of(example) for example in asked], SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
     return [
-        {"prompt": tokenizer.decode(example.prompt), "text": tokenizer.decode(tokens)}
+        {"prompt": tokenizer.decode(prompt_of(example)), "text": tokenizer.decode(tokens)}
         for example, tokens in zip(asked, written, strict=True)
     ]
 

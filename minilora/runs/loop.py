@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.dropout import set_dropout_step
@@ -20,13 +21,19 @@ from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama, Recompute
 from minilora.models.classifier import Classifier
 from minilora.models.quantization import QuantizeConfig
-from minilora.runs.allocator import kept_memory, release_memory
 from minilora.runs.batch import Rows, plan_steps
-from minilora.runs.checkpoints import checkpoints, load_checkpoint, newest_step, save_checkpoint, trained_adapters
+from minilora.runs.checkpoints import (
+    Selection,
+    checkpoints,
+    fingerprint,
+    load_checkpoint,
+    newest_step,
+    save_checkpoint,
+    trained_adapters,
+)
 from minilora.runs.config import TrainConfig
-from minilora.runs.diagnose import first_bad_module, peak_memory_bytes
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.fingerprint import fingerprint
+from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
 from minilora.runs.memory import Plan, fit
 from minilora.runs.objective import GivenLoss, Objective, TokenLoss
 from minilora.runs.optimizer import (
@@ -34,7 +41,6 @@ from minilora.runs.optimizer import (
     rate_of_step,
     trained_parameters,
 )
-from minilora.runs.select import Selection
 from minilora.storage import read_json
 from minilora.training import Loss, total_norm, train_step
 
@@ -98,18 +104,17 @@ def train(
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()
-    objective = _objective(loss, config)
+    objective: Objective = TokenLoss(config) if loss is None else GivenLoss(loss, config)
     adapters = trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     objective.check(model, dataset, held_out)
-    if config.selects and not held_out:
+    if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
     if config.recompute == "auto":
         lora = next(iter(adapters.values()), None)
         way = _fitting_recompute(model, dataset, held_out, config, lora) if loss is None else "none"
-        config = replace(config, recompute=way)  # a given loss recomputes what it likes
-        objective = _objective(loss, config)
+        config = objective.config = replace(config, recompute=way)  # a given loss recomputes what it likes
     steps = plan_steps(objective.lengths(dataset), config)
     state: Record = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint_dir is not None:
@@ -123,10 +128,6 @@ def train(
         for parameter in trained_parameters(run.optimizer).values():
             parameter.grad = None
         set_dropout_step(model, None)
-
-
-def _objective(loss: Loss | None, config: TrainConfig) -> Objective:
-    return TokenLoss(config) if loss is None else GivenLoss(loss, config)
 
 
 def _fitting_recompute(
@@ -209,7 +210,7 @@ def _train(run: _Run, state: Record, on_step: OnStep, held_out: Sequence[Any], f
         pace = {"tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
         stopped = bool(on_step({**record, **pace}))
         step, is_last = state["step"], state["step"] == len(steps)
-        if held_out and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
+        if len(held_out) and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
             eval_loss = mean_loss(model, run.objective, held_out)
             selection.note(model, step, eval_loss)
             stopped |= bool(on_step({"step": step, "eval_loss": eval_loss, "best_step": selection.best_step}))
@@ -309,3 +310,28 @@ def _resumed(folder: Path, run: _Run, selection: Selection, fresh: Record) -> Re
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
+
+
+@torch.no_grad()
+def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
+    """Run `compute` once more and name the first module whose output is not finite; else the first such gradient."""
+    bad: list[str] = []
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                bad.append(path)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
+    try:
+        compute()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if bad:
+        return f"output of {bad[0]}"
+    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    return next((f"gradient of {name}" for name, grad in gradients if not grad.isfinite().all()), "the loss itself")

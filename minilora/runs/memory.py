@@ -21,7 +21,7 @@ from minilora.adapters.config import LoraConfig, select_parameters, select_saved
 from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
 from minilora.kernel.attention import TOGETHER, block_attention, block_size, fused_attention, kernel_for
-from minilora.kernel.loss import HEAD_LOGITS
+from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.tiles import TILE
 from minilora.llama import LlamaConfig, Recompute
 from minilora.models.checkpoint import resolve_dtype
@@ -29,8 +29,8 @@ from minilora.models.quantization import QuantizeConfig
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
-from minilora.runs.diagnose import free_memory_bytes
 from minilora.runs.evaluate import DRIFT_TOKENS
+from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
 
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
@@ -180,7 +180,7 @@ def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again
 def layer_terms(
     plan: Plan, shapes: Shapes, ranks: dict[str, int], layer: int, lengths: Sequence[int], learns: bool
 ) -> tuple[dict[str, int], bool]:
-    """Return the bytes that autograd keeps of a layer by name, the MLP's begin with "mlp"; does its output need grad?
+    """Return the bytes that autograd keeps of a layer by name, the MLP's "mlp …", and whether its output needs grad.
 
     `ranks` are those of `trained`; `learns` says whether the layer's input requires grad.
     """
@@ -268,13 +268,13 @@ def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[i
 
 def _weight_bytes(plan: Plan, shapes: Shapes) -> tuple[int, int]:
     """The parameters of the base, and the largest of those in four bits as it is when it is used."""
-    d, config = plan.dtype.itemsize, plan.config
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers")]
+    d, config, total = plan.dtype.itemsize, plan.config, 0
+    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    linears.remove(EMBEDDING)
     entry, quantization = config.source.get("quantization_config"), plan.quantization
     if entry:  # a checkpoint that is in four bits already
         quantization = QuantizeConfig("nf4", bool(entry.get("bnb_4bit_use_double_quant")))
-    packed = {f"{path}.weight" for path in quantization.chosen([name.removesuffix(".weight") for name in matrices])}
-    total = 0
+    packed = {f"{path}.weight" for path in quantization.chosen(linears) if path.startswith("model.layers")}
     for name, shape in shapes.items():
         n = math.prod(shape)
         if name in packed:

@@ -73,12 +73,6 @@ def _is_factor(name: str, factor: str) -> bool:
     return factor in name.split(".")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let the next step have this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-
-
 def rate_of_step(step: int, total: int, config: TrainConfig) -> float:
     """Compute the learning rate of step 0 ≤ step < total; see `training.learning_rate`."""
     warmup = int(config.warmup_steps)

@@ -27,6 +27,7 @@ from minilora.adapters.attach import attach
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.files import base_quantization, save_adapter
 from minilora.adapters.find import ParameterCount, base_held, count_parameters
+from minilora.definition import is_plain
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.checkpoint import read_config, resolve_dtype, save_model
@@ -36,19 +37,15 @@ from minilora.models.hub import locate
 from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import load_tokenizer
 from minilora.models.vocabulary import grow_vocabulary
-from minilora.runs.checkpoints import checkpoints, newest_step
-from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.diagnose import peak_memory_bytes
+from minilora.runs.checkpoints import bookkeeping, checkpoints, newest_step
+from minilora.runs.config import DataConfig, RunConfig, TrainConfig, default_settings, resolve
 from minilora.runs.evaluate import Drift, Scores, write_samples
-from minilora.runs.fingerprint import bookkeeping
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult, train
+from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, Plan, fit
-from minilora.runs.metrics import read_records
+from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
-from minilora.runs.report import TensorBoard
-from minilora.runs.settings import RunConfig, default_settings, resolve
-from minilora.runs.threads import choose_threads
 from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
 
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
@@ -56,7 +53,7 @@ PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2",
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished or stopped run has to tell."""
+    """The result of a finished run: its training, the scores before and after, and the drift."""
 
     result: TrainResult
     before: Scores
@@ -148,7 +145,8 @@ class Run:
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         record = read_json(self.out / "run.json")
         before, starts = record.get("config"), record.get("starts")
-        if not (isinstance(before, dict) and isinstance(starts, list) and starts and "data_sha256" in record):
+        first = starts[0] if isinstance(starts, list) and starts and isinstance(starts[0], dict) else {}
+        if not (isinstance(before, dict) and "time" in first and "data_sha256" in record):
             raise FormatError(f"{self.out / 'run.json'}: need config, starts and data_sha256; give another --out")
         now = json.loads(json.dumps(self.resolved))
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
@@ -157,8 +155,10 @@ class Run:
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
-        self.began = datetime.fromisoformat(starts[0]["time"])
-        self.threads, self.has_begun = starts[0].get("threads"), True
+        if first.get("plain", False) != is_plain():
+            raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
+        self.began = datetime.fromisoformat(first["time"])
+        self.threads, self.has_begun = first.get("threads"), True
         return newest_step(self.out / "checkpoints")
 
     def load_data(self) -> Data:
@@ -245,7 +245,7 @@ class Run:
         time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
         start = {"time": time.isoformat(), "step": step}
         start |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
-        start |= {"recompute": self.training.recompute, "threads": torch.get_num_threads()}
+        start |= {"recompute": self.training.recompute, "threads": torch.get_num_threads(), "plain": is_plain()}
         starts = [*earlier["starts"], start]
         prompts = "template" if data.train.conversations else "plain"  # how the adapter wants to be asked
         record = {"config": self.resolved, "versions": versions, "data_sha256": data.files, "prompts": prompts}
@@ -260,7 +260,7 @@ class Run:
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
 
     def choose_threads(self, model: Llama | Classifier, data: Data) -> int | None:
-        """Set the faster number of threads, see `minilora.runs.threads`; return it, or None if it was left alone.
+        """Set the faster number of threads, see `minilora.runs.machine`; return it, or None if it was left alone.
 
         A run that goes on keeps the number that it began with, because another one may round otherwise.
         """

@@ -14,8 +14,8 @@ from minilora.models.hub import HUB_ID, fetch
 from minilora.models.shards import tensor_files
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.checkpoints import checkpoints
+from minilora.runs.config import default_settings
 from minilora.runs.metrics import read_records
-from minilora.runs.settings import default_settings
 from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json
 from minilora.tools.inspect_adapter import adapter_facts, problems_of
 

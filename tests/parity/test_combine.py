@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.adapters.combine import Factors, combine
-from minilora.adapters.combine_config import CombineConfig
-from minilora.adapters.weighted_files import combine_directories
+from minilora.adapters.combine import CombineConfig, Factors, combine
+from minilora.adapters.weighted import combine_directories
 from minilora.lora import lora_delta
 from tests.models import randn
 from tests.tolerance import assert_parity, relative

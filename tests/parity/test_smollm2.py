@@ -78,10 +78,10 @@ def rows():
 
 def theirs_loss(model, batch):
     """The sum over labelled tokens, each row run by itself."""
-    total = 0.0
-    for tokens, targets in zip(batch.tokens.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
+    total, targets = 0.0, torch.full_like(batch.tokens, -100).index_put((batch.places,), batch.labels)
+    for tokens, wanted in zip(batch.tokens.split(batch.lengths), targets.split(batch.lengths), strict=True):
         logits = model(tokens[None]).logits[0]
-        total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     return total
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.decompose import loftq_factors, moved_factors
 from minilora.adapters.from_data import GAMMA, Target, data_factors, redistributed
-from minilora.adapters.initialize import embedding_factors, initial_factors
+from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
 from minilora.lora import lora_scale
 from tests.models import fill_, randn
 from tests.tolerance import assert_parity
