@@ -1,4 +1,7 @@
-"""What can go wrong, as one family of exceptions: each message names file, key, what was found and what is accepted."""
+"""Errors: one family of exceptions, whose messages name file, key, what was found and what is accepted.
+
+Options, fields of a data class that are flags of the command line, are declared and checked here, too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 
@@ -77,3 +81,9 @@ def in_words(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(map(in_words, typing.get_args(hint)))
     return "None" if hint is types.NoneType else re.sub(r"<class '|'>|\w+\.(?=\w)", "", str(hint))
+
+
+def option(default: Any, help: str, group: str | None = None) -> Any:
+    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
+    given: Any = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**given, metadata={"help": help} | ({"group": group} if group else {}))

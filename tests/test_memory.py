@@ -141,9 +141,9 @@ def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_o
     if lora is not None:
         ml.attach(model, lora)
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, size in ((tiles, "TILE", 2**14), (loss, "HEAD_LOGITS", 2**18)):
-            patch.setattr(module, name, size)
-            patch.setattr(memory, name, size)
+        patch.setattr(tiles, "TILE", 2**14)
+        for module in (loss, memory):
+            patch.setattr(module, "HEAD_LOGITS", 2**18)
         planned = plan(config, lora, lengths, labelled, quantize, dtype, recompute=recompute)
         taken = live_bytes(model, planned.training, lengths, labelled)
         found = forecast(planned)

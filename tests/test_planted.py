@@ -50,8 +50,8 @@ MISTAKES = {
     ),
     "law 1: the bias is scaled by the magnitude, too": Mistake(
         "lora.py",
-        "None if has_dora else bias, first",
-        "bias, first",
+        "None if has_dora else bias, adapters[0]",
+        "bias, adapters[0]",
         "test_layers.py::test_forward_is_the_merged_weight_applied[linear-kernels]",
     ),
     "law 1: a norm is that of W + B A": Mistake(
@@ -86,14 +86,14 @@ MISTAKES = {
     ),
     "law 1: a norm has a gradient": Mistake(
         "kernel/lora.py",
-        "with torch.no_grad(), exact:",
-        "with torch.enable_grad(), exact:",
+        "with torch.no_grad(), no_autocast",
+        "with torch.enable_grad(), no_autocast",
         "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed[kernels]",
     ),
     "law 1: a norm has a gradient, by definition": Mistake(
         "lora.py",
-        "with torch.no_grad():",
-        "with torch.enable_grad():",
+        "with torch.no_grad(), no_autocast",
+        "with torch.enable_grad(), no_autocast",
         "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed[plain]",
     ),
     "law 1: a ratio is rounded before it scales": Mistake(
@@ -140,8 +140,8 @@ MISTAKES = {
     ),
     "law 3: the base is rounded on its way back": Mistake(
         "adapter.py",
-        "((layer, layer.base) for layer in reversed(known",
-        "((layer, layer.base.float().double()) for layer in reversed(known",
+        "((layer, layer.base) for layer in layers)",
+        "((layer, layer.base.float().double()) for layer in layers)",
         "test_attach.py::test_attach_then_detach_leaves_every_bit",
     ),
     "law 3: the base is trained too": Mistake(
@@ -242,7 +242,7 @@ MISTAKES = {
     ),
     "law 7: absmaxes are rounded as on CUDA": Mistake(
         "nf4.py",
-        "x = place.float() * (2 / 65535) - 1",
+        "x = index.float() * (2 / 65535) - 1",
         "x = x.nan_to_num(-1)",
         "test_quant_files.py::test_absmaxes_are_rounded_as_bitsandbytes_does_on_the_cpu",
     ),

@@ -33,7 +33,7 @@ IMPORTS = [  # of each kind some: Python, and how what it prints begins
     ],
     [
         (NAME.format(name), f"<class 'minilora.{name}'>")
-        for name in ("llama.Llama", "errors.ConfigError", "adapters.layers.AdapterConv")
+        for name in ("llama.Llama", "errors.ConfigError", "storage.TensorFile")
     ],
     [
         (AGAIN.format(again), "<function train")

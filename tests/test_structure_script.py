@@ -61,4 +61,5 @@ def test_the_figures_of_this_package_are_those_of_a_step_and_a_run(monkeypatch):
     assert closure(["errors"], modules) == {"errors"}
     shown = dict(figures(modules))
     assert int(shown["a step of training"].split()[0]) > 10
+    assert int(shown["the same without kernels"].split()[-2]) <= 8  # files
     assert f"{len(modules)} modules" in shown["the package"]

@@ -17,14 +17,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from minilora.adapters.config import HEADS, LoraConfig, Task
-from minilora.errors import ConfigError, ShapeError, TrainingError, check_types
+from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, option
 from minilora.lora import lora_delta
 
 CombinationType = Literal[
@@ -72,23 +72,18 @@ class CombineConfig:
             message.
     """
 
-    combination_type: CombinationType = field(
-        default="cat",
-        metadata={
-            "help": "cat is the exact sum, svd the sum cut to a rank; ties, dare_… and magnitude_prune drop parts"
-        },
+    combination_type: CombinationType = option(
+        "cat", "cat is the exact sum, svd the sum cut to a rank; ties, dare_… and magnitude_prune drop parts"
     )
-    svd_rank: int | None = field(
-        default=None, metadata={"help": "rank to cut to, for types in svd (unset: the largest of the adapters')"}
+    svd_rank: int | None = option(None, "rank to cut to, for types in svd (unset: the largest of the adapters')")
+    svd_energy: float | None = option(
+        None, "or: cut each module to the least rank that keeps this share of its squares"
     )
-    svd_energy: float | None = field(
-        default=None, metadata={"help": "or: cut each module to the least rank that keeps this share of its squares"}
+    density: float | None = option(None, "share of the numbers to keep, for types that drop")
+    majority_sign_method: Literal["total", "frequency"] = option(
+        "total", "signs of ties: by the sum of the numbers, or by how many there are"
     )
-    density: float | None = field(default=None, metadata={"help": "share of the numbers to keep, for types that drop"})
-    majority_sign_method: Literal["total", "frequency"] = field(
-        default="total", metadata={"help": "signs of ties: by the sum of the numbers, or by how many there are"}
-    )
-    seed: int = field(default=0, metadata={"help": "of what dare drops"})
+    seed: int = option(0, "of what dare drops")
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))

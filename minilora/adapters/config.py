@@ -11,10 +11,10 @@ import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError, check_types
+from minilora.errors import ConfigError, TargetError, check_types, option
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -39,45 +39,34 @@ class LoraConfig:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
-    r: int = field(default=16, metadata={"help": "rank of the update", "example": "8"})
-    lora_alpha: float = field(default=32, metadata={"help": "scale of the update: it is multiplied by alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "share of a layer's inputs that the adapter misses"})
-    target_modules: str | tuple[str, ...] = field(
-        default="all-linear",
-        metadata={"help": "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regex"},
+    r: int = option(16, "rank of the update")
+    lora_alpha: float = option(32, "scale of the update: it is multiplied by alpha / r")
+    lora_dropout: float = option(0.0, "share of a layer's inputs that the adapter misses")
+    target_modules: str | tuple[str, ...] = option(
+        "all-linear", "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regex"
     )
-    exclude_modules: str | tuple[str, ...] = field(
-        default=(), metadata={"help": "modules to leave out: names or a regex"}
+    exclude_modules: str | tuple[str, ...] = option((), "modules to leave out: names or a regex")
+    layers_to_transform: tuple[int, ...] | None = option(None, "numbers of the layers to adapt")
+    layers_pattern: tuple[str, ...] = option((), "name of the list of layers, if unusual")
+    rank_pattern: Mapping[str, int] = option(dict, "JSON: r for single modules")
+    alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
+    use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
+    use_dora: bool = option(False, "learn the length of each row of the weight apart (DoRA)")
+    init_lora_weights: bool | str = option(
+        True,
+        "start values: true, gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq from the "
+        "weights; eva, corda or lora_ga from the data",
     )
-    layers_to_transform: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "numbers of the layers to adapt"}
+    bias: Bias = option("none", "train biases, too: all, or those of the adapted modules")
+    lora_bias: bool = option(False, "give B a bias")
+    modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(
+        None, "tokens whose embeddings are trained: ids, or JSON of module names and ids"
     )
-    layers_pattern: tuple[str, ...] = field(default=(), metadata={"help": "name of the list of layers, if unusual"})
-    rank_pattern: Mapping[str, int] = field(default_factory=dict, metadata={"help": "JSON: r for single modules"})
-    alpha_pattern: Mapping[str, float] = field(
-        default_factory=dict, metadata={"help": "JSON: alpha for single modules"}
+    target_parameters: tuple[str, ...] = option(
+        (), "parameters to adapt that are not a module's weight, as of fused experts"
     )
-    use_rslora: bool = field(default=False, metadata={"help": "multiply by alpha / sqrt(r) instead of alpha / r"})
-    use_dora: bool = field(default=False, metadata={"help": "learn the length of each row of the weight apart (DoRA)"})
-    init_lora_weights: bool | str = field(
-        default=True,
-        metadata={
-            "help": "start values: true, gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq from the "
-            "weights; eva, corda or lora_ga from the data"
-        },
-    )
-    bias: Bias = field(default="none", metadata={"help": "train biases, too: all, or those of the adapted modules"})
-    lora_bias: bool = field(default=False, metadata={"help": "give B a bias"})
-    modules_to_save: tuple[str, ...] = field(
-        default=(), metadata={"help": "modules to train in full and to save with the adapter"}
-    )
-    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = field(
-        default=None, metadata={"help": "tokens whose embeddings are trained: ids, or JSON of module names and ids"}
-    )
-    target_parameters: tuple[str, ...] = field(
-        default=(), metadata={"help": "parameters to adapt that are not a module's weight, as of fused experts"}
-    )
-    task_type: Task | None = field(default=None, metadata={"help": TASK_HELP})
+    task_type: Task | None = option(None, TASK_HELP)
 
     def __post_init__(self) -> None:
         for name in NAMES:

@@ -78,16 +78,16 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: Options) -> int:
     run = _configured(options)
     step = 0 if options["dry_run"] else run.prepare()
-    asked, device = run.training.recompute, pick_device(run.config.device)
+    device = pick_device(run.config.device)
     data = run.load_data()
     plan, memory = run.fit(data, device)
     if options["dry_run"]:
-        return _preview(run, data, plan, memory, asked, options["force"])
+        return _preview(run, data, plan, memory, options["force"])
     if not options["force"]:
         check_memory(plan, memory)
     model = run.load_model(data, device)
     count = run.attach(model, data)
-    _announce(run, model, data, count, step, asked, options["config"])
+    _announce(run, model, data, count, step, options["config"])
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
@@ -123,7 +123,7 @@ def _configured(options: Options) -> Run:
     return Run(from_flags(RunConfig, options), quantization, adapter, reading, from_flags(TrainConfig, options))
 
 
-def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, asked: str, is_forced: bool) -> int:
+def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, is_forced: bool) -> int:
     """Show what the run would learn, with a model that has no numbers, and how much memory it would take."""
     model = run.load_model(data, "meta")
     count = run.attach(model, data)
@@ -131,14 +131,14 @@ def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, asked: str, is_
     _tell(model, data, run.reading)
     print(preview(data, run.training, count))
     print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
-    _tell_recompute(asked, run.training)
+    _say_recompute(run)
     if not is_forced:
         check_memory(plan, memory)
     return 0
 
 
 def _announce(
-    run: Run, model: Llama | Classifier, data: Data, count: ParameterCount, step: int, asked: str, config: Path | None
+    run: Run, model: Llama | Classifier, data: Data, count: ParameterCount, step: int, config: Path | None
 ) -> None:
     """Record the start, and say what the run begins with."""
     say_quantization(base_held(model), ())
@@ -148,7 +148,7 @@ def _announce(
     run.start(model, data, step)
     _say_size(model, data, count)
     _tell(model, data, run.reading)
-    _tell_recompute(asked, run.training)
+    _say_recompute(run)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
     if step:
@@ -157,9 +157,9 @@ def _announce(
         say("starting anew: the run was stopped before its first checkpoint")
 
 
-def _tell_recompute(asked: str, chosen: TrainConfig) -> None:
-    if asked == "auto":
-        say(f"--recompute {chosen.recompute}: the fastest way for which there is memory")
+def _say_recompute(run: Run) -> None:
+    if run.resolved["recompute"] == "auto":
+        say(f"--recompute {run.training.recompute}: the fastest way for which there is memory")
 
 
 def _measured(model: Llama | Classifier, data: Data, progress: Progress) -> Scores:

@@ -224,5 +224,5 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:
     """`q_proj,v_proj` is a list of names; `all-linear` and anything with other characters is one string."""
-    is_list = text != "all-linear" and all(character.isalnum() or character in "_., " for character in text)
+    is_list = all(character.isalnum() or character in "_., " for character in text)
     return _list(text, str) if is_list else text

@@ -24,9 +24,9 @@ from minilora.cli.command import INTERRUPTED, Options, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import Loaded, add_model_flags, load
 from minilora.cli.write import Writing, add_writing_flags, write
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, option
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import DataConfig, option
+from minilora.runs.config import DataConfig
 from minilora.runs.data import use_prompt_style
 from minilora.runs.formats import Fields, PromptCompletion, parse_prompt
 from minilora.runs.rows import Row, read_eval_rows

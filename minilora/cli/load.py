@@ -189,18 +189,14 @@ def say_quantization(here: Mapping[str, Any], paths: Sequence[Path]) -> None:
     if here["quantize"] != "none":
         say(f"the base model is {_in_words(here)}")
     for path in paths:
-        there = base_quantization(path) or {}
-        if not _fits(there, here):
-            say(f"{path}: was trained on a base that is {_in_words(there)}; this one is {_in_words(here)}")
+        if not was_trained_on(here, path):
+            there = _in_words(base_quantization(path) or {})
+            say(f"{path}: was trained on a base that is {there}; this one is {_in_words(here)}")
 
 
 def was_trained_on(here: Mapping[str, Any], path: Path) -> bool:
     """Was the base of an adapter held as is said `here`, as far as the adapter tells?"""
-    return _fits(base_quantization(path) or {}, here)
-
-
-def _fits(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    return all(here.get(key) == value for key, value in there.items())
+    return all(here.get(key) == value for key, value in (base_quantization(path) or {}).items())
 
 
 def _in_words(held: Mapping[str, Any]) -> str:

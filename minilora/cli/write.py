@@ -11,11 +11,10 @@ from typing import final
 
 from minilora.adapters.serve import merged_if_faster
 from minilora.cli.flags import add_fields
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, option
 from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import option
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
 LONGEST, KEPT = 64, 8  # tokens that are decoded anew for each one that comes, and how many of them give the context

@@ -10,14 +10,6 @@ from torch import Tensor
 TILE = 2**17  # numbers that a thread of the CPU works on at a time: half a MB in float32
 
 
-def tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of some rows each, `tile_rows` of them.
-
-    Shapes: x (N, ...)
-    """
-    return x.split(tile_rows(x))
-
-
 def tile_rows(x: Tensor) -> int:
     """How many rows to work on at a time.
 
@@ -25,5 +17,9 @@ def tile_rows(x: Tensor) -> int:
     """
     if torch.compiler.is_compiling():
         return max(1, x.size(0))
-    threads = torch.get_num_threads() if x.device.type == "cpu" else 128
-    return max(1, threads * TILE // max(1, math.prod(x.shape[1:])))
+    return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
+
+
+def tile_size(device: torch.device) -> int:
+    """How many numbers to work on at a time."""
+    return TILE * (torch.get_num_threads() if device.type == "cpu" else 128)

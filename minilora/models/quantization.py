@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from minilora.errors import ConfigError, check_types
+from minilora.errors import ConfigError, check_types, option
 
 Quantize = Literal["none", "nf4"]
 Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
@@ -20,15 +20,10 @@ class QuantizeConfig:
         ConfigError: a value that is not supported.
     """
 
-    quantize: Quantize = field(
-        default="none",
-        metadata={"help": "hold the base model's linears in four bits a weight, all but the head"},
-    )
-    double_quant: bool = field(
-        default=True, metadata={"help": "quantize the scales, too: 4.127 bits a weight instead of 4.5"}
-    )
-    quantize_skip: tuple[str, ...] = field(
-        default=(), metadata={"help": "modules that stay dense: paths or parts of them, such as down_proj or layers.0"}
+    quantize: Quantize = option("none", "hold the base model's linears in four bits a weight, all but the head")
+    double_quant: bool = option(True, "quantize the scales, too: 4.127 bits a weight instead of 4.5")
+    quantize_skip: tuple[str, ...] = option(
+        (), "modules that stay dense: paths or parts of them, such as down_proj or layers.0"
     )
 
     def __post_init__(self) -> None:

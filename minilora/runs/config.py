@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.errors import ConfigError, check_types
+from minilora.errors import ConfigError, check_types, option
 from minilora.models.quantization import QuantizeConfig
 from minilora.storage import BUILTIN
 
@@ -25,11 +25,6 @@ COUNTS = (
     *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
     *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
 )
-
-
-def option(default: Any, help: str, group: str | None = None) -> Any:
-    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
-    return field(default=default, metadata={"help": help} | ({"group": group} if group else {}))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
 from minilora.kernel.attention import TOGETHER, block_attention, block_size, fused_attention, kernel_for
 from minilora.kernel.llama import HEAD_LOGITS
-from minilora.kernel.tiles import TILE
+from minilora.kernel.tiles import tile_size
 from minilora.llama import LlamaConfig, Recompute
 from minilora.models.checkpoint import resolve_dtype
 from minilora.models.quantization import QuantizeConfig
@@ -146,7 +146,7 @@ def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
     """The most that the loss takes: labelled rows and their gradient, the logits of a chunk of rows and theirs."""
     d, D, V = plan.dtype.itemsize, plan.config.hidden_size, plan.classes or plan.config.vocab_size
     rows = min(labelled, max(1, HEAD_LOGITS // V))
-    tile = TILE * (torch.get_num_threads() if plan.device.type == "cpu" else 128)
+    tile = tile_size(plan.device)
     copies = 1 if d == WIDE else 2  # of logits in float32: 16 bits are cast before the softmax
     probabilities = WIDE * min(copies * rows * V, (copies + 1) * tile)
     total = is_trained * WIDE * V * D  # the gradient of the head's own weight, of all chunks and of one

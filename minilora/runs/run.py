@@ -32,7 +32,7 @@ from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.checkpoint import read_config, resolve_dtype, save_model
 from minilora.models.classifier import Classifier, load_for
-from minilora.models.config import UNITS, LlamaConfig
+from minilora.models.config import UNITS
 from minilora.models.hub import locate
 from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import load_tokenizer
@@ -83,6 +83,7 @@ class Run:
         self.has_begun = False  # True where the directory holds an earlier start
         self.threads: int | None = None  # the number that the earlier start computed with
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
+        self.base_config = read_config(locate(run.model, "model").path)
         self.resolved = resolve(run, quantization, lora, reading, training)
         self.unit = UNITS.get(lora.task_type)
         self._check_task()
@@ -100,7 +101,7 @@ class Run:
         Raises:
             ConfigError: it is another task, or the model is made for another; or general text for a classifier.
         """
-        task, held = self.lora.task_type, self.base_config().unit
+        task, held = self.lora.task_type, self.base_config.unit
         if task not in (None, "CAUSAL_LM", *UNITS):
             raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
         if held not in (None, self.unit):
@@ -120,7 +121,7 @@ class Run:
         idle += ["loraplus_lr_ratio"] if self.training.loraplus_lr_ratio is not None else []
         flags = sorted(f"--{RENAMED.get(name, name).replace('_', '-')}" for name in idle)
         bad = [f"{', '.join(flags)}: without effect, since there is no adapter"] if flags else []
-        if self.quantization.quantize != "none" or self.base_config().source.get("quantization_config"):
+        if self.quantization.quantize != "none" or self.base_config.source.get("quantization_config"):
             bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
         if self.config.dtype == "bfloat16":
             bad.append(
@@ -164,7 +165,7 @@ class Run:
     def load_data(self) -> Data:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
         tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        labels = self.base_config().labels
+        labels = self.base_config.labels
         data = load_data(self.config.data, tokenizer, self.reading, self.training, self.unit, labels)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
@@ -186,7 +187,7 @@ class Run:
 
     def fit(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
         """Forecast the run's memory on a device, and choose how it recomputes if that was left open."""
-        config = self.base_config()
+        config = self.base_config
         splits = (data.valid, data.test, data.general)
         plan = Plan(
             replace(config, vocab_size=max(config.vocab_size, *(token + 1 for token in self._new_tokens(data)), 0)),
@@ -220,10 +221,6 @@ class Run:
     @property
     def dtype(self) -> str:
         return "float32" if self.is_full else self.config.dtype
-
-    def base_config(self) -> LlamaConfig:
-        """The config.json of the base model."""
-        return read_config(locate(self.config.model, "model").path)
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
         """Record this start in run.json, and drop the metrics of steps that will be done again.
