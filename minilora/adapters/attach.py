@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapter import (
-    activate,
-    adapter_layers,
-    base_modules,
-    known_layers,
-    replace_modules,
-)
+from minilora.adapter import activate, adapter_layers, base_modules, known_layers, replace_modules
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
 from minilora.adapters.find import embedding_path, has_hooks, head_path

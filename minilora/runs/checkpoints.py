@@ -67,10 +67,7 @@ class Selection:
 
     def restore(self, model: nn.Module) -> None:
         """Put the best weights into the model, if they are wanted."""
-        now = changing(model)
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                now[name].copy_(tensor)
+        _put(model, self.tensors)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it, beside the tensors."""
@@ -109,6 +106,14 @@ def changing(model: nn.Module) -> dict[str, Tensor]:
     lasting = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+
+
+@torch.no_grad()
+def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors, by their names in `changing`, into the model."""
+    now = changing(model)
+    for name, tensor in tensors.items():
+        now[name].copy_(tensor)
 
 
 def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
@@ -167,9 +172,7 @@ def load_checkpoint(
     kept = {name: tensor.clone() for name, tensor in _tensors(best, now).items()} if best.is_file() else {}
     file = TensorFile(directory / "optimizer.safetensors")
     _restore(file, optimizer)
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            now[name].copy_(tensor)
+    _put(model, trained)
     return _read_state(directory / "state.json"), kept
 
 
@@ -257,9 +260,9 @@ def bookkeeping(config: TrainConfig) -> set[str]:
 def fingerprint(
     dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, LoraConfig]
 ) -> str:
-    """Settings, the adapters that are trained, and the rows. Of rows that are no `Example`, see `_plain`."""
-    idle, told = bookkeeping(config) - {"recompute"}, {**asdict(config), "recompute": "none"}
-    settings = {key: value for key, value in told.items() if key not in idle and (key, value) not in LATER}
+    """Return a hash of the settings, the adapters that are trained, and the rows; see `_plain` for rows of others."""
+    idle, values = bookkeeping(config) - {"recompute"}, {**asdict(config), "recompute": "none"}
+    settings = {key: value for key, value in values.items() if key not in idle and (key, value) not in LATER}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_plain).encode())
     for rows in (dataset, held_out):
         for i in range(len(rows)):

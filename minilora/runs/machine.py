@@ -30,8 +30,10 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.objective import TokenLoss
 
 LINUX = Path("/")  # where /proc and /sys are
-STAT = {"v2": ("memory.max", "memory.current", "inactive_file")}
-STAT["v1"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+STAT = {
+    "v2": ("memory.max", "memory.current", "inactive_file"),
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -240,13 +240,22 @@ class Run:
         versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
         weight = model.model.embed_tokens.weight
         time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
-        start = {"time": time.isoformat(), "step": step}
-        start |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
-        start |= {"recompute": self.training.recompute, "threads": torch.get_num_threads(), "plain": is_plain()}
-        starts = [*earlier["starts"], start]
-        prompts = "template" if data.train.conversations else "plain"  # how the adapter wants to be asked
-        record = {"config": self.resolved, "versions": versions, "data_sha256": data.files, "prompts": prompts}
-        record["starts"] = starts
+        start = {
+            "time": time.isoformat(),
+            "step": step,
+            "device": str(weight.device),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "recompute": self.training.recompute,
+            "threads": torch.get_num_threads(),
+            "plain": is_plain(),
+        }
+        record = {
+            "config": self.resolved,
+            "versions": versions,
+            "data_sha256": data.files,
+            "prompts": "template" if data.train.conversations else "plain",  # how the adapter wants to be asked
+            "starts": [*earlier["starts"], start],
+        }
         write_json(path, record)
         if self.config.report == "tensorboard":
             self.board = TensorBoard(self.out / "tensorboard", step)
