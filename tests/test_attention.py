@@ -129,6 +129,7 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
     [
         (torch.bfloat16, [2048], None, block_attention),
         (torch.float32, [512, 2048], None, block_attention),
+        (torch.float32, [20, 511], None, fused_attention),
         (torch.float32, [20, 4096], None, fused_attention),
         (torch.float32, [20, 4096], 512, block_attention),
         (torch.float32, [20, 4096], 8192, fused_attention),

@@ -32,6 +32,14 @@ DEFINITIONS = definition.WITH_KERNEL
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _blocks_of_short_documents():
+    """Documents are short here, and it is the blocks that are compared; `test_attention` compares each way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SHORT", 0)
+        yield
+
+
 class Call:
     """A drawn call of a definition.
 

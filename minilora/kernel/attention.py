@@ -23,6 +23,7 @@ from minilora import llama
 from minilora.definition import kernel
 
 TOGETHER = 16  # matrices in a product, at most, of documents of one length: with three, one of two threads would wait
+SHORT, LONG = 512, 2048  # tokens of documents between which blocks are faster in float32 on a CPU
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]
 
 
@@ -54,6 +55,11 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
         2 documents of 2,048       177      283        305      349
         1 document of 4,096        332      525        724      619
 
+    and on another processor, the median of seven:
+
+        8 documents of 60..300     16       24         20       16
+        8 documents of 40..70       8        8          7        4
+
     A window makes the fused kernel compute all scores under a dense mask, which the backward pass needs again; blocks
     leave them out. In 16 bits a GPU has a kernel for documents that are laid end to end; that it is chosen there, and
     the fused one elsewhere, rests on their design: nothing was measured.
@@ -61,7 +67,8 @@ def kernel_for(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Ker
     longest = max(key_lengths)
     is_windowed = window is not None and window < longest
     if q.device.type == "cpu":
-        return block_attention if q.dtype == torch.bfloat16 or longest <= 2048 or is_windowed else fused_attention
+        is_middle = SHORT <= longest <= LONG
+        return block_attention if q.dtype == torch.bfloat16 or is_middle or is_windowed else fused_attention
     has_varlen = q.device.type == "cuda" and torch.__version__ >= "2.13"  # since then with windows and grouped heads
     is_able = has_varlen and torch.cuda.get_device_capability(q.device) >= (8, 0)
     if is_able and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256:
