@@ -13,8 +13,8 @@ from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of
 from minilora.llama import Llama
 from minilora.models.checkpoint import init_weights
 from minilora.models.config import LlamaConfig
-from minilora.runs.batch import plan_steps
 from minilora.runs.memory import Plan, forecast
+from minilora.runs.seeded import plan_steps
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:

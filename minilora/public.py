@@ -2,14 +2,12 @@
 
 import minilora.kernel  # noqa: F401
 from minilora.adapter import detach, disable_adapter, set_adapter
-from minilora.adapters.attach import attach, delete_adapter, merge, merged
+from minilora.adapters.attach import attach, delete_adapter, find_target_modules, merge, merged
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.dropout import set_dropout_step
 from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.find import count_parameters
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
-from minilora.adapters.targets import find_target_modules
 from minilora.adapters.weighted import combine_adapters
 from minilora.data import Example
 from minilora.definition import kernels, plain
@@ -22,16 +20,16 @@ from minilora.errors import (
     TargetError,
     TrainingError,
 )
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, save_model
-from minilora.models.classifier import load_classifier
+from minilora.models.classifier import grow_vocabulary, load_classifier
 from minilora.models.generate import generate
-from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.models.vocabulary import grow_vocabulary
 from minilora.runs.classes import load_classes
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset, load_dataset
 from minilora.runs.loop import TrainResult, train
+from minilora.runs.seeded import set_dropout_step
 
 __all__ = [
     "CombineConfig",

@@ -26,7 +26,12 @@ sys.path.insert(0, str(ROOT))
 from tests.planting import Copy  # noqa: E402  # the checkout is no installed package
 
 CORE = ("lora", "nf4", "llama", "adapter", "data", "training")
-CORE += ("kernel/lora", "kernel/nf4", "kernel/attention", "kernel/llama", "kernel/tiles")
+CORE += (
+    "kernel/lora",
+    "kernel/nf4",
+    "kernel/attention",
+    "kernel/llama",
+)
 TESTS = ("kernels", "lora", "nf4", "attention", "loss", "layers", "llama", "cache", "attach", "six_pages", "loop")
 TESTS += ("batch", "data", "files", "tokens", "parameters", "serve", "golden")
 SWAPS = ((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq))

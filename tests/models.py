@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minilora.adapter import adapter_layers
-from minilora.adapters.dropout import set_dropout_step
 from minilora.adapters.find import linear_layers
-from minilora.kernel import tiles
+from minilora.kernel import lora as tiles
 from minilora.llama import Llama
 from minilora.models.config import LlamaConfig
 from minilora.nf4 import NF4Linear
+from minilora.runs.seeded import set_dropout_step
 
 SIZES = {
     "vocab_size": 61,
@@ -210,7 +210,7 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
 
 
 def small_tiles(patch: Any, numbers: int) -> None:
-    """Make `minilora.kernel.tiles` take so few at a time, on any number of threads."""
+    """Make `minilora.kernel.lora` take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from benchmarks import work
 from minilora.data import IGNORE_INDEX, collate
-from minilora.runs.batch import groups, plan_steps
+from minilora.runs.seeded import groups, plan_steps
 from tests.models import seeds
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)

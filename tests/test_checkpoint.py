@@ -16,12 +16,10 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
-from minilora import ConfigError, FormatError, LoraConfig
+from minilora import ConfigError, FormatError, LoraConfig, storage
 from minilora.models import checkpoint
-from minilora.models import shards as shards_module
 from minilora.models.checkpoint import DTYPES, resolve_dtype
-from minilora.models.shards import INDEX, SHARD_BYTES
-from minilora.storage import read_json, write_json
+from minilora.storage import INDEX, SHARD_BYTES, read_json, write_json
 from tests.files import SHARD, change, same_state, write_base
 from tests.models import FAMILIES, SIZES, families, layouts, long, randomize_adapters_, tiny_model, token_ids
 from tests.runs import everything
@@ -126,9 +124,9 @@ def test_what_is_on_another_device_waits_for_its_file_on_the_cpu(monkeypatch, tm
         written.append({name: tensor.device.type for name, tensor in tensors.items()})
         path.touch()
 
-    monkeypatch.setattr(shards_module, "write_tensors", write)
+    monkeypatch.setattr(storage, "write_tensors", write)
     with FakeTensorMode():
-        shards_module.write_shards(tmp_path, groups(), 32)
+        storage.write_shards(tmp_path, groups(), 32)
     assert written == [{"a": "cpu", "b": "cpu"}, {"c": "cpu", "d": "cpu"}, {"e": "cpu"}]
 
 

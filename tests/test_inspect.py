@@ -16,8 +16,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import inspect
 from minilora.cli.inspect import WIDTH, fold
-from minilora.models.shards import INDEX
-from minilora.storage import read_json, write_json
+from minilora.storage import INDEX, read_json, write_json
 from minilora.tools.inspect import inspect_path, model_facts, run_facts
 from tests.files import saved, write_base
 from tests.models import examples, families

@@ -6,8 +6,8 @@ from hypothesis import given
 from torch import nn
 
 from minilora import ConfigError, LoraConfig, attach
-from minilora.adapters.dropout import SeededDropout, dropout_seed
 from minilora.adapters.layers import AdapterConv
+from minilora.runs.seeded import SeededDropout, dropout_seed
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
 from tests.models import either, randn, scales, seeds
 from tests.tolerance import assert_maths, assert_precision, maths

@@ -15,7 +15,7 @@ from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX
 from minilora.runs.config import COUNTS
 from minilora.runs.evaluate import held_out_loss, measure_drift
-from minilora.runs.optimizer import rate_of_step
+from minilora.runs.objective import rate_of_step
 from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, seeds, tiny_model
 from tests.tolerance import assert_maths
 from tests.training import (

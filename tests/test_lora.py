@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, TargetError
-from minilora.adapters.dropout import SeededDropout, dropout_seed
 from minilora.lora import (
     AdapterLinear,
     LoraAdapter,
@@ -19,6 +18,7 @@ from minilora.lora import (
     lora_update,
 )
 from minilora.nf4 import NF4Linear
+from minilora.runs.seeded import SeededDropout, dropout_seed
 from minilora.testing import reference
 from tests.adapters import LAYERS, add, add_built, applied_by_loops, merged_by_loops, place
 from tests.models import either, fill_, randn, scales, seeds, sizes, small_tiles

@@ -18,22 +18,21 @@ from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.dropout import set_dropout_step
-from minilora.cli import memory as pages
+from minilora.cli import inspect as pages
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.kernel import llama as loss
-from minilora.kernel import tiles
+from minilora.kernel import lora as tiles
 from minilora.llama import Llama
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import LlamaConfig
-from minilora.models.quantization import QuantizeConfig
 from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
 from minilora.runs.memory import Plan, amount, fit, forecast, parameter_shapes, trained
-from minilora.runs.objective import TokenLoss
-from minilora.runs.optimizer import build_optimizer
+from minilora.runs.objective import TokenLoss, build_optimizer
 from minilora.runs.run import Run
+from minilora.runs.seeded import set_dropout_step
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.runs import SETTINGS, words, write_inputs

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
-from minilora.runs.optimizer import EMBEDDING_RATE, build_optimizer, rate_factors, rate_of_step
+from minilora.runs.objective import EMBEDDING_RATE, build_optimizer, rate_factors, rate_of_step
 from tests.models import examples, seeds, tiny_model
 from tests.tolerance import assert_maths
 from tests.training import adapted, copy_checkpoint, random_rows, trained

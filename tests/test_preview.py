@@ -5,10 +5,10 @@ import pytest
 import minilora as ml
 from minilora.cli.preview import marked
 from minilora.data import IGNORE_INDEX
-from minilora.runs.batch import plan_steps
 from minilora.runs.config import DataConfig
 from minilora.runs.data import encode_rows
 from minilora.runs.rows import Row
+from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model
 from tests.runs import runner, write_rows
 from tests.text import CHATML, CLOSE, OPEN, write_tokenizer

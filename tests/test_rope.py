@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, llama
-from minilora.models.rope import ROPE_KEYS, ScaledRope
+from minilora.models.config import ROPE_KEYS, ScaledRope
 from minilora.testing import reference
 from tests.models import randn, seeds
 from tests.tolerance import assert_maths, assert_parity, assert_precision

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from minilora import LoraConfig, TargetError, attach
-from minilora.adapters.targets import find_target_modules
+from minilora.adapters.attach import find_target_modules
 from tests.models import tiny_model
 from tests.targets import TARGETS
 

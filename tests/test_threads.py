@@ -7,9 +7,9 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.dropout import SeededDropout
 from minilora.runs import machine as threads
 from minilora.runs.machine import MAX_PARAMETERS, MAX_SECONDS, choose_threads
+from minilora.runs.seeded import SeededDropout
 from tests.models import tiny_model
 from tests.runs import SETTINGS, interrupt, starts, write_rows
 from tests.text import write_tokenizer

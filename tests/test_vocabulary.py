@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from minilora import ConfigError, LoraConfig, attach, load_model, load_tokenizer, save_model
-from minilora.models.vocabulary import grow_vocabulary
+from minilora.models.classifier import grow_vocabulary
 from minilora.nf4 import NF4Linear
 from minilora.storage import BUILTIN
 from tests.models import SIZES, tiny_model, token_ids

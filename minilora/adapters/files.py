@@ -33,9 +33,9 @@ from minilora.adapters.parts import StartedAdapter
 from minilora.adapters.stored import read_adapter, stored_specs
 from minilora.errors import FormatError, TargetError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper
+from minilora.models.bitsandbytes import shortest_names
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, unpinned, with_revision
-from minilora.models.quantization import shortest_names
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 

@@ -17,10 +17,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import minilora
-from minilora.cli.command import INTERRUPTED, Options, say
 from minilora.definition import plain
 from minilora.errors import MiniloraError
 
+Options = dict[str, Any]  # the parsed flags of a command line
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 COMMANDS = {
     "finetune": "train an adapter, or all weights; without --model and --data, on a built-in model and data",
     "generate": "answer or continue prompts",
@@ -136,3 +137,13 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def _dashed(word: str) -> str:
     name, equals, value = word.partition("=")
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
+def say_bad(kind: str, bad: Sequence[str]) -> None:
+    """Print how many rows of a kind were skipped, and the reasons for the first five."""
+    say("\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5])))
+
+
+def say(text: str) -> None:
+    """Print a message for the user to standard error, where no other program reads it."""
+    print(text, file=sys.stderr, flush=True)

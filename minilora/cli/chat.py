@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.adapter import set_adapter
-from minilora.cli.command import INTERRUPTED, Options, say
+from minilora.cli import INTERRUPTED, Options, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import Loaded, adapters, add_model_flags, load
 from minilora.cli.write import Writing, add_writing_flags, write

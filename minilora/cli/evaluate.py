@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minilora.cli import Options, say, say_bad
 from minilora.cli.columns import cells, fit
-from minilora.cli.command import Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import Found, adapters, add_model_flags, find, how_trained, load, load_with_adapters
 from minilora.errors import ConfigError

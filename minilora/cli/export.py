@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minilora.cli.command import Options
+from minilora.cli import Options
 from minilora.errors import ConfigError
 from minilora.storage import holds_files
 from minilora.tools.export import export_adapter

@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.cli.command import Options
+from minilora.cli import Options
 from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError
 from minilora.models.tokenizer import find_tokenizer

@@ -22,16 +22,14 @@ import torch
 from minilora.adapter import disable_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import ParameterCount, base_held
-from minilora.cli.command import INTERRUPTED, Options, say, say_bad
+from minilora.cli import INTERRUPTED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
-from minilora.cli.load import say_quantization
-from minilora.cli.memory import memory_lines
 from minilora.cli.meter import Meter
-from minilora.cli.preview import preview
+from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
+from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words
 from minilora.models.classifier import Classifier
-from minilora.models.quantization import QuantizeConfig
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.evaluate import Progress, Scores, evaluate, evaluate_classes, measure_drift
 from minilora.runs.inputs import Data
@@ -127,7 +125,6 @@ def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, is_forced: bool
     """Show what the run would learn, with a model that has no numbers, and how much memory it would take."""
     model = run.load_model(data, "meta")
     count = run.attach(model, data)
-    say_quantization(base_held(model), ())
     _tell(model, data, run.reading)
     print(preview(data, run.training, count))
     print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
@@ -141,7 +138,6 @@ def _announce(
     run: Run, model: Llama | Classifier, data: Data, count: ParameterCount, step: int, config: Path | None
 ) -> None:
     """Record the start, and say what the run begins with."""
-    say_quantization(base_held(model), ())
     available = torch.get_num_threads()
     if threads := run.choose_threads(model, data):
         say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
@@ -187,7 +183,9 @@ def _say_size(model: Llama | Classifier, data: Data, count: ParameterCount) -> N
 
 
 def _tell(model: Llama | Classifier, data: Data, reading: DataConfig) -> None:
-    """What is unusual about the rows."""
+    """Say how the base is held, and what is unusual about the rows."""
+    if (held := base_held(model))["quantize"] != "none":
+        say(f"the base model is {describe_in_words(held)}")
     longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")

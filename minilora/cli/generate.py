@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from minilora.adapter import disable_adapter
+from minilora.cli import INTERRUPTED, Options, say
 from minilora.cli.columns import columns
-from minilora.cli.command import INTERRUPTED, Options, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import Loaded, add_model_flags, load
 from minilora.cli.write import Writing, add_writing_flags, write

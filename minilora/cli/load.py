@@ -12,18 +12,15 @@ from typing import Any
 from minilora.adapter import set_adapter
 from minilora.adapters.files import base_model_of, base_quantization, classes_of, load_adapter, vocabulary_of
 from minilora.adapters.find import base_held
-from minilora.cli.command import Options, say
+from minilora.cli import Options, say
 from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, FormatError
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import is_four_bit
-from minilora.models.classifier import Classifier, load_for
+from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
+from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import LlamaConfig, Unit
 from minilora.models.hub import Location, fetch, locate
-from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from minilora.models.vocabulary import grow_vocabulary
-from minilora.nf4 import BLOCK_SIZE
 from minilora.runs.run import pick_device
 from minilora.storage import BUILTIN, read_json, read_text
 
@@ -187,29 +184,16 @@ def say_quantization(here: Mapping[str, Any], paths: Sequence[Path]) -> None:
     `here` is what `base_held` says of it.
     """
     if here["quantize"] != "none":
-        say(f"the base model is {_in_words(here)}")
+        say(f"the base model is {describe_in_words(here)}")
     for path in paths:
         if not was_trained_on(here, path):
-            there = _in_words(base_quantization(path) or {})
-            say(f"{path}: was trained on a base that is {there}; this one is {_in_words(here)}")
+            there = describe_in_words(base_quantization(path) or {})
+            say(f"{path}: was trained on a base that is {there}; this one is {describe_in_words(here)}")
 
 
 def was_trained_on(here: Mapping[str, Any], path: Path) -> bool:
     """Was the base of an adapter held as is said `here`, as far as the adapter tells?"""
     return all(here.get(key) == value for key, value in (base_quantization(path) or {}).items())
-
-
-def _in_words(held: Mapping[str, Any]) -> str:
-    if held["quantize"] == "none":
-        return "not quantized"
-    dense = held.get("quantize_skip") or []
-    words = f"{held['quantize']}{' (the head too)' if held.get('head') else ''}"
-    words += f" {'with' if held.get('double_quant') else 'without'} double quantization"
-    if held.get("block_size") != BLOCK_SIZE:
-        words += f" in blocks of {held.get('block_size')}"
-    if dense:
-        words += f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}"
-    return words
 
 
 def base_of(options: Options) -> str:

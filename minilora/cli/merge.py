@@ -22,7 +22,7 @@ from torch import nn
 from minilora.adapters.combine import CombineConfig, Cut
 from minilora.adapters.find import base_held
 from minilora.adapters.weighted import combine_directories
-from minilora.cli.command import Options
+from minilora.cli import Options
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import (
     Found,
@@ -36,9 +36,9 @@ from minilora.cli.load import (
     was_trained_on,
 )
 from minilora.errors import ConfigError
+from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
-from minilora.models.quantization import QuantizeConfig, Target
 from minilora.runs.run import pick_device
 from minilora.storage import holds_files, write_text
 from minilora.tools.merging import Deviation, merge_directory

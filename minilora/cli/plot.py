@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.cli.command import Options
+from minilora.cli import Options
 from minilora.errors import ConfigError
 from minilora.runs.metrics import read_metrics
 from minilora.tools.plot import SUFFIXES, save_picture

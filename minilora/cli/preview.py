@@ -11,9 +11,10 @@ from minilora.adapters.find import ParameterCount
 from minilora.cli.columns import visible
 from minilora.data import IGNORE_INDEX, Example
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
 from minilora.runs.inputs import Data
+from minilora.runs.memory import Forecast, amount
+from minilora.runs.seeded import plan_steps
 
 ROWS = 3
 MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere
@@ -76,3 +77,11 @@ def _totals(data: Data, config: TrainConfig, count: ParameterCount) -> list[str]
         f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
+
+
+def memory_lines(found: Forecast, held: int, free: int | None) -> str:
+    """Return what `--dry-run` prints about memory: each term of the forecast, and what is free."""
+    parts = ", ".join(f"{term} {amount(size)}" for term, size in vars(found).items())
+    free_text = "unknown" if free is None else amount(free)
+    besides = f", besides {amount(held)} that the process holds already" if held else ""
+    return f"memory: {parts}\n  at most {amount(found.peak)} at once{besides}; {free_text} free"

@@ -11,18 +11,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minilora.cli.command import Options
+from minilora.cli import Options
 from minilora.cli.flags import add_fields, from_flags
 from minilora.errors import ConfigError
-from minilora.models.bitsandbytes import count_weights, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
 from minilora.models.checkpoint import read_config, save_model, stored_dtype, stored_weights
 from minilora.models.classifier import load_for, skeleton_for
 from minilora.models.hub import locate
-from minilora.models.quantization import QuantizeConfig
-from minilora.models.shards import tensor_files
 from minilora.models.tokenizer import find_tokenizer
 from minilora.runs.run import pick_device
-from minilora.storage import BUILTIN, holds_files
+from minilora.storage import BUILTIN, holds_files, tensor_files
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernel.tiles import tile_rows
+from minilora.kernel.lora import tile_rows
 
 
 @kernel(of=llama.rms_norm)

@@ -1,7 +1,8 @@
-"""Kernels of LoRA and DoRA."""
+"""Kernels of LoRA and DoRA, and the size of the tiles in which all kernels work through a tensor."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,24 @@ from torch.autograd.function import once_differentiable
 
 from minilora import lora
 from minilora.definition import kernel, no_autocast
-from minilora.kernel.tiles import tile_rows
 from minilora.nf4 import Layout, NF4Linear, Packed, unpack
+
+TILE = 2**17  # numbers that a thread of the CPU works on at a time: half a MB in float32
+
+
+def tile_rows(x: Tensor) -> int:
+    """How many rows to work on at a time.
+
+    On the CPU so many as stay in its cache. Elsewhere few launches count more, and what is compiled is one expression.
+    """
+    if torch.compiler.is_compiling():
+        return max(1, x.size(0))
+    return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
+
+
+def tile_size(device: torch.device) -> int:
+    """How many numbers to work on at a time."""
+    return TILE * (torch.get_num_threads() if device.type == "cpu" else 128)
 
 
 @kernel(of=lora.lora_linear)

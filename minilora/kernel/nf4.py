@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from minilora import nf4
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernel.tiles import tile_rows
+from minilora.kernel.lora import tile_rows
 
 CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
 

@@ -1,4 +1,4 @@
-"""4-bit weights on disk, in the layout of bitsandbytes 0.50.
+"""Which linears are quantized, `QuantizeConfig`, and 4-bit weights on disk in the layout of bitsandbytes 0.50.
 
 Beside `<path>.weight`, the packed weight (⌈n/2⌉, 1), lie
 
@@ -15,16 +15,71 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minilora.errors import FormatError
-from minilora.models.quantization import shortest_names
-from minilora.nf4 import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
+from minilora.errors import ConfigError, FormatError, check_types, option
+from minilora.nf4 import BLOCK_SIZE, BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 from minilora.storage import TensorFile
+
+Quantize = Literal["none", "nf4"]
+Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How the weights of a base model are held.
+
+    Raises:
+        ConfigError: a value that is not supported.
+    """
+
+    quantize: Quantize = option("none", "hold the base model's linears in four bits a weight, all but the head")
+    double_quant: bool = option(True, "quantize the scales, too: 4.127 bits a weight instead of 4.5")
+    quantize_skip: tuple[str, ...] = option(
+        (), "modules that stay dense: paths or parts of them, such as down_proj or layers.0"
+    )
+
+    def __post_init__(self) -> None:
+        names = self.quantize_skip.split(",") if isinstance(self.quantize_skip, str) else self.quantize_skip
+        check_types(QuantizeConfig, {**vars(self), "quantize_skip": names})
+        object.__setattr__(self, "quantize_skip", tuple(sorted({name.strip() for name in names})))
+
+    @classmethod
+    def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
+        """A config as it is, or that of a format's name; None is "none"."""
+        return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
+
+    def chosen(self, linears: Sequence[str]) -> list[str]:
+        """Those of the linears (paths) that are to be quantized.
+
+        Raises:
+            ConfigError: an entry of `quantize_skip` names none of them.
+        """
+        if self.quantize == "none":
+            return []
+        for entry in self.quantize_skip:
+            if not any(_names(entry, path) for path in linears):
+                kinds = sorted({path.rpartition(".")[2] for path in linears})
+                raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
+        return [path for path in linears if not any(_names(entry, path) for entry in self.quantize_skip)]
+
+
+def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Names for some of the modules (paths): their last components if those mean just them, else the paths."""
+    endings = {path.rpartition(".")[2] for path in chosen}
+    meant = {path for path in modules if path.rpartition(".")[2] in endings}
+    return sorted(endings) if meant == set(chosen) else sorted(chosen)
+
+
+def _names(entry: str, path: str) -> bool:
+    """Is it the path, or whole components of it that follow each other?"""
+    return f".{entry}." in f".{path}."
+
 
 STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
 STATE_BYTES = 4096  # at most; bitsandbytes writes 170
@@ -214,6 +269,24 @@ def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
     }
     packed_head = linears.get(head) if head is not None else None
     return held | ({"head": packed_head.layout.quant_type} if isinstance(packed_head, NF4Linear) else {})
+
+
+def describe_in_words(held: Mapping[str, Any]) -> str:
+    """Return in words what `describe` found.
+
+    >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
+    'nf4 with double quantization but for down_proj'
+    """
+    if held["quantize"] == "none":
+        return "not quantized"
+    dense = held.get("quantize_skip") or []
+    words = f"{held['quantize']}{' (the head too)' if held.get('head') else ''}"
+    words += f" {'with' if held.get('double_quant') else 'without'} double quantization"
+    if held.get("block_size") != BLOCK_SIZE:
+        words += f" in blocks of {held.get('block_size')}"
+    if dense:
+        words += f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}"
+    return words
 
 
 def is_four_bit(source: Mapping[str, Any]) -> bool:

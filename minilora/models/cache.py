@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.llama import LlamaConfig, causal_attention
-from minilora.models.rope import ScaledRope
+from minilora.models.config import ScaledRope
 
 
 @dataclass(frozen=True)

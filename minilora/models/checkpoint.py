@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
+    Quantize,
+    QuantizeConfig,
     dtype_name,
     is_four_bit,
     packed_tensors,
@@ -20,14 +22,13 @@ from minilora.models.bitsandbytes import (
     quantization_config,
     read_layout,
     read_packed,
+    shortest_names,
 )
 from minilora.models.config import LlamaConfig, class_name
 from minilora.models.hub import Location, locate
-from minilora.models.quantization import Quantize, QuantizeConfig, shortest_names
-from minilora.models.shards import SHARD_BYTES, tensor_files, write_shards
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import TensorFile, read_json, write_json
+from minilora.storage import SHARD_BYTES, TensorFile, read_json, tensor_files, write_json, write_shards
 
 if TYPE_CHECKING:
     from minilora.models.classifier import Classifier

@@ -1,4 +1,4 @@
-"""A classifier: the decoder's trunk with a head that scores the classes of every sequence, or of every token.
+"""A decoder with another head, which scores the classes of every sequence or of every token; or with more tokens.
 
 Parameter names and the entries of config.json are those of transformers' `…ForSequenceClassification` (a head without
 bias) and `…ForTokenClassification` (with one). Attention is causal, so the last token of a sequence is the only one
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, check_types
 from minilora.llama import Decoder, Llama, pad, unpad
+from minilora.models.bitsandbytes import Quantize, QuantizeConfig
 from minilora.models.checkpoint import filled, load_model, read_config, skeleton
 from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
-from minilora.models.quantization import Quantize, QuantizeConfig
 
 
 class Classifier(nn.Module):
@@ -138,3 +138,41 @@ def classifier_config(config: LlamaConfig, unit: Unit, labels: Sequence[str]) ->
         **({"problem_type": "single_label_classification"} if unit == "sequence" else {}),
     }
     return replace(config, source=source)
+
+
+def grow_vocabulary(model: Llama | Classifier, size: int) -> None:
+    """Give the embedding rows up to `size`, and the head, each new one the mean of those that there are.
+
+    A mean is what any token is like, so that a new one neither stands out among the inputs nor among the predictions.
+    A model that has the room already is left as it is.
+
+    Raises:
+        ConfigError: the model has adapters, or its head is in four bits.
+    """
+    check_types(grow_vocabulary, locals())
+    if size <= model.config.vocab_size:
+        return
+    embedding = model.model.embed_tokens
+    ends = [embedding, model.lm_head] if isinstance(model, Llama) else [embedding]
+    if strange := [type(end).__name__ for end in ends if type(end) not in (nn.Embedding, nn.Linear)]:
+        raise ConfigError(
+            f"new tokens need a plain embedding and head, found {strange[0]}: add tokens before adapters, and leave "
+            "lm_head out of quantization"
+        )
+    new = {id(end.weight): nn.Parameter(grown(end.weight, size), end.weight.requires_grad) for end in ends}
+    for end in ends:
+        end.weight = new[id(end.weight)]
+    embedding.num_embeddings = size
+    if isinstance(model, Llama):
+        model.lm_head.out_features = size
+    model.config = replace(model.config, vocab_size=size, source={**model.config.source, "vocab_size": size})
+    model.model.config = model.config
+
+
+def grown(weight: Tensor, size: int) -> Tensor:
+    """The weight with rows up to `size`, each new one the mean of the others.
+
+    Shapes: weight (V, D) -> (size, D)
+    """
+    mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).mean(0, keepdim=True)
+    return torch.cat((weight.detach(), mean.to(weight.dtype).expand(size - len(weight), -1)))

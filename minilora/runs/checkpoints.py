@@ -32,7 +32,7 @@ from minilora.adapters.files import save_adapter
 from minilora.data import Example
 from minilora.errors import FormatError, TrainingError
 from minilora.runs.config import TrainConfig
-from minilora.runs.optimizer import trained_parameters
+from minilora.runs.objective import trained_parameters
 from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
 
 

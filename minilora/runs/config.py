@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.errors import ConfigError, check_types, option
-from minilora.models.quantization import QuantizeConfig
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.storage import BUILTIN
 
 TrainOn = Literal["completion", "assistant", "all"]

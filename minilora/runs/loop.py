@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.dropout import set_dropout_step
 from minilora.adapters.find import base_held
 from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama, Recompute
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
-from minilora.models.quantization import QuantizeConfig
-from minilora.runs.batch import Rows, plan_steps
 from minilora.runs.checkpoints import (
     Selection,
     checkpoints,
@@ -35,12 +33,15 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
 from minilora.runs.memory import Plan, fit
-from minilora.runs.objective import GivenLoss, Objective, TokenLoss
-from minilora.runs.optimizer import (
+from minilora.runs.objective import (
+    GivenLoss,
+    Objective,
+    TokenLoss,
     build_optimizer,
     rate_of_step,
     trained_parameters,
 )
+from minilora.runs.seeded import Rows, plan_steps, set_dropout_step
 from minilora.storage import read_json
 from minilora.training import Loss, total_norm, train_step
 

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.adapters.dropout import set_dropout_step
-from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import TokenLoss
+from minilora.runs.seeded import plan_steps, set_dropout_step
 
 LINUX = Path("/")  # where /proc and /sys are
 STAT = {

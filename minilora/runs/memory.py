@@ -22,16 +22,16 @@ from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
 from minilora.kernel.attention import TOGETHER, block_attention, block_size, fused_attention, kernel_for
 from minilora.kernel.llama import HEAD_LOGITS
-from minilora.kernel.tiles import tile_size
+from minilora.kernel.lora import tile_size
 from minilora.llama import LlamaConfig, Recompute
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import resolve_dtype
-from minilora.models.quantization import QuantizeConfig
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from minilora.runs.batch import plan_steps
 from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
+from minilora.runs.seeded import plan_steps
 
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 DRIFT_COPIES = 5  # of all tokens' probabilities that live at once when an adapter is compared with its base

@@ -30,13 +30,12 @@ from minilora.adapters.find import ParameterCount, base_held, count_parameters
 from minilora.definition import is_plain
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import read_config, resolve_dtype, save_model
-from minilora.models.classifier import Classifier, load_for
+from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import locate
-from minilora.models.quantization import QuantizeConfig
 from minilora.models.tokenizer import load_tokenizer
-from minilora.models.vocabulary import grow_vocabulary
 from minilora.runs.checkpoints import bookkeeping, checkpoints, newest_step
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, default_settings, resolve
 from minilora.runs.evaluate import Drift, Scores, write_samples

@@ -11,12 +11,11 @@ from minilora.models.bitsandbytes import packed_weights, read_layout
 from minilora.models.checkpoint import read_config
 from minilora.models.classifier import load_for
 from minilora.models.hub import HUB_ID, fetch
-from minilora.models.shards import tensor_files
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import default_settings
 from minilora.runs.metrics import read_records
-from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json
+from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json, tensor_files
 from minilora.tools.inspect_adapter import adapter_facts, problems_of
 
 

@@ -26,11 +26,9 @@ from minilora.adapters.stored import DTYPES, NESTED, read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.lora import dora_norm, lora_delta, lora_scale
 from minilora.models.bitsandbytes import packed_weights, read_packed
-from minilora.models.classifier import load_for
-from minilora.models.shards import tensor_files
-from minilora.models.vocabulary import grow_vocabulary
+from minilora.models.classifier import grow_vocabulary, load_for
 from minilora.nf4 import unpack
-from minilora.storage import TensorFile, read_json
+from minilora.storage import TensorFile, read_json, tensor_files
 from minilora.tools.export import features
 
 CHUNK = 2**22  # numbers that are widened to float64 at a time

@@ -29,7 +29,7 @@ from minilora.adapters.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, parse_
 from minilora.errors import ConfigError, TrainingError
 from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
-from minilora.models.bitsandbytes import is_four_bit
+from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
@@ -41,14 +41,11 @@ from minilora.models.checkpoint import (
     stored_dtype,
     stored_weights,
 )
-from minilora.models.classifier import Classifier, load_for, skeleton_for
+from minilora.models.classifier import Classifier, grow_vocabulary, grown, load_for, skeleton_for
 from minilora.models.hub import fetch
-from minilora.models.quantization import Quantize, QuantizeConfig, Target
-from minilora.models.shards import SHARD_BYTES
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.vocabulary import grow_vocabulary, grown
 from minilora.nf4 import NF4Linear, pack, unpack
-from minilora.storage import TensorFile, read_json
+from minilora.storage import SHARD_BYTES, TensorFile, read_json
 
 DENSE = QuantizeConfig("none")
 CHUNK = 2**16  # numbers of a weight that are worked on at a time in float64, in memory that stays in a cache

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.runs.optimizer import rate_factors
+from minilora.runs.objective import rate_factors
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.parity

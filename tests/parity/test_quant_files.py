@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.models.quantization import QuantizeConfig
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.storage import read_json
 from tests.models import tiny_model, token_ids

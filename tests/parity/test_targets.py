@@ -7,10 +7,10 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers, base_modules
+from minilora.adapters.attach import find_target_modules
 from minilora.adapters.config import is_target
 from minilora.adapters.find import head_path
 from minilora.adapters.parts import kind_of, targets
-from minilora.adapters.targets import find_target_modules
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS
 from tests.test_lora_config import MEANT, NOT_MEANT, named
