@@ -1,5 +1,6 @@
-"""The README's Python and its commands run as they stand, in a directory with a small chat model and some rows."""
+"""The Python and the commands of README and docs run as they stand, with a small chat model and some rows."""
 
+import ast
 import os
 import re
 import shlex
@@ -17,12 +18,20 @@ from minilora import cli
 from minilora.cli.flags import names_of
 from minilora.runs.data import Dataset
 from minilora.storage import ASSETS
+from scripts import api, front
 from tests.models import tiny_model
 from tests.runs import type_in, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-COMMANDS = "\n".join(re.findall(r"(?<!-->\n)```sh\n(.*?)```", README, flags=re.DOTALL))  # those of CI are run by CI
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+README = PAGES["README.md"]
+BLOCK = r"(?<!-->\n)```{}\n(.*?)```"  # those after a mark are run by CI, or quote the code
+COMMANDS = {name: "\n".join(re.findall(BLOCK.format("sh"), page, flags=re.DOTALL)) for name, page in PAGES.items()}
+PYTHON = [
+    (name, block) for name, page in PAGES.items() for block in re.findall(BLOCK.format("python"), page, re.DOTALL)
+]
+WITH_COMMANDS = [name for name, commands in COMMANDS.items() if commands]
 MODEL = Path("path", "to", "model")
 
 
@@ -37,47 +46,46 @@ def directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("directory")
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_the_python_of_the_readme_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "block"), PYTHON)
+def test_the_python_of_the_pages_runs(page, block):
+    exec(compile(block, page, "exec"), {})
     if '"merged"' in block:
         merged = ml.load_model("merged")
         assert ml.count_parameters(merged) == ml.count_parameters(ml.load_model(MODEL))
         ml.load_adapter(merged, "adapter")
 
 
-def test_the_commands_of_the_readme_run_one_after_the_other(directory, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")  # for the picture
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeypatch, capsys):
+    if "minilora plot" in COMMANDS[page]:
+        pytest.importorskip("matplotlib")
     monkeypatch.setattr(minilora.runs.run, "load_general", lambda *_: Dataset(()))
-    lines = [line for line in COMMANDS.splitlines() if line]
-    assert len(lines) >= 20
-    for line in lines:
+    for line in filter(None, COMMANDS[page].splitlines()):
         echo, _, command = line.rpartition(" | ")
         type_in(monkeypatch, "\n".join(shlex.split(echo)[1:]))
         program, *words = shlex.split(command, comments=True)
         assert program == "minilora"
         assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"
-    assert (directory / "merged" / "model.safetensors").is_file()
-    assert (directory / "runs.svg").is_file()
 
 
 @pytest.mark.long
-def test_the_commands_of_the_readme_run_in_a_shell_with_the_builtin_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_of_a_page_run_in_a_shell_with_the_builtin_model(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ASSETS / "model", MODEL)
     (MODEL / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     rows = (ASSETS / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    script = f'minilora() {{ {shlex.quote(sys.executable)} -m minilora "$@"; }}\n{COMMANDS}'
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = f'minilora() {{ {shlex.quote(sys.executable)} -m minilora "$@"; }}\n{COMMANDS[page]}'
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = ["bash", "-euo", "pipefail", "-c", script]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
 def test_what_the_table_for_users_of_peft_names_is_there():
-    table = README.split("### Coming from PEFT and TRL")[1].split("\n## ")[0]
+    table = PAGES["migration.md"].split("## PEFT, ")[1].split("\n## ")[0]
     ours = [row.split(" | ")[1:] for row in table.splitlines() if row.startswith("| ")][1:]
     assert len(ours) >= 20
     for name in re.findall(r"\bml\.(\w+)", str(ours)):
@@ -88,3 +96,54 @@ def test_what_the_table_for_users_of_peft_names_is_there():
         assert name.replace("-", "_") in flags, name
     for name in re.findall(r"`minilora (\w+)`", str(ours)):
         assert name in commands
+
+
+def test_the_readme_is_short_and_names_the_six_pages_in_their_order_and_every_command():
+    assert len(README.splitlines()) <= 220
+    pages = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, flags=re.MULTILINE)
+    assert pages == ["lora", "nf4", "llama", "adapter", "data", "training"]
+    named = {
+        word for row in re.findall(r"^\| `minilora (.*?) \|", README, re.MULTILINE) for word in re.findall(r"\w+", row)
+    }
+    assert named == set(cli.COMMANDS)
+
+
+def test_the_code_that_the_readme_quotes_is_that_of_the_page():
+    page, quoted = re.findall(r"<!-- from: (\S+) -->\n```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    written = {
+        node.name: node for node in ast.parse((ROOT / page).read_text(encoding="utf-8")).body if hasattr(node, "name")
+    }
+    for function in ast.parse(quoted).body:
+        there = written[function.name]
+        there.body, there.decorator_list = there.body[1:], []  # without its docstring
+        assert ast.unparse(there) == ast.unparse(function)
+
+
+def test_the_table_of_the_readme_is_what_the_benchmarks_measured():
+    assert front.table(front.measured()[1]) in README
+    assert front.table(front.measured()[1]) in PAGES["results.md"]
+
+
+def test_the_page_of_the_interface_is_that_of_the_docstrings():
+    assert PAGES["api.md"] == api.page()
+
+
+def test_links_lead_somewhere():
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "tutorials").glob("*.md"),
+    ]:
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
+            target, _, anchor = "".join(link).partition("#")
+            if target.startswith("http"):
+                continue
+            found = path.parent / target if target else path
+            assert found.exists(), f"{path.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], (
+                    f"{path.name}: #{anchor}"
+                )

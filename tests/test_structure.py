@@ -15,7 +15,6 @@ from scripts import mutants
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minilora"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 PAGES = ("nf4", "lora", "llama", "adapter", "data", "training")  # the order in which they may import each other
 PAGES_LINES = 1300  # of all six, at most
@@ -127,13 +126,6 @@ def test_the_page_of_architecture_names_every_file_of_the_package_and_no_other()
     written = {f"minilora/{name}.py" for name, path in MODULES.items() if path.stat().st_size}
     assert sorted(name for name in named if name.endswith(".py")) == sorted(written)
     assert {name for name in named if name.endswith("/")} == folders_of_the_package()
-
-
-def test_the_readme_names_the_six_pages_and_the_folders():
-    named = tree(README.partition("## The tree")[2])
-    own = [name for name in named if name.startswith("minilora/")]
-    assert set(own) == {f"minilora/{page}.py" for page in PAGES} | folders_of_the_package()
-    assert all((ROOT / name).is_dir() for name in set(named) - set(own))
 
 
 def folders_of_the_package():
