@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from minilora import llama, nf4
 from minilora.data import IGNORE_INDEX
 from minilora.llama import causal_attention
-from minilora.testing import reference, reference_nf4
+from minilora.testing import reference, reference_conv, reference_nf4
 from tests.models import randn, tiny_model, token_ids
 from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
 
@@ -122,9 +122,9 @@ def test_a_group_of_a_convolution_that_sees_another_one_s_channels():
     x, weight = randn(8, 2, 4, 5).numpy(), randn(9, 6, 2, 3).numpy()
     numbers = {"stride": [1], "padding": [(1, 1)], "dilation": [1]}
     right = F.conv1d(torch.from_numpy(x), torch.from_numpy(weight), padding=1, groups=2)
-    whole = reference.ungrouped(weight, 2)
-    assert maths(right, reference.convolution(x, whole, None, **numbers)) <= 1
-    assert maths(right, reference.convolution(x, whole[:, [2, 3, 0, 1]], None, **numbers)) > 10
+    whole = reference_conv.ungrouped(weight, 2)
+    assert maths(right, reference_conv.convolution(x, whole, None, **numbers)) <= 1
+    assert maths(right, reference_conv.convolution(x, whole[:, [2, 3, 0, 1]], None, **numbers)) > 10
 
 
 def test_norm_over_the_wrong_axis_or_without_eps():
