@@ -30,6 +30,7 @@ from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset, load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.seeded import set_dropout_step
+from minilora.tools.publish import push_to_hub
 
 __all__ = [
     "CombineConfig",
@@ -70,6 +71,7 @@ __all__ = [
     "merged_if_faster",
     "mixed_batch",
     "plain",
+    "push_to_hub",
     "save_adapter",
     "save_model",
     "set_adapter",

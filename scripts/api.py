@@ -23,7 +23,7 @@ PARTS = {
     "Adapters": """
         LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter hotswap_adapter
         set_adapter disable_adapter mixed_batch merge merged merged_if_faster
-        combine_adapters CombineConfig count_parameters
+        combine_adapters CombineConfig count_parameters push_to_hub
     """,
     "Data and training": """
         load_dataset load_classes Dataset Example DataConfig train TrainConfig TrainResult set_dropout_step

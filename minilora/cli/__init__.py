@@ -32,6 +32,7 @@ COMMANDS = {
     "quantize": "write a model in four bits, as bitsandbytes reads it",
     "eval": "measure a model, with or without an adapter, on rows of data",
     "inspect": "show what a model, an adapter, a run or a safetensors file holds",
+    "push": "upload an adapter or a model to the Hugging Face hub, with a card made from the run",
     "plot": "draw loss, evaluation, learning rate and gradient norm of runs",
 }
 BROKEN_PIPE = 141  # the exit status of a program whose output nobody reads any more

@@ -1,0 +1,126 @@
+"""Uploads to the hub, against a server of this machine that takes a commit as the hub does."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import constants
+
+import minilora as ml
+from minilora.cli import main
+from minilora.errors import ConfigError
+from minilora.tools.publish import model_card
+from tests.models import tiny_model
+
+COMMIT = "0" * 40
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, body))
+        home = f"{self.server.address}/me/mine"
+        answer = {"url": home, "commitUrl": f"{home}/commit/{COMMIT}", "commitOid": COMMIT}
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        self.send_response(self.server.status)
+        text = json.dumps(answer).encode()
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.status, server.address = [], 200, f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a finished run leaves, in small."""
+    model = tiny_model()
+    ml.attach(model, ml.LoraConfig(r=3))
+    ml.save_adapter(model, tmp_path)
+    config = {
+        "model": f"org/base@{COMMIT}",
+        "lora_r": 3,
+        "learning_rate": 1e-3,
+        "quantize": "none",
+        "use_dora": False,
+    }
+    (tmp_path / "run.json").write_text(json.dumps({"config": config, "data_sha256": {"rows.jsonl": "abc"}}))
+    scores = {"before": {"loss": 2.5, "accuracy": None}, "after": {"loss": 1.25, "accuracy": None}}
+    (tmp_path / "summary.json").write_text(json.dumps({**scores, "steps": 7, "tokens": 1234}))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state.json").write_text("{}")
+    return tmp_path
+
+
+def visibility(created):
+    """As newer versions of the client say it, or older ones."""
+    return created.get("visibility", created.get("private"))
+
+
+def committed(hub):
+    """The files of the last commit, by name."""
+    lines = [json.loads(line) for line in hub.requests[-1][1].splitlines()]
+    return {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+    }
+
+
+def test_a_run_is_pushed_in_one_commit_with_its_card_and_without_its_checkpoints(hub, run, capsys):
+    assert main(["push", str(run), "me/mine"]) == 0
+    assert capsys.readouterr().out == f"{hub.address}/me/mine/commit/{COMMIT}\n"
+    created = json.loads(hub.requests[0][1])
+    assert (hub.requests[0][0], created["name"]) == ("/api/repos/create", "mine")
+    assert visibility(created) in ("private", True)
+    files = committed(hub)
+    assert files.pop("README.md").decode() == model_card(run, "me/mine")
+    assert files == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_public_is_said_to_the_hub(hub, run):
+    assert main(["push", str(run), "me/mine", "--public"]) == 0
+    assert visibility(json.loads(hub.requests[0][1])) in ("public", False)
+
+
+def test_the_card_has_base_data_settings_results_and_how_to_load_it(run):
+    card = model_card(run, "me/mine")
+    assert "| base | 2.5000 | - |\n| result | 1.2500 | - |" in card
+    assert "- `lora_r`: 3\n- `learning_rate`: 0.001\n" in card
+    assert "- `rows.jsonl`: `abc`" in card
+    assert "PeftModel.from_pretrained" in card
+    assert "minilora generate --adapter me/mine" in card
+    assert "use_dora" not in card
+
+
+def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, tmp_path, capsys):
+    for path, name in (
+        (run, "mine"),
+        (run, "minilora/builtin"),
+        (run, "me/mine@main"),
+        (tmp_path / "checkpoints", "me/mine"),
+    ):
+        with pytest.raises(ConfigError):
+            ml.push_to_hub(path, name)
+    hub.status = 403
+    assert main(["push", str(run), "me/mine"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("minilora: me/mine: the hub refuses: ")
+    assert len(message.splitlines()) == 1
