@@ -1,6 +1,4 @@
-"""Text as generate and chat write it: how tokens are chosen, where a text ends, and of the tokens that came so far
-the characters that no later token can change.
-"""
+"""Generate text and stream it, without characters that a later token may still change."""
 
 from __future__ import annotations
 
@@ -16,19 +14,19 @@ from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
-LONGEST, KEPT = 64, 8  # tokens that are decoded anew for each one that comes, and how many of them give the context
+UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
+LONGEST, KEPT = 64, 8  # a window of more than LONGEST tokens is cut to its last KEPT ones, which give the context
 
 
 @final
 class TextStream:
-    """Tokens of one text in, text that is safe to show out.
+    """Decode the tokens of one text as they come, up to the first stop string.
 
-    What `add` and `finish` gave, put together, is the text of all tokens, special ones left out, up to where the first
-    of the stop strings begins: whatever the tokens are, and wherever they cut the text.
+    The strings that `add` and `finish` return, joined, are the decoded text of all tokens, without special ones, up to
+    where the first stop string begins, wherever tokens divide the text or a character.
 
     Attributes:
-        is_stopped: a stop string came, and there is no more text.
+        is_stopped: whether a stop string was found, which ends the text.
 
     Raises:
         ConfigError: a stop string is empty.
@@ -39,15 +37,15 @@ class TextStream:
             raise ConfigError("a stop string is empty")
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._bytes = {tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)}
-        self._tokens: list[int] = []  # the last ones
-        self._text = ""  # that of `_tokens` which was handed on
-        self._held = ""  # may be the beginning of a stop string
+        self._tokens: list[int] = []  # the window that is decoded for each new token
+        self._text = ""  # the text of the window that was returned already
+        self._held = ""  # text that may be the beginning of a stop string
         self.is_stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is settled by one more token."""
+        """Return the text that one more token settles."""
         self._tokens.append(token)
-        # Byte tokens are decoded together, also with a special token between them, and one wrong one spoils them all.
+        # Decoders join adjacent byte tokens, also over a special token, and an invalid one changes all of them.
         if token in self._bytes or not self._tokenizer.decode([token]):
             return ""
         text = self._tokenizer.decode(self._tokens)
@@ -58,17 +56,17 @@ class TextStream:
         return self._until_stop(new)
 
     def finish(self) -> str:
-        """The rest of the text, as no more tokens come."""
+        """Return the rest of the text after the last token."""
         return self._until_stop(self._tokenizer.decode(self._tokens)[len(self._text) :], is_last=True)
 
     def _forget(self) -> None:
-        """Keep just enough tokens to decode those that follow as if all were there: the first ones may lose a space."""
+        """Shorten the window. Some tokens must stay, as decoders may strip the space before the first one."""
         tokens = self._tokens[-KEPT:]
         if (text := self._tokenizer.decode(tokens)).rstrip(UNFINISHED):
             self._tokens, self._text = tokens, text
 
     def _until_stop(self, new: str, is_last: bool = False) -> str:
-        """Up to the first place where a stop string begins, or could begin if more text comes."""
+        """Return the held and the new text up to where a stop string begins, or may begin when more text follows."""
         if self.is_stopped:
             return ""
         text, self._held = self._held + new, ""
@@ -84,31 +82,25 @@ class TextStream:
 
 @dataclass(frozen=True)
 class Writing:
-    """Where a text ends, and how its tokens are chosen; `generate` checks the numbers."""
+    """Settings of text generation, which `minilora.generate` checks."""
 
     max_new_tokens: int
     stop: tuple[str, ...]
-    temperature: float = option(0.0, "0: the likeliest token each time")
-    top_p: float = option(1.0, "sample from so much probability")
-    top_k: int = option(0, "sample from so many tokens; 0: from all")
-    repetition_penalty: float = option(1.0, "above 1: what prompt and text hold already becomes less likely")
-    seed: int = option(0, "of the sampling")
+    temperature: float = option(0.0, "0: the most likely token; above 0: sample, with the logits divided by this")
+    top_p: float = option(1.0, "sample from the most likely tokens that together have this probability")
+    top_k: int = option(0, "sample from this many of the most likely tokens; 0: from all")
+    repetition_penalty: float = option(1.0, "above 1: tokens of the prompt and of the text so far become less likely")
+    seed: int = option(0, "seed of the sampling")
 
 
 def add_writing_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """The flags of `Writing`; the commands differ in how much they write."""
-    group = parser.add_argument_group("writing")
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help=f"tokens to write at most (default: {max_new_tokens})",
-    )
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; give it again for more"
-    )
-    add_fields(parser, Writing, "writing", but=("max_new_tokens", "stop"))
+    """Add the flags of `Writing`, with the command's own default of --max-new-tokens."""
+    group = parser.add_argument_group("generation")
+    limit = f"maximum number of tokens to generate (default: {max_new_tokens})"
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=limit)
+    stop = "end the text before this string; repeat the flag for several"
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=stop)
+    add_fields(parser, Writing, "generation", but=("max_new_tokens", "stop"))
 
 
 def write(
@@ -116,25 +108,25 @@ def write(
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     writing: Writing,
-    show: Callable[[str], None] | None = None,
+    show: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """The text that the model writes after each prompt. `show` gets every piece of it as soon as it is settled."""
+    """Return the text that the model generates after each prompt. `show` is called with each settled piece."""
     settings = asdict(writing)
     stops = settings.pop("stop")
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    pieces: list[list[str]] = [[] for _ in prompts]
+    texts = [""] * len(prompts)
 
-    def give(row: int, piece: str) -> None:
-        pieces[row].append(piece)
+    def append(row: int, piece: str) -> None:
+        texts[row] += piece
         if show is not None and piece:
             show(piece)
 
     def on_token(row: int, token: int) -> bool:
-        give(row, streams[row].add(token))
+        append(row, streams[row].add(token))
         return streams[row].is_stopped
 
     with merged_if_faster(model, writing.max_new_tokens):
         generate(model, prompts, stop_ids=tokenizer.stop_ids, on_token=on_token, **settings)
     for row, stream in enumerate(streams):
-        give(row, stream.finish())
-    return ["".join(row) for row in pieces]
+        append(row, stream.finish())
+    return texts
