@@ -208,7 +208,7 @@ def test_a_conversation_that_is_too_long_is_told(chat):
 
 def test_standard_input_that_is_not_utf_8_ends_it(run, monkeypatch):
     type_in(monkeypatch, b"a\xff\n")
-    assert "standard input is not UTF-8" in run("chat", "--model=chat", status=1).err
+    assert "can't decode byte 0xff" in run("chat", "--model=chat", status=1).err
 
 
 # --- Ctrl-C ---
@@ -254,7 +254,7 @@ def test_on_a_terminal_there_is_a_prompt_ctrl_c_drops_the_line_and_ctrl_d_ends(r
 
 def test_elsewhere_ctrl_c_between_the_lines_ends_it(run, monkeypatch):
     enter(monkeypatch, "/reset", KeyboardInterrupt(), prompt="")
-    assert run("chat", "--model=chat", status=130) == ("", "started a new conversation\n")
+    assert run("chat", "--model=chat", status=130) == ("", "started a new conversation\nstopped\n")
 
 
 ON_A_TERMINAL = """

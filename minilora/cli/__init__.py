@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (MiniloraError, OSError) as error:
+    except (MiniloraError, OSError, UnicodeDecodeError) as error:  # the last: of standard input
         print(f"minilora: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -71,8 +71,7 @@ def parse(words: Sequence[str]) -> Options:
     """
     words = [_dashed(word) for word in words] or ["--help"]
     if words[0] not in COMMANDS:
-        _overview().parse_args(words)
-        _overview().error("the first argument must be a command")
+        _overview().parse_args(words)  # ends the program
     parser = command_parser(words[0])
     if words[0] in MAIN_FLAGS and {"-h", "--help"} & {*words}:
         _show_only(parser, MAIN_FLAGS[words[0]].split())
@@ -133,7 +132,7 @@ def _show_only(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     for action in parser._actions:
         if action.dest not in ("help", *names):
             action.help = argparse.SUPPRESS
-    parser.epilog = f"{parser.epilog}\n\nThese are the most common flags; `{parser.prog} --help-all` shows all of them."
+    parser.epilog = f"{parser.epilog}\n\nThese are the main flags; `{parser.prog} --help-all` shows all."
 
 
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.adapter import set_adapter
-from minilora.cli import INTERRUPTED, Options, say
+from minilora.cli import Options, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load_language_model
 from minilora.cli.write import Writing, add_writing_flags, write
-from minilora.errors import ConfigError, FormatError, MiniloraError
+from minilora.errors import ConfigError, MiniloraError
 from minilora.models.template import Message
 
 NONE = "none"
@@ -48,19 +48,16 @@ def run(options: Options) -> int:
         with suppress(ImportError):
             importlib.import_module("readline")  # gives `input` a history and editing keys
         say(f"{chat.model.name_or_path}, adapter: {chat.adapter}. /help lists the commands, Ctrl-D ends the chat.")
-    try:
-        for line in _lines("\n> " if is_terminal else ""):
-            if line.split(maxsplit=1)[:1] == ["/exit"]:
-                break
-            try:
-                if line.startswith("/"):
-                    chat.obey(line)
-                elif line.strip():
-                    chat.reply(line.strip())
-            except MiniloraError as error:  # the conversation goes on as it was
-                say(f"minilora: {error}")
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    for line in _lines("\n> " if is_terminal else ""):
+        if line.split(maxsplit=1)[:1] == ["/exit"]:
+            break
+        try:
+            if line.startswith("/"):
+                chat.obey(line)
+            elif line.strip():
+                chat.reply(line.strip())
+        except MiniloraError as error:  # the conversation goes on as it was
+            say(f"minilora: {error}")
     return 0
 
 
@@ -146,14 +143,9 @@ def _lines(prompt: str) -> Iterator[str]:
     """Yield the lines of the user until Ctrl-D. On a terminal, where there is a prompt, Ctrl-C drops a line."""
     while True:
         try:
-            line = input(prompt)
-            line.encode()
+            yield input(prompt)
         except EOFError:
             return print(end="\n" if prompt else "")
         except KeyboardInterrupt:
             if not prompt:
                 raise
-        except UnicodeError as error:
-            raise FormatError("standard input is not UTF-8") from error
-        else:
-            yield line

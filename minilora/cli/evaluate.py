@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minilora.cli import Options, say, say_bad
-from minilora.cli.columns import cells, fit
+from minilora.cli.columns import cells, fit, padded
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import add_model_flags, find, load, read_run
 from minilora.errors import ConfigError
@@ -114,9 +114,6 @@ def confusion_table(scores: Mapping[str, Any], width: int) -> str:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align the first column to the left, the others to the right."""
-    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        spaces = [" " * (width - cells(text)) for width, text in zip(widths, row, strict=True)]
-        lines.append("  ".join([row[0] + spaces[0], *map(str.__add__, spaces[1:], row[1:])]))
-    return lines
+    width = max(cells(row[0]) for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][1:]
+    return ["  ".join([padded(name, width), *map(str.rjust, numbers, widths)]) for name, *numbers in rows]

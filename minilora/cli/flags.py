@@ -18,40 +18,31 @@ from minilora.errors import ConfigError, fits
 from minilora.storage import holds_files, read_json, read_text
 
 T = TypeVar("T")
-# Each flag, and its names in PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory.
+# Flags, and their names in PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory where these are not similar.
 NAMES_ELSEWHERE = {
-    "lora_r": "r rank lora_rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "lora_target lora_target_modules lora_target_linear",
-    "model": "model_name_or_path base_model checkpoint_dir",
-    "data": "dataset dataset_name datasets train_file",
-    "out": "output_dir out_dir adapter_path save_path",
+    "lora_r": "r rank",
+    "target_modules": "lora_target lora_target_linear",
+    "model": "model_name_or_path checkpoint_dir",
+    "data": "dataset_name train_file",
+    "out": "output_dir adapter_path save_path",
     "learning_rate": "lr",
-    "lr_scheduler": "lr_scheduler_type lr_schedule scheduler",
-    "warmup_steps": "warmup_ratio lr_warmup_steps num_warmup_steps",
-    "batch_size": "per_device_train_batch_size micro_batch_size",
-    "gradient_accumulation_steps": "grad_accumulation_steps accumulate_grad_batches",
-    "max_length": "max_seq_length max_seq_len cutoff_len sequence_len",
-    "epochs": "num_train_epochs num_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "max_length": "cutoff_len sequence_len",
+    "epochs": "num_train_epochs",
     "max_steps": "iters",
-    "train_on": "completion_only_loss assistant_only_loss mask_prompt train_on_inputs",
+    "train_on": "completion_only_loss assistant_only_loss mask_prompt",
     "recompute": "gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
     "batch_tokens": "packing sample_packing packed",
     "sort_window": "group_by_length train_sampling_strategy",
-    "compile": "torch_compile use_compile",
     "prompt_style": "template chat_template",
-    "report": "report_to logger_name",
+    "report": "logger_name",
     "resume": "resume_from_checkpoint resume_adapter_file",
-    "save_steps": "save_every save_interval",
-    "eval_steps": "steps_per_eval eval_interval",
+    "eval_steps": "steps_per_eval",
     "eval_split": "val_set_size val_size",
-    "logging_steps": "steps_per_report log_every_n_steps log_interval",
-    "max_new_tokens": "max_tokens",
+    "logging_steps": "steps_per_report log_interval",
     "temperature": "temp",
-    "system": "system_prompt",
-    "task": "task_type",
-    "double_quant": "use_bnb_nested_quant bnb_4bit_use_double_quant",
+    "double_quant": "use_bnb_nested_quant",
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # for flags of these tools that have no counterpart
@@ -180,7 +171,7 @@ def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
     if bool in kinds:
         return _bool_or_text
     if tuple[str, ...] in kinds:
-        return _names_or_pattern
+        return _names_or_pattern if str in kinds else _names
     if len(kinds) == 1 and kinds[0] in (str, int, float):
         return kinds[0]
     need = " or ".join(
@@ -193,7 +184,7 @@ def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
         except (ValueError, RecursionError):
             value = None
         if not any(fits(value, kind) for kind in kinds):
-            raise argparse.ArgumentTypeError(f"found {text:.80}, need {need}")
+            raise argparse.ArgumentTypeError(f"found {text!r:.80}, need {need}")
         return value
 
     return numbers_or_object
@@ -206,4 +197,8 @@ def _bool_or_text(text: str) -> bool | str:
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:
     """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, as it is."""
     is_list = all(character.isalnum() or character in "_., " for character in text)
-    return tuple(part.strip() for part in text.split(",")) if is_list else text
+    return _names(text) if is_list else text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))

@@ -1,7 +1,7 @@
 """Generate text from prompts.
 
-Each prompt is a user's message in the chat template; a model without a template
-continues the prompt. The text of a single prompt is printed as it is generated.
+Each prompt is a user's message in the chat template; a model without one
+continues the prompt. A single answer is printed while it is generated.
 
 Example:
   minilora generate --adapter run --prompt "Hello" --compare-base
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora.adapter import disable_adapter
-from minilora.cli import INTERRUPTED, Options, say
+from minilora.cli import Options, say
 from minilora.cli.columns import columns
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load_language_model
@@ -43,11 +43,11 @@ class Output:
     """How many texts are generated, and how they are printed."""
 
     samples: int = option(1, "number of texts to generate for each prompt")
-    compare_base: bool = option(False, "also generate with the base model, and print its text on the left")
+    compare_base: bool = option(False, "also generate without the adapter, and print that text on the left")
     json: bool = option(
         False,
-        "print a JSON object a line, as --prompts and several --prompt always do: the fields of the prompt and `text`, "
-        "with --samples `sample`, counted from 1, and with --compare-base `base`",
+        "print one JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
+        "with --samples also `sample`, from 1, and with --compare-base `base`",
     )
     batch_size: int = option(8, "texts to generate at a time; in float32 this does not change them")
 
@@ -93,19 +93,19 @@ def run(options: Options) -> int:
     model, tokenizer, trained = load_language_model(options)
     prompts = encode_prompts(rows, tokenizer, trained, options)
     is_json = output.json or options["prompts"] is not None or len(rows) > 1
+    if is_json or output.compare_base or output.samples > 1:
+        for answer in _answers(model, tokenizer, rows, prompts, writing, output):
+            line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options)
+            print(line, flush=True)
+        return 0
     try:
-        if is_json or output.compare_base or output.samples > 1:
-            for answer in _answers(model, tokenizer, rows, prompts, writing, output):
-                line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options)
-                print(line, flush=True)
-        else:
-            texts = write(model, tokenizer, prompts, writing, partial(print, end="", flush=True))
-            print()
-            if not any(texts):
-                say("(the model generated no text)")
+        texts = write(model, tokenizer, prompts, writing, partial(print, end="", flush=True))
     except KeyboardInterrupt:
         print()
-        return INTERRUPTED
+        raise
+    print()
+    if not any(texts):
+        say("(the model generated no text)")
     return 0
 
 
@@ -113,7 +113,7 @@ def read_prompts(options: Options) -> list[Row]:
     """Read the prompts as rows.
 
     Raises:
-        ConfigError: there is no prompt, or standard input is not UTF-8.
+        ConfigError: there is no prompt.
         DataError, FormatError: the file cannot be read.
     """
     if options["raw"] and options["system"] is not None:
@@ -126,10 +126,8 @@ def read_prompts(options: Options) -> list[Row]:
     texts = options["prompt"] or [STDIN]
     if texts.count(STDIN) > 1:
         raise ConfigError("standard input can be one prompt, not several")
-    return [
-        Row({"prompt": _read_stdin()}, "standard input") if text == STDIN else Row({"prompt": text}, "--prompt")
-        for text in texts
-    ]
+    stdin = sys.stdin.read().removesuffix("\n") if STDIN in texts else ""
+    return [Row({"prompt": stdin}, "standard input") if t == STDIN else Row({"prompt": t}, "--prompt") for t in texts]
 
 
 def _read_lines(path: Path) -> list[Row]:
@@ -140,22 +138,15 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: {error.object[error.start]:#04x} is not UTF-8") from error
-
-
 def encode_prompts(
     rows: Sequence[Row], tokenizer: Tokenizer, trained: Mapping[str, Any], options: Options
 ) -> list[list[int]]:
     """Return the token ids of the prompts, in the form that the flags ask for, or else that of the training."""
+    if options["raw"]:
+        return [encode_prompt(row, tokenizer, None, "raw") for row in rows]
     is_plain = trained.get("prompts") == "plain" and options["raw"] is None
-    mode: Mode = "raw" if options["raw"] else "plain" if is_plain else "chat"
+    mode: Mode = "plain" if is_plain else "chat"
     system = trained["config"].get("system") if options["system"] is None else options["system"]
-    if mode == "raw":
-        return [encode_prompt(row, tokenizer, None, mode) for row in rows]
     tokenizer = use_prompt_style(tokenizer, "auto", rows)
     return [encode_prompt(row, tokenizer, system, mode) for row in rows]
 

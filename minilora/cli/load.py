@@ -48,9 +48,6 @@ class Found:
     """The model and the adapters that the flags name, and how to load and prompt them.
 
     Attributes:
-        base: where the base model is.
-        adapters: the directories of the adapters.
-        quantize: how to quantize the base model.
         tokenizer: None if the model has none; it can be merged without.
         run: the `run.json` beside the adapters or the model, with a "config" in any case.
         unit: what a classifier assigns a class to; None for a language model.

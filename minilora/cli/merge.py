@@ -105,12 +105,9 @@ def _write_adapter(options: Options, weights: Sequence[float], config: CombineCo
 def _write_model(options: Options, combined: Path | None) -> None:
     """Merge the adapters, or the adapter that they were combined to, and print how large the error is."""
     out, target, found, device = options["out"], options["target"], find(options), pick_device(options["device"])
-    into = QuantizeConfig("none") if target == "original" else found.quantize
-    held = _described(found, into)
-    say_quantization(held, found.adapters)
+    say_quantization(_held(found, QuantizeConfig() if target == "original" else found.quantize), found.adapters)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
-    held_in_training = held if trained == into else _described(found, trained)
-    is_known = all(was_trained_on(held_in_training, path) for path in found.adapters)
+    is_known = all(was_trained_on(_held(found, trained), path) for path in found.adapters)
     deviation = merge_directory(
         found.base.path,
         [combined] if combined else found.adapters,
@@ -126,8 +123,8 @@ def _write_model(options: Options, combined: Path | None) -> None:
     print(f"{_describe_error(deviation, is_known, is_other_base)}\nmerged model written to {out}")
 
 
-def _described(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
-    """Return what `base_held` says of the base model, quantized like this."""
+def _held(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
+    """Return how the base model is held if it is quantized like this."""
     return base_held(load_for(found.unit, found.labels, found.base.path, "auto", "meta", quantize))
 
 
@@ -142,13 +139,7 @@ def _print_truncation(cuts: Mapping[str, Cut]) -> None:
 
 
 def _describe_error(deviation: Deviation, is_known: bool, is_other_base: bool) -> str:
-    """Describe the error of a merge.
-
-    Args:
-        deviation: the error.
-        is_known: whether it is relative to the base model of the training.
-        is_other_base: whether the target is not the base model of the training.
-    """
+    """Describe the error of a merge; `is_known`: it is relative to the base that the adapter was trained on."""
     if deviation.overall is None:
         return "the adapter changes nothing"
     text = (
