@@ -20,8 +20,20 @@ def columns(left: str, right: str, titles: tuple[str, str], width: int) -> str:
 
 def wrap(text: str, width: int) -> list[str]:
     """Break a text into lines of at most `width` cells, at white space, and in words that are wider than a line."""
-    parts = text.expandtabs(4).splitlines()
-    return [line.rstrip() for part in parts for line in _broken(visible(part).rstrip(), width)]
+    lines = []
+    for part in text.expandtabs(4).splitlines():
+        lines.append("")
+        for piece in re.findall(r"\s+|\S+", visible(part).rstrip()):
+            if cells(lines[-1] + piece) <= width:
+                lines[-1] += piece
+                continue
+            if lines[-1].strip() or piece.isspace():
+                lines.append("")
+            for character in piece.lstrip():
+                if cells(lines[-1] + character) > width:
+                    lines.append("")
+                lines[-1] += character
+    return [line.rstrip() for line in lines]
 
 
 def visible(text: str) -> str:
@@ -43,21 +55,6 @@ def cells(text: str) -> int:
         0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
     )
-
-
-def _broken(text: str, width: int) -> list[str]:
-    lines = [""]
-    for piece in re.findall(r"\s+|\S+", text):
-        if cells(lines[-1] + piece) <= width:
-            lines[-1] += piece
-            continue
-        if lines[-1].strip() or piece.isspace():
-            lines.append("")
-        for character in piece.lstrip():
-            if cells(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    return lines
 
 
 def padded(text: str, width: int) -> str:
