@@ -246,8 +246,8 @@ def test_a_seed_that_no_generator_takes_is_named():
     ("flag", "value", "message"),
     [
         ("--layers-to-transform", "x", "found 'x', need numbers joined with commas"),
-        ("--trainable-token-indices", "x", "found 'x', need numbers joined with commas, or a JSON object"),
-        ("--rank-pattern", "{", "found {, need a JSON object"),
+        ("--trainable-token-indices", "x", "found 'x', need numbers joined with commas or a JSON object"),
+        ("--rank-pattern", "{", "found '{', need a JSON object"),
     ],
 )
 def test_a_flag_that_cannot_be_read_says_what_it_takes(flag, value, message, capsys):

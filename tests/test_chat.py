@@ -100,7 +100,7 @@ def test_a_message_cannot_forge_a_turn(directory, chat):
 def test_reset_begins_a_new_conversation(directory, chat):
     out, err = chat("the cat", "/reset", "sat")
     assert out == lines_of(Talk(directory).say("the cat"), Talk(directory).say("sat"))
-    assert err == "a new conversation begins\n"
+    assert err == "started a new conversation\n"
 
 
 def test_a_system_prompt_goes_before_all_turns_and_stays_after_a_reset(directory, chat):
@@ -180,8 +180,8 @@ def test_exit_ends_and_help_names_every_command(chat):
     ("line", "phrase"),
     [
         ("/adapter third", "no adapter is called 'third'; there are ['none']"),
-        ("/restart", "there is no command /restart; /help"),
-        ("/", "there is no command /"),
+        ("/restart", "unknown command /restart; /help"),
+        ("/", "unknown command /"),
         ("a\ufdd0", "U+FDD0"),
     ],
 )
@@ -203,12 +203,12 @@ def test_a_chat_template_is_needed_be_it_the_models_or_the_adapters(directory, r
 
 
 def test_a_conversation_that_is_too_long_is_told(chat):
-    assert "and the model was made for 256: see /reset" in chat("the cat " * 200).err
+    assert "more than the 256 of the model's training: see /reset" in chat("the cat " * 200).err
 
 
 def test_standard_input_that_is_not_utf_8_ends_it(run, monkeypatch):
     type_in(monkeypatch, b"a\xff\n")
-    assert "standard input is not UTF-8" in run("chat", "--model=chat", status=1).err
+    assert "can't decode byte 0xff" in run("chat", "--model=chat", status=1).err
 
 
 # --- Ctrl-C ---
@@ -224,10 +224,10 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_written(directory, chat, monkey
     assert chat("the cat", "sat") == (expected, "")
 
 
-def test_a_message_without_a_reply_is_forgotten(directory, chat, monkeypatch):
+def test_a_message_without_a_reply_is_dropped(directory, chat, monkeypatch):
     expected = lines_of("", Talk(directory).say("sat"))
     interrupt_generation(monkeypatch, 1)
-    assert chat("the cat", "sat") == (expected, "there was no answer, and the message is forgotten\n")
+    assert chat("the cat", "sat") == (expected, "there was no reply, so the message was dropped\n")
 
 
 def enter(monkeypatch, *entered, prompt):
@@ -248,13 +248,13 @@ def test_on_a_terminal_there_is_a_prompt_ctrl_c_drops_the_line_and_ctrl_d_ends(r
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     out, err = run("chat", "--model=chat")
-    title = "chat, adapter: none. /help lists the commands, Ctrl-D ends."
-    assert (out, err) == ("\n", f"{title}\n{CHAT_HELP}\na new conversation begins\n")
+    title = "chat, adapter: none. /help lists the commands, Ctrl-D ends the chat."
+    assert (out, err) == ("\n", f"{title}\n{CHAT_HELP}\nstarted a new conversation\n")
 
 
 def test_elsewhere_ctrl_c_between_the_lines_ends_it(run, monkeypatch):
     enter(monkeypatch, "/reset", KeyboardInterrupt(), prompt="")
-    assert run("chat", "--model=chat", status=130) == ("", "a new conversation begins\n")
+    assert run("chat", "--model=chat", status=130) == ("", "started a new conversation\nstopped\n")
 
 
 ON_A_TERMINAL = """
@@ -292,7 +292,7 @@ def test_on_a_real_terminal_ctrl_c_also_stops_a_reply(directory):
     terminal = Terminal(directory, "chat", "--model=chat", "--max-new-tokens=9999")
     try:
         terminal.press(b"", b"\n> ")
-        assert b"chat, adapter: none. /help lists the commands, Ctrl-D ends." in terminal.seen
+        assert b"chat, adapter: none. /help lists the commands, Ctrl-D ends the chat." in terminal.seen
         terminal.press(b"the cat\n", b"the cat\r\n")
         time.sleep(0.5)  # the reply is being written
         terminal.press(b"\x03", b"\n> ")

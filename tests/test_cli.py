@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -209,11 +210,11 @@ def test_a_start_is_true_or_a_name(text, value):
         (["finetune", "--lora_rank", "1"], "--lora-rank is unknown; did you mean --lora-r?\n"),
         (["finetune", "--output-dir", "1"], "--output-dir is unknown; did you mean --out?\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
-        (["finetune", "--bf16", "true"], "--bf16 is unknown; --dtype bfloat16 is what there is"),
+        (["finetune", "--bf16", "true"], "--bf16 is unknown; use --dtype float32 or bfloat16"),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--seed=1", "--seed", "1"], "--seed is given twice"),
-        (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj' is one word too many; several values"),
+        (["finetune", "--target-modules", "q_proj", "v_proj"], "unexpected argument 'v_proj'; join several values"),
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),
         (["inspect"], "usage: minilora inspect PATH [flags]"),
         (["eval"], "usage: minilora eval --data DATA [flags]"),
@@ -224,6 +225,25 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys, 
         cli.main(words)
     assert error.value.code == 2
     assert phrase in capsys.readouterr().err
+
+
+def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_of_them(capsys):
+    def page(word):
+        with pytest.raises(SystemExit) as error:
+            cli.main(["finetune", word])
+        assert error.value.code == 0
+        return capsys.readouterr().out
+
+    def flags(text):
+        return set(re.findall(r"^  (?:-h, )?--([a-z-]+)", text, flags=re.MULTILINE))
+
+    main = {name.replace("_", "-") for name in cli.MAIN_FLAGS["finetune"].split()}
+    assert flags(page("--help")) == flags(page("-h")) == main | {"help", "help-all"}
+    assert "`minilora finetune --help-all`" in page("--help").splitlines()[-1]
+    assert flags(page("--help-all")) == flags(finetune_parser().format_help()) > main
+    assert names_of(finetune_parser()) >= {
+        name.replace("-", "_") for name in flags(page("--help-all")) - {"help-all", "help"}
+    }
 
 
 def test_minilora_alone_is_its_help_page(capsys):
@@ -310,14 +330,14 @@ def test_an_unknown_key_is_refused_and_the_nearest_flag_named(name, position, le
     ("text", "phrase"),
     [
         ("batch_size = 2.5", "batch_size is 2.5, need int"),
-        ("lora_r = 2.5\nuse_rslora = 1", "lora_r is 2.5, need int; use_rslora is 1, need bool"),
+        ("lora_r = 2.5\nuse_rslora = 1", "r is 2.5, need int; use_rslora is 1, need bool"),
         ('use_rslora = "no"', "use_rslora is 'no', need bool"),
         ("learning_rate = true", "learning_rate is True, need float"),
         ("seed = true", "seed is True, need int"),
         ("model = 5\ndata = 'x'", "model is 5, need str"),
         ('resume = "maybe"', "resume is 'maybe'"),
         ('lr_scheduler = "step"', "lr_scheduler is 'step'"),
-        ("target_modules = [1]", "target_modules is [1]"),
+        ("target_modules = [1]", "target_modules is (1,)"),
         ("rank_pattern = [1]", "rank_pattern is [1]"),
         ("lerning-rate = 1", "key 'lerning-rate' is unknown; did you mean 'learning_rate'?"),
         ("config = 1", "key 'config' is unknown"),

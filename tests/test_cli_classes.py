@@ -293,14 +293,14 @@ def test_a_merged_classifier_is_written_as_merging_in_memory_writes_it(directory
 
 
 TABLE = """\
-was; taken for  0   1  precision  recall     F1  count
+true/predicted  0   1  precision  recall     F1  count
 0 no            9   1      1.000   0.900  0.947     10
 1 漢字          0  12      0.923   1.000  0.960     12"""
 SCORES = """\
 class   precision  recall     F1  count
 0 no        1.000   0.900  0.947     10
 1 漢字      0.923   1.000  0.960     12
-0 no was taken for 1 漢字: 1"""
+0 no predicted as 1 漢字: 1"""
 
 
 @pytest.mark.parametrize(("width", "expected"), [(54, TABLE), (53, SCORES)])

@@ -162,7 +162,7 @@ def test_a_combination_is_merged_as_the_adapter_that_it_makes(directory, run, tm
     cuts = combine_directories([directory / "a", directory / "b"], [0.7, 0.3], tmp_path / "adapter", config)
     expected = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     assert printed[0] == (
-        f"error of the cut, relative to what the adapters do together: {expected.overall:.2g}; "
+        f"truncation error, relative to the combined update: {expected.overall:.2g}; "
         f"worst {expected.worst:.2g} in {expected.layer}"
     )
     assert expected.overall > 0.1
@@ -188,7 +188,7 @@ def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one
 def test_one_adapter_is_cut_to_another_rank(run, tmp_path):
     flags = ["--combination-type=svd", "--svd-rank=1", "--as-adapter"]
     first, second = run("merge", "--adapter=a", *flags, f"--out={tmp_path / 'out'}")
-    assert first.startswith("error of the cut, relative to what the adapters do together: 0.")
+    assert first.startswith("truncation error, relative to the combined update: 0.")
     assert second == f"adapter of rank 1 written to {tmp_path / 'out'}"
 
 
@@ -237,7 +237,7 @@ def test_an_adapter_that_was_merged_is_extracted_again(run, tmp_path):
     words = ["--base=model", f"--tuned={tmp_path / 'merged'}", "--lora-r=2", f"--out={tmp_path / 'adapter'}"]
     first, second = run("extract", *words)
     error = float(first.split(": ")[1].split(";")[0])
-    assert first.startswith("error of the cut, relative to the change of the adapted weights: ")
+    assert first.startswith("truncation error, relative to the change of the adapted weights: ")
     assert error < 1e-5
     assert second == f"adapter written to {tmp_path / 'adapter'}"
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -263,7 +263,7 @@ def test_extract_tells_the_error_of_the_cut_and_what_is_left_out(directory, run,
     assert first.endswith(f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}")
     assert deviation.overall > 0.1
     assert second == (
-        f"not in the adapter: 9 other weights that differ, with {expected.share:.0%} of all changes' squares: "
+        f"not in the adapter: 9 other weights that differ, with {expected.share:.0%} of the squared change of all: "
         "model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight, "
         "model.layers.1.input_layernorm.weight …"
     )

@@ -29,7 +29,7 @@ SINGLE = ml.QuantizeConfig("nf4", False, ("down_proj",))
 SKIPPED = ml.QuantizeConfig("nf4", False, ("up_proj",))
 HELD = {"dense": ("model", None), "on-nf4": ("nf4", None), "quantized": ("model", NF4), "single": ("model", SINGLE)}
 IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}  # as an adapter says it
-ERROR = "error at the layers' outputs for inputs of all directions, "
+ERROR = "error of the layers' outputs on random inputs, "
 RELATIVE = "relative to the adapter's effect: "
 
 
@@ -360,7 +360,7 @@ def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(
     flags = [f"--model={model}", f"--quantize={quantize}", *(f"--adapter={name}" for name in adapters)]
     expected = merge_directory(model, adapters, tmp_path / "b", quantize=quantize)
     printed = run("merge", *flags, f"--out={tmp_path / 'a'}").out
-    assert printed.startswith(f"{ERROR}on the base as held here, {RELATIVE}{in_words(expected)}\n")
+    assert printed.startswith(f"{ERROR}on the base as loaded here, {RELATIVE}{in_words(expected)}\n")
 
 
 def test_merge_says_that_an_adapter_changes_nothing(directory, run, tmp_path):

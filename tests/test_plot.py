@@ -167,7 +167,7 @@ def test_the_legend_names_every_run_as_it_is_written(tmp_path, capsys):
     assert {*names, "each step", "training, smoothed", "evaluation", "step", "learning rate", "gradient norm"} <= {
         *written
     }
-    assert capsys.readouterr().out == f"picture written to {tmp_path / 'all.svg'}\n"
+    assert capsys.readouterr().out == f"plot written to {tmp_path / 'all.svg'}\n"
 
 
 def test_a_picture_of_a_thousand_steps_is_small_opaque_and_always_of_the_same_bytes(tmp_path):

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import minilora as ml
-from minilora.cli import write as module
 from minilora.cli.write import TextStream
 from tests.models import examples
 
@@ -90,14 +89,11 @@ def tokens_and_stops(draw, tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 @examples(3)
-@given(st.data(), st.sampled_from([(64, 8), (1, 1), (3, 2)]))
-def test_all_that_is_shown_is_the_text_of_all_tokens_before_the_first_stop_string(loaded, kind, data, sizes):
+@given(st.data())
+def test_all_that_is_shown_is_the_text_of_all_tokens_before_the_first_stop_string(loaded, kind, data):
     tokenizer = loaded[kind]
     tokens, stops = data.draw(tokens_and_stops(tokenizer))
-    with pytest.MonkeyPatch.context() as patch:  # so that tokens are forgotten in a text of few tokens
-        patch.setattr(module, "LONGEST", sizes[0])
-        patch.setattr(module, "KEPT", sizes[1])
-        pieces, is_stopped = shown(tokenizer, tokens, stops)
+    pieces, is_stopped = shown(tokenizer, tokens, stops)
     text = tokenizer.decode(tokens)
     assert "".join(pieces) == cut(text, stops)
     assert is_stopped == any(stop in text for stop in stops)
@@ -129,13 +125,6 @@ def test_a_broken_character_is_shown_at_the_end(loaded):
     pieces, _ = shown(loaded["byte-level"], loaded["byte-level"].encode("a😀")[:-1])
     assert pieces[-1] == "\ufffd"
     assert "".join(pieces) == "a\ufffd"
-
-
-def test_characters_of_more_tokens_than_are_remembered_are_shown_whole(loaded, monkeypatch):
-    monkeypatch.setattr(module, "LONGEST", 1)
-    monkeypatch.setattr(module, "KEPT", 1)
-    pieces, _ = shown(loaded["byte-level"], loaded["byte-level"].encode("😀😀"))
-    assert "".join(pieces) == "😀😀"
 
 
 def test_an_empty_stop_string_is_refused(loaded):

@@ -1,7 +1,7 @@
-"""The command line: one module a command, with its help page, its flags and what it does.
+"""The command line: one module for each command.
 
-A command's module has a docstring, which is its help page, `add_flags(parser)`, and `run(options)`, which returns the
-exit status. It may have `prepare(parser, words)`, which sets other defaults once the command line is known. A module is
+The module of a command has a docstring, which is its help text, `add_flags(parser)`, and `run(options)`, which returns
+the exit status. It may have `prepare(parser, words)`, which changes defaults according to the command line. It is
 imported when its command is given.
 """
 
@@ -22,24 +22,28 @@ from minilora.errors import MiniloraError
 
 Options = dict[str, Any]  # the parsed flags of a command line
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-COMMANDS = {
-    "finetune": "train an adapter, or all weights; without --model and --data, on a built-in model and data",
-    "generate": "answer or continue prompts",
-    "chat": "talk with a model",
-    "merge": "fold adapters into a model's weights and write the model",
-    "extract": "write the adapter between two models",
-    "export": "write an adapter in a plain form that more readers understand",
-    "quantize": "write a model in four bits, as bitsandbytes reads it",
-    "eval": "measure a model, with or without an adapter, on rows of data",
-    "inspect": "show what a model, an adapter, a run or a safetensors file holds",
-    "push": "upload an adapter or a model to the Hugging Face hub, with a card made from the run",
-    "plot": "draw loss, evaluation, learning rate and gradient norm of runs",
-}
 BROKEN_PIPE = 141  # the exit status of a program whose output nobody reads any more
+COMMANDS = {
+    "finetune": "train an adapter or all weights; without --model and --data, on a built-in model and data",
+    "generate": "generate text from prompts",
+    "chat": "chat with a model",
+    "merge": "merge adapters into a model's weights and save the model",
+    "extract": "save the difference between two models as an adapter",
+    "export": "save an adapter in a plain form that more tools can read",
+    "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
+    "eval": "evaluate a model, with or without an adapter",
+    "inspect": "show the contents of a model, an adapter, a run or a safetensors file",
+    "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
+    "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
+}
+MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them
+    "finetune": "model data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size epochs "
+    "max_steps dry_run"
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command and return its exit status."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         run, is_plain = options.pop("run"), options.pop("plain", False)
@@ -48,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (MiniloraError, OSError) as error:
+    except (MiniloraError, OSError, UnicodeDecodeError) as error:  # the last: of standard input
         print(f"minilora: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        print(f"minilora: does not fit into memory: {error}".splitlines()[0], file=sys.stderr)
+        print(f"minilora: out of memory: {error}".splitlines()[0], file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         say(str(error) or "stopped")
@@ -62,27 +66,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Options:
-    """Return the options of a command line; "run" is the function that carries it out.
+    """Return the options of a command line, with the function that runs the command as "run".
 
-    Flags may have underscores for dashes. An unknown flag ends the program as in argparse; the nearest one is named.
+    Flags may be spelled with underscores instead of dashes. An unknown flag ends the program, as in argparse.
     """
     words = [_dashed(word) for word in words] or ["--help"]
     if words[0] not in COMMANDS:
-        _overview().parse_args(words)
-        _overview().error("the command comes first")
+        _overview().parse_args(words)  # ends the program
     parser = command_parser(words[0])
+    if words[0] in MAIN_FLAGS and {"-h", "--help"} & {*words}:
+        _show_only(parser, MAIN_FLAGS[words[0]].split())
     _check_words(parser, words[1:])
     prepare = getattr(_module(words[0]), "prepare", None)
     if prepare is not None:
         prepare(parser, words[1:])
     options, more = parser.parse_known_args(words[1:])
     if more:
-        parser.error(f"{more[0]!r} is one word too many; several values of a flag are joined with commas")
+        parser.error(f"unexpected argument {more[0]!r}; join several values of a flag with commas")
     return vars(options)
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """Return the parser of one command."""
+    """Return the parser of one command, with all its flags."""
     module = _module(name)
     about, _, example = str(module.__doc__).partition("Example:")
     parser = argparse.ArgumentParser(
@@ -92,9 +97,11 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if name in MAIN_FLAGS:
+        parser.add_argument("--help-all", action="help", dest="help", help="show all flags and exit")
     module.add_flags(parser)
     if name not in ("inspect", "plot"):
-        parser.add_argument("--plain", action="store_true", help="compute as the definitions say, without kernels")
+        parser.add_argument("--plain", action="store_true", help="use the plain definitions instead of the kernels")
     needed = [action for action in parser._actions if action.required]
     names = [" ".join([*action.option_strings, str(action.metavar or action.dest.upper())]) for action in needed]
     parser.usage = " ".join([parser.prog, *names, "[flags]"])  # argparse's own lists all flags
@@ -111,7 +118,7 @@ def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minilora",
         description="LoRA fine-tuning you can read.",
-        epilog="Begin with `minilora finetune`; `minilora COMMAND --help` explains a command and has an example.",
+        epilog="Start with `minilora finetune`. `minilora COMMAND --help` shows the flags of a command and an example.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"minilora {minilora.__version__}")
@@ -121,9 +128,17 @@ def _overview() -> argparse.ArgumentParser:
     return parser
 
 
+def _show_only(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Leave the other flags out of the help page, and say so at its end."""
+    for action in parser._actions:
+        if action.dest not in ("help", *names):
+            action.help = argparse.SUPPRESS
+    parser.epilog = f"{parser.epilog}\n\nThese are the main flags; `{parser.prog} --help-all` shows all."
+
+
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """End the program where a flag is unknown, naming the right one, or is given twice though only one would count."""
-    from minilora.cli.flags import names_of, nearest  # which imports PyTorch, that the overview need not wait for
+    """End the program if a flag is unknown, with the nearest one as advice, or if a flag is given twice."""
+    from minilora.cli.flags import names_of, nearest  # here, because it imports PyTorch, which the overview need not
 
     actions = {spelling: action for action in parser._actions for spelling in action.option_strings}
     given: set[str] = set()
@@ -131,7 +146,7 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         if name not in actions:
             parser.error(f"{name} is unknown{nearest(name, names_of(parser))}")
         if actions[name].dest in given and not isinstance(actions[name], argparse._AppendAction):
-            parser.error(f"{name} is given twice; give all its values at once")
+            parser.error(f"{name} is given twice; give all its values at once")  # argparse would ignore the first
         given.add(actions[name].dest)
 
 
@@ -141,10 +156,10 @@ def _dashed(word: str) -> str:
 
 
 def say_bad(kind: str, bad: Sequence[str]) -> None:
-    """Print how many rows of a kind were skipped, and the reasons for the first five."""
+    """Print the number of rows of a kind that were skipped, and the reasons for the first five."""
     say("\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5])))
 
 
 def say(text: str) -> None:
-    """Print a message for the user to standard error, where no other program reads it."""
+    """Print a message for the user to standard error."""
     print(text, file=sys.stderr, flush=True)

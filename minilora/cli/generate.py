@@ -1,7 +1,7 @@
-"""Answer prompts, each a user's turn of the chat template.
+"""Generate text from prompts.
 
-A model without a template continues them. A single text is shown as it is
-written.
+Each prompt is a user's message in the chat template; a model without one
+continues the prompt. A single answer is printed while it is generated.
 
 Example:
   minilora generate --adapter run --prompt "Hello" --compare-base
@@ -13,18 +13,20 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minilora.adapter import disable_adapter
-from minilora.cli import INTERRUPTED, Options, say
+from minilora.cli import Options, say
 from minilora.cli.columns import columns
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import Loaded, add_model_flags, load
+from minilora.cli.load import add_model_flags, load_language_model
 from minilora.cli.write import Writing, add_writing_flags, write
 from minilora.errors import ConfigError, DataError, option
+from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.data import use_prompt_style
@@ -33,47 +35,131 @@ from minilora.runs.rows import Row, read_eval_rows
 from minilora.storage import read_text
 
 STDIN = "-"
-Asking = Literal["chat", "plain", "raw"]
+Mode = Literal["chat", "plain", "raw"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How many texts are generated, and how they are printed."""
+
+    samples: int = option(1, "number of texts to generate for each prompt")
+    compare_base: bool = option(False, "also generate without the adapter, and print that text on the left")
+    json: bool = option(
+        False,
+        "print one JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
+        "with --samples also `sample`, from 1, and with --compare-base `base`",
+    )
+    batch_size: int = option(8, "texts to generate at a time; in float32 this does not change them")
+
+    def __post_init__(self) -> None:
+        if bad := [f"{name} is {getattr(self, name)}" for name in ("samples", "batch_size") if getattr(self, name) < 1]:
+            raise ConfigError(f"{', '.join(bad)}, need at least 1")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    group = parser.add_argument_group("prompts")
+    one_of = group.add_mutually_exclusive_group()
+    one_of.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a prompt; repeat the flag for several; -: read standard input, as is done without --prompt and --prompts",
+    )
+    one_of.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a file of prompts: .txt with one a line, otherwise rows as in training, whose answers are ignored; a row "
+        "with only a `prompt` is treated like --prompt",
+    )
+    group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
+    group.add_argument(
+        "--raw",
+        action=argparse.BooleanOptionalAction,
+        help="continue the prompt without the chat template, and let control tokens in it act as such "
+        "(default: as in the adapter's training, otherwise with the template if the model has one)",
+    )
+    add_writing_flags(parser, max_new_tokens=64)
+    add_fields(parser, Output, "output")
+
+
+def run(options: Options) -> int:
+    output, writing = from_flags(Output, options), from_flags(Writing, options)
+    if output.compare_base and not options["adapter"]:
+        raise ConfigError("--compare-base needs --adapter")
+    if output.samples > 1 and writing.temperature == 0:
+        say("at temperature 0 all samples of a prompt are the same; use a --temperature above 0")
+    rows = read_prompts(options)
+    model, tokenizer, trained = load_language_model(options)
+    prompts = encode_prompts(rows, tokenizer, trained, options)
+    is_json = output.json or options["prompts"] is not None or len(rows) > 1
+    if is_json or output.compare_base or output.samples > 1:
+        for answer in _answers(model, tokenizer, rows, prompts, writing, output):
+            line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options)
+            print(line, flush=True)
+        return 0
+    try:
+        texts = write(model, tokenizer, prompts, writing, partial(print, end="", flush=True))
+    except KeyboardInterrupt:
+        print()
+        raise
+    print()
+    if not any(texts):
+        say("(the model generated no text)")
+    return 0
 
 
 def read_prompts(options: Options) -> list[Row]:
-    """The prompts as rows.
+    """Read the prompts as rows.
 
     Raises:
-        ConfigError: there is no prompt, or one on standard input that is not UTF-8.
+        ConfigError: there is no prompt.
         DataError, FormatError: the file cannot be read.
     """
     if options["raw"] and options["system"] is not None:
         raise ConfigError("--system needs the chat template, which --raw leaves out")
     if options["prompts"] is not None:
-        return _rows_of(options["prompts"])
+        is_text = options["prompts"].endswith(".txt")
+        return _read_lines(Path(options["prompts"])) if is_text else read_eval_rows(options["prompts"])
     if not options["prompt"] and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT, --prompts FILE, or a prompt on standard input")
     texts = options["prompt"] or [STDIN]
     if texts.count(STDIN) > 1:
         raise ConfigError("standard input can be one prompt, not several")
-    return [
-        Row({"prompt": _standard_input()}, "standard input") if text == STDIN else Row({"prompt": text}, "--prompt")
-        for text in texts
-    ]
+    stdin = sys.stdin.read().removesuffix("\n") if STDIN in texts else ""
+    return [Row({"prompt": stdin}, "standard input") if t == STDIN else Row({"prompt": t}, "--prompt") for t in texts]
 
 
-def encode_prompts(rows: Sequence[Row], loaded: Loaded, options: Options) -> list[list[int]]:
-    """The token ids of prompts, asked as the flags say, else as the adapter was trained; errors as below."""
-    tokenizer, training, system = loaded.tokenizer, loaded.training, options["system"]
-    is_plain = training.is_plain and options["raw"] is None
-    asking: Asking = "raw" if options["raw"] else "plain" if is_plain else "chat"
-    if asking != "raw":
-        tokenizer = use_prompt_style(tokenizer, "auto", rows)
-        system = training.config.get("system") if system is None else system
-    return [encode_prompt(row, tokenizer, system, asking) for row in rows]
+def _read_lines(path: Path) -> list[Row]:
+    lines = read_text(path).removeprefix("\ufeff").split("\n")
+    rows = [Row({"prompt": line}, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path}: there are no prompts")
+    return rows
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: Asking) -> list[int]:
-    """The token ids of a row's prompt: those that training learns its answer after.
+def encode_prompts(
+    rows: Sequence[Row], tokenizer: Tokenizer, trained: Mapping[str, Any], options: Options
+) -> list[list[int]]:
+    """Return the token ids of the prompts, in the form that the flags ask for, or else that of the training."""
+    if options["raw"]:
+        return [encode_prompt(row, tokenizer, None, "raw") for row in rows]
+    is_plain = trained.get("prompts") == "plain" and options["raw"] is None
+    mode: Mode = "plain" if is_plain else "chat"
+    system = trained["config"].get("system") if options["system"] is None else options["system"]
+    tokenizer = use_prompt_style(tokenizer, "auto", rows)
+    return [encode_prompt(row, tokenizer, system, mode) for row in rows]
 
-    A `prompt` that is text and has no `completion` is a user's turn if asked by "chat", where there is a template.
-    Control tokens act in a "raw" one; elsewhere they are plain text.
+
+def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, mode: Mode) -> list[int]:
+    """Return the token ids of a row's prompt, the same that training has before the answer.
+
+    Args:
+        row: the row, whose answer is ignored.
+        tokenizer: with the chat template.
+        system: the system prompt of conversations that have none.
+        mode: "chat" makes a `prompt` that is text and has no `completion` a user's message, if there is a template; in
+            "raw" control tokens in the text act as such, otherwise they are text.
 
     Raises:
         DataError: the row has no prompt, or one that cannot be encoded.
@@ -82,140 +168,39 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, asking: As
         if row.problem:
             raise DataError(row.problem)
         fields, text = row.fields, row.fields.get("prompt")
-        if isinstance(text, str) and asking == "chat" and tokenizer.template and fields.get("completion") is None:
+        if isinstance(text, str) and mode == "chat" and tokenizer.template and fields.get("completion") is None:
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
         parsed = parse_prompt(fields, DataConfig(system=system))
-        json.dumps(row.fields, ensure_ascii=False).encode()
         if isinstance(parsed, PromptCompletion):
-            ids = _encode_beginning(parsed.prompt if asking == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
-        elif asking == "raw":
+            ids = _encode_text(parsed.prompt if mode == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
+        elif mode == "raw":
             raise DataError("a conversation needs the chat template, which --raw leaves out")
         else:
             ids = tokenizer.encode_chat(parsed.messages, add_generation_prompt=True, tools=parsed.tools)
+        if not ids:
+            raise DataError("the prompt is empty")
     except DataError as error:
         raise DataError(f"{row.source}: {error}") from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"{row.source}: the row holds {error.object[error.start]!r}, which no UTF-8 is") from error
-    if not ids:
-        raise DataError(f"{row.source}: the prompt is empty")
     return ids
 
 
-def _rows_of(name: str) -> list[Row]:
-    return _lines_of(Path(name)) if name.endswith(".txt") else read_eval_rows(name)
-
-
-def _lines_of(path: Path) -> list[Row]:
-    lines = read_text(path).removeprefix("\ufeff").split("\n")
-    rows = [Row({"prompt": line}, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path}: there are no prompts")
-    return rows
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: {error.object[error.start]:#04x} is not UTF-8") from error
-
-
-def _encode_beginning(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a text that goes on: without those that the tokenizer closes a text with."""
+def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a text, without those that the tokenizer adds at its end."""
     ids, spans = tokenizer.encode_spans(text)
     while len(ids) > 1 and spans[len(ids) - 1][0] == spans[len(ids) - 1][1]:
         ids.pop()
     return ids
 
 
-@dataclass(frozen=True)
-class Output:
-    """Which texts are written, and how they are printed."""
-
-    samples: int = option(1, "texts for each prompt")
-    compare_base: bool = option(False, "show what the base model writes, left, beside the adapter's")
-    json: bool = option(
-        False,
-        "print a JSON object a line, as --prompts and several --prompt always do: the prompt's row and `text`; "
-        "`sample`, from 1, with --samples, and `base` with --compare-base",
-    )
-    batch_size: int = option(8, "texts written at a time; in float32 it does not change them")
-
-    def __post_init__(self) -> None:
-        counts = {"samples": self.samples, "batch_size": self.batch_size}
-        if bad := [f"{name} is {value}" for name, value in counts.items() if value < 1]:
-            raise ConfigError(f"{', '.join(bad)}, need at least 1")
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser)
-    add_prompt_flags(parser)
-    add_writing_flags(parser, max_new_tokens=64)
-    add_fields(parser, Output, "output")
-
-
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """--prompt, --prompts, --system and --raw."""
-    group = parser.add_argument_group("prompts")
-    one_of = group.add_mutually_exclusive_group()
-    one_of.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="what to answer or, if the model has no chat template, to continue; give it again for more; "
-        "-: all of standard input, which is also read where no prompt is given and it is no terminal",
-    )
-    one_of.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help=".txt: a prompt a line; else rows as in training, of which an answer is left out; a `prompt` of text "
-        "needs no `completion`, and without one it is asked as --prompt is",
-    )
-    group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
-    group.add_argument(
-        "--raw",
-        action=argparse.BooleanOptionalAction,
-        help="continue the prompt as it is, without the chat template, control tokens acting "
-        "(default: as the adapter's rows were written; else by the template, if there is one)",
-    )
-
-
-def run(options: Options) -> int:
-    output, writing = from_flags(Output, options), from_flags(Writing, options)
-    if output.compare_base and not options["adapter"]:
-        raise ConfigError("--compare-base needs --adapter")
-    if output.samples > 1 and writing.temperature == 0:
-        say("at temperature 0 all samples of a prompt are the same; --temperature 0.8 makes them differ")
-    rows = read_prompts(options)
-    loaded = load(options)
-    prompts = encode_prompts(rows, loaded, options)
-    is_json = output.json or options["prompts"] is not None or len(rows) > 1
-    try:
-        if is_json or output.compare_base or output.samples > 1:
-            for answer in _answers(loaded, rows, prompts, writing, output):
-                text = (
-                    json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options["adapter"])
-                )
-                print(text, flush=True)
-        else:
-            texts = write(loaded.model, loaded.tokenizer, prompts, writing, _show)
-            print()
-            if not any(texts):
-                say("(the model ended at once)")
-    except KeyboardInterrupt:
-        print()
-        return INTERRUPTED
-    return 0
-
-
 def _answers(
-    loaded: Loaded, rows: Sequence[Row], prompts: Sequence[list[int]], writing: Writing, output: Output
+    model: Llama,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+    writing: Writing,
+    output: Output,
 ) -> Iterator[Fields]:
-    """The rows with what was written for them: all samples of the first, then of the next, in batches.
-
-    The n-th text has a seed of its own, `seed` + n.
-    """
-    model, tokenizer = loaded.model, loaded.tokenizer
+    """Yield each row with its generated text, once for each sample. The n-th text has the seed `writing.seed` + n."""
     asked = [(row, ids, n) for row, ids in zip(rows, prompts, strict=True) for n in range(1, output.samples + 1)]
     for begin in range(0, len(asked), output.batch_size):
         part = asked[begin : begin + output.batch_size]
@@ -229,14 +214,10 @@ def _answers(
             yield {**answer, "text": text}
 
 
-def _as_text(answer: Fields, output: Output, adapter: str) -> str:
-    """The text, under its number if it is one of several, or in a column beside the base model's."""
+def _as_text(answer: Fields, output: Output, options: Options) -> str:
+    """Format a text, with the base model's beside it and the number of the sample above it where that is asked for."""
     number = f"--- sample {answer['sample']} of {output.samples}\n" if output.samples > 1 else ""
     if not output.compare_base:
         return f"{number}{answer['text']}"
     width = shutil.get_terminal_size().columns
-    return number + columns(answer["base"], answer["text"], ("base", adapter), width)
-
-
-def _show(piece: str) -> None:
-    print(piece, end="", flush=True)
+    return number + columns(answer["base"], answer["text"], ("base", options["adapter"][0]), width)

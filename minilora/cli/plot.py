@@ -1,4 +1,4 @@
-"""Draw loss, evaluation, learning rate and gradient norm of runs as one picture.
+"""Plot loss, evaluation loss, learning rate and gradient norm of runs.
 
 Example:
   minilora plot run1 run2 --out runs.svg
@@ -18,17 +18,17 @@ from minilora.tools.plot import SUFFIXES, save_picture
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, which need not be finished")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="picture to write, .svg or .png (default: plot.svg, in the directory of the run if there is one run)",
+        help="image file, .svg or .png (default: plot.svg, in the directory of the run if there is only one)",
     )
 
 
 def run(options: Options) -> int:
-    paths = {Path(run).resolve(): Path(run) for run in options["runs"]}  # one given twice is drawn once
+    paths = {Path(run).resolve(): Path(run) for run in options["runs"]}  # each run once
     out = options["out"] or (paths.copy().popitem()[1] if len(paths) == 1 else Path()) / "plot.svg"
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
@@ -36,12 +36,12 @@ def run(options: Options) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plot needs the package matplotlib: pip install 'minilora[plot]'")
     save_picture(runs, out)
-    print(f"picture written to {out}")
+    print(f"plot written to {out}")
     return 0
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of different paths: one part of each, or as many as tell them apart.
+    """Return the last parts of different paths, as many of each as make them distinct.
 
     >>> distinct_names([Path("/a/run"), Path("/b/run")])
     ['a/run', 'b/run']

@@ -1,6 +1,6 @@
-"""Write a model in four bits (NF4).
+"""Quantize a model to 4 bits (NF4).
 
-transformers with bitsandbytes, and every command here, reads it.
+The result can be read by transformers with bitsandbytes, and by all commands.
 
 Example:
   minilora quantize --model path/to/model --out model-nf4
@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from minilora.cli import Options
-from minilora.cli.flags import add_fields, from_flags
+from minilora.cli.flags import add_fields, add_out, check_out, from_flags
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
 from minilora.models.checkpoint import read_config, save_model, stored_dtype, stored_weights
@@ -20,24 +20,23 @@ from minilora.models.classifier import load_for, skeleton_for
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
 from minilora.runs.run import pick_device
-from minilora.storage import BUILTIN, holds_files, tensor_files
+from minilora.storage import BUILTIN, tensor_files
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=BUILTIN,
-        help=f"directory of the model, or org/name[@revision] of the Hugging Face hub (default: {BUILTIN})",
+        help=f"directory of the model, or org/name[@revision] on the Hugging Face Hub (default: {BUILTIN})",
     )
-    parser.add_argument("--out", required=True, help="directory to write; it must not hold files")
-    parser.add_argument("--device", default="auto", help="where to compute it: cpu, cuda, mps (default: auto)")
+    add_out(parser)
+    parser.add_argument("--device", default="auto", help="device to compute on: cpu, cuda, mps (default: auto)")
     add_fields(parser, QuantizeConfig, "quantization", but=("quantize",))
 
 
 def run(options: Options) -> int:
-    out, device = Path(options["out"]), pick_device(options["device"])
-    if holds_files(out):
-        raise ConfigError(f"{out}: holds files; give another --out")
+    out, device = options["out"], pick_device(options["device"])
+    check_out(out)
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     location = locate(options["model"], "model")
     read = read_config(location.path)
@@ -47,16 +46,16 @@ def run(options: Options) -> int:
     model = load_for(read.unit, (), location.path, dtype, "meta", config)
     weights = stored_weights(location.path, skeleton_for(read.unit, (), read), dtype, device, config)
     save_model(model, out, find_tokenizer(location.name), weights=weights)
-    print(f"{_bits(out)}\nmodel written to {out}")
+    print(f"{_describe_size(out)}\nmodel written to {out}")
     return 0
 
 
-def _bits(directory: Path) -> str:
-    """How many bits a weight takes: by the tensors of the packed ones, and by the files as they lie."""
+def _describe_size(directory: Path) -> str:
+    """Describe the bits per weight of the quantized tensors, and of all files."""
     files = tensor_files(directory)
     count = count_weights(files)
     size = sum(path.stat().st_size for path in {file.path for file in files.values()})
     return (
-        f"{8 * count.packed_bytes / count.packed:.3f} bits for each of {count.packed:,} quantized weights; "
-        f"{8 * size / count.weights:.3f} for each of all {count.weights:,} in {size:,} bytes of files"
+        f"{8 * count.packed_bytes / count.packed:.3f} bits per weight for {count.packed:,} quantized weights; "
+        f"{8 * size / count.weights:.3f} for all {count.weights:,} weights in {size:,} bytes of files"
     )
