@@ -73,7 +73,7 @@ def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(ca
 
 
 @examples(0.5)
-@given(seeds, document_lengths)
+@given(seeds, document_lengths.filter(lambda lengths: max(lengths) > 1))  # a token alone gives q and k rounding only
 def test_cross_entropy_gives_a_tied_head_the_gradient_of_both_its_uses(seed, lengths):
     model, n = tiny_model("qwen2", seed, num_hidden_layers=1), sum(lengths)
     assert model.lm_head.weight is model.model.embed_tokens.weight
