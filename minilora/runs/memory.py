@@ -70,11 +70,6 @@ class Plan:
         batch = [self.rows[i] for i in max(batches, key=lambda rows: sum(self.rows[i][0] for i in rows))]
         return [tokens for tokens, _ in batch], sum(labelled for _, labelled in batch)
 
-    def cut(self, length: int) -> Plan:
-        """Return the plan with rows of at most `length` tokens."""
-        rows = [(min(tokens, length), min(labelled, length)) for tokens, labelled in self.rows]
-        return replace(self, rows=rows, evaluated=[[min(n, length) for n in split] for split in self.evaluated])
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -325,7 +320,9 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
             yield "--quantize nf4", packed, "a little slower, and the base is rounded"
         yield "--dtype bfloat16", replace(plan, dtype=torch.bfloat16), "the base and the computation are rounded"
     half = (max(tokens for tokens, _ in plan.rows) + 1) // 2
-    yield f"--max-length {half}", plan.cut(half), "longer rows lose what they end in"
+    rows = [(min(tokens, half), min(labelled, half)) for tokens, labelled in plan.rows]
+    shorter = replace(plan, rows=rows, evaluated=[[min(n, half) for n in split] for split in plan.evaluated])
+    yield f"--max-length {half}", shorter, "longer rows lose their ends"
 
 
 def amount(size: int) -> str:

@@ -196,21 +196,17 @@ def rate_factors(model: nn.Module, config: TrainConfig) -> dict[str, float]:
     ratio = config.loraplus_lr_ratio
     if ratio is None:
         return dict.fromkeys(trained, 1.0)
-    factors = [name for name in trained if _is_factor(name, "lora_A") or _is_factor(name, "lora_B")]
+    factors = {name for name in trained if {"lora_A", "lora_B"} & {*name.split(".")}}
     if not factors:
         raise ConfigError("TrainConfig: loraplus_lr_ratio is for adapters, and no lora_A or lora_B is trained")
-    embeddings = [f"{path}." for path, layer in adapter_layers(model).items() if isinstance(layer.base, nn.Embedding)]
-
-    def factor(name: str, parameter: nn.Parameter) -> float:
-        if name in factors and name.startswith(tuple(embeddings)):
-            return EMBEDDING_RATE / config.learning_rate
-        return ratio if _is_factor(name, "lora_B") or parameter.dim() == 1 else 1.0
-
-    return {name: factor(name, parameter) for name, parameter in trained.items()}
-
-
-def _is_factor(name: str, factor: str) -> bool:
-    return factor in name.split(".")
+    layers = adapter_layers(model).items()
+    embeddings = tuple(f"{path}." for path, layer in layers if isinstance(layer.base, nn.Embedding))
+    rates = {}
+    for name, parameter in trained.items():
+        rates[name] = ratio if "lora_B" in name.split(".") or parameter.dim() == 1 else 1.0
+        if name in factors and name.startswith(embeddings):
+            rates[name] = EMBEDDING_RATE / config.learning_rate
+    return rates
 
 
 def rate_of_step(step: int, total: int, config: TrainConfig) -> float:

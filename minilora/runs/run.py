@@ -79,6 +79,7 @@ class Run:
         self.unit = UNITS.get(lora.task_type)
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
+        self.files: dict[str, str] = {}  # the data of the earlier ones
         self.board: TensorBoard | None = None
         self._check_settings()
 
@@ -125,7 +126,7 @@ class Run:
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         record = read_json(path)
         try:
-            before, self.starts = dict(record["config"]), record["starts"]
+            before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
             self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: need config, starts and data_sha256; give another --out") from error
@@ -209,18 +210,17 @@ class Run:
         return None
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
-        """Record this start in run.json, and drop the metrics of steps that will be repeated.
+        """Record this start in run.json, and remove what earlier ones left of steps that will be repeated.
 
         Raises:
             TrainingError: the data or the quantization of the base has changed since the run began.
         """
-        path = self.out / "run.json"
         for checkpoint in [] if self.is_full else checkpoints(self.out / "checkpoints")[-1:]:
             if base_quantization(checkpoint) != base_held(model):
                 raise TrainingError(
                     f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
                 )
-        if self.starts and read_json(path).get("data_sha256") != data.files:
+        if self.starts and self.files != data.files:
             raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
         weight = model.model.embed_tokens.weight
         start = {
@@ -240,7 +240,7 @@ class Run:
             "prompts": "template" if data.train.conversations else "plain",  # how to prompt the adapter
             "starts": [*self.starts, start],
         }
-        write_json(path, record)
+        write_json(self.out / "run.json", record)
         if self.config.report == "tensorboard":
             self.board = TensorBoard(self.out / "tensorboard", step)
         for left in (self.out / "checkpoints").glob(".*.tmp"):  # by a writer that was killed
