@@ -38,7 +38,7 @@ from minilora.storage import TensorFile, read_json, remove, replacing, write_jso
 
 @dataclass
 class State:
-    """How far a run is, as state.json holds it.
+    """A run's progress, as state.json holds it.
 
     Attributes:
         run: its `fingerprint`.

@@ -22,7 +22,7 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How rows of data become tokens and labels.
+    """Configure how rows of data become tokens and labels.
 
     Raises:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
@@ -54,7 +54,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """Configure a training run.
 
     Raises:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
@@ -119,7 +119,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Paths, and where to compute."""
+    """Configure paths and the device of a run."""
 
     model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] of the Hugging Face hub")
     data: tuple[str, ...] = option(

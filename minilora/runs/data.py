@@ -27,7 +27,7 @@ OPEN, CLOSE = "\ufdd4", "\ufdd5"  # noncharacters that mark answers where the te
 
 @dataclass(frozen=True, repr=False)
 class Dataset(Sequence[Example]):
-    """Tokenized rows, and counts of what was changed or dropped.
+    """A sequence of tokenized rows, and counts of what was changed or dropped.
 
     `truncated` rows were cut to `max_length`, which removed `lost` labels; `unlabelled` rows had none left and were
     dropped, as were rows that cannot be used: `bad` has an error message for each. `conversations` are rows rendered

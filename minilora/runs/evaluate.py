@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]  # called with the number of rows that are
 
 @dataclass(frozen=True)
 class Drift:
-    """Loss on general text of the base and with the adapter, and the divergence between them."""
+    """A run's drift: loss on general text of the base and with the adapter, and the divergence between them."""
 
     before: float
     after: float
@@ -38,7 +38,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Scores:
-    """Held-out loss, and accuracy where the data has choices or classes; None where there are none.
+    """A model's held-out loss, and its accuracy where the data has choices or classes; None where there are none.
 
     `class_scores` holds all scores of a classifier, as the function of that name returns them.
     """

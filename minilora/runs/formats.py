@@ -45,7 +45,7 @@ EMPTY = "it is empty, so there is nothing to learn"
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Plain text: a prompt, which is context, and its completion, which is trained on."""
+    """A prompt, which is context, and its completion, which is trained on, as plain text."""
 
     prompt: str
     completion: str
@@ -53,7 +53,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them, and the tools that the assistant may call."""
+    """A conversation: messages as chat templates take them, and the tools that the assistant may call."""
 
     messages: list[Fields]
     tools: list[Any] | None = None

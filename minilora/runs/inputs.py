@@ -52,7 +52,7 @@ def load_classes(
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized rows of a run: to train on, to evaluate on the way (valid) and at the end (test), and general text."""
+    """A run's tokenized rows: to train on, to evaluate during it (valid) and after it (test), and general text."""
 
     tokenizer: Tokenizer
     train: Dataset

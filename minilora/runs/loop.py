@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import base_held
 from minilora.errors import DataError, FormatError, TrainingError, check_types
-from minilora.llama import Llama, Recompute
+from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.runs.checkpoints import (
@@ -45,7 +45,7 @@ MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so tha
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did, including the parts before it was resumed.
+    """A summary of a run, including the parts before it was resumed.
 
     `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model holds now.
     """
@@ -107,8 +107,10 @@ def train(
         raise DataError("keep best and early_stopping need held-out examples")
     if config.recompute == "auto":
         lora = next(iter(adapters.values()), None)
-        way = _fitting_recompute(model, dataset, held_out, config, lora) if loss is None else "none"
-        config = replace(config, recompute=way)  # a given loss recomputes by itself
+        if loss is None:
+            config = _with_fitting_recompute(model, dataset, held_out, config, lora)
+        else:
+            config = replace(config, recompute="none")  # a given loss recomputes by itself
     objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
     run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
@@ -124,9 +126,9 @@ def train(
         set_dropout_step(model, None)
 
 
-def _fitting_recompute(
+def _with_fitting_recompute(
     model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
-) -> Recompute:
+) -> TrainConfig:
     """Choose the recomputation with which the run fits into memory, beside the loaded model.
 
     Raises:
@@ -146,9 +148,7 @@ def _fitting_recompute(
         [[len(example.tokens) for example in held_out]],
         len(model.labels) if isinstance(model, Classifier) else 0,
     )
-    chosen = choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training.recompute
-    assert chosen != "auto"
-    return chosen
+    return choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def _compiled(model: Any, is_whole: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all steps of a run share."""
+    """A run: what all of its steps share."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

@@ -44,7 +44,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the memory of a run depends on.
+    """A run's properties that its memory depends on.
 
     Args:
         config: of the model.
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes at the peak of a run.
+    """A forecast of the bytes at the peak of a run.
 
     Attributes:
         weights: of the base, dense or in four bits.

@@ -20,7 +20,7 @@ from minilora.storage import read_text
 
 @dataclass(frozen=True)
 class Curve:
-    """The values of one key of the metrics, and their steps."""
+    """A curve: the values of one key of the metrics, and their steps."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
@@ -31,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The curves of one run, with a point for each step; `eval_loss` with one for each evaluation."""
+    """A run's curves, with a point for each step; `eval_loss` with one for each evaluation."""
 
     loss: Curve
     learning_rate: Curve

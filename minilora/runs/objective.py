@@ -32,7 +32,7 @@ EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of rows, as a sum and a count: the loss of tokens, or the function `loss` of any model and any rows."""
+    """A loss as a sum and a count: the loss of tokens, or `loss`, a function of any model and any rows."""
 
     config: TrainConfig
     loss: Loss | None = None
