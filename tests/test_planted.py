@@ -307,7 +307,7 @@ MISTAKES = {
         "test_llama.py::test_padding_changes_no_logits_and_has_none",
     ),
     "law 9: a dropout mask follows from the global random state": Mistake(
-        "adapters/dropout.py",
+        "runs/seeded.py",
         ".bernoulli_(1 - p, generator=generator)",
         ".bernoulli_(1 - p)",
         "test_lora.py::test_dropout_is_a_function_of_its_key",
@@ -451,9 +451,9 @@ MISTAKES = {
         "test_memory.py::test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_of_a_step",
     ),
     "law 11: a resumed run forgets the best adapter": Mistake(
-        "runs/checkpoints.py",
-        "        self.tensors = tensors",
-        "        self.tensors = {}",
+        "runs/loop.py",
+        "state, best = load_checkpoint(",
+        "state, _ = load_checkpoint(",
         "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",
     ),
     "control tokens of a row act": Mistake(
