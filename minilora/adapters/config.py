@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from minilora.errors import ConfigError, TargetError, check_types, option
+from minilora.lora import lora_scale
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -129,6 +130,10 @@ class LoraConfig:
     def alpha(self, path: str) -> float:
         """Return α of one module, from `alpha_pattern` likewise."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def scale(self, path: str) -> float:
+        """Return s of one module."""
+        return lora_scale(self.rank(path), self.alpha(path), self.use_rslora)
 
 
 def select_targets(

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import shallow_copy
 from minilora.errors import TargetError
-from minilora.lora import AdapterWrapper, Shape, lora_scale
+from minilora.lora import AdapterWrapper, Shape
 
 
 class Stacked(nn.Module):
@@ -50,9 +50,7 @@ class AdapterParameters(AdapterWrapper):
         """Build an adapter of each parameter's `<parameter>.lora_A` and `<parameter>.lora_B`, in the module's order."""
         stacked = {}
         for key in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-            path, weight = f"{self.path}.{key}", self.base.get_parameter(key)
-            r = tensors[f"{key}.lora_A"].size(0) // experts_of(weight)
-            scale = lora_scale(r, config.alpha(path), config.use_rslora)
+            scale = config.scale(f"{self.path}.{key}")
             stacked[key] = Stacked(scale, tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"])
         return nn.ModuleDict(stacked)
 
