@@ -48,7 +48,7 @@ def combine_adapters(
     configs = {each: next(iter(layers.values())).configs[each] for each, layers in places.items()}
     for each in weights:
         check_additive(each, configs[each])
-    parts = [{path: _factors(layer.adapters[each]) for path, layer in layers.items()} for each, layers in places.items()]
+    parts = [{path: _factors(layer.adapters[n]) for path, layer in layers.items()} for n, layers in places.items()]
     cuts = combine(parts, list(weights.values()), config)
     factors = {path: cut.factors for path, cut in cuts.items()}
     kinds = {path: type(layer) for layers in places.values() for path, layer in layers.items()}
