@@ -21,12 +21,11 @@ from minilora.adapters.initialize import initial_factors
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
+    adaptable,
     build_adapter,
     build_specs,
     check_places,
     data_specs,
-    is_read_by_kernels,
-    kind_of,
     low_rank_spec,
     parameter_specs,
     targets,
@@ -218,9 +217,8 @@ def find_target_modules(model: nn.Module) -> list[str]:
     """
     check_types(find_target_modules, locals())
     modules = base_modules(model)
-    linears = [path for path, module in modules.items() if kind_of(module) in LINEARS]
-    layered = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
-    chosen = [path for path in layered if not _is_router(path, modules) and not is_read_by_kernels(path, modules)]
+    linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS and not _is_router(path, modules)]
+    chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
         raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")
     taken = {end for path in modules.keys() - set(chosen) for end in _ends(path)}

@@ -212,9 +212,6 @@ def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = 
     Both factors get √σ, so that they are of the same size.
 
     Shapes: delta (out, in) -> lora_A (rank, in), lora_B (out, rank)
-
-    Raises:
-        TrainingError: a number is not finite.
     """
     if not delta.isfinite().all():
         raise TrainingError(f"a change of {tuple(delta.shape)} holds numbers that are not finite, or the weights do")
@@ -265,11 +262,7 @@ def drop(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def check_additive(name: str, config: LoraConfig) -> None:
-    """Check that an adapter consists of updates ΔW = s·B A alone.
-
-    Raises:
-        ConfigError: it has more, which cannot be added; all of it is named, with the reasons.
-    """
+    """Raise a ConfigError unless an adapter consists of updates ΔW = s·B A alone; it names what else there is."""
     none = (False, (), None, "none", *(task for task in get_args(Task) if task not in HEADS))
     bad = [f"{field}: {why}" for field, why in NOT_ADDED.items() if getattr(config, field) not in none]
     if bad:
@@ -283,10 +276,8 @@ def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list
     if len(shapes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
         raise ShapeError(f"{path}: the adapters do not fit together: {found}")
     if not (config.is_cut or config.combination_type == "cat") and len({A.size(0) for A, _, _ in parts}) > 1:
-        raise ShapeError(
-            f"{path}: {config.combination_type!r} needs adapters of one rank, found {found}; "
-            f"cat and the types in svd take any"
-        )
+        kind = config.combination_type
+        raise ShapeError(f"{path}: {kind!r} needs adapters of one rank, found {found}; cat and svd types take any")
     wide = _wide(*(factor for part in parts for factor in part[:2]))
     return [Factors(A.detach().to(wide), B.detach().to(wide), s) for A, B, s in parts]
 

@@ -183,7 +183,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
     They are those of `modules_to_save` and, if `task_type` is a classifier's, its head.
 
     Raises:
-        TargetError: an entry of `modules_to_save`, not such a head, matches nothing; the message lists what there is.
+        TargetError: an entry that does not name a head matches nothing; the message lists what there is.
     """
     if unknown := _nowhere([name for name in config.modules_to_save if name not in _heads(config)], paths):
         there = _endings([path for path in paths if not path.rpartition(".")[2].isdecimal()])

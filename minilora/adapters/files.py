@@ -129,9 +129,11 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
             start = moved_factors(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)
-    misfits += [f"{path}: the model has no such layer" for path in held if kind_of(modules.get(path)) is None]
-    others = [*own, *(path for path in held if kind_of(modules.get(path)) is not None)]
-    misfits += [f"{name}: is no part of an adapter that the config describes" for name in others]
+    missing = [path for path in held if kind_of(modules.get(path)) is None]
+    misfits += [f"{path}: the model has no such layer" for path in missing]
+    misfits += [
+        f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing
+    ]
     if misfits:
         raise TargetError(f"{stored.path} does not fit the model:\n  {_listed(misfits)}")
     if odds:

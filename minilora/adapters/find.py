@@ -16,11 +16,7 @@ from minilora.nf4 import NF4Linear
 
 
 def places_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
-    """Return the wrappers of one adapter, by the path that the module has in the model without adapters.
-
-    Raises:
-        TargetError: the model has no adapter of that name.
-    """
+    """Return the wrappers of one adapter by the path of the module; raise a TargetError if there are none."""
     return {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
 
 

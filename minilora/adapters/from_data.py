@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import balanced, check_rank, randomized_svd, wide
 from minilora.errors import ConfigError, TrainingError
+from minilora.lora import AdapterLinear
 
 FROM_DATA = ("eva", "corda", "lora_ga")
 DAMPING = 0.01  # times the mean second moment, added to each: C is invertible also where inputs never go
@@ -39,35 +40,18 @@ ITERATIONS = 4  # power iterations for the gradient, as published
 RHO = 2  # how many times its own rank a layer may get from EVA
 
 
-class Target(NamedTuple):
-    """A linear map of a model, to be adapted.
-
-    Attributes:
-        module: what the model calls with x, (..., in) -> (..., out).
-        shape: the shape of W, (out, in).
-        weight: returns W; called for CorDA only, one layer at a time.
-        r: rank of the adapter.
-        scale: s.
-    """
-
-    module: nn.Module
-    shape: tuple[int, int]
-    weight: Callable[[], Tensor]
-    r: int
-    scale: float
-
-
 def data_factors(
     kind: str,
     model: nn.Module,
-    targets: Mapping[str, Target],
+    layers: Mapping[str, AdapterLinear],
+    config: LoraConfig,
     losses: Iterable[Tensor],
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B for each target, by its path.
+    """Return A and B for each layer, by its path: a wrapper of a linear, which need not be in the model.
 
     "eva":     A has the first directions of the inputs, B = 0; ranks are redistributed (`redistribute`),
-               and targets whose rank becomes 0 are left out  [EVA §3]
+               and layers whose rank becomes 0 are left out  [EVA §3]
     "corda":   `corda_factors`, a part of W that has to be subtracted from it
     "lora_ga": `gradient_factors`, which have to be subtracted from W, too
 
@@ -81,35 +65,44 @@ def data_factors(
     """
     if kind not in FROM_DATA:
         raise ConfigError(f"init_lora_weights is {kind!r}, accepted are {list(FROM_DATA)}")
-    for path, target in targets.items() if kind != "eva" else ():
-        check_rank(f"{path}: {kind}", target.shape, target.r, 2 if kind == "lora_ga" else 1)
-    sums = _gradients(model, targets, losses) if kind == "lora_ga" else _second_moments(targets, losses)
-    if lacking := [path for path in targets if path not in sums or not sums[path].any()]:
+    for path, layer in layers.items() if kind != "eva" else ():
+        (r, inner), (out, _) = layer.shapes(layer.base, config.rank(path))
+        check_rank(f"{path}: {kind}", (out, inner), r, 2 if kind == "lora_ga" else 1)
+    modules = {path: model.get_submodule(path) for path in layers}
+    sums = _gradients(model, modules, losses) if kind == "lora_ga" else _second_moments(modules, losses)
+    if lacking := [path for path in layers if path not in sums or not sums[path].any()]:
         raise TrainingError(
             f"{lacking[:5]} saw nothing but zeros. Start values from data need losses= that are computed when they "
-            "are asked for, (loss(model, batch) for batch in batches), and batches that reach every target"
+            "are asked for, (loss(model, batch) for batch in batches), and batches that reach every layer"
         )
-    if bad := [path for path in targets if not sums[path].isfinite().all()]:
+    if bad := [path for path in layers if not sums[path].isfinite().all()]:
         raise TrainingError(f"{bad[:5]}: their inputs or gradients are not finite")
     if kind == "lora_ga":
-        return {path: gradient_factors(sums[path], target.r, generator) for path, target in targets.items()}
+        return {path: gradient_factors(sums[path], config.rank(path), generator) for path in layers}
     if kind == "corda":
-        return {path: corda_factors(wide(t.weight()), sums[path], t.r, t.scale) for path, t in targets.items()}
-    return _eva_factors(targets, sums)
+        factors = {}
+        for path, layer in layers.items():
+            weight = wide(layer.as_matrix(layer.base.weight))
+            factors[path] = corda_factors(weight, sums[path], config.rank(path), config.scale(path))
+        return factors
+    return _eva_factors(layers, config, sums)
 
 
-def _eva_factors(targets: Mapping[str, Target], moments: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _eva_factors(
+    layers: Mapping[str, AdapterLinear], config: LoraConfig, moments: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     directions, shares = {}, {}
-    for path, moment in moments.items():
-        vectors, values = principal_directions(moment)
-        directions[path] = vectors[:, : RHO * targets[path].r].T.contiguous()
+    for path in layers:
+        vectors, values = principal_directions(moments[path])
+        directions[path] = vectors[:, : RHO * config.rank(path)].T.contiguous()
         shares[path] = values / values.sum()
-    ranks = redistribute(shares, {path: target.r for path, target in targets.items()})
-    return {
-        path: (directions[path][:r].clone(), directions[path].new_zeros(targets[path].shape[0], r))
-        for path, r in ranks.items()
-        if r
-    }
+    ranks = redistribute(shares, {path: config.rank(path) for path in layers})
+    factors = {}
+    for path, r in ranks.items():
+        if r > 0:
+            _, (out, _) = layers[path].shapes(layers[path].base, r)
+            factors[path] = directions[path][:r].clone(), directions[path].new_zeros(out, r)
+    return factors
 
 
 def principal_directions(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,21 +175,21 @@ def gradient_factors(gradient: Tensor, r: int, generator: torch.Generator) -> tu
     return zeta * Vh[:r].contiguous(), zeta * U[:, r : 2 * r].contiguous()
 
 
-def _second_moments(targets: Mapping[str, Target], losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return Σ x xᵀ over all rows that each target gets, (in, in)."""
+def _second_moments(modules: Mapping[str, nn.Module], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return Σ x xᵀ over all rows that each module gets, (in, in)."""
     moments: dict[str, Tensor] = {}
 
     def add(path: str, x: Tensor, y: Tensor) -> None:
         _add_product(moments, path, x, x)
 
-    with _watched(targets, add), torch.no_grad():
+    with _watched(modules, add), torch.no_grad():
         for _ in losses:
             pass
     return moments
 
 
-def _gradients(model: nn.Module, targets: Mapping[str, Target], losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return Σ dyᵀ x, the gradient of each target's weight, (out, in).
+def _gradients(model: nn.Module, modules: Mapping[str, nn.Module], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return Σ dyᵀ x, the gradient of each module's weight, (out, in).
 
     It is computed from x and dy, so a packed weight has one, too, and no parameter needs a gradient.
     """
@@ -211,7 +204,7 @@ def _gradients(model: nn.Module, targets: Mapping[str, Target], losses: Iterable
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with _watched(targets, tap), torch.enable_grad():
+        with _watched(modules, tap), torch.enable_grad():
             for loss in losses:
                 if not loss.requires_grad:
                     raise ConfigError("lora_ga: a loss has no gradient; it must be computed when it is asked for")
@@ -238,13 +231,13 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _watched(targets: Mapping[str, Target], see: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `see` with path, x and y after each call of a target; the tensor that it returns, if any, replaces y."""
+def _watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `see` with path, x and y after each call of a module; the tensor that it returns, if any, replaces y."""
 
     def hook(path: str) -> Callable[..., Tensor | None]:
         return lambda module, inputs, named, y: see(path, inputs[0] if inputs else next(iter(named.values())), y)
 
-    handles = [target.module.register_forward_hook(hook(path), with_kwargs=True) for path, target in targets.items()]
+    handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules.items()]
     try:
         yield
     finally:

@@ -130,10 +130,9 @@ def read_adapter(directory: Path) -> Stored:
         tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     if not tensors:
         raise FormatError(f"{file.path}: holds no tensors, so it is no adapter")
-    if half := [where for where, held in tensors.items() if ("lora_A" in held) != ("lora_B" in held)]:
-        raise FormatError(f"{file.path}: {half[:5]} have only one of lora_A and lora_B")
-    if lone := [where for where, held in tensors.items() if where and not held.keys() & {"lora_A", "rows"}]:
-        raise FormatError(f"{file.path}: {lone[:5]} have {sorted(tensors[lone[0]])} and no lora_A")
+    for where, held in tensors.items():
+        if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
+            raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
     return Stored(directory, values, tensors)
 
 
@@ -147,22 +146,14 @@ def write_adapter(
 
 
 def base_model_of(path: str | Path) -> str | None:
-    """Return the model that an adapter was made for, as `load_model` takes it, with its revision; None if unknown.
-
-    Raises:
-        FormatError: there is no such adapter, or its config is not JSON.
-    """
+    """Return the model that an adapter was made for, as `load_model` takes it, with its revision; None if unknown."""
     values = read_json(fetch(path, "adapter") / CONFIG_FILE)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     return with_revision(base, revision) if isinstance(base, str) and base else None
 
 
 def vocabulary_of(path: str | Path) -> int:
-    """Return how many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none.
-
-    Raises:
-        FormatError: there is no such adapter, or its config is malformed.
-    """
+    """Return how many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none."""
     path = fetch(path, "adapter") / CONFIG_FILE
     values = read_json(path)
     check_keys(path, values)
@@ -173,9 +164,6 @@ def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
     """Return what the adapter of a classifier gives a class to, and the names of the classes; None and () for others.
 
     PEFT does not write the names; they are LABEL_0, LABEL_1, … then, as in transformers.
-
-    Raises:
-        FormatError: there is no such adapter, it has no head of a classifier, or its names are malformed.
     """
     directory = fetch(path, "adapter")
     unit = UNITS.get(str(read_json(directory / CONFIG_FILE).get("task_type")))
@@ -189,13 +177,7 @@ def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:
-    """Return how the base's weights were held when an adapter was saved, as `base_held` describes it.
-
-    None if the file does not say, as those of PEFT do not.
-
-    Raises:
-        FormatError: there is no such adapter, or the description is not understood.
-    """
+    """Return `base_held` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
     return _metadata(TensorFile(fetch(path, "adapter") / WEIGHTS_FILE), BASE, _held, "how a base is quantized")
 
 
@@ -215,11 +197,7 @@ def factor_name(where: str, factor: str, is_embedding: bool) -> str:
 
 
 def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return the `LoraConfig` of a file's checked values, for tensors of these ranks (path -> r).
-
-    Raises:
-        FormatError: a value is not one that `LoraConfig` takes.
-    """
+    """Return the `LoraConfig` of a file's checked values, for tensors of these ranks (path -> r)."""
     init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
     given = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
     given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
@@ -241,11 +219,7 @@ def fields_of(config: LoraConfig) -> dict[str, Any]:
 
 
 def check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse keys that are not supported, unless they have PEFT's default or an empty value.
-
-    Raises:
-        FormatError: there are others; all of them are named in one message.
-    """
+    """Raise a FormatError that names all unsupported keys whose value is neither PEFT's default nor empty."""
     bad = [
         f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
         for key, value in values.items()
@@ -285,11 +259,7 @@ def class_names(found: Any) -> tuple[str, ...] | None:
 
 
 def _metadata(file: TensorFile, key: str, parse: Callable[[Any], T | None], need: str) -> T | None:
-    """Return `parse` of a JSON value in a file's metadata; None if there is none.
-
-    Raises:
-        FormatError: `parse` fails or returns None.
-    """
+    """Return `parse` of a JSON value in a file's metadata, None if there is none; raise a FormatError if it fails."""
     if key not in file.metadata:
         return None
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
 from minilora.adapters.find import get_base_layer, has_hooks, shallow_copy
-from minilora.adapters.from_data import Target, data_factors, redistributed
+from minilora.adapters.from_data import data_factors, redistributed
 from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
 from minilora.adapters.layers import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
 from minilora.adapters.parameters import AdapterParameters, stacked_shapes
@@ -103,10 +102,18 @@ def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
     return FOREIGN.get((type(module).__module__, type(module).__name__))
 
 
-def is_read_by_kernels(path: str, modules: Mapping[str, Any]) -> bool:
-    """Return whether a module belongs to a Mamba mixer whose fused kernels read its weight without calling it."""
-    parent, _, name = path.rpartition(".")
-    return {"A_log", "D"} <= modules[parent]._parameters.keys() and name != "in_proj"
+def adaptable(modules: Mapping[str, Any]) -> dict[str, type[AdapterLinear]]:
+    """Return the wrapper classes of the modules that can have low-rank adapters, by path.
+
+    All of a Mamba mixer but its `in_proj` is left out: fused kernels read the other weights without calling modules.
+    """
+    found = {}
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        is_read_by_kernels = {"A_log", "D"} <= modules[parent]._parameters.keys() and name != "in_proj"
+        if path and (kind := kind_of(module)) is not None and not is_read_by_kernels:
+            found[path] = kind
+    return found
 
 
 def init_from_weight(init: bool | str) -> bool:
@@ -116,10 +123,9 @@ def init_from_weight(init: bool | str) -> bool:
 
 def targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
     """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
-    kinds = {path: kind_of(module) for path, module in modules.items() if path}
-    adaptable = [path for path, kind in kinds.items() if kind and not is_read_by_kernels(path, modules)]
-    linears = [path for path in adaptable if kinds[path] in LINEARS]
-    others = [path for path in adaptable if kinds[path] not in LINEARS]
+    kinds = adaptable(modules)
+    linears = [path for path, kind in kinds.items() if kind in LINEARS]
+    others = [path for path, kind in kinds.items() if kind not in LINEARS]
     return select_targets(linears, config, head, others, stacked(modules, config))
 
 
@@ -130,11 +136,7 @@ def stacked(modules: Mapping[str, Any], config: LoraConfig) -> list[str]:
 
 
 def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator) -> AdapterSpec:
-    """Return the spec of a new low-rank adapter of one module, with start values drawn or made from its weight.
-
-    Raises:
-        ConfigError: these start values are not defined for such a layer.
-    """
+    """Return the spec of a new low-rank adapter of one module, with start values drawn or made from its weight."""
     kind, init, r, scale = kind_of(module), config.init_lora_weights, config.rank(path), config.scale(path)
     assert kind is not None
     shape_A, shape_B = kind.shapes(module, r)
@@ -152,7 +154,8 @@ def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: t
     elif init_from_weight(init):
         if shape_B[1] != r:
             raise ConfigError(f"{path}: init_lora_weights {init!r} is not defined for a convolution in groups")
-        lora_A, lora_B = moved_factors(str(init), _dense_matrix(kind(module, path)), r, scale, generator)
+        layer = kind(module, path)
+        lora_A, lora_B = moved_factors(str(init), layer.as_matrix(layer.base.weight), r, scale, generator)
         lora_A, lora_B = lora_A.view(shape_A), lora_B.view(shape_B)
     elif kind is AdapterEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
@@ -170,32 +173,19 @@ def data_specs(
     losses: Iterable[Tensor],
     generator: torch.Generator,
 ) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
-    """Return the config of a new adapter, with the ranks that its start values from data have, and its specs.
-
-    Raises:
-        ConfigError: a layer is not a linear, or as `data_factors`.
-        TrainingError: as of `data_factors`.
-    """
+    """Return the config and the specs of a new adapter whose start values, and with EVA ranks, come from data."""
     init = str(config.init_lora_weights)
     layers: dict[str, AdapterLinear] = {}
-    found: dict[str, Target] = {}
     for path in paths:
-        kind, r = kind_of(modules[path]), config.rank(path)
+        kind = kind_of(modules[path])
         if kind is None or kind not in LINEARS:
             name = type(modules[path]).__name__
             raise ConfigError(f"{path}: init_lora_weights {init!r} is for linears, found {name}")
-        layer = layers[path] = kind(modules[path], path)
-        (_, inner), (out, _) = layer.shapes(layer.base, r)
-        weight = functools.partial(_dense_matrix, layer)
-        found[path] = Target(model.get_submodule(path), (out, inner), weight, r, config.scale(path))
-    factors = data_factors(init, model, found, losses, generator)
+        layers[path] = kind(modules[path], path)
+    factors = data_factors(init, model, layers, config, losses, generator)
     if init == "eva":
         config = redistributed(config, {path: len(lora_A) for path, (lora_A, _) in factors.items()})
     return config, {path: AdapterSpec(type(layers[path]), _start_values(init, *pair)) for path, pair in factors.items()}
-
-
-def _dense_matrix(layer: AdapterLinear) -> Tensor:
-    return layer.as_matrix(layer.base.weight)
 
 
 def _start_values(init: bool | str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
@@ -220,31 +210,22 @@ def parameter_specs(
 def build_specs(
     modules: Mapping[str, Any], config: LoraConfig, factors: Mapping[str, AdapterSpec], embedding: str | None
 ) -> dict[str, AdapterSpec]:
-    """Return all specs of an adapter by path: the low-rank ones, modules trained in full, token rows and biases.
-
-    Args:
-        modules: the model's modules by path, without wrappers.
-        config: the adapter's config.
-        factors: the low-rank specs by path.
-        embedding: the path of the model's input embedding.
+    """Return all specs of an adapter by path: `factors`, the low-rank ones, and modules in full, token rows and biases.
 
     Raises:
         TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
     """
-    saved = select_saved([path for path in modules if path], config)
-    full = {path: _full_module_spec(path, modules[path]) for path in saved}
+    full = {}
+    for path in select_saved([path for path in modules if path], config):
+        held = {name: parameter.detach() for name, parameter in modules[path].named_parameters()}
+        if not held or not all(parameter.is_floating_point() for parameter in held.values()):
+            what = "packed weights, which cannot be trained" if held else "no parameters"
+            raise TargetError(f"modules_to_save: {path} has {what}")
+        full[path] = AdapterSpec(TrainedCopy, held)
     rows = _token_specs(modules, config, embedding)
     if twice := sorted(path for path, count in Counter([*factors, *full, *rows]).items() if count > 1):
         raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
     return _with_biases(modules, {**factors, **full, **rows}, config)
-
-
-def _full_module_spec(path: str, module: nn.Module) -> AdapterSpec:
-    found = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    if not found or not all(parameter.is_floating_point() for parameter in found.values()):
-        what = "packed weights, which cannot be trained" if found else "no parameters"
-        raise TargetError(f"modules_to_save: {path} has {what}")
-    return AdapterSpec(TrainedCopy, found)
 
 
 def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
@@ -301,13 +282,7 @@ def _with_biases(
 def check_places(
     modules: Mapping[str, nn.Module], layers: Collection[AdapterWrapper], specs: Mapping[str, AdapterSpec]
 ) -> None:
-    """Refuse combinations of adapters that would not act as configured.
-
-    Raises:
-        TargetError: a module lies in one that is trained in full, or is the whole model; its call does more than its
-            class's forward; a weight would be replaced below another adapter; or `target_parameters` and another kind
-            of adapter meet in one module.
-    """
+    """Raise a TargetError for combinations of adapters that would not act as configured."""
     if "" in specs:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
     model = modules[""]
