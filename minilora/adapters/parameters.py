@@ -39,8 +39,11 @@ class Stacked(nn.Module):
         lora_A = self.lora_A.to(wide).unflatten(0, (experts, -1))  # (E, r, in)
         lora_B = self.lora_B.to(wide).unflatten(1, (-1, experts)).permute(2, 0, 1)  # (E, out, r)
         delta = self.scale * (lora_B @ lora_A)
-        delta = delta.mT if is_transposed else delta
-        return (weight + (delta if weight.dim() == 3 else delta[0])).to(weight.dtype)
+        if weight.dim() == 2:
+            delta = delta[0]
+        elif is_transposed:
+            delta = delta.mT
+        return (weight + delta).to(weight.dtype)
 
 
 class AdapterParameters(AdapterWrapper):
