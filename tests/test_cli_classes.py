@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.adapters.files import classes_of
+from minilora.adapters.layout import classes_of
 from minilora.cli.evaluate import confusion_table
 from minilora.models.classifier import load_classifier
 from minilora.nf4 import NF4Linear

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.combine import CombineConfig
-from minilora.adapters.files import base_model_of
+from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
 from minilora.cli.merge import split_weight
 from minilora.storage import read_json

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import FormatError, TargetError
 from minilora.adapter import adapter_layers
-from minilora.adapters.files import base_model_of, base_quantization
-from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization
 from minilora.tools.extraction import extract_directory
 from tests.models import allocated, families, randn, randomize_adapters_, tiny_model
 from tests.tolerance import MATHS, assert_maths, relative

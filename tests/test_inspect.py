@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import inspect
 from minilora.cli.inspect import WIDTH, fold
 from minilora.storage import INDEX, read_json, write_json

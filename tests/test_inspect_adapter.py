@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.find import linear_layers
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.storage import read_json, write_json
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import inspect_path

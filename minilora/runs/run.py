@@ -26,8 +26,9 @@ import torch
 
 from minilora.adapters.attach import attach
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.adapters.files import base_quantization, save_adapter
+from minilora.adapters.files import save_adapter
 from minilora.adapters.find import base_held
+from minilora.adapters.layout import base_quantization
 from minilora.definition import is_plain
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama

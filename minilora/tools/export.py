@@ -17,18 +17,20 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.adapters.files import write_adapter
 from minilora.adapters.layout import (
+    BRINGS,
     INFORMATION,
     PEFT_DEFAULTS,
     PLAIN_INITS,
     PREFIX,
     READ,
     WEIGHTS_FILE,
+    Stored,
     factor_name,
     parse_tensor_name,
+    read_adapter,
+    write_adapter,
 )
-from minilora.adapters.stored import BRINGS, Stored, read_adapter
 from minilora.errors import ConfigError
 from minilora.models.hub import fetch
 from minilora.storage import TensorFile

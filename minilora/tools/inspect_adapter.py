@@ -20,9 +20,19 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.config import LoraConfig, matches
-from minilora.adapters.files import classes_of, load_adapter, vocabulary_of
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, config_from, is_name, parse_tensor_name
-from minilora.adapters.stored import DTYPES, NESTED, read_adapter
+from minilora.adapters.files import load_adapter
+from minilora.adapters.layout import (
+    CONFIG_FILE,
+    DTYPES,
+    NESTED,
+    WEIGHTS_FILE,
+    classes_of,
+    config_from,
+    is_name,
+    parse_tensor_name,
+    read_adapter,
+    vocabulary_of,
+)
 from minilora.errors import FormatError, MiniloraError
 from minilora.lora import dora_norm, lora_delta, lora_scale
 from minilora.models.bitsandbytes import packed_weights, read_packed

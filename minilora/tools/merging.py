@@ -23,9 +23,16 @@ from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers, set_adapter
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.files import classes_of, load_adapter, vocabulary_of
+from minilora.adapters.files import load_adapter
 from minilora.adapters.find import base_held
-from minilora.adapters.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, parse_tensor_name
+from minilora.adapters.layout import (
+    CONFIG_FILE,
+    REPEATED,
+    WEIGHTS_FILE,
+    classes_of,
+    parse_tensor_name,
+    vocabulary_of,
+)
 from minilora.errors import ConfigError, TrainingError
 from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
