@@ -114,7 +114,7 @@ def merge_directory(
     if base.trained != base.quantize:
         base.load(base.trained)  # raises its errors before anything is written
     held = base.load(base.quantize)
-    layers = _adapted(base, paths)
+    layers = _load_adapters(base, paths)
     kind = base_held(held)["quantize"]
     if target is None:
         target = "original" if kind == "none" else "dequantized"
@@ -206,7 +206,7 @@ def _check(base: _Base, target: Target, kind: str) -> None:
         )
 
 
-def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]:
+def _load_adapters(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]:
     """Load all adapters onto a model without weights, and return its adapted modules, with all adapters active.
 
     Two kinds of adapters need weights of the base: those with copies of weights by PEFT, which are compared, and those
@@ -215,7 +215,7 @@ def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]
     if not adapters:
         raise ConfigError("there is nothing to merge: name an adapter")
     model, names = base.bare(), [f"adapter{i}" for i in range(len(adapters))]
-    if needed := {f"{path}.weight" for adapter in adapters for path in _needed(adapter)}:
+    if needed := {f"{path}.weight" for adapter in adapters for path in _needed_modules(adapter)}:
         for name, weight in base.weights(base.quantize, has_head=True):
             if name in needed:
                 assign(model, name, weight)
@@ -230,7 +230,7 @@ def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]
     return layers
 
 
-def _needed(adapter: Path) -> set[str]:
+def _needed_modules(adapter: Path) -> set[str]:
     """Return the paths of the modules whose weights are needed to read an adapter."""
     found = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
     is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in REPEATED
@@ -254,7 +254,7 @@ def _merged_weights(
             yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight, _ in group)
             continue
         layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
-        merged = _merged(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
+        merged = _merge_layer(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
         if more := merged.keys() - weights.keys():
             raise ConfigError(
                 f"{path}: the adapters add {sorted(more)}, which a {base.config.model_type} has no place for"
@@ -274,7 +274,7 @@ def _adapted_module(name: str, layers: Mapping[str, AdapterWrapper]) -> str | No
     return next((path for path in paths if path in layers), None)
 
 
-def _merged(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge the adapters into the parameters of a module, by name, in the same dtype."""
     if isinstance(layer, TrainedCopy):
         own = layer.peft_tensors(layer.active[-1])
@@ -313,13 +313,13 @@ def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tupl
     for begin in range(0, now.size(0), rows):
         part = slice(begin, begin + rows)
         start = before[part].double()
-        exact = _rows(layer, part).merged_weight(start).detach()
+        exact = _float64_rows(layer, part).merged_weight(start).detach()
         error += torch.linalg.vector_norm(now[part].double() - exact).item() ** 2
         effect += torch.linalg.vector_norm(exact - start).item() ** 2
     return error, effect
 
 
-def _rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
+def _float64_rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
     """Return a layer with the active adapters of some rows of W, in float64 on the CPU: some devices lack float64."""
     rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
     for name in layer.active:
