@@ -17,8 +17,7 @@ from minilora.runs.classes import encode_classes, find_labels
 from minilora.runs.evaluate import class_scores, evaluate_classes
 from minilora.runs.rows import Row, read_rows
 from minilora.storage import ASSETS, BUILTIN, read_json
-from minilora.tools.inspect import model_facts
-from minilora.tools.inspect_adapter import adapter_facts
+from minilora.tools.inspect import adapter_facts, model_facts
 from tests.files import edit, same_state
 from tests.models import perturb_, tiny_model
 from tests.runs import contents, runner

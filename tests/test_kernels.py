@@ -36,7 +36,7 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 def _blocks_of_short_documents():
     """Documents are short here, and it is the blocks that are compared; `test_attention` compares each way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SHORT", 0)
+        patch.setattr(attention, "BLOCK_MIN_TOKENS", 0)
         yield
 
 
@@ -211,7 +211,7 @@ def _small_tiles(monkeypatch):
     small_tiles(monkeypatch, 100)
     monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
     monkeypatch.setattr(attention, "block_size", lambda dtype: 2)
-    monkeypatch.setattr(attention, "TOGETHER", 6)
+    monkeypatch.setattr(attention, "MAX_BATCH", 6)
 
 
 def leaves_of(call, dtype, trained=None):

@@ -368,8 +368,8 @@ MISTAKES = {
     ),
     "attention: the gradient of queries lacks the scale": Mistake(
         "kernel/attention.py",
-        "_scaled(dS, k[:, seen], scale)",
-        "_scaled(dS, k[:, seen], 1.0)",
+        "_scaled_product(dS, k[:, seen], scale)",
+        "_scaled_product(dS, k[:, seen], 1.0)",
         f"{PRECISE}[torch.float32-causal_attention]",
     ),
     "attention: documents of one length are taken for one another": Mistake(

@@ -20,7 +20,7 @@ import torch
 from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
 from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
-from minilora.kernel.attention import TOGETHER, block_attention, block_size, fused_attention, kernel_for
+from minilora.kernel.attention import MAX_BATCH, block_attention, block_size, fused_attention, select_kernel
 from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.lora import tile_size
 from minilora.llama import Decoder, LlamaConfig, Recompute
@@ -165,7 +165,7 @@ def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again
         linear = max(linear, N * (3 * WIDE * F + (3 * WIDE * F if config.is_fused else d * (F if has_up else D))))
     swiglu = again - done + max(gates, linear - terms["mlp gate and up"])
     T = max(lengths)
-    together = min(max(1, TOGETHER // config.num_key_value_heads), lengths.count(T))
+    together = min(max(1, MAX_BATCH // config.num_key_value_heads), lengths.count(T))
     scores = together * H * min(T, block_size(plan.dtype)) * T
     mlp = sum(size for name, size in terms.items() if name.startswith("mlp"))
     attention = again - mlp + d * (N * (D + 2 * H * config.head_dim) + 3 * scores)  # dy and do; P, dP and dS
@@ -182,7 +182,7 @@ def layer_terms(
     config, lora, d = plan.config, plan.lora or LoraConfig(), plan.dtype.itemsize
     D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    kernel = kernel_for(torch.empty(0, E, dtype=plan.dtype, device=plan.device), lengths, config.windows[layer])
+    kernel = select_kernel(torch.empty(0, E, dtype=plan.dtype, device=plan.device), lengths, config.windows[layer])
     keys = H if kernel is fused_attention and plan.device.type != "cpu" else K  # GPUs' kernels get them repeated
     prefix, init = f"model.layers.{layer}.", lora.init_lora_weights
     adapted = {path.removeprefix(prefix): r for path, r in ranks.items() if path.startswith(prefix)}
