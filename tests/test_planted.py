@@ -196,7 +196,7 @@ MISTAKES = {
         "kernel/lora.py",
         "lora_A.to(wide)).mul_(scale)",
         "lora_A.to(wide))",
-        f"{EQUAL}[lora_update]",
+        f"{EQUAL}[lora_linear]",
     ),
     "law 5: the gradient passes through another W than x did": Mistake(
         "kernel/nf4.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,31 +37,14 @@ def lora_linear(
     x: Tensor, base: lora.Linear, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """See `lora.lora_linear`. The update is added to x Wᵀ in place, and its gradient to dy W."""
-    if _casts_x(x, lora_A):
-        return lora.base_linear(x, base, bias).add_(_wide_update(x, lora_A, lora_B, scale))
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < lora_A.numel():
+        # In a step of generation x is smaller than A and B, and it is cast in their place.
+        wide = torch.promote_types(x.dtype, lora_A.dtype)
+        update = F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
+        return lora.base_linear(x, base, bias).add_(update)
     layout, parts = (base.layout, base.parts) if isinstance(base, NF4Linear) else (None, ())
     y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
     return y.view(*x.shape[:-1], y.size(-1))
-
-
-@kernel(of=lora.lora_update)
-def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """See `lora.lora_update`."""
-    if _casts_x(x, lora_A):
-        return _wide_update(x, lora_A, lora_B, scale).to(x.dtype)
-    y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), None, None, lora_A, lora_B, scale, None)
-    return y.view(*x.shape[:-1], y.size(-1))
-
-
-def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
-    """Return whether to cast x instead of A and B: in a step of generation, x is the smaller one."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < lora_A.numel()
-
-
-def _wide_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """Return s·(x Aᵀ) Bᵀ without a gradient, in the wider dtype of x and A."""
-    wide = torch.promote_types(x.dtype, lora_A.dtype)
-    return F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -76,7 +58,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -85,8 +67,8 @@ class _LoraLinear(torch.autograd.Function):
         *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         u = F.linear(x, lora_A.to(x.dtype)).mul_(scale)
-        B = lora_B.to(u.dtype)  # under autocast, the dtype of x is wider
-        return (F.linear(u, B) if weight is None else F.linear(x, weight, bias).addmm_(u, B.T)), u
+        # Under autocast, u has another dtype than x.
+        return F.linear(x, weight, bias).addmm_(u, lora_B.to(u.dtype).T), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -105,19 +87,16 @@ class _LoraLinear(torch.autograd.Function):
         x, u, lora_A, lora_B, *parts = ctx.saved_tensors
         needs_dx, needs_dW, needs_db, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
-        dx = _gradient_of_x(ctx.layout, parts, dy, h, lora_A.to(dy.dtype)) if needs_dx else None
+        dx = None
+        if needs_dx:
+            weight = unpack(Packed(*parts), ctx.layout, dy.dtype) if ctx.layout else parts[0].to(dy.dtype)
+            dx = (dy @ weight).addmm_(h, lora_A.to(dy.dtype))
         x = x.to(dy.dtype) if needs_dW or needs_dA else x
         dW = dy.T @ x if needs_dW else None
         db = dy.sum(0) if needs_db else None
         dA = (h.T @ x).to(lora_A.dtype) if needs_dA else None
         dB = (dy.T @ u).to(lora_B.dtype) if needs_dB else None
         return dx, dW, db, dA, dB, *(None,) * (len(ctx.needs_input_grad) - 5)
-
-
-def _gradient_of_x(layout: Layout | None, parts: Sequence[Any], dy: Tensor, h: Tensor, lora_A: Tensor) -> Tensor:
-    """Return dx = dy W + h A; a packed W is dequantized here, and freed again."""
-    weight = unpack(Packed(*parts), layout, dy.dtype) if layout else parts[0]
-    return h @ lora_A if weight is None else (dy @ weight.to(dy.dtype)).addmm_(h, lora_A)
 
 
 @kernel(of=lora.dora_norm)
