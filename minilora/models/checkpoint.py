@@ -266,7 +266,7 @@ def _check_held(
         different["quantize_skip"] = shortest_names(list(dense - {head}), linears), list(config.quantize_skip)
     if different:
         listed = "; ".join(f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked) in different.items())
-        raise ConfigError(f"{directory}: is quantized already: {listed}; quantize 'none' loads it as it is")
+        raise ConfigError(f"{directory}: is quantized already, but differently: {listed}; 'none' loads it as it is")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
