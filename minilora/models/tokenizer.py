@@ -146,7 +146,7 @@ class Tokenizer:
     def at(self, now: datetime) -> Tokenizer:
         """Return the same tokenizer, whose chat template takes `now` for the date."""
         other = copy.copy(self)
-        other._use_template(self.template and self.template.source, now)
+        other._use_template(self.template.source if self.template else None, now)
         return other
 
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
