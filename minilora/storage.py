@@ -1,7 +1,7 @@
 """Everything that touches the disk: reading JSON and safetensors from untrusted sources, and atomic writing.
 
 A file is written under a temporary name beside it, flushed to the disk (fsync) and renamed, so it is whole or not
-there. Nothing is pickled.
+there. Nothing is pickled. A file that cannot be read is a `FormatError` that names it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,7 @@ DTYPES = {  # names in a safetensors file, and in torch
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file.
-
-    Raises:
-        FormatError: the file does not exist, or is not UTF-8.
-    """
+    """Return the text of a UTF-8 file."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -57,11 +53,7 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file, decompressed if its name ends in `.gz`.
-
-    Raises:
-        FormatError: the file does not exist, or is not gzip.
-    """
+    """Return the bytes of a file, decompressed if its name ends in `.gz`."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -71,11 +63,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        FormatError: the file cannot be read, or does not hold a JSON object.
-    """
+    """Return the JSON object in a file."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -96,11 +84,7 @@ class TensorEntry:
 
 
 class TensorFile:
-    """A safetensors file, whose header is read at once, and a tensor only when it is asked for.
-
-    Raises:
-        FormatError: the file cannot be read, or is not a safetensors file.
-    """
+    """A safetensors file, whose header is read at once, and a tensor only when it is asked for."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -121,11 +105,7 @@ class TensorFile:
         self.shapes = {name: entry.shape for name, entry in self.entries.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor.
-
-        Raises:
-            FormatError: torch does not have it.
-        """
+        """Return the dtype of a tensor."""
         stored = self.entries[name].dtype
         if stored not in DTYPES:
             raise FormatError(f"{self.path}: {name} cannot be read: it is {stored}; supported are {list(DTYPES)}")
@@ -135,9 +115,6 @@ class TensorFile:
         """Return a tensor as a view of the mapped file: copy it before the file may change.
 
         The file is mapped for each tensor anew, because one mapping would keep every page that was read in memory.
-
-        Raises:
-            FormatError: the tensor cannot be read.
         """
         dtype, (begin, end) = self.dtype(name), self._spans[name]
         try:
@@ -148,11 +125,7 @@ class TensorFile:
 
 
 def shard_names(index_path: Path) -> dict[str, str]:
-    """Return the `weight_map` of a `*.safetensors.index.json`: tensor name -> file name.
-
-    Raises:
-        FormatError: the map is missing, or names something other than a plain file of the same directory.
-    """
+    """Return the `weight_map` of a `*.safetensors.index.json`: tensor name -> file name."""
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(f"{index_path}: key 'weight_map' is missing or not an object")

@@ -51,11 +51,7 @@ class QuantizeConfig:
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 
     def chosen(self, linears: Sequence[str]) -> list[str]:
-        """Return those of the linears (paths) that are to be quantized.
-
-        Raises:
-            ConfigError: an entry of `quantize_skip` names none of them.
-        """
+        """Return those of the linears (paths) that are to be quantized."""
         if self.quantize == "none":
             return []
         for entry in self.quantize_skip:
@@ -121,11 +117,7 @@ def count_weights(files: Mapping[str, TensorFile]) -> Count:
 
 
 def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
-    """Read the JSON object of a packed weight; return the layout, and the offset of double quantization.
-
-    Raises:
-        FormatError: the tensor holds no such object, or it describes another format.
-    """
+    """Read the JSON object of a packed weight; return the layout, and the offset of double quantization."""
     stored = file.read(name)
     if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
         raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
@@ -152,11 +144,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
 
 
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
-    """Read the packed weight whose tensors have these names, the first being that of the JSON object.
-
-    Raises:
-        FormatError: a tensor is missing, has the wrong size or dtype, or holds wrong or infinite numbers.
-    """
+    """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
     n = layout.shape[0] * layout.shape[1]

@@ -81,10 +81,9 @@ def load_classifier(
     if config.unit is None and (unit is None or not labels):
         raise ConfigError(f"{location.path}: is no classifier; name unit and labels to put a new head on its trunk")
     if config.unit and (unit not in (None, config.unit) or not set(labels) <= set(config.labels)):
-        raise ConfigError(
-            f"{location.path}: is a classifier that gives each {config.unit} one of {list(config.labels)}; asked for "
-            f"is one that gives each {unit or config.unit} one of {list(labels)}"
-        )
+        found = f"gives each {config.unit} one of {list(config.labels)}"
+        asked = f"gives each {unit or config.unit} one of {list(labels)}"
+        raise ConfigError(f"{location.path}: is a classifier that {found}; asked for is one that {asked}")
     model = skeleton_for(unit or config.unit, labels, config)
     assert isinstance(model, Classifier)
     if config.unit:
@@ -120,12 +119,8 @@ def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) 
 
 
 def classifier_config(config: LlamaConfig, unit: Unit, labels: Sequence[str]) -> LlamaConfig:
-    """Return the config of a language model as that of a classifier.
-
-    Raises:
-        ConfigError: equal labels, or fewer than two, which transformers reads as a regression.
-    """
-    if len(labels) < 2 or len(set(labels)) != len(labels):
+    """Return the config of a language model as that of a classifier."""
+    if len(labels) < 2 or len(set(labels)) != len(labels):  # transformers reads one label as a regression
         raise ConfigError(f"labels: found {list(labels)!r:.80}, need at least two different ones")
     ending = next(ending for ending, classified in CLASSIFIERS.items() if classified == unit)
     source = {

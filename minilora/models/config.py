@@ -54,9 +54,6 @@ class ScaledRope(Rope):
         scaling: the numbers that the kind needs.
         trained_length: the length that scaling starts from.
         max_length: `max_position_embeddings` of the config.
-
-    Raises:
-        ConfigError: an unknown kind, or a number that the kind needs is missing or out of range.
     """
 
     kind: str
@@ -213,11 +210,7 @@ class LlamaConfig(llama.LlamaConfig):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's classes; transformers does not write LABEL_0, LABEL_1.
-
-        Raises:
-            ConfigError: `id2label` is not at least two different names by number.
-        """
+        """The names of a classifier's classes; transformers does not write LABEL_0, LABEL_1."""
         if self.unit is None:
             return ()
         named = self.source.get("id2label")

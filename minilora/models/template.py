@@ -20,6 +20,7 @@ from minilora.errors import DataError, FormatError
 from minilora.models.sandbox import Sandbox
 
 Message = Mapping[str, Any]
+Tools = Sequence[Any] | None
 TEMPLATE_LIMIT = 256_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
 FORMAT_LIMIT = 256  # characters of strftime_now's format
@@ -58,18 +59,12 @@ class ChatTemplate:
         except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {_reason(error)}") from error
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
-    ) -> str:
-        """Return the conversation as text.
-
-        Raises:
-            DataError: there are no messages, or the template refuses them.
-        """
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
+        """Return the conversation as text."""
         return self._run(messages, add_generation_prompt, tools, is_marked=False)
 
     def render_spans(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the spans [begin, end) of the template's outermost `generation` blocks.
 
@@ -94,9 +89,7 @@ class ChatTemplate:
                 text += piece
         return text, spans
 
-    def _run(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None, is_marked: bool
-    ) -> str:
+    def _run(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools, is_marked: bool) -> str:
         given = {"messages": _normalized(messages), "tools": tools, "documents": None}
         options = {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
         written, size = [], 0

@@ -27,7 +27,7 @@ from minilora.storage import read_json, read_text, write_text
 if TYPE_CHECKING:
     import tokenizers
 
-    from minilora.models.template import Message
+    from minilora.models.template import Message, Tools
 
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -107,7 +107,7 @@ class Tokenizer:
         return self.encode_spans(text, add_special_tokens)[0]
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None
     ) -> list[int]:
         """Return the token ids of a conversation, in which the control tokens of messages are plain text."""
         text = self.render(self.quote(list(messages)), add_generation_prompt, self.quote(tools))
@@ -154,9 +154,6 @@ class Tokenizer:
 
         The span of a token that is not from the text is empty. Characters that the tokenizer drops, such as white
         space, belong to the token after them.
-
-        Raises:
-            DataError: the text holds half of a surrogate pair.
         """
         if found := re.search("[\ud800-\udfff]", text):
             raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
@@ -176,14 +173,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
-    ) -> str:
-        """Render a conversation as text; encode it with `add_special_tokens=False`.
-
-        Raises:
-            DataError: the model has no chat template, or the template refuses the messages.
-        """
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
+        """Render a conversation as text; encode it with `add_special_tokens=False`."""
         if self.template is None:
             raise DataError("the model has no chat template, so conversations cannot be rendered")
         return self.template.render(messages, add_generation_prompt, tools)
@@ -241,11 +232,7 @@ class ControlTokens:
         self._normalizer = backend.normalizer if any(token.normalized for token in added) else None
 
     def quote(self, value: Any) -> Any:
-        """Return the same value with a mark in each control token of its strings and keys, however deep.
-
-        Raises:
-            DataError: a string holds one of the marks, which are not characters.
-        """
+        """Return the same value with a mark in each control token of its strings and keys, however deep."""
         if isinstance(value, str):
             return self._quote(value)
         if isinstance(value, Mapping):
