@@ -38,9 +38,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= functions
         del self.globals["lipsum"], self.tests["lower"], self.tests["upper"]
 
-    def start(self, given: Any) -> None:
-        """Begin a rendering in this thread."""
-        self._rendering.left = LIMIT + LIMIT_PER_CHARACTER * len(repr(given))
+    def start(self, given: Any) -> None:  # a rendering, in this thread
+        self._rendering.left = math.inf
+        self._rendering.left = LIMIT + LIMIT_PER_CHARACTER * self._size(given)
 
     def _spend(self, cost: float) -> None:
         self._rendering.left -= cost
