@@ -12,8 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from minilora import MiniloraError
 from minilora.models import sandbox
-from minilora.models.sandbox import Metered, Sandbox
-from minilora.models.template import ChatTemplate
+from minilora.models.sandbox import Sandbox
+from minilora.models.template import ChatTemplate, _metered
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -66,14 +66,15 @@ ESCAPES = [
     "{{ (messages | map('upper')).gi_frame.f_globals.x }}",
     "{{ lipsum() }}",
     "{{ [1, 2] | random }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+    "{{ '%s' % messages }}",
 ]
 HARMLESS = [  # jinja2's sandbox writes nothing where Python's internals would be
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__ }}",
     "{{ ''.__class__ }}",
     "{{ ''['__class__'] }}",
     "{{ ''|attr('__class__') }}",
-    "{{ '{0.__class__}'.format(1) }}",
-    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
     "{{ self._TemplateReference__context }}",
     "{{ cycler.__init__ }}",
     "{{ strftime_now.__globals__ }}",
@@ -268,6 +269,11 @@ def test_each_rendering_has_its_own_limit_and_a_long_conversation_a_larger_one(m
         chosen.render(USER * 50)
 
 
+def test_a_template_may_look_at_every_message_for_each_of_hundreds():
+    source = "{% for m in messages %}{% for n in messages %}{{ 'a' if n.role == 'tool' }}{% endfor %}{% endfor %}"
+    assert render(source, USER * 300) == ""
+
+
 def test_threads_do_not_pay_for_each_other():
     chosen, lengths = Sandbox({}, {}), []
     chosen.start(USER)
@@ -287,8 +293,8 @@ values = st.sampled_from(
     ["3", "0", "-2", "2.5", "true", "none", "[1, 'a']", "(2, 3)", "{'a': [1]}", "messages", "m", "[]"]
 )
 BINARY = "+ - * / // % ** ~ == != < <= in and or".split()  # noqa: SIM905
-FILTERS = "upper trim length list first last string tojson join reverse sort items default title int abs unique".split()  # noqa: SIM905
-TESTS = "string none mapping defined sequence iterable lower".split()  # noqa: SIM905
+FILTERS = "upper trim length list first last string tojson join reverse sort items default title int abs".split()  # noqa: SIM905
+TESTS = "string none mapping defined sequence iterable".split()  # noqa: SIM905
 CALLS = ["split()", "strip('a')", "get('role')", "items()", "replace('a', 'bb')", "center(7)", "keys()", "format(1)"]
 
 
@@ -337,5 +343,5 @@ def test_what_is_written_is_what_jinja2_writes(form, first, second):
             ours.parse(source)
         return
     ours.start(USER)
-    found = outcome(ours.from_string(Metered().visit(ours.parse(source))))
+    found = outcome(ours.from_string(_metered(ours.parse(source))))
     assert found == outcome(expected) or found is SecurityError

@@ -1,13 +1,13 @@
-"""Which linears are quantized, `QuantizeConfig`, and 4-bit weights on disk in the layout of bitsandbytes 0.50.
+"""Which linears are quantized, and 4-bit weights on disk in the layout of bitsandbytes 0.50.
 
-Beside `<path>.weight`, the packed weight (⌈n/2⌉, 1), lie
+Beside `<path>.weight`, the packed weight (⌈n/2⌉, 1), a file holds
 
     .absmax             uint8 (b) with double quantization, else float32 (b)
     .quant_map          float32 (16), the levels
     .nested_absmax      float32 (⌈b/256⌉)  and  .nested_quant_map, float32 (256): with double quantization
     .quant_state.bitsandbytes__nf4   the bytes of a JSON object: shape, dtype, block size, the offset
 
-The levels in a file are those of the format; they are compared, not used.
+The levels in a file are compared with those of the format, and not used.
 """
 
 from __future__ import annotations
@@ -32,11 +32,7 @@ Target = Literal["original", "dequantized", "requantized"]  # what adapters are 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How the weights of a base model are held.
-
-    Raises:
-        ConfigError: a value that is not supported.
-    """
+    """How the weights of a base model are held."""
 
     quantize: Quantize = option("none", "hold the base model's linears in four bits a weight, all but the head")
     double_quant: bool = option(True, "quantize the scales, too: 4.127 bits a weight instead of 4.5")
@@ -51,15 +47,11 @@ class QuantizeConfig:
 
     @classmethod
     def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
-        """A config as it is, or that of a format's name; None is "none"."""
+        """Return a config as it is, or make one of a format's name; None is "none"."""
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 
     def chosen(self, linears: Sequence[str]) -> list[str]:
-        """Those of the linears (paths) that are to be quantized.
-
-        Raises:
-            ConfigError: an entry of `quantize_skip` names none of them.
-        """
+        """Return those of the linears (paths) that are to be quantized."""
         if self.quantize == "none":
             return []
         for entry in self.quantize_skip:
@@ -70,14 +62,14 @@ class QuantizeConfig:
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Names for some of the modules (paths): their last components if those mean just them, else the paths."""
+    """Return short names of some modules (paths): the last components if no other module has them, else the paths."""
     endings = {path.rpartition(".")[2] for path in chosen}
     meant = {path for path in modules if path.rpartition(".")[2] in endings}
     return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 
 def _names(entry: str, path: str) -> bool:
-    """Is it the path, or whole components of it that follow each other?"""
+    """Return whether an entry is the path, or consecutive components of it."""
     return f".{entry}." in f".{path}."
 
 
@@ -88,7 +80,7 @@ STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As a config.json spells it."""
+    """Return the name of a dtype in a config.json."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -96,7 +88,7 @@ DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, 
 
 
 def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
-    """Name of each packed weight -> the names of all its tensors; the first is the JSON object's."""
+    """Return the names of all tensors of each packed weight by its name; the first is that of the JSON object."""
     names = set(names)
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -106,7 +98,7 @@ def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 class Count(NamedTuple):
-    """How many weights files hold, how many of them packed, and the bytes of what tells the packed ones' numbers."""
+    """The number of weights in files, the number of packed ones, and the bytes of those and of their scales."""
 
     weights: int
     packed: int
@@ -114,23 +106,27 @@ class Count(NamedTuple):
 
 
 def count_weights(files: Mapping[str, TensorFile]) -> Count:
-    """Of the packed weights, tables and JSON do not count: they tell of the format."""
+    """Count the weights in files."""
     found = packed_weights(files)
     shapes = {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in found.items()}
     inside = {part for parts in found.values() for part in parts}
     packed = sum(map(math.prod, shapes.values()))
     dense = sum(math.prod(file.shapes[name]) for name, file in files.items() if name not in inside)
-    told = [part for part in inside if not part.endswith("quant_map") and not STATE.fullmatch(part)]
-    return Count(dense + packed, packed, sum(files[part].entries[part].bytes for part in told))
+    numbers = [part for part in inside if not part.endswith("quant_map") and not STATE.fullmatch(part)]
+    return Count(dense + packed, packed, sum(files[part].entries[part].bytes for part in numbers))
 
 
 def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
-    """What the JSON object of that name says of its weight: the layout, and the offset of double quantization.
-
-    Raises:
-        FormatError: it is not such an object, or names a format that is not known here.
-    """
-    state = _read_state(file, name)
+    """Read the JSON object of a packed weight; return the layout, and the offset of double quantization."""
+    stored = file.read(name)
+    if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
+        raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
+    try:
+        state = json.loads(bytes(stored.flatten().tolist()))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file.path}: {name} is not JSON ({error})") from error
+    if not isinstance(state, dict):
+        raise FormatError(f"{file.path}: {name} is not a JSON object")
     values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]
     shape, dtype, block_size, kind, offset = values
     is_right = {
@@ -147,26 +143,8 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     return Layout((shape[0], shape[1]), DTYPES[dtype], block_size, kind), offset
 
 
-def _read_state(file: TensorFile, name: str) -> dict[str, Any]:
-    stored = file.read(name)
-    if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
-        raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
-    try:
-        state = json.loads(bytes(stored.flatten().tolist()))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.path}: {name} is not JSON ({error})") from error
-    if not isinstance(state, dict):
-        raise FormatError(f"{file.path}: {name} is not a JSON object")
-    return state
-
-
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
-    """The packed weight whose tensors have these names, the first being its JSON object's.
-
-    Raises:
-        FormatError: a tensor is missing, has the wrong size or dtype or numbers that are not finite, or its levels are
-            not those of the format.
-    """
+    """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
     n = layout.shape[0] * layout.shape[1]
@@ -176,7 +154,7 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
         if name not in files:
             raise FormatError(f"{files[state_name].path}: {name} is missing")
         tensor = files[name].read(name)
-        if name == weight:  # written as any dtype, it is bytes all the same
+        if name == weight:  # bytes, which may be stored as any dtype
             tensor = tensor.flatten().view(torch.uint8)
         if tensor.numel() != size or tensor.dtype != dtype:
             found = f"{tensor.numel()} of {tensor.dtype}"
@@ -185,7 +163,7 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
             raise FormatError(f"{files[name].path}: {name} holds numbers that are not finite")
         return tensor.flatten()
 
-    def check(name: str, levels: Tensor) -> None:  # their last bits differ with the machine that made them
+    def check(name: str, levels: Tensor) -> None:  # the last bits differ between machines
         if not torch.allclose(read(name, len(levels), torch.float32), levels, rtol=1e-6, atol=0):
             raise FormatError(f"{files[state_name].path}: {name} holds other levels than those of the format")
 
@@ -202,19 +180,19 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
 
 
 def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
-    """The tensors of a packed weight, by the names that they have in a file."""
+    """Return the tensors of a packed weight by their names in a file."""
     (packed, absmax, scales, offset), layout = linear.parts, linear.layout
     dtype = dtype_name(layout.dtype)
     state: dict[str, Any] = {
         "quant_type": layout.quant_type,
         "blocksize": layout.block_size,
-        "dtype": dtype if dtype in DTYPES else "float32",  # float64 is not known there; quantizing rounds to float32
+        "dtype": dtype if dtype in DTYPES else "float32",  # bitsandbytes has no float64
         "shape": list(layout.shape),
     }
     tensors = {
         weight: packed.reshape(-1, 1),
         f"{weight}.absmax": absmax.reshape(-1),
-        f"{weight}.quant_map": CODEBOOKS[layout.quant_type].clone(),  # each its own, or it is refused
+        f"{weight}.quant_map": CODEBOOKS[layout.quant_type].clone(),  # safetensors refuses shared memory
     }
     if scales is not None and offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset.item()}
@@ -225,10 +203,9 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
 
 
 def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.dtype) -> dict[str, Any] | None:
-    """The entry of a config.json about a model's linears (path -> linear), with all keys that transformers writes.
+    """Return the entry of a config.json about a model's linears (path -> linear), with transformers' keys.
 
-    Which of them are dense is named, unless it is a language model's head alone, as when nothing is said; the head of
-    a classifier transformers may not spare by itself.
+    Dense linears are named, unless that is only `lm_head`, which transformers leaves dense by itself.
     """
     held = describe(linears, head)
     if held["quantize"] == "none":
@@ -252,9 +229,9 @@ def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.d
 
 
 def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
-    """How a model's linears (path -> linear) are held, in the words of the flags; nf4 if all that are packed are nf4.
+    """Describe how a model's linears (path -> linear) are held, by the names of the flags.
 
-    `head` is dense where minilora quantizes; it is spoken of only where others have packed it, too.
+    The head is mentioned only if it is packed, which other tools do.
     """
     packed = [linear for linear in linears.values() if isinstance(linear, NF4Linear)]
     if not packed:
@@ -267,12 +244,13 @@ def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
         "block_size": max(linear.layout.block_size for linear in packed),
         "quantize_skip": shortest_names(dense, others),
     }
-    packed_head = linears.get(head) if head is not None else None
-    return held | ({"head": packed_head.layout.quant_type} if isinstance(packed_head, NF4Linear) else {})
+    if head is not None and isinstance(packed_head := linears.get(head), NF4Linear):
+        held["head"] = packed_head.layout.quant_type
+    return held
 
 
 def describe_in_words(held: Mapping[str, Any]) -> str:
-    """Return in words what `describe` found.
+    """Return in words what `describe` returns.
 
     >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
     'nf4 with double quantization but for down_proj'
@@ -284,13 +262,11 @@ def describe_in_words(held: Mapping[str, Any]) -> str:
     words += f" {'with' if held.get('double_quant') else 'without'} double quantization"
     if held.get("block_size") != BLOCK_SIZE:
         words += f" in blocks of {held.get('block_size')}"
-    if dense:
-        words += f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}"
-    return words
+    return words + (f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}" if dense else "")
 
 
 def is_four_bit(source: Mapping[str, Any]) -> bool:
-    """Does a config.json say that its checkpoint is one of these?"""
+    """Return whether a config.json describes a 4-bit checkpoint of bitsandbytes."""
     entry = source.get("quantization_config")
     return (
         isinstance(entry, Mapping)

@@ -1,8 +1,8 @@
-"""Keys and values of growing documents, so that a new token costs one row instead of all.
+"""A cache of keys and values, so that a new token computes one row instead of all.
 
-They lie in two tensors that are made once. A new row is written to its place, and attention reads views: nothing is
-copied from one token to the next. Documents that ask with one token each, a step of generation, are answered by one
-product for all of them, in which the shorter ones do not look at the end of the longest.
+Keys and values are two tensors that are allocated once. New rows are written in place and attention reads views, so
+nothing is copied from one token to the next. In a step of generation, where each document has one new token,
+neighbouring documents are answered by one product, in which the end of the longest is masked for the shorter ones.
 
     N  tokens asked about    B  documents    S  keys of the longest    H, K  query and key heads    E  head_dim
 """
@@ -22,9 +22,9 @@ from minilora.models.config import ScaledRope
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours that are answered together: the documents, their tokens, the keys in view, and who looks at which.
+    """Documents that are answered together, their tokens, the keys in view, and a mask.
 
-    `bias` (B, 1, 1, S) is added to the scores: -inf where a document does not look. None: all look at all.
+    `bias` (B, 1, 1, S) is added to the scores: -inf where a key is masked. None masks nothing.
     """
 
     documents: slice
@@ -34,35 +34,35 @@ class Run:
 
 
 class KVCache:
-    """The cache of a batch. A call says of each document how many tokens it brings; one that has ended brings none.
+    """The cache of a batch. Each call gives the number of new tokens of each document, 0 for one that has ended.
 
     With `dynamic` and `longrope` the rotation of all tokens changes when a document outgrows a length
-    (`ScaledRope.changes`), and with it everything that was computed from them: `held` says what need not be given anew.
+    (`ScaledRope.changes`); then its tokens have to be given again (`held`).
 
     Attributes:
-        lengths: how many tokens of each document are held.
+        lengths: the number of cached tokens of each document.
 
     Args:
         config: the model's configuration.
-        documents: how many there are.
-        capacity: the longest that any of them may become.
+        documents: the number of documents.
+        capacity: the maximum length of a document.
     """
 
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_hidden_layers, documents, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # what is in view and not looked at must be finite:
-        self.values = torch.zeros(shape, dtype=dtype, device=device)  # it counts 0 times, and 0 · NaN is NaN
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # masked rows must be finite: 0 · NaN is NaN
+        self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * documents
         self._windows, self._rope = set(config.windows), config.rope
 
     def held(self, document: int, length: int) -> int:
-        """How many tokens of a document that is now so long are held; none, if they would turn by other angles now."""
+        """Return how many tokens of a document of this length are cached; none, if their rotation has changed."""
         if isinstance(self._rope, ScaledRope) and self._rope.changes(self.lengths[document], length):
             self.lengths[document] = 0
         return self.lengths[document]
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """So many tokens of each document come now. What all layers share is made here, once."""
+        """Begin a call with these numbers of new tokens, and compute what all layers share."""
         self._new = list(lengths)
         self._totals = [before + new for before, new in zip(self.lengths, lengths, strict=True)]
         held = enumerate(zip(self.lengths, self._totals, strict=True))
@@ -72,7 +72,7 @@ class KVCache:
         self._runs = {window: list(self._found(window)) for window in self._windows} if is_step else {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Hold the new keys and values, and answer the queries.
+        """Cache the new keys and values, and compute the attention of the queries.
 
         Shapes: q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E)
         """
@@ -88,11 +88,11 @@ class KVCache:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def end(self) -> None:
-        """All layers have been through: the tokens are held."""
+        """End a call after the last layer."""
         self.lengths = self._totals
 
     def _one_by_one(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Documents that bring several tokens, such as prompts."""
+        """Compute the attention of documents with several new tokens, such as prompts."""
         parts, end = [], 0
         for document, (new, total) in enumerate(zip(self._new, self._totals, strict=True)):
             if new:
@@ -125,10 +125,10 @@ class KVCache:
 
 
 def neighbours(spans: Mapping[int, range]) -> Iterator[tuple[list[int], range]]:
-    """Runs of neighbouring documents, each with the range that covers their spans and is at least half filled by them.
+    """Group neighbouring documents whose spans fill at least half of the range that covers them; yield it, too.
 
-    Half, as a key in a common product takes about half the time of one in a product of its own: with SmolLM2 on a CPU
-    8 documents of about 100 keys took 3.8 ms a token together and 7.4 one by one, of 945 keys 18 and 32.
+    A key in a common product takes about half the time of one in a product of its own: with SmolLM2 on a CPU 8
+    documents of about 100 keys took 3.8 ms a token together and 7.4 one by one, of 945 keys 18 and 32.
 
     >>> [group for group, _ in neighbours({0: range(9), 1: range(8), 2: range(99), 4: range(99)})]
     [[0, 1], [2], [4]]
@@ -147,9 +147,9 @@ def neighbours(spans: Mapping[int, range]) -> Iterator[tuple[list[int], range]]:
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """o = softmax(q kᵀ/√E + bias) v for one query of each document; query head h reads key head ⌊h·K/H⌋.
+    """Compute o = softmax(q kᵀ/√E + bias) v for one query of each document; query head h reads key head ⌊h·K/H⌋.
 
-    The heads that share keys are rows of one product, as the positions of a prompt are: no key is read twice.
+    The query heads that share keys are rows of one product, so no key is read twice.
 
     Shapes: q (B, H, E), keys (B, K, S, E), values (B, K, S, E), bias (B, 1, 1, S) -> (B, H, E)
     """

@@ -1,4 +1,4 @@
-"""A model directory in and out: `config.json` and safetensors, single or sharded, one weight at a time."""
+"""Model directories: load and save `config.json` and safetensors, single or sharded, one weight at a time."""
 
 from __future__ import annotations
 
@@ -46,46 +46,42 @@ def load_model(
     device: torch.device | str | int = "cpu",
     quantize: QuantizeConfig | Quantize | None = None,
 ) -> Llama:
-    """Build the model that a directory describes and read its weights straight into `dtype` on `device`.
-
-    Peak memory is the model and one tensor: the model is built without storage, and each tensor is mapped, copied or
-    quantized, and let go.
+    """Load a model. Peak memory is the model and one tensor.
 
     Args:
         name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
-            or "org/name@revision"; the model's `name_or_path` names its commit. One that is quantized already, by
-            bitsandbytes in four bits, is loaded as it is.
+            or "org/name@revision"; the model's `name_or_path` names its commit. A 4-bit model of bitsandbytes is loaded
+            as it is.
         dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
-            4-bit weights are made dense in it; the head and what else is dense is held in it.
-        device: where the model is to live.
-        quantize: "nf4" or a `QuantizeConfig`: hold the linears in four bits. A model that is quantized already must be
-            held like that, but what a config says by default is not asked for: it may skip modules, and do without
-            double quantization.
+            4-bit weights are dequantized to it, all other weights are held in it.
+        device: the device of the model.
+        quantize: "nf4" or a `QuantizeConfig`: hold the linears in four bits. A 4-bit model must be held as the config
+            asks; its defaults ask for nothing, so the model may skip modules and do without double quantization.
 
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
-        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype; it is quantized
-            already, and otherwise than is asked for.
+        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), or an unknown dtype; the model is
+            quantized already, and not as `quantize` asks.
     """
     check_types(load_model, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     if config.unit is not None:
         raise ConfigError(f"{location.path}: is a classifier, which load_classifier reads, and no language model")
-    model = filled(skeleton(config), location, dtype, torch.device(device), quantize)
+    model = fill(skeleton(config), location, dtype, torch.device(device), quantize)
     model.tie_weights()
     return model
 
 
-def filled(
+def fill(
     model: M,
     location: Location,
     dtype: torch.dtype | str,
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
 ) -> M:
-    """A skeleton with the weights of its directory; errors are those of `load_model`."""
+    """Read the weights of a skeleton from its directory; errors are those of `load_model`."""
     for name, weight in stored_weights(location.path, model, dtype, device, quantize):
         assign(model, name, weight)
     model.name_or_path = location.name
@@ -99,9 +95,9 @@ def stored_weights(
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
 ) -> Iterator[tuple[str, Weight]]:
-    """The weights in a directory, by the parameters' names, one after the other; `model` is its skeleton.
+    """Yield the names of a skeleton's parameters and their weights in a directory, without a tied head.
 
-    Arguments and errors are those of `load_model`; a tied head is not among them.
+    Arguments and errors are those of `load_model`.
     """
     files = tensor_files(directory)
     target = resolve_dtype(dtype, model.config.source, device)
@@ -109,7 +105,7 @@ def stored_weights(
     _check_names(directory, model, files, packed)
     config = QuantizeConfig.of(quantize)
     chosen = _chosen(directory, model, packed, config)
-    for name in _stored_names(model):
+    for name, _ in model.named_parameters():
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
             continue
@@ -132,21 +128,21 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     weights: Iterable[tuple[str, Weight]] | None = None,
 ) -> None:
-    """Write a directory that transformers and `load_model` read: safetensors of at most `shard_bytes`, index, config.
+    """Write a directory that transformers and `load_model` read.
 
-    4-bit linears are written in bitsandbytes' layout. A tied head is written once, as the embedding; one that is tied
-    no longer, because an adapter was merged into it, is written and named in `config.json`, which comes last.
+    4-bit linears are written in bitsandbytes' layout. A tied head is not written, unless an adapter was merged into it,
+    so that it is tied no longer. `config.json` is written last.
 
     Args:
         model: a `Llama` or a `Classifier`.
         path: the directory.
         tokenizer: its files are written beside the model.
-        shard_bytes: how large a file may be.
-        weights: its weights, if the model itself, on the device "meta", has none: names and weights one after the
-            other, as `stored_weights` gives them. Peak memory is one file's.
+        shard_bytes: the maximum size of a file.
+        weights: the weights of a model on the device "meta", as `stored_weights` gives them; then peak memory is that
+            of one file.
 
     Raises:
-        ConfigError: another model; adapters are attached: merge or detach them first, or save them with `save_adapter`.
+        ConfigError: another kind of model, or a model with adapters: merge or detach them first.
     """
     check_types(save_model, locals())
     if not isinstance(getattr(model, "config", None), LlamaConfig):
@@ -164,49 +160,45 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save(path)
     embedding = model.model.embed_tokens.weight
-    source = {key: value for key, value in model.config.source.items() if key not in REWRITTEN}
-    now: dict[str, Any] = {}
+    source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
+    source = {key: value for key, value in source.items() if key not in REWRITTEN}
     if isinstance(model, Llama):
-        now["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
-    now["dtype"] = dtype_name(embedding.dtype)
+        source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
+    source["dtype"] = dtype_name(embedding.dtype)
     if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
-        now["quantization_config"] = quantization
-    write_json(
-        path / "config.json", {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **source, **now}
-    )
+        source["quantization_config"] = quantization
+    write_json(path / "config.json", source)
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
-    """The dtype to compute in.
+    """Return the dtype to compute in.
 
-    "auto" is the checkpoint's own, with two exceptions. float16 becomes bfloat16: its range is too small to train in
-    without scaling the loss. And on a processor without instructions for bfloat16, where it is tens of times slower,
-    float32 takes its place.
+    "auto" is the checkpoint's own, with two exceptions. float16 becomes bfloat16, because training in float16 needs a
+    scaled loss. On a device without instructions for bfloat16, both become float32.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    automatic = dtype == "auto"
-    name = stored_dtype(source) if automatic else dtype
+    name = stored_dtype(source) if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; supported are {['auto', *sorted(DTYPES)]}")
-    if automatic and name in ("float16", "bfloat16"):
+    if dtype == "auto" and name in ("float16", "bfloat16"):
         return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
     return DTYPES[name]
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """What a config.json describes; where it names no dtype, its `source` has that of the embedding in the file."""
+    """Read a config.json; if it names no dtype, its `source` gets that of the embedding."""
     config = LlamaConfig.from_dict(read_json(directory / "config.json"))
-    if any(config.source.get(key) for key in ("dtype", "torch_dtype")):
+    if config.source.get("dtype") or config.source.get("torch_dtype"):
         return config
     files = tensor_files(directory)
-    if EMBEDDING not in files:
-        return config  # and it is missed when the weights are read
+    if EMBEDDING not in files:  # an error when the weights are read
+        return config
     return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].dtype(EMBEDDING))})
 
 
 def stored_dtype(source: Mapping[str, Any]) -> str:
-    """The checkpoint's own dtype, by the name in its config.json."""
+    """Return the name of the dtype in a config.json."""
     return source.get("dtype") or source.get("torch_dtype") or "float32"
 
 
@@ -219,16 +211,15 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 def _check_names(
     directory: Path, model: Llama | Classifier, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    stored, linears = _stored_names(model), _linears(model)
-    problems = [f"missing: {name} {expected[name]}" for name in stored if name not in files]
+    expected, linears = {name: tuple(p.shape) for name, p in model.state_dict().items()}, _linears(model)
+    problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in files]
     parts = {part for parts in packed.values() for part in parts}
     for name, file in files.items():
         if name in parts and name not in packed:
             continue
         found = read_layout(files[packed[name][0]], packed[name][0])[0].shape if name in packed else file.shapes[name]
         if name not in expected:
-            if not name.endswith("rotary_emb.inv_freq"):  # old Llama files store a table that follows from the config
+            if not name.endswith("rotary_emb.inv_freq"):  # a table in old Llama files
                 problems.append(f"unexpected: {name} {found}")
         elif found != expected[name]:
             problems.append(f"shape: {name} is {found}, the config asks for {expected[name]}")
@@ -241,12 +232,7 @@ def _check_names(
 def _chosen(
     directory: Path, model: Llama | Classifier, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
 ) -> set[str]:
-    """The names of the weights to quantize: none, where they are packed already.
-
-    Raises:
-        ConfigError: they are packed otherwise than is asked for; or the config names no linear, or all of them.
-        FormatError: the config says that they are packed, and none is; or the other way round.
-    """
+    """Return the names of the weights to quantize: none, if they are packed already."""
     if is_four_bit(model.config.source) != bool(packed):
         raise FormatError(
             f"{directory}: config.json and the tensors disagree: quantization_config is "
@@ -266,28 +252,21 @@ def _chosen(
 def _check_held(
     directory: Path, linears: Sequence[str], head: str, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
 ) -> None:
-    """Do the weights lie there as is asked for? A default is not asked for, and a head may be packed or not."""
+    """Check that packed weights are held as the config asks. The head may be packed or not."""
     kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
     is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
     dense = {path for path in linears if f"{path}.weight" not in packed}
     skipped = set(linears) - set(config.chosen(linears))
-    compared = {
-        "quantize": ("/".join(sorted(kinds)), config.quantize, kinds == {config.quantize}),
-        "double_quant": (is_double, config.double_quant, config.double_quant or not is_double),
-        "quantize_skip": (
-            shortest_names(list(dense - {head}), linears),
-            list(config.quantize_skip),
-            not config.quantize_skip or skipped <= dense <= skipped | {head},
-        ),
-    }
-    different = [
-        f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked, fits) in compared.items() if not fits
-    ]
+    different: dict[str, tuple[Any, Any]] = {}
+    if kinds != {config.quantize}:
+        different["quantize"] = "/".join(sorted(kinds)), config.quantize
+    if is_double and not config.double_quant:
+        different["double_quant"] = True, False
+    if config.quantize_skip and not skipped <= dense <= skipped | {head}:
+        different["quantize_skip"] = shortest_names(list(dense - {head}), linears), list(config.quantize_skip)
     if different:
-        raise ConfigError(
-            f"{directory}: is quantized already, and otherwise: {'; '.join(different)}; "
-            "quantize 'none' takes it as it is"
-        )
+        listed = "; ".join(f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked) in different.items())
+        raise ConfigError(f"{directory}: is quantized already, but differently: {listed}; 'none' loads it as it is")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -295,22 +274,17 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _weights(model: nn.Module) -> dict[str, Weight]:
-    """The parameters by name; in place of what a packed weight consists of, its linear by the weight's name."""
-    packed = {f"{path}.weight": linear for path, linear in _linears(model).items() if isinstance(linear, NF4Linear)}
+    """Return the parameters by name; for a packed weight, its linear."""
     weights: dict[str, Weight] = {}
     for name, parameter in model.named_parameters():
-        own = f"{name.rpartition('.')[0]}.weight"
-        weights |= {own: packed[own]} if own in packed and not name.endswith(".bias") else {name: parameter}
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        weights |= {f"{path}.weight": owner} if isinstance(owner, NF4Linear) and leaf != "bias" else {name: parameter}
     return weights
 
 
-def _stored_names(model: nn.Module) -> list[str]:
-    """The parameters' names, a tied head left out: it is stored as the embedding."""
-    return [name for name, _ in model.named_parameters()]
-
-
 def skeleton(config: LlamaConfig) -> Llama:
-    """The model without storage: names and shapes only."""
+    """Build a model without storage."""
     with torch.device("meta"):
         return Llama(config)
 
@@ -325,7 +299,7 @@ def init_weights(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def assign(model: nn.Module, name: str, weight: Weight) -> None:
-    """Put a weight where its name says; a packed one comes with its linear, which takes over the bias."""
+    """Set a parameter; a packed weight comes with its linear, which takes over the bias."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if isinstance(weight, NF4Linear):

@@ -1,8 +1,8 @@
-"""A decoder with another head, which scores the classes of every sequence or of every token; or with more tokens.
+"""Classifiers: a decoder with a head that scores the classes of every sequence or token. Also more tokens for a model.
 
 Parameter names and the entries of config.json are those of transformers' `…ForSequenceClassification` (a head without
-bias) and `…ForTokenClassification` (with one). Attention is causal, so the last token of a sequence is the only one
-that has read all of it: its scores are the sequence's.
+bias) and `…ForTokenClassification` (with one). The scores of a sequence are those of its last token, because attention
+is causal.
 
     N  tokens laid end to end    D  hidden_size    C  classes    B  sequences of a batch    T  their padded length
 """
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, check_types
 from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
-from minilora.models.checkpoint import filled, load_model, read_config, skeleton
+from minilora.models.checkpoint import fill, init_weights, load_model, read_config, skeleton
 from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
 
 
 class Classifier(nn.Module):
-    """Compute the scores of the classes `labels` for each `unit`, a "sequence" or a "token"."""
+    """A decoder whose head scores the classes `labels` for each `unit`, a "sequence" or a "token"."""
 
     head = "score"
 
@@ -43,7 +43,7 @@ class Classifier(nn.Module):
         return self.score
 
     def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Compute the scores (logits) of the classes, for each sequence or for each token; those of the padding are 0.
+        """Compute the scores (logits) of the classes, for each sequence or each token; those of the padding are 0.
 
         Shapes: input_ids (B, T), lengths B numbers in 1..T -> (B, C) for sequences, (B, T, C) for tokens
 
@@ -66,10 +66,10 @@ def load_classifier(
     quantize: QuantizeConfig | Quantize | None = None,
     seed: int = 0,
 ) -> Classifier:
-    """Load a classifier; or the trunk of a language model with a new head, W ~ N(0, 0.02²) by `seed`, bias 0.
+    """Load a classifier, or a language model with a new head, W ~ N(0, 0.02²) by `seed`, bias 0.
 
     A new head needs `unit` and `labels`, the names of its classes; a classifier must have them, and may have more. The
-    other arguments are those of `load_model`; the head is never quantized.
+    other arguments are those of `load_model`. The head is not quantized.
 
     Raises:
         FormatError: as for `load_model`.
@@ -81,19 +81,16 @@ def load_classifier(
     if config.unit is None and (unit is None or not labels):
         raise ConfigError(f"{location.path}: is no classifier; name unit and labels to put a new head on its trunk")
     if config.unit and (unit not in (None, config.unit) or not set(labels) <= set(config.labels)):
-        raise ConfigError(
-            f"{location.path}: is a classifier that gives each {config.unit} one of {list(config.labels)}; asked for "
-            f"is one that gives each {unit or config.unit} one of {list(labels)}"
-        )
+        found = f"gives each {config.unit} one of {list(config.labels)}"
+        asked = f"gives each {unit or config.unit} one of {list(labels)}"
+        raise ConfigError(f"{location.path}: is a classifier that {found}; asked for is one that {asked}")
     model = skeleton_for(unit or config.unit, labels, config)
     assert isinstance(model, Classifier)
     if config.unit:
-        return filled(model, location, dtype, torch.device(device), quantize)
+        return fill(model, location, dtype, torch.device(device), quantize)
     base = load_model(location.name, dtype, device, quantize)
-    weight = torch.normal(torch.zeros(model.score.weight.shape), 0.02, generator=torch.Generator().manual_seed(seed))
-    for name, value in {"weight": weight, "bias": torch.zeros(len(labels))}.items():
-        if getattr(model.score, name) is not None:
-            setattr(model.score, name, nn.Parameter(value.to(base.model.embed_tokens.weight)))
+    init_weights(model.score.to_empty(device="cpu"), torch.Generator().manual_seed(seed))
+    model.score.to(base.model.embed_tokens.weight)
     model.model, model.name_or_path = base.model, base.name_or_path
     return model.eval()
 
@@ -114,7 +111,7 @@ def load_for(
 
 
 def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) -> Llama | Classifier:
-    """Build the same without storage, from the config of a language model or of the classifier itself."""
+    """Build what `load_for` loads, without storage, from the config of a language model or of a classifier."""
     if unit is None:
         return skeleton(config)
     with torch.device("meta"):
@@ -122,12 +119,8 @@ def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) 
 
 
 def classifier_config(config: LlamaConfig, unit: Unit, labels: Sequence[str]) -> LlamaConfig:
-    """Return the config of a language model as that of a classifier.
-
-    Raises:
-        ConfigError: equal labels, or fewer than two: transformers reads one label as a regression.
-    """
-    if len(labels) < 2 or len(set(labels)) != len(labels):
+    """Return the config of a language model as that of a classifier."""
+    if len(labels) < 2 or len(set(labels)) != len(labels):  # transformers reads one label as a regression
         raise ConfigError(f"labels: found {list(labels)!r:.80}, need at least two different ones")
     ending = next(ending for ending, classified in CLASSIFIERS.items() if classified == unit)
     source = {
@@ -141,10 +134,7 @@ def classifier_config(config: LlamaConfig, unit: Unit, labels: Sequence[str]) ->
 
 
 def grow_vocabulary(model: Llama | Classifier, size: int) -> None:
-    """Give the embedding rows up to `size`, and the head, each new one the mean of those that there are.
-
-    A mean is what any token is like, so that a new one neither stands out among the inputs nor among the predictions.
-    A model that has the room already is left as it is.
+    """Add rows to the embedding and the head, up to `size` in all; a new row is the mean of the old ones.
 
     Raises:
         ConfigError: the model has adapters, or its head is in four bits.
@@ -170,7 +160,7 @@ def grow_vocabulary(model: Llama | Classifier, size: int) -> None:
 
 
 def grown(weight: Tensor, size: int) -> Tensor:
-    """The weight with rows up to `size`, each new one the mean of the others.
+    """Return the weight with `size` rows, of which new ones are the mean of the others.
 
     Shapes: weight (V, D) -> (size, D)
     """

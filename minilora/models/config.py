@@ -1,9 +1,9 @@
-"""`config.json` of a Llama-family checkpoint, read into what the decoder needs to know.
+"""Read the `config.json` of a Llama-family checkpoint.
 
-The families differ in a few switches only, so one data class describes them all: biases, norms of q and k, fused
-projections, sliding windows, layers without rotation. A key that is missing has the value that transformers gives it.
+The families differ in biases, norms of q and k, fused projections, sliding windows and layers without rotation, so one
+data class describes them all. A missing key has the value that transformers gives it.
 
-The models also differ in how they rotate longer contexts. A pair i of a head turns by `position · frequency[i]`:
+Models also differ in how they rotate longer contexts. A pair i of a head turns by `position · frequency[i]`:
 
     default   θ^(-2i/R)                                      Su et al. 2021, RoFormer, eq. 15
     linear    θ^(-2i/R) / factor                             Chen et al. 2023, Position Interpolation
@@ -38,12 +38,15 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-TRAINED = "original_max_position_embeddings"
+OPTIONAL_ROPE_KEYS = {
+    "llama3": ("original_max_position_embeddings",),
+    "longrope": ("original_max_position_embeddings", "factor", "attention_factor"),
+}
 
 
 @dataclass(frozen=True)
 class ScaledRope(Rope):
-    """The rotation of one model, with frequencies that may be scaled.
+    """A rotation whose frequencies may be scaled.
 
     Args:
         width, theta: as of `llama.Rope`.
@@ -51,9 +54,6 @@ class ScaledRope(Rope):
         scaling: the numbers that the kind needs.
         trained_length: the length that scaling starts from.
         max_length: `max_position_embeddings` of the config.
-
-    Raises:
-        ConfigError: an unknown kind, or a number that the kind needs is missing.
     """
 
     kind: str
@@ -66,25 +66,18 @@ class ScaledRope(Rope):
             raise ConfigError(f"rope type {self.kind!r} is not supported; supported are {sorted(ROPE_KEYS)}")
         if missing := [key for key in ROPE_KEYS[self.kind] if self.scaling.get(key) is None]:
             raise ConfigError(f"rope type {self.kind!r} needs {missing}; the config has {sorted(self.scaling)}")
-        bad = [f"{key}: {problem}" for key in self._numbers() if (problem := self._problem(key))]
+        bad, pairs = [], (self.width + 1) // 2
+        for key in (*ROPE_KEYS[self.kind], *OPTIONAL_ROPE_KEYS.get(self.kind, ())):
+            value = self.scaling.get(key)
+            if key in ("short_factor", "long_factor"):
+                if not (isinstance(value, list | tuple) and len(value) == pairs and all(map(is_positive, value))):
+                    bad.append(f"{key}: found {value!r}, need a list of {pairs} numbers, one a pair")
+            elif value is not None and not is_positive(value):
+                bad.append(f"{key}: found {value!r}, need a number above 0")
         if self.kind == "dynamic" and self.width <= 2:
             bad.append(f"only {self.width} coordinates of a head turn, and it needs more than 2")
         if bad:
             raise ConfigError(f"rope type {self.kind!r}: " + "; ".join(bad))
-
-    def _numbers(self) -> list[str]:
-        """The keys of `scaling` that the kind reads and that are there."""
-        optional = {"llama3": [TRAINED], "longrope": [TRAINED, "factor", "attention_factor"]}.get(self.kind, [])
-        return [*ROPE_KEYS[self.kind], *(key for key in optional if self.scaling.get(key) is not None)]
-
-    def _problem(self, key: str) -> str | None:
-        value, pairs = self.scaling[key], (self.width + 1) // 2
-        if key not in ("short_factor", "long_factor"):
-            return None if is_positive(value) else f"found {value!r}, need a number above 0"
-        is_list = isinstance(value, list | tuple) and all(map(is_positive, value))
-        return (
-            None if is_list and len(value) == pairs else f"found {value!r}, need a list of {pairs} numbers, one a pair"
-        )
 
     def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos and sin of position · frequency, (N, R/2) each in float32, times the amplitude."""
@@ -92,37 +85,34 @@ class ScaledRope(Rope):
         return cos * self.amplitude, sin * self.amplitude
 
     def frequencies(self, length: int) -> Tensor:
-        pairs = torch.arange(0, self.width, 2).float() / self.width
+        pairs, theta = torch.arange(0, self.width, 2).float() / self.width, self.theta
         if self.kind == "dynamic":
-            return 1.0 / self._dynamic_theta(length) ** pairs
+            factor, trained = self.scaling["factor"], self.max_length
+            growth = factor * max(length, trained) / trained - (factor - 1)
+            theta = self.theta * growth ** (self.width / (self.width - 2))
         if self.kind == "longrope":
             stretch = "long_factor" if length > self.trained_length else "short_factor"
             return 1.0 / (torch.tensor(self.scaling[stretch], dtype=torch.float32) * self.theta**pairs)
-        plain = 1.0 / self.theta**pairs
+        plain = 1.0 / theta**pairs
         if self.kind == "linear":
             return plain / self.scaling["factor"]
         return self._llama3(plain) if self.kind == "llama3" else plain
 
     def changes(self, before: int, after: int) -> bool:
-        """Whether a document's tokens turn by other angles once it has grown from one length to another."""
+        """Return whether the angles of a document's tokens change if it grows from one length to another."""
         if self.kind == "dynamic":
             return after > max(before, self.max_length)
         return self.kind == "longrope" and before <= self.trained_length < after
 
     @property
     def amplitude(self) -> float:
-        """A factor of cos and sin: 1, but for longrope √(1 + ln s / ln L), as in Phi-3's own code, trained on L."""
+        """The factor of cos and sin: 1, but for longrope √(1 + ln s / ln L) with the trained length L, as in Phi-3."""
         if self.kind != "longrope":
             return 1.0
         if (given := self.scaling.get("attention_factor")) is not None:
             return float(given)
         stretch = self.scaling.get("factor") or self.max_length / self.trained_length
         return 1.0 if stretch <= 1.0 else math.sqrt(1 + math.log(stretch) / math.log(self.trained_length))
-
-    def _dynamic_theta(self, length: int) -> float:
-        factor, trained = self.scaling["factor"], self.max_length
-        growth = factor * max(length, trained) / trained - (factor - 1)
-        return self.theta * growth ** (self.width / (self.width - 2))
 
     def _llama3(self, plain: Tensor) -> Tensor:
         low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
@@ -132,11 +122,11 @@ class ScaledRope(Rope):
 
 
 def is_positive(value: Any) -> bool:
-    """A finite number above 0; true and false are none."""
+    """Return whether a value is a finite number above 0, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-FAMILIES: dict[str, dict[str, Any]] = {  # the values of keys that a config.json leaves out
+FAMILIES: dict[str, dict[str, Any]] = {  # values of keys that are missing in a config.json
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
@@ -171,18 +161,17 @@ class LlamaConfig(llama.LlamaConfig):
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
-        """Read a `config.json`, old or new spelling.
+        """Read a `config.json` of transformers 4 or 5.
 
         Raises:
-            ConfigError: another `model_type`, an activation other than silu, a quantized checkpoint, missing or
+            ConfigError: another `model_type`, an activation other than silu, an unsupported quantization, missing or
                 impossible numbers; all of them in one message.
         """
         family = source.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
             raise ConfigError(f"model_type {family!r} is not supported; supported are {sorted(FAMILIES)}")
-        values = (
-            COMMON | FAMILIES[family] | {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
-        )
+        values = COMMON | FAMILIES[family]
+        values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
         _check(values)
         heads = values["num_attention_heads"]
         head_dim = values.get("head_dim") or values["hidden_size"] // heads
@@ -214,18 +203,14 @@ class LlamaConfig(llama.LlamaConfig):
 
     @property
     def unit(self) -> Unit | None:
-        """What a classifier gives a class to, by the name of transformers' class for it; None for another model."""
+        """What a classifier gives a class to, by the name of transformers' class; None for a language model."""
         names = self.source.get("architectures")
         listed = [str(name) for name in names] if isinstance(names, list) else []
         return next((unit for ending, unit in CLASSIFIERS.items() for name in listed if name.endswith(ending)), None)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's classes, none for another model; transformers does not write LABEL_0, LABEL_1.
-
-        Raises:
-            ConfigError: `id2label` is not at least two different names by number.
-        """
+        """The names of a classifier's classes; transformers does not write LABEL_0, LABEL_1."""
         if self.unit is None:
             return ()
         named = self.source.get("id2label")
@@ -239,12 +224,12 @@ class LlamaConfig(llama.LlamaConfig):
 
 
 def class_name(model_type: str) -> str:
-    """Return what the names of transformers' classes for a family begin with."""
+    """Return the prefix of the names of transformers' classes for a family."""
     return "SmolLM3" if model_type == "smollm3" else model_type.capitalize()
 
 
 def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`; before, `rope_scaling` stood beside `rope_theta`, as it does here."""
+    """Return a config in the form of transformers 4: `rope_parameters` become `rope_scaling` and `rope_theta`."""
     scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
     given = {}
     if isinstance(scaling, Mapping):
@@ -253,7 +238,7 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    """Collect everything that cannot work before raising once."""
+    """Raise a `ConfigError` that names every key with an impossible value."""
     bad = []
     for key in (*REQUIRED, *OPTIONAL):
         value = values.get(key)
@@ -265,22 +250,16 @@ def _check(values: Mapping[str, Any]) -> None:
     for key, most in (("rms_norm_eps", math.inf), ("rope_theta", math.inf), ("partial_rotary_factor", 1.0)):
         if not is_positive(values[key]) or values[key] > most:
             bad.append(f"{key}: found {values[key]!r}, need a number above 0" + (" and at most 1" if most == 1 else ""))
-    for key, kind, name in (
-        ("rope_scaling", Mapping, "object"),
-        ("layer_types", list, "list"),
-        ("no_rope_layers", list, "list"),
-    ):
+    for key, kind in (("rope_scaling", Mapping), ("layer_types", list), ("no_rope_layers", list)):
         if values.get(key) is not None and not isinstance(values[key], kind):
-            bad.append(f"{key}: found {values[key]!r}, need a JSON {name}")
+            bad.append(f"{key}: found {values[key]!r}, need a JSON {'list' if kind is list else 'object'}")
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
         if not isinstance(values.get(key) or False, bool):
             bad.append(f"{key}: found {values[key]!r}, need true or false")
     if values["model_type"] != "phi3" and values["partial_rotary_factor"] != 1:
         bad.append(f"partial_rotary_factor: found {values['partial_rotary_factor']!r}, which only phi3 knows")
     if values["model_type"] == "mistral" and values.get("layer_types") is not None:
-        bad.append(
-            "layer_types: mistral has one window for all layers; with layer_types it is another model, ministral"
-        )
+        bad.append("layer_types: mistral has one window for all layers; a config with layer_types is ministral's")
     if values["hidden_act"] not in ("silu", "swish"):
         bad.append(f"hidden_act: found {values['hidden_act']!r}, supported is 'silu'")
     if values.get("quantization_config") is not None and not is_four_bit(values):
@@ -290,7 +269,7 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def _rotated(values: Mapping[str, Any]) -> tuple[bool, ...]:
-    """SmolLM3: which layers rotate q and k; every fourth one does not unless the config lists them."""
+    """Return which layers of SmolLM3 rotate q and k: all but every fourth, unless the config lists them."""
     layers, interval = values["num_hidden_layers"], values.get("no_rope_layer_interval") or 4
     listed = values.get("no_rope_layers")  # despite its name, 1 means "with rope"
     if listed is None:
@@ -301,12 +280,12 @@ def _rotated(values: Mapping[str, Any]) -> tuple[bool, ...]:
 
 
 def _windows(values: Mapping[str, Any], rotated: tuple[bool, ...]) -> tuple[int | None, ...]:
-    """How far each layer looks back. mistral and phi3: all alike; qwen and smollm3: as `layer_types` says."""
+    """Return the window of each layer: the same in mistral and phi3, that of `layer_types` in qwen and smollm3."""
     family, layers, window = values["model_type"], values["num_hidden_layers"], values.get("sliding_window")
     if family in ("mistral", "phi3"):
         return (window,) * layers
     types = values.get("layer_types")
-    is_listed = family == "smollm3" and types is not None  # then transformers looks at nothing else
+    is_listed = family == "smollm3" and types is not None  # then transformers ignores use_sliding_window
     if family == "llama" or not (values.get("use_sliding_window") or is_listed):
         return (None,) * layers
     if types is not None:

@@ -27,7 +27,7 @@ OnToken = Callable[[int, int], bool | None]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout, for as long as the block lasts."""
+    """Run a block without gradients and dropout."""
     was_training = model.training
     try:
         with torch.no_grad():
@@ -51,56 +51,61 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_new_tokens` tokens; a stop token ends one and is not returned.
 
-    A batch is its prompts one by one: row i draws from a generator of its own, seeded with `seed` + i, and is what
-    `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds up to rounding, which depends on how
-    many rows are multiplied at a time: where two tokens are nearly equally likely, the other one may be taken.
+    Row i of a batch is what `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds up to
+    rounding, which depends on the number of rows: of two nearly equally likely tokens the other one may be taken.
 
     Args:
-        model: the model, with whatever adapters are active.
+        model: the model, with its active adapters.
         input_ids: (B, T) token ids, or B lists of any lengths.
-        max_new_tokens: where to stop at the latest.
+        max_new_tokens: the maximum length of a continuation.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it before sampling.
         top_p: sample from the fewest tokens that have this probability together  [Nucleus §3.1].
         top_k: sample from the k likeliest tokens; 0: from all  [Top-k §5.4].
-        repetition_penalty: above 1 makes what the prompt and the text so far hold less likely  [CTRL §4.1].
+        repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely  [CTRL §4.1].
         seed: of the sampling.
         stop_ids: tokens that end a continuation.
-        on_token: is told row and token of all that is written, as it is written; True ends that row.
+        on_token: is called with row and token when a token is written; True ends the row.
 
     Raises:
-        ConfigError: a number that cannot work; all of them in one message.
+        ConfigError: numbers out of range, all in one message.
         ShapeError: input_ids are not rows of the model's token ids, or a prompt is empty.
         TrainingError: the model computes NaN or infinity.
     """
     check_types(generate, locals())
     _check(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    prompts = _prompts(input_ids, model.model.embed_tokens.weight.size(0))
+    weight = model.model.embed_tokens.weight
+    prompts = _prompts(input_ids, weight.size(0))
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     documents = [list(prompt) for prompt in prompts]
-
-    def choose(logits: Tensor, rows: Sequence[int]) -> list[int]:
-        texts, drawn = [documents[row] for row in rows], [generators[row] for row in rows]
-        return _chosen(logits, texts, drawn, temperature, top_p, top_k, repetition_penalty)
-
-    def goes_on(row: int, token: int) -> bool:
-        if token in stop_ids:
-            return False
-        documents[row].append(token)
-        return on_token is None or not on_token(row, token)
-
+    capacity = max(map(len, documents)) + max_new_tokens
+    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device)
+    running = list(range(len(documents)))
     with evaluating(model):
-        _continue(model, documents, max_new_tokens, choose, goes_on)
+        while running:
+            feed: list[list[int]] = [[] for _ in documents]
+            for row in running:
+                feed[row] = documents[row][cache.held(row, len(documents[row])) :]
+            logits = _next_logits(model, feed, cache)
+            texts, drawn = [documents[row] for row in running], [generators[row] for row in running]
+            chosen = _choose(logits, texts, drawn, temperature, top_p, top_k, repetition_penalty)
+            written = [(row, token) for row, token in zip(running, chosen, strict=True) if token not in stop_ids]
+            running = []
+            for row, token in written:
+                documents[row].append(token)
+                is_ended = on_token is not None and on_token(row, token)
+                if not is_ended and len(documents[row]) < len(prompts[row]) + max_new_tokens:
+                    running.append(row)
     return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
 
 
 def penalize(logits: Tensor, documents: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """x / θ for tokens that the row's document holds, where x > 0; x · θ where x < 0  [CTRL §4.1].
+    """Divide the logits of tokens that the row's document holds by θ, or multiply negative ones  [CTRL §4.1].
 
-    The paper divides in both cases, which makes a token with x < 0 likelier; to multiply there is transformers' way.
+    The paper divides in both cases, which makes a token with a negative logit likelier; transformers multiplies.
 
     Shapes: logits (B, V), documents B lists of token ids -> (B, V)
     """
-    is_held = torch.zeros(logits.shape, dtype=torch.bool)  # on the CPU, so that it goes to a device once and not by row
+    is_held = torch.zeros(logits.shape, dtype=torch.bool)  # on the CPU, to be copied once and not by row
     for row, document in zip(is_held, documents, strict=True):
         row[list(document)] = True
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -108,9 +113,9 @@ def penalize(logits: Tensor, documents: Sequence[Sequence[int]], penalty: float)
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """softmax(logits / temperature) over the tokens that `top_k` and, of those, `top_p` leave.
+    """Compute softmax(logits / temperature) over the tokens that `top_k` and then `top_p` leave.
 
-    In float64 and on the CPU, so that every device draws the same.
+    It is computed in float64 on the CPU, so that every device draws the same.
 
     Shapes: logits (B, V) -> (B, V)
     """
@@ -127,7 +132,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) 
     return logits.softmax(-1)
 
 
-def _chosen(
+def _choose(
     logits: Tensor,
     documents: Sequence[Sequence[int]],
     generators: Sequence[torch.Generator],
@@ -136,7 +141,7 @@ def _chosen(
     top_k: int,
     repetition_penalty: float,
 ) -> list[int]:
-    """The token that follows each document. The device is asked once, as each answer has to be waited for."""
+    """Choose the token that follows each document. Results are copied from the device once."""
     if temperature > 0:
         logits = logits.cpu()
     is_finite = torch.stack(logits.aminmax()).isfinite().all(0, keepdim=True)  # NaN is the least and the most
@@ -153,38 +158,13 @@ def _chosen(
     return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in chances]
 
 
-def _continue(
-    model: Llama,
-    documents: list[list[int]],
-    max_new_tokens: int,
-    choose: Callable[[Tensor, Sequence[int]], list[int]],
-    goes_on: Callable[[int, int], bool],
-) -> None:
-    """Token by token: `choose` takes one for each row, and `goes_on` writes it and says whether the row goes on.
-
-    A row that has ended is computed no more: the model is given none of its tokens.
-    """
-    weight = model.model.embed_tokens.weight
-    capacity = max(map(len, documents)) + max_new_tokens
-    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device)
-    running = list(range(len(documents)))
-    for _ in range(max_new_tokens):
-        feed: list[list[int]] = [[] for _ in documents]
-        for row in running:
-            feed[row] = documents[row][cache.held(row, len(documents[row])) :]
-        chosen = choose(_next_logits(model, feed, cache), running)
-        running = [row for row, token in zip(running, chosen, strict=True) if goes_on(row, token)]
-        if not running:
-            break
-
-
 def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Logits of what follows the last token of each document that has tokens here: (B, V), or fewer."""
+    """Compute the logits after the last token of each document that has tokens in `feed`: (B, V), or fewer rows."""
     device = model.model.embed_tokens.weight.device
     lengths = [len(document) for document in feed]
     ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
     tokens = torch.tensor([token for document in feed for token in document], device=device)
-    last = torch.tensor(ends, device=device)  # sent before the device is at work: a later copy waits for all of that
+    last = torch.tensor(ends, device=device)  # copied before the device is busy
     return model.lm_head(model.model(tokens, lengths, cache)[last])
 
 
@@ -204,7 +184,7 @@ def _check(
 
 
 def _prompts(input_ids: Tensor | Iterable[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    """The rows of token ids as lists."""
+    """Check the rows of token ids, and return them as lists."""
     if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
         raise ShapeError(f"input_ids must be (B, T), found {tuple(input_ids.shape)}")
     rows = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids

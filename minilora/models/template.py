@@ -17,13 +17,19 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
 from minilora.errors import DataError, FormatError
-from minilora.models.sandbox import Metered, Sandbox
+from minilora.models.sandbox import Sandbox
 
 Message = Mapping[str, Any]
+Tools = Sequence[Any] | None
 TEMPLATE_LIMIT = 256_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
-INDENT_LIMIT, FORMAT_LIMIT = 16, 256  # of tojson; characters of strftime_now's format
+FORMAT_LIMIT = 256  # characters of strftime_now's format
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
+NODE = 40  # cost of a node of syntax, each time that the loop or macro around it runs
+READ = (
+    *(nodes.Output, nodes.Compare, nodes.Operand, nodes.Concat, nodes.List, nodes.Tuple, nodes.Pair, nodes.Neg),
+    *(nodes.Add, nodes.Sub, nodes.Div, nodes.FloorDiv),
+)
 IS_MARKED = "is marked"  # a variable that no template can name
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's reasoning is passed under
 
@@ -49,24 +55,18 @@ class ChatTemplate:
         try:
             tree = self._sandbox.parse(source)
             self._hides_generation = _hides_generation(tree)
-            self._template = self._sandbox.from_string(Metered().visit(tree))
+            self._template = self._sandbox.from_string(_metered(tree))
         except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {_reason(error)}") from error
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
-    ) -> str:
-        """The conversation as text.
-
-        Raises:
-            DataError: there are no messages, or the template refuses them.
-        """
-        return self._run(_normalized(messages), add_generation_prompt, tools, is_marked=False)
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
+        """Return the conversation as text."""
+        return self._run(messages, add_generation_prompt, tools, is_marked=False)
 
     def render_spans(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and where the template's `generation` blocks lie in it, the outermost of them.
+        """Return the conversation as text, and the spans [begin, end) of the template's outermost `generation` blocks.
 
         Raises:
             DataError: as for `render`; or a `generation` block stands where the template could change its text.
@@ -76,11 +76,10 @@ class ChatTemplate:
                 "chat template: a generation block stands in a macro, a set, filter or call block, a named block or a "
                 "recursive loop, so what the assistant says cannot be found in the text"
             )
-        normalized = _normalized(messages)
-        if any(mark in json.dumps([normalized, tools], ensure_ascii=False, default=str) for mark in (BEGIN, END)):
+        if re.search(f"[{BEGIN}{END}]", json.dumps([messages, tools], ensure_ascii=False, default=str)):
             raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
         text, spans, depth, begin = "", [], 0, 0
-        for piece in re.split(f"([{BEGIN}{END}])", self._run(normalized, add_generation_prompt, tools, is_marked=True)):
+        for piece in re.split(f"([{BEGIN}{END}])", self._run(messages, add_generation_prompt, tools, is_marked=True)):
             if piece == BEGIN:
                 begin, depth = begin if depth else len(text), depth + 1
             elif piece == END:
@@ -90,15 +89,13 @@ class ChatTemplate:
                 text += piece
         return text, spans
 
-    def _run(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] | None, is_marked: bool
-    ) -> str:
-        variables: dict[str, Any] = {**self._special_tokens, "messages": messages, "tools": tools, "documents": None}
-        variables |= {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
+    def _run(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools, is_marked: bool) -> str:
+        given = {"messages": _normalized(messages), "tools": tools, "documents": None}
+        options = {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
         written, size = [], 0
         try:
-            self._sandbox.start([messages, tools])
-            for piece in self._template.generate(variables):
+            self._sandbox.start(given)
+            for piece in self._template.generate(self._special_tokens | given | options):
                 written.append(piece)
                 size += len(piece)
                 if size > OUTPUT_LIMIT:
@@ -109,7 +106,7 @@ class ChatTemplate:
 
 
 def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """What transformers does first: keys without a value are dropped, reasoning gets all the names it goes by."""
+    """Drop keys without a value, and store reasoning under all names that templates use, as transformers does."""
     if not messages:
         raise DataError("a conversation needs at least one message")
     normalized = []
@@ -118,14 +115,14 @@ def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise DataError(f"a message must be an object with role and content, found {type(message).__name__}")
         kept = {key: value for key, value in message.items() if value is not None}
         reasoning = next((kept[key] for key in REASONING if key in kept), None)
-        normalized.append(
-            kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
-        )
+        if reasoning is not None:
+            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+        normalized.append(kept)
     return normalized
 
 
 class _Generation(Extension):
-    """The `generation` tag: its body, between marks where they are asked for."""
+    """The tag `generation`, which puts its body between marks if those are asked for."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
 
@@ -140,7 +137,7 @@ class _Generation(Extension):
 
 
 def _hides_generation(tree: nodes.Template) -> bool:
-    """Whether the text of a generation block is a value before it is written."""
+    """Return whether the text of a generation block can be changed before it is written."""
     values = (nodes.Macro, nodes.AssignBlock, nodes.FilterBlock, nodes.CallBlock, nodes.Block, nodes.For)
     return any(
         _is_generation(inner)
@@ -152,6 +149,26 @@ def _hides_generation(tree: nodes.Template) -> bool:
 
 def _is_generation(node: nodes.Node) -> bool:
     return isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute)
+
+
+def _metered(tree: nodes.Template) -> nodes.Template:
+    """Pass what jinja2 compiles to plain Python through the sandbox's filter `_read`: operands, and turns of loops."""
+    for node in [*tree.find_all(nodes.Node)]:
+        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block):
+            cost = NODE * len([*node.find_all(nodes.Node)])
+            node.body.insert(0, nodes.ExprStmt(_read(nodes.Const(None), cost)).set_lineno(node.lineno))
+        if isinstance(node, nodes.For):
+            node.test = _read(node.test)
+        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+            node.node = _read(node.node)
+        elif isinstance(node, READ) and getattr(node, "ctx", "load") == "load":
+            for field, value in node.iter_fields():
+                setattr(node, field, [*map(_read, value)] if isinstance(value, list) else _read(value))
+    return tree
+
+
+def _read(node: Any, cost: int = 0) -> Any:
+    return nodes.Filter(node, "_read", [nodes.Const(cost)], [], None, None) if isinstance(node, nodes.Expr) else node
 
 
 def _environment(now: datetime | None) -> Sandbox:
@@ -166,15 +183,9 @@ def _environment(now: datetime | None) -> Sandbox:
 
 
 def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Plain JSON; jinja2's own filter escapes it for HTML."""
-    if indent is not None and not (isinstance(indent, int) and indent <= INDENT_LIMIT):
-        raise ValueError(f"tojson: indent {indent!r:.20}; at most {INDENT_LIMIT} is accepted")
+    """Return plain JSON; jinja2's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,12 +1,12 @@
 """Text to token ids and back, and the special tokens and chat template that belong to a model.
 
-Text cannot act: a message that contains `<|im_end|>` must not end there. Before the chat template sees such text, a
-mark is put into it (it is "quoted"), so a control token that is whole in the rendered text was written by the template.
-To encode both in one go, `ControlTokens` makes a second tokenizer, whose control tokens have names that no text may
-hold: those of the template are renamed, the marks are removed, and what only looked like a control token is plain text.
+A message that contains `<|im_end|>` must not end there. `quote` puts a mark into such text before the chat template
+sees it, so a control token without a mark in the rendered text was written by the template. A second tokenizer, whose
+control tokens have names that no text may hold, encodes the result: the template's control tokens are renamed, the
+marks are removed, and the control tokens of messages are plain text.
 
-Control tokens are those that `tokenizer.json` calls special. A template that takes a message apart and puts the rest
-together, or that writes `<` and then a name, can still be made to write one.
+Control tokens are those that `tokenizer.json` calls special. A template that takes messages apart, or that writes `<`
+and then a name, can still be made to write one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,13 @@ from minilora.storage import read_json, read_text, write_text
 if TYPE_CHECKING:
     import tokenizers
 
-    from minilora.models.template import ChatTemplate, Message
+    from minilora.models.template import Message, Tools
 
-FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    "generation_config.json",
-)
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, of "minilora/builtin", or of a repository of the hub, without its weights.
+    """Load the tokenizer of a model directory, of "minilora/builtin", or of a repository of the hub.
 
     Raises:
         FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
@@ -46,87 +43,89 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
-    """Load the tokenizer of a model, for what works without one: None if its directory has no `tokenizer.json`.
-
-    Raises:
-        FormatError: as `load_tokenizer`, but for that.
-    """
+    """Load the tokenizer of a model, or return None if its directory has no `tokenizer.json`."""
     directory = Path(name_or_path)
-    has_none = directory.is_dir() and not (directory / "tokenizer.json").is_file()
-    return None if has_none else load_tokenizer(name_or_path)
+    if directory.is_dir() and not (directory / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(name_or_path)
 
 
 class Tokenizer:
-    """A `tokenizer.json` with what the files beside it say.
+    """A `tokenizer.json` with the special tokens and the chat template of the files beside it.
 
     Attributes:
-        special_tokens: `bos_token`, `eos_token`, … : the text of each.
+        special_tokens: the text of `bos_token`, `eos_token`, …
         eos_id: the token that closes an answer, or None.
-        stop_ids: every token that ends a generation: a model may name several.
+        stop_ids: all tokens that end a generation.
         template: the chat template, or None.
     """
 
     def __init__(self, directory: Path):
-        self._texts = {name: read_text(directory / name) for name in FILES if (directory / name).is_file()}
+        self._texts = {
+            name: read_text(directory / name)
+            for name in ("tokenizer.json", "chat_template.jinja", *CONFIGS)
+            if (directory / name).is_file()
+        }
         if "tokenizer.json" not in self._texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
         try:
-            self._read_backend()
+            self._load_backend()
         except Exception as error:  # the library raises nothing narrower
             raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
         config, older, generation, model = (
-            read_json(directory / name) if (directory / name).is_file() else {}
-            for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+            read_json(directory / name) if (directory / name).is_file() else {} for name in (*CONFIGS, "config.json")
         )
         self.special_tokens = _special_tokens(older) | _special_tokens(config)
         stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
         named = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_id = named if named is not None else next(iter(stops), None)
         self.stop_ids = {*stops, *_ids(self.eos_id)}
-        template = self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template"))
-        self._now: datetime | None = None
-        self.template = _chat_template(template, self.special_tokens, None) if template else None
+        self._use_template(self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template")))
 
-    def _read_backend(self) -> None:
-        import tokenizers  # here, so that only who has a tokenizer waits for it
-
-        source = _with_whole_offsets(self._texts["tokenizer.json"])
-        self._backend = tokenizers.Tokenizer.from_str(source)
+    def _load_backend(self) -> None:
+        # Offsets keep the white space that some tokenizers trim off; the ids do not change.
+        source = re.sub(r'"trim_offsets"\s*:\s*true', '"trim_offsets": false', self._texts["tokenizer.json"])
+        self._backend = _backend(source)
         self._control = ControlTokens(source, self._backend)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+
+    def _use_template(self, source: str | None, now: datetime | None = None) -> None:
+        self._now, self.template = now, None
+        if source:
+            from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
+
+            self.template = ChatTemplate(source, self.special_tokens, now)
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
 
     def token_id(self, token: str | None) -> int | None:
-        """The id of one token by its text; None if there is none."""
+        """Return the id of a token by its text, or None."""
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; with `add_special_tokens`, also those that the tokenizer puts around every text (often a BOS)."""
+        """Return token ids; with `add_special_tokens`, also those that the tokenizer puts around every text."""
         return self.encode_spans(text, add_special_tokens)[0]
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None
     ) -> list[int]:
-        """Token ids of a conversation. Control tokens are the template's alone: those in a message are plain text."""
+        """Return the token ids of a conversation, in which the control tokens of messages are plain text."""
         text = self.render(self.quote(list(messages)), add_generation_prompt, self.quote(tools))
         return self.encode(text, add_special_tokens=False)
 
     def quote(self, value: Any) -> Any:
-        """Text, or messages, whose control tokens `encode` and `encode_spans` take as plain text (see `quote.py`)."""
+        """Return text or messages whose control tokens `encode` and `encode_spans` take as plain text."""
         return self._control.quote(value)
 
     def with_template(self, source: str) -> Tokenizer:
-        """The same tokenizer with another chat template, which it is saved with."""
+        """Return the same tokenizer with another chat template, which it is saved with."""
         other = copy.copy(self)
         other._texts = {**self._texts, "chat_template.jinja": source}
-        other.template = _chat_template(source, self.special_tokens, self._now)
+        other._use_template(source, self._now)
         return other
 
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """The same tokenizer with new tokens, whose ids follow those that there are. They act in any text.
+        """Return the same tokenizer with new tokens, whose ids follow the others. They act in any text.
 
         Raises:
             ConfigError: a token is empty, is there already or is named twice.
@@ -135,31 +134,26 @@ class Tokenizer:
 
         if not tokens:
             return self
-        known = [token for token in tokens if self.token_id(token) is not None or tokens.count(token) > 1 or not token]
-        if known:
-            raise ConfigError(f"new tokens: {known[:5]} are empty, named twice, or tokens already")
+        if bad := [t for t in tokens if self.token_id(t) is not None or tokens.count(t) > 1 or not t]:
+            raise ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
         backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
         backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
         other = copy.copy(self)
         other._texts = {**self._texts, "tokenizer.json": backend.to_str(pretty=True)}
-        other._read_backend()
+        other._load_backend()
         return other
 
     def at(self, now: datetime) -> Tokenizer:
-        """The same tokenizer, whose chat template takes this for the date, if it writes one."""
+        """Return the same tokenizer, whose chat template takes `now` for the date."""
         other = copy.copy(self)
-        other._now = now
-        other.template = self.template and _chat_template(self.template.source, self.special_tokens, now)
+        other._use_template(self.template.source if self.template else None, now)
         return other
 
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and which characters [begin, end) of the text each stands for.
+        """Return token ids, and the characters [begin, end) of the text that each stands for.
 
-        Tokens that are not from the text are empty. A token begins no later than the one before it ended, so that
-        characters which the tokenizer drops, white space say, belong to the token after them.
-
-        Raises:
-            DataError: the text holds half of a surrogate pair.
+        The span of a token that is not from the text is empty. Characters that the tokenizer drops, such as white
+        space, belong to the token after them.
         """
         if found := re.search("[\ud800-\udfff]", text):
             raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
@@ -179,43 +173,31 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
-    ) -> str:
-        """A conversation as the text that the model was trained on; encode it with `add_special_tokens=False`.
-
-        Raises:
-            DataError: the model has no chat template, or the template refuses the messages.
-        """
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
+        """Render a conversation as text; encode it with `add_special_tokens=False`."""
         if self.template is None:
             raise DataError("the model has no chat template, so conversations cannot be rendered")
         return self.template.render(messages, add_generation_prompt, tools)
 
     def save(self, directory: Path) -> None:
-        """Write the files that it was read from."""
+        """Write the files that the tokenizer was read from."""
         for name, text in self._texts.items():
             write_text(directory / name, text)
 
 
-def _chat_template(source: str, special_tokens: dict[str, str], now: datetime | None) -> ChatTemplate:
-    from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
+def _backend(source: str) -> tokenizers.Tokenizer:
+    import tokenizers  # here, because it takes long
 
-    return ChatTemplate(source, special_tokens, now)
-
-
-def _with_whole_offsets(text: str) -> str:
-    """A tokenizer.json whose tokens' offsets keep their white space, which some trim off; ids do not change."""
-    return re.sub(r'"trim_offsets"\s*:\s*true', '"trim_offsets": false', text)
+    backend = tokenizers.Tokenizer.from_str(source)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`*_token` entries, which are text or an object that holds it."""
-    tokens = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            tokens[key] = text
-    return tokens
+    """Return the entries `*_token`, which are text or an object that holds it."""
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
 
 
 def _ids(value: Any) -> list[int]:
@@ -224,7 +206,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _default_template(value: Any) -> str | None:
-    """The old key `chat_template`: text, or a list of named templates."""
+    """Return the template of the old key `chat_template`: text, or a list of named templates."""
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
@@ -236,24 +218,21 @@ NONCHARACTERS = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # also the halves of
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, which was made from `source`, a tokenizer.json."""
+    """The special tokens of a tokenizer that was made from `source`, a tokenizer.json."""
 
     def __init__(self, source: str, backend: tokenizers.Tokenizer):
         self._source = source
         added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
         self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
-        self._longest = max(map(len, self._names), default=0)
         first = "".join(sorted({re.escape(name[0]) for name in self._names}))
         self._begins = re.compile(f"[{first}]" if first else "(?!)")  # (?!) never matches
-        # Normalizing may make a control token of what is none: of full-width letters, say.
-        self._normalized = backend if any(token.normalized for token in added) and backend.normalizer else None
+        whole = "|".join(map(re.escape, self._names)) or "(?!)"  # the longest first
+        self._whole_or_mark = re.compile(f"{QUOTE}|(?={self._begins.pattern})(?:{whole})(?!{QUOTE})")
+        # Normalizing can make control tokens, of full-width letters for example.
+        self._normalizer = backend.normalizer if any(token.normalized for token in added) else None
 
     def quote(self, value: Any) -> Any:
-        """The same value, with a mark in all that looks like a control token in its strings and keys, however deep.
-
-        Raises:
-            DataError: a string holds one of the marks, which are not characters.
-        """
+        """Return the same value with a mark in each control token of its strings and keys, however deep."""
         if isinstance(value, str):
             return self._quote(value)
         if isinstance(value, Mapping):
@@ -268,24 +247,19 @@ class ControlTokens:
         def marked(found: re.Match[str]) -> str:
             at = found.start()
             is_whole = text.startswith(self._names, at)
-            # At a text's end also the beginning of one, which the text that follows could complete.
-            is_begun = not is_key and end - at < self._longest and self._is_begun(text[at:end])
+            # At the end of a text also the beginning of one, which the text that follows could complete.
+            is_short = end - at < len(self._names[0])
+            is_begun = not is_key and is_short and any(name.startswith(text[at:end]) for name in self._names)
             return found[0] + QUOTE if is_whole or is_begun else found[0]
 
         quoted = self._begins.sub(marked, text)
-        return quoted if quoted != text or not self._acts(text) else text[0] + QUOTE + text[1:]
-
-    def _is_begun(self, tail: str) -> bool:
-        return any(name.startswith(tail) for name in self._names)
-
-    def _acts(self, text: str) -> bool:
-        if self._normalized is None:
-            return False
-        normalized = self._normalized.normalizer.normalize_str(text)
-        return any(name in normalized for name in self._names)
+        if quoted == text and self._normalizer:
+            normalized = self._normalizer.normalize_str(text)
+            return text[0] + QUOTE + text[1:] if any(name in normalized for name in self._names) else text
+        return quoted
 
     def rename(self, text: str) -> tuple[str, list[int]]:
-        """Quoted text for `backend`; and for each of its characters, and its end, where it stood in the quoted text."""
+        """Return quoted text for `backend`, and the place in the quoted text of each of its characters and its end."""
         pieces: list[str] = []
         origin: list[int] = []
         position = 0
@@ -299,28 +273,18 @@ class ControlTokens:
         return "".join([*pieces, text[position:]]), [*origin, *range(position, len(text) + 1)]
 
     @cached_property
-    def _whole_or_mark(self) -> re.Pattern[str]:
-        whole = "|".join(map(re.escape, self._names)) or "(?!)"  # the longest first
-        return re.compile(f"{QUOTE}|(?={self._begins.pattern})(?:{whole})(?!{QUOTE})")
-
-    @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """The tokenizer with its control tokens renamed; the ids are the same."""
-        import tokenizers
-
         data, names = json.loads(self._source), set(self._names)
         for entry in data["added_tokens"]:
             if entry["content"] in names:
                 entry |= {"content": RENAMED + entry["content"], "normalized": False}
         _rename_model(data["model"], names)
-        backend = tokenizers.Tokenizer.from_str(json.dumps(data))
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+        return _backend(json.dumps(data))
 
 
 def _rename_model(model: dict[str, Any], names: set[str]) -> None:
-    """Rename what stands for control tokens in the vocabulary, so that no text leads there."""
+    """Rename control tokens in the vocabulary, so that no text leads to them."""
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         model["vocab"] = {RENAMED + name if name in names else name: i for name, i in vocabulary.items()}
