@@ -23,13 +23,16 @@ from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, check_out, from_flags
 from minilora.cli.load import (
+    MERGED,
     Found,
     add_model_flags,
     base_of,
+    check_not_merged,
     find,
     read_template,
     recorded_quantization,
-    say_quantization,
+    say_base,
+    sha256_of,
     was_trained_on,
 )
 from minilora.errors import ConfigError
@@ -37,7 +40,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
 from minilora.runs.run import pick_device
-from minilora.storage import write_text
+from minilora.storage import read_json, write_json, write_text
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -70,12 +73,12 @@ def run(options: Options) -> int:
     if options["as_adapter"]:
         _write_adapter(options, weights, config)
     elif config == CombineConfig() and all(weight is None for weight in given):
-        _write_model(options, None)
+        _write_model(options, weights, None)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             paths = [fetch(name, "adapter") for name in names]
             _print_truncation(combine_directories(paths, weights, Path(scratch), config))
-            _write_model({**options, "adapter": list(map(str, paths))}, Path(scratch))
+            _write_model({**options, "adapter": list(map(str, paths))}, weights, Path(scratch))
     return 0
 
 
@@ -102,10 +105,12 @@ def _write_adapter(options: Options, weights: Sequence[float], config: CombineCo
     print(f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())} written to {out}")
 
 
-def _write_model(options: Options, combined: Path | None) -> None:
+def _write_model(options: Options, weights: Sequence[float], combined: Path | None) -> None:
     """Merge the adapters, or the adapter that they were combined to, and print how large the error is."""
     out, target, found, device = options["out"], options["target"], find(options), pick_device(options["device"])
-    say_quantization(_held(found, QuantizeConfig() if target == "original" else found.quantize), found.adapters)
+    if combined is None:  # with weights, what is merged already may be added to or subtracted
+        check_not_merged(found)
+    say_base(found, _held(found, QuantizeConfig() if target == "original" else found.quantize))
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
     is_known = all(was_trained_on(_held(found, trained), path) for path in found.adapters)
     deviation = merge_directory(
@@ -119,8 +124,19 @@ def _write_model(options: Options, combined: Path | None) -> None:
         found.tokenizer,
         trained=trained if is_known else None,
     )
+    _record_adapters(out, options["adapter"], found.adapters, weights)
     is_other_base = target in ("original", "requantized") and found.quantize.quantize != "none"
     print(f"{_describe_error(deviation, is_known, is_other_base)}\nmerged model written to {out}")
+
+
+def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
+    """Record in config.json which adapters the model holds; one that was subtracted is held no longer."""
+    values, digests = read_json(out / "config.json"), [sha256_of(path) for path in adapters]
+    earlier = values[MERGED] if isinstance(values.get(MERGED), list) else []
+    held = [entry for entry in earlier if not any(digest in str(entry) for digest in digests)]
+    for name, digest, weight in zip(names, digests, weights, strict=True):
+        held += [{"name": Path(name).name, "sha256": digest}] if weight > 0 else []
+    write_json(out / "config.json", {**values, MERGED: held})
 
 
 def _held(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
