@@ -125,8 +125,8 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
         trained=trained if is_known else None,
     )
     _record_adapters(out, options["adapter"], found.adapters, weights)
-    is_other_base = target in ("original", "requantized") and found.quantize.quantize != "none"
-    print(f"{_describe_error(deviation, is_known, is_other_base)}\nmerged model written to {out}")
+    error = _describe_error(deviation, target, found.quantize, trained if is_known else None)
+    print(f"{error}\nmerged model written to {out}")
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
@@ -154,15 +154,21 @@ def _print_truncation(cuts: Mapping[str, Cut]) -> None:
         )
 
 
-def _describe_error(deviation: Deviation, is_known: bool, is_other_base: bool) -> str:
-    """Describe the error of a merge; `is_known`: it is relative to the base that the adapter was trained on."""
-    if deviation.overall is None:
+def _describe_error(
+    deviation: Deviation, target: Target | None, quantize: QuantizeConfig, trained: QuantizeConfig | None
+) -> str:
+    """Describe the error of a merge, and what to do about a large one; `trained` is None if it is not recorded."""
+    if deviation.overall is None or deviation.worst is None:
         return "the adapter changes nothing"
+    cause, advice = "rounding", "--dtype float32 rounds less"
+    if trained not in (None, QuantizeConfig() if target == "original" else quantize):
+        cause, advice = "another base than in training", "without --target and --quantize the base is that of training"
+    elif target == "requantized":
+        cause, advice = "rounding to four bits", "--target dequantized rounds less"
     text = (
-        f"error of the layers' outputs on random inputs, {'' if is_known else 'on the base as loaded here, '}"
-        f"relative to the adapter's effect: {deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
+        f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect"
+        f"{'' if trained else ' on the base as loaded here'} (worst: {deviation.worst:.1%} in {deviation.layer})"
     )
     if deviation.overall > NOTABLE:
-        advice = "--dtype float32 rounds less" + (", --target dequantized keeps the base" if is_other_base else "")
-        text += f"\nthe error is {deviation.overall:.0%} of the adapter's effect; {advice}"
+        text += f"\nthe loss usually changes far less, which `minilora eval` can measure; {advice}"
     return text
