@@ -254,7 +254,7 @@ def test_an_adapter_that_was_subtracted_may_be_applied_again(run, tmp_path):
 
 def test_a_model_that_is_not_the_one_an_adapter_records_is_spoken_of(directory, tmp_path, capsys, monkeypatch):
     said, asked = runner(directory, capsys, monkeypatch), ["generate", "--adapter=a", "--prompt=a"]
-    note = f"a: was trained on the model {directory / 'model'}; this one is tuned\n"
+    note = f"a: was trained on the model {str(directory / 'model')!r}; this one is 'tuned'\n"
     assert said(*asked, "--model=tuned").err == note
     assert note in said("merge", "--adapter=a", "--model=tuned", f"--out={tmp_path / 'out'}").err
     for model in ("model", directory / "model", directory / "a" / ".." / "model"):

@@ -130,13 +130,13 @@ def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter)
             ["--adapter=single", "--model=nf4"],
             [
                 HELD_DOUBLE,
-                "single: was trained on the model DIRECTORY/model; this one is nf4",
+                "single: was trained on the model 'DIRECTORY/model'; this one is 'nf4'",
                 f"single: was trained on a base that is {IN_SINGLE}; this one is {DOUBLE}",
             ],
         ),
         (
             ["--adapter=on-nf4", "--model=model"],
-            [HELD_DOUBLE, "on-nf4: was trained on the model DIRECTORY/nf4; this one is model"],
+            [HELD_DOUBLE, "on-nf4: was trained on the model 'DIRECTORY/nf4'; this one is 'model'"],
         ),
         (["--model=nf4"], [HELD_DOUBLE]),
     ],

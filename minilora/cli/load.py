@@ -201,7 +201,7 @@ def say_base(found: Found, held: Mapping[str, Any]) -> None:
     for path in found.adapters:
         recorded = base_model_of(path)
         if recorded and not _is_named(found.base, recorded):
-            say(f"{path}: was trained on the model {recorded}; this one is {found.base.name}")
+            say(f"{path}: was trained on the model {recorded!r:.200}; this one is {found.base.name!r}")
         if not was_trained_on(held, path):
             trained = describe_in_words(base_quantization(path) or {})
             say(f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(held)}")

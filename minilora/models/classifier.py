@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, check_types
 from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
-from minilora.models.checkpoint import filled, load_model, read_config, skeleton
+from minilora.models.checkpoint import filled, load_model, read_config, skeleton, usable_device
 from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
 
@@ -88,7 +88,7 @@ def load_classifier(
     model = skeleton_for(unit or config.unit, labels, config)
     assert isinstance(model, Classifier)
     if config.unit:
-        return filled(model, location, dtype, torch.device(device), quantize)
+        return filled(model, location, dtype, usable_device(device), quantize)
     base = load_model(location.name, dtype, device, quantize)
     weight = torch.normal(torch.zeros(model.score.weight.shape), 0.02, generator=torch.Generator().manual_seed(seed))
     for name, value in {"weight": weight, "bias": torch.zeros(len(labels))}.items():
