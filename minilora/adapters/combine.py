@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.config import HEADS, LoraConfig, Task
-from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, option
+from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, document_fields, option
 from minilora.lora import lora_delta
 
 CombinationType = Literal[
@@ -52,6 +52,7 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them do not 
 }
 
 
+@document_fields
 @dataclass(frozen=True)
 class CombineConfig:
     """How adapters become one. Field names, and those of the types, are those of PEFT's `add_weighted_adapter`.

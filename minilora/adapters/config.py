@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError, check_types, option
+from minilora.errors import ConfigError, TargetError, check_types, document_fields, option
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -31,6 +31,7 @@ RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another 
 T = TypeVar("T")
 
 
+@document_fields
 @dataclass(frozen=True)
 class LoraConfig:
     """How a model is adapted. Field names and meanings are PEFT's.
