@@ -41,7 +41,6 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-@definition
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """Apply the low-rank update to an input.
 

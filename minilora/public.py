@@ -25,9 +25,9 @@ from minilora.models.checkpoint import load_model, save_model
 from minilora.models.classifier import grow_vocabulary, load_classifier
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.classes import load_classes
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.data import Dataset, load_dataset
+from minilora.runs.data import Dataset
+from minilora.runs.inputs import load_classes, load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.seeded import set_dropout_step
 from minilora.tools.publish import push_to_hub

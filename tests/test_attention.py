@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
 from minilora.kernel import attention
-from minilora.kernel.attention import block_attention, fused_attention, kernel_for, varlen_attention
+from minilora.kernel.attention import block_attention, fused_attention, select_kernel, varlen_attention
 from minilora.llama import causal_attention
 from minilora.testing import reference
 from tests.models import allocated, examples, randn, seeds
@@ -27,7 +27,7 @@ kernels = pytest.mark.parametrize("kernel", [block_attention, fused_attention, v
 def _small_blocks(monkeypatch):
     """Four rows are two blocks, seven documents more than are taken at once; torch's kernel of GPUs is stood in for."""
     monkeypatch.setattr(attention, "block_size", lambda dtype: 2)
-    monkeypatch.setattr(attention, "TOGETHER", 6)
+    monkeypatch.setattr(attention, "MAX_BATCH", 6)
     monkeypatch.setitem(sys.modules, VARLEN, SimpleNamespace(varlen_attn=varlen_attn_as_documented))
 
 
@@ -136,7 +136,7 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
     ],
 )
 def test_the_kernel_follows_from_dtype_and_size(dtype, key_lengths, window, kernel):
-    assert kernel_for(torch.empty(0, 9, 64, dtype=dtype), key_lengths, window) is kernel
+    assert select_kernel(torch.empty(0, 9, 64, dtype=dtype), key_lengths, window) is kernel
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,4 @@ def test_a_gpu_answers_all_documents_at_once_where_its_kernel_can(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         q = torch.empty(4, 9, width, dtype=dtype, device="cuda")
-    assert kernel_for(q, [4], window) is kernel
+    assert select_kernel(q, [4], window) is kernel

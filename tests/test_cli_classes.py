@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.adapters.files import classes_of
+from minilora.adapters.layout import classes_of
 from minilora.cli.evaluate import confusion_table
 from minilora.cli.load import MERGED
 from minilora.models.classifier import load_classifier
@@ -18,8 +18,7 @@ from minilora.runs.classes import encode_classes, find_labels
 from minilora.runs.evaluate import class_scores, evaluate_classes
 from minilora.runs.rows import Row, read_rows
 from minilora.storage import ASSETS, BUILTIN, read_json
-from minilora.tools.inspect import model_facts
-from minilora.tools.inspect_adapter import adapter_facts
+from minilora.tools.inspect import adapter_facts, model_facts
 from tests.files import edit, same_state
 from tests.models import perturb_, tiny_model
 from tests.runs import contents, runner

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.combine import CombineConfig
-from minilora.adapters.files import base_model_of
+from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
 from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
@@ -324,7 +324,7 @@ def test_extract_tells_the_error_of_the_cut_and_what_is_left_out(directory, run,
 @pytest.mark.parametrize(
     ("words", "phrase"),
     [
-        (["--tuned=model"], "are the same in all of the modules"),
+        (["--tuned=model"], "are equal in all selected modules"),
         (["--tuned=tuned", "--svd-energy=1.5"], "svd_energy is 1.5, need a number above 0"),
         (["--tuned=tuned", "--target-modules=nothing"], "no module that can be adapted matches target_modules"),
         (["--tuned=nowhere"], "nowhere: no such directory"),

@@ -8,8 +8,8 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.files import BASE, base_quantization
 from minilora.adapters.find import linear_layers
+from minilora.adapters.layout import BASE, base_quantization
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
 from minilora.nf4 import NF4Linear

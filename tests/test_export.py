@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.cli import main
 from minilora.storage import read_json
 from minilora.tools.export import FOLDED, KEPT, NOT_PLAIN, export_adapter

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from minilora import ConfigError, LoraConfig, TrainingError, attach, llama
 from minilora.adapter import adapter_layers
 from minilora.adapters.from_data import (
-    Target,
     corda_factors,
     data_factors,
     gradient_factors,
@@ -23,6 +22,7 @@ from minilora.adapters.from_data import (
     redistributed,
 )
 from minilora.adapters.initialize import moved_factors
+from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from tests.models import fill_, randn, scales, seeds, sizes, tiny_model, token_ids
 from tests.tolerance import assert_maths, relative
@@ -57,9 +57,8 @@ def generator(seed=0):
 
 def targets(model, r=2, scale=2.0, paths=("up", "down")):
     modules = {path: model.get_submodule(path) for path in paths}
-    return {
-        path: Target(m, (m.out_features, m.in_features), lambda m=m: m.weight, r, scale) for path, m in modules.items()
-    }
+    layers = {path: AdapterLinear(module, path) for path, module in modules.items()}
+    return layers, LoraConfig(r=r, lora_alpha=r * scale)
 
 
 def batches(seed=0, sizes=(5, 3, 9), dtype=torch.float64):
@@ -68,7 +67,7 @@ def batches(seed=0, sizes=(5, 3, 9), dtype=torch.float64):
 
 def start(kind, model, data=None, r=2, scale=2.0, **more):
     losses = (model.loss(x) for x in (batches() if data is None else data))
-    return data_factors(kind, model, targets(model, r, scale, **more), losses, generator())
+    return data_factors(kind, model, *targets(model, r, scale, **more), losses, generator())
 
 
 def assert_alike(ours, expected):
@@ -151,7 +150,7 @@ def test_a_layer_that_gets_no_rank_is_left_out_and_another_gets_what_it_had():
     model = Small()
     few = torch.eye(7, dtype=torch.float64), torch.eye(9, dtype=torch.float64)[[0, 4]]  # shares of 1/7 and of 1/2
     losses = (model.up(x).sum() + model.down(z).sum() for x, z in [few])
-    factors = data_factors("eva", model, targets(model, r=1), losses, generator())
+    factors = data_factors("eva", model, *targets(model, r=1), losses, generator())
     assert factors.keys() == {"down"}
     assert len(factors["down"][0]) == 2
 
@@ -159,10 +158,10 @@ def test_a_layer_that_gets_no_rank_is_left_out_and_another_gets_what_it_had():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_may_be_called_by_its_argument_s_name(kind):
     model = nn.Sequential(nn.Linear(7, 9))
-    whole = {"0": Target(model[0], (9, 7), lambda: model[0].weight, 2, 2.0)}
+    whole = {"0": AdapterLinear(model[0], "0")}, LoraConfig(r=2, lora_alpha=4)
     x = randn(0, 20, 7, dtype=torch.float32)
     by_name, by_place = (
-        data_factors(kind, model, whole, (loss() for _ in range(1)), generator())["0"]
+        data_factors(kind, model, *whole, (loss() for _ in range(1)), generator())["0"]
         for loss in (lambda: model[0](input=x).square().sum(), lambda: model[0](x).square().sum())
     )
     assert all(map(torch.equal, by_name, by_place))
@@ -255,7 +254,7 @@ def test_weights_in_four_bits_start_as_the_dense_ones_that_they_stand_for(kind):
 def test_lora_ga_through_recomputed_layers_is_the_same(reentrant):
     model = Small()
     losses = (checkpoint(model.loss, x.requires_grad_(), use_reentrant=reentrant) for x in batches())
-    assert_alike(data_factors("lora_ga", model, targets(model), losses, generator()), start("lora_ga", model))
+    assert_alike(data_factors("lora_ga", model, *targets(model), losses, generator()), start("lora_ga", model))
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
@@ -269,7 +268,7 @@ def test_lora_ga_sees_every_linear_of_our_decoder_through_its_own_backward_passe
     gradients = {path: linear.weight.grad.clone() for path, linear in linears.items()}
     model.requires_grad_(False)
     losses = (loss(model, tokens) for tokens in rows)
-    factors = data_factors("lora_ga", model, targets(model, paths=linears), losses, generator())
+    factors = data_factors("lora_ga", model, *targets(model, paths=linears), losses, generator())
     for path, G in gradients.items():
         lora_A, _ = factors[path]
         assert relative(G @ lora_A.T @ lora_A, len(G) ** 0.5 / 16 * truncated(G, 2), 1e-6) < 1
@@ -307,7 +306,7 @@ def test_the_model_is_left_as_it_was(kind, fails):
         yield model.loss(batches()[1])
 
     with pytest.raises(KeyError) if fails else nullcontext():
-        data_factors(kind, model, targets(model), losses(), generator())
+        data_factors(kind, model, *targets(model), losses(), generator())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True]
     assert torch.equal(model.up.weight.grad, torch.ones_like(model.up.weight))
@@ -326,7 +325,7 @@ def test_what_needs_no_gradient_keeps_none(kind):
             needed.append(model.loss(x).requires_grad)
             yield torch.zeros(())
 
-    data_factors(kind, model, targets(model), losses(), generator())
+    data_factors(kind, model, *targets(model), losses(), generator())
     assert not any(needed)
 
 
@@ -352,7 +351,7 @@ def test_losses_that_were_computed_before_are_refused(kind):
     model = Small().requires_grad_(False)
     losses = [model.loss(x) for x in batches()]
     with pytest.raises((TrainingError, ConfigError), match="computed when"):
-        data_factors(kind, model, targets(model), losses, generator())
+        data_factors(kind, model, *targets(model), losses, generator())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,7 +361,7 @@ def test_a_target_that_nothing_reaches_is_refused(kind):
     with_zeros = (model.loss(x) + model.idle(torch.zeros(3, 4)).sum() for x in batches())
     for losses in ((model.loss(x) for x in batches()), with_zeros):
         with pytest.raises(TrainingError, match=r"\['idle'\] saw nothing but zeros"):
-            data_factors(kind, model, targets(model, paths=("up", "idle")), losses, generator())
+            data_factors(kind, model, *targets(model, paths=("up", "idle")), losses, generator())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -378,7 +377,7 @@ def test_a_rank_that_a_layer_has_not_is_refused_before_the_data_are_read(kind, r
     model = Small()
     losses = iter([torch.zeros(())])
     with pytest.raises(ConfigError, match=f"up: {kind} can give a weight of 9 x 7 at most rank {most}; found r = {r}"):
-        data_factors(kind, model, targets(model, r), losses, generator())
+        data_factors(kind, model, *targets(model, r), losses, generator())
     assert len(list(losses)) == 1
 
 

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 
 import minilora as ml
-from minilora.adapters.files import CONFIG_FILE, base_model_of
+from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
 from minilora.storage import ASSETS, BUILTIN
 from tests.models import randomize_adapters_, tiny_model, token_ids

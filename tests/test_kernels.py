@@ -36,7 +36,7 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 def _blocks_of_short_documents():
     """Documents are short here, and it is the blocks that are compared; `test_attention` compares each way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SHORT", 0)
+        patch.setattr(attention, "BLOCK_MIN_TOKENS", 0)
         yield
 
 
@@ -106,15 +106,6 @@ def lora_linear(c):
         return function(x, base, more[0] if has_bias else None, A, B, scale)
 
     c.call = call
-
-
-def lora_update(c):
-    rows, inner, outer, r, scale = c.rows(), c.size(40), c.size(24), c.size(8), c.draw(scales)
-    c.leaf(*rows, inner)
-    c.leaf(r, inner, is_master=True)
-    c.leaf(outer, r, is_master=True)
-    c.kept = math.prod(rows) * r, 0
-    c.call = lambda function, x, A, B: function(x, A, B, scale)
 
 
 def dora_norm(c):
@@ -190,7 +181,7 @@ def cross_entropy(c):
     c.call = call
 
 
-DIFFERENTIABLE = [lora_linear, lora_update, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
+DIFFERENTIABLE = [lora_linear, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
 EXACT = [quantize, dequantize]
 TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm)}
 NOT_COMPILED = {"quantize", "cross_entropy"}  # they look at numbers
@@ -211,7 +202,7 @@ def _small_tiles(monkeypatch):
     small_tiles(monkeypatch, 100)
     monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
     monkeypatch.setattr(attention, "block_size", lambda dtype: 2)
-    monkeypatch.setattr(attention, "TOGETHER", 6)
+    monkeypatch.setattr(attention, "MAX_BATCH", 6)
 
 
 def leaves_of(call, dtype, trained=None):
@@ -321,8 +312,9 @@ def test_of_the_results_only_what_is_counted_is_kept_for_the_backward_pass(name,
 def test_an_input_is_not_kept_where_neither_weight_nor_A_is_trained():
     tensors, saved = [randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])], []
     x, A, B = tensors[0].requires_grad_(), tensors[1], tensors[2].requires_grad_()
+    base = nn.Linear(4, 3).double().requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        lora.lora_update(x, A, B, 2.0)
+        lora.lora_linear(x, base, None, A, B, 2.0)
     assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
 
 
@@ -348,7 +340,7 @@ class Forgetful(torch.autograd.Function):
         return None
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "lora_update", "cross_entropy"])
+@pytest.mark.parametrize("name", ["lora_linear", "cross_entropy"])
 @examples(0.2)
 @given(data=st.data())
 def test_where_no_gradient_comes_in_none_goes_out(name, data):

@@ -85,7 +85,7 @@ def test_update_delta_and_linear_equal_the_loops_and_have_their_gradients(seed, 
     arrays, weight, bias = [tensor.numpy() for tensor in (x, A, B)], base.weight.numpy(), base.bias.numpy()
     assert_maths(lora_delta(A, B, scale), reference.lora_merged_weight(zero, *arrays[1:], scale))
     leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
-    update = lora_update.function(*leaves, scale)
+    update = lora_update(*leaves, scale)
     assert_maths(update, reference.lora_forward(arrays[0], zero, None, *arrays[1:], scale))
     y = lora_linear.function(leaves[0], base, base.bias, *leaves[1:], scale)
     assert_maths(y, reference.lora_forward(arrays[0], weight, bias, *arrays[1:], scale))

@@ -130,7 +130,7 @@ def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
 
     llama.cross_entropy(hidden, labels, Head()).backward()
     weight.requires_grad_()
-    with pytest.raises(TrainingError, match=r"a trained \(5, 3\) that is no parameter"):
+    with pytest.raises(TrainingError, match=r"a trained tensor \(5, 3\) that is not one of its parameters"):
         llama.cross_entropy(hidden, labels, Head())
 
 

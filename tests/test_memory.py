@@ -29,8 +29,8 @@ from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
-from minilora.runs.memory import Plan, amount, fit, forecast, parameter_shapes, trained
-from minilora.runs.objective import TokenLoss, build_optimizer
+from minilora.runs.memory import Plan, amount, choose_recompute, forecast, parameter_shapes, trained
+from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.run import Run
 from minilora.runs.seeded import set_dropout_step
 from minilora.training import train_step
@@ -81,7 +81,7 @@ class Live(TorchDispatchMode):
 
 def live_bytes(model, config, lengths, labelled):
     """The most bytes of tensors that live in a step that is not the first."""
-    optimizer, objective = build_optimizer(model, config), TokenLoss(config)
+    optimizer, objective = build_optimizer(model, config), Objective(config)
     labels = torch.full((sum(lengths),), IGNORE_INDEX)
     labels[:labelled] = 1
     rows = [Example([1] * len(part), part.tolist(), shift=0) for part in labels.split(lengths)]
@@ -196,10 +196,10 @@ def test_auto_is_the_fastest_way_that_fits(way, monkeypatch):
     free = peaks[WAYS.index(way)]
     for held in (0, free // 3):
         monkeypatch.setattr(memory, "free_memory_bytes", lambda device, held=held: free - held)
-        chosen, found = fit(auto, held)
+        chosen, found = choose_recompute(auto, held)
         assert (chosen.training.recompute, found.peak) == (way, free)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
-    assert fit(auto)[0].training.recompute == "none"
+    assert choose_recompute(auto)[0].training.recompute == "none"
 
 
 @pytest.mark.parametrize(("free", "way"), [(None, "none"), (0, "block")])
@@ -239,7 +239,7 @@ def planned(directory, out, **training):
     run = Run(
         replace(where, general_data="none"), QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training)
     )
-    return run.fit(run.load_data(), CPU)
+    return run.forecast_memory(run.read_data(), CPU)
 
 
 def test_a_dry_run_tells_each_term_beside_what_is_free(directory, tmp_path, capsys):

@@ -15,8 +15,8 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError
 from minilora.adapter import adapter_layers
-from minilora.adapters.files import WEIGHTS_FILE
 from minilora.adapters.find import linear_layers
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear, quantize
 from minilora.storage import holds_files

@@ -78,6 +78,13 @@ def test_a_parameter_that_is_a_matrix_has_one_pair(seed, inner, outer, r, scale)
     assert_maths(model["proj"](x), nn.functional.linear(x, expected, model["proj"].base.bias))
 
 
+def test_a_matrix_of_a_module_with_transposed_experts_is_not_transposed():
+    model = attached(nn.ModuleDict({"experts": Experts(0, 3, 4, 5, True)}), names=("scores",), r=2, lora_alpha=14)
+    place = model["experts"]
+    adapter = place.adapters["default"]["scores"]
+    assert_maths(place.changed_parameters()["scores"], place.base.scores + 7 * adapter.lora_B @ adapter.lora_A)
+
+
 @cases
 def test_several_adapters_add(seed, experts, inner, middle, r, scale, is_transposed):
     model = nn.ModuleDict({"experts": Experts(seed, experts, inner, middle, is_transposed)})

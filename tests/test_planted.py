@@ -196,7 +196,7 @@ MISTAKES = {
         "kernel/lora.py",
         "lora_A.to(wide)).mul_(scale)",
         "lora_A.to(wide))",
-        f"{EQUAL}[lora_update]",
+        f"{EQUAL}[lora_linear]",
     ),
     "law 5: the gradient passes through another W than x did": Mistake(
         "kernel/nf4.py",
@@ -307,7 +307,7 @@ MISTAKES = {
         "test_llama.py::test_padding_changes_no_logits_and_has_none",
     ),
     "law 9: a dropout mask follows from the global random state": Mistake(
-        "adapters/dropout.py",
+        "runs/seeded.py",
         ".bernoulli_(1 - p, generator=generator)",
         ".bernoulli_(1 - p)",
         "test_lora.py::test_dropout_is_a_function_of_its_key",
@@ -368,8 +368,8 @@ MISTAKES = {
     ),
     "attention: the gradient of queries lacks the scale": Mistake(
         "kernel/attention.py",
-        "_scaled(dS, k[:, seen], scale)",
-        "_scaled(dS, k[:, seen], 1.0)",
+        "_scaled_product(dS, k[:, seen], scale)",
+        "_scaled_product(dS, k[:, seen], 1.0)",
         f"{PRECISE}[torch.float32-causal_attention]",
     ),
     "attention: documents of one length are taken for one another": Mistake(
@@ -451,13 +451,13 @@ MISTAKES = {
         "test_memory.py::test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_of_a_step",
     ),
     "law 11: a resumed run forgets the best adapter": Mistake(
-        "runs/checkpoints.py",
-        "        self.tensors = tensors",
-        "        self.tensors = {}",
+        "runs/loop.py",
+        "state, best = load_checkpoint(",
+        "state, _ = load_checkpoint(",
         "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",
     ),
     "control tokens of a row act": Mistake(
-        "models/quote.py",
+        "models/tokenizer.py",
         "return found[0] + QUOTE if is_whole or is_begun else found[0]",
         "return found[0]",
         "test_quote.py::test_only_the_control_tokens_that_the_template_wrote_act",

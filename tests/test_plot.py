@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from minilora import cli
 from minilora.cli.plot import distinct_names
+from minilora.errors import FormatError
 from minilora.runs.metrics import Curve, Metrics, read_metrics, smooth
-from minilora.tools.plot import COLOURS, draw, needs_logarithm, save_picture
+from minilora.tools.plot import COLOURS, draw, held_out_loss, needs_logarithm, save_picture
 
 values = st.lists(st.floats(0.01, 100), max_size=200)
 NONE = Curve((), ())
@@ -156,6 +157,43 @@ def test_runs_are_told_apart_by_colour_and_dash(tmp_path):
 def test_a_single_step_is_a_dot():
     lines = [line for panel in axes({"run": metrics([3.0], [2.0])}) for line in panel.get_lines()]
     assert [line.get_marker() for line in lines] == [".", "o", ".", "."]
+
+
+def legend(runs, held_out=None):
+    pytest.importorskip("matplotlib")
+    return [text.get_text() for text in draw(runs, held_out).legends[0].get_texts()]
+
+
+def test_the_legend_has_an_entry_for_what_is_drawn_and_no_other():
+    few, many = metrics([3.0, 2.0], [1.0]), metrics([3.0, 2.0] * 30)
+    assert legend({"a": few}) == ["training", "evaluation"]
+    assert legend({"a": many}) == ["each step", "training, smoothed"]
+    assert legend({"a": few, "b": many}) == ["a", "b", "each step", "training, smoothed", "evaluation"]
+    assert legend(dict.fromkeys("abcd", many)) == [*"abcd", "training, smoothed"]
+    assert legend({"a": metrics([], [1.0])}, {"a": curve([2.0])}) == ["evaluation", "held-out loss before and after"]
+
+
+def test_the_loss_before_and_after_is_that_of_the_summary(tmp_path):
+    run = write_run(tmp_path / "run", records(12))
+    assert held_out_loss(run) == NONE
+    summary = {"before": {"loss": 3.5}, "after": {"loss": 0.5}, "steps": 12}
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = held_out_loss(run)
+    assert points(found) == [(0, 3.5), (12, 0.5)]
+    pytest.importorskip("matplotlib")
+    loss = draw({"run": read_metrics(run)}, {"run": found}).get_axes()[0]
+    assert drawn(loss, marker="D") == [points(found)]
+    (run / "summary.json").write_text(json.dumps(summary | {"before": {"loss": None}, "after": {"loss": None}}))
+    assert held_out_loss(run) == NONE
+    (run / "summary.json").write_text(json.dumps({"before": {"loss": 3.5}}))
+    with pytest.raises(FormatError, match=r"summary\.json: need 'steps'"):
+        held_out_loss(run)
+
+
+def test_the_title_is_the_name_of_the_run_or_how_many_there_are():
+    pytest.importorskip("matplotlib")
+    assert draw({"$a_b$": metrics([1.0])}).get_suptitle() == "Fine-tuning: $a_b$"
+    assert draw(dict.fromkeys("ab", metrics([1.0]))).get_suptitle() == "Fine-tuning: 2 runs"
 
 
 def test_the_legend_names_every_run_as_it_is_written(tmp_path, capsys):

@@ -16,8 +16,9 @@ import minilora as ml
 import minilora.runs.run
 from minilora import cli
 from minilora.cli.flags import names_of
+from minilora.cli.inspect import SHAPES, memory_page
 from minilora.runs.data import Dataset
-from minilora.storage import ASSETS
+from minilora.storage import ASSETS, BUILTIN
 from scripts import api, front
 from tests.models import tiny_model
 from tests.runs import type_in, write_rows
@@ -126,6 +127,13 @@ def test_the_table_of_the_readme_is_what_the_benchmarks_measured():
 
 def test_the_page_of_the_interface_is_that_of_the_docstrings():
     assert PAGES["api.md"] == api.page()
+
+
+def test_the_table_of_memory_is_what_inspect_prints():
+    printed = memory_page(BUILTIN)
+    for size in SHAPES:
+        peaks = [row.rsplit("  ", 1)[1].strip() for row in printed.partition(f"\n{size}\n")[2].splitlines()[1:5]]
+        assert f"| {' | '.join([size, *peaks])} |" in PAGES["results.md"]
 
 
 def test_links_lead_somewhere():

@@ -443,13 +443,3 @@ def test_a_base_that_was_quantized_anew_is_noticed(directory, tmp_path, monkeypa
     ml.save_model(again, tmp_path / "base", tokenizer)
     assert finetune(directory, tmp_path / "run", model=tmp_path / "base") == 1
     assert "is not quantized as when" in capsys.readouterr().err
-
-
-def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(directory, whole, tmp_path):
-    path = unfinished(whole, tmp_path, step=8) / "run.json"
-    record = json.loads(path.read_text())
-    for name in ("quantize", "double_quant", "quantize_skip"):
-        del record["config"][name]
-    path.write_text(json.dumps(record))
-    assert finetune(directory, tmp_path) == 0
-    assert_resumed(tmp_path, whole, 8)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.checkpoints import Selection
-from tests.models import long, tiny_model
+from minilora.runs.checkpoints import State
+from tests.models import long
 from tests.training import adapted, copy_checkpoint, random_rows, stop_after, weights
 
 ROWS, HELD_OUT = random_rows(1, 9), random_rows(9, 4)
@@ -138,10 +138,10 @@ def test_choosing_needs_evaluations(options):
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5, float("inf"), float("nan")]), min_size=1, max_size=8))
 def test_the_first_of_the_lowest_finite_losses_is_the_best(losses):
-    selection = Selection(ml.TrainConfig(eval_steps=1, keep="best"))
-    for step, loss in enumerate(losses, start=1):
-        selection.note(tiny_model(), step, loss)
+    state = State()
+    for state.step, loss in enumerate(losses, start=1):
+        assert state.note(loss) == (state.best_step == state.step)
     finite = [loss for loss in losses if loss < float("inf")]
-    assert selection.best_loss == (min(finite) if finite else None)
-    assert selection.best_step == (losses.index(min(finite)) + 1 if finite else 0)
-    assert selection.stale == len(losses) - selection.best_step
+    assert state.best_loss == (min(finite) if finite else None)
+    assert state.best_step == (losses.index(min(finite)) + 1 if finite else 0)
+    assert state.stale == len(losses) - state.best_step

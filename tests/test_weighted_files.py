@@ -10,7 +10,7 @@ import minilora as ml
 from minilora import ConfigError, FormatError
 from minilora.adapter import adapter_layers
 from minilora.adapters.combine import CombineConfig
-from minilora.adapters.files import base_model_of, base_quantization
+from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.adapters.weighted import combine_adapters, combine_directories
 from tests.adapters import many_kinds
 from tests.models import four_bit, randomize_adapters_, tiny_model

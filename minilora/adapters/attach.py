@@ -1,4 +1,4 @@
-"""Attach the adapter that a `LoraConfig` describes to any `nn.Module`; delete it, or merge it for a while."""
+"""Attach the adapter that a `LoraConfig` describes to any `nn.Module`, delete it, or merge it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from minilora.adapters.initialize import initial_factors
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
+    adaptable,
     build_adapter,
     build_specs,
     check_places,
     data_specs,
-    is_read_by_kernels,
-    kind_of,
     low_rank_spec,
     parameter_specs,
     targets,
@@ -34,7 +33,7 @@ from minilora.adapters.parts import (
 from minilora.errors import TargetError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper
 
-# Models of transformers that scale what a tied head is given; later versions of T5 have a setting of its own for that.
+# Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
 SCALED_IF_TIED = ("longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
 
 
@@ -46,18 +45,17 @@ def attach(
     dtype: torch.dtype = torch.float32,
     losses: Iterable[Tensor] = (),
 ) -> None:
-    """Add a new adapter to the modules that `config` means, and make it the active and only trainable thing.
+    """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
 
-    The new adapter changes nothing until it is trained, but for start values False and "loftq". All other parameters
-    are frozen.
+    The new adapter changes nothing until it is trained, except with the start values False and "loftq".
 
     Args:
-        model: any module; the modules are replaced in place.
-        config: rank, scale, targets and start values; without a `task_type`, a model of minilora says which it is.
+        model: any module; its modules are replaced in place.
+        config: rank, scale, targets and start values; without a `task_type`, that of the model is used.
         name: the adapter's name; several can be attached under different names.
         seed: of the generator that draws start values.
-        dtype: of what is new.
-        losses: for start values from data: losses of the model, each computed when it is asked for.
+        dtype: of the new parameters.
+        losses: losses of the model, for start values from data; each is computed when it is asked for.
 
     Raises:
         TargetError: nothing matches a part of `config` (see `select_targets`), or the name cannot be used.
@@ -85,51 +83,42 @@ def inject_adapter(
     dtype: torch.dtype | None,
     trainable: bool,
 ) -> None:
-    """Put an adapter, a spec for each path, on a model as the active one; freeze everything else.
+    """Add an adapter, a spec for each path, to a model, activate it alone, and freeze everything else.
 
-    With a dtype it gets tensors of its own; else it holds those of the specs.
+    Its tensors are copies in `dtype`, or those of the specs if that is None.
 
     Raises:
         TargetError: the model has an adapter of that name, the name cannot be used, or a spec cannot act.
     """
     layers, modules = adapter_layers(model), base_modules(model)
-    _check_name(name, layers.values())
+    if not name or "." in name or name in dir(nn.ModuleDict()):
+        raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
+    if any(name in layer.configs for layer in layers.values()):
+        raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
     check_places(modules, layers.values(), specs)
     known = {(layer.path, type(layer)): layer for layer in layers.values()}
     outermost = {**modules, **{layer.path: layer for layer in reversed(layers.values())}}
     substitutes = []
     for path, spec in specs.items():
-        if (path, spec.kind) not in known:  # low-rank adapters are next to the base, other kinds of places around them
+        if (path, spec.kind) not in known:  # low-rank adapters wrap the base itself, other kinds wrap those
             inner = modules[path] if issubclass(spec.kind, AdapterLinear) else outermost[path]
             known[path, spec.kind] = spec.kind(spec.base or inner, path)
             substitutes.append((inner, known[path, spec.kind]))
     replace_modules(model, substitutes)
-    for path, spec in sorted(specs.items(), key=lambda item: not item[1].tensors):  # what is shared comes last
-        layer = known[path, spec.kind]
-        if spec.tensors:
-            tensors = {key: _own(tensor, dtype) for key, tensor in spec.tensors.items()}
+    for path, spec in sorted(specs.items(), key=lambda item: not item[1].tensors):  # those that share tensors come last
+        layer, tensors = known[path, spec.kind], spec.tensors
+        if tensors:
+            if dtype is not None:
+                dtypes = {key: dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
+                tensors = {key: t.detach().to(dtypes[key], copy=True) for key, t in tensors.items()}
             layer.add_adapter(name, build_adapter(layer, config, tensors), config)
         elif isinstance(layer, TokenRows):
             layer.share(name, [other for other in known.values() if isinstance(other, TokenRows)])
     activate(model, name, trainable)
 
 
-def _check_name(name: str, layers: Iterable[AdapterWrapper]) -> None:
-    if not name or "." in name or name in dir(nn.ModuleDict()):
-        raise TargetError(f"adapter name {name!r}: need one that is not empty, has no dot and is no word of PyTorch's")
-    if any(name in layer.configs for layer in layers):
-        raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
-
-
-def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy in the dtype; the tensor itself if there is none."""
-    if dtype is None:
-        return tensor
-    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Take one adapter off; where there is no other, the base module stands again.
+    """Remove one adapter; modules that have no other adapter are put back.
 
     Raises:
         TargetError: the model has no adapter of that name.
@@ -145,16 +134,20 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def merge(model: nn.Module) -> None:
     """Fold the active adapters into the weights, W ← merged_weight(), and leave plain modules.
 
-    A weight that two modules share stays shared if both come out alike. Otherwise a model of transformers records in
-    its config that they are not tied, or loading it again would tie them.
+    A weight that two modules share stays shared if both results are equal. Otherwise `tie_word_embeddings` is set to
+    False in the config of a model of transformers, so that loading it again does not tie them.
 
     Raises:
-        TargetError: there is no adapter, none is active, or one's place has hooks; or weights would be shared no
-            longer, in a model that computes otherwise then.
+        TargetError: there is no adapter, none is active, or a wrapper has hooks; or a weight would no longer be shared
+            in a model whose forward depends on that.
         TrainingError: an adapter holds a number that is not finite; the model is left as it was.
     """
     check_types(merge, locals())
-    tied = _shared_weights(model)
+    sharing: dict[int, list[str]] = {}
+    for path, each in base_modules(model).items():
+        if (own := each._parameters.get("weight")) is not None:
+            sharing.setdefault(id(own), []).append(path)
+    tied = [paths for paths in sharing.values() if len(paths) > 1]
     _check_ties(model, tied, _mergeable_layers(model))
     adapter.merge(model)
     for first, *others in tied:
@@ -168,37 +161,28 @@ def merge(model: nn.Module) -> None:
 
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
-    """Return the wrappers; raise a TargetError if one has hooks, which a plain module in its place would not have."""
+    """Return the wrappers; raise a TargetError if one has hooks, which the merged module would not have."""
     layers = known_layers(model)
     if hooked := [layer.path for layer in layers if has_hooks(layer)]:
-        raise TargetError(f"{hooked[0]}: has hooks, which would be left out where it is merged; remove them")
+        raise TargetError(f"{hooked[0]}: has hooks, which would be lost where it is merged; remove them")
     return layers
-
-
-def _shared_weights(model: nn.Module) -> list[list[str]]:
-    """Return the paths of the modules that share a weight, together."""
-    sharing: dict[int, list[str]] = {}
-    for path, module in base_modules(model).items():
-        if (weight := module._parameters.get("weight")) is not None:
-            sharing.setdefault(id(weight), []).append(path)
-    return [paths for paths in sharing.values() if len(paths) > 1]
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """The model with its active adapters folded into the weights, for as long as the block lasts.
+    """Fold the active adapters into the weights inside the block.
 
-    It computes as fast as without adapters, and holds the adapted weights twice. Then everything is as it was, to the
-    bit: the bases were kept, and nothing is subtracted; what was attached within the block is gone with it.
+    The model computes as fast as without adapters, and holds the adapted weights twice. Afterwards it is bit for bit as
+    it was: the bases were kept, and nothing is subtracted. Adapters that were attached inside the block are lost.
 
     Raises:
-        TargetError: there is no adapter, or one's place has hooks.
+        TargetError: there is no adapter, or a wrapper has hooks.
     """
     check_types(merged, locals())
-    layers = list(reversed(_mergeable_layers(model)))  # those that do not act, too, or they could be switched on
+    layers = list(reversed(_mergeable_layers(model)))  # inactive ones, too, or they could be activated
     replaced = []
     try:
-        for layer in layers:  # one after the other: what stands around another place sees what that one came to
+        for layer in layers:  # the inner ones first, so that an outer one merges the result
             replaced += replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
         yield
     finally:
@@ -207,14 +191,14 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def _check_ties(model: Any, tied: list[list[str]], layers: Iterable[AdapterWrapper]) -> None:
-    """Refuse to untie a head whose model scales its input only where it is tied."""
+    """Raise a TargetError if a merge would untie a head whose input the model scales only where it is tied."""
     config: Any = getattr(model, "config", None)
     scales = getattr(config, "model_type", None) in SCALED_IF_TIED and not hasattr(config, "scale_decoder_outputs")
     changed = {layer.path for layer in layers if layer.active and not isinstance(layer, TokenRows)}
     if scales and (broken := sorted(changed & {path for paths in tied for path in paths})):
         raise TargetError(
-            f"{broken[0]}: shares its weight, and a {config.model_type} model computes otherwise if it does not, so "
-            "it cannot be merged; keep the adapter"
+            f"{broken[0]}: a merge would untie its weight, which changes what a {config.model_type} model computes; "
+            "keep the adapter"
         )
 
 
@@ -233,31 +217,18 @@ def find_target_modules(model: nn.Module) -> list[str]:
     """
     check_types(find_target_modules, locals())
     modules = base_modules(model)
-    chosen = {
-        path
-        for path, module in modules.items()
-        if kind_of(module) in LINEARS and _is_in_layer(path) and not _is_router(path, modules)
-        if not is_read_by_kernels(path, modules)
-    }
+    linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS and not _is_router(path, modules)]
+    chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
-        raise TargetError("the model has no linears in numbered layers; name what to adapt in target_modules")
-    return _shortest_names(chosen, modules.keys() - chosen)
-
-
-def _is_in_layer(path: str) -> bool:
-    return any(part.isdecimal() for part in path.split(".")[:-1])
+        raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")
+    taken = {end for path in modules.keys() - set(chosen) for end in _ends(path)}
+    return sorted({next((end for end in _ends(path) if end not in taken), path) for path in chosen})
 
 
 def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Return whether a linear stands beside a module `experts` or belongs to a router."""
     parts = path.split(".")
     return "router" in parts or ".".join([*parts[:-1], "experts"]) in modules
-
-
-def _shortest_names(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Return the shortest endings of the chosen paths with which no other path ends."""
-    taken = {end for path in others for end in _ends(path)}
-    return sorted({next((end for end in _ends(path) if end not in taken), path) for path in chosen})
 
 
 def _ends(path: str) -> Iterator[str]:

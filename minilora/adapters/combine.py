@@ -1,10 +1,10 @@
-"""Adapters combined into one, and the adapter between two weights: pure tensors.
+"""Combine several adapters into one, and approximate a change of a weight by an adapter: tensors only.
 
     ΔW = Σᵢ wᵢ·sᵢ·Bᵢ Aᵢ,    A (r, in),  B (out, r),  sᵢ the scale of adapter i,  wᵢ the weight that the user gives it
 
-The result has scale 1, in a file alpha = r without rsLoRA, whatever the scales of the adapters.
+The result has scale 1 (alpha = r without rsLoRA), whatever the scales of the adapters.
 
-    R  sum of the ranks, or the rank asked for    σ  singular values of ΔW, largest first
+    R  sum of the ranks    σ  singular values of ΔW, largest first
 
     [LoRA]  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
     [EY]    Eckart & Young 1936, The Approximation of One Matrix by Another of Lower Rank
@@ -41,7 +41,7 @@ CombinationType = Literal[
     "dare_ties_svd",
 ]
 EXACT = ("cat", "svd")  # the sum itself, and its best approximation; all others change what is summed
-NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them do not add
+NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot be added
     "use_dora": "m/‖W + ΔW‖ multiplies the whole weight, so it is no sum of updates",
     "modules_to_save": "a module trained in full stands in place of the base's, and only one can",
     "task_type": "the head of a classifier is trained in full, and only one can stand there",
@@ -55,22 +55,21 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them do not 
 @document_fields
 @dataclass(frozen=True)
 class CombineConfig:
-    """How adapters become one. Field names, and those of the types, are those of PEFT's `add_weighted_adapter`.
+    """How adapters are combined. Names of fields and types are those of PEFT's `add_weighted_adapter`.
 
-        cat              the sum, exactly; its rank is the sum of the ranks
+        cat              the exact sum; its rank is the sum of the ranks
         svd              the sum, cut to a rank or to a share of its energy
         linear           A = Σ ±√|w s|·Aᵢ and B = Σ √|w s|·Bᵢ; not the sum: B A also has Bᵢ Aⱼ of different adapters
-        magnitude_prune  a sum of which each part keeps its largest numbers
-        ties             the same, and of each number only the parts of the sign that has more behind it, averaged
-        dare_linear      a sum of which each part keeps random numbers, the larger for that
-        dare_ties        the same, with the signs of ties
+        magnitude_prune  as linear, with the largest numbers of each adapter only
+        ties             the same; then of each number the mean over the adapters that agree with the elected sign
+        dare_linear      as linear, with random numbers of each adapter, scaled up
+        dare_ties        the same, with the elected signs of ties
 
-    The last four work on A and on B, as `linear` does and with its error; ending in `_svd`, on the ΔW, which are
-    formed one module at a time, and cut.
+    A type with `_svd` does to the updates ΔW, one module at a time, what the type without it does to A and to B, and
+    cuts the result.
 
     Raises:
-        ConfigError: values of the wrong type, or else values that cannot work or have no effect; all of them in one
-            message.
+        ConfigError: a value has the wrong type, cannot work or has no effect; all of them in one message.
     """
 
     combination_type: CombinationType = option(
@@ -106,12 +105,12 @@ class CombineConfig:
 
     @property
     def is_cut(self) -> bool:
-        """Is the result cut by a singular value decomposition?"""
+        """Return whether the result is cut by a singular value decomposition."""
         return self.combination_type.endswith("svd")
 
     @property
     def drops(self) -> bool:
-        """Are numbers left out of what is summed?"""
+        """Return whether the type drops numbers before it sums."""
         return self.combination_type not in (*EXACT, "linear")
 
 
@@ -127,7 +126,7 @@ class Factors(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A low-rank approximation B A of ΔW, with the error ‖ΔW - B A‖² and the total ‖ΔW‖²."""
+    """A low-rank approximation B A of ΔW, with ‖ΔW - B A‖² lost of ‖ΔW‖²; both are 0 if nothing was cut."""
 
     factors: Factors
     lost: float
@@ -142,8 +141,8 @@ def combine(
     A weight of -1 subtracts an adapter. Results are in the adapters' dtype, float32 at least.
 
     Raises:
-        ConfigError: there are no adapters, or not as many weights, or one is not finite, or what comes of it.
-        TrainingError: what is to be cut is not finite.
+        ConfigError: there is not one finite weight for each adapter, or the result is not finite.
+        TrainingError: an update to cut is not finite.
         ShapeError: the adapters of a module do not fit together.
     """
     config = config or CombineConfig()
@@ -185,7 +184,7 @@ def _combine(
 
 
 def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Σ wᵢ·sᵢ·Bᵢ Aᵢ = [w₁s₁B₁ w₂s₂B₂ …][A₁; A₂; …], exactly: adapters add by concatenating ranks.
+    """Add adapters by concatenating their ranks: Σ wᵢ·sᵢ·Bᵢ Aᵢ = [w₁s₁B₁ w₂s₂B₂ …][A₁; A₂; …], exactly.
 
     >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1), scale=2.0)
     >>> concatenate([one, one], [1, -3]).lora_B
@@ -211,12 +210,9 @@ def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = 
     """Return the best approximation B A of a rank to ΔW = U diag(σ) Vᵀ: B = U √σ, A = √σ Vᵀ of the largest σ  [EY].
 
     The rank is at most `rank`, and the least that keeps the share `energy` of Σσ² = ‖ΔW‖²; it is 1 at least.
-    σ is shared between both, or one of them would be much larger than the other.
+    Both factors get √σ, so that they are of the same size.
 
     Shapes: delta (out, in) -> lora_A (rank, in), lora_B (out, rank)
-
-    Raises:
-        TrainingError: a number is not finite.
     """
     if not delta.isfinite().all():
         raise TrainingError(f"a change of {tuple(delta.shape)} holds numbers that are not finite, or the weights do")
@@ -234,10 +230,10 @@ def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = 
 def mix(
     tensors: Sequence[Tensor], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
 ) -> Tensor:
-    """Σ wᵢ·Tᵢ, of each Tᵢ what the type of the combination keeps  [TIES alg. 1, DARE §3].
+    """Compute Σ wᵢ·Tᵢ over what the type of the combination keeps of each Tᵢ  [TIES alg. 1, DARE §3].
 
-    The types in ties elect a sign for each number, that of Σ Tᵢ or of Σ sign Tᵢ, and take the mean over the wᵢ·Tᵢ
-    whose Tᵢ has it. Weights do not vote, as in PEFT; so one below 0 takes away what agrees.
+    The ties types elect a sign for each number, that of Σ Tᵢ or of Σ sign Tᵢ, and take the mean over the wᵢ·Tᵢ whose Tᵢ
+    has it. Weights do not vote, as in PEFT, so a negative weight subtracts the numbers that agree.
     """
     method = config.combination_type.removesuffix("_svd")
     if config.density is not None and method.startswith("dare"):
@@ -261,17 +257,13 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def drop(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """T ∘ mask / density,  mask ~ Bernoulli(density), which has the mean T  [DARE §3]."""
+    """Return T ∘ mask / density, mask ~ Bernoulli(density), whose mean is T  [DARE §3]."""
     keep = torch.bernoulli(torch.full_like(tensor, density, device="cpu"), generator=generator)
     return tensor * keep.to(tensor.device) / density
 
 
 def check_additive(name: str, config: LoraConfig) -> None:
-    """Does an adapter consist of updates ΔW = s·B A alone?
-
-    Raises:
-        ConfigError: it has more, which does not add; all of it is named, with the reasons.
-    """
+    """Raise a ConfigError unless an adapter consists of updates ΔW = s·B A alone; it names what else there is."""
     none = (False, (), None, "none", *(task for task in get_args(Task) if task not in HEADS))
     bad = [f"{field}: {why}" for field, why in NOT_ADDED.items() if getattr(config, field) not in none]
     if bad:
@@ -279,17 +271,14 @@ def check_additive(name: str, config: LoraConfig) -> None:
 
 
 def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list[Factors]:
-    """The adapters of a module in their widest dtype, float32 at least."""
-    shapes = [(*A.shape[1:], *B.shape[:1], *B.shape[2:]) for A, B, _ in parts]
-    is_wrong = len(set(shapes)) > 1 or any(A.dim() < 2 or A.size(0) != B.size(1) for A, B, _ in parts)
+    """Check the shapes of a module's adapters, and return them in their widest dtype, float32 at least."""
+    shapes = {(*A.shape[1:], *B.shape[:1], *B.shape[2:]) for A, B, _ in parts}
     found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
-    if is_wrong:
+    if len(shapes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
         raise ShapeError(f"{path}: the adapters do not fit together: {found}")
     if not (config.is_cut or config.combination_type == "cat") and len({A.size(0) for A, _, _ in parts}) > 1:
-        raise ShapeError(
-            f"{path}: {config.combination_type!r} needs adapters of one rank, found {found}; "
-            f"cat and the types in svd take any"
-        )
+        kind = config.combination_type
+        raise ShapeError(f"{path}: {kind!r} needs adapters of one rank, found {found}; cat and svd types take any")
     wide = _wide(*(factor for part in parts for factor in part[:2]))
     return [Factors(A.detach().to(wide), B.detach().to(wide), s) for A, B, s in parts]
 

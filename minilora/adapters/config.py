@@ -1,8 +1,8 @@
 """`LoraConfig`, with PEFT's field names, and which modules of a model it matches.
 
-Names are matched as PEFT 0.21 does (`check_target_module_exists`), but for three things that are wrong there: an entry
-that matches nothing is an error even if another one matches, `layers_to_transform` also holds for modules named in
-full, and `modules_to_save` takes no name for the end of a longer one ("head" is not "lm_head").
+Names are matched as in PEFT 0.21 (`check_target_module_exists`), with three corrections: an entry that matches nothing
+is an error even if another one matches, `layers_to_transform` also applies to modules given by their full path, and an
+entry of `modules_to_save` does not match the end of a longer name ("head" is not "lm_head").
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from minilora.errors import ConfigError, TargetError, check_types, document_fields, option
+from minilora.lora import lora_scale
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-HEADS = {  # what transformers calls the heads of these models; they start at random, so they are trained in full
+HEADS = {  # names of heads in transformers; they start at random, so they are trained in full
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("score", "classifier", "pre_classifier", "classification_head")),
     "QUESTION_ANS": ("qa_outputs",),
 }
@@ -34,7 +35,7 @@ T = TypeVar("T")
 @document_fields
 @dataclass(frozen=True)
 class LoraConfig:
-    """How a model is adapted. Field names and meanings are PEFT's.
+    """The settings of an adapter. Field names and meanings are PEFT's.
 
     Raises:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
@@ -42,7 +43,7 @@ class LoraConfig:
 
     r: int = option(16, "rank of the update")
     lora_alpha: float = option(32, "scale of the update: it is multiplied by alpha / r")
-    lora_dropout: float = option(0.0, "share of a layer's inputs that the adapter misses")
+    lora_dropout: float = option(0.0, "share of a layer's inputs that is dropped for the adapter")
     target_modules: str | tuple[str, ...] = option(
         "all-linear", "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regex"
     )
@@ -52,7 +53,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = option(dict, "JSON: r for single modules")
     alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
-    use_dora: bool = option(False, "learn the length of each row of the weight apart (DoRA)")
+    use_dora: bool = option(False, "learn the norm of each row of the weight separately (DoRA)")
     init_lora_weights: bool | str = option(
         True,
         "start values: true, gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq from the "
@@ -87,11 +88,9 @@ class LoraConfig:
     def _problems(self) -> list[str]:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
         alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
-        need = "need a whole number of at least 1, below 2³¹"
+        need, most = "need a whole number of at least 1, below 2³¹", sys.float_info.max
         bad = [f"{name} is {r!r}, {need}" for name, r in ranks.items() if not 1 <= r < 2**31]
-        bad += [
-            f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not 0 < a <= sys.float_info.max
-        ]
+        bad += [f"{name} is {a!r}, need a number above 0" for name, a in alphas.items() if not 0 < a <= most]
         if not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
         init = self.init_lora_weights
@@ -99,9 +98,9 @@ class LoraConfig:
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}")
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
-        if not _are_tokens(tokens := self.trainable_token_indices):
+        if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self._token_lists()):
             need = "need ids from 0, each once, or module names with such ids"
-            bad.append(f"trainable_token_indices is {tokens!r}, {need}")
+            bad.append(f"trainable_token_indices is {self.trainable_token_indices!r}, {need}")
         if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
             bad.append("target_parameters go with neither use_dora, lora_bias nor lora_dropout")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -119,17 +118,25 @@ class LoraConfig:
     @property
     def vocabulary(self) -> int:
         """Return how many rows an embedding needs for `trainable_token_indices`; 0 if there are none."""
-        wanted = self.trainable_token_indices or ()
-        lists = wanted.values() if isinstance(wanted, Mapping) else (wanted,)
-        return max((token + 1 for ids in lists for token in ids), default=0)
+        return max((token + 1 for ids in self._token_lists() for token in ids), default=0)
+
+    def _token_lists(self) -> list[tuple[int, ...]]:
+        tokens = self.trainable_token_indices
+        if isinstance(tokens, Mapping):
+            return [*tokens.values()]
+        return [] if tokens is None else [tokens]
 
     def rank(self, path: str) -> int:
-        """Return r of one module: that of the first key of `rank_pattern` that matches its path, else `r`."""
+        """Return r of one module: the value of the first key of `rank_pattern` that matches its path, else `r`."""
         return _first_match(self.rank_pattern, path, self.r)
 
     def alpha(self, path: str) -> float:
-        """Return α of one module, from `alpha_pattern` likewise."""
+        """Return α of one module, likewise."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def scale(self, path: str) -> float:
+        """Return s of one module."""
+        return lora_scale(self.rank(path), self.alpha(path), self.use_rslora)
 
 
 def select_targets(
@@ -142,9 +149,9 @@ def select_targets(
     """Return the paths of the modules that `config` adapts.
 
     Args:
-        linears: paths that "all-linear" stands for, such as "model.layers.0.self_attn.q_proj".
+        linears: paths that "all-linear" matches, such as "model.layers.0.self_attn.q_proj".
         config: the names.
-        head: the output head's path, which "all-linear" leaves alone.
+        head: path of the output head, which "all-linear" leaves out.
         others: paths of modules that are adapted only if named: embeddings and convolutions.
         parameters: the result of `select_parameters`; patterns match these, too.
 
@@ -153,13 +160,14 @@ def select_targets(
             `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
     """
     paths = [*linears, *others]
-    if is_general(config):
+    if _is_general(config):
         chosen = [path for path in linears if path != head and not _is_left_out(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
     problems = _unmatched(paths, [*chosen, *parameters], config)
-    if not chosen and (config.target_modules or not _does_more(config)):
-        problems.append("target_modules, exclude_modules and modules_to_save leave nothing")
+    does_more = config.target_parameters or config.modules_to_save or config.trainable_token_indices
+    if not chosen and (config.target_modules or not does_more):
+        problems.append("target_modules, exclude_modules and modules_to_save leave nothing to adapt")
     problems += [
         f"{name} is in target_parameters and its module in target_modules"
         for name in parameters
@@ -173,10 +181,10 @@ def select_targets(
 def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
     """Return the paths of the modules that are trained in full; none lies in another.
 
-    They are those of `modules_to_save` and, if `task_type` is a classifier's, its head, which starts at random.
+    They are those of `modules_to_save` and, if `task_type` is a classifier's, its head.
 
     Raises:
-        TargetError: another entry of `modules_to_save` matches nothing; the message lists what there is.
+        TargetError: an entry that does not name a head matches nothing; the message lists what there is.
     """
     if unknown := _nowhere([name for name in config.modules_to_save if name not in _heads(config)], paths):
         there = _endings([path for path in paths if not path.rpartition(".")[2].isdecimal()])
@@ -197,18 +205,13 @@ def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
     return [name for name in names if matches(config.target_parameters, name) and not _is_saved(name, config)]
 
 
-def is_general(config: LoraConfig) -> bool:
-    """Return whether `target_modules` is "all-linear"."""
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-
-
 def is_target(path: str, config: LoraConfig) -> bool:
-    """Return whether `config` adapts this module by its name."""
+    """Return whether `target_modules` and the fields that limit it select this path."""
     return matches(config.target_modules, path) and _is_in_layers(path, config) and not _is_left_out(path, config)
 
 
 def matches(entries: str | Sequence[str], path: str) -> bool:
-    """Match a path: a string is a regular expression for all of it; a list holds paths, or their ends after a dot."""
+    """Match a path: a string is a regular expression for the whole path; a list holds paths, or ends after a dot."""
     if isinstance(entries, str):
         return bool(entries) and re.fullmatch(entries, path) is not None
     return any(path == entry or path.endswith("." + entry) for entry in entries)
@@ -219,7 +222,7 @@ def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) 
     found = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
-        if not (name == "target_modules" and is_general(config)):
+        if not (name == "target_modules" and _is_general(config)):
             found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _nowhere(entries, paths)]
     for number in config.layers_to_transform or ():
         alone = replace(config, layers_to_transform=(number,))
@@ -257,9 +260,8 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
     return HEADS.get(config.task_type or "", ())
 
 
-def _does_more(config: LoraConfig) -> bool:
-    """Return whether something else than low-rank adapters of modules is trained."""
-    return bool(config.target_parameters or config.modules_to_save or config.trainable_token_indices)
+def _is_general(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
 def _is_in_layers(path: str, config: LoraConfig) -> bool:
@@ -274,18 +276,13 @@ def _is_key(key: str, path: str) -> bool:
     return _compiled(key).match(path) is not None
 
 
-@functools.cache  # the module `re` forgets after 512, and an adapter may have a key for each of more layers
+@functools.cache  # `re` itself keeps 512, and an adapter may have a key for each of more layers
 def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     return next((value for key, value in pattern.items() if _is_key(key, path)), default)
-
-
-def _are_tokens(value: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> bool:
-    lists = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
-    return all(ids and len(set(ids)) == len(ids) and min(ids) >= 0 for ids in lists)
 
 
 def _as_tuple(value: Any) -> Any:

@@ -1,10 +1,10 @@
-"""What an adapter trains in full: modules (`modules_to_save`), biases (`bias="all"`), rows of an embedding.
+"""Parts of a model that an adapter trains in full: modules (`modules_to_save`), biases, rows of an embedding.
 
-Each adapter has a copy; the base stays what it was, and acts where no adapter does.
+Each adapter has its own copy; the base stays unchanged and is used where no adapter is active.
 
-Rows (`trainable_token_indices`), as those of new tokens, are looked up apart: the vocabulary is neither copied nor
-given a gradient. If the output head is tied to the embedding, it reads the same rows, and the logits of those tokens
-are made with them.
+Rows (`trainable_token_indices`), such as those of new tokens, are kept apart, so that the vocabulary is neither copied
+nor given a gradient. An output head that is tied to the embedding computes the logits of these tokens with the same
+rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from minilora.lora import AdapterWrapper
 
 
 class TrainedCopy(AdapterWrapper):
-    """A module, or the active adapter's copy of it (final).
+    """A module with a trained copy for each adapter, which replaces it (final).
 
-    A copy has own parameters, which are trained and saved, and shares the others with the base.
+    A copy shares with the base the parameters that are not trained.
     """
 
     def current(self) -> nn.Module:
@@ -40,29 +40,28 @@ class TrainedCopy(AdapterWrapper):
         return {key: p for key, p in self.adapters[name].named_parameters() if id(p) not in shared}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does; in a mixed batch its first argument and its result are tensors of rows."""
+        """Call the active copy, or the base; in a mixed batch the first argument and the result are tensors of rows."""
         if self.mixed is None and self.active:
-            return self._act(self.active[-1], *args, **kwargs)
+            return self._call_copy(self.active[-1], *args, **kwargs)
         y = self.base(*args, **kwargs)
         for names, rows in self.mixed.groups(args[0]) if self.mixed is not None else ():
             for name in (name for name in names if name in self.configs):
-                y = y.index_copy(0, rows, self._act(name, args[0][rows], *args[1:], **kwargs))
+                y = y.index_copy(0, rows, self._call_copy(name, args[0][rows], *args[1:], **kwargs))
         return y
 
-    def _act(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """The copy computes in the dtype of the base, whatever its own parameters are kept in."""
-        return functional_call(self.adapters[name], self._as_in_base(name), args, kwargs)
+    def merged(self) -> nn.Module:
+        return shallow_copy(self.current(), self._in_dtype_of_base(self.active[-1]))
 
-    def _as_in_base(self, name: str) -> dict[str, Tensor]:
+    def _call_copy(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.adapters[name], self._in_dtype_of_base(name), args, kwargs)
+
+    def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
         base = get_base_layer(self.base)
         return {key: own.to(base.get_parameter(key).dtype) for key, own in self.peft_tensors(name).items()}
 
-    def merged(self) -> nn.Module:
-        return shallow_copy(self.current(), self._as_in_base(self.active[-1]))
-
 
 class Rows(nn.Module):
-    """Rows of one adapter, and whose they are.
+    """The trained rows of one adapter, and the tokens that they belong to.
 
     Shapes: ids (n), rows (n, D)
     """
@@ -77,27 +76,28 @@ class Rows(nn.Module):
         self.register_buffer("order", self.ids.argsort(), persistent=False)
 
     def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens have a row, and which one: (...) -> (...), (...)."""
+        """Return which tokens have a row, and the index of the row: (...) -> (...), (...)."""
         ranked = self.ids[self.order]
         place = torch.searchsorted(ranked, tokens).clamp(max=len(ranked) - 1)
         return ranked[place] == tokens, self.order[place]
 
 
 class TokenRows(AdapterWrapper):
-    """An embedding, or what is tied to it, with rows of the adapters' own (final)."""
+    """An embedding, or a module tied to it, some rows of whose weight each adapter replaces (final)."""
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)
-        self.shared: set[str] = set()  # the adapters whose rows are another place's
+        self.shared: set[str] = set()  # the adapters whose rows belong to another wrapper
 
     def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
         self.shared.discard(name)
         super().add_adapter(name, adapter, config)
 
-    def share(self, name: str, places: Iterable[TokenRows]) -> None:
-        """Hold the rows that the embedding which this one is tied to has."""
-        held = [place for place in places if name in place.configs and name not in place.shared]
-        tied = next(place for place in held if _weight(place) is _weight(self))
+    def share(self, name: str, others: Iterable[TokenRows]) -> None:
+        """Add the rows of the embedding that this module is tied to."""
+        weight = get_base_layer(self).get_parameter("weight")
+        owners = [other for other in others if name in other.configs and name not in other.shared]
+        tied = next(other for other in owners if get_base_layer(other).get_parameter("weight") is weight)
         self.add_adapter(name, tied.adapters[name], tied.configs[name])
         self.shared.add(name)
 
@@ -110,15 +110,15 @@ class TokenRows(AdapterWrapper):
         return {} if name in self.shared else {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Indices (...) -> (..., D) of an embedding, (..., D) -> (..., V) of a head."""
+        """Map indices (...) -> (..., D) as an embedding, or (..., D) -> (..., V) as a head."""
         y = self.base(x)
         if self.mixed is None:
-            return self._changed(x, y, self.active)
+            return self._replace_rows(x, y, self.active)
         for names, rows in self.mixed.groups(x):
-            y = y.index_copy(0, rows, self._changed(x[rows], y[rows], names))
+            y = y.index_copy(0, rows, self._replace_rows(x[rows], y[rows], names))
         return y
 
-    def _changed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
+    def _replace_rows(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
         for adapter in (self.adapters[name] for name in names if name in self.configs):
             if isinstance(get_base_layer(self.base), nn.Linear):
                 bias = None if self.base.bias is None else self.base.bias[adapter.ids].to(x.dtype)
@@ -130,7 +130,7 @@ class TokenRows(AdapterWrapper):
 
     @property
     def weight(self) -> Tensor:
-        """The embedding with the rows of the active adapters in it."""
+        """The base's weight with the rows of the active adapters in it."""
         weight: Tensor = self.base.weight
         for adapter in (self.adapters[name] for name in self.active):
             weight = weight.index_copy(0, adapter.ids, adapter.rows.to(weight.dtype))
@@ -138,7 +138,3 @@ class TokenRows(AdapterWrapper):
 
     def merged(self) -> nn.Module:
         return shallow_copy(get_base_layer(self.base), {"weight": self.weight})
-
-
-def _weight(place: TokenRows) -> nn.Parameter:
-    return get_base_layer(place.base).get_parameter("weight")

@@ -1,203 +1,279 @@
-"""Adapters on disk, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors` (see `layout`)."""
+"""Save the adapters of a model in PEFT's layout, and load them (see `layout`)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from minilora.adapter import base_modules
+from minilora.adapter import base_modules, lora_tensors
 from minilora.adapters.attach import inject_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.find import base_held, places_of
+from minilora.adapters.initialize import moved_factors
 from minilora.adapters.layers import AdapterConv1D
 from minilora.adapters.layout import (
+    BASE,
+    BRINGS,
     CONFIG_FILE,
-    PEFT_DEFAULTS,
-    PREFIX,
+    LABELS,
+    NESTED,
+    REPEATED,
     WEIGHTS_FILE,
-    check_keys,
-    config_from,
+    Stored,
+    class_names,
     fields_of,
     is_name,
-    metadata_of,
-    named,
+    read_adapter,
+    write_adapter,
 )
-from minilora.adapters.parameters import AdapterParameters
-from minilora.adapters.parts import StartedAdapter
-from minilora.adapters.stored import read_adapter, stored_specs
-from minilora.errors import FormatError, TargetError, check_types
-from minilora.lora import AdapterLinear, AdapterWrapper
+from minilora.adapters.parameters import AdapterParameters, experts_of
+from minilora.adapters.parts import (
+    LINEARS,
+    AdapterSpec,
+    StartedAdapter,
+    build_specs,
+    kind_of,
+    magnitude_shape,
+    parameter_specs,
+    stacked,
+)
+from minilora.errors import ConfigError, FormatError, TargetError, check_types
+from minilora.lora import AdapterLinear, AdapterWrapper, Shape
 from minilora.models.bitsandbytes import shortest_names
-from minilora.models.config import UNITS, Unit
-from minilora.models.hub import fetch, unpinned, with_revision
-from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import TensorFile, read_json, write_json, write_tensors
+from minilora.models.hub import fetch, unpinned
 
-BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file
+T = TypeVar("T")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Write one adapter as a directory that PEFT, vLLM and `load_adapter` read.
 
-    `base_model_name_or_path` is the model's `name_or_path`, where it has one, and `revision` the commit of a model from
-    the hub. How the base's weights are held, dense or quantized, is written into the metadata of the tensors' file,
-    and so are the `labels` of a classifier of ours.
-    An adapter that began as a part of the weights is written as a plain one of twice the rank.
+    `base_model_name_or_path` is the model's `name_or_path`, if it has one, and `revision` the commit of a model from
+    the hub. The metadata of the tensors' file records how the base's weights are held, dense or quantized, and the
+    `labels` of a classifier. An adapter that began as a part of the weights is written as a plain one of twice the
+    rank.
 
     Raises:
         TargetError: the model has no adapter of that name.
     """
     check_types(save_adapter, locals())
     layers = places_of(model, name)
-    if not layers:
-        raise TargetError(f"the model has no adapter {name!r} to save")
-    tensors = {
-        f"{PREFIX}{where}.{key}": tensor
-        for where, layer in layers.items()
-        for key, tensor in layer.peft_tensors(name).items()
-    }
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(next(iter(layers.values())).configs[name], name, layers, list(base_modules(model)))
     metadata = {BASE: json.dumps(base_held(model))}
-    if labels := _labels(getattr(model, "labels", None)):
+    if labels := class_names(getattr(model, "labels", None)):
         metadata[LABELS] = json.dumps(labels)
-    write_adapter(Path(path), fields, tensors, metadata)
-
-
-def write_adapter(
-    directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write the two files: PEFT's defaults with these fields, sorted like PEFT's, and the tensors."""
-    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
-    # The patterns inside the fields keep their order: the first key that matches counts.
-    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
-
-
-def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
-    """What the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
-    low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLinear)}
-    copies = {where: layer for where, layer in layers.items() if isinstance(layer, TrainedCopy)}
-    whole = [where for where, layer in copies.items() if set(layer.peft_tensors(name)) != {"bias"}]
-    stacked = {where: layer.adapters[name] for where, layer in layers.items() if isinstance(layer, AdapterParameters)}
-    times = {where: 2 if isinstance(layer.adapters[name], StartedAdapter) else 1 for where, layer in low_rank.items()}
-    times |= {f"{where}.{key}": 1 for where, held in stacked.items() for key in held}
-    more = max(times.values(), default=1)
-    growths = {n: math.sqrt(n) if config.use_rslora else n for n in (1, 2)}
-    growth, is_even = growths[more], len({*times.values()}) <= 1  # else a pattern cannot say which are doubled
-    ranks = {where: n * config.rank(where) for where, n in times.items()}
-    alphas = {where: growths[n] * config.alpha(where) for where, n in times.items()}
-    rank_pattern = {key: more * r for key, r in config.rank_pattern.items()} if is_even else None
-    alpha_pattern = {key: growth * alpha for key, alpha in config.alpha_pattern.items()} if is_even else None
-    return {
-        **fields_of(config),
-        "target_modules": shortest_names(list(low_rank), modules),
-        "r": more * config.r,
-        "lora_alpha": growth * config.lora_alpha,
-        "rank_pattern": named(rank_pattern, ranks, more * config.r),
-        "alpha_pattern": named(alpha_pattern, alphas, growth * config.lora_alpha),
-        "fan_in_fan_out": any(isinstance(layer, AdapterConv1D) for layer in low_rank.values()),
-        "modules_to_save": _ends(whole, modules) or None,
-    }
-
-
-def _ends(chosen: list[str], modules: list[str]) -> list[str]:
-    """Last names for some of the modules (paths), or the paths: PEFT takes "norm" for the end of "input_layernorm"."""
-    names = {path.rpartition(".")[2] for path in chosen}
-    meant = {path for path in modules if path.endswith(tuple(names))}
-    return sorted(names) if meant == set(chosen) else sorted(chosen)
+    write_adapter(Path(path), fields, lora_tensors(model, name), metadata)
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
     """Read an adapter that PEFT or `save_adapter` wrote, attach it to the model and activate it.
 
-    `path` is its directory, or a repository of the hub, "org/name" or "org/name@revision".
-    Everything else is frozen, other adapters too; with `trainable` the loaded one is what trains.
+    Everything else is frozen, other adapters too, and the loaded adapter unless it is `trainable`.
+
+    Args:
+        model: the base model.
+        path: the adapter's directory, or a repository of the hub, "org/name" or "org/name@revision".
+        name: the adapter's name in the model.
+        trainable: whether the adapter will be trained.
 
     Raises:
-        FormatError: the adapter or a file of it is missing or malformed, or the config asks for something that is not
-            a LoRA that minilora knows.
-        TargetError: the adapter adapts modules that the model does not have, or has in other shapes; all of them are
+        FormatError: a file of the adapter is missing or malformed, or the config asks for something that is not
+            supported.
+        TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; all of them are
             named, with both shapes.
     """
     check_types(load_adapter, locals())
-    stored = read_adapter(fetch(path, "adapter"))
-    config, parts = stored_specs(stored, base_modules(model))
-    inject_adapter(model, config, name, parts, None, trainable)
+    config, specs = stored_specs(read_adapter(fetch(path, "adapter")), base_modules(model))
+    inject_adapter(model, config, name, specs, None, trainable)
 
 
-def base_model_of(path: str | Path) -> str | None:
-    """The model that an adapter was made for, as `load_model` takes it, with its revision; None if none is named.
+def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
+    """Return the adapter's config, and its specs by path for a model of these modules.
 
-    Raises:
-        FormatError: there is no such adapter, or its config is not JSON.
-    """
-    values = read_json(fetch(path, "adapter") / CONFIG_FILE)
-    base, revision = values.get("base_model_name_or_path"), values.get("revision")
-    return with_revision(base, revision) if isinstance(base, str) and base else None
-
-
-def vocabulary_of(path: str | Path) -> int:
-    """How many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none.
+    The file must hold exactly the tensors that the config asks for, in the shapes that the model needs.
 
     Raises:
-        FormatError: there is no such adapter, or its config is malformed.
+        FormatError: config and tensors contradict each other.
+        TargetError: the model has no such modules, or others in shape; all of them are named, with both shapes.
     """
-    path = fetch(path, "adapter") / CONFIG_FILE
-    values = read_json(path)
-    check_keys(path, values)
-    return config_from(path, values, {}).vocabulary
+    held = _by_module(stored, modules)
+    config, init = stored.config(_ranks(held, modules)), stored.values.get("init_lora_weights")
+    config = replace(config, modules_to_save=_saved(held.get("", {}), config.modules_to_save))
+    embedding = next((path for path in held if "rows" in held[path]), None)
+    if config.trainable_token_indices and embedding is None:
+        found = f"trainable_token_indices: found {config.trainable_token_indices}"
+        raise _contradiction(stored, [f"{found}, and there are no rows"])
+    specs, misfits, odds = build_specs(modules, config, _blank_specs(held, modules, config), embedding), [], []
+    own = held.pop("", {})
+    for path, spec in specs.items():
+        if spec.kind is TrainedCopy:
+            tensors = {key: own.pop(f"{path}.{key}") for key in spec.tensors if f"{path}.{key}" in own}
+        else:
+            tensors = held.pop(path, {})
+        misfits += _misfits(path, spec, tensors, modules[path])
+        odds += _odds(path, spec, tensors, config)
+        if spec.kind in LINEARS and init in REPEATED and not misfits:  # PEFT takes the word for True on other layers
+            weight = spec.kind(modules[path], path).as_matrix(modules[path].get_parameter("weight"))
+            start = moved_factors(init, weight, config.rank(path), config.scale(path), torch.Generator())
+            tensors["start_A"], tensors["start_B"] = start
+        specs[path] = spec._replace(tensors=spec.tensors | tensors)
+    missing = [path for path in held if kind_of(modules.get(path)) is None]
+    misfits += [f"{path}: the model has no such layer" for path in missing]
+    misfits += [
+        f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing
+    ]
+    if misfits:
+        base = stored.values.get("base_model_name_or_path")
+        of_base = f"; it was trained on {base!r:.200}" if base else ""
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:\n  {_listed(misfits)}")
+    if odds:
+        raise _contradiction(stored, odds)
+    return config, specs
 
 
-def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
-    """Return what the adapter of a classifier gives a class to, and the names of the classes; None and () for others.
+def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
+    """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
+    low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLinear)}
+    stacked = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterParameters)}
+    started = {where for where, layer in low_rank.items() if isinstance(layer.adapters[name], StartedAdapter)}
+    times = 2 if started else 1
+    growth = math.sqrt(times) if config.use_rslora else times
+    names = [*low_rank, *(f"{where}.{key}" for where, layer in stacked.items() for key in layer.adapters[name])]
+    ranks = {each: config.rank(each) * (times if each in started else 1) for each in names}
+    alphas = {each: config.alpha(each) * (growth if each in started else 1) for each in names}
+    copies = [where for where, layer in layers.items() if isinstance(layer, TrainedCopy)]
+    whole = [where for where in copies if layers[where].peft_tensors(name).keys() != {"bias"}]
+    return {
+        **fields_of(config),
+        "target_modules": shortest_names(list(low_rank), modules),
+        "r": times * config.r,
+        "lora_alpha": growth * config.lora_alpha,
+        "rank_pattern": _pattern(None if started else config.rank_pattern, ranks, times * config.r),
+        "alpha_pattern": _pattern(None if started else config.alpha_pattern, alphas, growth * config.lora_alpha),
+        "fan_in_fan_out": any(isinstance(layer, AdapterConv1D) for layer in low_rank.values()),
+        "modules_to_save": _ends(whole, modules) or None,
+    }
 
-    PEFT does not write the names: they are LABEL_0, LABEL_1, … then, as in transformers.
 
-    Raises:
-        FormatError: there is no such adapter, it has no head of a classifier, or its names are malformed.
+def _pattern(pattern: Mapping[str, T] | None, values: Mapping[str, T], default: T) -> dict[str, T]:
+    """Return a pattern whose keys are names, as `load_adapter` requires: the given one, or one key for each module."""
+    if pattern is not None and all(map(is_name, pattern)):
+        return dict(pattern)
+    return {f"^{where}": value for where, value in values.items() if value != default}
+
+
+def _ends(chosen: list[str], modules: list[str]) -> list[str]:
+    """Return last names for some of the modules (paths), or the paths: to PEFT "norm" also means "input_layernorm"."""
+    names = {path.rpartition(".")[2] for path in chosen}
+    meant = {path for path in modules if path.endswith(tuple(names))}
+    return sorted(names) if meant == set(chosen) else sorted(chosen)
+
+
+def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths of the modules that a file holds in full; PEFT matches the ends of their paths as text.
+
+    An entry that matches nothing is kept, so that it is reported as missing.
     """
-    directory = fetch(path, "adapter")
-    unit = UNITS.get(str(read_json(directory / CONFIG_FILE).get("task_type")))
-    if unit is None:
-        return None, ()
-    file, head = TensorFile(directory / WEIGHTS_FILE), f"{PREFIX}score.weight"
-    if head not in file.shapes:
-        raise FormatError(f"{file.path}: there is no {head}, the head of a classifier")
-    names = metadata_of(file, LABELS, _labels, "names of classes")
-    return unit, names or tuple(f"LABEL_{i}" for i in range(file.shapes[head][0]))
+    paths = []
+    for name in own:
+        prefixes = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
+        paths += [path for path in prefixes if path.endswith(tuple(entries))][:1]
+    return (*dict.fromkeys(paths), *(entry for entry in entries if not any(path.endswith(entry) for path in paths)))
 
 
-def _labels(found: Any) -> tuple[str, ...] | None:
-    """Names of classes; None if they are none."""
-    is_names = isinstance(found, list | tuple) and len(found) > 1 and all(isinstance(label, str) for label in found)
-    return tuple(found) if is_names else None
+def _by_module(stored: Stored, modules: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return path -> key of `build_adapter` -> tensor; the path of the model's own parameters is ""."""
+    held = {where: dict(tensors) for where, tensors in stored.tensors.items()}
+    wrappers: Counter[str] = Counter()
+    for name in reversed(stacked(modules, stored.config({}))):
+        path, _, last = name.rpartition(".")
+        for key, tensor in held.pop(path + wrappers[path] * NESTED, {}).items():
+            held.setdefault(path, {})[f"{last}.{key}"] = tensor
+        wrappers[path] += 1
+    return held
 
 
-def base_quantization(path: str | Path) -> dict[str, Any] | None:
-    """How the weights of its base were held when an adapter was saved, as `quant.files.describe` tells it.
+def _ranks(held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any]) -> dict[str, int]:
+    """Return the rank of each A, by the path of its module or the full name of its parameter."""
+    ranks = {}
+    for path, key in ((path, key) for path, tensors in held.items() for key in tensors if path):
+        last, _, factor = key.rpartition(".")
+        if factor == "lora_A":
+            experts = experts_of(modules[path].get_parameter(last)) if last else 1
+            ranks[f"{path}.{last}".rstrip(".")] = held[path][key].size(0) // experts
+    return ranks
 
-    None if the file does not say, as those of PEFT do not.
 
-    Raises:
-        FormatError: there is no such adapter, or what it says is not understood.
-    """
-    return metadata_of(TensorFile(fetch(path, "adapter") / WEIGHTS_FILE), BASE, _held, "how a base is quantized")
+def _blank_specs(
+    held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any], config: LoraConfig
+) -> dict[str, AdapterSpec]:
+    """Return the low-rank specs that the config asks for, with tensors on the device "meta"."""
+
+    def blank(*shapes: Shape) -> list[Tensor]:
+        return [torch.empty(shape, device="meta") for shape in shapes]
+
+    specs = parameter_specs(modules, config, blank)
+    for path, tensors in held.items():
+        if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
+            continue
+        try:
+            shape_A, shape_B = kind.shapes(modules[path], config.rank(path))
+        except ConfigError as error:
+            raise TargetError(f"{path}: {error}") from error
+        has_bias = "bias" in tensors and modules[path]._parameters.get("bias") is not None
+        asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
+        shapes = {"lora_A": shape_A, "lora_B": shape_B}
+        shapes |= {"magnitude": magnitude_shape(shape_B), "lora_bias": shape_B[:1], "bias": shape_B[:1]}
+        keys = [key for key in kind.PEFT_NAMES if asked.get(key, True)]
+        specs[path] = AdapterSpec(kind, dict(zip(keys, blank(*(shapes[key] for key in keys)), strict=True)))
+    return specs
 
 
-def _held(told: Any) -> dict[str, Any] | None:
-    """How a base was held, with no more than `describe` tells; None if it is not understood."""
-    if told == {"quantize": "none"}:
-        return {"quantize": "none"}
-    found = {key: told[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
-    is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
-    is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
-    if not (is_known and is_typed and all(map(is_name, found["quantize_skip"]))):
-        return None
-    return found | ({"head": told["head"]} if told.get("head") in CODEBOOKS else {})
+def _misfits(path: str, spec: AdapterSpec, held: dict[str, Tensor], module: Any) -> list[str]:
+    """Return what does not fit the model: wrong shapes, unknown tensors, another base weight (which is removed)."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in held.items()}
+    needed = {key: tuple(tensor.shape) for key, tensor in spec.tensors.items()}
+    wrong = [key for key in shapes if key in needed and shapes[key] != needed[key]]
+    found = [f"{path}.{key}: the adapter has {shapes[key]}, the model needs {needed[key]}" for key in wrong]
+    if issubclass(spec.kind, AdapterLinear) and {"lora_A", "lora_B"} & {*wrong}:
+        factors = f"A {shapes['lora_A']} and B {shapes['lora_B']}"
+        found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(module.weight.shape)}"]
+    if issubclass(spec.kind, AdapterLinear) and "weight" in held:
+        base = module.weight
+        if not torch.equal(held.pop("weight").to(base.device, base.dtype), base):
+            found.append(f"{path}.base_layer.weight is not the weight of this model")
+    unknown = [key for key in held if key not in needed and key not in ("magnitude", "lora_bias")]
+    return found + [f"{path}.{key}: is no part of an adapter that the config describes" for key in unknown]
+
+
+def _odds(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
+    """Return the contradictions between what the config says is trained and what the file has."""
+    if spec.kind is AdapterParameters or (spec.kind is TrainedCopy and spec.tensors.keys() != {"bias"}):
+        field = "target_parameters" if spec.kind is AdapterParameters else "modules_to_save"
+        return [f"{field}: means {path}, of which there is no {key}" for key in spec.tensors if key not in held]
+    return [
+        f"{field}: found {getattr(config, field)!r}, and {path} has {'a' if key in held else 'no'} {key}"
+        for key, field in BRINGS.items()
+        if (key in held) != (key in spec.tensors)
+    ]
+
+
+def _contradiction(stored: Stored, odds: Sequence[str]) -> FormatError:
+    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:\n  {_listed(odds)}")
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return "\n  ".join(problems[:10]) + more

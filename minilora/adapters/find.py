@@ -1,36 +1,23 @@
-"""What is in a model: its adapter layers, its own modules, and how many parameters they have."""
+"""The contents of a model: its adapter layers, its own modules, and how many parameters they have."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers, base_modules, walk
-from minilora.adapters.config import LoraConfig
-from minilora.errors import TargetError, check_types
+from minilora.adapter import base_modules, known_layers, walk
+from minilora.errors import check_types
 from minilora.lora import AdapterWrapper, Linear
 from minilora.models.bitsandbytes import describe
 from minilora.nf4 import NF4Linear
 
 
 def places_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
-    """Return the layers of one adapter, by the path that the module has in the model without adapters."""
-    return {layer.path: layer for layer in adapter_layers(model).values() if name in layer.configs}
-
-
-def known_adapters(layers: Iterable[AdapterWrapper], names: Iterable[str] = ()) -> dict[str, LoraConfig]:
-    """Return the configs of the layers' adapters by name.
-
-    Raises:
-        TargetError: there is no adapter of one of these names.
-    """
-    known = {name: config for layer in layers for name, config in layer.configs.items()}
-    if unknown := [name for name in names if name not in known]:
-        raise TargetError(f"no adapter is called {unknown[0]!r}; the model has {sorted(known)}")
-    return known
+    """Return the wrappers of one adapter by the path of the module; raise a TargetError if there are none."""
+    return {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
@@ -40,7 +27,7 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
 
 
 def base_held(model: nn.Module) -> dict[str, Any]:
-    """Return how the base's weights are held, dense or quantized, by the names of the flags."""
+    """Describe how the base's weights are held, dense or quantized, by the names of the flags."""
     return describe(linear_layers(model), head_path(model))
 
 
@@ -64,7 +51,7 @@ def _path_of(model: nn.Module, method: str) -> str | None:
 
 
 class ParameterCount(NamedTuple):
-    """The number of trainable parameters and of all."""
+    """The number of trainable parameters, and of all."""
 
     trainable: int
     total: int
@@ -81,14 +68,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def get_base_layer(module: nn.Module) -> nn.Module:
-    """Return the module of the model itself, under what adapters put there."""
+    """Return the module of the model itself, without the wrappers around it."""
     while isinstance(module, AdapterWrapper):
         module = module.base
     return module
 
 
 def shallow_copy(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Module:
-    """Return a copy of a module that shares its parameters and buffers, but for its own: frozen, or None for none."""
+    """Return a copy of a module that shares its tensors, except for its `own` parameters: frozen, or None for none."""
     held = [*module.parameters(), *module.buffers()]
     copied = copy.deepcopy(module, {id(tensor): tensor for tensor in held})
     for name, tensor in own.items():

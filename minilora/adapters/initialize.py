@@ -1,13 +1,12 @@
-"""Initial values of an adapter: drawn at random, or made from the weight by decomposing it.
+"""Initial values of an adapter: drawn at random, or made by decomposing the weight.
 
-B A = 0 makes a new adapter the identity. B = 0 does; A must then be nonzero, or no gradient would reach B.
+With B A = 0 a new adapter changes nothing. If B = 0, A must be nonzero, or no gradient reaches B.
 
-PiSSA, OLoRA and LoftQ move the part of W that matters most into the factors; the rest stays frozen:
+PiSSA and OLoRA move the main part of W into the factors; the rest stays frozen:
 
     W = W_res + s·B₀ A₀,   y = W_res x + s·B A x
 
-so that nothing has changed at the start. W_res is never formed: the layer computes W x + s·(B A - B₀ A₀) x, from the
-factors as they are, rounded or not.
+So nothing changes at the start. W_res is never formed: the layer computes W x + s·(B A - B₀ A₀) x.
 
     out, in   shape of W    r  rank    s  scale of the adapter
 
@@ -38,23 +37,23 @@ OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 def initial_factors(
     kind: bool | str, shape_A: Sequence[int], shape_B: Sequence[int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
+    """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    True:         A ~ U(-1/√fan, 1/√fan), which is PyTorch's own start of a layer ([He] with slope √5); B = 0
-    "gaussian":   A ~ N(0, 1/r²), the variance being PEFT's; B = 0  [LoRA §4.1]
+    True:         A ~ U(-1/√fan, 1/√fan), PyTorch's own start of a layer ([He] with slope √5); B = 0
+    "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
     "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
-    False:        A and B both as PyTorch starts them: not the identity, for tests
+    False:        A and B both as PyTorch starts them, for tests
 
-    fan is the number of inputs that an output has: of a convolution, those under its kernel.
+    fan is the number of inputs of one output: for a convolution, those under its kernel.
 
     Shapes: shape_A (r, in, ...), shape_B (out, r, ...) -> shape_A, shape_B
     Raises:
-        ConfigError: another kind, or orthogonal factors that there are not.
+        ConfigError: another kind, or orthogonal factors of an odd rank or a convolution in groups.
     """
     if kind == "orthogonal":
         lora_A, lora_B = _orthogonal_factors(shape_A[0], math.prod(shape_A[1:]), math.prod(shape_B), generator)
         if shape_B[0] != lora_B.size(0):
-            raise ConfigError("init_lora_weights is 'orthogonal', which there is not for a convolution in groups")
+            raise ConfigError("init_lora_weights 'orthogonal' is not defined for a convolution in groups")
         return lora_A.view(*shape_A), lora_B.view(*shape_B)
     if kind == "gaussian":
         return torch.empty(*shape_A).normal_(0, 1 / shape_A[0], generator=generator), torch.zeros(*shape_B)
@@ -67,10 +66,7 @@ def initial_factors(
 def embedding_factors(
     kind: bool | str, num: int, dim: int, r: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A and B of a new adapter of an embedding, float32 on the CPU: here it is A that is 0.
-
-    True:  A = 0, B ~ N(0, 1), which is PyTorch's own start of an embedding
-    False: both ~ N(0, 1): not the identity, for tests
+    """Draw A and B of a new adapter of an embedding: B ~ N(0, 1), and A = 0 (True) or A ~ N(0, 1) (False, for tests).
 
     Shapes: -> (r, num), (dim, r)
 
@@ -89,9 +85,9 @@ def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal_factors(r: int, fan: int, size_B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A = Q₁ᵀ X / 10, B = Y Q₂ / 10: B A = Y (Q₂ Q₁ᵀ) X / 100 = 0, as Q₁ and Q₂ are rows of one orthogonal matrix.
+    """Draw A = Q₁ᵀ X / 10, B = Y Q₂ / 10, so that B A = Y (Q₂ Q₁ᵀ) X / 100 = 0  [Rethink].
 
-    X, Y ~ N(0, 1); Q₁ are the even rows of Q and Q₂ the odd ones  [Rethink]. All in float64, rounded once.
+    X, Y ~ N(0, 1); Q₁ are the even rows of an orthogonal matrix, Q₂ the odd ones. All in float64, rounded once.
 
     Shapes: -> (r, fan), (size_B / r, r)
     """
@@ -107,13 +103,13 @@ def _orthogonal_factors(r: int, fan: int, size_B: int, generator: torch.Generato
 
 
 def moved_factors(kind: str, weight: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A₀ and B₀, the part s·B₀ A₀ of W that is to be trained.
+    """Return A₀ and B₀, the part s·B₀ A₀ of W that will be trained.
 
     "pissa":         s·B A = U_r S_r V_rᵀ, the best of rank r, shared evenly (`balanced`)  [PiSSA eq. 2-4]
     "pissa_niter_N": the same by a randomized SVD with N power iterations (`randomized_svd`)
     "olora":         B A = Q_r R_r of W = Q R, columns of B orthonormal  [OLoRA alg. 1]
 
-    OLoRA's B A is not divided by s, so what is taken off W is s times Q_r R_r, as PEFT does.
+    OLoRA's B A is not divided by s, so s times Q_r R_r is subtracted from W, as in PEFT.
 
     Shapes: weight (out, in) -> (r, in), (out, r)
     Dtype: float32, or the weight's if it is wider
@@ -136,16 +132,12 @@ def moved_factors(kind: str, weight: Tensor, r: int, scale: float, generator: to
 
 
 def loftq_factors(
-    weight: Tensor,
-    r: int,
-    scale: float,
-    bias: Tensor | None = None,
-    double_quant: bool = True,
+    weight: Tensor, r: int, scale: float, bias: Tensor | None = None, double_quant: bool = True
 ) -> tuple[Tensor, Tensor, NF4Linear]:
-    """A, B and the base Q in four bits, such that Q + s·B A is near W  [LoftQ alg. 1].
+    """Return A, B and the base Q in four bits, such that Q + s·B A is near W  [LoftQ alg. 1].
 
-    Q = nf4(W), then s·B A = the best approximation of rank r to W - Q, where Q is what the layer computes with. The
-    paper may repeat both steps; like PEFT, this takes them once.
+    Q = nf4(W), then s·B A = the best approximation of rank r to W - Q. The paper may repeat both steps; like PEFT, this
+    takes them once.
 
     Shapes: weight (out, in), bias (out) -> (r, in), (out, r)
     Dtype: float32, or the weight's if it is wider; the base computes in that of the weight
@@ -161,7 +153,7 @@ def loftq_factors(
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, *, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A = √(S_r/s) V_rᵀ, B = U_r √(S_r/s): s·B A = U_r S_r V_rᵀ, of which both get the same part  [PiSSA eq. 2, 3].
+    """Return A = √(S_r/s) V_rᵀ and B = U_r √(S_r/s), so that s·B A = U_r S_r V_rᵀ  [PiSSA eq. 2, 3].
 
     Shapes: U (out, k), S (k), Vh (k, in), k ≥ r -> (r, in), (out, r)
     """
@@ -170,11 +162,11 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, *, r: int, scale: float) -> tuple
 
 
 def randomized_svd(M: Tensor, r: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and Vᵀ of the r largest singular values of M, and of a few more, nearly.
+    """Approximate U, S and Vᵀ of the r largest singular values of M, and of a few more.
 
-    Q, an orthonormal basis of (M Mᵀ)^N M Ω for a random Ω with a few columns more than r, has nearly all that M does
-    along its first singular vectors, the more so the larger N  [Halko alg. 4.4]. Then M ≈ Q (Qᵀ M), and Qᵀ M is small
-    enough for an SVD  [Halko alg. 5.1].
+    Q is an orthonormal basis of (M Mᵀ)^N M Ω for a random Ω with a few columns more than r. It nearly spans the first
+    left singular vectors, the better the larger N  [Halko alg. 4.4]. Then M ≈ Q (Qᵀ M), and Qᵀ M is small enough for an
+    SVD  [Halko alg. 5.1].
 
     Shapes: M (out, in) -> (out, k), (k), (k, in), k = r + 10 or as many as there are
     """
@@ -189,11 +181,7 @@ def randomized_svd(M: Tensor, r: int, iterations: int, generator: torch.Generato
 
 
 def check_rank(what: str, shape: Sequence[int], r: int, times: int = 1) -> None:
-    """A decomposition has no more parts than W has rows or columns.
-
-    Raises:
-        ConfigError: `times` · r are more.
-    """
+    """Raise a ConfigError if a weight of this shape has fewer than `times` · r singular values."""
     if times * r > min(shape):
         raise ConfigError(
             f"{what} can give a weight of {shape[0]} x {shape[1]} at most rank {min(shape) // times}; found r = {r}: "
@@ -202,10 +190,10 @@ def check_rank(what: str, shape: Sequence[int], r: int, times: int = 1) -> None:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least, without a gradient."""
+    """Return a tensor in float32 at least, without a gradient."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _own(factor: Tensor) -> Tensor:
-    """Row by row in memory of its own: the decomposition that it is a part of can go."""
+    """Return a contiguous copy, so that the decomposition it is a part of can be freed."""
     return factor.clone(memory_format=torch.contiguous_format)

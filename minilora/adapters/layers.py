@@ -1,10 +1,10 @@
-"""Other layers that are a linear map W (out, in) in some form, with adapters.
+"""Wrappers of other layers that apply a linear map W (out, in).
 
-transformers' Conv1D   x W,        W stored as (in, out)
-an embedding           one row of  Wᵀ, (num, dim), for each index: x is that index's one-hot vector
-a convolution          W stored as (out, in/groups, *kernel); in here is channels times kernel
+    transformers' Conv1D   W is stored as (in, out)
+    embedding              a row of Wᵀ (num, dim) for each index, whose one-hot vector is x
+    convolution            W is stored as (out, in/groups, *kernel); in is channels times kernel
 
-N  rows of x    G  groups of a convolution's channels
+G  groups of a convolution's channels
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from minilora.errors import ConfigError
 from minilora.lora import AdapterLinear, LoraAdapter, Shape
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class AdapterConv1D(AdapterLinear):
-    """transformers' Conv1D, which is a linear layer with W stored as (in, out) (final)."""
+class _OtherLayer(AdapterLinear):
+    """A wrapper whose base is no linear, so that `lora_linear` does not apply (abstract)."""
+
+    def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
+        return self.base_forward(x, bias) + self.lora_update(x, adapter)
+
+
+class AdapterConv1D(_OtherLayer):
+    """transformers' Conv1D, a linear layer with W stored as (in, out) (final)."""
 
     @staticmethod
     def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
@@ -34,9 +40,6 @@ class AdapterConv1D(AdapterLinear):
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.base.weight.T, bias)
-
-    def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
-        return self.base_forward(x, bias) + self.lora_update(x, adapter)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -48,10 +51,10 @@ class AdapterConv1D(AdapterLinear):
         return shallow_copy(self.base, {"weight": self.merged_weight(), "bias": self.merged_bias()})
 
 
-class AdapterEmbedding(AdapterLinear):
-    """An embedding: column i of W (dim, num) for the index i, and column i of A (final).
+class AdapterEmbedding(_OtherLayer):
+    """An embedding: index i selects column i of W (dim, num) and column i of A (final).
 
-    With dropout an index goes without adapter as a whole, as the one number of its one-hot vector is dropped.
+    Dropout drops the adapter of an index as a whole, because its one-hot vector has only one number.
     """
 
     PEFT_NAMES: ClassVar[Mapping[str, str]] = {
@@ -66,9 +69,6 @@ class AdapterEmbedding(AdapterLinear):
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.base(x)
-
-    def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
-        return self.base(x) + self.lora_update(x, adapter)
 
     def lora_update(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
         lora_A, lora_B = adapter.factors()
@@ -86,12 +86,12 @@ class AdapterEmbedding(AdapterLinear):
         return shallow_copy(self.base, {"weight": self.merged_weight()})
 
 
-class AdapterConv(AdapterLinear):
+class AdapterConv(_OtherLayer):
     """A convolution in one, two or three dimensions (final).
 
-    A is a convolution with the base's kernel, stride, padding and dilation and r channels, B one with a kernel of one.
-    With groups A sees all channels and B only those of its group, as in PEFT; the sum then is no grouped convolution,
-    so that merging leaves one without groups.
+    A is a convolution to r channels with the base's kernel, stride, padding and dilation; B has a kernel of size 1.
+    With groups, A sees all channels and B only those of its group, as in PEFT. Their product is not a grouped
+    convolution, so a merged layer has no groups.
 
     Shapes: A (r, in, *kernel), B (out, r/G, 1, …)
     """
@@ -110,9 +110,6 @@ class AdapterConv(AdapterLinear):
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self._convolve(x, self.base.weight, bias, self.base.groups)
-
-    def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
-        return self.base_forward(x, bias) + self.lora_update(x, adapter)
 
     def lora_update(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
         lora_A, lora_B = adapter.factors()
@@ -133,7 +130,6 @@ class AdapterConv(AdapterLinear):
         return matrix.view(len(matrix), -1, *self.base.kernel_size)
 
     def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """See `AdapterLinear`. In G groups each row of B has its r/G numbers only."""
         return lora_A.flatten(1), ungrouped(lora_B, self.base.groups).flatten(1)
 
     def broadcast_to_output(self, values: Tensor) -> Tensor:

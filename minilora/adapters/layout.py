@@ -1,4 +1,4 @@
-"""PEFT's layout of an adapter, in words: the keys of `adapter_config.json`, and the names of tensors.
+"""PEFT's layout of an adapter's directory, and reading and writing it without a model.
 
     base_model.model.<path>.lora_A.weight   (r, in)       lora_B.weight (out, r)    lora_B.bias (out)
                             lora_embedding_A  (r, num)    lora_embedding_B (dim, r)
@@ -6,9 +6,9 @@
                             token_adapter.trainable_tokens_delta (n, dim)
     base_model.model.<name of a parameter of the model>   of a module that was trained in full, or a bias
 
-What an adapter adapts, and with which rank, is read from the tensors' names and shapes; the JSON adds the scale. A
-pattern from a file is used only where its keys are names or the ends of names: as regular expressions those are
-harmless. Ranks need no pattern; another `alpha_pattern` is refused.
+Which modules are adapted, and with which rank, is read from the names and shapes of the tensors; the JSON adds the
+scale. A pattern from a file is used only if its keys are names or ends of names, which are harmless as regular
+expressions. Another `rank_pattern` is not needed and ignored; another `alpha_pattern` is refused.
 """
 
 from __future__ import annotations
@@ -17,17 +17,28 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
 from minilora.errors import ConfigError, FormatError
-from minilora.storage import TensorFile
+from minilora.models.config import UNITS, Unit
+from minilora.models.hub import fetch, with_revision
+from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
+from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file
 PEFT_VERSION = "0.21.2"  # whose layout this is
+T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -45,22 +56,129 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "qalora_group_size": 16,
     "task_type": "CAUSAL_LM",
 }
-INFORMATION = {  # true of how the adapter was made; without effect on what it computes
+INFORMATION = {  # how the adapter was made; without effect on what it computes
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "peft_version", "revision", "target_modules", "fan_in_fan_out", "eva_config"),
 }
 READ = {field.name for field in fields(LoraConfig)} - INFORMATION
-T = TypeVar("T")
 ALWAYS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # PEFT's, where the file does not say
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base's weights alone
-REPEATED = ("pissa", "olora")  # those whose part of the weights can be found again
-REPEATED_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved whole
-KEY = re.compile(  # the last group is there for the adapter's own name, which older files have
-    r"(?P<path>.+)\.(?:"
-    r"(?P<factor>lora_[AB])(?:\.[^.]+)?\.(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?|"
-    r"(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?|base_layer\.(?P<base>weight|bias)|"
-    r"token_adapter\.(?P<rows>trainable_tokens_delta)(?:\.[^.]+)?)"
-)
+REPEATED = ("pissa", "olora")  # those whose part of the weights can be computed again
+BRINGS = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_token_indices", "bias": "bias"}
+
+REPEATED_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
+ENDS = {  # key in `build_adapter` -> end of the tensor's name; older files also have the adapter's own name in it
+    "lora_A": r"lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?",
+    "lora_B": r"lora_B(?:\.[^.]+)?\.weight|lora_embedding_B(?:\.[^.]+)?",
+    "lora_bias": r"lora_B(?:\.[^.]+)?\.bias",
+    "magnitude": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
+    "weight": r"base_layer\.weight",
+    "bias": r"base_layer\.bias",
+    "rows": r"token_adapter\.trainable_tokens_delta(?:\.[^.]+)?",
+}
+NAME = re.compile(r"(?P<path>.+)\.(?:" + "|".join(f"(?P<{key}>{end})" for key, end in ENDS.items()) + ")")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The contents of an adapter's directory.
+
+    Attributes:
+        path: the directory.
+        values: the values of the JSON, checked.
+        tensors: path of a module -> key -> tensor, in float32 at least (see `parse_tensor_name`).
+    """
+
+    path: Path
+    values: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def config(self, ranks: Mapping[str, int] | None = None) -> LoraConfig:
+        """Return the config of the adapter with these ranks (path -> r), by default those of its A."""
+        if ranks is None:
+            ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
+        return config_from(self.path / CONFIG_FILE, self.values, ranks)
+
+    def factors(self) -> dict[str, Factors]:
+        """Return A, B and s by path; the adapter must have nothing else."""
+        config, tensors = self.config(), self.tensors.items()
+        return {where: Factors(held["lora_A"], held["lora_B"], config.scale(where)) for where, held in tensors}
+
+
+def read_adapter(directory: Path) -> Stored:
+    """Read an adapter's two files.
+
+    Raises:
+        FormatError: one is missing or malformed, or has a setting that is not supported.
+    """
+    values, file = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE)
+    check_keys(directory / CONFIG_FILE, values)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if strange := [name for name in file.shapes if not name.startswith(PREFIX)]:
+        raise FormatError(f"{file.path}: {strange[:5]} are not an adapter's: names have to begin with {PREFIX}")
+    for name in file.shapes:
+        if (repeated := REPEATED_BIAS.fullmatch(name)) and "".join(repeated.groups()) in file.shapes:
+            continue
+        where, key = parse_tensor_name(name)
+        if key in tensors.setdefault(where, {}):
+            raise FormatError(f"{file.path}: {where} has more than one {key}")
+        tensor = file.read(name)
+        if tensor.dtype not in DTYPES or not tensor.isfinite().all():
+            raise FormatError(f"{file.path}: {name} is {tensor.dtype} or not finite; need finite {DTYPES}")
+        if key in ("lora_A", "lora_B") and (tensor.dim() < 2 or 0 in tensor.shape):
+            raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty")
+        tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    if not tensors:
+        raise FormatError(f"{file.path}: holds no tensors, so it is no adapter")
+    for where, held in tensors.items():
+        if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
+            raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
+    return Stored(directory, values, tensors)
+
+
+def write_adapter(
+    directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors."""
+    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
+    # The patterns inside the fields keep their order: the first key that matches counts.
+    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
+
+
+def base_model_of(path: str | Path) -> str | None:
+    """Return the model that an adapter was made for, as `load_model` takes it, with its revision; None if unknown."""
+    values = read_json(fetch(path, "adapter") / CONFIG_FILE)
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    return with_revision(base, revision) if isinstance(base, str) and base else None
+
+
+def vocabulary_of(path: str | Path) -> int:
+    """Return how many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none."""
+    path = fetch(path, "adapter") / CONFIG_FILE
+    values = read_json(path)
+    check_keys(path, values)
+    return config_from(path, values, {}).vocabulary
+
+
+def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
+    """Return what the adapter of a classifier gives a class to, and the names of the classes; None and () for others.
+
+    PEFT does not write the names; they are LABEL_0, LABEL_1, … then, as in transformers.
+    """
+    directory = fetch(path, "adapter")
+    unit = UNITS.get(str(read_json(directory / CONFIG_FILE).get("task_type")))
+    if unit is None:
+        return None, ()
+    file, head = TensorFile(directory / WEIGHTS_FILE), f"{PREFIX}score.weight"
+    if head not in file.shapes:
+        raise FormatError(f"{file.path}: there is no {head}, the head of a classifier")
+    names = _metadata(file, LABELS, class_names, "names of classes")
+    return unit, names or tuple(f"LABEL_{i}" for i in range(file.shapes[head][0]))
+
+
+def base_quantization(path: str | Path) -> dict[str, Any] | None:
+    """Return `base_held` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
+    return _metadata(TensorFile(fetch(path, "adapter") / WEIGHTS_FILE), BASE, _held, "how a base is quantized")
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
@@ -69,29 +187,23 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
     "weight" is a copy of the base's weight. A parameter of the model itself has the path "" and its full name.
     """
     name = name.removeprefix(PREFIX)
-    found = KEY.fullmatch(name)
-    if found is None or (found["factor"] == "lora_A" and found["what"] == "bias"):
-        return "", name
-    if found["factor"]:
-        return found["path"], "lora_bias" if found["what"] == "bias" else found["factor"]
-    if found["embedding"]:
-        return found["path"], f"lora_{found['embedding']}"
-    return found["path"], "magnitude" if found["magnitude"] else found["base"] or "rows"
+    found = NAME.fullmatch(name)
+    return (found["path"], str(found.lastgroup)) if found else ("", name)
 
 
 def factor_name(where: str, factor: str, is_embedding: bool) -> str:
-    """Return PEFT's name of A or B of a module; older files also have the adapter's name in it."""
+    """Return PEFT's name of A or B of a module."""
     return f"{PREFIX}{where}." + (factor.replace("_", "_embedding_") if is_embedding else f"{factor}.weight")
 
 
 def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
     """Return the `LoraConfig` of a file's checked values, for tensors of these ranks (path -> r)."""
     init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
-    said = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
-    said |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
-    said["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
+    given = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
+    given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
+    given["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
     try:
-        config = LoraConfig(**{**ALWAYS, "task_type": None, **said})
+        config = LoraConfig(**{**ALWAYS, "task_type": None, **given})
         if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
             config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
     except (ConfigError, TypeError) as error:
@@ -101,46 +213,28 @@ def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int])
 
 def fields_of(config: LoraConfig) -> dict[str, Any]:
     """Return the fields to write for an adapter that leaves the base's weights as they are."""
-    said = {name: getattr(config, name) for name in READ}
+    values = {name: getattr(config, name) for name in READ}
     init = "gaussian" if config.init_lora_weights == "gaussian" else True
-    return {name: None if value == () else value for name, value in said.items()} | {"init_lora_weights": init}
-
-
-def metadata_of(file: TensorFile, key: str, parse: Callable[[Any], T | None], need: str) -> T | None:
-    """Return `parse` of a JSON value in a file's metadata; None if there is none.
-
-    Raises:
-        FormatError: `parse` fails or returns None.
-    """
-    if key not in file.metadata:
-        return None
-    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        if (found := parse(json.loads(file.metadata[key]))) is not None:
-            return found
-    raise FormatError(f"{file.path}: metadata {key}: found {file.metadata[key]!r:.80}, need {need}")
+    return {name: None if value == () else value for name, value in values.items()} | {"init_lora_weights": init}
 
 
 def check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse keys that are not supported, unless they have PEFT's default or an empty value.
-
-    Raises:
-        FormatError: there are others; all of them are named in one message.
-    """
-    bad = []
-    for key, value in values.items():
-        if key in READ or key in INFORMATION or not value or PEFT_DEFAULTS.get(key) == value:
-            continue
-        bad.append(f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out")
+    """Raise a FormatError that names all unsupported keys whose value is neither PEFT's default nor empty."""
+    bad = [
+        f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
+        for key, value in values.items()
+        if key not in READ | INFORMATION and value and value != PEFT_DEFAULTS.get(key)
+    ]
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and re.fullmatch(RANDOMIZED, init):
         bad.append(f"init_lora_weights: found {init!r}, a decomposition that was drawn and cannot be repeated")
     elif init not in PLAIN_INITS and init not in REPEATED:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights")
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(values.get(key) or {}, dict):
-            bad.append(f"{key}: found {values[key]!r}, need an object")
+        names = values.get(key) or {}
+        if not isinstance(names, dict):
+            bad.append(f"{key}: found {names!r}, need an object")
         elif key == "alpha_pattern":
-            names = values.get(key) or {}
             bad += [f"{key}: {name!r} is not a module name or the end of one" for name in names if not is_name(name)]
     for key in ("modules_to_save", "target_parameters"):
         names = values.get(key) or []
@@ -158,8 +252,29 @@ def is_name(key: str) -> bool:
     return re.fullmatch(r"(\^|\.\*\\\.)?[\w.-]+", key) is not None
 
 
-def named(pattern: Mapping[str, T] | None, values: Mapping[str, T], default: T) -> dict[str, T]:
-    """Return a pattern whose keys are names, as `load_adapter` requires: the given one, or one key for each module."""
-    if pattern is not None and all(is_name(key) for key in pattern):
-        return dict(pattern)
-    return {f"^{where}": value for where, value in values.items() if value != default}
+def class_names(found: Any) -> tuple[str, ...] | None:
+    """Return the names of classes; None if these are none."""
+    is_names = isinstance(found, list | tuple) and len(found) > 1 and all(isinstance(label, str) for label in found)
+    return tuple(found) if is_names else None
+
+
+def _metadata(file: TensorFile, key: str, parse: Callable[[Any], T | None], need: str) -> T | None:
+    """Return `parse` of a JSON value in a file's metadata, None if there is none; raise a FormatError if it fails."""
+    if key not in file.metadata:
+        return None
+    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if (found := parse(json.loads(file.metadata[key]))) is not None:
+            return found
+    raise FormatError(f"{file.path}: metadata {key}: found {file.metadata[key]!r:.80}, need {need}")
+
+
+def _held(value: Any) -> dict[str, Any] | None:
+    """Return how a base was held, with the keys that `base_held` has; None if it is not understood."""
+    if value == {"quantize": "none"}:
+        return {"quantize": "none"}
+    found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
+    is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
+    is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
+    if not (is_known and is_typed and all(map(is_name, found["quantize_skip"]))):
+        return None
+    return found | ({"head": value["head"]} if value.get("head") in CODEBOOKS else {})

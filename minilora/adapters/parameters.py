@@ -1,9 +1,9 @@
-"""Parameters that are no layer's weight (`target_parameters`), as of experts that are stacked in one tensor.
+"""Adapters of parameters that are not a layer's weight (`target_parameters`), such as experts stacked in one tensor.
 
-A module's forward runs with W + s·B A in the parameter's place, for that call alone. With E experts, each has its own
-factors, and PEFT lays them out in two matrices:
+The module's forward runs with W + s·B A in place of the parameter, for that call alone. Each of E experts has its own
+factors, which PEFT stores in two matrices:
 
-    A (E·r, in), that of one expert after the other     B (out, r·E), the experts being the fastest index
+    A (E·r, in), one expert after the other     B (out, r·E), with the expert as the fastest index
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import shallow_copy
 from minilora.errors import TargetError
-from minilora.lora import AdapterWrapper, Shape, lora_scale
+from minilora.lora import AdapterWrapper, Shape
 
 
 class Stacked(nn.Module):
@@ -33,14 +33,17 @@ class Stacked(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
 
     def added(self, weight: Tensor, is_transposed: bool) -> Tensor:
-        """W + s·B A of each expert: (E, out, in), transposed (E, in, out), or (out, in), in the weight's dtype."""
+        """Return W + s·B A of each expert: (E, out, in), transposed (E, in, out), or (out, in), in W's dtype."""
         experts = experts_of(weight)
         wide = torch.promote_types(weight.dtype, self.lora_A.dtype)
         lora_A = self.lora_A.to(wide).unflatten(0, (experts, -1))  # (E, r, in)
         lora_B = self.lora_B.to(wide).unflatten(1, (-1, experts)).permute(2, 0, 1)  # (E, out, r)
         delta = self.scale * (lora_B @ lora_A)
-        delta = delta.mT if is_transposed else delta
-        return (weight + (delta if weight.dim() == 3 else delta[0])).to(weight.dtype)
+        if weight.dim() == 2:
+            delta = delta[0]
+        elif is_transposed:
+            delta = delta.mT
+        return (weight + delta).to(weight.dtype)
 
 
 class AdapterParameters(AdapterWrapper):
@@ -50,9 +53,7 @@ class AdapterParameters(AdapterWrapper):
         """Build an adapter of each parameter's `<parameter>.lora_A` and `<parameter>.lora_B`, in the module's order."""
         stacked = {}
         for key in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-            path, weight = f"{self.path}.{key}", self.base.get_parameter(key)
-            r = tensors[f"{key}.lora_A"].size(0) // experts_of(weight)
-            scale = lora_scale(r, config.alpha(path), config.use_rslora)
+            scale = config.scale(f"{self.path}.{key}")
             stacked[key] = Stacked(scale, tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"])
         return nn.ModuleDict(stacked)
 
@@ -60,7 +61,7 @@ class AdapterParameters(AdapterWrapper):
         return []
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        """In PEFT one parameter is a wrapper around the next: the first has the most names in front."""
+        """See `AdapterWrapper`. PEFT nests a wrapper for each parameter; that of the first one is innermost."""
         held = self.adapters[name]
         return {
             f"{'base_layer.' * depth}{factor}.weight": getattr(held[key], factor)
@@ -69,7 +70,7 @@ class AdapterParameters(AdapterWrapper):
         }
 
     def changed_parameters(self) -> dict[str, Tensor]:
-        """Name of a parameter -> what the active adapters make of it."""
+        """Return what the active adapters make of the parameters, by name."""
         changed: dict[str, Tensor] = {}
         for name in self.active:
             for key, stacked in self.adapters[name].items():
@@ -78,38 +79,34 @@ class AdapterParameters(AdapterWrapper):
         return changed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module with the changed parameters.
+        """Call the module with the changed parameters.
 
         Raises:
             TargetError: in a mixed batch; one call has one set of parameters.
         """
         if self.mixed is not None:
             raise TargetError(f"{self.path}: target_parameters cannot be mixed in one batch")
-        return (
-            functional_call(self.base, self.changed_parameters(), args, kwargs)
-            if self.active
-            else self.base(*args, **kwargs)
-        )
+        return functional_call(self.base, self.changed_parameters(), args, kwargs)
 
     def merged(self) -> nn.Module:
         return shallow_copy(self.base, self.changed_parameters())
 
 
 def experts_of(weight: Tensor) -> int:
-    """How many matrices it holds."""
+    """Return the number of matrices in a parameter."""
     return weight.size(0) if weight.dim() == 3 else 1
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Are the experts' weights (E, in, out)? Modules of transformers say so."""
+    """Return whether the experts' weights are (E, in, out), from the attribute of transformers' modules."""
     return bool(getattr(module, "is_transposed", False))
 
 
 def stacked_shapes(module: nn.Module, name: str, r: int) -> tuple[Shape, Shape]:
-    """Of A and B for one of the module's parameters, by its full name.
+    """Return the shapes of A and B for one of the module's parameters, by its full name.
 
     Raises:
-        TargetError: it is no matrix and no stack of them.
+        TargetError: it is neither a matrix nor a stack of matrices.
     """
     weight = module.get_parameter(name.rpartition(".")[2])
     if weight.dim() not in (2, 3):

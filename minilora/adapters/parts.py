@@ -1,8 +1,8 @@
-"""A `LoraConfig` made concrete for a model: which modules get what, and the start values of a new adapter."""
+"""The specs of an adapter: what a `LoraConfig` adds to each module of a model, with start values."""
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
 from minilora.adapters.find import get_base_layer, has_hooks, shallow_copy
-from minilora.adapters.from_data import Target, data_factors, redistributed
+from minilora.adapters.from_data import data_factors, redistributed
 from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
 from minilora.adapters.layers import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
 from minilora.adapters.parameters import AdapterParameters, stacked_shapes
 from minilora.errors import ConfigError, TargetError
-from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm, lora_scale
+from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm
 from minilora.nf4 import NF4Linear
 
-Factors = tuple[Tensor, Tensor]
 LINEARS = (AdapterLinear, AdapterConv1D)
 FOREIGN: Mapping[tuple[str, str], type[AdapterLinear]] = {  # transformers' classes that compute a plain linear
     ("transformers.pytorch_utils", "Conv1D"): AdapterConv1D,
@@ -29,11 +28,11 @@ FOREIGN: Mapping[tuple[str, str], type[AdapterLinear]] = {  # transformers' clas
 
 
 class AdapterSpec(NamedTuple):
-    """What an adapter adds at one module.
+    """What an adapter adds to one module.
 
     Attributes:
-        kind: the class of the layer that replaces the module.
-        tensors: what `build_adapter` takes; `attach` copies those that belong to the model.
+        kind: the class of the wrapper around the module.
+        tensors: the tensors that `build_adapter` takes; `attach` copies those that belong to the model.
         base: a replacement for the module itself, or None.
     """
 
@@ -43,9 +42,9 @@ class AdapterSpec(NamedTuple):
 
 
 class StartedAdapter(LoraAdapter):
-    """An adapter that began as a part A₀, B₀ of W, which is subtracted: s·(B A - B₀ A₀), nothing at first (final).
+    """An adapter that starts as a part A₀, B₀ of W, which is subtracted: s·(B A - B₀ A₀), zero at the start (final).
 
-    So W stays where it is and is never rounded. It is written to files as a plain adapter of twice the rank.
+    So W stays as it is and is never rounded. The adapter is saved as a plain one of twice the rank.
     """
 
     start_A: Tensor
@@ -62,12 +61,12 @@ class StartedAdapter(LoraAdapter):
 
 
 def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Build what a wrapper holds as an adapter of these tensors; DoRA's m, if it is not given, is ‖W + s·B A‖."""
+    """Build an adapter of these tensors for a wrapper; DoRA's m, if it is not given, is ‖W + s·B A‖."""
     if isinstance(layer, AdapterLinear):
-        scale = lora_scale(tensors["lora_A"].size(0), config.alpha(layer.path), config.use_rslora)
+        kind, scale = StartedAdapter if "start_A" in tensors else LoraAdapter, config.scale(layer.path)
         if config.use_dora and "magnitude" not in tensors:
-            tensors = {**tensors, "magnitude": _initial_magnitude(layer, tensors, scale)}
-        return _low_rank(tensors)(tensors, scale, config.lora_dropout)
+            tensors = {**tensors, "magnitude": _initial_magnitude(layer, *kind(tensors, scale).factors(), scale)}
+        return kind(tensors, scale, config.lora_dropout)
     if isinstance(layer, AdapterParameters):
         return layer.build(config, tensors)
     if isinstance(layer, TokenRows):
@@ -75,23 +74,21 @@ def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[st
     return shallow_copy(get_base_layer(layer), tensors)
 
 
-def _low_rank(tensors: Mapping[str, Tensor]) -> type[LoraAdapter]:
-    return StartedAdapter if "start_A" in tensors else LoraAdapter
-
-
-def _initial_magnitude(layer: AdapterLinear, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
-    """Return ‖W + s·(B A - B₀ A₀)‖ in PEFT's shape: (out), of a convolution (1, out, 1, …)."""
-    weight = layer.as_matrix(layer.base.weight.detach())
-    lora_A, lora_B = _low_rank(tensors)(tensors, scale).factors()
-    shape = (lora_B.size(0),) if lora_B.dim() == 2 else (1, lora_B.size(0), *lora_B.shape[2:])
+def _initial_magnitude(layer: AdapterLinear, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    weight, shape = layer.as_matrix(layer.base.weight.detach()), magnitude_shape(lora_B.shape)
     if weight.is_meta:
         return torch.ones(shape, dtype=lora_A.dtype)
     factors = layer.as_matrices(lora_A.detach().to(weight.device), lora_B.detach().to(weight.device))
     return dora_norm(weight, *factors, scale).reshape(shape).to(lora_A.dtype)
 
 
+def magnitude_shape(shape_B: Shape) -> Shape:
+    """Return the shape that PEFT has for DoRA's m: (out), of a convolution (1, out, 1, …)."""
+    return shape_B[:1] if len(shape_B) == 2 else (1, shape_B[0], *shape_B[2:])
+
+
 def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
-    """Return the layer class for low-rank adapters of a module; None for subclasses, which may compute anything."""
+    """Return the wrapper class for low-rank adapters of a module; None for subclasses, which may compute anything."""
     if type(module) is NF4Linear:
         return AdapterLinear
     if module is None or "weight" not in module._parameters:  # computed in each call, as by PyTorch's pruning
@@ -105,63 +102,43 @@ def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
     return FOREIGN.get((type(module).__module__, type(module).__name__))
 
 
-def is_read_by_kernels(path: str, modules: Mapping[str, Any]) -> bool:
-    """Return whether a module belongs to a Mamba mixer whose fused kernels read its weight without calling it."""
-    parent, _, name = path.rpartition(".")
-    return {"A_log", "D"} <= modules[parent]._parameters.keys() and name != "in_proj"
+def adaptable(modules: Mapping[str, Any]) -> dict[str, type[AdapterLinear]]:
+    """Return the wrapper classes of the modules that can have low-rank adapters, by path.
+
+    All of a Mamba mixer but its `in_proj` is left out: fused kernels read the other weights without calling modules.
+    """
+    found = {}
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        is_read_by_kernels = {"A_log", "D"} <= modules[parent]._parameters.keys() and name != "in_proj"
+        if path and (kind := kind_of(module)) is not None and not is_read_by_kernels:
+            found[path] = kind
+    return found
+
+
+def init_from_weight(init: bool | str) -> bool:
+    """Return whether the start values are a part of W, which is subtracted from it."""
+    return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
 
 
 def targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
     """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
-    kinds = {path: kind for path, module in modules.items() if path and (kind := kind_of(module)) is not None}
-    kinds = {path: kind for path, kind in kinds.items() if not is_read_by_kernels(path, modules)}
+    kinds = adaptable(modules)
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
     others = [path for path, kind in kinds.items() if kind not in LINEARS]
     return select_targets(linears, config, head, others, stacked(modules, config))
 
 
 def stacked(modules: Mapping[str, Any], config: LoraConfig) -> list[str]:
-    """Return the names of the parameters that `target_parameters` matches."""
-    held = {path: [name for name, p in module._parameters.items() if p is not None] for path, module in modules.items()}
-    names = [f"{path}.{name}".lstrip(".") for path, own in held.items() for name in own]
-    return select_parameters(names, config)
-
-
-def build_specs(
-    modules: Mapping[str, Any], config: LoraConfig, factors: Mapping[str, AdapterSpec], embedding: str | None
-) -> dict[str, AdapterSpec]:
-    """Return all specs of an adapter by path: the low-rank ones, modules trained in full, token rows and biases.
-
-    Args:
-        modules: the model's modules by path, without adapter layers.
-        config: of the adapter.
-        factors: the low-rank specs by path.
-        embedding: path of the model's input embedding.
-
-    Raises:
-        TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
-    """
-    specs = dict(factors)
-    whole = select_saved([path for path in modules if path], config)
-    for more in (
-        {path: _full_module_spec(path, modules[path]) for path in whole},
-        _token_specs(modules, config, embedding),
-    ):
-        if twice := sorted(specs.keys() & more.keys()):
-            raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
-        specs |= more
-    return _with_biases(modules, specs, config)
+    """Return the full names of the parameters that `target_parameters` matches."""
+    held = [(path, name) for path, module in modules.items() for name, p in module._parameters.items() if p is not None]
+    return select_parameters([f"{path}.{name}".lstrip(".") for path, name in held], config)
 
 
 def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator) -> AdapterSpec:
-    """Return the spec of a new adapter of one layer, with start values that are drawn or made from its weight.
-
-    Raises:
-        ConfigError: these start values are not defined for such a layer.
-    """
-    kind, init, r = kind_of(module), config.init_lora_weights, config.rank(path)
+    """Return the spec of a new low-rank adapter of one module, with start values drawn or made from its weight."""
+    kind, init, r, scale = kind_of(module), config.init_lora_weights, config.rank(path), config.scale(path)
     assert kind is not None
-    scale = lora_scale(r, config.alpha(path), config.use_rslora)
     shape_A, shape_B = kind.shapes(module, r)
     base = None
     if config.lora_bias and kind is AdapterEmbedding:
@@ -171,14 +148,14 @@ def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: t
     elif init == "loftq":
         if type(module) is not nn.Linear:
             raise ConfigError(
-                f"{path}: loftq itself makes four bits of a dense linear, found {type(module).__name__}; "
-                "leave --quantize out"
+                f"{path}: loftq quantizes a dense linear itself, found {type(module).__name__}; leave --quantize out"
             )
         lora_A, lora_B, base = loftq_factors(module.weight, r, scale, bias=module.bias)
     elif init_from_weight(init):
         if shape_B[1] != r:
-            raise ConfigError(f"{path}: init_lora_weights is {init!r}, which there is not for a convolution in groups")
-        lora_A, lora_B = moved_factors(str(init), _dense_matrix(kind(module, path)), r, scale, generator)
+            raise ConfigError(f"{path}: init_lora_weights {init!r} is not defined for a convolution in groups")
+        layer = kind(module, path)
+        lora_A, lora_B = moved_factors(str(init), layer.as_matrix(layer.base.weight), r, scale, generator)
         lora_A, lora_B = lora_A.view(shape_A), lora_B.view(shape_B)
     elif kind is AdapterEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
@@ -196,60 +173,25 @@ def data_specs(
     losses: Iterable[Tensor],
     generator: torch.Generator,
 ) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
-    """Return the specs of a new adapter with start values from data, and the config with the ranks that these have.
-
-    Raises:
-        ConfigError: a layer is no linear, or as `data_factors`.
-        TrainingError: as of `data_factors`.
-    """
+    """Return the config and the specs of a new adapter whose start values, and with EVA ranks, come from data."""
     init = str(config.init_lora_weights)
-    found: dict[str, Target] = {}
     layers: dict[str, AdapterLinear] = {}
     for path in paths:
-        kind, r = kind_of(modules[path]), config.rank(path)
+        kind = kind_of(modules[path])
         if kind is None or kind not in LINEARS:
-            raise ConfigError(
-                f"{path}: init_lora_weights {init!r} is for linears, found {type(modules[path]).__name__}"
-            )
-        layer = layers[path] = kind(modules[path], path)
-        shape_A, shape_B = layer.shapes(layer.base, r)
-        scale = lora_scale(r, config.alpha(path), config.use_rslora)
-        found[path] = Target(
-            model.get_submodule(path), (shape_B[0], shape_A[1]), functools.partial(_dense_matrix, layer), r, scale
-        )
-    factors = data_factors(init, model, found, losses, generator)
+            name = type(modules[path]).__name__
+            raise ConfigError(f"{path}: init_lora_weights {init!r} is for linears, found {name}")
+        layers[path] = kind(modules[path], path)
+    factors = data_factors(init, model, layers, config, losses, generator)
     if init == "eva":
         config = redistributed(config, {path: len(lora_A) for path, (lora_A, _) in factors.items()})
     return config, {path: AdapterSpec(type(layers[path]), _start_values(init, *pair)) for path, pair in factors.items()}
-
-
-def _dense_matrix(layer: AdapterLinear) -> Tensor:
-    return layer.as_matrix(layer.base.weight)
-
-
-def init_from_weight(init: bool | str) -> bool:
-    """Return whether the start values are a part of W, which is subtracted from it."""
-    return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
 
 
 def _start_values(init: bool | str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     """Return A and B and, where they are a part of W, copies of them as the start that is subtracted."""
     start = {"start_A": lora_A, "start_B": lora_B} if init_from_weight(init) else {}
     return {"lora_A": lora_A, "lora_B": lora_B, **start}
-
-
-def tied_modules(modules: Mapping[str, Any], embedding: nn.Module) -> list[str]:
-    """Return the paths of the linears and other embeddings that share the embedding's weight."""
-    others = {path: module for path, module in modules.items() if type(module) in (nn.Linear, nn.Embedding)}
-    return [path for path, own in others.items() if own is not embedding and own.weight is embedding.weight]
-
-
-def _full_module_spec(path: str, module: nn.Module) -> AdapterSpec:
-    found = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    if not found or not all(parameter.is_floating_point() for parameter in found.values()):
-        what = "packed weights, which cannot be trained" if found else "no parameters"
-        raise TargetError(f"modules_to_save: {path} has {what}")
-    return AdapterSpec(TrainedCopy, found)
 
 
 def parameter_specs(
@@ -260,9 +202,30 @@ def parameter_specs(
     for name in stacked(modules, config):
         path, _, last = name.rpartition(".")
         lora_A, lora_B = draw(*stacked_shapes(modules[path], name, config.rank(name)))
-        tensors = {f"{last}.lora_A": lora_A, f"{last}.lora_B": lora_B}
-        specs[path] = AdapterSpec(AdapterParameters, (specs[path].tensors if path in specs else {}) | tensors)
+        spec = specs.setdefault(path, AdapterSpec(AdapterParameters, {}))
+        spec.tensors.update({f"{last}.lora_A": lora_A, f"{last}.lora_B": lora_B})
     return specs
+
+
+def build_specs(
+    modules: Mapping[str, Any], config: LoraConfig, factors: Mapping[str, AdapterSpec], embedding: str | None
+) -> dict[str, AdapterSpec]:
+    """Return all specs of an adapter by path: `factors`, the low-rank ones, and modules in full, token rows and biases.
+
+    Raises:
+        TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
+    """
+    full = {}
+    for path in select_saved([path for path in modules if path], config):
+        held = {name: parameter.detach() for name, parameter in modules[path].named_parameters()}
+        if not held or not all(parameter.is_floating_point() for parameter in held.values()):
+            what = "packed weights, which cannot be trained" if held else "no parameters"
+            raise TargetError(f"modules_to_save: {path} has {what}")
+        full[path] = AdapterSpec(TrainedCopy, held)
+    rows = _token_specs(modules, config, embedding)
+    if twice := sorted(path for path, count in Counter([*factors, *full, *rows]).items() if count > 1):
+        raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
+    return _with_biases(modules, {**factors, **full, **rows}, config)
 
 
 def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
@@ -274,9 +237,11 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
         if embedding is None:
             raise TargetError("trainable_token_indices: the model does not say which its embedding is; name the module")
         wanted = {embedding: wanted}
-    specs = {}
+    embeddings = [path for path, module in modules.items() if type(module) is nn.Embedding]
+    own: dict[str, AdapterSpec] = {}
+    shared: dict[str, AdapterSpec] = {}
     for entry, ids in wanted.items():
-        paths = [path for path, module in modules.items() if matches((entry,), path) and type(module) is nn.Embedding]
+        paths = [path for path in embeddings if matches((entry,), path)]
         if not paths:
             raise TargetError(f"trainable_token_indices: no embedding is called {entry!r}")
         for path in paths:
@@ -284,63 +249,61 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
             if bad := [token for token in ids if token >= len(weight)]:
                 there = f"{len(weight)}, the rows of {path}, which has none for {len(bad)} tokens"
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
-            specs[path] = AdapterSpec(TokenRows, {"ids": torch.tensor(ids), "rows": weight.detach()[list(ids)]})
-            specs = {other: AdapterSpec(TokenRows, {}) for other in tied_modules(modules, modules[path])} | specs
-    return specs
+            own[path] = AdapterSpec(TokenRows, {"ids": torch.tensor(ids), "rows": weight.detach()[list(ids)]})
+            shared |= {other: AdapterSpec(TokenRows, {}) for other in tied_modules(modules, modules[path])}
+    return shared | own
+
+
+def tied_modules(modules: Mapping[str, Any], embedding: nn.Module) -> list[str]:
+    """Return the paths of the linears and other embeddings that share the embedding's weight."""
+    others = {path: module for path, module in modules.items() if type(module) in (nn.Linear, nn.Embedding)}
+    return [path for path, own in others.items() if own is not embedding and own.weight is embedding.weight]
+
+
+def _with_biases(
+    modules: Mapping[str, Any], specs: Mapping[str, AdapterSpec], config: LoraConfig
+) -> dict[str, AdapterSpec]:
+    """Add trained biases to the specs, of adapted layers or of all modules; each starts as the model's."""
+    found, copies = dict(specs), [path for path, spec in specs.items() if spec.kind is TrainedCopy]
+    for path, module in modules.items() if config.bias != "none" else ():
+        bias, spec = module._parameters.get("bias"), specs.get(path)
+        if bias is None:
+            continue
+        if spec and spec.kind is AdapterParameters:
+            raise TargetError(f"{path}: is in target_parameters, so its bias cannot be trained, too")
+        if spec and spec.kind is TokenRows and config.bias == "all":
+            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
+        if spec and issubclass(spec.kind, AdapterLinear):
+            found[path] = spec._replace(tensors=spec.tensors | {"bias": bias.detach()})
+        elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
+            found[path] = AdapterSpec(TrainedCopy, {"bias": bias.detach()})
+    return found
 
 
 def check_places(
     modules: Mapping[str, nn.Module], layers: Collection[AdapterWrapper], specs: Mapping[str, AdapterSpec]
 ) -> None:
-    """Refuse combinations of adapters that would not act as configured.
-
-    Raises:
-        TargetError: a module lies in one that is trained in full, or is the whole model; its call does more than its
-            class's forward; a weight would be exchanged below another adapter; or `target_parameters` and another kind
-            of adapter meet in one module.
-    """
+    """Raise a TargetError for combinations of adapters that would not act as configured."""
     if "" in specs:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
-    whole = modules[""]
-    if isinstance(whole, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in whole._modules:
-        raise TargetError(
-            f"the model is in a {type(whole).__name__}, which its names would tell: adapt it, then wrap it"
-        )
+    model = modules[""]
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
+        raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
+    adapted = {layer.path for layer in layers}
+    for path, spec in specs.items():
+        module = modules[path]
+        if spec.base is not None and path in adapted:
+            raise TargetError(f"{path}: has an adapter already, so its weight cannot be replaced")
+        is_own = has_hooks(module) or "forward" in module.__dict__
+        if is_own and issubclass(spec.kind, AdapterLinear) and spec.kind is not AdapterEmbedding:
+            raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
     places = [(layer.path, type(layer)) for layer in layers] + [(path, spec.kind) for path, spec in specs.items()]
-    if exchanged := sorted(
-        {layer.path for layer in layers} & {path for path, spec in specs.items() if spec.base is not None}
-    ):
-        raise TargetError(f"{exchanged[0]}: has an adapter already, so its weight cannot be exchanged")
-    stacked_paths = {path for path, kind in places if kind is AdapterParameters}
-    if both := sorted(path for path, kind in places if path in stacked_paths and kind is not AdapterParameters):
-        raise TargetError(f"{both[0]}: target_parameters go with no other adapter of the same module")
     copied = {path for path, kind in places if kind is TrainedCopy}
+    in_parameters = {path for path, kind in places if kind is AdapterParameters}
     for path, kind in places:
+        if path in in_parameters and kind is not AdapterParameters:
+            raise TargetError(f"{path}: target_parameters go with no other adapter of the same module")
         if outer := [where for where in copied if path.startswith(f"{where}.")]:
             raise TargetError(
                 f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"
             )
-        module = modules[path]
-        is_own = has_hooks(module) or "forward" in module.__dict__
-        if is_own and path in specs and issubclass(kind, AdapterLinear) and kind is not AdapterEmbedding:
-            raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would pass by; exclude it")
-
-
-def _with_biases(
-    modules: Mapping[str, Any], specs: dict[str, AdapterSpec], config: LoraConfig
-) -> dict[str, AdapterSpec]:
-    """Add trained biases to the specs, of adapted layers or of all modules; each starts as the model's."""
-    found, copies = dict(specs), [path for path, spec in specs.items() if spec.kind is TrainedCopy]
-    for path, module in modules.items() if config.bias != "none" else ():
-        bias = module._parameters.get("bias")
-        if bias is None:
-            continue
-        if path in specs and specs[path].kind is AdapterParameters:
-            raise TargetError(f"{path}: is in target_parameters, so its bias cannot be trained, too")
-        if path in specs and specs[path].kind is TokenRows and config.bias == "all":
-            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
-        if path in specs and issubclass(specs[path].kind, AdapterLinear):
-            found[path] = specs[path]._replace(tensors=specs[path].tensors | {"bias": bias.detach()})
-        elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
-            found[path] = AdapterSpec(TrainedCopy, {"bias": bias.detach()})
-    return found

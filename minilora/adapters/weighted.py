@@ -6,17 +6,25 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.adapter import adapter_layers
 from minilora.adapters.attach import inject_adapter
 from minilora.adapters.combine import CombineConfig, Cut, Factors, check_additive, combine
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.files import BASE, base_quantization, write_adapter
-from minilora.adapters.find import known_adapters, places_of
-from minilora.adapters.layout import REPEATED, WEIGHTS_FILE, factor_name, fields_of, parse_tensor_name
+from minilora.adapters.find import places_of
+from minilora.adapters.layout import (
+    BASE,
+    REPEATED,
+    WEIGHTS_FILE,
+    Stored,
+    base_quantization,
+    factor_name,
+    fields_of,
+    parse_tensor_name,
+    read_adapter,
+    write_adapter,
+)
 from minilora.adapters.parts import AdapterSpec
-from minilora.adapters.stored import Stored, read_adapter
 from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 from minilora.models.hub import unpinned
@@ -28,7 +36,7 @@ def combine_adapters(
 ) -> dict[str, Cut]:
     """Combine several adapters, each with a weight, into a new one, and activate it; the others stay as they are.
 
-    The new adapter is frozen. Returns what an SVD has cut off, path -> `Cut`.
+    The new adapter is frozen. Return the new factors and what an SVD has cut off, by path.
 
     Raises:
         ConfigError: an adapter is more than a sum of updates (`check_additive`), or `config` needs something else.
@@ -36,26 +44,22 @@ def combine_adapters(
         TargetError: there is no such adapter, or one of the new name already.
     """
     check_types(combine_adapters, locals())
-    configs = known_adapters(adapter_layers(model).values(), weights)
+    places = {each: places_of(model, each) for each in weights}
+    configs = {each: next(iter(layers.values())).configs[each] for each, layers in places.items()}
     for each in weights:
         check_additive(each, configs[each])
-    cuts = combine([factors_of(model, each) for each in weights], list(weights.values()), config)
+    parts = [{path: _factors(layer.adapters[n]) for path, layer in layers.items()} for n, layers in places.items()]
+    cuts = combine(parts, list(weights.values()), config)
     factors = {path: cut.factors for path, cut in cuts.items()}
-    kinds = {path: type(layer) for each in weights for path, layer in places_of(model, each).items()}
-    parts = {path: AdapterSpec(kinds[path], {"lora_A": A, "lora_B": B}) for path, (A, B, _) in factors.items()}
+    kinds = {path: type(layer) for layers in places.values() for path, layer in layers.items()}
+    specs = {path: AdapterSpec(kinds[path], {"lora_A": A, "lora_B": B}) for path, (A, B, _) in factors.items()}
     dtype = next(iter(factors.values())).lora_A.dtype
-    inject_adapter(model, config_of(factors, configs[next(iter(weights))]), name, parts, dtype, trainable=False)
+    inject_adapter(model, config_of(factors, configs[next(iter(weights))]), name, specs, dtype, trainable=False)
     return cuts
 
 
-def factors_of(model: nn.Module, name: str) -> dict[str, Factors]:
-    """Return A, B and s of an adapter by path, where it is a plain LoRA; a subtracted start is concatenated to them."""
-    held = {path: layer.adapters[name] for path, layer in places_of(model, name).items()}
-    return {
-        path: Factors(*adapter.factors(), adapter.scale)
-        for path, adapter in held.items()
-        if isinstance(adapter, LoraAdapter) and adapter.magnitude is None
-    }
+def _factors(adapter: LoraAdapter) -> Factors:
+    return Factors(*adapter.factors(), adapter.scale)
 
 
 def config_of(factors: Mapping[str, Factors], like: LoraConfig | None = None) -> LoraConfig:
@@ -87,21 +91,26 @@ def combine_directories(
     every = [read_adapter(path) for path in adapters]
     configs = [_checked_config(stored) for stored in every]
     cuts = combine([stored.factors() for stored in every], weights, config)
-    factors = {path: cut.factors for path, cut in cuts.items()}
     base, revision = unpinned(base_model or "")
-    new = config_of(factors, configs[0])  # names its modules in full: what else a model has is not known
-    fields = fields_of(new) | {"target_modules": list(new.target_modules)}
+    new = config_of({path: cut.factors for path, cut in cuts.items()}, configs[0])
+    fields = fields_of(new) | {"target_modules": list(new.target_modules)}  # full paths: the model is not known
     fields |= {"base_model_name_or_path": base or None, "revision": revision}
     fields["fan_in_fan_out"] = any(stored.values.get("fan_in_fan_out") for stored in every)
     held = [base_quantization(path) for path in adapters]
-    is_told = held[0] is not None and all(each == held[0] for each in held)
-    tensors = _tensors(factors, {path for stored in every for path in _embeddings(stored)})
-    write_adapter(out, fields, tensors, {BASE: json.dumps(held[0])} if is_told else {})
+    is_known = held[0] is not None and all(each == held[0] for each in held)
+    names = [name for path in adapters for name in TensorFile(path / WEIGHTS_FILE).shapes]
+    embeddings = {parse_tensor_name(name)[0] for name in names if ".lora_embedding_" in name}
+    tensors = {
+        factor_name(path, key, path in embeddings): getattr(cut.factors, key)
+        for path, cut in cuts.items()
+        for key in ("lora_A", "lora_B")
+    }
+    write_adapter(out, fields, tensors, {BASE: json.dumps(held[0])} if is_known else {})
     return cuts
 
 
 def _checked_config(stored: Stored) -> LoraConfig:
-    """Return the config of an adapter that consists of updates ΔW = s·B A alone."""
+    """Return the config of an adapter; raise a ConfigError unless it consists of updates ΔW = s·B A alone."""
     config = stored.config()
     check_additive(str(stored.path), config)
     if (init := stored.values.get("init_lora_weights")) in REPEATED:
@@ -113,21 +122,3 @@ def _checked_config(stored: Stored) -> LoraConfig:
     if strange := [f"{path or 'the model'} {sorted(keys)}" for path, keys in others.items() if keys]:
         raise ConfigError(f"{stored.path}: holds more than updates of low rank: {strange[:5]}")
     return config
-
-
-def _embeddings(stored: Stored) -> set[str]:
-    """Return the paths of the modules whose factors are named as those of embeddings."""
-    return {
-        parse_tensor_name(name)[0]
-        for name in TensorFile(stored.path / WEIGHTS_FILE).shapes
-        if ".lora_embedding_" in name
-    }
-
-
-def _tensors(factors: Mapping[str, Factors], embeddings: set[str]) -> dict[str, Tensor]:
-    """Return the tensors by their names in the file."""
-    return {
-        factor_name(path, key, path in embeddings): getattr(pair, key)
-        for path, pair in factors.items()
-        for key in ("lora_A", "lora_B")
-    }

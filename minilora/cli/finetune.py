@@ -21,7 +21,7 @@ import torch
 
 from minilora.adapter import disable_adapter
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.find import ParameterCount, base_held
+from minilora.adapters.find import base_held, count_parameters
 from minilora.cli import INTERRUPTED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.meter import Meter
@@ -31,12 +31,12 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words
 from minilora.models.classifier import Classifier
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
-from minilora.runs.evaluate import Progress, Scores, evaluate, evaluate_classes, measure_drift
+from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
-from minilora.runs.loop import TrainResult
+from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import Forecast, Plan, check_memory
-from minilora.runs.run import Outcome, Run, pick_device
+from minilora.runs.run import Run, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 
 
@@ -54,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Values of --config become defaults; without --model and --data, those of the built-in example do.
+    """Set the values of --config as defaults or, without --model and --data, those of the built-in example.
 
     Raises:
         ConfigError: a model without data, or data without a model.
@@ -74,22 +74,28 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: Options) -> int:
-    run = _configured(options)
+    run = Run(
+        from_flags(RunConfig, options),
+        from_flags(QuantizeConfig, options),
+        from_flags(LoraConfig, options),
+        from_flags(DataConfig, options),
+        from_flags(TrainConfig, options),
+    )
     step = 0 if options["dry_run"] else run.prepare()
     device = pick_device(run.config.device)
-    data = run.load_data()
-    plan, memory = run.fit(data, device)
+    data = run.read_data()
+    plan, memory = run.forecast_memory(data, device)
     if options["dry_run"]:
         return _preview(run, data, plan, memory, options["force"])
     if not options["force"]:
         check_memory(plan, memory)
-    model = run.load_model(data, device)
-    count = run.attach(model, data)
-    _announce(run, model, data, count, step, options["config"])
+    model = run.load_base(data, device)
+    run.attach_adapter(model, data)
+    _start(run, model, data, step, options["config"])
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
-        before = _measured(model, data, meter.rows("measuring the base model"))
+        before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
     result = _train(run, model, data, meter)
     if not result.finished:
         meter.close()
@@ -99,97 +105,58 @@ def run(options: Options) -> int:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    after = _measured(model, data, meter.rows(f"measuring the {made}"))
+    after = evaluate(model, data.test, data.choices, meter.rows(f"measuring the {made}"))
     drift = None
     if data.general and isinstance(model, Llama):
-        base: Any = run.load_model(data, device) if run.is_full else None
+        base: Any = run.load_base(data, device) if run.is_full else None
         drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
-    outcome = Outcome(result, before, after, drift)
-    run.finish(model, data, outcome)
-    print(_table(outcome, made))
+    run.finish(model, data.tokenizer, result, before, after, drift)
+    print(_table(made, result, before, after, drift))
     print(f"{made} written to {run.out}")
     return 0
 
 
-def _configured(options: Options) -> Run:
-    """Return the run that the flags describe."""
-    quantization = from_flags(QuantizeConfig, options)
-    if quantization.quantize == "none" and quantization != QuantizeConfig():
-        raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
-    adapter, reading = from_flags(LoraConfig, options), from_flags(DataConfig, options)
-    return Run(from_flags(RunConfig, options), quantization, adapter, reading, from_flags(TrainConfig, options))
-
-
 def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, is_forced: bool) -> int:
-    """Show what the run would learn, with a model that has no numbers, and how much memory it would take."""
-    model = run.load_model(data, "meta")
-    count = run.attach(model, data)
-    _tell(model, data, run.reading)
-    print(preview(data, run.training, count))
+    """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
+    model = run.load_base(data, "meta")
+    run.attach_adapter(model, data)
+    _say_notes(run, model, data)
+    print(preview(data, run.training, count_parameters(model)))
     print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
-    _say_recompute(run)
     if not is_forced:
         check_memory(plan, memory)
     return 0
 
 
-def _announce(
-    run: Run, model: Llama | Classifier, data: Data, count: ParameterCount, step: int, config: Path | None
-) -> None:
+def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: Path | None) -> None:
     """Record the start, and say what the run begins with."""
-    available = torch.get_num_threads()
-    if threads := run.choose_threads(model, data):
+    available, weight, count = torch.get_num_threads(), model.model.embed_tokens.weight, count_parameters(model)
+    if threads := run.set_threads(model, data):
         say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
     run.start(model, data, step)
-    _say_size(model, data, count)
-    _tell(model, data, run.reading)
-    _say_recompute(run)
-    if config and read_config(config).get("data_sha256", data.files) != data.files:
-        say(f"the data are not those that {config} was written with")
-    if step:
-        say(f"going on from step {step}")
-    elif run.has_begun:
-        say("starting anew: the run was stopped before its first checkpoint")
-
-
-def _say_recompute(run: Run) -> None:
-    if run.resolved["recompute"] == "auto":
-        say(f"--recompute {run.training.recompute}: the fastest way for which there is memory")
-
-
-def _measured(model: Llama | Classifier, data: Data, progress: Progress) -> Scores:
-    if isinstance(model, Classifier):
-        return evaluate_classes(model, data.test, progress)
-    return evaluate(model, data.test, data.choices, progress)
-
-
-def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
-    """Train; Ctrl-C lets the step finish."""
-    previous = signal.signal(signal.SIGINT, meter.stop)
-    try:
-        return run.train(model, data, meter)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _say_size(model: Llama | Classifier, data: Data, count: ParameterCount) -> None:
-    weight = model.model.embed_tokens.weight
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
         f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
+    _say_notes(run, model, data)
+    if config and read_config(config).get("data_sha256", data.files) != data.files:
+        say(f"the data are not those that {config} was written with")
+    if step:
+        say(f"going on from step {step}")
+    elif run.starts:
+        say("starting anew: the run was stopped before its first checkpoint")
 
 
-def _tell(model: Llama | Classifier, data: Data, reading: DataConfig) -> None:
-    """Say how the base is held, and what is unusual about the rows."""
+def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
+    """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
     if (held := base_held(model))["quantize"] != "none":
         say(f"the base model is {describe_in_words(held)}")
     longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
-    if reading.prompt_style != "auto" and not data.train.conversations:
+    if run.reading.prompt_style != "auto" and not data.train.conversations:
         say("no training row is a conversation, so --prompt-style has no effect")
     for name, rows in data.splits.items():
         if rows.truncated:
@@ -201,18 +168,35 @@ def _tell(model: Llama | Classifier, data: Data, reading: DataConfig) -> None:
             )
         if rows.bad:
             say_bad(f"{name} ", rows.bad)
+    if run.resolved["recompute"] == "auto":
+        say(f"--recompute {run.training.recompute}: the fastest way for which there is memory")
 
 
-def _table(outcome: Outcome, made: str) -> str:
-    def row(name: str, scores: Scores) -> str:
+def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
+    """Train, with samples of what the model writes at each evaluation; Ctrl-C lets the step finish."""
+
+    def on_step(record: Record) -> bool:
+        if "eval_loss" in record and isinstance(model, Llama):
+            record = {**record, "samples": write_samples(model, data.tokenizer, data.valid[: run.config.samples])}
+        stops = meter(record)
+        run.log(record)
+        return stops
+
+    previous = signal.signal(signal.SIGINT, meter.stop)
+    try:
+        return train(model, data.train, run.training, on_step, data.valid, run.out / "checkpoints")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if run.board:
+            run.board.close()
+
+
+def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:
+    lines = [f"{'':<10}{'held-out loss':>15}{'accuracy':>12}" + (f"{'macro F1':>12}" if after.class_scores else "")]
+    for name, scores in {"base": before, made: after}.items():
         values = [scores.loss, scores.accuracy, *([scores.class_scores["macro_f1"]] if scores.class_scores else [])]
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        return f"{name:<10}{cells[0]:>15}" + "".join(f"{cell:>12}" for cell in cells[1:])
-
-    head = f"{'':<10}{'held-out loss':>15}{'accuracy':>12}"
-    head += f"{'macro F1':>12}" if outcome.after.class_scores else ""
-    result, drift = outcome.result, outcome.drift
-    lines = [head, row("base", outcome.before), row(made, outcome.after)]
+        lines.append(f"{name:<10}{cells[0]:>15}" + "".join(f"{cell:>12}" for cell in cells[1:]))
     if drift:
         lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
     return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])

@@ -14,10 +14,13 @@ from minilora.runs.memory import amount
 
 
 class Meter:
-    """Progress on standard error: one rewriting line on a terminal, else a line now and then. Ctrl-C stops the run."""
+    """Progress on standard error: one line that is rewritten on a terminal, else a line every few seconds.
+
+    As the handler of SIGINT, `stop` lets a run end after the current step.
+    """
 
     def __init__(self, evaluated: str = "held-out", every: float = 5.0):
-        self.evaluated = evaluated  # the rows of evaluations: those held out for the end, or others
+        self.evaluated = evaluated  # what the rows of evaluations are called
         self.every = every
         self.is_terminal = sys.stderr.isatty()
         self.is_stopping = False
@@ -40,7 +43,7 @@ class Meter:
         return self.is_stopping
 
     def rows(self, what: str) -> Progress:
-        """What tells of an evaluation as its rows are done; of a short one, nothing that stays."""
+        """Return a callback that reports the progress of an evaluation."""
         self.last = time.monotonic()
 
         def report(done: int, total: int) -> None:
@@ -49,7 +52,7 @@ class Meter:
         return report
 
     def show(self, text: str, is_last: bool = False) -> None:
-        """A line that the next one overwrites; elsewhere than on a terminal, only a few of them are shown."""
+        """Print a line that the next one overwrites; without a terminal, one every few seconds."""
         now = time.monotonic()
         if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
@@ -59,7 +62,7 @@ class Meter:
             print(text, file=sys.stderr, flush=True)
 
     def keep(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         print(("\r\x1b[K" if self.is_terminal else "") + text, file=sys.stderr, flush=True)
 
     def _show_evaluation(self, record: Record) -> None:
@@ -70,7 +73,7 @@ class Meter:
             self.keep(f"  {_ending(sample['prompt'])} -> {_beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """The first Ctrl-C lets the step finish; the second one does not wait."""
+        """Let the step finish at the first Ctrl-C; stop at once at the second."""
         if self.is_stopping:
             raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint, if there is one")
         self.is_stopping = True
@@ -83,7 +86,6 @@ class Meter:
 
 
 def _ending(text: str, most: int = 30) -> str:
-    """The end of a text, on one line."""
     text = visible(" ".join(text.split()))
     return text if len(text) <= most else "…" + text[1 - most :]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from minilora.cli import Options
 from minilora.errors import ConfigError
 from minilora.runs.metrics import read_metrics
-from minilora.tools.plot import SUFFIXES, save_picture
+from minilora.tools.plot import SUFFIXES, held_out_loss, save_picture
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,12 @@ def run(options: Options) -> int:
     out = options["out"] or (paths.copy().popitem()[1] if len(paths) == 1 else Path()) / "plot.svg"
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
-    runs = dict(zip(distinct_names(list(paths)), map(read_metrics, paths.values()), strict=True))
+    named = dict(zip(distinct_names(list(paths)), paths.values(), strict=True))
+    runs = {name: read_metrics(path) for name, path in named.items()}
+    held_out = {name: held_out_loss(path) for name, path in named.items()}
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plot needs the package matplotlib: pip install 'minilora[plot]'")
-    save_picture(runs, out)
+    save_picture(runs, out, held_out)
     print(f"plot written to {out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: the first rows with what is learned of them, and figures."""
+"""The page of `--dry-run`: the first rows with what is learned of them, and figures."""
 
 from __future__ import annotations
 
@@ -21,35 +21,45 @@ MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is
 
 
 def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
-    """Everything `--dry-run` prints."""
+    """Return what `--dry-run` prints about the rows and the steps."""
     is_terminal = sys.stdout.isatty()
     begin, end = MARKS[is_terminal]
     shown = data.train[:ROWS]
     rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end, data.labels)}")
+    steps = plan_steps([len(example.tokens) for example in data.train], config)
+    seen = [data.train[row] for micro_batches in steps for rows in micro_batches for row in rows]
+    tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
+    at_most = "at most " if config.early_stopping else ""
+    truncated, unlabelled = data.train.truncated, data.train.unlabelled
+    totals = [
+        f"cut to --max-length: {truncated:,} training rows, which lost {data.train.lost:,} labels",
+        f"not used: {unlabelled:,} training rows that had no label left",
+        f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
+        f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
+    ]
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
     table += [_lengths(name, examples) for name, examples in data.splits.items()]
-    return "\n".join([*rows, "", *table, "", *_totals(data, config, count)])
+    return "\n".join([*rows, "", *table, "", *totals])
 
 
 def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str, classes: Sequence[str] = ()) -> str:
-    """The text of an example, control tokens included, with marks around what is learned: tokens, or their `classes`.
+    """Return the text of an example, control tokens included, with marks around learned tokens, or their `classes`.
 
-    Each stretch is what the text grows by: decoded alone, a stretch could lose the space that it begins with.
+    A stretch is what it adds to the decoded text: decoded alone, it could lose the space that it begins with.
     """
 
     def stretch_of(place: int) -> int:
-        """0 if the token is not learned; each class is a stretch by itself."""
+        """Return 0 for tokens that are not learned, 1 for learned ones, and a number of its own for each class."""
         return (example.labels[place] != IGNORE_INDEX) * (place + 1 if classes else 1)
 
     text, done = "", ""
     for is_learned, places in groupby(range(len(example.tokens)), stretch_of):
         last = max(places)
         so_far = tokenizer.decode(example.tokens[: last + 1], skip_special_tokens=False)
-        stretch = visible(
-            so_far[len(done) :] + (f" = {classes[example.labels[last]]}" if is_learned and classes else "")
-        )
+        label = f" = {classes[example.labels[last]]}" if is_learned and classes else ""
+        stretch = visible(so_far[len(done) :] + label)
         text += f"{begin}{stretch}{end}" if is_learned else stretch
         done = so_far
     return text
@@ -63,20 +73,6 @@ def _lengths(name: str, examples: Sequence[Example]) -> str:
         f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{statistics.median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
         f"{labels:>10,}"
     )
-
-
-def _totals(data: Data, config: TrainConfig, count: ParameterCount) -> list[str]:
-    steps = plan_steps([len(example.tokens) for example in data.train], config)
-    seen = [data.train[row] for micro_batches in steps for rows in micro_batches for row in rows]
-    tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
-    at_most = "at most " if config.early_stopping else ""
-    truncated, unlabelled = data.train.truncated, data.train.unlabelled
-    return [
-        f"cut to --max-length: {truncated:,} training rows, which lost {data.train.lost:,} labels",
-        f"not used: {unlabelled:,} training rows that had no label left",
-        f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
-        f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
-    ]
 
 
 def memory_lines(found: Forecast, held: int, free: int | None) -> str:

@@ -1,7 +1,6 @@
-"""Kernels of the decoder's operations: what they keep for the backward pass, and how often they pass over it.
+"""Kernels of the decoder's operations: they save less for the backward pass, and pass over it less often.
 
-A decoder's layers are matrix products, and all else should cost little beside them. For the loss, labelled rows go
-through the head in chunks, so that the logits never exist as a whole.
+The loss sends labelled rows through the head in chunks, so that the logits never exist as a whole.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """n = x/ρ, ρ = √(mean(x²) + eps), y = weight · n;  dn = weight · dy,  dx = (dn - n · mean(n · dn))/ρ.
 
-    Saved are x and 1/ρ, one number a row; n is made again.
+    Saved are x and 1/ρ, one number a row; n is recomputed.
     """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # not square(): four times as slow on a CPU
+        inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # square() is four times as slow on a CPU
         return weight * (wide * inverse).to(x.dtype), inverse
 
     @staticmethod
@@ -64,7 +63,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     """y = silu(gate) ∘ up;  dgate = silu'(gate) ∘ up ∘ dy,  dup = silu(gate) ∘ dy.
 
-    Saved are gate and up. Autograd alone would also keep silu(gate), which is quickly made again.
+    Saved are gate and up. Autograd alone would also keep silu(gate), which is cheap to recompute.
     """
 
     @staticmethod
@@ -82,18 +81,18 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-HEAD_LOGITS = 3 * 2**23  # alive at a time: in bfloat16 50 MB, and as much for their gradient; see `head_chunk`
+HEAD_LOGITS = 3 * 2**23  # alive at a time: 50 MB in bfloat16, and as much for their gradient; see `head_chunk`
 
 
 @kernel(of=llama.cross_entropy)
 def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """See `llama.cross_entropy`.
 
-    The head sees `head_chunk` rows at a time, and each chunk's gradient is made while its logits are still alive, so
-    full logits never exist. The head is called as a module: adapted, tied or trained ones work alike.
+    The head sees `head_chunk` rows at a time, and the gradient of a chunk is computed while its logits exist. The head
+    is called as a module, so it may be adapted, tied or trained.
 
     Raises:
-        TrainingError: the head computes with something trained that is no parameter of its own.
+        TrainingError: the head uses a trained tensor that is not one of its parameters.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
@@ -103,44 +102,44 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 
 
 def head_chunk(head: nn.Module) -> int:
-    """How many rows of logits are alive at a time: 512 of 49,152, in float32 a tenth faster than 256 would be."""
-    return max(1, HEAD_LOGITS // getattr(head, "out_features", 2**16))  # a head that is no linear may not say it
+    """Return the rows of logits to compute at a time: 512 of 49,152, a tenth faster in float32 than 256."""
+    return max(1, HEAD_LOGITS // getattr(head, "out_features", 2**16))  # a head that is not a linear may lack it
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of the chunks' losses with its gradients made in the forward pass: dlogits = softmax(logits) - onehot.
+    """The sum of the chunks' losses, with gradients computed in the forward pass: dlogits = softmax(logits) - onehot.
 
-    Saved for backward: d(sum)/d(hidden), as large as `hidden`, and one gradient for each trained parameter of the head.
-    Otherwise the logits, V numbers a row, would have to be kept, or computed a second time.
+    Saved are d(sum)/d(hidden), as large as `hidden`, and one gradient for each trained parameter of the head. Otherwise
+    the logits, V numbers a row, would have to be saved or computed a second time.
     """
 
     @staticmethod
     def forward(hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> tuple[Tensor, ...]:
         loss_sum = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
-        hidden_grads = torch.empty_like(hidden)  # made first: what is kept would lie between the chunks' own logits
+        hidden_grads = torch.empty_like(hidden)  # allocated before the logits, or it would fragment their memory
         trained_grads = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
         for rows, row_labels, row_grads in _chunks(head, hidden, labels, hidden_grads):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                logits = head(leaf.clone())  # the head may change what it is given
+                logits = head(leaf.clone())  # the head may change its input in place
             if strays := {*_leaves(logits)} - {leaf, *trained}:
                 shape = tuple(strays.pop().shape)
-                raise TrainingError(f"the head computes with a trained {shape} that is no parameter of it")
+                raise TrainingError(f"the head uses a trained tensor {shape} that is not one of its parameters")
             dlogits = torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
             hidden_grad, *grads = torch.autograd.grad(
                 logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True
-            )  # an adapter that is not active is trained, but not used
+            )  # the parameters of an inactive adapter are unused
             row_grads.copy_(hidden_grad)
             trained_grads = [total.add_(grad) for total, grad in zip(trained_grads, grads, strict=True)]
-            del logits, dlogits, hidden_grad, grads  # or they would live beside the next chunk's
+            del logits, dlogits, hidden_grad, grads  # or they would exist beside those of the next chunk
         return loss_sum, hidden_grads, *trained_grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would be made for what has no gradient
+        ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would be allocated for missing gradients
         ctx.dtypes = [inputs[0].dtype, *(parameter.dtype for parameter in inputs[3:])]
 
     @staticmethod
@@ -148,14 +147,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        # Multiplied in the wider dtype: a rounded 1/n would scale the whole gradient by one wrong factor.
+        # In the wider dtype: a rounded upstream 1/n would scale the whole gradient by a wrong factor.
         scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
         hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return hidden_grad, None, None, *trained_grads
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """What a tensor has a gradient with respect to."""
+    """Yield the leaves of a tensor's autograd graph."""
     nodes, seen = list[Any]([tensor.grad_fn]), set[Any]()
     while nodes:
         node = nodes.pop()
@@ -171,10 +170,10 @@ def _chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tensor:
-    """Σ -log p[label], p = softmax(logits), in float32 at least; `dlogits` becomes its gradient, p - onehot.
+    """Return Σ -log p[label], p = softmax(logits), in float32 at least; write its gradient p - onehot to `dlogits`.
 
-    With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. Of some
-    rows at a time: p, which is wider than the logits are, is gone before it leaves the cache.
+    With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. It works
+    on a few rows at a time, so that p, which is wider than the logits, stays in the cache.
     """
     loss_sum, tile = torch.zeros((), dtype=_wide(logits.dtype), device=logits.device), tile_rows(logits)
     for rows in (slice(first, first + tile) for first in range(0, logits.size(0), tile)):
@@ -188,5 +187,5 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: float32 at least."""
+    """Return the dtype of sums: float32 at least."""
     return torch.promote_types(dtype, torch.float32)

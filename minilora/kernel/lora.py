@@ -1,9 +1,8 @@
-"""Kernels of LoRA and DoRA, and the size of the tiles in which all kernels work through a tensor."""
+"""Kernels of LoRA and DoRA, and the size of the tiles that all kernels work on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from minilora import lora
 from minilora.definition import kernel, no_autocast
 from minilora.nf4 import Layout, NF4Linear, Packed, unpack
 
-TILE = 2**17  # numbers that a thread of the CPU works on at a time: half a MB in float32
+TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
 
 
 def tile_rows(x: Tensor) -> int:
-    """How many rows to work on at a time.
+    """Return the rows to work on at a time.
 
-    On the CPU so many as stay in its cache. Elsewhere few launches count more, and what is compiled is one expression.
+    On a CPU they fit its cache. On other devices, few kernel launches matter more; compiled code gets all rows.
     """
     if torch.compiler.is_compiling():
         return max(1, x.size(0))
@@ -29,7 +28,7 @@ def tile_rows(x: Tensor) -> int:
 
 
 def tile_size(device: torch.device) -> int:
-    """How many numbers to work on at a time."""
+    """Return the elements to work on at a time."""
     return TILE * (torch.get_num_threads() if device.type == "cpu" else 128)
 
 
@@ -38,45 +37,28 @@ def lora_linear(
     x: Tensor, base: lora.Linear, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """See `lora.lora_linear`. The update is added to x Wᵀ in place, and its gradient to dy W."""
-    if _casts_x(x, lora_A):
-        return lora.base_linear(x, base, bias).add_(_wide_update(x, lora_A, lora_B, scale))
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < lora_A.numel():
+        # In a step of generation x is smaller than A and B, and it is cast in their place.
+        wide = torch.promote_types(x.dtype, lora_A.dtype)
+        update = F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
+        return lora.base_linear(x, base, bias).add_(update)
     layout, parts = (base.layout, base.parts) if isinstance(base, NF4Linear) else (None, ())
     y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
     return y.view(*x.shape[:-1], y.size(-1))
-
-
-@kernel(of=lora.lora_update)
-def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """See `lora.lora_update`."""
-    if _casts_x(x, lora_A):
-        return _wide_update(x, lora_A, lora_B, scale).to(x.dtype)
-    y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), None, None, lora_A, lora_B, scale, None)
-    return y.view(*x.shape[:-1], y.size(-1))
-
-
-def _casts_x(x: Tensor, lora_A: Tensor) -> bool:
-    """Is x cast, and not A and B? In a step of generation it has fewer rows than A, and is the smaller one."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < lora_A.numel()
-
-
-def _wide_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """s·(x Aᵀ) Bᵀ without a gradient, in the wider dtype of x and of A and B."""
-    wide = torch.promote_types(x.dtype, lora_A.dtype)
-    return F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
 
 
 class _LoraLinear(torch.autograd.Function):
     """u = s·x Aᵀ,  y = x Wᵀ + b + u Bᵀ;
     h = s·dy B,  dx = dy W + h A,  dA = hᵀ x,  dB = dyᵀ u,  dW = dyᵀ x,  db = Σ dy.
 
-    Saved are x, u, and A, B and W as they are stored. Autograd alone would also keep A and B in the dtype of x, and a W
-    in four bits as a dense one, for every layer. u is a constant for a second derivative, so there is none.
+    Saved are x, u, and A, B and W as they are stored. Autograd alone would also save A and B in the dtype of x, and
+    the dense form of a 4-bit W, for every layer. u is treated as a constant, so there is no second derivative.
     """
 
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -85,15 +67,15 @@ class _LoraLinear(torch.autograd.Function):
         *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         u = F.linear(x, lora_A.to(x.dtype)).mul_(scale)
-        B = lora_B.to(u.dtype)  # under autocast that of x is wider
-        return (F.linear(u, B) if weight is None else F.linear(x, weight, bias).addmm_(u, B.T)), u
+        # Under autocast, u has another dtype than x.
+        return F.linear(x, weight, bias).addmm_(u, lora_B.to(u.dtype).T), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, lora_A, lora_B, ctx.scale, ctx.layout, *parts = inputs
         _, needs_dW, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros would be made for a y that nothing depends on
+        ctx.set_materialize_grads(False)  # or zeros would be allocated for an unused y
         kept = x if needs_dW or needs_dA else None, output[1] if needs_dB else None
         ctx.save_for_backward(*kept, lora_A, lora_B, *(parts if ctx.layout else (weight,)))
 
@@ -105,7 +87,10 @@ class _LoraLinear(torch.autograd.Function):
         x, u, lora_A, lora_B, *parts = ctx.saved_tensors
         needs_dx, needs_dW, needs_db, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
-        dx = _gradient_of_x(ctx.layout, parts, dy, h, lora_A.to(dy.dtype)) if needs_dx else None
+        dx = None
+        if needs_dx:
+            weight = unpack(Packed(*parts), ctx.layout, dy.dtype) if ctx.layout else parts[0].to(dy.dtype)
+            dx = (dy @ weight).addmm_(h, lora_A.to(dy.dtype))
         x = x.to(dy.dtype) if needs_dW or needs_dA else x
         dW = dy.T @ x if needs_dW else None
         db = dy.sum(0) if needs_db else None
@@ -114,18 +99,12 @@ class _LoraLinear(torch.autograd.Function):
         return dx, dW, db, dA, dB, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
-def _gradient_of_x(layout: Layout | None, parts: Sequence[Any], dy: Tensor, h: Tensor, lora_A: Tensor) -> Tensor:
-    """dx = dy W + h A. A packed W is dequantized here, and freed."""
-    weight = unpack(Packed(*parts), layout, dy.dtype) if layout else parts[0]
-    return h @ lora_A if weight is None else (dy @ weight.to(dy.dtype)).addmm_(h, lora_A)
-
-
 @kernel(of=lora.dora_norm)
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """See `lora.dora_norm`. A tile of rows at a time, so that neither s·B A nor a wide W exists as a whole.
 
-    Expanded, the square of the norm is ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ) b for a row w of W and b of B. That takes the
-    same products, and where a row nearly vanishes, a small number is left of large terms.
+    The expanded square ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ) b, for a row w of W and b of B, takes the same products, and
+    cancels where the norm is small.
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
     lora_A, size = lora_A.to(wide), tile_rows(weight)

@@ -16,12 +16,12 @@ from minilora.definition import kernel
 from minilora.errors import TrainingError
 from minilora.kernel.lora import tile_rows
 
-CELLS = 64  # of [-1, 1]; midpoints are at least 0.08 apart, cells 0.03 wide
+CELLS = 64  # that [-1, 1] is cut into; they are 0.03 wide, and midpoints are at least 0.08 apart
 
 
 @kernel(of=nf4.quantize)
 def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, Tensor]:
-    """See `nf4.quantize`. A tile at a time, with tables in place of a search among the midpoints."""
+    """See `nf4.quantize`. A tile at a time, with tables instead of a search among the midpoints."""
     flat = weight.detach().reshape(-1)
     n = flat.numel()
     if flat.is_meta or not n or block_size not in nf4.BLOCK_SIZES:
@@ -39,7 +39,7 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
         if rest.numel():
             largest[-1] = rest.abs().amax().clamp(min=nf4.SMALLEST)
             rest /= largest[-1].clone()
-        if not largest.isfinite().all():  # before what is not finite is taken for an index
+        if not largest.isfinite().all():  # checked before the values become indices
             raise TrainingError("a weight that is not finite cannot be quantized")
         codes = _codes(x.clamp_(-1, 1), *tables)
         if codes.numel() % 2:
@@ -49,10 +49,10 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
 
 
 def _codes(x: Tensor, below: Tensor, own: Tensor) -> Tensor:
-    """How many of the 15 midpoints lie below each x in [-1, 1], as uint8.
+    """Return how many of the 15 midpoints lie below each x in [-1, 1], as uint8.
 
-    [-1, 1] is cut into cells so narrow that none holds two midpoints. Cells follow each other as their numbers do, so
-    all midpoints of earlier cells are below x, all of later ones above: only that of x's own cell is to be compared.
+    [-1, 1] is cut into cells so narrow that none holds two midpoints. All midpoints of earlier cells are below x, all
+    of later ones above it, so that x is compared only with the midpoint of its own cell.
 
     Shapes: x (n), below (CELLS + 1), own (CELLS + 1) -> (n)
     """
@@ -61,7 +61,7 @@ def _codes(x: Tensor, below: Tensor, own: Tensor) -> Tensor:
 
 
 def _cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each cell, how many midpoints lie in earlier ones, and its own midpoint, or 2, which no x is above."""
+    """Return, for each cell, the number of midpoints in earlier cells, and its own midpoint, or 2 if it has none."""
     midpoints = nf4.midpoints(nf4.CODEBOOKS["nf4"].to(device, non_blocking=True))
     cells = _cell(midpoints)
     below = torch.bucketize(torch.arange(CELLS + 1, device=device), cells).to(torch.uint8)
@@ -73,7 +73,7 @@ def _cell(x: Tensor) -> Tensor:
 
 
 def _pairs(levels: Tensor) -> Tensor:
-    """For each byte the levels of its two halves, float32, as one int64."""
+    """Return for each byte the float32 levels of its two halves, as one int64."""
     byte = torch.arange(256)
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
 
@@ -91,7 +91,7 @@ def dequantize(
     block_size: int = nf4.BLOCK_SIZE,
     quant_type: nf4.QuantType = "nf4",
 ) -> Tensor:
-    """See `nf4.dequantize`. A table gives both levels of a byte at a time; nothing but w is larger than a tile."""
+    """See `nf4.dequantize`. A table gives both levels of a byte; nothing but the result is larger than a tile."""
     n = math.prod(shape)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     tile = _tile(weight, block_size)
@@ -102,11 +102,11 @@ def dequantize(
     for begin in range(0, n, tile):
         part, place = packed[begin // 2 : (begin + tile) // 2], weight[begin : begin + tile]
         largest = absmax[begin // block_size : (begin + tile) // block_size]
-        if len(part) < len(byte):  # the last
+        if len(part) < len(byte):  # the last tile
             byte, pair = byte[: len(part)], pair[: len(part)]
         torch.index_select(table, 0, byte.copy_(part), out=pair)
         w = pair.view(torch.float32)[: len(place)]
-        if len(w) % block_size:  # the last block is a part of one
+        if len(w) % block_size:  # the last block is incomplete
             w *= largest.repeat_interleave(block_size)[: len(w)]
         else:
             w.view(-1, block_size).mul_(largest.unsqueeze(1))
@@ -115,7 +115,7 @@ def dequantize(
 
 
 def _tile(flat: Tensor, block_size: int) -> int:
-    """How many weights to work on at a time: whole blocks."""
+    """Return the weights to work on at a time: whole blocks."""
     return -(-tile_rows(flat) // block_size) * block_size
 
 
@@ -127,7 +127,7 @@ def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
 
 
 class _NF4Linear(torch.autograd.Function):
-    """y = x Wᵀ + b, and dx = dy W with W dequantized again: saved is what is stored."""
+    """y = x Wᵀ + b, and dx = dy W with W dequantized again: only the packed weight is saved."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: nf4.Layout, *parts: Tensor | None) -> Tensor:

@@ -12,53 +12,28 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 
 from minilora.data import IGNORE_INDEX, Example
-from minilora.errors import ConfigError, DataError, check_types
+from minilora.errors import ConfigError, DataError
 from minilora.models.config import Unit
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
-from minilora.runs.data import Dataset, build_dataset, errors_at
-from minilora.runs.formats import EMPTY, get_text
-from minilora.runs.rows import Row, read_training_rows
+from minilora.runs.data import Dataset, apply_to_rows, build_dataset
+from minilora.runs.formats import EMPTY, check_text
+from minilora.runs.rows import Row
 
 UNUSED = ("train_on", "prompt_style", "system")  # settings without effect on classes
 NUMBER = re.compile(r"-?[0-9]+")
-
-
-def load_classes(
-    path: str | Path | Sequence[str | Path],
-    tokenizer: Tokenizer,
-    unit: Unit,
-    config: DataConfig | None = None,
-    labels: Sequence[str] = (),
-) -> tuple[Dataset, tuple[str, ...]]:
-    """Read the rows of files, and the training rows of directories, and encode them; return their labels, too.
-
-    Raises:
-        DataError: a row that cannot be used, or that has none of the `labels`, if any are given; a file without rows.
-    """
-    check_types(load_classes, locals())
-    config = config or DataConfig()
-    rows = read_training_rows(path)
-    labels = tuple(labels) or find_labels(rows, unit, config)
-    return encode_classes(rows, tokenizer, config, unit, labels), labels
 
 
 def find_labels(rows: Sequence[Row], unit: Unit, config: DataConfig) -> tuple[str, ...]:
     """Return the labels of the rows in numerical order if all are numbers, else in alphabetical order.
 
     Raises:
-        DataError: a row that cannot be used, unless those are skipped; fewer than two labels.
+        DataError: a row cannot be used, unless such rows are skipped; there are fewer than two labels.
     """
-    found: set[str] = set()
-    for row in rows:
-        try:
-            found.update(_read(row, unit, config)[1].values())
-        except DataError:
-            if not config.skip_bad_rows:
-                raise
+    parsed, _ = apply_to_rows(rows, lambda row: _parse(row, unit, config), config.skip_bad_rows)
+    found = {label for _, labels in parsed for label in labels.values()}
     if len(found) < 2:
         raise DataError(f"{rows[0].source}: all {len(rows)} rows have the labels {sorted(found)}; need at least two")
     numbers = all(map(NUMBER.fullmatch, found))
@@ -74,7 +49,7 @@ def encode_classes(
 
     Raises:
         ConfigError: a setting that has no effect on classes is not at its default.
-        DataError: a row that cannot be used, unless those are skipped; no row has a label left.
+        DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
     """
     if idle := [name for name in UNUSED if getattr(config, name) != getattr(DataConfig(), name)]:
         raise ConfigError(f"{', '.join(idle)}: without effect where rows have classes; leave it out")
@@ -83,16 +58,15 @@ def encode_classes(
         indices |= {str(i): i for i in range(len(labels))}
 
     def encode(row: Row) -> tuple[Example, bool, bool]:
-        texts, names = _read(row, unit, config)
+        texts, names = _parse(row, unit, config)
+        for where, name in names.items():
+            if name not in indices:
+                raise DataError(f"{where}: found {name!r:.60}, which is not among the known {list(indices)!r:.200}")
         quoted = texts if config.allow_special else tokenizer.quote(texts)
-        with errors_at(row.source):
-            for where, name in names.items():
-                if name not in indices:
-                    raise DataError(f"{where}: found {name!r:.60}, which is not among the known {list(indices)!r:.200}")
-            if unit == "sequence":
-                tokens, places = _tokenize_sequence(quoted[0], tokenizer, config.max_length)
-            else:
-                tokens, places = _tokenize_words(quoted, tokenizer)
+        if unit == "sequence":
+            tokens, places = _tokenize_sequence(quoted[0], tokenizer, config.max_length)
+        else:
+            tokens, places = _tokenize_words(quoted, tokenizer)
         classes = [IGNORE_INDEX] * len(tokens)
         for place, name in zip(places, names.values(), strict=True):
             classes[place] = indices[name]
@@ -101,31 +75,28 @@ def encode_classes(
     return build_dataset(rows, encode, config)
 
 
-def _read(row: Row, unit: Unit, config: DataConfig) -> tuple[list[str], dict[str, str]]:
-    """Return the text of a row, or its words, and the label of each by the place it was read from."""
+def _parse(row: Row, unit: Unit, config: DataConfig) -> tuple[list[str], dict[str, str]]:
+    """Return the text of a row, or its words, and each label by the name of its field."""
     fields = row.fields
-    with errors_at(row.source):
-        if row.problem:
-            raise DataError(row.problem)
-        if unit == "sequence":
-            texts = [get_text(fields, config.text_field or "text", is_target=True)]
-            labels = {"label": fields.get("label")}
-        else:
-            for key in ("tokens", "labels"):
-                if not isinstance(fields.get(key), list):
-                    raise DataError(f"{key}: found {fields.get(key)!r:.60}, need a list")
-            texts, labels = fields["tokens"], {f"labels[{i}]": label for i, label in enumerate(fields["labels"])}
-            if not texts:
-                raise DataError(f"tokens: {EMPTY}")
-            if len(texts) != len(labels):
-                raise DataError(f"labels: found {len(labels)} for {len(texts)} tokens, need one for each")
-            for i, word in enumerate(texts):
-                if not get_text({f"tokens[{i}]": word}, f"tokens[{i}]").strip():
-                    raise DataError(f"tokens[{i}]: found {word!r}, need a word")
-        for where, label in labels.items():
-            if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-                raise DataError(f"{where}: found {label!r:.60}, need text or a whole number")
-        return texts, {where: get_text({where: str(label)}, where) for where, label in labels.items()}
+    if unit == "sequence":
+        key = config.text_field or "text"
+        texts, labels = [check_text(fields.get(key), key, is_target=True)], {"label": fields.get("label")}
+    else:
+        for key in ("tokens", "labels"):
+            if not isinstance(fields.get(key), list):
+                raise DataError(f"{key}: found {fields.get(key)!r:.60}, need a list")
+        texts, labels = fields["tokens"], {f"labels[{i}]": label for i, label in enumerate(fields["labels"])}
+        if not texts:
+            raise DataError(f"tokens: {EMPTY}")
+        if len(texts) != len(labels):
+            raise DataError(f"labels: found {len(labels)} for {len(texts)} tokens, need one for each")
+        for i, word in enumerate(texts):
+            if not check_text(word, f"tokens[{i}]").strip():
+                raise DataError(f"tokens[{i}]: found {word!r}, need a word")
+    for where, label in labels.items():
+        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            raise DataError(f"{where}: found {label!r:.60}, need text or a whole number")
+    return texts, {where: check_text(str(label), where) for where, label in labels.items()}
 
 
 def _tokenize_sequence(text: str, tokenizer: Tokenizer, limit: int) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""What a run is told: `RunConfig`, `DataConfig`, `TrainConfig`; their fields are the command line's flags and help."""
+"""Settings of a run: `RunConfig`, `DataConfig`, `TrainConfig`; their fields are the command line's flags and help."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.storage import BUILTIN
 
 TrainOn = Literal["completion", "assistant", "all"]
-Scheduler = Literal["cosine", "linear", "constant"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
-Keep = Literal["last", "best"]
-Recompute = Literal["none", "mlp", "block", "auto"]
-Resume = Literal["auto", "never"]
-Report = Literal["none", "tensorboard"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Method = Literal["lora", "full"]
 COUNTS = (
     *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
     *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
@@ -30,7 +23,7 @@ COUNTS = (
 @document_fields
 @dataclass(frozen=True)
 class DataConfig:
-    """How rows of data become tokens and labels.
+    """Configure how rows of data become tokens and labels.
 
     Raises:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
@@ -63,7 +56,7 @@ class DataConfig:
 @document_fields
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """Configure a training run.
 
     Raises:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
@@ -71,30 +64,34 @@ class TrainConfig:
 
     learning_rate: float = option(2e-4, "highest learning rate of AdamW")
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learn B with this multiple of A's rate; 16 is usual")
-    lr_scheduler: Scheduler = option("cosine", "how the learning rate falls after the warm-up")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "how the learning rate falls after the warm-up"
+    )
     warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a fraction of all steps")
     batch_size: int = option(4, "rows in a micro-batch")
-    batch_tokens: int | None = option(None, "fill micro-batches up to so many tokens instead of counting rows")
+    batch_tokens: int | None = option(None, "fill micro-batches up to this many tokens instead of counting rows")
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
     epochs: float = option(1.0, "how often every row is seen")
-    max_steps: int | None = option(None, "stop after so many steps, whatever --epochs says")
+    max_steps: int | None = option(None, "stop after this many steps, whatever --epochs says")
     sort_window: int = option(
-        1, "sort so many of the shuffled rows by length at a time: less padding where a loss pads"
+        1, "sort this many of the shuffled rows by length at a time: less padding where a loss pads"
     )
-    recompute: Recompute = option(
+    recompute: Literal["none", "mlp", "block", "auto"] = option(
         "none",
-        "compute MLPs or whole blocks again in the backward pass to save memory; auto: no more than it takes to fit",
+        "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit",
     )
-    compile: bool = option(False, "run norms and MLPs as torch.compile makes them")
+    compile: bool = option(False, "compile norms and MLPs with torch.compile")
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices alone")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
     eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
-    keep: Keep = option("last", "which weights are the result: the last, or the best of the evaluations", WATCHING)
-    early_stopping: int | None = option(None, "stop after so many evaluations without a new lowest loss", WATCHING)
-    save_steps: int | None = option(None, "write a checkpoint every so many steps", WATCHING)
+    keep: Literal["last", "best"] = option(
+        "last", "which weights are the result: the last, or the best of the evaluations", WATCHING
+    )
+    early_stopping: int | None = option(None, "stop after this many evaluations without a new lowest loss", WATCHING)
+    save_steps: int | None = option(None, "write a checkpoint every N steps", WATCHING)
     save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
     logging_steps: int = option(1, "steps between two lines of metrics.jsonl", WATCHING)
-    seed: int = option(0, "of the order of rows, the adapter's start and dropout")
+    seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
 
     def __post_init__(self) -> None:
         check_types(TrainConfig, vars(self))
@@ -118,13 +115,13 @@ class TrainConfig:
 
     @property
     def selects(self) -> bool:
-        """Do evaluations decide what comes out of the run?"""
+        """Return whether evaluations decide which weights are the result."""
         return self.keep == "best" or self.early_stopping is not None
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where things are, and on what to compute."""
+    """Configure paths and the device of a run."""
 
     model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] of the Hugging Face hub")
     data: tuple[str, ...] = option(
@@ -133,20 +130,26 @@ class RunConfig:
         "or a hub id",
     )
     out: str = option("minilora-run", "directory of the run")
-    method: Method = option("lora", "train an adapter; or all weights of the model, in float32", "adapter")
-    dtype: Dtype = option("auto", "number format of the base model; auto: the checkpoint's, where it is fast")
+    method: Literal["lora", "full"] = option(
+        "lora", "train an adapter; or all weights of the model, in float32", "adapter"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "number format of the base model; auto: the checkpoint's, where it is fast"
+    )
     device: str = option("auto", "cpu, cuda, mps; auto: the best there is")
-    resume: Resume = option("auto", "go on with the run in --out, or refuse if there is one")
+    resume: Literal["auto", "never"] = option("auto", "continue the run in --out; never: refuse if there is one")
     general_data: str = option(
         BUILTIN,
-        "general text, to see what the adapter costs on it: data with a field `text`; none: do not look",
+        "general text on which the adapter's side effects are measured: data with a field `text`; none: skip this",
         WATCHING,
     )
     add_tokens: tuple[str, ...] = option(
         (), "new tokens of the tokenizer; their embeddings are trained with the adapter", "data"
     )
-    report: Report = option("none", "also write what a run tells for tensorboard, in OUT/tensorboard", WATCHING)
-    samples: int = option(2, "held-out prompts that each evaluation answers, to be looked at", WATCHING)
+    report: Literal["none", "tensorboard"] = option(
+        "none", "also write the metrics for tensorboard, into OUT/tensorboard", WATCHING
+    )
+    samples: int = option(2, "held-out prompts that the model answers at each evaluation", WATCHING)
 
     def __post_init__(self) -> None:
         check_types(RunConfig, vars(self))
@@ -157,12 +160,12 @@ class RunConfig:
 def resolve(
     run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig
 ) -> dict[str, Any]:
-    """All fields, by the names of their flags."""
+    """Return all settings by the names of their flags."""
     values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(reading), **asdict(training)}
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def default_settings() -> dict[str, Any]:
-    """What `resolve` makes of all defaults, as run.json has it."""
+    """Return the defaults of all settings, as in run.json."""
     defaults = resolve(RunConfig(), QuantizeConfig(), LoraConfig(), DataConfig(), TrainConfig())
     return json.loads(json.dumps(defaults))

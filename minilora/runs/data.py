@@ -1,28 +1,179 @@
 """Tokenize rows and label the tokens that are trained on.
 
-Targets are spans of characters, which the tokenizer's offsets map to tokens. Counting the tokens of the prompt alone
+Targets are spans of characters, which the tokenizer's offsets map to tokens. To count the tokens of the prompt alone
 would be wrong where one token holds the end of the prompt and the beginning of the answer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 from minilora.data import Example, Span, label_tokens
-from minilora.errors import ConfigError, DataError, check_types
+from minilora.errors import ConfigError, DataError
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.formats import Conversation, Fields, PromptCompletion, parse_row
-from minilora.runs.rows import Row, read_training_rows
+from minilora.runs.rows import Row
 from minilora.storage import ASSETS, read_text
 
+T = TypeVar("T")
 OPEN, CLOSE = "\ufdd4", "\ufdd5"  # noncharacters that mark answers where the template has no marks
+
+
+@dataclass(frozen=True, repr=False)
+class Dataset(Sequence[Example]):
+    """A sequence of tokenized rows, and counts of what was changed or dropped.
+
+    `truncated` rows were cut to `max_length`, which removed `lost` labels; `unlabelled` rows had none left and were
+    dropped, as were rows that cannot be used: `bad` has an error message for each. `conversations` are rows rendered
+    by a chat template, `quoted` rows whose control tokens are encoded as plain text.
+    """
+
+    examples: tuple[Example, ...]
+    truncated: int = 0
+    unlabelled: int = 0
+    lost: int = 0
+    bad: tuple[str, ...] = ()
+    conversations: int = 0
+    quoted: int = 0
+
+    def __repr__(self) -> str:
+        tokens = sum(len(example.tokens) for example in self.examples)
+        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
+        return f"Dataset({len(self)} rows, {tokens} tokens, {counts})"
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Dataset: ...
+    def __getitem__(self, index: int | slice) -> Example | Dataset:
+        return Dataset(self.examples[index]) if isinstance(index, slice) else self.examples[index]
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
+    """Tokenize and label every row.
+
+    Raises:
+        DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
+    """
+
+    def encode(row: Row) -> tuple[Example, bool, bool]:
+        parsed, is_quoted = _parse(row, tokenizer, config)
+        if isinstance(parsed, PromptCompletion):
+            tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
+        else:
+            text, learned = render_conversation(parsed, tokenizer, config.train_on)
+            tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
+            labels = label_tokens(tokens, spans, learned)
+        example = Example(tokens, labels, row.source)
+        if not example.labelled:
+            raise DataError("nothing to learn: no token of an answer can be predicted")
+        return example, isinstance(parsed, Conversation), is_quoted
+
+    return build_dataset(rows, encode, config)
+
+
+def build_dataset(
+    rows: Sequence[Row], encode: Callable[[Row], tuple[Example, bool, bool]], config: DataConfig
+) -> Dataset:
+    """Build a data set of rows; `encode` returns an example, whether it is a conversation, and whether it is quoted.
+
+    Raises:
+        DataError: as for `encode_rows`.
+    """
+    found, bad = apply_to_rows(rows, encode, config.skip_bad_rows)
+    examples, limit = [example for example, _, _ in found], config.max_length
+    cut = [replace(e, tokens=e.tokens[:limit], labels=e.labels[:limit]) for e in examples]
+    kept = tuple(example for example in cut if example.labelled)
+    if not kept:
+        raise DataError(
+            f"{rows[0].source}: no row of {len(rows)} has a label within its first {limit} tokens"
+            + (f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else "")
+        )
+    return Dataset(
+        kept,
+        truncated=sum(len(example.tokens) > limit for example in examples),
+        unlabelled=len(cut) - len(kept),
+        lost=sum(example.labelled for example in examples) - sum(example.labelled for example in cut),
+        bad=tuple(bad),
+        conversations=sum(is_conversation for _, is_conversation, _ in found),
+        quoted=sum(is_quoted for _, _, is_quoted in found),
+    )
+
+
+def apply_to_rows(rows: Iterable[Row], function: Callable[[Row], T], skips_bad: bool) -> tuple[list[T], list[str]]:
+    """Return the results of a function for all rows, and an error message for each row that was skipped.
+
+    Raises:
+        DataError: a row has a problem, or the function raises one, and bad rows are not skipped.
+    """
+    found, bad = list[T](), []
+    for row in rows:
+        try:
+            if row.problem:
+                raise DataError(row.problem)
+            found.append(function(row))
+        except DataError as error:
+            bad.append(f"{row.source}: {error}")
+            if not skips_bad:
+                raise DataError(bad[-1]) from error
+    return found, bad
+
+
+def _parse(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[PromptCompletion | Conversation, bool]:
+    """Parse a row and quote the control tokens in it, unless they are allowed; return also whether there were any."""
+    parsed = parse_row(row.fields, config)
+    if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
+        closing = tokenizer.special_tokens.get("eos_token", "")
+        parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
+    if config.allow_special:
+        return parsed, False
+    quoted = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
+    return quoted, quoted != parsed
+
+
+def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
+    """Tokenize prompt and completion as one text and append the end token, which is always labelled."""
+    prompt, text = parsed.prompt, parsed.prompt + parsed.completion
+    tokens, spans = tokenizer.encode_spans(text)
+    labels = label_tokens(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
+    if tokenizer.eos_id is not None:
+        if tokens[-1:] != [tokenizer.eos_id]:
+            tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
+        labels[-1] = tokenizer.eos_id
+    return tokens, labels
+
+
+def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ()) -> Tokenizer:
+    """Return the tokenizer with the chat template of a prompt style.
+
+    "auto" is the tokenizer's own; if it has none and a row has an `instruction`, "alpaca".
+
+    Raises:
+        ConfigError: no such style.
+    """
+    if style == "auto":
+        needs_one = tokenizer.template is None and any("instruction" in row.fields for row in rows)
+        return use_prompt_style(tokenizer, "alpaca") if needs_one else tokenizer
+    if style not in ("alpaca", "instruction"):
+        if not style.endswith(".jinja"):
+            raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")
+        return tokenizer.with_template(read_text(Path(style)))
+    source = read_text(ASSETS / "prompts" / "instruction.jinja")
+    bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
+    begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text
+    if tokenizer.eos_id is not None and tokenizer.token_id(tokenizer.special_tokens.get("eos_token")) is None:
+        closing = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
+        begin += f"{{% set eos_token = {json.dumps(closing)} %}}"
+    return tokenizer.with_template(begin + "{% set preamble = true %}" * (style == "alpaca") + source)
 
 
 def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[str, list[Span]]:
@@ -48,7 +199,7 @@ def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_
 
 
 def _check_complete(text: str, conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> None:
-    """Check that questions and targets are in the text: some templates want content as text, some as parts."""
+    """Raise a DataError if a question or target is not in the text: some templates need text, some a list of parts."""
     messages = conversation.messages
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     for i, message in enumerate(messages):
@@ -67,7 +218,7 @@ def _check_complete(text: str, conversation: Conversation, tokenizer: Tokenizer,
 
 
 def _merge_adjacent(spans: list[Span]) -> list[Span]:
-    """Merge adjacent spans: a template may mark an answer and its closing token apart."""
+    """Merge adjacent spans: a template may mark an answer and its closing token separately."""
     merged: list[Span] = []
     for begin, end in spans:
         if merged and merged[-1][1] == begin:
@@ -128,7 +279,8 @@ def _find_answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -
     for i, message in enumerate(conversation.messages):
         content = message.get("content")
         if message["role"] == "assistant":
-            if not isinstance(content, str) or not content.strip() or _has_other_fields(message):
+            has_more = any(message[key] for key in message.keys() - {"role", "content", "name", "weight"})
+            if not isinstance(content, str) or not content.strip() or has_more:
                 return None
             last = i
             for core in (content, content.strip()):  # many templates strip
@@ -142,176 +294,3 @@ def _find_answers(text: str, conversation: Conversation, tokenizer: Tokenizer) -
         return None
     ends = list(accumulate(map(len, found)))
     return [(begin, end + len(closing)) for begin, end in zip(ends[0::2], ends[1::2], strict=False)]
-
-
-def _has_other_fields(answer: Fields) -> bool:
-    return any(value for key, value in answer.items() if key not in ("role", "content", "name", "weight"))
-
-
-@dataclass(frozen=True, repr=False)
-class Dataset(Sequence[Example]):
-    """Tokenized rows, and how many of them needed something.
-
-    `truncated` rows were cut to `max_length`, which removed `lost` labels; the `unlabelled` rows had none left and are
-    dropped. Rows that cannot be used are dropped, too: `bad` has an error message for each. `conversations` counts rows
-    rendered by a chat template, `quoted` rows whose control tokens are encoded as plain text.
-    """
-
-    examples: tuple[Example, ...]
-    truncated: int = 0
-    unlabelled: int = 0
-    lost: int = 0
-    bad: tuple[str, ...] = ()
-    conversations: int = 0
-    quoted: int = 0
-
-    def __repr__(self) -> str:
-        tokens = sum(len(example.tokens) for example in self.examples)
-        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
-        return f"Dataset({len(self)} rows, {tokens} tokens, {counts})"
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Dataset: ...
-    def __getitem__(self, index: int | slice) -> Example | Dataset:
-        return Dataset(self.examples[index]) if isinstance(index, slice) else self.examples[index]
-
-
-def load_dataset(
-    path: str | Path | Sequence[str | Path], tokenizer: Tokenizer, config: DataConfig | None = None
-) -> Dataset:
-    """Read and tokenize the rows of files, and the training rows of directories.
-
-    Raises:
-        DataError: a row that cannot be used, with file and line; a file without rows.
-    """
-    check_types(load_dataset, locals())
-    config = config or DataConfig()
-    rows = read_training_rows(path)
-    return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
-
-
-def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ()) -> Tokenizer:
-    """Return the tokenizer with the chat template of a prompt style.
-
-    "auto" is the tokenizer's own; if it has none and a row has an `instruction`, "alpaca".
-
-    Raises:
-        ConfigError: no such style.
-    """
-    if style == "auto":
-        needs_one = tokenizer.template is None and any("instruction" in row.fields for row in rows)
-        return use_prompt_style(tokenizer, "alpaca") if needs_one else tokenizer
-    if style not in ("alpaca", "instruction"):
-        if not style.endswith(".jinja"):
-            raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")
-        return tokenizer.with_template(read_text(Path(style)))
-    source = read_text(ASSETS / "prompts" / "instruction.jinja")
-    bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
-    begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text
-    if tokenizer.eos_id is not None and tokenizer.token_id(tokenizer.special_tokens.get("eos_token")) is None:
-        closing = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
-        begin += f"{{% set eos_token = {json.dumps(closing)} %}}"
-    return tokenizer.with_template(begin + "{% set preamble = true %}" * (style == "alpaca") + source)
-
-
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
-    """Tokenize and label every row.
-
-    Raises:
-        DataError: a row that cannot be used, unless those are skipped; no row has a label left.
-    """
-
-    def encode(row: Row) -> tuple[Example, bool, bool]:
-        with errors_at(row.source):
-            parsed, is_quoted = _parse(row, tokenizer, config)
-            if isinstance(parsed, PromptCompletion):
-                tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
-            else:
-                tokens, labels = _encode_conversation(parsed, tokenizer, config.train_on)
-            example = Example(tokens, labels, row.source)
-            if not example.labelled:
-                raise DataError("nothing to learn: no token of an answer can be predicted")
-        return example, isinstance(parsed, Conversation), is_quoted
-
-    return build_dataset(rows, encode, config)
-
-
-def build_dataset(
-    rows: Sequence[Row], encode: Callable[[Row], tuple[Example, bool, bool]], config: DataConfig
-) -> Dataset:
-    """Build a data set of rows; `encode` returns the example, whether it is a conversation, and whether it is quoted.
-
-    Raises:
-        DataError: as for `encode_rows`.
-    """
-    examples, bad, conversations, quoted = [], [], 0, 0
-    for row in rows:
-        try:
-            example, is_conversation, is_quoted = encode(row)
-        except DataError as error:
-            if not config.skip_bad_rows:
-                raise
-            bad.append(str(error))
-        else:
-            examples.append(example)
-            conversations += is_conversation
-            quoted += is_quoted
-    limit = config.max_length
-    cut = [replace(e, tokens=e.tokens[:limit], labels=e.labels[:limit]) for e in examples]
-    kept = tuple(example for example in cut if example.labelled)
-    if not kept:
-        raise DataError(
-            f"{rows[0].source}: no row of {len(rows)} has a label within its first {limit} tokens"
-            + (f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else "")
-        )
-    truncated = sum(len(e.tokens) > limit for e in examples)
-    lost = sum(example.labelled for example in examples) - sum(example.labelled for example in cut)
-    return Dataset(kept, truncated, len(cut) - len(kept), lost, tuple(bad), conversations, quoted)
-
-
-def _parse(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[PromptCompletion | Conversation, bool]:
-    """Parse a row and quote the control tokens in it, unless they are allowed; return whether there were any, too."""
-    if row.problem:
-        raise DataError(row.problem)
-    parsed = parse_row(row.fields, config)
-    if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
-        closing = tokenizer.special_tokens.get("eos_token", "")
-        parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
-    if config.allow_special:
-        return parsed, False
-    quoted = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
-    return quoted, quoted != parsed
-
-
-@contextmanager
-def errors_at(source: str) -> Iterator[None]:
-    """Put the source of a row in front of the message of a DataError."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
-
-
-def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
-    """Tokenize prompt and completion as one text and append the end token, which is always labelled."""
-    prompt, text = parsed.prompt, parsed.prompt + parsed.completion
-    tokens, spans = tokenizer.encode_spans(text)
-    labels = label_tokens(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
-    if tokenizer.eos_id is not None:
-        if tokens[-1:] != [tokenizer.eos_id]:
-            tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
-        labels[-1] = tokenizer.eos_id
-    return tokens, labels
-
-
-def _encode_conversation(
-    conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn
-) -> tuple[list[int], list[int]]:
-    text, learned = render_conversation(conversation, tokenizer, train_on)
-    tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
-    return tokens, label_tokens(tokens, spans, learned)

@@ -5,33 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from minilora.adapter import disable_adapter
-from minilora.data import IGNORE_INDEX, Example, collate
+from minilora.data import IGNORE_INDEX, Batch, Example, collate
 from minilora.errors import DataError
+from minilora.llama import Llama
+from minilora.models.classifier import Classifier
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import TrainConfig
-from minilora.runs.objective import Objective, TokenLoss, check_ids, eval_groups
+from minilora.runs.objective import Objective, check_ids, eval_groups
 
-if TYPE_CHECKING:
-    from minilora.llama import Llama
-    from minilora.models.classifier import Classifier
-
-SAMPLE_TOKENS = 48  # that are written of a sample
+SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
-MOST_CHOICES = 64
+MAX_CHOICES = 64
 Choice = tuple[int, ...]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Loss on general text of the base and with the adapter, and the divergence of the two."""
+    """A run's drift: loss on general text of the base and with the adapter, and the divergence between them."""
 
     before: float
     after: float
@@ -40,9 +38,9 @@ class Drift:
 
 @dataclass(frozen=True)
 class Scores:
-    """Held-out loss, and accuracy where the data has choices or classes; both None if nothing is held out.
+    """A model's held-out loss, and its accuracy where the data has choices or classes; None where there are none.
 
-    `class_scores` holds the other scores of a classifier, as the function of that name returns them.
+    `class_scores` holds all scores of a classifier, as the function of that name returns them.
     """
 
     loss: float | None
@@ -59,14 +57,19 @@ def prompt_of(example: Example) -> list[int]:
 
 
 def answer_of(example: Example) -> tuple[int, ...]:
-    """Return the learned tokens that follow the prompt, up to the first that is not learned."""
+    """Return the learned tokens after the prompt, up to the first that is not learned."""
     return tuple(takewhile(lambda label: label != IGNORE_INDEX, example.labels[len(prompt_of(example)) :]))
 
 
 def evaluate(
-    model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress | None = None
+    model: Llama | Classifier,
+    examples: Sequence[Example],
+    choices: Sequence[Choice] | None,
+    progress: Progress | None = None,
 ) -> Scores:
-    """Loss and accuracy of the model as it is."""
+    """Return the loss and the accuracy of a model: among its classes, or among `choices` if there are any."""
+    if isinstance(model, Classifier):
+        return evaluate_classes(model, examples, progress)
     if not examples:
         return Scores(None, None)
     loss = held_out_loss(model, examples, progress)
@@ -74,28 +77,25 @@ def evaluate(
 
 
 def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
-    """Σ over labelled tokens of -log p / their number, over all examples together.
-
-    `progress` is told how many examples are done, and of how many.
+    """Return Σ -log p over all labelled tokens / their number.
 
     Raises:
-        DataError: a token that the model has not; there are no labelled ones.
+        DataError: the model does not have a token, or no token is labelled.
     """
     check_ids(model, examples)
-    return mean_loss(model, TokenLoss(TrainConfig()), examples, progress)
+    return mean_loss(model, Objective(TrainConfig()), examples, progress)
 
 
 def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress | None = None) -> float:
-    """Σ of the losses of all rows / their number.
+    """Return Σ of the losses of all rows / their number.
 
     Raises:
-        DataError: there are no losses.
+        DataError: there are none.
     """
     total, count, device = 0.0, 0, next(model.parameters()).device
     with evaluating(model):
         for together in objective.eval_batches(rows):
-            batch: Any = objective.batch([rows[row] for row in together], device)
-            loss, number = objective(model, batch)
+            loss, number = objective(model, objective.batch([rows[row] for row in together], device))
             total += loss.item()
             count += number
             if progress:
@@ -106,18 +106,18 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
 
 
 def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> Scores:
-    """Compute loss and scores of a classifier, which predicts the class with the highest logit."""
-    check_ids(model, examples)
-    device, C = next(model.parameters()).device, len(model.labels)
-    total, confusion = 0.0, torch.zeros(C * C, dtype=torch.int64)
+    """Return loss and scores of a classifier, which predicts the class with the highest logit.
+
+    Raises:
+        DataError: the model does not have a token.
+    """
+    C, total = len(model.labels), 0.0
+    confusion = torch.zeros(C * C, dtype=torch.int64)
     with evaluating(model):
-        for rows in eval_groups([len(example.tokens) for example in examples]):
-            batch = collate([examples[row] for row in rows], device)
+        for batch in _batches(model, examples, progress):
             logits = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
             total -= _log_probabilities(logits).gather(-1, batch.labels.unsqueeze(-1)).sum().item()
             confusion += (C * batch.labels + logits.argmax(-1)).cpu().bincount(minlength=C * C)
-            if progress:
-                progress(rows[-1] + 1, len(examples))
     if not confusion.any():
         return Scores(None, None)
     found = class_scores(confusion.view(C, C).tolist(), model.labels)
@@ -149,21 +149,18 @@ def class_scores(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> d
 def measure_drift(
     model: Llama, examples: Sequence[Example], progress: Progress | None = None, base: Llama | None = None
 ) -> Drift:
-    """What training costs on text that it was not made for: the base p, the model as it is q.
+    """Measure on general text how far training has moved a model, with probabilities q, from its base, p.
 
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
     The base is the model without its adapters, unless one is given.
 
     Raises:
-        DataError: a token that the model has not.
+        DataError: the model does not have a token.
     """
     base = model if base is None else base
-    check_ids(base, examples)
-    device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
-        for rows in eval_groups([len(example.tokens) for example in examples]):
-            batch = collate([examples[row] for row in rows], device)
+        for batch in _batches(model, examples, progress):
             with disable_adapter(base):
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
@@ -177,28 +174,37 @@ def measure_drift(
                 kl = (log_p.exp() * (log_p - log_q)).sum()
                 sums += torch.stack((before, after, kl)).cpu()
             labelled += len(batch.labels)
-            if progress:
-                progress(rows[-1] + 1, len(examples))
     before, after, kl = (sums / labelled).tolist()
     return Drift(before, after, kl)
 
 
-def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
-    """The distinct answers, if there are few: at most 64, each given four times on average. Else None.
+def _batches(
+    model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None
+) -> Iterator[Batch]:
+    """Yield all examples in batches for an evaluation, and report the progress after each."""
+    check_ids(model, examples)
+    for rows in eval_groups([len(example.tokens) for example in examples]):
+        yield collate([examples[row] for row in rows], next(model.parameters()).device)
+        if progress:
+            progress(rows[-1] + 1, len(examples))
 
-    There is nothing to choose by where an example has no prompt.
+
+def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
+    """Return the distinct answers if they are few: at most 64, each four times on average; else None.
+
+    None as well if an example has no prompt, since then there is nothing to choose by.
     """
     answers = sorted({answer_of(example) for example in examples})
-    is_few = 1 < len(answers) <= min(MOST_CHOICES, len(examples) // 4)
+    is_few = 1 < len(answers) <= min(MAX_CHOICES, len(examples) // 4)
     return answers if is_few and all(prompt_of(example) for example in examples) else None
 
 
 def choice_accuracy(
     model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress | None = None
 ) -> float:
-    """The share of examples whose answer is the likeliest of the `choices` after the prompt.
+    """Return the share of examples whose answer is the most likely of the `choices` after the prompt.
 
-    What all choices end in (their closing tokens) says nothing and is left off.
+    The ending that all choices share, such as a closing token, is left off.
     """
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
@@ -215,9 +221,9 @@ def choice_accuracy(
 
 
 def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:
-    """For each prompt, log p(answer | prompt) of each answer.
+    """Yield for each prompt log p(answer | prompt) of each answer.
 
-    Each distinct beginning of an answer is run once: with answers of one token that is the prompt alone.
+    A prompt is run once with each distinct beginning of an answer: with answers of one token, by itself.
     """
     stems = sorted({answer[:-1] for answer in answers})
     documents = [[*prompt, *stem] for prompt in prompts for stem in stems]
@@ -232,7 +238,11 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
 
 
 def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer) -> float:
-    """The share of examples whose answer is what the model writes, greedily, white space at the ends aside."""
+    """Return the share of examples whose answer the model generates, greedily, except for white space at its ends.
+
+    Raises:
+        DataError: an example has no prompt.
+    """
     correct = 0
     for example in examples:
         if not prompt_of(example):
@@ -244,15 +254,13 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer)
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """What the model writes, greedily, for the prompts of some examples."""
-    asked = [example for example in examples if prompt_of(example)]
-    if not asked:
+    """Return the prompts of some examples, and what the model generates for each, greedily."""
+    prompts = [prompt for example in examples if (prompt := prompt_of(example))]
+    if not prompts:
         return []
-    written = generate(model, [prompt_of(example) for example in asked], SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
-    return [
-        {"prompt": tokenizer.decode(prompt_of(example)), "text": tokenizer.decode(tokens)}
-        for example, tokens in zip(asked, written, strict=True)
-    ]
+    written = generate(model, prompts, SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
+    decoded = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
+    return [{"prompt": prompt, "text": text} for prompt, text in decoded]
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -260,18 +268,16 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _common_ending(choices: Sequence[Choice]) -> int:
-    """How many tokens all choices share at their end, each keeping at least one.
+    """Return how many tokens at their end all choices share; no choice may begin another one without them.
 
-    Without its closing token " no" would be the beginning of " no idea", and could not be less likely.
+    Without its closing token " no" would begin " no idea", and could not be less likely.
     """
     length = 0
     while length < min(map(len, choices)) - 1 and len({choice[-1 - length] for choice in choices}) == 1:
         length += 1
-    while length and _is_nested([choice[: len(choice) - length] for choice in choices]):
+    while length:
+        answers = sorted(choice[: len(choice) - length] for choice in choices)
+        if not any(after[: len(before)] == before for before, after in pairwise(answers)):
+            break
         length -= 1
     return length
-
-
-def _is_nested(answers: Sequence[Choice]) -> bool:
-    """Is one of them the beginning of another?"""
-    return any(after[: len(before)] == before for before, after in pairwise(sorted(answers)))

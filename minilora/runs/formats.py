@@ -1,4 +1,4 @@
-"""Formats of rows: each row is recognised by its fields and read as a prompt with its completion, or a conversation.
+"""Formats of rows: a row is recognised by its fields, and read as a prompt with its completion or as a conversation.
 
     {"messages": [{"role": …, "content": …}, …]}        a conversation (OpenAI); tools beside it
     {"conversations": [{"from": …, "value": …}, …]}     a conversation (ShareGPT); tools beside it
@@ -7,7 +7,7 @@
     {"text": …}                                         plain text, all of it a completion
 
 A conversation may have its system prompt in a field `system`. Errors name the field as it is in the file. In rows to
-generate from, which `parse_prompt` reads, `output`, `completion` or the assistant's last turn may be missing.
+generate from (`parse_prompt`), `output`, `completion` or the assistant's last turn may be missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EMPTY = "it is empty, so there is nothing to learn"
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Plain text: a prompt, which is context, and its completion, which is trained on."""
+    """A prompt, which is context, and its completion, which is trained on, as plain text."""
 
     prompt: str
     completion: str
@@ -53,7 +53,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them, and the tools that the assistant may call."""
+    """A conversation: messages as chat templates take them, and the tools that the assistant may call."""
 
     messages: list[Fields]
     tools: list[Any] | None = None
@@ -79,11 +79,12 @@ def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversa
     """
     if config.text_field is not None:
         _check_no_system(config.system)
-        return PromptCompletion("", get_text(fields, config.text_field, is_target=True))
+        name = config.text_field
+        return PromptCompletion("", check_text(fields.get(name), name, is_target=True))
     turns = _parse_turns(fields)
     if turns is None:
         return _prompt_completion(fields, config)
-    own = get_text(fields, "system", default="")
+    own = _optional_text(fields, "system")
     system = own or config.system
     if own and turns[0].role in ("system", "developer"):
         raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt, too; need one")
@@ -103,15 +104,7 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
     Raises:
         DataError: as for `parse_row`.
     """
-    parsed = parse_row(_with_dummy_answer(fields), config)
-    if isinstance(parsed, PromptCompletion):
-        return PromptCompletion(parsed.prompt, "")
-    return Conversation(parsed.messages[:-1], parsed.tools)
-
-
-def _with_dummy_answer(fields: Fields) -> Fields:
-    """Return the fields with "…" as the answer, in place of their own if there is one."""
-    answer = {"role": "assistant", "content": "…"}
+    answer = {"role": "assistant", "content": "…"}  # in place of the row's own, if there is one
     if "instruction" in fields:
         fields = {**fields, "output": "…"}
     if "prompt" in fields:
@@ -122,26 +115,30 @@ def _with_dummy_answer(fields: Fields) -> Fields:
             if SHAREGPT_ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
                 turns = turns[:-1]
             fields = {**fields, key: turns if key == "prompt" else [*turns, answer]}
-    return fields
+    parsed = parse_row(fields, config)
+    if isinstance(parsed, PromptCompletion):
+        return PromptCompletion(parsed.prompt, "")
+    return Conversation(parsed.messages[:-1], parsed.tools)
 
 
 def _prompt_completion(fields: Fields, config: DataConfig) -> PromptCompletion:
     if "prompt" in fields and "completion" in fields:
-        if isinstance(fields["prompt"], list) != isinstance(fields["completion"], list):
+        prompt, completion = fields["prompt"], fields["completion"]
+        if isinstance(prompt, list) != isinstance(completion, list):
             raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
-        parsed = PromptCompletion(get_text(fields, "prompt"), get_text(fields, "completion", is_target=True))
+        parsed = PromptCompletion(check_text(prompt, "prompt"), check_text(completion, "completion", is_target=True))
     elif "text" in fields:
         if "label" in fields:
             raise DataError(
                 "text, label: a class is learned with --task SEQ_CLS, the text alone with --text-field text"
             )
-        parsed = PromptCompletion("", get_text(fields, "text", is_target=True))
+        parsed = PromptCompletion("", check_text(fields["text"], "text", is_target=True))
     elif "tokens" in fields and "labels" in fields:
         raise DataError("tokens, labels: classes are learned with --task TOKEN_CLS")
     else:
         preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
         raise DataError(f"keys {sorted(fields)} are of no known shape; known are {FORMATS}{preference}")
-    _check_no_system(get_text(fields, "system", default="") or config.system)
+    _check_no_system(_optional_text(fields, "system") or config.system)
     return parsed
 
 
@@ -153,57 +150,17 @@ def _check_no_system(system: str | None) -> None:
 def _parse_turns(fields: Fields) -> list[_Turn] | None:
     """Return the checked turns of a conversation; None if the row is plain text."""
     if "messages" in fields:
-        return _parse_messages(fields, "messages")
+        return list(map(_check_message, _entries(fields, "messages")))
     if "conversations" in fields:
         return list(map(_from_sharegpt, _entries(fields, "conversations")))
     if "instruction" in fields and "output" in fields:
         return _from_alpaca(fields)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
-        completion = _parse_messages(fields, "completion")
-        if [turn.role for turn in completion] != ["assistant"]:
-            found = [turn.role for turn in completion]
+        prompt, completion = (list(map(_check_message, _entries(fields, key))) for key in ("prompt", "completion"))
+        if (found := [turn.role for turn in completion]) != ["assistant"]:
             raise DataError(f"completion: found roles {found}, need one 'assistant'; more are for `messages`")
-        return [*_parse_messages(fields, "prompt"), *completion]
+        return [*prompt, *completion]
     return None
-
-
-def _from_alpaca(fields: Fields) -> list[_Turn]:
-    """Return Alpaca's fields as messages; the user's keeps `instruction` and `input` for templates that use them."""
-    turns = []
-    history = fields.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError(f"history: found {history!r:.60}, need a list of pairs of question and answer")
-    for i, (question, answer) in enumerate(history):
-        for j, (role, content) in enumerate((("user", question), ("assistant", answer))):
-            where = f"history[{i}][{j}]"
-            text = get_text({where: content}, where, is_target=role == "assistant")
-            turns.append(_Turn({"role": role, "content": text}, where))
-    instruction, extra = get_text(fields, "instruction"), get_text(fields, "input", default="")
-    question = f"{instruction}\n\n{extra}" if extra else instruction
-    asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
-    answered = {"role": "assistant", "content": get_text(fields, "output", is_target=True)}
-    return [*turns, _Turn(asked, "instruction"), _Turn(answered, "output")]
-
-
-def _from_sharegpt(turn: _Turn) -> _Turn:
-    """Convert one entry of `conversations` to a message; in some files it has the keys of a message already."""
-    entry, where = turn.message, turn.where
-    if "from" not in entry and "role" in entry:
-        return _check_message(turn)
-    speaker = entry.get("from")
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
-    role, key = SHAREGPT_ROLES[speaker], f"{where}.value"
-    value = get_text({key: entry.get("value")}, key, is_target=role == "assistant")
-    if speaker != "function_call":
-        return _Turn({"role": role, "content": value}, where)
-    called = _from_json(value, key)
-    calls = _check_calls(called if isinstance(called, list) else [called], key)
-    return _Turn({"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls]}, where)
-
-
-def _parse_messages(fields: Fields, key: str) -> list[_Turn]:
-    return list(map(_check_message, _entries(fields, key)))
 
 
 def _entries(fields: Fields, key: str) -> Iterable[_Turn]:
@@ -216,6 +173,42 @@ def _entries(fields: Fields, key: str) -> Iterable[_Turn]:
         yield _Turn(value, f"{key}[{i}]")
 
 
+def _from_alpaca(fields: Fields) -> list[_Turn]:
+    """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(f"history: found {history!r:.60}, need a list of pairs of question and answer")
+    turns = []
+    for i, pair in enumerate(history):
+        for j, role in enumerate(("user", "assistant")):
+            where = f"history[{i}][{j}]"
+            content = check_text(pair[j], where, is_target=role == "assistant")
+            turns.append(_Turn({"role": role, "content": content}, where))
+    instruction, extra = check_text(fields["instruction"], "instruction"), _optional_text(fields, "input")
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
+    answered = {"role": "assistant", "content": check_text(fields["output"], "output", is_target=True)}
+    return [*turns, _Turn(asked, "instruction"), _Turn(answered, "output")]
+
+
+def _from_sharegpt(turn: _Turn) -> _Turn:
+    """Convert an entry of `conversations` to a message; in some files it has the keys of a message already."""
+    entry, where = turn.message, turn.where
+    if "from" not in entry and "role" in entry:
+        return _check_message(turn)
+    speaker = entry.get("from")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
+    role, key = SHAREGPT_ROLES[speaker], f"{where}.value"
+    value = check_text(entry.get("value"), key, is_target=role == "assistant")
+    if speaker != "function_call":
+        return _Turn({"role": role, "content": value}, where)
+    called = _from_json(value, key)
+    calls = called if isinstance(called, list) else [called]
+    _check_calls(calls, key)
+    return _Turn({"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls]}, where)
+
+
 def _check_message(turn: _Turn) -> _Turn:
     """Return a message after checking the types of its fields."""
     message, where = turn.message, turn.where
@@ -223,7 +216,9 @@ def _check_message(turn: _Turn) -> _Turn:
     if not isinstance(role, str) or role not in NEXT_ROLES or not role:
         raise DataError(f"{where}.role: found {role!r:.60}, accepted are {sorted(filter(None, NEXT_ROLES))}")
     if isinstance(content, list):
-        _check_parts(content, f"{where}.content")
+        for i, part in enumerate(content):
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise DataError(f'{where}.content[{i}]: found {part!r:.60}, need {{"type": "text", "text": …}}')
     elif not isinstance(content, str | None) or (content is None and role != "assistant"):
         raise DataError(f"{where}.content: found {content!r:.60}, need text or a list of parts")
     if calls:
@@ -235,19 +230,12 @@ def _check_message(turn: _Turn) -> _Turn:
     return turn
 
 
-def _check_parts(parts: list[Any], where: str) -> None:
-    for i, part in enumerate(parts):
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise DataError(f'{where}[{i}]: found {part!r:.60}, need {{"type": "text", "text": …}}')
-
-
-def _check_calls(calls: Any, where: str) -> list[Any]:
-    """Return tool calls after checking that each names its function."""
-    if isinstance(calls, list):
-        functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
-        if all(isinstance(called, dict) and isinstance(called.get("name"), str) for called in functions):
-            return calls
-    raise DataError(f"{where}: found {calls!r:.60}, need a list of calls, each with the name of a function")
+def _check_calls(calls: Any, where: str) -> None:
+    """Raise a DataError if a tool call does not name its function."""
+    found = calls if isinstance(calls, list) else [None]
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in found]
+    if not all(isinstance(called, dict) and isinstance(called.get("name"), str) for called in functions):
+        raise DataError(f"{where}: found {calls!r:.60}, need a list of calls, each with the name of a function")
 
 
 def _check_order(turns: Iterable[_Turn]) -> None:
@@ -278,20 +266,22 @@ def _from_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: found {text!r:.60}, need JSON") from error
 
 
-def get_text(fields: Fields, key: str, default: str | None = None, is_target: bool = False) -> str:
-    """Return the text of a field; one to be trained on, `is_target`, must not be empty.
+def _optional_text(fields: Fields, key: str) -> str:
+    value = fields.get(key)
+    return "" if value is None else check_text(value, key)
+
+
+def check_text(value: Any, where: str, is_target: bool = False) -> str:
+    """Return a value that has to be text; one to be trained on, `is_target`, must not be empty.
 
     Raises:
-        DataError: the field is no text, or holds code points that are no characters.
+        DataError: it is no text, or holds code points that are no characters.
     """
-    value = fields.get(key)
-    if value is None and default is not None:
-        return default
     if not isinstance(value, str):
-        raise DataError(f"{key}: found {value!r:.60}, need text")
+        raise DataError(f"{where}: found {value!r:.60}, need text")
     if is_target and not value:
-        raise DataError(f"{key}: {EMPTY}")
-    _check_unicode(value, key)
+        raise DataError(f"{where}: {EMPTY}")
+    _check_unicode(value, where)
     return value
 
 

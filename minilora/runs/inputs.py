@@ -1,4 +1,4 @@
-"""Rows of a run: training, validation and test split, and general text to measure drift on."""
+"""Load data sets: training rows, rows with classes, and the rows of a run by split, with general text beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minilora.errors import DataError
+from minilora.errors import DataError, check_types
 from minilora.models.config import Unit
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.classes import encode_classes, find_labels
@@ -19,9 +19,40 @@ from minilora.runs.rows import find_splits, read_eval_rows, read_rows
 from minilora.storage import ASSETS, BUILTIN
 
 
+def load_dataset(
+    path: str | Path | Sequence[str | Path], tokenizer: Tokenizer, config: DataConfig | None = None
+) -> Dataset:
+    """Read and tokenize the rows of files, and the training rows of directories.
+
+    Raises:
+        DataError: a row cannot be used (with file and line); a file without rows.
+    """
+    check_types(load_dataset, locals())
+    config, rows = config or DataConfig(), read_rows(*_find_files(path)["train"])
+    return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
+
+
+def load_classes(
+    path: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    unit: Unit,
+    config: DataConfig | None = None,
+    labels: Sequence[str] = (),
+) -> tuple[Dataset, tuple[str, ...]]:
+    """Read and tokenize rows with classes, as `load_dataset` does; return them with their labels.
+
+    Raises:
+        DataError: a row cannot be used, or has none of the `labels`, if any are given; a file without rows.
+    """
+    check_types(load_classes, locals())
+    config, rows = config or DataConfig(), read_rows(*_find_files(path)["train"])
+    labels = tuple(labels) or find_labels(rows, unit, config)
+    return encode_classes(rows, tokenizer, config, unit, labels), labels
+
+
 @dataclass(frozen=True)
 class Data:
-    """Training rows; validation rows for the evaluations of a run; test rows for its summary."""
+    """A run's tokenized rows: to train on, to evaluate during it (valid) and after it (test), and general text."""
 
     tokenizer: Tokenizer
     train: Dataset
@@ -30,11 +61,11 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = Dataset(())
-    labels: tuple[str, ...] = ()  # a classifier's
+    labels: tuple[str, ...] = ()  # of a classifier
 
     @property
     def splits(self) -> dict[str, Dataset]:
-        """Splits that have rows, by name; validation is left out if it is the test split."""
+        """Return the splits that have rows, by name, without the validation split where it is the test split."""
         found = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
         return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
 
@@ -47,17 +78,15 @@ def load_data(
     unit: Unit | None = None,
     labels: tuple[str, ...] = (),
 ) -> Data:
-    """Read and tokenize training, validation and test rows; the tokenizer gets the prompt style of the rows.
+    """Read and tokenize training, validation and test rows; the tokenizer gets their prompt style.
 
-    If there is no test file, a share of the training rows is held out; and another one for validation, if the run
-    selects the best adapter. With a `unit` rows have classes; without `labels`, those of the training rows are taken.
+    Without a test file, a share of the training rows is held out, and another one for validation if the run selects
+    the best adapter. With a `unit` rows have classes, by default all labels of the training rows.
 
     Raises:
-        DataError: a row that cannot be used, or there is no training file.
+        DataError: a row cannot be used, or there is no training file.
     """
-    files = find_splits(names)
-    if "train" not in files:
-        raise DataError(f"{', '.join(names)}: there are no training rows; found {sorted(files)}")
+    files = _find_files(names)
     rows = {split: read_rows(*paths) for split, paths in files.items()}
     if unit is None:
         tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])
@@ -67,18 +96,16 @@ def load_data(
         encoded = {split: encode_classes(found, tokenizer, reading, unit, labels) for split, found in rows.items()}
     for split in ("test", "valid") if training.selects else ("test",):
         is_there = split in encoded or (split == "test" and "valid" in encoded and not training.selects)
-        if not is_there and reading.eval_split and len(encoded["train"]) > 1:
-            encoded |= _split_off(encoded["train"], split, reading.eval_split, training.seed)
+        whole = encoded["train"]
+        if not is_there and reading.eval_split and len(whole) > 1:
+            shuffled = random.Random(training.seed).sample(whole.examples, len(whole))
+            held = max(1, int(reading.eval_split * len(shuffled)))
+            encoded["train"] = replace(whole, examples=tuple(shuffled[held:]))
+            encoded[split] = Dataset(tuple(shuffled[:held]))
     test = encoded.get("test") or encoded.get("valid") or Dataset(())
     valid = encoded.get("valid") or test
     choices = None if unit else find_choices([*encoded["train"], *test])
     return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files), labels=labels)
-
-
-def _split_off(whole: Dataset, split: str, share: float, seed: int) -> dict[str, Dataset]:
-    shuffled = random.Random(seed).sample(whole.examples, len(whole))
-    held = max(1, int(share * len(shuffled)))
-    return {"train": replace(whole, examples=tuple(shuffled[held:])), split: Dataset(tuple(shuffled[:held]))}
 
 
 def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Dataset:
@@ -90,9 +117,17 @@ def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Datase
     return encode_rows(rows, tokenizer, replace(reading, train_on="all", system=None, text_field="text"))
 
 
+def _find_files(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
+    """Return the files of a data set by split; raise a DataError if there are none to train on."""
+    files = find_splits(names)
+    if "train" not in files:
+        shown = names if isinstance(names, str | Path) else ", ".join(map(str, names))
+        raise DataError(f"{shown}: there are no training rows; found {sorted(files)}")
+    return files
+
+
 def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """Return SHA-256 by file name, or by path if names are not distinct; a pipe, which is read once, has none."""
+    """Return SHA-256 by file name, or by path where names repeat; a pipe, which can be read once, has none."""
     paths = [path for found in files.values() for path in found if path.is_file()]
-    names = [path.name for path in paths]
-    is_distinct = len(set(names)) == len(names)
+    is_distinct = len({path.name for path in paths}) == len(paths)
     return {(path.name if is_distinct else str(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

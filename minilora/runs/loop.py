@@ -1,4 +1,4 @@
-"""Training: what happens around the step of `minilora.training`: the plan, evaluation, checkpoints, records."""
+"""The training loop around the step of `minilora.training`: the plan, evaluation, checkpoints and records."""
 
 from __future__ import annotations
 
@@ -17,44 +17,37 @@ from torch.utils._pytree import tree_leaves
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import base_held
 from minilora.errors import DataError, FormatError, TrainingError, check_types
-from minilora.llama import Llama, Recompute
+from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.runs.checkpoints import (
-    Selection,
+    State,
     checkpoints,
     fingerprint,
     load_checkpoint,
-    newest_step,
+    restore,
     save_checkpoint,
     trained_adapters,
+    trained_tensors,
 )
 from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
-from minilora.runs.memory import Plan, fit
-from minilora.runs.objective import (
-    GivenLoss,
-    Objective,
-    TokenLoss,
-    build_optimizer,
-    rate_of_step,
-    trained_parameters,
-)
+from minilora.runs.memory import Plan, choose_recompute
+from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step, trained_parameters
 from minilora.runs.seeded import Rows, plan_steps, set_dropout_step
-from minilora.storage import read_json
 from minilora.training import Loss, total_norm, train_step
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
-MICRO_BATCH_SEEDS = 1_000_003  # apart enough that no two (seed, micro-batch) of sensible size meet
+MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did, earlier parts of a resumed one included.
+    """A summary of a run, including the parts before it was resumed.
 
-    `finished` is false if `on_step` stopped it; `kept` is the step whose weights the model holds now.
+    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model holds now.
     """
 
     steps: int
@@ -75,69 +68,71 @@ def train(
     checkpoint_dir: str | Path | None = None,
     loss: Loss | None = None,
 ) -> TrainResult:
-    """Train what of the model requires grad: an attached adapter; or, if there is none, the model itself.
+    """Train the parameters that require grad: those of an attached adapter or, without one, the model itself.
 
     Weights are trained in their own dtype. In bfloat16 most updates of a weight are too small to change it: train a
-    whole model in float32, as adapters are. While it lasts no other thread may use the model.
+    whole model in float32, as adapters are. No other thread may use the model meanwhile.
 
     Args:
-        model: a `Llama` or `Classifier` (a trunk `model`, a head `get_output_embeddings()`); with `loss`, any module.
+        model: a `Llama` or `Classifier`; with `loss`, any module.
         dataset: what `load_dataset` returns; with `loss`, rows of any kind.
-        config: how; by default `TrainConfig()`.
-        on_step: called with one record after each step and each evaluation; if it returns True the run stops there,
-            with a checkpoint.
+        config: by default `TrainConfig()`.
+        on_step: called with a record after each step and each evaluation; if it returns True the run stops there, with
+            a checkpoint.
         held_out: rows to evaluate every `eval_steps` and after the last step.
-        checkpoint_dir: where checkpoints go. If there is one already, the run goes on from the newest, to the same
-            bytes as if it had never stopped.
-        loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many those are, such as
-            labelled tokens. A step's loss is Σ sum / Σ count. `tokens` of a record are those of rows that have
-            `tokens`, else the counts. By default the loss of tokens.
+        checkpoint_dir: where checkpoints are written. If it has some already, the run resumes from the newest, and ends
+            in the same bytes as if it had never stopped.
+        loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
+            labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
+            else the counts. By default the loss of tokens.
 
     Raises:
-        DataError: there are no rows, an example has no label, or not one for each token, or a token that the model has
-            not; what is counted is nothing; there are none to choose the best weights with; `batch_tokens` with rows
-            without `tokens`.
+        DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
+            not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
+            `batch_tokens` with rows without `tokens`.
         FormatError: the newest checkpoint is damaged.
-        TrainingError: nothing is trainable, or an adapter that does not act; a loss, gradient or weight is not finite;
-            a checkpoint belongs to another run; a model that needs `loss`.
+        TrainingError: nothing is trainable, or an adapter that is not active; a loss, gradient or weight is not finite;
+            a checkpoint belongs to another run; the model needs `loss`.
     """
     check_types(train, locals())
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()
-    objective: Objective = TokenLoss(config) if loss is None else GivenLoss(loss, config)
     adapters = trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
-    objective.check(model, dataset, held_out)
+    if loss is None:
+        check_token_loss(model, dataset, held_out)
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
     if config.recompute == "auto":
         lora = next(iter(adapters.values()), None)
-        way = _fitting_recompute(model, dataset, held_out, config, lora) if loss is None else "none"
-        config = objective.config = replace(config, recompute=way)  # a given loss recomputes what it likes
+        if loss is None:
+            config = _with_fitting_recompute(model, dataset, held_out, config, lora)
+        else:
+            config = replace(config, recompute="none")  # a given loss recomputes by itself
+    objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
-    state: Record = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if checkpoint_dir is not None:
-        checkpoint_dir = Path(checkpoint_dir)
-        state["run"] = fingerprint(dataset, held_out if config.selects else (), config, adapters)
     run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
+    folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), State()
+    if folder is not None:
+        state.run = fingerprint(dataset, held_out if config.selects else (), config, adapters)
     try:
-        with _compiled(objective.compilable(model) if config.compile else []):
-            return _train(run, state, on_step or (lambda record: None), held_out, checkpoint_dir)
+        with _compiled(model, loss is not None) if config.compile else nullcontext():
+            return _train(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
             parameter.grad = None
         set_dropout_step(model, None)
 
 
-def _fitting_recompute(
+def _with_fitting_recompute(
     model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
-) -> Recompute:
-    """Choose for `auto` what fits beside the loaded model.
+) -> TrainConfig:
+    """Choose the recomputation with which the run fits into memory, beside the loaded model.
 
     Raises:
-        TrainingError: the model is none of minilora's decoders, whose memory alone is forecast.
+        TrainingError: the model is not one of minilora's own, for which alone there is a forecast.
     """
     if not isinstance(model, Llama | Classifier):
         raise TrainingError(f"{type(model).__name__}: recompute 'auto' is for minilora's own decoders; name a way")
@@ -153,14 +148,18 @@ def _fitting_recompute(
         [[len(example.tokens) for example in held_out]],
         len(model.labels) if isinstance(model, Classifier) else 0,
     )
-    chosen = fit(plan, held=sum(p.nbytes for p in model.parameters()))[0].training.recompute
-    assert chosen != "auto"
-    return chosen
+    return choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training
 
 
 @contextmanager
-def _compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it, modules run as torch.compile makes them: at first for a size, and from the second on for any."""
+def _compiled(model: Any, is_whole: bool) -> Iterator[None]:
+    """Compile the model as a whole, or the norms and MLPs of its layers, for as long as the block lasts.
+
+    Attention depends on the lengths of documents, and would be compiled again for each.
+    """
+    modules: list[Any] = [model]
+    if not is_whole:
+        modules = [part for block in model.model.layers for part in block.children() if part is not block.self_attn]
     before = [module._compiled_call_impl for module in modules]  # what `compile` sets; there is no public way back
     for module in modules:
         module.compile()
@@ -173,7 +172,7 @@ def _compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all steps of a run share."""
+    """A run: what all of its steps share."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -183,77 +182,78 @@ class _Run:
     config: TrainConfig
 
     def batches(self, step: int) -> list[Any]:
-        """The micro-batches of a step; none after the last one."""
+        """Return the micro-batches of a step; none after the last one."""
         device = next(self.model.parameters()).device
         plan = self.steps[step] if step < len(self.steps) else []
         return [self.objective.batch([self.dataset[row] for row in rows], device) for rows in plan]
 
-    def sources(self, step: int) -> str:
-        """Where the rows of a step come from."""
-        return ", ".join(str(getattr(self.dataset[row], "source", row)) for rows in self.steps[step] for row in rows)
 
-
-def _train(run: _Run, state: Record, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
-    """Go from the newest checkpoint, or from the beginning, to the end; see `train`."""
-    model, config, steps, selection = run.model, run.config, run.steps, Selection(run.config)
-    if folder is not None:
-        state = _resumed(folder, run, selection, state)
-    started = time.monotonic() - state["seconds"]
-    stopped, first = False, state["step"]
-    batches = run.batches(first)
-    while not (stopped or selection.has_ended or state["step"] == len(steps)):
+def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
+    """Run all steps that are left after the newest checkpoint; see `train`."""
+    model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
+    if folder is not None and (found := checkpoints(folder)):
+        state, best = load_checkpoint(found[-1], model, run.optimizer, state.run)
+        if config.keep == "best" and state.best_step and not best:
+            raise FormatError(f"{found[-1]}: lacks best.safetensors, the weights of step {state.best_step}")
+    started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
+    stopped, first, batches = False, state.step, run.batches(state.step)
+    while not (stopped or state.step == total or state.stale >= patience):
         before = time.monotonic()
-        record, batches = _step(run, state["step"], batches)
-        if state["step"] == first:  # what kernels prepared for themselves lies scattered between tensors that are gone
+        record, batches = _step(run, state.step, batches)
+        if state.step == first:  # kernels' own buffers of the first step leave holes in the memory
             release_memory()
-        now, tokens = time.monotonic(), record["tokens"]
-        state |= {"step": record["step"], "tokens": state["tokens"] + tokens, "seconds": now - started}
-        pace = {"tokens_per_second": tokens / (now - before), "total_steps": len(steps)}
+        now, step = time.monotonic(), state.step + 1
+        state.step, state.tokens, state.seconds = step, state.tokens + record["tokens"], now - started
+        pace = {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
         stopped = bool(on_step({**record, **pace}))
-        step, is_last = state["step"], state["step"] == len(steps)
-        if len(held_out) and config.eval_steps and (is_last or _is_due(config.eval_steps, step)):
+        if len(held_out) and config.eval_steps and (step == total or step % config.eval_steps == 0):
             eval_loss = mean_loss(model, run.objective, held_out)
-            selection.note(model, step, eval_loss)
-            stopped |= bool(on_step({"step": step, "eval_loss": eval_loss, "best_step": selection.best_step}))
-        is_last |= selection.has_ended  # what comes after training may fail, and must not cost the run
-        if folder is not None and (stopped or is_last or _is_due(config.save_steps, step)):
-            saved, best = {**state, **selection.state()}, selection.tensors
-            save_checkpoint(folder, model, run.optimizer, saved, best, config.save_total_limit)
+            if state.note(eval_loss) and config.keep == "best":
+                best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
+            stopped |= bool(on_step({"step": step, "eval_loss": eval_loss, "best_step": state.best_step}))
+        is_end = stopped or step == total or state.stale >= patience  # what follows training may fail
+        if folder is not None and (is_end or (config.save_steps and step % config.save_steps == 0)):
+            save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
     model.eval()
-    finished, kept = selection.has_ended or state["step"] == len(steps), state["step"]
-    if finished and selection.tensors:
-        selection.restore(model)
-        kept = selection.best_step
-    return TrainResult(state["step"], len(steps), state["tokens"], time.monotonic() - started, finished, kept)
+    finished, kept = state.step == total or state.stale >= patience, state.step
+    if finished and best:
+        restore(model, best)
+        kept = state.best_step
+    return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept)
 
 
 def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     """Make one optimizer step; return its record, and the micro-batches of the next step.
 
-    Until all is on its way nothing is asked of the device, whose work is only then waited for: once, for all numbers.
+    The device is waited for once, when everything is queued and the next micro-batches are on their way.
 
     Raises:
         DataError: the loss counts nothing.
-        TrainingError: the loss, the gradient or a weight is not finite, or what is trained has changed.
+        TrainingError: the loss, the gradient or a weight is not finite, or other parameters require grad than at first.
     """
     model, config, first = run.model, run.config, step * run.config.gradient_accumulation_steps
-    _check_trained(model, run.optimizer)
+    trained = trained_parameters(run.optimizer)
+    now = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if changed := sorted(name for name in trained | now if trained.get(name) is not now.get(name)):
+        raise TrainingError(f"{changed[:3]}: what is trained has changed since the run began; change it between runs")
     rate = rate_of_step(step, len(run.steps), config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    drawn = _drawing(model, batches, config.seed, first)
-    done = train_step(model, run.optimizer, drawn, run.objective, config.max_grad_norm)
-    weight_norm = total_norm([p.detach() for p in trained_parameters(run.optimizer).values()])
+    seeded = _seeded(model, batches, config.seed, first)
+    done = train_step(model, run.optimizer, seeded, run.objective, config.max_grad_norm)
+    weight_norm = total_norm([p.detach() for p in trained.values()])
     upcoming = run.batches(step + 1)
     *shares, grad_norm, length = torch.cat([done.losses, torch.stack([done.grad_norm, weight_norm])]).tolist()
     loss = sum(shares)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-        with eager:  # what is compiled has no hooks
-            again = _drawing(model, batches, config.seed, first)
+        with eager:  # compiled modules run no hooks
+            again = _seeded(model, batches, config.seed, first)
             where = first_bad_module(model, lambda: [run.objective(model, batch) for batch in again])
+        rows = [row for rows in run.steps[step] for row in rows]
+        sources = ", ".join(str(getattr(run.dataset[row], "source", row)) for row in rows)
         raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {run.sources(step)}. "
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {sources}. "
             "The weights are those of before the step; a lower learning rate or float32 may help"
         )
     if not math.isfinite(length):
@@ -264,21 +264,10 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     return {**record, "tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}, upcoming
 
 
-def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise a TrainingError if a parameter was frozen, thawed, or replaced by another one since the run began."""
-    held = {id(p): name for name, p in trained_parameters(optimizer).items()}
-    now = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if changed := sorted({name for key, name in (held | now).items() if key not in held or key not in now}):
-        raise TrainingError(
-            f"{changed[:3]}: what is trained has changed since the run began; change it between two runs"
-        )
+def _seeded(model: nn.Module, batches: Sequence[Any], seed: int, first: int) -> Iterator[Any]:
+    """Yield the micro-batches, each with PyTorch's random state set from the seed, on the CPU and on CUDA.
 
-
-def _drawing(model: nn.Module, batches: Sequence[Any], seed: int, first: int) -> Iterator[Any]:
-    """Yield the micro-batches, while PyTorch's random state follows from the seed on a CPU and on CUDA.
-
-    What a model of another library draws, such as its own dropout, then is the same in a resumed run. Afterwards the
-    generators are as before.
+    So the dropout of another library's model is the same in a resumed run. The state is restored afterwards.
     """
     device = next(model.parameters()).device
     for index, batch in enumerate(batches, start=first):
@@ -292,30 +281,9 @@ def _drawing(model: nn.Module, batches: Sequence[Any], seed: int, first: int) ->
             yield batch
 
 
-def _resumed(folder: Path, run: _Run, selection: Selection, fresh: Record) -> Record:
-    """The state that a run goes on from: that of the newest checkpoint, which is put into the model, or a fresh one."""
-    found = checkpoints(folder)
-    if not found:
-        return fresh
-    checkpoint = found[-1]
-    if read_json(checkpoint / "state.json").get("run") != fresh["run"]:  # before anything is put into the model
-        raise TrainingError(f"{checkpoint}: written by a run with other data or settings, so it cannot be resumed here")
-    state, best = load_checkpoint(checkpoint, run.model, run.optimizer)
-    if state.get("step") != newest_step(folder):
-        raise FormatError(
-            f"{checkpoint}: state.json says step {state.get('step')!r}; remove the directory to go on without it"
-        )
-    selection.resume(state, best)
-    return {key: state[key] for key in fresh}
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
-
-
 @torch.no_grad()
 def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
-    """Run `compute` once more and name the first module whose output is not finite; else the first such gradient."""
+    """Run `compute` again and return the first module whose output is not finite, else the first such gradient."""
     bad: list[str] = []
 
     def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -1,7 +1,7 @@
-"""Estimate how much memory a run takes, from the model's config and the batch; choose and check what fits.
+"""Forecast how much memory a run takes, from the model's config and the batch; choose and check what fits.
 
-Every term is a product of sizes. `layer_terms` lists what autograd keeps of a layer: it changes with the functions
-whose saved tensors it counts. A test compares the sum with the tensors that live at the peak of a step.
+Every term is a product of sizes. `layer_terms` lists what autograd saves in a layer, and has to change with the
+functions whose saved tensors it counts. A test compares the forecast with the tensors alive at the peak of a step.
 
     N  tokens of a micro-batch    M  labelled ones    D  hidden_size    F  intermediate_size    V  vocab_size
     H  query heads    K  key heads    E  head_dim    d  bytes of a number in the dtype of the computation
@@ -13,17 +13,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
 from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
-from minilora.kernel.attention import TOGETHER, block_attention, block_size, fused_attention, kernel_for
+from minilora.kernel.attention import MAX_BATCH, block_attention, block_size, fused_attention, select_kernel
 from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.lora import tile_size
-from minilora.llama import LlamaConfig, Recompute
+from minilora.llama import Decoder, LlamaConfig, Recompute
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import resolve_dtype
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -34,9 +34,9 @@ from minilora.runs.objective import eval_groups
 from minilora.runs.seeded import plan_steps
 
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
-DRIFT_COPIES = 5  # of all tokens' probabilities that live at once when an adapter is compared with its base
+DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
 # What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
-LIBRARIES = 258_000_000  # what PyTorch and its kernels load and keep from the first step on
+LIBRARIES = 258_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds and cannot use
 EMBEDDING = "model.embed_tokens"
 Shapes = dict[str, tuple[int, ...]]
@@ -44,13 +44,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the memory of a run depends on.
+    """A run's properties that its memory depends on.
 
     Args:
-        config: the model's.
-        lora: the adapter's; None trains all weights.
-        rows: tokens and labelled tokens of each training row.
-        evaluated: tokens of each row of every split that is evaluated.
+        config: of the model.
+        lora: of the adapter; None trains all weights.
+        rows: numbers of tokens and of labelled tokens of each training row.
+        evaluated: number of tokens of each row of every split that is evaluated.
         classes: of a classifier; 0 for a language model.
     """
 
@@ -65,27 +65,22 @@ class Plan:
     classes: int = 0
 
     def batch(self) -> tuple[list[int], int]:
-        """The micro-batch with the most tokens: those of each row, and how many of all are labelled."""
+        """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
         batches = (rows for step in plan_steps([tokens for tokens, _ in self.rows], self.training) for rows in step)
         batch = [self.rows[i] for i in max(batches, key=lambda rows: sum(self.rows[i][0] for i in rows))]
         return [tokens for tokens, _ in batch], sum(labelled for _, labelled in batch)
 
-    def cut(self, length: int) -> Plan:
-        """The same plan with rows of at most `length` tokens."""
-        rows = [(min(tokens, length), min(labelled, length)) for tokens, labelled in self.rows]
-        return replace(self, rows=rows, evaluated=[[min(n, length) for n in split] for split in self.evaluated])
-
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes at the peak of a run.
+    """A forecast of the bytes at the peak of a run.
 
     Attributes:
         weights: of the base, dense or in four bits.
-        adapters: what is trained beside them, and the best so far.
+        adapters: what is trained besides them, and a copy of the best so far.
         gradients, moments: of everything that is trained.
-        activations: what autograd keeps of a micro-batch.
-        working: the largest of what comes on top: the logits of a chunk of rows with their gradient, the gradients
+        activations: what autograd saves of a micro-batch.
+        working: the largest of what is needed besides: the logits of a chunk of rows with their gradient, the gradients
             within a layer with a dequantized weight, or an evaluation, which needs no activations.
         kept: what the C library and kernels hold besides tensors.
     """
@@ -104,7 +99,7 @@ class Forecast:
 
 
 def forecast(plan: Plan) -> Forecast:
-    """Return the terms of a plan.
+    """Compute the terms of a plan.
 
     Raises:
         TargetError: the adapter's config names modules that the model does not have.
@@ -134,8 +129,8 @@ def forecast(plan: Plan) -> Forecast:
     n = max((sum(map(split.__getitem__, i)) for split in plan.evaluated for i in eval_groups(split)), default=0)
     evaluation = dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
     working = max(head, layer, evaluation - activations)
-    # With recomputation, the little that is kept of a layer splits the free memory that the next one needs, in 16 bits
-    # a quarter as often as in float32; and what was freed of a batch does not fit the next one, if their sizes differ.
+    # With recomputation, the few tensors that are kept fragment the memory that the next layer needs, in 16 bits a
+    # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
     holes += working * (len({tokens for tokens, _ in plan.rows}) > 1)
     kept = int(FRAGMENTS * activations) + (LIBRARIES + holes) * (plan.device.type == "cpu")
@@ -143,7 +138,7 @@ def forecast(plan: Plan) -> Forecast:
 
 
 def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
-    """The most that the loss takes: labelled rows and their gradient, the logits of a chunk of rows and theirs."""
+    """Return the peak of the loss: labelled rows and their gradient, the logits of a chunk of rows and theirs."""
     d, D, V = plan.dtype.itemsize, plan.config.hidden_size, plan.classes or plan.config.vocab_size
     rows = min(labelled, max(1, HEAD_LOGITS // V))
     tile = tile_size(plan.device)
@@ -155,12 +150,12 @@ def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
 
 
 def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again: int, dense: int) -> int:
-    """The most that gradients within the last layer take, with a `dense` weight, and what is computed `again` there."""
+    """Return the peak of the gradients within the last layer, with a `dense` weight and what is computed `again`."""
     config, lora, d, lengths = plan.config, plan.lora, plan.dtype.itemsize, plan.batch()[0]
     N, D, F, H = sum(lengths), config.hidden_size, config.intermediate_size, config.num_attention_heads
-    tied = (lora is None and config.tie_word_embeddings) * WIDE * config.vocab_size * D  # the head's gradient waits
+    tied = (lora is None and config.tie_word_embeddings) * WIDE * config.vocab_size * D  # the head's gradient is kept
     norm = N * D * (d + 3 * WIDE)  # dy of the last norm, and in float32 its input, that one's gradient, their product
-    done = terms["mlp product"] + terms["mlp down branch"]  # what the backward pass has let go of
+    done = terms["mlp product"] + terms["mlp down branch"]  # what the backward pass has freed
     gates = 3 * d * N * F  # dy, dgate and dup
     if lora is not None and lora.lora_dropout:  # in the forward pass, W x beside the update and their sum
         gates = max(gates, 4 * d * N * F * config.is_fused, done + 2 * d * N * (F + D))  # or the product with the mask
@@ -170,7 +165,7 @@ def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again
         linear = max(linear, N * (3 * WIDE * F + (3 * WIDE * F if config.is_fused else d * (F if has_up else D))))
     swiglu = again - done + max(gates, linear - terms["mlp gate and up"])
     T = max(lengths)
-    together = min(max(1, TOGETHER // config.num_key_value_heads), lengths.count(T))
+    together = min(max(1, MAX_BATCH // config.num_key_value_heads), lengths.count(T))
     scores = together * H * min(T, block_size(plan.dtype)) * T
     mlp = sum(size for name, size in terms.items() if name.startswith("mlp"))
     attention = again - mlp + d * (N * (D + 2 * H * config.head_dim) + 3 * scores)  # dy and do; P, dP and dS
@@ -180,26 +175,26 @@ def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again
 def layer_terms(
     plan: Plan, shapes: Shapes, ranks: dict[str, int], layer: int, lengths: Sequence[int], learns: bool
 ) -> tuple[dict[str, int], bool]:
-    """Return the bytes that autograd keeps of a layer by name, the MLP's "mlp …", and whether its output needs grad.
+    """Return the bytes that autograd saves of a layer by name, the MLP's as "mlp …", and if its output requires grad.
 
     `ranks` are those of `trained`; `learns` says whether the layer's input requires grad.
     """
     config, lora, d = plan.config, plan.lora or LoraConfig(), plan.dtype.itemsize
     D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    kernel = kernel_for(torch.empty(0, E, dtype=plan.dtype, device=plan.device), lengths, config.windows[layer])
+    kernel = select_kernel(torch.empty(0, E, dtype=plan.dtype, device=plan.device), lengths, config.windows[layer])
     keys = H if kernel is fused_attention and plan.device.type != "cpu" else K  # GPUs' kernels get them repeated
     prefix, init = f"model.layers.{layer}.", lora.init_lora_weights
     adapted = {path.removeprefix(prefix): r for path, r in ranks.items() if path.startswith(prefix)}
     attends = learns or any(path.startswith("self_attn") for path in adapted)
 
     def inputs(*names: str) -> int:
-        """x of linears that share it, which the gradient of A needs; with dropout each has its own, and a mask."""
+        """Count the input x, for the gradient of A: one for all linears, or with dropout one each, and a mask."""
         widths = [shapes[f"{prefix}{path}.weight"][1] for path in adapted if path.startswith(names)]
         return sum(widths) * (d + 1) if lora.lora_dropout else max(widths, default=0) * d
 
     def branches(*names: str) -> int:
-        """u = s·A x of each adapter, and what DoRA stretches, which the gradient of its magnitude needs."""
+        """Count u = s·A x of each adapter, and what DoRA scales, for the gradient of its magnitude."""
         own, times = [path for path, r in adapted.items() if path.startswith(names) and r], 1 + init_from_weight(init)
         return d * sum(times * adapted[path] + lora.use_dora * shapes[f"{prefix}{path}.weight"][0] for path in own)
 
@@ -222,26 +217,15 @@ def layer_terms(
 
 
 def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
-    """Names and shapes of a decoder's parameters, a tied head included."""
-    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
-    Q, K = config.num_attention_heads * E, config.num_key_value_heads * E
-    attention = {"qkv": Q + 2 * K} if config.is_fused else {"q": Q, "k": K, "v": K}
-    mlp = {"gate_up": 2 * F} if config.is_fused else {"gate": F, "up": F}
-    layer = {f"self_attn.{name}_proj": ((n, D), config.qkv_bias) for name, n in attention.items()}
-    layer |= {"self_attn.o_proj": ((D, Q), config.o_bias), "mlp.down_proj": ((D, F), config.mlp_bias)}
-    layer |= {f"mlp.{name}_proj": ((n, D), config.mlp_bias) for name, n in mlp.items()}
-    norms = {"input_layernorm": D, "post_attention_layernorm": D}
-    norms |= {"self_attn.q_norm": E, "self_attn.k_norm": E} if config.qk_norm else {}
-    shapes: Shapes = {f"{EMBEDDING}.weight": (config.vocab_size, D), "model.norm.weight": (D,)}
-    for prefix in (f"model.layers.{i}." for i in range(config.num_hidden_layers)):
-        shapes |= {f"{prefix}{name}.weight": shape for name, (shape, _) in layer.items()}
-        shapes |= {f"{prefix}{name}.bias": shape[:1] for name, (shape, has_bias) in layer.items() if has_bias}
-        shapes |= {f"{prefix}{name}.weight": (n,) for name, n in norms.items()}
-    return shapes | ({"score.weight": (classes, D)} if classes else {"lm_head.weight": (config.vocab_size, D)})
+    """Return the names and shapes of a decoder's parameters, including the head's also where it is tied."""
+    with torch.device("meta"):
+        shapes: Shapes = {f"model.{name}": tuple(p.shape) for name, p in Decoder(config).named_parameters()}
+    head, size = ("score", classes) if classes else ("lm_head", config.vocab_size)
+    return {**shapes, f"{head}.weight": (size, config.hidden_size)}
 
 
 def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[int], list[int], dict[str, int]]:
-    """Numbers of each A and B, of each other trained tensor, and path -> rank, 0 where a module is trained itself."""
+    """Return the sizes of all A and B and of other trained tensors, and path -> rank, 0 for a module's own weight."""
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     if lora is None:
         own = [math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")]
@@ -252,7 +236,7 @@ def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[i
     sizes = {path: (lora.rank(path), *shapes[f"{path}.weight"]) for path in ranks}
     sizes |= {name: (lora.rank(name), *shapes[name]) for name in parameters}
     factors = [r * n for r, *widths in sizes.values() for n in widths]
-    outputs = [shapes[f"{path}.weight"][path == EMBEDDING] for path in ranks]  # an embedding's weight is turned
+    outputs = [shapes[f"{path}.weight"][path == EMBEDDING] for path in ranks]  # an embedding's weight is transposed
     others = outputs * (lora.use_dora + lora.lora_bias)
     parents = {name: {name[: i.start()] for i in re.finditer(r"\.", name)} for name in shapes}
     saved = set(select_saved(sorted(set().union(*parents.values())), lora))
@@ -267,7 +251,7 @@ def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[i
 
 
 def _weight_bytes(plan: Plan, shapes: Shapes) -> tuple[int, int]:
-    """The parameters of the base, and the largest of those in four bits as it is when it is used."""
+    """Return the bytes of the base's parameters, and of the largest dequantized one."""
     d, config, total = plan.dtype.itemsize, plan.config, 0
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     linears.remove(EMBEDDING)
@@ -286,12 +270,10 @@ def _weight_bytes(plan: Plan, shapes: Shapes) -> tuple[int, int]:
     return total, d * max((math.prod(shapes[name]) for name in packed), default=0)
 
 
-def fit(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:
-    """Return the plan with its recomputation chosen, for "auto" the fastest that fits, else the leanest; its forecast.
+def choose_recompute(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:
+    """Replace "auto" by the fastest recomputation that fits into memory, else by the leanest; forecast the plan.
 
-    Args:
-        plan: as the run was asked for.
-        held: bytes of it that the process has already taken, such as those of a loaded model.
+    `held` are bytes of the forecast that are in use already, such as those of a loaded model.
     """
     wanted, free = plan.training.recompute, free_memory_bytes(plan.device)
     for way in get_args(Recompute) if wanted == "auto" else (wanted,):  # the fastest first
@@ -303,10 +285,10 @@ def fit(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:
-    """Refuse a run that does not fit, and name the three cheapest changes that would help.
+    """Check that a run fits into memory.
 
     Raises:
-        TrainingError: it takes more memory than is free.
+        TrainingError: it does not; the message names the three cheapest changes that would help.
     """
     free = free_memory_bytes(plan.device)
     if free is None or found.peak <= free:
@@ -319,17 +301,14 @@ def check_memory(plan: Plan, found: Forecast) -> None:
 
 
 def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
-    """Flags that may save memory, the plan with them, and what they cost: the cheapest first."""
+    """Yield flags that may save memory, the plan with them, and what they cost: the cheapest first."""
     training = plan.training
     more = 2 * training.gradient_accumulation_steps
-    if training.batch_tokens is None:
-        fewer = (min(training.batch_size, len(plan.rows)) + 1) // 2
-        flag, smaller = f"--batch-size {fewer}", replace(training, batch_size=fewer, gradient_accumulation_steps=more)
-    else:
-        fewer = (training.batch_tokens + 1) // 2
-        flag = f"--batch-tokens {fewer}"
-        smaller = replace(training, batch_tokens=fewer, gradient_accumulation_steps=more)
-    yield f"{flag} --gradient-accumulation-steps {more}", replace(plan, training=smaller), "the gradient is the same"
+    name = "batch_size" if training.batch_tokens is None else "batch_tokens"
+    size = training.batch_tokens or min(training.batch_size, len(plan.rows))
+    changes: dict[str, Any] = {name: (size + 1) // 2, "gradient_accumulation_steps": more}
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changes.items())
+    yield flags, replace(plan, training=replace(training, **changes)), "the gradient is the same"
     if training.recompute != "block":
         yield "--recompute block", replace(plan, training=replace(training, recompute="block")), "it takes longer"
     if plan.lora is None:
@@ -341,10 +320,12 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
             yield "--quantize nf4", packed, "a little slower, and the base is rounded"
         yield "--dtype bfloat16", replace(plan, dtype=torch.bfloat16), "the base and the computation are rounded"
     half = (max(tokens for tokens, _ in plan.rows) + 1) // 2
-    yield f"--max-length {half}", plan.cut(half), "longer rows lose what they end in"
+    rows = [(min(tokens, half), min(labelled, half)) for tokens, labelled in plan.rows]
+    shorter = replace(plan, rows=rows, evaluated=[[min(n, half) for n in split] for split in plan.evaluated])
+    yield f"--max-length {half}", shorter, "longer rows lose their ends"
 
 
 def amount(size: int) -> str:
-    """Bytes as a person reads them; GB are 10⁹ bytes."""
+    """Format a number of bytes; GB are 10⁹ bytes."""
     power = min((len(str(size)) - 1) // 3, 3)
     return f"{size / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}" if power else f"{size} bytes"

@@ -20,7 +20,7 @@ from minilora.storage import read_text
 
 @dataclass(frozen=True)
 class Curve:
-    """What one key of the metrics said at which steps."""
+    """A curve: the values of one key of the metrics, and their steps."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
@@ -31,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The curves of one run; those of the first line have a point a step, `eval_loss` one an evaluation."""
+    """A run's curves, with a point for each step; `eval_loss` with one for each evaluation."""
 
     loss: Curve
     learning_rate: Curve
@@ -40,10 +40,10 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """The curves of a run's directory.
+    """Read the curves of a run's directory.
 
     Raises:
-        FormatError: the directory has no metrics.jsonl, or it holds no step, or a line that is none of a run's.
+        FormatError: there is no metrics.jsonl, or it holds no step, or a line that is no record of a run.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -55,22 +55,29 @@ def read_metrics(run: Path) -> Metrics:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects in a metrics.jsonl. A last line that was cut off by a crash is left out.
+    """Read the objects in a metrics.jsonl. A last line that was cut off by a crash is left out.
 
     Raises:
-        FormatError: there is no such file, or a line is none of a run's.
+        FormatError: there is no such file, or a line is no record of a run.
     """
-    lines = read_text(path).splitlines(keepends=True)
+    lines, records = read_text(path).splitlines(keepends=True), []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise FormatError(f"{path}, line {number}: need an object with a whole number as 'step'")
+        records.append(record)
+    return records
 
 
 def smooth(curve: Curve) -> Curve:
-    """The mean over a window around each point, a twentieth of the curve; one of fewer than 40 points stays as it is.
+    """Compute the mean over a window around each point, a twentieth of the curve; below 40 points it changes nothing.
 
-    At its beginning, where a loss falls steeply, the window narrows to the point itself; at its end it loses the half
-    that lies beyond.
+    At the beginning, where a loss falls steeply, the window narrows to the point itself; at the end it is cut off.
 
     >>> smooth(Curve(tuple(range(40)), (8.0, 2.0, 5.0) + (5.0,) * 37)).values[:4]
     (8.0, 5.0, 4.0, 5.0)
@@ -80,24 +87,10 @@ def smooth(curve: Curve) -> Curve:
     return Curve(curve.steps, tuple(math.fsum(window) / len(window) for window in windows))
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise FormatError(f"{where}: need an object with a whole number as 'step'")
-    return record
-
-
 def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
-    """Values that are not finite cannot be drawn, and are left out."""
-    points = [(r["step"], r[key]) for r in records if _is_number(r.get(key)) and math.isfinite(r[key])]
+    """Return the values of a key that can be drawn: finite numbers."""
+    points = [(r["step"], r[key]) for r in records if type(r.get(key)) in (int, float) and math.isfinite(r[key])]
     return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 SCALARS = {
@@ -110,11 +103,11 @@ SCALARS = {
 
 
 class TensorBoard:
-    """Writes each record of a run into a directory for `tensorboard --logdir`, at once, so that a crash loses none.
+    """Write each record of a run into a directory for `tensorboard --logdir`, at once, so that a crash loses none.
 
     Args:
-        directory: where the event files go; those of earlier starts of the run stay in it.
-        step: the step that the run goes on from. What an earlier start wrote of later steps is no longer shown.
+        directory: of the event files; those of earlier starts of the run stay in it.
+        step: from which the run is resumed. What an earlier start wrote of later steps is no longer shown.
 
     Raises:
         ConfigError: the package tensorboard is not installed.
@@ -129,20 +122,18 @@ class TensorBoard:
         self.writer = SummaryWriter(str(directory), purge_step=step + 1)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Scalars as in `SCALARS`; {"prompt", "text"} objects under "samples" as text, one page for each."""
+        """Write a record's numbers as scalars, and each {"prompt", "text"} of its "samples" as a text."""
         step = record["step"]
         for key, tag in SCALARS.items():
             if key in record:
                 self.writer.add_scalar(tag, record[key], step)
         for i, sample in enumerate(record.get("samples", ()), start=1):
-            self.writer.add_text(f"samples/{i}", _page(sample), step)
+            # an indented block, in which nothing is markup
+            parts = (
+                f"{name}:\n\n{textwrap.indent(sample[name], '    ', lambda line: True)}" for name in ("prompt", "text")
+            )
+            self.writer.add_text(f"samples/{i}", "\n\n".join(parts), step)
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
-
-
-def _page(sample: dict[str, str]) -> str:
-    """Markdown that shows prompt and text as they are: in an indented block nothing is markup."""
-    parts = (f"{name}:\n\n{textwrap.indent(sample[name], '    ', lambda line: True)}" for name in ("prompt", "text"))
-    return "\n\n".join(parts)

@@ -1,6 +1,6 @@
 """Data files: the splits of a data set, and rows with the file and line that they were read from.
 
-A file holds a JSON array of objects or one object a line, told apart by its first character, and may be compressed
+A file holds a JSON array of objects or one object a line, distinguished by its first character, and may be compressed
 (`.gz`). A byte order mark at its beginning is accepted; lines end in LF or CRLF.
 """
 
@@ -23,7 +23,7 @@ SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read; `source` is "file:line", and `problem` says why there are no fields, if so."""
+    """A row as it was read; `source` is "file:line", and `problem` is why there are no fields, if there are none."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
@@ -51,7 +51,8 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     path = fetch(name, "dataset")
     if not path.is_dir():
         return {"train": path}
-    files = _data_files(path)
+    named = (file for file in path.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
+    files = sorted(file for file in named if file.is_file())
     found: dict[str, Path] = {}
     for file in files:
         stem = file.name.partition(".")[0]
@@ -67,23 +68,6 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     return found
 
 
-def _data_files(directory: Path) -> list[Path]:
-    named = (file for file in directory.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
-    return sorted(file for file in named if file.is_file())
-
-
-def read_training_rows(path: str | Path | Sequence[str | Path]) -> list[Row]:
-    """Read the rows of files, and the training rows of directories.
-
-    Raises:
-        DataError: there are none; or as for `read_rows`.
-    """
-    files = find_splits(path)
-    if "train" not in files:
-        raise DataError(f"{path}: there are no training rows; found {sorted(files)}")
-    return read_rows(*files["train"])
-
-
 def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
     """Read the rows of the test split, else of the validation split, else of the training split."""
     files = find_splits(names)
@@ -91,7 +75,7 @@ def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
 
 
 def read_rows(*paths: Path) -> list[Row]:
-    """Read the rows of files. A row that is no JSON object has a `problem`; the caller refuses or skips it.
+    """Read the rows of files. A row that is not a JSON object has a `problem`; the caller refuses or skips it.
 
     Raises:
         FormatError: a file cannot be read.

@@ -5,7 +5,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
     run.json                                         the resolved configuration, versions, data, every start
-    checkpoints/                                     what the run can go on from
+    checkpoints/                                     from which the run can be resumed
     tokenizer.json …                                 the tokenizer's files
 """
 
@@ -15,18 +15,20 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minilora.adapters.attach import attach
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.adapters.files import base_quantization, save_adapter
-from minilora.adapters.find import ParameterCount, base_held, count_parameters
+from minilora.adapters.files import save_adapter
+from minilora.adapters.find import base_held
+from minilora.adapters.layout import base_quantization
 from minilora.definition import is_plain
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
@@ -35,14 +37,14 @@ from minilora.models.checkpoint import read_config, resolve_dtype, save_model
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import locate
-from minilora.models.tokenizer import load_tokenizer
+from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.checkpoints import bookkeeping, checkpoints, newest_step
-from minilora.runs.config import DataConfig, RunConfig, TrainConfig, default_settings, resolve
-from minilora.runs.evaluate import Drift, Scores, write_samples
+from minilora.runs.config import DataConfig, RunConfig, TrainConfig, resolve
+from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
-from minilora.runs.loop import Record, TrainResult, train
+from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
-from minilora.runs.memory import Forecast, Plan, fit
+from minilora.runs.memory import Forecast, Plan, choose_recompute
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
 from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
@@ -50,18 +52,12 @@ from minilora.storage import BUILTIN, append_line, holds_files, read_json, remov
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a finished run: its training, the scores before and after, and the drift."""
-
-    result: TrainResult
-    before: Scores
-    after: Scores
-    drift: Drift | None
-
-
 class Run:
-    """A run in its directory, from `prepare` to `finish`."""
+    """A run and its directory, from `prepare` to `finish`.
+
+    Raises:
+        ConfigError: settings contradict each other, or would have no effect.
+    """
 
     def __init__(
         self,
@@ -71,50 +67,36 @@ class Run:
         reading: DataConfig,
         training: TrainConfig,
     ):
-        # Names that will mean the same later: those of repositories get the commit.
+        # Names are located at once, so that those of repositories get the commit and mean the same later.
         data = tuple(locate(name, "dataset").name for name in run.data)
         general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
         run = replace(run, model=locate(run.model, "model").name, data=data, general_data=general)
         self.config, self.quantization, self.lora = run, quantization, lora
         self.reading, self.training = reading, training
-        self.out = Path(run.out)
-        self.board: TensorBoard | None = None
-        self.has_begun = False  # True where the directory holds an earlier start
-        self.threads: int | None = None  # the number that the earlier start computed with
-        self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
-        self.base_config = read_config(locate(run.model, "model").path)
         self.resolved = resolve(run, quantization, lora, reading, training)
+        self.out, self.is_full = Path(run.out), run.method == "full"
+        self.dtype = "float32" if self.is_full else run.dtype
+        self.base_config = read_config(locate(run.model, "model").path)
         self.unit = UNITS.get(lora.task_type)
-        self._check_task()
-        if self.is_full:
-            self._check_full()
+        self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
+        self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
+        self.files: dict[str, str] = {}  # the data of the earlier ones
+        self.board: TensorBoard | None = None
+        self._check_settings()
 
-    @property
-    def is_full(self) -> bool:
-        """Are all weights trained, and not an adapter?"""
-        return self.config.method == "full"
-
-    def _check_task(self) -> None:
-        """Refuse a task that is not known here, and what has no effect on it.
-
-        Raises:
-            ConfigError: it is another task, or the model is made for another; or general text for a classifier.
-        """
-        task, held = self.lora.task_type, self.base_config.unit
+    def _check_settings(self) -> None:
+        run, task, held = self.config, self.lora.task_type, self.base_config.unit
         if task not in (None, "CAUSAL_LM", *UNITS):
             raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
         if held not in (None, self.unit):
             wanted = next(name for name, unit in UNITS.items() if unit == held)
-            raise ConfigError(f"{self.config.model}: is a classifier; give --task {wanted}")
-        if self.unit and self.config.general_data not in (BUILTIN, "none"):
+            raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
+        if self.unit and run.general_data not in (BUILTIN, "none"):
             raise ConfigError("--general-data: without effect on a classifier; leave it out")
-
-    def _check_full(self) -> None:
-        """Refuse what all weights cannot be trained with.
-
-        Raises:
-            ConfigError: four bits, bfloat16, or settings of an adapter.
-        """
+        if self.quantization.quantize == "none" and self.quantization != QuantizeConfig():
+            raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
+        if not self.is_full:
+            return
         defaults, adapter = LoraConfig(), {field.name for field in fields(LoraConfig)} - {"task_type"}
         idle = [name for name in adapter if getattr(self.lora, name) != getattr(defaults, name)]
         idle += ["loraplus_lr_ratio"] if self.training.loraplus_lr_ratio is not None else []
@@ -122,46 +104,44 @@ class Run:
         bad = [f"{', '.join(flags)}: without effect, since there is no adapter"] if flags else []
         if self.quantization.quantize != "none" or self.base_config.source.get("quantization_config"):
             bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
-        if self.config.dtype == "bfloat16":
-            bad.append(
-                "--dtype bfloat16: most updates of a weight are too small to change it; float32 is what there is"
-            )
+        if run.dtype == "bfloat16":
+            bad.append("--dtype bfloat16: most updates of a weight are too small to change it; need float32")
         if bad:
             raise ConfigError("--method full: " + "; ".join(bad))
 
     def prepare(self) -> int:
-        """Refuse a directory that holds something else; return the step that the run goes on from.
+        """Check that the directory is empty or holds this run, unfinished; return the step to resume from.
 
         Raises:
-            TrainingError: the directory holds a finished run, another run, or no run but files.
+            TrainingError: it holds a finished run, another run, or other files.
+            FormatError: its run.json is damaged.
         """
         if not holds_files(self.out):
             return 0
-        if not (self.out / "run.json").is_file():
+        path = self.out / "run.json"
+        if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
         if (self.out / "summary.json").is_file():
             raise TrainingError(f"{self.out}: holds a finished run; give another --out")
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        record = read_json(self.out / "run.json")
-        before, starts = record.get("config"), record.get("starts")
-        first = starts[0] if isinstance(starts, list) and starts and isinstance(starts[0], dict) else {}
-        if not (isinstance(before, dict) and "time" in first and "data_sha256" in record):
-            raise FormatError(f"{self.out / 'run.json'}: need config, starts and data_sha256; give another --out")
+        record = read_json(path)
+        try:
+            before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
+            self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: need config, starts and data_sha256; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
-        before = {**default_settings(), **before}  # a run of an earlier version lacks what it could not choose
-        different = [key for key in now if key not in free and before[key] != now[key]]
+        different = [key for key in now if key not in free and before.get(key) != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
-        if first.get("plain", False) != is_plain():
+        if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
-        self.began = datetime.fromisoformat(first["time"])
-        self.threads, self.has_begun = first.get("threads"), True
         return newest_step(self.out / "checkpoints")
 
-    def load_data(self) -> Data:
+    def read_data(self) -> Data:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
         tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
         labels = self.base_config.labels
@@ -170,41 +150,39 @@ class Run:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
 
-    def load_model(self, data: Data, device: torch.device | str) -> Llama | Classifier:
-        """Load the base model, quantized as it is read, with a head for the data's classes and room for new tokens."""
-        seed = self.training.seed
-        model = load_for(self.unit, data.labels, self.config.model, self.dtype, device, self.quantization, seed)
-        grow_vocabulary(model, max(self._new_tokens(data), default=-1) + 1)
-        return model
-
-    def attach(self, model: Llama | Classifier, data: Data) -> ParameterCount:
-        """Attach a fresh adapter, unless all weights are trained; return how many parameters are."""
-        if not self.is_full:
-            losses = start_losses(model, data.train, self.training)
-            attach(model, self.lora_for(data), seed=self.training.seed, losses=losses)
-        return count_parameters(model)
-
-    def fit(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
-        """Forecast the run's memory on a device, and choose how it recomputes if that was left open."""
+    def forecast_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
+        """Forecast the memory of the run on a device; `--recompute auto` becomes what fits into it."""
         config = self.base_config
-        splits = (data.valid, data.test, data.general)
         plan = Plan(
-            replace(config, vocab_size=max(config.vocab_size, *(token + 1 for token in self._new_tokens(data)), 0)),
-            None if self.is_full else self.lora_for(data),
+            replace(config, vocab_size=max(config.vocab_size, self._vocabulary(data))),
+            None if self.is_full else self.adapter_config(data),
             self.training,
             self.quantization,
             resolve_dtype(self.dtype, config.source, device),
             device,
             [(len(example.tokens), example.labelled) for example in data.train],
-            [[len(example.tokens) for example in split] for split in splits],
+            [[len(example.tokens) for example in split] for split in (data.valid, data.test, data.general)],
             len(config.labels if config.unit else data.labels),
         )
-        plan, found = fit(plan)
+        plan, found = choose_recompute(plan)
         self.training = plan.training
         return plan, found
 
-    def lora_for(self, data: Data) -> LoraConfig:
-        """The adapter's config; the rows of new tokens are trained, too.
+    def load_base(self, data: Data, device: torch.device | str) -> Llama | Classifier:
+        """Load the base model, quantized as it is read, with a head for the data's classes and rows for new tokens."""
+        seed = self.training.seed
+        model = load_for(self.unit, data.labels, self.config.model, self.dtype, device, self.quantization, seed)
+        grow_vocabulary(model, self._vocabulary(data))
+        return model
+
+    def attach_adapter(self, model: Llama | Classifier, data: Data) -> None:
+        """Attach a new adapter, unless all weights are trained."""
+        if not self.is_full:
+            losses = start_losses(model, data.train, self.training)
+            attach(model, self.adapter_config(data), seed=self.training.seed, losses=losses)
+
+    def adapter_config(self, data: Data) -> LoraConfig:
+        """Return the adapter's config, with the rows of new tokens among those that are trained.
 
         Raises:
             ConfigError: there are new tokens, and `trainable_token_indices` names modules.
@@ -217,30 +195,37 @@ class Run:
     def _new_tokens(self, data: Data) -> list[int]:
         return [token for text in self.config.add_tokens if (token := data.tokenizer.token_id(text)) is not None]
 
-    @property
-    def dtype(self) -> str:
-        return "float32" if self.is_full else self.config.dtype
+    def _vocabulary(self, data: Data) -> int:
+        """Return the number of embedding rows that the new tokens need; 0 without any."""
+        return max(self._new_tokens(data), default=-1) + 1
+
+    def set_threads(self, model: Llama | Classifier, data: Data) -> int | None:
+        """Set the faster number of threads (see `choose_threads`); return it, or None if it was not measured.
+
+        A resumed run keeps the number that it began with, because another one may round differently.
+        """
+        if not self.starts:
+            return choose_threads(model, data.train, self.training)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(self.starts[0]["threads"])
+        return None
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
-        """Record this start in run.json, and drop the metrics of steps that will be done again.
+        """Record this start in run.json, and remove what earlier ones left of steps that will be repeated.
 
         Raises:
-            TrainingError: the data is not what the run began with, or the base model is quantized otherwise.
+            TrainingError: the data or the quantization of the base has changed since the run began.
         """
-        path = self.out / "run.json"
         for checkpoint in [] if self.is_full else checkpoints(self.out / "checkpoints")[-1:]:
             if base_quantization(checkpoint) != base_held(model):
                 raise TrainingError(
                     f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
                 )
-        earlier = read_json(path) if path.is_file() else {"starts": [], "data_sha256": data.files}
-        if earlier["data_sha256"] != data.files:
+        if self.starts and self.files != data.files:
             raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
         weight = model.model.embed_tokens.weight
-        time = datetime.now(UTC).replace(microsecond=0) if earlier["starts"] else self.began
         start = {
-            "time": time.isoformat(),
+            "time": (datetime.now(UTC).replace(microsecond=0) if self.starts else self.began).isoformat(),
             "step": step,
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -248,14 +233,15 @@ class Run:
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
         }
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
             "config": self.resolved,
-            "versions": versions,
+            "versions": {**versions, "python": platform.python_version()},
             "data_sha256": data.files,
-            "prompts": "template" if data.train.conversations else "plain",  # how the adapter wants to be asked
-            "starts": [*earlier["starts"], start],
+            "prompts": "template" if data.train.conversations else "plain",  # how to prompt the adapter
+            "starts": [*self.starts, start],
         }
-        write_json(path, record)
+        write_json(self.out / "run.json", record)
         if self.config.report == "tensorboard":
             self.board = TensorBoard(self.out / "tensorboard", step)
         for left in (self.out / "checkpoints").glob(".*.tmp"):  # by a writer that was killed
@@ -264,62 +250,43 @@ class Run:
         records = read_records(metrics) if metrics.is_file() else []
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
 
-    def choose_threads(self, model: Llama | Classifier, data: Data) -> int | None:
-        """Set the faster number of threads, see `minilora.runs.machine`; return it, or None if it was left alone.
-
-        A run that goes on keeps the number that it began with, because another one may round otherwise.
-        """
-        if not self.has_begun:
-            return choose_threads(model, data.train, self.training)
-        if self.threads is not None and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(self.threads)
-        return None
-
-    def train(self, model: Llama | Classifier, data: Data, on_step: Callable[[Record], bool | None]) -> TrainResult:
-        """The training itself; records go to metrics.jsonl, to `--report`, and to `on_step`. No gradient is kept.
-
-        An evaluation's record gets "samples", what the model writes for the first held-out prompts.
-        """
-
-        def record(values: Record) -> bool | None:
-            if "eval_loss" in values and isinstance(model, Llama):
-                values = {**values, "samples": write_samples(model, data.tokenizer, data.valid[: self.config.samples])}
-            stops = on_step(values)
-            if "eval_loss" in values or values["step"] % self.training.logging_steps == 0:
-                append_line(self.out / "metrics.jsonl", {k: v for k, v in values.items() if k != "total_steps"})
-                if self.board:
-                    self.board(values)
-            return stops
-
-        try:
-            return train(model, data.train, self.training, record, data.valid, self.out / "checkpoints")
-        finally:
-            model.zero_grad()
+    def log(self, record: Record) -> None:
+        """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
+        if "eval_loss" in record or record["step"] % self.training.logging_steps == 0:
+            append_line(self.out / "metrics.jsonl", {k: v for k, v in record.items() if k != "total_steps"})
             if self.board:
-                self.board.close()
+                self.board(record)
 
-    def finish(self, model: Llama | Classifier, data: Data, outcome: Outcome) -> None:
-        """Write the result, the tokenizer's files and, last, the summary that marks the run as finished."""
+    def finish(
+        self,
+        model: Llama | Classifier,
+        tokenizer: Tokenizer,
+        result: TrainResult,
+        before: Scores,
+        after: Scores,
+        drift: Drift | None,
+    ) -> None:
+        """Save the model or adapter, the tokenizer and, last, the summary that marks the run as finished."""
         if self.is_full:
             save_model(model, self.out)
         else:
             save_adapter(model, self.out)
-        data.tokenizer.save(self.out)
+        tokenizer.save(self.out)
         summary = {
-            "before": outcome.before.record(),
-            "after": outcome.after.record(),
-            "general": asdict(outcome.drift) if outcome.drift else None,
-            "steps": outcome.result.steps,
-            "kept_step": outcome.result.kept,
-            "tokens": outcome.result.tokens,
-            "seconds": outcome.result.seconds,
+            "before": before.record(),
+            "after": after.record(),
+            "general": asdict(drift) if drift else None,
+            "steps": result.steps,
+            "kept_step": result.kept,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
             "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
         }
         write_json(self.out / "summary.json", summary)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
+    """Return the device of that name; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
         ConfigError: there is no such device here.

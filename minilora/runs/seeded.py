@@ -1,7 +1,6 @@
 """What a run draws from its seed: the order of rows, and the masks of dropout.
 
-Both are functions of the seed and the step, and of no random state, so a resumed run needs a step number and nothing
-else.
+Both are functions of the seed and the step alone, so a resumed run needs no saved random state.
 
     [Dropout]  Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
 """
@@ -22,39 +21,56 @@ from minilora.lora import LoraAdapter
 from minilora.runs.config import TrainConfig
 
 Rows = list[int]  # indices of the rows of one micro-batch
-MOST_STEPS = 1_000_000
-EPOCH_SEEDS = 1_000_003  # apart enough that no two (seed, epoch) of sensible size meet
+MAX_STEPS = 1_000_000
+EPOCH_SEEDS = 1_000_003  # larger than the number of epochs, so that no two pairs (seed, epoch) share a generator
 
 
 def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
-    """The micro-batches of every step of a run.
+    """Return the micro-batches of every step of a run.
 
-    Each epoch is a fresh permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
-    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, so many rows
-    of the permutation at a time are sorted by length before it is cut, and the micro-batches come in another order.
+    Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
+    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, that many rows
+    of the permutation at a time are sorted by length before it is cut, and the micro-batches are shuffled.
 
     Raises:
-        ConfigError: there are more steps than a plan can hold.
+        ConfigError: there are more than `MAX_STEPS` steps.
     """
     steps: list[list[Rows]] = []
-    epochs = math.inf if config.max_steps is not None else config.epochs
-    for epoch in range(math.ceil(config.epochs) if config.max_steps is None else config.max_steps):
+    max_steps = config.max_steps
+    epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
+    for epoch in range(math.ceil(epochs)):
         micro_batches = _micro_batches(lengths, config, epoch)
-        k = config.gradient_accumulation_steps
-        whole = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
-        if (config.max_steps or config.epochs * len(whole)) > MOST_STEPS:
-            raise ConfigError(
-                f"max_steps {config.max_steps}, epochs {config.epochs}: need at most {MOST_STEPS:,} steps"
-            )
+        whole = _chunks(micro_batches, config.gradient_accumulation_steps)
+        if (max_steps or epochs * len(whole)) > MAX_STEPS:
+            raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
         share = round(min(1.0, epochs - epoch) * len(whole), 9)  # 1.1 - 1 is a little more than 0.1
         steps += whole[: math.ceil(share)]
-        if config.max_steps is not None and len(steps) >= config.max_steps:
-            return steps[: config.max_steps]
-    return steps
+        if max_steps is not None and len(steps) >= max_steps:
+            break
+    return steps[:max_steps]
+
+
+def _micro_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> list[Rows]:
+    generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    if config.sort_window > 1:
+        windows = _chunks(order, config.sort_window)
+        order = [row for window in windows for row in sorted(window, key=lengths.__getitem__)]
+    if config.batch_tokens is None:
+        found = _chunks(order, config.batch_size)
+    else:
+        found = list(groups(lengths, order, config.batch_tokens))
+    if config.sort_window == 1:
+        return found
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+
+def _chunks(values: list[Any], size: int) -> list[list[Any]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def groups(lengths: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[Rows]:
-    """Consecutive rows of at most `limit` tokens together; a longer row makes a group of its own."""
+    """Yield consecutive rows of at most `limit` tokens together; a longer row makes a group of its own."""
     group: Rows = []
     size = 0
     for row in rows:
@@ -67,30 +83,13 @@ def groups(lengths: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[
         yield group
 
 
-def _micro_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> list[Rows]:
-    """Those of one epoch."""
-    generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    size = config.sort_window
-    if size > 1:
-        windows = (order[i : i + size] for i in range(0, len(order), size))
-        order = [row for window in windows for row in sorted(window, key=lengths.__getitem__)]
-    if config.batch_tokens is not None:
-        micro_batches = list(groups(lengths, order, config.batch_tokens))
-    else:
-        micro_batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    if size == 1:
-        return micro_batches
-    return [micro_batches[i] for i in torch.randperm(len(micro_batches), generator=generator).tolist()]
-
-
 class SeededDropout(nn.Module):
     """x ↦ x ∘ mask/(1-p),  mask ~ Bernoulli(1-p)  [Dropout §4], where the mask follows from the seed.
 
-    No global random state is read or moved, so recomputing a layer or resuming a run draws the same mask.
+    No global random state is read or changed, so recomputing a layer or resuming a run draws the same mask.
     """
 
-    seed: Tensor  # an input, and no constant, of what is compiled
+    seed: Tensor  # a tensor, so that a compiled layer takes it as an input
 
     def __init__(self, p: float):
         super().__init__()
@@ -102,7 +101,7 @@ class SeededDropout(nn.Module):
 
 @torch.library.custom_op("minilora::dropout_mask", mutates_args=(), schema="(Tensor x, float p, Tensor seed) -> Tensor")
 def _mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Draw which numbers of x stay. An operator of its own, because torch.compile cannot look into a generator."""
+    """Draw which numbers of x stay. A custom operator, because torch.compile cannot trace a generator."""
     generator = torch.Generator(x.device).manual_seed(int(seed))
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
 
@@ -113,15 +112,15 @@ def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def dropout_seed(key: str) -> Tensor:
-    """Return a number of 56 bits that follows from the key."""
+    """Return 56 bits of a hash of the key."""
     digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
     return torch.tensor(int.from_bytes(digest, "little"))
 
 
 def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
-    """Let adapters draw the dropout masks of a step of a run; `train` does it before each forward pass.
+    """Let adapters draw the dropout masks of a step of a run; `train` calls it before each forward pass.
 
-    With the seed None they draw from PyTorch's random state again, as after `attach`.
+    With the seed None they draw from PyTorch's random state, as after `attach`.
     """
     check_types(set_dropout_step, locals())
     for layer in adapter_layers(model).values():

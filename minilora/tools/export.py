@@ -1,9 +1,9 @@
-"""The plain form of an adapter, for readers that know A, B and α/r and nothing else.
+"""Write the plain form of an adapter, for readers that know only A, B and α/r.
 
-    B ← s·B,   A and B with zeros up to one rank r,   α = r:    α/r·B A = s·B A
+    B ← s·B,   A and B padded with zeros to one rank r,   α = r:    α/r·B A = s·B A
 
-Readers that ignore rsLoRA, or patterns of ranks and α, then compute what the adapter does. A is unchanged. An element
-of B is rounded once, to float32, and not at all if s is a power of two, so that the error of ΔW is bounded by
+Readers that ignore rsLoRA, or patterns of ranks and α, then compute the same change. A is not rounded. An element of B
+is rounded once, to float32, and not at all if s is a power of two, so that the error of ΔW is bounded by
 
     |ΔW′ - ΔW| ≤ 2⁻²⁴·|s|·|B| |A|,   element by element
 """
@@ -17,18 +17,20 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.adapters.files import write_adapter
 from minilora.adapters.layout import (
+    BRINGS,
     INFORMATION,
     PEFT_DEFAULTS,
     PLAIN_INITS,
     PREFIX,
     READ,
     WEIGHTS_FILE,
+    Stored,
     factor_name,
     parse_tensor_name,
+    read_adapter,
+    write_adapter,
 )
-from minilora.adapters.stored import BRINGS, Stored, read_adapter
 from minilora.errors import ConfigError
 from minilora.models.hub import fetch
 from minilora.storage import TensorFile
@@ -51,9 +53,9 @@ PLAIN = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "init_lor
 
 
 def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """List what an adapter has besides A and B of linears and one scale α/r: name -> why a plain reader is wrong.
+    """Return the features of an adapter beyond A and B of linears with one scale α/r, each with its effect.
 
-    `values` are those of its JSON, `shapes` those of its tensors, by the names in its file.
+    `values` is its adapter_config.json, `shapes` has the shapes of its tensors by their names in the file.
     """
     places = {name: parse_tensor_name(name) for name in shapes}
     found = {field for field in FOLDED | NOT_PLAIN if values.get(field) not in (None, False, "none", [], {})}
@@ -64,21 +66,21 @@ def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         found.add("embeddings")
     if any(key == "lora_A" and len(shapes[name]) > 2 for name, (_, key) in places.items()):
         found.add("convolutions")
-    why = {name: why for name, why in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
+    effects = {name: effect for name, effect in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
     if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
-        why["init_lora_weights"] = f"{init!r:.60} has its start in the base's weights"
+        effects["init_lora_weights"] = f"{init!r:.60} changes the base's weights at the start"
     unknown = [key for key in values if key not in READ | INFORMATION and PEFT_DEFAULTS.get(key) != values[key]]
-    return why | {key: f"{values[key]!r:.60}" for key in unknown if values[key]}
+    return effects | {key: f"{values[key]!r:.60}" for key in unknown if values[key]}
 
 
 def export_adapter(path: str | Path, out: str | Path) -> int:
     """Write the plain form of an adapter in PEFT's layout, and return its rank.
 
-    `path` is the adapter's directory, or a repository of the hub, "org/name" or "org/name@revision".
+    `path` is a directory, or a repository of the hub, "org/name" or "org/name@revision".
 
     Raises:
         FormatError: the adapter is missing or malformed.
-        ConfigError: it does more than add s·B A; each feature that does is named, with the reason.
+        ConfigError: the adapter has features without a plain form, all of which are named.
     """
     stored = read_adapter(fetch(path, "adapter"))
     file = TensorFile(stored.path / WEIGHTS_FILE)
@@ -87,7 +89,7 @@ def export_adapter(path: str | Path, out: str | Path) -> int:
         raise ConfigError(
             f"{stored.path} has no plain form:\n  "
             + "\n  ".join(reasons)
-            + "\nevery reader takes the model that minilora merge makes with it"
+            + "\nevery reader takes the model that minilora merge writes"
         )
     rank, tensors = plain_tensors(stored)
     write_adapter(Path(out), {**stored.values, **PLAIN, "r": rank, "lora_alpha": rank}, tensors, file.metadata)
@@ -95,16 +97,16 @@ def export_adapter(path: str | Path, out: str | Path) -> int:
 
 
 def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
-    """Return the largest rank, and the tensors by their names in PEFT's file, each pair of this rank and of scale 1.
+    """Return the largest rank, and the tensors by their names in PEFT's file, all A and B of this rank and scale 1.
 
     Raises:
-        ConfigError: a convolution in groups, whose A is of one rank and B of another, has not the largest.
+        ConfigError: a convolution in groups has a smaller rank; its A and B differ in rank and cannot be padded.
     """
     factors = stored.factors()
     ranks = {where: len(lora_A) for where, (lora_A, _, _) in factors.items()}
     rank, tensors = max(ranks.values()), {}
     if uneven := [where for where, r in ranks.items() if r != rank and factors[where].lora_B.size(1) != r]:
-        raise ConfigError(f"{uneven[0]}: a convolution in groups takes no zeros, and others have the rank {rank}")
+        raise ConfigError(f"{uneven[0]}: a convolution in groups cannot be padded to the rank {rank} of others")
     for name in TensorFile(stored.path / WEIGHTS_FILE).shapes:
         where, key = parse_tensor_name(name)
         tensor = stored.tensors[where][key]
@@ -113,12 +115,7 @@ def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
             continue
         if key == "lora_B":  # in float64, or s would be rounded too
             tensor = (factors[where].scale * tensor.double()).to(tensor.dtype)
-        is_embedding = "lora_embedding_" in name
-        tensors[factor_name(where, key, is_embedding)] = _pad(tensor, 0 if key == "lora_A" else 1, rank)
+        dim = 0 if key == "lora_A" else 1  # of the rank; F.pad counts from the last
+        padding = (0, 0) * (tensor.dim() - 1 - dim) + (0, rank - tensor.size(dim))
+        tensors[factor_name(where, key, "lora_embedding_" in name)] = F.pad(tensor, padding)
     return rank, tensors
-
-
-def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
-    """Append zeros up to the rank."""
-    missing = rank - factor.size(dim)
-    return F.pad(factor, (0, 0) * (factor.dim() - 1 - dim) + (0, missing))

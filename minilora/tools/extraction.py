@@ -1,4 +1,4 @@
-"""Extracts the adapter between two models of one architecture: the best of its rank in each module.
+"""Extract the adapter between two models of one architecture: the best of its rank in each module.
 
 W₁ - W₀ ≈ B A    W₀ a weight of the base, W₁ what it became
 """
@@ -25,7 +25,6 @@ from minilora.adapters.weighted import config_of
 from minilora.errors import FormatError, TargetError
 from minilora.llama import Llama
 from minilora.models.checkpoint import (
-    Weight,
     load_model,
     read_config,
     resolve_dtype,
@@ -34,8 +33,7 @@ from minilora.models.checkpoint import (
     stored_weights,
 )
 from minilora.models.hub import fetch
-from minilora.nf4 import NF4Linear
-from minilora.tools.merging import Deviation
+from minilora.tools.merging import Deviation, dense
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Extraction:
     """How much of the difference between two models an adapter holds.
 
     Attributes:
-        deviation: ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, the error of the cut, over the modules that the adapter changes.
-        left_out: names of other parameters that differ, or that only one of the models has in this shape.
-        share: how much of ‖W₁ - W₀‖² over all parameters is in those that both have and the adapter does not change.
+        deviation: ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, the error of the low-rank approximation, over the adapted modules.
+        left_out: names of the other parameters that differ, or that only one model has in this shape.
+        share: the share of ‖W₁ - W₀‖², summed over the parameters that both models have, that is not adapted.
     """
 
     deviation: Deviation
@@ -63,19 +61,19 @@ def extract_directory(
 ) -> Extraction:
     """Write the adapter that turns a base into a tuned model, as nearly as its rank allows.
 
-    Memory holds two weights at a time, and the adapter so far. A module that is equal in both models gets no adapter.
+    Memory holds two weights at a time, and the adapter. A module that is equal in both models gets no adapter.
 
     Args:
         base: the model that was tuned, as `load_model` takes it.
         tuned: the tuned model, with all its weights.
-        out: the directory that is written.
-        config: which modules, and their ranks; other fields are ignored.
-        energy: share of each module's ‖W₁ - W₀‖² to keep, if that takes a lower rank.
+        out: the directory to write.
+        config: selects the modules and their ranks; its other fields are ignored.
+        energy: share of each module's ‖W₁ - W₀‖² to keep, if a lower rank is enough for it.
         device: where to compute.
 
     Raises:
-        TargetError: `config` means modules that are not there, that have no weight of their own in both models or
-            another shape, or that are all the same.
+        TargetError: `config` selects modules that do not exist, that have no weight of their own and of the same shape
+            in both models, or that are all equal.
         FormatError: a model cannot be read, or a weight is not finite.
     """
     before, after = fetch(base, "model"), fetch(tuned, "model")
@@ -84,7 +82,7 @@ def extract_directory(
     chosen = targets(modules, config, head_path(model))
     paired = _shapes(before).keys() - unpaired
     if lacking := [path for path in chosen if f"{path}.weight" not in paired]:
-        raise TargetError(f"{before}, {after}: {lacking[:5]}: not both have a weight of this shape, and of its own")
+        raise TargetError(f"{before}, {after}: {lacking[:5]}: need a weight of its own and of one shape in both models")
     cuts: dict[str, Cut] = {}
     others = dict.fromkeys(unpaired, 0.0)
     for name, delta in _differences(before, after, paired, torch.device(device)):
@@ -95,7 +93,7 @@ def extract_directory(
         else:
             others[name] = torch.linalg.vector_norm(delta).item() ** 2
     if not cuts:
-        raise TargetError(f"{before}, {after}: are the same in all of the modules that were asked for")
+        raise TargetError(f"{before}, {after}: are equal in all selected modules")
     _save(model, cuts, out)
     inside, outside = sum(cut.total for cut in cuts.values()), sum(others.values())
     deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
@@ -116,7 +114,7 @@ def _unpaired(before: Path, after: Path) -> list[str]:
 def _differences(
     before: Path, after: Path, names: Collection[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names whose parameters differ, and W₁ - W₀, in float32 at least."""
+    """Yield the name of each parameter that differs, and W₁ - W₀, in float32 at least."""
     configs = [read_config(directory) for directory in (before, after)]
     dtypes = [resolve_dtype(stored_dtype(config.source), config.source, device) for config in configs]
     wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -125,19 +123,15 @@ def _differences(
         for path, config in zip((before, after), configs, strict=True)
     )
     for (name, start), (_, end) in zip(first, second, strict=True):
-        delta = _dense(end) - _dense(start)
+        delta = dense(end) - dense(start)
         if not delta.isfinite().all():
-            raise FormatError(f"{before}, {after}: {name}: there are numbers that are not finite")
+            raise FormatError(f"{before}, {after}: {name} has numbers that are not finite")
         if delta.any():
             yield name, delta
 
 
-def _dense(weight: Weight) -> Tensor:
-    return weight.weight if isinstance(weight, NF4Linear) else weight
-
-
 def _save(model: Llama, cuts: Mapping[str, Cut], out: str | Path) -> None:
-    """Write the adapter of these factors, with scale 1; the model needs no weights."""
+    """Write the adapter with these factors and scale 1; the model needs no weights."""
     parts = {}
     for path, (factors, _, _) in cuts.items():
         kind = kind_of(model.get_submodule(path))

@@ -1,28 +1,44 @@
-"""What a path holds: a safetensors file, or a directory of a model, an adapter, a run, or several of them at once."""
+"""Describe what a path holds: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters.layout import CONFIG_FILE
+import torch
+from torch import Tensor
+
+from minilora.adapters.files import load_adapter
+from minilora.adapters.layout import (
+    CONFIG_FILE,
+    DTYPES,
+    WEIGHTS_FILE,
+    Stored,
+    classes_of,
+    parse_tensor_name,
+    read_adapter,
+    vocabulary_of,
+)
 from minilora.errors import FormatError, MiniloraError
-from minilora.models.bitsandbytes import packed_weights, read_layout
-from minilora.models.checkpoint import read_config
-from minilora.models.classifier import load_for
+from minilora.lora import dora_norm, lora_delta
+from minilora.models.bitsandbytes import packed_weights, read_layout, read_packed
+from minilora.models.checkpoint import EMBEDDING, HEAD, read_config
+from minilora.models.classifier import grow_vocabulary, load_for
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.tokenizer import Tokenizer
+from minilora.nf4 import unpack
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import default_settings
 from minilora.runs.metrics import read_records
 from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json, tensor_files
-from minilora.tools.inspect_adapter import adapter_facts, problems_of
+from minilora.tools.export import features
 
 
 def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[str, Any]]:
     """Describe a path or a hub id as "run", "adapter", "model" or "file"; a finished run is an adapter too.
 
-    `model` is the base to measure an adapter against, instead of the one that it names.
+    `model` is the base of an adapter, instead of the one that the adapter names.
 
     Raises:
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
@@ -36,69 +52,12 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
     if (path / "run.json").is_file():
         facts["run"] = run_facts(path)
     if (path / CONFIG_FILE).is_file():
-        facts["adapter"] = adapter_facts(path, _base(path, model))
+        facts["adapter"] = adapter_facts(path, _base_of(path, model))
     if (path / "config.json").is_file():
         facts["model"] = model_facts(path)
     if not facts:
         raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
     return facts
-
-
-def _locate(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.exists():
-        return path
-    if name_or_path != BUILTIN and not HUB_ID.fullmatch(name_or_path):
-        raise FormatError(f"{path}: no such file or directory, nor the name of something on the hub")
-    try:
-        return fetch(name_or_path, "model")
-    except FormatError:
-        return fetch(name_or_path, "adapter")
-
-
-def _base(adapter: Path, model: str | None) -> Path | None:
-    """Find the base of an adapter: `model`, else the directory that the adapter names, if it exists."""
-    if model is not None:
-        return _locate(model)
-    named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    is_here = isinstance(named, str) and (named == BUILTIN or (Path(named) / "config.json").is_file())
-    return fetch(str(named), "model") if is_here else None
-
-
-def model_facts(directory: Path) -> dict[str, Any]:
-    """Describe the model in a directory, also one that minilora does not run, from the headers of its files.
-
-    A packed weight is one tensor, of the dtype NF4 or FP4, with its own shape and the bytes of all its parts.
-    "problems" is why minilora does not load the model.
-
-    Raises:
-        FormatError: a file is missing or damaged.
-    """
-    config, held = read_json(directory / "config.json"), tensor_files(directory)
-    tensors = {name: file.entries[name] for name, file in held.items()}
-    for name, parts in packed_weights(held).items():
-        try:
-            layout, _ = read_layout(held[parts[0]], parts[0])
-        except FormatError:  # of another version, or damaged: the parts are listed instead
-            continue
-        size = sum(tensors.pop(part).bytes for part in parts)
-        tensors[name] = TensorEntry(layout.quant_type.upper(), layout.shape, size)
-    tokens: dict[str, Any]
-    try:
-        tokenizer = Tokenizer(directory)
-        has_template = "yes" if tokenizer.template is not None else "no"
-        tokens = {"tokens": len(tokenizer), **tokenizer.special_tokens, "chat_template": has_template}
-    except MiniloraError as error:
-        tokens = {"problem": str(error)}
-    return {
-        "path": str(directory),
-        "config": config,
-        "files": {path.name: path.stat().st_size for path in {file.path: file for file in held.values()}},
-        "tensors": dict(sorted(tensors.items())),
-        "tokenizer": tokens,
-        # On the device "meta" loading checks the same and reads no weight.
-        "problems": problems_of(lambda: load_for(read_config(directory).unit, (), directory, "auto", "meta", None)),
-    }
 
 
 def run_facts(directory: Path) -> dict[str, Any]:
@@ -120,3 +79,171 @@ def run_facts(directory: Path) -> dict[str, Any]:
     facts["checkpoint"] = next((path.name for path in reversed(checkpoints(directory / "checkpoints"))), None)
     facts["summary"] = read_json(summary) if summary.is_file() else None
     return facts
+
+
+def model_facts(directory: Path) -> dict[str, Any]:
+    """Describe a model from the headers of its files; "problems" is why minilora does not load it.
+
+    A 4-bit weight is one tensor of the dtype NF4 or FP4, with its unpacked shape and the bytes of all its parts.
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    config, files = read_json(directory / "config.json"), tensor_files(directory)
+    tensors = {name: file.entries[name] for name, file in files.items()}
+    for name, parts in packed_weights(files).items():
+        try:
+            layout, _ = read_layout(files[parts[0]], parts[0])
+        except FormatError:  # of another version, or damaged: the parts are listed instead
+            continue
+        size = sum(tensors.pop(part).bytes for part in parts)
+        tensors[name] = TensorEntry(layout.quant_type.upper(), layout.shape, size)
+    tokenizer: dict[str, Any]
+    try:
+        found = Tokenizer(directory)
+        tokenizer = {"tokens": len(found), **found.special_tokens, "chat_template": found.template is not None}
+    except MiniloraError as error:
+        tokenizer = {"problem": str(error)}
+    problems = []
+    try:  # on the device "meta", loading checks the same and reads no weight
+        load_for(read_config(directory).unit, (), directory, "auto", "meta", None)
+    except MiniloraError as error:
+        problems = _problems(error)
+    return {
+        "path": str(directory),
+        "config": config,
+        "files": {path.name: path.stat().st_size for path in {file.path: file for file in files.values()}},
+        "tokenizer": tokenizer,
+        "tensors": dict(sorted(tensors.items())),
+        "problems": problems,
+    }
+
+
+def adapter_facts(directory: Path, base: Path | None = None) -> dict[str, Any]:
+    """Describe an adapter, alone or on the model in the directory `base`; "problems" is why minilora does not load it.
+
+    "features" is what other readers may ignore or refuse (see `tools.export`). "modules" are those with an A and a B,
+    and how much they change; there are none if the adapter cannot be read, or adapts stacked experts.
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    values, file, state = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE), {}
+    if (directory / "state.json").is_file():
+        state = {"step": read_json(directory / "state.json").get("step")}  # of a checkpoint
+    modules, problems = [], []
+    try:
+        modules = _module_facts(read_adapter(directory), tensor_files(base) if base else {})
+        if base is not None:
+            _try_loading(directory, base)
+    except MiniloraError as error:
+        problems = _problems(error)
+    return {
+        "path": str(directory),
+        **state,
+        "base": None if base is None else str(base),
+        "config": values,
+        "tensors": file.entries,
+        "modules": modules,
+        "features": features(values, file.shapes),
+        "problems": problems,
+    }
+
+
+def _locate(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    if name_or_path != BUILTIN and not HUB_ID.fullmatch(name_or_path):
+        raise FormatError(f"{path}: no such file or directory, nor the name of something on the hub")
+    try:
+        return fetch(name_or_path, "model")
+    except FormatError:
+        return fetch(name_or_path, "adapter")
+
+
+def _base_of(adapter: Path, model: str | None) -> Path | None:
+    """Find the base of an adapter: `model`, else the directory that the adapter names, if it exists."""
+    if model is not None:
+        return _locate(model)
+    named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    is_here = isinstance(named, str) and (named == BUILTIN or (Path(named) / "config.json").is_file())
+    return fetch(str(named), "model") if is_here else None
+
+
+def _problems(error: MiniloraError) -> list[str]:
+    first, *details = (line.strip() for line in str(error).splitlines())
+    return details or [first]
+
+
+def _try_loading(directory: Path, base: Path) -> None:
+    """Load an adapter onto its base, without the weights of the base unless the adapter has copies to compare."""
+    has_copies = any(parse_tensor_name(name)[1] == "weight" for name in TensorFile(directory / WEIGHTS_FILE).shapes)
+    model = load_for(*classes_of(directory), base, "auto", "cpu" if has_copies else "meta", None)
+    grow_vocabulary(model, vocabulary_of(directory))
+    load_adapter(model, directory)
+
+
+def _module_facts(stored: Stored, base: Mapping[str, TensorFile]) -> list[dict[str, Any]]:
+    """Describe each module with an A and a B; norms are None where they need a base that is not there.
+
+    Raises:
+        FormatError: the config or a 4-bit weight of the base is malformed.
+    """
+    config, packed, facts = stored.config(), packed_weights(base), []
+    if config.target_parameters:  # A and B hold all experts, and only the base tells how many
+        return []
+    for module, held in sorted(stored.tensors.items()):
+        if "lora_A" not in held:
+            continue
+        A, B, weight = held["lora_A"].flatten(1), held["lora_B"].flatten(1), _base_weight(base, packed, module)
+        scale = config.scale(module)
+        if weight is not None and stored.values.get("fan_in_fan_out"):
+            weight = weight.T
+        delta, size = delta_norm(A, B, scale, held.get("magnitude"), weight), None if weight is None else norm(weight)
+        facts.append(
+            {
+                "module": module,
+                "rank": len(A),
+                "scale": scale,
+                "delta_norm": delta,
+                "base_norm": size,
+                "relative_norm": delta / size if delta is not None and size else None,
+            }
+        )
+    return facts
+
+
+def _base_weight(base: Mapping[str, TensorFile], packed: Mapping[str, list[str]], module: str) -> Tensor | None:
+    """Read the weight of a module of the base as a matrix; None if there is none, or its dtype has no norm."""
+    name = f"{module}.weight"
+    if name == HEAD and HEAD not in base:  # tied
+        name = EMBEDDING
+    if name in packed:
+        return unpack(*read_packed(base, packed[name], torch.device("cpu")), torch.float32)
+    tensor = base[name].read(name) if name in base else None
+    return None if tensor is None or tensor.dtype not in DTYPES or tensor.dim() < 2 else tensor.flatten(1)
+
+
+def delta_norm(A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None, weight: Tensor | None) -> float | None:
+    """Return ‖ΔW‖, ΔW = s·B A; with DoRA, whose ΔW is m ⊙ (W + s·B A)/‖W + s·B A‖ - W, None without W.
+
+    B A = Q_B R_B (Q_A R_A)ᵀ has the norm of R_B R_Aᵀ, since Q_A and Q_B have orthonormal columns. The shorter
+    tr((BᵀB)(AAᵀ)) loses half of the digits where B and A nearly cancel.
+
+    Shapes: A (r, in), B (out, r), magnitude (out), weight (out, in) -> a number
+    """
+    if len(A) != B.size(1):  # a convolution in groups
+        return None
+    if magnitude is None:
+        R_A, R_B = (torch.linalg.qr(factor.double(), mode="r").R for factor in (A.T, B))
+        return abs(scale) * norm(R_B @ R_A.T)
+    if weight is None or weight.shape != (len(B), A.size(1)) or magnitude.numel() != len(B):
+        return None
+    W, A, B, m = (tensor.float() for tensor in (weight, A, B, magnitude.flatten()))
+    return norm((m / dora_norm(W, A, B, scale))[:, None] * (W + lora_delta(A, B, scale)) - W)
+
+
+def norm(matrix: Tensor) -> float:
+    """Return the Frobenius norm, summed in float64."""
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64).item()

@@ -1,4 +1,4 @@
-"""Merges adapters into a model directory, one weight after the other; memory holds one file of the result at a time.
+"""Merge adapters into a model directory, one weight at a time; memory holds one file of the result.
 
     W′ = W + ΔW,    ΔW = Σ s·B A over the adapters
 
@@ -23,9 +23,16 @@ from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers, set_adapter
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.files import classes_of, load_adapter, vocabulary_of
+from minilora.adapters.files import load_adapter
 from minilora.adapters.find import base_held
-from minilora.adapters.layout import CONFIG_FILE, REPEATED, WEIGHTS_FILE, parse_tensor_name
+from minilora.adapters.layout import (
+    CONFIG_FILE,
+    REPEATED,
+    WEIGHTS_FILE,
+    classes_of,
+    parse_tensor_name,
+    vocabulary_of,
+)
 from minilora.errors import ConfigError, TrainingError
 from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
@@ -47,19 +54,17 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear, pack, unpack
 from minilora.storage import SHARD_BYTES, TensorFile, read_json
 
-DENSE = QuantizeConfig("none")
-CHUNK = 2**16  # numbers of a weight that are worked on at a time in float64, in memory that stays in a cache
+CHUNK = 2**16  # elements of a weight that are converted to float64 at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """‖W′ - (W + ΔW)‖ / ‖ΔW‖, W being what was trained on: over all adapted layers, and in the worst one.
+    """The relative error ‖W′ - (W + ΔW)‖ / ‖ΔW‖ over all adapted layers and in the worst one, W as in training.
 
-    The norms are those of Frobenius. Of inputs that favour no direction, x xᵀ being σ²·1 on average, a matrix M makes
-    outputs with the mean square σ²‖M‖² / out. So this is the error of the layers' outputs relative to what the adapters
-    change of them, as root mean squares.
+    For inputs without a preferred direction, E[x xᵀ] = σ²·1, the outputs of a matrix M have the mean square
+    σ²‖M‖² / out. So this is the error of the layers' outputs relative to the adapters' effect, as root mean squares.
 
-    None where the adapters change nothing; a layer in which they do not is never the worst.
+    All fields are None if the adapters change nothing; a layer without a change is never the worst.
     """
 
     overall: float | None
@@ -68,7 +73,7 @@ class Deviation:
 
     @classmethod
     def of(cls, squares: Mapping[str, tuple[float, float]]) -> Deviation:
-        """From ‖error‖² and ‖ΔW‖² of each layer, by its path."""
+        """Return the deviation for ‖error‖² and ‖ΔW‖² of each layer, by its path."""
         ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
         if not ratios:
             return cls(None, None, None)
@@ -96,44 +101,44 @@ def merge_directory(
 
     Args:
         name_or_path: the base model, as `load_model` takes it.
-        adapters: directories or names of the hub; all of them act.
-        out: the directory that is written.
-        target: what to merge into; None is "dequantized" if the base is held in four bits, else "original".
+        adapters: directories or names of the hub, all of which are merged.
+        out: the directory to write.
+        target: what to merge into; None is "dequantized" if the base is quantized, else "original".
         quantize: how the base is quantized, as `load_model` takes it.
-        dtype: of dense weights; "auto" is the checkpoint's own, also if this machine computes it slowly.
+        dtype: of dense weights; "auto" is the checkpoint's own, even if this machine computes it slowly.
         device: where to compute.
         tokenizer: its files are written beside the model.
         shard_bytes: how large a file may be.
-        trained: how the base was quantized in training, if not as `quantize`; the error is measured against it.
+        trained: how the base was quantized in training, if not as `quantize`; the error is relative to that base.
 
     Raises:
         ConfigError: no adapter is named, or this base cannot be merged into that target.
         TrainingError: a merged weight is not finite; no file is left in `out`.
-        FormatError, TargetError: as of `load_model` and `load_adapter`; nothing was written.
+        FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
     """
     paths = [fetch(adapter, "adapter") for adapter in adapters]
     base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained, paths)
     if base.trained != base.quantize:
-        base.load(base.trained)  # what is wrong with it is said before writing
+        base.load(base.trained)  # raises its errors before anything is written
     held = base.load(base.quantize)
-    layers = _adapted(base, paths)
+    layers = _load_adapters(base, paths)
     kind = base_held(held)["quantize"]
     if target is None:
         target = "original" if kind == "none" else "dequantized"
     _check(base, target, kind)
     model = held if target == "requantized" else base.bare().to(base.dtype)
     if isinstance(model, Llama) and _unties(base, layers):
-        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # tied no longer
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # no longer tied
     squares: dict[str, tuple[float, float]] = {}
     save_model(model, out, tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
     return Deviation.of(squares)
 
 
 class _Base:
-    """A model directory whose weights are read one after the other, into `dtype` on `device`.
+    """A model directory whose weights are read one at a time, into `dtype` on `device`.
 
-    `unit` and `labels` are what the adapters say, if they are for a classifier. A language model's head is none of its;
-    what stands in the new head's place, zeros, makes way for that of the adapters.
+    `unit` and `labels` come from the adapters and are those of a classifier. If the directory is a language model, its
+    head is skipped, and the new head is zero until that of the adapters replaces it.
     """
 
     def __init__(
@@ -156,18 +161,18 @@ class _Base:
 
     def load(self, quantize: QuantizeConfig) -> Llama | Classifier:
         """Load the model without its weights, quantized like this."""
-        return self._with_room(load_for(self.unit, self.labels, self.directory, self.dtype, "meta", quantize))
+        model = load_for(self.unit, self.labels, self.directory, self.dtype, "meta", quantize)
+        grow_vocabulary(model, self.rows)
+        return model
 
     def bare(self) -> Llama | Classifier:
         """Build the model with names and shapes only, all of it dense."""
-        return self._with_room(skeleton_for(self.unit, self.labels, self.config))
-
-    def _with_room(self, model: Llama | Classifier) -> Llama | Classifier:
+        model = skeleton_for(self.unit, self.labels, self.config)
         grow_vocabulary(model, self.rows)
         return model
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
-        """Yield names and weights; with `has_head` also a tied head's weight, by the head's name."""
+        """Yield names and weights; with `has_head`, also the weight of a tied head, by the head's name."""
         bare, is_new = skeleton_for(self.config.unit, (), self.config), self.unit != self.config.unit
         for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
             if is_new and name == HEAD:
@@ -181,8 +186,8 @@ class _Base:
             yield f"{Classifier.head}.{name}", torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
 
     def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
-        """Yield names, the weights to merge into, and those that the adapters were trained on."""
-        held = DENSE if target == "original" else self.quantize
+        """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
+        held = QuantizeConfig("none") if target == "original" else self.quantize
         if held == self.trained:
             yield from ((name, weight, weight) for name, weight in self.weights(held, has_head))
         else:
@@ -198,7 +203,7 @@ def _check(base: _Base, target: Target, kind: str) -> None:
     if target == "original" and is_four_bit(base.config.source):
         raise ConfigError(
             f"{base.directory}: is quantized as {kind}; the target 'original' needs the 16-bit model that it was "
-            "made of, accepted here are 'dequantized' and 'requantized'"
+            "made from, accepted here are 'dequantized' and 'requantized'"
         )
     if target == "requantized" and kind != "nf4":
         raise ConfigError(
@@ -208,16 +213,16 @@ def _check(base: _Base, target: Target, kind: str) -> None:
         )
 
 
-def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]:
-    """Load all adapters, active, onto a model without weights, and return its adapted modules.
+def _load_adapters(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]:
+    """Load all adapters onto a model without weights, and return its adapted modules, with all adapters active.
 
-    Some adapters cannot be read without weights of the base: if PEFT has stored copies of them, to compare, and if the
-    adapter started as a part of them.
+    Two kinds of adapters need weights of the base: those with copies of weights by PEFT, which are compared, and those
+    that started as a part of the weights.
     """
     if not adapters:
         raise ConfigError("there is nothing to merge: name an adapter")
     model, names = base.bare(), [f"adapter{i}" for i in range(len(adapters))]
-    if needed := {f"{path}.weight" for adapter in adapters for path in _needed(adapter)}:
+    if needed := {f"{path}.weight" for adapter in adapters for path in _needed_modules(adapter)}:
         for name, weight in base.weights(base.quantize, has_head=True):
             if name in needed:
                 assign(model, name, weight)
@@ -227,41 +232,36 @@ def _adapted(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]
     layers = adapter_layers(model)
     for layer in layers.values():
         layer.base.to("meta")
-        if not isinstance(layer, TrainedCopy):  # which shares parameters with its base
+        if not isinstance(layer, TrainedCopy):  # that shares parameters with its base
             layer.adapters.to(base.device)
     return layers
 
 
-def _needed(adapter: Path) -> set[str]:
-    """List the modules whose weights are needed to read an adapter."""
+def _needed_modules(adapter: Path) -> set[str]:
+    """Return the paths of the modules whose weights are needed to read an adapter."""
     found = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
     is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in REPEATED
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
 def _unties(base: _Base, layers: Mapping[str, AdapterWrapper]) -> bool:
-    """Does merging turn a tied embedding and head into two weights?"""
-    ends = [
-        layers[path] for path in (HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")) if path in layers
-    ]
-    return (
-        base.unit is None
-        and base.config.tie_word_embeddings
-        and any(isinstance(end, AdapterLinear | TrainedCopy) for end in ends)
-    )
+    """Return whether merging turns a tied embedding and head into two weights."""
+    ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
+    is_adapted = any(isinstance(end, AdapterLinear | TrainedCopy) for end in ends)
+    return base.unit is None and base.config.tie_word_embeddings and is_adapted
 
 
 def _merged_weights(
     base: _Base, layers: Mapping[str, AdapterWrapper], target: Target, squares: dict[str, tuple[float, float]]
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield names and weights of the result, and write `squared_norms` of each adapted layer into `squares`."""
+    """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`."""
     pairs = base.pairs(target, _unties(base, layers))
-    for path, group in itertools.groupby(pairs, key=lambda pair: _place(pair[0], layers)):
+    for path, group in itertools.groupby(pairs, key=lambda pair: _adapted_module(pair[0], layers)):
         if path is None:
-            yield from ((name, weight if target == "requantized" else _dense(weight)) for name, weight, _ in group)
+            yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight, _ in group)
             continue
         layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
-        merged = _merged(layer, {key: _dense(weight) for key, (weight, _) in weights.items()})
+        merged = _merge_layer(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
         if more := merged.keys() - weights.keys():
             raise ConfigError(
                 f"{path}: the adapters add {sorted(more)}, which a {base.config.model_type} has no place for"
@@ -275,25 +275,26 @@ def _merged_weights(
             yield f"{path}.{key}", result
 
 
-def _place(name: str, layers: Mapping[str, AdapterWrapper]) -> str | None:
-    """Find the adapted module that a parameter belongs to."""
+def _adapted_module(name: str, layers: Mapping[str, AdapterWrapper]) -> str | None:
+    """Return the path of the adapted module that a parameter belongs to."""
     paths = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
     return next((path for path in paths if path in layers), None)
 
 
-def _merged(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Merge the adapters of a module: name of each parameter -> its merged value, in the same dtype."""
+def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge the adapters into the parameters of a module, by name, in the same dtype."""
     if isinstance(layer, TrainedCopy):
         own = layer.peft_tensors(layer.active[-1])
         return {key: own.get(key, weight).to(weight) for key, weight in weights.items()}
     for key, weight in weights.items():
         assign(layer.base, key, weight)
     found = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
-    layer.base.to("meta")  # or the weights of all layers would be held in the end
+    layer.base.to("meta")  # frees the weights
     return found
 
 
-def _dense(weight: Weight) -> Tensor:
+def dense(weight: Weight) -> Tensor:
+    """Return a weight as a tensor, dequantized if it is packed."""
     return weight.weight if isinstance(weight, NF4Linear) else weight
 
 
@@ -306,7 +307,7 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
 
 
 def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tuple[float, float]:
-    """Compute ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights in float64, a few rows at a time.
+    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights, in float64, a few rows at a time.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
@@ -319,14 +320,14 @@ def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tupl
     for begin in range(0, now.size(0), rows):
         part = slice(begin, begin + rows)
         start = before[part].double()
-        exact = _rows(layer, part).merged_weight(start).detach()
+        exact = _float64_rows(layer, part).merged_weight(start).detach()
         error += torch.linalg.vector_norm(now[part].double() - exact).item() ** 2
         effect += torch.linalg.vector_norm(exact - start).item() ** 2
     return error, effect
 
 
-def _rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
-    """Build a layer with the active adapters of some rows of W, in float64 on the CPU: not every device has float64."""
+def _float64_rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
+    """Return a layer with the active adapters of some rows of W, in float64 on the CPU: some devices lack float64."""
     rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
     for name in layer.active:
         adapter = layer.adapters[name]

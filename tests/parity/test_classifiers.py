@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.adapters.files import classes_of
+from minilora.adapters.layout import classes_of
 from minilora.models.classifier import load_classifier
 from tests.models import FAMILIES, perturb_, tiny_model, token_ids
 from tests.test_classifier import LABELS, padded, tiny_classifier

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.from_data import GAMMA, Target, data_factors, redistributed
+from minilora.adapters.from_data import GAMMA, data_factors, redistributed
 from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
-from minilora.lora import lora_scale
+from minilora.lora import AdapterLinear, lora_scale
 from tests.models import fill_, randn
 from tests.tolerance import assert_parity
 
@@ -64,18 +64,12 @@ def theirs_factors(model, path):
     return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
 
-def ours_targets(model):
-    return {
-        path: Target(m, (m.out_features, m.in_features), lambda m=m: m.weight, R, lora_scale(R, ALPHA))
-        for path in LINEARS
-        for m in [model.get_submodule(path)]
-    }
-
-
 def ours_factors(kind, batches):
     model = Parallel()
     losses = (model.loss(x) for x in batches)
-    return data_factors(kind, model, ours_targets(model), losses, torch.Generator().manual_seed(0))
+    layers = {path: AdapterLinear(model.get_submodule(path), path) for path in LINEARS}
+    config = LoraConfig(r=R, lora_alpha=ALPHA)
+    return data_factors(kind, model, layers, config, losses, torch.Generator().manual_seed(0))
 
 
 def assert_same_but_for_signs(ours, theirs):
