@@ -8,6 +8,19 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
+_ELSEWHERE = {  # names in PEFT, transformers and TRL, and what to use here
+    "AutoModelForCausalLM": "ml.load_model",
+    "AutoModelForSequenceClassification": "ml.load_classifier",
+    "AutoTokenizer": "ml.load_tokenizer",
+    "BitsAndBytesConfig": "ml.QuantizeConfig",
+    "LoraModel": "ml.attach",
+    "PeftModel": "ml.load_adapter",
+    "SFTConfig": "ml.TrainConfig",
+    "SFTTrainer": "ml.train",
+    "TrainingArguments": "ml.TrainConfig",
+    "get_peft_model": "ml.attach",
+    "prepare_model_for_kbit_training": 'ml.load_model(name, quantize="nf4")',
+}
 
 if TYPE_CHECKING:
     from minilora.public import *  # noqa: F403 - which names they are, it says itself
@@ -20,7 +33,8 @@ else:
             public = importlib.import_module("minilora.public")
             if name == "__all__" or name in public.__all__:
                 return getattr(public, name)
-        raise AttributeError(f"module 'minilora' has no attribute {name!r}")
+        advice = f"; use {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+        raise AttributeError(f"module 'minilora' has no attribute {name!r}{advice}")
 
     def __dir__():
         return sorted({*globals(), *importlib.import_module("minilora.public").__all__})

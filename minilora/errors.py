@@ -1,16 +1,20 @@
 """Errors: one family of exceptions, whose messages name file, key, what was found and what is accepted.
 
-Options, fields of a data class that are flags of the command line, are declared and checked here, too.
+Options, fields of a data class that are flags of the command line, are declared, documented and checked here, too.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import field
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type)
 
 
 class MiniloraError(Exception):
@@ -87,3 +91,11 @@ def option(default: Any, help: str, group: str | None = None) -> Any:
     """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
     given: Any = {"default_factory": dict} if default is dict else {"default": default}
     return field(**given, metadata={"help": help} | ({"group": group} if group else {}))
+
+
+def document_fields(cls: C) -> C:
+    """Add the help of each field to the docstring of a data class whose fields are options."""
+    lines = (f"{each.name}: {each.metadata['help']}" for each in fields(cls))
+    helps = [textwrap.fill(line, 112, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in lines]
+    cls.__doc__ = "\n".join([inspect.cleandoc(str(cls.__doc__)), "", "Attributes:", *helps])
+    return cls

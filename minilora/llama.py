@@ -171,8 +171,7 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -287,8 +286,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
-        self.name_or_path = ""
+        self.config, self.name_or_path = config, ""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -311,8 +309,8 @@ class Llama(nn.Module):
 
 def unpad(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, list[int]]:
     """Concatenate the real tokens of right-padded rows (B, T); return them (N) and the lengths, T each if None."""
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ShapeError(f"input_ids must be (B, T), neither of them 0, found {tuple(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        raise ShapeError(f"input_ids must be a nonempty tensor (B, T), found {getattr(input_ids, 'shape', input_ids)}")
     B, T = input_ids.shape
     lengths = [T] * B if lengths is None else [int(n) for n in lengths]
     if len(lengths) != B or not all(1 <= n <= T for n in lengths):

@@ -116,6 +116,9 @@ class LoraAdapter(nn.Module):
         """Return A and B."""
         return self.lora_A, self.lora_B
 
+    def extra_repr(self) -> str:
+        return f"r={len(self.lora_A)}, scale={self.scale:g}"
+
 
 class AdapterWrapper(nn.Module, ABC):
     """Base class of modules that wrap a module of the model and hold its adapters by name (abstract).

@@ -127,8 +127,7 @@ def dequantize(
     """
     n = math.prod(shape)
     levels = CODEBOOKS[quant_type].to(packed.device, non_blocking=True)
-    packed = packed.reshape(-1)
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:n]
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[:n]
     return (levels[codes.int()] * absmax.repeat_interleave(block_size)[:n]).to(dtype).view(*shape)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,13 @@ def test_a_config_that_names_no_dtype_leaves_it_to_the_embedding_in_the_file(mon
 def test_a_dtype_that_is_not_supported_is_refused_with_those_that_are(asked, stored):
     with pytest.raises(ConfigError, match=r"auto.*bfloat16.*float16.*float32.*float64"):
         resolve_dtype(asked, {"dtype": stored}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", torch.device("cuda:99"), 99])
+@pytest.mark.parametrize("load", [ml.load_model, partial(ml.load_classifier, unit="sequence", labels=("a", "b"))])
+def test_a_device_that_is_not_there_is_refused_in_one_line(load, device):
+    with pytest.raises(ml.ConfigError, match=rf"^device '{device}' cannot be used here; need cpu, cuda, .*$"):
+        load("minilora/builtin", device=device)
 
 
 def test_all_tensors_that_do_not_fit_are_named_in_one_error(saved):

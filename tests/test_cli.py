@@ -210,7 +210,20 @@ def test_a_start_is_true_or_a_name(text, value):
         (["finetune", "--lora_rank", "1"], "--lora-rank is unknown; did you mean --lora-r?\n"),
         (["finetune", "--output-dir", "1"], "--output-dir is unknown; did you mean --out?\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
-        (["finetune", "--bf16", "true"], "--bf16 is unknown; use --dtype float32 or bfloat16"),
+        *(
+            (["finetune", flag, "1"], f"{flag} is unknown; {advice}\n")
+            for flags, advice in {
+                "--bf16 --fp16": "use --dtype float32 or bfloat16",
+                "--val-data --validation-data": "give --data a directory with it",
+                "--grad-accum --gradient-accumulation": "did you mean --gradient-accumulation-steps?",
+                "--optim --optimizer": "there is none: the optimizer is AdamW",
+                "--wandb --wandb-project": "there is none; use --report tensorboard",
+                "--logging-dir": "there is none: --report tensorboard writes to the directory of --out",
+                "--deepspeed --fsdp": "there is none: training is one process",
+                "--push-to-hub": "use `minilora push DIR NAME`",
+            }.items()
+            for flag in flags.split()
+        ),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--seed=1", "--seed", "1"], "--seed is given twice"),

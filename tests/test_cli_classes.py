@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 from minilora.adapters.layout import classes_of
 from minilora.cli.evaluate import confusion_table
+from minilora.cli.load import MERGED
 from minilora.models.classifier import load_classifier
 from minilora.nf4 import NF4Linear
 from minilora.runs.classes import encode_classes, find_labels
@@ -284,7 +285,10 @@ def test_a_merged_classifier_is_written_as_merging_in_memory_writes_it(directory
     assert "merged model written" in run("merge", f"--adapter={tmp_path / 'adapter'}", f"--out={tmp_path / 'out'}").out
     ml.merge(model)
     ml.save_model(model, tmp_path / "expected")
-    names = ("config.json", "model.safetensors")
+    written, expected = (read_json(tmp_path / name / "config.json") for name in ("out", "expected"))
+    assert [entry["name"] for entry in written.pop(MERGED)] == ["adapter"]
+    assert written == expected
+    names = ("model.safetensors",)
     assert contents(tmp_path / "out", names) == contents(tmp_path / "expected", names)
 
 

@@ -1,6 +1,7 @@
 """minilora merge with weights, and minilora extract: what is written and what is said."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import minilora as ml
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
+from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
+from minilora.models.hub import Location
 from minilora.storage import read_json
 from minilora.tools.extraction import extract_directory
 from minilora.tools.merging import Deviation
@@ -227,6 +230,53 @@ def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run
     both = ["--adapter=a", f"--adapter={elsewhere}", *flags, f"--out={tmp_path / 'out'}"]
     assert "name different base models" in run("merge", *both, status=1)
     run("merge", "--model=model", *both)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt=a"], ["eval", "--data=rows.jsonl"], ["merge", "--out=new"]])
+def test_an_adapter_is_not_applied_to_the_model_that_it_is_merged_into(directory, run, tmp_path, command):
+    (directory / "rows.jsonl").write_text('{"text": "the cat"}')
+    run("merge", "--adapter=a", f"--out={tmp_path / 'merged'}")
+    run("merge", f"--model={tmp_path / 'merged'}", "--adapter=b", f"--out={tmp_path / 'both'}")
+    for name, adapters in (("merged", ["a"]), ("both", ["a", "b"])):
+        assert [entry["name"] for entry in read_json(tmp_path / name / "config.json")[MERGED]] == adapters
+        for adapter in adapters:
+            refused = run(*command, f"--model={tmp_path / name}", f"--adapter={adapter}", status=1)
+            assert f"{adapter}: is merged into {tmp_path / name} already" in refused
+    assert not (directory / "new").exists()
+
+
+def test_an_adapter_that_was_subtracted_may_be_applied_again(run, tmp_path):
+    run("merge", "--adapter=a", f"--out={tmp_path / 'merged'}")
+    run("merge", f"--model={tmp_path / 'merged'}", "--adapter=a:-1", f"--out={tmp_path / 'without'}")
+    run("generate", f"--model={tmp_path / 'merged'}", "--adapter=a", "--prompt=a", status=1)
+    run("generate", f"--model={tmp_path / 'without'}", "--adapter=a", "--prompt=a")
+
+
+def test_a_model_that_is_not_the_one_an_adapter_records_is_spoken_of(directory, tmp_path, capsys, monkeypatch):
+    said, asked = runner(directory, capsys, monkeypatch), ["generate", "--adapter=a", "--prompt=a"]
+    note = f"a: was trained on the model {str(directory / 'model')!r}; this one is 'tuned'\n"
+    assert said(*asked, "--model=tuned").err == note
+    assert note in said("merge", "--adapter=a", "--model=tuned", f"--out={tmp_path / 'out'}").err
+    for model in ("model", directory / "model", directory / "a" / ".." / "model"):
+        assert said(*asked, f"--model={model}").err == ""
+    edit(shutil.copytree("a", tmp_path / "silent"), base_model_name_or_path=None)
+    assert said("generate", f"--adapter={tmp_path / 'silent'}", "--prompt=a", "--model=tuned").err == ""
+
+
+@pytest.mark.parametrize(
+    ("recorded", "is_named"),
+    [
+        ("org/tiny", True),
+        ("org/tiny@main", True),
+        (f"org/tiny@{'0a' * 20}", True),
+        (f"org/tiny@{'0b' * 20}", False),
+        ("org/other", False),
+        ("/cache/tiny", True),
+        ("/cache/other", False),
+    ],
+)
+def test_a_model_of_the_hub_is_known_by_its_commit_where_one_is_recorded(recorded, is_named):
+    assert _is_named(Location(Path("/cache/tiny"), f"org/tiny@{'0a' * 20}"), recorded) == is_named
 
 
 # --- extract ---

@@ -29,8 +29,7 @@ SINGLE = ml.QuantizeConfig("nf4", False, ("down_proj",))
 SKIPPED = ml.QuantizeConfig("nf4", False, ("up_proj",))
 HELD = {"dense": ("model", None), "on-nf4": ("nf4", None), "quantized": ("model", NF4), "single": ("model", SINGLE)}
 IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}  # as an adapter says it
-ERROR = "error of the layers' outputs on random inputs, "
-RELATIVE = "relative to the adapter's effect: "
+OTHER = "another base than in training"
 
 
 TRAINING = [*QUICK, "--lora-r=2", "--max-steps=2", "--learning-rate=0.01"]
@@ -129,15 +128,22 @@ def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter)
         ),
         (
             ["--adapter=single", "--model=nf4"],
-            [HELD_DOUBLE, f"single: was trained on a base that is {IN_SINGLE}; this one is {DOUBLE}"],
+            [
+                HELD_DOUBLE,
+                "single: was trained on the model 'DIRECTORY/model'; this one is 'nf4'",
+                f"single: was trained on a base that is {IN_SINGLE}; this one is {DOUBLE}",
+            ],
         ),
-        (["--adapter=on-nf4", "--model=model"], [HELD_DOUBLE]),
+        (
+            ["--adapter=on-nf4", "--model=model"],
+            [HELD_DOUBLE, "on-nf4: was trained on the model 'DIRECTORY/nf4'; this one is 'model'"],
+        ),
         (["--model=nf4"], [HELD_DOUBLE]),
     ],
 )
 @pytest.mark.parametrize("command", [["generate", "--prompt=a", "--max-new-tokens=1"], ["eval", "--data=rows.jsonl"]])
-def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(run, command, words, said):
-    assert run(*command, *words).err.splitlines() == said
+def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, run, command, words, said):
+    assert run(*command, *words).err.replace(str(directory), "DIRECTORY").splitlines() == said
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
     ml.save_model(model, tmp_path / "head", ml.load_tokenizer(directory / "model"))
     said = run("generate", f"--model={tmp_path / 'head'}", "--adapter=quantized", "--prompt=a").err.splitlines()
-    assert said == ["the base model is nf4 (the head too) with double quantization"]
+    assert said[0] == "the base model is nf4 (the head too) with double quantization"
 
 
 def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(run, tmp_path):
@@ -276,8 +282,9 @@ def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
 # --- minilora merge ---
 
 
-def in_words(deviation):
-    return f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
+def in_words(deviation, cause, where=""):
+    outputs = f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect{where}"
+    return f"{outputs} (worst: {deviation.worst:.1%} in {deviation.layer})"
 
 
 @pytest.mark.parametrize(
@@ -304,23 +311,28 @@ def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, 
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "said", "cause", "advice"),
     [
-        ("original", f"quantized: was trained on a base that is {DOUBLE}; this one is not quantized\n"),
-        ("dequantized", f"{HELD_DOUBLE}\n"),
-        ("requantized", f"{HELD_DOUBLE}\n"),
+        (
+            "original",
+            f"quantized: was trained on a base that is {DOUBLE}; this one is not quantized\n",
+            OTHER,
+            "without --target and --quantize the base is that of training",
+        ),
+        ("dequantized", f"{HELD_DOUBLE}\n", "rounding", "--dtype float32 rounds less"),
+        ("requantized", f"{HELD_DOUBLE}\n", "rounding to four bits", "--target dequantized rounds less"),
     ],
 )
 def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the_base_is_another(
-    run, tmp_path, target, said
+    run, tmp_path, target, said, cause, advice
 ):
     expected = merge_directory("model", ["quantized"], tmp_path / "a", target, "nf4")
     out, err = run("merge", "--adapter=quantized", f"--target={target}", f"--out={tmp_path / 'b'}")
     assert err == said
-    first, *advice, last = out.splitlines()
-    assert bool(advice) == (expected.overall > NOTABLE)
-    assert not advice or ("--target dequantized" in advice[0]) == (target != "dequantized")
-    assert first == ERROR + RELATIVE + in_words(expected)
+    first, *more, last = out.splitlines()
+    assert bool(more) == (expected.overall > NOTABLE) == (target != "dequantized")
+    assert not more or more[0].endswith(f"`minilora eval` can measure; {advice}")
+    assert first == in_words(expected, cause)
     assert last == f"merged model written to {tmp_path / 'b'}"
     assert (expected.overall > 0.01) == (target != "dequantized")
     kinds = {path: type(linear) for path, linear in linear_layers(ml.load_model(tmp_path / "b")).items()}
@@ -344,7 +356,7 @@ def test_the_error_of_a_merge_is_that_against_the_base_of_the_training_whatever_
     printed = run("merge", *words, f"--out={tmp_path / 'a'}").out
     adapter = words[0].partition("=")[2]
     expected = merge_directory("model", [adapter], tmp_path / "b", target, quantize, trained=trained)
-    assert printed.startswith(f"{ERROR}{RELATIVE}{in_words(expected)}\n")
+    assert printed.startswith(f"{in_words(expected, OTHER)}\n")
     assert expected.overall > 0.01
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
@@ -360,7 +372,7 @@ def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(
     flags = [f"--model={model}", f"--quantize={quantize}", *(f"--adapter={name}" for name in adapters)]
     expected = merge_directory(model, adapters, tmp_path / "b", quantize=quantize)
     printed = run("merge", *flags, f"--out={tmp_path / 'a'}").out
-    assert printed.startswith(f"{ERROR}on the base as loaded here, {RELATIVE}{in_words(expected)}\n")
+    assert printed.startswith(in_words(expected, "rounding", " on the base as loaded here"))
 
 
 def test_merge_says_that_an_adapter_changes_nothing(directory, run, tmp_path):

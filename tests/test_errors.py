@@ -65,6 +65,12 @@ def test_the_message_says_what_was_found_and_what_is_accepted(call, message):
         call()
 
 
+@pytest.mark.parametrize("cls", [ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig])
+def test_the_docstring_of_a_configuration_has_the_help_of_every_field(cls):
+    text = " ".join(inspect.getdoc(cls).partition("Attributes:")[2].split())
+    assert text == " ".join(f"{field.name}: {field.metadata['help']}" for field in dataclasses.fields(cls))
+
+
 @given(st.integers(), st.floats(), st.text(), st.booleans())
 def test_numbers_and_text_fit_their_own_types_and_whole_numbers_fit_float(number, real, text, truth):
     found = {hint: [fits(value, hint) for value in (number, real, text, truth)] for hint in (int, float, str, bool)}

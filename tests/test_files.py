@@ -226,6 +226,16 @@ def test_loading_onto_other_shapes_names_both(tmp_path):
         loaded(tmp_path, hidden_size=32)
 
 
+def test_an_adapter_that_does_not_fit_a_model_names_the_one_that_it_was_trained_on(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path, base_model_name_or_path="org/base")
+    with pytest.raises(ml.TargetError, match=r"does not fit the model; it was trained on 'org/base':\n"):
+        loaded(tmp_path, hidden_size=32)
+    edit(tmp_path, base_model_name_or_path=None)
+    with pytest.raises(ml.TargetError, match=r"does not fit the model:\n"):
+        loaded(tmp_path, hidden_size=32)
+
+
 def test_loading_onto_another_architecture_names_what_is_not_there(tmp_path):
     saved(tmp_path)
     model = tiny_model("phi3", dtype=torch.float32)

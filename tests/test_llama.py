@@ -1,5 +1,7 @@
 """The decoder: every family against the oracle, and law 9: what lies beside a document changes nothing in it."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -303,10 +305,13 @@ def test_weights_are_drawn_by_the_generator_alone():
     assert abs(drawn.std().item() / 0.02 - 1) < 6 / (2 * len(drawn)) ** 0.5  # six standard deviations
 
 
-def test_input_ids_of_another_rank_or_without_tokens_are_refused():
+def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_are_refused():
     for shape in ((5,), (1, 2, 3), (), (0, 3), (2, 0)):
         with pytest.raises(ShapeError, match="input_ids"):
             tiny_model()(torch.zeros(shape, dtype=torch.long))
+    for found in ([1, 2, 3], [[1, 2, 3]], "the cat"):
+        with pytest.raises(ShapeError, match=rf"must be a nonempty tensor \(B, T\), found {re.escape(str(found))}"):
+            tiny_model()(found)
 
 
 def test_lengths_that_do_not_fit_the_tokens_are_refused():

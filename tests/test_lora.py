@@ -1,5 +1,7 @@
 """LoRA and DoRA: the equations against loops, and the laws of an adapted linear that `test_layers` has not."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig, TargetError
+from minilora import LoraConfig, TargetError, attach
 from minilora.lora import (
     AdapterLinear,
     LoraAdapter,
@@ -250,6 +252,15 @@ def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed
     for our, their, oracle, like in zip(*results, [ours, *leaves], strict=True):
         assert our.dtype == like.dtype
         assert_precision(our.bfloat16(), their.bfloat16(), oracle)
+
+
+def test_printing_a_layer_shows_the_rank_and_the_scale_of_each_adapter():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Embedding(7, 3))
+    attach(model, LoraConfig(r=2, lora_alpha=6, task_type=None), "one")
+    attach(model, LoraConfig(r=3, lora_alpha=4.5, target_modules=("0", "1"), task_type=None), "two")
+    shown = {"one": "r=2, scale=3", "two": "r=3, scale=1.5"}
+    for layer, names in ((model[0], ["one", "two"]), (model[1], ["two"])):
+        assert re.findall(r"\((\w+)\): LoraAdapter\(\s*(.*)", str(layer)) == [(name, shown[name]) for name in names]
 
 
 def test_a_second_adapter_of_the_same_name_is_refused():

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -101,6 +102,13 @@ def test_the_same_holds_in_an_interpreter_that_has_imported_nothing(code, beginn
 def test_another_name_is_an_attribute_error(name):
     with pytest.raises(AttributeError, match=f"module 'minilora' has no attribute '{name}'"):
         getattr(ml, name)
+
+
+@pytest.mark.parametrize("name", ml._ELSEWHERE)
+def test_a_name_of_another_library_is_an_attribute_error_that_names_ours(name):
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'; use ml\.") as error:
+        getattr(ml, name)
+    assert re.findall(r"; use ml\.(\w+)", str(error.value))[0] in public.__all__
 
 
 def test_what_they_make_can_be_copied_and_pickled():

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.config import HEADS, LoraConfig, Task
-from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, option
+from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, document_fields, option
 from minilora.lora import lora_delta
 
 CombinationType = Literal[
@@ -52,6 +52,7 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot 
 }
 
 
+@document_fields
 @dataclass(frozen=True)
 class CombineConfig:
     """How adapters are combined. Names of fields and types are those of PEFT's `add_weighted_adapter`.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError, check_types, option
+from minilora.errors import ConfigError, TargetError, check_types, document_fields, option
 from minilora.lora import lora_scale
 
 Bias = Literal["none", "all", "lora_only"]
@@ -32,6 +32,7 @@ RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another 
 T = TypeVar("T")
 
 
+@document_fields
 @dataclass(frozen=True)
 class LoraConfig:
     """The settings of an adapter. Field names and meanings are PEFT's.

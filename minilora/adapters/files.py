@@ -135,7 +135,9 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
         f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing
     ]
     if misfits:
-        raise TargetError(f"{stored.path} does not fit the model:\n  {_listed(misfits)}")
+        base = stored.values.get("base_model_name_or_path")
+        of_base = f"; it was trained on {base!r:.200}" if base else ""
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:\n  {_listed(misfits)}")
     if odds:
         raise _contradiction(stored, odds)
     return config, specs

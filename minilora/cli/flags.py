@@ -27,7 +27,7 @@ NAMES_ELSEWHERE = {
     "out": "output_dir adapter_path save_path",
     "learning_rate": "lr",
     "batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "gradient_accumulation_steps": "accumulate_grad_batches grad_accum gradient_accumulation",
     "max_length": "cutoff_len sequence_len",
     "epochs": "num_train_epochs",
     "max_steps": "iters",
@@ -45,11 +45,16 @@ NAMES_ELSEWHERE = {
     "double_quant": "use_bnb_nested_quant",
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
-ADVICE = {  # for flags of these tools that have no counterpart
-    **dict.fromkeys(("eval_data", "valid_data", "validation_file", "eval_dataset"), "give --data a directory with it"),
+ADVICE = {  # for flags of these tools that have no counterpart among the flags
+    **dict.fromkeys(("eval_data", "eval_dataset", "val_data", "valid_data"), "give --data a directory with it"),
+    **dict.fromkeys(("validation_data", "validation_file"), "give --data a directory with it"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
     "do_sample": "use a --temperature above 0",
-    "push_to_hub": "use `hf upload NAME DIR`",
+    **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
+    **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "there is none; use --report tensorboard"),
+    "logging_dir": "there is none: --report tensorboard writes to the directory of --out",
+    **dict.fromkeys(("deepspeed", "fsdp"), "there is none: training is one process"),
+    "push_to_hub": "use `minilora push DIR NAME`",
     "config_file": "use --config with a .toml or .json file",
     **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "bnb_4bit_quant_type"), "use --quantize nf4"),
 }

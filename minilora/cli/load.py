@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from minilora.adapter import set_adapter
 from minilora.adapters.files import load_adapter
 from minilora.adapters.find import base_held
-from minilora.adapters.layout import base_model_of, base_quantization, classes_of, vocabulary_of
+from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, classes_of, vocabulary_of
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, FormatError
@@ -20,10 +21,12 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import LlamaConfig, Unit
-from minilora.models.hub import Location, fetch, locate
+from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minilora.runs.run import pick_device
 from minilora.storage import BUILTIN, read_json, read_text
+
+MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 
 
 def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
@@ -91,11 +94,13 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
+        ConfigError: an adapter is merged into the model already.
     """
+    check_not_merged(found)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     device = pick_device(options["device"])
     model = load_for(found.unit, found.labels, found.base.name, options["dtype"], device, found.quantize)
-    say_quantization(base_held(model), found.adapters)
+    say_base(found, base_held(model))
     grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
@@ -189,14 +194,45 @@ def recorded_quantization(base: Path, adapters: Sequence[Path]) -> QuantizeConfi
     return QuantizeConfig(**{name: value for name, value in held.items() if name in names})
 
 
-def say_quantization(held: Mapping[str, Any], adapters: Sequence[Path]) -> None:
-    """Say how the base is quantized, as `base_held` describes it, and which adapters were trained on another one."""
+def say_base(found: Found, held: Mapping[str, Any]) -> None:
+    """Say how the base is quantized, as `base_held` describes it, and which adapters were trained on another base."""
     if held["quantize"] != "none":
         say(f"the base model is {describe_in_words(held)}")
-    for path in adapters:
+    for path in found.adapters:
+        recorded = base_model_of(path)
+        if recorded and not _is_named(found.base, recorded):
+            say(f"{path}: was trained on the model {recorded!r:.200}; this one is {found.base.name!r}")
         if not was_trained_on(held, path):
             trained = describe_in_words(base_quantization(path) or {})
             say(f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(held)}")
+
+
+def _is_named(base: Location, recorded: str) -> bool:
+    """Return whether a name that an adapter records means this model: a branch or no revision means any commit."""
+    repository, commit = unpinned(base.name)
+    is_any_commit = commit is not None and unpinned(recorded)[1] is None
+    return (
+        recorded == base.name
+        or Path(recorded).resolve() == base.path.resolve()
+        or (is_any_commit and recorded.partition("@")[0] == repository)
+    )
+
+
+def check_not_merged(found: Found) -> None:
+    """Raise a `ConfigError` if one of the adapters is merged into the model already."""
+    merged = read_json(found.base.path / "config.json").get(MERGED)
+    for path in found.adapters if merged else ():
+        if sha256_of(path) in str(merged):
+            raise ConfigError(
+                f"{path}: is merged into {found.base.name} already ({MERGED} of its config.json); leave out --adapter, "
+                "or give the base model as --model"
+            )
+
+
+def sha256_of(adapter: Path) -> str:
+    """Return the SHA-256 of an adapter's weights."""
+    with (adapter / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def was_trained_on(held: Mapping[str, Any], adapter: Path) -> bool:

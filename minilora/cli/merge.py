@@ -23,13 +23,16 @@ from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, check_out, from_flags
 from minilora.cli.load import (
+    MERGED,
     Found,
     add_model_flags,
     base_of,
+    check_not_merged,
     find,
     read_template,
     recorded_quantization,
-    say_quantization,
+    say_base,
+    sha256_of,
     was_trained_on,
 )
 from minilora.errors import ConfigError
@@ -37,7 +40,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
 from minilora.runs.run import pick_device
-from minilora.storage import write_text
+from minilora.storage import read_json, write_json, write_text
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -70,12 +73,12 @@ def run(options: Options) -> int:
     if options["as_adapter"]:
         _write_adapter(options, weights, config)
     elif config == CombineConfig() and all(weight is None for weight in given):
-        _write_model(options, None)
+        _write_model(options, weights, None)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             paths = [fetch(name, "adapter") for name in names]
             _print_truncation(combine_directories(paths, weights, Path(scratch), config))
-            _write_model({**options, "adapter": list(map(str, paths))}, Path(scratch))
+            _write_model({**options, "adapter": list(map(str, paths))}, weights, Path(scratch))
     return 0
 
 
@@ -102,10 +105,12 @@ def _write_adapter(options: Options, weights: Sequence[float], config: CombineCo
     print(f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())} written to {out}")
 
 
-def _write_model(options: Options, combined: Path | None) -> None:
+def _write_model(options: Options, weights: Sequence[float], combined: Path | None) -> None:
     """Merge the adapters, or the adapter that they were combined to, and print how large the error is."""
     out, target, found, device = options["out"], options["target"], find(options), pick_device(options["device"])
-    say_quantization(_held(found, QuantizeConfig() if target == "original" else found.quantize), found.adapters)
+    if combined is None:  # with weights, what is merged already may be added to or subtracted
+        check_not_merged(found)
+    say_base(found, _held(found, QuantizeConfig() if target == "original" else found.quantize))
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
     is_known = all(was_trained_on(_held(found, trained), path) for path in found.adapters)
     deviation = merge_directory(
@@ -119,8 +124,19 @@ def _write_model(options: Options, combined: Path | None) -> None:
         found.tokenizer,
         trained=trained if is_known else None,
     )
-    is_other_base = target in ("original", "requantized") and found.quantize.quantize != "none"
-    print(f"{_describe_error(deviation, is_known, is_other_base)}\nmerged model written to {out}")
+    _record_adapters(out, options["adapter"], found.adapters, weights)
+    error = _describe_error(deviation, target, found.quantize, trained if is_known else None)
+    print(f"{error}\nmerged model written to {out}")
+
+
+def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
+    """Record in config.json which adapters the model holds; one that was subtracted is held no longer."""
+    values, digests = read_json(out / "config.json"), [sha256_of(path) for path in adapters]
+    earlier = values[MERGED] if isinstance(values.get(MERGED), list) else []
+    held = [entry for entry in earlier if not any(digest in str(entry) for digest in digests)]
+    for name, digest, weight in zip(names, digests, weights, strict=True):
+        held += [{"name": Path(name).name, "sha256": digest}] if weight > 0 else []
+    write_json(out / "config.json", {**values, MERGED: held})
 
 
 def _held(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
@@ -138,15 +154,21 @@ def _print_truncation(cuts: Mapping[str, Cut]) -> None:
         )
 
 
-def _describe_error(deviation: Deviation, is_known: bool, is_other_base: bool) -> str:
-    """Describe the error of a merge; `is_known`: it is relative to the base that the adapter was trained on."""
-    if deviation.overall is None:
+def _describe_error(
+    deviation: Deviation, target: Target | None, quantize: QuantizeConfig, trained: QuantizeConfig | None
+) -> str:
+    """Describe the error of a merge, and what to do about a large one; `trained` is None if it is not recorded."""
+    if deviation.overall is None or deviation.worst is None:
         return "the adapter changes nothing"
+    cause, advice = "rounding", "--dtype float32 rounds less"
+    if trained not in (None, QuantizeConfig() if target == "original" else quantize):
+        cause, advice = "another base than in training", "without --target and --quantize the base is that of training"
+    elif target == "requantized":
+        cause, advice = "rounding to four bits", "--target dequantized rounds less"
     text = (
-        f"error of the layers' outputs on random inputs, {'' if is_known else 'on the base as loaded here, '}"
-        f"relative to the adapter's effect: {deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
+        f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect"
+        f"{'' if trained else ' on the base as loaded here'} (worst: {deviation.worst:.1%} in {deviation.layer})"
     )
     if deviation.overall > NOTABLE:
-        advice = "--dtype float32 rounds less" + (", --target dequantized keeps the base" if is_other_base else "")
-        text += f"\nthe error is {deviation.overall:.0%} of the adapter's effect; {advice}"
+        text += f"\nthe loss usually changes far less, which `minilora eval` can measure; {advice}"
     return text

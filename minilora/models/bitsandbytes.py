@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError, FormatError, check_types, option
+from minilora.errors import ConfigError, FormatError, check_types, document_fields, option
 from minilora.nf4 import BLOCK_SIZE, BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 from minilora.storage import TensorFile
 
@@ -30,6 +30,7 @@ Quantize = Literal["none", "nf4"]
 Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
 
 
+@document_fields
 @dataclass(frozen=True)
 class QuantizeConfig:
     """How the weights of a base model are held."""

@@ -61,17 +61,30 @@ def load_model(
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
-        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), or an unknown dtype; the model is
-            quantized already, and not as `quantize` asks.
+        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype, or a device that
+            cannot be used; the model is quantized already, and not as `quantize` asks.
     """
     check_types(load_model, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     if config.unit is not None:
         raise ConfigError(f"{location.path}: is a classifier, which load_classifier reads, and no language model")
-    model = fill(skeleton(config), location, dtype, torch.device(device), quantize)
+    model = fill(skeleton(config), location, dtype, usable_device(device), quantize)
     model.tie_weights()
     return model
+
+
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build of PyTorch without CUDA
+        found = f"device {str(device)!r} cannot be used here"
+        raise ConfigError(f"{found}; need cpu, cuda, cuda:N or mps, if it is there") from error
 
 
 def fill(

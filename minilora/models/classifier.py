@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, check_types
 from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
-from minilora.models.checkpoint import fill, init_weights, load_model, read_config, skeleton
+from minilora.models.checkpoint import fill, init_weights, load_model, read_config, skeleton, usable_device
 from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
 
@@ -87,7 +87,7 @@ def load_classifier(
     model = skeleton_for(unit or config.unit, labels, config)
     assert isinstance(model, Classifier)
     if config.unit:
-        return fill(model, location, dtype, torch.device(device), quantize)
+        return fill(model, location, dtype, usable_device(device), quantize)
     base = load_model(location.name, dtype, device, quantize)
     init_weights(model.score.to_empty(device="cpu"), torch.Generator().manual_seed(seed))
     model.score.to(base.model.embed_tokens.weight)

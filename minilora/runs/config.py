@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.errors import ConfigError, check_types, option
+from minilora.errors import ConfigError, check_types, document_fields, option
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.storage import BUILTIN
 
@@ -20,6 +20,7 @@ COUNTS = (
 )
 
 
+@document_fields
 @dataclass(frozen=True)
 class DataConfig:
     """Configure how rows of data become tokens and labels.
@@ -52,6 +53,7 @@ class DataConfig:
             raise ConfigError("DataConfig: " + "; ".join(bad))
 
 
+@document_fields
 @dataclass(frozen=True)
 class TrainConfig:
     """Configure a training run.
