@@ -168,14 +168,14 @@ def shard_names(index_path: Path) -> dict[str, str]:
 
 
 def holds_files(out: Path) -> bool:
-    """Is there anything in a directory to write to, but for what a killed writer left?
+    """Is there anything in a directory to write to, but for a lock and what a killed writer left?
 
     Raises:
         ConfigError: it is a file.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; give a directory as --out")
-    return out.exists() and any(not re.fullmatch(r"\..*\.tmp", path.name) for path in out.iterdir())
+    return out.exists() and any(not re.fullmatch(r"\.lock|\..*\.tmp", path.name) for path in out.iterdir())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from minilora.models import template
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of
 from minilora.runs.inputs import load_general
-from minilora.runs.run import PACKAGES
+from minilora.runs.run import PACKAGES, Run
 from tests.models import four_bit, long
 from tests.runs import (
     ADAPTER,
@@ -80,7 +80,7 @@ def stop(directory, out, monkeypatch, step=3, times=1, **changes):
 
 def test_a_finished_run_holds_the_files_of_the_contract_and_no_others(whole):
     names = {*ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints"}
-    assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json", ".lock"}
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
 
 
@@ -243,6 +243,33 @@ def test_a_finished_run_is_never_overwritten(refused, whole):
 def test_files_of_something_else_are_never_touched(refused, tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
     refused(tmp_path, "has files, but not of a run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
+    unfinished(whole, tmp_path, step=8)
+    code = f"import pathlib as p, minilora.runs.directory as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        refused(tmp_path, f"process {process.pid} is at work there")
+        process.kill()
+    assert finetune(directory, tmp_path) == 0
+    assert_resumed(tmp_path, whole, 8)
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
+    read_data = Run.read_data
+
+    def read_late(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "read_data", read_data)
+            assert finetune(directory, tmp_path, max_steps=1) == 0
+        return read_data(run)
+
+    monkeypatch.setattr(Run, "read_data", read_late)
+    assert finetune(directory, tmp_path, max_steps=1) == 1
+    assert "another process has written there meanwhile" in capsys.readouterr().err
 
 
 def test_a_file_is_no_directory_for_a_run(capsys, directory, tmp_path):

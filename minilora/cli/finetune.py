@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
-from minilora.runs.memory import Forecast, Plan, check_memory
+from minilora.runs.memory import check_memory
 from minilora.runs.run import Run, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 
@@ -81,14 +82,17 @@ def run(options: Options) -> int:
         from_flags(DataConfig, options),
         from_flags(TrainConfig, options),
     )
-    step = 0 if options["dry_run"] else run.prepare()
-    device = pick_device(run.config.device)
+    with closing(run):
+        return _dry_run(run, options["force"]) if options["dry_run"] else _finetune(run, options)
+
+
+def _finetune(run: Run, options: Options) -> int:
+    step, device = run.prepare(), pick_device(run.config.device)
     data = run.read_data()
     plan, memory = run.forecast_memory(data, device)
-    if options["dry_run"]:
-        return _preview(run, data, plan, memory, options["force"])
     if not options["force"]:
         check_memory(plan, memory)
+    run.claim()
     model = run.load_base(data, device)
     run.attach_adapter(model, data)
     _start(run, model, data, step, options["config"])
@@ -117,8 +121,10 @@ def run(options: Options) -> int:
     return 0
 
 
-def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, is_forced: bool) -> int:
+def _dry_run(run: Run, is_forced: bool) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
+    data = run.read_data()
+    plan, memory = run.forecast_memory(data, pick_device(run.config.device))
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
     _say_notes(run, model, data)
@@ -187,8 +193,6 @@ def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> Tra
         return train(model, data.train, run.training, on_step, data.valid, run.out / "checkpoints")
     finally:
         signal.signal(signal.SIGINT, previous)
-        if run.board:
-            run.board.close()
 
 
 def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:

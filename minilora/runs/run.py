@@ -7,6 +7,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     run.json                                         the resolved configuration, versions, data, every start
     checkpoints/                                     from which the run can be resumed
     tokenizer.json …                                 the tokenizer's files
+    .lock                                            the process that is at work there, or was the last one
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -39,6 +40,7 @@ from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.checkpoints import bookkeeping, checkpoints, newest_step
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, resolve
+from minilora.runs.directory import lock
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
@@ -52,7 +54,7 @@ PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2",
 
 
 class Run:
-    """A run and its directory, from `prepare` to `finish`.
+    """A run and its directory, from `prepare` to `finish` and `close`.
 
     Raises:
         ConfigError: settings contradict each other, or would have no effect.
@@ -81,6 +83,7 @@ class Run:
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
         self.files: dict[str, str] = {}  # the data of the earlier ones
         self.board: TensorBoard | None = None
+        self.lock_file: TextIO | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -111,8 +114,10 @@ class Run:
     def prepare(self) -> int:
         """Check that the directory is empty or holds this run, unfinished; return the step to resume from.
 
+        A run that it holds is locked.
+
         Raises:
-            TrainingError: it holds a finished run, another run, or other files.
+            TrainingError: it holds a finished run, another run, a run that is at work, or other files.
             FormatError: its run.json is damaged.
         """
         if not holds_files(self.out):
@@ -120,6 +125,7 @@ class Run:
         path = self.out / "run.json"
         if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
+        self.lock_file = lock(self.out)
         if (self.out / "summary.json").is_file():
             raise TrainingError(f"{self.out}: holds a finished run; give another --out")
         if self.config.resume == "never":
@@ -139,6 +145,23 @@ class Run:
         if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
         return newest_step(self.out / "checkpoints")
+
+    def claim(self) -> None:
+        """Create the directory of a new run and lock it.
+
+        Raises:
+            TrainingError: it cannot be written, or another process has begun a run there since `prepare`.
+        """
+        if self.lock_file is None:
+            self.lock_file = lock(self.out)
+            if holds_files(self.out):
+                raise TrainingError(f"{self.out}: another process has written there meanwhile; give another --out")
+
+    def close(self) -> None:
+        """Close the files that are open, so that another process may use the directory."""
+        for file in (self.board, self.lock_file):
+            if file:
+                file.close()
 
     def read_data(self) -> Data:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
