@@ -19,6 +19,7 @@ from minilora import cli
 from minilora.adapters.config import RENAMED
 from minilora.cli.finetune import INTERRUPTED
 from minilora.models import template
+from minilora.runs import directory as directory_of_run
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of
 from minilora.runs.inputs import load_general
@@ -276,6 +277,33 @@ def test_a_file_is_no_directory_for_a_run(capsys, directory, tmp_path):
     (tmp_path / "file").write_text("text")
     assert finetune(directory, tmp_path / "file") == 1
     assert "is a file; give a directory" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_loaded(monkeypatch, capsys, directory):
+    monkeypatch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+    assert finetune(directory, directory / "rows.jsonl" / "out") == 1
+    assert capsys.readouterr().err == (
+        f"minilora: {directory}/rows.jsonl/out: cannot be written (Not a directory); give another --out\n"
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_without_room_for_what_is_written_is_refused_before_the_model_is_loaded(
+    monkeypatch, capsys, directory, tmp_path, method
+):
+    config = {"method": method, "max_steps": 1, "force": None}
+    if method == "full":
+        config |= {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+    assert finetune(directory, tmp_path / "out", **config) == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_of_run.shutil, "disk_usage", lambda path: SimpleNamespace(free=written // 2))
+        patch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+        assert finetune(directory, tmp_path / "full", **config) == 1
+    assert "the result and a checkpoint take" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_of_run.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * written))
+        assert finetune(directory, tmp_path / "full", **config) == 0
 
 
 def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused, directory, whole, tmp_path):

@@ -32,6 +32,7 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words
 from minilora.models.classifier import Classifier
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
+from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
@@ -51,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
     )
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
-    parser.add_argument("--force", action="store_true", help="train even if the memory will not do")
+    parser.add_argument("--force", action="store_true", help="train even if memory or disk will not do")
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -93,6 +94,8 @@ def _finetune(run: Run, options: Options) -> int:
     if not options["force"]:
         check_memory(plan, memory)
     run.claim()
+    if not options["force"]:
+        check_room(run.out, memory)
     model = run.load_base(data, device)
     run.attach_adapter(model, data)
     _start(run, model, data, step, options["config"])

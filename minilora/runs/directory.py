@@ -1,13 +1,15 @@
-"""The directory of a run as a place on the disk, which one process at a time may use."""
+"""The directory of a run as a place on the disk: one process at a time may use it, and there has to be room."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TextIO
 
 from minilora.errors import TrainingError
+from minilora.runs.memory import Forecast, amount
 
 if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
@@ -39,3 +41,17 @@ def lock(out: Path) -> TextIO:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def check_room(out: Path, found: Forecast) -> None:
+    """Check that the disk has room for the result of a run and for one checkpoint.
+
+    Raises:
+        TrainingError: it has not.
+    """
+    need, free = 2 * found.gradients + found.moments, shutil.disk_usage(out).free  # a gradient is as large as a weight
+    if free < need:
+        raise TrainingError(
+            f"{out}: the result and a checkpoint take {amount(need)}, and {amount(free)} are free on the disk; "
+            "make room, or give another --out; --force runs all the same"
+        )
