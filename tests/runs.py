@@ -143,13 +143,13 @@ def starts(out):
     return [start["step"] for start in json.loads((out / "run.json").read_text())["starts"]]
 
 
-def interrupt(monkeypatch, step, times=1):
-    """Press Ctrl-C while this step is being reported."""
+def interrupt(monkeypatch, step, times=1, number=signal.SIGINT):
+    """Press Ctrl-C, or send another signal, while this step is being reported."""
     report = Meter.__call__
 
     def press(meter, record):
         for _ in range(times if record["step"] == step else 0):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return report(meter, record)
 
     monkeypatch.setattr(Meter, "__call__", press)

@@ -17,7 +17,7 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.config import RENAMED
-from minilora.cli.finetune import INTERRUPTED
+from minilora.cli import INTERRUPTED
 from minilora.models import template
 from minilora.runs import directory as directory_of_run
 from minilora.runs.checkpoints import checkpoints
@@ -151,7 +151,7 @@ def test_the_adapter_names_its_base_model(directory, whole):
 # --- stopping and going on ---
 
 
-@pytest.mark.parametrize("save_steps", [None, *long(2)])
+@pytest.mark.parametrize("save_steps", [0, *long(None, 2)])
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repeats(
     directory, whole, tmp_path, monkeypatch, capsys, save_steps
 ):
@@ -165,6 +165,19 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
     for key in ("before", "after", "steps", "tokens"):
         assert summary(tmp_path)[key] == summary(whole)[key]
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_which_schedulers_send_lets_the_step_finish_however_often_it_is_sent(
+    directory, whole, tmp_path, monkeypatch, times
+):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=3, times=times, number=signal.SIGTERM)
+        assert finetune(directory, tmp_path) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert finetune(directory, tmp_path) == 0
+    assert_resumed(tmp_path, whole, 3)
 
 
 def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(

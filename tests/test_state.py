@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 import minilora.storage as storage
 from minilora.adapter import adapter_layers
+from minilora.runs import loop
 from minilora.runs.checkpoints import checkpoints, newest_step, trained_adapters
 from tests.models import examples, long, tiny_model
 from tests.training import adapted, contents, copy_checkpoint, random_rows, stop_after, weights
@@ -74,6 +76,22 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(tmp_path_factory, 
         assert newest_step(pieces) == stop
     found, _ = run(pieces, model(), **config)
     assert torch.equal(weights(found), weights(expected))
+
+
+def saved(directory):
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(directory)]
+
+
+def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have_passed(whole, tmp_path, monkeypatch):
+    run(tmp_path / "long", max_steps=21, save_steps=None)
+    assert saved(tmp_path / "long") == [3, 6, 9, 12, 15, 18, 21]
+    run(tmp_path / "never", save_steps=0)
+    assert saved(tmp_path / "never") == [STEPS]
+    seconds = itertools.count(step=200)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(seconds))  # read about three times a step
+    run(tmp_path / "slow", max_steps=21, save_steps=None)
+    assert len(saved(tmp_path / "slow")) > 10
+    assert contents(tmp_path / "slow", 21) == contents(tmp_path / "long", 21)
 
 
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):

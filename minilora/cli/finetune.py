@@ -23,7 +23,7 @@ import torch
 from minilora.adapter import disable_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import base_held, count_parameters
-from minilora.cli import INTERRUPTED, Options, say, say_bad
+from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.meter import Meter
 from minilora.cli.preview import memory_lines, preview
@@ -104,10 +104,10 @@ def _finetune(run: Run, options: Options) -> int:
     with disable_adapter(model):
         before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
     result = _train(run, model, data, meter)
-    if not result.finished:
+    if meter.stopped_by and not result.finished:
         meter.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
-        return INTERRUPTED
+        return SIGNALLED + meter.stopped_by
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
@@ -182,7 +182,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
 
 
 def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
-    """Train, with samples of what the model writes at each evaluation; Ctrl-C lets the step finish."""
+    """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record and isinstance(model, Llama):
@@ -191,11 +191,12 @@ def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> Tra
         run.log(record)
         return stops
 
-    previous = signal.signal(signal.SIGINT, meter.stop)
+    previous = {number: signal.signal(number, meter.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return train(model, data.train, run.training, on_step, data.valid, run.out / "checkpoints")
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from types import FrameType
@@ -16,21 +17,21 @@ from minilora.runs.memory import amount
 class Meter:
     """Progress on standard error: one line that is rewritten on a terminal, else a line every few seconds.
 
-    As the handler of SIGINT, `stop` lets a run end after the current step.
+    As the handler of signals, `stop` lets a run end after the current step.
     """
 
     def __init__(self, evaluated: str = "held-out", every: float = 5.0):
         self.evaluated = evaluated  # what the rows of evaluations are called
         self.every = every
         self.is_terminal = sys.stderr.isatty()
-        self.is_stopping = False
+        self.stopped_by: int | None = None  # the number of a signal
         self.last = -every
         self.first: tuple[float, int] | None = None
 
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
             self._show_evaluation(record)
-            return self.is_stopping
+            return self.stopped_by is not None
         now = time.monotonic()
         began, first_step = self.first = self.first or (now, record["step"])
         done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
@@ -40,7 +41,7 @@ class Meter:
             f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  {amount(record['peak_memory_bytes'])}",
             is_last=not remaining,
         )
-        return self.is_stopping
+        return self.stopped_by is not None
 
     def rows(self, what: str) -> Progress:
         """Return a callback that reports the progress of an evaluation."""
@@ -73,10 +74,10 @@ class Meter:
             self.keep(f"  {_ending(sample['prompt'])} -> {_beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Let the step finish at the first Ctrl-C; stop at once at the second."""
-        if self.is_stopping:
+        """Let the step finish at the first signal; stop at once if the second is Ctrl-C."""
+        if self.stopped_by and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint, if there is one")
-        self.is_stopping = True
+        self.stopped_by = number
         self.keep("finishing this step; Ctrl-C again to stop at once")
 
     def close(self) -> None:

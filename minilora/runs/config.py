@@ -16,7 +16,7 @@ TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
 COUNTS = (
     *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
-    *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
+    *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
 )
 
 
@@ -86,7 +86,12 @@ class TrainConfig:
         "last", "which weights are the result: the last, or the best of the evaluations", WATCHING
     )
     early_stopping: int | None = option(None, "stop after this many evaluations without a new lowest loss", WATCHING)
-    save_steps: int | None = option(None, "write a checkpoint every N steps", WATCHING)
+    save_steps: int | None = option(
+        None,
+        "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and at "
+        "least every ten minutes",
+        WATCHING,
+    )
     save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
     logging_steps: int = option(1, "steps between two lines of metrics.jsonl", WATCHING)
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
@@ -104,6 +109,8 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 bad.append(f"{name} is {value!r}, need a finite number above 0")
+        if self.save_steps is not None and self.save_steps < 0:
+            bad.append(f"save_steps is {self.save_steps!r}, need a whole number of at least 0")
         if not 0 <= self.seed < 2**32:
             bad.append(f"seed is {self.seed!r}, need a whole number of at least 0 and below 2**32")
         if self.eval_steps is None and self.selects:
