@@ -368,7 +368,37 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_files_none_may_have_the_name_of_held_out_rows(capsys, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_train", "my_val"):
+        write_rows(tmp_path / f"{name}.jsonl", 9)
+    out, data = tmp_path / "out", ("my_train.jsonl", "my_val.jsonl")
+    command = [*words(directory, out, data=None, max_steps=1), "--data", *data]
+    assert cli.main(command) == 1
+    assert "my_val.jsonl: --data would train on it; give it as --eval-data" in capsys.readouterr().err
+    assert cli.main([*command, "--eval-data=my_val.jsonl"]) == 1
+    assert not out.exists()
+    assert finetune(directory, out, data=data[1], max_steps=1) == 0  # by itself it can mean nothing else
+
+
 # --- what is measured and told ---
+
+
+def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(directory, tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "my_val.jsonl", 5)
+    stop(directory, tmp_path / "out", monkeypatch, eval_data=rows)
+    assert "23 rows to learn from, 5 held out" in capsys.readouterr().err
+    assert set(json.loads((tmp_path / "out" / "run.json").read_text())["data_sha256"]) == {"rows.jsonl", rows.name}
+    write_rows(rows, 6)
+    assert finetune(directory, tmp_path / "out", eval_data=rows) == 1
+    assert "the data has changed" in capsys.readouterr().err
+
+
+def test_eval_data_beside_a_test_split_are_refused(directory, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", 5)
+    assert finetune(directory, tmp_path / "out", data=tmp_path, eval_data=directory / "rows.jsonl") == 1
+    assert f"--data has a test split, {tmp_path}/test.jsonl" in capsys.readouterr().err
 
 
 def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):

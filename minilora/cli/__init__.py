@@ -38,8 +38,8 @@ COMMANDS = {
     "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
 }
 MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them
-    "finetune": "model data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size epochs "
-    "max_steps dry_run"
+    "finetune": "model data eval_data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size "
+    "epochs max_steps dry_run"
 }
 
 

@@ -24,6 +24,7 @@ NAMES_ELSEWHERE = {
     "target_modules": "lora_target lora_target_linear",
     "model": "model_name_or_path checkpoint_dir",
     "data": "dataset_name train_file",
+    "eval_data": "valid_data validation_file eval_dataset",
     "out": "output_dir adapter_path save_path",
     "learning_rate": "lr",
     "batch_size": "per_device_train_batch_size",
@@ -46,7 +47,6 @@ NAMES_ELSEWHERE = {
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # for flags of these tools that have no counterpart
-    **dict.fromkeys(("eval_data", "valid_data", "validation_file", "eval_dataset"), "give --data a directory with it"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
     "do_sample": "use a --temperature above 0",
     "push_to_hub": "use `hf upload NAME DIR`",

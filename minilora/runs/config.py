@@ -88,8 +88,8 @@ class TrainConfig:
     early_stopping: int | None = option(None, "stop after this many evaluations without a new lowest loss", WATCHING)
     save_steps: int | None = option(
         None,
-        "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and at "
-        "least every ten minutes",
+        "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and "
+        "at least every ten minutes",
         WATCHING,
     )
     save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
@@ -134,6 +134,7 @@ class RunConfig:
         "rows: .jsonl or .json files, also .gz; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; "
         "or a hub id",
     )
+    eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id as of --data", "data")
     out: str = option("minilora-run", "directory of the run")
     method: Literal["lora", "full"] = option(
         "lora", "train an adapter; or all weights of the model, in float32", "adapter"

@@ -71,7 +71,9 @@ class Run:
         # Names are located at once, so that those of repositories get the commit and mean the same later.
         data = tuple(locate(name, "dataset").name for name in run.data)
         general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
-        run = replace(run, model=locate(run.model, "model").name, data=data, general_data=general)
+        held_out = run.eval_data and locate(run.eval_data, "dataset").name
+        model = locate(run.model, "model").name
+        run = replace(run, model=model, data=data, eval_data=held_out, general_data=general)
         self.config, self.quantization, self.lora = run, quantization, lora
         self.reading, self.training = reading, training
         self.resolved = resolve(run, quantization, lora, reading, training)
@@ -167,7 +169,8 @@ class Run:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
         tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
         labels = self.base_config.labels
-        data = load_data(self.config.data, tokenizer, self.reading, self.training, self.unit, labels)
+        names, held_out = self.config.data, self.config.eval_data
+        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
