@@ -230,6 +230,17 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_bytes_of_one_that_never_was(d
     assert starts(tmp_path)[1] % 2 == 0 < starts(tmp_path)[1]
 
 
+def test_a_finished_run_is_made_longer_to_the_bytes_of_the_longer_run(directory, tmp_path, capsys):
+    constant = {"lr_scheduler": "constant", "warmup_steps": 0}
+    assert finetune(directory, tmp_path / "a", epochs=1, **constant) == 0
+    assert finetune(directory, tmp_path / "a", **constant) == 0
+    assert "going on from step 5" in capsys.readouterr().err
+    assert finetune(directory, tmp_path / "b", **constant) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert summary(tmp_path / "a")["steps"] == STEPS
+    assert starts(tmp_path / "a") == [0, 5]
+
+
 # --- refusing ---
 
 
@@ -252,6 +263,8 @@ def refused(capsys, directory):
 def test_a_finished_run_is_never_overwritten(refused, whole):
     refused(whole, "holds a finished run", save_total_limit=99)
     refused(whole, "holds a finished run", learning_rate=0.5)
+    refused(whole, "not that of a run of 15 steps", epochs=3)
+    refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)
 
 
 def test_files_of_something_else_are_never_touched(refused, tmp_path):

@@ -93,7 +93,7 @@ def _finetune(run: Run, options: Options) -> int:
     plan, memory = run.forecast_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
-    run.claim()
+    run.claim(data)
     if not options["force"]:
         check_room(run.out, memory)
     model = run.load_base(data, device)

@@ -22,9 +22,11 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.runs.checkpoints import (
     State,
+    check_extension,
     checkpoints,
     fingerprint,
     load_checkpoint,
+    read_state,
     restore,
     save_checkpoint,
     trained_adapters,
@@ -194,9 +196,11 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
     if folder is not None and (found := checkpoints(folder)):
+        check_extension(found[-1], read_state(found[-1], state.run), total, config)
         state, best = load_checkpoint(found[-1], model, run.optimizer, state.run)
         if config.keep == "best" and state.best_step and not best:
             raise FormatError(f"{found[-1]}: lacks best.safetensors, the weights of step {state.best_step}")
+    state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
     stopped, first, batches = False, state.step, run.batches(state.step)
     save_steps, saved = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps, time.monotonic()

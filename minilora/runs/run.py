@@ -29,6 +29,7 @@ from minilora.adapters.attach import attach
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.files import base_quantization, save_adapter
 from minilora.adapters.find import base_held
+from minilora.adapters.from_data import FROM_DATA
 from minilora.definition import is_plain
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
@@ -38,7 +39,7 @@ from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.checkpoints import bookkeeping, checkpoints, newest_step
+from minilora.runs.checkpoints import bookkeeping, check_extension, checkpoints, newest_step, read_state
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, resolve
 from minilora.runs.directory import lock
 from minilora.runs.evaluate import Drift, Scores
@@ -48,6 +49,7 @@ from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, Plan, choose_recompute
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
+from minilora.runs.seeded import plan_steps
 from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
 
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
@@ -114,9 +116,9 @@ class Run:
             raise ConfigError("--method full: " + "; ".join(bad))
 
     def prepare(self) -> int:
-        """Check that the directory is empty or holds this run, unfinished; return the step to resume from.
+        """Check that the directory is empty or holds this run; lock it, and return the step to go on from.
 
-        A run that it holds is locked.
+        A finished run may be made longer, see `check_extension`.
 
         Raises:
             TrainingError: it holds a finished run, another run, a run that is at work, or other files.
@@ -128,32 +130,39 @@ class Run:
         if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
         self.lock_file = lock(self.out)
-        if (self.out / "summary.json").is_file():
-            raise TrainingError(f"{self.out}: holds a finished run; give another --out")
-        if self.config.resume == "never":
-            raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        record = read_json(path)
+        record, newest = read_json(path), newest_step(self.out / "checkpoints")
         try:
             before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
             self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: need config, starts and data_sha256; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
+        is_extended = newest and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
+        if (self.out / "summary.json").is_file() and not is_extended:
+            raise TrainingError(f"{self.out}: holds a finished run; give another --out, or more --epochs")
+        if self.config.resume == "never":
+            raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
+        if self.lora.init_lora_weights in FROM_DATA:
+            free -= {"epochs", "max_steps"}  # the start values are made of rows of all steps
         different = [key for key in now if key not in free and before.get(key) != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
         if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
-        return newest_step(self.out / "checkpoints")
+        return newest
 
-    def claim(self) -> None:
-        """Create the directory of a new run and lock it.
+    def claim(self, data: Data) -> None:
+        """Create the directory of a new run and lock it; check that one that is there may have this length.
 
         Raises:
-            TrainingError: it cannot be written, or another process has begun a run there since `prepare`.
+            TrainingError: it cannot be written; another process has begun a run there since `prepare`; or the run is
+                to be longer or shorter, and would not have come to where it is.
         """
+        for checkpoint in checkpoints(self.out / "checkpoints")[-1:]:
+            total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
+            check_extension(checkpoint, read_state(checkpoint), total, self.training)
         if self.lock_file is None:
             self.lock_file = lock(self.out)
             if holds_files(self.out):
@@ -258,6 +267,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
         }
+        remove(self.out / "summary.json")  # of a finished run that is made longer
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
             "config": self.resolved,
