@@ -21,16 +21,19 @@ from typing import Any
 import torch
 
 from minilora.adapter import disable_adapter
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.find import base_held, count_parameters
+from minilora.adapters.stored import read_adapter
 from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
+from minilora.cli.load import base_of, recorded_quantization, say_quantization
 from minilora.cli.meter import Meter
 from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
+from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
@@ -56,15 +59,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Set the values of --config as defaults or, without --model and --data, those of the built-in example.
+    """Set the values of --config and --adapter as defaults or, without --model and --data, the built-in example's.
 
     Raises:
         ConfigError: a model without data, or data without a model.
     """
-    path = parser.parse_known_args(words)[0].config
+    flags = vars(parser.parse_known_args(words)[0])
+    path = flags["config"]
     values = read_config(path) if path is not None else {}
     values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    model, adapter = (flags[name] if name in given else values.get(name) for name in ("model", "adapter"))
+    named = {*given, *values, *(["model"] if adapter else [])}
     if len(named & {"model", "data"}) == 1:
         lacking = "--data" if "model" in named else "--model"
         raise ConfigError(
@@ -72,6 +78,12 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         )
     if not named & {"model", "data"}:
         use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")
+    if adapter:
+        directory = fetch(adapter, "adapter")
+        model = base_of(model, [directory])
+        quantize = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
+        settings = {**vars(quantize), **vars(read_adapter(directory).config())}
+        parser.set_defaults(model=model, **{RENAMED.get(name, name): value for name, value in settings.items()})
     use_config(parser, values, str(path))
 
 
@@ -160,8 +172,7 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
 
 def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
-    if (held := base_held(model))["quantize"] != "none":
-        say(f"the base model is {describe_in_words(held)}")
+    say_quantization(base_held(model), [fetch(run.config.adapter, "adapter")] if run.config.adapter else [])
     longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")

@@ -18,7 +18,7 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,8 +26,8 @@ from typing import Any, TextIO
 import torch
 
 from minilora.adapters.attach import attach
-from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.adapters.files import base_quantization, save_adapter
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import base_quantization, classes_of, load_adapter, save_adapter
 from minilora.adapters.find import base_held
 from minilora.adapters.from_data import FROM_DATA
 from minilora.definition import is_plain
@@ -37,10 +37,10 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import read_config, resolve_dtype, save_model
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
-from minilora.models.hub import locate
+from minilora.models.hub import fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.checkpoints import bookkeeping, check_extension, checkpoints, newest_step, read_state
-from minilora.runs.config import DataConfig, RunConfig, TrainConfig, resolve
+from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.directory import lock
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
@@ -50,7 +50,7 @@ from minilora.runs.memory import Forecast, Plan, choose_recompute
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
 from minilora.runs.seeded import plan_steps
-from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
+from minilora.storage import append_line, holds_files, read_json, read_text, remove, write_json, write_text
 
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
@@ -74,8 +74,8 @@ class Run:
         data = tuple(locate(name, "dataset").name for name in run.data)
         general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
         held_out = run.eval_data and locate(run.eval_data, "dataset").name
-        model = locate(run.model, "model").name
-        run = replace(run, model=model, data=data, eval_data=held_out, general_data=general)
+        model, adapter = locate(run.model, "model").name, run.adapter and locate(run.adapter, "adapter").name
+        run = replace(run, model=model, adapter=adapter, data=data, eval_data=held_out, general_data=general)
         self.config, self.quantization, self.lora = run, quantization, lora
         self.reading, self.training = reading, training
         self.resolved = resolve(run, quantization, lora, reading, training)
@@ -88,32 +88,7 @@ class Run:
         self.files: dict[str, str] = {}  # the data of the earlier ones
         self.board: TensorBoard | None = None
         self.lock_file: TextIO | None = None
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        run, task, held = self.config, self.lora.task_type, self.base_config.unit
-        if task not in (None, "CAUSAL_LM", *UNITS):
-            raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
-        if held not in (None, self.unit):
-            wanted = next(name for name, unit in UNITS.items() if unit == held)
-            raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
-        if self.unit and run.general_data not in (BUILTIN, "none"):
-            raise ConfigError("--general-data: without effect on a classifier; leave it out")
-        if self.quantization.quantize == "none" and self.quantization != QuantizeConfig():
-            raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
-        if not self.is_full:
-            return
-        defaults, adapter = LoraConfig(), {field.name for field in fields(LoraConfig)} - {"task_type"}
-        idle = [name for name in adapter if getattr(self.lora, name) != getattr(defaults, name)]
-        idle += ["loraplus_lr_ratio"] if self.training.loraplus_lr_ratio is not None else []
-        flags = sorted(f"--{RENAMED.get(name, name).replace('_', '-')}" for name in idle)
-        bad = [f"{', '.join(flags)}: without effect, since there is no adapter"] if flags else []
-        if self.quantization.quantize != "none" or self.base_config.source.get("quantization_config"):
-            bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
-        if run.dtype == "bfloat16":
-            bad.append("--dtype bfloat16: most updates of a weight are too small to change it; need float32")
-        if bad:
-            raise ConfigError("--method full: " + "; ".join(bad))
+        check_settings(run, quantization, lora, training, self.base_config)
 
     def prepare(self) -> int:
         """Check that the directory is empty or holds this run; lock it, and return the step to go on from.
@@ -176,13 +151,22 @@ class Run:
 
     def read_data(self) -> Data:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
-        tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        labels = self.base_config.labels
+        tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
+        labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
         names, held_out = self.config.data, self.config.eval_data
         data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
+
+    def _load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of the model, or of an adapter with tokens of its own, with the adapter's template."""
+        if self.config.adapter is None:
+            return load_tokenizer(self.config.model)
+        path = fetch(self.config.adapter, "adapter")
+        has_own = self.lora.vocabulary and (path / "tokenizer.json").is_file()
+        tokenizer, template = load_tokenizer(path if has_own else self.config.model), path / "chat_template.jinja"
+        return tokenizer.with_template(read_text(template)) if template.is_file() else tokenizer
 
     def forecast_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
         """Forecast the memory of the run on a device; `--recompute auto` becomes what fits into it."""
@@ -210,8 +194,10 @@ class Run:
         return model
 
     def attach_adapter(self, model: Llama | Classifier, data: Data) -> None:
-        """Attach a new adapter, unless all weights are trained."""
-        if not self.is_full:
+        """Attach a new adapter, or the one to start from, unless all weights are trained."""
+        if self.config.adapter is not None:
+            load_adapter(model, self.config.adapter, trainable=True)
+        elif not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.adapter_config(data), seed=self.training.seed, losses=losses)
 
@@ -230,8 +216,8 @@ class Run:
         return [token for text in self.config.add_tokens if (token := data.tokenizer.token_id(text)) is not None]
 
     def _vocabulary(self, data: Data) -> int:
-        """Return the number of embedding rows that the new tokens need; 0 without any."""
-        return max(self._new_tokens(data), default=-1) + 1
+        """Return the number of embedding rows that new tokens need, or those of an adapter to start from."""
+        return max([-1, *self._new_tokens(data)]) + 1 if self.config.adapter is None else self.lora.vocabulary
 
     def set_threads(self, model: Llama | Classifier, data: Data) -> int | None:
         """Set the faster number of threads (see `choose_threads`); return it, or None if it was not measured.
