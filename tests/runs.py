@@ -13,11 +13,11 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.cli.meter import Meter
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
 from minilora.runs.inputs import load_data
+from minilora.runs.meter import Meter
 from tests.models import randomize_adapters_, tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
 

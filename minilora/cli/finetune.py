@@ -27,7 +27,6 @@ from minilora.adapters.stored import read_adapter
 from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.load import base_of, recorded_quantization, say_quantization
-from minilora.cli.meter import Meter
 from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
@@ -41,6 +40,7 @@ from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import check_memory
+from minilora.runs.meter import Meter
 from minilora.runs.run import Run, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 

@@ -6,22 +6,26 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 from types import FrameType
 
-from minilora.cli.columns import visible
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
 
 class Meter:
-    """Progress on standard error: one line that is rewritten on a terminal, else a line every few seconds.
+    """Print progress to standard error: one line that is rewritten on a terminal, else a line every few seconds.
 
-    As the handler of signals, `stop` lets a run end after the current step.
+    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
+
+    Args:
+        evaluated: what the rows of evaluations are called.
+        every: seconds between two lines without a terminal.
     """
 
     def __init__(self, evaluated: str = "held-out", every: float = 5.0):
-        self.evaluated = evaluated  # what the rows of evaluations are called
+        self.evaluated = evaluated
         self.every = every
         self.is_terminal = sys.stderr.isatty()
         self.stopped_by: int | None = None  # the number of a signal
@@ -84,6 +88,11 @@ class Meter:
         """Clear the line that would be overwritten next."""
         if self.is_terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Remove control and other invisible characters, except line ends and tabs."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def _ending(text: str, most: int = 30) -> str:
