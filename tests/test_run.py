@@ -21,8 +21,9 @@ from minilora.cli import INTERRUPTED
 from minilora.models import template
 from minilora.runs import directory as directory_of_run
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of
+from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of, write_samples
 from minilora.runs.inputs import load_general
+from minilora.runs.meter import beginning, ending
 from minilora.runs.run import PACKAGES, Run
 from tests.models import four_bit, long
 from tests.runs import (
@@ -451,6 +452,28 @@ def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, t
         for prompt, text in zip(prompts, written, strict=True)
     ]
     assert record["samples"][0]["prompt"] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_at_the_end_base_and_adapter_answer_the_first_held_out_prompts(capsys, directory, tmp_path, method):
+    options = {"max_steps": 8, "samples": 2, "learning_rate": 0.1}
+    if method == "full":
+        options |= {"method": method, "lora_r": None, "lora_alpha": None, "lora_dropout": None}
+    assert finetune(directory, tmp_path, **options) == 0
+    told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
+    models = {"base": ml.load_model(directory / "model")}
+    if method == "full":
+        models["model"] = ml.load_model(tmp_path)
+    else:
+        models["adapter"] = ml.load_model(directory / "model")
+        ml.load_adapter(models["adapter"], tmp_path)
+    answers = {name: write_samples(model, data.tokenizer, data.test[:2]) for name, model in models.items()}
+    expected = ""
+    for i in range(2):
+        expected += ending(answers["base"][i]["prompt"], 60) + "\n"
+        expected += "".join(f"  {name:<8}-> {beginning(answers[name][i]['text'])}\n" for name in answers)
+    assert told.endswith(expected)
+    assert answers["base"] != list(answers.values())[1]
 
 
 def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(

@@ -34,13 +34,14 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
+from minilora.runs.data import Dataset
 from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import check_memory
-from minilora.runs.meter import Meter
+from minilora.runs.meter import Meter, beginning, ending
 from minilora.runs.run import Run, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 
@@ -115,6 +116,7 @@ def _finetune(run: Run, options: Options) -> int:
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
         before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
+        answers = {"base": _samples(run, model, data, data.test)}
     result = _train(run, model, data, meter)
     if meter.stopped_by and not result.finished:
         meter.close()
@@ -125,13 +127,17 @@ def _finetune(run: Run, options: Options) -> int:
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     after = evaluate(model, data.test, data.choices, meter.rows(f"measuring the {made}"))
+    answers[made] = _samples(run, model, data, data.test)
     drift = None
     if data.general and isinstance(model, Llama):
         base: Any = run.load_base(data, device) if run.is_full else None
         drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
     run.finish(model, data.tokenizer, result, before, after, drift)
-    print(_table(made, result, before, after, drift))
+    print(_table(made, result, before, after, drift), flush=True)
+    for pair in zip(*answers.values(), strict=True):
+        lines = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in zip(answers, pair, strict=True)]
+        say("\n".join([ending(pair[0]["prompt"], 60), *lines]))
     print(f"{made} written to {run.out}")
     return 0
 
@@ -197,7 +203,7 @@ def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> Tra
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record and isinstance(model, Llama):
-            record = {**record, "samples": write_samples(model, data.tokenizer, data.valid[: run.config.samples])}
+            record = {**record, "samples": _samples(run, model, data, data.valid)}
         stops = meter(record)
         run.log(record)
         return stops
@@ -208,6 +214,11 @@ def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> Tra
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _samples(run: Run, model: Llama | Classifier, data: Data, rows: Dataset) -> list[dict[str, str]]:
+    """Return the first held-out prompts with the model's answers; none of a classifier."""
+    return write_samples(model, data.tokenizer, rows[: run.config.samples]) if isinstance(model, Llama) else []
 
 
 def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:

@@ -163,7 +163,7 @@ class RunConfig:
     report: Literal["none", "tensorboard"] = option(
         "none", "also write the metrics for tensorboard, into OUT/tensorboard", WATCHING
     )
-    samples: int = option(2, "held-out prompts that the model answers at each evaluation", WATCHING)
+    samples: int = option(2, "held-out prompts to answer at each evaluation, and at the end beside the base", WATCHING)
 
     def __post_init__(self) -> None:
         check_types(RunConfig, vars(self))

@@ -75,7 +75,7 @@ class Meter:
         note = ", the lowest so far" if record["best_step"] == step else f", lowest at step {record['best_step']}"
         self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         for sample in record.get("samples", ()):
-            self.keep(f"  {_ending(sample['prompt'])} -> {_beginning(sample['text'])}")
+            self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Let the step finish at the first signal; stop at once if the second is Ctrl-C."""
@@ -95,11 +95,13 @@ def visible(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
-def _ending(text: str, most: int = 30) -> str:
+def ending(text: str, most: int = 30) -> str:
+    """Return the end of a text in one line of at most that many characters."""
     text = visible(" ".join(text.split()))
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
-def _beginning(text: str, most: int = 42) -> str:
+def beginning(text: str, most: int = 42) -> str:
+    """Return the beginning of a text in one line of at most that many characters."""
     text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"
