@@ -184,6 +184,16 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     if run.reading.prompt_style != "auto" and not data.train.conversations:
         say("no training row is a conversation, so --prompt-style has no effect")
+    elif data.train.completions and data.tokenizer.template:
+        say(
+            f"{data.train.completions} training rows are a plain prompt and completion, which do not go through the "
+            "model's chat template; rows of `messages` do"
+        )
+    if data.train.touching > data.train.completions / 2:
+        say(
+            f"{data.train.touching} training rows have no white space between prompt and completion; "
+            "end the prompts, or begin the completions, with a space or a line end"
+        )
     for name, rows in data.splits.items():
         if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
