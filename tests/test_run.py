@@ -18,7 +18,7 @@ import minilora as ml
 from minilora import cli
 from minilora.adapters.config import RENAMED
 from minilora.cli import INTERRUPTED
-from minilora.models import template
+from minilora.models import checkpoint, template
 from minilora.runs import directory as directory_of_run
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of, write_samples
@@ -496,6 +496,23 @@ def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_bet
     assert f"the adapter of step {best} had the lowest loss" in told
     checkpoint = out / "checkpoints" / f"step-{best:06d}"
     assert (out / ADAPTER[1]).read_bytes() == (checkpoint / ADAPTER[1]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_fast", "line"),
+    [
+        ("auto", False, "float32 on cpu, since bfloat16 is slow there (the model is stored in bfloat16)\n"),
+        ("auto", True, "bfloat16 on cpu\n"),
+        ("float32", False, "float32 on cpu\n"),
+    ],
+)
+def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(
+    capsys, monkeypatch, tmp_path, dtype, is_fast, line
+):
+    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device: is_fast)
+    write_inputs(tmp_path, dtype=torch.bfloat16)
+    assert finetune(tmp_path, tmp_path / "out", max_steps=1, dtype=dtype) == 0
+    assert line in capsys.readouterr().err
 
 
 def test_bad_rows_are_counted_and_the_first_five_shown_and_the_run_goes_on(capsys, directory, tmp_path):

@@ -31,6 +31,7 @@ from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.checkpoint import stored_dtype
 from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
@@ -162,10 +163,13 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     if threads := run.set_threads(model, data):
         say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
     run.start(model, data, step)
+    stored, reason = stored_dtype(run.base_config.source), ""
+    if run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
+        reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
-        f"{weight.dtype} on {weight.device}".replace("torch.", "")
+        f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
     )
     _say_notes(run, model, data)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
