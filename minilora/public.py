@@ -29,6 +29,7 @@ from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset
 from minilora.runs.inputs import load_classes, load_dataset
 from minilora.runs.loop import TrainResult, train
+from minilora.runs.meter import Meter
 from minilora.runs.seeded import set_dropout_step
 from minilora.tools.publish import push_to_hub
 
@@ -41,6 +42,7 @@ __all__ = [
     "Example",
     "FormatError",
     "LoraConfig",
+    "Meter",
     "MiniloraError",
     "QuantizeConfig",
     "ShapeError",

@@ -136,14 +136,14 @@ def shard_names(index_path: Path) -> dict[str, str]:
 
 
 def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to holds anything other than temporary files.
+    """Return whether a directory to write to holds anything other than a lock and temporary files.
 
     Raises:
         ConfigError: `out` is a file.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; give a directory as --out")
-    return out.exists() and any(not re.fullmatch(r"\..*\.tmp", path.name) for path in out.iterdir())
+    return out.exists() and any(not re.fullmatch(r"\.lock|\..*\.tmp", path.name) for path in out.iterdir())
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.cli.meter import Meter
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
 from minilora.runs.inputs import load_data
+from minilora.runs.meter import Meter
 from tests.models import randomize_adapters_, tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
 
@@ -143,13 +143,13 @@ def starts(out):
     return [start["step"] for start in json.loads((out / "run.json").read_text())["starts"]]
 
 
-def interrupt(monkeypatch, step, times=1):
-    """Press Ctrl-C while this step is being reported."""
+def interrupt(monkeypatch, step, times=1, number=signal.SIGINT):
+    """Press Ctrl-C, or send another signal, while this step is being reported."""
     report = Meter.__call__
 
     def press(meter, record):
         for _ in range(times if record["step"] == step else 0):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return report(meter, record)
 
     monkeypatch.setattr(Meter, "__call__", press)

@@ -20,17 +20,18 @@ import minilora as ml
 from minilora import cli
 from minilora.adapters.config import INITS
 from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, read_config, use_config
-from minilora.cli.meter import Meter
 from minilora.runs import inputs
 from minilora.runs.config import RunConfig
 from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.meter import Meter
 from minilora.runs.rows import read_rows
 from minilora.storage import ASSETS
 from tests.files import edit
 from tests.models import randomize_adapters_, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, runner, write_rows
 from tests.text import write_tokenizer
+from tests.training import adapted, random_rows
 
 
 @pytest.fixture(scope="module")
@@ -544,6 +545,14 @@ def test_on_a_terminal_progress_rewrites_one_line(capsys, monkeypatch):
     assert text.count("\r\x1b[K") == 101  # and one that clears the line
     assert text.count("\n") == 1
     assert "step 51/100  loss 0.5000  9 tokens/s  49 s left  1.1 GB" in text
+
+
+def test_training_from_python_prints_progress_only_if_it_is_told_to(capsys):
+    for on_step in (None, ml.Meter()):
+        ml.train(adapted(), random_rows(1, 3), ml.TrainConfig(max_steps=2), on_step)
+        found = capsys.readouterr()
+        assert found.out == ""
+        assert [line.split()[1] for line in found.err.splitlines()] == (["1/2", "2/2"] if on_step else [])
 
 
 def test_elsewhere_progress_is_a_line_every_five_seconds_and_one_at_the_end(capsys, monkeypatch):

@@ -235,7 +235,7 @@ def finetune(directory, out, *flags, **changes):
 
 def planned(directory, out, **training):
     """The plan of that command, and its forecast."""
-    where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), str(out), device="cpu")
+    where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), out=str(out), device="cpu")
     run = Run(
         replace(where, general_data="none"), QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training)
     )

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -92,6 +93,39 @@ def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(dry_run, d
     unused = int(re.search(r"not used: (\d+) training rows", text)[1])
     assert unused == sum(all(label == IGNORE_INDEX for label in example.labels[1:limit]) for example in data)
     assert re.search(rf"training +{len(lengths) - unused} ", text)
+
+
+SEAM = "no white space between prompt and completion"
+TEMPLATE = "plain prompt and completion, which do not go through the model's chat template"
+
+
+@pytest.mark.parametrize(
+    ("rows", "touching"),
+    [
+        ([("a:", "b"), ("a:", "b"), ("a:", " b")], 2),
+        ([("a:", "b"), ("a:\n", "b"), ("a:", "\tb"), ("", "b"), ("", "c")], 0),
+    ],
+)
+def test_rows_whose_prompt_and_completion_touch_are_told_of_if_most_do(
+    directory, tmp_path, capsys, monkeypatch, rows, touching
+):
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    words = ["finetune", "--dry-run", "--model=model", f"--data={tmp_path}/rows.jsonl", "--eval-split=0"]
+    told = runner(directory, capsys, monkeypatch)(*words).err
+    assert (f"{touching} training rows have {SEAM}" in told) == (touching > 0)
+    assert (SEAM in told) == (touching > 0)
+    assert TEMPLATE not in told
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_plain_rows_for_a_model_with_a_chat_template_are_told_of(tmp_path, capsys, monkeypatch, is_plain):
+    model = tiny_model(vocab_size=400, num_hidden_layers=1)
+    ml.save_model(model, tmp_path / "chat", write_tokenizer(tmp_path / "chat", template=CHATML, eos=CLOSE))
+    row = {"prompt": "a:", "completion": " b"} if is_plain else {"instruction": "a", "output": "b"}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    words = ["finetune", "--dry-run", "--model=chat", "--data=rows.jsonl", "--eval-split=0"]
+    assert (f"4 training rows are a {TEMPLATE}" in runner(tmp_path, capsys, monkeypatch)(*words).err) == is_plain
 
 
 def test_what_controls_a_terminal_does_not_reach_it(tmp_path):

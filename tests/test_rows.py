@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.rows import Row, find_splits, read_rows
+from minilora.runs.rows import Row, find_splits, read_rows, sounds_held_out
 from minilora.storage import ASSETS, BUILTIN
 from tests.text import texts
 
@@ -120,6 +120,17 @@ def test_a_lone_file_is_the_training_split_by_itself_or_in_a_directory(tmp_path)
     assert find_splits(tmp_path / "valid.json") == {"train": [tmp_path / "valid.json"]}
     touch(tmp_path, "directory/some.jsonl", "directory/notes.txt", "directory/.some.jsonl")
     assert find_splits(tmp_path / "directory") == {"train": [tmp_path / "directory" / "some.jsonl"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_held_out"),
+    [
+        *((name, True) for name in ("my_val.jsonl", "rows-test.json.gz", "Dev.jsonl", "b.valid.json", "eval2.jsonl")),
+        *((name, False) for name in ("rows.jsonl", "values.jsonl", "my_train.jsonl", "latest.json", "retrieval.jsonl")),
+    ],
+)
+def test_a_word_of_a_files_name_says_that_its_rows_are_held_out(tmp_path, name, is_held_out):
+    assert sounds_held_out(tmp_path / "test" / name) == is_held_out
 
 
 def test_the_builtin_data_have_all_three_splits():

@@ -17,12 +17,14 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.config import RENAMED
-from minilora.cli.finetune import INTERRUPTED
-from minilora.models import template
+from minilora.cli import INTERRUPTED
+from minilora.models import checkpoint, template
+from minilora.runs import directory as directory_of_run
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of
+from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of, write_samples
 from minilora.runs.inputs import load_general
-from minilora.runs.run import PACKAGES
+from minilora.runs.meter import beginning, ending
+from minilora.runs.run import PACKAGES, Run
 from tests.models import four_bit, long
 from tests.runs import (
     ADAPTER,
@@ -80,7 +82,7 @@ def stop(directory, out, monkeypatch, step=3, times=1, **changes):
 
 def test_a_finished_run_holds_the_files_of_the_contract_and_no_others(whole):
     names = {*ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints"}
-    assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json", ".lock"}
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
 
 
@@ -150,7 +152,7 @@ def test_the_adapter_names_its_base_model(directory, whole):
 # --- stopping and going on ---
 
 
-@pytest.mark.parametrize("save_steps", [None, *long(2)])
+@pytest.mark.parametrize("save_steps", [0, *long(None, 2)])
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repeats(
     directory, whole, tmp_path, monkeypatch, capsys, save_steps
 ):
@@ -164,6 +166,19 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
     for key in ("before", "after", "steps", "tokens"):
         assert summary(tmp_path)[key] == summary(whole)[key]
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_which_schedulers_send_lets_the_step_finish_however_often_it_is_sent(
+    directory, whole, tmp_path, monkeypatch, times
+):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=3, times=times, number=signal.SIGTERM)
+        assert finetune(directory, tmp_path) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert finetune(directory, tmp_path) == 0
+    assert_resumed(tmp_path, whole, 3)
 
 
 def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
@@ -216,6 +231,17 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_bytes_of_one_that_never_was(d
     assert starts(tmp_path)[1] % 2 == 0 < starts(tmp_path)[1]
 
 
+def test_a_finished_run_is_made_longer_to_the_bytes_of_the_longer_run(directory, tmp_path, capsys):
+    constant = {"lr_scheduler": "constant", "warmup_steps": 0}
+    assert finetune(directory, tmp_path / "a", epochs=1, **constant) == 0
+    assert finetune(directory, tmp_path / "a", **constant) == 0
+    assert "going on from step 5" in capsys.readouterr().err
+    assert finetune(directory, tmp_path / "b", **constant) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert summary(tmp_path / "a")["steps"] == STEPS
+    assert starts(tmp_path / "a") == [0, 5]
+
+
 # --- refusing ---
 
 
@@ -238,6 +264,8 @@ def refused(capsys, directory):
 def test_a_finished_run_is_never_overwritten(refused, whole):
     refused(whole, "holds a finished run", save_total_limit=99)
     refused(whole, "holds a finished run", learning_rate=0.5)
+    refused(whole, "not that of a run of 15 steps", epochs=3)
+    refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)
 
 
 def test_files_of_something_else_are_never_touched(refused, tmp_path):
@@ -245,10 +273,64 @@ def test_files_of_something_else_are_never_touched(refused, tmp_path):
     refused(tmp_path, "has files, but not of a run")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
+    unfinished(whole, tmp_path, step=8)
+    code = f"import pathlib as p, minilora.runs.directory as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        refused(tmp_path, f"process {process.pid} is at work there")
+        process.kill()
+    assert finetune(directory, tmp_path) == 0
+    assert_resumed(tmp_path, whole, 8)
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
+    read_data = Run.read_data
+
+    def read_late(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "read_data", read_data)
+            assert finetune(directory, tmp_path, max_steps=1) == 0
+        return read_data(run)
+
+    monkeypatch.setattr(Run, "read_data", read_late)
+    assert finetune(directory, tmp_path, max_steps=1) == 1
+    assert "another process has written there meanwhile" in capsys.readouterr().err
+
+
 def test_a_file_is_no_directory_for_a_run(capsys, directory, tmp_path):
     (tmp_path / "file").write_text("text")
     assert finetune(directory, tmp_path / "file") == 1
     assert "is a file; give a directory" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_loaded(monkeypatch, capsys, directory):
+    monkeypatch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+    assert finetune(directory, directory / "rows.jsonl" / "out") == 1
+    assert capsys.readouterr().err == (
+        f"minilora: {directory}/rows.jsonl/out: cannot be written (Not a directory); give another --out\n"
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_without_room_for_what_is_written_is_refused_before_the_model_is_loaded(
+    monkeypatch, capsys, directory, tmp_path, method
+):
+    config = {"method": method, "max_steps": 1, "force": None}
+    if method == "full":
+        config |= {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+    assert finetune(directory, tmp_path / "out", **config) == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_of_run.shutil, "disk_usage", lambda path: SimpleNamespace(free=written // 2))
+        patch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+        assert finetune(directory, tmp_path / "full", **config) == 1
+    assert "the result and a checkpoint take" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_of_run.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * written))
+        assert finetune(directory, tmp_path / "full", **config) == 0
 
 
 def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused, directory, whole, tmp_path):
@@ -300,7 +382,37 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_files_none_may_have_the_name_of_held_out_rows(capsys, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_train", "my_val"):
+        write_rows(tmp_path / f"{name}.jsonl", 9)
+    out, data = tmp_path / "out", ("my_train.jsonl", "my_val.jsonl")
+    command = [*words(directory, out, data=None, max_steps=1), "--data", *data]
+    assert cli.main(command) == 1
+    assert "my_val.jsonl: --data would train on it; give it as --eval-data" in capsys.readouterr().err
+    assert cli.main([*command, "--eval-data=my_val.jsonl"]) == 1
+    assert not out.exists()
+    assert finetune(directory, out, data=data[1], max_steps=1) == 0  # by itself it can mean nothing else
+
+
 # --- what is measured and told ---
+
+
+def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(directory, tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "my_val.jsonl", 5)
+    stop(directory, tmp_path / "out", monkeypatch, eval_data=rows)
+    assert "23 rows to learn from, 5 held out" in capsys.readouterr().err
+    assert set(json.loads((tmp_path / "out" / "run.json").read_text())["data_sha256"]) == {"rows.jsonl", rows.name}
+    write_rows(rows, 6)
+    assert finetune(directory, tmp_path / "out", eval_data=rows) == 1
+    assert "the data has changed" in capsys.readouterr().err
+
+
+def test_eval_data_beside_a_test_split_are_refused(directory, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", 5)
+    assert finetune(directory, tmp_path / "out", data=tmp_path, eval_data=directory / "rows.jsonl") == 1
+    assert f"--data has a test split, {tmp_path}/test.jsonl" in capsys.readouterr().err
 
 
 def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):
@@ -342,6 +454,28 @@ def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, t
     assert record["samples"][0]["prompt"] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_at_the_end_base_and_adapter_answer_the_first_held_out_prompts(capsys, directory, tmp_path, method):
+    options = {"max_steps": 8, "samples": 2, "learning_rate": 0.1}
+    if method == "full":
+        options |= {"method": method, "lora_r": None, "lora_alpha": None, "lora_dropout": None}
+    assert finetune(directory, tmp_path, **options) == 0
+    told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
+    models = {"base": ml.load_model(directory / "model")}
+    if method == "full":
+        models["model"] = ml.load_model(tmp_path)
+    else:
+        models["adapter"] = ml.load_model(directory / "model")
+        ml.load_adapter(models["adapter"], tmp_path)
+    answers = {name: write_samples(model, data.tokenizer, data.test[:2]) for name, model in models.items()}
+    expected = ""
+    for i in range(2):
+        expected += ending(answers["base"][i]["prompt"], 60) + "\n"
+        expected += "".join(f"  {name:<8}-> {beginning(answers[name][i]['text'])}\n" for name in answers)
+    assert told.endswith(expected)
+    assert answers["base"] != list(answers.values())[1]
+
+
 def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(
     capsys, directory, tmp_path
 ):
@@ -362,6 +496,23 @@ def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_bet
     assert f"the adapter of step {best} had the lowest loss" in told
     checkpoint = out / "checkpoints" / f"step-{best:06d}"
     assert (out / ADAPTER[1]).read_bytes() == (checkpoint / ADAPTER[1]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_fast", "line"),
+    [
+        ("auto", False, "float32 on cpu, since bfloat16 is slow there (the model is stored in bfloat16)\n"),
+        ("auto", True, "bfloat16 on cpu\n"),
+        ("float32", False, "float32 on cpu\n"),
+    ],
+)
+def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(
+    capsys, monkeypatch, tmp_path, dtype, is_fast, line
+):
+    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device: is_fast)
+    write_inputs(tmp_path, dtype=torch.bfloat16)
+    assert finetune(tmp_path, tmp_path / "out", max_steps=1, dtype=dtype) == 0
+    assert line in capsys.readouterr().err
 
 
 def test_bad_rows_are_counted_and_the_first_five_shown_and_the_run_goes_on(capsys, directory, tmp_path):

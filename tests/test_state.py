@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 import minilora.storage as storage
 from minilora.adapter import adapter_layers
+from minilora.runs import loop
 from minilora.runs.checkpoints import checkpoints, newest_step, trained_adapters
 from tests.models import examples, long, tiny_model
 from tests.training import adapted, contents, copy_checkpoint, random_rows, stop_after, weights
@@ -76,6 +78,22 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(tmp_path_factory, 
     assert torch.equal(weights(found), weights(expected))
 
 
+def saved(directory):
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(directory)]
+
+
+def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have_passed(whole, tmp_path, monkeypatch):
+    run(tmp_path / "long", max_steps=21, save_steps=None)
+    assert saved(tmp_path / "long") == [3, 6, 9, 12, 15, 18, 21]
+    run(tmp_path / "never", save_steps=0)
+    assert saved(tmp_path / "never") == [STEPS]
+    seconds = itertools.count(step=200)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(seconds))  # read about three times a step
+    run(tmp_path / "slow", max_steps=21, save_steps=None)
+    assert len(saved(tmp_path / "slow")) > 10
+    assert contents(tmp_path / "slow", 21) == contents(tmp_path / "long", 21)
+
+
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):
     copy_checkpoint(whole, 2, tmp_path)
     other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7, "recompute": "block"}
@@ -125,7 +143,6 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_pat
     [
         {"learning_rate": 0.02},
         {"seed": 1},
-        {"epochs": 3},
         {"sort_window": 3},
         {"rows": ROWS[:-1]},
         {"rows": [*ROWS[1:], ROWS[0]]},
@@ -141,6 +158,52 @@ def test_a_run_with_other_data_or_settings_is_refused_and_nothing_is_put_into_it
     before = weights(model)
     with pytest.raises(ml.TrainingError, match=r"step-000006: written by a run with other data or settings"):
         run(whole, model, **{key: other[key] for key in other if key not in lora})
+    assert torch.equal(weights(model), before)
+
+
+CONSTANT = {"lr_scheduler": "constant", "warmup_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"epochs": 1, **CONSTANT},
+        {"max_steps": 4, **CONSTANT},
+        {"epochs": 1, "stop": 2, "warmup_steps": 2},  # its steps are within the warm-up
+        *long({"epochs": 1.7, "batch_tokens": 20, "sort_window": 4, **CONSTANT}),
+    ],
+)
+def test_a_run_that_is_made_longer_ends_in_the_bytes_of_one_that_was_as_long_from_the_start(tmp_path, first):
+    select = {"held_out": random_rows(2, 3), "eval_steps": 1, "keep": "best"}
+    stop = first.pop("stop", None)
+    second = {**first, "epochs": 2, "max_steps": None}
+    run(tmp_path / "short", on_step=stop and stop_after(stop), **first, **select)
+    assert newest_step(tmp_path / "short") < STEPS
+    _, result = run(tmp_path / "short", **second, **select)
+    run(tmp_path / "long", **second, **select)
+    assert contents(tmp_path / "short", result.steps) == contents(tmp_path / "long", result.steps)
+    assert state(tmp_path / "short", result.steps) == state(tmp_path / "long", result.steps)
+
+
+def state(directory, step):
+    return json.loads((directory / f"step-{step:06d}" / "state.json").read_text()) | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"epochs": 3}),
+        ({"lr_scheduler": "constant"}, {"epochs": 300}),  # a warm-up of 3 %
+        (CONSTANT, {"epochs": 1}),
+        ({**CONSTANT, "held_out": ROWS, "eval_steps": 4, "keep": "best"}, {"epochs": 3}),  # the last was evaluated
+    ],
+)
+def test_a_run_that_cannot_be_made_longer_exactly_is_refused_with_what_to_do(tmp_path, first, second):
+    run(tmp_path, **first)
+    model = fresh()
+    before = weights(model)
+    with pytest.raises(ml.TrainingError, match=r"step-000006: step 6 of 6 is not that of a run of .* --adapter"):
+        run(tmp_path, model, **{**first, **second})
     assert torch.equal(weights(model), before)
 
 

@@ -21,8 +21,9 @@ from minilora.definition import plain
 from minilora.errors import MiniloraError
 
 Options = dict[str, Any]  # the parsed flags of a command line
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-BROKEN_PIPE = 141  # the exit status of a program whose output nobody reads any more
+SIGNALLED = 128  # the exit status of a program that a signal ended, less the signal's number
+INTERRUPTED = 130  # that of Ctrl-C
+BROKEN_PIPE = 141  # that of a program whose output nobody reads any more
 COMMANDS = {
     "finetune": "train an adapter or all weights; without --model and --data, on a built-in model and data",
     "generate": "generate text from prompts",
@@ -37,8 +38,8 @@ COMMANDS = {
     "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
 }
 MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them
-    "finetune": "model data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size epochs "
-    "max_steps dry_run"
+    "finetune": "model data eval_data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size "
+    "epochs max_steps dry_run"
 }
 
 

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from itertools import zip_longest
 
+from minilora.runs.meter import visible
+
 GAP = " │ "
 
 
@@ -34,11 +36,6 @@ def wrap(text: str, width: int) -> list[str]:
                     lines.append("")
                 lines[-1] += character
     return [line.rstrip() for line in lines]
-
-
-def visible(text: str) -> str:
-    """Remove control and other invisible characters, except line ends and tabs."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def fit(text: str, width: int) -> str:

@@ -14,28 +14,35 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minilora.adapter import disable_adapter
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.find import base_held, count_parameters
-from minilora.cli import INTERRUPTED, Options, say, say_bad
+from minilora.adapters.layout import read_adapter
+from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
-from minilora.cli.meter import Meter
+from minilora.cli.load import base_of, recorded_quantization, say_base
 from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words
+from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.checkpoint import stored_dtype
 from minilora.models.classifier import Classifier
+from minilora.models.hub import fetch, locate
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
+from minilora.runs.data import Dataset
+from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
-from minilora.runs.memory import Forecast, Plan, check_memory
+from minilora.runs.memory import check_memory
+from minilora.runs.meter import Meter, beginning, ending
 from minilora.runs.run import Run, pick_device
 from minilora.storage import ASSETS, BUILTIN, read_json
 
@@ -50,19 +57,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
     )
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
-    parser.add_argument("--force", action="store_true", help="train even if the memory will not do")
+    parser.add_argument("--force", action="store_true", help="train even if memory or disk will not do")
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Set the values of --config as defaults or, without --model and --data, those of the built-in example.
+    """Set the values of --config and --adapter as defaults or, without --model and --data, the built-in example's.
 
     Raises:
         ConfigError: a model without data, or data without a model.
     """
-    path = parser.parse_known_args(words)[0].config
+    flags = vars(parser.parse_known_args(words)[0])
+    path = flags["config"]
     values = read_config(path) if path is not None else {}
     values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-    named = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | set(values)
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    model, adapter = (flags[name] if name in given else values.get(name) for name in ("model", "adapter"))
+    named = {*given, *values, *(["model"] if adapter else [])}
     if len(named & {"model", "data"}) == 1:
         lacking = "--data" if "model" in named else "--model"
         raise ConfigError(
@@ -70,6 +80,12 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         )
     if not named & {"model", "data"}:
         use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")
+    if adapter:
+        directory = fetch(adapter, "adapter")
+        model = base_of(model, [directory])
+        quantize = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
+        settings = {**vars(quantize), **vars(read_adapter(directory).config())}
+        parser.set_defaults(model=model, **{RENAMED.get(name, name): value for name, value in settings.items()})
     use_config(parser, values, str(path))
 
 
@@ -81,14 +97,19 @@ def run(options: Options) -> int:
         from_flags(DataConfig, options),
         from_flags(TrainConfig, options),
     )
-    step = 0 if options["dry_run"] else run.prepare()
-    device = pick_device(run.config.device)
+    with closing(run):
+        return _dry_run(run, options["force"]) if options["dry_run"] else _finetune(run, options)
+
+
+def _finetune(run: Run, options: Options) -> int:
+    step, device = run.prepare(), pick_device(run.config.device)
     data = run.read_data()
     plan, memory = run.forecast_memory(data, device)
-    if options["dry_run"]:
-        return _preview(run, data, plan, memory, options["force"])
     if not options["force"]:
         check_memory(plan, memory)
+    run.claim(data)
+    if not options["force"]:
+        check_room(run.out, memory)
     model = run.load_base(data, device)
     run.attach_adapter(model, data)
     _start(run, model, data, step, options["config"])
@@ -96,29 +117,36 @@ def run(options: Options) -> int:
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
         before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
+        answers = {"base": _samples(run, model, data, data.test)}
     result = _train(run, model, data, meter)
-    if not result.finished:
+    if meter.stopped_by and not result.finished:
         meter.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
-        return INTERRUPTED
+        return SIGNALLED + meter.stopped_by
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     after = evaluate(model, data.test, data.choices, meter.rows(f"measuring the {made}"))
+    answers[made] = _samples(run, model, data, data.test)
     drift = None
     if data.general and isinstance(model, Llama):
         base: Any = run.load_base(data, device) if run.is_full else None
         drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
     run.finish(model, data.tokenizer, result, before, after, drift)
-    print(_table(made, result, before, after, drift))
+    print(_table(made, result, before, after, drift), flush=True)
+    for pair in zip(*answers.values(), strict=True):
+        lines = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in zip(answers, pair, strict=True)]
+        say("\n".join([ending(pair[0]["prompt"], 60), *lines]))
     print(f"{made} written to {run.out}")
     return 0
 
 
-def _preview(run: Run, data: Data, plan: Plan, memory: Forecast, is_forced: bool) -> int:
+def _dry_run(run: Run, is_forced: bool) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
+    data = run.read_data()
+    plan, memory = run.forecast_memory(data, pick_device(run.config.device))
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
     _say_notes(run, model, data)
@@ -135,10 +163,13 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     if threads := run.set_threads(model, data):
         say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
     run.start(model, data, step)
+    stored, reason = stored_dtype(run.base_config.source), ""
+    if run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
+        reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
-        f"{weight.dtype} on {weight.device}".replace("torch.", "")
+        f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
     )
     _say_notes(run, model, data)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
@@ -151,13 +182,23 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
 
 def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
-    if (held := base_held(model))["quantize"] != "none":
-        say(f"the base model is {describe_in_words(held)}")
+    adapters = [fetch(run.config.adapter, "adapter")] if run.config.adapter else []
+    say_base(locate(run.config.model, "model"), adapters, base_held(model))
     longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     if run.reading.prompt_style != "auto" and not data.train.conversations:
         say("no training row is a conversation, so --prompt-style has no effect")
+    elif data.train.completions and data.tokenizer.template:
+        say(
+            f"{data.train.completions} training rows are a plain prompt and completion, which do not go through the "
+            "model's chat template; rows of `messages` do"
+        )
+    if data.train.touching > data.train.completions / 2:
+        say(
+            f"{data.train.touching} training rows have no white space between prompt and completion; "
+            "end the prompts, or begin the completions, with a space or a line end"
+        )
     for name, rows in data.splits.items():
         if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
@@ -173,22 +214,26 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
 
 
 def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
-    """Train, with samples of what the model writes at each evaluation; Ctrl-C lets the step finish."""
+    """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record and isinstance(model, Llama):
-            record = {**record, "samples": write_samples(model, data.tokenizer, data.valid[: run.config.samples])}
+            record = {**record, "samples": _samples(run, model, data, data.valid)}
         stops = meter(record)
         run.log(record)
         return stops
 
-    previous = signal.signal(signal.SIGINT, meter.stop)
+    previous = {number: signal.signal(number, meter.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return train(model, data.train, run.training, on_step, data.valid, run.out / "checkpoints")
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if run.board:
-            run.board.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _samples(run: Run, model: Llama | Classifier, data: Data, rows: Dataset) -> list[dict[str, str]]:
+    """Return the first held-out prompts with the model's answers; none of a classifier."""
+    return write_samples(model, data.tokenizer, rows[: run.config.samples]) if isinstance(model, Llama) else []
 
 
 def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:

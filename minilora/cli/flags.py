@@ -24,6 +24,7 @@ NAMES_ELSEWHERE = {
     "target_modules": "lora_target lora_target_linear",
     "model": "model_name_or_path checkpoint_dir",
     "data": "dataset_name train_file",
+    "eval_data": "valid_data validation_file eval_dataset",
     "out": "output_dir adapter_path save_path",
     "learning_rate": "lr",
     "batch_size": "per_device_train_batch_size",
@@ -37,7 +38,8 @@ NAMES_ELSEWHERE = {
     "sort_window": "group_by_length train_sampling_strategy",
     "prompt_style": "template chat_template",
     "report": "logger_name",
-    "resume": "resume_from_checkpoint resume_adapter_file",
+    "resume": "resume_from_checkpoint",
+    "adapter": "resume_adapter_file adapter_name_or_path lora_model_dir",
     "eval_steps": "steps_per_eval",
     "eval_split": "val_set_size val_size",
     "logging_steps": "steps_per_report log_interval",
@@ -46,8 +48,6 @@ NAMES_ELSEWHERE = {
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # for flags of these tools that have no counterpart among the flags
-    **dict.fromkeys(("eval_data", "eval_dataset", "val_data", "valid_data"), "give --data a directory with it"),
-    **dict.fromkeys(("validation_data", "validation_file"), "give --data a directory with it"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
     "do_sample": "use a --temperature above 0",
     **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),

@@ -100,7 +100,7 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     device = pick_device(options["device"])
     model = load_for(found.unit, found.labels, found.base.name, options["dtype"], device, found.quantize)
-    say_base(found, base_held(model))
+    say_base(found.base, found.adapters, base_held(model))
     grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
@@ -194,14 +194,14 @@ def recorded_quantization(base: Path, adapters: Sequence[Path]) -> QuantizeConfi
     return QuantizeConfig(**{name: value for name, value in held.items() if name in names})
 
 
-def say_base(found: Found, held: Mapping[str, Any]) -> None:
+def say_base(base: Location, adapters: Sequence[Path], held: Mapping[str, Any]) -> None:
     """Say how the base is quantized, as `base_held` describes it, and which adapters were trained on another base."""
     if held["quantize"] != "none":
         say(f"the base model is {describe_in_words(held)}")
-    for path in found.adapters:
+    for path in adapters:
         recorded = base_model_of(path)
-        if recorded and not _is_named(found.base, recorded):
-            say(f"{path}: was trained on the model {recorded!r:.200}; this one is {found.base.name!r}")
+        if recorded and not _is_named(base, recorded):
+            say(f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}")
         if not was_trained_on(held, path):
             trained = describe_in_words(base_quantization(path) or {})
             say(f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(held)}")

@@ -110,7 +110,8 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     out, target, found, device = options["out"], options["target"], find(options), pick_device(options["device"])
     if combined is None:  # with weights, what is merged already may be added to or subtracted
         check_not_merged(found)
-    say_base(found, _held(found, QuantizeConfig() if target == "original" else found.quantize))
+    held = _held(found, QuantizeConfig() if target == "original" else found.quantize)
+    say_base(found.base, found.adapters, held)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
     is_known = all(was_trained_on(_held(found, trained), path) for path in found.adapters)
     deviation = merge_directory(

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from minilora.adapters.find import ParameterCount
-from minilora.cli.columns import visible
 from minilora.data import IGNORE_INDEX, Example
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import TrainConfig
 from minilora.runs.inputs import Data
 from minilora.runs.memory import Forecast, amount
+from minilora.runs.meter import visible
 from minilora.runs.seeded import plan_steps
 
 ROWS = 3

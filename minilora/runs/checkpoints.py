@@ -32,7 +32,7 @@ from minilora.adapters.files import save_adapter
 from minilora.data import Example
 from minilora.errors import FormatError, TrainingError, fits
 from minilora.runs.config import TrainConfig
-from minilora.runs.objective import trained_parameters
+from minilora.runs.objective import rate_of_step, trained_parameters
 from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
 
 
@@ -43,6 +43,7 @@ class State:
     Attributes:
         run: its `fingerprint`.
         step, tokens, seconds: done so far.
+        total_steps: of the whole run, as it was planned then.
         best_step, best_loss: of the evaluation with the lowest loss; 0 and None before the first one.
         stale: evaluations since then.
     """
@@ -51,6 +52,7 @@ class State:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    total_steps: int = 0
     best_step: int = 0
     best_loss: float | None = None
     stale: int = 0
@@ -130,24 +132,35 @@ def save_checkpoint(
         remove(old)
 
 
-def load_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str
-) -> tuple[State, dict[str, Tensor]]:
-    """Restore the model and the optimizer; return the state, and the weights of the best step.
+def read_state(directory: Path, run: str | None = None) -> State:
+    """Read the state of a checkpoint.
 
     Raises:
-        TrainingError: it was written by a run with another `fingerprint` than `run`.
-        FormatError: a file is damaged, or holds other tensors than the run trains. The model is left as it was.
+        TrainingError: it was written by a run with another `fingerprint` than `run`, if one is given.
+        FormatError: its file is damaged.
     """
     path = directory / "state.json"
     values, hints = read_json(path), get_type_hints(State)
-    if values.get("run") != run:
+    if run is not None and values.get("run") != run:
         raise TrainingError(f"{directory}: written by a run with other data or settings, so it cannot be resumed here")
     if bad := [name for name, hint in hints.items() if name not in values or not fits(values[name], hint)]:
         raise FormatError(f"{path}: {bad[0]} " + (f"is {values[bad[0]]!r}" if bad[0] in values else "is not there"))
     state = State(**{name: values[name] for name in hints})
     if state.step != _step(directory):
         raise FormatError(f"{directory}: state.json says step {state.step}; remove the directory to go on without it")
+    return state
+
+
+def load_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str
+) -> tuple[State, dict[str, Tensor]]:
+    """Restore the model and the optimizer; return the state, and the weights of the best step.
+
+    Raises:
+        TrainingError: as for `read_state`.
+        FormatError: a file is damaged, or holds other tensors than the run trains. The model is left as it was.
+    """
+    state = read_state(directory, run)
     own = trained_tensors(model)
     trained, best = _read(TensorFile(directory / "trained.safetensors"), own), dict[str, Tensor]()
     if (directory / "best.safetensors").is_file():
@@ -197,9 +210,34 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def check_extension(directory: Path, state: State, total: int, config: TrainConfig) -> None:
+    """Check that a run of `total` steps goes through this checkpoint, which a run of another length may have written.
+
+    The order of rows is the same in both, but learning rates may follow from the number of steps, and the last step is
+    evaluated in any case.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    step, lengths = state.step, (state.total_steps, total)
+    if lengths[0] == total:
+        return
+    rates = [[rate_of_step(i, length, config) for i in range(min(step, total))] for length in lengths]
+    is_extra = config.selects and step in lengths and step % (config.eval_steps or 1)
+    if step > total or rates[0] != rates[1] or is_extra:
+        raise TrainingError(
+            f"{directory}: step {step} of {lengths[0]} is not that of a run of {total} steps. A constant rate "
+            "(--lr-scheduler constant; --warmup-steps 0, or at least 1) lets a run be made longer; otherwise begin a "
+            "new run with --adapter, from the result of this one"
+        )
+
+
 def bookkeeping(config: TrainConfig) -> set[str]:
-    """Return the settings that have no effect on the result, and may change between two starts of a run."""
-    names = {"save_steps", "save_total_limit", "logging_steps", "recompute"}
+    """Return the settings that may change between two starts of a run, since its steps so far do not depend on them.
+
+    On the number of steps they may depend, which `check_extension` finds out.
+    """
+    names = {"save_steps", "save_total_limit", "logging_steps", "recompute", "epochs", "max_steps"}
     return names | (set() if config.selects else {"eval_steps"})
 
 

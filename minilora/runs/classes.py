@@ -57,7 +57,7 @@ def encode_classes(
     if not any(map(NUMBER.fullmatch, labels)):
         indices |= {str(i): i for i in range(len(labels))}
 
-    def encode(row: Row) -> tuple[Example, bool, bool]:
+    def encode(row: Row) -> tuple[Example, Sequence[str]]:
         texts, names = _parse(row, unit, config)
         for where, name in names.items():
             if name not in indices:
@@ -70,7 +70,7 @@ def encode_classes(
         classes = [IGNORE_INDEX] * len(tokens)
         for place, name in zip(places, names.values(), strict=True):
             classes[place] = indices[name]
-        return Example(tokens, classes, row.source, shift=0), False, quoted != texts
+        return Example(tokens, classes, row.source, shift=0), ["quoted"] if quoted != texts else []
 
     return build_dataset(rows, encode, config)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
+from minilora.adapters.layout import read_adapter
 from minilora.errors import ConfigError, check_types, document_fields, option
 from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.config import UNITS, LlamaConfig
+from minilora.models.hub import fetch
 from minilora.storage import BUILTIN
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
 COUNTS = (
     *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
-    *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "logging_steps"),
+    *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
 )
 
 
@@ -88,7 +91,12 @@ class TrainConfig:
         "last", "which weights are the result: the last, or the best of the evaluations", WATCHING
     )
     early_stopping: int | None = option(None, "stop after this many evaluations without a new lowest loss", WATCHING)
-    save_steps: int | None = option(None, "write a checkpoint every N steps", WATCHING)
+    save_steps: int | None = option(
+        None,
+        "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and "
+        "at least every ten minutes",
+        WATCHING,
+    )
     save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
     logging_steps: int = option(1, "steps between two lines of metrics.jsonl", WATCHING)
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
@@ -106,6 +114,8 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 bad.append(f"{name} is {value!r}, need a finite number above 0")
+        if self.save_steps is not None and self.save_steps < 0:
+            bad.append(f"save_steps is {self.save_steps!r}, need a whole number of at least 0")
         if not 0 <= self.seed < 2**32:
             bad.append(f"seed is {self.seed!r}, need a whole number of at least 0 and below 2**32")
         if self.eval_steps is None and self.selects:
@@ -129,7 +139,13 @@ class RunConfig:
         "rows: .jsonl or .json files, also .gz; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; "
         "or a hub id",
     )
+    eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id as of --data", "data")
     out: str = option("minilora-run", "directory of the run")
+    adapter: str | None = option(
+        None,
+        "adapter to start from, with its rank, alpha and targets: a directory or a hub id; its model is the default",
+        "adapter",
+    )
     method: Literal["lora", "full"] = option(
         "lora", "train an adapter; or all weights of the model, in float32", "adapter"
     )
@@ -149,12 +165,56 @@ class RunConfig:
     report: Literal["none", "tensorboard"] = option(
         "none", "also write the metrics for tensorboard, into OUT/tensorboard", WATCHING
     )
-    samples: int = option(2, "held-out prompts that the model answers at each evaluation", WATCHING)
+    samples: int = option(2, "held-out prompts to answer at each evaluation, and at the end beside the base", WATCHING)
 
     def __post_init__(self) -> None:
         check_types(RunConfig, vars(self))
         if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
+
+
+def check_settings(
+    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: LlamaConfig
+) -> None:
+    """Check the settings of a run against each other, against its base model, and against the adapter to start from.
+
+    Raises:
+        ConfigError: settings contradict each other, or would have no effect.
+    """
+    task, unit, is_full = lora.task_type, UNITS.get(lora.task_type), run.method == "full"
+    if task not in (None, "CAUSAL_LM", *UNITS):
+        raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
+    if base.unit not in (None, unit):
+        wanted = next(name for name, unit in UNITS.items() if unit == base.unit)
+        raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
+    if unit and run.general_data not in (BUILTIN, "none"):
+        raise ConfigError("--general-data: without effect on a classifier; leave it out")
+    if quantization.quantize == "none" and quantization != QuantizeConfig():
+        raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
+    if run.adapter is not None:
+        bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
+        own = read_adapter(fetch(run.adapter, "adapter")).config()
+        for name, flag in _differing(lora, own):
+            bad.append(f"{flag} {getattr(lora, name)!r:.80} (it has {getattr(own, name)!r:.80})")
+        if bad:
+            raise ConfigError(f"--adapter {run.adapter}: leave out what it decides itself: {', '.join(bad)}")
+    if not is_full:
+        return
+    idle = [flag for name, flag in _differing(lora, LoraConfig()) if name != "task_type"]
+    idle += ["--loraplus-lr-ratio"] if training.loraplus_lr_ratio is not None else []
+    bad = [f"{', '.join(sorted(idle))}: without effect, since there is no adapter"] if idle else []
+    if quantization.quantize != "none" or base.source.get("quantization_config"):
+        bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
+    if run.dtype == "bfloat16":
+        bad.append("--dtype bfloat16: most updates of a weight are too small to change it; need float32")
+    if bad:
+        raise ConfigError("--method full: " + "; ".join(bad))
+
+
+def _differing(lora: LoraConfig, other: LoraConfig) -> list[tuple[str, str]]:
+    """Return the names of the fields in which two configs differ, each with its flag."""
+    names = [field.name for field in fields(LoraConfig) if getattr(lora, field.name) != getattr(other, field.name)]
+    return [(name, f"--{RENAMED.get(name, name).replace('_', '-')}") for name in names]
 
 
 def resolve(

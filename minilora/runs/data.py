@@ -7,6 +7,7 @@ would be wrong where one token holds the end of the prompt and the beginning of 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -31,7 +32,8 @@ class Dataset(Sequence[Example]):
 
     `truncated` rows were cut to `max_length`, which removed `lost` labels; `unlabelled` rows had none left and were
     dropped, as were rows that cannot be used: `bad` has an error message for each. `conversations` are rows rendered
-    by a chat template, `quoted` rows whose control tokens are encoded as plain text.
+    by a chat template, `completions` those of a prompt and a completion as plain text, of which `touching` have no
+    white space between the two; `quoted` are rows whose control tokens are encoded as plain text.
     """
 
     examples: tuple[Example, ...]
@@ -40,6 +42,8 @@ class Dataset(Sequence[Example]):
     lost: int = 0
     bad: tuple[str, ...] = ()
     conversations: int = 0
+    completions: int = 0
+    touching: int = 0
     quoted: int = 0
 
     def __repr__(self) -> str:
@@ -65,32 +69,36 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -
         DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
     """
 
-    def encode(row: Row) -> tuple[Example, bool, bool]:
+    def encode(row: Row) -> tuple[Example, Iterable[str]]:
         parsed, is_quoted = _parse(row, tokenizer, config)
+        counts = ["quoted"] if is_quoted else []
         if isinstance(parsed, PromptCompletion):
             tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
+            is_separate = parsed.prompt[-1:].isspace() or parsed.completion[:1].isspace()
+            counts += [] if not parsed.prompt else ["completions"] if is_separate else ["completions", "touching"]
         else:
+            counts.append("conversations")
             text, learned = render_conversation(parsed, tokenizer, config.train_on)
             tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
             labels = label_tokens(tokens, spans, learned)
         example = Example(tokens, labels, row.source)
         if not example.labelled:
             raise DataError("nothing to learn: no token of an answer can be predicted")
-        return example, isinstance(parsed, Conversation), is_quoted
+        return example, counts
 
     return build_dataset(rows, encode, config)
 
 
 def build_dataset(
-    rows: Sequence[Row], encode: Callable[[Row], tuple[Example, bool, bool]], config: DataConfig
+    rows: Sequence[Row], encode: Callable[[Row], tuple[Example, Iterable[str]]], config: DataConfig
 ) -> Dataset:
-    """Build a data set of rows; `encode` returns an example, whether it is a conversation, and whether it is quoted.
+    """Build a data set of rows; `encode` returns an example, and the names of the counts of `Dataset` that it adds to.
 
     Raises:
         DataError: as for `encode_rows`.
     """
     found, bad = apply_to_rows(rows, encode, config.skip_bad_rows)
-    examples, limit = [example for example, _, _ in found], config.max_length
+    examples, limit = [example for example, _ in found], config.max_length
     cut = [replace(e, tokens=e.tokens[:limit], labels=e.labels[:limit]) for e in examples]
     kept = tuple(example for example in cut if example.labelled)
     if not kept:
@@ -104,8 +112,7 @@ def build_dataset(
         unlabelled=len(cut) - len(kept),
         lost=sum(example.labelled for example in examples) - sum(example.labelled for example in cut),
         bad=tuple(bad),
-        conversations=sum(is_conversation for _, is_conversation, _ in found),
-        quoted=sum(is_quoted for _, _, is_quoted in found),
+        **Counter(name for _, counts in found for name in counts),
     )
 
 

@@ -15,7 +15,7 @@ from minilora.runs.classes import encode_classes, find_labels
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
-from minilora.runs.rows import find_splits, read_eval_rows, read_rows
+from minilora.runs.rows import find_eval_files, find_splits, read_eval_rows, read_rows, sounds_held_out
 from minilora.storage import ASSETS, BUILTIN
 
 
@@ -77,16 +77,25 @@ def load_data(
     training: TrainConfig,
     unit: Unit | None = None,
     labels: tuple[str, ...] = (),
+    held_out: str | None = None,
 ) -> Data:
     """Read and tokenize training, validation and test rows; the tokenizer gets their prompt style.
 
-    Without a test file, a share of the training rows is held out, and another one for validation if the run selects
-    the best adapter. With a `unit` rows have classes, by default all labels of the training rows.
+    The test rows are those of `held_out`, if it is given. Without a test file, a share of the training rows is held
+    out, and another one for validation if the run selects the best adapter. With a `unit` rows have classes, by default
+    all labels of the training rows.
 
     Raises:
-        DataError: a row cannot be used, or there is no training file.
+        DataError: a row cannot be used; there is no training file; one of several files has the name of a split; or
+            there are two test splits.
     """
     files = _find_files(names)
+    if len(names) > 1 and (found := [path for path in files["train"] if sounds_held_out(path)]):
+        raise DataError(f"{found[0]}: --data would train on it; give it as --eval-data, or under another name")
+    if held_out is not None:
+        if "test" in files:
+            raise DataError(f"{held_out}: --data has a test split, {files['test'][0]}; leave --eval-data out")
+        files["test"] = find_eval_files(held_out)
     rows = {split: read_rows(*paths) for split, paths in files.items()}
     if unit is None:
         tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])

@@ -22,9 +22,11 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.runs.checkpoints import (
     State,
+    check_extension,
     checkpoints,
     fingerprint,
     load_checkpoint,
+    read_state,
     restore,
     save_checkpoint,
     trained_adapters,
@@ -40,6 +42,7 @@ from minilora.training import Loss, total_norm, train_step
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
+SAVES, SAVE_SECONDS = 10, 600  # checkpoints in a run, and the longest time between two, unless `save_steps` is given
 MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 
 
@@ -80,8 +83,9 @@ def train(
         on_step: called with a record after each step and each evaluation; if it returns True the run stops there, with
             a checkpoint.
         held_out: rows to evaluate every `eval_steps` and after the last step.
-        checkpoint_dir: where checkpoints are written. If it has some already, the run resumes from the newest, and ends
-            in the same bytes as if it had never stopped.
+        checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
+            ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest,
+            and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
             else the counts. By default the loss of tokens.
@@ -192,11 +196,14 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
     if folder is not None and (found := checkpoints(folder)):
+        check_extension(found[-1], read_state(found[-1], state.run), total, config)
         state, best = load_checkpoint(found[-1], model, run.optimizer, state.run)
         if config.keep == "best" and state.best_step and not best:
             raise FormatError(f"{found[-1]}: lacks best.safetensors, the weights of step {state.best_step}")
+    state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
     stopped, first, batches = False, state.step, run.batches(state.step)
+    save_steps, saved = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps, time.monotonic()
     while not (stopped or state.step == total or state.stale >= patience):
         before = time.monotonic()
         record, batches = _step(run, state.step, batches)
@@ -211,9 +218,12 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
             if state.note(eval_loss) and config.keep == "best":
                 best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
             stopped |= bool(on_step({"step": step, "eval_loss": eval_loss, "best_step": state.best_step}))
-        is_end = stopped or step == total or state.stale >= patience  # what follows training may fail
-        if folder is not None and (is_end or (config.save_steps and step % config.save_steps == 0)):
+        is_due = stopped or step == total or state.stale >= patience  # what follows training may fail
+        is_due |= bool(save_steps) and step % save_steps == 0
+        is_due |= config.save_steps is None and time.monotonic() - saved >= SAVE_SECONDS
+        if folder is not None and is_due:
             save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
+            saved = time.monotonic()
     model.eval()
     finished, kept = state.step == total or state.stale >= patience, state.step
     if finished and best:

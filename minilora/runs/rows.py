@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from minilora.storage import read_bytes
 
 LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
+HELD_OUT = {*SPLITS["valid"], *SPLITS["test"], "dev", "eval"}
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,20 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     return found
 
 
-def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
-    """Read the rows of the test split, else of the validation split, else of the training split."""
+def sounds_held_out(path: Path) -> bool:
+    """Return whether a word of a file's name is that of a split to evaluate on, as in `my_val.jsonl`."""
+    return not HELD_OUT.isdisjoint(re.split("[^a-z]+", path.name.lower()))
+
+
+def find_eval_files(names: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the files of the test split, else of the validation split, else of the training split."""
     files = find_splits(names)
-    return read_rows(*next(files[split] for split in ("test", "valid", "train") if split in files))
+    return next(files[split] for split in ("test", "valid", "train") if split in files)
+
+
+def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
+    """Read the rows of `find_eval_files`."""
+    return read_rows(*find_eval_files(names))
 
 
 def read_rows(*paths: Path) -> list[Row]:

@@ -7,6 +7,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     run.json                                         the resolved configuration, versions, data, every start
     checkpoints/                                     from which the run can be resumed
     tokenizer.json …                                 the tokenizer's files
+    .lock                                            the process that is at work there, or was the last one
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from minilora.adapters.attach import attach
-from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.adapters.files import save_adapter
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.find import base_held
-from minilora.adapters.layout import base_quantization
+from minilora.adapters.from_data import FROM_DATA
+from minilora.adapters.layout import base_quantization, classes_of
 from minilora.definition import is_plain
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
@@ -36,10 +38,11 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import read_config, resolve_dtype, save_model
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
-from minilora.models.hub import locate
+from minilora.models.hub import fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.checkpoints import bookkeeping, checkpoints, newest_step
-from minilora.runs.config import DataConfig, RunConfig, TrainConfig, resolve
+from minilora.runs.checkpoints import bookkeeping, check_extension, checkpoints, newest_step, read_state
+from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
+from minilora.runs.directory import lock
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
@@ -47,13 +50,14 @@ from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, Plan, choose_recompute
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
-from minilora.storage import BUILTIN, append_line, holds_files, read_json, remove, write_json, write_text
+from minilora.runs.seeded import plan_steps
+from minilora.storage import append_line, holds_files, read_json, read_text, remove, write_json, write_text
 
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
 class Run:
-    """A run and its directory, from `prepare` to `finish`.
+    """A run and its directory, from `prepare` to `finish` and `close`.
 
     Raises:
         ConfigError: settings contradict each other, or would have no effect.
@@ -70,7 +74,9 @@ class Run:
         # Names are located at once, so that those of repositories get the commit and mean the same later.
         data = tuple(locate(name, "dataset").name for name in run.data)
         general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
-        run = replace(run, model=locate(run.model, "model").name, data=data, general_data=general)
+        held_out = run.eval_data and locate(run.eval_data, "dataset").name
+        model, adapter = locate(run.model, "model").name, run.adapter and locate(run.adapter, "adapter").name
+        run = replace(run, model=model, adapter=adapter, data=data, eval_data=held_out, general_data=general)
         self.config, self.quantization, self.lora = run, quantization, lora
         self.reading, self.training = reading, training
         self.resolved = resolve(run, quantization, lora, reading, training)
@@ -82,38 +88,16 @@ class Run:
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
         self.files: dict[str, str] = {}  # the data of the earlier ones
         self.board: TensorBoard | None = None
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        run, task, held = self.config, self.lora.task_type, self.base_config.unit
-        if task not in (None, "CAUSAL_LM", *UNITS):
-            raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
-        if held not in (None, self.unit):
-            wanted = next(name for name, unit in UNITS.items() if unit == held)
-            raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
-        if self.unit and run.general_data not in (BUILTIN, "none"):
-            raise ConfigError("--general-data: without effect on a classifier; leave it out")
-        if self.quantization.quantize == "none" and self.quantization != QuantizeConfig():
-            raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
-        if not self.is_full:
-            return
-        defaults, adapter = LoraConfig(), {field.name for field in fields(LoraConfig)} - {"task_type"}
-        idle = [name for name in adapter if getattr(self.lora, name) != getattr(defaults, name)]
-        idle += ["loraplus_lr_ratio"] if self.training.loraplus_lr_ratio is not None else []
-        flags = sorted(f"--{RENAMED.get(name, name).replace('_', '-')}" for name in idle)
-        bad = [f"{', '.join(flags)}: without effect, since there is no adapter"] if flags else []
-        if self.quantization.quantize != "none" or self.base_config.source.get("quantization_config"):
-            bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
-        if run.dtype == "bfloat16":
-            bad.append("--dtype bfloat16: most updates of a weight are too small to change it; need float32")
-        if bad:
-            raise ConfigError("--method full: " + "; ".join(bad))
+        self.lock_file: TextIO | None = None
+        check_settings(run, quantization, lora, training, self.base_config)
 
     def prepare(self) -> int:
-        """Check that the directory is empty or holds this run, unfinished; return the step to resume from.
+        """Check that the directory is empty or holds this run; lock it, and return the step to go on from.
+
+        A finished run may be made longer, see `check_extension`.
 
         Raises:
-            TrainingError: it holds a finished run, another run, or other files.
+            TrainingError: it holds a finished run, another run, a run that is at work, or other files.
             FormatError: its run.json is damaged.
         """
         if not holds_files(self.out):
@@ -121,34 +105,69 @@ class Run:
         path = self.out / "run.json"
         if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
-        if (self.out / "summary.json").is_file():
-            raise TrainingError(f"{self.out}: holds a finished run; give another --out")
-        if self.config.resume == "never":
-            raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        record = read_json(path)
+        self.lock_file = lock(self.out)
+        record, newest = read_json(path), newest_step(self.out / "checkpoints")
         try:
             before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
             self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: need config, starts and data_sha256; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
+        is_extended = newest and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
+        if (self.out / "summary.json").is_file() and not is_extended:
+            raise TrainingError(f"{self.out}: holds a finished run; give another --out, or more --epochs")
+        if self.config.resume == "never":
+            raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
+        if self.lora.init_lora_weights in FROM_DATA:
+            free -= {"epochs", "max_steps"}  # the start values are made of rows of all steps
         different = [key for key in now if key not in free and before.get(key) != now[key]]
         if different:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
         if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
-        return newest_step(self.out / "checkpoints")
+        return newest
+
+    def claim(self, data: Data) -> None:
+        """Create the directory of a new run and lock it; check that one that is there may have this length.
+
+        Raises:
+            TrainingError: it cannot be written; another process has begun a run there since `prepare`; or the run is
+                to be longer or shorter, and would not have come to where it is.
+        """
+        for checkpoint in checkpoints(self.out / "checkpoints")[-1:]:
+            total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
+            check_extension(checkpoint, read_state(checkpoint), total, self.training)
+        if self.lock_file is None:
+            self.lock_file = lock(self.out)
+            if holds_files(self.out):
+                raise TrainingError(f"{self.out}: another process has written there meanwhile; give another --out")
+
+    def close(self) -> None:
+        """Close the files that are open, so that another process may use the directory."""
+        for file in (self.board, self.lock_file):
+            if file:
+                file.close()
 
     def read_data(self) -> Data:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
-        tokenizer = load_tokenizer(self.config.model).with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        labels = self.base_config.labels
-        data = load_data(self.config.data, tokenizer, self.reading, self.training, self.unit, labels)
+        tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
+        labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
+        names, held_out = self.config.data, self.config.eval_data
+        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
+
+    def _load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of the model, or of an adapter with tokens of its own, with the adapter's template."""
+        if self.config.adapter is None:
+            return load_tokenizer(self.config.model)
+        path = fetch(self.config.adapter, "adapter")
+        has_own = self.lora.vocabulary and (path / "tokenizer.json").is_file()
+        tokenizer, template = load_tokenizer(path if has_own else self.config.model), path / "chat_template.jinja"
+        return tokenizer.with_template(read_text(template)) if template.is_file() else tokenizer
 
     def forecast_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
         """Forecast the memory of the run on a device; `--recompute auto` becomes what fits into it."""
@@ -176,8 +195,10 @@ class Run:
         return model
 
     def attach_adapter(self, model: Llama | Classifier, data: Data) -> None:
-        """Attach a new adapter, unless all weights are trained."""
-        if not self.is_full:
+        """Attach a new adapter, or the one to start from, unless all weights are trained."""
+        if self.config.adapter is not None:
+            load_adapter(model, self.config.adapter, trainable=True)
+        elif not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.adapter_config(data), seed=self.training.seed, losses=losses)
 
@@ -196,8 +217,8 @@ class Run:
         return [token for text in self.config.add_tokens if (token := data.tokenizer.token_id(text)) is not None]
 
     def _vocabulary(self, data: Data) -> int:
-        """Return the number of embedding rows that the new tokens need; 0 without any."""
-        return max(self._new_tokens(data), default=-1) + 1
+        """Return the number of embedding rows that new tokens need, or those of an adapter to start from."""
+        return max([-1, *self._new_tokens(data)]) + 1 if self.config.adapter is None else self.lora.vocabulary
 
     def set_threads(self, model: Llama | Classifier, data: Data) -> int | None:
         """Set the faster number of threads (see `choose_threads`); return it, or None if it was not measured.
@@ -233,6 +254,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
         }
+        remove(self.out / "summary.json")  # of a finished run that is made longer
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
             "config": self.resolved,

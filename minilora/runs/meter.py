@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
+import unicodedata
 from types import FrameType
 
-from minilora.cli.columns import visible
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
 
 class Meter:
-    """Progress on standard error: one line that is rewritten on a terminal, else a line every few seconds.
+    """Print progress to standard error: one line that is rewritten on a terminal, else a line every few seconds.
 
-    As the handler of SIGINT, `stop` lets a run end after the current step.
+    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
+
+    Args:
+        evaluated: what the rows of evaluations are called.
+        every: seconds between two lines without a terminal.
     """
 
     def __init__(self, evaluated: str = "held-out", every: float = 5.0):
-        self.evaluated = evaluated  # what the rows of evaluations are called
+        self.evaluated = evaluated
         self.every = every
         self.is_terminal = sys.stderr.isatty()
-        self.is_stopping = False
+        self.stopped_by: int | None = None  # the number of a signal
         self.last = -every
         self.first: tuple[float, int] | None = None
 
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
             self._show_evaluation(record)
-            return self.is_stopping
+            return self.stopped_by is not None
         now = time.monotonic()
         began, first_step = self.first = self.first or (now, record["step"])
         done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
@@ -40,7 +45,7 @@ class Meter:
             f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  {amount(record['peak_memory_bytes'])}",
             is_last=not remaining,
         )
-        return self.is_stopping
+        return self.stopped_by is not None
 
     def rows(self, what: str) -> Progress:
         """Return a callback that reports the progress of an evaluation."""
@@ -70,13 +75,13 @@ class Meter:
         note = ", the lowest so far" if record["best_step"] == step else f", lowest at step {record['best_step']}"
         self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         for sample in record.get("samples", ()):
-            self.keep(f"  {_ending(sample['prompt'])} -> {_beginning(sample['text'])}")
+            self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Let the step finish at the first Ctrl-C; stop at once at the second."""
-        if self.is_stopping:
+        """Let the step finish at the first signal; stop at once if the second is Ctrl-C."""
+        if self.stopped_by and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint, if there is one")
-        self.is_stopping = True
+        self.stopped_by = number
         self.keep("finishing this step; Ctrl-C again to stop at once")
 
     def close(self) -> None:
@@ -85,11 +90,18 @@ class Meter:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _ending(text: str, most: int = 30) -> str:
+def visible(text: str) -> str:
+    """Remove control and other invisible characters, except line ends and tabs."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def ending(text: str, most: int = 30) -> str:
+    """Return the end of a text in one line of at most that many characters."""
     text = visible(" ".join(text.split()))
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
-def _beginning(text: str, most: int = 42) -> str:
+def beginning(text: str, most: int = 42) -> str:
+    """Return the beginning of a text in one line of at most that many characters."""
     text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,130 @@
+"""Runs of `finetune --adapter`, which start from the numbers of an adapter."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import minilora as ml
+from minilora import cli
+from minilora.cli import INTERRUPTED
+from tests.runs import SETTINGS, contents, finetune, interrupt, summary, write_inputs, write_rows
+
+LORA = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}  # flags of SETTINGS that the adapter brings
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = write_inputs(tmp_path_factory.mktemp("things"))
+    write_rows(directory / "more.jsonl", 13)
+    assert finetune(directory, directory / "first", target_modules="q_proj,v_proj", use_rslora=True) == 0
+    return directory
+
+
+def go_on(directory, out, adapter="first", **changes):
+    """A run from an adapter, on new rows; the model is the adapter's."""
+    flags = {**LORA, "model": None, "adapter": directory / adapter, "data": directory / "more.jsonl", "eval_split": 0}
+    return finetune(directory, out, **{**flags, **changes})
+
+
+def config(out):
+    return json.loads((out / "run.json").read_text())["config"]
+
+
+def test_a_run_begins_with_the_numbers_of_the_adapter_and_has_its_settings(directory, tmp_path):
+    assert go_on(directory, tmp_path / "run", max_steps=3) == 0
+    model, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
+    ml.load_adapter(model, directory / "first", trainable=True)
+    names = ("learning_rate", "batch_size", "gradient_accumulation_steps")
+    settings = ml.TrainConfig(max_steps=3, **{name: SETTINGS[name] for name in names})
+    ml.train(model, ml.load_dataset(directory / "more.jsonl", tokenizer), settings)
+    ml.save_adapter(model, tmp_path / "expected")
+    assert contents(tmp_path / "run") == contents(tmp_path / "expected")
+    found = config(tmp_path / "run")
+    assert (found["model"], found["adapter"]) == (str(directory / "model"), str(directory / "first"))
+    assert [found[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora")] == [3, 6, 0.2, True]
+
+
+def test_a_run_from_an_adapter_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch):
+    assert go_on(directory, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=2)
+        assert go_on(directory, tmp_path / "halves") == INTERRUPTED
+    assert go_on(directory, tmp_path / "halves") == 0
+    assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
+
+
+def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_path, capsys):
+    assert go_on(directory, tmp_path / "a", lora_r=3, lora_alpha=6, max_steps=1) == 0
+    assert go_on(directory, tmp_path / "b", lora_r=16, use_dora=True, add_tokens="<new>") == 1
+    assert "leave out what it decides itself: --add-tokens, --lora-r 16 (it has 3), --use-dora True (it has False)" in (
+        capsys.readouterr().err
+    )
+    assert go_on(directory, tmp_path / "b", method="full") == 1
+    assert "itself: --method full" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_rows_are_named_and_the_model_may_be(directory, tmp_path, capsys):
+    assert go_on(directory, tmp_path / "a", data=None) == 1
+    assert "give --data, too" in capsys.readouterr().err
+    again = ["finetune", f"--config={directory / 'first' / 'run.json'}", f"--adapter={directory / 'first'}", "--force"]
+    assert cli.main([*again, f"--out={tmp_path / 'a'}", "--target-modules=all-linear"]) == 1
+    assert "--target-modules 'all-linear' (it has ('model.layers.0" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_what_a_run_from_the_adapter_would_train(directory, tmp_path, capsys):
+    assert go_on(directory, tmp_path / "out", dry_run=True) == 0
+    model = ml.load_model(directory / "model")
+    ml.load_adapter(model, directory / "first", trainable=True)
+    assert f"parameters: {ml.count_parameters(model).trainable:,} of" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_and_template_of_the_adapter_are_kept(directory, tmp_path):
+    row = {"instruction": "<new>", "output": "It."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    rows = {"data": tmp_path / "rows.jsonl", "max_steps": 1, "allow_special": True}
+    assert finetune(directory, tmp_path / "a", add_tokens="<new>", prompt_style="instruction", **rows) == 0
+    assert go_on(tmp_path, tmp_path / "b", adapter="a", **rows) == 0
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    model = ml.load_model(directory / "model")
+    ml.grow_vocabulary(model, 401)
+    ml.load_adapter(model, tmp_path / "b")
+
+
+def test_a_classifier_keeps_its_classes(directory, tmp_path):
+    for name, labels in {"first": "abc", "more": "cb"}.items():
+        rows = [{"text": f"the {label}", "label": label} for label in labels * 3]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = {"data": tmp_path / "first.jsonl", "max_steps": 1}
+    assert finetune(directory, tmp_path / "a", task="SEQ_CLS", **rows) == 0
+    assert go_on(tmp_path, tmp_path / "b", adapter="a", max_steps=1, eval_split=0.3) == 0
+    assert list(summary(tmp_path / "b")["after"]["classes"]) == ["a", "b", "c"]
+
+
+def test_the_base_is_quantized_as_it_was_unless_told_otherwise(directory, tmp_path, capsys):
+    assert finetune(directory, tmp_path / "a", quantize="nf4", max_steps=1) == 0
+    assert go_on(tmp_path, tmp_path / "b", adapter="a", data=directory / "more.jsonl", max_steps=1) == 0
+    assert config(tmp_path / "b")["quantize"] == "nf4"
+    assert "was trained on a base" not in capsys.readouterr().err
+    changes = {"quantize": "none", "data": directory / "more.jsonl", "max_steps": 1}
+    assert go_on(tmp_path, tmp_path / "c", adapter="a", **changes) == 0
+    assert "was trained on a base that is" in capsys.readouterr().err
+
+
+def test_an_adapter_that_began_as_a_part_of_the_weights_goes_on_with_twice_the_rank(directory, tmp_path):
+    assert finetune(directory, tmp_path / "a", init_lora_weights="pissa", max_steps=2) == 0
+    assert go_on(tmp_path, tmp_path / "b", adapter="a", data=directory / "more.jsonl", learning_rate=1e-30) == 0
+    assert config(tmp_path / "b")["lora_r"] == 6
+    before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+
+
+def test_the_words_of_other_tools_lead_to_the_flag(capsys):
+    for name in ("--resume-adapter-file", "--adapter-name-or-path"):
+        with pytest.raises(SystemExit):
+            cli.main(["finetune", name, "x"])
+        assert "did you mean --adapter?" in capsys.readouterr().err
