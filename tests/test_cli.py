@@ -215,7 +215,7 @@ def test_a_start_is_true_or_a_name(text, value):
             (["finetune", flag, "1"], f"{flag} is unknown; {advice}\n")
             for flags, advice in {
                 "--bf16 --fp16": "use --dtype float32 or bfloat16",
-                "--val-data --validation-data": "give --data a directory with it",
+                "--val-data --validation-data": "did you mean --eval-data?",
                 "--grad-accum --gradient-accumulation": "did you mean --gradient-accumulation-steps?",
                 "--optim --optimizer": "there is none: the optimizer is AdamW",
                 "--wandb --wandb-project": "there is none; use --report tensorboard",
