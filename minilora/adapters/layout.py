@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
 from minilora.errors import ConfigError, FormatError
@@ -33,7 +34,6 @@ from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file

@@ -15,8 +15,8 @@ from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, check_out
 from minilora.errors import ConfigError
+from minilora.models.checkpoint import pick_device
 from minilora.models.tokenizer import find_tokenizer
-from minilora.runs.run import pick_device
 from minilora.tools.extraction import Extraction, extract_directory
 
 EXTRACT_FIELDS = ("r", "target_modules", "exclude_modules", "rank_pattern")  # those of LoraConfig that apply here

@@ -31,7 +31,7 @@ from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.checkpoint import stored_dtype
+from minilora.models.checkpoint import pick_device, stored_dtype
 from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch, locate
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
@@ -43,7 +43,7 @@ from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import check_memory
 from minilora.runs.meter import Meter, beginning, ending
-from minilora.runs.run import Run, pick_device
+from minilora.runs.run import Run
 from minilora.storage import ASSETS, BUILTIN, read_json
 
 

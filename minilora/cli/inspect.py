@@ -26,11 +26,11 @@ from minilora.adapters.layout import PEFT_DEFAULTS
 from minilora.cli import Options
 from minilora.errors import FormatError
 from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.checkpoint import pick_device
 from minilora.models.config import LlamaConfig
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.memory import Forecast, Plan, amount, forecast
-from minilora.runs.run import pick_device
 from minilora.storage import TensorEntry, read_json
 from minilora.tools.inspect import inspect_path
 

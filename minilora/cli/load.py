@@ -19,11 +19,11 @@ from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, FormatError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
+from minilora.models.checkpoint import pick_device
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import LlamaConfig, Unit
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from minilora.runs.run import pick_device
 from minilora.storage import BUILTIN, read_json, read_text
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model

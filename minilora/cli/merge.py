@@ -37,9 +37,9 @@ from minilora.cli.load import (
 )
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, Target
+from minilora.models.checkpoint import pick_device
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
-from minilora.runs.run import pick_device
 from minilora.storage import read_json, write_json, write_text
 from minilora.tools.merging import Deviation, merge_directory
 

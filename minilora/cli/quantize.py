@@ -15,11 +15,10 @@ from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, check_out, from_flags
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
-from minilora.models.checkpoint import read_config, save_model, stored_dtype, stored_weights
+from minilora.models.checkpoint import pick_device, read_config, save_model, stored_dtype, stored_weights
 from minilora.models.classifier import load_for, skeleton_for
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
-from minilora.runs.run import pick_device
 from minilora.storage import BUILTIN, tensor_files
 
 

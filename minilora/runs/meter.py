@@ -7,11 +7,14 @@ import signal
 import sys
 import time
 import unicodedata
+from datetime import timedelta
 from types import FrameType
 
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
+
+BAR = 12  # characters
 
 
 class Meter:
@@ -39,10 +42,12 @@ class Meter:
         now = time.monotonic()
         began, first_step = self.first = self.first or (now, record["step"])
         done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
-        left = f"{(now - began) / done * remaining:.0f}" if done else "?"
+        left = f"{timedelta(seconds=round((now - began) / done * remaining))}" if done else "?"
+        filled = BAR * record["step"] // record["total_steps"]
+        bar = f"{'━' * filled}{'─' * (BAR - filled)}  " if self.is_terminal else ""
         self.show(
-            f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {left} s left  {amount(record['peak_memory_bytes'])}",
+            f"step {record['step']}/{record['total_steps']}  {bar}loss {record['loss']:.4f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left  {amount(record['peak_memory_bytes'])}",
             is_last=not remaining,
         )
         return self.stopped_by is not None

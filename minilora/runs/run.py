@@ -17,7 +17,6 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -305,19 +304,3 @@ class Run:
             "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
         }
         write_json(self.out / "summary.json", summary)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if name != "auto":
-        with suppress(RuntimeError, AssertionError):  # AssertionError: a build of torch without CUDA
-            if not (empty := torch.empty(0, device=name)).is_meta:
-                return empty.device
-        raise ConfigError(f"device {name!r} cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

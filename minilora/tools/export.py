@@ -17,12 +17,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.adapter import PREFIX
 from minilora.adapters.layout import (
     BRINGS,
     INFORMATION,
     PEFT_DEFAULTS,
     PLAIN_INITS,
-    PREFIX,
     READ,
     WEIGHTS_FILE,
     Stored,
