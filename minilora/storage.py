@@ -7,6 +7,7 @@ there. Nothing is pickled. A file that cannot be read is a `FormatError` that na
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -133,6 +134,12 @@ def shard_names(index_path: Path) -> dict[str, str]:
         if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise FormatError(f"{index_path}: {name!r} is not a plain file name")
     return weight_map
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def holds_files(out: Path) -> bool:

@@ -143,7 +143,7 @@ def adapter(hub, tmp_path, models):
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21))
     randomize_adapters_(model)
     ml.save_adapter(model, tmp_path / "adapter")
-    beside = {"chat_template.jinja": b"{{ messages }}", "run.json": b"{}"}  # how it wants to be asked
+    beside = {"chat_template.jinja": b"{{ messages }}", "run.json": b"{}", **TOKENIZER}  # how it wants to be asked
     hub.add("org/adapter", with_unwanted({**files_of(tmp_path / "adapter"), **beside}))
     return model
 
@@ -205,7 +205,7 @@ def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
     hub.requested.clear()
     ml.load_adapter(model, "org/adapter")
     assert torch.equal(model(IDS), adapter(IDS))
-    wanted = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "run.json"}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "run.json", *TOKENIZER}
     assert set(hub.requested) <= wanted
     assert wanted <= {path.name for path in fetch("org/adapter", "adapter").iterdir()}
 

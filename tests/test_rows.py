@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.rows import Row, find_splits, read_rows, sounds_held_out
+from minilora.runs.rows import Row, find_splits, is_named_held_out, read_rows
 from minilora.storage import ASSETS, BUILTIN
 from tests.text import texts
 
@@ -130,7 +130,7 @@ def test_a_lone_file_is_the_training_split_by_itself_or_in_a_directory(tmp_path)
     ],
 )
 def test_a_word_of_a_files_name_says_that_its_rows_are_held_out(tmp_path, name, is_held_out):
-    assert sounds_held_out(tmp_path / "test" / name) == is_held_out
+    assert is_named_held_out(tmp_path / "test" / name) == is_held_out
 
 
 def test_the_builtin_data_have_all_three_splits():

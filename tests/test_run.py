@@ -158,7 +158,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
 ):
     for step in (3, 8):
         stop(directory, tmp_path, monkeypatch, step, save_steps=save_steps)
-        assert "the same command goes on from there" in capsys.readouterr().err
+        assert "the same command resumes it" in capsys.readouterr().err
         assert not (tmp_path / "summary.json").exists()
         assert steps(tmp_path) == list(range(1, step + 1))
     assert finetune(directory, tmp_path, save_steps=save_steps) == 0
@@ -235,7 +235,7 @@ def test_a_finished_run_is_made_longer_to_the_bytes_of_the_longer_run(directory,
     constant = {"lr_scheduler": "constant", "warmup_steps": 0}
     assert finetune(directory, tmp_path / "a", epochs=1, **constant) == 0
     assert finetune(directory, tmp_path / "a", **constant) == 0
-    assert "going on from step 5" in capsys.readouterr().err
+    assert "resuming from step 5" in capsys.readouterr().err
     assert finetune(directory, tmp_path / "b", **constant) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert summary(tmp_path / "a")["steps"] == STEPS
@@ -356,7 +356,7 @@ def test_resume_never_refuses_what_resume_auto_goes_on_with(refused, directory, 
 def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_anew(directory, whole, tmp_path, capsys):
     unfinished(whole, tmp_path, step=0)
     assert finetune(directory, tmp_path) == 0
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting again at step 0" in capsys.readouterr().err
     assert contents(tmp_path) == contents(whole)
     assert starts(tmp_path) == [0, 0]
 

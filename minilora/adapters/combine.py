@@ -75,15 +75,15 @@ class CombineConfig:
     combination_type: CombinationType = option(
         "cat", "cat is the exact sum, svd the sum cut to a rank; ties, dare_… and magnitude_prune drop parts"
     )
-    svd_rank: int | None = option(None, "rank to cut to, for types in svd (unset: the largest of the adapters')")
+    svd_rank: int | None = option(None, "rank to cut to, for types with svd (default: the largest of the adapters)")
     svd_energy: float | None = option(
-        None, "or: cut each module to the least rank that keeps this share of its squares"
+        None, "or: cut each module to the smallest rank that keeps this share of the squared singular values"
     )
     density: float | None = option(None, "share of the numbers to keep, for types that drop")
     majority_sign_method: Literal["total", "frequency"] = option(
         "total", "signs of ties: by the sum of the numbers, or by how many there are"
     )
-    seed: int = option(0, "of what dare drops")
+    seed: int = option(0, "seed for what dare drops")
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))

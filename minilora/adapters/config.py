@@ -43,7 +43,7 @@ class LoraConfig:
 
     r: int = option(16, "rank of the update")
     lora_alpha: float = option(32, "scale of the update: it is multiplied by alpha / r")
-    lora_dropout: float = option(0.0, "share of a layer's inputs that is dropped for the adapter")
+    lora_dropout: float = option(0.0, "dropout probability of the adapter's input")
     target_modules: str | tuple[str, ...] = option(
         "all-linear", "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regex"
     )
@@ -59,7 +59,7 @@ class LoraConfig:
         "start values: true, gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq from the "
         "weights; eva, corda or lora_ga from the data",
     )
-    bias: Bias = option("none", "train biases, too: all, or those of the adapted modules")
+    bias: Bias = option("none", "train biases, too: all; or lora_only, those of the adapted modules")
     lora_bias: bool = option(False, "give B a bias")
     modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(

@@ -45,7 +45,7 @@ from minilora.adapters.parts import (
     kind_of,
     magnitude_shape,
     parameter_specs,
-    stacked,
+    target_parameter_names,
 )
 from minilora.errors import ConfigError, FormatError, TargetError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper, Shape
@@ -197,7 +197,7 @@ def _by_module(stored: Stored, modules: Mapping[str, Any]) -> dict[str, dict[str
     """Return path -> key of `build_adapter` -> tensor; the path of the model's own parameters is ""."""
     held = {where: dict(tensors) for where, tensors in stored.tensors.items()}
     wrappers: Counter[str] = Counter()
-    for name in reversed(stacked(modules, stored.config({}))):
+    for name in reversed(target_parameter_names(modules, stored.config({}))):
         path, _, last = name.rpartition(".")
         for key, tensor in held.pop(path + wrappers[path] * NESTED, {}).items():
             held.setdefault(path, {})[f"{last}.{key}"] = tensor

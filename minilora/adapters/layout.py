@@ -35,7 +35,7 @@ from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file
 PEFT_VERSION = "0.21.2"  # whose layout this is
 T = TypeVar("T")
@@ -123,8 +123,8 @@ def read_adapter(directory: Path) -> Stored:
         if key in tensors.setdefault(where, {}):
             raise FormatError(f"{file.path}: {where} has more than one {key}")
         tensor = file.read(name)
-        if tensor.dtype not in DTYPES or not tensor.isfinite().all():
-            raise FormatError(f"{file.path}: {name} is {tensor.dtype} or not finite; need finite {DTYPES}")
+        if tensor.dtype not in ADAPTER_DTYPES or not tensor.isfinite().all():
+            raise FormatError(f"{file.path}: {name} is {tensor.dtype} or not finite; need finite {ADAPTER_DTYPES}")
         if key in ("lora_A", "lora_B") and (tensor.dim() < 2 or 0 in tensor.shape):
             raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty")
         tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

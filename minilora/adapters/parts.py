@@ -126,10 +126,10 @@ def targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) ->
     kinds = adaptable(modules)
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
     others = [path for path, kind in kinds.items() if kind not in LINEARS]
-    return select_targets(linears, config, head, others, stacked(modules, config))
+    return select_targets(linears, config, head, others, target_parameter_names(modules, config))
 
 
-def stacked(modules: Mapping[str, Any], config: LoraConfig) -> list[str]:
+def target_parameter_names(modules: Mapping[str, Any], config: LoraConfig) -> list[str]:
     """Return the full names of the parameters that `target_parameters` matches."""
     held = [(path, name) for path, module in modules.items() for name, p in module._parameters.items() if p is not None]
     return select_parameters([f"{path}.{name}".lstrip(".") for path, name in held], config)
@@ -199,7 +199,7 @@ def parameter_specs(
 ) -> dict[str, AdapterSpec]:
     """Return the specs of `target_parameters`; `draw` makes A and B of the given shapes."""
     specs: dict[str, AdapterSpec] = {}
-    for name in stacked(modules, config):
+    for name in target_parameter_names(modules, config):
         path, _, last = name.rpartition(".")
         lora_A, lora_B = draw(*stacked_shapes(modules[path], name, config.rank(name)))
         spec = specs.setdefault(path, AdapterSpec(AdapterParameters, {}))

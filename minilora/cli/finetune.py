@@ -54,10 +54,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, DataConfig, "data")
     add_fields(parser, TrainConfig, "training")
     parser.add_argument(
-        "--config", type=Path, help="a .toml or .json file of these flags; the command line goes on top"
+        "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show rows, labels and figures, and train nothing")
-    parser.add_argument("--force", action="store_true", help="train even if memory or disk will not do")
+    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, without training")
+    parser.add_argument("--force", action="store_true", help="train even if memory or disk space may not suffice")
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ def _finetune(run: Run, options: Options) -> int:
     result = _train(run, model, data, meter)
     if meter.stopped_by and not result.finished:
         meter.close()
-        say(f"stopped after step {result.steps} of {result.total_steps}; the same command goes on from there")
+        say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
         return SIGNALLED + meter.stopped_by
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
@@ -175,9 +175,9 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     if config and read_config(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
     if step:
-        say(f"going on from step {step}")
+        say(f"resuming from step {step}")
     elif run.starts:
-        say("starting anew: the run was stopped before its first checkpoint")
+        say("starting again at step 0: the run was stopped before its first checkpoint")
 
 
 def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import LlamaConfig, Unit
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from minilora.storage import BUILTIN, read_json, read_text
+from minilora.storage import BUILTIN, read_json, read_text, sha256_of
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 
@@ -222,17 +221,11 @@ def check_not_merged(found: Found) -> None:
     """Raise a `ConfigError` if one of the adapters is merged into the model already."""
     merged = read_json(found.base.path / "config.json").get(MERGED)
     for path in found.adapters if merged else ():
-        if sha256_of(path) in str(merged):
+        if sha256_of(path / WEIGHTS_FILE) in str(merged):
             raise ConfigError(
                 f"{path}: is merged into {found.base.name} already ({MERGED} of its config.json); leave out --adapter, "
                 "or give the base model as --model"
             )
-
-
-def sha256_of(adapter: Path) -> str:
-    """Return the SHA-256 of an adapter's weights."""
-    with (adapter / WEIGHTS_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def was_trained_on(held: Mapping[str, Any], adapter: Path) -> bool:

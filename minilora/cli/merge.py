@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from minilora.adapters.combine import CombineConfig, Cut
 from minilora.adapters.find import base_held
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, check_out, from_flags
@@ -32,7 +33,6 @@ from minilora.cli.load import (
     read_template,
     recorded_quantization,
     say_base,
-    sha256_of,
     was_trained_on,
 )
 from minilora.errors import ConfigError
@@ -40,7 +40,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import pick_device
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
-from minilora.storage import read_json, write_json, write_text
+from minilora.storage import read_json, sha256_of, write_json, write_text
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -132,7 +132,7 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
     """Record in config.json which adapters the model holds; one that was subtracted is held no longer."""
-    values, digests = read_json(out / "config.json"), [sha256_of(path) for path in adapters]
+    values, digests = read_json(out / "config.json"), [sha256_of(path / WEIGHTS_FILE) for path in adapters]
     earlier = values[MERGED] if isinstance(values.get(MERGED), list) else []
     held = [entry for entry in earlier if not any(digest in str(entry) for digest in digests)]
     for name, digest, weight in zip(names, digests, weights, strict=True):

@@ -1,4 +1,4 @@
-"""Upload an adapter or a model to the Hugging Face hub.
+"""Upload an adapter or a model to the Hugging Face Hub.
 
 A card is made from the run: base, hashes of the data, settings, results, and
 how to load it in PEFT or transformers. A new repository is private.

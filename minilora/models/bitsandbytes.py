@@ -35,7 +35,7 @@ Target = Literal["original", "dequantized", "requantized"]  # what adapters are 
 class QuantizeConfig:
     """How the weights of a base model are held."""
 
-    quantize: Quantize = option("none", "hold the base model's linears in four bits a weight, all but the head")
+    quantize: Quantize = option("none", "quantize the base model's linears to 4 bits, all but the head")
     double_quant: bool = option(True, "quantize the scales, too: 4.127 bits a weight instead of 4.5")
     quantize_skip: tuple[str, ...] = option(
         (), "modules that stay dense: paths or parts of them, such as down_proj or layers.0"
@@ -85,7 +85,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+PACKED_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
@@ -133,7 +133,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     is_right = {
         "shape": isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape),
         "blocksize": type(block_size) is int and block_size in BLOCK_SIZES,
-        "dtype": str(dtype) in DTYPES,
+        "dtype": str(dtype) in PACKED_DTYPES,
         "quant_type": str(kind) in CODEBOOKS and name.endswith(f"__{kind}"),
     }
     if "nested_blocksize" in state or "nested_offset" in state:
@@ -141,7 +141,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
         is_right["nested_offset"] = type(offset) is float and abs(offset) <= FLOAT32_MAX
     if wrong := {key: state.get(key) for key, right in is_right.items() if not right}:
         raise FormatError(f"{file.path}: {name} says {wrong!s:.300}, which cannot be read")
-    return Layout((shape[0], shape[1]), DTYPES[dtype], block_size, kind), offset
+    return Layout((shape[0], shape[1]), PACKED_DTYPES[dtype], block_size, kind), offset
 
 
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
@@ -187,7 +187,7 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     state: dict[str, Any] = {
         "quant_type": layout.quant_type,
         "blocksize": layout.block_size,
-        "dtype": dtype if dtype in DTYPES else "float32",  # bitsandbytes has no float64
+        "dtype": dtype if dtype in PACKED_DTYPES else "float32",  # bitsandbytes has no float64
         "shape": list(layout.shape),
     }
     tensors = {

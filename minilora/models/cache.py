@@ -21,7 +21,7 @@ from minilora.models.config import ScaledRope
 
 
 @dataclass(frozen=True)
-class Run:
+class DocumentGroup:
     """Documents that are answered together, their tokens, the keys in view, and a mask.
 
     `bias` (B, 1, 1, S) is added to the scores: -inf where a key is masked. None masks nothing.
@@ -69,7 +69,7 @@ class KVCache:
         places = [(document, position) for document, span in held for position in range(*span)]
         self._documents, self._positions = torch.tensor(places, device=self.keys.device).unbind(1)
         is_step = max(lengths) == 1
-        self._runs = {window: list(self._found(window)) for window in self._windows} if is_step else {}
+        self._groups = {window: list(self._found(window)) for window in self._windows} if is_step else {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Cache the new keys and values, and compute the attention of the queries.
@@ -79,12 +79,12 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         keys[self._documents, :, self._positions] = k.to(keys.dtype)
         values[self._documents, :, self._positions] = v.to(values.dtype)
-        if not self._runs:
+        if not self._groups:
             return self._one_by_one(q, keys, values, window)
         parts = []
-        for run in self._runs[window]:
-            seen = run.documents, slice(None), run.keys
-            parts.append(decode_attention(q[run.tokens], keys[seen], values[seen], run.bias))
+        for group in self._groups[window]:
+            seen = group.documents, slice(None), group.keys
+            parts.append(decode_attention(q[group.tokens], keys[seen], values[seen], group.bias))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def end(self) -> None:
@@ -102,7 +102,7 @@ class KVCache:
                 parts.append(causal_attention(q[end - new : end], k, v, [new], [total - first], window))
         return torch.cat(parts)
 
-    def _found(self, window: int | None) -> Iterator[Run]:
+    def _found(self, window: int | None) -> Iterator[DocumentGroup]:
         spans = {
             document: range(0 if window is None else max(0, total - window), total)
             for document, (new, total) in enumerate(zip(self._new, self._totals, strict=True))
@@ -112,7 +112,7 @@ class KVCache:
         for group, view in neighbours(spans):
             end = begin + len(group)
             bias = self._bias([spans[document] for document in group], view)
-            yield Run(slice(group[0], group[-1] + 1), slice(begin, end), slice(view.start, view.stop), bias)
+            yield DocumentGroup(slice(group[0], group[-1] + 1), slice(begin, end), slice(view.start, view.stop), bias)
             begin = end
 
     def _bias(self, spans: Sequence[range], view: range) -> Tensor | None:

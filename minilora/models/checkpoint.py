@@ -74,18 +74,6 @@ def load_model(
     return model
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device that a flag names; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        ConfigError: it cannot be used here, or stores nothing.
-    """
-    if name == "meta":
-        raise ConfigError("device 'meta' cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return usable_device(best if name == "auto" else name)
-
-
 def usable_device(device: torch.device | str | int) -> torch.device:
     """Return the device of that name.
 
@@ -97,6 +85,19 @@ def usable_device(device: torch.device | str | int) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of PyTorch without CUDA
         found = f"device {str(device)!r} cannot be used here"
         raise ConfigError(f"{found}; need cpu, cuda, cuda:N or mps, if it is there") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that a flag names; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: it cannot be used here, or stores nothing.
+    """
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = usable_device(best if name == "auto" else name)
+    if device.type == "meta":
+        raise ConfigError(f"device {name!r} cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there")
+    return device
 
 
 def fill(

@@ -1,4 +1,4 @@
-"""Models, adapters and data by name: a path, what comes with minilora, or a repository of the Hugging Face hub.
+"""Models, adapters and data by name: a path, what comes with minilora, or a repository on the Hugging Face Hub.
 
     ./a/path              a file or directory, if it exists
     minilora/builtin      the small model, or its data, that comes with minilora
@@ -52,7 +52,7 @@ NEEDED: dict[Kind, tuple[str, ...]] = {  # of these files, a repository has at l
 OTHERS: dict[Kind, tuple[str, ...]] = {
     "model": ("*.json", "*.jinja"),
     "tokenizer": ("*.json", "*.jinja"),
-    "adapter": ("adapter_config.json", "chat_template.jinja", "run.json"),
+    "adapter": ("*.json", "*.jinja"),
     "dataset": (),
 }
 
@@ -77,7 +77,7 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         if kind in CONFIGS and held and kind not in held:
             raise FormatError(f"{path}: holds {CONFIGS[held[0]]} and no {CONFIGS[kind]}; name it as the {held[0]}")
         if kind == "adapter" and not held and (path / "run.json").is_file():
-            newest = max(path.glob("checkpoints/step-*"), default=None)
+            newest = max(path.glob("checkpoints/step-*"), key=lambda each: (len(each.name), each.name), default=None)
             found = f", or use its newest checkpoint, {newest}" if newest else "; it has no checkpoint yet"
             raise FormatError(f"{path}: is an unfinished run; repeat its finetune command to resume it{found}")
         return Location(path, name)
@@ -113,7 +113,7 @@ def _download(repository: str, revision: str | None, kind: Kind) -> Location:
             tqdm_class=_bar(),
         )
     except Exception as error:  # of the hub, or of its HTTP library
-        raise FormatError(f"{what}: no such directory, and no {kind} from the hub: {_reason(error)}") from error
+        raise FormatError(f"{what}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
     if not any(found for pattern in NEEDED[kind] for found in path.glob(pattern)):
         accepted = " or ".join(NEEDED[kind])
@@ -132,7 +132,7 @@ def _bar() -> type[Any]:
     return Bar
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return in one line why something could not be fetched."""
     from huggingface_hub import errors
 

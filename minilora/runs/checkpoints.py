@@ -200,10 +200,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=_step)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run, or None."""
+    return next(reversed(checkpoints(folder)), None)
+
+
 def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint, or 0."""
-    found = checkpoints(folder)
-    return _step(found[-1]) if found else 0
+    """Return the step that a run resumes from: that of the newest checkpoint, or 0."""
+    newest = newest_checkpoint(folder)
+    return _step(newest) if newest else 0
 
 
 def _step(checkpoint: Path) -> int:

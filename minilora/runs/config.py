@@ -32,7 +32,7 @@ class DataConfig:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
-    max_length: int = option(1024, "tokens after which a row is cut")
+    max_length: int = option(1024, "maximum tokens of a row; longer rows are cut")
     train_on: TrainOn = option("completion", "labels: the last answer, every assistant turn, or all tokens")
     prompt_style: str = option(
         "auto",
@@ -42,8 +42,10 @@ class DataConfig:
     system: str | None = option(None, "system prompt of conversations that have none")
     text_field: str | None = option(None, "learn the text in this field of every row, and nothing else")
     allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
-    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    eval_split: float = option(0.05, "share of the rows that is held out, if the data has no split of its own")
+    skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
+    eval_split: float = option(
+        0.05, "share of the training rows to hold out, if no rows are held out by --data or --eval-data"
+    )
 
     def __post_init__(self) -> None:
         check_types(DataConfig, vars(self))
@@ -65,7 +67,7 @@ class TrainConfig:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
-    learning_rate: float = option(2e-4, "highest learning rate of AdamW")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW")
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learn B with this multiple of A's rate; 16 is usual")
     lr_scheduler: Literal["cosine", "linear", "constant"] = option(
         "cosine", "how the learning rate falls after the warm-up"
@@ -74,7 +76,7 @@ class TrainConfig:
     batch_size: int = option(4, "rows in a micro-batch")
     batch_tokens: int | None = option(None, "fill micro-batches up to this many tokens instead of counting rows")
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
-    epochs: float = option(1.0, "how often every row is seen")
+    epochs: float = option(1.0, "passes over the training rows")
     max_steps: int | None = option(None, "stop after this many steps, whatever --epochs says")
     sort_window: int = option(
         1, "sort this many of the shuffled rows by length at a time: less padding where a loss pads"
@@ -84,8 +86,8 @@ class TrainConfig:
         "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit",
     )
     compile: bool = option(False, "compile norms and MLPs with torch.compile")
-    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices alone")
-    max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: never")
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
+    max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
     eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
     keep: Literal["last", "best"] = option(
         "last", "which weights are the result: the last, or the best of the evaluations", WATCHING
@@ -133,17 +135,17 @@ class TrainConfig:
 class RunConfig:
     """Configure paths and the device of a run."""
 
-    model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] of the Hugging Face hub")
+    model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] on the Hugging Face Hub")
     data: tuple[str, ...] = option(
         (BUILTIN,),
         "rows: .jsonl or .json files, also .gz; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; "
         "or a hub id",
     )
-    eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id as of --data", "data")
+    eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id, as for --data", "data")
     out: str = option("minilora-run", "directory of the run")
     adapter: str | None = option(
         None,
-        "adapter to start from, with its rank, alpha and targets: a directory or a hub id; its model is the default",
+        "adapter to continue training: a directory or a hub id; rank, alpha, targets and, by default, the model are its own",
         "adapter",
     )
     method: Literal["lora", "full"] = option(
@@ -152,7 +154,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "number format of the base model; auto: the checkpoint's, where it is fast"
     )
-    device: str = option("auto", "cpu, cuda, mps; auto: the best there is")
+    device: str = option("auto", "cpu, cuda or mps; auto: the best available")
     resume: Literal["auto", "never"] = option("auto", "continue the run in --out; never: refuse if there is one")
     general_data: str = option(
         BUILTIN,
@@ -165,7 +167,9 @@ class RunConfig:
     report: Literal["none", "tensorboard"] = option(
         "none", "also write the metrics for tensorboard, into OUT/tensorboard", WATCHING
     )
-    samples: int = option(2, "held-out prompts to answer at each evaluation, and at the end beside the base", WATCHING)
+    samples: int = option(
+        2, "held-out prompts to answer at each evaluation and, by base and result, at the end", WATCHING
+    )
 
     def __post_init__(self) -> None:
         check_types(RunConfig, vars(self))
@@ -190,7 +194,9 @@ def check_settings(
     if unit and run.general_data not in (BUILTIN, "none"):
         raise ConfigError("--general-data: without effect on a classifier; leave it out")
     if quantization.quantize == "none" and quantization != QuantizeConfig():
-        raise ConfigError("--quantize-skip and --no-double-quant are without effect; give --quantize nf4, too")
+        idle = [field.name for field in fields(QuantizeConfig) if getattr(quantization, field.name) != field.default]
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"{flags}: without effect; give --quantize nf4, too")
     if run.adapter is not None:
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
         own = read_adapter(fetch(run.adapter, "adapter")).config()

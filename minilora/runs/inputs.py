@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,8 @@ from minilora.runs.classes import encode_classes, find_labels
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
-from minilora.runs.rows import find_eval_files, find_splits, read_eval_rows, read_rows, sounds_held_out
-from minilora.storage import ASSETS, BUILTIN
+from minilora.runs.rows import find_eval_files, find_splits, is_named_held_out, read_eval_rows, read_rows
+from minilora.storage import ASSETS, BUILTIN, sha256_of
 
 
 def load_dataset(
@@ -90,7 +89,7 @@ def load_data(
             there are two test splits.
     """
     files = _find_files(names)
-    if len(names) > 1 and (found := [path for path in files["train"] if sounds_held_out(path)]):
+    if len(names) > 1 and (found := [path for path in files["train"] if is_named_held_out(path)]):
         raise DataError(f"{found[0]}: --data would train on it; give it as --eval-data, or under another name")
     if held_out is not None:
         if "test" in files:
@@ -139,4 +138,4 @@ def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     """Return SHA-256 by file name, or by path where names repeat; a pipe, which can be read once, has none."""
     paths = [path for found in files.values() for path in found if path.is_file()]
     is_distinct = len({path.name for path in paths}) == len(paths)
-    return {(path.name if is_distinct else str(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {(path.name if is_distinct else str(path)): sha256_of(path) for path in paths}

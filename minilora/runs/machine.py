@@ -1,4 +1,4 @@
-"""The machine that a run computes on: its device, memory that is used, free and kept, and the number of threads.
+"""The machine that a run computes on: memory that is used, free and kept, and the number of threads.
 
 A step frees all memory that it allocated, and the next allocates the same again. glibc returns large blocks to the
 system at once, which clears each page before it is used again: of a step of SmolLM2 on a CPU that took a tenth to a
@@ -56,9 +56,8 @@ def held_memory_bytes(device: torch.device) -> int:
 
 def high_water_bytes() -> int:
     """Return the most memory that the process has used so far; 0 where the system does not report it."""
-    if (
-        found := _kilobytes("proc/self/status", "VmHWM")
-    ) is not None:  # getrusage would include the process that started this one
+    # getrusage would include the process that started this one.
+    if (found := _kilobytes("proc/self/status", "VmHWM")) is not None:
         return found
     try:
         import resource

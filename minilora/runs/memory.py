@@ -38,7 +38,7 @@ DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `
 # What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 258_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds and cannot use
-EMBEDDING = "model.embed_tokens"
+EMBEDDING_PATH = "model.embed_tokens"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -108,14 +108,14 @@ def forecast(plan: Plan) -> Forecast:
     lengths, M = plan.batch()
     N, D, F, V = sum(lengths), config.hidden_size, config.intermediate_size, plan.classes or config.vocab_size
     shapes = parameter_shapes(config, plan.classes)
-    factors, others, ranks = trained(lora, shapes, config.tie_word_embeddings)
+    factors, others, ranks = trained_sizes(lora, shapes, config.tie_word_embeddings)
     gradients = WIDE * sum(factors + others)
     adapters = (lora is not None) * gradients
     if lora is not None and init_from_weight(lora.init_lora_weights):
         adapters += WIDE * sum(factors)  # the start, which is subtracted
     adapters += (training.keep == "best") * gradients
 
-    learns = lora is None or EMBEDDING in ranks or lora.trainable_token_indices is not None
+    learns = lora is None or EMBEDDING_PATH in ranks or lora.trainable_token_indices is not None
     # The input of the last norm; tokens, places and labels; cos and sin.
     activations = N * (d * D + WIDE) + 8 * (N + 2 * M) + d * N * config.rope.width
     for i in range(config.num_hidden_layers):
@@ -224,19 +224,19 @@ def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
     return {**shapes, f"{head}.weight": (size, config.hidden_size)}
 
 
-def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[int], list[int], dict[str, int]]:
+def trained_sizes(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[int], list[int], dict[str, int]]:
     """Return the sizes of all A and B and of other trained tensors, and path -> rank, 0 for a module's own weight."""
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     if lora is None:
         own = [math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")]
         return [], own, dict.fromkeys(linears, 0)
-    linears.remove(EMBEDDING)
+    linears.remove(EMBEDDING_PATH)
     parameters = select_parameters(list(shapes), lora)
-    ranks = {path: lora.rank(path) for path in select_targets(linears, lora, linears[-1], [EMBEDDING], parameters)}
+    ranks = {path: lora.rank(path) for path in select_targets(linears, lora, linears[-1], [EMBEDDING_PATH], parameters)}
     sizes = {path: (lora.rank(path), *shapes[f"{path}.weight"]) for path in ranks}
     sizes |= {name: (lora.rank(name), *shapes[name]) for name in parameters}
     factors = [r * n for r, *widths in sizes.values() for n in widths]
-    outputs = [shapes[f"{path}.weight"][path == EMBEDDING] for path in ranks]  # an embedding's weight is transposed
+    outputs = [shapes[f"{path}.weight"][path == EMBEDDING_PATH] for path in ranks]  # (in, out)
     others = outputs * (lora.use_dora + lora.lora_bias)
     parents = {name: {name[: i.start()] for i in re.finditer(r"\.", name)} for name in shapes}
     saved = set(select_saved(sorted(set().union(*parents.values())), lora))
@@ -246,7 +246,7 @@ def trained(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[i
     others += [math.prod(shapes[name]) for name in {*whole, *(biases if lora.bias != "none" else ())}]
     tokens = lora.trainable_token_indices or ()
     ids = [token for each in tokens.values() for token in each] if isinstance(tokens, Mapping) else tokens
-    others += [len(ids) * shapes[f"{EMBEDDING}.weight"][1]] if ids else []
+    others += [len(ids) * shapes[f"{EMBEDDING_PATH}.weight"][1]] if ids else []
     return factors, others, ranks | {name.removesuffix(".weight"): 0 for name in whole}
 
 
@@ -254,7 +254,7 @@ def _weight_bytes(plan: Plan, shapes: Shapes) -> tuple[int, int]:
     """Return the bytes of the base's parameters, and of the largest dequantized one."""
     d, config, total = plan.dtype.itemsize, plan.config, 0
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-    linears.remove(EMBEDDING)
+    linears.remove(EMBEDDING_PATH)
     entry, quantization = config.source.get("quantization_config"), plan.quantization
     if entry:  # a checkpoint that is in four bits already
         quantization = QuantizeConfig("nf4", bool(entry.get("bnb_4bit_use_double_quant")))

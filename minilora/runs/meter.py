@@ -1,4 +1,4 @@
-"""Progress on standard error."""
+"""Progress of a run on standard error, and texts shortened to one line."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ class Meter:
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Let the step finish at the first signal; stop at once if the second is Ctrl-C."""
         if self.stopped_by and number == signal.SIGINT:
-            raise KeyboardInterrupt("stopped; the same command goes on from the newest checkpoint, if there is one")
+            raise KeyboardInterrupt("stopped; the same command resumes from the newest checkpoint, if there is one")
         self.stopped_by = number
-        self.keep("finishing this step; Ctrl-C again to stop at once")
+        self.keep("finishing this step; Ctrl-C now stops at once")
 
     def close(self) -> None:
         """Clear the line that would be overwritten next."""

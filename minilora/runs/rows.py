@@ -70,7 +70,7 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     return found
 
 
-def sounds_held_out(path: Path) -> bool:
+def is_named_held_out(path: Path) -> bool:
     """Return whether a word of a file's name is that of a split to evaluate on, as in `my_val.jsonl`."""
     return not HELD_OUT.isdisjoint(re.split("[^a-z]+", path.name.lower()))
 

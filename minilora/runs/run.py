@@ -39,7 +39,7 @@ from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.checkpoints import bookkeeping, check_extension, checkpoints, newest_step, read_state
+from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, newest_step, read_state
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.directory import lock
 from minilora.runs.evaluate import Drift, Scores
@@ -135,7 +135,7 @@ class Run:
             TrainingError: it cannot be written; another process has begun a run there since `prepare`; or the run is
                 to be longer or shorter, and would not have come to where it is.
         """
-        for checkpoint in checkpoints(self.out / "checkpoints")[-1:]:
+        if checkpoint := newest_checkpoint(self.out / "checkpoints"):
             total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
             check_extension(checkpoint, read_state(checkpoint), total, self.training)
         if self.lock_file is None:
@@ -236,11 +236,11 @@ class Run:
         Raises:
             TrainingError: the data or the quantization of the base has changed since the run began.
         """
-        for checkpoint in [] if self.is_full else checkpoints(self.out / "checkpoints")[-1:]:
-            if base_quantization(checkpoint) != base_held(model):
-                raise TrainingError(
-                    f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
-                )
+        checkpoint = None if self.is_full else newest_checkpoint(self.out / "checkpoints")
+        if checkpoint is not None and base_quantization(checkpoint) != base_held(model):
+            raise TrainingError(
+                f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
+            )
         if self.starts and self.files != data.files:
             raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
         weight = model.model.embed_tokens.weight

@@ -194,16 +194,6 @@ def cross_entropy(logits: Array, labels: Array, ignore_index: int = -100) -> flo
     return math.fsum(losses)
 
 
-def head_cross_entropy(
-    hidden: Array, labels: Array, weight: Array, bias: Array | None = None, ignore_index: int = -100
-) -> float:
-    """`cross_entropy` of the full logits hidden Wᵀ + b.
-
-    Shapes: hidden (N, D), labels (N), weight (V, D), bias (V) -> ()
-    """
-    return cross_entropy(_linear(hidden, weight, bias), labels, ignore_index)
-
-
 # --- rotary position embedding ---
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import (
+    ADAPTER_DTYPES,
     CONFIG_FILE,
-    DTYPES,
     WEIGHTS_FILE,
     Stored,
+    base_model_of,
     classes_of,
     parse_tensor_name,
     read_adapter,
@@ -166,8 +167,8 @@ def _base_of(adapter: Path, model: str | None) -> Path | None:
     """Find the base of an adapter: `model`, else the directory that the adapter names, if it exists."""
     if model is not None:
         return _locate(model)
-    named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    is_here = isinstance(named, str) and (named == BUILTIN or (Path(named) / "config.json").is_file())
+    named = base_model_of(adapter)
+    is_here = named is not None and (named == BUILTIN or (Path(named) / "config.json").is_file())
     return fetch(str(named), "model") if is_here else None
 
 
@@ -222,7 +223,7 @@ def _base_weight(base: Mapping[str, TensorFile], packed: Mapping[str, list[str]]
     if name in packed:
         return unpack(*read_packed(base, packed[name], torch.device("cpu")), torch.float32)
     tensor = base[name].read(name) if name in base else None
-    return None if tensor is None or tensor.dtype not in DTYPES or tensor.dim() < 2 else tensor.flatten(1)
+    return None if tensor is None or tensor.dtype not in ADAPTER_DTYPES or tensor.dim() < 2 else tensor.flatten(1)
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None, weight: Tensor | None) -> float | None:

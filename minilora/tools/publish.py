@@ -1,15 +1,16 @@
-"""Upload an adapter or a model to the Hugging Face hub, with a card that is made from the run."""
+"""Upload an adapter or a model to the Hugging Face Hub, with a card that is made from the run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.errors import ConfigError, check_types
-from minilora.models.hub import HUB_ID
+from minilora.models.hub import HUB_ID, reason_of
 from minilora.storage import BUILTIN, read_json
 
-ADAPTER, MODEL = "adapter_config.json", "config.json"
+MODEL = "config.json"
 PATTERNS = ("*.safetensors", "*.json", "*.jinja")  # at the top of the directory
 SETTINGS = (  # of run.json, which the card shows unless they are off
     *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules"),
@@ -17,7 +18,7 @@ SETTINGS = (  # of run.json, which the card shows unless they are off
     *("train_on", "weight_decay", "seed"),
 )
 LOAD = {
-    ADAPTER: """from peft import PeftModel
+    CONFIG_FILE: """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")
@@ -60,8 +61,7 @@ def push_to_hub(path: str | Path, name: str, private: bool = True) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         return str(api.create_commit(name, operations, commit_message="Upload with minilora").commit_url)
     except Exception as error:  # the hub's own, and those of the HTTP library that its version uses
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"{name}: the hub refuses: {reason}") from error
+        raise ConfigError(f"{name}: the hub refuses: {reason_of(error)}") from error
 
 
 def model_card(directory: Path, name: str) -> str:
@@ -70,25 +70,27 @@ def model_card(directory: Path, name: str) -> str:
     Raises:
         ConfigError: the directory holds neither.
     """
-    kind = next((file for file in (ADAPTER, MODEL) if (directory / file).is_file()), None)
+    kind = next((file for file in (CONFIG_FILE, MODEL) if (directory / file).is_file()), None)
     if kind is None:
-        raise ConfigError(f"{directory}: holds no {ADAPTER} and no {MODEL}; need an adapter or a model")
+        raise ConfigError(f"{directory}: holds no {CONFIG_FILE} and no {MODEL}; need an adapter or a model")
     run, summary = (_read(directory / file) for file in ("run.json", "summary.json"))
     config = run.get("config", {})
-    base = read_json(directory / ADAPTER).get("base_model_name_or_path") if kind == ADAPTER else config.get("model")
-    base = str(base or "the base model").partition("@")[0]
-    head = ["---", f"library_name: {'peft' if kind == ADAPTER else 'transformers'}", "tags: [lora, minilora]"]
+    base = base_model_of(directory) if kind == CONFIG_FILE else config.get("model")
+    base = str(base or "").partition("@")[0]
+    library, tags = ("peft", "lora, minilora") if kind == CONFIG_FILE else ("transformers", "minilora")
+    head = ["---", f"library_name: {library}", f"tags: [{tags}]"]
     head += [f"base_model: {base}"] if HUB_ID.fullmatch(base) and base != BUILTIN else []
-    what = "A LoRA adapter" if kind == ADAPTER else "A model"
-    parts = ["\n".join([*head, "---"]), f"# {name.partition('/')[2]}", f"{what} for `{base}`, made with minilora."]
+    what = "A LoRA adapter for" if kind == CONFIG_FILE else "A model fine-tuned from"
+    about = f"{what} `{base}`, made with minilora." if base else "A model made with minilora."
+    parts = ["\n".join([*head, "---"]), f"# {name.partition('/')[2]}", about]
     if summary:
         parts.append("## Results\n\n" + _results(summary))
     if settings := [f"- `{key}`: {config[key]}" for key in SETTINGS if config.get(key) not in (None, False, "none")]:
         parts.append("## Settings\n\n" + "\n".join(settings))
     if hashes := run.get("data_sha256"):
         parts.append("## Data (SHA-256)\n\n" + "\n".join(f"- `{file}`: `{found}`" for file, found in hashes.items()))
-    code = LOAD[kind].format(base=base, name=name)
-    ours = f"minilora generate --{'adapter' if kind == ADAPTER else 'model'} {name} --prompt …"
+    code = LOAD[kind].format(base=base or "path/to/base", name=name)
+    ours = f"minilora generate --{'adapter' if kind == CONFIG_FILE else 'model'} {name} --prompt …"
     parts.append(f"## Use\n\n```python\n{code}\n```\n\n```sh\n{ours}\n```")
     return "\n\n".join(parts) + "\n"
 
