@@ -145,7 +145,7 @@ class RunConfig:
     out: str = option("minilora-run", "directory of the run")
     adapter: str | None = option(
         None,
-        "adapter to continue training, a directory or a hub id; its rank, alpha, targets and, by default, model are used",
+        "adapter to continue training, a directory or a hub id; its rank, alpha, targets and, by default, model hold",
         "adapter",
     )
     method: Literal["lora", "full"] = option(
