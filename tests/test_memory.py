@@ -29,7 +29,7 @@ from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
-from minilora.runs.memory import Plan, amount, choose_recompute, forecast, parameter_shapes, trained
+from minilora.runs.memory import Plan, amount, choose_recompute, forecast, parameter_shapes, trained_sizes
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.run import Run
 from minilora.runs.seeded import set_dropout_step
@@ -159,7 +159,7 @@ def test_names_and_shapes_are_those_of_the_model(family):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_what_is_trained_has_as_many_numbers_as_what_attach_adds(name):
     model, lora = tiny_model(WHOLE), ml.LoraConfig(**{"r": 3, **CONFIGS[name]})
-    factors, others, _ = trained(lora, parameter_shapes(model.config), model.config.tie_word_embeddings)
+    factors, others, _ = trained_sizes(lora, parameter_shapes(model.config), model.config.tie_word_embeddings)
     ml.attach(model, lora)
     assert sum(factors + others) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
