@@ -61,6 +61,7 @@ def lora_linear(x: Tensor, base: Linear, bias: Tensor | None, lora_A: Tensor, lo
     y = x Wᵀ + b + (s·x Aᵀ) Bᵀ  [LoRA eq. 3]
 
     W is the base's weight, dense or in four bits. b is given, because an adapter may train its own.
+    The gradients, with h = s·dy B: dx = dy W + h A, dA = hᵀ x, dB = dyᵀ (s·x Aᵀ), and none of a frozen W and b.
 
     Shapes: x (..., in), bias (out), lora_A (r, in), lora_B (out, r) -> (..., out)
     """

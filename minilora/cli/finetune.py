@@ -44,7 +44,10 @@ from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import check_memory
 from minilora.runs.meter import Meter, beginning, ending
 from minilora.runs.run import Run
+from minilora.runs.seeded import plan_steps
 from minilora.storage import ASSETS, BUILTIN, read_json
+
+FEW_STEPS = 50
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +172,7 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
+        f"batches of {run.training.batch_size}, learning rate {run.training.learning_rate:g}; "
         f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
     )
     _say_notes(run, model, data)
@@ -199,6 +203,9 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
         )
+    steps = len(plan_steps([len(example.tokens) for example in data.train], run.training))
+    if steps < FEW_STEPS:
+        say(f"the run has {steps} steps, which teach little; --epochs makes more of them")
     for name, rows in data.splits.items():
         if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
