@@ -252,6 +252,21 @@ def test_an_adapter_that_was_subtracted_may_be_applied_again(run, tmp_path):
     run("generate", f"--model={tmp_path / 'without'}", "--adapter=a", "--prompt=a")
 
 
+def test_an_adapter_of_which_a_part_was_subtracted_is_still_merged(run, tmp_path):
+    run("merge", "--adapter=a", f"--out={tmp_path / 'merged'}")
+    run("merge", f"--model={tmp_path / 'merged'}", "--adapter=a:-0.5", f"--out={tmp_path / 'half'}")
+    assert [entry["weight"] for entry in read_json(tmp_path / "half" / "config.json")[MERGED]] == [0.5]
+    assert "is merged into" in run("generate", f"--model={tmp_path / 'half'}", "--adapter=a", "--prompt=a", status=1)
+
+
+def test_training_does_not_go_on_with_an_adapter_on_the_model_that_it_is_merged_into(directory, run, tmp_path):
+    (directory / "rows.jsonl").write_text('{"text": "the cat"}\n' * 4)
+    run("merge", "--adapter=a", f"--out={tmp_path / 'merged'}")
+    words = [f"--model={tmp_path / 'merged'}", "--adapter=a", "--data=rows.jsonl", f"--out={tmp_path / 'run'}"]
+    assert f"a: is merged into {tmp_path / 'merged'} already" in run("finetune", *words, status=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_is_not_the_one_an_adapter_records_is_spoken_of(directory, tmp_path, capsys, monkeypatch):
     said, asked = runner(directory, capsys, monkeypatch), ["generate", "--adapter=a", "--prompt=a"]
     note = f"a: was trained on the model {str(directory / 'model')!r}; this one is 'tuned'\n"

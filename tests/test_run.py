@@ -408,6 +408,11 @@ def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(direc
     assert "the data has changed" in capsys.readouterr().err
 
 
+def test_rows_that_are_trained_on_are_not_held_out(directory, tmp_path, capsys):
+    assert finetune(directory, tmp_path / "out", eval_data=directory / "rows.jsonl") == 1
+    assert "rows.jsonl: is in --data and in --eval-data" in capsys.readouterr().err
+
+
 def test_eval_data_beside_a_test_split_are_refused(directory, tmp_path, capsys):
     for split in ("train", "test"):
         write_rows(tmp_path / f"{split}.jsonl", 5)

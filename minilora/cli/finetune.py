@@ -26,7 +26,7 @@ from minilora.adapters.find import base_held, count_parameters
 from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
-from minilora.cli.load import base_of, recorded_quantization, say_base
+from minilora.cli.load import base_of, check_not_merged, recorded_quantization, say_base
 from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
@@ -100,6 +100,8 @@ def run(options: Options) -> int:
         from_flags(DataConfig, options),
         from_flags(TrainConfig, options),
     )
+    if run.config.adapter:
+        check_not_merged(locate(run.config.model, "model"), [fetch(run.config.adapter, "adapter")])
     with closing(run):
         return _dry_run(run, options["force"]) if options["dry_run"] else _finetune(run, options)
 

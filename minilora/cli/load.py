@@ -95,7 +95,7 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
         ConfigError: an adapter is merged into the model already.
     """
-    check_not_merged(found)
+    check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     device = pick_device(options["device"])
     model = load_for(found.unit, found.labels, found.base.name, options["dtype"], device, found.quantize)
@@ -217,13 +217,13 @@ def _is_named(base: Location, recorded: str) -> bool:
     )
 
 
-def check_not_merged(found: Found) -> None:
+def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
     """Raise a `ConfigError` if one of the adapters is merged into the model already."""
-    merged = read_json(found.base.path / "config.json").get(MERGED)
-    for path in found.adapters if merged else ():
+    merged = read_json(base.path / "config.json").get(MERGED)
+    for path in adapters if merged else ():
         if sha256_of(path / WEIGHTS_FILE) in str(merged):
             raise ConfigError(
-                f"{path}: is merged into {found.base.name} already ({MERGED} of its config.json); leave out --adapter, "
+                f"{path}: is merged into {base.name} already ({MERGED} of its config.json); leave out --adapter, "
                 "or give the base model as --model"
             )
 

@@ -109,7 +109,7 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     """Merge the adapters, or the adapter that they were combined to, and print how large the error is."""
     out, target, found, device = options["out"], options["target"], find(options), pick_device(options["device"])
     if combined is None:  # with weights, what is merged already may be added to or subtracted
-        check_not_merged(found)
+        check_not_merged(found.base, found.adapters)
     held = _held(found, QuantizeConfig() if target == "original" else found.quantize)
     say_base(found.base, found.adapters, held)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
@@ -131,13 +131,15 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
-    """Record in config.json which adapters the model holds; one that was subtracted is held no longer."""
-    values, digests = read_json(out / "config.json"), [sha256_of(path / WEIGHTS_FILE) for path in adapters]
+    """Record in config.json which adapters the model holds, with the sum of their weights if that is not 0."""
+    values = read_json(out / "config.json")
     earlier = values[MERGED] if isinstance(values.get(MERGED), list) else []
-    held = [entry for entry in earlier if not any(digest in str(entry) for digest in digests)]
-    for name, digest, weight in zip(names, digests, weights, strict=True):
-        held += [{"name": Path(name).name, "sha256": digest}] if weight > 0 else []
-    write_json(out / "config.json", {**values, MERGED: held})
+    held = {entry["sha256"]: entry for entry in earlier if isinstance(entry, dict) and "sha256" in entry}
+    for name, path, weight in zip(names, adapters, weights, strict=True):
+        digest = sha256_of(path / WEIGHTS_FILE)
+        total = held.get(digest, {}).get("weight", 0) + weight
+        held[digest] = {"name": Path(name).name, "sha256": digest, "weight": round(total, 9)}
+    write_json(out / "config.json", {**values, MERGED: [entry for entry in held.values() if entry["weight"]]})
 
 
 def _held(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:

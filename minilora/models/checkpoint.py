@@ -205,7 +205,7 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     if isinstance(dtype, torch.dtype):
         return dtype
     name = stored_dtype(source) if dtype == "auto" else dtype
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; supported are {['auto', *sorted(DTYPES)]}")
     if dtype == "auto" and name in ("float16", "bfloat16"):
         return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32

@@ -21,7 +21,7 @@ from minilora.models.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
-TEMPLATE_LIMIT = 256_000  # characters of a template
+TEMPLATE_LIMIT = 64_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
 FORMAT_LIMIT = 256  # characters of strftime_now's format
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans

@@ -95,6 +95,8 @@ def load_data(
         if "test" in files:
             raise DataError(f"{held_out}: --data has a test split, {files['test'][0]}; leave --eval-data out")
         files["test"] = find_eval_files(held_out)
+        if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
+            raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
     rows = {split: read_rows(*paths) for split, paths in files.items()}
     if unit is None:
         tokenizer = use_prompt_style(tokenizer, reading.prompt_style, rows["train"])

@@ -268,7 +268,7 @@ class Run:
         write_json(self.out / "run.json", record)
         if self.config.report == "tensorboard":
             self.board = TensorBoard(self.out / "tensorboard", step)
-        for left in (self.out / "checkpoints").glob(".*.tmp"):  # by a writer that was killed
+        for left in [*self.out.glob(".*.tmp"), *self.out.glob("checkpoints/.*.tmp")]:  # by a writer that was killed
             remove(left)
         metrics = self.out / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
