@@ -170,8 +170,8 @@ MISTAKES = {
     ),
     "law 5: the gradient of x is that of the base alone": Mistake(
         "kernel/lora.py",
-        "weight.to(dy.dtype)).addmm_(h, lora_A)",
-        "weight.to(dy.dtype))",
+        "(dy @ weight).addmm_(h, lora_A.to(dy.dtype))",
+        "dy @ weight",
         f"{EQUAL}[lora_linear]",
     ),
     "law 5: the gradient of a trained W lacks the rows' last": Mistake(
@@ -297,7 +297,7 @@ MISTAKES = {
     "law 9: rows that have ended are computed on": Mistake(
         "models/generate.py",
         "[cache.held(row, len(documents[row])) :]",
-        "[cache.held(row, len(documents[row])) :]\n        feed = [a or b[-1:] for a, b in zip(feed, documents)]",
+        "[cache.held(row, len(documents[row])) :]\n            feed = [a or b[-1:] for a, b in zip(feed, documents)]",
         "test_generate.py::test_a_row_that_has_ended_is_computed_no_more",
     ),
     "law 9: padding is counted": Mistake(
