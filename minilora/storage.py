@@ -1,4 +1,4 @@
-"""Everything that touches the disk: reading JSON and safetensors from untrusted sources, and atomic writing.
+"""Reading JSON and safetensors from untrusted sources, and atomic writing.
 
 A file is written under a temporary name beside it, flushed to the disk (fsync) and renamed, so it is whole or not
 there. Nothing is pickled. A file that cannot be read is a `FormatError` that names it.

@@ -262,7 +262,8 @@ def refused(capsys, directory):
 
 
 def test_a_finished_run_is_never_overwritten(refused, whole):
-    refused(whole, "holds a finished run", save_total_limit=99)
+    start = f"give another --out, and --adapter {whole} to start from it"
+    refused(whole, f"holds a finished run; {start}", save_total_limit=99)
     refused(whole, "holds a finished run", learning_rate=0.5)
     refused(whole, "not that of a run of 15 steps", epochs=3)
     refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)

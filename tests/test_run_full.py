@@ -123,6 +123,11 @@ def test_a_base_in_four_bits_is_refused(directory, tmp_path, capsys):
     assert "four bits cannot be trained" in capsys.readouterr().err
 
 
+def test_a_finished_run_names_its_model_as_what_to_start_from(directory, whole, capsys):
+    assert finetune(directory, whole) == 1
+    assert f"holds a finished run; give another --out, and --model {whole} to start from it" in capsys.readouterr().err
+
+
 def test_a_run_cannot_change_its_method(directory, whole, tmp_path, capsys):
     before = runs.everything(unfinished(whole, tmp_path, step=4))
     assert finetune(directory, tmp_path, method="lora") == 1

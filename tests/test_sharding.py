@@ -48,7 +48,6 @@ def compare(rank, place):
     os._exit(0)  # at a usual end threads of PyTorch may be found running, which ends the process in an abort
 
 
-@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs torch's fully_shard")
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 def test_a_sharded_model_gives_outputs_and_gradients_of_one_that_is_not(tmp_path):
     processes.set_forkserver_preload([__name__])  # one import of PyTorch for both

@@ -114,10 +114,8 @@ class Run:
         now = json.loads(json.dumps(self.resolved))
         is_extended = newest and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
         if (self.out / "summary.json").is_file() and not is_extended:
-            more = (
-                "more --epochs" if self.training.lr_scheduler == "constant" else f"start from it, --adapter {self.out}"
-            )
-            raise TrainingError(f"{self.out}: holds a finished run; give another --out, or {more}")
+            start = f"--{'model' if self.is_full else 'adapter'} {self.out}"
+            raise TrainingError(f"{self.out}: holds a finished run; give another --out, and {start} to start from it")
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         free = {*bookkeeping(self.training), "resume", "report", "samples"}
