@@ -1,0 +1,208 @@
+"""Cases of the laws of adapted linear layers: inputs drawn from a seed, and the right results with their bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minilora.testing import reference
+from minilora.testing.bounds import Array, Bounded
+
+WeightKind = Literal["normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio"]
+Method = Literal["lora", "rslora", "dora"]
+
+
+def hard_weight(kind: WeightKind, rng: np.random.Generator, rows: int, columns: int) -> Array:
+    """Draw a weight (rows, columns): normal numbers, or numbers that are hard to compute with.
+
+    outlier: one is a thousand times larger; constant: all are equal; tiny: of magnitude 1e-40, denormal in float32;
+    rank_deficient: of rank 1; huge_ratio: the rows differ by factors from 1e-6 to 1e6.
+    """
+    weight = rng.standard_normal((rows, columns))
+    if kind == "outlier":
+        weight[rng.integers(rows), rng.integers(columns)] *= 1000
+    if kind == "constant":
+        weight[:] = weight[0, 0]
+    if kind == "tiny":
+        weight *= 1e-40
+    if kind == "rank_deficient":
+        weight = np.outer(weight[:, 0], weight[0])
+    if kind == "huge_ratio":
+        weight *= 10.0 ** rng.integers(-6, 7, size=(rows, 1))
+    return weight
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """Round numbers to a dtype of PyTorch, so that both sides of a comparison start from the same."""
+    return torch.from_numpy(array).to(getattr(torch, dtype)).double().numpy()
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """A linear layer with an adapter: its tensors, an input, and what is right for them.
+
+    The scale s is α/r, or α/√r for rsLoRA; `alpha` follows from it. The arrays are float64 and rounded to `dtype`:
+    W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
+    """
+
+    method: Method = "lora"
+    lead: tuple[int, ...] = (2,)  # sizes of x before its features
+    inner: int = 3
+    outer: int = 4
+    r: int = 2
+    scale: float = 2.5
+    has_bias: bool = True
+    seed: int = 0
+    dtype: str = "float64"
+    weight: WeightKind = "normal"
+    has_magnitude: bool = True  # of DoRA: drawn, or else the norm of W's rows
+    changes: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)  # of drawn arrays
+    arrays: dict[str, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        drawn = {
+            "W": hard_weight(self.weight, rng, self.outer, self.inner),
+            "b": 2 * rng.standard_normal(self.outer),
+            "A": rng.standard_normal((self.r, self.inner)),
+            "B": rng.standard_normal((self.outer, self.r)),
+            "x": rng.standard_normal((*self.lead, self.inner)),
+            "dy": rng.standard_normal((*self.lead, self.outer)),
+            "magnitude": rng.uniform(0.5, 3, self.outer),
+        }
+        self.arrays.update({name: rounded(array, self.dtype) for name, array in {**drawn, **self.changes}.items()})
+        if not self.has_magnitude:
+            self.arrays["magnitude"] = np.sqrt((self.W**2).sum(1))
+
+    def __str__(self) -> str:
+        bias = "with" if self.has_bias else "no"
+        return (
+            f"x {(*self.lead, self.inner)}, W {(self.outer, self.inner)}, A {(self.r, self.inner)}, "
+            f"B {(self.outer, self.r)}, alpha {self.alpha:g}, {bias} bias, {self.dtype}"
+        )
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * (math.sqrt(self.r) if self.method == "rslora" else self.r)
+
+    W = property(lambda self: self.arrays["W"])
+    b = property(lambda self: self.arrays["b"] if self.has_bias else None)
+    A = property(lambda self: self.arrays["A"])
+    B = property(lambda self: self.arrays["B"])
+    x = property(lambda self: self.arrays["x"])
+    dy = property(lambda self: self.arrays["dy"])
+    magnitude = property(lambda self: self.arrays["magnitude"])
+    rows = property(lambda self: self.x.reshape(-1, self.inner))  # (N, in)
+    dy_rows = property(lambda self: self.dy.reshape(-1, self.outer))
+
+    @cached_property
+    def merged(self) -> Bounded:
+        """W + s·B A, or m·(W + s·B A)/‖W + s·B A‖."""
+        merged = self._own
+        if self.method == "dora":
+            exact = reference.dora_merged_weight(self.W, self.A, self.B, self.scale, self.magnitude)
+            merged = merged * self._ratio.reshape(-1, 1)
+        else:
+            exact = reference.lora_merged_weight(self.W, self.A, self.B, self.scale)
+        return Bounded(exact, merged.error, self.dtype)
+
+    @cached_property
+    def y(self) -> Bounded:
+        """x W'ᵀ + b, whether W' or the two products of LoRA are formed."""
+        x, W, B, A = (self._exact(each) for each in (self.rows, self.W, self.B, self.A))
+        base, update = x @ W.T, (x @ A.T) @ B.T * self.scale
+        unmerged = base + update
+        if self.method == "dora":
+            c = self._ratio
+            unmerged = (unmerged * c).widened(base * (c - 1) + update * c + base)
+        y = unmerged.widened(x @ self.merged.T)
+        if self.b is not None:
+            y = (y + self.b).widened(y * 2 + self.b)  # whether b is added to the first or to the last sum
+        bias = None if self.b is None else self.b
+        exact = reference.lora_forward(self.rows, self.W, bias, self.A, self.B, self.scale)
+        if self.method == "dora":
+            exact = np.einsum("ni,oi->no", self.rows, self.merged.value) + (0.0 if bias is None else bias)
+        return Bounded(exact, y.error, self.dtype).reshape(*self.lead, self.outer)
+
+    @cached_property
+    def gradients(self) -> dict[str, Bounded]:
+        """The gradients of Σ dy·y: x, A, B and, of DoRA, magnitude; the norm is a constant."""
+        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        if self.method == "dora":
+            ratio, own = self._ratio, self._own
+            dy = (dy * ratio).widened(dy * (ratio - 1), dy)
+        s, dW = self.scale, dy.T @ x
+        bounds = {
+            "x": (dy @ W + (dy @ B) @ A * s).widened(dy @ self._own),
+            "A": ((dy @ B).T @ x * s).widened(B.T @ dW * s),
+            "B": (dy.T @ (x @ A.T) * s).widened(dW @ A.T * s),
+        }
+        if self.method == "dora":
+            plain = self._exact(self.dy_rows).T @ x
+            sums = Bounded.exact(np.ones(self.inner), self.dtype)
+            each = (plain * own) @ sums
+            bounds["magnitude"] = (each / own.row_norms()).widened(each / own.row_norms())
+        found = {
+            name: Bounded(exact, bounds[name].error, self.dtype) for name, exact in self._exact_gradients().items()
+        }
+        return found | {"x": found["x"].reshape(*self.x.shape)}
+
+    def _exact_gradients(self) -> dict[str, Array]:
+        dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
+        if self.method == "dora":
+            tensors = (self.W, self.A, self.B, self.scale, self.magnitude)
+            dA, dB, dm = reference.dora_gradients(self.rows, self.dy_rows, *tensors)
+            return {"x": dx, "A": dA, "B": dB, "magnitude": dm}
+        dA, dB = reference.lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)
+        return {"x": dx, "A": dA, "B": dB}
+
+    @property
+    def _own(self) -> Bounded:
+        """W + s·B A."""
+        return self._exact(self.W) + self._exact(self.B) @ self._exact(self.A) * self.scale
+
+    @property
+    def _ratio(self) -> Bounded:
+        """m / ‖W + s·B A‖, (out)."""
+        magnitude = self._exact(self.magnitude) if self.has_magnitude else self._exact(self.W).row_norms()
+        return magnitude / self._own.row_norms()
+
+    def changed(self, **arrays: Array) -> AdaptedLinear:
+        """Return the case with other arrays."""
+        return replace(self, changes={**self.changes, **arrays})
+
+    def _exact(self, array: Array) -> Bounded:
+        return Bounded.exact(array, self.dtype)
+
+
+SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
+    ((1,), 1, 1, 1),
+    ((1,), 2, 1, 1),
+    ((1,), 1, 2, 1),
+    ((2,), 2, 2, 1),
+    ((2,), 2, 2, 2),
+    ((1,), 3, 2, 3),
+    ((), 3, 4, 2),
+    ((3,), 4, 4, 2),
+    ((0,), 4, 3, 2),
+    ((2, 3), 5, 4, 3),
+    ((4,), 7, 9, 4),
+    ((9,), 33, 17, 5),
+    ((2, 8), 64, 48, 8),
+)
+SCALES = (2.5, 0.375, 7.0, 0.625)  # never 1, which hides a lost scale
+
+
+def linear_cases(method: Method, dtypes: tuple[str, ...] = ("float64", "float32")) -> Iterator[AdaptedLinear]:
+    """Return cases from small to large, each with and without a bias."""
+    for dtype in dtypes:
+        for seed, (lead, inner, outer, r) in enumerate(SHAPES):
+            for has_bias in (True, False):
+                scale = SCALES[(seed + has_bias) % len(SCALES)]
+                yield AdaptedLinear(method, lead, inner, outer, r, scale, has_bias, seed, dtype)

@@ -1,0 +1,160 @@
+"""Check anybody's LoRA, DoRA, NF4, loss or adapter files against laws and float64 oracles.
+
+    from minilora.testing import check_lora_linear, parametrize_laws
+
+    def test_my_layer():
+        check_lora_linear(lambda W, b, A, B, alpha: MyLinear(W, b, A, B, alpha))
+
+    @parametrize_laws("lora", "rslora")  # the same, as a pytest test a law
+    def test_my_layer_law_by_law(law):
+        law.check(lambda W, b, A, B, alpha, use_rslora=False: MyLinear(W, b, A, B, alpha, use_rslora))
+
+A law takes cases of rising size from fixed seeds, compares an implementation with a float64 oracle within a bound that
+is derived from the sums it does, and, where it fails, looks for the wrong result among known mistakes. Implementations
+are plain callables on torch tensors; `on_numpy` adapts one on numpy arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from minilora.testing import lora_laws
+from minilora.testing.laws import Law, NotApplicable, Report
+
+LAWS = (*lora_laws.LAWS,)
+
+
+def laws(*kinds: str) -> dict[str, Law]:
+    """Return the laws of these kinds: by name if there is one kind, by id if there are several, all if none is given.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    known = list(dict.fromkeys(law.kind for law in LAWS))
+    if unknown := sorted(set(kinds) - set(known)):
+        raise ValueError(f"no laws of {unknown[0]!r}; there are laws of {', '.join(known)}")
+    chosen = [law for law in LAWS if not kinds or law.kind in kinds]
+    return {law.name if len(kinds) == 1 else law.id: law for law in chosen}
+
+
+def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any:
+    """Parametrize a pytest function by the argument `law`, with an id for each law.
+
+    Args:
+        kinds: as for `laws`.
+        known: known deviations of the implementation, law id -> a part of the message of the failure. Each is checked
+            to be there still.
+
+    Raises:
+        ValueError: an unknown kind, or an unknown law in `known`.
+    """
+    import pytest
+
+    chosen, known = {law.id: law for law in laws(*kinds).values()}, dict(known or {})
+    if unknown := sorted(set(known) - set(chosen)):
+        raise ValueError(f"no law {unknown[0]!r}; there are {', '.join(chosen)}")
+    tried = [replace(law, known=known.get(name, ""), skip=pytest.skip) for name, law in chosen.items()]
+    return pytest.mark.parametrize("law", tried, ids=list(chosen))
+
+
+def check(implementation: Any, *kinds: str) -> list[Report]:
+    """Check an implementation against all laws of these kinds, and return what each found.
+
+    A law that is about an option which the implementation does not take is left out.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    reports = []
+    for law in laws(*kinds).values():
+        try:
+            reports.append(law.check(implementation))
+        except NotApplicable:
+            continue
+    return reports
+
+
+def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:
+    """Check a LoRA linear layer: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, s = α/r, or α/√r for rsLoRA  [LoRA eq. 3].
+
+    Args:
+        make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
+            takes `dropout` or `use_rslora`, too, those are passed. It may hold A and B, or parameters equal to them.
+        use_rslora: check the scale of rsLoRA.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(make_layer, "rslora" if use_rslora else "lora")
+
+
+def check_dora_linear(make_layer: Callable[..., Any]) -> list[Report]:
+    """Check a DoRA linear layer: y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b  [DoRA eq. 5].
+
+    Args:
+        make_layer: as for `check_lora_linear`. `magnitude` (out) is passed if it takes one; otherwise it is ‖W‖.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(make_layer, "dora")
+
+
+def check_gradients(make_layer: Callable[..., Any], kind: str = "lora") -> Report:
+    """Check the gradients of x, A, B and the magnitude of a layer alone; kind: lora, rslora or dora."""
+    __tracebackhide__ = True
+    return laws(kind)["gradients"].check(make_layer)
+
+
+def check_merge(merge: Callable[..., Any], use_dora: bool = False) -> list[Report]:
+    """Check a merged weight: merge(W, A, B, scale) = W + s·B A, or with DoRA's magnitude as a fifth argument."""
+    __tracebackhide__ = True
+    return check(merge, "merge_dora" if use_dora else "merge")
+
+
+def check_adapter_sum(add: Callable[..., Any]) -> list[Report]:
+    """Check a sum of adapters: add([(A, B, scale), …], weights) -> Σ wᵢ·sᵢ·Bᵢ Aᵢ, or an (A, B, scale) that is equal."""
+    __tracebackhide__ = True
+    return check(add, "adapter_sum")
+
+
+def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adapt a callable on numpy arrays, such as one in JAX or MLX, and the layer that it returns, to be checked here.
+
+    Laws about gradients do not apply to it.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        result = function(*map(_to_numpy, arguments), **{name: _to_numpy(each) for name, each in options.items()})
+        return NumpyLayer(result) if callable(result) else result
+
+    return call
+
+
+class NumpyLayer:
+    """A layer on numpy arrays that is given tensors; the laws know it by `is_numpy`."""
+
+    is_numpy = True
+
+    def __init__(self, layer: Callable[..., Any]):
+        self.layer = layer
+
+    def __call__(self, x: Any) -> Any:
+        return self.layer(_to_numpy(x))
+
+
+def _to_numpy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.bfloat16:
+            raise NotApplicable("numpy has no bfloat16")
+        return value.detach().numpy()
+    return type(value)(map(_to_numpy, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,350 @@
+"""Laws of LoRA, rsLoRA and DoRA layers, of merging, and of sums of adapters."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.testing.bounds import Array, Bounded
+from minilora.testing.cases import AdaptedLinear, Method, linear_cases
+from minilora.testing.compare import as_array
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.linear_mistakes import wrong_gradients, wrong_linears
+
+MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
+Make = Callable[..., Any]
+
+
+class Built(NamedTuple):
+    """A layer that was made for a case, and the tensors that it was given."""
+
+    layer: Any
+    given: dict[str, Tensor]  # W, b, A, B, magnitude
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Return the tensor that the layer trains as A, B or magnitude, or its transpose; None if it has none."""
+        given = self.given[name]
+        if given.grad is not None:
+            return given
+        parameters = self.layer.parameters() if hasattr(self.layer, "parameters") else ()
+        for parameter in parameters:
+            for own in (parameter, parameter.T) if parameter.ndim == 2 else (parameter,):
+                flat = own.detach().to(given)
+                if flat.numel() == given.numel() and torch.equal(flat.reshape(given.shape), given.detach()):
+                    return parameter if own is parameter else parameter.T
+        return None
+
+    def gradient(self, name: str) -> Any:
+        """Return the gradient of A, B or magnitude after a backward pass: zeros if there is none."""
+        tensor = self.tensor(name)
+        if tensor is None:
+            return AssertionError(f"no parameter of the layer holds {name}")
+        leaf = tensor if tensor.is_leaf else tensor._base
+        if leaf is None or leaf.grad is None:
+            return torch.zeros_like(self.given[name])
+        gradient = leaf.grad if leaf is tensor else leaf.grad.T
+        return gradient.reshape(self.given[name].shape)
+
+
+def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, AdaptedLinear]:
+    """Make a layer in evaluation mode; the case is returned with W's norm as magnitude where the maker takes none."""
+    dora = {"use_dora": True, "magnitude": None} if case.method == "dora" else {}
+    rslora = {"use_rslora": True} if case.method == "rslora" else {}
+    extra = accepted(make, **dora, **rslora, **options)
+    if case.method == "dora" and "magnitude" not in extra:
+        case = replace(case, has_magnitude=False)
+    given = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
+    for name in ("A", "B", "magnitude"):
+        given[name].requires_grad_()
+    if "magnitude" in extra:
+        extra["magnitude"] = given["magnitude"]
+    b = None if case.b is None else tensor(case, "b")
+    layer = make(given["W"], b, given["A"], given["B"], case.alpha, **extra)
+    set_mode(layer, training=False)
+    return Built(layer, given if b is None else given | {"b": b}), case
+
+
+def tensor(case: AdaptedLinear, name: str) -> Tensor:
+    """Return an array of the case as a tensor in its dtype, copied: the implementation may change it."""
+    return torch.from_numpy(case.arrays[name]).to(getattr(torch, case.dtype), copy=True)
+
+
+def set_mode(layer: Any, training: bool) -> None:
+    if hasattr(layer, "train"):
+        layer.train(training)
+
+
+# --- laws of layers ---
+
+
+def forward(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, case = build(make, case)
+    yield Comparison("y", built.layer(tensor(case, "x")), case.y, outputs(case, case.x))
+
+
+def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, start = build(make, replace(case, has_magnitude=False).changed(B=np.zeros_like(case.B)))
+    yield Comparison("y", built.layer(tensor(start, "x")), start.y, outputs(start, start.x))
+
+
+def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, probe = build(make, replace(case, lead=(case.inner,)).changed(x=np.eye(case.inner)))
+    y = built.layer(tensor(probe, "x"))
+    yield Comparison("layer(1), the weight that is applied", y, probe.y, outputs(probe, probe.x))
+    weight = getattr(built.layer, "merged_weight", None)
+    if weight is not None:
+        merged = weight() if callable(weight) else weight
+        yield Comparison("merged_weight", merged, probe.merged, merged_mistakes(probe))
+
+
+def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, case = build(make, case)
+    x = tensor(case, "x").requires_grad_()
+    backward(built, x, tensor(case, "dy"))
+    mistakes = wrong_gradients(case)
+    for name, expected in case.gradients.items():
+        if name == "magnitude" and not case.has_magnitude:
+            continue
+        actual = x.grad if name == "x" else built.gradient(name)
+        actual = torch.zeros_like(x) if actual is None else actual
+        yield Comparison(f"the gradient of {name}", actual, expected, functools.partial(dict, mistakes[name]))
+
+
+def backward(built: Built, x: Tensor, dy: Tensor) -> None:
+    """Run a forward and a backward pass of Σ dy·y."""
+    if hasattr(built.layer, "is_numpy"):
+        raise NotApplicable("the layer computes in numpy: it has no gradients")
+    y = built.layer(x)
+    if not y.requires_grad:
+        raise AssertionError("the layer's output has no gradient")
+    y.backward(dy.to(y.dtype))
+
+
+def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    doubled = replace(case, scale=2 * case.scale)
+    for each in (case, doubled):
+        built, each = build(make, each)
+        yield Comparison(f"y with alpha {each.alpha:g}", built.layer(tensor(each, "x")), each.y, outputs(each, each.x))
+
+
+def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    other = replace(case, seed=case.seed + 1000)
+    A, B = np.concatenate([case.A, other.A]), np.concatenate([case.B, other.B], axis=1)
+    built, both = build(make, replace(case, r=2 * case.r).changed(A=A, B=B))
+    yield Comparison("y of [A₁; A₂], [B₁ B₂]", built.layer(tensor(both, "x")), both.y, outputs(both, both.x))
+
+
+def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, case = build(make, case)
+    set_mode(built.layer, training=True)
+    x = tensor(case, "x").requires_grad_()
+    backward(built, x, tensor(case, "dy"))
+    parameters = list(built.layer.parameters()) if hasattr(built.layer, "parameters") else []
+    for parameter in {id(p): p for p in (*parameters, *built.given.values())}.values():
+        if parameter.grad is not None:
+            parameter.data -= 0.1 * parameter.grad
+    base = {"W": case.W} | ({} if case.b is None else {"b": case.b})
+    for name, value in base.items():
+        yield Comparison(f"{name} after a step", built.given[name], value)
+        gradient = built.given[name].grad
+        yield Comparison(f"the gradient of the frozen {name}", 0.0 if gradient is None else 1.0, np.asarray(0.0))
+    yield Comparison("x, which is only read", x, case.x)
+
+
+def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, case = build(make, case)
+    if hasattr(built.layer, "is_numpy"):
+        raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
+    x = tensor(case, "x")
+    built.layer(x)
+    B = built.tensor("B")
+    if B is None and not hasattr(built.layer, "parameters"):
+        B = built.given["B"]
+    if B is None:
+        raise AssertionError("no parameter of the layer holds B")
+    B.data.mul_(2)
+    changed = case.changed(B=2 * case.B)
+    yield Comparison("y after B was doubled in place", built.layer(x), changed.y, outputs(changed, changed.x))
+
+
+def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    if "dropout" not in accepted(make, dropout=0.0):
+        raise NotApplicable("the layer takes no `dropout`")
+    if not case.x.size:
+        return
+    p, row = 0.5, case.rows[:1]
+    built, one = build(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
+    x = tensor(one, "x").repeat(MASKS, 1)
+    yield Comparison("y in evaluation mode", built.layer(x[:1]), one.y, outputs(one, one.x))
+    set_mode(built.layer, training=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        y = as_array(built.layer(x))
+    # Each term of Δy[o] = s Σᵢ (B A)[o, i] x[i] becomes 0 or 1/(1 - p) times as large. The fourth moment of such a sum
+    # is at most that of a normal variable, 3σ⁴, so a measured variance has a variance of at most 2σ⁴ / MASKS.
+    ratio = one.merged.value / (one.W + one.scale * one.B @ one.A) if case.method == "dora" else np.ones_like(one.W)
+    terms = ratio * one.scale * (one.B @ one.A) * row
+    right, rounding, variance = one.y.value[0], one.y.error[0], (terms**2).sum(1)
+    mean = Bounded(right, 6 * np.sqrt(variance / MASKS) + rounding)
+    wrong = {
+        "dropout lacks the factor 1/(1 - p)": right - p * terms.sum(1),
+        "dropout acts on the base, too": (1 - p) * right,
+    }
+    yield Comparison("the mean of y over dropout masks", y.mean(0), mean, lambda: wrong)
+    spread = Bounded(variance, 6 * variance * math.sqrt(2 / MASKS) + rounding)
+    ignored = {"dropout is ignored in training": 0 * variance}
+    yield Comparison("the variance of y over dropout masks", y.var(0), spread, lambda: ignored)
+
+
+def outputs(case: AdaptedLinear, x: Array) -> Callable[[], dict[str, Array]]:
+    """Return a function that computes known wrong outputs by their mistake."""
+    return lambda: {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
+
+
+# --- laws of functions ---
+
+
+def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
+    tensors = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
+    last = [tensors.pop("magnitude")]
+    actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
+    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case))
+    for name, given in tensors.items():
+        yield Comparison(f"{name}, which is only read", given, case.arrays[name])
+
+
+def merged_mistakes(case: AdaptedLinear) -> Callable[[], dict[str, Array]]:
+    """Return a function that computes known wrong merged weights by their mistake."""
+
+    def wrong() -> dict[str, Array]:
+        found = {cause: weight for cause, (weight, _) in wrong_linears(case).items() if "bias" not in cause}
+        if case.inner == case.outer:
+            found["the update is transposed"] = case.W + case.scale * (case.B @ case.A).T
+        return found
+
+    return wrong
+
+
+@dataclass(frozen=True)
+class AdapterSum:
+    """Several adapters of one linear layer, of different ranks and scales, and their weights in the sum."""
+
+    inner: int = 3
+    outer: int = 4
+    ranks: tuple[int, ...] = (1, 2)
+    seed: int = 0
+
+    @property
+    def adapters(self) -> list[tuple[Array, Array, float]]:
+        """The (A, B, s)."""
+        cases = [
+            AdaptedLinear("lora", (1,), self.inner, self.outer, r, (2.5, 0.375, 7.0)[i % 3], seed=self.seed + i)
+            for i, r in enumerate(self.ranks)
+        ]
+        return [(case.A, case.B, case.scale) for case in cases]
+
+    @property
+    def weights(self) -> list[float]:
+        return [(0.75, -1.5, 0.3)[i % 3] for i in range(len(self.ranks))]
+
+
+def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
+    adapters = [(torch.tensor(A), torch.tensor(B), s) for A, B, s in case.adapters]
+    result = add(adapters, case.weights)
+    if isinstance(result, tuple):
+        A, B, scale = result
+        result = scale * (B @ A)
+    parts = [
+        (w, s, Bounded.exact(A), Bounded.exact(B)) for w, (A, B, s) in zip(case.weights, case.adapters, strict=True)
+    ]
+    terms = [B @ A * (w * s) for w, s, A, B in parts]
+    expected = functools.reduce(Bounded.__add__, terms)
+    slack = functools.reduce(Bounded.__add__, [B @ A * (4 * abs(w * s)) for w, s, A, B in parts])  # √w in both factors
+    yield Comparison("ΔW", result, expected.widened(slack), functools.partial(_wrong_sums, parts))
+
+
+def _wrong_sums(parts: list[Any]) -> dict[str, Array]:
+    products = [(w, s, B.value @ A.value) for w, s, A, B in parts]
+    wrong = {
+        "the weights are ignored": sum(s * D for w, s, D in products),
+        "the scales are ignored": sum(w * D for w, s, D in products),
+        "the weights are applied twice, to A and to B": sum(w * w * s * D for w, s, D in products),
+        "the weights lose their sign": sum(abs(w) * s * D for w, s, D in products),
+        "the sum is a mean": sum(w * s * D for w, s, D in products) / len(products),
+        "the first adapter's scale is used for all": sum(w * products[0][1] * D for w, s, D in products),
+        "only the first adapter is there": products[0][0] * products[0][1] * products[0][2],
+    }
+    if len({A.value.shape for _, _, A, _ in parts}) == 1:
+        wrong["A and B are added separately: (Σ w·s·B)(Σ A)"] = sum(w * s * B.value for w, s, _, B in parts) @ sum(
+            A.value for _, _, A, _ in parts
+        )
+    return wrong
+
+
+def sums() -> Iterator[AdapterSum]:
+    """Return cases of one, two and three adapters, of equal and of different ranks."""
+    for seed, ranks in enumerate(((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))):
+        yield AdapterSum(3, 4, ranks, seed)
+    yield AdapterSum(17, 9, (4, 8), 7)
+
+
+# --- the table ---
+
+
+def _layer_laws(method: Method) -> list[Law]:
+    equation = {
+        "lora": "y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = α/r",
+        "rslora": "y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = α/√r",
+        "dora": "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row",
+    }[method]
+    gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
+    if method == "dora":
+        gradient = "as LoRA's of dy·m/‖W + s·B A‖, with the norm held constant; dm = Σ dW·(W + s·B A)/‖W + s·B A‖"
+    table = [
+        ("forward", equation, forward),
+        ("identity", "with B = 0 the layer is its base: y = x Wᵀ + b", identity),
+        ("merge", "the layer applies its merged weight", merge_of_layer),
+        ("gradients", gradient, gradients),
+        ("scale", "twice the alpha is twice the scale", scaling),
+        ("sums", "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂", ranks_add),
+        ("frozen", "W, b and x keep their bits, and W and b get no gradient", frozen),
+        ("updates", "a change of B in place shows in the next output", follows),
+        ("dropout", "dropout acts on x in front of A, only in training, and keeps the mean", dropout),
+    ]
+    both = functools.partial(linear_cases, method)
+    one = functools.partial(linear_cases, method, ("float64",))
+    low = functools.partial(linear_cases, method, ("bfloat16", "float16"))
+    found = [
+        Law(method, name, statement, one if name in ("dropout", "updates", "frozen") else both, compare)
+        for name, statement, compare in table
+    ]
+    return [*found, Law(method, "16-bit", f"{equation}, in bfloat16 and float16", low, forward)]
+
+
+LAWS = (
+    *_layer_laws("lora"),
+    *_layer_laws("rslora"),
+    *_layer_laws("dora"),
+    Law(
+        "merge",
+        "weight",
+        "W' = W + s·B A, and the inputs stay as they were",
+        functools.partial(linear_cases, "lora"),
+        merging,
+    ),
+    Law(
+        "merge_dora",
+        "weight",
+        "W' = m·(W + s·B A)/‖W + s·B A‖ by row",
+        functools.partial(linear_cases, "dora"),
+        merging,
+    ),
+    Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", sums, adapter_sum),
+)
