@@ -15,6 +15,7 @@ from minilora import definition, llama, lora, nf4
 from minilora.kernel import attention
 from minilora.kernel import llama as loss
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import GRADIENT_PARITY, assert_maths, assert_parity, assert_precision
 from tests.models import (
     document_lengths,
     examples,
@@ -26,7 +27,6 @@ from tests.models import (
     small_tiles,
     token_ids,
 )
-from tests.tolerance import GRADIENT_PARITY, assert_maths, assert_parity, assert_precision
 
 DEFINITIONS = definition.WITH_KERNEL
 LOW = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,8 +8,8 @@ from minilora import llama, nf4
 from minilora.data import IGNORE_INDEX
 from minilora.llama import causal_attention
 from minilora.testing import reference, reference_conv, reference_nf4
+from minilora.testing.compare import GRADIENT_PARITY, PARITY, maths, precision, relative
 from tests.models import randn, tiny_model, token_ids
-from tests.tolerance import GRADIENT_PARITY, PARITY, maths, precision, relative
 
 N, INNER, OUTER, R, SCALE = 6, 8, 8, 2, 7.0  # square, or exchanged factors would not even multiply
 # Base, bias and update of one size, or a mistake in the smallest would drown in the rounding of the largest.

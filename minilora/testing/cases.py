@@ -11,8 +11,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minilora.testing import reference
 from minilora.testing.bounds import Array, Bounded
+from minilora.testing.reference import (
+    dora_gradients,
+    dora_merged_weight,
+    lora_forward,
+    lora_gradients,
+    lora_merged_weight,
+)
 
 WeightKind = Literal["normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio"]
 Method = Literal["lora", "rslora", "dora"]
@@ -106,10 +112,10 @@ class AdaptedLinear:
         """W + s·B A, or m·(W + s·B A)/‖W + s·B A‖."""
         merged = self._own
         if self.method == "dora":
-            exact = reference.dora_merged_weight(self.W, self.A, self.B, self.scale, self.magnitude)
+            exact = dora_merged_weight(self.W, self.A, self.B, self.scale, self.magnitude)
             merged = merged * self._ratio.reshape(-1, 1)
         else:
-            exact = reference.lora_merged_weight(self.W, self.A, self.B, self.scale)
+            exact = lora_merged_weight(self.W, self.A, self.B, self.scale)
         return Bounded(exact, merged.error, self.dtype)
 
     @cached_property
@@ -125,7 +131,7 @@ class AdaptedLinear:
         if self.b is not None:
             y = (y + self.b).widened(y * 2 + self.b)  # whether b is added to the first or to the last sum
         bias = None if self.b is None else self.b
-        exact = reference.lora_forward(self.rows, self.W, bias, self.A, self.B, self.scale)
+        exact = lora_forward(self.rows, self.W, bias, self.A, self.B, self.scale)
         if self.method == "dora":
             exact = np.einsum("ni,oi->no", self.rows, self.merged.value) + (0.0 if bias is None else bias)
         return Bounded(exact, y.error, self.dtype).reshape(*self.lead, self.outer)
@@ -157,9 +163,9 @@ class AdaptedLinear:
         dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
         if self.method == "dora":
             tensors = (self.W, self.A, self.B, self.scale, self.magnitude)
-            dA, dB, dm = reference.dora_gradients(self.rows, self.dy_rows, *tensors)
+            dA, dB, dm = dora_gradients(self.rows, self.dy_rows, *tensors)
             return {"x": dx, "A": dA, "B": dB, "magnitude": dm}
-        dA, dB = reference.lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)
+        dA, dB = lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)
         return {"x": dx, "A": dA, "B": dB}
 
     @property

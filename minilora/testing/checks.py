@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from minilora.testing import lora_laws
 from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.lora_laws import LAWS as LORA_LAWS
 
-LAWS = (*lora_laws.LAWS,)
+LAWS = (*LORA_LAWS,)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
