@@ -318,9 +318,9 @@ def _layer_laws(method: Method) -> list[Law]:
         ("updates", "a change of B in place shows in the next output", follows),
         ("dropout", "dropout acts on x in front of A, only in training, and keeps the mean", dropout),
     ]
-    both = functools.partial(linear_cases, method)
-    one = functools.partial(linear_cases, method, ("float64",))
-    low = functools.partial(linear_cases, method, ("bfloat16", "float16"))
+    one = functools.partial(linear_cases, method, "float64")
+    both = functools.partial(linear_cases, method, "float64", "float32")
+    low = functools.partial(linear_cases, method, "bfloat16", "float16")
     found = [
         Law(method, name, statement, one if name in ("dropout", "updates", "frozen") else both, compare)
         for name, statement, compare in table
@@ -336,14 +336,14 @@ LAWS = (
         "merge",
         "weight",
         "W' = W + s·B A, and the inputs stay as they were",
-        functools.partial(linear_cases, "lora"),
+        functools.partial(linear_cases, "lora", "float64", "float32"),
         merging,
     ),
     Law(
         "merge_dora",
         "weight",
         "W' = m·(W + s·B A)/‖W + s·B A‖ by row",
-        functools.partial(linear_cases, "dora"),
+        functools.partial(linear_cases, "dora", "float64", "float32"),
         merging,
     ),
     Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", sums, adapter_sum),
