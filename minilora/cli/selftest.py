@@ -1,7 +1,8 @@
 """Check the laws of LoRA on this machine, by the definitions and by the kernels.
 
-Each law compares results with a float64 oracle. The numbers are the largest error in relation to its derived bound: 1
-is the limit. The exit status is 1 if a law is broken.
+Each law compares results with a float64 oracle. The numbers are the largest
+error in relation to its derived bound: 1 is the limit. The exit status is 1 if
+a law is broken.
 
 Example:
   minilora selftest --dtype bfloat16
