@@ -86,7 +86,7 @@ def test_a_failure_names_the_place_the_bound_the_smallest_case_the_cause_and_how
     assert failure.causes == ("the scale is α·r instead of α/r",)
     assert failure.case.r == 2  # with a rank of 1 there is no difference
     message = str(failure)
-    for part in ("at [0, 0]", "expected", "allowed error", "error/bound", "smallest failing case: x (2, 2), W (2, 2)"):
+    for part in ("at [", "expected", "allowed error", "error/bound", "smallest failing case: x (2, 2), W (2, 2)"):
         assert part in message
     lines = message.partition("to repeat:\n")[2].splitlines()
     assert len(lines) == 3

@@ -96,8 +96,8 @@ class Bounded:
         return replace(self, value=self.value.reshape(shape), error=self.error.reshape(shape))
 
     def widened(self, *others: Bounded) -> Bounded:
-        """Return the value with a bound that holds for several orders of its computation: the sum of theirs."""
-        return replace(self, error=self.error + sum(other.error for other in others))
+        """Return the value with a bound that holds for whichever order of its computation is used: the largest."""
+        return replace(self, error=np.maximum.reduce([self.error, *(other.error for other in others)]))
 
     def gamma(self, k: int) -> float:
         """Return γ_k of a sum of k products, with this dtype's accumulation and float64's of the value here."""

@@ -120,20 +120,19 @@ class AdaptedLinear:
 
     @cached_property
     def y(self) -> Bounded:
-        """x W'ᵀ + b, whether W' or the two products of LoRA are formed."""
+        """x W'ᵀ + b, whether W' or the two products of LoRA are formed, and wherever b is added."""
         x, W, B, A = (self._exact(each) for each in (self.rows, self.W, self.B, self.A))
-        base, update = x @ W.T, (x @ A.T) @ B.T * self.scale
-        unmerged = base + update
+        b = np.zeros(self.outer) if self.b is None else self.b
+        base, update = x @ W.T + b - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
+        y = base + update + b
         if self.method == "dora":
             c = self._ratio
-            unmerged = (unmerged * c).widened(base * (c - 1) + update * c + base)
-        y = unmerged.widened(x @ self.merged.T)
-        if self.b is not None:
-            y = (y + self.b).widened(y * 2 + self.b)  # whether b is added to the first or to the last sum
-        bias = None if self.b is None else self.b
-        exact = lora_forward(self.rows, self.W, bias, self.A, self.B, self.scale)
+            y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
+        y = y.widened(x @ self.merged.T + b)
         if self.method == "dora":
-            exact = np.einsum("ni,oi->no", self.rows, self.merged.value) + (0.0 if bias is None else bias)
+            exact = np.einsum("ni,oi->no", self.rows, self.merged.value) + b
+        else:
+            exact = lora_forward(self.rows, self.W, self.b, self.A, self.B, self.scale)
         return Bounded(exact, y.error, self.dtype).reshape(*self.lead, self.outer)
 
     @cached_property
@@ -142,18 +141,18 @@ class AdaptedLinear:
         x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
         if self.method == "dora":
             ratio, own = self._ratio, self._own
-            dy = (dy * ratio).widened(dy * (ratio - 1), dy)
+            dy = (dy * ratio).widened(dy * (ratio - 1) + dy)
         s, dW = self.scale, dy.T @ x
         bounds = {
-            "x": (dy @ W + (dy @ B) @ A * s).widened(dy @ self._own),
-            "A": ((dy @ B).T @ x * s).widened(B.T @ dW * s),
-            "B": (dy.T @ (x @ A.T) * s).widened(dW @ A.T * s),
+            "x": (dy @ W + scaled(dy @ B, A, s)).widened(dy @ W + dy @ (B * s) @ A, dy @ self._own),
+            "A": scaled((dy @ B).T, x, s).widened((dy @ (B * s)).T @ x, scaled(B.T, dW, s)),
+            "B": scaled(dy.T, x @ A.T, s).widened(dy.T @ (x @ (A * s).T), scaled(dW, A.T, s)),
         }
         if self.method == "dora":
             plain = self._exact(self.dy_rows).T @ x
             sums = Bounded.exact(np.ones(self.inner), self.dtype)
             each = (plain * own) @ sums
-            bounds["magnitude"] = (each / own.row_norms()).widened(each / own.row_norms())
+            bounds["magnitude"] = each / own.row_norms()
         found = {
             name: Bounded(exact, bounds[name].error, self.dtype) for name, exact in self._exact_gradients().items()
         }
@@ -171,7 +170,7 @@ class AdaptedLinear:
     @property
     def _own(self) -> Bounded:
         """W + s·B A."""
-        return self._exact(self.W) + self._exact(self.B) @ self._exact(self.A) * self.scale
+        return self._exact(self.W) + scaled(self._exact(self.B), self._exact(self.A), self.scale)
 
     @property
     def _ratio(self) -> Bounded:
@@ -185,6 +184,11 @@ class AdaptedLinear:
 
     def _exact(self, array: Array) -> Bounded:
         return Bounded.exact(array, self.dtype)
+
+
+def scaled(a: Bounded, b: Bounded, scale: float) -> Bounded:
+    """Return scale·a b, wherever the scale is multiplied."""
+    return (a @ b * scale).widened((a * scale) @ b, a @ (b * scale))
 
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
