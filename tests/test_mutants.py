@@ -29,12 +29,13 @@ WRONG_ATTENTION = {
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_mistake_of_a_layer_exceeds_the_bound_in_some_case(method, dtype):
+def test_a_mistake_of_a_layer_exceeds_the_bound_in_some_case(method, dtype, use_rslora):
     """Tenfold, but of the norm of DoRA in bfloat16, whose bounds are as wide as its many roundings."""
     found: dict[str, float] = {}
-    for case in linear_cases(method, dtype):
+    for case in linear_cases(method, dtype, use_rslora=use_rslora):
         with np.errstate(all="ignore"):
             wrong = {("y", cause): (case.rows @ W.T + b, case.y) for cause, (W, b) in wrong_linears(case).items()}
             for name, mistakes in wrong_gradients(case).items():

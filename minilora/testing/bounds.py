@@ -51,12 +51,14 @@ class Bounded:
 
     def __mul__(self, other: Any) -> Bounded:
         a, b = self, self._bounded(other)
-        return self._rounded(a.value * b.value, abs(a.value) * b.error + a.error * (abs(b.value) + b.error))
+        with np.errstate(invalid="ignore"):
+            return self._rounded(a.value * b.value, abs(a.value) * b.error + a.error * (abs(b.value) + b.error))
 
     def __truediv__(self, other: Any) -> Bounded:
         a, b = self, self._bounded(other)
-        least = np.maximum(abs(b.value) - b.error, np.finfo(np.float64).tiny)
-        return self._rounded(a.value / b.value, (a.error + abs(a.value / b.value) * b.error) / least)
+        with np.errstate(all="ignore"):  # a divisor that may be 0 leaves no bound
+            least = np.maximum(abs(b.value) - b.error, 0.0)
+            return self._rounded(a.value / b.value, (a.error + abs(a.value / b.value) * b.error) / least)
 
     def __matmul__(self, other: Bounded) -> Bounded:
         """Multiply matrices: sums of k products, in any order."""

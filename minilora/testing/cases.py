@@ -21,7 +21,7 @@ from minilora.testing.reference import (
 )
 
 WeightKind = Literal["normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio"]
-Method = Literal["lora", "rslora", "dora"]
+Method = Literal["lora", "dora"]
 
 
 def hard_weight(kind: WeightKind, rng: np.random.Generator, rows: int, columns: int) -> Array:
@@ -53,7 +53,7 @@ def rounded(array: Array, dtype: str) -> Array:
 class AdaptedLinear:
     """A linear layer with an adapter: its tensors, an input, and what is right for them.
 
-    The scale s is α/r, or α/√r for rsLoRA; `alpha` follows from it. The arrays are float64 and rounded to `dtype`:
+    The scale s is α/r, or α/√r with `use_rslora`; `alpha` follows from it. The arrays are float64, rounded to `dtype`:
     W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
     """
 
@@ -67,6 +67,7 @@ class AdaptedLinear:
     seed: int = 0
     dtype: str = "float64"
     weight: WeightKind = "normal"
+    use_rslora: bool = False
     has_magnitude: bool = True  # of DoRA: drawn, or else the norm of W's rows
     changes: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)  # of drawn arrays
     arrays: dict[str, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -95,7 +96,7 @@ class AdaptedLinear:
 
     @property
     def alpha(self) -> float:
-        return self.scale * (math.sqrt(self.r) if self.method == "rslora" else self.r)
+        return self.scale * (math.sqrt(self.r) if self.use_rslora else self.r)
 
     W = property(lambda self: self.arrays["W"])
     b = property(lambda self: self.arrays["b"] if self.has_bias else None)
@@ -210,10 +211,13 @@ SCALES = (2.5, 0.375, 7.0, 0.625)  # never 1, which hides a lost scale
 
 
 @cache
-def linear_cases(method: Method, *dtypes: str) -> list[AdaptedLinear]:
+def linear_cases(method: Method, *dtypes: str, use_rslora: bool = False) -> list[AdaptedLinear]:
     """Return cases from small to large, each with and without a bias; the laws share them, and their right results."""
+    scales = [SCALES[i % len(SCALES)] for i in range(len(SHAPES) + 1)]
     return [
-        AdaptedLinear(method, lead, inner, outer, r, SCALES[(seed + has_bias) % len(SCALES)], has_bias, seed, dtype)
+        AdaptedLinear(
+            method, lead, inner, outer, r, scales[seed + has_bias], has_bias, seed, dtype, use_rslora=use_rslora
+        )
         for dtype in dtypes
         for seed, (lead, inner, outer, r) in enumerate(SHAPES)
         for has_bias in (True, False)

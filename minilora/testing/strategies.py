@@ -16,7 +16,7 @@ from minilora.testing.bounds import Array
 from minilora.testing.cases import SCALES, AdaptedLinear, Method, WeightKind, hard_weight
 
 WEIGHT_KINDS: tuple[WeightKind, ...] = ("normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio")
-METHODS: tuple[Method, ...] = ("lora", "rslora", "dora")
+METHODS: tuple[Method, ...] = ("lora", "dora")
 seeds = st.integers(0, 2**32 - 1)
 MASK_TOKENS = ("<|", "|>", "assistant", "user:", "</s>")  # words of templates, which a message may contain, too
 
@@ -42,6 +42,7 @@ def adapted_linears(
         seed=draw(seeds),
         dtype=draw(st.sampled_from(dtypes)),
         weight=draw(st.sampled_from(weights)),
+        use_rslora=draw(st.booleans()),
     )
 
 
