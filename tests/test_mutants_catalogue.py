@@ -14,7 +14,10 @@ CORRECT = {
 LAWS = {kind: laws(kind).values() for kind in CORRECT}  # of each kind, those that its mistakes may break
 LAWS["lora"] = laws("lora", "rslora").values()
 LAWS["merge"] = laws("merge", "merge_dora").values()
-EVERY = 12  # in the default suite; all in the long form
+TRIED = [
+    pytest.param(mutant, id=f"{mutant.kind}: {mutant.name}", marks=() if i % 12 == 0 else pytest.mark.long)
+    for i, mutant in enumerate(mutant for mutant in MUTANTS if mutant.kind in CORRECT)
+]
 
 
 @pytest.mark.parametrize("kind", CORRECT)
@@ -23,18 +26,18 @@ def test_the_correct_implementation_keeps_every_law(kind):
         assert law.check(CORRECT[kind]).ratio <= 1
 
 
-def marked(mutants):
-    for i, mutant in enumerate(mutants):
-        marks = () if i % EVERY == 0 else pytest.mark.long
-        yield pytest.param(mutant, id=f"{mutant.kind}: {mutant.name}", marks=marks)
+def is_refused(planted, law):
+    try:
+        law.check(planted)
+    except CheckFailure:
+        return True
+    return False
 
 
-@pytest.mark.parametrize("mutant", marked(mutant for mutant in MUTANTS if mutant.kind in CORRECT))
+@pytest.mark.parametrize("mutant", TRIED)
 def test_a_law_refuses_a_planted_mistake(mutant):
     planted = mutant.plant(CORRECT[mutant.kind])
-    with pytest.raises(CheckFailure):
-        for law in LAWS[mutant.kind]:
-            law.check(planted)
+    assert any(is_refused(planted, law) for law in LAWS[mutant.kind])
 
 
 def test_the_catalogue_has_forty_mistakes_with_names_of_their_own():
