@@ -25,8 +25,9 @@ import torch
 
 from minilora.testing.laws import Law, NotApplicable, Report
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
+from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 
-LAWS = (*LORA_LAWS,)
+LAWS = (*LORA_LAWS, *MERGE_LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -85,6 +86,18 @@ def _wrong_magnitudes(case: AdaptedLinear, V: Array, b: Array) -> dict[str, tupl
         found["the norm is taken over the columns (dim=0)"] = ((m / columns)[:, None] * V, b)
         found["columns are scaled instead of rows"] = (V * (m / columns), b)
     return found
+
+
+def merged_mistakes(case: AdaptedLinear) -> Callable[[], dict[str, Array]]:
+    """Return a function that computes known wrong merged weights by their mistake."""
+
+    def wrong() -> dict[str, Array]:
+        found = {cause: weight for cause, (weight, _) in wrong_linears(case).items() if "bias" not in cause}
+        if case.inner == case.outer:
+            found["the update is transposed"] = case.W + case.scale * (case.B @ case.A).T
+        return found
+
+    return wrong
 
 
 def wrong_gradients(case: AdaptedLinear) -> dict[str, dict[str, Array]]:

@@ -1,11 +1,11 @@
-"""Laws of LoRA, rsLoRA and DoRA layers, of merging, and of sums of adapters."""
+"""Laws of LoRA, rsLoRA and DoRA layers."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import AdaptedLinear, Method, linear_cases
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
-from minilora.testing.linear_mistakes import wrong_gradients, wrong_linears
+from minilora.testing.linear_mistakes import merged_mistakes, wrong_gradients, wrong_linears
 
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
 Make = Callable[..., Any]
@@ -79,9 +79,6 @@ def tensor(case: AdaptedLinear, name: str) -> Tensor:
 def set_mode(layer: Any, training: bool) -> None:
     if hasattr(layer, "train"):
         layer.train(training)
-
-
-# --- laws of layers ---
 
 
 def forward(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -227,99 +224,6 @@ def outputs(case: AdaptedLinear, x: Array) -> Callable[[], dict[str, Array]]:
     return lambda: {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
 
 
-# --- laws of functions ---
-
-
-def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
-    tensors = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
-    last = [tensors.pop("magnitude")]
-    actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
-    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case))
-    for name, given in tensors.items():
-        yield Comparison(f"{name}, which is only read", given, case.arrays[name])
-
-
-def merged_mistakes(case: AdaptedLinear) -> Callable[[], dict[str, Array]]:
-    """Return a function that computes known wrong merged weights by their mistake."""
-
-    def wrong() -> dict[str, Array]:
-        found = {cause: weight for cause, (weight, _) in wrong_linears(case).items() if "bias" not in cause}
-        if case.inner == case.outer:
-            found["the update is transposed"] = case.W + case.scale * (case.B @ case.A).T
-        return found
-
-    return wrong
-
-
-@dataclass(frozen=True)
-class AdapterSum:
-    """Several adapters of one linear layer, of different ranks and scales, and their weights in the sum."""
-
-    inner: int = 3
-    outer: int = 4
-    ranks: tuple[int, ...] = (1, 2)
-    seed: int = 0
-
-    @property
-    def adapters(self) -> list[tuple[Array, Array, float]]:
-        """The (A, B, s)."""
-        cases = [
-            AdaptedLinear("lora", (1,), self.inner, self.outer, r, (2.5, 0.375, 7.0)[i % 3], seed=self.seed + i)
-            for i, r in enumerate(self.ranks)
-        ]
-        return [(case.A, case.B, case.scale) for case in cases]
-
-    @property
-    def weights(self) -> list[float]:
-        return [(0.75, -1.5, 0.3)[i % 3] for i in range(len(self.ranks))]
-
-
-def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
-    adapters = [(torch.tensor(A), torch.tensor(B), s) for A, B, s in case.adapters]
-    result = add(list(adapters), case.weights)
-    for (A, B, _), given in zip(case.adapters, adapters, strict=True):
-        yield Comparison("A, which is only read", given[0], A)
-        yield Comparison("B, which is only read", given[1], B)
-    if isinstance(result, tuple):
-        A, B, scale = result
-        result = scale * (B @ A)
-    parts = [
-        (w, s, Bounded.exact(A), Bounded.exact(B)) for w, (A, B, s) in zip(case.weights, case.adapters, strict=True)
-    ]
-    terms = [B @ A * (w * s) for w, s, A, B in parts]
-    expected = functools.reduce(Bounded.__add__, terms)
-    slack = functools.reduce(Bounded.__add__, [B @ A * (4 * abs(w * s)) for w, s, A, B in parts])  # √w in both factors
-    yield Comparison("ΔW", result, expected.widened(slack), functools.partial(_wrong_sums, parts))
-
-
-def _wrong_sums(parts: list[Any]) -> dict[str, Array]:
-    products = [(w, s, B.value @ A.value) for w, s, A, B in parts]
-    wrong = {
-        "the weights are ignored": sum(s * D for w, s, D in products),
-        "the scales are ignored": sum(w * D for w, s, D in products),
-        "the weights are applied twice, to A and to B": sum(w * w * s * D for w, s, D in products),
-        "the weights lose their sign": sum(abs(w) * s * D for w, s, D in products),
-        "the sum is a mean": sum(w * s * D for w, s, D in products) / len(products),
-        "the first adapter's scale is used for all": sum(w * products[0][1] * D for w, s, D in products),
-        "only the first adapter is there": products[0][0] * products[0][1] * products[0][2],
-    }
-    if len({A.value.shape for _, _, A, _ in parts}) == 1:
-        wrong["A and B are added separately: (Σ w·s·B)(Σ A)"] = sum(w * s * B.value for w, s, _, B in parts) @ sum(
-            A.value for _, _, A, _ in parts
-        )
-    return wrong
-
-
-def sums() -> Iterator[AdapterSum]:
-    """Return cases of one, two and three adapters, of equal and of different ranks."""
-    for seed, ranks in enumerate(((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))):
-        yield AdapterSum(3, 4, ranks, seed)
-    yield AdapterSum(17, 9, (4, 8), 7)
-
-
-# --- the table ---
-
-
 def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law]:
     scale = "α/√r" if use_rslora else "α/r"
     equation = f"y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = {scale}"
@@ -355,19 +259,4 @@ LAWS = (
     *_layer_laws("lora", "lora"),
     *_layer_laws("rslora", "lora", use_rslora=True),
     *_layer_laws("dora", "dora"),
-    Law(
-        "merge",
-        "weight",
-        "W' = W + s·B A, and the inputs stay as they were",
-        functools.partial(linear_cases, "lora", "float64", "float32"),
-        merging,
-    ),
-    Law(
-        "merge_dora",
-        "weight",
-        "W' = m·(W + s·B A)/‖W + s·B A‖ by row",
-        functools.partial(linear_cases, "dora", "float64", "float32"),
-        merging,
-    ),
-    Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", sums, adapter_sum),
 )
