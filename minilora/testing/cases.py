@@ -150,14 +150,21 @@ class AdaptedLinear:
             "B": scaled(dy.T, x @ A.T, s).widened(dy.T @ (x @ (A * s).T), scaled(dW, A.T, s)),
         }
         if self.method == "dora":
-            plain = self._exact(self.dy_rows).T @ x
-            sums = Bounded.exact(np.ones(self.inner), self.dtype)
-            each = (plain * own) @ sums
-            bounds["magnitude"] = each / own.row_norms()
+            bounds["magnitude"] = self._magnitude_gradient()
         found = {
             name: Bounded(exact, bounds[name].error, self.dtype) for name, exact in self._exact_gradients().items()
         }
         return found | {"x": found["x"].reshape(*self.x.shape)}
+
+    def _magnitude_gradient(self) -> Bounded:
+        """Σ dy·x Vᵀ / ‖V‖ over the rows, V = W + s·B A, whatever is summed first."""
+        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        over_rows, over_inputs = (self._exact(np.ones(n)) for n in self.rows.shape)
+        base, update = dy * (x @ W.T), dy * scaled(x @ A.T, B.T, self.scale)
+        dm = (over_rows @ (base + update)).widened(
+            over_rows @ base + over_rows @ update, (dy.T @ x * self._own) @ over_inputs
+        )
+        return dm / self._own.row_norms()
 
     def _exact_gradients(self) -> dict[str, Array]:
         dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
