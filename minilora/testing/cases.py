@@ -141,8 +141,7 @@ class AdaptedLinear:
         """The gradients of Σ dy·y: x, A, B and, of DoRA, magnitude; the norm is a constant."""
         x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
         if self.method == "dora":
-            ratio, own = self._ratio, self._own
-            dy = (dy * ratio).widened(dy * (ratio - 1) + dy)
+            dy = (dy * self._ratio).widened(dy * (self._ratio - 1) + dy)
         s, dW = self.scale, dy.T @ x
         bounds = {
             "x": (dy @ W + scaled(dy @ B, A, s)).widened(dy @ W + dy @ (B * s) @ A, dy @ self._own),
