@@ -5,6 +5,7 @@ n  weights, laid end to end    b  blocks, each with an absmax
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -164,19 +165,18 @@ class AbsmaxVector:
     def offset(self) -> Bounded:
         """Return the mean."""
         total = Bounded.exact(self.absmax, "float32").reshape(1, -1) @ Bounded.exact(np.ones((self.count, 1)), "float32")
-        return Bounded(reference.absmax_quantize(self.absmax)[2], (total / self.count).error[0, 0], "float32")
+        return Bounded(np.asarray(_quantized_absmax(self, None)[2]), (total / self.count).error[0, 0], "float32")
 
     def rest(self, offset: Bounded) -> Bounded:
         return Bounded.exact(self.absmax, "float32") - offset
 
     def codes(self, offset: Bounded) -> Array:
-        return reference.absmax_quantize(self.absmax, float(offset.value))[0]
+        return _quantized_absmax(self, float(offset.value))[0]
 
     def scales(self, offset: Bounded) -> Bounded:
         """Return the largest |absmax - offset| of each 256."""
-        begins, rest = np.arange(0, self.count, NESTED), self.rest(offset)
-        exact = reference.absmax_quantize(self.absmax, float(offset.value))[1]
-        return Bounded(exact, np.maximum.reduceat(rest.error, begins), "float32")
+        rounding = np.maximum.reduceat(self.rest(offset).error, np.arange(0, self.count, NESTED))
+        return Bounded(_quantized_absmax(self, float(offset.value))[1], rounding, "float32")
 
     def quotients(self, offset: Bounded) -> Bounded:
         """Return (absmax - offset) / scale, rounded to one of 65,536 places as by bitsandbytes on the CPU, or not."""
@@ -210,6 +210,11 @@ class AbsmaxVector:
         scales, x = of_each_nested(self.scales(offset), self.count), self.quotients(offset)
         rounding = self.values(offset).error
         return Bounded(self.absmax, rounding + (widest + 2 * x.error) * (scales.value + scales.error), "float32")
+
+
+@functools.lru_cache(maxsize=64)  # several laws have the same cases
+def _quantized_absmax(case: AbsmaxVector, offset: float | None) -> tuple[Array, Array, float]:
+    return reference.absmax_quantize(case.absmax, offset)
 
 
 def of_each_nested(scales: Bounded, count: int) -> Bounded:

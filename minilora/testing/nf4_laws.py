@@ -113,7 +113,7 @@ def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 
 def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, _ = pair[0](tensor(case.W.T, case.dtype).T, case.block_size)
+    packed, _ = pair[0](tensor(case.W.T.copy(), case.dtype).T, case.block_size)
     yield Comparison("codes of a transposed view", as_codes(packed, case.W.size), case.codes, codes_mistakes(case))
 
 
@@ -148,11 +148,12 @@ def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 
 def powers(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, absmax = quantized(pair, case)
+    packed, _ = quantized(pair, case)
     for k in (-12, 7):
-        other, larger = quantized(pair, replace(case, power=k))
+        scaled = replace(case, power=k)
+        other, larger = quantized(pair, scaled)
         yield Comparison(f"codes of 2^{k}·W", as_codes(other, case.W.size), as_codes(packed, case.W.size))
-        yield Comparison(f"absmax of 2^{k}·W", larger, as_array(absmax) * 2.0**k)
+        yield Comparison(f"absmax of 2^{k}·W", larger, scaled.stored_absmax)
 
 
 def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:

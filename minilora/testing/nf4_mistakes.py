@@ -9,11 +9,19 @@ import numpy as np
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.nf4_cases import LEVELS, NESTED, AbsmaxVector, NF4Weight, QuantizedLinear, absmax_levels
 
-FP4 = np.array([sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)])  # by code
-UNIFORM = {
-    "the codes are those of a uniform Int4, -8 … 7": np.clip(np.arange(-8, 8) / 7, -8 / 7, 1),
+
+
+def as_float32(array: Array) -> Array:
+    """Round numbers to float32, as a wrong implementation does: where the right number is 0, no error is allowed."""
+    return array.astype(np.float32).astype(np.float64)
+
+
+OTHER_LEVELS = {  # by code
+    "the levels are those of FP4": [s * level / 12 for s in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)],
+    "the codes are those of a uniform Int4, -8 … 7": np.arange(-8, 8) / 7,
     "the levels are 16 even steps from -1 to 1": np.linspace(-1, 1, 16),
 }
+TABLES = {cause: as_float32(np.array(levels)) for cause, levels in OTHER_LEVELS.items()}
 
 
 class Wrong(NamedTuple):
@@ -25,7 +33,7 @@ class Wrong(NamedTuple):
 
     @property
     def values(self) -> Array:
-        return self.levels[self.codes] * self.absmax
+        return as_float32(self.levels[self.codes] * self.absmax)
 
 
 def wrong_quantizations(case: NF4Weight) -> dict[str, Wrong]:
@@ -33,7 +41,7 @@ def wrong_quantizations(case: NF4Weight) -> dict[str, Wrong]:
     flat, absmax = case.W.reshape(-1), case.of_each(case.absmax)
     x, codes = divided(flat, absmax), case.codes
     found = {cause: Wrong(nearest(divided(flat, scale)), scale) for cause, scale in wrong_absmaxes(case).items()}
-    found |= {cause: Wrong(nearest(x, levels), absmax, levels) for cause, levels in UNIFORM.items()}
+    found |= {cause: Wrong(nearest(x, levels), absmax, levels) for cause, levels in TABLES.items()}
     above, below = (LEVELS[1:] < x[:, None]).sum(1), (LEVELS[1:] <= x[:, None]).sum(1)
     ceiling = np.where(LEVELS[below] == x, below, np.minimum(above + 1, 15))
     swapped = swap(codes)
@@ -49,8 +57,7 @@ def wrong_quantizations(case: NF4Weight) -> dict[str, Wrong]:
         "the levels are in falling order": 15 - codes,
         "codes are in the order of the columns: the weight is transposed": nearest(transposed(case)),
     }
-    found |= {cause: Wrong(wrong, absmax) for cause, wrong in mistakes.items()}
-    return found | {"the levels are those of FP4": Wrong(nearest(x, FP4), absmax, FP4)}
+    return found | {cause: Wrong(wrong, absmax) for cause, wrong in mistakes.items()}
 
 
 def wrong_absmaxes(case: NF4Weight) -> dict[str, Array]:
@@ -70,9 +77,10 @@ def wrong_absmaxes(case: NF4Weight) -> dict[str, Array]:
         "the absmax is the Euclidean norm": case.of_each(np.array([np.sqrt((b * b).sum()) for b in blocks])),
         "the weight is not divided by absmax": np.ones(flat.size),
     }
-    for size in (bs // 2, 2 * bs, 4 * bs):
-        largest = [abs(flat[i : i + size]).max() for i in range(0, flat.size, size)]
-        found[f"blocks have {size} weights instead of {bs}"] = np.repeat(largest, size)[: flat.size]
+    sizes = {size: f"blocks have {size} weights instead of {bs}" for size in (bs // 2, 2 * bs, 4 * bs)}
+    for size, cause in (sizes | {64: "blocks have 64 weights, whatever block_size is"}).items():
+        if size != bs:
+            found[cause] = np.repeat([abs(flat[i : i + size]).max() for i in range(0, flat.size, size)], size)[: flat.size]
     return found
 
 
@@ -84,7 +92,7 @@ def wrong_stored_absmaxes(case: NF4Weight) -> dict[str, Array]:
     found["the last block is left out"] = np.append(case.absmax[:-1], 0.0)
     each = {cause: absmax[begins] for cause, absmax in wrong_absmaxes(case).items() if "row" not in cause}
     rows = {"the absmax is that of a row instead of a block": abs(case.W).max(1)}
-    return found | each | rows
+    return {cause: as_float32(wrong) for cause, wrong in (found | each | rows).items()}
 
 
 def wrong_values(case: NF4Weight) -> dict[str, Array]:
@@ -99,13 +107,13 @@ def wrong_values(case: NF4Weight) -> dict[str, Array]:
         "blocks begin anew at each row": row * case.columns // bs + column // bs,
         f"blocks have {bs // 2} weights instead of {bs}": i // (bs // 2),
         f"blocks have {2 * bs} weights instead of {bs}": i // (2 * bs),
+        "blocks have 64 weights, whatever block_size is": i // 64,
     }
     level = LEVELS[codes]
     found = {cause: level * case.absmax[np.minimum(place, last)] for cause, place in places.items()}
-    found |= {cause: levels[codes] * absmax for cause, levels in UNIFORM.items()}
+    found |= {cause: levels[codes] * absmax for cause, levels in TABLES.items()}
     found |= {
         "the two nibbles of a byte are swapped": LEVELS[swap(codes)] * absmax,
-        "the levels are those of FP4": FP4[codes] * absmax,
         "the codebook is off by one: levels are one too high": LEVELS[(codes + 1) % 16] * absmax,
         "the codebook is off by one: levels are one too low": LEVELS[codes - 1] * absmax,
         "the levels are in falling order": LEVELS[15 - codes] * absmax,
@@ -116,7 +124,7 @@ def wrong_values(case: NF4Weight) -> dict[str, Array]:
         "codes are multiplied instead of their levels": codes * absmax,
     }
     found["the weight is transposed"] = (level * absmax).reshape(case.columns, case.rows).T.reshape(-1)
-    return {cause: wrong.reshape(case.rows, case.columns) for cause, wrong in found.items()}
+    return {cause: as_float32(wrong).reshape(case.rows, case.columns) for cause, wrong in found.items()}
 
 
 def wrong_offsets(case: AbsmaxVector) -> dict[str, Array]:
@@ -187,7 +195,7 @@ def wrong_nested_values(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]
 
 def wrong_weights(case: QuantizedLinear) -> dict[str, Array]:
     """Return the weights (out, in) that a 4-bit linear layer applies by mistake."""
-    weight, shape, dense = case.weight, (case.outer, case.inner), case.dense.value
+    weight, shape, dense = case.weight, (case.outer, case.inner), as_float32(case.dense.value)
     found = wrong_values(weight)
     found |= {cause: wrong.values.reshape(shape) for cause, wrong in wrong_quantizations(weight).items()}
     if case.double_quant:
@@ -218,7 +226,7 @@ def divided(w: Array, scale: Array) -> Array:
 
 def swap(codes: Array) -> Array:
     """Return the codes with the two of each byte exchanged; beside a last one alone stands that of 0."""
-    return np.append(codes, [7] * (len(codes) % 2)).reshape(-1, 2)[:, ::-1].reshape(-1)[: len(codes)]
+    return np.append(codes, np.full(len(codes) % 2, 7)).reshape(-1, 2)[:, ::-1].reshape(-1)[: len(codes)]
 
 
 def transposed(case: NF4Weight) -> Array:
