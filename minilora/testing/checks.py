@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from minilora.testing import lora_laws, nf4_laws
+from minilora.testing import linear4bit_laws, lora_laws, nf4_laws
 from minilora.testing.laws import Law, NotApplicable, Report
 
-LAWS = (*lora_laws.LAWS, *nf4_laws.LAWS)
+LAWS = (*lora_laws.LAWS, *nf4_laws.LAWS, *linear4bit_laws.LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:

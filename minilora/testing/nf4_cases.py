@@ -19,7 +19,7 @@ from minilora.testing.cases import WeightKind, hard_weight, rounded
 
 LEVELS = np.array(reference.NF4_LEVELS)
 MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
-TIES = MIDPOINTS[MIDPOINTS == MIDPOINTS.astype(np.float32)]  # the others are no numbers of float32
+TIES = MIDPOINTS[MIDPOINTS.astype(np.float32) == MIDPOINTS]  # the others are no numbers of float32
 HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max() / 2  # 0.151904, between -1 and the next
 NESTED = 256  # absmaxes that share a scale
 NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
@@ -49,20 +49,26 @@ class NF4Weight:
     @cached_property
     def W(self) -> Array:
         rng = np.random.default_rng(self.seed)
-        if self.kind in ("levels", "ties"):
-            numbers = LEVELS
-            if self.kind == "ties":
-                near = TIES.astype(np.float32)
-                numbers = np.concatenate([near, *(np.nextafter(near, np.float32(to)) for to in (-2, 2))])
-            flat = rng.choice(numbers.astype(np.float64), self.rows * self.columns)
-            flat[:: self.block_size] = rng.choice([-1.0, 1.0], len(flat[:: self.block_size]))
-            flat *= np.repeat(2.0 ** rng.integers(-4, 5, -(-flat.size // self.block_size)), self.block_size)[: flat.size]
-            drawn = flat.reshape(self.rows, self.columns)
+        if self.kind == "levels":
+            drawn = self._of_powers(rng, LEVELS)
+        elif self.kind == "ties":
+            near = TIES.astype(np.float32)
+            drawn = self._of_powers(
+                rng, np.concatenate([near, *(np.nextafter(near, np.float32(to)) for to in (-2, 2))])
+            )
+        elif self.kind == "zeros" or self.kind == "zero_block":
+            drawn = rng.standard_normal((self.rows, self.columns))
+            drawn.reshape(-1)[: drawn.size if self.kind == "zeros" else self.block_size] = 0
         else:
-            kind = self.kind if self.kind not in ("zeros", "zero_block") else "normal"
-            drawn = hard_weight(kind, rng, self.rows, self.columns)
-            drawn.reshape(-1)[: {"zeros": drawn.size, "zero_block": self.block_size}.get(self.kind, 0)] = 0
+            drawn = hard_weight(self.kind, rng, self.rows, self.columns)
         return rounded(drawn * 2.0**self.power, self.dtype)
+
+    def _of_powers(self, rng: np.random.Generator, numbers: Array) -> Array:
+        """Draw some of the numbers, times a power of two in each block, which is also its absmax."""
+        count, bs = self.rows * self.columns, self.block_size
+        flat = rng.choice(numbers.astype(np.float64), count)
+        flat[::bs] = rng.choice([-1.0, 1.0], -(-count // bs))
+        return (flat * self.of_each(2.0 ** rng.integers(-4, 5, -(-count // bs)))).reshape(self.rows, self.columns)
 
     @cached_property
     def _quantized(self) -> tuple[Array, Array]:
@@ -77,7 +83,7 @@ class NF4Weight:
 
     def of_each(self, absmax: Array) -> Array:
         """Return the absmax of each weight's block: (b) -> (n)."""
-        return np.repeat(absmax, self.block_size)[: self.W.size]
+        return np.repeat(absmax, self.block_size)[: self.rows * self.columns]
 
     @cached_property
     def stored_absmax(self) -> Bounded:
@@ -164,8 +170,9 @@ class AbsmaxVector:
     @cached_property
     def offset(self) -> Bounded:
         """Return the mean."""
-        total = Bounded.exact(self.absmax, "float32").reshape(1, -1) @ Bounded.exact(np.ones((self.count, 1)), "float32")
-        return Bounded(np.asarray(_quantized_absmax(self, None)[2]), (total / self.count).error[0, 0], "float32")
+        absmax, ones = (Bounded.exact(each, "float32") for each in (self.absmax, np.ones(self.count)))
+        mean = absmax.reshape(1, -1) @ ones / self.count
+        return Bounded(np.asarray(_quantized_absmax(self, None)[2]), mean.error[0], "float32")
 
     def rest(self, offset: Bounded) -> Bounded:
         return Bounded.exact(self.absmax, "float32") - offset

@@ -1,4 +1,4 @@
-"""Laws of NF4, of double quantization, and of 4-bit linear layers.
+"""Laws of NF4 and of double quantization.
 
 A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_double_quant`.
 """
@@ -6,7 +6,7 @@ A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_doubl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +16,14 @@ from torch import Tensor
 
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.compare import as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.laws import Comparison, Law
 from minilora.testing.nf4_cases import (
     NESTED,
     AbsmaxVector,
     NF4Weight,
-    QuantizedLinear,
     weights,
 )
 from minilora.testing.nf4_mistakes import (
-    wrong_linears,
     wrong_nested_codes,
     wrong_nested_scales,
     wrong_nested_values,
@@ -33,11 +31,9 @@ from minilora.testing.nf4_mistakes import (
     wrong_quantizations,
     wrong_stored_absmaxes,
     wrong_values,
-    wrong_weights,
 )
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]  # quantize, dequantize
-Make = Callable[..., Any]
 
 
 def tensor(array: Array, dtype: str = "float32") -> Tensor:
@@ -238,97 +234,7 @@ def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
         yield Comparison(f"{name}, which are only read", now, as_array(then))
 
 
-# --- laws of 4-bit linear layers ---
-
-
-def build(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
-    """Make a layer, and return it with the tensors that it was given."""
-    options = accepted(make, double_quant=case.double_quant)
-    if case.double_quant and not options:
-        raise NotApplicable("the layer takes no `double_quant`")
-    given = {"W": tensor(case.weight.W, case.dtype)}
-    if case.b is not None:
-        given["b"] = tensor(case.b, case.dtype)
-    return make(given["W"], given.get("b"), **options), given
-
-
-def outputs(case: QuantizedLinear, x: Array) -> Callable[[], dict[str, Array]]:
-    """Return a function that computes known wrong outputs by their mistake."""
-    return lambda: {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
-
-
-def forward(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
-    yield Comparison("y", layer(tensor(case.x, case.dtype)), case.output(case.x), outputs(case, case.x))
-
-
-def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
-    x = np.eye(case.inner)
-    y = layer(tensor(x, case.dtype))
-    yield Comparison("layer(1), the weight that is applied", y, case.output(x), outputs(case, x))
-
-
-def backward(layer: Any, case: QuantizedLinear) -> Tensor:
-    """Run a forward and a backward pass of Σ dy·y, and return x."""
-    if hasattr(layer, "is_numpy"):
-        raise NotApplicable("the layer computes in numpy: it has no gradients")
-    x = tensor(case.x, case.dtype).requires_grad_()
-    y = layer(x)
-    if not y.requires_grad:
-        raise AssertionError("the layer's output has no gradient")
-    y.backward(tensor(case.dy, case.dtype).to(y.dtype))
-    return x
-
-
-def gradients(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
-    x = backward(layer, case)
-    actual = torch.zeros_like(x) if x.grad is None else x.grad
-
-    def mistakes() -> dict[str, Array]:
-        found = {cause: case.dy @ weight for cause, weight in wrong_weights(case).items()}
-        right = case.dx.value
-        return found | {"no gradient reaches x": 0 * right, "the gradient has the wrong sign": -right}
-
-    yield Comparison("dx", actual, case.dx, mistakes)
-
-
-def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, given = build(make, case)
-    layer(tensor(case.x, case.dtype))  # a layer may quantize when it is first called
-    parameters = dict(layer.named_parameters()) if hasattr(layer, "named_parameters") else {}
-    buffers = dict(layer.named_buffers()) if hasattr(layer, "named_buffers") else {}
-    b = None if case.b is None else given["b"]
-    kept = {  # all but the bias, which may be trained
-        name: each
-        for name, each in {**parameters, **buffers, "the given W": given["W"]}.items()
-        if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b.dtype), b)
-    }
-    before = {name: as_array(each.data).copy() for name, each in kept.items()}
-    x = backward(layer, case)
-    for name, each in kept.items():
-        yield Comparison(f"the gradient of {name}", 0.0 if each.grad is None else 1.0, np.asarray(0.0))
-        if each.grad is not None:
-            each.data -= 0.1 * each.grad
-        yield Comparison(f"{name} after a step", each.data, before[name])
-    yield Comparison("x, which is only read", x, case.x)
-
-
 # --- the table ---
-
-LINEARS = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64))  # lead, in, out
-RAGGED = (((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))  # in: no blocks
-LEADS = (((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
-NESTED_LINEARS = (((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300))  # the last has two scales
-
-
-def linears(sizes: Iterable[Any], dtypes: tuple[str, ...] = ("float32",), **fields: Any) -> Iterator[QuantizedLinear]:
-    """Return cases of these sizes, each with and without a bias."""
-    for dtype in dtypes:
-        for seed, (lead, inner, outer) in enumerate(sizes):
-            for has_bias in (True, False):
-                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, **fields)
 
 
 def absmaxes() -> Iterator[AbsmaxVector]:
@@ -354,7 +260,6 @@ _plain = functools.partial(weights, "normal", "zero_block")
 _hard = functools.partial(weights, "outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
 _exact = functools.partial(weights, "levels")
 _CODE = "each code is that of the level nearest to w / absmax"
-_LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _NF4 = (
     ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", _plain, nearest),
     ("ties", "a number midway between two levels gets the lower one", functools.partial(weights, "ties"), exact_codes),
@@ -380,19 +285,7 @@ _DOUBLE_QUANT = (
     ("error", "|absmax - dequantize(quantize(absmax))| ≤ scale · half the widest gap of the levels", nested_error),
     ("inputs", "the inputs stay as they were", nested_unchanged),
 )
-_LINEAR4BIT = (
-    ("weight", f"{_LINEAR}, for x = 1", functools.partial(linears, LINEARS), weight),
-    ("forward", _LINEAR, functools.partial(linears, LINEARS), forward),
-    ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", functools.partial(linears, LEADS), forward),
-    ("ragged", f"{_LINEAR}, where rows end within a block", functools.partial(linears, RAGGED), weight),
-    ("gradients", "dx = dy dequantize(quantize(W))", functools.partial(linears, LINEARS + LEADS + RAGGED), gradients),
-    ("double_quant", f"{_LINEAR}, with absmaxes in eight bits", functools.partial(linears, NESTED_LINEARS, double_quant=True), weight),
-    ("16-bit", f"{_LINEAR}, in bfloat16 and float16", functools.partial(linears, LINEARS, ("bfloat16", "float16")), forward),
-    ("frozen", "the packed weight keeps its bits and gets no gradient", functools.partial(linears, LINEARS), frozen),
-)
-
 LAWS = (
     *(Law("nf4", *row) for row in _NF4),
     *(Law("double_quant", name, statement, absmaxes, compare) for name, statement, compare in _DOUBLE_QUANT),
-    *(Law("linear4bit", *row) for row in _LINEAR4BIT),
 )

@@ -10,7 +10,6 @@ from minilora.testing.bounds import Array, Bounded
 from minilora.testing.nf4_cases import LEVELS, NESTED, AbsmaxVector, NF4Weight, QuantizedLinear, absmax_levels
 
 
-
 def as_float32(array: Array) -> Array:
     """Round numbers to float32, as a wrong implementation does: where the right number is 0, no error is allowed."""
     return array.astype(np.float32).astype(np.float64)
@@ -64,24 +63,21 @@ def wrong_absmaxes(case: NF4Weight) -> dict[str, Array]:
     """Return the absmax that a weight is divided by, by mistake: (n)."""
     W, flat, bs = case.W, case.W.reshape(-1), case.block_size
     blocks = [flat[i : i + bs] for i in range(0, flat.size, bs)]
-    restarted = [abs(row[i : i + bs]).max() * np.ones(len(row[i : i + bs])) for row in W for i in range(0, len(row), bs)]
     found = {
-        "the absmax is that of a row instead of a block": np.repeat(abs(W).max(1), case.columns),
-        "the absmax is that of a column instead of a block": np.tile(abs(W).max(0), case.rows),
-        "the absmax is that of the whole weight instead of a block": np.full(flat.size, abs(W).max()),
-        "blocks begin anew at each row": np.concatenate(restarted),
         "the absmax is the largest w instead of the largest |w|": case.of_each(np.array([b.max() for b in blocks])),
         "the absmax is the mean of |w|": case.of_each(np.array([abs(b).mean() for b in blocks])),
         "the absmax is the standard deviation": case.of_each(np.array([b.std() for b in blocks])),
         "the absmax is the range max - min": case.of_each(np.array([np.ptp(b) for b in blocks])),
         "the absmax is the Euclidean norm": case.of_each(np.array([np.sqrt((b * b).sum()) for b in blocks])),
+        "the absmax is that of a row instead of a block": np.repeat(abs(W).max(1), case.columns),
+        "the absmax is that of a column instead of a block": np.tile(abs(W).max(0), case.rows),
+        "the absmax is that of the whole weight instead of a block": largest(flat, flat.size),
+        "blocks begin anew at each row": np.concatenate([largest(row, bs) for row in W]),
         "the weight is not divided by absmax": np.ones(flat.size),
     }
     sizes = {size: f"blocks have {size} weights instead of {bs}" for size in (bs // 2, 2 * bs, 4 * bs)}
-    for size, cause in (sizes | {64: "blocks have 64 weights, whatever block_size is"}).items():
-        if size != bs:
-            found[cause] = np.repeat([abs(flat[i : i + size]).max() for i in range(0, flat.size, size)], size)[: flat.size]
-    return found
+    sizes |= {64: "blocks have 64 weights, whatever block_size is"}
+    return found | {cause: largest(flat, size) for size, cause in sizes.items() if size != bs}
 
 
 def wrong_stored_absmaxes(case: NF4Weight) -> dict[str, Array]:
@@ -104,7 +100,8 @@ def wrong_values(case: NF4Weight) -> dict[str, Array]:
         "the absmax is that of a row instead of a block": row,
         "the absmax is that of a column instead of a block": column,
         "one absmax is used for all": 0 * i,
-        "blocks begin anew at each row": row * case.columns // bs + column // bs,
+        f"each row is taken for whole blocks, ⌊in/{bs}⌋ of them": row * (case.columns // bs) + column // bs,
+        "blocks begin anew at each row": row * -(-case.columns // bs) + column // bs,
         f"blocks have {bs // 2} weights instead of {bs}": i // (bs // 2),
         f"blocks have {2 * bs} weights instead of {bs}": i // (2 * bs),
         "blocks have 64 weights, whatever block_size is": i // 64,
@@ -137,20 +134,14 @@ def wrong_offsets(case: AbsmaxVector) -> dict[str, Array]:
 
 def wrong_nested_scales(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]:
     """Return the scale of each absmax, by mistake: (b)."""
-    a, rest = case.absmax, case.absmax - offset.value
-    names = {
-        "the scale is the largest absmax: the offset is not subtracted": abs(a),
-        "the scale is the largest absmax - offset, without its absolute value": rest,
+    rest = case.absmax - offset.value
+    sizes = {f"blocks have {size} absmaxes instead of {NESTED}": largest(rest, size) for size in (64, 128, 512)}
+    return sizes | {
+        "the scale is the largest absmax: the offset is not subtracted": largest(case.absmax, NESTED),
+        "the scale is the largest absmax - offset, without its absolute value": largest(np.maximum(rest, 0), NESTED),
+        "one scale is used for all absmaxes": largest(rest, case.count),
+        "the scales are dropped": np.ones(case.count),
     }
-    of_block = {
-        cause: np.maximum.reduceat(each, np.arange(0, case.count, NESTED))[np.arange(case.count) // NESTED]
-        for cause, each in names.items()
-    }
-    for size in (64, 128, 512):
-        largest = np.maximum.reduceat(abs(rest), np.arange(0, case.count, size))
-        of_block[f"blocks have {size} absmaxes instead of {NESTED}"] = largest[np.arange(case.count) // size]
-    of_block["one scale is used for all absmaxes"] = np.full(case.count, abs(rest).max())
-    return of_block | {"the scales are dropped": np.ones(case.count)}
 
 
 def wrong_nested_codes(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]:
@@ -220,6 +211,11 @@ def nearest(x: Array, levels: Array = LEVELS) -> Array:
     return abs(x[:, None] - levels).argmin(1)
 
 
+def largest(flat: Array, size: int) -> Array:
+    """Return the largest |number| of each block, at each of its numbers."""
+    return np.repeat(np.maximum.reduceat(abs(flat), np.arange(0, flat.size, size)), size)[: flat.size]
+
+
 def divided(w: Array, scale: Array) -> Array:
     return np.divide(w, scale, out=np.zeros_like(w), where=scale != 0)
 
@@ -232,5 +228,4 @@ def swap(codes: Array) -> Array:
 def transposed(case: NF4Weight) -> Array:
     """Return w / absmax of the columns laid end to end."""
     other = case.W.T.reshape(-1)
-    begins = np.arange(0, other.size, case.block_size)
-    return divided(other, case.of_each(np.maximum.reduceat(abs(other), begins)))
+    return divided(other, largest(other, case.block_size))
