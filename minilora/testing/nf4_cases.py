@@ -12,12 +12,14 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 
-from minilora.testing import reference_nf4 as reference
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import WeightKind, hard_weight, rounded
+from minilora.testing.reference_nf4 import NF4_LEVELS, absmax_quantize, nf4_pack, nf4_quantize
+from minilora.testing.reference_nf4 import absmax_levels as exact_absmax_levels
 
-LEVELS = np.array(reference.NF4_LEVELS)
+LEVELS = np.array(NF4_LEVELS)
 MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
 TIES = MIDPOINTS[MIDPOINTS.astype(np.float32) == MIDPOINTS]  # the others are no numbers of float32
 HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max() / 2  # 0.151904, between -1 and the next
@@ -52,16 +54,16 @@ class NF4Weight:
         if self.kind == "levels":
             drawn = self._of_powers(rng, LEVELS)
         elif self.kind == "ties":
-            near = TIES.astype(np.float32)
-            drawn = self._of_powers(
-                rng, np.concatenate([near, *(np.nextafter(near, np.float32(to)) for to in (-2, 2))])
-            )
+            ties = TIES.astype(np.float32)
+            below, above = np.nextafter(ties, np.float32(-2)), np.nextafter(ties, np.float32(2))
+            drawn = self._of_powers(rng, np.concatenate([ties, below, above]))
         elif self.kind == "zeros" or self.kind == "zero_block":
             drawn = rng.standard_normal((self.rows, self.columns))
             drawn.reshape(-1)[: drawn.size if self.kind == "zeros" else self.block_size] = 0
         else:
             drawn = hard_weight(self.kind, rng, self.rows, self.columns)
-        return rounded(drawn * 2.0**self.power, self.dtype)
+        most = torch.finfo(getattr(torch, self.dtype)).max
+        return rounded(np.clip(drawn * 2.0**self.power, -most, most), self.dtype)
 
     def _of_powers(self, rng: np.random.Generator, numbers: Array) -> Array:
         """Draw some of the numbers, times a power of two in each block, which is also its absmax."""
@@ -72,14 +74,14 @@ class NF4Weight:
 
     @cached_property
     def _quantized(self) -> tuple[Array, Array]:
-        return reference.nf4_quantize(self.W, self.block_size)
+        return nf4_quantize(self.W, self.block_size)
 
     codes = property(lambda self: self._quantized[0])  # (n)
     absmax = property(lambda self: self._quantized[1])  # (b)
 
     @property
     def packed(self) -> Array:
-        return np.frombuffer(reference.nf4_pack(self.codes.tolist()), dtype=np.uint8)
+        return np.frombuffer(nf4_pack(self.codes.tolist()), dtype=np.uint8)
 
     def of_each(self, absmax: Array) -> Array:
         """Return the absmax of each weight's block: (b) -> (n)."""
@@ -221,7 +223,7 @@ class AbsmaxVector:
 
 @functools.lru_cache(maxsize=64)  # several laws have the same cases
 def _quantized_absmax(case: AbsmaxVector, offset: float | None) -> tuple[Array, Array, float]:
-    return reference.absmax_quantize(case.absmax, offset)
+    return absmax_quantize(case.absmax, offset)
 
 
 def of_each_nested(scales: Bounded, count: int) -> Bounded:
@@ -234,7 +236,7 @@ def absmax_levels() -> Bounded:
 
     Of the width of a part of [0.1, 1], its multiple, an end, a midpoint, a power of ten and a product.
     """
-    levels = Bounded.exact(reference.absmax_levels(), "float32")
+    levels = Bounded.exact(exact_absmax_levels(), "float32")
     return replace(levels, error=levels.gamma(6) * abs(levels.value))
 
 
