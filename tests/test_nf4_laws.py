@@ -208,6 +208,18 @@ def test_a_wrong_dequantize_fails_by_name(cause):
     assert cause in failure.value.causes
 
 
+@pytest.mark.parametrize("midpoint", range(15))
+@pytest.mark.parametrize("to", [-1.0, 1.0])
+def test_a_midpoint_that_is_two_units_off_fails(midpoint, to):
+    bounds = nf4.midpoints(LEVELS)
+    for _ in range(2):
+        bounds[midpoint] = torch.nextafter(bounds[midpoint], torch.tensor(to))
+    with pytest.raises(CheckFailure):
+        laws("nf4")["ties"].check(
+            (lambda W, bs: plain_quantize(W, bs, round_to=lambda x: torch.bucketize(x, bounds)), dequantize)
+        )
+
+
 def test_an_absmax_with_an_epsilon_fails():
     with pytest.raises(CheckFailure, match="absmax is wrong"):
         check_nf4(lambda W, bs: (quantize(W, bs)[0], quantize(W, bs)[1] + 1e-8), dequantize)

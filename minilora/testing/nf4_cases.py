@@ -21,7 +21,7 @@ from minilora.testing.reference_nf4 import absmax_levels as exact_absmax_levels
 
 LEVELS = np.array(NF4_LEVELS)
 MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
-TIES = MIDPOINTS[MIDPOINTS.astype(np.float32) == MIDPOINTS]  # the others are no numbers of float32
+TIES = MIDPOINTS[MIDPOINTS.astype(np.float32) == MIDPOINTS]  # those that float32 represents
 HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max() / 2  # 0.151904, between -1 and the next
 NESTED = 256  # absmaxes that share a scale
 NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
@@ -33,7 +33,8 @@ class NF4Weight:
     """A weight (rows, columns) to be quantized in blocks, and what is right for it.
 
     Kinds are those of `hard_weight`, and: zeros; zero_block: the first block is 0; levels: powers of two times levels,
-    so that bytes are certain; ties: midpoints of levels that float32 represents, and their neighbours on both sides.
+    so that bytes are certain; ties: midpoints of levels, of those that float32 represents, and float32's next numbers
+    below and above each midpoint.
     """
 
     rows: int = 1
@@ -54,9 +55,8 @@ class NF4Weight:
         if self.kind == "levels":
             drawn = self._of_powers(rng, LEVELS)
         elif self.kind == "ties":
-            ties = TIES.astype(np.float32)
-            below, above = np.nextafter(ties, np.float32(-2)), np.nextafter(ties, np.float32(2))
-            drawn = self._of_powers(rng, np.concatenate([ties, below, above]))
+            below, above = (np.nextafter(MIDPOINTS.astype(np.float32), np.float32(end)) for end in (-2, 2))
+            drawn = self._of_powers(rng, np.concatenate([TIES, below, above]))
         elif self.kind == "zeros" or self.kind == "zero_block":
             drawn = rng.standard_normal((self.rows, self.columns))
             drawn.reshape(-1)[: drawn.size if self.kind == "zeros" else self.block_size] = 0
