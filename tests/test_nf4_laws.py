@@ -340,7 +340,7 @@ LINEAR = {
     "blocks have 128 weights instead of 64": lambda W, b: plain_linear(
         W, b, lambda W, q: dequantize(*quantize(W, 128), W.shape, 128)
     ),
-    "W is transposed": lambda W, b: plain_linear(W, b, lambda W, q: q.T if len(W) == len(W.T) else q),
+    "the weight is transposed": lambda W, b: plain_linear(W, b, lambda W, q: q.reshape(W.T.shape).T),
     "the bias is missing": lambda W, b: plain_linear(W, None),
     "the bias is added twice": lambda W, b: plain_linear(W, b, bias=lambda b: 2 * b),
     "double quantization is ignored": lambda W, b, double_quant: make_linear(W, b),
