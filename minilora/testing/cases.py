@@ -122,10 +122,11 @@ class AdaptedLinear:
     @cached_property
     def y(self) -> Bounded:
         """x W'ᵀ + b, whether W' or the two products of LoRA are formed, and wherever b is added."""
-        x, W, B, A = (self._exact(each) for each in (self.rows, self.W, self.B, self.A))
+        x, B, A = (self._exact(each) for each in (self.rows, self.B, self.A))
         b = np.zeros(self.outer) if self.b is None else self.b
-        base, update = x @ W.T + b - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
-        y = base + update + b
+        with_bias = self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ self._exact(np.c_[self.W, b]).T
+        base, update = with_bias - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
+        y = (base + update + b).widened(with_bias + update)
         if self.method == "dora":
             c = self._ratio
             y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
