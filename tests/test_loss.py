@@ -12,7 +12,18 @@ from minilora.errors import TrainingError
 from minilora.kernel import llama as loss
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
-from tests.models import document_lengths, examples, fill_, of_kernels, randn, seeds, sizes, small_tiles, tiny_model, token_ids
+from tests.models import (
+    document_lengths,
+    examples,
+    fill_,
+    of_kernels,
+    randn,
+    seeds,
+    sizes,
+    small_tiles,
+    tiny_model,
+    token_ids,
+)
 from tests.tolerance import assert_maths, assert_parity
 
 
