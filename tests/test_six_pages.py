@@ -81,11 +81,16 @@ def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_pat
     assert_parity(model(found["ids"]), found["adapted"])
 
 
-def test_the_page_of_data_reads_rows_as_the_package_does():
+@pytest.mark.parametrize("keys", ["instruction", "prompt"])
+def test_the_page_of_data_reads_rows_as_the_package_does(keys, tmp_path):
     path, tokenizer = ROOT / "minilora" / "assets" / "data" / "train.jsonl", ml.load_tokenizer("minilora/builtin")
     raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [data.encode_row(json.loads(line), raw, tokenizer.eos_id) for line in lines]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if keys == "prompt":
+        rows = [dict(zip(("prompt", "completion"), data.row_text(row), strict=True)) for row in rows[:20]]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    found = [data.encode_row(row, raw, tokenizer.eos_id) for row in rows]
     expected = ml.load_dataset(path, tokenizer)
     assert [(row.tokens, row.labels) for row in found] == [(row.tokens, row.labels) for row in expected]
 
