@@ -1,6 +1,7 @@
 """The six pages are enough: a model is loaded, adapted, trained, merged and saved without the rest of the package."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora import adapter, data, llama
+from minilora import adapter, data, llama, training
 from minilora.models.config import LlamaConfig
 from minilora.storage import SHARD_BYTES
 from tests.files import SHARD, change, edit, same_state, saved
@@ -119,6 +120,7 @@ def test_the_page_of_adapters_attaches_saves_and_loads_as_the_package_does(seed,
     same_adapters(ours, theirs)
     randomize_adapters_(ours)
     with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder) / "not" / "there"
         adapter.save_lora(ours, folder, "one")
         ml.load_adapter(loaded[0], folder, "one", trainable=True)
         same_adapters(loaded[0], ours)
@@ -136,6 +138,23 @@ def test_the_page_of_adapters_has_the_package_s_defaults(tmp_path):
     adapter.load_lora(loaded, tmp_path)
     ml.load_adapter(base := tiny_model(dtype=torch.float32), tmp_path)
     same_adapters(loaded, base)
+
+
+@pytest.mark.parametrize(
+    ("function", "config"),
+    [
+        (adapter.attach_lora, ml.LoraConfig()),
+        (data.encode_row, ml.DataConfig()),
+        (training.train_step, ml.TrainConfig()),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_the_pages_take_by_default_is_what_the_package_does(function, config):
+    parameters = inspect.signature(function).parameters
+    found = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    shared = found.keys() & vars(config).keys()
+    assert shared
+    assert {name: found[name] for name in shared} == {name: getattr(config, name) for name in shared}
 
 
 def test_the_page_of_adapters_adds_a_second_adapter_beside_the_first():
