@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -158,6 +158,7 @@ def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
     assert torch.equal(model(IDS), before)
 
 
+@example("llama", 0, 7.0, four_bit, ("o_proj",))
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
 def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
     model = adapted(family, scale, seed, base, target_modules=targets)

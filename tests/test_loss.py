@@ -148,6 +148,14 @@ def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
         llama.cross_entropy(hidden, labels, Head())
 
 
+def test_the_graph_of_a_head_is_searched_once_however_many_ways_lead_through_it():
+    x = torch.ones(1, requires_grad=True)
+    y = x * 1
+    for _ in range(20):
+        y = y + y
+    assert len(list(loss._leaves(y))) == 1
+
+
 @of_kernels
 def test_a_head_may_change_what_it_is_given():
     hidden, labels, linear = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), nn.Linear(3, 5).double()
