@@ -63,6 +63,19 @@ def test_attention_equals_the_loops(kernel, case, window):
     assert_maths(kernel(q, k, v, lengths, key_lengths, window), expected)
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@given(attention_inputs(), windows)
+def test_keys_that_are_repeated_for_a_gpu_give_the_same(case, window):
+    q, k, v, *where = case
+    on_gpu = fused_attention(*(tensor.as_subclass(OnGPU) for tensor in (q, k, v)), *where, window)
+    assert_maths(on_gpu.as_subclass(torch.Tensor), fused_attention(q, k, v, *where, window))
+
+
 @kernels
 @given(attention_inputs())
 def test_a_window_as_long_as_the_document_changes_nothing(kernel, case):
@@ -128,7 +141,9 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
     ("dtype", "key_lengths", "window", "kernel"),
     [
         (torch.bfloat16, [2048], None, block_attention),
+        (torch.float32, [512], None, block_attention),
         (torch.float32, [512, 2048], None, block_attention),
+        (torch.float32, [2049], None, fused_attention),
         (torch.float32, [20, 511], None, fused_attention),
         (torch.float32, [20, 4096], None, fused_attention),
         (torch.float32, [20, 4096], 512, block_attention),

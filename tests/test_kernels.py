@@ -293,13 +293,16 @@ def test_of_the_results_only_what_is_counted_is_kept_for_the_backward_pass(name,
     del y
 
 
-def test_an_input_is_not_kept_where_neither_weight_nor_A_is_trained():
-    tensors, saved = [randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])], []
-    x, A, B = tensors[0].requires_grad_(), tensors[1], tensors[2].requires_grad_()
+@pytest.mark.parametrize("trained", ["A", "B", "AB"])
+def test_an_input_is_kept_only_for_the_gradient_of_A_and_its_projection_only_for_that_of_B(trained):
+    (x, A, B), saved = (randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])), []
+    A.requires_grad_("A" in trained)
+    B.requires_grad_("B" in trained)
     base = nn.Linear(4, 3).double().requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        lora.lora_linear(x, base, None, A, B, 2.0)
-    assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+        lora.lora_linear(x.requires_grad_(), base, None, A, B, 2.0)
+    assert (x.data_ptr() in {tensor.data_ptr() for tensor in saved}) == ("A" in trained)
+    assert ((5, 2) in {tuple(tensor.shape) for tensor in saved}) == ("B" in trained)
 
 
 @each_differentiable

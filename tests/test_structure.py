@@ -133,9 +133,8 @@ def folders_of_the_package():
     return {f"minilora/{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
-def test_the_script_of_mutants_names_the_core_and_tests_that_there_are():
-    kernels = {name for name in MODULES if name.startswith("kernel/") and not name.endswith("/__init__")}
-    assert set(mutants.CORE) == {*PAGES, *kernels}
+def test_the_script_of_mutants_names_the_pages_and_tests_that_there_are():
+    assert set(mutants.PAGES) == set(PAGES)
     assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in mutants.TESTS)
 
 
