@@ -5,18 +5,24 @@
 
 from minilora.testing.bounds import Bounded
 from minilora.testing.cases import AdaptedLinear
+from minilora.testing.chat_laws import Chat
 from minilora.testing.checks import (
     check,
+    check_accumulation,
+    check_adapter_directory,
     check_adapter_sum,
+    check_chat_mask,
     check_dora_linear,
     check_gradients,
     check_lora_linear,
+    check_loss_masking,
     check_merge,
     laws,
     on_numpy,
     parametrize_laws,
 )
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
+from minilora.testing.data_cases import MaskedLogits, MicroBatches
 from minilora.testing.laws import CheckFailure, NotApplicable
 from minilora.testing.lora_laws import AdapterSum
 
@@ -24,16 +30,23 @@ __all__ = [
     "AdaptedLinear",
     "AdapterSum",
     "Bounded",
+    "Chat",
     "CheckFailure",
+    "MaskedLogits",
+    "MicroBatches",
     "NotApplicable",
     "assert_maths",
     "assert_parity",
     "assert_precision",
     "check",
+    "check_accumulation",
+    "check_adapter_directory",
     "check_adapter_sum",
+    "check_chat_mask",
     "check_dora_linear",
     "check_gradients",
     "check_lora_linear",
+    "check_loss_masking",
     "check_merge",
     "laws",
     "on_numpy",
