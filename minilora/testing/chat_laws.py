@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Claim]:
     lost = f"found {''.join(tokens)!r}; accepted is every message's text, whole or without white space around, in order"
     yield Claim("the text", "" if spans else lost)
     if spans and len(flags) == len(tokens):
-        yield mask_claim(list(tokens), np.array([bool(flag) for flag in flags]), spans, case)
+        yield mask_claim(tokens, np.array([bool(flag) for flag in flags]), spans, case)
 
 
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
@@ -65,56 +66,69 @@ def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]
     return spans if end == len(text) else []
 
 
-def mask_claim(tokens: list[str], flags: Array, spans: list[tuple[int, int]], case: Chat) -> Claim:
-    """Compare a mask with the right one: tokens of replies, and the token after each that is not white space.
+class Expected(NamedTuple):
+    """What each token of a rendered conversation is, (tokens) of booleans; a token may be several."""
 
-    Either is accepted of a token that also has the end of the header, and of white space beside the end token.
-    """
+    reply: Array
+    closing: Array  # the end token after a reply: that of the first character that is not white space
+    header: Array  # between a reply and the end token of the message before it
+    others: Array  # of what the user or the system says
+    either: Array  # may be learned or not: white space beside an end token, the end of a header and a reply in one
+
+
+def expect(tokens: Sequence[str], spans: Sequence[tuple[int, int]], roles: Sequence[str]) -> Expected:
+    """Return what the tokens are, given where the contents of the messages are in the text."""
     text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
     begins = ends - [len(token) for token in tokens]
-    blank = np.array([not token.strip() for token in tokens])
-    replies = [(i, *span) for i, span in enumerate(spans) if case.turns[i][0] == "assistant"]
-    right, closing, free = (np.zeros(len(tokens), dtype=bool) for _ in range(3))
-    for i, begin, end in replies:
+    is_blank = np.array([not token.strip() for token in tokens])
+    found = Expected(*(np.zeros(len(tokens), dtype=bool) for _ in Expected._fields))
+    is_reply = [role == "assistant" for role in roles]
+    for i, (begin, end) in enumerate(spans):
         until = spans[i + 1][0] if i + 1 < len(spans) else len(text)
-        mark = end + len(text[end:until]) - len(text[end:until].lstrip())  # the end token's first character
-        right |= (begins < end) & (ends > begin)
-        closing |= (begins <= mark) & (mark < ends) & (mark < until)
-        free |= ((begins < begin) & (ends > begin)) | (blank & (begins >= end) & (ends <= until))
-    free |= begins == ends
-    expected = np.where(free & ~closing, flags, right | closing)
-    if (expected == flags).all():
+        mark = end + len(text[end:until]) - len(text[end:until].lstrip())
+        closing = (begins <= mark) & (mark < ends) & (mark < until)
+        own = found.reply if is_reply[i] else found.others
+        own[:] |= (begins < end) & (ends > begin) & (begins < ends)
+        if is_reply[i]:
+            found.closing[:] |= closing
+            found.either[:] |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
+        if is_reply[i + 1 : i + 2] == [True]:
+            found.header[:] |= (begins >= end) & (ends <= until) & ~closing
+    found.either[:] = (found.either & ~found.closing) | (begins == ends)
+    return found
+
+
+def mask_claim(tokens: Sequence[str], flags: Array, spans: Sequence[tuple[int, int]], case: Chat) -> Claim:
+    """Compare the labels of a conversation with the right ones."""
+    roles = [role for role, _ in case.turns]
+    found, replies = expect(tokens, spans, roles), roles.count("assistant")
+    strict = found.reply | found.closing
+    right = np.where(found.either, flags, strict)
+    if (right == flags).all() and found.closing.sum() == replies:
         return Claim("the labelled text")
-    first, final = (replies[which][1:] for which in (0, -1))
-    shown = f"learned are   {marked(tokens, flags)}\n  accepted is   {marked(tokens, expected)}"
-    extra, missing = flags & ~expected, expected & ~flags
-    others = [span for (role, _), span in zip(case.turns, spans, strict=True) if role != "assistant"]
-    headers = [(spans[i - 1][1] if i else 0, begin) for i, begin, _ in replies]
-    is_after_first, is_before_last = begins > first[1], ends <= final[0]
-    several = len(replies) > 1
-    true = {
+    extra, missing = flags & ~right, right & ~flags
+    number = np.cumsum(found.closing) - found.closing  # of the reply that a token belongs to or comes before
+    causes = {
+        "no end token stands after a reply": found.closing.sum() < replies,
         "nothing is learned": not flags.any(),
         "everything is learned": flags.all(),
-        "the mask is one token late": (flags[1:] == expected[:-1]).all() and not flags[0],
-        "the mask is one token early": (flags[:-1] == expected[1:]).all() and not flags[-1],
-        "only the last reply is learned": several and (flags == (expected & ~is_before_last)).all(),
-        "only the first reply is learned": several and (flags == (expected & ~is_after_first)).all(),
+        "the mask is one token late": (flags[1:] == strict[:-1]).all() and not flags[0],
+        "the mask is one token early": (flags[:-1] == strict[1:]).all() and not flags[-1],
+        "only the last reply is learned": replies > 1 and (flags == right & (number >= replies - 1)).all(),
+        "only the first reply is learned": replies > 1 and (flags == right & (number < 1)).all(),
     }
-    if not any(true.values()):
-        true = {
-            "the end token after a reply is not learned": (missing & closing).any(),
-            "a part of a reply is not learned": (missing & right & ~closing).any(),
-            "tokens of the user or of the system are learned": touches(extra, begins, ends, others),
-            "the header in front of a reply is learned": touches(extra, begins, ends, headers),
+    if not any(causes.values()):
+        causes = {
+            "the end token after a reply is not learned": (missing & found.closing).any(),
+            "a part of a reply is not learned": (missing & found.reply & ~found.closing).any(),
+            "tokens of the user or of the system are learned": (extra & found.others).any(),
+            "the header in front of a reply is learned": (extra & found.header).any(),
         }
-    return Claim("the labelled text", shown, frozenset(cause for cause, holds in true.items() if holds))
+    shown = f"learned are    {marked(tokens, flags)}\n  accepted are   {marked(tokens, right)}"
+    return Claim("the labelled text", shown, frozenset(cause for cause, is_true in causes.items() if is_true))
 
 
-def touches(chosen: Array, begins: Array, ends: Array, spans: Iterable[tuple[int, int]]) -> bool:
-    return any((chosen & (begins < end) & (ends > begin)).any() for begin, end in spans)
-
-
-def marked(tokens: list[str], flags: Array) -> str:
+def marked(tokens: Sequence[str], flags: Array) -> str:
     """Return the text with ⟦ ⟧ around what is learned."""
     pairs = zip(tokens, flags, strict=True)
     return repr("".join(f"⟦{token}⟧" if flag else token for token, flag in pairs).replace("⟧⟦", ""))

@@ -65,6 +65,7 @@ class Places:
                 np.where(inner, np.maximum(targets, 0), IGNORED),
                 inner / max(1, inner.sum()),
             ),
+            "token 0 is taken for padding and not learned": _mean(np.where(targets == 0, IGNORED, targets)),
             "the loss has the wrong sign": (targets, -weights),
             "it is the mean of the means of the rows": (targets, self._of_means(targets, self.row, rows)),
             "it is the mean of the means of the rows that have labels": (targets, self._of_means(targets, self.row)),
@@ -192,16 +193,17 @@ class MaskedLogits:
         slopes = (z - z.log_sum_exp().reshape(-1, 1)).exp() - np.eye(self.vocabulary)[targets]
         share = Bounded.exact(np.ones(1), self.dtype) / max(1, len(targets))
         error = np.zeros(self.logits.shape)
-        error[self._is_predicted] = (slopes * share).error
+        error[self.is_predicted] = (slopes * share).error
         return Bounded(reference_data.masked_loss_gradient(self.logits, self.labels), error, self.dtype)
 
     @property
-    def _is_predicted(self) -> Array:
+    def is_predicted(self) -> Array:
+        """Whether the logits at each position predict a label, (B, T)."""
         return self.places.shifted(1).reshape(self.tokens.shape) != IGNORED
 
     @property
     def _predicted(self) -> tuple[Bounded, Array]:
-        chosen = self._is_predicted
+        chosen = self.is_predicted
         return Bounded.exact(self.logits[chosen], self.dtype), self.places.shifted(1).reshape(chosen.shape)[chosen]
 
     def wrong_losses(self) -> dict[str, Array]:

@@ -41,7 +41,16 @@ def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
         raise AssertionError("the loss has no gradient")
     result.backward()
     actual = torch.zeros_like(logits) if logits.grad is None else logits.grad
-    yield Comparison("the gradient of the logits", actual, case.gradient, case.wrong_gradients)
+    chosen = case.is_predicted
+    known = case.wrong_gradients
+    yield Comparison(
+        "the gradient of logits",
+        as_array(actual)[chosen],
+        case.gradient[chosen],
+        lambda: {cause: wrong[chosen] for cause, wrong in known().items()},
+    )
+    rest = as_array(actual)[~chosen]
+    yield Comparison("the gradient of logits in front of a label of -100", rest, np.zeros_like(rest))
 
 
 def both(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
@@ -58,8 +67,7 @@ def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
 
 
 def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    is_free = case.gradient.value.any(-1, keepdims=True) == 0
-    changed = case.changed(logits=np.where(is_free, other(case), case.logits))
+    changed = case.changed(logits=np.where(case.is_predicted[..., None], case.logits, other(case)))
     actual = loss_fn(*tensors(changed))
     yield Comparison("the loss with other logits where no label follows", actual, case.loss, changed.wrong_losses)
     yield from gradient(loss_fn, changed)
