@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from minilora.testing import chat_laws, data_laws, lora_laws
+from minilora.testing import chat_laws, data_laws, directory_laws, lora_laws
 from minilora.testing.laws import Law, NotApplicable, Report
 
-LAWS = (*lora_laws.LAWS, *data_laws.LAWS, *chat_laws.LAWS)
+LAWS = (*lora_laws.LAWS, *data_laws.LAWS, *chat_laws.LAWS, *directory_laws.LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
