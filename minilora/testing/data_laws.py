@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,8 @@ def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
 
 def both(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     yield from loss(loss_fn, case)
-    yield from gradient(loss_fn, case)
+    with suppress(NotApplicable):  # a loss that is no tensor
+        yield from gradient(loss_fn, case)
 
 
 def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
@@ -70,7 +72,8 @@ def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     changed = case.changed(logits=np.where(case.is_predicted[..., None], case.logits, other(case)))
     actual = loss_fn(*tensors(changed))
     yield Comparison("the loss with other logits where no label follows", actual, case.loss, changed.wrong_losses)
-    yield from gradient(loss_fn, changed)
+    with suppress(NotApplicable):
+        yield from gradient(loss_fn, changed)
 
 
 def other(case: MaskedLogits) -> Array:
