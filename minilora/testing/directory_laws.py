@@ -1,102 +1,34 @@
-"""Laws of the directory of a LoRA adapter in PEFT's layout: its two files are complete and agree with each other.
-
-    adapter_config.json         {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […], …}
-    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r), …
-
-Nothing here is shared with `minilora.adapters`. Patterns of the config are run as regular expressions, as PEFT does.
-"""
+"""Laws of the directory of a LoRA adapter in PEFT's layout: its two files are complete and agree with each other."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from minilora.testing.directory import (
+    CONFIG,
+    FACTORS,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    Shape,
+    belongs,
+    first_match,
+    is_target,
+    meant,
+    read,
+)
 from minilora.testing.laws import Claim, Law, NotApplicable
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-FACTORS = {  # key -> the end of the tensor's name
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "embedding A": "lora_embedding_A",
-    "embedding B": "lora_embedding_B",
-    "B's bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-    "diagonal": "lora_diag",  # KaSA's
-    "base weight": "base_layer.weight",
-    "base bias": "base_layer.bias",
-    "rows": "token_adapter.trainable_tokens_delta",
-}
 DTYPES = ("F64", "F32", "F16", "BF16")
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
-Shape = tuple[int, ...]
+SHOWN = 10  # problems of one law
 Problems = Iterator[tuple[str, str]]  # what is wrong, and the likely cause or ""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's config, and the shapes of its tensors.
-
-    Attributes:
-        parts: path of an adapted module -> key of `FACTORS` -> shape.
-        others: the names of tensors of the model itself, without the prefix.
-        strange: the names of tensors without the prefix that all have.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    parts: dict[str, dict[str, Shape]]
-    others: tuple[str, ...]
-    strange: tuple[str, ...]
-
-    @property
-    def factors(self) -> dict[str, tuple[Shape, Shape]]:
-        """The shapes of A and B by path, where both are there."""
-        pairs = {
-            path: (own.get("A") or own.get("embedding A"), own.get("B") or own.get("embedding B"))
-            for path, own in self.parts.items()
-        }
-        return {path: (A, B) for path, (A, B) in pairs.items() if A and B}
-
-    def names(self, key: str) -> list[str]:
-        """Return a list of names in the config, which may be null."""
-        value = self.config.get(key) or []
-        return [value] if isinstance(value, str) else list(value)
-
-
-def read(path: Path) -> Adapter:
-    """Read config and header.
-
-    Raises:
-        Exception: a file is missing or malformed.
-    """
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG}: found {config!r:.40}, accepted is an object")
-    with safe_open(path / WEIGHTS, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
-    parts: dict[str, dict[str, Shape]] = {}
-    others, strange = [], []
-    for name, shape in shapes.items():
-        key = next((key for key, end in FACTORS.items() if name.endswith(f".{end}")), None)
-        if not name.startswith(PREFIX):
-            strange.append(name)
-        elif key is None:
-            others.append(name.removeprefix(PREFIX))
-        else:
-            where = name.removeprefix(PREFIX).removesuffix(f".{FACTORS[key]}")
-            parts.setdefault(where, {})[key] = shape
-    return Adapter(path, config, parts, tuple(others), tuple(strange))
-
-
-# --- laws: each yields problems ---
 
 
 def files(path: Path) -> Problems:
@@ -141,26 +73,16 @@ def names(adapter: Adapter) -> Problems:
             yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save", cause * is_factor
 
 
-def belongs(adapter: Adapter, name: str) -> bool:
-    """Return whether a parameter of the model is one that is saved: of a module trained in full, or a bias."""
-    is_bias = name.endswith(".bias") and adapter.config.get("bias", "none") == "all"
-    return is_bias or name.endswith(EMBEDDINGS) or any(meant(name, entry) for entry in adapter.names("modules_to_save"))
-
-
-def meant(name: str, entry: str) -> bool:
-    """Return whether a parameter is of a module whose path ends with an entry: PEFT compares the ends as text."""
-    return any(name[: dot.start()].endswith(entry) for dot in re.finditer(r"\.", name))
-
-
 def pairs(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         needed = {"A": "B", "B": "A", "embedding A": "embedding B", "embedding B": "embedding A"}
-        needed |= dict.fromkeys(("B's bias", "magnitude", "diagonal"), "A")
+        needed |= dict.fromkeys(("B's bias", "magnitude", "diagonal", "base weight", "base bias"), "A")
         for key, other in needed.items():
             if key in own and other not in own and f"embedding {other}" not in own:
-                yield f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}: there is no {FACTORS[other]} beside it", ""
+                name = f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
+                yield f"{name}: found no {FACTORS[other]} beside it, accepted are both", ""
     if not adapter.parts and not adapter.others:
-        yield f"{WEIGHTS}: found no tensor of an adapter", ""
+        yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors", ""
 
 
 def shapes(adapter: Adapter) -> Problems:
@@ -168,9 +90,12 @@ def shapes(adapter: Adapter) -> Problems:
     for where, (A, B) in adapter.factors.items():
         key = first_match(ranks, where)
         r, source = (adapter.config.get("r", 8), "r") if key is None else (ranks[key], f"rank_pattern[{key!r}]")
-        is_stacked = bool(adapter.names("target_parameters")) and A[0] == B[-1] and A[0] % r == 0  # r an expert
+        if len(A) != len(B) or len(A) < 2:
+            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels", ""
+            continue
+        is_stacked = bool(adapter.listed("target_parameters")) and A[0] == B[-1] and A[0] % r == 0  # r an expert
         is_grouped = (len(A) > 2 or adapter.config.get("use_bdlora")) and r % B[1] == 0
-        if len(A) != len(B) or (not is_stacked and (A[0] != r or (B[1] != r and not is_grouped))):
+        if not is_stacked and (A[0] != r or (B[1] != r and not is_grouped)):
             cause = "A and B are transposed or exchanged" if len(A) == 2 and A[-1] == r == B[0] else ""
             if any(rank == A[0] and first_match([other], where) for other, rank in ranks.items()):
                 cause = "the order of rank_pattern's keys was changed: of several that match, the first counts"
@@ -179,11 +104,11 @@ def shapes(adapter: Adapter) -> Problems:
 
 
 def patterns(adapter: Adapter) -> Problems:
-    known = [*adapter.parts, *adapter.names("target_parameters")]
+    known = [*adapter.parts, *adapter.listed("target_parameters")]
     for field in ("rank_pattern", "alpha_pattern"):
         for key in adapter.config.get(field) or {}:
             if not any(first_match([key], where) for where in known):
-                yield f"{CONFIG}: {field}: {key!r} matches no module of the tensors, as {example(adapter)}", ""
+                yield f"{CONFIG}: {field}: found {key!r}, {matching(adapter)}", ""
 
 
 def dora(adapter: Adapter) -> Problems:
@@ -193,7 +118,8 @@ def dora(adapter: Adapter) -> Problems:
 def biases(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if "base bias" in own and adapter.config.get("bias", "none") == "none":
-            yield f"{PREFIX}{where}.base_layer.bias: found one, accepted is none since bias is 'none'", ""
+            name = f"{WEIGHTS}: {PREFIX}{where}.base_layer.bias"
+            yield f"{name}: found {own['base bias']}, accepted is none since bias is 'none'", ""
     yield from optional(adapter, "B's bias", "lora_bias", lambda B: B[:1])
 
 
@@ -208,13 +134,13 @@ def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Sh
 
 
 def whole_modules(adapter: Adapter) -> Problems:
-    entries, known = adapter.names("modules_to_save"), [*adapter.others]
+    entries, known = adapter.listed("modules_to_save"), [*adapter.others]
     known += [f"{where}.{FACTORS[key]}" for where, own in adapter.parts.items() for key in own]
     lacking = [entry for entry in entries if not any(meant(name, entry) for name in known)]
     if set(HEADS) <= set(entries) and not set(HEADS) <= set(lacking):
         lacking = [entry for entry in lacking if entry not in HEADS]
     for entry in lacking:
-        yield f"{CONFIG}: modules_to_save: {entry!r}, of which {WEIGHTS} has no tensor", ""
+        yield f"{CONFIG}: modules_to_save: found {entry!r}, accepted are modules whose tensors are in {WEIGHTS}", ""
 
 
 def rows(adapter: Adapter) -> Problems:
@@ -223,51 +149,39 @@ def rows(adapter: Adapter) -> Problems:
     counts = sorted(map(len, asked.values())) if isinstance(asked, dict) else [len(asked)]
     if sorted(shape[0] for shape in found.values()) != counts:
         shown = {where: list(shape) for where, shape in found.items()} or "none"
-        yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, and rows {shown} in {WEIGHTS}", ""
+        need = f"accepted are as many rows in {WEIGHTS} as tokens; the shapes there: {shown}"
+        yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}", ""
 
 
 def targets(adapter: Adapter) -> Problems:
     target, adapted = adapter.config.get("target_modules"), list(adapter.factors)
-    parameters = [entry.rpartition(".")[0] for entry in adapter.names("target_parameters")]
+    parameters = [entry.rpartition(".")[0] for entry in adapter.listed("target_parameters")]
     if isinstance(target, str) and target.lower() == "all-linear":
         return
     for where in adapted:
         outer = where.partition(".base_layer")[0]  # of a module in a module, or of several parameters of one
         ways = (is_target(path, target or []) for path in (where, outer))
         if not any(ways) and not any(is_target(outer, [entry]) or not entry for entry in parameters):
-            yield f"{CONFIG}: target_modules: found {target!r:.80}, which does not match {where} of {WEIGHTS}", ""
+            need = f"accepted is what matches all modules of {WEIGHTS}, {where} too"
+            yield f"{CONFIG}: target_modules: found {target!r:.80}, {need}", ""
     for entry in [] if isinstance(target, str) else target or []:
         if not any(is_target(path.partition(".base_layer")[0], [entry]) for path in adapted):
-            yield f"{CONFIG}: target_modules: {entry!r} matches no module of the tensors, as {example(adapter)}", ""
+            yield f"{CONFIG}: target_modules: found {entry!r}, {matching(adapter)}", ""
 
 
 def trained(adapter: Adapter) -> Problems:
     with safe_open(adapter.path / WEIGHTS, "pt") as file:
         for where, own in adapter.parts.items():
-            factors = [f"{PREFIX}{where}.{FACTORS[key]}" for key in own if key[-1] in "AB"]
+            factors = [f"{PREFIX}{where}.{FACTORS[key]}" for key in own if key.endswith(("A", "B"))]
             if len(factors) == 2 and all(file.get_tensor(name).any() for name in factors):
                 return
     if adapter.factors:
         yield f"{WEIGHTS}: found B = 0 in every module, accepted is one that is not 0", "the adapter is not trained"
 
 
-# --- what they use ---
-
-
-def first_match(keys: Iterable[str], where: str) -> str | None:
-    """Return the first key of a pattern that matches a module's path, as PEFT does: anchored at a dot and the end."""
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", where)), None)
-
-
-def is_target(where: str, target: str | list[str]) -> bool:
-    """Return whether `target_modules` means a module: a regular expression, or ends of paths."""
-    if isinstance(target, str):
-        return re.fullmatch(target, where) is not None
-    return any(where == entry or where.endswith(f".{entry}") for entry in target)
-
-
-def example(adapter: Adapter) -> str:
-    return next(iter(adapter.factors), "there is none")
+def matching(adapter: Adapter) -> str:
+    example = next(iter(adapter.factors), "of which there is none")
+    return f"accepted is what matches a module of {WEIGHTS}, such as {example}"
 
 
 def _is_number(value: Any) -> bool:
@@ -279,7 +193,16 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_pattern(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(is_right, value.values())))
+    return lambda value: (
+        value is None or (isinstance(value, dict) and all(map(is_right, value.values())) and all(map(_is_regex, value)))
+    )
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        return bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def _is_names(value: Any) -> bool:
@@ -294,10 +217,14 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> PEFT's d
     "lora_alpha": (8, *ALPHA),
     "lora_dropout": (0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "target_modules": (None, lambda value: isinstance(value, str) or _is_names(value), "names or an expression"),
+    "target_modules": (
+        None,
+        lambda value: _is_regex(value) if isinstance(value, str) else _is_names(value),
+        "a list of names or a regular expression",
+    ),
     "modules_to_save": (None, _is_names, "a list of names or null"),
-    "rank_pattern": (None, _is_pattern(_is_rank), "an object of whole numbers of at least 1"),
-    "alpha_pattern": (None, _is_pattern(ALPHA[0]), "an object of numbers above 0"),
+    "rank_pattern": (None, _is_pattern(_is_rank), "an object of regular expressions and whole numbers of at least 1"),
+    "alpha_pattern": (None, _is_pattern(ALPHA[0]), "an object of regular expressions and numbers above 0"),
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), FLAG),
 }
 
@@ -314,7 +241,8 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
                 raise NotApplicable(f"the files cannot be read: {error}") from error
         found = list(problems(directory))
         causes = frozenset(cause for _, cause in found if cause)
-        yield Claim(what, "\n  ".join(problem for problem, _ in found), causes)
+        shown = [problem for problem, _ in found[:SHOWN]] + [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
+        yield Claim(what, "\n  ".join(shown), causes)
 
     return Law("adapter_directory", name, statement, lambda: [None], compare)
 
