@@ -99,6 +99,10 @@ def our_loss(logits, labels):
     return llama.cross_entropy(logits, batch.labels, nn.Identity()) / len(batch.labels)
 
 
+def float32_loss(logits, labels):
+    return plain_loss(logits.float(), labels)
+
+
 def numpy_loss(logits, labels):
     z, targets = logits[:, :-1].astype(np.float64), labels[:, 1:]
     z = z - z.max(-1, keepdims=True)
@@ -131,7 +135,7 @@ def our_step(W, micro_batches):
 
 
 @either
-@pytest.mark.parametrize("loss_fn", [plain_loss, our_loss, on_numpy(numpy_loss)])
+@pytest.mark.parametrize("loss_fn", [plain_loss, our_loss, on_numpy(numpy_loss), float32_loss])
 def test_a_right_loss_passes(loss_fn):
     assert len(check_loss_masking(loss_fn)) > 5
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array
+from minilora.testing.cases import rounded
 from minilora.testing.compare import as_array
 from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
 from minilora.testing.laws import Claim, Comparison, Law, NotApplicable
@@ -24,12 +25,21 @@ LossFn = Callable[[Tensor, Tensor], Any]
 
 
 def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    yield Comparison("the loss", loss_fn(*tensors(case)), case.loss, case.wrong_losses)
+    result = loss_fn(*tensors(case))
+    case = computed(case, result)
+    yield Comparison("the loss", result, case.loss, case.wrong_losses)
 
 
 def tensors(case: MaskedLogits) -> tuple[Tensor, Tensor]:
     """Return logits and labels, which the implementation may change."""
     return torch.tensor(case.logits, dtype=getattr(torch, case.dtype)), torch.tensor(case.labels)
+
+
+def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
+    """Return the case in float32 where the loss is: some cast logits to float32, whatever they are."""
+    if case.dtype != "float64" or str(getattr(result, "dtype", "")).removeprefix("torch.") != "float32":
+        return case
+    return replace(case.changed(logits=rounded(case.logits, "float32")), dtype="float32")
 
 
 def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
@@ -42,8 +52,8 @@ def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
         raise AssertionError("the loss has no gradient")
     result.backward()
     actual = torch.zeros_like(logits) if logits.grad is None else logits.grad
-    chosen = case.is_predicted
-    known = case.wrong_gradients
+    case = computed(case, result)
+    chosen, known = case.is_predicted, case.wrong_gradients
     yield Comparison(
         "the gradient of logits",
         as_array(actual)[chosen],
@@ -65,13 +75,15 @@ def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     logits[:, -1] = other(case)[:, -1]
     changed = case.changed(tuple(f"x{row[1:]}" for row in case.rows), logits=logits)
     actual = loss_fn(*tensors(changed))
-    yield Comparison("the loss with other last logits and first labels", actual, case.loss, changed.wrong_losses)
+    right = computed(case, actual).loss
+    yield Comparison("the loss with other last logits and first labels", actual, right, changed.wrong_losses)
 
 
 def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     changed = case.changed(logits=np.where(case.is_predicted[..., None], case.logits, other(case)))
     actual = loss_fn(*tensors(changed))
-    yield Comparison("the loss with other logits where no label follows", actual, case.loss, changed.wrong_losses)
+    right = computed(case, actual).loss
+    yield Comparison("the loss with other logits where no label follows", actual, right, changed.wrong_losses)
     with suppress(NotApplicable):
         yield from gradient(loss_fn, changed)
 
@@ -89,10 +101,10 @@ def padding(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
         arrays[name][:, : own.shape[1]] = own
     padded = case.changed(wide.rows, **arrays)
     actual = loss_fn(*tensors(padded))
-    yield Comparison("the loss of padded rows", actual, case.loss.widened(padded.loss), padded.wrong_losses)
+    yield Comparison("the loss of padded rows", actual, computed(case, actual).loss, padded.wrong_losses)
     turned = case.changed(case.rows[::-1], **{name: own[::-1].copy() for name, own in case.arrays.items()})
     actual = loss_fn(*tensors(turned))
-    yield Comparison("the loss of rows in another order", actual, case.loss, turned.wrong_losses)
+    yield Comparison("the loss of rows in another order", actual, computed(case, actual).loss, turned.wrong_losses)
 
 
 def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Claim]:
