@@ -8,11 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from minilora.testing import reference_data
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import rounded
+from minilora.testing.reference_data import IGNORED, accumulated_gradient, masked_loss, masked_loss_gradient
 
-IGNORED = reference_data.IGNORED
 Groups = tuple[tuple[int, ...], ...]  # numbers of rows in micro-batches; () is as they are
 
 
@@ -184,7 +183,7 @@ class MaskedLogits:
         """L = 1/N Σ (log Σ exp(logits) - logits[label])."""
         z, targets = self._predicted
         mean = (z.log_sum_exp() - z[np.arange(len(targets)), targets]) / max(1, len(targets))
-        return Bounded(np.asarray(reference_data.masked_loss(self.logits, self.labels)), mean.total().error, self.dtype)
+        return Bounded(np.asarray(masked_loss(self.logits, self.labels)), mean.total().error, self.dtype)
 
     @cached_property
     def gradient(self) -> Bounded:
@@ -194,7 +193,7 @@ class MaskedLogits:
         share = Bounded.exact(np.ones(1), self.dtype) / max(1, len(targets))
         error = np.zeros(self.logits.shape)
         error[self.is_predicted] = (slopes * share).error
-        return Bounded(reference_data.masked_loss_gradient(self.logits, self.labels), error, self.dtype)
+        return Bounded(masked_loss_gradient(self.logits, self.labels), error, self.dtype)
 
     @property
     def is_predicted(self) -> Array:
@@ -272,7 +271,7 @@ class MicroBatches:
         z, n = x @ W.T, max(1, int(is_learned.sum()))
         slopes = (z - z.log_sum_exp().reshape(-1, 1)).exp() - np.eye(self.vocabulary)[targets[is_learned]]
         bound = (slopes / n * n / n).T @ x
-        exact = reference_data.accumulated_gradient(self.W, list(self.batches()))
+        exact = accumulated_gradient(self.W, list(self.batches()))
         return Bounded(exact, bound.widened((slopes.T @ x) / n).error, self.dtype)
 
     def wrong_gradients(self, groups: Groups = ()) -> dict[str, Array]:

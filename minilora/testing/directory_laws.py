@@ -36,7 +36,7 @@ def files(path: Path) -> Problems:
         if not (path / name).is_file():
             yield f"{name}: found no such file in {path}; accepted is a directory with {CONFIG} and {WEIGHTS}", ""
     if (path / "adapter_model.bin").exists():
-        yield f"adapter_model.bin: found beside {WEIGHTS}; accepted are safetensors alone: a pickle can run code", ""
+        yield f"adapter_model.bin: found, accepted is {WEIGHTS} alone: loading the other one can run code", ""
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         try:
             read(path)
@@ -248,7 +248,7 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
 
 
 LAWS = (
-    _law("files", "the directory", f"there are {CONFIG} and {WEIGHTS}, and no pickle", files),
+    _law("files", "the directory", f"{CONFIG} and {WEIGHTS} can be read, and there is no adapter_model.bin", files),
     _law("config", CONFIG, "the settings have the types and ranges of PEFT's", config),
     _law("values", WEIGHTS, "all numbers are floating-point and finite", values),
     _law("names", "the name of a tensor", "each tensor is a part of an adapter, or of a module trained in full", names),
