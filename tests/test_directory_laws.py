@@ -60,6 +60,16 @@ def test_one_name_of_a_classifier_s_head_is_enough(tmp_path):
     check_adapter_directory(tmp_path)
 
 
+def test_factors_of_stacked_experts_have_a_multiple_of_the_rank(tmp_path):
+    edit(saved(tmp_path, r=6, target_modules=("q_proj",)), r=3, target_modules=[], target_parameters=["q_proj.weight"])
+    check_adapter_directory(tmp_path)
+    edit(tmp_path, r=4)
+    assert_found(tmp_path, "shapes", ["found A (6, 24) and B (40, 6), accepted are A (4, in)"])
+    edit(tmp_path, r=3)
+    change(tmp_path, replaced(f"{Q}.lora_B.weight", lambda B: B[:, :5]))
+    assert_found(tmp_path, "shapes", ["found A (6, 24) and B (40, 5), accepted are A (3, in)"])
+
+
 # --- planted mistakes ---
 
 
