@@ -95,7 +95,7 @@ def test_the_six_pages_are_read_in_an_afternoon():
     assert sum(lines.values()) <= PAGES_LINES, lines
 
 
-@pytest.mark.parametrize("module", ["testing/reference", "testing/reference_nf4"])
+@pytest.mark.parametrize("module", ["testing/reference", "testing/reference_nf4", "testing/reference_data"])
 def test_the_oracles_import_numpy_alone(module):
     names = {name.split(".")[0] for name in imported(MODULES[module])}
     assert names <= {"__future__", "collections", "typing", "math", "numpy"}

@@ -5,14 +5,19 @@
 
 from minilora.testing.bounds import Bounded
 from minilora.testing.cases import AdaptedLinear
+from minilora.testing.chat_laws import Chat
 from minilora.testing.checks import (
     check,
+    check_accumulation,
+    check_adapter_directory,
     check_adapter_sum,
+    check_chat_mask,
     check_dora_linear,
     check_double_quant,
     check_gradients,
     check_linear4bit,
     check_lora_linear,
+    check_loss_masking,
     check_merge,
     check_nf4,
     laws,
@@ -20,6 +25,7 @@ from minilora.testing.checks import (
     parametrize_laws,
 )
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
+from minilora.testing.data_cases import MaskedLogits, MicroBatches
 from minilora.testing.laws import CheckFailure, NotApplicable
 from minilora.testing.merge_laws import AdapterSum
 from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
@@ -29,7 +35,10 @@ __all__ = [
     "AdaptedLinear",
     "AdapterSum",
     "Bounded",
+    "Chat",
     "CheckFailure",
+    "MaskedLogits",
+    "MicroBatches",
     "NF4Weight",
     "NotApplicable",
     "QuantizedLinear",
@@ -37,12 +46,16 @@ __all__ = [
     "assert_parity",
     "assert_precision",
     "check",
+    "check_accumulation",
+    "check_adapter_directory",
     "check_adapter_sum",
+    "check_chat_mask",
     "check_dora_linear",
     "check_double_quant",
     "check_gradients",
     "check_linear4bit",
     "check_lora_linear",
+    "check_loss_masking",
     "check_merge",
     "check_nf4",
     "laws",

@@ -72,6 +72,17 @@ class Bounded:
         root = np.sqrt(self.value)
         return self._rounded(root, self.error / np.maximum(root, np.finfo(np.float64).tiny))
 
+    def exp(self) -> Bounded:
+        """Compute eᵛ, right to four units."""
+        value = np.exp(self.value)
+        return self._rounded(value, value * (np.expm1(self.error) + 4 * self._unit))
+
+    def total(self) -> Bounded:
+        """Return the sum of all numbers, in any order, where each partial sum is rounded to `dtype`."""
+        ku = max(1, self.value.size) * self._unit
+        magnitude, propagated = (abs(self.value) + self.error).sum(), self.error.sum()
+        return self._rounded(self.value.sum(), propagated + ku / (1 - ku) * magnitude)
+
     def row_norms(self) -> Bounded:
         """Return the Euclidean norm of each row."""
         squares = self * self

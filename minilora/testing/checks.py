@@ -19,17 +19,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from minilora.testing.chat_laws import LAWS as CHAT_LAWS
+from minilora.testing.data_laws import LAWS as DATA_LAWS
+from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import Law, NotApplicable, Report
 from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 
-LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS)
+LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS, *DATA_LAWS, *CHAT_LAWS, *DIRECTORY_LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
@@ -169,6 +173,61 @@ def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
     """
     __tracebackhide__ = True
     return check(make_layer, "linear4bit")
+
+
+def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
+    """Check a loss: L = 1/N Σ -log p(label at t + 1 | logits at t) over the N labels that are not -100.
+
+    Args:
+        loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(loss_fn, "loss_masking")
+
+
+def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
+    """Check gradient accumulation: one step over micro-batches has the gradient of one batch.
+
+    Args:
+        step_fn: (W (V, D), [(x (B, T, D), labels (B, T)), …]) -> dW, the gradient of one optimizer step over all of the
+            micro-batches, where the model's logits are x Wᵀ.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(step_fn, "accumulation")
+
+
+def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
+    """Check what of a conversation is learned: each reply of the assistant, the end token after it, and nothing else.
+
+    Args:
+        render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
+            rendered text when they are joined, and whether each is learned. It is called with other words in place of
+            the contents, too, by which the contents are found. A template may strip white space around a content.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(render, "chat_mask")
+
+
+def check_adapter_directory(path: str | Path) -> list[Report]:
+    """Check the files of an adapter in PEFT's layout: whether they are complete and agree with each other.
+
+    Args:
+        path: the directory of `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        CheckFailure: the first law that is broken; it names file, key, what was found and what is accepted.
+    """
+    __tracebackhide__ = True
+    return check(path, "adapter_directory")
 
 
 def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:

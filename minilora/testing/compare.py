@@ -64,7 +64,7 @@ def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
     allowed = np.broadcast_to(np.asarray(0.0 if bound is None else bound, dtype=np.float64), expected.shape)
     if not actual.size:
         return Worst(0.0, (), 0.0, 0.0, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(actual == expected, 0.0, abs(actual - expected))
         ratios = np.where((error == 0) | ~(allowed < np.inf), 0.0, error / allowed)
     ratios = np.nan_to_num(ratios, nan=np.inf, posinf=np.inf)

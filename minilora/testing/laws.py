@@ -1,6 +1,7 @@
 """What a law of an implementation is: cases, comparisons within a derived bound, and the message of a failure.
 
-The laws themselves are in `lora_laws`, `nf4_laws`, `data_laws` and `directory_laws`; `checks` has what is called.
+The laws themselves are in `lora_laws`, `nf4_laws`, `data_laws`, `chat_laws` and `directory_laws`; `checks` has what is
+called.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -71,6 +72,29 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A statement about an implementation that is true or not, where there is no number to compare.
+
+    Attributes:
+        what: what it is about, such as "the labelled text".
+        problem: what was found, and what is accepted; "" if the claim is true.
+        likely: known mistakes that have this result.
+    """
+
+    what: str
+    problem: str = ""
+    likely: frozenset[str] = frozenset()
+    actual: ClassVar[None] = None
+
+    def worst(self) -> Worst:
+        assert not self.problem, self.problem
+        return Worst(0.0, (), 0.0, 0.0, 0.0)
+
+    def causes(self) -> set[str]:
+        return set(self.likely)
+
+
+@dataclass(frozen=True)
 class Report:
     """What a law found: the comparison that used most of its bound, and how many there were."""
 
@@ -85,7 +109,7 @@ class Failure:
     """A comparison that failed, of one case."""
 
     case: object
-    comparison: Comparison
+    comparison: Comparison | Claim
     text: str  # of the worst number, or of the exception
 
 
@@ -97,7 +121,7 @@ class Law:
         kind: of what it is a law: "lora", "nf4", …
         name: of the law, unique in its kind.
         statement: the law in words.
-        cases: returns the cases, from small to large.
+        cases: returns the cases, from small to large; None is the only case of what takes no input, such as files.
         compare: (implementation, case) -> comparisons.
         known: a known deviation, which must still be there: the text of its cause, or of a part of the message.
         skip: called with the reason where the law does not apply, such as `pytest.skip`.
@@ -107,7 +131,7 @@ class Law:
     name: str
     statement: str
     cases: Callable[[], Iterable[Any]]
-    compare: Callable[[Any, Any], Iterator[Comparison]]
+    compare: Callable[[Any, Any], Iterator[Comparison | Claim]]
     known: str = ""
     skip: Callable[[str], Any] | None = None
 
@@ -160,7 +184,7 @@ class Law:
             self._fail(failures, len({id(failure.case) for failure in failures}), len(cases))
         return Report(self.id, self.statement, ratio, count)
 
-    def _comparisons(self, implementation: Any, case: Any) -> Iterator[Comparison]:
+    def _comparisons(self, implementation: Any, case: Any) -> Iterator[Comparison | Claim]:
         try:
             yield from self.compare(implementation, case)
         except (NotApplicable, CheckFailure):
@@ -172,17 +196,21 @@ class Law:
         __tracebackhide__ = True
         first = failures[0]
         causes = explanations(failures)
+        has_case = first.case is not None
         lines = [
-            f"{self.id}: {first.comparison.what} is wrong in {failing} of {cases} cases",
+            f"{self.id}: {first.comparison.what} is wrong" + f" in {failing} of {cases} cases" * has_case,
             f"  law: {self.statement}",
-            f"  smallest failing case: {first.case}",
+            *[f"  smallest failing case: {first.case}"] * has_case,
             f"  {first.text}",
             *(f"  likely cause: {cause}" for cause in causes),
-            "  to repeat:",
-            f"    from minilora.testing import {type(first.case).__name__}, laws",
-            f"    case = {short_repr(first.case)}",
-            f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
         ]
+        if has_case:
+            lines += [
+                "  to repeat:",
+                f"    from minilora.testing import {type(first.case).__name__}, laws",
+                f"    case = {short_repr(first.case)}",
+                f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
+            ]
         raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes))
 
 
