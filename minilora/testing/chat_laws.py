@@ -31,7 +31,10 @@ Render = Callable[[list[dict[str, str]]], tuple[Sequence[str], Sequence[bool]]]
 
 
 def chat_mask(render: Render, case: Chat) -> Iterator[Claim]:
-    tokens, flags = render(case.messages)
+    messages = case.messages
+    tokens, flags = render(messages)
+    changed = f"found {messages}; accepted is what was given"
+    yield Claim("the messages, which are only read,", "" if messages == case.messages else changed)
     counts = f"found {len(flags)} labels for {len(tokens)} tokens; accepted is one for each"
     yield Claim("the number of labels", "" if len(flags) == len(tokens) else counts)
     spans = find_messages(render, case, "".join(tokens))
@@ -159,4 +162,5 @@ LAWS = (
         for name, conversations in CONVERSATIONS.items()
     ),
     Law("chat_mask", "system", STATEMENT, functools.partial(chats, HELLO, LONGER, system="Be brief."), chat_mask),
+    Law("chat_mask", "two_replies", STATEMENT, lambda: [Chat((*Chat().turns, ("assistant", "No.")))], chat_mask),
 )

@@ -211,10 +211,10 @@ def _is_names(value: Any) -> bool:
 
 FLAG = (False, lambda value: isinstance(value, bool), "true or false")
 ALPHA = (lambda value: _is_number(value) and value > 0, "a number above 0")
-FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> PEFT's default, what is accepted, in words
+FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> if missing, what is accepted, in words
     "peft_type": (None, lambda value: value == "LORA", "'LORA'"),
-    "r": (8, _is_rank, "a whole number of at least 1"),
-    "lora_alpha": (8, *ALPHA),
+    "r": (None, _is_rank, "a whole number of at least 1"),
+    "lora_alpha": (None, *ALPHA),
     "lora_dropout": (0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "target_modules": (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def render_chat(messages: Sequence[Mapping[str, str]]) -> tuple[list[str], list[
     """Render <|role|>, the words, <|end|> and a newline for each message; an assistant's words and end are labelled."""
     tokens, is_label = [], []
     for message in messages:
-        content = [*message["content"].split(), END]
+        content = [*re.findall(r"\s*\S+|\s+", message["content"]), END]
         tokens += [f"<|{message['role']}|>", *content, "\n"]
         is_label += [False, *[message["role"] == "assistant"] * len(content), False]
     return tokens, is_label

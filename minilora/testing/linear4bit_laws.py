@@ -13,6 +13,7 @@ from torch import Tensor
 from minilora.testing.bounds import Array
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.lora_laws import set_mode
 from minilora.testing.nf4_cases import QuantizedLinear
 from minilora.testing.nf4_laws import tensor
 from minilora.testing.nf4_mistakes import wrong_linears, wrong_weights
@@ -94,6 +95,16 @@ def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     yield Comparison("x, which is only read", x, case.x)
 
 
+def evaluation(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = build(make, case)
+    x = tensor(case.x, case.dtype)
+    before = as_array(layer(x))
+    for training in (False, True):
+        set_mode(layer, training)
+        y = layer(x)
+    yield Comparison("y after an evaluation", y, before)
+
+
 # --- the table ---
 
 LINEARS = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64))  # lead, in, out
@@ -120,6 +131,7 @@ _LINEAR4BIT = (
     ("ragged", f"{_LINEAR}, where rows end within a block", RAGGED, weight),
     ("ragged_dx", "dx = dy dequantize(quantize(W)), where rows end within a block", RAGGED, gradients),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, frozen),
+    ("evaluation", "an evaluation leaves the output of training as it was", LINEARS, evaluation),
 )
 _double = functools.partial(linears, NESTED_LINEARS, double_quant=True)
 _low = functools.partial(linears, LINEARS, ("bfloat16", "float16"))

@@ -247,8 +247,8 @@ def absmaxes() -> Iterator[AbsmaxVector]:
 
 def larger_blocks() -> Iterator[NF4Weight]:
     """Return cases of larger blocks."""
-    for block_size in (128, 256, 512):
-        yield from (NF4Weight(rows, columns, block_size, seed=rows) for rows, columns in ((1, 5), (7, 65), (3, 256)))
+    for block_size in (128, 512, 4096):
+        yield from (NF4Weight(rows, columns, block_size, seed=rows) for rows, columns in ((1, 5), (7, 65), (9, 512)))
 
 
 def small_floats() -> Iterator[NF4Weight]:
@@ -271,7 +271,7 @@ _NF4 = (
     ("idempotence", "a dequantized weight has the same codes and absmaxes", _plain, idempotence),
     ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", _plain, powers),
     ("hard", f"{_CODE}, for outliers, constants, denormals and zeros", _hard, all_of),
-    ("block_size", f"{_CODE}, in blocks of 128, 256 and 512", larger_blocks, all_of),
+    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", larger_blocks, all_of),
     ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", small_floats, all_of),
     ("views", "a weight that is a transposed view has the codes of its copy", _exact, views),
     ("inputs", "the inputs stay as they were", _plain, unchanged),
