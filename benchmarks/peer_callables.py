@@ -1,7 +1,8 @@
-"""The peers' LoRA layers, merges, sums and 4-bit weights, as the callables that `minilora.testing` checks.
+"""The peers' LoRA layers, merges and sums, as the callables that `minilora.testing` checks.
 
 Each calls the peer's own code as it is installed, and imports it when it is called. What a peer has no option for, its
-callable does not take. `peer_training` has their losses, loops and chat masks.
+callable does not take. `peer_nf4` has their 4-bit weights, `peer_training` their losses and loops, `peer_data` their
+chat masks and adapter files, `peer_mlx` what is MLX's.
 
     W (out, in)    b (out) or None    A (r, in)    B (out, r)    magnitude (out)
 """
@@ -98,24 +99,10 @@ def total_rank(adapters: Adapters) -> int:
     return min(sum(len(A) for A, _, _ in adapters), A.shape[1], len(B))
 
 
-def peft_directory(folder: str, **options: Any) -> str:
-    """Save an adapter of a tiny model with PEFT's `save_pretrained`."""
-    from peft import LoraConfig, get_peft_model
-
-    model: Any = nn.Sequential()
-    model.add_module("q_proj", nn.Linear(8, 12))
-    model.add_module("v_proj", nn.Linear(12, 6))
-    settings = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"], **options}
-    get_peft_model(model, LoraConfig(**settings)).save_pretrained(folder)
-    return folder
-
-
 # --- litgpt ---
 
 
-def litgpt_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0
-) -> Any:
+def litgpt_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
     from litgpt.lora import LoRALinear, mark_only_lora_as_trainable
 
     layer = LoRALinear(W.shape[1], W.shape[0], len(A), alpha, dropout, bias=b is not None).to(W.dtype)
@@ -132,15 +119,11 @@ def litgpt_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 # --- loralib ---
 
 
-def loralib_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0
-) -> Any:
+def loralib_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
     return _loralib_linear(W, b, A, B, alpha, dropout)
 
 
-def loralib_unmerged(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0
-) -> Any:
+def loralib_unmerged(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
     return _loralib_linear(W, b, A, B, alpha, dropout, merge_weights=False)
 
 
@@ -180,9 +163,7 @@ def lora_pytorch_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 # --- torchtune ---
 
 
-def torchtune_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0
-) -> Any:
+def torchtune_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
     from torchtune.modules.peft import LoRALinear
 
     return _torchtune_linear(LoRALinear, W, b, A, B, alpha, dropout)
@@ -302,189 +283,3 @@ def adapters_sum(combine_strategy: str) -> Callable[[Adapters, Sequence[float]],
         return result.scaling * result.delta_w
 
     return add
-
-
-# --- mlx-lm ---
-
-
-class FromMlx(nn.Module):
-    """A layer of MLX as PyTorch's, whose parameters are given to the layer at each call."""
-
-    def __init__(self, layer: Any, **tensors: Tensor):
-        super().__init__()
-        self.layer, self.names = layer, list(tensors)
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
-
-    def train(self, mode: bool = True) -> FromMlx:
-        self.layer.train(mode)
-        return super().train(mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        def call(x: Any, *own: Any) -> Any:
-            self.layer.update(dict(zip(self.names, own, strict=True)))
-            return self.layer(x)
-
-        return MlxCall.apply(call, x, *(getattr(self, name) for name in self.names))
-
-
-class MlxCall(torch.autograd.Function):
-    """y = function(*inputs) on arrays of MLX, with the gradients of its own `mx.vjp`."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *inputs: Tensor) -> Tensor:
-        ctx.function, ctx.inputs = function, [to_mlx(each) for each in inputs]
-        return to_torch(function(*ctx.inputs))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        import mlx.core as mx
-
-        _, gradients = mx.vjp(lambda *inputs: [ctx.function(*inputs)], ctx.inputs, [to_mlx(dy)])
-        return None, *map(to_torch, gradients)
-
-
-def to_mlx(tensor: Tensor) -> Any:
-    import mlx.core as mx
-
-    dtype = getattr(mx, str(tensor.dtype).removeprefix("torch."))
-    exact = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
-    return mx.array(exact.contiguous().numpy(), dtype=dtype)
-
-
-def to_torch(array: Any) -> Tensor:
-    import mlx.core as mx
-    import numpy as np
-
-    exact = array.astype(mx.float32) if array.dtype == mx.bfloat16 else array
-    return torch.from_numpy(np.array(exact)).to(getattr(torch, str(array.dtype).rpartition(".")[2]))
-
-
-def mlx_linear(
-    W: Tensor,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-) -> Any:
-    from mlx_lm.tuner.lora import LoRALinear
-
-    layer = LoRALinear.from_base(_mlx_base(W, b), len(A), dropout, alpha / len(A))
-    return FromMlx(layer, lora_a=A.T, lora_b=B.T)
-
-
-def mlx_dora(
-    W: Tensor,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-    use_dora: bool = True,
-    magnitude: Tensor | None = None,
-) -> Any:
-    from mlx_lm.tuner.dora import DoRALinear
-
-    layer = DoRALinear.from_base(_mlx_base(W, b), len(A), dropout, alpha / len(A))
-    return FromMlx(layer, lora_a=A.T, lora_b=B.T, m=to_torch(layer.m) if magnitude is None else magnitude)
-
-
-def _mlx_base(W: Tensor, b: Tensor | None) -> Any:
-    import mlx.nn
-
-    linear = mlx.nn.Linear(W.shape[1], W.shape[0], bias=b is not None)
-    linear.update({"weight": to_mlx(W)} | ({} if b is None else {"bias": to_mlx(b)}))
-    return linear
-
-
-def mlx_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
-    alpha = scale * len(A)
-    if magnitude is None:
-        wrapped = mlx_linear(W, None, A, B, alpha)
-    else:
-        wrapped = mlx_dora(W, None, A, B, alpha, magnitude=magnitude)
-    wrapped.layer.update({name: to_mlx(getattr(wrapped, name)) for name in wrapped.names})
-    return to_torch(wrapped.layer.fuse().weight)
-
-
-# --- bitsandbytes ---
-
-
-def bitsandbytes_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    from bitsandbytes.functional import quantize_4bit
-
-    packed, state = quantize_4bit(W, blocksize=block_size, quant_type="nf4", compress_statistics=False)
-    return packed.reshape(-1), state.absmax
-
-
-def bitsandbytes_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
-
-    code = get_4bit_type("nf4", device=packed.device)
-    state = QuantState(absmax, torch.Size(shape), code, block_size, "nf4", torch.float32)
-    return dequantize_4bit(packed.reshape(-1, 1), state)
-
-
-def bitsandbytes_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a weight that has these largest values, one for each block of 64."""
-    from bitsandbytes.functional import quantize_4bit
-
-    weight = absmax.float().reshape(-1, 1).expand(-1, 64).contiguous()
-    state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
-    return state.absmax, state.state2.absmax, state.offset
-
-
-def bitsandbytes_double_dequantize(codes: Tensor, scales: Tensor, offset: Any) -> Tensor:
-    """Dequantize a weight whose codes are all that of 1."""
-    from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, get_4bit_type
-
-    nested = QuantState(absmax=scales, code=create_dynamic_map(), blocksize=256, dtype=torch.float32)
-    shape, code = torch.Size((len(codes), 64)), get_4bit_type("nf4", device=codes.device)
-    state = QuantState(codes, shape, code, 64, "nf4", torch.float32, torch.as_tensor(offset), nested)
-    return dequantize_4bit(codes.new_full((len(codes) * 32, 1), 0xFF), state)[:, 0]
-
-
-def bitsandbytes_linear(W: Tensor, b: Tensor | None) -> Any:
-    from bitsandbytes.nn import Linear4bit
-
-    options = {"compute_dtype": W.dtype, "compress_statistics": False, "quant_type": "nf4"}
-    layer = Linear4bit(W.shape[1], W.shape[0], bias=b is not None, **options).to(W.dtype)
-    return filled(layer, weight=W, bias=b).to("cpu")  # quantizes
-
-
-# --- torchao ---
-
-
-def torchao_linear(W: Tensor, b: Tensor | None) -> Any:
-    nf4_tensor = _torchao()
-    weight = nf4_tensor.NF4Tensor.from_tensor(W, 64, min(256, W.numel() // 64))
-    return lambda x: nf4_tensor.linear_nf4(x, weight) + (0 if b is None else b)
-
-
-def torchao_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Return the codes, and absmax as torchao has it: always double-quantized, to int8."""
-    weight = _torchao().NF4Tensor.from_tensor(W, block_size, W.numel() // block_size)
-    scales = weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
-    return weight.quantized_data, weight.dequantize_scalers(*scales)
-
-
-def torchao_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
-    """Dequantize a tensor of torchao's with these largest values: as the mean of what is quantized further, 0."""
-    nf4_tensor = _torchao()
-    like = torch.empty(tuple(shape))
-    meta = nf4_tensor.SubclassTensorArgs(like.shape, like.stride(), 0, like.dtype, like.device, False)
-    table = nf4_tensor.NF4Tensor.from_tensor(torch.ones(64), 64, 1).nf4
-    zeros, n = torch.zeros_like(absmax, dtype=torch.int8), len(absmax)
-    weight = nf4_tensor.NF4Tensor(meta, block_size, n, n, zeros, torch.ones(1), absmax, packed, table)
-    return weight.get_original_weight()
-
-
-def _torchao() -> Any:
-    try:
-        from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
-    except ImportError:  # before 0.15
-        from torchao.dtypes import nf4tensor as nf4_tensor
-    return nf4_tensor

@@ -1,4 +1,4 @@
-"""The peers' losses, training loops and chat masks, as the callables that `minilora.testing` checks.
+"""The peers' losses and training loops, as the callables that `minilora.testing` checks.
 
 A loop is the peer's own, run for one step of its optimizer on a model whose logits are x Wᵀ.
 
@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peer_callables import MlxCall, to_mlx, to_torch
+from benchmarks.peer_data import character_tokenizer
 
 IGNORE_INDEX = -100
 MicroBatches = Sequence[tuple[Tensor, Tensor]]  # x (B, T, D), labels (B, T)
-Messages = list[dict[str, str]]
-Rendered = tuple[list[str], list[bool]]
 
 
 # --- transformers and TRL ---
@@ -234,13 +232,13 @@ def litgpt_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
 
 def torchtune_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The recipe's `_loss_step` on a model that returns these logits, with the loss of its configurations."""
-    return _torchtune_recipe(lambda x: [x])._loss_step({"x": logits, "labels": labels})
+    return torchtune_recipe(lambda x: [x])._loss_step({"x": logits, "labels": labels})
 
 
 def torchtune_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
     """The loop of the recipe `lora_finetune_single_device` itself."""
     model = Head(W)
-    recipe = _torchtune_recipe(model)
+    recipe = torchtune_recipe(model)
     optimizer = Keep(model.W)
     rows = Rows({"x": x, "labels": labels} for x, labels in micro_batches)
     recipe.epochs_run, recipe.total_epochs, recipe.global_step, recipe.max_steps_per_epoch = 0, 1, 0, None
@@ -252,8 +250,8 @@ def torchtune_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
     return optimizer.found[0]
 
 
-def _torchtune_recipe(model: Any) -> Any:
-    """Return the recipe with a model and without what `setup` reads from files."""
+def torchtune_recipe(model: Any, saves: bool = False) -> Any:
+    """Return the recipe with a model, and without what `setup` reads from files; after an epoch it `saves` or not."""
     from torchtune.modules.loss import CEWithChunkedOutputLoss
     from torchtune.training import DummyProfiler
 
@@ -266,7 +264,8 @@ def _torchtune_recipe(model: Any) -> Any:
             self.ignore_labels_cache = torch.full((64, 1), IGNORE_INDEX)
 
         def save_checkpoint(self, epoch: int) -> None:
-            pass
+            if saves:
+                super().save_checkpoint(epoch)
 
     return Recipe()
 
@@ -279,156 +278,3 @@ def _torchtune_file() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-# --- mlx-lm ---
-
-
-def mlx_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """`default_loss` of rows that are padded with 0, and by at least one token, as `iterate_batches` does.
-
-    A row of mlx-lm has one range of labels, (offset, length); a row with several is given once for each.
-    """
-    from mlx_lm.tuner.trainer import default_loss
-
-    ranges = [(row, *each) for row, own in enumerate(labels.tolist()) for each in _runs(own)]
-    rows = [row for row, _, _ in ranges]
-    tokens = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
-    batch = tokens.masked_fill(tokens == IGNORE_INDEX, 0)[rows]
-    lengths = to_mlx(torch.tensor([each for _, *each in ranges]))
-
-    def loss(logits: Any) -> Any:
-        return default_loss(lambda _: logits, to_mlx(batch), lengths)[0]
-
-    return MlxCall.apply(loss, logits[rows])
-
-
-def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Return where labels begin and end."""
-    is_label = [False, *(label != IGNORE_INDEX for label in labels), False]
-    edges = [i for i in range(len(labels) + 1) if is_label[i] != is_label[i + 1]]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def mlx_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
-    """The loop `tuner.trainer.train` itself, with a loss that is the mean over labels of a micro-batch, as its own is.
-
-    Without `mx.compile`, of which MLX 0.32.4 makes IndexError('_Map_base::at') here, also with its own SGD.
-    """
-    import mlx.core as mx
-    import mlx.nn
-    from mlx.optimizers import SGD
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-
-    class MlxHead(mlx.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = to_mlx(W.float())  # MLX saves no float64
-
-        def __call__(self, x: Any) -> Any:
-            return x @ self.weight.T
-
-    def loss(model: Any, x: Any, labels: Any) -> tuple[Any, Any]:
-        targets = labels[:, 1:]
-        mask = targets != IGNORE_INDEX
-        losses = mlx.nn.losses.cross_entropy(model(x)[:, :-1], mx.where(mask, targets, 0)) * mask
-        return losses.sum() / mask.sum(), mask.sum()
-
-    def batches(**_: Any) -> Iterator[Any]:
-        return ((to_mlx(x.float()), to_mlx(labels)) for x, labels in micro_batches)
-
-    optimizer, count = SGD(0.0, momentum=0.5), len(micro_batches)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        args = TrainingArgs(
-            batch_size=1,
-            iters=count,
-            val_batches=0,
-            steps_per_report=count + 1,
-            steps_per_save=count + 1,
-            adapter_file=f"{folder}/adapters.safetensors",
-            grad_accumulation_steps=count,
-        )
-        mx.disable_compile()
-        train(MlxHead(), optimizer, Rows(), None, args, loss, batches)
-        mx.enable_compile()
-    return to_torch(optimizer.state["weight"]["v"])  # the momentum: of one step, the gradient
-
-
-# --- chat masks ---
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>")
-SPECIAL += ("<start_of_turn>", "<end_of_turn>", "<bos>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-
-
-def character_tokenizer(template: str, messages: Messages) -> Any:
-    """Return a fast tokenizer of transformers, a token of which is a character or a special token."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    text = template + "".join(message["role"] + message["content"] for message in messages)
-    tokens = [*SPECIAL, *sorted(set(text) | set(map(chr, range(32, 127))) | {"\n"})]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<|im_end|>",
-        pad_token="<|end|>",
-        chat_template=template or None,
-    )
-
-
-def transformers_mask(messages: Messages) -> Rendered:
-    """`apply_chat_template` with `return_assistant_tokens_mask`, of ChatML with generation tags."""
-    return _rendered(character_tokenizer(CHATML, messages), messages)
-
-
-def _rendered(tokenizer: Any, messages: Messages, template: str | None = None) -> Rendered:
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    found = tokenizer.apply_chat_template(messages, chat_template=template, **options)
-    return tokenizer.convert_ids_to_tokens(found["input_ids"]), [bool(each) for each in found["assistant_masks"]]
-
-
-def trl_mask(family: str) -> Callable[[Messages], Rendered]:
-    """Return what `assistant_only_loss` learns with TRL's training template for a family's own template."""
-
-    def render(messages: Messages) -> Rendered:
-        from trl import chat_template_utils
-
-        tokenizer = character_tokenizer(getattr(chat_template_utils, f"{family}_chat_template"), messages)
-        return _rendered(tokenizer, messages, chat_template_utils.get_training_chat_template(tokenizer))
-
-    return render
-
-
-def mlx_mask(messages: Messages) -> Rendered:
-    """`ChatDataset` with `mask_prompt`, and the mask of `default_loss`: the tokens from the offset on."""
-    from mlx_lm.tuner.datasets import ChatDataset
-
-    tokenizer = character_tokenizer(CHATML, messages)
-    tokens, offset = ChatDataset([], tokenizer, mask_prompt=True).process({"messages": messages})
-    return tokenizer.convert_ids_to_tokens(tokens), [i >= offset for i in range(len(tokens))]
-
-
-def torchtune_mask(messages: Messages) -> Rendered:
-    """`OpenAIToMessages`, and `tokenize_messages_no_special_tokens` with an end token."""
-    from torchtune.data import OpenAIToMessages
-    from torchtune.modules.transforms.tokenizers import tokenize_messages_no_special_tokens
-
-    def encode(text: str, **_: Any) -> list[int]:
-        return [ord(character) for character in text]
-
-    tokenizer: Any = SimpleNamespace(encode=encode, max_seq_len=None)
-    own = OpenAIToMessages()({"messages": messages})["messages"]
-    tokens, is_masked = tokenize_messages_no_special_tokens(tokenizer, own, eos_id=0)
-    return [chr(token) if token else "<|im_end|>" for token in tokens], [not each for each in is_masked]

@@ -2,14 +2,13 @@
 
     python -m benchmarks.peers_under_test --python A/bin/python --python B/bin/python
 
-Each interpreter checks the peers that it can import; of peers that exclude each other each has some. They need torch and
-what minilora needs, but not minilora itself. The laws, their cases and their seeds are those of `minilora.testing.laws`.
+Each interpreter checks the peers that it can import, since some exclude each other. It needs what minilora needs, but
+not minilora itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import importlib.metadata
 import json
@@ -18,12 +17,16 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peer_callables as layers
+from benchmarks import peer_data as data
+from benchmarks import peer_mlx as mlx
+from benchmarks import peer_nf4 as nf4
 from benchmarks import peer_training as training
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -55,10 +58,6 @@ class Entry:
     note: str = ""
 
 
-def directory(**options: Any) -> Any:
-    return functools.partial(layers.peft_directory, **options)
-
-
 PEERS = (
     Entry("peft", "lora", layers.peft_linear, "lora.Linear"),
     Entry("peft", "rslora", layers.peft_linear, "lora.Linear, use_rslora"),
@@ -68,29 +67,29 @@ PEERS = (
     Entry("peft", "adapter_sum", layers.peft_sum("cat"), 'add_weighted_adapter, "cat"'),
     Entry("peft", "adapter_sum", layers.peft_sum("svd", svd_rank=layers.total_rank), 'add_weighted_adapter, "svd"'),
     Entry("peft", "adapter_sum", layers.peft_sum("linear"), 'add_weighted_adapter, "linear"'),
-    Entry("peft", "adapter_directory", directory(), "save_pretrained"),
-    Entry("peft", "adapter_directory", directory(use_dora=True), "save_pretrained, use_dora"),
+    Entry("peft", "adapter_directory", data.peft_directory, "save_pretrained"),
+    Entry("peft", "adapter_directory", partial(data.peft_directory, use_dora=True), "save_pretrained, use_dora"),
     Entry(
         "peft",
         "adapter_directory",
-        directory(use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 16}),
+        partial(data.peft_directory, use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 16}),
         "save_pretrained, use_rslora and patterns",
     ),
-    Entry("bitsandbytes", "nf4", (layers.bitsandbytes_quantize, layers.bitsandbytes_dequantize), "quantize_4bit"),
+    Entry("bitsandbytes", "nf4", (nf4.bitsandbytes_quantize, nf4.bitsandbytes_dequantize), "quantize_4bit"),
     Entry(
         "bitsandbytes",
         "double_quant",
-        (layers.bitsandbytes_double_quantize, layers.bitsandbytes_double_dequantize),
+        (nf4.bitsandbytes_double_quantize, nf4.bitsandbytes_double_dequantize),
         "quantize_4bit, compress_statistics",
     ),
-    Entry("bitsandbytes", "linear4bit", layers.bitsandbytes_linear, "Linear4bit"),
+    Entry("bitsandbytes", "linear4bit", nf4.bitsandbytes_linear, "Linear4bit"),
     Entry("transformers", "loss_masking", training.transformers_loss, "ForCausalLMLoss"),
     Entry("transformers", "accumulation", training.transformers_accumulation, "Trainer.train"),
-    Entry("transformers", "chat_mask", training.transformers_mask, "apply_chat_template, ChatML"),
+    Entry("transformers", "chat_mask", data.transformers_mask, "apply_chat_template, ChatML"),
     Entry("trl", "loss_masking", training.trl_loss, "SFTTrainer.compute_loss"),
     Entry("trl", "accumulation", training.trl_accumulation, "SFTTrainer.train"),
     *(
-        Entry("trl", "chat_mask", training.trl_mask(family), f"assistant_only_loss, {family}")
+        Entry("trl", "chat_mask", data.trl_mask(family), f"assistant_only_loss, {family}")
         for family in ("llama3", "qwen2_5", "qwen3", "gemma", "phi3")
     ),
     Entry("litgpt", "lora", layers.litgpt_linear, "LoRALinear"),
@@ -108,28 +107,36 @@ PEERS = (
     Entry("torchtune", "merge_dora", layers.torchtune_merge, "get_merged_lora_ckpt with magnitude"),
     Entry("torchtune", "loss_masking", training.torchtune_loss, "lora_finetune_single_device._loss_step"),
     Entry("torchtune", "accumulation", training.torchtune_accumulation, "lora_finetune_single_device.train"),
-    Entry("torchtune", "chat_mask", training.torchtune_mask, "OpenAIToMessages"),
+    Entry("torchtune", "chat_mask", data.torchtune_mask, "OpenAIToMessages"),
+    Entry("torchtune", "adapter_directory", data.torchtune_directory, "save_checkpoint"),
+    Entry(
+        "torchtune",
+        "adapter_directory",
+        partial(data.torchtune_directory, use_dora=True),
+        "save_checkpoint, use_dora",
+        'its adapter_config.json does not say `"use_dora": true`, so PEFT reads a LoRA and ignores the magnitudes',
+    ),
     Entry(
         "torchao",
         "nf4",
-        (layers.torchao_quantize, layers.torchao_dequantize),
+        (nf4.torchao_quantize, nf4.torchao_dequantize),
         "NF4Tensor",
         "a format of its own: absmax is always quantized to int8, and the levels have four digits",
     ),
-    Entry("torchao", "linear4bit", layers.torchao_linear, "linear_nf4", "as its NF4Tensor"),
+    Entry("torchao", "linear4bit", nf4.torchao_linear, "linear_nf4", "as its NF4Tensor"),
     Entry("adapters", "lora", layers.adapters_linear, "LoRALinear"),
     Entry("adapters", "dora", layers.adapters_linear, "LoRALinear, use_dora"),
     Entry("adapters", "merge", layers.adapters_merge, "merge_adapter"),
     Entry("adapters", "merge_dora", layers.adapters_merge, "merge_adapter, use_dora"),
     Entry("adapters", "adapter_sum", layers.adapters_sum("linear"), 'average_adapter, "linear"'),
     Entry("adapters", "adapter_sum", layers.adapters_sum("lora_delta_w_svd"), 'average_adapter, "lora_delta_w_svd"'),
-    Entry("mlx-lm", "lora", layers.mlx_linear, "LoRALinear"),
-    Entry("mlx-lm", "dora", layers.mlx_dora, "DoRALinear"),
-    Entry("mlx-lm", "merge", layers.mlx_merge, "LoRALinear.fuse"),
-    Entry("mlx-lm", "merge_dora", layers.mlx_merge, "DoRALinear.fuse"),
-    Entry("mlx-lm", "loss_masking", training.mlx_loss, "default_loss"),
-    Entry("mlx-lm", "accumulation", training.mlx_accumulation, "train"),
-    Entry("mlx-lm", "chat_mask", training.mlx_mask, "ChatDataset, mask_prompt"),
+    Entry("mlx-lm", "lora", mlx.mlx_linear, "LoRALinear"),
+    Entry("mlx-lm", "dora", mlx.mlx_dora, "DoRALinear"),
+    Entry("mlx-lm", "merge", mlx.mlx_merge, "LoRALinear.fuse"),
+    Entry("mlx-lm", "merge_dora", mlx.mlx_merge, "DoRALinear.fuse"),
+    Entry("mlx-lm", "loss_masking", mlx.mlx_loss, "default_loss"),
+    Entry("mlx-lm", "accumulation", mlx.mlx_accumulation, "train"),
+    Entry("mlx-lm", "chat_mask", mlx.mlx_mask, "ChatDataset, mask_prompt"),
 )
 
 
@@ -144,7 +151,13 @@ class Result:
     verdict: str
     ratio: float = 0.0
     message: str = ""
-    causes: tuple[str, ...] = ()
+    causes: Sequence[str] = ()
+
+    @property
+    def cause(self) -> str:
+        """The likely causes, or else the line of the message that says what was found."""
+        lines = [line.strip() for line in self.message.splitlines()]
+        return "; ".join(self.causes) or next((line for line in lines[3:4]), self.message)
 
 
 def check_entry(entry: Entry) -> Iterable[Result]:
@@ -214,11 +227,14 @@ def main() -> None:
 
 HEAD = """# Other libraries, checked with `minilora.testing`
 
-{versions}, {machine}. `python -m benchmarks.peers_under_test` writes this page.
+{versions}; {machine}.
 
-A cell is the laws that pass of those that apply, and the largest error over its derived bound (1 is the limit) of what
-passes. What a peer does not have is left empty. Laws, cases and seeds are those of `minilora.testing.laws`; each peer's own
-code is called by `benchmarks/peer_callables.py` and `benchmarks/peer_training.py`."""
+`python -m benchmarks.peers_under_test` writes this page. What is said of a library is said of the version in the table,
+and of what a check found by calling its own code: `PEERS` in `benchmarks/peers_under_test.py` has every callable.
+
+A cell has, of each thing that is checked, the laws that pass of those that apply, and the largest error of those that
+pass over its derived bound: 1 is the limit. A cell is empty where a library has nothing of that kind."""
+REPEAT = """Each message says how to repeat it; `implementation` is that of the same entry of `PEERS`."""
 
 
 def page(runs: list[dict[str, Any]]) -> str:
@@ -228,8 +244,8 @@ def page(runs: list[dict[str, Any]]) -> str:
         having = [run for run in runs if run["states"][peer][0] != "("]
         states[peer] = (having or runs)[0]["states"][peer]
         found = having[0]["results"] if having else []
-        results += [Result(**{**each, "causes": tuple(each["causes"])}) for each in found if each["peer"] == peer]
-    versions = "; ".join(run["python"] for run in runs)
+        results += [Result(**each) for each in found if each["peer"] == peer]
+    versions = "; ".join(dict.fromkeys(run["python"] for run in runs))
     kinds = [kind for kind in KINDS if kind in runs[0]["kinds"]]
     parts = [HEAD.format(versions=versions, machine=f"{platform.system()} {platform.machine()}")]
     parts += ["## Summary", *_summary(states, results, kinds), "## What fails", *_failures(results)]
@@ -250,35 +266,31 @@ def _cell(results: list[Result]) -> str:
     cells = []
     for what in dict.fromkeys(each.what for each in results):
         own = [each for each in results if each.what == what and each.verdict != "does not apply"]
-        passed = [each.ratio for each in own if each.verdict == "passes"]
-        ratio = f" ({max(passed):.2g})" if passed else ""
-        cells.append(f"{what}: {'' if len(passed) == len(own) else '**'}{len(passed)} of {len(own)}"
-                     f"{'' if len(passed) == len(own) else '**'}{ratio}")
+        ratios = [each.ratio for each in own if each.verdict == "passes"]
+        count = f"{len(ratios)} of {len(own)}"
+        count = count if len(ratios) == len(own) else f"**{count}**"
+        cells.append(f"{what}: {count}" + (f" ({max(ratios):.2g})" if ratios else ""))
     return "<br>".join(cells)
 
 
 def _failures(results: list[Result]) -> list[str]:
+    """Return the table of what fails, a line for each cause, and then every message."""
+    notes = {(entry.peer, entry.kind, entry.what): entry.note for entry in PEERS}
     failed = [each for each in results if each.verdict == "fails"]
-    rows = [["peer", "what", "law", "likely cause, or what is found"]]
-    rows += [[each.peer, each.what, f"{each.kind}-{each.law}", _cause(each)] for each in failed]
-    parts = [_table(rows), "## Each failure"]
-    entries = {(entry.peer, entry.kind, entry.what): entry for entry in PEERS}
+    by_cause: dict[tuple[str, ...], list[str]] = {}
     for each in failed:
-        entry = entries[each.peer, each.kind, each.what]
-        parts.append(f"### {each.peer}, {each.what}: {each.kind}-{each.law}" + (f"\n\nNote: {entry.note}." if entry.note else ""))
-        parts.append(f"```text\n{each.message}\n```")
+        note = notes[each.peer, each.kind, each.what]
+        by_cause.setdefault((each.peer, each.what, each.cause, note), []).append(f"{each.kind}-{each.law}")
+    rows = [["peer", "what", "laws", "likely cause, or what is found", "note"]]
+    rows += [[peer, what, ", ".join(ids), cause, note] for (peer, what, cause, note), ids in by_cause.items()]
+    parts = [_table(rows), "## Every failure", REPEAT]
+    for each in failed:
+        parts += [f"### {each.peer}, {each.what}: {each.kind}-{each.law}", f"```text\n{each.message}\n```"]
     return parts
 
 
-def _cause(result: Result) -> str:
-    found = "; ".join(result.causes) or next(
-        (line.strip() for line in result.message.splitlines()[3:4]), result.message
-    )
-    return found.replace("|", "\\|")
-
-
 def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
 
 
