@@ -14,7 +14,7 @@ def run(states, results=()):
 
 
 def result(law, verdict, **more):
-    return {"peer": "peft", "kind": "lora", "what": "Linear", "law": law, "verdict": verdict} | more
+    return {"peer": "peft", "kind": "lora", "what": "lora.Linear", "law": law, "verdict": verdict} | more
 
 
 def test_every_entry_is_of_a_known_peer_and_kind_and_no_two_are_called_alike():
@@ -25,20 +25,20 @@ def test_every_entry_is_of_a_known_peer_and_kind_and_no_two_are_called_alike():
 
 def test_a_law_that_does_not_apply_is_not_counted():
     own = [result("forward", "passes", ratio=0.25), result("dropout", "does not apply", message="no dropout")]
-    assert "| peft | 1.0 | Linear: 1 of 1 (0.25) |" in page([run({"peft": "1.0"}, own)])
+    assert "| peft | 1.0 | lora.Linear: 1 of 1 (0.25) |" in page([run({"peft": "1.0"}, own)])
 
 
 def test_a_failure_is_in_the_table_by_its_cause_and_below_in_full():
     text = page([run({"peft": "1.0"}, [result("forward", "fails", message="y is wrong | 3", causes=["no scale"])])])
-    assert "Linear: **0 of 1**" in text
-    assert "| peft | Linear | lora-forward | no scale |" in text
-    assert "### peft, Linear: lora-forward\n\n```text\ny is wrong | 3\n```" in text
+    assert "lora.Linear: **0 of 1**" in text
+    assert "| peft | lora.Linear | lora-forward | no scale |" in text
+    assert "### peft, lora.Linear: lora-forward\n\n```text\ny is wrong | 3\n```" in text
 
 
 def test_a_peer_is_reported_by_the_first_interpreter_that_has_it():
     runs = [run({}), run({"peft": "1.0"}, [result("forward", "passes")]), run({"peft": "2.0"})]
     text = page(runs)
-    assert "| peft | 1.0 | Linear: 1 of 1 (0) |" in text
+    assert "| peft | 1.0 | lora.Linear: 1 of 1 (0) |" in text
     assert "peft: not installed" not in text
     assert "trl: not installed (No module)" in text
 
