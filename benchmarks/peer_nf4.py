@@ -47,10 +47,10 @@ def bitsandbytes_double_dequantize(codes: Tensor, scales: Tensor, offset: Any) -
     return dequantize_4bit(codes.new_full((len(codes) * 32, 1), 0xFF), state)[:, 0]
 
 
-def bitsandbytes_linear(W: Tensor, b: Tensor | None) -> Any:
+def bitsandbytes_linear(W: Tensor, b: Tensor | None, *, double_quant: bool = False) -> Any:
     from bitsandbytes.nn import Linear4bit
 
-    options = {"compute_dtype": W.dtype, "compress_statistics": False, "quant_type": "nf4"}
+    options = {"compute_dtype": W.dtype, "compress_statistics": double_quant, "quant_type": "nf4"}
     layer = Linear4bit(W.shape[1], W.shape[0], bias=b is not None, **options).to(W.dtype)
     return filled(layer, weight=W, bias=b).to("cpu")  # quantizes
 
