@@ -26,7 +26,16 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>")
-SPECIAL += ("<start_of_turn>", "<end_of_turn>", "<bos>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SPECIAL += (
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<bos>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|endoftext|>",
+)
 
 
 def character_tokenizer(template: str, messages: Messages) -> Any:
@@ -42,7 +51,7 @@ def character_tokenizer(template: str, messages: Messages) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
-        eos_token="<|im_end|>",
+        eos_token="<|endoftext|>",
         pad_token="<|end|>",
         chat_template=template or None,
     )
@@ -96,6 +105,7 @@ def peft_directory(folder: str, **options: Any) -> str:
     model.add_module("q_proj", nn.Linear(8, 12))
     model.add_module("v_proj", nn.Linear(12, 6))
     settings = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"], **options}
+    settings["init_lora_weights"] = False  # B is not 0
     get_peft_model(model, LoraConfig(**settings)).save_pretrained(folder)
     return folder
 
@@ -111,6 +121,9 @@ def torchtune_directory(folder: str, use_dora: bool = False) -> str:
     sizes = {"vocab_size": 16, "num_layers": 1, "max_seq_len": 8, "intermediate_dim": 12, **attention}
     names = ["q_proj", "v_proj"]
     model = lora_llama3_1(names, **sizes, lora_rank=2, lora_alpha=5, use_dora=use_dora)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            nn.init.normal_(parameter)
     config = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 8}
     checkpoint = Path(folder, "base")
     checkpoint.mkdir()

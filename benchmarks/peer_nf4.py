@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ def bitsandbytes_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int]
     code = get_4bit_type("nf4", device=packed.device)
     state = QuantState(absmax, torch.Size(shape), code, block_size, "nf4", torch.float32)
     return dequantize_4bit(packed.reshape(-1, 1), state)
+
+
+def bitsandbytes_dequantize_flat(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+    """Dequantize as one row, in which every block but the last is whole."""
+    count = torch.Size(shape).numel()
+    return bitsandbytes_dequantize(packed, absmax, (1, count), block_size).reshape(tuple(shape))
 
 
 def bitsandbytes_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,13 +67,13 @@ def bitsandbytes_linear(W: Tensor, b: Tensor | None, *, double_quant: bool = Fal
 
 def torchao_linear(W: Tensor, b: Tensor | None) -> Any:
     nf4_tensor = _torchao()
-    weight = nf4_tensor.NF4Tensor.from_tensor(W, 64, min(256, W.numel() // 64))
+    weight = nf4_tensor.NF4Tensor.from_tensor(W, 64, math.gcd(W.numel() // 64, 256))
     return lambda x: nf4_tensor.linear_nf4(x, weight) + (0 if b is None else b)
 
 
 def torchao_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Return the codes, and absmax as torchao has it: always double-quantized, to int8."""
-    weight = _torchao().NF4Tensor.from_tensor(W, block_size, W.numel() // block_size)
+    weight = _torchao().NF4Tensor.from_tensor(W, block_size, math.gcd(W.numel() // block_size, 256))
     scales = weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     return weight.quantized_data, weight.dequantize_scalers(*scales)
 

@@ -18,126 +18,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peer_callables as layers
-from benchmarks import peer_data as data
-from benchmarks import peer_mlx as mlx
-from benchmarks import peer_nf4 as nf4
-from benchmarks import peer_training as training
+from benchmarks.peer_table import KINDS, MODULES, PEERS, Entry
 
 PAGE = Path(__file__).with_suffix(".md")
-KINDS = ("lora", "rslora", "dora", "merge", "merge_dora", "adapter_sum", "nf4", "double_quant", "linear4bit")
-KINDS += ("loss_masking", "accumulation", "chat_mask", "adapter_directory")
-MODULES = {  # distribution -> what must be importable
-    "peft": "peft",
-    "bitsandbytes": "bitsandbytes",
-    "transformers": "transformers",
-    "trl": "trl",
-    "litgpt": "litgpt.lora",
-    "loralib": "loralib",
-    "lora-pytorch": "lora_pytorch",
-    "torchtune": "torchtune.modules.peft",
-    "torchao": "torchao",
-    "adapters": "adapters.methods.lora",
-    "mlx-lm": "mlx_lm.tuner.lora",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What of a peer is checked: `kind` as in `minilora.testing.laws`."""
-
-    peer: str
-    kind: str
-    implementation: Any
-    what: str  # is called
-    note: str = ""
-
-
-PEERS = (
-    Entry("peft", "lora", layers.peft_linear, "lora.Linear"),
-    Entry("peft", "rslora", layers.peft_linear, "lora.Linear, use_rslora"),
-    Entry("peft", "dora", layers.peft_linear, "lora.Linear, use_dora"),
-    Entry("peft", "merge", layers.peft_merge, "merge"),
-    Entry("peft", "merge_dora", layers.peft_merge, "merge, use_dora"),
-    Entry("peft", "adapter_sum", layers.peft_sum("cat"), 'add_weighted_adapter, "cat"'),
-    Entry("peft", "adapter_sum", layers.peft_sum("svd", svd_rank=layers.total_rank), 'add_weighted_adapter, "svd"'),
-    Entry("peft", "adapter_sum", layers.peft_sum("linear"), 'add_weighted_adapter, "linear"'),
-    Entry("peft", "adapter_directory", data.peft_directory, "save_pretrained"),
-    Entry("peft", "adapter_directory", partial(data.peft_directory, use_dora=True), "save_pretrained, use_dora"),
-    Entry(
-        "peft",
-        "adapter_directory",
-        partial(data.peft_directory, use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 16}),
-        "save_pretrained, use_rslora and patterns",
-    ),
-    Entry("bitsandbytes", "nf4", (nf4.bitsandbytes_quantize, nf4.bitsandbytes_dequantize), "quantize_4bit"),
-    Entry(
-        "bitsandbytes",
-        "double_quant",
-        (nf4.bitsandbytes_double_quantize, nf4.bitsandbytes_double_dequantize),
-        "quantize_4bit, compress_statistics",
-    ),
-    Entry("bitsandbytes", "linear4bit", nf4.bitsandbytes_linear, "Linear4bit"),
-    Entry("transformers", "loss_masking", training.transformers_loss, "ForCausalLMLoss"),
-    Entry("transformers", "accumulation", training.transformers_accumulation, "Trainer.train"),
-    Entry("transformers", "chat_mask", data.transformers_mask, "apply_chat_template, ChatML"),
-    Entry("trl", "loss_masking", training.trl_loss, "SFTTrainer.compute_loss"),
-    Entry("trl", "accumulation", training.trl_accumulation, "SFTTrainer.train"),
-    *(
-        Entry("trl", "chat_mask", data.trl_mask(family), f"assistant_only_loss, {family}")
-        for family in ("llama3", "qwen2_5", "qwen3", "gemma", "phi3")
-    ),
-    Entry("litgpt", "lora", layers.litgpt_linear, "LoRALinear"),
-    Entry("litgpt", "merge", layers.litgpt_merge, "LoRALinear.merge"),
-    Entry("litgpt", "loss_masking", training.litgpt_loss, "chunked_cross_entropy"),
-    Entry("litgpt", "accumulation", training.litgpt_accumulation, "finetune.lora.fit"),
-    Entry("loralib", "lora", layers.loralib_linear, "Linear"),
-    Entry("loralib", "lora", layers.loralib_unmerged, "Linear, merge_weights=False"),
-    Entry("loralib", "merge", layers.loralib_merge, "Linear.eval"),
-    Entry("lora-pytorch", "lora", layers.lora_pytorch_linear, "LoRA", "it says that alpha/r is in A's start values"),
-    Entry("lora-pytorch", "merge", layers.lora_pytorch_merge, "merge_lora", "as its layer"),
-    Entry("torchtune", "lora", layers.torchtune_linear, "LoRALinear"),
-    Entry("torchtune", "dora", layers.torchtune_dora, "DoRALinear"),
-    Entry("torchtune", "merge", layers.torchtune_merge, "get_merged_lora_ckpt"),
-    Entry("torchtune", "merge_dora", layers.torchtune_merge, "get_merged_lora_ckpt with magnitude"),
-    Entry("torchtune", "loss_masking", training.torchtune_loss, "lora_finetune_single_device._loss_step"),
-    Entry("torchtune", "accumulation", training.torchtune_accumulation, "lora_finetune_single_device.train"),
-    Entry("torchtune", "chat_mask", data.torchtune_mask, "OpenAIToMessages"),
-    Entry("torchtune", "adapter_directory", data.torchtune_directory, "save_checkpoint"),
-    Entry(
-        "torchtune",
-        "adapter_directory",
-        partial(data.torchtune_directory, use_dora=True),
-        "save_checkpoint, use_dora",
-        'its adapter_config.json does not say `"use_dora": true`, so PEFT reads a LoRA and ignores the magnitudes',
-    ),
-    Entry(
-        "torchao",
-        "nf4",
-        (nf4.torchao_quantize, nf4.torchao_dequantize),
-        "NF4Tensor",
-        "a format of its own: absmax is always quantized to int8, and the levels have four digits",
-    ),
-    Entry("torchao", "linear4bit", nf4.torchao_linear, "linear_nf4", "as its NF4Tensor"),
-    Entry("adapters", "lora", layers.adapters_linear, "LoRALinear"),
-    Entry("adapters", "dora", layers.adapters_linear, "LoRALinear, use_dora"),
-    Entry("adapters", "merge", layers.adapters_merge, "merge_adapter"),
-    Entry("adapters", "merge_dora", layers.adapters_merge, "merge_adapter, use_dora"),
-    Entry("adapters", "adapter_sum", layers.adapters_sum("linear"), 'average_adapter, "linear"'),
-    Entry("adapters", "adapter_sum", layers.adapters_sum("lora_delta_w_svd"), 'average_adapter, "lora_delta_w_svd"'),
-    Entry("mlx-lm", "lora", mlx.mlx_linear, "LoRALinear"),
-    Entry("mlx-lm", "dora", mlx.mlx_dora, "DoRALinear"),
-    Entry("mlx-lm", "merge", mlx.mlx_merge, "LoRALinear.fuse"),
-    Entry("mlx-lm", "merge_dora", mlx.mlx_merge, "DoRALinear.fuse"),
-    Entry("mlx-lm", "loss_masking", mlx.mlx_loss, "default_loss"),
-    Entry("mlx-lm", "accumulation", mlx.mlx_accumulation, "train"),
-    Entry("mlx-lm", "chat_mask", mlx.mlx_mask, "ChatDataset, mask_prompt"),
-)
 
 
 @dataclass(frozen=True)
@@ -168,9 +56,11 @@ def check_entry(entry: Entry) -> Iterable[Result]:
         is_directory = entry.kind == "adapter_directory"
         implementation = entry.implementation(folder) if is_directory else entry.implementation
         for name, law in laws(entry.kind).items():
-            begin = (entry.peer, entry.kind, entry.what, name)
+            begin, cases = (entry.peer, entry.kind, entry.what, name), [*filter(entry.only, law.cases())]
             try:
-                yield Result(*begin, "passes", law.check(implementation).ratio)
+                if not cases:
+                    raise NotApplicable("no case is one that it is made for")
+                yield Result(*begin, "passes", replace(law, cases=partial(iter, cases)).check(implementation).ratio)
             except NotApplicable as reason:
                 yield Result(*begin, "does not apply", message=str(reason))
             except CheckFailure as failure:
@@ -230,7 +120,7 @@ HEAD = """# Other libraries, checked with `minilora.testing`
 {versions}; {machine}.
 
 `python -m benchmarks.peers_under_test` writes this page. What is said of a library is said of the version in the table,
-and of what a check found by calling its own code: `PEERS` in `benchmarks/peers_under_test.py` has every callable.
+and of what a check found by calling its own code: `PEERS` in `benchmarks/peer_table.py` has every callable.
 
 A cell has, of each thing that is checked, the laws that pass of those that apply, and the largest error of those that
 pass over its derived bound: 1 is the limit. A cell is empty where a library has nothing of that kind."""
@@ -290,7 +180,7 @@ def _failures(results: list[Result]) -> list[str]:
 
 
 def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import peers_under_test
-from benchmarks.peers_under_test import KINDS, MODULES, PEERS, Entry, check_entry, page
+from benchmarks.peer_table import KINDS, MODULES, PEERS, Entry
+from benchmarks.peers_under_test import check_entry, page
 
 
 def run(states, results=()):
@@ -53,11 +53,26 @@ def test_a_layer_with_a_mistake_fails_with_its_cause():
     assert found["dropout"].verdict == "does not apply"
 
 
+def test_an_entry_is_checked_with_the_cases_that_it_is_made_for_alone():
+    def cannot_take_a_bias(W, b, A, B, alpha):
+        assert b is None
+        return lambda x: x @ (W + alpha / len(A) * B @ A).T
+
+    def verdicts(**options):
+        return {
+            each.law: each.verdict for each in check_entry(Entry("peft", "lora", cannot_take_a_bias, "mine", **options))
+        }
+
+    assert verdicts()["forward"] == "fails"
+    assert verdicts(only=lambda case: not case.has_bias)["forward"] == "passes"
+    assert verdicts(only=lambda case: False)["forward"] == "does not apply"
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ["lora", "rslora", "merge", "merge_dora"])
 def test_peft_passes(kind):
     pytest.importorskip("peft")
-    for entry in peers_under_test.PEERS:
+    for entry in PEERS:
         if (entry.peer, entry.kind) == ("peft", kind):
             assert {each.verdict for each in check_entry(entry)} == {"passes"}
