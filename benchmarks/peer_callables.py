@@ -99,6 +99,37 @@ def total_rank(adapters: Adapters) -> int:
     return min(sum(len(A) for A, _, _ in adapters), A.shape[1], len(B))
 
 
+# --- unsloth ---
+
+
+class FromUnsloth(nn.Module):
+    """PEFT's layer, computed by the `apply_lora_o` that unsloth gives to attention: x (B, T, in), no bias."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.o_proj = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        from unsloth.kernels.fast_lora import apply_lora_o
+
+        return apply_lora_o(self, x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def unsloth_linear(
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+) -> Any:
+    import unsloth  # noqa: F401  # before PEFT, which it changes
+
+    return FromUnsloth(peft_linear(W, b, A, B, alpha, dropout=dropout, use_rslora=use_rslora))
+
+
 # --- litgpt ---
 
 

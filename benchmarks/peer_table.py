@@ -20,6 +20,7 @@ MODULES = {  # distribution -> what must be importable
     "bitsandbytes": "bitsandbytes",
     "transformers": "transformers",
     "trl": "trl",
+    "unsloth": "unsloth",
     "litgpt": "litgpt.lora",
     "loralib": "loralib",
     "lora-pytorch": "lora_pytorch",
@@ -75,7 +76,7 @@ PEERS = (
         "dora",
         layers.peft_linear,
         "lora.Linear, use_dora, x (N, in)",
-        "dropout is also applied to the x of W, not of B A alone",
+        "dropout is applied to x in (m/‖W + s·B A‖ - 1)·W x, too",
         has_rows,
     ),
     Entry("peft", "merge", layers.peft_merge, "merge"),
@@ -137,6 +138,11 @@ PEERS = (
             ("gemma", "its template refuses a system message"),
             ("phi3", "its template writes an end of text after the last reply, which is learned, too"),
         )
+    ),
+    Entry("unsloth", "lora", layers.unsloth_linear, "apply_lora_o, no bias", only=without_bias),
+    Entry("unsloth", "rslora", layers.unsloth_linear, "apply_lora_o, no bias", only=without_bias),
+    Entry(
+        "unsloth", "accumulation", training.unsloth_accumulation, "SFTTrainer.train as it changes it", FLOAT32, in_float32
     ),
     Entry("litgpt", "lora", layers.litgpt_linear, "LoRALinear"),
     Entry("litgpt", "merge", layers.litgpt_merge, "LoRALinear.merge"),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,14 +76,14 @@ def state_of(peer: str) -> str:
     return importlib.metadata.version(peer)
 
 
-def check_here() -> dict[str, Any]:
-    """Check every peer that this interpreter can import."""
+def check_here(peers: Sequence[str]) -> dict[str, Any]:
+    """Check those of the peers that this interpreter can import."""
     from minilora.testing.checks import LAWS
 
     kinds = {law.kind for law in LAWS}
     warnings.simplefilter("ignore")
-    states = {peer: state_of(peer) for peer in MODULES}
-    entries = [entry for entry in PEERS if states[entry.peer][0] != "(" and entry.kind in kinds]
+    states = {peer: state_of(peer) for peer in peers}
+    entries = [entry for entry in PEERS if states.get(entry.peer, "(")[0] != "(" and entry.kind in kinds]
     results = [asdict(result) for entry in entries for result in check_entry(entry)]
     return {"states": states, "results": results, "kinds": sorted(kinds), "python": _versions()}
 
@@ -95,22 +95,28 @@ def _versions() -> str:
     return f"Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def check_in(interpreter: str) -> dict[str, Any]:
-    """Run `check_here` in another interpreter."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        subprocess.run([interpreter, "-m", __spec__.name, "--json", file.name], check=True)
-        return json.loads(Path(file.name).read_text("utf-8"))
+def check_in(interpreters: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run `check_here` in other interpreters, each for the peers that those before it do not have."""
+    missing = list(MODULES)
+    for interpreter in interpreters:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [interpreter, "-m", __spec__.name, "--json", file.name, *missing]
+            subprocess.run(command, check=True)
+            found = json.loads(Path(file.name).read_text("utf-8"))
+        missing = [peer for peer in missing if found["states"][peer][0] == "("]
+        yield found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check other libraries and write the page.")
+    parser.add_argument("peers", nargs="*", default=list(MODULES), help="those to be checked, with --json")
     parser.add_argument("--python", action="append", default=[], help="an interpreter that has some of the peers")
     parser.add_argument("--json", help="check what this interpreter has, into a file")
     arguments = parser.parse_args()
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(check_here()), "utf-8")
+        Path(arguments.json).write_text(json.dumps(check_here(arguments.peers)), "utf-8")
     else:
-        PAGE.write_text(page([check_in(each) for each in arguments.python or [sys.executable]]), "utf-8")
+        PAGE.write_text(page(list(check_in(arguments.python or [sys.executable]))), "utf-8")
 
 
 # --- the page ---
@@ -128,7 +134,54 @@ REPEAT = """Each message says how to repeat it; `implementation` is that of the 
 
 
 def page(runs: list[dict[str, Any]]) -> str:
-    """Return the page of what several interpreters found; of a peer, the first that has it."""
+    """Return the page of what several interpreters found."""
+    states = {peer: state for run in reversed(runs) for peer, state in run["states"].items()}
+    states |= {peer: state for run in reversed(runs) for peer, state in run["states"].items() if state[0] != "("}
+    results = [Result(**each) for run in runs for each in run["results"]]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names if name in found]
+    return f"Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def check_in(interpreters: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run `check_here` in other interpreters, each for the peers that those before it do not have."""
+    missing = list(MODULES)
+    for interpreter in interpreters:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [interpreter, "-m", __spec__.name, "--json", file.name, *missing]
+            subprocess.run(command, check=True)
+            found = json.loads(Path(file.name).read_text("utf-8"))
+        missing = [peer for peer in missing if found["states"][peer][0] == "("]
+        yield found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check other libraries and write the page.")
+    parser.add_argument("peers", nargs="*", default=list(MODULES), help="those to be checked, with --json")
+    parser.add_argument("--python", action="append", default=[], help="an interpreter that has some of the peers")
+    parser.add_argument("--json", help="check what this interpreter has, into a file")
+    arguments = parser.parse_args()
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(check_here(arguments.peers)), "utf-8")
+    else:
+        PAGE.write_text(page(list(check_in(arguments.python or [sys.executable]))), "utf-8")
+
+
+# --- the page ---
+
+HEAD = """# Other libraries, checked with `minilora.testing`
+
+{versions}; {machine}.
+
+`python -m benchmarks.peers_under_test` writes this page. What is said of a library is said of the version in the table,
+and of what a check found by calling its own code: `PEERS` in `benchmarks/peer_table.py` has every callable.
+
+A cell has, of each thing that is checked, the laws that pass of those that apply, and the largest error of those that
+pass over its derived bound: 1 is the limit. A cell is empty where a library has nothing of that kind."""
+REPEAT = """Each message says how to repeat it; `implementation` is that of the same entry of `PEERS`."""
+
+
+def page(runs: list[dict[str, Any]]) -> str:
+    """Return the page of what several interpreters found."""
     states, results = dict[str, str](), list[Result]()
     for peer in MODULES:
         having = [run for run in runs if run["states"][peer][0] != "("]
