@@ -18,7 +18,7 @@ from minilora.testing.checks import (
 )
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from minilora.testing.laws import CheckFailure, NotApplicable
-from minilora.testing.lora_laws import AdapterSum
+from minilora.testing.merge_laws import AdapterSum
 
 __all__ = [
     "AdaptedLinear",

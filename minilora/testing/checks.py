@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from minilora.testing import lora_laws
 from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.lora_laws import LAWS as LORA_LAWS
+from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 
-LAWS = (*lora_laws.LAWS,)
+LAWS = (*LORA_LAWS, *MERGE_LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
