@@ -142,7 +142,12 @@ PEERS = (
     Entry("unsloth", "lora", layers.unsloth_linear, "apply_lora_o, no bias", only=without_bias),
     Entry("unsloth", "rslora", layers.unsloth_linear, "apply_lora_o, no bias", only=without_bias),
     Entry(
-        "unsloth", "accumulation", training.unsloth_accumulation, "SFTTrainer.train as it changes it", FLOAT32, in_float32
+        "unsloth",
+        "accumulation",
+        training.unsloth_accumulation,
+        "SFTTrainer.train, changed",
+        FLOAT32,
+        in_float32,
     ),
     Entry("litgpt", "lora", layers.litgpt_linear, "LoRALinear"),
     Entry("litgpt", "merge", layers.litgpt_merge, "LoRALinear.merge"),

@@ -135,59 +135,9 @@ REPEAT = """Each message says how to repeat it; `implementation` is that of the 
 
 def page(runs: list[dict[str, Any]]) -> str:
     """Return the page of what several interpreters found."""
-    states = {peer: state for run in reversed(runs) for peer, state in run["states"].items()}
+    states = dict.fromkeys(MODULES, "") | {peer: state for run in runs for peer, state in run["states"].items()}
     states |= {peer: state for run in reversed(runs) for peer, state in run["states"].items() if state[0] != "("}
     results = [Result(**each) for run in runs for each in run["results"]]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names if name in found]
-    return f"Python {platform.python_version()}, {', '.join(versions)}"
-
-
-def check_in(interpreters: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Run `check_here` in other interpreters, each for the peers that those before it do not have."""
-    missing = list(MODULES)
-    for interpreter in interpreters:
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [interpreter, "-m", __spec__.name, "--json", file.name, *missing]
-            subprocess.run(command, check=True)
-            found = json.loads(Path(file.name).read_text("utf-8"))
-        missing = [peer for peer in missing if found["states"][peer][0] == "("]
-        yield found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Check other libraries and write the page.")
-    parser.add_argument("peers", nargs="*", default=list(MODULES), help="those to be checked, with --json")
-    parser.add_argument("--python", action="append", default=[], help="an interpreter that has some of the peers")
-    parser.add_argument("--json", help="check what this interpreter has, into a file")
-    arguments = parser.parse_args()
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(check_here(arguments.peers)), "utf-8")
-    else:
-        PAGE.write_text(page(list(check_in(arguments.python or [sys.executable]))), "utf-8")
-
-
-# --- the page ---
-
-HEAD = """# Other libraries, checked with `minilora.testing`
-
-{versions}; {machine}.
-
-`python -m benchmarks.peers_under_test` writes this page. What is said of a library is said of the version in the table,
-and of what a check found by calling its own code: `PEERS` in `benchmarks/peer_table.py` has every callable.
-
-A cell has, of each thing that is checked, the laws that pass of those that apply, and the largest error of those that
-pass over its derived bound: 1 is the limit. A cell is empty where a library has nothing of that kind."""
-REPEAT = """Each message says how to repeat it; `implementation` is that of the same entry of `PEERS`."""
-
-
-def page(runs: list[dict[str, Any]]) -> str:
-    """Return the page of what several interpreters found."""
-    states, results = dict[str, str](), list[Result]()
-    for peer in MODULES:
-        having = [run for run in runs if run["states"][peer][0] != "("]
-        states[peer] = (having or runs)[0]["states"][peer]
-        found = having[0]["results"] if having else []
-        results += [Result(**each) for each in found if each["peer"] == peer]
     versions = "; ".join(dict.fromkeys(run["python"] for run in runs))
     kinds = [kind for kind in KINDS if kind in runs[0]["kinds"]]
     parts = [HEAD.format(versions=versions, machine=f"{platform.system()} {platform.machine()}")]
