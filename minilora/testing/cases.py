@@ -199,14 +199,13 @@ SHAPES = (  # lead, in, out, r: from small to large; square ones, in which excha
     ((2,), 2, 2, 1),
     ((2,), 2, 2, 2),
     ((1,), 3, 2, 3),
-    ((), 3, 4, 2),
     ((3,), 4, 4, 2),
-    ((0,), 4, 3, 2),
     ((2, 3), 5, 4, 3),
     ((4,), 7, 9, 4),
     ((9,), 33, 17, 5),
     ((2, 3), 40, 24, 8),
 )
+LEADS = ((), (0,), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several
 SCALES = (2.5, 0.375, 7.0, 0.625)  # never 1, which hides a lost scale
 
 

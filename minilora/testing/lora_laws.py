@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array, Bounded
-from minilora.testing.cases import AdaptedLinear, Method, linear_cases
+from minilora.testing.cases import LEADS, AdaptedLinear, Method, linear_cases
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
 from minilora.testing.linear_mistakes import merged_mistakes, wrong_gradients, wrong_linears
@@ -89,6 +89,14 @@ def forward(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, start = build(make, replace(case, has_magnitude=False).changed(B=np.zeros_like(case.B)))
     yield Comparison("y", built.layer(tensor(start, "x")), start.y, outputs(start, start.x))
+
+
+def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    for lead in LEADS:
+        each = replace(case, lead=lead)
+        built, each = build(make, each)
+        y = built.layer(tensor(each, "x"))
+        yield Comparison(f"y of x {(*lead, case.inner)}", y, each.y, outputs(each, each.x))
 
 
 def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -238,6 +246,7 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
         ]
     table = [
         ("forward", equation, forward, ("float64", "float32")),
+        ("shapes", "x (..., in) may have any sizes in front of its features", shapes, ("float64",)),
         ("identity", "with B = 0 the layer is its base: y = x Wᵀ + b", identity, ("float64", "float32")),
         ("merge", "the layer applies its merged weight", merge_of_layer, ("float64",)),
         ("gradients", gradient, gradients, ("float64", "float32")),
