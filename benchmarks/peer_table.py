@@ -47,12 +47,8 @@ def in_float32(case: Any) -> bool:
     return case.dtype == "float32"
 
 
-def has_rows(case: Any) -> bool:
-    return case.lead != ()
-
-
 def without_bias(case: Any) -> bool:
-    return not case.has_bias and has_rows(case)
+    return not case.has_bias
 
 
 def whole_blocks(case: Any) -> bool:
@@ -70,14 +66,12 @@ AO = "a format of its own: absmax is always quantized, to int8; levels have four
 PEERS = (
     Entry("peft", "lora", layers.peft_linear, "lora.Linear"),
     Entry("peft", "rslora", layers.peft_linear, "lora.Linear, use_rslora"),
-    Entry("peft", "dora", layers.peft_linear, "lora.Linear, use_dora"),
     Entry(
         "peft",
         "dora",
         layers.peft_linear,
-        "lora.Linear, use_dora, x (N, in)",
-        "dropout is applied to x in (m/‖W + s·B A‖ - 1)·W x, too",
-        has_rows,
+        "lora.Linear, use_dora",
+        "of x (in) it makes y (1, out); dropout is applied to x in (m/‖W + s·B A‖ - 1)·W x, too",
     ),
     Entry("peft", "merge", layers.peft_merge, "merge"),
     Entry("peft", "merge_dora", layers.peft_merge, "merge, use_dora"),
@@ -160,7 +154,7 @@ PEERS = (
     Entry("lora-pytorch", "merge", layers.lora_pytorch_merge, "merge_lora", "as its layer"),
     Entry("torchtune", "lora", layers.torchtune_linear, "LoRALinear"),
     Entry("torchtune", "dora", layers.torchtune_dora, "DoRALinear"),
-    Entry("torchtune", "dora", layers.torchtune_dora, "DoRALinear, x (N, in), no bias", "", without_bias),
+    Entry("torchtune", "dora", layers.torchtune_dora, "DoRALinear, no bias", "", without_bias),
     Entry("torchtune", "merge", layers.torchtune_merge, "get_merged_lora_ckpt"),
     Entry("torchtune", "merge_dora", layers.torchtune_merge, "get_merged_lora_ckpt with magnitude"),
     Entry(
