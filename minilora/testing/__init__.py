@@ -9,9 +9,12 @@ from minilora.testing.checks import (
     check,
     check_adapter_sum,
     check_dora_linear,
+    check_double_quant,
     check_gradients,
+    check_linear4bit,
     check_lora_linear,
     check_merge,
+    check_nf4,
     laws,
     on_numpy,
     parametrize_laws,
@@ -19,22 +22,29 @@ from minilora.testing.checks import (
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from minilora.testing.laws import CheckFailure, NotApplicable
 from minilora.testing.merge_laws import AdapterSum
+from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
 
 __all__ = [
+    "AbsmaxVector",
     "AdaptedLinear",
     "AdapterSum",
     "Bounded",
     "CheckFailure",
+    "NF4Weight",
     "NotApplicable",
+    "QuantizedLinear",
     "assert_maths",
     "assert_parity",
     "assert_precision",
     "check",
     "check_adapter_sum",
     "check_dora_linear",
+    "check_double_quant",
     "check_gradients",
+    "check_linear4bit",
     "check_lora_linear",
     "check_merge",
+    "check_nf4",
     "laws",
     "on_numpy",
     "parametrize_laws",

@@ -122,10 +122,11 @@ class AdaptedLinear:
     @cached_property
     def y(self) -> Bounded:
         """x W'ᵀ + b, whether W' or the two products of LoRA are formed, and wherever b is added."""
-        x, W, B, A = (self._exact(each) for each in (self.rows, self.W, self.B, self.A))
+        x, B, A = (self._exact(each) for each in (self.rows, self.B, self.A))
         b = np.zeros(self.outer) if self.b is None else self.b
-        base, update = x @ W.T + b - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
-        y = base + update + b
+        with_bias = self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ self._exact(np.c_[self.W, b]).T
+        base, update = with_bias - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
+        y = (base + update + b).widened(with_bias + update)
         if self.method == "dora":
             c = self._ratio
             y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
@@ -141,8 +142,7 @@ class AdaptedLinear:
         """The gradients of Σ dy·y: x, A, B and, of DoRA, magnitude; the norm is a constant."""
         x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
         if self.method == "dora":
-            ratio, own = self._ratio, self._own
-            dy = (dy * ratio).widened(dy * (ratio - 1) + dy)
+            dy = (dy * self._ratio).widened(dy * (self._ratio - 1) + dy)
         s, dW = self.scale, dy.T @ x
         bounds = {
             "x": (dy @ W + scaled(dy @ B, A, s)).widened(dy @ W + dy @ (B * s) @ A, dy @ self._own),
@@ -150,14 +150,21 @@ class AdaptedLinear:
             "B": scaled(dy.T, x @ A.T, s).widened(dy.T @ (x @ (A * s).T), scaled(dW, A.T, s)),
         }
         if self.method == "dora":
-            plain = self._exact(self.dy_rows).T @ x
-            sums = Bounded.exact(np.ones(self.inner), self.dtype)
-            each = (plain * own) @ sums
-            bounds["magnitude"] = each / own.row_norms()
+            bounds["magnitude"] = self._magnitude_gradient()
         found = {
             name: Bounded(exact, bounds[name].error, self.dtype) for name, exact in self._exact_gradients().items()
         }
         return found | {"x": found["x"].reshape(*self.x.shape)}
+
+    def _magnitude_gradient(self) -> Bounded:
+        """Σ dy·x Vᵀ / ‖V‖ over the rows, V = W + s·B A, whatever is summed first."""
+        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        over_rows, over_inputs = (self._exact(np.ones(n)) for n in self.rows.shape)
+        base, update = dy * (x @ W.T), dy * scaled(x @ A.T, B.T, self.scale)
+        dm = (over_rows @ (base + update)).widened(
+            over_rows @ base + over_rows @ update, (dy.T @ x * self._own) @ over_inputs
+        )
+        return dm / self._own.row_norms()
 
     def _exact_gradients(self) -> dict[str, Array]:
         dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
