@@ -61,6 +61,7 @@ def whole_rows(case: Any) -> bool:
 
 FLOAT32 = "computes in float32, and is checked with float32 inputs alone"
 ROUNDED = "rounds the weights to float32"
+EMPTY = "an x of no tokens is an error"
 AO = "a format of its own: absmax is always quantized, to int8; levels have four digits"
 
 PEERS = (
@@ -133,8 +134,8 @@ PEERS = (
             ("phi3", "its template writes an end of text after the last reply, which is learned, too"),
         )
     ),
-    Entry("unsloth", "lora", layers.unsloth_linear, "apply_lora_o, no bias", only=without_bias),
-    Entry("unsloth", "rslora", layers.unsloth_linear, "apply_lora_o, no bias", only=without_bias),
+    Entry("unsloth", "lora", layers.unsloth_linear, "apply_lora_o, no bias", EMPTY, without_bias),
+    Entry("unsloth", "rslora", layers.unsloth_linear, "apply_lora_o, no bias", EMPTY, without_bias),
     Entry(
         "unsloth",
         "accumulation",
@@ -216,7 +217,7 @@ PEERS = (
         "of rounding errors, those of a singular value decomposition are no part of the bound",
     ),
     Entry("mlx-lm", "lora", mlx.mlx_linear, "LoRALinear"),
-    Entry("mlx-lm", "dora", mlx.mlx_dora, "DoRALinear"),
+    Entry("mlx-lm", "dora", mlx.mlx_dora, "DoRALinear", "computes the magnitude of a new layer in float32"),
     Entry("mlx-lm", "merge", mlx.mlx_merge, "LoRALinear.fuse"),
     Entry("mlx-lm", "merge_dora", mlx.mlx_merge, "DoRALinear.fuse"),
     Entry(
