@@ -47,9 +47,9 @@ def test_numbers_of_16_bits_and_a_path_as_text_pass(tmp_path):
     check_adapter_directory(str(tmp_path))
 
 
-def test_the_smallest_config_that_peft_loads_passes(tmp_path):
+def test_the_smallest_config_that_says_what_it_is_passes(tmp_path):
     saved(tmp_path, r=8, lora_alpha=8, target_modules=("q_proj",))
-    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}')
     check_adapter_directory(tmp_path)
 
 
