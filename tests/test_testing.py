@@ -190,3 +190,10 @@ def test_sums_with_their_mistakes():
             check_adapter_sum(add)
         if "separately" not in cause:  # factors of different ranks cannot be added at all
             assert cause in str(caught.value)
+
+
+def test_a_float64_result_that_went_through_float32_is_named():
+    with pytest.raises(CheckFailure, match="rounded to float32 on the way"):
+        check_lora_linear(
+            lambda W, b, A, B, alpha: Plain(W, b, A.float().double(), (1.1 * B).float().double() / 1.1, alpha)
+        )
