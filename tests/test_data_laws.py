@@ -1,6 +1,6 @@
 """The laws of the loss and of accumulation: what is right passes, and each mistake is found and named."""
 
-from types import SimpleNamespace
+import functools
 
 import numpy as np
 import pytest
@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from minilora import llama
-from minilora.data import Batch, Example, collate
 from minilora.testing import (
     CheckFailure,
     MaskedLogits,
@@ -27,7 +24,7 @@ from minilora.testing.bounds import Bounded
 from minilora.testing.compare import worst
 from minilora.testing.data_laws import GROUPS, ROWS
 from minilora.testing.laws import FAR
-from minilora.training import adamw, train_step
+from minilora.tools import selftest
 from tests.models import either
 
 CPU = torch.device("cpu")
@@ -87,16 +84,11 @@ def test_every_known_mistake_is_far_from_the_right_result_in_some_case():
 # --- what is right ---
 
 
+our_loss, our_step = (functools.partial(function, torch.device("cpu")) for function in (selftest.loss, selftest.step))
+
+
 def plain_loss(logits, labels):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-def our_loss(logits, labels):
-    """As `token_loss` computes it, with the logits in the place of the hidden states."""
-    rows = [Example([0] * len(row), row) for row in labels.tolist()]
-    batch = collate(rows, CPU)
-    logits = logits.flatten(0, 1).index_select(0, batch.places)
-    return llama.cross_entropy(logits, batch.labels, nn.Identity()) / len(batch.labels)
 
 
 def float32_loss(logits, labels):
@@ -116,22 +108,6 @@ def plain_step(W, micro_batches):
     for x, labels in micro_batches:
         (losses(x @ W.T, labels).sum() / count).backward()
     return W.grad
-
-
-def our_step(W, micro_batches):
-    head = nn.Linear(W.size(1), W.size(0), bias=False).to(W)
-    head.weight.data = W.clone()
-    batches = []
-    for x, labels in micro_batches:
-        batch = collate([Example([0] * len(row), row) for row in labels.tolist()], CPU)
-        batches.append(Batch(x.flatten(0, 1), batch.lengths, batch.places, batch.labels))
-    model = SimpleNamespace(
-        train=lambda: None,
-        model=lambda hidden, lengths, recompute: hidden,
-        get_output_embeddings=lambda: head,
-    )
-    train_step(model, adamw(head.parameters()), batches, max_grad_norm=0)
-    return head.weight.grad
 
 
 @either
