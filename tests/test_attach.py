@@ -14,6 +14,7 @@ from minilora.adapters.find import linear_layers
 from minilora.llama import Llama
 from minilora.models.config import LlamaConfig
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_maths, maths
 from tests.models import (
     CONFIGS,
     FAMILIES,
@@ -29,7 +30,6 @@ from tests.models import (
     token_ids,
     train_a_little,
 )
-from tests.tolerance import assert_maths, maths
 
 families = st.sampled_from(sorted(FAMILIES))
 IDS = token_ids(3, 2, 7)

@@ -14,9 +14,9 @@ from minilora.kernel import attention
 from minilora.kernel.attention import block_attention, fused_attention, select_kernel, varlen_attention
 from minilora.llama import causal_attention
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths
 from tests.models import allocated, examples, randn, seeds
 from tests.test_llama import attention_inputs, wide
-from tests.tolerance import assert_maths
 
 windows = st.none() | st.integers(1, 6)
 VARLEN = "torch.nn.attention.varlen"  # where older versions of torch have nothing

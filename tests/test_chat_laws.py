@@ -21,7 +21,7 @@ def split_words(messages):
 
 
 def test_a_right_mask_passes():
-    assert len(check_chat_mask(split_words)) == 6
+    assert len(check_chat_mask(split_words)) == 7
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, DEFAULT_SYSTEM], ids=["chatml", "marked", "default system"])

@@ -10,9 +10,9 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.storage import write_tensors
+from minilora.testing.compare import PARITY, relative
 from tests.files import edit, saved
 from tests.models import CONFIGS, FAMILIES, WHOLE, scales, seeds, tiny_model, token_ids, train_a_little
-from tests.tolerance import PARITY, relative
 
 IDS = token_ids(3, 2, 7)
 HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]}

@@ -16,8 +16,8 @@ from minilora.data import IGNORE_INDEX
 from minilora.runs.config import COUNTS
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.objective import rate_of_step
+from minilora.testing.compare import assert_maths
 from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, randn, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths
 from tests.training import (
     adapted,
     assert_same_gradient,

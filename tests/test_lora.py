@@ -22,9 +22,9 @@ from minilora.lora import (
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import SeededDropout, dropout_seed
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths, assert_precision, precision
 from tests.adapters import LAYERS, add, add_built, applied_by_loops, merged_by_loops, place
 from tests.models import either, fill_, randn, scales, seeds, sizes, small_tiles
-from tests.tolerance import assert_maths, assert_precision, precision
 
 keys = st.text("01/qé", max_size=8)
 bits = st.sampled_from([None, "single", "double"])

@@ -12,8 +12,8 @@ from minilora.errors import TrainingError
 from minilora.kernel import llama as loss
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import document_lengths, examples, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_parity
 
 
 @pytest.fixture(autouse=True)

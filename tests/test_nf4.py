@@ -25,9 +25,9 @@ from minilora.nf4 import (
     unpack,
 )
 from minilora.testing import reference_nf4 as reference
+from minilora.testing.compare import assert_maths, assert_parity
 from tests.golden.make_quantized import FILE, SMALL
 from tests.models import compile_with, either, long, randn, randomize_adapters_, seeds, small_tiles
-from tests.tolerance import assert_maths, assert_parity
 
 BOUND = 0.151904  # of the absmax: half the widest gap between levels, that between -1 and the next
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))

@@ -14,8 +14,8 @@ from minilora.adapter import adapter_layers
 from minilora.adapters import serve
 from minilora.adapters.attach import delete_adapter
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
+from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests.models import WHOLE, examples, four_bit, perturb_, randn, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 KINDS = {
     "linears": LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),

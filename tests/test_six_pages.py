@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import data
+from minilora.testing.compare import assert_parity
 from tests.test_structure import PAGES
-from tests.tolerance import assert_parity
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = ["minilora", *(f"minilora.{name}" for name in (*PAGES, "definition", "errors"))]

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "kernel/": PAGES,  # which only `public` and `runs/memory` import
     "runs/memory": ("storage", *PAGES, "kernel/", "models/", "adapters/", "runs/"),  # counts what kernels keep
     **{room: ("storage", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
+    "tools/selftest": ("storage", *PAGES, "models/", "adapters/", "testing/"),
     "public": (*PAGES, *ROOMS[:-1], "kernel/"),
     "__main__": ("cli/",),
 }

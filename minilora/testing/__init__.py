@@ -13,10 +13,13 @@ from minilora.testing.checks import (
     check_adapter_sum,
     check_chat_mask,
     check_dora_linear,
+    check_double_quant,
     check_gradients,
+    check_linear4bit,
     check_lora_linear,
     check_loss_masking,
     check_merge,
+    check_nf4,
     laws,
     on_numpy,
     parametrize_laws,
@@ -24,9 +27,11 @@ from minilora.testing.checks import (
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from minilora.testing.data_cases import MaskedLogits, MicroBatches
 from minilora.testing.laws import CheckFailure, NotApplicable
-from minilora.testing.lora_laws import AdapterSum
+from minilora.testing.merge_laws import AdapterSum
+from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
 
 __all__ = [
+    "AbsmaxVector",
     "AdaptedLinear",
     "AdapterSum",
     "Bounded",
@@ -34,7 +39,9 @@ __all__ = [
     "CheckFailure",
     "MaskedLogits",
     "MicroBatches",
+    "NF4Weight",
     "NotApplicable",
+    "QuantizedLinear",
     "assert_maths",
     "assert_parity",
     "assert_precision",
@@ -44,10 +51,13 @@ __all__ = [
     "check_adapter_sum",
     "check_chat_mask",
     "check_dora_linear",
+    "check_double_quant",
     "check_gradients",
+    "check_linear4bit",
     "check_lora_linear",
     "check_loss_masking",
     "check_merge",
+    "check_nf4",
     "laws",
     "on_numpy",
     "parametrize_laws",

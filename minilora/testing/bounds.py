@@ -51,12 +51,14 @@ class Bounded:
 
     def __mul__(self, other: Any) -> Bounded:
         a, b = self, self._bounded(other)
-        return self._rounded(a.value * b.value, abs(a.value) * b.error + a.error * (abs(b.value) + b.error))
+        with np.errstate(invalid="ignore"):
+            return self._rounded(a.value * b.value, abs(a.value) * b.error + a.error * (abs(b.value) + b.error))
 
     def __truediv__(self, other: Any) -> Bounded:
         a, b = self, self._bounded(other)
-        least = np.maximum(abs(b.value) - b.error, np.finfo(np.float64).tiny)
-        return self._rounded(a.value / b.value, (a.error + abs(a.value / b.value) * b.error) / least)
+        with np.errstate(all="ignore"):  # a divisor that may be 0 leaves no bound
+            least = np.maximum(abs(b.value) - b.error, 0.0)
+            return self._rounded(a.value / b.value, (a.error + abs(a.value / b.value) * b.error) / least)
 
     def __matmul__(self, other: Bounded) -> Bounded:
         """Multiply matrices: sums of k products, in any order."""
@@ -107,8 +109,8 @@ class Bounded:
         return replace(self, value=self.value.reshape(shape), error=self.error.reshape(shape))
 
     def widened(self, *others: Bounded) -> Bounded:
-        """Return the value with a bound that holds for several orders of its computation: the sum of theirs."""
-        return replace(self, error=self.error + sum(other.error for other in others))
+        """Return the value with a bound that holds for whichever order of its computation is used: the largest."""
+        return replace(self, error=np.maximum.reduce([self.error, *(other.error for other in others)]))
 
     def gamma(self, k: int) -> float:
         """Return γ_k of a sum of k products, with this dtype's accumulation and float64's of the value here."""

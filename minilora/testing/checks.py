@@ -24,10 +24,16 @@ from typing import Any
 
 import torch
 
-from minilora.testing import chat_laws, data_laws, directory_laws, lora_laws
+from minilora.testing.chat_laws import LAWS as CHAT_LAWS
+from minilora.testing.data_laws import LAWS as DATA_LAWS
+from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
+from minilora.testing.lora_laws import LAWS as LORA_LAWS
+from minilora.testing.merge_laws import LAWS as MERGE_LAWS
+from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 
-LAWS = (*lora_laws.LAWS, *data_laws.LAWS, *chat_laws.LAWS, *directory_laws.LAWS)
+LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS, *DATA_LAWS, *CHAT_LAWS, *DIRECTORY_LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
@@ -125,6 +131,48 @@ def check_adapter_sum(add: Callable[..., Any]) -> list[Report]:
     """Check a sum of adapters: add([(A, B, scale), …], weights) -> Σ wᵢ·sᵢ·Bᵢ Aᵢ, or an (A, B, scale) that is equal."""
     __tracebackhide__ = True
     return check(add, "adapter_sum")
+
+
+def check_nf4(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> list[Report]:
+    """Check NF4: codes of the 16 levels nearest to w / absmax, in blocks, in the bytes of bitsandbytes  [QLoRA §3].
+
+    Args:
+        quantize: (W, block_size) -> packed uint8 (⌈n/2⌉), absmax float32 (⌈n/block_size⌉).
+        dequantize: (packed, absmax, shape, block_size) -> W in float32.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check((quantize, dequantize), "nf4")
+
+
+def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> list[Report]:
+    """Check the quantization of absmaxes to eight bits: absmax ≈ level · scale + offset  [QLoRA §3].
+
+    Args:
+        quantize: (absmax) -> codes uint8 (b), scales (⌈b/256⌉), offset.
+        dequantize: (codes, scales, offset) -> absmax (b).
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check((quantize, dequantize), "double_quant")
+
+
+def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
+    """Check a linear layer with a frozen 4-bit weight: y = x dequantize(quantize(W))ᵀ + b, dx = dy dequantize(…).
+
+    Args:
+        make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
+            `double_quant`, False and True are passed.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(make_layer, "linear4bit")
 
 
 def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:

@@ -66,7 +66,8 @@ def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
         return Worst(0.0, (), 0.0, 0.0, 0.0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(actual == expected, 0.0, abs(actual - expected))
-        ratios = np.nan_to_num(np.where(error == 0, 0.0, error / allowed), nan=np.inf, posinf=np.inf)
+        ratios = np.where((error == 0) | ~(allowed < np.inf), 0.0, error / allowed)
+    ratios = np.nan_to_num(ratios, nan=np.inf, posinf=np.inf)
     index = tuple(int(i) for i in np.unravel_index(ratios.argmax(), ratios.shape))
     numbers = (float(array[index]) for array in (ratios, actual, expected, allowed))
     ratio, found, needed, most = numbers

@@ -16,7 +16,7 @@ import numpy as np
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.compare import Worst, as_array, worst
 
-FAR = 10.0  # bounds between the right result and that of a mistake which is named
+FAR = 5.0  # bounds between the right result and that of a mistake which is named
 
 
 class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, as pytest shows it
@@ -195,8 +195,7 @@ class Law:
     def _fail(self, failures: list[Failure], failing: int, cases: int) -> NoReturn:
         __tracebackhide__ = True
         first = failures[0]
-        of_same = [f for f in failures if f.comparison.what == first.comparison.what]
-        causes = explanations(of_same)
+        causes = explanations(failures)
         has_case = first.case is not None
         lines = [
             f"{self.id}: {first.comparison.what} is wrong" + f" in {failing} of {cases} cases" * has_case,
@@ -222,11 +221,17 @@ def short_repr(case: Any) -> str:
 
 
 def explanations(failures: list[Failure]) -> list[str]:
-    """Return the known mistakes that explain every failing case in which they can be told from the right result."""
-    found = [f.comparison.causes() for f in failures if not isinstance(f.comparison.actual, Exception)]
-    votes = {cause: sum(cause in each for each in found) for cause in sorted(set[str]().union(*found))}
-    most = max(votes.values(), default=0)
-    return [cause for cause, count in votes.items() if count == most and 2 * most >= len(found)]
+    """Return the known mistakes that explain most of the wrong results, name by name."""
+    causes: dict[str, list[set[str]]] = {}
+    for failure in failures:
+        if not isinstance(failure.comparison.actual, Exception):
+            causes.setdefault(failure.comparison.what, []).append(failure.comparison.causes())
+    explained = []
+    for found in causes.values():
+        votes = {cause: sum(cause in each for each in found) for cause in sorted(set[str]().union(*found))}
+        most = max([*votes.values(), len(found) / 2])
+        explained += [cause for cause, count in votes.items() if count == most]
+    return list(dict.fromkeys(explained))
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from minilora.testing.cases import AdaptedLinear
 def wrong_scales(case: AdaptedLinear) -> dict[str, float]:
     """Return what is computed instead of the scale."""
     r, alpha, root = case.r, case.alpha, math.sqrt(case.r)
-    right = "α/√r" if case.method == "rslora" else "α/r"
+    right = "α/√r" if case.use_rslora else "α/r"
     found = {
         f"the scale is α·r instead of {right}": alpha * r,
         f"the scale is α instead of {right}": alpha,
@@ -24,7 +25,7 @@ def wrong_scales(case: AdaptedLinear) -> dict[str, float]:
         "the update is subtracted": -case.scale,
         "the update is added twice": 2 * case.scale,
     }
-    if case.method == "rslora":
+    if case.use_rslora:
         found["the scale is α/r, LoRA's, instead of rsLoRA's α/√r"] = alpha / r
     else:
         found["the scale is α/√r, rsLoRA's, instead of α/r"] = alpha / root
@@ -71,6 +72,8 @@ def _wrong_magnitudes(case: AdaptedLinear, V: Array, b: Array) -> dict[str, tupl
         "the norm is that of W + B A, without the scale": ((m / _norm(W + B @ A))[:, None] * V, b),
         "the norm is that of the update alone": ((m / _norm(s * B @ A))[:, None] * V, b),
         "the norm is squared": ((m / norm**2)[:, None] * V, b),
+        "m/‖W + ΔW‖ is applied twice": (c * c * V, c[:, 0] * b),
+        "m/‖W + ΔW‖ is applied twice, without the bias": (c * c * V, b),
         "the result is not divided by the norm": (m[:, None] * V, b),
         "one norm is used for the whole matrix": (m[:, None] / math.sqrt((V * V).sum()) * V, b),
         "the norm is a sum of absolute values": ((m / abs(V).sum(1))[:, None] * V, b),
@@ -83,6 +86,18 @@ def _wrong_magnitudes(case: AdaptedLinear, V: Array, b: Array) -> dict[str, tupl
         found["the norm is taken over the columns (dim=0)"] = ((m / columns)[:, None] * V, b)
         found["columns are scaled instead of rows"] = (V * (m / columns), b)
     return found
+
+
+def merged_mistakes(case: AdaptedLinear) -> Callable[[], dict[str, Array]]:
+    """Return a function that computes known wrong merged weights by their mistake."""
+
+    def wrong() -> dict[str, Array]:
+        found = {cause: weight for cause, (weight, _) in wrong_linears(case).items() if "bias" not in cause}
+        if case.inner == case.outer:
+            found["the update is transposed"] = case.W + case.scale * (case.B @ case.A).T
+        return found
+
+    return wrong
 
 
 def wrong_gradients(case: AdaptedLinear) -> dict[str, dict[str, Array]]:

@@ -1,11 +1,11 @@
-"""Laws of LoRA, rsLoRA and DoRA layers, of merging, and of sums of adapters."""
+"""Laws of LoRA, rsLoRA and DoRA layers."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array, Bounded
-from minilora.testing.cases import AdaptedLinear, Method, linear_cases
+from minilora.testing.cases import LEADS, AdaptedLinear, Method, linear_cases
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
-from minilora.testing.linear_mistakes import wrong_gradients, wrong_linears
+from minilora.testing.linear_mistakes import merged_mistakes, wrong_gradients, wrong_linears
 
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
 Make = Callable[..., Any]
@@ -55,9 +55,9 @@ class Built(NamedTuple):
 
 def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, AdaptedLinear]:
     """Make a layer in evaluation mode; the case is returned with W's norm as magnitude where the maker takes none."""
-    dora = {"use_dora": True, "magnitude": None} if case.method == "dora" else {}
-    rslora = {"use_rslora": True} if case.method == "rslora" else {}
-    extra = accepted(make, **dora, **rslora, **options)
+    if case.method == "dora":
+        options |= {"use_dora": True} | ({"magnitude": None} if case.has_magnitude else {})
+    extra = accepted(make, **options, **({"use_rslora": True} if case.use_rslora else {}))
     if case.method == "dora" and "magnitude" not in extra:
         case = replace(case, has_magnitude=False)
     given = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
@@ -81,9 +81,6 @@ def set_mode(layer: Any, training: bool) -> None:
         layer.train(training)
 
 
-# --- laws of layers ---
-
-
 def forward(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     yield Comparison("y", built.layer(tensor(case, "x")), case.y, outputs(case, case.x))
@@ -92,6 +89,24 @@ def forward(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, start = build(make, replace(case, has_magnitude=False).changed(B=np.zeros_like(case.B)))
     yield Comparison("y", built.layer(tensor(start, "x")), start.y, outputs(start, start.x))
+
+
+def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    for lead in LEADS:
+        each = replace(case, lead=lead)
+        built, each = build(make, each)
+        y = built.layer(tensor(each, "x"))
+        yield Comparison(f"y of x {(*lead, case.inner)}", y, each.y, outputs(each, each.x))
+
+
+def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    yield from forward(make, replace(case, has_magnitude=False))
+
+
+def with_rslora(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    if not accepted(make, use_rslora=True):
+        raise NotApplicable("the layer takes no `use_rslora`")
+    yield from forward(make, replace(case, use_rslora=True))
 
 
 def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -145,16 +160,16 @@ def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     set_mode(built.layer, training=True)
     x = tensor(case, "x").requires_grad_()
+    base = {name: built.tensor(name) for name in ("W", "b") if name in built.given}
     backward(built, x, tensor(case, "dy"))
     parameters = list(built.layer.parameters()) if hasattr(built.layer, "parameters") else []
     for parameter in {id(p): p for p in (*parameters, *built.given.values())}.values():
         if parameter.grad is not None:
             parameter.data -= 0.1 * parameter.grad
-    base = {"W": case.W} | ({} if case.b is None else {"b": case.b})
-    for name, value in base.items():
-        yield Comparison(f"{name} after a step", built.given[name], value)
-        gradient = built.given[name].grad
-        yield Comparison(f"the gradient of the frozen {name}", 0.0 if gradient is None else 1.0, np.asarray(0.0))
+    for name, own in base.items():
+        yield Comparison(f"{name} after a step", built.given[name], case.arrays[name])
+        if own is not None:
+            yield Comparison(f"the layer's {name} after a step", own, case.arrays[name])
     yield Comparison("x, which is only read", x, case.x)
 
 
@@ -179,28 +194,37 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         raise NotApplicable("the layer takes no `dropout`")
     if not case.x.size:
         return
-    p, row = 0.5, case.rows[:1]
+    p, row = 0.25, case.rows[:1]
     built, one = build(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
     x = tensor(one, "x").repeat(MASKS, 1)
-    yield Comparison("y in evaluation mode", built.layer(x[:1]), one.y, outputs(one, one.x))
+    first, second = built.layer(x[:1]), as_array(built.layer(x[:1]))
+    active = {"dropout is active in evaluation mode": second}
+    yield Comparison("a second y in evaluation mode", second, as_array(first), lambda: active)
+    yield Comparison("y in evaluation mode", first, one.y, outputs(one, one.x))
     set_mode(built.layer, training=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
         y = as_array(built.layer(x))
-    # Each term of Δy[o] = s Σᵢ (B A)[o, i] x[i] becomes 0 or 1/(1 - p) times as large. The fourth moment of such a sum
-    # is at most that of a normal variable, 3σ⁴, so a measured variance has a variance of at most 2σ⁴ / MASKS.
+    yield Comparison("x, which is only read", x[0], one.x[0])
+    # Each term of Δy[o] = s Σᵢ (B A)[o, i] x[i] becomes 0 or 1/(1 - p) times as large. For 0.211 < p < 0.789 the fourth
+    # moment of such a sum is at most that of a normal variable, 3σ⁴: a measured variance varies by 2σ⁴ / MASKS at most.
     ratio = one.merged.value / (one.W + one.scale * one.B @ one.A) if case.method == "dora" else np.ones_like(one.W)
-    terms = ratio * one.scale * (one.B @ one.A) * row
-    right, rounding, variance = one.y.value[0], one.y.error[0], (terms**2).sum(1)
-    mean = Bounded(right, 6 * np.sqrt(variance / MASKS) + rounding)
+    base, terms = ratio * one.W * row, ratio * one.scale * (one.B @ one.A) * row
+    right, rounding, variance = one.y.value[0], one.y.error[0], p / (1 - p) * (terms**2).sum(1)
     wrong = {
         "dropout lacks the factor 1/(1 - p)": right - p * terms.sum(1),
-        "dropout acts on the base, too": (1 - p) * right,
+        "dropout acts on the base, too, and lacks the factor 1/(1 - p)": right - p * (base + terms).sum(1),
+        **({} if y.var(0).any() else {"one dropout mask is used for all rows": y[0]}),
     }
+    mean = Bounded(right, 6 * np.sqrt(variance / MASKS) + rounding)
     yield Comparison("the mean of y over dropout masks", y.mean(0), mean, lambda: wrong)
+    wrong_variance = {
+        "dropout is ignored in training": 0 * variance,
+        "dropout acts on the base, too": p / (1 - p) * ((base + terms) ** 2).sum(1),
+        "p is taken for the probability to keep": (1 - p) / p * (terms**2).sum(1),
+    }
     spread = Bounded(variance, 6 * variance * math.sqrt(2 / MASKS) + rounding)
-    ignored = {"dropout is ignored in training": 0 * variance}
-    yield Comparison("the variance of y over dropout masks", y.var(0), spread, lambda: ignored)
+    yield Comparison("the variance of y over dropout masks", y.var(0), spread, lambda: wrong_variance)
 
 
 def outputs(case: AdaptedLinear, x: Array) -> Callable[[], dict[str, Array]]:
@@ -208,143 +232,40 @@ def outputs(case: AdaptedLinear, x: Array) -> Callable[[], dict[str, Array]]:
     return lambda: {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
 
 
-# --- laws of functions ---
-
-
-def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
-    tensors = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
-    last = [tensors.pop("magnitude")]
-    actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
-    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case))
-    for name, given in tensors.items():
-        yield Comparison(f"{name}, which is only read", given, case.arrays[name])
-
-
-def merged_mistakes(case: AdaptedLinear) -> Callable[[], dict[str, Array]]:
-    """Return a function that computes known wrong merged weights by their mistake."""
-
-    def wrong() -> dict[str, Array]:
-        found = {cause: weight for cause, (weight, _) in wrong_linears(case).items() if "bias" not in cause}
-        if case.inner == case.outer:
-            found["the update is transposed"] = case.W + case.scale * (case.B @ case.A).T
-        return found
-
-    return wrong
-
-
-@dataclass(frozen=True)
-class AdapterSum:
-    """Several adapters of one linear layer, of different ranks and scales, and their weights in the sum."""
-
-    inner: int = 3
-    outer: int = 4
-    ranks: tuple[int, ...] = (1, 2)
-    seed: int = 0
-
-    @property
-    def adapters(self) -> list[tuple[Array, Array, float]]:
-        """The (A, B, s)."""
-        cases = [
-            AdaptedLinear("lora", (1,), self.inner, self.outer, r, (2.5, 0.375, 7.0)[i % 3], seed=self.seed + i)
-            for i, r in enumerate(self.ranks)
-        ]
-        return [(case.A, case.B, case.scale) for case in cases]
-
-    @property
-    def weights(self) -> list[float]:
-        return [(0.75, -1.5, 0.3)[i % 3] for i in range(len(self.ranks))]
-
-
-def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
-    adapters = [(torch.tensor(A), torch.tensor(B), s) for A, B, s in case.adapters]
-    result = add(adapters, case.weights)
-    if isinstance(result, tuple):
-        A, B, scale = result
-        result = scale * (B @ A)
-    parts = [
-        (w, s, Bounded.exact(A), Bounded.exact(B)) for w, (A, B, s) in zip(case.weights, case.adapters, strict=True)
-    ]
-    terms = [B @ A * (w * s) for w, s, A, B in parts]
-    expected = functools.reduce(Bounded.__add__, terms)
-    slack = functools.reduce(Bounded.__add__, [B @ A * (4 * abs(w * s)) for w, s, A, B in parts])  # √w in both factors
-    yield Comparison("ΔW", result, expected.widened(slack), functools.partial(_wrong_sums, parts))
-
-
-def _wrong_sums(parts: list[Any]) -> dict[str, Array]:
-    products = [(w, s, B.value @ A.value) for w, s, A, B in parts]
-    wrong = {
-        "the weights are ignored": sum(s * D for w, s, D in products),
-        "the scales are ignored": sum(w * D for w, s, D in products),
-        "the weights are applied twice, to A and to B": sum(w * w * s * D for w, s, D in products),
-        "the weights lose their sign": sum(abs(w) * s * D for w, s, D in products),
-        "the sum is a mean": sum(w * s * D for w, s, D in products) / len(products),
-        "the first adapter's scale is used for all": sum(w * products[0][1] * D for w, s, D in products),
-        "only the first adapter is there": products[0][0] * products[0][1] * products[0][2],
-    }
-    if len({A.value.shape for _, _, A, _ in parts}) == 1:
-        wrong["A and B are added separately: (Σ w·s·B)(Σ A)"] = sum(w * s * B.value for w, s, _, B in parts) @ sum(
-            A.value for _, _, A, _ in parts
-        )
-    return wrong
-
-
-def sums() -> Iterator[AdapterSum]:
-    """Return cases of one, two and three adapters, of equal and of different ranks."""
-    for seed, ranks in enumerate(((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))):
-        yield AdapterSum(3, 4, ranks, seed)
-    yield AdapterSum(17, 9, (4, 8), 7)
-
-
-# --- the table ---
-
-
-def _layer_laws(method: Method) -> list[Law]:
-    equation = {
-        "lora": "y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = α/r",
-        "rslora": "y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = α/√r",
-        "dora": "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row",
-    }[method]
+def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law]:
+    scale = "α/√r" if use_rslora else "α/r"
+    equation = f"y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = {scale}"
     gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
+    extra = []
     if method == "dora":
+        equation = "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row"
         gradient = "as LoRA's of dy·m/‖W + s·B A‖, with the norm held constant; dm = Σ dW·(W + s·B A)/‖W + s·B A‖"
+        extra = [
+            ("start", "without a given magnitude m = ‖W‖, of each row", start_of_magnitude, ("float64",)),
+            ("rslora", "with use_rslora s = α/√r", with_rslora, ("float64",)),
+        ]
     table = [
-        ("forward", equation, forward),
-        ("identity", "with B = 0 the layer is its base: y = x Wᵀ + b", identity),
-        ("merge", "the layer applies its merged weight", merge_of_layer),
-        ("gradients", gradient, gradients),
-        ("scale", "twice the alpha is twice the scale", scaling),
-        ("sums", "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂", ranks_add),
-        ("frozen", "W, b and x keep their bits, and W and b get no gradient", frozen),
-        ("updates", "a change of B in place shows in the next output", follows),
-        ("dropout", "dropout acts on x in front of A, only in training, and keeps the mean", dropout),
+        ("forward", equation, forward, ("float64", "float32")),
+        ("shapes", "x (..., in) may have any sizes in front of its features", shapes, ("float64",)),
+        ("identity", "with B = 0 the layer is its base: y = x Wᵀ + b", identity, ("float64", "float32")),
+        ("merge", "the layer applies its merged weight", merge_of_layer, ("float64",)),
+        ("gradients", gradient, gradients, ("float64", "float32")),
+        ("scale", "twice the alpha is twice the scale", scaling, ("float64",)),
+        ("sums", "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂", ranks_add, ("float64",)),
+        ("frozen", "W, b and x keep their bits when A and B are trained", frozen, ("float64",)),
+        ("updates", "a change of B in place shows in the next output", follows, ("float64",)),
+        ("dropout", "dropout acts on x in front of A, only in training, and keeps the mean", dropout, ("float64",)),
+        ("16-bit", f"{equation}, in bfloat16 and float16", forward, ("bfloat16", "float16")),
+        *extra,
     ]
-    both = functools.partial(linear_cases, method)
-    one = functools.partial(linear_cases, method, ("float64",))
-    low = functools.partial(linear_cases, method, ("bfloat16", "float16"))
-    found = [
-        Law(method, name, statement, one if name in ("dropout", "updates", "frozen") else both, compare)
-        for name, statement, compare in table
+    return [
+        Law(kind, name, statement, functools.partial(linear_cases, method, *dtypes, use_rslora=use_rslora), compare)
+        for name, statement, compare, dtypes in table
     ]
-    return [*found, Law(method, "16-bit", f"{equation}, in bfloat16 and float16", low, forward)]
 
 
 LAWS = (
-    *_layer_laws("lora"),
-    *_layer_laws("rslora"),
-    *_layer_laws("dora"),
-    Law(
-        "merge",
-        "weight",
-        "W' = W + s·B A, and the inputs stay as they were",
-        functools.partial(linear_cases, "lora"),
-        merging,
-    ),
-    Law(
-        "merge_dora",
-        "weight",
-        "W' = m·(W + s·B A)/‖W + s·B A‖ by row",
-        functools.partial(linear_cases, "dora"),
-        merging,
-    ),
-    Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", sums, adapter_sum),
+    *_layer_laws("lora", "lora"),
+    *_layer_laws("rslora", "lora", use_rslora=True),
+    *_layer_laws("dora", "dora"),
 )
