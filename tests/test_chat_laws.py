@@ -21,7 +21,7 @@ def split_words(messages):
 
 
 def test_a_right_mask_passes():
-    assert len(check_chat_mask(split_words)) == 6
+    assert len(check_chat_mask(split_words)) == 7
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, DEFAULT_SYSTEM], ids=["chatml", "marked", "default system"])
@@ -54,9 +54,15 @@ def masked(change):
     return render
 
 
-def last_only(tokens, flags, roles):
-    starts = [i for i, role in enumerate(roles) if role == "assistant" and tokens[i] == "<|"]
-    return [flag and i > starts[-1] for i, flag in enumerate(flags)]
+def replies_only(first, last):
+    """Labels of some replies, by their numbers."""
+
+    def change(tokens, flags, roles):
+        starts = [i for i, role in enumerate(roles) if role == "assistant" and tokens[i] == "<|"]
+        chosen = range(len(starts))[first:last]
+        return [flag and sum(start < i for start in starts) - 1 in chosen for i, flag in enumerate(flags)]
+
+    return change
 
 
 MASKS = {
@@ -73,7 +79,8 @@ MASKS = {
     "a part of a reply is not learned": lambda tokens, flags, roles: [
         flag and token not in ("No,", "a") for token, flag in zip(tokens, flags, strict=True)
     ],
-    "only the last reply is learned": last_only,
+    "only the last reply is learned": replies_only(-1, None),
+    "only the first reply is learned": replies_only(0, 1),
     "everything is learned": lambda tokens, flags, roles: [True] * len(tokens),
     "nothing is learned": lambda tokens, flags, roles: [False] * len(tokens),
 }

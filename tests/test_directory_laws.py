@@ -47,12 +47,6 @@ def test_numbers_of_16_bits_and_a_path_as_text_pass(tmp_path):
     check_adapter_directory(str(tmp_path))
 
 
-def test_the_smallest_config_that_says_what_it_is_passes(tmp_path):
-    saved(tmp_path, r=8, lora_alpha=8, target_modules=("q_proj",))
-    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}')
-    check_adapter_directory(tmp_path)
-
-
 def test_one_name_of_a_classifier_s_head_is_enough(tmp_path):
     saved(tmp_path, modules_to_save=("lm_head",))
     edit(tmp_path, modules_to_save=["classifier", "score"])
@@ -218,6 +212,8 @@ def test_a_mistake_in_the_tensors_is_found(mistake, tmp_path):
 FIELDS = {
     "peft_type": ("config", {"peft_type": "IA3"}, "peft_type: found 'IA3', accepted is 'LORA'"),
     "no peft_type": ("config", {"peft_type": None}, "peft_type: found None"),
+    "no r": ("config", {"r": None}, "r: found None, accepted is a whole number of at least 1"),
+    "no alpha": ("config", {"lora_alpha": None}, "lora_alpha: found None"),
     "r of text": ("config", {"r": "3"}, "r: found '3', accepted is a whole number of at least 1"),
     "r of 0": ("config", {"r": 0}, "r: found 0"),
     "r of True": ("config", {"r": True}, "r: found True"),

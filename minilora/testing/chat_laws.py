@@ -33,8 +33,8 @@ Render = Callable[[list[dict[str, str]]], tuple[Sequence[str], Sequence[bool]]]
 def chat_mask(render: Render, case: Chat) -> Iterator[Claim]:
     messages = case.messages
     tokens, flags = render(messages)
-    changed = f"found {messages}; accepted is what was given"
-    yield Claim("the messages, which are only read,", "" if messages == case.messages else changed)
+    changed = f"found {messages} after the call; accepted is what was given" if messages != case.messages else ""
+    yield Claim("messages, which are only read,", changed)
     counts = f"found {len(flags)} labels for {len(tokens)} tokens; accepted is one for each"
     yield Claim("the number of labels", "" if len(flags) == len(tokens) else counts)
     spans = find_messages(render, case, "".join(tokens))
@@ -75,7 +75,7 @@ class Expected(NamedTuple):
     reply: Array
     closing: Array  # the end token after a reply: that of the first character that is not white space
     header: Array  # between a reply and the end token of the message before it
-    others: Array  # of what the user or the system says
+    others: Array  # of what the user or the system says, and the end tokens after it
     either: Array  # may be learned or not: white space beside an end token, the end of a header and a reply in one
 
 
@@ -92,6 +92,7 @@ def expect(tokens: Sequence[str], spans: Sequence[tuple[int, int]], roles: Seque
         closing = (begins <= mark) & (mark < ends) & (mark < until)
         own = found.reply if is_reply[i] else found.others
         own[:] |= (begins < end) & (ends > begin) & (begins < ends)
+        found.others[:] |= closing & (not is_reply[i])
         if is_reply[i]:
             found.closing[:] |= closing
             found.either[:] |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
@@ -161,6 +162,6 @@ LAWS = (
         Law("chat_mask", name, STATEMENT, functools.partial(chats, *conversations), chat_mask)
         for name, conversations in CONVERSATIONS.items()
     ),
+    Law("chat_mask", "two_replies", STATEMENT, lambda: [Chat((*Chat().turns, ("assistant", "No, night.")))], chat_mask),
     Law("chat_mask", "system", STATEMENT, functools.partial(chats, HELLO, LONGER, system="Be brief."), chat_mask),
-    Law("chat_mask", "two_replies", STATEMENT, lambda: [Chat((*Chat().turns, ("assistant", "No.")))], chat_mask),
 )

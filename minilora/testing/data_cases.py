@@ -90,7 +90,7 @@ class Places:
     def _wrong_accumulations(self) -> dict[str, tuple[Array, Array]]:
         targets, weights = self.right
         learned, groups = (targets != IGNORED).astype(float), self.group.max() + 1
-        last = self.group == groups - 1
+        first, last = (self.group == g for g in (0, groups - 1))
         means = self._of_means(targets, self.group, groups)
         found = {
             "it is the mean of the means of the micro-batches": means,
@@ -100,10 +100,10 @@ class Places:
             "it is divided by the number of micro-batches twice": means / groups,
             "the sum is divided by the number of micro-batches instead of the labels": learned / groups,
             "the sum is divided by the labels of the last micro-batch": learned / max(1, learned[last].sum()),
+            "the sum is divided by the labels of the first micro-batch": learned / max(1, learned[first].sum()),
             "the gradient is that of the last micro-batch only": self._of_means(targets, self.group, 1) * last,
             "the gradient is that of the last micro-batch only, divided by all labels": weights * last,
-            "the gradient is that of the first micro-batch only": self._of_means(targets, self.group, 1)
-            * (self.group == 0),
+            "the gradient is that of the first micro-batch only": self._of_means(targets, self.group, 1) * first,
         }
         return {cause: (targets, weight) for cause, weight in found.items()}
 

@@ -89,7 +89,7 @@ def shapes(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
     for where, (A, B) in adapter.factors.items():
         key = first_match(ranks, where)
-        r, source = (adapter.config.get("r", 8), "r") if key is None else (ranks[key], f"rank_pattern[{key!r}]")
+        r, source = (adapter.config["r"], "r") if key is None else (ranks[key], f"rank_pattern[{key!r}]")
         if len(A) != len(B) or len(A) < 2:
             yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels", ""
             continue
@@ -211,7 +211,7 @@ def _is_names(value: Any) -> bool:
 
 FLAG = (False, lambda value: isinstance(value, bool), "true or false")
 ALPHA = (lambda value: _is_number(value) and value > 0, "a number above 0")
-FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> if missing, what is accepted, in words
+FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default, what is accepted, in words
     "peft_type": (None, lambda value: value == "LORA", "'LORA'"),
     "r": (None, _is_rank, "a whole number of at least 1"),
     "lora_alpha": (None, *ALPHA),

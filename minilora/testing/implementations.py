@@ -190,12 +190,12 @@ def accumulated_gradient(W: Tensor, micro_batches: Sequence[tuple[Tensor, Tensor
 
 
 def render_chat(messages: Sequence[Mapping[str, str]]) -> tuple[list[str], list[bool]]:
-    """Render <|role|>, the words, <|end|> and a newline for each message; an assistant's words and end are labelled."""
+    """Render <|role|>, the words and spaces, and <|end|> for each message; a reply and its end are labelled."""
     tokens, is_label = [], []
     for message in messages:
-        content = [*re.findall(r"\s*\S+|\s+", message["content"]), END]
-        tokens += [f"<|{message['role']}|>", *content, "\n"]
-        is_label += [False, *[message["role"] == "assistant"] * len(content), False]
+        content = [*re.findall(r"\s+|\S+", message["content"]), END]
+        tokens += [f"<|{message['role']}|>", *content]
+        is_label += [False, *[message["role"] == "assistant"] * len(content)]
     return tokens, is_label
 
 

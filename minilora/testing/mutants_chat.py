@@ -106,6 +106,7 @@ CHAT_MASK: Table = [
     ("the second of two replies in a row is not learned", "huggingface/trl#3224", wrapped(second_of_two_replies)),
     ("the end token is not learned", "verl-project/verl#535", spans(lambda s: [(begin, end - 1) for begin, end in s])),
     ("all end tokens are learned", "", masked(all_end_tokens)),
+    ("the token after the end token is learned", "", spans(lambda s: [(begin, end + 1) for begin, end in s])),
     ("the token before a reply is learned", "", spans(lambda s: [(begin - 1, end) for begin, end in s])),
     ("the first token of a reply is not learned", "", spans(lambda s: [(begin + 1, end) for begin, end in s])),
     ("the mask is one token late", "zai-org/ChatGLM3#184", masked(lambda tokens, mask: [False, *mask[:-1]])),
