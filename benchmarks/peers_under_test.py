@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -99,10 +100,11 @@ def check_in(interpreters: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Run `check_here` in other interpreters, each for the peers that those before it do not have."""
     missing = list(MODULES)
     for interpreter in interpreters:
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [interpreter, "-m", __spec__.name, "--json", file.name, *missing]
-            subprocess.run(command, check=True)
-            found = json.loads(Path(file.name).read_text("utf-8"))
+        with tempfile.TemporaryDirectory() as folder:  # in which some peers write caches
+            file = Path(folder) / "found.json"
+            command = [interpreter, "-m", __spec__.name, "--json", str(file), *missing]
+            subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(PAGE.parents[1])})
+            found = json.loads(file.read_text("utf-8"))
         missing = [peer for peer in missing if found["states"][peer][0] == "("]
         yield found
 
