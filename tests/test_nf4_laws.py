@@ -221,7 +221,7 @@ def test_a_midpoint_that_is_two_units_off_fails(midpoint, to):
 
 
 def test_an_absmax_with_an_epsilon_fails():
-    with pytest.raises(CheckFailure, match="absmax is wrong"):
+    with pytest.raises(CheckFailure, match="absmax: wrong"):
         check_nf4(lambda W, bs: (quantize(W, bs)[0], quantize(W, bs)[1] + 1e-8), dequantize)
 
 
@@ -376,7 +376,7 @@ def test_the_gradient_of_the_dense_weight_fails_by_name():
         W_hat = dequantize(*quantize(W), W.shape, 64).to(W.dtype)
         return lambda x: DenseGradient.apply(x, W, W_hat) + (0 if b is None else b)
 
-    with pytest.raises(CheckFailure, match="dx is wrong") as failure:
+    with pytest.raises(CheckFailure, match="dx: wrong") as failure:
         check_linear4bit(make)
     assert failure.value.causes == ("the dense weight is used instead of the quantized one",)
 
@@ -397,7 +397,7 @@ class Trained(torch.nn.Module):
 
 
 def test_a_trained_absmax_fails():
-    with pytest.raises(CheckFailure, match="the gradient of absmax is wrong"):
+    with pytest.raises(CheckFailure, match="the gradient of absmax: wrong"):
         check_linear4bit(Trained)
 
 

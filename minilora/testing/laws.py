@@ -64,7 +64,9 @@ class Comparison:
             mistakes = {cause: as_array(wrong) for cause, wrong in self.mistakes().items()}
         if as_array(self.actual).shape != right.value.shape:
             return set()
-        if right.dtype == "float64" and worst(self.actual, right.value, right.error * COARSER).ratio <= 1:
+        coarse = right.error * COARSER
+        is_sharp = right.dtype == "float64" and coarse.max(initial=0.0) < 1e-3 * abs(right.value).max(initial=0.0)
+        if is_sharp and worst(self.actual, right.value, coarse).ratio <= 1:
             return {"it is rounded to float32 on the way"}
         candidates = {cause: wrong for cause, wrong in mistakes.items() if wrong.shape == right.value.shape}
         return {
@@ -201,7 +203,7 @@ class Law:
         causes = explanations(failures)
         has_case = first.case is not None
         lines = [
-            f"{self.id}: {first.comparison.what} is wrong" + f" in {failing} of {cases} cases" * has_case,
+            f"{self.id}: {first.comparison.what}: wrong" + f" in {failing} of {cases} cases" * has_case,
             f"  law: {self.statement}",
             *[f"  smallest failing case: {first.case}"] * has_case,
             f"  {first.text}",
