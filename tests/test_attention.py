@@ -14,7 +14,7 @@ from minilora.kernel import attention
 from minilora.kernel.attention import block_attention, fused_attention, select_kernel, varlen_attention
 from minilora.llama import causal_attention
 from minilora.testing import reference
-from tests.models import allocated, examples, randn, seeds
+from tests.models import allocated, examples, of_kernels, randn, seeds
 from tests.test_llama import attention_inputs, wide
 from tests.tolerance import assert_maths
 
@@ -131,6 +131,7 @@ def test_a_head_that_lies_between_others_is_read_in_place_and_not_written(case):
     assert torch.equal(whole, before)
 
 
+@of_kernels
 @pytest.mark.parametrize(
     ("dtype", "length", "window"),
     [
