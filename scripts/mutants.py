@@ -95,7 +95,7 @@ def main() -> None:
         copy = Copy(Path(folder))
 
         def status_of(file: str, source: str) -> int:
-            first = [Path(file).stem, FIRST.get(Path(file).stem), "kernels" if "kernel" in file else None]
+            first = [Path(file).stem, FIRST.get(Path(file).stem), "kernels" if "kernel" in file else "six_pages"]
             core = [f"test_{name}.py" for name in sorted(TESTS, key=lambda name: name not in first)]
             core += [f"../minilora/{file}", "-knot compil"]  # and its doctests
             return copy.run(file, source, ["--ignore=tests/test_planted.py"] if args.all else core, seconds=900)

@@ -18,6 +18,7 @@ from minilora.nf4 import NF4Linear
 from tests.models import (
     document_lengths,
     examples,
+    of_kernels,
     randn,
     randomize_adapters_,
     scales,
@@ -28,6 +29,7 @@ from tests.models import (
 )
 from tests.tolerance import GRADIENT_PARITY, assert_maths, assert_parity, assert_precision
 
+pytestmark = of_kernels
 DEFINITIONS = definition.WITH_KERNEL
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
