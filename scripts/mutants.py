@@ -25,7 +25,7 @@ from tests.planting import Copy  # noqa: E402  # the checkout is no installed pa
 
 PAGES = ("lora", "nf4", "llama", "adapter", "data", "training")
 TESTS = ("kernels", "lora", "nf4", "attention", "loss", "layers", "llama", "cache", "attach", "loop", "batch", "data")
-TESTS += ("files", "tokens", "parameters", "serve", "golden", "six_pages")
+TESTS += ("files", "tokens", "parameters", "copies", "serve", "golden", "six_pages")
 FIRST = {"adapter": "attach", "training": "loop"}  # the tests of a page that has none of its name
 SWAPS = ((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq))
 SWAPS += ((ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or))
@@ -95,10 +95,10 @@ def main() -> None:
         copy = Copy(Path(folder))
 
         def status_of(file: str, source: str) -> int:
-            first = [Path(file).stem, FIRST.get(Path(file).stem), "kernels" if "kernel" in file else None]
+            first = [Path(file).stem, FIRST.get(Path(file).stem), "kernels" if "kernel" in file else "six_pages"]
             core = [f"test_{name}.py" for name in sorted(TESTS, key=lambda name: name not in first)]
-            tests = ["--ignore=tests/test_planted.py"] if args.all else [*core, "-knot compil"]
-            return copy.run(file, source, tests, seconds=900)
+            core += [f"../minilora/{file}", "-knot compil"]  # and its doctests
+            return copy.run(file, source, ["--ignore=tests/test_planted.py"] if args.all else core, seconds=900)
 
         assert status_of("lora.py", paths[0].read_text(encoding="utf-8")) == 0, copy.output
         for number, (file, change, source) in chosen:

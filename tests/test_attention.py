@@ -15,7 +15,7 @@ from minilora.kernel.attention import block_attention, fused_attention, select_k
 from minilora.llama import causal_attention
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths
-from tests.models import allocated, examples, randn, seeds
+from tests.models import allocated, examples, of_kernels, randn, seeds
 from tests.test_llama import attention_inputs, wide
 
 windows = st.none() | st.integers(1, 6)
@@ -76,6 +76,18 @@ def test_keys_that_are_repeated_for_a_gpu_give_the_same(case, window):
     assert_maths(on_gpu.as_subclass(torch.Tensor), fused_attention(q, k, v, *where, window))
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "window", "is_masked"), [(5, 5, None, 0), (1, 5, None, 0), (3, 5, None, 1), (5, 5, 5, 0), (5, 5, 4, 1)]
+)
+def test_the_fused_kernel_has_a_mask_which_grows_with_the_square_only_where_it_needs_one(
+    n, m, window, is_masked, monkeypatch
+):
+    made, make = [], attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda *args: made.append(args) or make(*args))
+    fused_attention(randn(0, n, 2, 4), randn(1, m, 1, 4), randn(2, m, 1, 4), [n], [m], window)
+    assert len(made) == is_masked
+
+
 @kernels
 @given(attention_inputs())
 def test_a_window_as_long_as_the_document_changes_nothing(kernel, case):
@@ -119,6 +131,7 @@ def test_a_head_that_lies_between_others_is_read_in_place_and_not_written(case):
     assert torch.equal(whole, before)
 
 
+@of_kernels
 @pytest.mark.parametrize(
     ("dtype", "length", "window"),
     [

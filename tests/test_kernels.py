@@ -20,6 +20,7 @@ from minilora.testing.kernel_laws import check_kernel, results
 from tests.models import (
     document_lengths,
     examples,
+    of_kernels,
     randn,
     randomize_adapters_,
     scales,
@@ -29,6 +30,7 @@ from tests.models import (
     token_ids,
 )
 
+pytestmark = of_kernels
 DEFINITIONS = definition.WITH_KERNEL
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 

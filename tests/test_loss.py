@@ -148,6 +148,17 @@ def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
         llama.cross_entropy(hidden, labels, Head())
 
 
+@of_kernels
+@pytest.mark.parametrize(("grad", "is_trained"), [(False, True), (True, False), (True, True)])
+def test_a_gradient_is_computed_only_where_one_is_asked_for(grad, is_trained, monkeypatch):
+    hidden, labels = randn(0, 5, 4).requires_grad_(is_trained), token_ids(0, 5, high=3)
+    asked = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **_: asked.append(args) or (torch.zeros(3, 4),))
+    with torch.set_grad_enabled(grad):
+        llama.cross_entropy(hidden[:3], labels[:3], make_head("frozen", 1, 4, 3))
+    assert bool(asked) == (grad and is_trained)
+
+
 def test_the_graph_of_a_head_is_searched_once_however_many_ways_lead_through_it():
     x = torch.ones(1, requires_grad=True)
     y = x * 1

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import adapter, data, llama, training
 from minilora.models.config import LlamaConfig
+from minilora.runs.data import use_prompt_style
 from minilora.storage import SHARD_BYTES
 from minilora.testing.compare import assert_parity
 from tests.files import SHARD, change, edit, same_state, saved
@@ -87,12 +88,17 @@ def test_the_page_of_data_reads_rows_as_the_package_does(keys, tmp_path):
     path, tokenizer = ROOT / "minilora" / "assets" / "data" / "train.jsonl", ml.load_tokenizer("minilora/builtin")
     raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if keys == "prompt":
-        rows = [dict(zip(("prompt", "completion"), data.row_text(row), strict=True)) for row in rows[:20]]
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    if keys == "instruction":
+        inputs = ({}, {"input": ""}, {"input": "of which language?"})
+        rows = [
+            {"instruction": row["prompt"], "output": row["completion"], **inputs[i % 3]}
+            for i, row in enumerate(rows[:30])
+        ]
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows), encoding="utf-8")
     found = [data.encode_row(row, raw, tokenizer.eos_id) for row in rows]
-    expected = ml.load_dataset(path, tokenizer)
+    style = "instruction" if keys == "instruction" else "auto"
+    expected = ml.load_dataset(path, use_prompt_style(tokenizer, style))
     assert [(row.tokens, row.labels) for row in found] == [(row.tokens, row.labels) for row in expected]
 
 
