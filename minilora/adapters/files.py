@@ -47,7 +47,7 @@ from minilora.adapters.parts import (
     parameter_specs,
     target_parameter_names,
 )
-from minilora.errors import ConfigError, FormatError, TargetError, check_types
+from minilora.errors import ConfigError, FormatError, TargetError, check_types, listed
 from minilora.lora import AdapterLinear, AdapterWrapper, Shape
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
@@ -137,7 +137,7 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
     if misfits:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:\n  {_listed(misfits)}")
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(misfits)}")
     if odds:
         raise _contradiction(stored, odds)
     return config, specs
@@ -271,9 +271,4 @@ def _odds(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: Lora
 
 
 def _contradiction(stored: Stored, odds: Sequence[str]) -> FormatError:
-    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:\n  {_listed(odds)}")
-
-
-def _listed(problems: Sequence[str]) -> str:
-    more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return "\n  ".join(problems[:10]) + more
+    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(odds)}")

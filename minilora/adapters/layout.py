@@ -27,7 +27,7 @@ from torch import Tensor
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
@@ -139,7 +139,13 @@ def read_adapter(directory: Path) -> Stored:
 def write_adapter(
     directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors."""
+    """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors.
+
+    Raises:
+        TrainingError: a number is not finite, so that `read_adapter` would refuse it.
+    """
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise TrainingError(f"{directory}: not written, because {bad[0]} has numbers that are not finite")
     write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
     # The patterns inside the fields keep their order: the first key that matches counts.
     write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
@@ -241,7 +247,7 @@ def check_keys(path: Path, values: Mapping[str, Any]) -> None:
         if not (isinstance(names, list) and all(isinstance(name, str) and is_name(name) for name in names)):
             bad.append(f"{key}: found {names!r}, need a list of names")
     if bad:
-        raise FormatError(f"{path}: not a LoRA that can be read:\n  " + "\n  ".join(bad))
+        raise FormatError(f"{path}: not a LoRA that can be read:{listed(bad)}")
 
 
 def is_name(key: str) -> bool:

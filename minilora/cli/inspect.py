@@ -24,7 +24,7 @@ import torch
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import PEFT_DEFAULTS
 from minilora.cli import Options
-from minilora.errors import FormatError
+from minilora.errors import FormatError, printable
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
 from minilora.models.config import LlamaConfig
@@ -83,7 +83,7 @@ def page(kind: str, facts: Mapping[str, Any]) -> str:
     lines = [f"{kind}  {path}", *(f"  {key:<{width}}  {text}" for key, text in values)]
     for rows in map(list, tables):
         lines += ["", *_align(rows)] if len(rows) > 1 else []
-    return "\n".join(map(_printable, lines))
+    return printable("\n".join(line.replace("\n", r"\n") for line in lines))
 
 
 def fold(kinds: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
@@ -149,11 +149,6 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line for each row; all columns but the last are aligned to the right."""
     widths = [*(max(map(len, column)) for column in zip(*rows, strict=True))][:-1]
     return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
-
-
-def _printable(text: str) -> str:
-    """Escape control characters: a name in a file may hold any."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def memory_page(name_or_path: str) -> str:

@@ -125,7 +125,7 @@ class TensorBoard:
         """Write a record's numbers as scalars, and each {"prompt", "text"} of its "samples" as a text."""
         step = record["step"]
         for key, tag in SCALARS.items():
-            if key in record:
+            if record.get(key) is not None:  # as in a step that was skipped
                 self.writer.add_scalar(tag, record[key], step)
         for i, sample in enumerate(record.get("samples", ()), start=1):
             # an indented block, in which nothing is markup

@@ -45,8 +45,10 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
     """
     path = _locate(name_or_path)
-    if path.is_file():
-        file = TensorFile(path)
+    if not path.is_dir():
+        if path.suffix != ".safetensors":
+            raise FormatError(f"{path}: is no .safetensors file; need one, or the directory of a model, adapter or run")
+        file = TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
     facts = {}
