@@ -19,15 +19,16 @@ JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 1
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
 TOKENIZER_BYTES, TOKENIZER_VALUES = 2**27, 10**7  # of a tokenizer.json; that of 262,144 tokens has 33 MB, 2.4 million
 LINE_BYTES = 2**23  # of one row of data; a long book has 2 MB
-BAD_ROWS = 100_000  # that are skipped and kept with their reasons
-UNPACKED, UNPACKED_TIMES = 2**20, 100  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20
+BAD_ROWS = 50_000  # that are skipped and kept with their reasons
+UNPACKED, UNPACKED_TIMES = 2**20, 50  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20
 DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
-PATTERN_KEYS = 10_000  # of rank_pattern or alpha_pattern: each is compared with each module
+NAMES = 10_000  # of modules, in one key of an adapter's config: each is compared with each module
 GROWTH = 1024  # rows of a vocabulary that the tokens of an adapter may add, beside as many as there are
 SIZES = {  # the largest of each key in config.json, where the weights do not say
     **dict.fromkeys(("vocab_size", "intermediate_size"), 2**24),
     **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2**12),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
+    "num_hidden_layers": 160,  # Llama 3.1 405B has 126
 }
 COUNT, FLOAT = 2**31 - 1, 1e30  # the largest other whole number, and the largest other number, in config.json
 WEIGHT = 1e6  # of an adapter in a sum
@@ -60,7 +61,10 @@ def open_file(path: Path, most: int | None = None, is_named: bool = False) -> Bu
 def check_link(path: Path) -> None:
     """Raise a `FormatError` if a file is a link out of its directory, unless to `blobs`, as in the cache of the hub."""
     if path.is_symlink():
-        target, home = path.resolve(), path.parent.resolve()
+        try:
+            target, home = path.resolve(), path.parent.resolve()
+        except (OSError, RuntimeError) as error:
+            raise FormatError(f"{path}: is a link to itself") from error
         if not (target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")):
             raise FormatError(f"{path}: is a link to {target}, outside its directory, which is not followed")
 

@@ -26,15 +26,7 @@ MAY_IMPORT = {
     "storage": ("limits",),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
     "kernel/": PAGES,  # which only `public` and `runs/memory` import
-    "runs/memory": (
-        "limits",
-        "storage",
-        *PAGES,
-        "kernel/",
-        "models/",
-        "adapters/",
-        "runs/",
-    ),  # counts what kernels keep
+    "runs/memory": ("limits", "storage", *PAGES, "kernel/", *ROOMS[:3]),  # counts what kernels keep
     **{room: ("limits", "storage", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
     "public": (*PAGES, *ROOMS[:-1], "kernel/"),
     "__main__": ("cli/",),

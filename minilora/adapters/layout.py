@@ -28,6 +28,7 @@ from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
+from minilora.limits import NAMES
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
@@ -236,16 +237,14 @@ def check_keys(path: Path, values: Mapping[str, Any]) -> None:
         bad.append(f"init_lora_weights: found {init!r}, a decomposition that was drawn and cannot be repeated")
     elif init not in PLAIN_INITS and init not in REPEATED:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights")
-    for key in ("rank_pattern", "alpha_pattern"):
-        names = values.get(key) or {}
-        if not isinstance(names, dict):
-            bad.append(f"{key}: found {names!r}, need an object")
-        elif key == "alpha_pattern":
-            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in names if not is_name(name)]
-    for key in ("modules_to_save", "target_parameters"):
-        names = values.get(key) or []
-        if not (isinstance(names, list) and all(isinstance(name, str) and is_name(name) for name in names)):
-            bad.append(f"{key}: found {names!r}, need a list of names")
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"):
+        names, kind = values.get(key) or (), dict if key.endswith("pattern") else list
+        if not isinstance(names, kind | tuple) or len(names) > NAMES:
+            need = "an object with" if kind is dict else "a list of"
+            bad.append(f"{key}: found {names!r:.80}, need {need} at most {NAMES:,} names")
+        elif key != "rank_pattern":
+            strange = [name for name in names if not (isinstance(name, str) and is_name(name))]
+            bad += [f"{key}: {name!r:.80} is not a module name or the end of one" for name in strange]
     if bad:
         raise FormatError(f"{path}: not a LoRA that can be read:{listed(bad)}")
 

@@ -27,11 +27,11 @@ from minilora.cli import Options
 from minilora.errors import FormatError, printable
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
-from minilora.models.config import LlamaConfig
+from minilora.models.config import LlamaConfig, read_config_file
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.memory import Forecast, Plan, amount, forecast
-from minilora.storage import TensorEntry, read_json
+from minilora.storage import TensorEntry
 from minilora.tools.inspect import inspect_path
 
 WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA", "QLoRA, block")
@@ -162,9 +162,10 @@ def memory_page(name_or_path: str) -> str:
     path, device = path if path.exists() else fetch(name_or_path, "model"), pick_device("auto")
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: holds no config.json; need the directory of a model")
-    sources = {str(path): read_json(path / "config.json")}
+    configs = {str(path): read_config_file(path / "config.json")}
     for name, sizes in SHAPES.items():
-        sources[name] = {"model_type": "llama", "vocab_size": 32000, **dict(zip(KEYS, sizes, strict=True))}
+        source = {"model_type": "llama", "vocab_size": 32000, **dict(zip(KEYS, sizes, strict=True))}
+        configs[name] = LlamaConfig.from_dict(source)
     lora, batch = LoraConfig(), f"{TrainConfig().batch_size} rows of {DataConfig().max_length:,} tokens"
     lines = [
         f"Memory at the peak of fine-tuning on {device} in bfloat16. A batch has {batch}, all with a label;",
@@ -173,8 +174,7 @@ def memory_page(name_or_path: str) -> str:
         "and two moments. working: temporary tensors, such as logits; kept: by the C library and kernels.",
         "1 GB is 10^9 bytes.",
     ]
-    for name, source in sources.items():
-        config = LlamaConfig.from_dict(source)
+    for name, config in configs.items():
         lines += ["", name, f"  {'':<15}" + "".join(f"{term:>12}" for term in (*Forecast.__dataclass_fields__, "peak"))]
         for way in WAYS:
             found = forecast(default_plan(config, way, device))

@@ -25,11 +25,11 @@ from minilora.models.bitsandbytes import (
     read_packed,
     shortest_names,
 )
-from minilora.models.config import LlamaConfig, class_name
+from minilora.models.config import LlamaConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import SHARD_BYTES, TensorFile, read_json, tensor_files, write_json, write_shards
+from minilora.storage import SHARD_BYTES, TensorFile, tensor_files, write_json, write_shards
 
 if TYPE_CHECKING:
     from minilora.models.classifier import Classifier
@@ -223,14 +223,10 @@ def read_config(directory: Path) -> LlamaConfig:
     """Read a config.json; if it names no dtype, its `source` gets that of the embedding.
 
     Raises:
-        ConfigError: as for `LlamaConfig.from_dict`.
         FormatError: it asks for more layers than the files hold, which would be built before they are missed.
     """
-    path, files = directory / "config.json", tensor_files(directory)
-    try:
-        config = LlamaConfig.from_dict(read_json(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    path = directory / "config.json"
+    config, files = read_config_file(path), tensor_files(directory)
     layers = {found[1] for name in files if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     if config.num_hidden_layers > len(layers):
         raise FormatError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, the files hold {len(layers)}")

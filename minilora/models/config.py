@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from minilora.errors import ConfigError, listed
 from minilora.limits import COUNT, FLOAT, SIZES
 from minilora.llama import Rope
 from minilora.models.bitsandbytes import is_four_bit
+from minilora.storage import read_json
 
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -227,6 +229,14 @@ class LlamaConfig(llama.LlamaConfig):
             if all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels) > 1:
                 return labels
         raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
+
+
+def read_config_file(path: Path) -> LlamaConfig:
+    """Read a config.json by itself; an error of `LlamaConfig.from_dict` names it."""
+    try:
+        return LlamaConfig.from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def class_name(model_type: str) -> str:
