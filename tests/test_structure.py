@@ -106,12 +106,6 @@ def test_nothing_imports_a_peer():
     assert not {name for path in MODULES.values() for name in imported(path) if name.split(".")[0] in peers}
 
 
-def test_nothing_is_pickled_evaluated_or_run_by_a_shell():
-    forbidden = re.compile(r"\bpickle\b|torch\.load\b|(?<![.\w])(?:eval|exec)\(|yaml\.load|shell=True|os\.system")
-    for module, path in MODULES.items():
-        assert not forbidden.search(path.read_text(encoding="utf-8").replace("Nothing is pickled", "")), module
-
-
 def tree(page):
     """The paths below minilora/ in the tree of a page, and its folders at the top."""
     block = page.partition("\nminilora/")[2].partition("```")[0]

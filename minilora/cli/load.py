@@ -156,7 +156,7 @@ def read_run(directories: Sequence[Path]) -> dict[str, Any]:
 
 
 def _first_file(directories: Sequence[Path], name: str) -> Path | None:
-    return next((path / name for path in directories if (path / name).is_file()), None)
+    return next((path / name for path in directories if (path / name).exists()), None)
 
 
 def _classes(base: Path, adapters: Sequence[Path]) -> tuple[Unit | None, tuple[str, ...]]:

@@ -67,13 +67,13 @@ class Tokenizer:
         self._texts = {
             name: read_text(directory / name, TOKENIZER_BYTES if name == "tokenizer.json" else JSON_BYTES)
             for name in ("tokenizer.json", "chat_template.jinja", *CONFIGS)
-            if (directory / name).is_file()
+            if (directory / name).exists()
         }
         if "tokenizer.json" not in self._texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
         self._load_backend()
         config, older, generation, model = (
-            read_json(directory / name) if (directory / name).is_file() else {} for name in (*CONFIGS, "config.json")
+            read_json(directory / name) if (directory / name).exists() else {} for name in (*CONFIGS, "config.json")
         )
         self.special_tokens = _special_tokens(older) | _special_tokens(config)
         stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]

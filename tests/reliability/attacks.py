@@ -21,6 +21,7 @@ import minilora as ml
 from minilora.adapters.layout import vocabulary_of
 from minilora.cli import main as command
 from minilora.models.hub import BUILTINS
+from minilora.models.template import ChatTemplate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.rows import read_rows
 from minilora.storage import TensorFile, read_json
@@ -28,6 +29,7 @@ from minilora.tools.inspect import inspect_path
 from minilora.tools.merging import merge_directory
 from tests.files import saved
 from tests.models import tiny_model
+from tests.test_sandbox import BOMBS, ESCAPES
 
 MODEL = BUILTINS["model"]
 TEXT = "The heron waits " + "a" * 40 + "! 12345 " + "b" * 200
@@ -64,6 +66,7 @@ def _model() -> Any:
     return tiny_model(dtype=torch.float32)
 
 
+LONG = {"short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
 # What config.json states, one key at a time.
 CONFIGS: dict[str, dict[str, Any]] = {
     "a billion layers": {"num_hidden_layers": 10**9},
@@ -85,14 +88,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "trained on one token": {
         "rope_scaling": {
             "rope_type": "longrope",
-            **dict.fromkeys(("short_factor", "long_factor"), [1, 1, 1]),
+            **LONG,
             "original_max_position_embeddings": 1,
         }
     },
     "trained on half a token": {
         "rope_scaling": {
             "rope_type": "longrope",
-            **dict.fromkeys(("short_factor", "long_factor"), [1, 1, 1]),
+            **LONG,
             "original_max_position_embeddings": 0.5,
         }
     },
@@ -398,6 +401,37 @@ def tokenizer_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
         text = "a" * 20_000 if "length" in name or "long tokens" in name else TEXT
         yield f"tokenizer.json: {name}", partial(_tokenizer, root, change, text)
+
+
+TEMPLATES = [  # beside those of test_sandbox.py
+    "{{ 'a'.replace('', 'b' * 1000000) }}" * 50,
+    "{{ ('a' * 1000000).split('a') | join('b' * 1000) }}",
+    "{% for a in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
+    "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000,
+    "{{ 1" + " + 1" * 15_000 + " }}",
+    "{{ cycler(*range(99999)).next.__globals__.x }}",
+    "{% set a = ['a' * 1000000] %}{% for i in range(99999) %}{% set _ = a | string %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{{ messages | tojson(indent=10**8) }}",
+    "{{ (('a' * 1000000) | upper).encode('utf-16').decode('utf-7') }}" * 90,
+    "{{ strftime_now('%c' * 200000) }}",
+    "{{ raise_exception('a' * 10**9) }}",
+    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "{{ messages[0].__class__.__base__.__subclasses__() }}",
+    "{{ ''.join.__class__.__call__(range, 10**9) }}",
+    "{{ self.__init__.__globals__.__builtins__.open('/etc/passwd').read() }}",
+    "{% set x = self._TemplateReference__context.environment.loader.x %}{{ x.y }}",
+]
+
+
+def template_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    for source in [*ESCAPES, *(each for group in BOMBS.values() for each in group), *TEMPLATES]:
+        yield f"chat template: {source:.60}", partial(_render, source)
+
+
+def _render(source: str) -> None:
+    ChatTemplate(source, {"bos_token": "<s>"}).render([{"role": "user", "content": "hi"}])
 
 
 def calls(where: str, *kinds: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -74,7 +74,8 @@ def _report(calls: Iterable[Call]) -> Iterator[dict[str, object]]:
 
     for name, call in calls:
         print(json.dumps({"begin": name}), flush=True)
-        gc.collect()
+        gc.collect()  # or what was left of an earlier call would hide what this one takes
+        gc.freeze()  # what is still there is not looked at again
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         before, began, outcome, message = _status("VmRSS"), time.process_time(), "read", ""
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
