@@ -263,15 +263,15 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     tokens, memory = run.objective.tokens(batches), peak_memory_bytes(done.grad_norm.device)
     record = {"step": step + 1, "loss": sum(shares), "learning_rate": rate, "grad_norm": grad_norm}
     record |= {"tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}
+    if not (math.isfinite(length) and math.isfinite(square)):
+        held = {**trained, **{f"the second moment of {name}": s for name, s in zip(trained, squares, strict=True)}}
+        bad = next((name for name, tensor in held.items() if not tensor.isfinite().all()), "their norm")
+        raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
     if not (math.isfinite(sum(shares)) and math.isfinite(grad_norm)):
         problem = _nonfinite_step(run, step, batches, record)
         if config.on_nonfinite == "stop":
             raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
         record |= {"loss": None, "grad_norm": None, "skipped": problem}
-    elif not (math.isfinite(length) and math.isfinite(square)):
-        held = {**trained, **{f"the second moment of {name}": s for name, s in zip(trained, squares, strict=True)}}
-        bad = next((name for name, tensor in held.items() if not tensor.isfinite().all()), "their norm")
-        raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
     return record, upcoming
 
 
