@@ -18,6 +18,7 @@ from minilora.errors import FormatError
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
 TOKENIZER_BYTES, TOKENIZER_VALUES = 2**27, 10**7  # of a tokenizer.json; that of 262,144 tokens has 33 MB, 2.4 million
+RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
 LINE_BYTES = 2**23  # of one row of data; a long book has 2 MB
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 UNPACKED, UNPACKED_TIMES = 2**20, 50  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = f"{Llama.head}.weight", "model.embed_tokens.weight"
-REWRITTEN = ("dtype", "torch_dtype", "quantization_config", "auto_map")  # in config.json; the last names code
+REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
+CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal")  # likewise: names of code to download and run
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 M = TypeVar("M", "Llama", "Classifier")
 
@@ -185,7 +186,7 @@ def save_model(
         tokenizer.save(path)
     embedding = model.model.embed_tokens.weight
     source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
-    source = {key: value for key, value in source.items() if key not in REWRITTEN}
+    source = {key: value for key, value in source.items() if key not in REWRITTEN + CODE}
     if isinstance(model, Llama):
         source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)

@@ -24,10 +24,10 @@ from minilora.limits import TOKENIZER_VALUES, parse_json
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 TEXTS = ("content", "prepend", "Regex", "precompiled_charsmap")  # keys in them
-PART_VALUES = 4096  # of these four, together; that of Llama 3 has 90
+PART_VALUES = 512  # of these four, together; that of Llama 3 has 90
 GAP = 2**20  # ids that a vocabulary may leave out: the package keeps a list up to the largest
-TIMES = 64  # as long as before, at most, a text may become by normalization
-WORD, TOKEN = 1000, 512  # the longest word of WordPiece, whose time is its square; the longest token of Unigram
+TIMES = 256  # as long as before, at most, a text may become by normalization
+WORD, TOKEN = 256, 256  # the longest word of WordPiece, whose time is its square; the longest token of Unigram
 UNMATCHED = re.compile(r"\\.|\[(?:\\.|[^\]])*\]", re.DOTALL)  # escapes and classes
 GROUP, VARIES = re.compile(r"\(([^()]*)\)"), re.compile(r"[*+|]|\{\d*,")
 EXPLOSIVE = re.compile(r"\([^()]*(?:[*+|]|\{\d*,)[^()]*\)(?:[*+]|\{\d*,)")  # (a+)+ and (a|aa)*

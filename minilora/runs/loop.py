@@ -254,8 +254,9 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     seeded = _seeded(model, batches, config.seed, first)
     done = train_step(model, run.optimizer, seeded, run.objective, config.max_grad_norm)
     weight_norm = total_norm([p.detach() for p in trained.values()])
-    squares = [run.optimizer.state[p]["exp_avg_sq"] for p in trained.values()]  # inf there would stop learning
-    largest = torch.nn.utils.get_total_norm(squares, math.inf).to(weight_norm)
+    states = {name: run.optimizer.state[p] for name, p in trained.items()}  # infinite squares would stop learning
+    squares = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
+    largest = torch.nn.utils.get_total_norm(squares.values(), math.inf).to(weight_norm)
     upcoming = run.batches(step + 1)
     *shares, grad_norm, length, square = torch.cat(
         [done.losses, torch.stack([done.grad_norm, weight_norm, largest])]
@@ -264,8 +265,8 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     record = {"step": step + 1, "loss": sum(shares), "learning_rate": rate, "grad_norm": grad_norm}
     record |= {"tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}
     if not (math.isfinite(length) and math.isfinite(square)):
-        held = {**trained, **{f"the second moment of {name}": s for name, s in zip(trained, squares, strict=True)}}
-        bad = next((name for name, tensor in held.items() if not tensor.isfinite().all()), "their norm")
+        held = (trained | squares).items()
+        bad = next((name for name, tensor in held if not tensor.isfinite().all()), "the norm of the weights")
         raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
     if not (math.isfinite(sum(shares)) and math.isfinite(grad_norm)):
         problem = _nonfinite_step(run, step, batches, record)

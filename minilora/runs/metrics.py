@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError, FormatError
+from minilora.limits import RECORDS_BYTES
 from minilora.storage import read_text
 
 
@@ -60,7 +61,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         FormatError: there is no such file, or a line is no record of a run.
     """
-    lines, records = read_text(path).splitlines(keepends=True), []
+    lines, records = read_text(path, RECORDS_BYTES).splitlines(keepends=True), []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):

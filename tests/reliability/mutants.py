@@ -115,7 +115,7 @@ def changed_json(value: Any, draw: random.Random) -> Any:
         elif kind == 5 and isinstance(owner[key], str):
             owner[key] = draw.choice((owner[key] * 2, owner[key][1:], owner[key].upper(), f"{owner[key]}\0"))
         else:
-            owner[key] = draw.choice(VALUES)
+            owner[key] = copy.deepcopy(draw.choice(VALUES))
     return value
 
 
@@ -130,7 +130,7 @@ def changed_header(header: dict[str, Any], data: bytes, draw: random.Random) -> 
         elif kind == 1:
             header = changed_json(header, draw) or {"a": entry}
         elif not (isinstance(entry, dict) and isinstance(entry.get("shape"), list)):
-            header[name] = draw.choice(VALUES)
+            header[name] = copy.deepcopy(draw.choice(VALUES))
         elif kind == 2:
             entry["dtype"] = draw.choice(DTYPES)
         elif kind == 3:
@@ -149,7 +149,9 @@ def changed_header(header: dict[str, Any], data: bytes, draw: random.Random) -> 
         elif kind == 8:
             header[f"{name}x"] = copy.deepcopy(entry)
         else:
-            header["__metadata__"] = draw.choice((*VALUES, {"labels": "[1]"}, {"base_quantization": "{}"}))
+            header["__metadata__"] = copy.deepcopy(
+                draw.choice((*VALUES, {"labels": "[1]"}, {"base_quantization": "{}"}))
+            )
     text = json.dumps(header).encode() + b" " * draw.choice((0, 1, 7))
     size = len(text) if draw.random() < 0.9 else draw.choice((0, 1, len(text) - 1, len(text) + 8, 2**31, 2**63))
     return struct.pack("<Q", size) + text + (data if draw.random() < 0.9 else data[: draw.randrange(len(data) + 1)])
