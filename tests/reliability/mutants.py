@@ -149,9 +149,8 @@ def changed_header(header: dict[str, Any], data: bytes, draw: random.Random) -> 
         elif kind == 8:
             header[f"{name}x"] = copy.deepcopy(entry)
         else:
-            header["__metadata__"] = copy.deepcopy(
-                draw.choice((*VALUES, {"labels": "[1]"}, {"base_quantization": "{}"}))
-            )
+            odd = ({"labels": "[1]"}, {"base_quantization": "{}"})
+            header["__metadata__"] = copy.deepcopy(draw.choice((*VALUES, *odd)))
     text = json.dumps(header).encode() + b" " * draw.choice((0, 1, 7))
     size = len(text) if draw.random() < 0.9 else draw.choice((0, 1, len(text) - 1, len(text) + 8, 2**31, 2**63))
     return struct.pack("<Q", size) + text + (data if draw.random() < 0.9 else data[: draw.randrange(len(data) + 1)])

@@ -190,11 +190,9 @@ def test_merge_writes_no_name_of_code(tmp_path):
     model = saved(tmp_path / "adapter", target_modules=("q_proj",))
     ml.detach(model)
     ml.save_model(model, tmp_path / "base")
-    config, code = (
-        tmp_path / "base" / "config.json",
-        {"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "evil"},
-    )
-    config.write_text(json.dumps(json.loads(config.read_text()) | code))
+    config, code = tmp_path / "base" / "config.json", {"auto_map": {"AutoModel": "evil.Model"}}
+    other = {"_attn_implementation_internal": "evil/kernel", "custom_pipelines": {"evil": {}}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | code | other))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (BUILTINS["model"] / name).read_text()
         (tmp_path / "base" / name).write_text(json.dumps(json.loads(text) | code) if "config" in name else text)
