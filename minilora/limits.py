@@ -8,6 +8,7 @@ anything is allocated.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -43,14 +44,14 @@ def open_file(path: Path, most: int | None = None, is_named: bool = False) -> Bu
         FormatError: there is no such file; it is a directory, a device, a FIFO or a socket, whose reading might never
             end; it is a link that `check_link` refuses; or it has more than `most` bytes.
     """
-    if not is_named:
-        check_link(path)
     try:
+        if not is_named:
+            check_link(path)
         found = path.stat()
         if stat.S_ISREG(found.st_mode):
             file = path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise FormatError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(found.st_mode):
         raise FormatError(f"{path}: cannot be read (it is {KINDS.get(stat.S_IFMT(found.st_mode), 'a device')})")
     if most is not None and found.st_size > most:
@@ -76,10 +77,13 @@ def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
     Raises:
         FormatError: it is not JSON, or has more values.
     """
-    marks = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
-    if sum(map(text.count, marks)) > most:  # type: ignore[arg-type]
-        raise FormatError(f"{where}: has more than {most:,} values")
     try:
-        return json.loads(text)
+        text = text if isinstance(text, str) else text.decode()
+        if sum(map(text.count, (",", "[", "{"))) > most:
+            raise ValueError(f"more than {most:,} values")
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a surrogate pair, perhaps, which no text may hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not JSON ({error})") from error

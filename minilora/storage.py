@@ -231,6 +231,11 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without the copy that `isfinite` makes of them."""
+    return not tensor.numel() or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+
+
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:

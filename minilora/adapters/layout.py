@@ -32,7 +32,7 @@ from minilora.limits import NAMES
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import TensorFile, read_json, write_json, write_tensors
+from minilora.storage import TensorFile, is_finite, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
@@ -145,7 +145,7 @@ def write_adapter(
     Raises:
         TrainingError: a number is not finite, so that `read_adapter` would refuse it.
     """
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise TrainingError(f"{directory}: not written, because {bad[0]} has numbers that are not finite")
     write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
     # The patterns inside the fields keep their order: the first key that matches counts.

@@ -29,7 +29,7 @@ from minilora.models.config import LlamaConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import SHARD_BYTES, TensorFile, tensor_files, write_json, write_shards
+from minilora.storage import SHARD_BYTES, TensorFile, is_finite, tensor_files, write_json, write_shards
 
 if TYPE_CHECKING:
     from minilora.models.classifier import Classifier
@@ -199,7 +199,7 @@ def _stored(named: tuple[str, Weight]) -> dict[str, Tensor]:
     """Return the tensors of a weight by their names in a file."""
     name, weight = named
     tensors = packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+    if not all(map(is_finite, tensors.values())):
         raise TrainingError(f"{name}: has numbers that are not finite in {weight.dtype}, so it is not saved")
     return tensors
 

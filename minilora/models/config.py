@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minilora import llama
-from minilora.errors import ConfigError, listed
+from minilora.errors import ConfigError
 from minilora.limits import COUNT, FLOAT, SIZES
 from minilora.llama import Rope
 from minilora.models.bitsandbytes import is_four_bit
@@ -281,7 +281,7 @@ def _check(values: Mapping[str, Any]) -> None:
     if values.get("quantization_config") is not None and not is_four_bit(values):
         bad.append("quantization_config: of quantized checkpoints only bitsandbytes' 4-bit ones can be read")
     if bad:
-        raise ConfigError(f"config.json cannot be used:{listed(bad)}")
+        raise ConfigError("config.json cannot be used:\n  " + "\n  ".join(bad))
 
 
 def _rotated(values: Mapping[str, Any]) -> tuple[bool, ...]:

@@ -38,6 +38,7 @@ from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
 from minilora.runs.memory import Plan, choose_recompute
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step, trained_parameters
 from minilora.runs.seeded import Rows, plan_steps, set_dropout_step
+from minilora.storage import is_finite
 from minilora.training import Loss, total_norm, train_step
 
 Record = dict[str, Any]  # one line of metrics.jsonl
@@ -264,15 +265,15 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     tokens, memory = run.objective.tokens(batches), peak_memory_bytes(done.grad_norm.device)
     record = {"step": step + 1, "loss": sum(shares), "learning_rate": rate, "grad_norm": grad_norm}
     record |= {"tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}
-    if not (math.isfinite(length) and math.isfinite(square)):
-        held = (trained | squares).items()
-        bad = next((name for name, tensor in held if not tensor.isfinite().all()), "the norm of the weights")
-        raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
     if not (math.isfinite(sum(shares)) and math.isfinite(grad_norm)):
         problem = _nonfinite_step(run, step, batches, record)
-        if config.on_nonfinite == "stop":
+        if config.on_nonfinite == "stop" or not math.isfinite(length):  # to skip steps mends no weight
             raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
         record |= {"loss": None, "grad_norm": None, "skipped": problem}
+    elif not (math.isfinite(length) and math.isfinite(square)):
+        held = (trained | squares).items()
+        bad = next((name for name, tensor in held if not is_finite(tensor)), "the norm of the weights")
+        raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
     return record, upcoming
 
 
