@@ -167,8 +167,8 @@ def merge(model: nn.Module) -> None:
     if not any(layer.active for layer in layers):
         raise TargetError("no adapter is active, so there is nothing to merge")
     for layer in layers:
-        if not all(bool(p.isfinite().all()) for name in layer.active for p in layer.own_parameters(name)):
-            raise TrainingError(f"{layer.path}: an adapter holds numbers that are not finite; nothing was merged")
+        if layer.active and not all(bool(p.isfinite().all()) for p in layer.merged().parameters()):
+            raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite; nothing was merged")
     while layers:  # the inner ones first; each is freed before the next is merged
         layer = layers.pop()
         replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])

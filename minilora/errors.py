@@ -18,7 +18,10 @@ C = TypeVar("C", bound=type)
 
 
 class MiniloraError(Exception):
-    """Every error that minilora raises on purpose."""
+    """Every error that minilora raises on purpose. Its text has no control characters: it may quote a file."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(MiniloraError, ValueError):
@@ -43,6 +46,21 @@ class ShapeError(MiniloraError, ValueError):
 
 class TrainingError(MiniloraError, RuntimeError):
     """Training cannot go on: a loss or a gradient is not finite, or a run does not fit its directory."""
+
+
+def printable(text: str) -> str:
+    """Escape what is not printable, except line ends and tabs: a terminal may act on it.
+
+    >>> printable("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return problems, the first ten of them, as lines that follow a message."""
+    more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "".join(f"\n  {problem:.300}" for problem in [*problems[:10], *more])
 
 
 def check_types(owner: Any, values: Mapping[str, object]) -> None:

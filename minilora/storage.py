@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,9 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError
+from minilora.limits import DIMENSIONS, ELEMENTS, JSON_BYTES, UNPACKED, UNPACKED_TIMES, open_file, parse_json
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
+CHUNK = 2**20  # bytes of a data file that are read at a time
 DTYPES = {  # names in a safetensors file, and in torch
     "F64": "float64",
     "F32": "float32",
@@ -43,33 +46,36 @@ DTYPES = {  # names in a safetensors file, and in torch
 }
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start} is not UTF-8") from error
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+def read_text(path: Path, most: int = JSON_BYTES, is_named: bool = False) -> str:
+    """Return the text of a UTF-8 file of at most `most` bytes; for `is_named` see `open_file`."""
+    with open_file(path, most, is_named) as file:
+        try:
+            return file.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path}: byte {error.start} is not UTF-8") from error
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file, decompressed if its name ends in `.gz`."""
-    try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FormatError(f"{path}: not gzip, or damaged ({error})") from error
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file that the user named, decompressed if its name ends in `.gz`."""
+    with open_file(path, is_named=True) as file:
+        unpacked, total = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, 0
+        try:
+            while chunk := unpacked.read(CHUNK):
+                yield chunk
+                total += len(chunk)
+                if total > UNPACKED + UNPACKED_TIMES * file.tell():
+                    raise FormatError(f"{path}: more than {UNPACKED_TIMES} times as large as what it is packed into")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise FormatError(f"{path}: not gzip, or damaged ({error})") from error
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, is_named: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({error})") from error
+    value = parse_json(read_text(path, is_named=is_named), str(path))
     if not isinstance(value, dict):
         raise FormatError(f"{path}: found a JSON {type(value).__name__}, need an object")
     return value
@@ -89,21 +95,28 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
+        with open_file(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(min(size, JSON_BYTES + 1))
+        if len(text) > JSON_BYTES:
+            raise FormatError(f"{path}: not a safetensors file (a header of {size:,} bytes)")
+        header = parse_json(text, f"{path}: not a safetensors file")
         try:
             # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
-            with safe_open(path, framework="numpy"), path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
+            with safe_open(path, framework="numpy"):
+                self._bytes = path.stat().st_size
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self._spans = {name: [8 + size + at for at in header[name]["data_offsets"]] for name in sorted(header)}
             self.entries = {
                 name: TensorEntry(header[name]["dtype"], tuple(header[name]["shape"]), end - begin)
                 for name, (begin, end) in self._spans.items()
             }
-            self._bytes = path.stat().st_size
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
         self.shapes = {name: entry.shape for name, entry in self.entries.items()}
+        for name, shape in self.shapes.items():
+            if len(shape) > DIMENSIONS or math.prod(max(size, 1) for size in shape) > ELEMENTS:
+                raise FormatError(f"{path}: {name:.80} has the shape {shape!s:.80}, which no tensor can have")
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
@@ -138,7 +151,7 @@ def shard_names(index_path: Path) -> dict[str, str]:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open_file(path, is_named=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -216,6 +229,11 @@ def _sort_metadata(path: Path) -> None:
         assert len(text) <= size
         file.seek(8)
         file.write(text.ljust(size))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without the copy that `isfinite` makes of them."""
+    return not tensor.numel() or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:

@@ -296,7 +296,7 @@ def test_adapters_of_another_size_are_refused_by_name():
 @pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf]])
 def test_each_adapter_needs_a_weight_that_is_a_number(w):
     parts = [{"m": part} for part in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
-    with pytest.raises(ConfigError, match="need a finite weight for each of the 2 adapters"):
+    with pytest.raises(ConfigError, match="need a finite weight, at most 1,000,000, for each of the 2 adapters"):
         combine(parts, w)
     with pytest.raises(ConfigError):
         combine([], [])

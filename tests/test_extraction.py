@@ -11,6 +11,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization
 from minilora.testing.compare import MATHS, assert_maths, relative
 from minilora.tools.extraction import extract_directory
+from tests.files import change
 from tests.models import allocated, families, randn, randomize_adapters_, tiny_model
 
 TARGETS = ("q_proj", "o_proj", "down_proj", "qkv_proj")
@@ -160,10 +161,10 @@ def test_the_adapter_names_its_base_and_how_that_is_held(tmp_path):
 
 
 def test_what_is_held_at_a_time_is_two_weights_and_the_work_on_one(tmp_path):
-    for name, change in (("base", lambda model: None), ("tuned", noisy("up_proj.weight"))):
+    for name, alter in (("base", lambda model: None), ("tuned", noisy("up_proj.weight"))):
         model = tiny_model(dtype=torch.float32, num_hidden_layers=12)
         with torch.no_grad():
-            change(model)
+            alter(model)
         ml.save_model(model, tmp_path / name, shard_bytes=1)  # a file that is mapped counts as a whole
     paths = (tmp_path / name for name in ("base", "tuned", "adapter"))
     _, peak, _ = allocated(lambda: extract_directory(*paths, ml.LoraConfig(r=1)))
@@ -197,10 +198,8 @@ def test_modules_that_do_not_fit_are_refused_by_name(tmp_path, changes, targets,
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path):
-    def broken(model):
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
-
-    base, other = write(tmp_path / "base"), write(tmp_path / "other", change=broken)
+    base, other, name = write(tmp_path / "base"), write(tmp_path / "other"), "model.layers.1.mlp.up_proj.weight"
+    change(other, {name: load_file(other / "model.safetensors")[name] * torch.inf})  # which minilora does not write
     with pytest.raises(FormatError, match=r"model.layers.1.mlp.up_proj.weight has numbers that are not finite"):
         extract_directory(base, other, tmp_path / "adapter", CONFIG)
 

@@ -535,6 +535,6 @@ def test_a_setting_that_cannot_work_is_named_with_its_value_and_so_is_every_othe
 
 
 def test_weights_that_are_not_finite_after_a_step_stop_the_run_before_a_checkpoint(tmp_path):
-    with pytest.raises(ml.TrainingError, match="step 1: the weights are not finite"):
+    with pytest.raises(ml.TrainingError, match=r"step 1: .*lora_A is not finite after it; rows: rows\.jsonl:1, "):
         ml.train(small(), random_rows(0, 2), ml.TrainConfig(learning_rate=1e308), checkpoint_dir=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -303,7 +303,8 @@ def test_weights_are_read_when_they_are_asked_for_and_written_when_a_file_is_ful
         ml.save_model(meta, tmp_path / "copy", shard_bytes=2 * size, weights=weights)
 
     _, peak, _ = allocated(copy, (directory / "model.safetensors").stat().st_size)
-    assert peak <= 2 * size + one < sum(p.nbytes for p in source.parameters()) / 2
+    checks = 64  # bytes: the least and the greatest number of a weight, and whether they are finite
+    assert peak <= 2 * size + one + checks < sum(p.nbytes for p in source.parameters()) / 2
     same_state(ml.load_model(tmp_path / "copy"), source)
 
 

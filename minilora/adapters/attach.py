@@ -30,7 +30,7 @@ from minilora.adapters.parts import (
     parameter_specs,
     targets,
 )
-from minilora.errors import TargetError, check_types
+from minilora.errors import TargetError, TrainingError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper
 
 # Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
@@ -140,7 +140,7 @@ def merge(model: nn.Module) -> None:
     Raises:
         TargetError: there is no adapter, none is active, or a wrapper has hooks; or a weight would no longer be shared
             in a model whose forward depends on that.
-        TrainingError: an adapter holds a number that is not finite; the model is left as it was.
+        TrainingError: a merged weight is not finite; the model is left as it was.
     """
     check_types(merge, locals())
     sharing: dict[int, list[str]] = {}
@@ -177,13 +177,17 @@ def merged(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TargetError: there is no adapter, or a wrapper has hooks.
+        TrainingError: a merged weight is not finite.
     """
     check_types(merged, locals())
     layers = list(reversed(_mergeable_layers(model)))  # inactive ones, too, or they could be activated
     replaced = []
     try:
         for layer in layers:  # the inner ones first, so that an outer one merges the result
-            replaced += replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
+            module = layer.merged() if layer.active else layer.base
+            if layer.active and not all(bool(p.isfinite().all()) for p in module.parameters()):
+                raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
+            replaced += replace_modules(model, [(layer, module)])
         yield
     finally:
         for parent, name, module in reversed(replaced):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minilora.adapters.config import HEADS, LoraConfig, Task
 from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, document_fields, option
+from minilora.limits import WEIGHT
 from minilora.lora import lora_delta
 
 CombinationType = Literal[
@@ -146,8 +147,9 @@ def combine(
         ShapeError: the adapters of a module do not fit together.
     """
     config = config or CombineConfig()
-    if not any(adapters) or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
-        raise ConfigError(f"need a finite weight for each of the {len(adapters)} adapters, found {list(weights)}")
+    if not any(adapters) or len(adapters) != len(weights) or not all(abs(w) <= WEIGHT for w in weights):
+        need = f"need a finite weight, at most {WEIGHT:,.0f}, for each of the {len(adapters)} adapters"
+        raise ConfigError(f"{need}, found {list(weights)}")
     generator = torch.Generator().manual_seed(config.seed)
     combined = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter):

@@ -27,6 +27,7 @@ TASK_HELP = "what the model is for: to write text, or to give a class to texts (
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
 NAMES = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
+PLAIN = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
 RANDOMIZED = r"pissa_niter_\d+"  # and the number of its power iterations
 RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class LoraConfig:
         patterns = [names for names in (self.target_modules, self.exclude_modules) if isinstance(names, str)]
         for pattern in (*patterns, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
-                re.compile(pattern)
+                _ = PLAIN.fullmatch(pattern) or re.compile(pattern)
             except re.error as error:
                 bad.append(f"{pattern!r} is not a regular expression ({error})")
         return bad
@@ -273,16 +274,22 @@ def _is_in_layers(path: str, config: LoraConfig) -> bool:
 
 
 def _is_key(key: str, path: str) -> bool:
-    return _compiled(key).match(path) is not None
+    return _first_match({key: True}, path, False)
 
 
 @functools.cache  # `re` itself keeps 512, and an adapter may have a key for each of more layers
-def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+def _compiled(key: str) -> re.Pattern[str] | None:
+    """Return the regular expression of a key, or None if it is plain."""
+    return None if PLAIN.fullmatch(key) else re.compile(rf"(.*\.)?({key})$")
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
-    return next((value for key, value in pattern.items() if _is_key(key, path)), default)
+    parts = path.split(".")
+    names = {f"^{path}", *(".".join(parts[at:]) for at in range(len(parts)))}
+    for key, value in pattern.items():
+        if key in names or ((found := _compiled(key)) and found.match(path)):
+            return value
+    return default
 
 
 def _as_tuple(value: Any) -> Any:

@@ -47,10 +47,11 @@ from minilora.adapters.parts import (
     parameter_specs,
     target_parameter_names,
 )
-from minilora.errors import ConfigError, FormatError, TargetError, check_types
+from minilora.errors import ConfigError, FormatError, TargetError, check_types, listed
 from minilora.lora import AdapterLinear, AdapterWrapper, Shape
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
+from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
 
@@ -125,6 +126,8 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
         misfits += _misfits(path, spec, tensors, modules[path])
         odds += _odds(path, spec, tensors, config)
         if spec.kind in LINEARS and init in REPEATED and not misfits:  # PEFT takes the word for True on other layers
+            if isinstance(modules[path], NF4Linear):
+                raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
             weight = spec.kind(modules[path], path).as_matrix(modules[path].get_parameter("weight"))
             start = moved_factors(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
@@ -137,7 +140,7 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
     if misfits:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:\n  {_listed(misfits)}")
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(misfits)}")
     if odds:
         raise _contradiction(stored, odds)
     return config, specs
@@ -271,9 +274,4 @@ def _odds(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: Lora
 
 
 def _contradiction(stored: Stored, odds: Sequence[str]) -> FormatError:
-    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:\n  {_listed(odds)}")
-
-
-def _listed(problems: Sequence[str]) -> str:
-    more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return "\n  ".join(problems[:10]) + more
+    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(odds)}")

@@ -27,11 +27,12 @@ from torch import Tensor
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import ConfigError, FormatError, TrainingError, listed
+from minilora.limits import NAMES
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import TensorFile, read_json, write_json, write_tensors
+from minilora.storage import TensorFile, is_finite, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
@@ -139,7 +140,13 @@ def read_adapter(directory: Path) -> Stored:
 def write_adapter(
     directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors."""
+    """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors.
+
+    Raises:
+        TrainingError: a number is not finite, so that `read_adapter` would refuse it.
+    """
+    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise TrainingError(f"{directory}: not written, because {bad[0]} has numbers that are not finite")
     write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
     # The patterns inside the fields keep their order: the first key that matches counts.
     write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
@@ -230,18 +237,16 @@ def check_keys(path: Path, values: Mapping[str, Any]) -> None:
         bad.append(f"init_lora_weights: found {init!r}, a decomposition that was drawn and cannot be repeated")
     elif init not in PLAIN_INITS and init not in REPEATED:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights")
-    for key in ("rank_pattern", "alpha_pattern"):
-        names = values.get(key) or {}
-        if not isinstance(names, dict):
-            bad.append(f"{key}: found {names!r}, need an object")
-        elif key == "alpha_pattern":
-            bad += [f"{key}: {name!r} is not a module name or the end of one" for name in names if not is_name(name)]
-    for key in ("modules_to_save", "target_parameters"):
-        names = values.get(key) or []
-        if not (isinstance(names, list) and all(isinstance(name, str) and is_name(name) for name in names)):
-            bad.append(f"{key}: found {names!r}, need a list of names")
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"):
+        names, kind = values.get(key) or (), dict if key.endswith("pattern") else list
+        if not isinstance(names, kind | tuple) or len(names) > NAMES:
+            need = "an object with" if kind is dict else "a list of"
+            bad.append(f"{key}: found {names!r:.80}, need {need} at most {NAMES:,} names")
+        elif key != "rank_pattern":
+            strange = [name for name in names if not (isinstance(name, str) and is_name(name))]
+            bad += [f"{key}: {name!r:.80} is not a module name or the end of one" for name in strange]
     if bad:
-        raise FormatError(f"{path}: not a LoRA that can be read:\n  " + "\n  ".join(bad))
+        raise FormatError(f"{path}: not a LoRA that can be read:{listed(bad)}")
 
 
 def is_name(key: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line
 SIGNALLED = 128  # the exit status of a program that a signal ended, less the signal's number
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeDecodeError) as error:  # the last: of standard input
-        print(f"minilora: {error}", file=sys.stderr)
+        say(f"minilora: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        print(f"minilora: out of memory: {error}".splitlines()[0], file=sys.stderr)
+        say(f"minilora: out of memory: {error}".splitlines()[0])
         return 1
     except KeyboardInterrupt as error:
         say(str(error) or "stopped")
@@ -163,5 +163,5 @@ def say_bad(kind: str, bad: Sequence[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Print a message for the user to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a message for the user to standard error, without control characters of the names that it quotes."""
+    print(printable(text), file=sys.stderr, flush=True)

@@ -156,12 +156,13 @@ def read_config(path: Path) -> dict[str, Any]:
         FormatError, ConfigError: the file cannot be read.
     """
     if path.suffix == ".json":
-        return read_json(path)
+        return read_json(path, is_named=True)
     if path.suffix != ".toml":
         raise ConfigError(f"{path}: need a .toml or .json file")
+    text = read_text(path, is_named=True)
     try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
 
 

@@ -131,7 +131,7 @@ def read_prompts(options: Options) -> list[Row]:
 
 
 def _read_lines(path: Path) -> list[Row]:
-    lines = read_text(path).removeprefix("\ufeff").split("\n")
+    lines = read_text(path, is_named=True).removeprefix("\ufeff").split("\n")
     rows = [Row({"prompt": line}, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: there are no prompts")

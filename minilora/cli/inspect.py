@@ -24,14 +24,14 @@ import torch
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import PEFT_DEFAULTS
 from minilora.cli import Options
-from minilora.errors import FormatError
+from minilora.errors import FormatError, printable
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
-from minilora.models.config import LlamaConfig
+from minilora.models.config import LlamaConfig, read_config_file
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.memory import Forecast, Plan, amount, forecast
-from minilora.storage import TensorEntry, read_json
+from minilora.storage import TensorEntry
 from minilora.tools.inspect import inspect_path
 
 WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA", "QLoRA, block")
@@ -83,7 +83,7 @@ def page(kind: str, facts: Mapping[str, Any]) -> str:
     lines = [f"{kind}  {path}", *(f"  {key:<{width}}  {text}" for key, text in values)]
     for rows in map(list, tables):
         lines += ["", *_align(rows)] if len(rows) > 1 else []
-    return "\n".join(map(_printable, lines))
+    return printable("\n".join(line.replace("\n", r"\n") for line in lines))
 
 
 def fold(kinds: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
@@ -151,11 +151,6 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
 
 
-def _printable(text: str) -> str:
-    """Escape control characters: a name in a file may hold any."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def memory_page(name_or_path: str) -> str:
     """Return what `--memory` prints: the forecast of each of the `WAYS`, for the model and three sizes of Llama 2.
 
@@ -167,9 +162,10 @@ def memory_page(name_or_path: str) -> str:
     path, device = path if path.exists() else fetch(name_or_path, "model"), pick_device("auto")
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: holds no config.json; need the directory of a model")
-    sources = {str(path): read_json(path / "config.json")}
+    configs = {str(path): read_config_file(path / "config.json")}
     for name, sizes in SHAPES.items():
-        sources[name] = {"model_type": "llama", "vocab_size": 32000, **dict(zip(KEYS, sizes, strict=True))}
+        source = {"model_type": "llama", "vocab_size": 32000, **dict(zip(KEYS, sizes, strict=True))}
+        configs[name] = LlamaConfig.from_dict(source)
     lora, batch = LoraConfig(), f"{TrainConfig().batch_size} rows of {DataConfig().max_length:,} tokens"
     lines = [
         f"Memory at the peak of fine-tuning on {device} in bfloat16. A batch has {batch}, all with a label;",
@@ -178,8 +174,7 @@ def memory_page(name_or_path: str) -> str:
         "and two moments. working: temporary tensors, such as logits; kept: by the C library and kernels.",
         "1 GB is 10^9 bytes.",
     ]
-    for name, source in sources.items():
-        config = LlamaConfig.from_dict(source)
+    for name, config in configs.items():
         lines += ["", name, f"  {'':<15}" + "".join(f"{term:>12}" for term in (*Forecast.__dataclass_fields__, "peak"))]
         for way in WAYS:
             found = forecast(default_plan(config, way, device))

@@ -18,9 +18,9 @@ from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, FormatError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
-from minilora.models.checkpoint import pick_device
+from minilora.models.checkpoint import pick_device, read_config
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
-from minilora.models.config import LlamaConfig, Unit
+from minilora.models.config import Unit
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minilora.storage import BUILTIN, read_json, read_text, sha256_of
@@ -156,13 +156,13 @@ def read_run(directories: Sequence[Path]) -> dict[str, Any]:
 
 
 def _first_file(directories: Sequence[Path], name: str) -> Path | None:
-    return next((path / name for path in directories if (path / name).is_file()), None)
+    return next((path / name for path in directories if (path / name).exists()), None)
 
 
 def _classes(base: Path, adapters: Sequence[Path]) -> tuple[Unit | None, tuple[str, ...]]:
     """Return `unit` and `labels` of the adapters, or without adapters of the model."""
     if not adapters:
-        config = LlamaConfig.from_dict(read_json(base / "config.json"))
+        config = read_config(base)
         return config.unit, config.labels
     found = [classes_of(path) for path in adapters]
     if len({unit for unit, _ in found}) > 1:

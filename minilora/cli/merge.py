@@ -44,7 +44,7 @@ from minilora.storage import read_json, sha256_of, write_json, write_text
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, FormatError, TrainingError, check_types
+from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     Quantize,
@@ -24,11 +25,11 @@ from minilora.models.bitsandbytes import (
     read_packed,
     shortest_names,
 )
-from minilora.models.config import LlamaConfig, class_name
+from minilora.models.config import LlamaConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import SHARD_BYTES, TensorFile, read_json, tensor_files, write_json, write_shards
+from minilora.storage import SHARD_BYTES, TensorFile, is_finite, tensor_files, write_json, write_shards
 
 if TYPE_CHECKING:
     from minilora.models.classifier import Classifier
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = f"{Llama.head}.weight", "model.embed_tokens.weight"
 REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
+CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal")  # likewise: names of code to download and run
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 M = TypeVar("M", "Llama", "Classifier")
 
@@ -169,6 +171,7 @@ def save_model(
 
     Raises:
         ConfigError: another kind of model, or a model with adapters: merge or detach them first.
+        TrainingError: a number is not finite; then no file is written.
     """
     check_types(save_model, locals())
     if not isinstance(getattr(model, "config", None), LlamaConfig):
@@ -178,22 +181,27 @@ def save_model(
         bare = type(model)(model.config)
     if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
-    groups = (
-        packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
-        for name, weight in (weights or own.items())
-    )
-    write_shards(path, groups, shard_bytes)
+    write_shards(path, map(_stored, weights or own.items()), shard_bytes)
     if tokenizer is not None:
         tokenizer.save(path)
     embedding = model.model.embed_tokens.weight
     source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
-    source = {key: value for key, value in source.items() if key not in REWRITTEN}
+    source = {key: value for key, value in source.items() if key not in REWRITTEN + CODE}
     if isinstance(model, Llama):
         source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
     if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
         source["quantization_config"] = quantization
     write_json(path / "config.json", source)
+
+
+def _stored(named: tuple[str, Weight]) -> dict[str, Tensor]:
+    """Return the tensors of a weight by their names in a file."""
+    name, weight = named
+    tensors = packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
+    if not all(map(is_finite, tensors.values())):
+        raise TrainingError(f"{name}: has numbers that are not finite in {weight.dtype}, so it is not saved")
+    return tensors
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -213,12 +221,17 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """Read a config.json; if it names no dtype, its `source` gets that of the embedding."""
-    config = LlamaConfig.from_dict(read_json(directory / "config.json"))
-    if config.source.get("dtype") or config.source.get("torch_dtype"):
-        return config
-    files = tensor_files(directory)
-    if EMBEDDING not in files:  # an error when the weights are read
+    """Read a config.json; if it names no dtype, its `source` gets that of the embedding.
+
+    Raises:
+        FormatError: it asks for more layers than the files hold, which would be built before they are missed.
+    """
+    path = directory / "config.json"
+    config, files = read_config_file(path), tensor_files(directory)
+    layers = {found[1] for name in files if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    if config.num_hidden_layers > len(layers):
+        raise FormatError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, the files hold {len(layers)}")
+    if config.source.get("dtype") or config.source.get("torch_dtype") or EMBEDDING not in files:
         return config
     return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].dtype(EMBEDDING))})
 
@@ -252,7 +265,7 @@ def _check_names(
         elif name in packed and name.removesuffix(".weight") not in linears:
             problems.append(f"packed: {name}, which is no linear's")
     if problems:
-        raise FormatError(f"{directory}: the tensors do not fit config.json:\n  " + "\n  ".join(problems))
+        raise FormatError(f"{directory}: the tensors do not fit config.json:{listed(problems)}")
 
 
 def _chosen(

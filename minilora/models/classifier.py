@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, check_types
+from minilora.limits import GROWTH
 from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
 from minilora.models.checkpoint import fill, init_weights, load_model, read_config, skeleton, usable_device
@@ -137,11 +138,14 @@ def grow_vocabulary(model: Llama | Classifier, size: int) -> None:
     """Add rows to the embedding and the head, up to `size` in all; a new row is the mean of the old ones.
 
     Raises:
-        ConfigError: the model has adapters, or its head is in four bits.
+        ConfigError: the model has adapters, or its head is in four bits; `size` is more than twice as large, and 1024
+            more, than the vocabulary: a mistaken id of an adapter could take all memory.
     """
     check_types(grow_vocabulary, locals())
     if size <= model.config.vocab_size:
         return
+    if size > (most := 2 * model.config.vocab_size + GROWTH):
+        raise ConfigError(f"a vocabulary of {model.config.vocab_size} tokens can grow to {most}, found {size}")
     embedding = model.model.embed_tokens
     ends = [embedding, model.lm_head] if isinstance(model, Llama) else [embedding]
     if strange := [type(end).__name__ for end in ends if type(end) not in (nn.Embedding, nn.Linear)]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,8 +29,10 @@ from torch import Tensor
 
 from minilora import llama
 from minilora.errors import ConfigError
+from minilora.limits import COUNT, FLOAT, SIZES
 from minilora.llama import Rope
 from minilora.models.bitsandbytes import is_four_bit
+from minilora.storage import read_json
 
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -63,21 +66,26 @@ class ScaledRope(Rope):
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in ROPE_KEYS:
-            raise ConfigError(f"rope type {self.kind!r} is not supported; supported are {sorted(ROPE_KEYS)}")
+            raise ConfigError(f"rope type {self.kind!r:.80} is not supported; supported are {sorted(ROPE_KEYS)}")
         if missing := [key for key in ROPE_KEYS[self.kind] if self.scaling.get(key) is None]:
-            raise ConfigError(f"rope type {self.kind!r} needs {missing}; the config has {sorted(self.scaling)}")
+            raise ConfigError(f"rope type {self.kind!r:.80} needs {missing}; the config has {sorted(self.scaling)}")
         bad, pairs = [], (self.width + 1) // 2
         for key in (*ROPE_KEYS[self.kind], *OPTIONAL_ROPE_KEYS.get(self.kind, ())):
             value = self.scaling.get(key)
             if key in ("short_factor", "long_factor"):
                 if not (isinstance(value, list | tuple) and len(value) == pairs and all(map(is_positive, value))):
-                    bad.append(f"{key}: found {value!r}, need a list of {pairs} numbers, one a pair")
+                    bad.append(f"{key}: found {value!r:.80}, need a list of {pairs} numbers, one a pair")
             elif value is not None and not is_positive(value):
-                bad.append(f"{key}: found {value!r}, need a number above 0")
+                bad.append(f"{key}: found {value!r:.80}, need a number above 0")
+        if self.kind == "longrope" and self.trained_length < 2:  # its logarithm divides
+            bad.append(f"original_max_position_embeddings: found {self.trained_length!r}, need at least 2")
+        low, high = (self.scaling.get(f"{end}_freq_factor") for end in ("low", "high"))
+        if self.kind == "llama3" and not bad and not low < high:  # type: ignore[operator]  # both are numbers
+            bad.append(f"low_freq_factor: found {low!r}, need less than high_freq_factor, {high!r}")
         if self.kind == "dynamic" and self.width <= 2:
             bad.append(f"only {self.width} coordinates of a head turn, and it needs more than 2")
         if bad:
-            raise ConfigError(f"rope type {self.kind!r}: " + "; ".join(bad))
+            raise ConfigError(f"rope type {self.kind!r:.80}: " + "; ".join(bad))
 
     def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos and sin of position · frequency, (N, R/2) each in float32, times the amplitude."""
@@ -122,8 +130,8 @@ class ScaledRope(Rope):
 
 
 def is_positive(value: Any) -> bool:
-    """Return whether a value is a finite number above 0, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Return whether a value is a number above 0 that float32 can hold, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
 FAMILIES: dict[str, dict[str, Any]] = {  # values of keys that are missing in a config.json
@@ -169,7 +177,7 @@ class LlamaConfig(llama.LlamaConfig):
         """
         family = source.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
-            raise ConfigError(f"model_type {family!r} is not supported; supported are {sorted(FAMILIES)}")
+            raise ConfigError(f"model_type {family!r:.80} is not supported; supported are {sorted(FAMILIES)}")
         values = COMMON | FAMILIES[family]
         values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
         _check(values)
@@ -223,6 +231,14 @@ class LlamaConfig(llama.LlamaConfig):
         raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
 
 
+def read_config_file(path: Path) -> LlamaConfig:
+    """Read a config.json by itself; an error of `LlamaConfig.from_dict` names it."""
+    try:
+        return LlamaConfig.from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def class_name(model_type: str) -> str:
     """Return the prefix of the names of transformers' classes for a family."""
     return "SmolLM3" if model_type == "smollm3" else model_type.capitalize()
@@ -244,24 +260,24 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(key)
         if value is None and key not in REQUIRED:
             continue
-        least = 0 if key == "max_window_layers" else 1  # 0: every layer has a window
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            bad.append(f"{key}: found {value!r}, need a whole number of at least {least}")
-    for key, most in (("rms_norm_eps", math.inf), ("rope_theta", math.inf), ("partial_rotary_factor", 1.0)):
-        if not is_positive(values[key]) or values[key] > most:
-            bad.append(f"{key}: found {values[key]!r}, need a number above 0" + (" and at most 1" if most == 1 else ""))
+        least, most = 0 if key == "max_window_layers" else 1, SIZES.get(key, COUNT)  # 0: every layer has a window
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            bad.append(f"{key}: found {value!r:.80}, need a whole number from {least} to {most}")
+    for key, highest in (("rms_norm_eps", FLOAT), ("rope_theta", FLOAT), ("partial_rotary_factor", 1.0)):
+        if not is_positive(values[key]) or values[key] > highest:
+            bad.append(f"{key}: found {values[key]!r:.80}, need a number above 0 and at most {highest:g}")
     for key, kind in (("rope_scaling", Mapping), ("layer_types", list), ("no_rope_layers", list)):
         if values.get(key) is not None and not isinstance(values[key], kind):
-            bad.append(f"{key}: found {values[key]!r}, need a JSON {'list' if kind is list else 'object'}")
+            bad.append(f"{key}: found {values[key]!r:.80}, need a JSON {'list' if kind is list else 'object'}")
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
         if not isinstance(values.get(key) or False, bool):
-            bad.append(f"{key}: found {values[key]!r}, need true or false")
+            bad.append(f"{key}: found {values[key]!r:.80}, need true or false")
     if values["model_type"] != "phi3" and values["partial_rotary_factor"] != 1:
-        bad.append(f"partial_rotary_factor: found {values['partial_rotary_factor']!r}, which only phi3 knows")
+        bad.append(f"partial_rotary_factor: found {values['partial_rotary_factor']!r:.80}, which only phi3 knows")
     if values["model_type"] == "mistral" and values.get("layer_types") is not None:
         bad.append("layer_types: mistral has one window for all layers; a config with layer_types is ministral's")
     if values["hidden_act"] not in ("silu", "swish"):
-        bad.append(f"hidden_act: found {values['hidden_act']!r}, supported is 'silu'")
+        bad.append(f"hidden_act: found {values['hidden_act']!r:.80}, supported is 'silu'")
     if values.get("quantization_config") is not None and not is_four_bit(values):
         bad.append("quantization_config: of quantized checkpoints only bitsandbytes' 4-bit ones can be read")
     if bad:

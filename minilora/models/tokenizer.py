@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora.errors import ConfigError, DataError, FormatError, check_types
+from minilora.limits import JSON_BYTES, TOKENIZER_BYTES
 from minilora.models.hub import fetch
+from minilora.models.tokenizer_json import checked, no_panic
 from minilora.storage import read_json, read_text, write_text
 
 if TYPE_CHECKING:
@@ -61,19 +63,17 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path):
+        self._path = directory / "tokenizer.json"
         self._texts = {
-            name: read_text(directory / name)
+            name: read_text(directory / name, TOKENIZER_BYTES if name == "tokenizer.json" else JSON_BYTES)
             for name in ("tokenizer.json", "chat_template.jinja", *CONFIGS)
-            if (directory / name).is_file()
+            if (directory / name).exists()
         }
         if "tokenizer.json" not in self._texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
-        try:
-            self._load_backend()
-        except Exception as error:  # the library raises nothing narrower
-            raise FormatError(f"{directory / 'tokenizer.json'}: {error}") from error
+        self._load_backend()
         config, older, generation, model = (
-            read_json(directory / name) if (directory / name).is_file() else {} for name in (*CONFIGS, "config.json")
+            read_json(directory / name) if (directory / name).exists() else {} for name in (*CONFIGS, "config.json")
         )
         self.special_tokens = _special_tokens(older) | _special_tokens(config)
         stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
@@ -83,10 +83,10 @@ class Tokenizer:
         self._use_template(self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template")))
 
     def _load_backend(self) -> None:
-        # Offsets keep the white space that some tokenizers trim off; the ids do not change.
-        source = re.sub(r'"trim_offsets"\s*:\s*true', '"trim_offsets": false', self._texts["tokenizer.json"])
-        self._backend = _backend(source)
-        self._control = ControlTokens(source, self._backend)
+        source = checked(self._texts["tokenizer.json"], str(self._path))
+        with no_panic(str(self._path)):
+            self._backend = _backend(source)
+            self._control = ControlTokens(source, self._backend)
 
     def _use_template(self, source: str | None, now: datetime | None = None) -> None:
         self._now, self.template = now, None
@@ -115,7 +115,8 @@ class Tokenizer:
 
     def quote(self, value: Any) -> Any:
         """Return text or messages whose control tokens `encode` and `encode_spans` take as plain text."""
-        return self._control.quote(value)
+        with no_panic(str(self._path)):
+            return self._control.quote(value)
 
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with."""
@@ -136,10 +137,12 @@ class Tokenizer:
             return self
         if bad := [t for t in tokens if self.token_id(t) is not None or tokens.count(t) > 1 or not t]:
             raise ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
-        backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
-        backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
+        added = [tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens]
         other = copy.copy(self)
-        other._texts = {**self._texts, "tokenizer.json": backend.to_str(pretty=True)}
+        with no_panic(str(self._path)):
+            backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
+            backend.add_tokens(added)
+            other._texts = {**self._texts, "tokenizer.json": backend.to_str(pretty=True)}
         other._load_backend()
         return other
 
@@ -158,9 +161,10 @@ class Tokenizer:
         if found := re.search("[\ud800-\udfff]", text):
             raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
         backend, origin = self._backend, list(range(len(text) + 1))
-        if QUOTE in text:
-            backend, (text, origin) = self._control.backend, self._control.rename(text)
-        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        with no_panic(str(self._path)):
+            if QUOTE in text:
+                backend, (text, origin) = self._control.backend, self._control.rename(text)
+            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
         spans, previous = [], 0
         for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             if is_added and begin == end:
@@ -171,7 +175,8 @@ class Tokenizer:
         return encoding.ids, spans
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with no_panic(str(self._path)):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
         """Render a conversation as text; encode it with `add_special_tokens=False`."""
@@ -180,18 +185,17 @@ class Tokenizer:
         return self.template.render(messages, add_generation_prompt, tools)
 
     def save(self, directory: Path) -> None:
-        """Write the files that the tokenizer was read from."""
+        """Write the files that the tokenizer was read from, without what names code of a repository, `auto_map`."""
         for name, text in self._texts.items():
+            if name in CONFIGS and "auto_map" in (values := json.loads(text)):
+                text = json.dumps({key: value for key, value in values.items() if key != "auto_map"}, indent=2)
             write_text(directory / name, text)
 
 
 def _backend(source: str) -> tokenizers.Tokenizer:
     import tokenizers  # here, because it takes long
 
-    backend = tokenizers.Tokenizer.from_str(source)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    return tokenizers.Tokenizer.from_str(source)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -202,7 +206,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [entry for entry in values if isinstance(entry, int)]
+    return [entry for entry in values if isinstance(entry, int) and 0 <= entry < 2**31]
 
 
 def _default_template(value: Any) -> str | None:

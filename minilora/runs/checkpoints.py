@@ -242,7 +242,7 @@ def bookkeeping(config: TrainConfig) -> set[str]:
 
     On the number of steps they may depend, which `check_extension` finds out.
     """
-    names = {"save_steps", "save_total_limit", "logging_steps", "recompute", "epochs", "max_steps"}
+    names = {"save_steps", "save_total_limit", "logging_steps", "recompute", "epochs", "max_steps", "on_nonfinite"}
     return names | (set() if config.selects else {"eval_steps"})
 
 

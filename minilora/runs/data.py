@@ -16,6 +16,7 @@ from typing import TypeVar, overload
 
 from minilora.data import Example, Span, label_tokens
 from minilora.errors import ConfigError, DataError
+from minilora.limits import BAD_ROWS
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.formats import Conversation, Fields, PromptCompletion, parse_row
@@ -120,7 +121,7 @@ def apply_to_rows(rows: Iterable[Row], function: Callable[[Row], T], skips_bad: 
     """Return the results of a function for all rows, and an error message for each row that was skipped.
 
     Raises:
-        DataError: a row has a problem, or the function raises one, and bad rows are not skipped.
+        DataError: a row has a problem, or the function raises one, and bad rows are not skipped, or are too many.
     """
     found, bad = list[T](), []
     for row in rows:
@@ -130,7 +131,7 @@ def apply_to_rows(rows: Iterable[Row], function: Callable[[Row], T], skips_bad: 
             found.append(function(row))
         except DataError as error:
             bad.append(f"{row.source}: {error}")
-            if not skips_bad:
+            if not skips_bad or len(bad) > BAD_ROWS:
                 raise DataError(bad[-1]) from error
     return found, bad
 
@@ -173,7 +174,7 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ())
     if style not in ("alpaca", "instruction"):
         if not style.endswith(".jinja"):
             raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")
-        return tokenizer.with_template(read_text(Path(style)))
+        return tokenizer.with_template(read_text(Path(style), is_named=True))
     source = read_text(ASSETS / "prompts" / "instruction.jinja")
     bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
     begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text

@@ -38,11 +38,13 @@ from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
 from minilora.runs.memory import Plan, choose_recompute
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step, trained_parameters
 from minilora.runs.seeded import Rows, plan_steps, set_dropout_step
+from minilora.storage import is_finite
 from minilora.training import Loss, total_norm, train_step
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
 SAVES, SAVE_SECONDS = 10, 600  # checkpoints in a run, and the longest time between two, unless `save_steps` is given
+ADVICE = "a lower learning rate or float32 may help"
 MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 
 
@@ -239,7 +241,8 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
 
     Raises:
         DataError: the loss counts nothing.
-        TrainingError: the loss, the gradient or a weight is not finite, or other parameters require grad than at first.
+        TrainingError: the loss or the gradient is not finite, unless such a step is to be skipped; a weight or a moment
+            of AdamW is not finite; other parameters require grad than at first.
     """
     model, config, first = run.model, run.config, step * run.config.gradient_accumulation_steps
     trained = trained_parameters(run.optimizer)
@@ -252,26 +255,42 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     seeded = _seeded(model, batches, config.seed, first)
     done = train_step(model, run.optimizer, seeded, run.objective, config.max_grad_norm)
     weight_norm = total_norm([p.detach() for p in trained.values()])
+    states = {name: run.optimizer.state[p] for name, p in trained.items()}  # infinite squares would stop learning
+    squares = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
+    largest = torch.nn.utils.get_total_norm(squares.values(), math.inf).to(weight_norm)
     upcoming = run.batches(step + 1)
-    *shares, grad_norm, length = torch.cat([done.losses, torch.stack([done.grad_norm, weight_norm])]).tolist()
-    loss = sum(shares)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-        with eager:  # compiled modules run no hooks
-            again = _seeded(model, batches, config.seed, first)
-            where = first_bad_module(model, lambda: [run.objective(model, batch) for batch in again])
-        rows = [row for rows in run.steps[step] for row in rows]
-        sources = ", ".join(str(getattr(run.dataset[row], "source", row)) for row in rows)
-        raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {sources}. "
-            "The weights are those of before the step; a lower learning rate or float32 may help"
-        )
-    if not math.isfinite(length):
-        raise TrainingError(f"step {step + 1}: the weights are not finite after it; learning rate {rate} is too high")
-    tokens = run.objective.tokens(batches)
-    memory = peak_memory_bytes(done.grad_norm.device)
-    record = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
-    return {**record, "tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}, upcoming
+    *shares, grad_norm, length, square = torch.cat(
+        [done.losses, torch.stack([done.grad_norm, weight_norm, largest])]
+    ).tolist()
+    tokens, memory = run.objective.tokens(batches), peak_memory_bytes(done.grad_norm.device)
+    record = {"step": step + 1, "loss": sum(shares), "learning_rate": rate, "grad_norm": grad_norm}
+    record |= {"tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}
+    if not (math.isfinite(sum(shares)) and math.isfinite(grad_norm)):
+        problem = _nonfinite_step(run, step, batches, record)
+        if config.on_nonfinite == "stop" or not math.isfinite(length):  # to skip steps mends no weight
+            raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
+        record |= {"loss": None, "grad_norm": None, "skipped": problem}
+    elif not (math.isfinite(length) and math.isfinite(square)):
+        held = (trained | squares).items()
+        bad = next((name for name, tensor in held if not is_finite(tensor)), "the norm of the weights")
+        raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
+    return record, upcoming
+
+
+def _nonfinite_step(run: _Run, step: int, batches: Sequence[Any], record: Record) -> str:
+    """Compute a step again, and return where its first number that is not finite is, and of which rows."""
+    config, model, first = run.config, run.model, step * run.config.gradient_accumulation_steps
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with eager:  # compiled modules run no hooks
+        again = _seeded(model, batches, config.seed, first)
+        where = first_bad_module(model, lambda: [run.objective(model, batch) for batch in again])
+    found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+    return f"step {step + 1}: {found}; first bad: {where}; rows: {_sources(run, step)}"
+
+
+def _sources(run: _Run, step: int) -> str:
+    """Return where the rows of a step are from."""
+    return ", ".join(str(getattr(run.dataset[row], "source", row)) for rows in run.steps[step] for row in rows)
 
 
 def _seeded(model: nn.Module, batches: Sequence[Any], seed: int, first: int) -> Iterator[Any]:

@@ -39,6 +39,9 @@ class Meter:
         if "eval_loss" in record:
             self._show_evaluation(record)
             return self.stopped_by is not None
+        if "skipped" in record:
+            self.keep(f"skipped {record['skipped']}")
+            return self.stopped_by is not None
         now = time.monotonic()
         began, first_step = self.first = self.first or (now, record["step"])
         done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError, FormatError
+from minilora.limits import RECORDS_BYTES
 from minilora.storage import read_text
 
 
@@ -60,7 +61,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         FormatError: there is no such file, or a line is no record of a run.
     """
-    lines, records = read_text(path).splitlines(keepends=True), []
+    lines, records = read_text(path, RECORDS_BYTES).splitlines(keepends=True), []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):
@@ -125,7 +126,7 @@ class TensorBoard:
         """Write a record's numbers as scalars, and each {"prompt", "text"} of its "samples" as a text."""
         step = record["step"]
         for key, tag in SCALARS.items():
-            if key in record:
+            if record.get(key) is not None:  # as in a step that was skipped
                 self.writer.add_scalar(tag, record[key], step)
         for i, sample in enumerate(record.get("samples", ()), start=1):
             # an indented block, in which nothing is markup

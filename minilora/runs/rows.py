@@ -7,16 +7,18 @@ A file holds a JSON array of objects or one object a line, distinguished by its 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import DataError
+from minilora.limits import BAD_ROWS, JSON_VALUES, LINE_BYTES, check_link
 from minilora.models.hub import DATA_ENDINGS, fetch
-from minilora.storage import read_bytes
+from minilora.storage import read_chunks
 
 LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
@@ -55,6 +57,8 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
         return {"train": path}
     named = (file for file in path.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
     files = sorted(file for file in named if file.is_file())
+    for file in files:
+        check_link(file)
     found: dict[str, Path] = {}
     for file in files:
         stem = file.name.partition(".")[0]
@@ -93,27 +97,41 @@ def read_rows(*paths: Path) -> list[Row]:
         FormatError: a file cannot be read.
         DataError: a file has no rows, is a malformed JSON array, or is UTF-16.
     """
-    rows: list[Row] = []
+    rows, bad = list[Row](), 0
     for path in paths:
-        data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        chunks = read_chunks(path)
+        first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: found UTF-16, need UTF-8")
-        found = list(_parse_array(data, path) if data.lstrip()[:1] == b"[" else _parse_lines(data, path))
-        if not found:
+        chunks, before = itertools.chain([first], chunks), len(rows)
+        is_array = first.lstrip()[:1] == b"["
+        for row in _parse_array(b"".join(chunks), path) if is_array else _parse_lines(chunks, path):
+            rows.append(row)
+            bad += bool(row.problem)
+            if bad > BAD_ROWS:
+                raise DataError(f"{row.source}: this and {BAD_ROWS:,} before it are not rows; need {LAYOUTS}")
+        if len(rows) == before:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
-        rows += found
     return rows
 
 
-def _parse_lines(data: bytes, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield _parse_line(line, f"{path}:{number}")
+def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:
+    number, line = 0, b""
+    for chunk in itertools.chain(chunks, [b"\n"]):
+        *lines, line = (line + chunk).split(b"\n")
+        for i, each in enumerate(lines, start=number + 1):
+            if each.strip():
+                yield _parse_line(each, f"{path}:{i}")
+        number += len(lines)
+        if len(line) > LINE_BYTES:
+            raise DataError(f"{path}:{number + 1}: the row has more than {LINE_BYTES:,} bytes")
 
 
 def _parse_line(line: bytes, source: str) -> Row:
     if line.startswith(codecs.BOM_UTF8):
         return Row(source=source, problem="found a byte order mark, which is accepted only at the beginning of a file")
+    if sum(map(line.count, (b",", b"[", b"{"))) > JSON_VALUES:
+        return Row(source=source, problem=f"has more than {JSON_VALUES:,} values")
     try:
         return _as_row(json.loads(line.decode("utf-8")), source)
     except UnicodeDecodeError as error:

@@ -45,12 +45,14 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
     """
     path = _locate(name_or_path)
-    if path.is_file():
-        file = TensorFile(path)
+    if not path.is_dir():
+        if path.suffix != ".safetensors":
+            raise FormatError(f"{path}: is no .safetensors file; need one, or the directory of a model, adapter or run")
+        file = TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
     facts = {}
-    if (path / "run.json").is_file():
+    if (path / "run.json").exists():
         facts["run"] = run_facts(path)
     if (path / CONFIG_FILE).is_file():
         facts["adapter"] = adapter_facts(path, _base_of(path, model))
@@ -75,10 +77,10 @@ def run_facts(directory: Path) -> dict[str, Any]:
         settings = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
     facts = {"path": str(directory), "settings": settings, **record}
     metrics, summary = directory / "metrics.jsonl", directory / "summary.json"
-    for line in read_records(metrics) if metrics.is_file() else []:
+    for line in read_records(metrics) if metrics.exists() else []:
         facts["evaluation" if "eval_loss" in line else "last_step"] = line
     facts["checkpoint"] = next((path.name for path in reversed(checkpoints(directory / "checkpoints"))), None)
-    facts["summary"] = read_json(summary) if summary.is_file() else None
+    facts["summary"] = read_json(summary) if summary.exists() else None
     return facts
 
 

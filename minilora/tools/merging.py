@@ -33,7 +33,7 @@ from minilora.adapters.layout import (
     parse_tensor_name,
     vocabulary_of,
 )
-from minilora.errors import ConfigError, TrainingError
+from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, is_four_bit
@@ -267,8 +267,6 @@ def _merged_weights(
                 f"{path}: the adapters add {sorted(more)}, which a {base.config.model_type} has no place for"
             )
         for key, (weight, trained) in weights.items():
-            if not merged[key].isfinite().all():
-                raise TrainingError(f"{path}: the merged {key} has numbers that are not finite in {base.dtype}")
             result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
             if key == "weight" and isinstance(layer, AdapterLinear):
                 squares[path] = squared_norms(result, trained, layer)

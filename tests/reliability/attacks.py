@@ -1,0 +1,442 @@
+"""Files and arguments that are made to hurt, each a call that has to be refused, or to be harmless."""
+
+from __future__ import annotations
+
+import atexit
+import gzip
+import json
+import os
+import shutil
+import socket
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minilora as ml
+from minilora.adapters.layout import vocabulary_of
+from minilora.cli import main as command
+from minilora.models.hub import BUILTINS
+from minilora.models.template import ChatTemplate
+from minilora.models.tokenizer import Tokenizer
+from minilora.runs.rows import read_rows
+from minilora.storage import TensorFile, read_json
+from minilora.tools.inspect import inspect_path
+from minilora.tools.merging import merge_directory
+from tests.files import saved
+from tests.models import tiny_model
+from tests.test_sandbox import BOMBS, ESCAPES
+
+MODEL = BUILTINS["model"]
+TEXT = "The heron waits " + "a" * 40 + "! 12345 " + "b" * 200
+
+
+def edit(path: Path, **changes: Any) -> Path:
+    """Change keys of a JSON file, or of an object in it (`a.b`), and return its directory."""
+    value = json.loads(path.read_text())
+    for key, change in changes.items():
+        *inner, last = key.split("__")
+        owner = value
+        for name in inner:
+            owner = owner[name]
+        owner[last] = change
+    path.write_text(json.dumps(value))
+    return path.parent
+
+
+@cache
+def _made() -> Path:
+    """A directory with a model and an adapter of it, to be copied."""
+    root = Path(tempfile.mkdtemp())
+    ml.save_model(saved(root / "adapter", target_modules=("q_proj",)) and _model(), root / "base")
+    atexit.register(shutil.rmtree, root)
+    return root
+
+
+def copied(root: Path) -> Path:
+    """Write a model and an adapter of it, and return their directory."""
+    return shutil.copytree(_made(), root)
+
+
+def _model() -> Any:
+    return tiny_model(dtype=torch.float32)
+
+
+LONG = {"short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
+# What config.json states, one key at a time.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "a billion layers": {"num_hidden_layers": 10**9},
+    "20,000 layers": {"num_hidden_layers": 20_000},
+    "160 layers": {"num_hidden_layers": 160},
+    "a width of 10^18": {"hidden_size": 10**18},
+    "a width of 2^17": {"hidden_size": 2**17},
+    "a vocabulary of 2^62": {"vocab_size": 2**62},
+    "a vocabulary of 2^24": {"vocab_size": 2**24},
+    "an MLP of 2^40": {"intermediate_size": 2**40},
+    "heads of 2^40": {"head_dim": 2**40},
+    "2^31 heads": {"num_attention_heads": 2**31, "num_key_value_heads": 1},
+    "400 digits in a size": {"hidden_size": 10**400},
+    "400 digits in theta": {"rope_theta": 10**400},
+    "theta beyond float32": {"rope_theta": 1e300},
+    "400 digits in eps": {"rms_norm_eps": 10**400},
+    "400 digits in a window": {"max_window_layers": 10**400, "sliding_window": 10**400},
+    "400 digits as the end of text": {"eos_token_id": 10**400},
+    "trained on one token": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            **LONG,
+            "original_max_position_embeddings": 1,
+        }
+    },
+    "trained on half a token": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            **LONG,
+            "original_max_position_embeddings": 0.5,
+        }
+    },
+    "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+    "dynamic beyond float64": {"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}, "max_position_embeddings": 1},
+    "equal ends of a ramp": {
+        "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+    },
+    "a million windows": {
+        "layer_types": ["sliding_attention"] * 10**5,
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+    },
+    "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
+    "2,000,000 labels": {
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {str(i): "" for i in range(99999)},
+    },
+}
+
+
+def use_model(directory: Path) -> None:
+    model = ml.load_model(directory)
+    ml.generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+
+
+def config_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    for i, (name, changes) in enumerate(CONFIGS.items()):
+        directory = edit(copied(root / str(i)) / "base" / "config.json", **changes)
+        yield f"config.json: {name}: load", partial(use_model, directory)
+        if changes.keys() & {"num_hidden_layers", "vocab_size", "hidden_size"}:
+            yield f"config.json: {name}: inspect", partial(inspect_path, str(directory))
+            yield f"config.json: {name}: memory", partial(command, ["inspect", str(directory), "--memory"])
+    path = root / "text"
+    for name, text in {
+        "16 MB of lists": '{"a": [' + "[]," * 5_000_000 + "[]]}",
+        "20 MB of text": '{"a": "' + "x" * 20_000_000 + '"}',
+        "deep": '{"a":' * 100_000,
+        "digits": '{"a": ' + "9" * 10**6 + "}",
+    }.items():
+        path.write_text(text)
+        yield f"JSON: {name}", partial(read_json, path)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "a token of 6,000,000": {"trainable_token_indices": [6_000_000]},
+    "a token of 2^62": {"trainable_token_indices": [2**62]},
+    "200,000 keys of alpha_pattern": {"alpha_pattern": {f"layers.{i}.q_proj": 3 for i in range(200_000)}},
+    "200,000 keys of rank_pattern": {"rank_pattern": {f"layers.{i}.q_proj": 3 for i in range(200_000)}},
+    "9,999 keys of alpha_pattern": {"alpha_pattern": {f"layers.{i}.q_proj": 3 for i in range(9_999)}},
+    "200,000 unknown keys": {f"key{i}": 1 for i in range(200_000)},
+    "a rank of 2^30": {"r": 2**30},
+    "alpha of 10^400": {"lora_alpha": 10**400},
+    "alpha of 10^300": {"lora_alpha": 1e300},
+    "200,000 modules in full": {"modules_to_save": [f"m{i}" for i in range(200_000)]},
+    "200,000 parameters": {"target_parameters": [f"m{i}.weight" for i in range(200_000)]},
+    "code": {"auto_mapping": {"base_model_class": "evil", "parent_library": "os"}},
+    "the raw form of PiSSA": {"init_lora_weights": "pissa"},
+}
+
+
+def use_adapter(directory: Path, quantize: Any = None) -> None:
+    model = ml.load_model(directory / "base", quantize=quantize)
+    ml.grow_vocabulary(model, vocabulary_of(directory / "adapter"))
+    ml.load_adapter(model, directory / "adapter")
+
+
+def adapter_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    for i, (name, changes) in enumerate(ADAPTERS.items()):
+        directory = copied(root / f"adapter{i}")
+        edit(directory / "adapter" / "adapter_config.json", **changes)
+        yield f"adapter_config.json: {name}: load", partial(use_adapter, directory)
+        yield (
+            f"adapter_config.json: {name}: merge",
+            partial(merge_directory, directory / "base", [directory / "adapter"], directory / "merged"),
+        )
+        yield f"adapter_config.json: {name}: inspect", partial(inspect_path, str(directory / "adapter"))
+        if changes.get("init_lora_weights"):
+            yield f"adapter_config.json: {name} on four bits", partial(use_adapter, directory, "nf4")
+
+
+def header(**tensors: Any) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def _one(shape: list[int], size: int) -> bytes:
+    return header(a={"dtype": "U8", "shape": shape, "data_offsets": [0, size]}) + bytes(size)
+
+
+def tensor_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    many = {f"t{i}": {"dtype": "U8", "shape": [], "data_offsets": [i, i + 1]} for i in range(150_000)}
+    for name, content in {
+        "65 dimensions": _one([1] * 65, 1),
+        "200,000 dimensions": _one([1] * 200_000, 1),
+        "an empty tensor of 2^63": _one([0, 2**63 - 1], 0),
+        "an empty tensor of 2^94": _one([0, 2**47, 2**47], 0),
+        "a shape beyond 64 bits": _one([2**63, 2**63], 0),
+        "a header of 2^63": struct.pack("<Q", 2**63) + b"{}",
+        "a header of 99 MB": struct.pack("<Q", 99_000_000) + b"{" + b" " * 98_999_998 + b"}",
+        "150,000 tensors": header(**many) + bytes(150_000),
+        "lists in the header": struct.pack("<Q", 15_000_010) + b'{"a":[' + b"[]," * 5_000_000 + b"1]}",
+    }.items():
+        path = root / "file.safetensors"
+
+        def read(path: Path = path, content: bytes = content) -> None:
+            path.write_bytes(content)
+            file = TensorFile(path)
+            for each in list(file.shapes)[:5]:
+                file.read(each)
+            command(["inspect", str(path)])
+
+        yield f"safetensors: {name}", read
+
+
+def data_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    def packed(path: Path, piece: bytes, times: int, last: bytes = b"") -> Path:
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            for _ in range(times):
+                file.write(piece)
+            file.write(last)
+        return path
+
+    plain = root / "rows.jsonl"
+    zeros = packed(root / "zeros.jsonl.gz", bytes(10**7), 50)
+    lines = packed(root / "lines.jsonl.gz", b"\n" * 10**7, 50)
+    rows = packed(root / "packed.jsonl.gz", b'{"text":"a"}\n' * 10**6, 20)
+    array = packed(root / "array.json.gz", b"\n" * 10**7, 20, b"")
+    yield "data: gzip of zeros", partial(read_rows, zeros)
+    yield "data: gzip of newlines", partial(read_rows, lines)
+    yield "data: gzip of rows", partial(read_rows, rows)
+    yield "data: gzip of an array", partial(read_rows, array)
+
+    def write_and_read(text: bytes, skips: bool = False) -> None:
+        plain.write_bytes(text)
+        ml.load_dataset(plain, Tokenizer(MODEL), ml.DataConfig(skip_bad_rows=skips))
+
+    yield "data: a line of 9 MB", partial(write_and_read, b'{"text": "' + b"a" * 9_000_000 + b'"}')
+    yield "data: bad rows", partial(write_and_read, b"[]\n" * 400_000, True)
+    yield "data: bad rows in an array", partial(write_and_read, b"[" + b"1," * 400_000 + b"1]", True)
+    yield "data: a row of lists", partial(write_and_read, b'{"a":[' + b"[]," * 2_500_000 + b"1]}")
+    yield "data: texts that are empty", partial(write_and_read, b'{"text":""}\n' * 100_000, True)
+    yield "data: deep", partial(write_and_read, b'{"a":' * 100_000)
+    yield "data: digits", partial(write_and_read, b'{"a": ' + b"9" * 10**6 + b"}")
+
+
+def odd_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Directories in which a file is a FIFO, a device, a socket, a directory, or a link out of it."""
+    secret = root / "secret"
+    secret.write_text(json.dumps({"text": "secret"}) + "\n")
+    readers: dict[str, Callable[[Path], object]] = {
+        "config.json": ml.load_model,
+        "model.safetensors": ml.load_model,
+        "tokenizer.json": ml.load_tokenizer,
+        "tokenizer_config.json": ml.load_tokenizer,
+        "adapter_config.json": lambda path: ml.load_adapter(_model(), path),
+        "adapter_model.safetensors": lambda path: ml.load_adapter(_model(), path),
+        "train.jsonl": lambda path: ml.load_dataset(str(path), Tokenizer(MODEL)),
+        "run.json": lambda path: inspect_path(str(path)),
+        "metrics.jsonl": lambda path: inspect_path(str(path)),
+        "chat_template.jinja": ml.load_tokenizer,
+    }
+    kinds: dict[str, Callable[[Path], object]] = {
+        "a FIFO": os.mkfifo,
+        "a socket": lambda path: _bind(path),
+        "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
+        "a link outside": lambda path: path.symlink_to(os.path.relpath(secret, path.parent)),
+        "a link to itself": lambda path: path.symlink_to(path.name),
+    }
+    for file, read in readers.items():
+        for i, (kind, make) in enumerate(kinds.items()):
+            directory = root / f"{file}{i}"
+            shutil.copytree(MODEL, directory)
+            (directory / "run.json").write_text("{}") if file in ("run.json", "metrics.jsonl") else None
+            if file.startswith("adapter"):
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    (directory / name).write_text("{}")
+            (directory / file).unlink(missing_ok=True)
+            make(directory / file)
+            yield f"{kind} as {file}", partial(_never, read, directory, kind, file)
+    for name in ("/dev/zero", "/dev/stdin", "/proc/self/mem", str(root)):
+        yield f"data: {name}", partial(read_rows, Path(name))
+
+
+OPTIONAL = ("tokenizer_config.json", "chat_template.jinja", "metrics.jsonl", "run.json")
+
+
+def _bind(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket is short
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def _never(read: Callable[[Path], object], directory: Path, kind: str, file: str) -> None:
+    """Read; what is no file may be taken as missing where the file may be missing, but a link is not followed."""
+    read(directory)
+    if kind == "a link outside" or file not in OPTIONAL:
+        raise AssertionError("it was read")
+
+
+def _tokenizer(root: Path, change: Callable[[dict[str, Any]], object], text: str) -> None:
+    directory = root / "tokenizer"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(MODEL, directory)
+    data = json.loads((directory / "tokenizer.json").read_text())
+    change(data)
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = Tokenizer(directory)
+    tokenizer.decode(tokenizer.encode(text))
+    tokenizer.encode(tokenizer.quote(text + "<|endoftext|>"))
+    tokenizer.with_tokens(["<new>"]).encode("a<new>")
+
+
+def _regex(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _replace(content: str, times: int = 1) -> dict[str, Any]:
+    one = {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+    return {"type": "Sequence", "normalizers": [one] * times}
+
+
+REGEX_BOMBS = (
+    *("(a+)+$", "(a*)*b", "(a|aa)+$", "(a|a?)+$", "((a+)+)+$", "(?:a+){2,}!", "([a-z]+)*[0-9]!"),
+    *("(\\w+\\s?)*!", "(a{1,9}){1,}!", "^(([a-z])+.)+[A-Z]([a-z])+$", "(?=(a+)+!)", "((ab|a)b?)+!"),
+)
+PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+PAIR = [PIECE, {"Sequence": {"id": "B", "type_id": 1}}]
+
+
+def template(single: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "TemplateProcessing", "single": single, "pair": PAIR, "special_tokens": {}}
+
+
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "an id of 2^31": {"model__vocab__zzz": 2**31},
+    "an id of 2^26": {"model__vocab__zzz": 2**26},
+    "an id below 0": {"model__vocab__zzz": -1},
+    "ten times as long, seven times": {"normalizer": _replace("aaaaaaaaaa", 7)},
+    "a prefix of a million": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "a prefix, a thousand times": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x"}] * 1000}
+    },
+    "an empty pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "abc"}},
+    "a table of 8 GB": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+    "a table of zeros": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
+    "a text 100,000 times": {"post_processor": template([PIECE] * 100_000)},
+    "a text twice": {"post_processor": template([PIECE] * 2)},
+    "the second of one text": {"post_processor": template([PAIR[1]])},
+    "a text padded to 2^40": {
+        "padding": {
+            "strategy": {"Fixed": 2**40},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        }
+    },
+    "a stride beyond the length": {
+        "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
+    },
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a prefix of subwords of a million": {"model__continuing_subword_prefix": "x" * 10**6},
+    "no model": {"model": None},
+    "added tokens that are empty": {"added_tokens": [{"id": 0, "content": ""}]},
+    "words of any length": {
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 2**60,
+            "vocab": {"a": 0, "##a": 1},
+        }
+    },
+    "long tokens": {
+        "model": {
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": [["<unk>", 0.0]] + [["a" * i, -1.0] for i in range(1, 2000)],
+            "byte_fallback": False,
+        },
+        "pre_tokenizer": None,
+    },
+    "a word without its unknown": {"model": {"type": "WordLevel", "unk_token": "nope", "vocab": {"a": 0}}},
+    **{f"the regular expression {pattern}": {"pre_tokenizer": _regex(pattern)} for pattern in REGEX_BOMBS},
+}
+
+
+def tokenizer_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    for name, changes in TOKENIZERS.items():
+
+        def change(data: dict[str, Any], changes: dict[str, Any] = changes) -> None:
+            for key, value in changes.items():
+                *inner, last = key.split("__")
+                owner = data
+                for each in inner:
+                    owner = owner[each]
+                owner[last] = value
+
+        text = "a" * 20_000 if "length" in name or "long tokens" in name else TEXT
+        yield f"tokenizer.json: {name}", partial(_tokenizer, root, change, text)
+
+
+TEMPLATES = [  # beside those of test_sandbox.py
+    "{{ 'a'.replace('', 'b' * 1000000) }}" * 50,
+    "{{ ('a' * 1000000).split('a') | join('b' * 1000) }}",
+    "{% for a in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
+    "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000,
+    "{{ 1" + " + 1" * 15_000 + " }}",
+    "{{ cycler(*range(99999)).next.__globals__.x }}",
+    "{% set a = ['a' * 1000000] %}{% for i in range(99999) %}{% set _ = a | string %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{{ messages | tojson(indent=10**8) }}",
+    "{{ (('a' * 1000000) | upper).encode('utf-16').decode('utf-7') }}" * 90,
+    "{{ strftime_now('%c' * 200000) }}",
+    "{{ raise_exception('a' * 10**9) }}",
+    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "{{ messages[0].__class__.__base__.__subclasses__() }}",
+    "{{ ''.join.__class__.__call__(range, 10**9) }}",
+    "{{ self.__init__.__globals__.__builtins__.open('/etc/passwd').read() }}",
+    "{% set x = self._TemplateReference__context.environment.loader.x %}{{ x.y }}",
+]
+
+
+def template_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    for source in [*ESCAPES, *(each for group in BOMBS.values() for each in group), *TEMPLATES]:
+        yield f"chat template: {source:.60}", partial(_render, source)
+
+
+def _render(source: str) -> None:
+    ChatTemplate(source, {"bos_token": "<s>"}).render([{"role": "user", "content": "hi"}])
+
+
+def calls(where: str, *kinds: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the calls of some kinds, each in a directory of its own."""
+    for kind in kinds:
+        root = Path(where) / kind
+        root.mkdir()
+        yield from globals()[f"{kind}_calls"](root)

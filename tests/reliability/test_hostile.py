@@ -1,0 +1,274 @@
+"""Files from outside run no code, take no more time and memory than their bytes call for, and are refused by name."""
+
+import ast
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.adapters.layout import CONFIG_FILE
+from minilora.cli import main, say
+from minilora.limits import open_file
+from minilora.models.hub import BUILTINS
+from minilora.models.tokenizer_json import is_explosive
+from minilora.storage import shard_names
+from minilora.tools.inspect import inspect_path
+from tests.files import saved, write_base
+from tests.models import randn, tiny_model
+from tests.reliability.watch import figures, watched
+from tests.test_sandbox import BOMBS, ESCAPES
+from tests.test_structure import MODULES
+
+HARMLESS = {  # of the attacks: what they change has no effect, and is not said
+    "config.json: 400 digits as the end of text: load",
+    "config.json: code to run: load",
+    "tokenizer.json: a text padded to 2^40",
+    "tokenizer.json: a stride beyond the length",
+    *(f"adapter_config.json: 9,999 keys of alpha_pattern: {way}" for way in ("load", "merge")),
+    *(f"adapter_config.json: {what}: {way}" for what in ("a rank of 2^30", "code") for way in ("load", "merge")),
+    *(f"adapter_config.json: the raw form of PiSSA: {way}" for way in ("load", "merge")),
+    "adapter_config.json: alpha of 10^300: load",
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by Linux's /proc")
+@pytest.mark.parametrize("kind", ["config", "adapter", "tensor", "data", "odd", "tokenizer", "template"])
+def test_an_attack_is_refused_at_once_and_in_little_memory(kind, tmp_path, capsys):
+    found = watched("tests.reliability.attacks:calls", str(tmp_path), kind)
+    with capsys.disabled():
+        print(f"\n{kind}: {figures(found)}")
+    assert not [each.problem for each in found if each.problem]
+    shown = {each.name for each in found if each.name.endswith((": inspect", ": memory"))}  # which say what is wrong
+    assert {each.name for each in found if each.outcome == "read"} - shown == HARMLESS & {each.name for each in found}
+
+
+def test_there_are_sixty_attacks_on_templates():
+    assert len([*ESCAPES, *(each for group in BOMBS.values() for each in group)]) >= 60
+
+
+TRAVERSALS = (
+    *(
+        "../a",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "/",
+        "..",
+        ".",
+        "",
+        "a/../../b",
+        "./a",
+        "a/b",
+        "..\\a",
+        "C:\\a",
+        "C:a",
+    ),
+    *("\\\\server\\share", "a\0b", "\0", "//a", "~/../a", "file:///etc/passwd", "a/", "a\\..\\..\\b", "a:b"),
+    *("..%2fa/..", "....//a", "a/./b", "C:a"),
+)
+
+
+@pytest.mark.parametrize("name", TRAVERSALS, ids=repr)
+def test_no_shard_lies_outside_its_directory(name, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ml.FormatError, match="is not a plain file name"):
+        shard_names(tmp_path / "index.json")
+
+
+def test_there_are_25_ways_out_of_a_directory():
+    assert len(set(TRAVERSALS)) == 25
+
+
+def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "123").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    (snapshot / "again.json").symlink_to("config.json")
+    for name in ("config.json", "again.json"):
+        open_file(snapshot / name).close()
+    (tmp_path / "other").symlink_to(snapshot)  # a directory that the user names may be a link
+    open_file(tmp_path / "other" / "config.json").close()
+    (snapshot / "out.json").symlink_to("../../secret")
+    (tmp_path / "secret").write_text("{}")
+    with pytest.raises(ml.FormatError, match=r"out\.json: is a link to .*secret, outside its directory"):
+        open_file(snapshot / "out.json")
+    open_file(snapshot / "out.json", is_named=True).close()  # the user named it
+
+
+def test_an_odd_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it was opened"))
+    for path, kind in ((tmp_path / "fifo", "a FIFO"), (Path("/dev/zero"), "a device"), (tmp_path, "a directory")):
+        with pytest.raises(ml.FormatError, match=kind):
+            open_file(path)
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb", "\x07", "\x9b31m", "\u202eabc", "a\rb", "\x00"])
+def test_control_characters_of_a_file_do_not_reach_the_terminal(text, tmp_path, capsys):
+    assert str(ml.FormatError(f"{text}: found")).isprintable()
+    say(text)
+    write_base(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({**tensors, f"model.{text}": randn(0, 2)}, tmp_path / "base" / "model.safetensors")
+    main(["inspect", str(tmp_path / "base")])
+    main(["eval", "--model", str(tmp_path / "base"), "--data", "none.jsonl"])
+    main(["inspect", f"{tmp_path}/{text.replace(chr(0), '')}"])
+    out = "".join(capsys.readouterr())
+    assert all(c.isprintable() or c in "\n\t" for c in out)
+    assert "model." in out
+
+
+BUILTIN = {"eval", "exec", "compile", "__import__", "breakpoint"}
+IMPORTED = {
+    "pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "joblib",
+    "subprocess",
+    "pty",
+    "runpy",
+    "code",
+    "codeop",
+    "multiprocessing",
+}
+CALLED = {
+    "torch.load",
+    "torch.save",
+    "torch.hub",
+    "torch.package",
+    "yaml.load",
+    "np.load",
+    "os.system",
+    "os.popen",
+    "os.fork",
+}
+FLAGS = {"shell", "allow_pickle", "trust_remote_code", "weights_only"}
+
+
+def running(text):
+    """The names in a program that run what they are given."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [*module, *(alias.name for alias in node.names)]
+            yield from (name for name in names if name.split(".")[0] in IMPORTED)
+            yield from (f"{at}.{name}" for at in module for name in names if f"{at}.{name}" in CALLED)
+        elif isinstance(node, ast.Name) and node.id in BUILTIN and isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            if name in CALLED or name.startswith(("os.exec", "os.spawn", "os.posix_spawn")):
+                yield name
+        elif isinstance(node, ast.keyword) and node.arg in FLAGS:
+            yield node.arg
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_unpickles_evaluates_or_starts_anything(module):
+    assert not [*running(MODULES[module].read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("eval('1')", "f = exec", "import pickle", "from os import system", "os.popen('a')", "torch.load(path)"),
+        *("f(shell=True)", "from multiprocessing import Process", "import subprocess as s", "os.execv(a, b)"),
+    ],
+)
+def test_the_walk_of_the_syntax_tree_finds_what_it_looks_for(text):
+    assert [*running(text)]
+
+
+def test_merge_writes_no_name_of_code(tmp_path):
+    model = saved(tmp_path / "adapter", target_modules=("q_proj",))
+    ml.detach(model)
+    ml.save_model(model, tmp_path / "base")
+    config, code = tmp_path / "base" / "config.json", {"auto_map": {"AutoModel": "evil.Model"}}
+    other = {"_attn_implementation_internal": "evil/kernel", "custom_pipelines": {"evil": {}}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | code | other))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (BUILTINS["model"] / name).read_text()
+        (tmp_path / "base" / name).write_text(json.dumps(json.loads(text) | code) if "config" in name else text)
+    command = ["merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
+    assert main(list(map(str, command))) == 0
+    assert "evil" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_a_merge_that_overflows_leaves_the_model_as_it_was():
+    model = tiny_model(dtype=torch.float16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ml.attach(model, ml.LoraConfig(r=4, lora_alpha=9, target_modules=("q_proj", "up_proj")))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.3.mlp.up_proj.adapters" in name:
+                parameter.fill_(200)
+    for change in (ml.merge, lambda model: ml.merged(model).__enter__()):
+        with pytest.raises(ml.TrainingError, match=r"layers\.3\.mlp\.up_proj: merged, it has numbers that are not"):
+            change(model)
+        assert model.model.layers[0].self_attn.q_proj.adapters  # nothing was merged
+    ml.detach(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_what_is_not_finite_is_not_saved(tmp_path, quantize):
+    model = ml.load_model(write_base(tmp_path / "base"), quantize=quantize)
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj",)))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("lora_B"))[0, 0] = math.nan
+    with pytest.raises(ml.TrainingError, match=r"q_proj\.lora_B\.weight has numbers that are not finite"):
+        ml.save_adapter(model, tmp_path / "adapter")
+    ml.detach(model)
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.inf
+    with pytest.raises(
+        ml.TrainingError, match=r"model\.norm\.weight: has numbers that are not finite in torch.float32"
+    ):
+        ml.save_model(model, tmp_path / "out")
+    assert not (tmp_path / "adapter").exists()
+    assert not [*(tmp_path / "out").glob("*")]
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "1e30", "-2e6"])
+def test_the_weight_of_an_adapter_is_a_number_of_a_sensible_size(weight, tmp_path, capsys):
+    saved(tmp_path / "adapter", target_modules=("q_proj",))
+    adapter = f"{tmp_path / 'adapter'}:{weight}"
+    assert main(["merge", "--as-adapter", "--adapter", adapter, "--model", "m", "--out", str(tmp_path / "o")]) == 1
+    assert "need a finite weight, at most 1,000,000," in capsys.readouterr().err
+
+
+def test_a_raw_pissa_is_refused_on_a_base_in_four_bits(tmp_path):
+    saved(tmp_path / "adapter", target_modules=("q_proj",))
+    config = tmp_path / "adapter" / CONFIG_FILE
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "olora"}))
+    model = ml.load_model(write_base(tmp_path / "base"), quantize="nf4")
+    with pytest.raises(ml.TargetError, match=r"olora starts from the dense weight, and .*q_proj is in four bits"):
+        ml.load_adapter(model, tmp_path / "adapter")
+
+
+def test_inspect_says_what_it_takes(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ml.FormatError, match=r"metrics\.jsonl: is no \.safetensors file; need one, or the directory"):
+        inspect_path(str(tmp_path / "metrics.jsonl"))
+
+
+USUAL = (  # of GPT-2, Llama 3, Qwen 2, o200k, DeepSeek, CLIP, BLOOM
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{Lm}]+(?i:'s|'t|'re)?|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n/]*|\s+(?!\S)",
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+)
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_the_expressions_of_known_tokenizers_are_accepted(pattern):
+    assert not is_explosive(pattern)

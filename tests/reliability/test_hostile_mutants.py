@@ -1,0 +1,55 @@
+"""Files in which something was changed are read or refused: no other error, no hang, no growth."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.mutants import changed_bytes, changed_json
+from tests.reliability.watch import Outcome, figures, watched
+
+LONG = {"structure": 20_000, "bytes": 20_000, "json": 10_000, "data": 2_000}
+SHORT = {kind: count // 100 for kind, count in LONG.items()}
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by Linux's /proc")
+
+
+def check(kind, count, tmp_path, capsys):
+    found = watched("tests.reliability.mutants:calls", str(tmp_path), kind, "0", str(count))
+    with capsys.disabled():
+        print(f"\n{kind}: {figures(found)}")
+    assert not [each.problem for each in found if each.problem]
+    assert len(found) >= count
+    assert 0.2 < sum(each.outcome == "refused" for each in found) / count < 1  # most changes matter, and not all
+
+
+@linux
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_changed_file_is_read_or_refused(kind, tmp_path, capsys):
+    check(kind, SHORT[kind], tmp_path, capsys)
+
+
+@pytest.mark.long
+@linux
+@pytest.mark.parametrize("kind", LONG)
+def test_many_changed_files_are_read_or_refused(kind, tmp_path, capsys):
+    check(kind, LONG[kind], tmp_path, capsys)
+
+
+def test_mutants_differ_from_what_they_were_made_of():
+    value, content = {"a": [1, {"b": "c"}], "d": None}, b'{"a": [1, 2]}' * 9
+    assert sum(changed_json(value, random.Random(seed)) != value for seed in range(200)) > 180
+    assert sum(changed_bytes(content, random.Random(seed)) != content for seed in range(200)) > 180
+
+
+@pytest.mark.parametrize(
+    ("outcome", "seconds", "megabytes"), [("KeyError", 0.0, 0.0), ("read", 2.1, 0.0), ("refused", 0.0, 101.0)]
+)
+def test_an_error_a_long_time_and_much_memory_are_problems(outcome, seconds, megabytes):
+    assert Outcome("a", outcome, "", seconds, megabytes).problem
+    assert not Outcome("a", "refused", "", 1.9, 99.0).problem
+
+
+def test_a_process_that_dies_is_a_problem(tmp_path):
+    found = watched("tests.reliability.mutants:calls", str(tmp_path), "nothing", "0", "1")
+    assert "died with 1" in found[-1].problem
