@@ -17,9 +17,9 @@ from minilora import ConfigError, FormatError, TargetError, TrainingError
 from minilora.adapter import adapter_layers
 from minilora.adapters.find import linear_layers
 from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.durable import holds_files
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear, quantize
-from minilora.storage import holds_files
 from minilora.testing import reference_nf4 as reference
 from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms

@@ -70,10 +70,10 @@ def assert_resumed(out, whole, *started):
     assert contents(out) == contents(whole)
 
 
-def stop(directory, out, monkeypatch, step=3, times=1, **changes):
+def stop(directory, out, monkeypatch, step=3, **changes):
     """A run that is stopped after this step."""
     with monkeypatch.context() as patch:
-        interrupt(patch, step, times)
+        interrupt(patch, step)
         assert finetune(directory, out, **changes) == INTERRUPTED
 
 
@@ -168,25 +168,29 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_sigterm_which_schedulers_send_lets_the_step_finish_however_often_it_is_sent(
-    directory, whole, tmp_path, monkeypatch, times
-):
+def test_sigterm_which_schedulers_send_lets_the_step_finish(directory, whole, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        interrupt(patch, step=3, times=times, number=signal.SIGTERM)
+        interrupt(patch, step=3, number=signal.SIGTERM)
         assert finetune(directory, tmp_path) == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 3)
 
 
-def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
-    directory, whole, tmp_path, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
+    directory, whole, tmp_path, monkeypatch, number
 ):
-    before = signal.getsignal(signal.SIGINT)
-    stop(directory, tmp_path, monkeypatch, step=5, times=2)
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=5, times=2, number=number)
+        try:
+            status = finetune(directory, tmp_path)
+        except SystemExit as error:
+            status = error.code
+    assert status == 128 + number
+    assert signal.getsignal(number) is before
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 4)
 
@@ -277,7 +281,7 @@ def test_files_of_something_else_are_never_touched(refused, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
 def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
     unfinished(whole, tmp_path, step=8)
-    code = f"import pathlib as p, minilora.runs.directory as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
+    code = f"import pathlib as p, minilora.durable as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         refused(tmp_path, f"process {process.pid} is at work there")

@@ -22,11 +22,12 @@ ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 
 # part, a folder or file -> the parts that it may import besides itself, `errors` and `definition`
 MAY_IMPORT = {
-    **dict.fromkeys(("errors", "definition", "storage", "testing/", "__init__"), ()),
+    **dict.fromkeys(("errors", "definition", "durable", "testing/", "__init__"), ()),
+    "storage": ("durable",),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
     "kernel/": PAGES,  # which only `public` and `runs/memory` import
-    "runs/memory": ("storage", *PAGES, "kernel/", "models/", "adapters/", "runs/"),  # counts what kernels keep
-    **{room: ("storage", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
+    "runs/memory": ("storage", "durable", *PAGES, "kernel/", *ROOMS[:3]),  # counts what kernels keep
+    **{room: ("storage", "durable", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
     "public": (*PAGES, *ROOMS[:-1], "kernel/"),
     "__main__": ("cli/",),
 }

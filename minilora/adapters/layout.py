@@ -27,6 +27,7 @@ from torch import Tensor
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
+from minilora.durable import MANIFEST, publishing, verify
 from minilora.errors import ConfigError, FormatError
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
@@ -109,8 +110,11 @@ def read_adapter(directory: Path) -> Stored:
     """Read an adapter's two files.
 
     Raises:
-        FormatError: one is missing or malformed, or has a setting that is not supported.
+        FormatError: one is missing or malformed, has a setting that is not supported, or is not as the manifest says,
+            if there is one.
     """
+    if (directory / MANIFEST).is_file():
+        verify(directory, (CONFIG_FILE, WEIGHTS_FILE))
     values, file = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE)
     check_keys(directory / CONFIG_FILE, values)
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -140,9 +144,10 @@ def write_adapter(
     directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors."""
-    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
-    # The patterns inside the fields keep their order: the first key that matches counts.
-    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
+    with publishing(directory) as new:
+        write_tensors(new / WEIGHTS_FILE, tensors, metadata)
+        # The patterns inside the fields keep their order: the first key that matches counts.
+        write_json(new / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 
 
 def base_model_of(path: str | Path) -> str | None:
