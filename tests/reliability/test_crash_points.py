@@ -14,17 +14,16 @@ from minilora.models.hub import locate
 from minilora.runs.checkpoints import checkpoints, newest_checkpoint, step_of
 from tests.models import long, randomize_adapters_
 from tests.reliability.disk import crashes, put, recorded
-from tests.runs import contents, finetune, steps, write_inputs
+from tests.runs import contents, finetune, steps
 from tests.training import adapted, random_rows
 
 BOTH = pytest.mark.parametrize("is_power_lost", [False, True], ids=["killed", "power lost"])
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    directory = write_inputs(tmp_path_factory.mktemp("inputs"))
-    assert finetune(directory, directory / "run", save_total_limit=99) == 0
-    return directory
+def finished(inputs):
+    assert finetune(inputs, inputs / "run", save_total_limit=99, samples=0) == 0
+    return inputs
 
 
 def log_of(directory, write):
@@ -158,8 +157,8 @@ def loads(directory):
 
 @BOTH
 @pytest.mark.parametrize("command", ["merge", "merge as adapter", "export", "quantize"])
-def test_a_command_leaves_all_or_nothing_and_can_be_repeated(tmp_path, inputs, command, is_power_lost, capsys):
-    words = commands(inputs)[command]
+def test_a_command_leaves_all_or_nothing_and_can_be_repeated(tmp_path, finished, command, is_power_lost):
+    words = commands(finished)[command]
 
     def write(out):
         return cli.main([*words, f"--out={out / 'out'}"])
