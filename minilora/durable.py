@@ -96,13 +96,13 @@ def settle(directory: Path) -> None:
     are not its own.
     """
     staged = directory / STAGED
-    if not staged.is_dir():
+    if staged.is_symlink() or not staged.is_dir():  # a link from outside could lead to the files of others
         return
     if (staged / MANIFEST).is_file():
         names = [path.name for path in staged.iterdir()]
         for name, entry in read_manifest(staged).items():
             if entry is None or (name in names and _rank(name)):
-                remove(directory / name)
+                (directory / name).unlink(missing_ok=True)
         for rank in range(3):
             flush(directory)
             for name in names:
@@ -206,9 +206,13 @@ def holds_files(out: Path) -> bool:
     Raises:
         ConfigError: `out` is a file.
     """
+    _check_directory(out)
+    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
+
+
+def _check_directory(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; give a directory as --out")
-    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
 
 
 def lock(out: Path) -> TextIO:
@@ -218,8 +222,10 @@ def lock(out: Path) -> TextIO:
     removed.
 
     Raises:
+        ConfigError: `out` is a file.
         TrainingError: the directory cannot be written, or another process has locked it.
     """
+    _check_directory(out)
     path = out / ".lock"
     try:
         make_directory(out)

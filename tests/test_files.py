@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.storage import write_tensors
-from tests.files import edit, saved
+from tests.files import edit, save_file, saved
 from tests.models import CONFIGS, FAMILIES, WHOLE, scales, seeds, tiny_model, token_ids, train_a_little
 from tests.tolerance import PARITY, relative
 

@@ -1,4 +1,4 @@
-"""Check that the files of a run, an adapter or a model are as minilora wrote them.
+"""Check that the files of a run, an adapter or a model are as they were written.
 
 Sizes and SHA-256 are compared with the manifest, those of checkpoints, too.
 

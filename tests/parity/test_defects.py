@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
@@ -18,6 +18,7 @@ from minilora.adapters.attach import merged
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.serve import hotswap_adapter
 from minilora.nf4 import NF4Linear
+from tests.files import save_file
 from tests.models import allocated, fill_, perturb_, randn, token_ids
 from tests.parity.test_family import (
     Q_PROJ,
