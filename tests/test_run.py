@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -287,11 +288,11 @@ def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(
     code = f"import pathlib as p, minilora.durable as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        refused(tmp_path, f"process {process.pid} is at work there")
+        refused(tmp_path, f"process {process.pid} on {platform.node()} is at work there")
         process.kill()
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 8)
-    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
 
 
 def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
