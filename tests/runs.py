@@ -13,6 +13,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
+from minilora.durable import MANIFEST
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
@@ -71,7 +72,7 @@ def finetune(directory, out, **changes):
 def unfinished(whole, out, step, **config):
     """A copy of a finished run, with all its checkpoints, as if it had been killed after this one; the directory."""
     shutil.copytree(whole, out, dirs_exist_ok=True)
-    for name in ("summary.json", *ADAPTER, "config.json", "model.safetensors"):
+    for name in ("summary.json", MANIFEST, *ADAPTER, "config.json", "model.safetensors"):
         (out / name).unlink(missing_ok=True)
     for checkpoint in checkpoints(out / "checkpoints"):
         if int(checkpoint.name.removeprefix("step-")) > step:

@@ -76,8 +76,6 @@ def test_a_save_over_an_earlier_one_leaves_nothing_of_it(before, after, tmp_path
     old, new = tiny_model(seed=1, dtype=torch.float32), tiny_model(seed=2, dtype=torch.float32)
     ml.save_model(old, tmp_path / "a", shard_bytes=before)
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    for left in (".model-00007.tmp", "..model-00001.tmp.77.tmp"):  # by a process that was killed
-        (tmp_path / "a" / left).write_bytes(b"half")
     ml.save_model(new, tmp_path / "a", shard_bytes=after)
     same_state(ml.load_model(tmp_path / "a"), new)
     ml.save_model(new, tmp_path / "b", shard_bytes=after)
@@ -86,7 +84,7 @@ def test_a_save_over_an_earlier_one_leaves_nothing_of_it(before, after, tmp_path
 
 @pytest.mark.parametrize(("before", "after"), [(SHARD, SHARD), (SHARD, SHARD_BYTES), (SHARD_BYTES, SHARD)])
 @pytest.mark.parametrize("allowed", range(4))
-def test_a_save_over_an_earlier_one_that_is_interrupted_leaves_a_whole_model_or_none(
+def test_a_save_over_an_earlier_one_that_is_interrupted_leaves_the_old_model_or_the_new_one(
     before, after, allowed, tmp_path, monkeypatch
 ):
     old, new = tiny_model(seed=1, dtype=torch.float32), tiny_model(seed=2, dtype=torch.float32)
@@ -100,12 +98,11 @@ def test_a_save_over_an_earlier_one_that_is_interrupted_leaves_a_whole_model_or_
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(os, "replace", interrupted)
-    with suppress(KeyboardInterrupt):
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
         ml.save_model(new, tmp_path, shard_bytes=after)
-    with suppress(FormatError):
-        loaded = ml.load_model(tmp_path)
-        same_state(loaded, new if torch.equal(loaded.lm_head.weight, new.lm_head.weight) else old)
+    loaded = ml.load_model(tmp_path)
+    same_state(loaded, new if torch.equal(loaded.lm_head.weight, new.lm_head.weight) else old)
 
 
 def test_what_is_on_another_device_waits_for_its_file_on_the_cpu(monkeypatch, tmp_path):

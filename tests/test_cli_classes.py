@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.layout import classes_of
@@ -19,7 +19,7 @@ from minilora.runs.evaluate import class_scores, evaluate_classes
 from minilora.runs.rows import Row, read_rows
 from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.tools.inspect import adapter_facts, model_facts
-from tests.files import edit, same_state
+from tests.files import edit, same_state, save_file
 from tests.models import perturb_, tiny_model
 from tests.runs import contents, runner
 from tests.test_classifier import tiny_classifier

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
@@ -16,7 +16,7 @@ from minilora.cli import main
 from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
 from minilora.tools.export import FOLDED, KEPT, NOT_PLAIN, export_adapter
-from tests.files import edit, saved
+from tests.files import edit, save_file, saved
 from tests.models import WHOLE, randn, scales, seeds, tiny_model
 from tests.runs import everything
 

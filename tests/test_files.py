@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
@@ -12,7 +12,7 @@ from minilora.adapters.layout import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quant
 from minilora.storage import write_tensors
 from minilora.testing.compare import PARITY, relative
 from tests.adapters import many_kinds
-from tests.files import edit, saved
+from tests.files import edit, save_file, saved
 from tests.models import CONFIGS, FAMILIES, WHOLE, scales, seeds, tiny_model, token_ids, train_a_little
 
 IDS = token_ids(3, 2, 7)

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, base_model_of
+from minilora.durable import MANIFEST
 from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
 from minilora.storage import ASSETS, BUILTIN
 from tests.models import randomize_adapters_, tiny_model, token_ids
@@ -182,14 +183,14 @@ def test_the_name_of_a_location_means_the_same_files_when_the_branch_has_moved(h
 
 def test_nothing_that_is_code_or_pickled_or_in_a_folder_is_asked_for_and_nothing_is_printed(hub, models, capfd):
     assert {path.name for path in fetch("org/tiny", "model").iterdir()} == set(hub.requested)
-    assert set(hub.requested) == {"config.json", "model.safetensors", *TOKENIZER}
+    assert set(hub.requested) == {"config.json", "model.safetensors", MANIFEST, *TOKENIZER}
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_tokenizer_comes_without_the_weights(hub, models):
     text = "A dog is an animal."
     assert ml.load_tokenizer("org/tiny").encode(text) == ml.load_tokenizer(BUILTIN).encode(text)
-    assert set(hub.requested) == {"config.json", *TOKENIZER}
+    assert set(hub.requested) == {"config.json", MANIFEST, *TOKENIZER}
 
 
 def test_shards_and_a_template_are_fetched_with_their_model(hub, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
@@ -17,7 +17,7 @@ from minilora.storage import read_json, write_json
 from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import adapter_facts, delta_norm, inspect_path, norm
-from tests.files import edit, saved, write_base
+from tests.files import edit, save_file, saved, write_base
 from tests.models import families, randn, scales, seeds, sizes, tiny_model
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
@@ -17,15 +17,15 @@ from minilora import ConfigError, FormatError, TargetError, TrainingError
 from minilora.adapter import adapter_layers
 from minilora.adapters.find import linear_layers
 from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.durable import holds_files
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear, quantize
-from minilora.storage import holds_files
 from minilora.testing import reference_nf4 as reference
 from minilora.testing.compare import assert_maths
 from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms
 from tests.adapters import add_built
-from tests.files import SHARD, write_base
+from tests.files import SHARD, edit, save_file, write_base
 from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, tiny_model
 from tests.runs import everything
 
@@ -137,8 +137,7 @@ def test_every_kind_of_adapter_is_merged_as_in_memory(tmp_path, monkeypatch, fam
 
 
 def test_an_adapter_that_began_as_a_part_of_the_weights_is_read_with_them(things):
-    path = things / "adapter" / "adapter_config.json"
-    path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    edit(things / "adapter", init_lora_weights="pissa")
     merge(things)
     assert_as_in_memory(things)
 

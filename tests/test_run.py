@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -70,10 +71,10 @@ def assert_resumed(out, whole, *started):
     assert contents(out) == contents(whole)
 
 
-def stop(directory, out, monkeypatch, step=3, times=1, **changes):
+def stop(directory, out, monkeypatch, step=3, **changes):
     """A run that is stopped after this step."""
     with monkeypatch.context() as patch:
-        interrupt(patch, step, times)
+        interrupt(patch, step)
         assert finetune(directory, out, **changes) == INTERRUPTED
 
 
@@ -81,7 +82,7 @@ def stop(directory, out, monkeypatch, step=3, times=1, **changes):
 
 
 def test_a_finished_run_holds_the_files_of_the_contract_and_no_others(whole):
-    names = {*ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints"}
+    names = {*ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
     assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json", ".lock"}
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
 
@@ -132,7 +133,7 @@ def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score
 
 def test_run_json_says_which_settings_versions_and_data_and_every_start(directory, whole):
     record = json.loads((whole / "run.json").read_text())
-    assert list(record) == ["config", "versions", "data_sha256", "prompts", "starts"]
+    assert list(record) == ["config", "versions", "data_sha256", "inputs_sha256", "prompts", "starts"]
     assert {name: record["config"][name] for name in SETTINGS} == SETTINGS
     fields = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
     assert set(record["config"]) == {RENAMED.get(name, name) for name in fields}
@@ -140,6 +141,9 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     assert record["versions"]["minilora"] == ml.__version__
     digest = hashlib.sha256((directory / "rows.jsonl").read_bytes()).hexdigest()
     assert record["data_sha256"] == {"rows.jsonl": digest}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    hashes = {f"model/{name}": hashlib.sha256((directory / "model" / name).read_bytes()).hexdigest() for name in names}
+    assert record["inputs_sha256"] == hashes
     names = {"time", "step", "device", "dtype", "recompute", "threads", "plain"}
     assert [set(start) for start in record["starts"]] == [names]
 
@@ -168,25 +172,29 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_sigterm_which_schedulers_send_lets_the_step_finish_however_often_it_is_sent(
-    directory, whole, tmp_path, monkeypatch, times
-):
+def test_sigterm_which_schedulers_send_lets_the_step_finish(directory, whole, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        interrupt(patch, step=3, times=times, number=signal.SIGTERM)
+        interrupt(patch, step=3, number=signal.SIGTERM)
         assert finetune(directory, tmp_path) == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 3)
 
 
-def test_the_second_ctrl_c_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
-    directory, whole, tmp_path, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
+    directory, whole, tmp_path, monkeypatch, number
 ):
-    before = signal.getsignal(signal.SIGINT)
-    stop(directory, tmp_path, monkeypatch, step=5, times=2)
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=5, times=2, number=number)
+        try:
+            status = finetune(directory, tmp_path)
+        except SystemExit as error:
+            status = error.code
+    assert status == 128 + number
+    assert signal.getsignal(number) is before
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 4)
 
@@ -277,14 +285,14 @@ def test_files_of_something_else_are_never_touched(refused, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
 def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
     unfinished(whole, tmp_path, step=8)
-    code = f"import pathlib as p, minilora.runs.directory as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
+    code = f"import pathlib as p, minilora.durable as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        refused(tmp_path, f"process {process.pid} is at work there")
+        refused(tmp_path, f"process {process.pid} on {platform.node()} is at work there")
         process.kill()
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 8)
-    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
 
 
 def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
@@ -338,13 +346,75 @@ def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused,
     unfinished(whole, tmp_path, step=4)
     refused(tmp_path, "learning_rate was 0.01 and is 0.5", learning_rate=0.5)
     refused(tmp_path, "seed was 0 and is 7", learning_rate=0.5, seed=7)
-    refused(tmp_path, "data was", data=directory / "general.jsonl")
+    refused(
+        tmp_path, "the data changed since the run began: general.jsonl, rows.jsonl", data=directory / "general.jsonl"
+    )
 
 
 def test_a_run_whose_data_have_changed_is_refused(refused, whole, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 24)
     unfinished(whole, tmp_path / "out", step=4, data=[str(rows)])
-    refused(tmp_path / "out", "data has changed", data=rows)
+    refused(tmp_path / "out", "the data changed since the run began: rows.jsonl", data=rows)
+
+
+def copied(directory, tmp_path):
+    """A copy of the model and the rows of a run."""
+    shutil.copytree(directory / "model", tmp_path / "model")
+    return {"model": tmp_path / "model", "data": shutil.copy(directory / "rows.jsonl", tmp_path / "rows.jsonl")}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_run_whose_base_or_tokenizer_was_replaced_is_refused(refused, directory, whole, tmp_path, name):
+    unfinished(whole, tmp_path / "out", step=4)
+    paths = copied(directory, tmp_path)
+    content = bytearray((paths["model"] / name).read_bytes())
+    content[-1] ^= 3 if content[-1] == ord("\n") else 1  # a line end becomes a tab
+    (paths["model"] / name).write_bytes(content)
+    refused(tmp_path / "out", f"changed since the run began: model/{name}; give another --out", **paths)
+
+
+def test_a_run_whose_template_was_replaced_is_refused(directory, tmp_path, monkeypatch, capsys):
+    style, options = tmp_path / "style.jinja", {"prompt_style": tmp_path / "style.jinja"}
+    style.write_text("{{ messages[0].content }}")
+    stop(directory, tmp_path / "out", monkeypatch, **options)
+    style.write_text("{{ messages[0].content }} ")
+    assert finetune(directory, tmp_path / "out", **options) == 1
+    assert "changed since the run began: prompt_style" in capsys.readouterr().err
+
+
+def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_path, monkeypatch):
+    unfinished(whole, tmp_path / "moved", step=4)
+    paths = copied(directory, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert finetune(directory, "./moved/", model="model/", data="../" + tmp_path.name + "/rows.jsonl") == 0
+    assert {name: value for name, value in contents(tmp_path / "moved").items() if name != ADAPTER[0]} == {
+        ADAPTER[1]: contents(whole)[ADAPTER[1]]
+    }
+    assert starts(tmp_path / "moved") == [0, 4]
+    assert paths
+
+
+def test_a_file_that_is_large_is_known_by_its_header_and_a_sample(tmp_path, monkeypatch):
+    path, seen = tmp_path / "large", set()
+    monkeypatch.setattr(directory_of_run, "WHOLE", 1000)
+    monkeypatch.setattr(directory_of_run, "PIECE", 10)
+    for place, size in ((None, 50_000), (7, 50_000), (300, 50_000), (49_999, 50_000), (None, 50_001)):
+        content = bytearray((400).to_bytes(8, "little") + bytes(size - 8))
+        if place is not None:
+            content[place] ^= 1
+        path.write_bytes(content)
+        seen.add(directory_of_run.hash_of(path))
+    assert len(seen) == 5
+
+
+def test_a_run_keeps_the_dtype_that_it_began_with_on_a_machine_where_another_is_faster(
+    directory, whole, tmp_path, monkeypatch
+):
+    unfinished(whole, tmp_path, step=4)
+    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(checkpoint, "stored_dtype", lambda source: "bfloat16")
+    assert finetune(directory, tmp_path) == 0
+    assert_resumed(tmp_path, whole, 4)
 
 
 def test_resume_never_refuses_what_resume_auto_goes_on_with(refused, directory, whole, tmp_path):
@@ -406,7 +476,7 @@ def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(direc
     assert set(json.loads((tmp_path / "out" / "run.json").read_text())["data_sha256"]) == {"rows.jsonl", rows.name}
     write_rows(rows, 6)
     assert finetune(directory, tmp_path / "out", eval_data=rows) == 1
-    assert "the data has changed" in capsys.readouterr().err
+    assert "the data changed since the run began: my_val.jsonl" in capsys.readouterr().err
 
 
 def test_rows_that_are_trained_on_are_not_held_out(directory, tmp_path, capsys):
@@ -599,4 +669,4 @@ def test_a_base_that_was_quantized_anew_is_noticed(directory, tmp_path, monkeypa
     again = four_bit(ml.load_model(directory / "model"), double_quant=False)
     ml.save_model(again, tmp_path / "base", tokenizer)
     assert finetune(directory, tmp_path / "run", model=tmp_path / "base") == 1
-    assert "is not quantized as when" in capsys.readouterr().err
+    assert "changed since the run began: model/config.json, model/model.safetensors" in capsys.readouterr().err

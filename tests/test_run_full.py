@@ -9,6 +9,7 @@ import minilora as ml
 from minilora import cli
 from minilora.adapter import adapter_layers
 from minilora.cli import INTERRUPTED
+from minilora.durable import MANIFEST
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.inputs import load_general
 from minilora.storage import TensorFile
@@ -40,7 +41,7 @@ def whole(directory):
 
 def test_the_result_is_a_model_and_no_adapter(directory, whole):
     names = {"metrics.jsonl", "summary.json", "run.json", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
-    names |= {".lock"}
+    names |= {".lock", MANIFEST}
     assert {path.name for path in whole.iterdir()} == names | {"config.json", "model.safetensors"}
     model, base = (ml.load_model(path, dtype="float32") for path in (whole, directory / "model"))
     assert not adapter_layers(model)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.runs.checkpoints import State
 from tests.models import long
-from tests.training import adapted, copy_checkpoint, random_rows, stop_after, weights
+from tests.training import adapted, as_written, copy_checkpoint, random_rows, stop_after, weights
 
 ROWS, HELD_OUT = random_rows(1, 9), random_rows(9, 4)
 # A learning rate at which the held-out loss falls and then rises; an evaluation after each of the 10 steps.
@@ -102,6 +102,7 @@ def test_a_stopped_run_keeps_what_it_has_and_finds_the_best_when_it_goes_on(whol
 def test_a_best_adapter_of_other_tensors_is_refused(whole, tmp_path):
     newest = copy_checkpoint(whole[0], 6, tmp_path)
     shutil.copy(newest / "optimizer.safetensors", newest / "best.safetensors")
+    as_written(newest)
     with pytest.raises(ml.FormatError, match=r"best\.safetensors: holds other tensors"):
         run(tmp_path)
 
@@ -109,10 +110,12 @@ def test_a_best_adapter_of_other_tensors_is_refused(whole, tmp_path):
 def test_a_checkpoint_that_lacks_the_best_adapter_or_what_is_known_of_it_is_refused(whole, tmp_path):
     newest = copy_checkpoint(whole[0], 6, tmp_path)
     (newest / "best.safetensors").unlink()
+    as_written(newest)
     with pytest.raises(ml.FormatError, match=r"lacks best\.safetensors"):
         run(tmp_path)
     state = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "stale"}))
+    as_written(newest)
     with pytest.raises(ml.FormatError, match=r"state\.json: stale is not there"):
         run(tmp_path)
 

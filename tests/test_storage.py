@@ -15,13 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from minilora import FormatError
+from minilora.durable import remove, replacing
 from minilora.storage import (
     TensorFile,
     append_line,
     read_json,
     read_text,
-    remove,
-    replacing,
     shard_names,
     write_json,
     write_tensors,
@@ -197,7 +196,8 @@ def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path,
     with replacing(path) as temporary:
         temporary.mkdir()
         (temporary / "a").write_text("a")
-    assert events == ["fsync", "fsync", "replace", "fsync"]  # the file, its directory; the new name
+    # the file, its manifest, their directory; the new name
+    assert events == ["fsync", "fsync", "fsync", "replace", "fsync"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")

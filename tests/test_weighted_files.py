@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import ConfigError, FormatError
@@ -14,6 +14,7 @@ from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.adapters.weighted import combine_adapters, combine_directories
 from minilora.testing.compare import PARITY, relative
 from tests.adapters import many_kinds
+from tests.files import edit, save_file
 from tests.models import four_bit, randomize_adapters_, tiny_model
 
 
@@ -119,8 +120,7 @@ def test_tensors_that_the_config_does_not_speak_of_are_refused(two, tmp_path):
 
 
 def test_an_adapter_that_began_as_a_part_of_the_weights_is_refused_and_what_helps_is_said(two, tmp_path):
-    path = two[1] / "adapter_config.json"
-    path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    edit(two[1], init_lora_weights="pissa")
     with pytest.raises(ConfigError, match=r"b: init_lora_weights is 'pissa', .* loaded with its base and saved again"):
         combine_directories(two, [1, 1], tmp_path / "out")
     model = base_model()

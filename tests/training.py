@@ -8,7 +8,10 @@ import shutil
 import torch
 
 import minilora as ml
+from minilora import durable
 from minilora.data import IGNORE_INDEX
+from minilora.durable import MANIFEST
+from minilora.runs.checkpoints import newest_checkpoint, step_of
 from minilora.testing.compare import MATHS, relative
 from tests.models import randomize_adapters_, tiny_model
 
@@ -100,6 +103,16 @@ def contents(directory, step=6):
     """The bytes of a checkpoint, but for those that say how long it took."""
     checkpoint = directory / f"step-{step:06d}"
     return {name: (checkpoint / name).read_bytes() for name in CHECKPOINT if (checkpoint / name).is_file()}
+
+
+def as_written(directory):
+    """Let the manifest of a directory say what is in it now, as if it had been written so."""
+    (directory / MANIFEST).unlink()
+    durable._write_manifest(directory)
+
+
+def newest_step(directory):
+    return step_of(newest_checkpoint(directory)[0])
 
 
 def copy_checkpoint(run, step, directory):

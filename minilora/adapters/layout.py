@@ -27,6 +27,7 @@ from torch import Tensor
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
+from minilora.durable import MANIFEST, publishing, verify
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.limits import NAMES
 from minilora.models.config import UNITS, Unit
@@ -110,8 +111,11 @@ def read_adapter(directory: Path) -> Stored:
     """Read an adapter's two files.
 
     Raises:
-        FormatError: one is missing or malformed, or has a setting that is not supported.
+        FormatError: one is missing or malformed, has a setting that is not supported, or is not as the manifest says,
+            if there is one.
     """
+    if (directory / MANIFEST).is_file():
+        verify(directory, (CONFIG_FILE, WEIGHTS_FILE))
     values, file = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE)
     check_keys(directory / CONFIG_FILE, values)
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -147,9 +151,10 @@ def write_adapter(
     """
     if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise TrainingError(f"{directory}: not written, because {bad[0]} has numbers that are not finite")
-    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
-    # The patterns inside the fields keep their order: the first key that matches counts.
-    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
+    with publishing(directory) as new:
+        write_tensors(new / WEIGHTS_FILE, tensors, metadata)
+        # The patterns inside the fields keep their order: the first key that matches counts.
+        write_json(new / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 
 
 def base_model_of(path: str | Path) -> str | None:

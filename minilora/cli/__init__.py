@@ -11,9 +11,12 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import FrameType
 from typing import Any
 
 import minilora
@@ -34,6 +37,7 @@ COMMANDS = {
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
     "inspect": "show the contents of a model, an adapter, a run or a safetensors file",
+    "verify": "check the files of a run, an adapter or a model against their hashes",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
@@ -46,6 +50,8 @@ MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all show
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _end) if is_main else None
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         run, is_plain = options.pop("run"), options.pop("plain", False)
@@ -55,16 +61,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeDecodeError) as error:  # the last: of standard input
-        say(f"minilora: {error}")
+        is_full = re.search("No space left|[Qq]uota exceeded|File too large", str(error))
+        say(f"minilora: {error}{'; make room on the disk, and repeat the command' * bool(is_full)}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        say(f"minilora: out of memory: {error}".splitlines()[0])
+        advice = "; smaller batches, shorter rows or --quantize nf4 take less"
+        say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1
     except KeyboardInterrupt as error:
         say(str(error) or "stopped")
         return INTERRUPTED
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End the program at a signal by an exception, so that no temporary file is left."""
+    raise SystemExit(SIGNALLED + number)
 
 
 def parse(words: Sequence[str]) -> Options:
@@ -102,7 +118,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
     if name in MAIN_FLAGS:
         parser.add_argument("--help-all", action="help", dest="help", help="show all flags and exit")
     module.add_flags(parser)
-    if name not in ("inspect", "plot"):
+    if name not in ("inspect", "plot", "verify"):
         parser.add_argument("--plain", action="store_true", help="use the plain definitions instead of the kernels")
     needed = [action for action in parser._actions if action.required]
     names = [" ".join([*action.option_strings, str(action.metavar or action.dest.upper())]) for action in needed]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from minilora.cli import Options
-from minilora.cli.flags import add_out, check_out
+from minilora.cli.flags import add_out, new_directory
 from minilora.tools.export import export_adapter
 
 
@@ -22,7 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    check_out(options["out"])
-    rank = export_adapter(options["adapter"], options["out"])
+    with new_directory(options["out"]) as out:
+        rank = export_adapter(options["adapter"], out)
     print(f"plain adapter of rank {rank} written to {options['out']}")
     return 0

@@ -13,7 +13,7 @@ import dataclasses
 
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.cli import Options
-from minilora.cli.flags import add_fields, add_out, check_out
+from minilora.cli.flags import add_fields, add_out, new_directory
 from minilora.errors import ConfigError
 from minilora.models.checkpoint import pick_device
 from minilora.models.tokenizer import find_tokenizer
@@ -36,17 +36,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    out, energy = options["out"], options["svd_energy"]
-    check_out(out)
+    energy = options["svd_energy"]
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"svd_energy is {energy}, need a number above 0, at most 1")
     config = LoraConfig(**{name: options[RENAMED.get(name, name)] for name in EXTRACT_FIELDS})
     tokenizer = find_tokenizer(options["tuned"])
     device = pick_device(options["device"])
-    found = extract_directory(options["base"], options["tuned"], out, config, energy, device)
-    if tokenizer:
-        tokenizer.save(out)
-    print(f"{_describe(found)}\nadapter written to {out}")
+    with new_directory(options["out"]) as out:
+        found = extract_directory(options["base"], options["tuned"], out, config, energy, device)
+        if tokenizer:
+            tokenizer.save(out)
+    print(f"{_describe(found)}\nadapter written to {options['out']}")
     return 0
 
 

@@ -9,13 +9,15 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minilora.adapters.config import RENAMED
+from minilora.durable import holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, fits
-from minilora.storage import holds_files, read_json, read_text
+from minilora.storage import read_json, read_text
 
 T = TypeVar("T")
 # Flags, and their names in PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory where these are not similar.
@@ -112,10 +114,25 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="directory to write; it must be new or empty")
 
 
-def check_out(out: Path) -> None:
-    """Raise a `ConfigError` if there is anything in the directory to write."""
-    if holds_files(out):
-        raise ConfigError(f"{out}: holds files; give another --out")
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Lock the directory to write, and give a temporary one, whose files it gets if the block raises no error.
+
+    Raises:
+        ConfigError: there is anything in it.
+        TrainingError: it cannot be written, or another process is at work there.
+    """
+    is_new = not out.exists()
+    with closing(lock(out)):
+        try:
+            if holds_files(out):  # what a killed process had staged is in its place now
+                raise ConfigError(f"{out}: holds files; give another --out")
+            with publishing(out) as directory:
+                yield directory
+        finally:
+            remove(out / ".lock")
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
 
 
 def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> None:

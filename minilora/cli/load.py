@@ -15,6 +15,7 @@ from minilora.adapters.find import base_held
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, classes_of, vocabulary_of
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields
+from minilora.durable import sha256_of
 from minilora.errors import ConfigError, FormatError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
@@ -23,7 +24,7 @@ from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import Unit
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from minilora.storage import BUILTIN, read_json, read_text, sha256_of
+from minilora.storage import BUILTIN, read_json, read_text
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 

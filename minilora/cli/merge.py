@@ -22,7 +22,7 @@ from minilora.adapters.find import base_held
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options
-from minilora.cli.flags import add_fields, add_out, check_out, from_flags
+from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.cli.load import (
     MERGED,
     Found,
@@ -35,12 +35,13 @@ from minilora.cli.load import (
     say_base,
     was_trained_on,
 )
+from minilora.durable import sha256_of
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import pick_device
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
-from minilora.storage import read_json, sha256_of, write_json, write_text
+from minilora.storage import read_json, write_json, write_text
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -63,22 +64,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    out, pairs = options["out"], [split_weight(text) for text in options["adapter"]]
+    pairs = [split_weight(text) for text in options["adapter"]]
     if not pairs:
         raise ConfigError("there is nothing to merge: give --adapter")
-    check_out(out)
     names, given = zip(*pairs, strict=True)
     options, config = {**options, "adapter": list(names)}, from_flags(CombineConfig, options)
     weights = [1.0 if weight is None else weight for weight in given]
-    if options["as_adapter"]:
-        _write_adapter(options, weights, config)
-    elif config == CombineConfig() and all(weight is None for weight in given):
-        _write_model(options, weights, None)
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            paths = [fetch(name, "adapter") for name in names]
-            _print_truncation(combine_directories(paths, weights, Path(scratch), config))
-            _write_model({**options, "adapter": list(map(str, paths))}, weights, Path(scratch))
+    with new_directory(options["out"]) as out:
+        if options["as_adapter"]:
+            written = _write_adapter(options, weights, config, out)
+        elif config == CombineConfig() and all(weight is None for weight in given):
+            written = _write_model(options, weights, None, out)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                paths = [fetch(name, "adapter") for name in names]
+                _print_truncation(combine_directories(paths, weights, Path(scratch), config))
+                written = _write_model({**options, "adapter": list(map(str, paths))}, weights, Path(scratch), out)
+    print(f"{written} written to {options['out']}")
     return 0
 
 
@@ -92,22 +94,23 @@ def split_weight(text: str) -> tuple[str, float | None]:
     return (text, None) if found is None or Path(text).exists() else (found[1], float(found[2]))
 
 
-def _write_adapter(options: Options, weights: Sequence[float], config: CombineConfig) -> None:
+def _write_adapter(options: Options, weights: Sequence[float], config: CombineConfig, out: Path) -> str:
+    """Write the adapters as one, and describe what was written."""
     unset = {"target": None, "quantize": None, "double_quant": None, "quantize_skip": None, "dtype": "auto"}
     if idle := [name for name, value in {**unset, "device": "auto"}.items() if options[name] != value]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ConfigError(f"{flags}: without effect on --as-adapter, which needs no model")
-    out, paths = options["out"], [fetch(name, "adapter") for name in options["adapter"]]
+    paths = [fetch(name, "adapter") for name in options["adapter"]]
     cuts = combine_directories(paths, weights, out, config, base_of(options["model"], paths))
     if template := read_template(paths):
         write_text(out / "chat_template.jinja", template)
     _print_truncation(cuts)
-    print(f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())} written to {out}")
+    return f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())}"
 
 
-def _write_model(options: Options, weights: Sequence[float], combined: Path | None) -> None:
-    """Merge the adapters, or the adapter that they were combined to, and print how large the error is."""
-    out, target, found, device = options["out"], options["target"], find(options), pick_device(options["device"])
+def _write_model(options: Options, weights: Sequence[float], combined: Path | None, out: Path) -> str:
+    """Merge the adapters, or the adapter that they were combined to, and describe the error and what was written."""
+    target, found, device = options["target"], find(options), pick_device(options["device"])
     if combined is None:  # with weights, what is merged already may be added to or subtracted
         check_not_merged(found.base, found.adapters)
     held = _held(found, QuantizeConfig() if target == "original" else found.quantize)
@@ -127,7 +130,7 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     )
     _record_adapters(out, options["adapter"], found.adapters, weights)
     error = _describe_error(deviation, target, found.quantize, trained if is_known else None)
-    print(f"{error}\nmerged model written to {out}")
+    return f"{error}\nmerged model"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:

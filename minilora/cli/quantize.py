@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from minilora.cli import Options
-from minilora.cli.flags import add_fields, add_out, check_out, from_flags
+from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
 from minilora.models.checkpoint import pick_device, read_config, save_model, stored_dtype, stored_weights
@@ -34,8 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    out, device = options["out"], pick_device(options["device"])
-    check_out(out)
+    device = pick_device(options["device"])
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     location = locate(options["model"], "model")
     read = read_config(location.path)
@@ -44,8 +43,10 @@ def run(options: Options) -> int:
     dtype = stored_dtype(read.source)
     model = load_for(read.unit, (), location.path, dtype, "meta", config)
     weights = stored_weights(location.path, skeleton_for(read.unit, (), read), dtype, device, config)
-    save_model(model, out, find_tokenizer(location.name), weights=weights)
-    print(f"{_describe_size(out)}\nmodel written to {out}")
+    with new_directory(options["out"]) as out:
+        save_model(model, out, find_tokenizer(location.name), weights=weights)
+        size = _describe_size(out)
+    print(f"{size}\nmodel written to {options['out']}")
     return 0
 
 

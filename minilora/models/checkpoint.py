@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minilora.durable import publishing
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
@@ -29,7 +30,15 @@ from minilora.models.config import LlamaConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import SHARD_BYTES, TensorFile, is_finite, tensor_files, write_json, write_shards
+from minilora.storage import (
+    MODEL_FILES,
+    SHARD_BYTES,
+    TensorFile,
+    is_finite,
+    tensor_files,
+    write_json,
+    write_shards,
+)
 
 if TYPE_CHECKING:
     from minilora.models.classifier import Classifier
@@ -159,7 +168,7 @@ def save_model(
     """Write a directory that transformers and `load_model` read.
 
     4-bit linears are written in bitsandbytes' layout. A tied head is not written, unless an adapter was merged into it,
-    so that it is tied no longer. `config.json` is written last.
+    so that it is tied no longer. A model that is there is replaced as a whole.
 
     Args:
         model: a `Llama` or a `Classifier`.
@@ -181,9 +190,6 @@ def save_model(
         bare = type(model)(model.config)
     if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
-    write_shards(path, map(_stored, weights or own.items()), shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save(path)
     embedding = model.model.embed_tokens.weight
     source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
     source = {key: value for key, value in source.items() if key not in REWRITTEN + CODE}
@@ -192,7 +198,11 @@ def save_model(
     source["dtype"] = dtype_name(embedding.dtype)
     if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
         source["quantization_config"] = quantization
-    write_json(path / "config.json", source)
+    with publishing(path, MODEL_FILES) as directory:
+        write_shards(directory, map(_stored, weights or own.items()), shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        write_json(directory / "config.json", source)
 
 
 def _stored(named: tuple[str, Weight]) -> dict[str, Tensor]:

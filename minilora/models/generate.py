@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -25,16 +26,52 @@ from minilora.models.cache import KVCache
 OnToken = Callable[[int, int], bool | None]
 
 
+# What threads do with a model, since its mode is one for all of them. A model is in here only while a block runs.
+_LOCK = threading.Lock()
+_TRAINING: dict[nn.Module, int] = {}  # the thread
+_EVALUATING: dict[nn.Module, tuple[int, bool]] = {}  # the number of blocks, and the mode before the first of them
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and dropout."""
-    was_training = model.training
+    """Run a block without gradients and dropout; the mode is restored when the last block of all threads has ended.
+
+    Raises:
+        TrainingError: another thread trains the model.
+    """
+    with _LOCK:
+        if _TRAINING.get(model, threading.get_ident()) != threading.get_ident():
+            raise TrainingError("another thread trains this model; evaluate a copy of it, or wait")
+        count, was_training = _EVALUATING.get(model, (0, model.training))
+        _EVALUATING[model] = count + 1, was_training
+        model.eval()
     try:
         with torch.no_grad():
-            model.eval()
             yield
     finally:
-        model.train(was_training)
+        with _LOCK:
+            count, was_training = _EVALUATING.pop(model)
+            if count > 1:
+                _EVALUATING[model] = count - 1, was_training
+            else:
+                model.train(was_training)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Run a block in which no other thread may evaluate or train the model.
+
+    Raises:
+        TrainingError: another one does.
+    """
+    with _LOCK:
+        if model in _TRAINING or model in _EVALUATING:
+            raise TrainingError("another thread trains or evaluates this model; train a copy of it, or wait")
+        _TRAINING[model] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _TRAINING[model]
 
 
 def generate(

@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from minilora.durable import settle
 from minilora.errors import FormatError
 from minilora.storage import ASSETS, BUILTIN
 
@@ -73,6 +74,7 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     if name == BUILTIN and kind in BUILTINS:
         return Location(BUILTINS[kind], name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
+        settle(path)
         held = [other for other, file in CONFIGS.items() if (path / file).is_file()]
         if kind in CONFIGS and held and kind not in held:
             raise FormatError(f"{path}: holds {CONFIGS[held[0]]} and no {CONFIGS[kind]}; name it as the {held[0]}")

@@ -6,9 +6,11 @@
                             state.json               the step, and counts so far
                             adapter_config.json, adapter_model.safetensors
                                                      if one adapter is trained: that adapter in PEFT's layout
+                            minilora-manifest.json   sizes and hashes of all these
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state is saved. A directory
-appears whole or not at all. A run resumes from one only if its `fingerprint` is the same.
+appears whole or not at all. A run resumes from the newest one that is as its manifest says, and only if its
+`fingerprint` is the same.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
 from minilora.data import Example
+from minilora.durable import flush, remove, replacing, verify
 from minilora.errors import FormatError, TrainingError, fits
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import rate_of_step, trained_parameters
-from minilora.storage import TensorFile, read_json, remove, replacing, write_json, write_tensors
+from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
 
 @dataclass
@@ -113,7 +116,11 @@ def save_checkpoint(
     best: dict[str, Tensor],
     keep: int,
 ) -> None:
-    """Write the checkpoint of a step, with the weights of the best one, then remove all but the newest `keep`."""
+    """Write the checkpoint of a step, with the weights of the best one, then remove all but the newest `keep`.
+
+    The metrics beside the folder are flushed before, so that none of a step up to a checkpoint is ever lost.
+    """
+    flush(folder.parent / "metrics.jsonl")
     moments = {
         f"{name}/{key}": tensor
         for name, parameter in trained_parameters(optimizer).items()
@@ -128,8 +135,17 @@ def save_checkpoint(
         if best:
             write_tensors(directory / "best.safetensors", best)
         write_json(directory / "state.json", asdict(state))
-    for old in checkpoints(folder)[:-keep]:
+    for newer in checkpoints(folder):
+        if step_of(newer) > state.step:  # damaged, or the run would have resumed from it
+            remove(newer)
+    prune(folder, state.step, keep)
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints up to a step but for the newest `keep` of them."""
+    for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove(old)
+    flush(folder)
 
 
 def read_state(directory: Path, run: str | None = None) -> State:
@@ -146,7 +162,7 @@ def read_state(directory: Path, run: str | None = None) -> State:
     if bad := [name for name, hint in hints.items() if name not in values or not fits(values[name], hint)]:
         raise FormatError(f"{path}: {bad[0]} " + (f"is {values[bad[0]]!r}" if bad[0] in values else "is not there"))
     state = State(**{name: values[name] for name in hints})
-    if state.step != _step(directory):
+    if state.step != step_of(directory):
         raise FormatError(f"{directory}: state.json says step {state.step}; remove the directory to go on without it")
     return state
 
@@ -197,22 +213,25 @@ def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=_step)
+    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None."""
-    return next(reversed(checkpoints(folder)), None)
+def newest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the newest checkpoint that is as its manifest says, and what is wrong with newer ones."""
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify(path)
+        except FormatError as error:
+            damaged.append(str(error))
+        else:
+            return path, tuple(damaged)
+    return None, tuple(damaged)
 
 
-def newest_step(folder: Path) -> int:
-    """Return the step that a run resumes from: that of the newest checkpoint, or 0."""
-    newest = newest_checkpoint(folder)
-    return _step(newest) if newest else 0
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step of a checkpoint; 0 of None."""
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
 def check_extension(directory: Path, state: State, total: int, config: TrainConfig) -> None:

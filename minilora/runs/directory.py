@@ -1,46 +1,56 @@
-"""The directory of a run as a place on the disk: one process at a time may use it, and there has to be room."""
+"""What a run needs around its directory: the same inputs at every start, and room on the disk."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
+from minilora.durable import sha256_of
 from minilora.errors import TrainingError
+from minilora.models.hub import fetch
+from minilora.models.tokenizer import CONFIGS
+from minilora.runs.config import RunConfig
 from minilora.runs.memory import Forecast, amount
 
-if sys.platform != "win32":  # which has no such module, and there is no lock
-    import fcntl
+TOKENIZER = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
+WHOLE = 2**29  # bytes of a file up to which all of it is hashed
+PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
 
 
-def lock(out: Path) -> TextIO:
-    """Create a directory, and lock it until the returned file is closed or the process ends, in whatever way.
+def hash_inputs(run: RunConfig, prompt_style: str) -> dict[str, str]:
+    """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
+    base = fetch(run.model, "model")
+    paths = {f"model/{path.name}": path for path in sorted(base.glob("*.safetensors"))}
+    paths |= {f"model/{name}": base / name for name in ("config.json", *TOKENIZER)}
+    if run.adapter is not None:
+        adapter = fetch(run.adapter, "adapter")
+        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER)}
+    if prompt_style.endswith(".jinja"):
+        paths["prompt_style"] = Path(prompt_style)
+    return {name: hash_of(path) for name, path in paths.items() if path.is_file()}
 
-    The file is `.lock`, and holds the process id. It is never removed, since another process may have opened it.
 
-    Raises:
-        TrainingError: the directory cannot be written, or another process has locked it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
-    try:
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        with file:
-            file.seek(0)
-            raise TrainingError(f"{out}: process {file.read()} is at work there; give another --out") from error
-    except OSError:  # a file system without locks
-        pass
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file; of a large one, that of its size, its beginning and evenly spread parts."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(8 + int.from_bytes(file.read(8), "little") % WHOLE))  # the header of tensors
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
+    if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
+        raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; give another --out")
 
 
 def check_room(out: Path, found: Forecast) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minilora.durable import sha256_of
 from minilora.errors import DataError, check_types
 from minilora.models.config import Unit
 from minilora.models.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.data import Dataset, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.rows import find_eval_files, find_splits, is_named_held_out, read_eval_rows, read_rows
-from minilora.storage import ASSETS, BUILTIN, sha256_of
+from minilora.storage import ASSETS, BUILTIN
 
 
 def load_dataset(

@@ -20,12 +20,14 @@ from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
+from minilora.models.generate import training
 from minilora.runs.checkpoints import (
     State,
     check_extension,
-    checkpoints,
     fingerprint,
     load_checkpoint,
+    newest_checkpoint,
+    prune,
     read_state,
     restore,
     save_checkpoint,
@@ -52,7 +54,8 @@ MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so tha
 class TrainResult:
     """A summary of a run, including the parts before it was resumed.
 
-    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model holds now.
+    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model holds now; `damaged` says
+    what is wrong with checkpoints that were skipped.
     """
 
     steps: int
@@ -61,6 +64,7 @@ class TrainResult:
     seconds: float
     finished: bool
     kept: int
+    damaged: tuple[str, ...] = ()
 
 
 @kept_memory()
@@ -76,7 +80,8 @@ def train(
     """Train the parameters that require grad: those of an attached adapter or, without one, the model itself.
 
     Weights are trained in their own dtype. In bfloat16 most updates of a weight are too small to change it: train a
-    whole model in float32, as adapters are. No other thread may use the model meanwhile.
+    whole model in float32, as adapters are. No other thread may use the model meanwhile: to generate or to train is
+    refused.
 
     Args:
         model: a `Llama` or `Classifier`; with `loss`, any module.
@@ -86,8 +91,8 @@ def train(
             a checkpoint.
         held_out: rows to evaluate every `eval_steps` and after the last step.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
-            ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest,
-            and ends in the same bytes as if it had never stopped.
+            ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
+            that is as it was written, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
             else the counts. By default the loss of tokens.
@@ -96,9 +101,9 @@ def train(
         DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
             `batch_tokens` with rows without `tokens`.
-        FormatError: the newest checkpoint is damaged.
+        FormatError: the newest checkpoint holds other tensors than the run trains.
         TrainingError: nothing is trainable, or an adapter that is not active; a loss, gradient or weight is not finite;
-            a checkpoint belongs to another run; the model needs `loss`.
+            a checkpoint belongs to another run; the model needs `loss`; another thread uses the model.
     """
     check_types(train, locals())
     if not torch.is_grad_enabled():
@@ -124,7 +129,7 @@ def train(
     if folder is not None:
         state.run = fingerprint(dataset, held_out if config.selects else (), config, adapters)
     try:
-        with _compiled(model, loss is not None) if config.compile else nullcontext():
+        with training(model), _compiled(model, loss is not None) if config.compile else nullcontext():
             return _train(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
@@ -197,11 +202,13 @@ class _Run:
 def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
-    if folder is not None and (found := checkpoints(folder)):
-        check_extension(found[-1], read_state(found[-1], state.run), total, config)
-        state, best = load_checkpoint(found[-1], model, run.optimizer, state.run)
+    newest, damaged = (None, ()) if folder is None else newest_checkpoint(folder)
+    if folder is not None and newest is not None:
+        check_extension(newest, read_state(newest, state.run), total, config)
+        state, best = load_checkpoint(newest, model, run.optimizer, state.run)
         if config.keep == "best" and state.best_step and not best:
-            raise FormatError(f"{found[-1]}: lacks best.safetensors, the weights of step {state.best_step}")
+            raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
+        prune(folder, state.step, config.save_total_limit)
     state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
     stopped, first, batches = False, state.step, run.batches(state.step)
@@ -231,7 +238,7 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
     if finished and best:
         restore(model, best)
         kept = state.best_step
-    return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept)
+    return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
 
 
 def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:

@@ -86,11 +86,13 @@ class Meter:
             self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Let the step finish at the first signal; stop at once if the second is Ctrl-C."""
+        """Let the step finish at the first signal; stop at once at the second."""
         if self.stopped_by and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped; the same command resumes from the newest checkpoint, if there is one")
+        if self.stopped_by:
+            raise SystemExit(128 + number)
         self.stopped_by = number
-        self.keep("finishing this step; Ctrl-C now stops at once")
+        self.keep("finishing this step; a second signal stops at once")
 
     def close(self) -> None:
         """Clear the line that would be overwritten next."""

@@ -5,6 +5,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
     run.json                                         the resolved configuration, versions, data, every start
+    minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
     checkpoints/                                     from which the run can be resumed
     tokenizer.json …                                 the tokenizer's files
     .lock                                            the process that is at work there, or was the last one
@@ -27,10 +28,10 @@ import torch
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
-from minilora.adapters.find import base_held
 from minilora.adapters.from_data import FROM_DATA
-from minilora.adapters.layout import base_quantization, classes_of
+from minilora.adapters.layout import classes_of
 from minilora.definition import is_plain
+from minilora.durable import MANIFEST, holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -39,9 +40,9 @@ from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, newest_step, read_state
+from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, read_state, step_of
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
-from minilora.runs.directory import lock
+from minilora.runs.directory import check_same, hash_inputs
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
@@ -50,8 +51,9 @@ from minilora.runs.memory import Forecast, Plan, choose_recompute
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
 from minilora.runs.seeded import plan_steps
-from minilora.storage import append_line, holds_files, read_json, read_text, remove, write_json, write_text
+from minilora.storage import MODEL_FILES, append_line, read_json, read_text, write_json, write_text
 
+HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -86,8 +88,11 @@ class Run:
         self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
         self.files: dict[str, str] = {}  # the data of the earlier ones
+        self.inputs: dict[str, str] = {}  # hashes of the base and other files
         self.board: TensorBoard | None = None
         self.lock_file: TextIO | None = None
+        self.checkpoint: Path | None = None  # from which the run resumes
+        self.damaged: tuple[str, ...] = ()  # what is wrong with newer ones
         check_settings(run, quantization, lora, training, self.base_config)
 
     def prepare(self) -> int:
@@ -99,18 +104,22 @@ class Run:
             TrainingError: it holds a finished run, another run, a run that is at work, or other files.
             FormatError: its run.json is damaged.
         """
+        self.inputs = hash_inputs(self.config, self.reading.prompt_style)
         if not holds_files(self.out):
             return 0
         path = self.out / "run.json"
         if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
         self.lock_file = lock(self.out)
-        record, newest = read_json(path), newest_step(self.out / "checkpoints")
+        self.checkpoint, self.damaged = newest_checkpoint(self.out / "checkpoints")
+        record, newest = read_json(path), step_of(self.checkpoint)
         try:
             before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
             self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
+            inputs, dtype = dict(record["inputs_sha256"]), self.starts[0]["dtype"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: need config, starts and data_sha256; give another --out") from error
+            need = "config, starts, data_sha256 and inputs_sha256"
+            raise FormatError(f"{path}: need {need}; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
         is_extended = newest and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
         if (self.out / "summary.json").is_file() and not is_extended:
@@ -118,7 +127,9 @@ class Run:
             raise TrainingError(f"{self.out}: holds a finished run; give another --out, and {start} to start from it")
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        free = {*bookkeeping(self.training), "resume", "report", "samples"}
+        free = {*bookkeeping(self.training), "resume", "report", "samples", "general_data", *HASHED}
+        if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
+            free.add("prompt_style")
         if self.lora.init_lora_weights in FROM_DATA:
             free -= {"epochs", "max_steps"}  # the start values are made of rows of all steps
         different = [key for key in now if key not in free and before.get(key) != now[key]]
@@ -127,18 +138,23 @@ class Run:
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
         if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
+        check_same(f"{self.out}: files of the base, the adapter or the template", inputs, self.inputs)
+        if self.dtype == "auto":  # which means another one on another machine
+            self.dtype = dtype
         return newest
 
     def claim(self, data: Data) -> None:
-        """Create the directory of a new run and lock it; check that one that is there may have this length.
+        """Create the directory of a new run and lock it; check that one that is there has this data and may be as long.
 
         Raises:
-            TrainingError: it cannot be written; another process has begun a run there since `prepare`; or the run is
-                to be longer or shorter, and would not have come to where it is.
+            TrainingError: it cannot be written; another process has begun a run there since `prepare`; the data has
+                changed; or the run is to be longer or shorter, and would not have come to where it is.
         """
-        if checkpoint := newest_checkpoint(self.out / "checkpoints"):
+        if self.starts:
+            check_same(f"{self.out}: the data", self.files, data.files)
+        if self.checkpoint:
             total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
-            check_extension(checkpoint, read_state(checkpoint), total, self.training)
+            check_extension(self.checkpoint, read_state(self.checkpoint), total, self.training)
         if self.lock_file is None:
             self.lock_file = lock(self.out)
             if holds_files(self.out):
@@ -232,18 +248,7 @@ class Run:
         return None
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
-        """Record this start in run.json, and remove what earlier ones left of steps that will be repeated.
-
-        Raises:
-            TrainingError: the data or the quantization of the base has changed since the run began.
-        """
-        checkpoint = None if self.is_full else newest_checkpoint(self.out / "checkpoints")
-        if checkpoint is not None and base_quantization(checkpoint) != base_held(model):
-            raise TrainingError(
-                f"{self.config.model}: is not quantized as when {checkpoint} was written; give another --out"
-            )
-        if self.starts and self.files != data.files:
-            raise TrainingError(f"{self.out}: the data has changed since the run began; give another --out")
+        """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
         weight = model.model.embed_tokens.weight
         start = {
             "time": (datetime.now(UTC).replace(microsecond=0) if self.starts else self.began).isoformat(),
@@ -254,20 +259,20 @@ class Run:
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
         }
-        remove(self.out / "summary.json")  # of a finished run that is made longer
+        for name in (MANIFEST, "summary.json"):  # of a finished run that is made longer
+            remove(self.out / name)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
             "config": self.resolved,
             "versions": {**versions, "python": platform.python_version()},
             "data_sha256": data.files,
+            "inputs_sha256": self.inputs,
             "prompts": "template" if data.train.conversations else "plain",  # how to prompt the adapter
             "starts": [*self.starts, start],
         }
         write_json(self.out / "run.json", record)
         if self.config.report == "tensorboard":
             self.board = TensorBoard(self.out / "tensorboard", step)
-        for left in [*self.out.glob(".*.tmp"), *self.out.glob("checkpoints/.*.tmp")]:  # by a writer that was killed
-            remove(left)
         metrics = self.out / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
         write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
@@ -288,12 +293,7 @@ class Run:
         after: Scores,
         drift: Drift | None,
     ) -> None:
-        """Save the model or adapter, the tokenizer and, last, the summary that marks the run as finished."""
-        if self.is_full:
-            save_model(model, self.out)
-        else:
-            save_adapter(model, self.out)
-        tokenizer.save(self.out)
+        """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
         summary = {
             "before": before.record(),
             "after": after.record(),
@@ -304,4 +304,11 @@ class Run:
             "seconds": result.seconds,
             "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
         }
-        write_json(self.out / "summary.json", summary)
+        obsolete = MODEL_FILES if self.is_full else ()
+        with publishing(self.out, obsolete, beside=("run.json", "metrics.jsonl")) as directory:
+            if self.is_full:
+                save_model(model, directory)
+            else:
+                save_adapter(model, directory)
+            tokenizer.save(directory)
+            write_json(directory / "summary.json", summary)

@@ -10,9 +10,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora.durable import replacing
 from minilora.errors import FormatError
 from minilora.runs.metrics import Curve, Metrics, smooth
-from minilora.storage import read_json, replacing
+from minilora.storage import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

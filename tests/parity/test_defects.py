@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
@@ -19,6 +19,7 @@ from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.serve import hotswap_adapter
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import PARITY, assert_parity, assert_precision, relative
+from tests.files import save_file
 from tests.models import allocated, fill_, perturb_, randn, token_ids
 from tests.parity.test_family import (
     Q_PROJ,

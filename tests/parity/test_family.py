@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
 from minilora.testing.compare import MATHS, PARITY, assert_parity
-from tests.files import edit
+from tests.files import edit, save_file
 from tests.models import examples, perturb_, seeds, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded
 

@@ -1,0 +1,254 @@
+"""Writing that a crash cannot tear: a file, or all files of a directory, are replaced as a whole or not at all.
+
+    a file            written as .NAME.PID.tmp, flushed to the disk (fsync) and renamed; its directory is flushed
+    a new directory   the same, with a manifest of its files
+    some files of a   written into the directory .PID.tmp in it, with a manifest, and flushed; renamed to .staged, from
+    directory         which instant on they count; then moved to their places (`settle`)
+
+The manifest of a directory, minilora-manifest.json, holds the size and the SHA-256 of each of its files, or null for a
+file that must not be there. One process at a time writes a directory (`lock`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from minilora.errors import ConfigError, FormatError, TrainingError
+
+if sys.platform != "win32":  # which has no such module, and there is no lock
+    import fcntl
+
+MANIFEST, STAGED = "minilora-manifest.json", ".staged"
+TEMPORARY = re.compile(r"\..*\.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name for a file or a directory, which is renamed to `path` if the block raises no error.
+
+    In a temporary directory, which is flushed and renamed as a whole, it is `path` itself.
+
+    >>> with replacing(Path("notes.txt")) as temporary:      # doctest: +SKIP
+    ...     temporary.write_text("whole or not at all")
+    """
+    if TEMPORARY.fullmatch(path.parent.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    make_directory(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            _write_manifest(temporary)
+            remove(path)  # a damaged checkpoint
+        _flush_all(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a directory for files that will replace those in `directory`, all at once, if the block raises no error.
+
+    In a temporary directory, it is that directory itself.
+
+    Args:
+        directory: is created if necessary.
+        obsolete: patterns of files that are removed unless they are replaced.
+        beside: files of `directory` that the manifest is to list, too.
+    """
+    if TEMPORARY.fullmatch(directory.name):
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+        return
+    make_directory(directory)
+    temporary = directory / f".{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(exist_ok=True)
+        yield temporary
+        settle(directory)
+        _write_manifest(temporary, {path.name for pattern in obsolete for path in directory.glob(pattern)}, beside)
+        _flush_all(temporary)
+        os.replace(temporary, directory / STAGED)
+        flush(directory)
+        settle(directory)
+    finally:
+        remove(temporary)
+
+
+def settle(directory: Path) -> None:
+    """Move what `publishing` has staged to its place; a process that was killed may not have come to that.
+
+    The old configs are removed first and the new ones come last, so other tools never read a config with tensors that
+    are not its own.
+    """
+    staged = directory / STAGED
+    if staged.is_symlink() or not staged.is_dir():  # a link from outside could lead to the files of others
+        return
+    if (staged / MANIFEST).is_file():
+        names = [path.name for path in staged.iterdir()]
+        for name, entry in read_manifest(staged).items():
+            if entry is None or (name in names and _rank(name)):
+                (directory / name).unlink(missing_ok=True)
+        for rank in range(3):
+            flush(directory)
+            for name in names:
+                if _rank(name) == rank:
+                    with suppress(FileNotFoundError):  # another process has moved it
+                        os.replace(staged / name, directory / name)
+        flush(directory)
+    with suppress(OSError):
+        staged.rmdir()
+
+
+def _rank(name: str) -> int:
+    """Return when a file is moved to its place: configs after other files, the manifest last."""
+    return 2 if name == MANIFEST else int(name.endswith("config.json"))
+
+
+def _write_manifest(directory: Path, obsolete: Collection[str] = (), beside: Sequence[str] = ()) -> None:
+    files: dict[str, Any] = dict.fromkeys(sorted(obsolete))
+    files |= {name: _entry(directory.parent / name) for name in beside}
+    files |= {path.name: _entry(path) for path in sorted(directory.iterdir())}
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the entries of a directory's manifest by name.
+
+    Raises:
+        FormatError: there is none, or it is damaged.
+    """
+    path = directory / MANIFEST
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        if all(Path(name).name == name for name in files) and isinstance(files, dict):
+            return files
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise FormatError(f"{path}: cannot be read, or is no manifest ({type(error).__name__})") from error
+    raise FormatError(f"{path}: is no manifest: need an object of plain file names")
+
+
+def verify(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Check that the files of a directory, or those of them that are named, are as its manifest says.
+
+    Raises:
+        FormatError: they are not, or there is no manifest, or it is damaged.
+    """
+    files = read_manifest(directory)
+    bad = [name for name in (files if names is None else names) if _entry(directory / name) != files.get(name, {})]
+    if bad:
+        raise FormatError(
+            f"{directory}: not as it was written: {', '.join(bad)}; after a change on purpose, remove {MANIFEST} there"
+        )
+
+
+def _entry(path: Path) -> dict[str, Any] | None:
+    """Return size and SHA-256 of a file; None if it is not there."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)} if path.is_file() else None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and those above it that are missing, and flush the entry of each."""
+    if not path.exists():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush_all(path: Path) -> None:
+    """Flush a file, or a directory with all that is in it."""
+    for written in [*path.rglob("*"), path]:
+        flush(written)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or a directory to the disk, if it exists."""
+    if not path.exists() or (path.is_dir() and os.name == "nt"):
+        return  # Windows cannot open directories
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def holds_files(out: Path) -> bool:
+    """Return whether a directory to write to holds anything other than a lock and temporary files.
+
+    Raises:
+        ConfigError: `out` is a file.
+    """
+    _check_directory(out)
+    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
+
+
+def _check_directory(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a directory as --out")
+
+
+def lock(out: Path) -> TextIO:
+    """Create a directory, and lock it until the returned file is closed or the process ends, in whatever way.
+
+    The file is `.lock`, and names the process and its machine. What a writer that was killed left is settled or
+    removed.
+
+    Raises:
+        ConfigError: `out` is a file.
+        TrainingError: the directory cannot be written, or another process has locked it.
+    """
+    _check_directory(out)
+    path = out / ".lock"
+    try:
+        make_directory(out)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise TrainingError(f"{out}: {owner} is at work there; give another --out") from error
+    except OSError:  # a file system without locks
+        pass
+    if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):  # its owner removed it meanwhile
+        file.close()
+        return lock(out)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    settle(out)
+    for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp")]:
+        remove(left)
+    return file

@@ -1,0 +1,206 @@
+"""Runs that are killed at any moment, or stopped by signals, a full disk or a lack of memory, and resumed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora import cli
+from minilora.runs.meter import Meter
+from tests.models import long
+from tests.reliability.forks import Server
+from tests.runs import ADAPTER, finetune, starts, steps, words
+from tests.training import newest_step
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+STEPS, INTERVAL = 16, 2
+NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+KINDS = {
+    "lora": {},
+    "nf4": {"quantize": "nf4"},
+    "full": {"method": "full", **NO_ADAPTER},
+    "dora": {"use_dora": True},
+    "packed": {"batch_tokens": 40, "gradient_accumulation_steps": 3},
+    "best": {"eval_steps": 3, "keep": "best"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "classifier": {"task": "SEQ_CLS"},
+}
+SHORT = {**dict.fromkeys(KINDS, 2), "lora": 6}  # kills of each kind
+
+
+def command(inputs, out, **changes):
+    data = {}
+    if changes.get("task"):
+        data["data"] = inputs / "classes.jsonl"
+        rows = [{"text": "the cat" if i % 2 else "the sea town", "label": "ab"[i % 2]} for i in range(23)]
+        data["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return words(inputs, out, **{"max_steps": STEPS, "save_steps": INTERVAL, "samples": 0, **data, **changes})
+
+
+def result(out):
+    """The bytes that a run ends in."""
+    names = [name for name in (*ADAPTER, "config.json", "model.safetensors") if (out / name).is_file()]
+    assert names
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def leftovers(out):
+    return [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+@pytest.fixture(scope="module")
+def whole(server, inputs, tmp_path_factory):
+    """A function: the result of a run of a kind that was never killed, and the seconds that it took."""
+    found = {}
+
+    def make(kind):
+        if kind not in found:
+            out, began = tmp_path_factory.mktemp("whole") / "out", time.monotonic()
+            assert server.run(command(inputs, out, **KINDS[kind])) == 0
+            found[kind] = result(out), time.monotonic() - began
+        return found[kind]
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "count"), [*SHORT.items(), *long(*((kind, 40) for kind in KINDS))])
+def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(
+    server, inputs, whole, tmp_path, kind, count
+):
+    expected, seconds = whole(kind)
+    draw, moments = random.Random(f"{kind}{count}"), []
+    for i in range(count):
+        out, status, done = tmp_path / f"{i}", 0, 0
+        while status != -signal.SIGKILL:  # on busy cores the run may be over before it is killed
+            shutil.rmtree(out, ignore_errors=True)
+            process = server.start(command(inputs, out / "run", **KINDS[kind]))
+            time.sleep(draw.random() * seconds)
+            kill(process)
+            status = server.wait()
+        if (out / "run" / "metrics.jsonl").is_file():
+            done = len([line for line in (out / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line])
+        status = server.run(command(inputs, out / "run", **KINDS[kind]))
+        assert status == 0 or (out / "run" / "summary.json").is_file()  # the latter: it was finished when it was killed
+        assert result(out / "run") == expected
+        assert steps(out / "run") == list(range(1, STEPS + 1))
+        assert not leftovers(out)
+        assert cli.main(["verify", str(out / "run")]) == 0
+        if len(starts(out / "run")) > 1:
+            assert done - starts(out / "run")[-1] <= INTERVAL
+            moments.append(done)
+    print(f"{kind}: {count} kills, after steps {sorted(moments)}")
+
+
+def kill(process, number=signal.SIGKILL):
+    with suppress(ProcessLookupError):  # the server has waited for it
+        os.kill(process, number)
+
+
+@pytest.mark.parametrize("seed", [*range(4), *long(*range(4, 40))])
+def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(server, inputs, whole, tmp_path, seed):
+    expected, seconds = whole("lora")
+    draw, out = random.Random(seed), tmp_path / "run"
+    number = draw.choice([signal.SIGINT, signal.SIGTERM])
+    status = 0
+    while status == 0:
+        process = server.start(command(inputs, out))
+        time.sleep(draw.random() * seconds)
+        kill(process, number)
+        if draw.random() < 0.3:
+            kill(process, number)
+        status = server.wait()
+    assert status in (128 + number, 1)
+    assert status != 1 or (out / "summary.json").is_file()
+    assert not leftovers(tmp_path)
+    if status != 1:
+        assert server.run(command(inputs, out)) == 0
+    assert result(out) == expected
+
+
+@pytest.mark.parametrize("size", [0, 300, 2000, 9000, *long(1, 100, 1000, 4000, 6000, 12000, 20000)])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(server, inputs, tmp_path, size):
+    out, errors = tmp_path / "run", tmp_path / "errors"
+    status = server.run(command(inputs, out), errors=errors, file_bytes=size)
+    if status == 0:
+        return  # no file was as large
+    last = errors.read_text().splitlines()[-1]
+    assert last.startswith("minilora: ")
+    assert "make room on the disk" in last
+    assert not leftovers(tmp_path)
+    assert newest_step(out / "checkpoints") % INTERVAL == 0
+    assert server.run(command(inputs, out)) == 0
+
+
+def test_a_directory_that_is_read_only_is_one_line(capsys, inputs):
+    assert cli.main(command(inputs, Path("/sys/kernel/run"))) == 1
+    assert "/sys/kernel/run: cannot be written" in capsys.readouterr().err
+    assert cli.main(["export", "--adapter=nowhere", "--out=/sys/kernel/run"]) == 1
+    assert "/sys/kernel/run: cannot be written" in capsys.readouterr().err
+
+
+def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_path, monkeypatch, capsys):
+    report = Meter.__call__
+
+    def exhaust(meter, record):
+        if record["step"] == 5:
+            torch.empty(2**55)
+        return report(meter, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "__call__", exhaust)
+        assert cli.main(command(inputs, tmp_path / "run")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("minilora: out of memory: ")
+    assert "smaller batches" in last
+    assert newest_step(tmp_path / "run" / "checkpoints") == 4
+    assert not leftovers(tmp_path)
+    assert cli.main(command(inputs, tmp_path / "run")) == 0
+
+
+# --- two at once ---
+
+
+@pytest.mark.parametrize("seed", [*range(2), *long(*range(2, 20))])
+@pytest.mark.parametrize("what", ["new run", "stopped run", "merge", "quantize"])
+def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(server, inputs, tmp_path, what, seed):
+    out, errors = tmp_path / "out", [tmp_path / "a", tmp_path / "b"]
+    if what == "merge":
+        assert finetune(inputs, tmp_path / "adapter", max_steps=1, samples=0) == 0
+        words = ["merge", f"--model={inputs / 'model'}", f"--adapter={tmp_path / 'adapter'}", f"--out={out}"]
+    elif what == "quantize":
+        words = ["quantize", f"--model={inputs / 'model'}", f"--out={out}"]
+    else:
+        words = command(inputs, out)
+        if what == "stopped run":
+            server.start(words)
+            while not newest_step(out / "checkpoints"):
+                time.sleep(0.01)
+            other_end(server, signal.SIGTERM)
+    other = Server()
+    try:
+        other.run(["verify", "nowhere"])  # it has imported everything
+        server.start(words, errors=errors[0])
+        time.sleep(seed * 0.003)
+        other.start(words, errors=errors[1])
+        statuses = [server.wait(), other.wait()]
+    finally:
+        other.close()
+    assert sorted(statuses) == [0, 1]
+    refused = errors[statuses.index(1)].read_text()
+    assert any(words in refused for words in ("is at work there", "has written there meanwhile", "holds", "finished"))
+    assert not leftovers(tmp_path)
+
+
+def other_end(server, number):
+    """End the command that a server runs."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    kill(int(children[0]), number)
+    server.wait()
