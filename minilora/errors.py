@@ -58,9 +58,9 @@ def printable(text: str) -> str:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return problems, the first ten of them, as lines that follow a message."""
-    more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
-    return "".join(f"\n  {problem:.300}" for problem in [*problems[:10], *more])
+    """Return problems, the first two of them, as lines that follow a message."""
+    more = [f"… and {len(problems) - 2} more"] if len(problems) > 2 else []
+    return "".join(f"\n  {problem:.300}" for problem in [*problems[:2], *more])
 
 
 def check_types(owner: Any, values: Mapping[str, object]) -> None:

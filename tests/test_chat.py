@@ -151,6 +151,14 @@ def test_a_conversation_goes_on_with_another_adapter(directory, chat):
     )
 
 
+def test_a_switch_of_adapters_says_that_the_conversation_goes_on(chat):
+    goes_on = "the conversation goes on; /reset begins a new one\n"
+    flags = ["--adapter=chat-adapter"]
+    assert goes_on in chat("the cat", "/adapter none", flags=flags).err
+    for lines in (["/adapter none"], ["the cat", "/reset", "/adapter none"], ["the cat", "/adapter"]):
+        assert goes_on not in chat(*lines, flags=flags).err
+
+
 def test_adapters_are_listed_by_name_and_the_active_one_is_marked(directory, chat, monkeypatch):
     flags = ["--adapter=chat-adapter", "--adapter=other/second"]
     listed = "  none\n* chat-adapter\n  second\n  none\n  chat-adapter\n* second\n"

@@ -205,6 +205,9 @@ def test_a_start_is_true_or_a_name(text, value):
         (["finetune", "--rank-pattern", "[1]"], "argument --rank-pattern: "),
         (["finetune", "--rank-pattern", "{"], "argument --rank-pattern: "),
         (["finetune", "--use-rslora=yes"], "argument --use-rslora"),
+        # a command that there is not
+        (["fintune", "--model=a"], "'fintune' is no command; did you mean 'finetune'?\n"),
+        (["frobnicate"], "'frobnicate' is no command; there are finetune, generate, chat, "),
         # a flag that there is not, also one of another tool
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; did you mean --learning-rate?\n"),
@@ -472,7 +475,16 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
     ("words", "phrase"),
     [
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
-        ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
+        ("finetune --model=model --data=nowhere", "nowhere: no such file or directory; data is a file"),
+        (
+            "finetune --model=model --data=mnay.jsonl",
+            "mnay.jsonl: no such file or directory; did you mean many.jsonl?\n",
+        ),
+        (
+            "finetune --model=model/ --data=data/trian.jsonl",
+            "trian.jsonl: no such file or directory; did you mean data/train",
+        ),
+        ("generate --adapter=adpater --prompt=a", "adpater: no such directory; did you mean adapter?\n"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),
         ("finetune --model=model --data=data --epochs=inf --batch-size=0", "epochs is inf"),

@@ -259,6 +259,10 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
         ({"tokens": ["a"], "labels": ["b"]}, "tokens, labels: classes are learned with --task TOKEN_CLS"),
         ({"messages": conversation([("a\udfff", "b")])}, "messages[0].content: found U+DFFF"),
         ({"messages": conversation([("a", "")])}, "messages[1].content: it is empty"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "contents": "x"}]},
+            "messages[1].content: it is missing; found the keys ['contents', 'role']",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path, tokenizer, fields, message, train_on):

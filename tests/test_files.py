@@ -240,7 +240,7 @@ def test_an_adapter_that_does_not_fit_a_model_names_the_one_that_it_was_trained_
 def test_loading_onto_another_architecture_names_what_is_not_there(tmp_path):
     saved(tmp_path)
     model = tiny_model("phi3", dtype=torch.float32)
-    with pytest.raises(ml.TargetError, match=r"q_proj: the model has no such layer(.|\n)*and 10 more"):
+    with pytest.raises(ml.TargetError, match=r"up_proj: the model has no such layer\n  … and 18 more"):
         ml.load_adapter(model, tmp_path)
     assert not adapter_layers(model)
 

@@ -185,6 +185,24 @@ def test_a_long_evaluation_may_take_more_than_a_step():
     assert forecast(replace(short, evaluated=[[64] * 60])).peak > forecast(replace(short, evaluated=[[2]])).peak
 
 
+def test_in_bfloat16_on_a_cpu_the_products_of_each_further_size_are_kept_up_to_a_number(monkeypatch):
+    config = tiny_config()
+
+    def products(lengths, dtype=torch.bfloat16, device=CPU):
+        one = replace(plan(config, ml.LoraConfig(), lengths, dtype=dtype), device=device)
+        one, found = replace(one, training=TrainConfig(batch_size=1)), []
+        for size in (0, 1):
+            monkeypatch.setattr(memory, "PRODUCT", size)
+            found.append(forecast(one).kept)
+        return found[1] - found[0]
+
+    linears = {p.shape for name, p in Llama(config).named_parameters() if ".layers." in name and p.dim() == 2}
+    assert products((300, 300, 300)) == 0
+    assert products((300, 200, 5)) == 2 * 8 * len(linears) + 6 * (2 + 1)  # blocks of 128 queries
+    assert products(range(11, 500)) == memory.CACHED
+    assert products((300, 5), torch.float32) == products((300, 5), device=torch.device("meta")) == 0
+
+
 # --- what fits ---
 
 
@@ -345,6 +363,20 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     (peak,) = in_a_process(code)
     del ballast
     assert 2**28 <= peak < 2**28 + 2**26
+
+
+def test_each_size_of_a_product_in_bfloat16_takes_no_more_than_is_forecast():
+    code = """if True:
+        import torch
+        from minilora.runs.machine import held_memory_bytes
+        x, weight, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((400, 576), (1536, 576), (400, 1536)))
+        torch.mm(x, weight.T, out=y)
+        before = held_memory_bytes(x.device)
+        for n in range(100, 200):
+            torch.mm(x[:n], weight.T, out=y[:n])
+        print(held_memory_bytes(x.device) - before)"""
+    (grown,) = in_a_process(code)
+    assert grown <= 100 * memory.PRODUCT
 
 
 @needs_glibc

@@ -46,7 +46,7 @@ from tests.runs import (
     write_inputs,
     write_rows,
 )
-from tests.text import EOS
+from tests.text import CLOSE, DEFAULT_SYSTEM, EOS, conversation, write_tokenizer
 from tests.training import number
 
 STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch
@@ -123,11 +123,12 @@ def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_
 
 
 @pytest.mark.parametrize("share", [0.2, 0])
-def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score(directory, tmp_path, share):
+def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score(directory, tmp_path, share, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", 12, choices=[f"{i} sat" for i in range(12)])
     assert finetune(directory, tmp_path / "out", data=rows, max_steps=1, eval_split=share) == 0
     scores = summary(tmp_path / "out")["after"]
     assert scores["accuracy"] is None
+    assert capsys.readouterr().out.splitlines()[0].split() == ["held-out", "loss"]
     assert (scores["loss"] is None) == (share == 0)
 
 
@@ -270,8 +271,8 @@ def refused(capsys, directory):
 
 
 def test_a_finished_run_is_never_overwritten(refused, whole):
-    start = f"give another --out, and --adapter {whole} to start from it"
-    refused(whole, f"holds a finished run; {start}", save_total_limit=99)
+    further = f"give another --out; to train its adapter further, add --adapter {whole}"
+    refused(whole, f"holds a finished run; {further}", save_total_limit=99)
     refused(whole, "holds a finished run", learning_rate=0.5)
     refused(whole, "not that of a run of 15 steps", epochs=3)
     refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)
@@ -514,6 +515,36 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
     assert finetune(directory, tmp_path / "b", general_data="none", max_steps=1) == 0
     assert summary(tmp_path / "b")["general"] is None
     assert "general text" not in capsys.readouterr().out
+
+
+def test_fewer_than_ten_held_out_rows_are_warned_of(directory, tmp_path, capsys):
+    few = "5 rows are held out, too few for their loss to say much; --eval-split or --eval-data gives more\n"
+    assert finetune(directory, tmp_path / "few", max_steps=1, eval_split=0.22) == 0
+    assert few in capsys.readouterr().err
+    for i, options in enumerate(({"eval_split": 0.44}, {"eval_split": 0})):  # ten rows, and none
+        assert finetune(directory, tmp_path / f"{i}", max_steps=1, **options) == 0
+        assert "too few" not in capsys.readouterr().err
+
+
+def test_the_first_lines_of_a_run_fit_a_terminal_of_80_columns(directory, tmp_path, capsys):
+    assert finetune(directory, tmp_path, max_steps=1, dtype="float32") == 0
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "parameters are trained" in line or "rows to learn from" in line] == told[:2]
+    assert max(map(len, told[:2])) <= 80
+
+
+def test_of_a_conversation_a_sample_shows_the_last_message_of_the_user(directory, tmp_path, capsys):
+    tokenizer = write_tokenizer(tmp_path / "model", template=DEFAULT_SYSTEM, eos=CLOSE)
+    model = ml.load_model(directory / "model")
+    ml.save_model(model, tmp_path / "model", tokenizer)
+    talk = [("what is the land?", "the sea"), (" the cat\nsat? ", "the mat")]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": conversation(talk)}) + "\n") * 4)
+    data = ml.load_dataset(tmp_path / "rows.jsonl", tokenizer)
+    assert [sample["prompt"] for sample in write_samples(model, tokenizer, data)] == ["the cat\nsat?"] * 4
+    assert finetune(tmp_path, tmp_path / "out", max_steps=1, eval_steps=1) == 0
+    told = capsys.readouterr().err
+    assert "  the cat sat? -> " in told
+    assert "assistant" not in told
 
 
 def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, tmp_path):

@@ -126,7 +126,8 @@ def test_a_base_in_four_bits_is_refused(directory, tmp_path, capsys):
 
 def test_a_finished_run_names_its_model_as_what_to_start_from(directory, whole, capsys):
     assert finetune(directory, whole) == 1
-    assert f"holds a finished run; give another --out, and --model {whole} to start from it" in capsys.readouterr().err
+    further = f"give another --out; to train its model further, give --model {whole}"
+    assert f"holds a finished run; {further}" in capsys.readouterr().err
 
 
 def test_a_run_cannot_change_its_method(directory, whole, tmp_path, capsys):

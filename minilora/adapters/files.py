@@ -92,7 +92,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     Raises:
         FormatError: a file of the adapter is missing or malformed, or the config asks for something that is not
             supported.
-        TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; all of them are
+        TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
     check_types(load_adapter, locals())
@@ -107,7 +107,7 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
 
     Raises:
         FormatError: config and tensors contradict each other.
-        TargetError: the model has no such modules, or others in shape; all of them are named, with both shapes.
+        TargetError: the model has no such modules, or others in shape; the first two are named, with both shapes.
     """
     held = _by_module(stored, modules)
     config, init = stored.config(_ranks(held, modules)), stored.values.get("init_lora_weights")

@@ -8,6 +8,7 @@ imported when its command is given.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import re
@@ -86,11 +87,17 @@ def _end(number: int, frame: FrameType | None) -> None:
 def parse(words: Sequence[str]) -> Options:
     """Return the options of a command line, with the function that runs the command as "run".
 
-    Flags may be spelled with underscores instead of dashes. An unknown flag ends the program, as in argparse.
+    Flags may be spelled with underscores instead of dashes. An unknown command or flag ends the program, as in
+    argparse.
     """
     words = [_dashed(word) for word in words] or ["--help"]
     if words[0] not in COMMANDS:
-        _overview().parse_args(words)  # ends the program
+        overview = _overview()
+        if not words[0].startswith("-"):
+            near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            overview.error(f"{words[0]!r} is no command; {advice}")
+        overview.parse_args(words)  # ends the program
     parser = command_parser(words[0])
     if words[0] in MAIN_FLAGS and {"-h", "--help"} & {*words}:
         _show_only(parser, MAIN_FLAGS[words[0]].split())

@@ -126,6 +126,8 @@ class Chat:
                 if argument:
                     self._use(argument)
                 say("\n".join(f"{'*' if known == self.adapter else ' '} {known}" for known in (NONE, *self._adapters)))
+                if argument and self.turns:  # the new one may imitate the replies of the other
+                    say("the conversation goes on; /reset begins a new one")
             case "/help":
                 say(CHAT_HELP)
             case _:

@@ -15,6 +15,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from minilora.runs.run import Run
 from minilora.runs.seeded import plan_steps
 from minilora.storage import ASSETS, BUILTIN, read_json
 
-FEW_STEPS = 50
+FEW_STEPS, FEW_ROWS = 50, 10
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +122,7 @@ def _finetune(run: Run, options: Options) -> int:
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
-        before = evaluate(model, data.test, data.choices, meter.rows("measuring the base model"))
+        before = evaluate(model, data.test, data.choices, partial(meter.rows, "measuring the base model"))
         answers = {"base": _samples(run, model, data, data.test)}
     result = _train(run, model, data, meter)
     if meter.stopped_by and not result.finished:
@@ -132,7 +133,7 @@ def _finetune(run: Run, options: Options) -> int:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    after = evaluate(model, data.test, data.choices, meter.rows(f"measuring the {made}"))
+    after = evaluate(model, data.test, data.choices, partial(meter.rows, f"measuring the {made}"))
     answers[made] = _samples(run, model, data, data.test)
     drift = None
     if data.general and isinstance(model, Llama):
@@ -172,9 +173,9 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     if run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
         reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
-        f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%}); "
+        f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
-        f"batches of {run.training.batch_size}, learning rate {run.training.learning_rate:g}; "
+        f"batches of {run.training.batch_size}, learning rate {run.training.learning_rate:g}\n"
         f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
     )
     _say_notes(run, model, data)
@@ -202,6 +203,12 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
         say(
             f"{data.train.completions} training rows are a plain prompt and completion, which do not go through the "
             "model's chat template; rows of `messages` do"
+        )
+    if 0 < len(data.test) < FEW_ROWS:
+        rows_are = "row is" if len(data.test) == 1 else "rows are"
+        say(
+            f"{len(data.test)} {rows_are} held out, too few for their loss to say much; "
+            "--eval-split or --eval-data gives more"
         )
     if data.train.touching > data.train.completions / 2:
         say(
@@ -249,11 +256,12 @@ def _samples(run: Run, model: Llama | Classifier, data: Data, rows: Dataset) -> 
 
 
 def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:
-    lines = [f"{'':<10}{'held-out loss':>15}{'accuracy':>12}" + (f"{'macro F1':>12}" if after.class_scores else "")]
+    columns = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    shown = {key: title for key, title in columns.items() if after.record().get(key) is not None}
+    lines = [f"{'':<10}{'held-out loss':>15}" + "".join(f"{title:>12}" for title in shown.values())]
     for name, scores in {"base": before, made: after}.items():
-        values = [scores.loss, scores.accuracy, *([scores.class_scores["macro_f1"]] if scores.class_scores else [])]
-        cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"{name:<10}{cells[0]:>15}" + "".join(f"{cell:>12}" for cell in cells[1:]))
+        loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
+        lines.append(f"{name:<10}{loss:>15}" + "".join(f"{scores.record()[key]:>12.4f}" for key in shown))
     if drift:
         lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
     return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])

@@ -100,12 +100,12 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     device = pick_device(options["device"])
     model = load_for(found.unit, found.labels, found.base.name, options["dtype"], device, found.quantize)
-    say_base(found.base, found.adapters, base_held(model))
     grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
     if found.adapters:
         set_adapter(model, [f"adapter{i}" for i in range(len(found.adapters))])
+    say_base(found.base, found.adapters, base_held(model))
     return model, tokenizer
 
 

@@ -11,6 +11,7 @@ Its environment variables apply (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_O
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -87,6 +88,9 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     hub_id = None if is_file or isinstance(name_or_path, Path) or name == BUILTIN else HUB_ID.fullmatch(name)
     if hub_id:
         return _download(hub_id[1], hub_id[2], kind)
+    there = [each.name for each in path.parent.glob("*") if kind == "dataset" or each.is_dir()]
+    if near := difflib.get_close_matches(path.name, there, n=1):
+        raise FormatError(f"{path}: {MEANINGS[kind].partition(';')[0]}; did you mean {path.parent / near[0]}?")
     raise FormatError(f"{path}: {MEANINGS[kind]}, 'org/name' or 'org/name@revision' of the hub")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from minilora.runs.objective import Objective, check_ids, eval_groups
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
+MARK = "\ufdd4"  # a noncharacter, which is in no text
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
@@ -65,15 +67,20 @@ def evaluate(
     model: Llama | Classifier,
     examples: Sequence[Example],
     choices: Sequence[Choice] | None,
-    progress: Progress | None = None,
+    progress: Callable[[str], Progress] | None = None,
 ) -> Scores:
-    """Return the loss and the accuracy of a model: among its classes, or among `choices` if there are any."""
+    """Return the loss and the accuracy of a model: among its classes, or among `choices` if there are any.
+
+    `progress` is called with the name of each pass over the examples, and returns what follows that pass.
+    """
     if isinstance(model, Classifier):
-        return evaluate_classes(model, examples, progress)
+        return evaluate_classes(model, examples, progress and progress("loss and accuracy"))
     if not examples:
         return Scores(None, None)
-    loss = held_out_loss(model, examples, progress)
-    return Scores(loss, choice_accuracy(model, examples, choices, progress) if choices else None)
+    loss = held_out_loss(model, examples, progress and progress("loss"))
+    if not choices:
+        return Scores(loss, None)
+    return Scores(loss, choice_accuracy(model, examples, choices, progress and progress("accuracy")))
 
 
 def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
@@ -254,13 +261,31 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer)
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the prompts of some examples, and what the model generates for each, greedily."""
+    """Return the prompts of some examples, and what the model generates for each, greedily.
+
+    Of a conversation the prompt is the last message of the user, without what the template writes around it.
+    """
     prompts = [prompt for example in examples if (prompt := prompt_of(example))]
     if not prompts:
         return []
     written = generate(model, prompts, SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
-    decoded = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
-    return [{"prompt": prompt, "text": text} for prompt, text in decoded]
+    shown = [_last_message(prompt, tokenizer) or tokenizer.decode(prompt) for prompt in prompts]
+    return [{"prompt": p, "text": text} for p, text in zip(shown, map(tokenizer.decode, written), strict=True)]
+
+
+def _last_message(prompt: Sequence[int], tokenizer: Tokenizer) -> str | None:
+    """Return the last message of the user in a rendered conversation; None if it is none, or is not found.
+
+    What the template writes before and after a message is seen where messages of one mark are rendered.
+    """
+    turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
+    try:
+        first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(MARK)
+    except (DataError, ValueError):  # there is no template, or it writes a message twice
+        return None
+    before = commonprefix([first[::-1], second[::-1]])[::-1]  # without a system prompt, or the end of an answer
+    text = tokenizer.decode(prompt, skip_special_tokens=False)
+    return text.removesuffix(after).rpartition(before)[2].strip() if before and before in text else None
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

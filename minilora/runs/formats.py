@@ -215,6 +215,8 @@ def _check_message(turn: _Turn) -> _Turn:
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if not isinstance(role, str) or role not in NEXT_ROLES or not role:
         raise DataError(f"{where}.role: found {role!r:.60}, accepted are {sorted(filter(None, NEXT_ROLES))}")
+    if "content" not in message and not calls:
+        raise DataError(f"{where}.content: it is missing; found the keys {sorted(message)}")
     if isinstance(content, list):
         for i, part in enumerate(content):
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):

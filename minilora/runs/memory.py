@@ -38,6 +38,10 @@ DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `
 # What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 258_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds and cannot use
+# In bfloat16 on a CPU, oneDNN compiles a matrix product for each number of rows, and keeps the last `CACHED`. Per
+# product: the growth of steps with rows of 40 to 300 tokens, over 1024, with AMX.
+PRODUCT, CACHED = 1_200_000, 1024
+LINEAR_PRODUCTS, ATTENTION_PRODUCTS = 8, 6  # forward and backward, of a linear with A and B and of a block of queries
 EMBEDDING_PATH = "model.embed_tokens"
 Shapes = dict[str, tuple[int, ...]]
 
@@ -82,7 +86,7 @@ class Forecast:
         activations: what autograd saves of a micro-batch.
         working: the largest of what is needed besides: the logits of a chunk of rows with their gradient, the gradients
             within a layer with a dequantized weight, or an evaluation, which needs no activations.
-        kept: what the C library and kernels hold besides tensors.
+        kept: what the C library, oneDNN and kernels hold besides tensors.
     """
 
     weights: int
@@ -133,8 +137,22 @@ def forecast(plan: Plan) -> Forecast:
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
     holes += working * (len({tokens for tokens, _ in plan.rows}) > 1)
-    kept = int(FRAGMENTS * activations) + (LIBRARIES + holes) * (plan.device.type == "cpu")
+    kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
+        plan.device.type == "cpu"
+    )
     return Forecast(weights, adapters, gradients, 2 * gradients, activations, working, kept)
+
+
+def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
+    """Return what oneDNN keeps of the products of all micro-batches, but for those of the first, in `LIBRARIES`."""
+    if plan.dtype != torch.bfloat16:
+        return 0
+    lengths, size = [tokens for tokens, _ in plan.rows], block_size(plan.dtype)
+    batches = {sum(lengths[i] for i in rows) for step in plan_steps(lengths, plan.training) for rows in step}
+    linears = {shape for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers.")}
+    blocks = sum(max(1, round(n / size)) for n in sorted({*lengths})[:-1])
+    products = LINEAR_PRODUCTS * len(linears) * (len(batches) - 1) + ATTENTION_PRODUCTS * blocks
+    return PRODUCT * min(CACHED, products)
 
 
 def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:

@@ -55,12 +55,12 @@ class Meter:
         )
         return self.stopped_by is not None
 
-    def rows(self, what: str) -> Progress:
+    def rows(self, *what: str) -> Progress:
         """Return a callback that reports the progress of an evaluation."""
         self.last = time.monotonic()
 
         def report(done: int, total: int) -> None:
-            self.show(f"{what}: {done:,} of {total:,} rows")
+            self.show(f"{', '.join(what)}: {done:,} of {total:,} rows")
 
         return report
 

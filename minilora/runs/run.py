@@ -123,8 +123,10 @@ class Run:
         now = json.loads(json.dumps(self.resolved))
         is_extended = newest and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
         if (self.out / "summary.json").is_file() and not is_extended:
-            start = f"--{'model' if self.is_full else 'adapter'} {self.out}"
-            raise TrainingError(f"{self.out}: holds a finished run; give another --out, and {start} to start from it")
+            start = "model further, give --model" if self.is_full else "adapter further, add --adapter"
+            raise TrainingError(
+                f"{self.out}: holds a finished run; give another --out; to train its {start} {self.out}"
+            )
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         free = {*bookkeeping(self.training), "resume", "report", "samples", "general_data", *HASHED}
