@@ -4,11 +4,14 @@ from tests.reliability.forks import Server
 from tests.runs import write_inputs
 
 
-@pytest.fixture(scope="session")
-def server():
+def serve():
     server = Server()
+    server.run(["verify", "nowhere"])  # it has imported everything
     yield server
     server.close()
+
+
+server, other = (pytest.fixture(scope="session", name=name)(serve) for name in ("server", "other"))
 
 
 @pytest.fixture(scope="session")

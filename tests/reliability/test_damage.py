@@ -68,16 +68,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_again(tmp_path):
 
 def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
     """Or the only whole one would be removed for it."""
-    config = {**vars(CONFIG), "save_total_limit": 1, "save_steps": 2}
-    ml.train(fresh(), random_rows(1, 9), ml.TrainConfig(**{**config, "save_total_limit": 3}), None, (), tmp_path)
+    config = vars(CONFIG) | {"save_steps": 2, "save_total_limit": 3}
+    ml.train(fresh(), random_rows(1, 9), ml.TrainConfig(**config), None, (), tmp_path)
     (tmp_path / "step-000006" / "state.json").unlink()
     seen = []
 
     def look(record):
-        seen.append(step_of(newest_checkpoint(tmp_path)[0]))
+        seen.append(sorted(step_of(path) for path in tmp_path.iterdir()))
 
+    config |= {"save_steps": 1, "save_total_limit": 1}
     ml.train(fresh(), random_rows(1, 9), ml.TrainConfig(**config), look, (), tmp_path)
-    assert seen == [4, 4]
+    assert seen == [[4, 6], [5]]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
 
 
