@@ -10,6 +10,7 @@ from minilora import LoraConfig, llama
 from minilora.adapters.parts import build_adapter
 from minilora.errors import TrainingError
 from minilora.kernel import llama as loss
+from minilora.kernel.llama import head_chunk
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from tests.models import (
@@ -108,6 +109,13 @@ def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_witho
     llama.cross_entropy(hidden, labels, head).backward()
     assert not any(p.grad is not None and p.grad.any() for p in head.parameters())
     assert_gradients_of_full_logits((hidden, labels, head), [hidden])
+
+
+@pytest.mark.parametrize("V", [3, 32_000, 49_152, 10**8])
+def test_the_logits_of_a_chunk_take_50_MB_in_bfloat16_or_are_one_row(V):
+    rows = head_chunk(nn.Linear(1, V, device="meta"))
+    assert rows == 1 or 2 * rows * V <= 50.4e6
+    assert 2 * (rows + 1) * V > 50.3e6
 
 
 @of_kernels
