@@ -18,6 +18,7 @@ from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.testing.kernel_laws import check_kernel, results
 from tests.models import (
+    allocated,
     document_lengths,
     examples,
     of_kernels,
@@ -305,6 +306,22 @@ def test_an_input_is_kept_only_for_the_gradient_of_A_and_its_projection_only_for
         lora.lora_linear(x.requires_grad_(), base, None, A, B, 2.0)
     assert (x.data_ptr() in {tensor.data_ptr() for tensor in saved}) == ("A" in trained)
     assert ((5, 2) in {tuple(tensor.shape) for tensor in saved}) == ("B" in trained)
+
+
+@pytest.mark.parametrize("name", ["dora_norm", "quantize", "dequantize"])
+def test_besides_the_result_a_kernel_never_holds_as_much_as_a_weight(name):
+    weight, A, B = (randn(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate([(400, 40), (2, 40), (400, 2)]))
+    packed, absmax = nf4.quantize.function(weight)
+    call = {
+        "dora_norm": lambda: lora.dora_norm(weight, A, B, 2.0),
+        "quantize": lambda: nf4.quantize(weight),
+        "dequantize": lambda: nf4.dequantize(packed, absmax, (400, 40), torch.bfloat16),
+    }[name]
+    live, most, _ = allocated(call)
+    assert most - live <= weight.nbytes / 2
+    with ml.plain(name):
+        live, most, _ = allocated(call)
+    assert most - live >= 2 * weight.nbytes  # in float32
 
 
 @each_differentiable

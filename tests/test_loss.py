@@ -10,6 +10,7 @@ from minilora import LoraConfig, llama
 from minilora.adapters.parts import build_adapter
 from minilora.errors import TrainingError
 from minilora.kernel import llama as loss
+from minilora.kernel.llama import head_chunk
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, assert_parity
@@ -83,6 +84,15 @@ def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(ca
         assert_gradients_of_full_logits(case, [hidden, *trained], upstream)
 
 
+@given(seeds, st.integers(1, 60), st.integers(2, 9))
+def test_a_chunk_may_have_more_rows_than_the_vocabulary_has_tokens(seed, n, V):
+    hidden, labels, head = randn(seed, n, 4).requires_grad_(), token_ids(seed, n, high=V), make_head("bias", seed, 4, V)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "head_chunk", lambda head: n)
+        assert_maths(llama.cross_entropy(hidden, labels, head), llama.cross_entropy.function(hidden, labels, head))
+        assert_gradients_of_full_logits((hidden, labels, head), [hidden, *head.parameters()])
+
+
 @examples(0.5)
 @given(seeds, document_lengths.filter(lambda lengths: max(lengths) > 1))  # a token alone gives q and k rounding only
 def test_cross_entropy_gives_a_tied_head_the_gradient_of_both_its_uses(seed, lengths):
@@ -108,6 +118,13 @@ def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_witho
     llama.cross_entropy(hidden, labels, head).backward()
     assert not any(p.grad is not None and p.grad.any() for p in head.parameters())
     assert_gradients_of_full_logits((hidden, labels, head), [hidden])
+
+
+@pytest.mark.parametrize("V", [3, 32_000, 49_152, 10**8])
+def test_the_logits_of_a_chunk_take_50_MB_in_bfloat16_or_are_one_row(V):
+    rows = head_chunk(nn.Linear(1, V, device="meta"))
+    assert rows == 1 or 2 * rows * V <= 50.4e6
+    assert 2 * (rows + 1) * V > 50.3e6
 
 
 @of_kernels
