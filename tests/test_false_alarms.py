@@ -21,8 +21,7 @@ float32_weights = st.builds(
 
 
 def cases(*methods):
-    dtypes = ("float64", "float32", "bfloat16")
-    return adapted_linears(methods=methods, dtypes=dtypes, weights=tuple(w for w in WEIGHT_KINDS if w != "tiny"))
+    return adapted_linears(methods=methods, dtypes=("float64", "float32", "bfloat16"), weights=WEIGHT_KINDS)
 
 
 @many
