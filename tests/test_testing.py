@@ -24,6 +24,8 @@ from minilora.testing import (
 )
 from minilora.testing.bounds import UNITS
 from minilora.testing.compare import as_array, worst
+from minilora.testing.implementations import DoRALayer, LoRALayer
+from minilora.testing.mutants import MUTANTS
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
 from tests.models import randn
 
@@ -216,3 +218,20 @@ def test_an_exponential_may_be_a_power_of_two(v):
     v = np.float32(v)
     power = torch.exp2(torch.tensor(v) * torch.tensor(np.log2(np.e), dtype=torch.float32))
     assert worst(power, Bounded.exact(v, "float32").exp()).ratio <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "mutant", "cause"),
+    [
+        ("lora", "one dropout mask for all rows", "one dropout mask is used for all rows"),
+        ("lora", "dropout is never applied", "dropout is ignored in training"),
+        ("dora", "columns are normalized instead of rows", "each column is divided by its norm"),
+    ],
+)
+def test_a_planted_mistake_is_named_as_what_it_is(kind, mutant, cause):
+    plant = next(each.plant for each in MUTANTS if (each.kind, each.name) == (kind, mutant))
+    planted = plant(LoRALayer if kind == "lora" else DoRALayer)
+    law = "dropout" if "dropout" in mutant else "forward"
+    with pytest.raises(CheckFailure) as caught:
+        laws(kind)[law].check(planted)
+    assert [each.startswith(cause) for each in caught.value.causes] == [True]
