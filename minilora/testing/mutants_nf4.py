@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.testing.implementations import DYNAMIC_MAP, LEVELS, SMALLEST, Linear4bit, pack, unpack
-from minilora.testing.mutants_lora import Around, Plant, Table, around, transposed_if_square, wrapped
+from minilora.testing.mutants_lora import Around, Plant, Table, around, base_is_trained, transposed_if_square, wrapped
 
 
 def pair(quantize: Callable[..., Any] | None = None, dequantize: Callable[..., Any] | None = None) -> Plant:
@@ -277,13 +277,6 @@ def gradient_in_bfloat16(self: Any, x: Tensor) -> Tensor:
     return self(copy)
 
 
-def dense_copy_is_trained(make: Any, W: Tensor, b: Any) -> Around:
-    weight = nn.Parameter(W.detach().clone())
-    layer = Around(make(W, b), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
-    layer.register_parameter("weight", weight)
-    return layer
-
-
 def one_row_loses_the_bias(make: Any, W: Tensor, b: Any) -> Around:
     plain = make(W, None)
     return Around(make(W, b), lambda self, x: plain(x) if x[..., 0].numel() == 1 else self(x))
@@ -305,7 +298,7 @@ LINEAR4BIT: Table = [
     ("the input gets no gradient", around(lambda self, x: self(x.detach())), "bitsandbytes 0.50.2 on AVX512"),
     ("the gradient uses the weight before quantization", wrapped(gradient_of_the_dense_weight)),
     ("the gradient is rounded to bfloat16", around(gradient_in_bfloat16)),
-    ("a dense copy of the weight is trained", wrapped(dense_copy_is_trained)),
+    ("a dense copy of the weight is trained", wrapped(base_is_trained)),
     (
         "absmax is rounded to bfloat16 by an evaluation",
         lambda _: around(bfloat16_scales_after_evaluation)(Linear4bit),
