@@ -52,12 +52,7 @@ def peft_linear(
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
-        r=len(A),
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        target_modules=["0"],
+        r=len(A), lora_alpha=alpha, lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora, target_modules=["0"]
     )
     layer = inject_adapter_in_model(config, nn.Sequential(base(W, b)))[0]
     own = {"lora_magnitude_vector__default__weight": magnitude} if use_dora else {}
@@ -116,14 +111,7 @@ class FromUnsloth(nn.Module):
 
 
 def unsloth_linear(
-    W: Tensor,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
+    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0, use_rslora: bool = False
 ) -> Any:
     import unsloth  # noqa: F401  # before PEFT, which it changes
 
@@ -150,20 +138,12 @@ def litgpt_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 # --- loralib ---
 
 
-def loralib_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
-    return _loralib_linear(W, b, A, B, alpha, dropout)
-
-
-def loralib_unmerged(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
-    return _loralib_linear(W, b, A, B, alpha, dropout, merge_weights=False)
-
-
-def _loralib_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, dropout: float, **options: Any
+def loralib_linear(
+    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0, merges: bool = True
 ) -> Any:
     import loralib
 
-    layer = loralib.Linear(W.shape[1], W.shape[0], len(A), alpha, dropout, bias=b is not None, **options)
+    layer = loralib.Linear(W.shape[1], W.shape[0], len(A), alpha, dropout, bias=b is not None, merge_weights=merges)
     loralib.mark_only_lora_as_trainable(layer)
     return filled(layer.to(W.dtype), weight=W, bias=b, lora_A=A, lora_B=B)
 
@@ -194,13 +174,7 @@ def lora_pytorch_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 # --- torchtune ---
 
 
-def torchtune_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
-    from torchtune.modules.peft import LoRALinear
-
-    return _torchtune_linear(LoRALinear, W, b, A, B, alpha, dropout)
-
-
-def torchtune_dora(
+def torchtune_linear(
     W: Tensor,
     b: Tensor | None,
     A: Tensor,
@@ -208,24 +182,18 @@ def torchtune_dora(
     alpha: float,
     *,
     dropout: float = 0.0,
-    use_dora: bool = True,
+    use_dora: bool = False,
     magnitude: Tensor | None = None,
 ) -> Any:
-    from torchtune.modules.peft import DoRALinear
+    from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
 
-    layer = _torchtune_linear(DoRALinear, W, b, A, torch.zeros_like(B), alpha, dropout)
-    layer.initialize_dora_magnitude()  # as at the start of training, where B = 0
-    return filled(layer, lora_b__weight=B, magnitude=magnitude)
-
-
-def _torchtune_linear(
-    layer_type: Any, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, dropout: float
-) -> Any:
-    from torchtune.modules.peft import get_adapter_params, set_trainable_params
-
+    layer_type = DoRALinear if use_dora else LoRALinear
     layer = layer_type(W.shape[1], W.shape[0], len(A), alpha, dropout, use_bias=b is not None).to(W.dtype)
     set_trainable_params(layer, get_adapter_params(layer))
-    return filled(layer, weight=W, bias=b, lora_a__weight=A, lora_b__weight=B)
+    filled(layer, weight=W, bias=b, lora_a__weight=A, lora_b__weight=torch.zeros_like(B))
+    if use_dora:
+        layer.initialize_dora_magnitude()  # as at the start of training, where B = 0
+    return filled(layer, lora_b__weight=B, magnitude=magnitude)
 
 
 def torchtune_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
@@ -251,9 +219,11 @@ def adapters_linear(
     use_dora: bool = False,
     magnitude: Tensor | None = None,
 ) -> Any:
+    from adapters.composition import Stack
+
     layer = _adapters_layer(W, b)
     _adapters_add(layer, "adapter", A, B, alpha, dropout=dropout, use_dora=use_dora, magnitude=magnitude)
-    layer.adapters_config.active_setup = _parsed("adapter")
+    layer.adapters_config.active_setup = Stack("adapter")
     for parameter in (layer.weight, layer.bias):  # as `train_adapter` of a model does
         if parameter is not None:
             parameter.requires_grad_(False)
@@ -277,12 +247,6 @@ def _adapters_add(layer: Any, name: str, A: Tensor, B: Tensor, alpha: float, **o
     layer.add_adapter(name, 0)
     own = {"m__weight": magnitude} if options.get("use_dora") else {}
     filled(layer.loras[name], lora_A=A, lora_B=B, **own)
-
-
-def _parsed(name: str) -> Any:
-    from adapters.composition import Stack
-
-    return Stack(name)
 
 
 def adapters_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:

@@ -74,28 +74,18 @@ def mlx_linear(
     alpha: float,
     *,
     dropout: float = 0.0,
-) -> Any:
-    from mlx_lm.tuner.lora import LoRALinear
-
-    layer = LoRALinear.from_base(_mlx_base(W, b), len(A), dropout, alpha / len(A))
-    return FromMlx(layer, lora_a=A.T, lora_b=B.T)
-
-
-def mlx_dora(
-    W: Tensor,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-    use_dora: bool = True,
+    use_dora: bool = False,
     magnitude: Tensor | None = None,
 ) -> Any:
     from mlx_lm.tuner.dora import DoRALinear
+    from mlx_lm.tuner.lora import LoRALinear
 
-    layer = DoRALinear.from_base(_mlx_base(W, b), len(A), dropout, alpha / len(A))
-    return FromMlx(layer, lora_a=A.T, lora_b=B.T, m=to_torch(layer.m) if magnitude is None else magnitude)
+    layer_type = DoRALinear if use_dora else LoRALinear
+    layer = layer_type.from_base(_mlx_base(W, b), len(A), dropout, alpha / len(A))
+    own = {"lora_a": A.T, "lora_b": B.T}
+    if use_dora:
+        own["m"] = to_torch(layer.m) if magnitude is None else magnitude
+    return FromMlx(layer, **own)
 
 
 def _mlx_base(W: Tensor, b: Tensor | None) -> Any:
@@ -107,11 +97,7 @@ def _mlx_base(W: Tensor, b: Tensor | None) -> Any:
 
 
 def mlx_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
-    alpha = scale * len(A)
-    if magnitude is None:
-        wrapped = mlx_linear(W, None, A, B, alpha)
-    else:
-        wrapped = mlx_dora(W, None, A, B, alpha, magnitude=magnitude)
+    wrapped = mlx_linear(W, None, A, B, scale * len(A), use_dora=magnitude is not None, magnitude=magnitude)
     wrapped.layer.update({name: to_mlx(getattr(wrapped, name)) for name in wrapped.names})
     return to_torch(wrapped.layer.fuse().weight)
 

@@ -21,8 +21,7 @@ float32_weights = st.builds(
 
 
 def cases(*methods):
-    dtypes = ("float64", "float32", "bfloat16")
-    return adapted_linears(methods=methods, dtypes=dtypes, weights=tuple(w for w in WEIGHT_KINDS if w != "tiny"))
+    return adapted_linears(methods=methods, dtypes=("float64", "float32", "bfloat16"), weights=WEIGHT_KINDS)
 
 
 @many
@@ -53,8 +52,8 @@ def test_of_peft_s_layers(case):
 @many
 @given(float32_weights)
 def test_of_bitsandbytes_nf4(case):
-    from tests.parity.test_nf4_laws import dequantize_flat, quantize
+    from benchmarks.peer_nf4 import bitsandbytes_dequantize_flat, bitsandbytes_quantize
 
     for law in laws("nf4").values():
         if law.name not in ("views", "16-bit"):
-            law.check((quantize, dequantize_flat), case)
+            law.check((bitsandbytes_quantize, bitsandbytes_dequantize_flat), case)

@@ -1,8 +1,10 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis.strategies import floats
 from torch import nn
 
 from minilora.testing import (
@@ -21,7 +23,11 @@ from minilora.testing import (
     parametrize_laws,
 )
 from minilora.testing.bounds import UNITS
+from minilora.testing.compare import as_array, worst
+from minilora.testing.implementations import DoRALayer, LoRALayer
+from minilora.testing.mutants import MUTANTS
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
+from tests.models import randn
 
 DTYPES = tuple(UNITS)
 
@@ -197,3 +203,35 @@ def test_a_float64_result_that_went_through_float32_is_named():
         check_lora_linear(
             lambda W, b, A, B, alpha: Plain(W, b, A.float().double(), (1.1 * B).float().double() / 1.1, alpha)
         )
+
+
+@pytest.mark.parametrize("is_flushed", [False, True])
+def test_a_product_of_denormal_numbers_is_right_whether_they_are_replaced_by_zero_or_not(is_flushed):
+    x, W = randn(1, 3, 33, dtype=torch.float32), 1e-40 * randn(2, 33, 4, dtype=torch.float32)
+    expected = Bounded.exact(as_array(x), "float32") @ Bounded.exact(as_array(W), "float32")
+    assert worst(0 * (x @ W) if is_flushed else x @ W, expected).ratio <= 1
+    assert worst(as_array(1e6 * x @ W), expected).ratio > 1
+
+
+@given(floats(-80, 0))
+def test_an_exponential_may_be_a_power_of_two(v):
+    v = np.float32(v)
+    power = torch.exp2(torch.tensor(v) * torch.tensor(np.log2(np.e), dtype=torch.float32))
+    assert worst(power, Bounded.exact(v, "float32").exp()).ratio <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "mutant", "cause"),
+    [
+        ("lora", "one dropout mask for all rows", "one dropout mask is used for all rows"),
+        ("lora", "dropout is never applied", "dropout is ignored in training"),
+        ("dora", "columns are normalized instead of rows", "each column is divided by its norm"),
+    ],
+)
+def test_a_planted_mistake_is_named_as_what_it_is(kind, mutant, cause):
+    plant = next(each.plant for each in MUTANTS if (each.kind, each.name) == (kind, mutant))
+    planted = plant(LoRALayer if kind == "lora" else DoRALayer)
+    law = "dropout" if "dropout" in mutant else "forward"
+    with pytest.raises(CheckFailure) as caught:
+        laws(kind)[law].check(planted)
+    assert [each.startswith(cause) for each in caught.value.causes] == [True]

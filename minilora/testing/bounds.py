@@ -3,7 +3,8 @@
 An operation rounds its result by at most u times its magnitude, and a sum of k products, in any order, is off by at
 most γ_k = k·u/(1 - k·u) times the sum of their magnitudes  [Higham §3.1]. A `Bounded` carries these bounds along,
 operation by operation: a running error analysis  [Higham §3.3]. u is 2⁻⁵³ in float64, 2⁻²⁴ in float32, 2⁻¹¹ in float16
-and 2⁻⁸ in bfloat16; products of 16-bit numbers are summed in float32 and rounded once.
+and 2⁻⁸ in bfloat16; products of 16-bit numbers are summed in float32 and rounded once. A number below the smallest
+normal one may be replaced by 0, whether it goes in or comes out, as by GPUs, MLX and `torch.set_flush_denormal`.
 
     [Higham]  Higham 2002, Accuracy and Stability of Numerical Algorithms, 2nd edition
 """
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-SMALLEST = {"float64": 5e-324, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}  # subnormal
+SMALLEST = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+# the smallest normal number, and of float16, whose denormal numbers are never replaced, the smallest number
 OWN_UNIT = UNITS["float64"]  # of the value here, which is itself computed
 
 
@@ -38,9 +40,9 @@ class Bounded:
 
     @classmethod
     def exact(cls, value: Any, dtype: str = "float64") -> Bounded:
-        """Return an input: a value that `dtype` represents without an error."""
+        """Return an input: a value that `dtype` represents without an error, or takes for 0."""
         wide = np.asarray(value, dtype=np.float64)
-        return cls(wide, np.zeros_like(wide), dtype)
+        return cls(wide, np.where(abs(wide) < SMALLEST[dtype], abs(wide), 0.0), dtype)
 
     def __add__(self, other: Any) -> Bounded:
         other = self._bounded(other)
@@ -61,11 +63,11 @@ class Bounded:
             return self._rounded(a.value / b.value, (a.error + abs(a.value / b.value) * b.error) / least)
 
     def __matmul__(self, other: Bounded) -> Bounded:
-        """Multiply matrices: sums of k products, in any order."""
-        a, b = self, other
+        """Multiply matrices: sums of k products, in any order. Each product may underflow."""
+        a, b, k = self, other, self.value.shape[-1]
         magnitude = (abs(a.value) + a.error) @ (abs(b.value) + b.error)
-        propagated = abs(a.value) @ b.error + a.error @ (abs(b.value) + b.error)
-        return self._rounded(a.value @ b.value, propagated + self.gamma(a.value.shape[-1]) * magnitude)
+        propagated = abs(a.value) @ b.error + a.error @ (abs(b.value) + b.error) + k * SMALLEST[self._sum_dtype]
+        return self._rounded(a.value @ b.value, propagated + self.gamma(k) * magnitude)
 
     def sqrt(self) -> Bounded:
         """Return √v; its error is at most e/√v."""
@@ -73,9 +75,10 @@ class Bounded:
         return self._rounded(root, self.error / np.maximum(root, np.finfo(np.float64).tiny))
 
     def exp(self) -> Bounded:
-        """Compute eᵛ, right to four units."""
+        """Compute eᵛ, right to four units, or as 2ʷ with w = v·log₂e, which is rounded."""
         value = np.exp(self.value)
-        return self._rounded(value, value * (np.expm1(self.error) + 4 * self._unit))
+        units = 4 * self._unit + 2 * UNITS[self._sum_dtype] * abs(self.value)
+        return self._rounded(value, value * (np.expm1(self.error) + units))
 
     def total(self) -> Bounded:
         """Return the sum of all numbers, in any order, where each partial sum is rounded to `dtype`."""
@@ -90,12 +93,14 @@ class Bounded:
         return (squares @ ones).sqrt()
 
     def log_sum_exp(self) -> Bounded:
-        """Return log Σ exp(v) of each row, where exp and log are right to four units."""
+        """Return log Σ exp(v) of each row, where exp is as above and log right to four units."""
         most = self.value.max(-1, keepdims=True)
-        terms = np.exp(self.value - most)
+        distance = abs(self.value - most)
+        terms = np.exp(-distance)
         total = terms.sum(-1)
         units = 4 * self._unit + self.gamma(self.value.shape[-1])
-        error = (terms * (self.error + units + self._unit * abs(self.value - most))).sum(-1) / total
+        slopes = self._unit + 2 * UNITS[self._sum_dtype]  # of the subtraction, and of exp
+        error = (terms * (self.error + units + slopes * distance)).sum(-1) / total
         return self._rounded(np.log(total) + most[..., 0], error + 4 * self._unit * abs(np.log(total)))
 
     def __getitem__(self, index: Any) -> Bounded:
@@ -114,8 +119,12 @@ class Bounded:
 
     def gamma(self, k: int) -> float:
         """Return γ_k of a sum of k products, with this dtype's accumulation and float64's of the value here."""
-        ku = k * (min(self._unit, UNITS["float32"]) + OWN_UNIT)
+        ku = k * (UNITS[self._sum_dtype] + OWN_UNIT)
         return ku / (1 - ku)
+
+    @property
+    def _sum_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
 
     @property
     def _unit(self) -> float:

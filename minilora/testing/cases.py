@@ -195,8 +195,8 @@ class AdaptedLinear:
 
 
 def scaled(a: Bounded, b: Bounded, scale: float) -> Bounded:
-    """Return scale·a b, wherever the scale is multiplied."""
-    return (a @ b * scale).widened((a * scale) @ b, a @ (b * scale))
+    """Return scale·a b, wherever the scale is multiplied: by one number, or by α and then by 1/r."""
+    return (a @ b * scale * 1).widened((a * scale * 1) @ b, a @ (b * scale * 1))
 
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply

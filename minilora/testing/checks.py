@@ -75,7 +75,7 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
     A law that is about an option which the implementation does not take is left out.
 
     Raises:
-        CheckFailure: the first law that is broken.
+        CheckFailure: the first law that is broken; likewise in every check below.
     """
     __tracebackhide__ = True
     reports = []
@@ -94,9 +94,6 @@ def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) 
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
             takes `dropout` or `use_rslora`, too, those are passed. It may hold A and B, or parameters equal to them.
         use_rslora: check the scale of rsLoRA.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check(make_layer, "rslora" if use_rslora else "lora")
@@ -107,9 +104,6 @@ def check_dora_linear(make_layer: Callable[..., Any]) -> list[Report]:
 
     Args:
         make_layer: as for `check_lora_linear`. `magnitude` (out) is passed if it takes one; otherwise it is ‖W‖.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check(make_layer, "dora")
@@ -139,9 +133,6 @@ def check_nf4(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> l
     Args:
         quantize: (W, block_size) -> packed uint8 (⌈n/2⌉), absmax float32 (⌈n/block_size⌉).
         dequantize: (packed, absmax, shape, block_size) -> W in float32.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check((quantize, dequantize), "nf4")
@@ -153,9 +144,6 @@ def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., A
     Args:
         quantize: (absmax) -> codes uint8 (b), scales (⌈b/256⌉), offset.
         dequantize: (codes, scales, offset) -> absmax (b).
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check((quantize, dequantize), "double_quant")
@@ -167,9 +155,6 @@ def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
     Args:
         make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
             `double_quant`, False and True are passed.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check(make_layer, "linear4bit")
@@ -180,9 +165,6 @@ def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
 
     Args:
         loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check(loss_fn, "loss_masking")
@@ -194,9 +176,6 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
     Args:
         step_fn: (W (V, D), [(x (B, T, D), labels (B, T)), …]) -> dW, the gradient of one optimizer step over all of the
             micro-batches, where the model's logits are x Wᵀ.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check(step_fn, "accumulation")
@@ -209,9 +188,6 @@ def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
             rendered text when they are joined, and whether each is learned. It is called with other words in place of
             the contents, too, by which the contents are found. A template may strip white space around a content.
-
-    Raises:
-        CheckFailure: the first law that is broken.
     """
     __tracebackhide__ = True
     return check(render, "chat_mask")
@@ -223,8 +199,7 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
     Args:
         path: the directory of `adapter_config.json` and `adapter_model.safetensors`.
 
-    Raises:
-        CheckFailure: the first law that is broken; it names file, key, what was found and what is accepted.
+    A failure names file, key, what was found and what is accepted.
     """
     __tracebackhide__ = True
     return check(path, "adapter_directory")

@@ -25,9 +25,7 @@ LossFn = Callable[[Tensor, Tensor], Any]
 
 
 def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    result = loss_fn(*tensors(case))
-    case = computed(case, result)
-    yield Comparison("the loss", result, case.loss, case.wrong_losses)
+    yield same(loss_fn, case, case, "the loss")
 
 
 def tensors(case: MaskedLogits) -> tuple[Tensor, Tensor]:
@@ -74,16 +72,18 @@ def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     logits = case.logits.copy()
     logits[:, -1] = other(case)[:, -1]
     changed = case.changed(tuple(f"x{row[1:]}" for row in case.rows), logits=logits)
+    yield same(loss_fn, changed, case, "the loss with other last logits and first labels")
+
+
+def same(loss_fn: LossFn, changed: MaskedLogits, case: MaskedLogits, what: str) -> Comparison:
+    """Compare the loss of a changed case with the right one of the case itself."""
     actual = loss_fn(*tensors(changed))
-    right = computed(case, actual).loss
-    yield Comparison("the loss with other last logits and first labels", actual, right, changed.wrong_losses)
+    return Comparison(what, actual, computed(case, actual).loss, computed(changed, actual).wrong_losses)
 
 
 def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     changed = case.changed(logits=np.where(case.is_predicted[..., None], case.logits, other(case)))
-    actual = loss_fn(*tensors(changed))
-    right = computed(case, actual).loss
-    yield Comparison("the loss with other logits where no label follows", actual, right, changed.wrong_losses)
+    yield same(loss_fn, changed, case, "the loss with other logits where no label follows")
     with suppress(NotApplicable):
         yield from gradient(loss_fn, changed)
 
@@ -99,12 +99,9 @@ def padding(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     for name, own in case.arrays.items():
         arrays[name] = wide.arrays[name].copy()
         arrays[name][:, : own.shape[1]] = own
-    padded = case.changed(wide.rows, **arrays)
-    actual = loss_fn(*tensors(padded))
-    yield Comparison("the loss of padded rows", actual, computed(case, actual).loss, padded.wrong_losses)
+    yield same(loss_fn, case.changed(wide.rows, **arrays), case, "the loss of padded rows")
     turned = case.changed(case.rows[::-1], **{name: own[::-1].copy() for name, own in case.arrays.items()})
-    actual = loss_fn(*tensors(turned))
-    yield Comparison("the loss of rows in another order", actual, computed(case, actual).loss, turned.wrong_losses)
+    yield same(loss_fn, turned, case, "the loss of rows in another order")
 
 
 def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Claim]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from minilora.testing.bounds import Array
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
-from minilora.testing.lora_laws import set_mode
+from minilora.testing.lora_laws import backward, set_mode
 from minilora.testing.nf4_cases import QuantizedLinear
 from minilora.testing.nf4_laws import tensor
 from minilora.testing.nf4_mistakes import wrong_linears, wrong_weights
@@ -32,38 +32,28 @@ def build(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
     return make(given["W"], given.get("b"), **options), given
 
 
-def outputs(case: QuantizedLinear, x: Array) -> Callable[[], dict[str, Array]]:
-    """Return a function that computes known wrong outputs by their mistake."""
-    return lambda: {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
+def output(make: Make, case: QuantizedLinear, x: Array, what: str) -> Comparison:
+    """Compare what a layer makes of x."""
+    layer, _ = build(make, case)
+
+    def mistakes() -> dict[str, Array]:
+        return {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
+
+    return Comparison(what, layer(tensor(x, case.dtype)), case.output(x), mistakes)
 
 
 def forward(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
-    yield Comparison("y", layer(tensor(case.x, case.dtype)), case.output(case.x), outputs(case, case.x))
+    yield output(make, case, case.x, "y")
 
 
 def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
-    x = np.eye(case.inner)
-    y = layer(tensor(x, case.dtype))
-    yield Comparison("layer(1), the weight that is applied", y, case.output(x), outputs(case, x))
-
-
-def backward(layer: Any, case: QuantizedLinear) -> Tensor:
-    """Run a forward and a backward pass of Σ dy·y, and return x."""
-    if hasattr(layer, "is_numpy"):
-        raise NotApplicable("the layer computes in numpy: it has no gradients")
-    x = tensor(case.x, case.dtype).requires_grad_()
-    y = layer(x)
-    if not y.requires_grad:
-        raise AssertionError("the layer's output has no gradient")
-    y.backward(tensor(case.dy, case.dtype).to(y.dtype))
-    return x
+    yield output(make, case, np.eye(case.inner), "layer(1), the weight that is applied")
 
 
 def gradients(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     layer, _ = build(make, case)
-    x = backward(layer, case)
+    x = tensor(case.x, case.dtype).requires_grad_()
+    backward(layer, x, tensor(case.dy, case.dtype))
     actual = torch.zeros_like(x) if x.grad is None else x.grad
 
     def mistakes() -> dict[str, Array]:
@@ -86,7 +76,8 @@ def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
         if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b.dtype), b)
     }
     before = {name: as_array(each.data).copy() for name, each in kept.items()}
-    x = backward(layer, case)
+    x = tensor(case.x, case.dtype).requires_grad_()
+    backward(layer, x, tensor(case.dy, case.dtype))
     for name, each in kept.items():
         yield Comparison(f"the gradient of {name}", 0.0 if each.grad is None else 1.0, np.asarray(0.0))
         if each.grad is not None:

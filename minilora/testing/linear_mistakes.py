@@ -81,8 +81,9 @@ def _wrong_magnitudes(case: AdaptedLinear, V: Array, b: Array) -> dict[str, tupl
         "only the base is multiplied by m/‖W + ΔW‖": (c * W + s * B @ A, b),
         "the base is added once more": (c * V + W, b),
     }
+    columns = np.sqrt((V * V).sum(0))
+    found["each column is divided by its norm (dim=0) instead of each row"] = (m[:, None] * V / columns, b)
     if case.inner == case.outer:
-        columns = np.sqrt((V * V).sum(0))
         found["the norm is taken over the columns (dim=0)"] = ((m / columns)[:, None] * V, b)
         found["columns are scaled instead of rows"] = (V * (m / columns), b)
     return found

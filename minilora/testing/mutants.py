@@ -29,8 +29,8 @@ class Mutant:
 
     name: str
     kind: str
-    source: str  # where it was seen, a thread as owner/name#number or a library; or nothing
     plant: Plant
+    source: str = ""  # where it was seen, a thread as owner/name#number or a library; or nothing
 
 
 TABLES = {
@@ -46,4 +46,4 @@ TABLES = {
     "chat_mask": CHAT_MASK,
     "adapter_directory": ADAPTER_DIRECTORY,
 }
-MUTANTS = tuple(Mutant(name, kind, source, plant) for kind, table in TABLES.items() for name, source, plant in table)
+MUTANTS = tuple(Mutant(name, kind, *rest) for kind, table in TABLES.items() for name, *rest in table)

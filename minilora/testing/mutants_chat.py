@@ -94,32 +94,27 @@ def kept_by_length(render: Any) -> Any:
 
 
 CHAT_MASK: Table = [
-    ("all tokens are learned", "", masked(lambda tokens, mask: [True] * len(mask))),
-    ("labels and prompts are exchanged", "", masked(lambda tokens, mask: [not is_label for is_label in mask])),
-    (
-        "all after the first reply's begin is learned",
-        "",
-        spans(lambda s: [(s[0][0], 2**31)] if s else s),
-    ),
-    ("only the last reply is learned", "", spans(lambda s: s[-1:])),
-    ("only the first reply is learned", "", spans(lambda s: s[:1])),
-    ("the second of two replies in a row is not learned", "huggingface/trl#3224", wrapped(second_of_two_replies)),
-    ("the end token is not learned", "verl-project/verl#535", spans(lambda s: [(begin, end - 1) for begin, end in s])),
-    ("all end tokens are learned", "", masked(all_end_tokens)),
-    ("the token after the end token is learned", "", spans(lambda s: [(begin, end + 1) for begin, end in s])),
-    ("the token before a reply is learned", "", spans(lambda s: [(begin - 1, end) for begin, end in s])),
-    ("the first token of a reply is not learned", "", spans(lambda s: [(begin + 1, end) for begin, end in s])),
-    ("the mask is one token late", "zai-org/ChatGLM3#184", masked(lambda tokens, mask: [False, *mask[:-1]])),
+    ("all tokens are learned", masked(lambda tokens, mask: [True] * len(mask))),
+    ("labels and prompts are exchanged", masked(lambda tokens, mask: [not is_label for is_label in mask])),
+    ("all after the first reply's begin is learned", spans(lambda s: [(s[0][0], 2**31)] if s else s)),
+    ("only the last reply is learned", spans(lambda s: s[-1:])),
+    ("only the first reply is learned", spans(lambda s: s[:1])),
+    ("the second of two replies in a row is not learned", wrapped(second_of_two_replies), "huggingface/trl#3224"),
+    ("the end token is not learned", spans(lambda s: [(begin, end - 1) for begin, end in s]), "verl-project/verl#535"),
+    ("all end tokens are learned", masked(all_end_tokens)),
+    ("the token after the end token is learned", spans(lambda s: [(begin, end + 1) for begin, end in s])),
+    ("the token before a reply is learned", spans(lambda s: [(begin - 1, end) for begin, end in s])),
+    ("the first token of a reply is not learned", spans(lambda s: [(begin + 1, end) for begin, end in s])),
+    ("the mask is one token late", masked(lambda tokens, mask: [False, *mask[:-1]]), "zai-org/ChatGLM3#184"),
     (
         "the end token of an empty reply is not learned",
-        "",
         spans(lambda s: [(begin, end) for begin, end in s if end > begin + 1]),
     ),
-    ("a reply is found by its text, in the question, too", "", masked(found_by_its_text)),
-    ("the last reply has no end token", "", wrapped(no_last_end)),
-    ("the system message is learned", "", wrapped(system_is_learned)),
-    ("the caller's messages lose the system message", "", wrapped(system_is_taken_out)),
-    ("a conversation as long as one before gets its tokens", "", kept_by_length),
+    ("a reply is found by its text, in the question, too", masked(found_by_its_text)),
+    ("the last reply has no end token", wrapped(no_last_end)),
+    ("the system message is learned", wrapped(system_is_learned)),
+    ("the caller's messages lose the system message", wrapped(system_is_taken_out)),
+    ("a conversation as long as one before gets its tokens", kept_by_length),
 ]
 
 
@@ -163,23 +158,22 @@ def other_rank(files: Files) -> Files:
 
 
 ADAPTER_DIRECTORY: Table = [
-    ("lora_A and lora_B are exchanged", "", tensors(lambda name, array: (exchanged(name), array))),
-    ("lora_A is stored transposed", "", tensors(lambda name, array: (name, array.T if "lora_A" in name else array))),
-    ("r of the config is not that of the tensors", "", other_rank),
-    ("rank_pattern is missing", "", config(rank_pattern=None)),
-    ("lora_alpha is missing", "", config(lora_alpha=None)),
+    ("lora_A and lora_B are exchanged", tensors(lambda name, array: (exchanged(name), array))),
+    ("lora_A is stored transposed", tensors(lambda name, array: (name, array.T if "lora_A" in name else array))),
+    ("r of the config is not that of the tensors", other_rank),
+    ("rank_pattern is missing", config(rank_pattern=None)),
+    ("lora_alpha is missing", config(lora_alpha=None)),
     (
         "a lora_B is missing",
-        "",
         tensors(lambda name, array: None if name.endswith("v_proj.lora_B.weight") else (name, array)),
     ),
-    ("numbers are NaN", "", tensors(one_nan)),
+    ("numbers are NaN", tensors(one_nan)),
     (
         "names lack base_model.model.",
-        "vllm-project/vllm#34186",
         tensors(lambda name, array: (name.removeprefix("base_model.model."), array)),
+        "vllm-project/vllm#34186",
     ),
-    ("use_dora without a magnitude", "", config(use_dora=True)),
-    ("a target module has no tensors", "", config(target_modules=["q_proj", "v_proj", "k_proj"])),
-    ("peft_type is missing", "", config(peft_type=None)),
+    ("use_dora without a magnitude", config(use_dora=True)),
+    ("a target module has no tensors", config(target_modules=["q_proj", "v_proj", "k_proj"])),
+    ("peft_type is missing", config(peft_type=None)),
 ]

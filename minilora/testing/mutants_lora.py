@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minilora.testing.implementations import LoRALayer
 
 Plant = Callable[[Any], Any]  # takes a correct callable and returns one with a mistake
-Table = list[tuple[str, str, Plant]]  # name, source, plant
+Table = list[tuple[str, Plant] | tuple[str, Plant, str]]  # name, plant, where it was seen
 
 
 class Around(nn.Module):
@@ -49,6 +49,11 @@ def around(rule: Callable[[Any, Tensor], Tensor]) -> Plant:
 def given(change: Callable[..., tuple[Any, ...]]) -> Plant:
     """Plant other arguments: `change(W, b, A, B, alpha)` returns those that a correct `make_layer` is given."""
     return wrapped(lambda make, *args, **o: make(*change(*args), **o))
+
+
+def alpha_is(change: Callable[[float, int], float]) -> Plant:
+    """Plant another alpha: `change(alpha, r)`."""
+    return given(lambda W, b, A, B, alpha: (W, b, A, B, change(alpha, len(A))))
 
 
 def without(option: str) -> Plant:
@@ -128,10 +133,6 @@ def whole_tiles_of_4_rows(self: LoRALayer, x: Tensor) -> Tensor:
     return branch(self, (rows * covered[:, None]).view_as(x))
 
 
-def even_number_of_outputs(self: LoRALayer, x: Tensor) -> Tensor:
-    return branch(self, x) * (torch.arange(len(self.B)) < len(self.B) // 2 * 2)
-
-
 def in_bfloat16(self: LoRALayer, x: Tensor) -> Tensor:
     h = F.linear(x.bfloat16(), self.A.bfloat16())
     return (self.scale * F.linear(h, self.B.bfloat16())).to(x.dtype)
@@ -188,90 +189,75 @@ def merged_again(_: Any) -> Any:
 
 LORA: Table = [
     # the scale
-    ("alpha * r instead of alpha / r", "", given(lambda W, b, A, B, alpha: (W, b, A, B, alpha * len(A) ** 2))),
-    (
-        "alpha instead of alpha / r",
-        "Blaizzy/mlx-vlm#845",
-        given(lambda W, b, A, B, alpha: (W, b, A, B, alpha * len(A))),
-    ),
-    ("alpha is ignored", "", given(lambda W, b, A, B, alpha: (W, b, A, B, len(A)))),
-    ("the scale is applied twice", "", given(lambda W, b, A, B, alpha: (W, b, A, B, alpha * alpha / len(A)))),
-    ("alpha is cut to an integer", "", given(lambda W, b, A, B, alpha: (W, b, A, B, int(alpha)))),
-    ("alpha // r instead of alpha / r", "", given(lambda W, b, A, B, alpha: (W, b, A, B, alpha // len(A) * len(A)))),
-    ("use_rslora is ignored", "NVIDIA/TensorRT-LLM#1668", without("use_rslora")),
-    ("alpha / sqrt(r) without use_rslora", "", wrapped(always_rslora)),
+    ("alpha * r instead of alpha / r", alpha_is(lambda alpha, r: alpha * r * r)),
+    ("alpha instead of alpha / r", alpha_is(lambda alpha, r: alpha * r), "Blaizzy/mlx-vlm#845"),
+    ("alpha is ignored", alpha_is(lambda alpha, r: r)),
+    ("the scale is applied twice", alpha_is(lambda alpha, r: alpha * alpha / r)),
+    ("alpha // r instead of alpha / r", alpha_is(lambda alpha, r: alpha // r * r)),
+    ("use_rslora is ignored", without("use_rslora"), "NVIDIA/TensorRT-LLM#1668"),
+    ("alpha / sqrt(r) without use_rslora", wrapped(always_rslora)),
     # dropout
-    ("dropout is never applied", "meta-pytorch/torchtune#996", without("dropout")),
+    ("dropout is never applied", without("dropout"), "meta-pytorch/torchtune#996"),
     (
         "dropout in evaluation, too",
-        "karpathy/nanoGPT#240",
         lora(lambda self, x: base(self, x) + branch(self, F.dropout(x, self.p))),
+        "karpathy/nanoGPT#240",
     ),
-    (
-        "dropout on the input of the base, too",
-        "",
-        lora(lambda self, x: plain(self, drop(self, x))),
-    ),
+    ("dropout on the input of the base, too", lora(lambda self, x: plain(self, drop(self, x)))),
     (
         "dropout without the factor 1 / (1 - p)",
-        "",
         adapter(lambda self, x: branch(self, x) * (1 - self.p if self.training else 1)),
     ),
     (
         "the adapter is multiplied by 1 - p in evaluation",
-        "ooples/AiDotNet#256",
         adapter(lambda self, x: branch(self, x) * (1 if self.training else 1 - self.p)),
+        "ooples/AiDotNet#256",
     ),
-    ("p is the probability to keep", "", wrapped(probability_to_keep)),
+    ("p is the probability to keep", wrapped(probability_to_keep)),
     (
         "one dropout mask for all rows",
-        "",
         lora(lambda self, x: base(self, x) + branch(self, x * drop(self, x.new_ones(x.shape[-1])))),
     ),
     (
         "dropout changes the input in place",
-        "",
         lora(lambda self, x: base(self, x) + branch(self, F.dropout(x, self.p, self.training, inplace=True))),
     ),
-    ("dropout stays off after the first evaluation", "NVIDIA/Megatron-LM#411", lora(dropout_off_for_good)),
+    ("dropout stays off after the first evaluation", lora(dropout_off_for_good), "NVIDIA/Megatron-LM#411"),
     # the base
-    ("the bias is lost", "", given(lambda W, b, A, B, alpha: (W, None, A, B, alpha))),
-    ("the bias is added twice", "", given(lambda W, b, A, B, alpha: (W, b if b is None else 2 * b, A, B, alpha))),
-    ("a base without a bias fails", "", given(lambda W, b, A, B, alpha: (W, b.clone(), A, B, alpha))),
-    ("a square weight is transposed", "", given(lambda W, b, A, B, alpha: (transposed_if_square(W), b, A, B, alpha))),
-    ("the base weight is trained, too", "", wrapped(base_is_trained)),
+    ("the bias is lost", given(lambda W, b, A, B, alpha: (W, None, A, B, alpha))),
+    ("the bias is added twice", given(lambda W, b, A, B, alpha: (W, b if b is None else 2 * b, A, B, alpha))),
+    ("a base without a bias fails", given(lambda W, b, A, B, alpha: (W, b.clone(), A, B, alpha))),
+    ("a square weight is transposed", given(lambda W, b, A, B, alpha: (transposed_if_square(W), b, A, B, alpha))),
+    ("the base weight is trained, too", wrapped(base_is_trained)),
     # the product of A and B
-    ("the given B is replaced by zeros", "", given(lambda W, b, A, B, alpha: (W, b, A, torch.zeros_like(B), alpha))),
+    ("the given B is replaced by zeros", given(lambda W, b, A, B, alpha: (W, b, A, torch.zeros_like(B), alpha))),
     (
         "A is reshaped instead of transposed",
-        "",
         adapter(lambda self, x: self.scale * x @ self.A.reshape(-1, len(self.A)) @ self.B.T),
     ),
     (
         "B A is transposed when it is square",
-        "microsoft/LoRA#61",
         adapter(lambda self, x: self.scale * F.linear(x, transposed_if_square(self.B @ self.A))),
+        "microsoft/LoRA#61",
     ),
-    ("a ReLU between A and B", "", adapter(lambda self, x: self.scale * F.linear(F.linear(x, self.A).relu(), self.B))),
-    ("the adapter is computed in bfloat16", "", adapter(in_bfloat16)),
+    ("a ReLU between A and B", adapter(lambda self, x: self.scale * F.linear(F.linear(x, self.A).relu(), self.B))),
+    ("the adapter is computed in bfloat16", adapter(in_bfloat16)),
     # only some shapes
-    ("ranks above the number of features are ignored", "", adapter(first_ranks)),
-    ("rows and tokens of the adapter's input are exchanged", "", adapter(tokens_and_rows_exchanged)),
-    ("a vector comes back as a matrix of one row", "", around(lambda self, x: self(torch.atleast_2d(x)))),
-    ("rows past a multiple of 4 get no adapter", "", adapter(whole_tiles_of_4_rows)),
-    ("the last of an odd number of outputs gets no adapter", "", adapter(even_number_of_outputs)),
+    ("ranks above the number of features are ignored", adapter(first_ranks)),
+    ("rows and tokens of the adapter's input are exchanged", adapter(tokens_and_rows_exchanged)),
+    ("a vector comes back as a matrix of one row", around(lambda self, x: self(torch.atleast_2d(x)))),
+    ("rows past a multiple of 4 get no adapter", adapter(whole_tiles_of_4_rows)),
     # gradients
-    ("A gets no gradient", "", adapter(lambda self, x: self.scale * F.linear(F.linear(x, self.A.detach()), self.B))),
-    ("the gradient of B lacks the scale", "", adapter(one_gradient_unscaled)),
-    ("the gradient of A is a mean over rows", "", adapter(one_gradient_averaged)),
-    ("the input gets no gradient from the adapter", "", adapter(lambda self, x: branch(self, x.detach()))),
+    ("A gets no gradient", adapter(lambda self, x: self.scale * F.linear(F.linear(x, self.A.detach()), self.B))),
+    ("the gradient of B lacks the scale", adapter(one_gradient_unscaled)),
+    ("the gradient of A is a mean over rows", adapter(one_gradient_averaged)),
+    ("the input gets no gradient from the adapter", adapter(lambda self, x: branch(self, x.detach()))),
     (
         "the input gets no gradient from the base",
-        "",
         lora(lambda self, x: base(self, x.detach()) + branch(self, drop(self, x))),
     ),
     # state
-    ("the adapter is merged into the caller's weight", "", wrapped(merged_into_the_callers_weight)),
-    ("the weight merged in the first evaluation is kept", "", lora(merged_in_the_first_evaluation)),
-    ("each call of eval merges again", "Baijiong-Lin/LoRA-Torch#10", merged_again),
+    ("the adapter is merged into the caller's weight", wrapped(merged_into_the_callers_weight)),
+    ("the weight merged in the first evaluation is kept", lora(merged_in_the_first_evaluation)),
+    ("each call of eval merges again", merged_again, "Baijiong-Lin/LoRA-Torch#10"),
 ]

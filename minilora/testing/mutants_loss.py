@@ -73,47 +73,44 @@ def labels_overwritten(loss: Any, logits: Tensor, labels: Tensor) -> Tensor:
 
 LOSS_MASKING: Table = [
     # the shift
-    ("labels are not shifted", "", wrapped(not_shifted)),
+    ("labels are not shifted", wrapped(not_shifted)),
     (
         "labels are shifted twice",
-        "wdndev/tiny-llm-zh#10",
         labelled(lambda labels: torch.cat([labels[:, 1:], column(labels)], 1)),
+        "wdndev/tiny-llm-zh#10",
     ),
-    ("labels are shifted the wrong way", "", wrapped(shifted_back)),
+    ("labels are shifted the wrong way", wrapped(shifted_back)),
     (
         "the end of a row predicts the start of the next",
-        "",
         wrapped(lambda loss, logits, labels: loss(logits.flatten(0, 1)[None], labels.flatten()[None])),
     ),
-    ("the first label of a row is not learned", "NVIDIA-NeMo/Speech#6409", labelled(first_label_lost)),
-    ("the last label of a row is not learned", "", labelled(last_label_lost)),
+    ("the first label of a row is not learned", labelled(first_label_lost), "NVIDIA-NeMo/Speech#6409"),
+    ("the last label of a row is not learned", labelled(last_label_lost)),
     # which tokens
-    ("masked tokens are learned as token 0", "", labelled(lambda labels: labels.clamp(min=0))),
+    ("masked tokens are learned as token 0", labelled(lambda labels: labels.clamp(min=0))),
     (
         "token 0 is taken for padding",
-        "NVIDIA-NeMo/Megatron-Bridge#4660",
         labelled(lambda labels: labels.masked_fill(labels == 0, IGNORE)),
+        "NVIDIA-NeMo/Megatron-Bridge#4660",
     ),
     # the denominator
-    ("divided by all tokens, masked or not", "", times(lambda labels: count(labels) / labels[:, 1:].numel())),
-    ("divided by labels counted before the shift", "", times(lambda labels: count(labels) / (labels != IGNORE).sum())),
-    ("the mean of the rows' means", "", wrapped(mean_of_rows)),
-    ("a sum instead of a mean", "", times(count)),
+    ("divided by all tokens, masked or not", times(lambda labels: count(labels) / labels[:, 1:].numel())),
+    ("divided by labels counted before the shift", times(lambda labels: count(labels) / (labels != IGNORE).sum())),
+    ("the mean of the rows' means", wrapped(mean_of_rows)),
+    ("a sum instead of a mean", times(count)),
     (
         "a row without labels makes NaN",
-        "",
         times(lambda labels: torch.stack([count(row[None]) / count(row[None]) for row in labels]).mean()),
     ),
     # the loss of a token
-    ("softmax before the cross entropy", "", wrapped(lambda loss, logits, labels: loss(logits.softmax(-1), labels))),
-    ("exp without subtracting the maximum", "", wrapped(without_the_maximum)),
+    ("softmax before the cross entropy", wrapped(lambda loss, logits, labels: loss(logits.softmax(-1), labels))),
+    ("exp without subtracting the maximum", wrapped(without_the_maximum)),
     (
         "logits are rounded to bfloat16",
-        "",
         wrapped(lambda loss, logits, labels: loss(logits.bfloat16().to(logits.dtype), labels)),
     ),
-    ("the gradient is that of the sum", "", wrapped(gradient_of_the_sum)),
-    ("the caller's labels are changed", "", wrapped(labels_overwritten)),
+    ("the gradient is that of the sum", wrapped(gradient_of_the_sum)),
+    ("the caller's labels are changed", wrapped(labels_overwritten)),
 ]
 
 
@@ -180,25 +177,24 @@ def weight_changed(step: Any, W: Tensor, micro_batches: Batches) -> Tensor:
 
 
 ACCUMULATION: Table = [
-    ("the mean of the micro-batches' means", "huggingface/transformers#34191", one_by_one(lambda x, labels: 1)),
-    ("the sum of the micro-batches' means", "", one_by_one(lambda x, labels: 1, total=lambda weights: 1)),
-    ("micro-batches are weighted by rows", "mosaicml/composer#3273", one_by_one(lambda x, labels: len(x))),
-    ("micro-batches are weighted by tokens, masked or not", "", one_by_one(lambda x, labels: labels.numel())),
-    ("labels are counted before the shift", "", wrapped(counted_before_the_shift)),
+    ("the mean of the micro-batches' means", one_by_one(lambda x, labels: 1), "huggingface/transformers#34191"),
+    ("the sum of the micro-batches' means", one_by_one(lambda x, labels: 1, total=lambda weights: 1)),
+    ("micro-batches are weighted by rows", one_by_one(lambda x, labels: len(x)), "mosaicml/composer#3273"),
+    ("micro-batches are weighted by tokens, masked or not", one_by_one(lambda x, labels: labels.numel())),
+    ("labels are counted before the shift", wrapped(counted_before_the_shift)),
     (
         "all micro-batches are divided by the labels of the first",
-        "",
         one_by_one(lambda x, labels: count(labels), total=lambda weights: weights[0] * len(weights)),
     ),
-    ("only the last micro-batch counts", "", wrapped(lambda step, W, batches: step(W, batches[-1:]))),
+    ("only the last micro-batch counts", wrapped(lambda step, W, batches: step(W, batches[-1:]))),
     (
         "the last of an odd number of micro-batches is left out",
-        "ml-explore/mlx-lm#1413",
         wrapped(lambda step, W, batches: step(W, batches[: len(batches) // 2 * 2] or batches)),
+        "ml-explore/mlx-lm#1413",
     ),
-    ("a micro-batch without labels makes NaN", "", wrapped(nan_without_labels)),
-    ("each micro-batch is clipped to norm 1", "", wrapped(clipped_each)),
-    ("the weight is stepped after each micro-batch", "", wrapped(stepped_each)),
-    ("the gradient of the call before is still there", "", never_zeroed),
-    ("the caller's weight is changed", "", wrapped(weight_changed)),
+    ("a micro-batch without labels makes NaN", wrapped(nan_without_labels)),
+    ("each micro-batch is clipped to norm 1", wrapped(clipped_each)),
+    ("the weight is stepped after each micro-batch", wrapped(stepped_each)),
+    ("the gradient of the call before is still there", never_zeroed),
+    ("the caller's weight is changed", wrapped(weight_changed)),
 ]

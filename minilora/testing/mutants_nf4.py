@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.testing.implementations import DYNAMIC_MAP, LEVELS, SMALLEST, Linear4bit, pack, unpack
-from minilora.testing.mutants_lora import Around, Plant, Table, around, wrapped
+from minilora.testing.mutants_lora import Around, Plant, Table, around, base_is_trained, transposed_if_square, wrapped
 
 
 def pair(quantize: Callable[..., Any] | None = None, dequantize: Callable[..., Any] | None = None) -> Plant:
@@ -51,28 +51,30 @@ def even_levels(_: Any, packed: Tensor, absmax: Tensor, shape: Sequence[int], bl
     return (levels * absmax.repeat_interleave(block_size)[: len(levels)]).view(*shape)
 
 
-def with_absmax(quantize: Any, W: Tensor, block_size: int, change: Callable[[Tensor], Tensor]) -> Any:
-    packed, absmax = quantize(W, block_size)
-    return packed, change(absmax)
+def stored(
+    packed: Callable[[Tensor], Tensor] = lambda packed: packed,
+    absmax: Callable[[Tensor], Tensor] = lambda absmax: absmax,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a `quantize` that stores other bytes or another absmax."""
+
+    def changed(quantize: Any, W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        bytes_, largest = quantize(W, block_size)
+        return packed(bytes_), absmax(largest)
+
+    return changed
 
 
 def halves_exchanged(packed: Tensor) -> Tensor:
     return packed << 4 | packed >> 4
 
 
-def quantize_low_half_first(quantize: Any, W: Tensor, block_size: int) -> Any:
-    packed, absmax = quantize(W, block_size)
-    return halves_exchanged(packed), absmax
-
-
 def dequantize_low_half_first(dequantize: Any, packed: Tensor, *args: Any) -> Tensor:
     return dequantize(halves_exchanged(packed), *args)
 
 
-def quantize_in_two_halves(quantize: Any, W: Tensor, block_size: int) -> Any:
-    packed, absmax = quantize(W, block_size)
+def in_two_halves(packed: Tensor) -> Tensor:
     codes = unpack(packed)
-    return (codes[: len(packed)] << 4 | codes[len(packed) :]).to(torch.uint8), absmax
+    return (codes[: len(packed)] << 4 | codes[len(packed) :]).to(torch.uint8)
 
 
 def dequantize_in_two_halves(dequantize: Any, packed: Tensor, *args: Any) -> Tensor:
@@ -139,61 +141,44 @@ def in_order_of_memory(quantize: Any, W: Tensor, block_size: int) -> Any:
 
 NF4: Table = [
     # the layout
-    ("low half first", "", pair(quantize_low_half_first, dequantize_low_half_first)),
-    ("dequantize reads the low half first", "", pair(dequantize=dequantize_low_half_first)),
+    ("low half first", pair(stored(halves_exchanged), dequantize_low_half_first)),
+    ("dequantize reads the low half first", pair(dequantize=dequantize_low_half_first)),
     (
         "first half of the codes in the high halves",
+        pair(stored(in_two_halves), dequantize_in_two_halves),
         "kekzl/imp#567",
-        pair(quantize_in_two_halves, dequantize_in_two_halves),
     ),
-    ("blocks begin anew in each row", "", pair(rows_one_by_one, rows_put_together)),
-    (
-        "blocks run down the columns",
-        "",
-        pair(lambda quantize, W, block_size: quantize(W.T, block_size), down_the_columns),
-    ),
-    ("a transposed weight is read in the order of memory", "", pair(in_order_of_memory)),
+    ("blocks begin anew in each row", pair(rows_one_by_one, rows_put_together)),
+    ("blocks run down the columns", pair(lambda quantize, W, block_size: quantize(W.T, block_size), down_the_columns)),
+    ("a transposed weight is read in the order of memory", pair(in_order_of_memory)),
     (
         "blocks have always 64 weights",
-        "",
         pair(lambda quantize, W, _: quantize(W, 64), lambda dequantize, *args: dequantize(*args[:3], 64)),
     ),
     # the levels
-    ("a tie gets the upper level", "", pair(nf4(code=lambda scaled: torch.bucketize(scaled, BOUNDS, right=True)))),
-    (
-        "rounded down to the level below",
-        "",
-        pair(nf4(code=lambda scaled: torch.bucketize(scaled, LEVELS, right=True) - 1)),
-    ),
-    ("16 even levels", "", pair(nf4(code=lambda scaled: ((scaled + 1) * 7.5).round().int()), even_levels)),
-    ("the levels are rounded to bfloat16", "", pair(dequantize=bfloat16_levels)),
+    ("a tie gets the upper level", pair(nf4(code=lambda scaled: torch.bucketize(scaled, BOUNDS, right=True)))),
+    ("rounded down to the level below", pair(nf4(code=lambda scaled: torch.bucketize(scaled, LEVELS, right=True) - 1))),
+    ("16 even levels", pair(nf4(code=lambda scaled: ((scaled + 1) * 7.5).round().int()), even_levels)),
+    ("the levels are rounded to bfloat16", pair(dequantize=bfloat16_levels)),
     # absmax
-    ("the largest weight instead of the largest |weight|", "", pair(nf4(absmax=lambda blocks: blocks.amax(1)))),
-    ("absmax is at least 1e-4", "", pair(nf4(absmax=lambda blocks: blocks.abs().amax(1).clamp(min=1e-4)))),
-    (
-        "absmax is stored in float16",
-        "",
-        pair(lambda q, W, n: with_absmax(q, W, n, lambda absmax: absmax.half().float())),
-    ),
-    (
-        "absmax of a block of zeros is 1",
-        "",
-        pair(lambda q, W, n: with_absmax(q, W, n, lambda absmax: absmax + (absmax == 0))),
-    ),
+    ("the largest weight instead of the largest |weight|", pair(nf4(absmax=lambda blocks: blocks.amax(1)))),
+    ("absmax is at least 1e-4", pair(nf4(absmax=lambda blocks: blocks.abs().amax(1).clamp(min=1e-4)))),
+    ("absmax is stored in float16", pair(stored(absmax=lambda absmax: absmax.half().float()))),
+    ("absmax of a block of zeros is 1", pair(stored(absmax=lambda absmax: absmax + (absmax == 0)))),
     # only some sizes
     (
         "absmax is looked up by row and column",
-        "bitsandbytes 0.50.2 on AVX512",
         pair(dequantize=absmax_by_row_and_column),
+        "bitsandbytes 0.50.2 on AVX512",
     ),
-    ("an incomplete block gets the absmax before it", "", pair(partial_block_has_the_scale_before)),
-    ("the last of an odd number of codes is in the low half", "", pair(last_odd_code_in_the_low_half)),
+    ("an incomplete block gets the absmax before it", pair(partial_block_has_the_scale_before)),
+    ("the last of an odd number of codes is in the low half", pair(last_odd_code_in_the_low_half)),
     (
         "blocks above 512 mix neighbouring bytes",
-        "bitsandbytes-foundation/bitsandbytes#1721",
         pair(large_blocks_mix_bytes),
+        "bitsandbytes-foundation/bitsandbytes#1721",
     ),
-    ("the caller's weight is normalized in place", "", pair(normalized_in_place)),
+    ("the caller's weight is normalized in place", pair(normalized_in_place)),
 ]
 
 
@@ -242,44 +227,43 @@ def even_map(_: Any, codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 DOUBLE_QUANT: Table = [
     (
         "the offset is not added back",
-        "",
         pair(dequantize=lambda dequantize, codes, scales, offset: dequantize(codes, scales, 0 * offset)),
     ),
-    ("the offset is 0", "", pair(double_quant(offset=lambda absmax: absmax.new_zeros(())))),
-    ("the offset is the median", "", pair(double_quant(offset=torch.median))),
+    ("the offset is 0", pair(double_quant(offset=lambda absmax: absmax.new_zeros(())))),
+    ("the offset is the median", pair(double_quant(offset=torch.median))),
     (
         "the offset is a mean over padded blocks",
-        "",
         pair(double_quant(offset=lambda absmax: F.pad(absmax, (0, -len(absmax) % 256)).mean())),
     ),
     (
         "the largest difference instead of the largest |difference|",
-        "",
         pair(double_quant(scale=lambda blocks: blocks.amax(1))),
     ),
-    ("one scale for all blocks", "", pair(double_quant(block_size=2**20), one_scale)),
-    ("256 even levels", "", pair(double_quant(code=lambda scaled: ((scaled + 1) * 127.5).round().int()), even_map)),
+    ("one scale for all blocks", pair(double_quant(block_size=2**20), one_scale)),
+    ("256 even levels", pair(double_quant(code=lambda scaled: ((scaled + 1) * 127.5).round().int()), even_map)),
     (
         "rounded down to the level below, of 8 bits",
-        "",
         pair(double_quant(code=lambda scaled: torch.bucketize(scaled, DYNAMIC_MAP, right=True) - 1)),
     ),
     (
         "the level 1 is missing",
-        "",
         pair(double_quant(code=lambda scaled: torch.bucketize(scaled, MAP_BOUNDS).clamp(max=254))),
     ),
     (
         "what is below the mean is lost",
-        "",
         pair(double_quant(code=lambda scaled: torch.bucketize(scaled.clamp(min=0), MAP_BOUNDS))),
     ),
-    ("scales are stored in float16", "", pair(float16_scales)),
-    ("the caller's absmax is changed", "bitsandbytes-foundation/bitsandbytes#1863", pair(offset_taken_off_in_place)),
+    ("scales are stored in float16", pair(float16_scales)),
+    ("the caller's absmax is changed", pair(offset_taken_off_in_place), "bitsandbytes-foundation/bitsandbytes#1863"),
 ]
 
 
 # --- the 4-bit linear ---
+
+
+def weight_is(change: Callable[[Tensor], Tensor]) -> Plant:
+    """Plant a layer that is given another weight."""
+    return wrapped(lambda make, W, b: make(change(W), b))
 
 
 def gradient_of_the_dense_weight(make: Any, W: Tensor, b: Any) -> Around:
@@ -293,13 +277,6 @@ def gradient_in_bfloat16(self: Any, x: Tensor) -> Tensor:
     return self(copy)
 
 
-def dense_copy_is_trained(make: Any, W: Tensor, b: Any) -> Around:
-    weight = nn.Parameter(W.detach().clone())
-    layer = Around(make(W, b), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
-    layer.register_parameter("weight", weight)
-    return layer
-
-
 def one_row_loses_the_bias(make: Any, W: Tensor, b: Any) -> Around:
     plain = make(W, None)
     return Around(make(W, b), lambda self, x: plain(x) if x[..., 0].numel() == 1 else self(x))
@@ -311,28 +288,20 @@ def bfloat16_scales_after_evaluation(self: Any, x: Tensor) -> Tensor:
 
 
 LINEAR4BIT: Table = [
-    ("the 4-bit layer loses the bias", "", wrapped(lambda make, W, b: make(W, None))),
-    ("a single row loses the bias", "", wrapped(one_row_loses_the_bias)),
-    ("the 4-bit layer fails without a bias", "", wrapped(lambda make, W, b: make(W, b.clone()))),
-    ("the weight is not quantized", "", wrapped(lambda make, W, b: Around(make(W, b), lambda _, x: F.linear(x, W, b)))),
-    ("one absmax for the whole weight", "", lambda _: lambda W, b: Linear4bit(W, b, block_size=W.numel())),
-    (
-        "the weight is rounded to bfloat16 before it is quantized",
-        "",
-        wrapped(lambda make, W, b: make(W.bfloat16().to(W.dtype), b)),
-    ),
-    (
-        "a square 4-bit weight is transposed",
-        "",
-        wrapped(lambda make, W, b: make(W.T if W.shape[0] == W.shape[1] else W, b)),
-    ),
-    ("the input gets no gradient", "bitsandbytes 0.50.2 on AVX512", around(lambda self, x: self(x.detach()))),
-    ("the gradient uses the weight before quantization", "", wrapped(gradient_of_the_dense_weight)),
-    ("the gradient is rounded to bfloat16", "", around(gradient_in_bfloat16)),
-    ("a dense copy of the weight is trained", "", wrapped(dense_copy_is_trained)),
+    ("the 4-bit layer loses the bias", wrapped(lambda make, W, b: make(W, None))),
+    ("a single row loses the bias", wrapped(one_row_loses_the_bias)),
+    ("the 4-bit layer fails without a bias", wrapped(lambda make, W, b: make(W, b.clone()))),
+    ("the weight is not quantized", wrapped(lambda make, W, b: Around(make(W, b), lambda _, x: F.linear(x, W, b)))),
+    ("one absmax for the whole weight", lambda _: lambda W, b: Linear4bit(W, b, block_size=W.numel())),
+    ("the weight is rounded to bfloat16 before it is quantized", weight_is(lambda W: W.bfloat16().to(W.dtype))),
+    ("a square 4-bit weight is transposed", weight_is(transposed_if_square)),
+    ("the input gets no gradient", around(lambda self, x: self(x.detach())), "bitsandbytes 0.50.2 on AVX512"),
+    ("the gradient uses the weight before quantization", wrapped(gradient_of_the_dense_weight)),
+    ("the gradient is rounded to bfloat16", around(gradient_in_bfloat16)),
+    ("a dense copy of the weight is trained", wrapped(base_is_trained)),
     (
         "absmax is rounded to bfloat16 by an evaluation",
-        "bitsandbytes 0.50.2 on AVX512",
         lambda _: around(bfloat16_scales_after_evaluation)(Linear4bit),
+        "bitsandbytes 0.50.2 on AVX512",
     ),
 ]

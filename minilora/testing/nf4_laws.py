@@ -17,12 +17,7 @@ from torch import Tensor
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law
-from minilora.testing.nf4_cases import (
-    NESTED,
-    AbsmaxVector,
-    NF4Weight,
-    weights,
-)
+from minilora.testing.nf4_cases import NESTED, AbsmaxVector, NF4Weight, weights
 from minilora.testing.nf4_mistakes import (
     wrong_nested_codes,
     wrong_nested_scales,

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.peer_nf4 import bitsandbytes_dequantize as dequantize
+from benchmarks.peer_nf4 import bitsandbytes_dequantize_flat as dequantize_flat
+from benchmarks.peer_nf4 import bitsandbytes_linear
+from benchmarks.peer_nf4 import bitsandbytes_quantize as quantize
 from minilora.testing import CheckFailure, NF4Weight, laws, parametrize_laws
 
 pytestmark = pytest.mark.parity
@@ -10,21 +14,6 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 
 RAGGED = "each row is taken for whole blocks, ⌊in/64⌋ of them"  # by its kernel, where rows end within a block
-
-
-def quantize(W, block_size):
-    packed, state = functional.quantize_4bit(W, blocksize=block_size, quant_type="nf4")
-    return packed.view(-1), state.absmax
-
-
-def dequantize(packed, absmax, shape, block_size):
-    code = functional.get_4bit_type("nf4", device="cpu")
-    state = functional.QuantState(absmax, torch.Size(shape), code, block_size, "nf4", torch.float32)
-    return functional.dequantize_4bit(packed.view(-1, 1), state)
-
-
-def dequantize_flat(packed, absmax, shape, block_size):
-    return dequantize(packed, absmax, (1, torch.Size(shape).numel()), block_size).reshape(shape)
 
 
 @parametrize_laws("nf4")
@@ -60,14 +49,6 @@ def test_theirs_keeps_the_laws_of_double_quantization(law):
     law.check((quantize_absmax, dequantize_absmax))
 
 
-def make_linear(W, b, double_quant=False):
-    layer = bitsandbytes.nn.Linear4bit(
-        W.shape[1], W.shape[0], b is not None, W.dtype, compress_statistics=double_quant, quant_type="nf4"
-    )
-    layer.load_state_dict({"weight": W} if b is None else {"weight": W, "bias": b})
-    return layer.to(W.dtype).to("cpu")
-
-
 DEVIATIONS = {
     "linear4bit-ragged": RAGGED,
     "linear4bit-ragged_dx": RAGGED,
@@ -78,4 +59,4 @@ DEVIATIONS = {
 @parametrize_laws("linear4bit", known=DEVIATIONS)
 def test_theirs_keeps_the_laws_of_4_bit_linears(law):
     if law.name != "evaluation":  # in which its layer packs its weight anew, on processors with bfloat16
-        law.check(make_linear)
+        law.check(bitsandbytes_linear)
