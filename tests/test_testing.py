@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from hypothesis.strategies import floats
 from torch import nn
 
@@ -153,7 +154,14 @@ def test_dora_that_is_lora_and_a_scaled_bias_are_named():
         check_dora_linear(Scaled)
 
 
-@given(adapted_linears(methods=METHODS, dtypes=DTYPES, weights=("normal", "outlier", "constant", "rank_deficient")))
+@given(
+    adapted_linears(
+        use_rslora=st.booleans(),
+        methods=METHODS,
+        dtypes=DTYPES,
+        weights=("normal", "outlier", "constant", "rank_deficient"),
+    )
+)
 def test_a_drawn_case_raises_no_false_alarm(case):
     for name in ("forward", "identity", "merge", "gradients", "scale", "sums", "frozen"):
         laws(case.method)[name].check(Plain, case)
@@ -199,7 +207,7 @@ def test_sums_with_their_mistakes():
 
 
 def test_a_float64_result_that_went_through_float32_is_named():
-    with pytest.raises(CheckFailure, match="rounded to float32 on the way"):
+    with pytest.raises(CheckFailure, match="the error is of float32.s size"):
         check_lora_linear(
             lambda W, b, A, B, alpha: Plain(W, b, A.float().double(), (1.1 * B).float().double() / 1.1, alpha)
         )
@@ -235,3 +243,41 @@ def test_a_planted_mistake_is_named_as_what_it_is(kind, mutant, cause):
     with pytest.raises(CheckFailure) as caught:
         laws(kind)[law].check(planted)
     assert [each.startswith(cause) for each in caught.value.causes] == [True]
+
+
+class Holder(nn.Module):
+    """A layer that keeps what it is given, as attributes that are no parameters."""
+
+    def __init__(self, W, b, A, B, alpha):
+        super().__init__()
+        self.tensors, self.scale = (W, b, A, B), alpha / len(A)
+
+    def forward(self, x):
+        W, b, A, B = self.tensors
+        return x @ W.T + self.scale * x @ A.T @ B.T + (0 if b is None else b)
+
+
+def hidden(W, b, A, B, alpha):
+    layer = Plain(W, b, A, B, alpha)
+    return lambda x: layer(x)
+
+
+@pytest.mark.parametrize("make", [Holder, hidden])
+def test_the_trained_tensors_are_found_wherever_the_layer_keeps_them(make):
+    checked = {report.law for report in check_lora_linear(make) if report.comparisons}
+    assert checked >= {"lora-gradients", "lora-updates", "lora-frozen"}
+    assert "lora-dropout" not in checked
+
+
+@pytest.mark.parametrize("result", [None, "abc", {}, iter([])])
+def test_what_is_no_array_is_a_failure_and_no_accident(result):
+    with pytest.raises(CheckFailure, match=f"found {type(result).__name__}, expected an array"):
+        check_lora_linear(lambda W, b, A, B, alpha: lambda x: result)
+    with pytest.raises(CheckFailure, match="found tuple, expected an array"):
+        check_lora_linear(lambda W, b, A, B, alpha: lambda x: (Plain(W, b, A, B, alpha)(x), None))
+
+
+def test_an_exception_is_the_cause_of_the_failure():
+    with pytest.raises(CheckFailure) as caught:
+        check_lora_linear(lambda W, b, A, B, alpha: {}["missing"])
+    assert isinstance(caught.value.__cause__, KeyError)

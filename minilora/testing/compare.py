@@ -43,6 +43,8 @@ def as_array(value: Any) -> NDArray[Any]:
     """Return a tensor or array of any library as numpy's float64."""
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
+    if not hasattr(value, "__array__") and not isinstance(value, int | float):
+        raise AssertionError(f"found {type(value).__name__}, expected an array")
     return np.asarray(value, dtype=np.float64)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from minilora.testing.bounds import UNITS, Array, Bounded
 from minilora.testing.compare import Worst, as_array, worst
 
+ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
 COARSER = UNITS["float32"] / UNITS["float64"]
 FAR = 5.0  # bounds between the right result and that of a mistake which is named
 
@@ -67,7 +68,7 @@ class Comparison:
         coarse = right.error * COARSER
         is_sharp = right.dtype == "float64" and coarse.max(initial=0.0) < 1e-3 * abs(right.value).max(initial=0.0)
         if is_sharp and worst(self.actual, right.value, coarse).ratio <= 1:
-            return {"it is rounded to float32 on the way"}
+            return {ROUNDED}
         candidates = {cause: wrong for cause, wrong in mistakes.items() if wrong.shape == right.value.shape}
         return {
             cause
@@ -183,6 +184,7 @@ class Law:
                 except Exception as error:  # of the implementation, whatever it is, or a wrong shape
                     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                     is_right, text = False, f"{kind}{error}"
+                    comparison = replace(comparison, actual=error) if isinstance(comparison, Comparison) else comparison
                 if not is_right:
                     failures.append(Failure(each, comparison, text))
         if failures:
@@ -216,7 +218,8 @@ class Law:
                 f"    case = {short_repr(first.case)}",
                 f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
             ]
-        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes))
+        raised = first.comparison.actual if isinstance(first.comparison.actual, Exception) else None
+        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes)) from raised
 
 
 def short_repr(case: Any) -> str:
@@ -235,7 +238,8 @@ def explanations(failures: list[Failure]) -> list[str]:
     for found in causes.values():
         votes = {cause: sum(cause in each for each in found) for cause in sorted(set[str]().union(*found))}
         most = max([*votes.values(), len(found) / 2])
-        explained += [cause for cause, count in votes.items() if count == most]
+        explained += [cause for cause, count in votes.items() if count == most and cause != ROUNDED]
+        explained += [ROUNDED] * (votes.get(ROUNDED, 0) == len(found) > 0)
     return list(dict.fromkeys(explained))
 
 

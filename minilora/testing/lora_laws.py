@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,22 +28,24 @@ class Built(NamedTuple):
     layer: Any
     given: dict[str, Tensor]  # W, b, A, B, magnitude
 
-    def tensor(self, name: str) -> Tensor | None:
-        """Return the tensor that the layer trains as A, B or magnitude, or its transpose; None if it has none."""
-        given = self.given[name]
-        if given.grad is not None:
+    def tensor(self, name: str, y: Any = None) -> Tensor | None:
+        """Return the tensor that the layer holds as W, A, B, …, or its transpose; None if it has none.
+
+        It is a tensor that was given, one that y was computed from, or a parameter.
+        """
+        given, found = self.given[name], leaves(y) if isinstance(y, Tensor) else []
+        if any(leaf is given for leaf in found):
             return given
-        parameters = self.layer.parameters() if hasattr(self.layer, "parameters") else ()
-        for parameter in parameters:
+        for parameter in [*found, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]:
             for own in (parameter, parameter.T) if parameter.ndim == 2 else (parameter,):
                 flat = own.detach().to(given)
                 if flat.numel() == given.numel() and torch.equal(flat.reshape(given.shape), given.detach()):
                     return parameter if own is parameter else parameter.T
         return None
 
-    def gradient(self, name: str) -> Any:
-        """Return the gradient of A, B or magnitude after a backward pass: zeros if there is none."""
-        tensor = self.tensor(name)
+    def gradient(self, name: str, y: Tensor) -> Any:
+        """Return the gradient of A, B or magnitude after a backward pass from y: zeros if there is none."""
+        tensor = self.tensor(name, y)
         if tensor is None:
             return AssertionError(f"no parameter of the layer holds {name}")
         leaf = tensor if tensor.is_leaf else tensor._base
@@ -51,6 +53,18 @@ class Built(NamedTuple):
             return torch.zeros_like(self.given[name])
         gradient = leaf.grad if leaf is tensor else leaf.grad.T
         return gradient.reshape(self.given[name].shape)
+
+
+def leaves(y: Tensor) -> list[Tensor]:
+    """Return the tensors that a backward pass from y gives a gradient."""
+    found, seen, nodes = list[Tensor](), set[Any](), [y.grad_fn]
+    while nodes:
+        node: Any = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, AdaptedLinear]:
@@ -127,24 +141,25 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     x = tensor(case, "x").requires_grad_()
-    backward(built.layer, x, tensor(case, "dy"))
+    y = backward(built.layer, x, tensor(case, "dy"))
     mistakes = wrong_gradients(case)
     for name, expected in case.gradients.items():
         if name == "magnitude" and not case.has_magnitude:
             continue
-        actual = x.grad if name == "x" else built.gradient(name)
+        actual = x.grad if name == "x" else built.gradient(name, y)
         actual = torch.zeros_like(x) if actual is None else actual
         yield Comparison(f"the gradient of {name}", actual, expected, functools.partial(dict, mistakes[name]))
 
 
-def backward(layer: Any, x: Tensor, dy: Tensor) -> None:
-    """Run a forward and a backward pass of Σ dy·y."""
+def backward(layer: Any, x: Tensor, dy: Tensor) -> Tensor:
+    """Run a forward and a backward pass of Σ dy·y, and return y."""
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: it has no gradients")
     y = layer(x)
     if not y.requires_grad:
         raise AssertionError("the layer's output has no gradient")
     y.backward(dy.to(y.dtype))
+    return cast(Tensor, y)
 
 
 def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -179,10 +194,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     if hasattr(built.layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
-    built.layer(tensor(case, "x"))
-    B = built.tensor("B")
-    if B is None and not hasattr(built.layer, "parameters"):
-        B = built.given["B"]
+    B = built.tensor("B", built.layer(tensor(case, "x")))
     if B is None:
         raise AssertionError("no parameter of the layer holds B")
     B.data.mul_(2)

@@ -29,6 +29,7 @@ def adapted_linears(
     methods: tuple[Method, ...] = ("lora",),
     dtypes: tuple[str, ...] = ("float64",),
     weights: tuple[WeightKind, ...] = ("normal",),
+    use_rslora: SearchStrategy[bool] = st.just(False),  # noqa: B008  # strategies are immutable
 ) -> AdaptedLinear:
     """Draw a linear layer with an adapter: sizes from 1, with and without a bias, a scale that is never 1."""
     return AdaptedLinear(
@@ -42,7 +43,7 @@ def adapted_linears(
         seed=draw(seeds),
         dtype=draw(st.sampled_from(dtypes)),
         weight=draw(st.sampled_from(weights)),
-        use_rslora=draw(st.booleans()),
+        use_rslora=draw(use_rslora),
     )
 
 
