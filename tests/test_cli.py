@@ -478,11 +478,11 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory; data is a file"),
         (
             "finetune --model=model --data=mnay.jsonl",
-            "mnay.jsonl: no such file or directory; did you mean many.jsonl?\n",
+            "no such file or directory; did you mean many.jsonl?\n",
         ),
         (
             "finetune --model=model/ --data=data/trian.jsonl",
-            "trian.jsonl: no such file or directory; did you mean data/train",
+            "no such file or directory; did you mean data/train.jsonl?\n",
         ),
         ("generate --adapter=adpater --prompt=a", "adpater: no such directory; did you mean adapter?\n"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),

@@ -16,7 +16,6 @@ from minilora.runs.evaluate import (
     answer_of,
     choice_accuracy,
     class_scores,
-    evaluate,
     evaluate_classes,
     exact_match,
     find_choices,
@@ -314,5 +313,5 @@ def test_progress_counts_the_rows_that_are_done_up_to_all_of_them(function):
 def test_each_pass_of_an_evaluation_has_its_name(choices, passes):
     told = []
     rows = [row((token,), (1,)) for token in range(3, 8)]
-    evaluate(adapted(), rows, choices, lambda name: lambda done, total: told.append((name, done, total)))
+    evaluate.evaluate(adapted(), rows, choices, lambda name: lambda done, total: told.append((name, done, total)))
     assert [each for each in told if each[1] == each[2]] == [(name, 5, 5) for name in passes]

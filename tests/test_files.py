@@ -223,7 +223,7 @@ def test_what_a_config_says_in_vain_changes_nothing(tmp_path, change):
 
 def test_loading_onto_other_shapes_names_both(tmp_path):
     saved(tmp_path)
-    with pytest.raises(ml.TargetError, match=r"q_proj: the adapter has A \(3, 24\) and B \(24, 3\), .*\(32, 32\)"):
+    with pytest.raises(ml.TargetError, match=r"down_proj: the adapter has A \(3, 40\) and B \(24, 3\), .*\(32, 40\)"):
         loaded(tmp_path, hidden_size=32)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -283,7 +282,8 @@ def _last_message(prompt: Sequence[int], tokenizer: Tokenizer) -> str | None:
         first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(MARK)
     except (DataError, ValueError):  # there is no template, or it writes a message twice
         return None
-    before = commonprefix([first[::-1], second[::-1]])[::-1]  # without a system prompt, or the end of an answer
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))
+    before = "".join(character for character, _ in same)[::-1]  # without a system prompt, or the end of an answer
     text = tokenizer.decode(prompt, skip_special_tokens=False)
     return text.removesuffix(after).rpartition(before)[2].strip() if before and before in text else None
 

@@ -41,7 +41,6 @@ FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds an
 # In bfloat16 on a CPU, oneDNN compiles a matrix product for each number of rows, and keeps the last `CACHED`. Per
 # product: the growth of steps with rows of 40 to 300 tokens, over 1024, with AMX.
 PRODUCT, CACHED = 1_200_000, 1024
-LINEAR_PRODUCTS, ATTENTION_PRODUCTS = 8, 6  # forward and backward, of a linear with A and B and of a block of queries
 EMBEDDING_PATH = "model.embed_tokens"
 Shapes = dict[str, tuple[int, ...]]
 
@@ -150,9 +149,11 @@ def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
     lengths, size = [tokens for tokens, _ in plan.rows], block_size(plan.dtype)
     batches = {sum(lengths[i] for i in rows) for step in plan_steps(lengths, plan.training) for rows in step}
     linears = {shape for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers.")}
-    blocks = sum(max(1, round(n / size)) for n in sorted({*lengths})[:-1])
-    products = LINEAR_PRODUCTS * len(linears) * (len(batches) - 1) + ATTENTION_PRODUCTS * blocks
-    return PRODUCT * min(CACHED, products)
+    outputs, inputs = ({*sizes} for sizes in zip(*linears, strict=True))
+    # x Wᵀ and dy W of each shape; x Aᵀ, h A and hᵀ x of each width of x; u Bᵀ, dy B and dyᵀ u of each width of y.
+    products = (2 * len(linears) + 3 * len(inputs) + 3 * len(outputs)) * (len(batches) - 1)
+    blocks = sum(max(1, round(n / size)) for n in sorted({*lengths})[:-1])  # of queries, with six products each
+    return PRODUCT * min(CACHED, products + 6 * blocks)
 
 
 def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
