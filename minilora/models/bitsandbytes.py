@@ -22,9 +22,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError, FormatError, check_types, document_fields, option
+from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
 from minilora.nf4 import BLOCK_SIZE, BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
-from minilora.storage import TensorFile
+from minilora.storage import TensorFile, is_finite
+
+Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
 Quantize = Literal["none", "nf4"]
 Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
@@ -178,6 +180,18 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
     scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
     offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
     return Packed(packed, absmax, scales.to(device, copy=True), offset), layout
+
+
+def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:
+    """Return the tensors of a weight by their names in a file.
+
+    Raises:
+        TrainingError: one of them is not finite.
+    """
+    tensors = packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
+    if not all(map(is_finite, tensors.values())):
+        raise TrainingError(f"{name}: has numbers that are not finite in {weight.dtype}, so it is not saved")
+    return tensors
 
 
 def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.durable import publishing
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
@@ -17,14 +18,15 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     Quantize,
     QuantizeConfig,
+    Weight,
     dtype_name,
     is_four_bit,
-    packed_tensors,
     packed_weights,
     quantization_config,
     read_layout,
     read_packed,
     shortest_names,
+    stored_tensors,
 )
 from minilora.models.config import LlamaConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
@@ -34,7 +36,6 @@ from minilora.storage import (
     MODEL_FILES,
     SHARD_BYTES,
     TensorFile,
-    is_finite,
     tensor_files,
     write_json,
     write_shards,
@@ -47,7 +48,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEAD, EMBEDDING = f"{Llama.head}.weight", "model.embed_tokens.weight"
 REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
 CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal")  # likewise: names of code to download and run
-Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 M = TypeVar("M", "Llama", "Classifier")
 
 
@@ -199,19 +199,10 @@ def save_model(
     if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
         source["quantization_config"] = quantization
     with publishing(path, MODEL_FILES) as directory:
-        write_shards(directory, map(_stored, weights or own.items()), shard_bytes)
+        write_shards(directory, itertools.starmap(stored_tensors, weights or own.items()), shard_bytes)
         if tokenizer is not None:
             tokenizer.save(directory)
         write_json(directory / "config.json", source)
-
-
-def _stored(named: tuple[str, Weight]) -> dict[str, Tensor]:
-    """Return the tensors of a weight by their names in a file."""
-    name, weight = named
-    tensors = packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
-    if not all(map(is_finite, tensors.values())):
-        raise TrainingError(f"{name}: has numbers that are not finite in {weight.dtype}, so it is not saved")
-    return tensors
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
