@@ -29,6 +29,12 @@ def save_file(tensors, path, metadata=None):
     safetensors.torch.save_file(tensors, path, metadata)
 
 
+def without_manifests(root):
+    """Remove the manifests of what minilora wrote: a file from elsewhere has none."""
+    for manifest in root.rglob(MANIFEST):
+        manifest.unlink()
+
+
 def edit(directory, **changes):
     path = directory / CONFIG_FILE
     (directory / MANIFEST).unlink(missing_ok=True)

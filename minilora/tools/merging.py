@@ -36,11 +36,10 @@ from minilora.adapters.layout import (
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
-from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, is_four_bit
+from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
-    Weight,
     assign,
     read_config,
     resolve_dtype,

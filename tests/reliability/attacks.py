@@ -27,7 +27,7 @@ from minilora.runs.rows import read_rows
 from minilora.storage import TensorFile, read_json
 from minilora.tools.inspect import inspect_path
 from minilora.tools.merging import merge_directory
-from tests.files import saved
+from tests.files import saved, without_manifests
 from tests.models import tiny_model
 from tests.test_sandbox import BOMBS, ESCAPES
 
@@ -53,6 +53,7 @@ def _made() -> Path:
     """A directory with a model and an adapter of it, to be copied."""
     root = Path(tempfile.mkdtemp())
     ml.save_model(saved(root / "adapter", target_modules=("q_proj",)) and _model(), root / "base")
+    without_manifests(root)
     atexit.register(shutil.rmtree, root)
     return root
 

@@ -22,6 +22,7 @@ from minilora.models.hub import BUILTINS
 from minilora.models.tokenizer import Tokenizer
 from minilora.storage import TensorFile
 from minilora.tools.inspect import inspect_path
+from tests.files import without_manifests
 from tests.models import tiny_model
 
 Call = tuple[str, Callable[[], object]]
@@ -173,6 +174,7 @@ def write_all(root: Path) -> None:
     (root / "run" / "run.json").write_text(json.dumps({**run, "data_sha256": {"a": "b"}, "versions": {}}))
     (root / "run" / "summary.json").write_text('{"before": {"loss": 1.5}, "after": {"loss": 1.0}, "steps": 3}')
     (root / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.5}\n')
+    without_manifests(root)
 
 
 def use_adapter(root: Path) -> None:

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.adapters.layout import CONFIG_FILE
 from minilora.cli import main, say
 from minilora.limits import open_file
 from minilora.models.hub import BUILTINS
 from minilora.models.tokenizer_json import is_explosive
 from minilora.storage import shard_names
 from minilora.tools.inspect import inspect_path
-from tests.files import saved, write_base
+from tests.files import edit, saved, write_base
 from tests.models import randn, tiny_model
 from tests.reliability.watch import figures, watched
 from tests.test_sandbox import BOMBS, ESCAPES
@@ -248,8 +247,7 @@ def test_the_weight_of_an_adapter_is_a_number_of_a_sensible_size(weight, tmp_pat
 
 def test_a_raw_pissa_is_refused_on_a_base_in_four_bits(tmp_path):
     saved(tmp_path / "adapter", target_modules=("q_proj",))
-    config = tmp_path / "adapter" / CONFIG_FILE
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "olora"}))
+    edit(tmp_path / "adapter", init_lora_weights="olora")
     model = ml.load_model(write_base(tmp_path / "base"), quantize="nf4")
     with pytest.raises(ml.TargetError, match=r"olora starts from the dense weight, and .*q_proj is in four bits"):
         ml.load_adapter(model, tmp_path / "adapter")
