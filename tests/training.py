@@ -9,8 +9,8 @@ import torch
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
+from minilora.testing.compare import MATHS, relative
 from tests.models import randomize_adapters_, tiny_model
-from tests.tolerance import MATHS, relative
 
 
 def random_rows(seed, count, vocabulary=61):

@@ -35,6 +35,7 @@ COMMANDS = {
     "eval": "evaluate a model, with or without an adapter",
     "inspect": "show the contents of a model, an adapter, a run or a safetensors file",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
+    "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
 }
 MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them
