@@ -8,13 +8,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import minilora as ml
+from minilora import testing
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# API
 
-All public names, as `import minilora as ml` has them. `python scripts/api.py` writes this page from the docstrings.
+All public names, as `import minilora as ml` has them, and those of `minilora.testing`. `python scripts/api.py` writes
+this page from the docstrings.
 """
 PARTS = {
     "Models and tokenizers": """
@@ -33,6 +37,9 @@ PARTS = {
 }
 
 
+CHECKS = [name for name in testing.__all__ if name.islower()]  # without the classes of cases
+
+
 def page() -> str:
     """Return the text of docs/api.md.
 
@@ -41,27 +48,27 @@ def page() -> str:
     """
     names = [name for part in PARTS.values() for name in part.split()]
     assert sorted(names) == sorted(ml.__all__), set(names) ^ set(ml.__all__)
-    return "\n".join([HEAD, *(line for title, part in PARTS.items() for line in section(title, part.split()))])
+    parts = [line for title, part in PARTS.items() for line in section(title, ml, "ml", part.split())]
+    return "\n".join([HEAD, *parts, *section("Checks", testing, "testing", CHECKS)])
 
 
-def section(title: str, names: list[str]) -> Iterator[str]:
+def section(title: str, module: ModuleType, prefix: str, names: list[str]) -> Iterator[str]:
     """Yield the lines of a part of the page."""
     yield f"## {title}\n"
     for name in names:
-        about = [signature(name), inspect.getdoc(getattr(ml, name)) or ""]
-        yield f"### `ml.{name}`\n\n```text\n" + "\n\n".join(filter(None, about)) + "\n```\n"
+        about = [signature(f"{prefix}.{name}", getattr(module, name)), inspect.getdoc(getattr(module, name)) or ""]
+        yield f"### `{prefix}.{name}`\n\n```text\n" + "\n\n".join(filter(None, about)) + "\n```\n"
 
 
-def signature(name: str) -> str:
+def signature(name: str, thing: Any) -> str:
     """Return how a function is called, or an empty string for an error; a data class has one field a line."""
-    thing = getattr(ml, name)
     if isinstance(thing, type) and issubclass(thing, Exception):
         return ""
     found = inspect.signature(thing)
     lines = [parameter(each) for each in found.parameters.values()]
-    text = f"ml.{name}({', '.join(lines)})"
+    text = f"{name}({', '.join(lines)})"
     if len(text) > 100:
-        text = f"ml.{name}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
+        text = f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
     result = found.return_annotation
     return text if isinstance(thing, type) or result is inspect.Signature.empty else f"{text} -> {result}"
 
@@ -69,7 +76,8 @@ def signature(name: str) -> str:
 def parameter(each: inspect.Parameter) -> str:
     """Return a parameter as it is written in code."""
     kind = "" if each.annotation is each.empty else f": {each.annotation}"
-    return each.name + kind + ("" if each.default is each.empty else f" = {each.default!r}")
+    star = "*" if each.kind is each.VAR_POSITIONAL else ""
+    return star + each.name + kind + ("" if each.default is each.empty else f" = {each.default!r}")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def by_family(*names: str) -> pytest.MarkDecorator:
 
 
 either = pytest.mark.parametrize("_kernels", ["kernels", "plain"], indirect=True)  # a test with and without them
+of_kernels = pytest.mark.skipif("config.getoption('--plain')", reason="only the kernels have this property")
 families = by_family(*MOST_DIFFERENT)
 layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,6 +14,7 @@ from minilora.adapters.find import linear_layers
 from minilora.llama import Llama
 from minilora.models.config import LlamaConfig
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_maths, maths
 from tests.models import (
     CONFIGS,
     FAMILIES,
@@ -25,11 +26,11 @@ from tests.models import (
     randomize_adapters_,
     scales,
     seeds,
+    tiny_config,
     tiny_model,
     token_ids,
     train_a_little,
 )
-from tests.tolerance import assert_maths, maths
 
 families = st.sampled_from(sorted(FAMILIES))
 IDS = token_ids(3, 2, 7)
@@ -157,12 +158,15 @@ def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
     assert torch.equal(model(IDS), before)
 
 
+@example("llama", 0, 7.0, four_bit, ("o_proj",))
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
 def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
     model = adapted(family, scale, seed, base, target_modules=targets)
     before, without = model(IDS), base(tiny_model(family, seed=seed))(IDS)
     ml.merge(model)
-    assert {type(linear) for linear in linear_layers(model).values()} == {nn.Linear}
+    for linear in linear_layers(model).values():
+        assert type(linear) is nn.Linear
+        assert linear.weight.shape == (linear.out_features, linear.in_features)
     assert not adapter_layers(model)
     assert_maths(model(IDS), before)
     assert not torch.equal(before, without)
@@ -240,6 +244,18 @@ def test_any_module_can_be_adapted_and_a_shared_linear_is_adapted_everywhere():
     assert model["first"][0] is model["first"][1] is model["second"] is shared
 
 
+def test_a_model_that_has_no_head_and_says_so_by_an_error_can_be_adapted():
+    """As models of transformers do."""
+
+    class Headless(nn.Sequential):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    model = Headless(nn.Linear(3, 4), nn.Linear(4, 2))
+    ml.attach(model, ml.LoraConfig(r=2))
+    assert list(adapter_layers(model)) == ["0", "1"]
+
+
 def test_subclasses_of_linear_are_not_targets():
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -259,6 +275,45 @@ def test_merging_a_tied_head_keeps_the_embedding_and_the_tie_if_its_adapter_does
     assert_maths(model(IDS), before)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) != is_active
+
+
+def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_saves():
+    """Otherwise the head would be tied again when the merged model is loaded."""
+    model = tiny_model(WHOLE)
+    model.config, model.save_pretrained = SimpleNamespace(tie_word_embeddings=True), lambda path: None
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("lm_head",), init_lora_weights=False))
+    ml.merge(model)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize(
+    ("first", "config", "said"),
+    [
+        ({}, {"target_modules": ("embed_tokens",), "lora_bias": True}, "embed_tokens: lora_bias is not for embeddings"),
+        ({}, {"target_parameters": ("up_proj.weight",), "target_modules": (), "bias": "all"}, "its bias cannot be"),
+        ({"target_modules": ("up_proj",)}, {"init_lora_weights": "loftq"}, "its weight cannot be replaced"),
+    ],
+)
+def test_what_one_module_cannot_have_at_once_is_refused_and_changes_nothing(first, config, said):
+    model = tiny_model(WHOLE)
+    if first:
+        ml.attach(model, ml.LoraConfig(r=2, **first))
+    before = bits(model)
+    with pytest.raises((ml.ConfigError, ml.TargetError), match=said):
+        ml.attach(model, ml.LoraConfig(r=2, **config), name="second")
+    assert_same_bits(model, before)
+
+
+def test_start_values_that_are_made_from_weights_have_their_shapes_without_them():
+    with torch.device("meta"):
+        blank = Llama(tiny_config())
+    full = tiny_model()
+    for model in (blank, full):
+        ml.attach(model, ml.LoraConfig(r=3, init_lora_weights="pissa", use_dora=True))
+    assert {name: t.shape for name, t in blank.state_dict().items()} == {
+        name: t.shape for name, t in full.state_dict().items()
+    }
 
 
 def test_merging_something_not_finite_is_refused_and_changes_nothing():

@@ -14,9 +14,9 @@ from minilora.kernel import attention
 from minilora.kernel.attention import block_attention, fused_attention, select_kernel, varlen_attention
 from minilora.llama import causal_attention
 from minilora.testing import reference
-from tests.models import allocated, examples, randn, seeds
+from minilora.testing.compare import assert_maths
+from tests.models import allocated, examples, of_kernels, randn, seeds
 from tests.test_llama import attention_inputs, wide
-from tests.tolerance import assert_maths
 
 windows = st.none() | st.integers(1, 6)
 VARLEN = "torch.nn.attention.varlen"  # where older versions of torch have nothing
@@ -63,6 +63,31 @@ def test_attention_equals_the_loops(kernel, case, window):
     assert_maths(kernel(q, k, v, lengths, key_lengths, window), expected)
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@given(attention_inputs(), windows)
+def test_keys_that_are_repeated_for_a_gpu_give_the_same(case, window):
+    q, k, v, *where = case
+    on_gpu = fused_attention(*(tensor.as_subclass(OnGPU) for tensor in (q, k, v)), *where, window)
+    assert_maths(on_gpu.as_subclass(torch.Tensor), fused_attention(q, k, v, *where, window))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "window", "is_masked"), [(5, 5, None, 0), (1, 5, None, 0), (3, 5, None, 1), (5, 5, 5, 0), (5, 5, 4, 1)]
+)
+def test_the_fused_kernel_has_a_mask_which_grows_with_the_square_only_where_it_needs_one(
+    n, m, window, is_masked, monkeypatch
+):
+    made, make = [], attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda *args: made.append(args) or make(*args))
+    fused_attention(randn(0, n, 2, 4), randn(1, m, 1, 4), randn(2, m, 1, 4), [n], [m], window)
+    assert len(made) == is_masked
+
+
 @kernels
 @given(attention_inputs())
 def test_a_window_as_long_as_the_document_changes_nothing(kernel, case):
@@ -106,6 +131,7 @@ def test_a_head_that_lies_between_others_is_read_in_place_and_not_written(case):
     assert torch.equal(whole, before)
 
 
+@of_kernels
 @pytest.mark.parametrize(
     ("dtype", "length", "window"),
     [
@@ -128,7 +154,9 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
     ("dtype", "key_lengths", "window", "kernel"),
     [
         (torch.bfloat16, [2048], None, block_attention),
+        (torch.float32, [512], None, block_attention),
         (torch.float32, [512, 2048], None, block_attention),
+        (torch.float32, [2049], None, fused_attention),
         (torch.float32, [20, 511], None, fused_attention),
         (torch.float32, [20, 4096], None, fused_attention),
         (torch.float32, [20, 4096], 512, block_attention),

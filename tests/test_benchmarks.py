@@ -27,7 +27,7 @@ from benchmarks import (
     work,
 )
 from benchmarks.process import Measurement, Round
-from tests.tolerance import assert_maths
+from minilora.testing.compare import assert_maths
 
 SIZES = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL = {**work.SMOLLM2, **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}

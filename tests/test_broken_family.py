@@ -13,9 +13,9 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainedCopy
 from minilora.cli import main
 from minilora.storage import write_json, write_tensors
+from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import fill_, randn, tiny_model
 from tests.text import write_tokenizer
-from tests.tolerance import assert_maths, assert_parity
 
 
 class Tied(nn.Module):

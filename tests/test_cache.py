@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from minilora.models.cache import KVCache, decode_attention, neighbours
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths, assert_precision
 from tests.models import allocated, randn, seeds, sizes, tiny_config
-from tests.tolerance import assert_maths, assert_precision
 
 CPU = torch.device("cpu")
 E, WINDOW = 6, 5  # of the tiny mistral

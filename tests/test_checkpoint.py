@@ -21,10 +21,10 @@ from minilora import ConfigError, FormatError, LoraConfig, storage
 from minilora.models import checkpoint
 from minilora.models.checkpoint import DTYPES, resolve_dtype
 from minilora.storage import INDEX, SHARD_BYTES, read_json, write_json
+from minilora.testing.compare import assert_maths
 from tests.files import SHARD, change, same_state, write_base
 from tests.models import FAMILIES, SIZES, families, layouts, long, randomize_adapters_, tiny_model, token_ids
 from tests.runs import everything
-from tests.tolerance import assert_maths
 
 shards = pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, SHARD], ids=["single", "sharded"])
 

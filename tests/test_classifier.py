@@ -14,9 +14,9 @@ from minilora.adapters.find import linear_layers
 from minilora.models.classifier import Classifier, classifier_config, load_classifier
 from minilora.storage import read_json, write_json
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths
 from tests.files import same_state
 from tests.models import document_lengths, examples, families, fill_, layouts, seeds, tiny_config, tiny_model, token_ids
-from tests.tolerance import assert_maths
 
 LABELS = ["bad", "good", "so so"]
 CPU = torch.device("cpu")

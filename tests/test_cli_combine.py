@@ -16,13 +16,13 @@ from minilora.cli.merge import split_weight
 from minilora.durable import MANIFEST
 from minilora.models.hub import Location
 from minilora.storage import read_json
+from minilora.testing.compare import assert_parity
 from minilora.tools.extraction import extract_directory
 from minilora.tools.merging import Deviation
 from tests.files import edit, same_state
 from tests.models import perturb_, randn, randomize_adapters_, tiny_model
 from tests.runs import runner
 from tests.text import CHATML, CLOSE, write_tokenizer
-from tests.tolerance import assert_parity
 
 
 @pytest.fixture(scope="module")

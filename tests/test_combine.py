@@ -22,8 +22,8 @@ from minilora.adapters.combine import (
     concatenate,
 )
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths, relative
 from tests.models import randn, scales, seeds, sizes
-from tests.tolerance import assert_maths, relative
 
 TYPES = get_args(CombinationType)
 ON_FACTORS = [kind for kind in TYPES if kind not in ("cat", "svd") and not kind.endswith("_svd")]

@@ -9,8 +9,8 @@ from minilora import llama
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter
 from minilora.adapters.copies import TrainedCopy
+from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
-from tests.tolerance import assert_maths
 
 IDS = token_ids(3, 2, 7)
 

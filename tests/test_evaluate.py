@@ -23,9 +23,9 @@ from minilora.runs.evaluate import (
     measure_drift,
     prompt_of,
 )
+from minilora.testing.compare import assert_maths
 from tests.models import examples, seeds, tiny_model
 from tests.test_classifier import tiny_classifier
-from tests.tolerance import assert_maths
 from tests.training import adapted, number, plain_loss, random_rows
 
 few = examples(0.5)

@@ -14,11 +14,11 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.cli import main
 from minilora.storage import read_json
+from minilora.testing.compare import assert_parity
 from minilora.tools.export import FOLDED, KEPT, NOT_PLAIN, export_adapter
 from tests.files import edit, save_file, saved
 from tests.models import WHOLE, randn, scales, seeds, tiny_model
 from tests.runs import everything
-from tests.tolerance import assert_parity
 
 MORE = [{}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 5, "down_proj": 2}}, {"alpha_pattern": {"up_proj": 0.7}}]
 TARGETS = ["all-linear", ("o_proj", "down_proj", "up_proj", "embed_tokens")]

@@ -9,9 +9,9 @@ import minilora as ml
 from minilora import FormatError, TargetError
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization
+from minilora.testing.compare import MATHS, assert_maths, relative
 from minilora.tools.extraction import extract_directory
 from tests.models import allocated, families, randn, randomize_adapters_, tiny_model
-from tests.tolerance import MATHS, assert_maths, relative
 
 TARGETS = ("q_proj", "o_proj", "down_proj", "qkv_proj")
 

@@ -10,9 +10,10 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.storage import write_tensors
+from minilora.testing.compare import PARITY, relative
+from tests.adapters import many_kinds
 from tests.files import edit, save_file, saved
 from tests.models import CONFIGS, FAMILIES, WHOLE, scales, seeds, tiny_model, token_ids, train_a_little
-from tests.tolerance import PARITY, relative
 
 IDS = token_ids(3, 2, 7)
 HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]}
@@ -415,3 +416,12 @@ def test_where_only_some_layers_have_a_start_each_is_written_with_its_own_rank_a
     model = loaded(tmp_path)
     ml.save_adapter(model, tmp_path / "again")
     assert relative(loaded(tmp_path / "again")(IDS), model(IDS), PARITY) <= 1
+
+
+def test_a_rank_that_the_groups_of_the_model_s_convolution_do_not_divide_is_refused(tmp_path):
+    model, grouped = (many_kinds(groups, torch.float32) for groups in (1, 2))
+    ml.attach(model, ml.LoraConfig(r=3, target_modules=("2",)))
+    ml.save_adapter(model, tmp_path)
+    with pytest.raises(ml.TargetError, match="2: a convolution of 2 groups needs a rank that they divide, found r 3"):
+        ml.load_adapter(grouped, tmp_path)
+    assert not adapter_layers(grouped)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import minilora as ml
 from minilora.data import collate
 from minilora.runs.checkpoints import fingerprint
+from minilora.testing.compare import assert_maths, assert_parity
 from minilora.training import token_loss
 from tests.models import examples, fill_, long, randn, randomize_adapters_, seeds, tiny_model
-from tests.tolerance import assert_maths, assert_parity
 from tests.training import (
     adapted,
     assert_same_gradient,

@@ -24,8 +24,8 @@ from minilora.adapters.from_data import (
 from minilora.adapters.initialize import moved_factors
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_maths, relative
 from tests.models import fill_, randn, scales, seeds, sizes, tiny_model, token_ids
-from tests.tolerance import assert_maths, relative
 
 KINDS = ("eva", "corda", "lora_ga")
 WIDTHS = (7, 9, 8)  # of the inputs of `up`, those of `down`, and the outputs

@@ -15,8 +15,8 @@ import minilora as ml
 from minilora import ConfigError, ShapeError
 from minilora.models.cache import KVCache
 from minilora.models.generate import _next_logits, penalize, probabilities
+from minilora.testing.compare import assert_maths, assert_precision
 from tests.models import SIZES, examples, families, randn, randomize_adapters_, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_precision
 
 V = SIZES["vocab_size"]
 few = examples(0.2)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE
+from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.adapters import Conv1D
 from tests.golden.make_adapters import CASES, FOLDER, IDS, base_of
-from tests.tolerance import PARITY, assert_parity, relative
 
 
 def test_every_case_is_there():

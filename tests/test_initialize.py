@@ -17,8 +17,8 @@ from minilora.adapters.initialize import (
     randomized_svd,
 )
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_maths, relative
 from tests.models import randn, scales, seeds, sizes
-from tests.tolerance import assert_maths, relative
 
 MOVED = ("pissa", "pissa_niter_3", "olora")
 CONVOLUTIONS = [((6, 4, 3, 3), (5, 6, 1, 1)), ((6, 2, 3), (8, 3, 1)), ((6, 10), (7, 6))]

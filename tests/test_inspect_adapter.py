@@ -14,11 +14,11 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.find import linear_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.storage import read_json, write_json
+from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import adapter_facts, delta_norm, inspect_path, norm
 from tests.files import edit, save_file, saved, write_base
 from tests.models import families, randn, scales, seeds, sizes, tiny_model
-from tests.tolerance import PARITY, assert_maths, assert_parity, relative
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(12).view(2, 6)

@@ -15,9 +15,12 @@ from minilora import definition, llama, lora, nf4
 from minilora.kernel import attention
 from minilora.kernel import llama as loss
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_maths, assert_parity
+from minilora.testing.kernel_laws import check_kernel, results
 from tests.models import (
     document_lengths,
     examples,
+    of_kernels,
     randn,
     randomize_adapters_,
     scales,
@@ -26,8 +29,8 @@ from tests.models import (
     small_tiles,
     token_ids,
 )
-from tests.tolerance import GRADIENT_PARITY, assert_maths, assert_parity, assert_precision
 
+pytestmark = of_kernels
 DEFINITIONS = definition.WITH_KERNEL
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -214,25 +217,18 @@ def leaves_of(call, dtype, trained=None):
     ]
 
 
-def results(function, call, leaves, dtype):
-    """What comes out, and the gradients of what is trained; the latter arrive in a dtype."""
-    y = call.call(function, *leaves)
-    trained = [leaf for leaf in leaves if leaf.requires_grad]
-    if isinstance(y, tuple) or not y.requires_grad:
-        return list(y) if isinstance(y, tuple) else [y]
-    return [y, *torch.autograd.grad(y, trained, randn(99, *y.shape, dtype=dtype).to(y.dtype))]
+def assert_kernel_is_the_definition(name, call, leaves):
+    own = DEFINITIONS[name]
+    kernel, plain = (functools.partial(call.call, function) for function in (own, own.function))
+    if TABLE[name] in EXACT:
+        assert_exact(kernel(*leaves), plain(*leaves))
+    else:
+        check_kernel(kernel, plain, leaves, name)
 
 
-def assert_kernel_is_the_definition(name, call, trained, has_grad=True):
-    leaves, own = leaves_of(call, torch.float64, trained), DEFINITIONS[name]
-    with torch.set_grad_enabled(has_grad):
-        ours, expected = (results(function, call, leaves, torch.float64) for function in (own, own.function))
-    for our, their in zip(ours, expected, strict=True):
-        assert our.dtype == their.dtype
-        if TABLE[name] in EXACT:
-            assert torch.equal(our, their)
-        else:
-            assert_maths(our, their)
+def assert_exact(ours, theirs):
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+    assert all(our.dtype == their.dtype and torch.equal(our, their) for our, their in pairs)
 
 
 def test_every_kernel_is_in_the_table():
@@ -242,7 +238,9 @@ def test_every_kernel_is_in_the_table():
 @each
 @given(data=st.data(), trained=st.sets(st.integers(0, 4)), has_grad=st.booleans())
 def test_values_and_gradients_equal_the_definition_s_whatever_is_trained(name, data, trained, has_grad):
-    assert_kernel_is_the_definition(name, data.draw(calls(name)), trained, has_grad)
+    call = data.draw(calls(name))
+    with torch.set_grad_enabled(has_grad):
+        assert_kernel_is_the_definition(name, call, leaves_of(call, torch.float64, trained))
 
 
 @each
@@ -260,7 +258,7 @@ def test_a_wrong_kernel_is_noticed(name, monkeypatch):
 
     @given(calls(name))
     def check(call):
-        assert_kernel_is_the_definition(name, call, {0, 1})
+        assert_kernel_is_the_definition(name, call, leaves_of(call, torch.float64, {0, 1}))
 
     with pytest.raises(AssertionError):
         check()
@@ -272,21 +270,9 @@ def test_a_wrong_kernel_is_noticed(name, monkeypatch):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @given(data=st.data(), has_grad=st.booleans())
 def test_in_low_precision_values_and_gradients_are_as_good_as_the_definition_s(name, dtype, data, has_grad):
-    call, own = data.draw(calls(name, is_large=True)), DEFINITIONS[name]
-    leaves = leaves_of(call, dtype)
-    wide = [nn.Parameter(leaf.detach().double(), leaf.requires_grad) for leaf in leaves]
-    ways = ((own, leaves), (own.function, leaves), (own.function, wide))
+    call = data.draw(calls(name, is_large=True))
     with torch.set_grad_enabled(has_grad):
-        found = [results(function, call, inputs, dtype) for function, inputs in ways]
-    for i, (our, their, exact) in enumerate(zip(*found, strict=True)):
-        assert our.dtype == their.dtype
-        if TABLE[name] in EXACT:
-            assert torch.equal(our, their)
-        elif not i and not our.dim():
-            assert_parity(our, their, GRADIENT_PARITY)  # a single number may have a small error by chance
-        else:
-            computed = dtype if i else our.dtype  # the gradient of a float32 tensor is computed in that dtype, too
-            assert_precision(our.to(computed), their.to(computed), exact.detach())
+        assert_kernel_is_the_definition(name, call, leaves_of(call, dtype))
 
 
 @each_differentiable
@@ -309,13 +295,16 @@ def test_of_the_results_only_what_is_counted_is_kept_for_the_backward_pass(name,
     del y
 
 
-def test_an_input_is_not_kept_where_neither_weight_nor_A_is_trained():
-    tensors, saved = [randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])], []
-    x, A, B = tensors[0].requires_grad_(), tensors[1], tensors[2].requires_grad_()
+@pytest.mark.parametrize("trained", ["A", "B", "AB"])
+def test_an_input_is_kept_only_for_the_gradient_of_A_and_its_projection_only_for_that_of_B(trained):
+    (x, A, B), saved = (randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])), []
+    A.requires_grad_("A" in trained)
+    B.requires_grad_("B" in trained)
     base = nn.Linear(4, 3).double().requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        lora.lora_linear(x, base, None, A, B, 2.0)
-    assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+        lora.lora_linear(x.requires_grad_(), base, None, A, B, 2.0)
+    assert (x.data_ptr() in {tensor.data_ptr() for tensor in saved}) == ("A" in trained)
+    assert ((5, 2) in {tuple(tensor.shape) for tensor in saved}) == ("B" in trained)
 
 
 @each_differentiable
@@ -375,10 +364,12 @@ def test_a_kernel_is_compiled_as_one_graph(name, data):
     call.call(own, *leaves)
     torch.compiler.reset()
     compiled = torch.compile(functools.partial(call.call, own), backend="aot_eager", fullgraph=True)
-    eager = results(own, call, leaves, torch.float32)
-    call.call = lambda _, *leaves: compiled(*leaves)
-    for our, expected in zip(results(own, call, leaves, torch.float32), eager, strict=True):
-        assert_parity(our, expected)
+    if TABLE[name] in EXACT:
+        assert_exact(compiled(*leaves), call.call(own, *leaves))
+    else:
+        found = (results(function, leaves, torch.float32) for function in (compiled, functools.partial(call.call, own)))
+        for our, expected in zip(*found, strict=True):
+            assert_parity(our, expected)
 
 
 def test_plain_switches_some_kernels_off_or_all_and_back_on_whatever_happens():

@@ -8,9 +8,9 @@ from torch import nn
 from minilora import ConfigError, LoraConfig, attach
 from minilora.adapters.layers import AdapterConv
 from minilora.runs.seeded import SeededDropout, dropout_seed
+from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
 from tests.models import either, randn, scales, seeds
-from tests.tolerance import assert_maths, assert_precision, maths
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # PyTorch's, of its own copy
 each_layer = pytest.mark.parametrize("kind", LAYERS)

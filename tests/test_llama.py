@@ -14,6 +14,7 @@ from minilora.llama import Llama
 from minilora.models.cache import KVCache
 from minilora.models.checkpoint import init_weights
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests.golden.make_models import FILE, LENGTHS
 from tests.models import (
     FAMILIES,
@@ -32,7 +33,6 @@ from tests.models import (
     tiny_model,
     token_ids,
 )
-from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 CPU = torch.device("cpu")
 few = examples(0.2)

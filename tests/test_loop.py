@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora as ml
+from minilora import training
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX
 from minilora.runs.config import COUNTS
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.objective import rate_of_step
+from minilora.testing.compare import assert_maths
 from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, randn, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths
 from tests.training import (
     adapted,
     assert_same_gradient,
@@ -345,6 +346,30 @@ def test_a_number_that_is_not_finite_stops_the_run_with_step_rows_and_place_and_
     named = [row.source for row in rows if f"{row.source}," in str(error.value) or f"{row.source}." in str(error.value)]
     assert len(named) == 2
     assert torch.equal(weights(model).nan_to_num(), kept["weights"].nan_to_num())
+
+
+class OnMPS(torch.Tensor):
+    """A number that says it is on MPS."""
+
+    device = property(lambda self: torch.device("mps"))
+
+
+class Heedless(torch.optim.SGD):
+    """Like optimizers on MPS, it takes no notice of `found_inf`."""
+
+    def step(self):
+        del self.found_inf
+        super().step()
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_on_mps_too_the_weights_stay_where_the_gradient_is_not_finite(is_finite, monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    monkeypatch.setattr(training, "total_norm", lambda tensors: torch.stack(tensors).norm().as_subclass(OnMPS))
+    optimizer, factor = Heedless([weight], lr=1.0), 1.0 if is_finite else math.inf
+    step = training.train_step(torch.nn.Module(), optimizer, [None], lambda *_: (factor * weight.sum(), 1))
+    assert bool(step.grad_norm.isfinite()) == is_finite
+    assert torch.equal(weight, torch.ones(3)) != is_finite
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from minilora.lora import (
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import SeededDropout, dropout_seed
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths, assert_precision, precision
 from tests.adapters import LAYERS, add, add_built, applied_by_loops, merged_by_loops, place
-from tests.models import either, fill_, randn, scales, seeds, sizes, small_tiles
-from tests.tolerance import assert_maths, assert_precision, precision
+from tests.models import either, fill_, of_kernels, randn, scales, seeds, sizes, small_tiles
 
 keys = st.text("01/qé", max_size=8)
 bits = st.sampled_from([None, "single", "double"])
@@ -369,6 +369,7 @@ def test_an_output_is_scaled_in_float32_and_rounded_once(dtype, seed):
     assert torch.equal(layer.apply_magnitude(y, adapter), (ratio * y.float()).to(dtype))
 
 
+@of_kernels
 @given(seeds, scales, bits, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_dora_keeps_no_weight_for_the_backward_pass(seed, scale, bits, dtype):
     layer = AdapterLinear(linear(seed, 40, 24, dtype, bits), "layer")

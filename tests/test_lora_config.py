@@ -196,6 +196,23 @@ def test_fields_that_need_each_other(fields):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_bias": True, "use_dora": True},
+        {"lora_bias": True, "init_lora_weights": "gaussian"},
+        {"target_parameters": ["up"], "use_dora": True},
+        {"target_parameters": ["up"], "lora_bias": True},
+        {"target_parameters": ["up"], "lora_dropout": 0.1},
+    ],
+)
+def test_fields_that_exclude_each_other(fields):
+    with pytest.raises(ConfigError, match="neither"):
+        LoraConfig(**fields)
+    for name in fields:
+        LoraConfig(**{name: fields[name]})
+
+
+@pytest.mark.parametrize(
     ("entries", "found"),
     [
         (["head"], ["head"]),  # and not lm_head

@@ -12,8 +12,19 @@ from minilora.errors import TrainingError
 from minilora.kernel import llama as loss
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
-from tests.models import document_lengths, examples, fill_, randn, seeds, sizes, small_tiles, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_parity
+from minilora.testing.compare import assert_maths, assert_parity
+from tests.models import (
+    document_lengths,
+    examples,
+    fill_,
+    of_kernels,
+    randn,
+    seeds,
+    sizes,
+    small_tiles,
+    tiny_model,
+    token_ids,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +110,7 @@ def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_witho
     assert_gradients_of_full_logits((hidden, labels, head), [hidden])
 
 
+@of_kernels
 @given(heads(), st.booleans())
 def test_the_head_sees_a_chunk_at_a_time(case, grad):
     hidden, labels, head = case
@@ -111,6 +123,7 @@ def test_the_head_sees_a_chunk_at_a_time(case, grad):
     assert max(rows) <= 3
 
 
+@of_kernels
 @given(seeds, st.integers(2, 400))
 def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n):
     labels, head = token_ids(seed, 20, high=50), make_head("frozen", seed + 1, 32, 50).to(torch.bfloat16)
@@ -120,6 +133,7 @@ def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n)
     assert torch.equal(share, (whole.float() * torch.tensor(1.0).div(n)).bfloat16())
 
 
+@of_kernels
 def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
     """Its gradient would lack a share without a word."""
     hidden, labels, weight = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), randn(1, 5, 3)
@@ -134,6 +148,26 @@ def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
         llama.cross_entropy(hidden, labels, Head())
 
 
+@of_kernels
+@pytest.mark.parametrize(("grad", "is_trained"), [(False, True), (True, False), (True, True)])
+def test_a_gradient_is_computed_only_where_one_is_asked_for(grad, is_trained, monkeypatch):
+    hidden, labels = randn(0, 5, 4).requires_grad_(is_trained), token_ids(0, 5, high=3)
+    asked = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **_: asked.append(args) or (torch.zeros(3, 4),))
+    with torch.set_grad_enabled(grad):
+        llama.cross_entropy(hidden[:3], labels[:3], make_head("frozen", 1, 4, 3))
+    assert bool(asked) == (grad and is_trained)
+
+
+def test_the_graph_of_a_head_is_searched_once_however_many_ways_lead_through_it():
+    x = torch.ones(1, requires_grad=True)
+    y = x * 1
+    for _ in range(20):
+        y = y + y
+    assert len(list(loss._leaves(y))) == 1
+
+
+@of_kernels
 def test_a_head_may_change_what_it_is_given():
     hidden, labels, linear = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), nn.Linear(3, 5).double()
     loss = llama.cross_entropy(hidden, labels, nn.Sequential(nn.ReLU(inplace=True), linear))

@@ -21,13 +21,13 @@ from minilora.durable import holds_files
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear, quantize
 from minilora.testing import reference_nf4 as reference
+from minilora.testing.compare import assert_maths
 from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms
 from tests.adapters import add_built
 from tests.files import SHARD, edit, save_file, write_base
 from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, tiny_model
 from tests.runs import everything
-from tests.tolerance import assert_maths
 
 NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
 

@@ -25,9 +25,9 @@ from minilora.nf4 import (
     unpack,
 )
 from minilora.testing import reference_nf4 as reference
+from minilora.testing.compare import assert_maths, assert_parity
 from tests.golden.make_quantized import FILE, SMALL
 from tests.models import compile_with, either, long, randn, randomize_adapters_, seeds, small_tiles
-from tests.tolerance import assert_maths, assert_parity
 
 BOUND = 0.151904  # of the absmax: half the widest gap between levels, that between -1 and the next
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
@@ -304,6 +304,17 @@ def test_a_weight_that_is_not_finite_is_refused(bad, place):
     weight[place] = bad
     with pytest.raises(ml.TrainingError, match="not finite"):
         quantize(weight)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_absmaxes_whose_sum_is_not_finite_are_refused_by_double_quantization_alone(blocks):
+    weight = torch.full((blocks, 64), 3e38)
+    assert torch.equal(NF4Linear.quantize(weight, double_quant=False).weight, weight)
+    if blocks == 1:
+        assert torch.equal(NF4Linear.quantize(weight).weight, weight)
+    else:
+        with pytest.raises(ml.TrainingError, match="without double quantization"):
+            NF4Linear.quantize(weight)
 
 
 @either

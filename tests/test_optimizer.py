@@ -8,8 +8,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import minilora as ml
 from minilora.runs.objective import EMBEDDING_RATE, build_optimizer, rate_factors, rate_of_step
+from minilora.testing.compare import assert_maths
 from tests.models import examples, seeds, tiny_model
-from tests.tolerance import assert_maths
 from tests.training import adapted, copy_checkpoint, random_rows, trained
 
 RATE = 0.01

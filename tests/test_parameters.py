@@ -11,8 +11,8 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
 from minilora.adapters.parameters import AdapterParameters
 from minilora.lora import AdapterWrapper
+from minilora.testing.compare import assert_maths, assert_precision
 from tests.models import randn, scales, seeds, sizes
-from tests.tolerance import assert_maths, assert_precision
 
 
 class Experts(nn.Module):

@@ -18,11 +18,11 @@ from minilora.models.bitsandbytes import QuantizeConfig, describe, packed_tensor
 from minilora.models.checkpoint import skeleton, stored_weights
 from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, quantize_absmax, unpack
 from minilora.storage import SHARD_BYTES, TensorFile, read_json, write_json
+from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
 from tests.models import allocated, families, layouts, tiny_model, token_ids
 from tests.runs import everything
-from tests.tolerance import PARITY, assert_parity, relative
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj"

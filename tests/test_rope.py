@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from minilora import ConfigError, llama
 from minilora.models.config import ROPE_KEYS, ScaledRope
 from minilora.testing import reference
+from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests.models import randn, seeds
-from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 CPU = torch.device("cpu")
 document_lengths = st.integers(2, 100)

@@ -26,6 +26,7 @@ from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, promp
 from minilora.runs.inputs import load_general
 from minilora.runs.meter import beginning, ending
 from minilora.runs.run import PACKAGES, Run
+from minilora.testing.compare import assert_parity
 from tests.models import four_bit, long
 from tests.runs import (
     ADAPTER,
@@ -46,7 +47,6 @@ from tests.runs import (
     write_rows,
 )
 from tests.text import EOS
-from tests.tolerance import assert_parity
 from tests.training import number
 
 STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch

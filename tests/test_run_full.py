@@ -13,10 +13,10 @@ from minilora.durable import MANIFEST
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.inputs import load_general
 from minilora.storage import TensorFile
+from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import four_bit, long
 from tests.runs import inputs, interrupt, metrics, starts, steps, summary, unfinished, write_inputs, write_rows
-from tests.tolerance import assert_parity
 from tests.training import number
 
 FULL = {"method": "full", "learning_rate": 0.003, "lora_r": None, "lora_alpha": None, "lora_dropout": None}

@@ -14,8 +14,8 @@ from minilora.adapter import adapter_layers
 from minilora.adapters import serve
 from minilora.adapters.attach import delete_adapter
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
+from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests.models import WHOLE, examples, four_bit, perturb_, randn, seeds, tiny_model, token_ids
-from tests.tolerance import assert_maths, assert_parity, assert_precision
 
 KINDS = {
     "linears": LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
@@ -90,6 +90,25 @@ def test_a_model_that_keeps_its_rows_apart_needs_no_lengths():
         mixed = model(x)
     for row, name, found in zip(x, chosen, mixed, strict=True):
         assert_maths(found, alone(model, name, row))
+
+
+def test_a_mixed_batch_inside_another_has_its_own_rows():
+    model, ids, chosen = model_with("linears", "dora"), token_ids(4, 3, 5), ["dora", "linears", None]
+    with mixed_batch(model, ["linears", None]):
+        before = model(ids[:2])
+        with mixed_batch(model, chosen):
+            inner = model(ids)
+        assert torch.equal(model(ids[:2]), before)
+    for row, name, found in zip(ids, chosen, inner, strict=True):
+        assert_maths(found, alone(model, name, row))
+
+
+@pytest.mark.parametrize("config", [{}, {"target_modules": (), "target_parameters": ("0.weight",)}])
+def test_rows_whose_adapter_is_not_known_are_refused(config):
+    model = nn.Sequential(nn.Linear(5, 4)).double()
+    attach(model, LoraConfig(r=2, **config), dtype=torch.float64)
+    with mixed_batch(model, ["default", None]), pytest.raises((ShapeError, TargetError), match=r"got 3 rows|mixed in"):
+        model(randn(0, 3, 5))
 
 
 def test_a_mixed_batch_of_unknown_adapters_is_refused():

@@ -9,8 +9,8 @@ from torch import distributed, multiprocessing, nn
 
 import minilora as ml
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import assert_parity
 from tests.models import randn, randomize_adapters_
-from tests.tolerance import assert_parity
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 PROCESSES = 2

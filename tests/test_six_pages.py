@@ -1,18 +1,29 @@
 """The six pages are enough: a model is loaded, adapted, trained, merged and saved without the rest of the package."""
 
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
 import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora import data
+from minilora import adapter, data, llama, training
+from minilora.models.config import LlamaConfig
+from minilora.runs.data import use_prompt_style
+from minilora.storage import SHARD_BYTES
+from minilora.testing.compare import assert_parity
+from tests.files import SHARD, change, edit, same_state, saved
+from tests.models import FAMILIES, SIZES, bases, randomize_adapters_, scales, seeds, tiny_model, token_ids
 from tests.test_structure import PAGES
-from tests.tolerance import assert_parity
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = ["minilora", *(f"minilora.{name}" for name in (*PAGES, "definition", "errors"))]
@@ -72,10 +83,159 @@ def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_pat
     assert_parity(model(found["ids"]), found["adapted"])
 
 
-def test_the_page_of_data_reads_rows_as_the_package_does():
+@pytest.mark.parametrize("keys", ["instruction", "prompt"])
+def test_the_page_of_data_reads_rows_as_the_package_does(keys, tmp_path):
     path, tokenizer = ROOT / "minilora" / "assets" / "data" / "train.jsonl", ml.load_tokenizer("minilora/builtin")
     raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [data.encode_row(json.loads(line), raw, tokenizer.eos_id) for line in lines]
-    expected = ml.load_dataset(path, tokenizer)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if keys == "instruction":
+        inputs = ({}, {"input": ""}, {"input": "of which language?"})
+        rows = [
+            {"instruction": row["prompt"], "output": row["completion"], **inputs[i % 3]}
+            for i, row in enumerate(rows[:30])
+        ]
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    found = [data.encode_row(row, raw, tokenizer.eos_id) for row in rows]
+    style = "instruction" if keys == "instruction" else "auto"
+    expected = ml.load_dataset(path, use_prompt_style(tokenizer, style))
     assert [(row.tokens, row.labels) for row in found] == [(row.tokens, row.labels) for row in expected]
+
+
+names = st.lists(st.sampled_from(["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]), min_size=1, unique=True)
+
+
+def same_adapters(ours, theirs):
+    """Equal tensors, scales, dropouts, and what is active and trained."""
+    same_state(ours, theirs)
+    for our, their in zip(*(adapter.adapter_layers(model).values() for model in (ours, theirs)), strict=True):
+        assert (our.path, our.active, list(our.configs)) == (their.path, their.active, list(their.configs))
+        for name in our.configs:
+            one, other = our.adapters[name], their.adapters[name]
+            assert (one.scale, one.dropout.p, one.training) == (other.scale, other.dropout.p, other.training)
+    trained = ({name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs))
+    assert len({frozenset(each) for each in trained}) == 1
+
+
+@given(seeds, st.integers(1, 5), scales, st.booleans(), st.sampled_from([0.0, 0.3]), names, bases)
+def test_the_page_of_adapters_attaches_saves_and_loads_as_the_package_does(seed, r, s, dora, dropout, targets, base):
+    numbers = {"r": r, "lora_alpha": s * r, "use_dora": dora, "lora_dropout": dropout}
+    ours, theirs, *loaded = (base(tiny_model(dtype=torch.float32, num_hidden_layers=1)) for _ in range(4))
+    adapter.attach_lora(ours, targets, **numbers, name="one", seed=seed)
+    ml.attach(theirs, ml.LoraConfig(target_modules=targets, **numbers), name="one", seed=seed)
+    same_adapters(ours, theirs)
+    randomize_adapters_(ours)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder) / "not" / "there"
+        adapter.save_lora(ours, folder, "one")
+        ml.load_adapter(loaded[0], folder, "one", trainable=True)
+        same_adapters(loaded[0], ours)
+        ml.save_adapter(ours := loaded[0], folder, "one")
+        adapter.load_lora(loaded[1], folder, "one", trainable=True)
+        same_adapters(loaded[1], ours)
+
+
+def test_the_page_of_adapters_has_the_package_s_defaults(tmp_path):
+    ours, theirs, loaded = (tiny_model(dtype=torch.float32) for _ in range(3))
+    adapter.attach_lora(ours, ["q_proj"])
+    ml.attach(theirs, ml.LoraConfig(target_modules=["q_proj"]))
+    same_adapters(ours, theirs)
+    adapter.save_lora(ours, tmp_path)
+    adapter.load_lora(loaded, tmp_path)
+    ml.load_adapter(base := tiny_model(dtype=torch.float32), tmp_path)
+    same_adapters(loaded, base)
+
+
+@pytest.mark.parametrize(
+    ("function", "config"),
+    [
+        (adapter.attach_lora, ml.LoraConfig()),
+        (data.encode_row, ml.DataConfig()),
+        (training.train_step, ml.TrainConfig()),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_the_pages_take_by_default_is_what_the_package_does(function, config):
+    parameters = inspect.signature(function).parameters
+    found = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    shared = found.keys() & vars(config).keys()
+    assert shared
+    assert {name: found[name] for name in shared} == {name: getattr(config, name) for name in shared}
+
+
+def test_the_page_of_adapters_adds_a_second_adapter_beside_the_first():
+    model = tiny_model(dtype=torch.float32)
+    adapter.attach_lora(model, ["q_proj"], r=2, name="one")
+    adapter.attach_lora(model, ["q_proj", "v_proj"], r=3, name="two")
+    found = {path: list(layer.configs) for path, layer in adapter.adapter_layers(model).items()}
+    assert found["model.layers.0.self_attn.q_proj"] == ["one", "two"]
+    assert found["model.layers.0.self_attn.v_proj"] == ["two"]
+    assert not any(isinstance(layer.base, adapter.AdapterWrapper) for layer in adapter.adapter_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "error"),
+    [
+        (["q_proj"], {"r": 0}, ml.ConfigError),
+        ([], {}, ml.TargetError),
+        ("q_proj", {}, ml.TargetError),
+        (["q_proj", "no_proj"], {}, ml.TargetError),
+        (["v_proj", "k_proj"], {"name": "there"}, ml.TargetError),
+    ],
+)
+def test_what_the_page_of_adapters_cannot_attach_is_refused_and_changes_nothing(targets, options, error):
+    model = tiny_model(dtype=torch.float32)
+    adapter.attach_lora(model, ["k_proj"], r=1, name="there")
+    before = list(model.state_dict())
+    with pytest.raises(error):
+        adapter.attach_lora(model, targets, **options)
+    assert list(model.state_dict()) == before
+
+
+def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
+    model = saved(tmp_path, rank_pattern={"v_proj": 2}, use_rslora=True)
+    with pytest.raises(ml.TargetError, match="differ in rank or scale"):
+        adapter.save_lora(model, tmp_path)
+    with pytest.raises(ml.FormatError, match=r"sets \['use_rslora', 'rank_pattern'\]"):
+        adapter.load_lora(tiny_model(), tmp_path)
+    edit(tmp_path, use_rslora=False, rank_pattern={})
+    with pytest.raises(ml.FormatError, match=r"layers\.0\.self_attn\.v_proj\.lora_A"):
+        adapter.load_lora(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [SHARD, SHARD_BYTES])
+def test_the_page_of_the_decoder_reads_a_llama_as_the_package_does(dtype, tied, shard_bytes, tmp_path):
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=tied, rms_norm_eps=1e-6)
+    ml.save_model(model, tmp_path, shard_bytes=shard_bytes)
+    ours, theirs = llama.load_llama(tmp_path, dtype), ml.load_model(tmp_path, dtype)
+    same_state(ours, theirs)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert torch.equal(ours(ids := token_ids(0, 2, 5)), theirs(ids))
+    assert not ours.training
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 700.0}, {"rope_parameters": {"rope_theta": 500.0}}])
+@pytest.mark.parametrize("width", [{}, {"head_dim": 10}])
+@pytest.mark.parametrize("key_heads", [{}, {"num_key_value_heads": 4}])
+def test_the_page_of_the_decoder_reads_a_config_as_the_package_does(theta, width, key_heads):
+    source = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"} | theta | width | key_heads
+    source |= {"model_type": "llama", "rms_norm_eps": 1e-6}
+    ours, theirs = (kind.from_dict(source) for kind in (llama.LlamaConfig, LlamaConfig))
+    for field in dataclasses.fields(ours):
+        if field.name != "rope":
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    assert torch.equal(ours.rope.frequencies(9), theirs.rope.frequencies(9))
+
+
+def test_the_page_of_the_decoder_refuses_other_models_and_other_tensors(tmp_path):
+    for wrong in ("mistral", "llama-linear", "llama-3.1"):
+        with pytest.raises(ml.ConfigError, match="need a Llama without scaling"):
+            llama.LlamaConfig.from_dict({**SIZES, **FAMILIES[wrong]})
+    ml.save_model(tiny_model(dtype=torch.float32, rms_norm_eps=1e-6), tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changes in ({name: None}, {"another": torch.ones(1)}):
+        change(tmp_path, changes)
+        with pytest.raises(ml.FormatError, match=name if changes.get(name, 0) is None else "another"):
+            llama.load_llama(tmp_path)

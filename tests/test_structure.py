@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "kernel/": PAGES,  # which only `public` and `runs/memory` import
     "runs/memory": ("storage", "durable", *PAGES, "kernel/", *ROOMS[:3]),  # counts what kernels keep
     **{room: ("storage", "durable", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
+    "tools/selftest": ("storage", "durable", *PAGES, "models/", "adapters/", "testing/"),
     "public": (*PAGES, *ROOMS[:-1], "kernel/"),
     "__main__": ("cli/",),
 }
@@ -95,7 +96,7 @@ def test_the_six_pages_are_read_in_an_afternoon():
     assert sum(lines.values()) <= PAGES_LINES, lines
 
 
-@pytest.mark.parametrize("module", ["testing/reference", "testing/reference_nf4"])
+@pytest.mark.parametrize("module", ["testing/reference", "testing/reference_nf4", "testing/reference_data"])
 def test_the_oracles_import_numpy_alone(module):
     names = {name.split(".")[0] for name in imported(MODULES[module])}
     assert names <= {"__future__", "collections", "typing", "math", "numpy"}
@@ -133,9 +134,8 @@ def folders_of_the_package():
     return {f"minilora/{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
-def test_the_script_of_mutants_names_the_core_and_tests_that_there_are():
-    kernels = {name for name in MODULES if name.startswith("kernel/") and not name.endswith("/__init__")}
-    assert set(mutants.CORE) == {*PAGES, *kernels}
+def test_the_script_of_mutants_names_the_pages_and_tests_that_there_are():
+    assert set(mutants.PAGES) == set(PAGES)
     assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in mutants.TESTS)
 
 

@@ -11,8 +11,8 @@ import minilora as ml
 from minilora import llama
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import Rows, TokenRows
+from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, allocated, randn, seeds, tiny_model, token_ids, train_a_little
-from tests.tolerance import assert_maths
 
 IDS = token_ids(3, 2, 7)
 ROWS = (7, 2, 40)

@@ -8,8 +8,8 @@ from minilora import ConfigError, LoraConfig, attach, load_model, load_tokenizer
 from minilora.models.classifier import grow_vocabulary
 from minilora.nf4 import NF4Linear
 from minilora.storage import BUILTIN
+from minilora.testing.compare import assert_maths
 from tests.models import SIZES, tiny_model, token_ids
-from tests.tolerance import assert_maths
 
 V = SIZES["vocab_size"]
 NEW = ["<wumpus>", "Zork"]

@@ -13,9 +13,9 @@ from minilora.adapters.combine import CombineConfig
 from minilora.adapters.find import places_of
 from minilora.adapters.weighted import combine_adapters, config_of
 from minilora.lora import lora_delta
+from minilora.testing.compare import assert_maths
 from tests.adapters import many_kinds
 from tests.models import four_bit, randn, seeds, tiny_model
-from tests.tolerance import assert_maths
 
 weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
 starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa", "olora"])

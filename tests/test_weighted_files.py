@@ -12,10 +12,10 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.adapters.weighted import combine_adapters, combine_directories
+from minilora.testing.compare import PARITY, relative
 from tests.adapters import many_kinds
 from tests.files import edit, save_file
 from tests.models import four_bit, randomize_adapters_, tiny_model
-from tests.tolerance import PARITY, relative
 
 
 def base_model():

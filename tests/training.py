@@ -12,8 +12,8 @@ from minilora import durable
 from minilora.data import IGNORE_INDEX
 from minilora.durable import MANIFEST
 from minilora.runs.checkpoints import newest_checkpoint, step_of
+from minilora.testing.compare import MATHS, relative
 from tests.models import randomize_adapters_, tiny_model
-from tests.tolerance import MATHS, relative
 
 
 def random_rows(seed, count, vocabulary=61):

@@ -186,19 +186,20 @@ def workplace() -> Iterator[None]:
 def main() -> None:
     """Run or check the chapters that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", metavar="NN", help="01, 02, …; by default all that are not slow")
+    names = "01, 02, … or verify; by default all that are not slow"
+    parser.add_argument("chapters", nargs="*", metavar="NN", help=names)
     parser.add_argument("--check", action="store_true", help="fail where an output would change, and change nothing")
     arguments = parser.parse_args()
-    paths = sorted(HERE.glob("[0-9][0-9]_*.md"))
-    if unknown := set(arguments.chapters) - {path.name[:2] for path in paths}:
-        parser.error(f"there is no chapter {min(unknown)}; there are {', '.join(path.name for path in paths)}")
+    paths = {path.name.partition("_")[0]: path for path in sorted(HERE.glob("*_*.md"))}
+    if unknown := set(arguments.chapters) - paths.keys():
+        parser.error(f"there is no chapter {min(unknown)}; there are {', '.join(paths)}")
     import matplotlib
 
     matplotlib.use("Agg")
     differences = []
-    for path in paths:
+    for name, path in paths.items():
         is_slow = "<!-- slow -->" in path.read_text("utf-8")
-        if path.name[:2] in arguments.chapters or not (arguments.chapters or is_slow):
+        if name in arguments.chapters or not (arguments.chapters or is_slow):
             with workplace(), matplotlib.rc_context(STYLE):
                 chapter = Chapter(path, arguments.check)
                 chapter.run()

@@ -39,6 +39,7 @@ COMMANDS = {
     "inspect": "show the contents of a model, an adapter, a run or a safetensors file",
     "verify": "check the files of a run, an adapter or a model against their hashes",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
+    "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
 }
 MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them

@@ -1,0 +1,66 @@
+"""Check anybody's LoRA, DoRA, NF4, loss masking and adapter files: see `checks`.
+
+`minilora.testing.strategies` draws hypothesis examples; nothing else here needs the extra `testing`.
+"""
+
+from minilora.testing.bounds import Bounded
+from minilora.testing.cases import AdaptedLinear
+from minilora.testing.chat_laws import Chat
+from minilora.testing.checks import (
+    check,
+    check_accumulation,
+    check_adapter_directory,
+    check_adapter_sum,
+    check_chat_mask,
+    check_dora_linear,
+    check_double_quant,
+    check_gradients,
+    check_linear4bit,
+    check_lora_linear,
+    check_loss_masking,
+    check_merge,
+    check_nf4,
+    laws,
+    on_numpy,
+    parametrize_laws,
+)
+from minilora.testing.compare import assert_maths, assert_parity, assert_precision
+from minilora.testing.data_cases import MaskedLogits, MicroBatches
+from minilora.testing.kernel_laws import check_kernel
+from minilora.testing.laws import CheckFailure, NotApplicable
+from minilora.testing.merge_laws import AdapterSum
+from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
+
+__all__ = [
+    "AbsmaxVector",
+    "AdaptedLinear",
+    "AdapterSum",
+    "Bounded",
+    "Chat",
+    "CheckFailure",
+    "MaskedLogits",
+    "MicroBatches",
+    "NF4Weight",
+    "NotApplicable",
+    "QuantizedLinear",
+    "assert_maths",
+    "assert_parity",
+    "assert_precision",
+    "check",
+    "check_accumulation",
+    "check_adapter_directory",
+    "check_adapter_sum",
+    "check_chat_mask",
+    "check_dora_linear",
+    "check_double_quant",
+    "check_gradients",
+    "check_kernel",
+    "check_linear4bit",
+    "check_lora_linear",
+    "check_loss_masking",
+    "check_merge",
+    "check_nf4",
+    "laws",
+    "on_numpy",
+    "parametrize_laws",
+]

@@ -36,15 +36,15 @@ Array = NDArray[Any]
 
 
 def lora_merged_weight(weight: Array, lora_A: Array, lora_B: Array, scale: float) -> Array:
-    """W' = W + s·Σₖ B[:, k] A[k, :], one rank after another  [LoRA eq. 3].
+    """W' = W + s·Σₖ B[:, k] A[k, :], summed one rank after another  [LoRA eq. 3].
 
     Shapes: weight (out, in), lora_A (r, in), lora_B (out, r) -> (out, in)
     """
     weight, lora_A, lora_B = _wide(weight, lora_A, lora_B)
-    merged = weight.copy()
+    update = np.zeros_like(weight)
     for column, row in zip(lora_B.T, lora_A, strict=True):
-        merged += scale * np.outer(column, row)
-    return merged
+        update += np.outer(column, row)
+    return weight + scale * update
 
 
 def lora_forward(x: Array, weight: Array, bias: Array | None, lora_A: Array, lora_B: Array, scale: float) -> Array:

@@ -96,12 +96,12 @@ def absmax_levels() -> Array:
     return np.array(sorted(levels))
 
 
-def absmax_quantize(absmax: Array) -> tuple[Array, Array, float]:
-    """offset = mean;  code = the level nearest to (absmax - offset) / scale, scale the largest of 256; by trying all.
+def absmax_quantize(absmax: Array, offset: float | None = None) -> tuple[Array, Array, float]:
+    """offset = mean if not given;  code = the level nearest to (absmax - offset) / scale;  scale: the largest of 256.
 
     Shapes: absmax (b) -> codes (b), scales (⌈b/256⌉), offset
     """
-    offset = sum(float(a) for a in absmax) / len(absmax)
+    offset = sum(float(a) for a in absmax) / len(absmax) if offset is None else offset
     rest = [float(a) - offset for a in absmax]
     levels = absmax_levels().tolist()
     codes, scales = [], []

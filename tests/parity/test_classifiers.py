@@ -6,9 +6,9 @@ import torch
 import minilora as ml
 from minilora.adapters.layout import classes_of
 from minilora.models.classifier import load_classifier
+from minilora.testing.compare import assert_parity
 from tests.models import FAMILIES, perturb_, tiny_model, token_ids
 from tests.test_classifier import LABELS, padded, tiny_classifier
-from tests.tolerance import assert_parity
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

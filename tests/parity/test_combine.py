@@ -10,8 +10,8 @@ from torch import nn
 from minilora.adapters.combine import CombineConfig, Factors, combine
 from minilora.adapters.weighted import combine_directories
 from minilora.lora import lora_delta
+from minilora.testing.compare import assert_parity, relative
 from tests.models import randn
-from tests.tolerance import assert_parity, relative
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")

@@ -18,6 +18,7 @@ from minilora.adapters.attach import merged
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.serve import hotswap_adapter
 from minilora.nf4 import NF4Linear
+from minilora.testing.compare import PARITY, assert_parity, assert_precision, relative
 from tests.files import save_file
 from tests.models import allocated, fill_, perturb_, randn, token_ids
 from tests.parity.test_family import (
@@ -30,7 +31,6 @@ from tests.parity.test_family import (
     theirs_loading,
     theirs_of,
 )
-from tests.tolerance import PARITY, assert_parity, assert_precision, relative
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")

@@ -6,10 +6,10 @@ import torch
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainedCopy
+from minilora.testing.compare import assert_parity
 from tests.models import perturb_, randn, token_ids
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS
-from tests.tolerance import assert_parity
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")

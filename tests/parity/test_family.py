@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
+from minilora.testing.compare import MATHS, PARITY, assert_parity
 from tests.files import edit, save_file
 from tests.models import examples, perturb_, seeds, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded
-from tests.tolerance import MATHS, PARITY, assert_parity
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")

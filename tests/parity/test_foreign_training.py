@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import minilora as ml
+from minilora.testing.compare import assert_parity
 from tests.test_state import contents
-from tests.tolerance import assert_parity
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")

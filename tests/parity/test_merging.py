@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import minilora as ml
+from minilora.testing.compare import assert_parity, assert_precision
 from minilora.tools.merging import merge_directory
 from tests.models import randomize_adapters_, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded
-from tests.tolerance import assert_parity, assert_precision
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")

@@ -9,9 +9,9 @@ import minilora as ml
 from minilora.models.config import FAMILIES as TYPES
 from minilora.models.config import LlamaConfig
 from minilora.models.generate import penalize, probabilities
+from minilora.testing.compare import assert_parity
 from tests.models import FAMILIES, examples, randn, seeds, tiny_model, token_ids
 from tests.test_config_json import MINIMAL, meaning
-from tests.tolerance import assert_parity
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity

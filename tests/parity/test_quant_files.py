@@ -13,9 +13,9 @@ import minilora as ml
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.storage import read_json
+from minilora.testing.compare import assert_parity, assert_precision
 from tests.models import tiny_model, token_ids
 from tests.test_nf4 import BOUND
-from tests.tolerance import assert_parity, assert_precision
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")

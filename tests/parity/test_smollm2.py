@@ -22,10 +22,10 @@ from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import held_out_loss
 from minilora.runs.rows import Row, find_splits
 from minilora.storage import BUILTIN, read_json
+from minilora.testing.compare import GRADIENT_PARITY, assert_parity, relative
 from minilora.training import token_loss
 from tests.models import randomize_adapters_
 from tests.parity.test_quant_files import options_of, theirs_logits, theirs_model
-from tests.tolerance import GRADIENT_PARITY, assert_parity, relative
 
 pytestmark = pytest.mark.real
 peft = pytest.importorskip("peft")

@@ -13,8 +13,8 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.from_data import GAMMA, data_factors, redistributed
 from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
 from minilora.lora import AdapterLinear, lora_scale
+from minilora.testing.compare import assert_parity
 from tests.models import fill_, randn
-from tests.tolerance import assert_parity
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")

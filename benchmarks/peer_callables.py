@@ -1,0 +1,316 @@
+"""The peers' LoRA layers, merges and sums, as the callables that `minilora.testing` checks.
+
+Each calls the peer's own code as it is installed, and imports it when it is called. What a peer has no option for, its
+callable does not take. `peer_nf4` has their 4-bit weights, `peer_training` their losses and loops, `peer_data` their
+chat masks and adapter files, `peer_mlx` what is MLX's.
+
+    W (out, in)    b (out) or None    A (r, in)    B (out, r)    magnitude (out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Adapters = Sequence[tuple[Tensor, Tensor, float]]  # A, B, scale
+
+
+def base(W: Tensor, b: Tensor | None) -> nn.Linear:
+    """Return PyTorch's linear layer with a copy of these."""
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=b is not None, dtype=W.dtype)
+    return filled(linear, weight=W, bias=b)
+
+
+def filled(module: nn.Module, **tensors: Tensor | None) -> Any:
+    """Copy tensors into a module's parameters; `a__b` is the parameter a.b."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                parameter = module.get_parameter(name.replace("__", "."))
+                parameter.copy_(tensor.reshape(parameter.shape))
+    return module
+
+
+# --- PEFT ---
+
+
+def peft_linear(
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    magnitude: Tensor | None = None,
+) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=len(A),
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        target_modules=["0"],
+    )
+    layer = inject_adapter_in_model(config, nn.Sequential(base(W, b)))[0]
+    own = {"lora_magnitude_vector__default__weight": magnitude} if use_dora else {}
+    return filled(layer, lora_A__default__weight=A, lora_B__default__weight=B, **own)
+
+
+def peft_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    layer = peft_linear(W, None, A, B, scale * len(A), use_dora=magnitude is not None, magnitude=magnitude)
+    layer.merge()
+    return layer.get_base_layer().weight
+
+
+def peft_sum(combination_type: str, **options: Any) -> Callable[[Adapters, Sequence[float]], Tensor]:
+    """Return a sum by PEFT's `add_weighted_adapter`."""
+
+    def add(adapters: Adapters, weights: Sequence[float]) -> Tensor:
+        from peft import LoraConfig, get_peft_model
+
+        A, B, _ = adapters[0]
+        names = [f"adapter{i}" for i in range(len(adapters))]
+        model: Any = None
+        for name, (A, B, scale) in zip(names, adapters, strict=True):
+            config = LoraConfig(r=len(A), lora_alpha=scale * len(A), target_modules=["0"])
+            if model is None:
+                model = get_peft_model(nn.Sequential(base(B.new_zeros(len(B), A.shape[1]), None)), config, name)
+            else:
+                model.add_adapter(name, config)
+            own = {f"lora_A__{name}__weight": A, f"lora_B__{name}__weight": B}
+            filled(model.base_model.model[0], **own)
+        extra = {key: value(adapters) if callable(value) else value for key, value in options.items()}
+        model.add_weighted_adapter(names, list(weights), "sum", combination_type=combination_type, **extra)
+        return model.base_model.model[0].get_delta_weight("sum")
+
+    return add
+
+
+def total_rank(adapters: Adapters) -> int:
+    A, B, _ = adapters[0]
+    return min(sum(len(A) for A, _, _ in adapters), A.shape[1], len(B))
+
+
+# --- unsloth ---
+
+
+class FromUnsloth(nn.Module):
+    """PEFT's layer, computed by the `apply_lora_o` that unsloth gives to attention: x (B, T, in), no bias."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.o_proj = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        from unsloth.kernels.fast_lora import apply_lora_o
+
+        return apply_lora_o(self, x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def unsloth_linear(
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+) -> Any:
+    import unsloth  # noqa: F401  # before PEFT, which it changes
+
+    return FromUnsloth(peft_linear(W, b, A, B, alpha, dropout=dropout, use_rslora=use_rslora))
+
+
+# --- litgpt ---
+
+
+def litgpt_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
+    from litgpt.lora import LoRALinear, mark_only_lora_as_trainable
+
+    layer = LoRALinear(W.shape[1], W.shape[0], len(A), alpha, dropout, bias=b is not None).to(W.dtype)
+    mark_only_lora_as_trainable(layer)
+    return filled(layer, linear__weight=W, linear__bias=b, lora_A=A, lora_B=B)
+
+
+def litgpt_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    layer = litgpt_linear(W, None, A, B, scale * len(A))
+    layer.merge()
+    return layer.linear.weight
+
+
+# --- loralib ---
+
+
+def loralib_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
+    return _loralib_linear(W, b, A, B, alpha, dropout)
+
+
+def loralib_unmerged(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
+    return _loralib_linear(W, b, A, B, alpha, dropout, merge_weights=False)
+
+
+def _loralib_linear(
+    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, dropout: float, **options: Any
+) -> Any:
+    import loralib
+
+    layer = loralib.Linear(W.shape[1], W.shape[0], len(A), alpha, dropout, bias=b is not None, **options)
+    loralib.mark_only_lora_as_trainable(layer)
+    return filled(layer.to(W.dtype), weight=W, bias=b, lora_A=A, lora_B=B)
+
+
+def loralib_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    layer = loralib_linear(W, None, A, B, scale * len(A))
+    layer.eval()  # returns None
+    return layer.weight
+
+
+# --- lora-pytorch ---
+
+
+def lora_pytorch_linear(
+    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0
+) -> Any:
+    from lora_pytorch import LoRA
+    from lora_pytorch.modules.linear import LinearLoRAModule
+
+    branch = LinearLoRAModule(W.shape[1], W.shape[0], len(A), alpha, dropout, dtype=W.dtype)
+    return LoRA(base(W, b), filled(branch, in_proj=A.T, out_proj=B.T))
+
+
+def lora_pytorch_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    return lora_pytorch_linear(W, None, A, B, scale * len(A)).merge_lora().weight
+
+
+# --- torchtune ---
+
+
+def torchtune_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0) -> Any:
+    from torchtune.modules.peft import LoRALinear
+
+    return _torchtune_linear(LoRALinear, W, b, A, B, alpha, dropout)
+
+
+def torchtune_dora(
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    use_dora: bool = True,
+    magnitude: Tensor | None = None,
+) -> Any:
+    from torchtune.modules.peft import DoRALinear
+
+    layer = _torchtune_linear(DoRALinear, W, b, A, torch.zeros_like(B), alpha, dropout)
+    layer.initialize_dora_magnitude()  # as at the start of training, where B = 0
+    return filled(layer, lora_b__weight=B, magnitude=magnitude)
+
+
+def _torchtune_linear(
+    layer_type: Any, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, dropout: float
+) -> Any:
+    from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+    layer = layer_type(W.shape[1], W.shape[0], len(A), alpha, dropout, use_bias=b is not None).to(W.dtype)
+    set_trainable_params(layer, get_adapter_params(layer))
+    return filled(layer, weight=W, bias=b, lora_a__weight=A, lora_b__weight=B)
+
+
+def torchtune_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    from torchtune.modules.peft import get_merged_lora_ckpt
+
+    state = {"layer.weight": W.clone(), "layer.lora_a.weight": A, "layer.lora_b.weight": B}
+    if magnitude is not None:
+        state["layer.magnitude"] = magnitude
+    return get_merged_lora_ckpt(state, rank=len(A), alpha=scale * len(A))["layer.weight"]
+
+
+# --- adapters (AdapterHub) ---
+
+
+def adapters_linear(
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+    magnitude: Tensor | None = None,
+) -> Any:
+    layer = _adapters_layer(W, b)
+    _adapters_add(layer, "adapter", A, B, alpha, dropout=dropout, use_dora=use_dora, magnitude=magnitude)
+    layer.adapters_config.active_setup = _parsed("adapter")
+    for parameter in (layer.weight, layer.bias):  # as `train_adapter` of a model does
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    return layer
+
+
+def _adapters_layer(W: Tensor, b: Tensor | None) -> Any:
+    from adapters import ModelAdaptersConfig
+    from adapters.methods.lora import LoRALinear
+    from transformers import PretrainedConfig
+
+    return LoRALinear.wrap(base(W, b), "selfattn", PretrainedConfig(), ModelAdaptersConfig(), attn_key="q")
+
+
+def _adapters_add(layer: Any, name: str, A: Tensor, B: Tensor, alpha: float, **options: Any) -> None:
+    from adapters import LoRAConfig
+
+    magnitude, dtype = options.pop("magnitude", None), str(A.dtype).removeprefix("torch.")
+    config = LoRAConfig(r=len(A), alpha=alpha, attn_matrices=["q"], dtype=dtype, **options)
+    layer.adapters_config.add(name, config)
+    layer.add_adapter(name, 0)
+    own = {"m__weight": magnitude} if options.get("use_dora") else {}
+    filled(layer.loras[name], lora_A=A, lora_B=B, **own)
+
+
+def _parsed(name: str) -> Any:
+    from adapters.composition import Stack
+
+    return Stack(name)
+
+
+def adapters_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    layer = adapters_linear(W, None, A, B, scale * len(A), use_dora=magnitude is not None, magnitude=magnitude)
+    layer.merge_adapter("adapter")
+    return layer.weight
+
+
+def adapters_sum(combine_strategy: str) -> Callable[[Adapters, Sequence[float]], Tensor]:
+    """Return a sum by the layer's `average_adapter`.
+
+    It takes adapters of one rank and one alpha: ranks are padded with zeros, and scales are multiplied into B.
+    """
+
+    def add(adapters: Adapters, weights: Sequence[float]) -> Tensor:
+        A, B, _ = adapters[0]
+        most = max(len(A) for A, _, _ in adapters)
+        layer, names = _adapters_layer(B.new_zeros(len(B), A.shape[1]), None), []
+        for i, (A, B, scale) in enumerate(adapters):
+            names.append(f"adapter{i}")
+            more = most - len(A)
+            padded = nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B * scale, (0, more))
+            _adapters_add(layer, names[-1], *padded, most)
+        rank = total_rank(adapters) if "svd" in combine_strategy else most
+        config = layer.adapters_config.get(names[0])
+        layer.adapters_config.add("sum", config.replace(r=rank, alpha=rank))
+        layer.average_adapter("sum", dict(zip(names, weights, strict=True)), combine_strategy, svd_rank=rank)
+        result = layer.loras["sum"]
+        return result.scaling * result.delta_w
+
+    return add

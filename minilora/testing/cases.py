@@ -1,0 +1,230 @@
+"""Cases of the laws of adapted linear layers: inputs drawn from a seed, and the right results with their bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minilora.testing.bounds import Array, Bounded
+from minilora.testing.reference import (
+    dora_gradients,
+    dora_merged_weight,
+    lora_forward,
+    lora_gradients,
+    lora_merged_weight,
+)
+
+WeightKind = Literal["normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio"]
+Method = Literal["lora", "dora"]
+
+
+def hard_weight(kind: WeightKind, rng: np.random.Generator, rows: int, columns: int) -> Array:
+    """Draw a weight (rows, columns): normal numbers, or numbers that are hard to compute with.
+
+    outlier: one is a thousand times larger; constant: all are equal; tiny: of magnitude 1e-40, denormal in float32;
+    rank_deficient: of rank 1; huge_ratio: the rows differ by factors from 1e-6 to 1e6.
+    """
+    weight = rng.standard_normal((rows, columns))
+    if kind == "outlier":
+        weight[rng.integers(rows), rng.integers(columns)] *= 1000
+    if kind == "constant":
+        weight[:] = weight[0, 0]
+    if kind == "tiny":
+        weight *= 1e-40
+    if kind == "rank_deficient":
+        weight = np.outer(weight[:, 0], weight[0])
+    if kind == "huge_ratio":
+        weight *= 10.0 ** rng.integers(-6, 7, size=(rows, 1))
+    return weight
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """Round numbers to a dtype of PyTorch, so that both sides of a comparison start from the same."""
+    return torch.from_numpy(array).to(getattr(torch, dtype)).double().numpy()
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """A linear layer with an adapter: its tensors, an input, and what is right for them.
+
+    The scale s is α/r, or α/√r with `use_rslora`; `alpha` follows from it. The arrays are float64, rounded to `dtype`:
+    W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
+    """
+
+    method: Method = "lora"
+    lead: tuple[int, ...] = (2,)  # sizes of x before its features
+    inner: int = 3
+    outer: int = 4
+    r: int = 2
+    scale: float = 2.5
+    has_bias: bool = True
+    seed: int = 0
+    dtype: str = "float64"
+    weight: WeightKind = "normal"
+    use_rslora: bool = False
+    has_magnitude: bool = True  # of DoRA: drawn, or else the norm of W's rows
+    changes: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)  # of drawn arrays
+    arrays: dict[str, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        drawn = {
+            "W": hard_weight(self.weight, rng, self.outer, self.inner),
+            "b": 2 * rng.standard_normal(self.outer),
+            "A": rng.standard_normal((self.r, self.inner)),
+            "B": rng.standard_normal((self.outer, self.r)),
+            "x": rng.standard_normal((*self.lead, self.inner)),
+            "dy": rng.standard_normal((*self.lead, self.outer)),
+            "magnitude": rng.uniform(0.5, 3, self.outer),
+        }
+        self.arrays.update({name: rounded(array, self.dtype) for name, array in {**drawn, **self.changes}.items()})
+        if not self.has_magnitude:
+            self.arrays["magnitude"] = np.sqrt((self.W**2).sum(1))
+
+    def __str__(self) -> str:
+        bias = "with" if self.has_bias else "no"
+        return (
+            f"x {(*self.lead, self.inner)}, W {(self.outer, self.inner)}, A {(self.r, self.inner)}, "
+            f"B {(self.outer, self.r)}, alpha {self.alpha:g}, {bias} bias, {self.dtype}"
+        )
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    W = property(lambda self: self.arrays["W"])
+    b = property(lambda self: self.arrays["b"] if self.has_bias else None)
+    A = property(lambda self: self.arrays["A"])
+    B = property(lambda self: self.arrays["B"])
+    x = property(lambda self: self.arrays["x"])
+    dy = property(lambda self: self.arrays["dy"])
+    magnitude = property(lambda self: self.arrays["magnitude"])
+    rows = property(lambda self: self.x.reshape(-1, self.inner))  # (N, in)
+    dy_rows = property(lambda self: self.dy.reshape(-1, self.outer))
+
+    @cached_property
+    def merged(self) -> Bounded:
+        """W + s·B A, or m·(W + s·B A)/‖W + s·B A‖."""
+        merged = self._own
+        if self.method == "dora":
+            exact = dora_merged_weight(self.W, self.A, self.B, self.scale, self.magnitude)
+            merged = merged * self._ratio.reshape(-1, 1)
+        else:
+            exact = lora_merged_weight(self.W, self.A, self.B, self.scale)
+        return Bounded(exact, merged.error, self.dtype)
+
+    @cached_property
+    def y(self) -> Bounded:
+        """x W'ᵀ + b, whether W' or the two products of LoRA are formed, and wherever b is added."""
+        x, B, A = (self._exact(each) for each in (self.rows, self.B, self.A))
+        b = np.zeros(self.outer) if self.b is None else self.b
+        with_bias = self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ self._exact(np.c_[self.W, b]).T
+        base, update = with_bias - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
+        y = (base + update + b).widened(with_bias + update)
+        if self.method == "dora":
+            c = self._ratio
+            y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
+        y = y.widened(x @ self.merged.T + b)
+        if self.method == "dora":
+            exact = np.einsum("ni,oi->no", self.rows, self.merged.value) + b
+        else:
+            exact = lora_forward(self.rows, self.W, self.b, self.A, self.B, self.scale)
+        return Bounded(exact, y.error, self.dtype).reshape(*self.lead, self.outer)
+
+    @cached_property
+    def gradients(self) -> dict[str, Bounded]:
+        """The gradients of Σ dy·y: x, A, B and, of DoRA, magnitude; the norm is a constant."""
+        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        if self.method == "dora":
+            dy = (dy * self._ratio).widened(dy * (self._ratio - 1) + dy)
+        s, dW = self.scale, dy.T @ x
+        bounds = {
+            "x": (dy @ W + scaled(dy @ B, A, s)).widened(dy @ W + dy @ (B * s) @ A, dy @ self._own),
+            "A": scaled((dy @ B).T, x, s).widened((dy @ (B * s)).T @ x, scaled(B.T, dW, s)),
+            "B": scaled(dy.T, x @ A.T, s).widened(dy.T @ (x @ (A * s).T), scaled(dW, A.T, s)),
+        }
+        if self.method == "dora":
+            bounds["magnitude"] = self._magnitude_gradient()
+        found = {
+            name: Bounded(exact, bounds[name].error, self.dtype) for name, exact in self._exact_gradients().items()
+        }
+        return found | {"x": found["x"].reshape(*self.x.shape)}
+
+    def _magnitude_gradient(self) -> Bounded:
+        """Σ dy·x Vᵀ / ‖V‖ over the rows, V = W + s·B A, whatever is summed first."""
+        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        over_rows, over_inputs = (self._exact(np.ones(n)) for n in self.rows.shape)
+        base, update = dy * (x @ W.T), dy * scaled(x @ A.T, B.T, self.scale)
+        dm = (over_rows @ (base + update)).widened(
+            over_rows @ base + over_rows @ update, (dy.T @ x * self._own) @ over_inputs
+        )
+        return dm / self._own.row_norms()
+
+    def _exact_gradients(self) -> dict[str, Array]:
+        dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
+        if self.method == "dora":
+            tensors = (self.W, self.A, self.B, self.scale, self.magnitude)
+            dA, dB, dm = dora_gradients(self.rows, self.dy_rows, *tensors)
+            return {"x": dx, "A": dA, "B": dB, "magnitude": dm}
+        dA, dB = lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)
+        return {"x": dx, "A": dA, "B": dB}
+
+    @property
+    def _own(self) -> Bounded:
+        """W + s·B A."""
+        return self._exact(self.W) + scaled(self._exact(self.B), self._exact(self.A), self.scale)
+
+    @property
+    def _ratio(self) -> Bounded:
+        """m / ‖W + s·B A‖, (out)."""
+        magnitude = self._exact(self.magnitude) if self.has_magnitude else self._exact(self.W).row_norms()
+        return magnitude / self._own.row_norms()
+
+    def changed(self, **arrays: Array) -> AdaptedLinear:
+        """Return the case with other arrays."""
+        return replace(self, changes={**self.changes, **arrays})
+
+    def _exact(self, array: Array) -> Bounded:
+        return Bounded.exact(array, self.dtype)
+
+
+def scaled(a: Bounded, b: Bounded, scale: float) -> Bounded:
+    """Return scale·a b, wherever the scale is multiplied."""
+    return (a @ b * scale).widened((a * scale) @ b, a @ (b * scale))
+
+
+SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
+    ((1,), 1, 1, 1),
+    ((1,), 2, 1, 1),
+    ((1,), 1, 2, 1),
+    ((2,), 2, 2, 1),
+    ((2,), 2, 2, 2),
+    ((1,), 3, 2, 3),
+    ((3,), 4, 4, 2),
+    ((2, 3), 5, 4, 3),
+    ((4,), 7, 9, 4),
+    ((9,), 33, 17, 5),
+    ((2, 3), 40, 24, 8),
+)
+LEADS = ((), (0,), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several
+SCALES = (2.5, 0.375, 7.0, 0.625)  # never 1, which hides a lost scale
+
+
+@cache
+def linear_cases(method: Method, *dtypes: str, use_rslora: bool = False) -> list[AdaptedLinear]:
+    """Return cases from small to large, each with and without a bias; the laws share them, and their right results."""
+    scales = [SCALES[i % len(SCALES)] for i in range(len(SHAPES) + 1)]
+    return [
+        AdaptedLinear(
+            method, lead, inner, outer, r, scales[seed + has_bias], has_bias, seed, dtype, use_rslora=use_rslora
+        )
+        for dtype in dtypes
+        for seed, (lead, inner, outer, r) in enumerate(SHAPES)
+        for has_bias in (True, False)
+    ]

@@ -1,0 +1,264 @@
+"""Check anybody's LoRA, DoRA, NF4, loss or adapter files against laws and float64 oracles.
+
+    from minilora.testing import check_lora_linear, parametrize_laws
+
+    def test_my_layer():
+        check_lora_linear(lambda W, b, A, B, alpha: MyLinear(W, b, A, B, alpha))
+
+    @parametrize_laws("lora", "rslora")  # the same, as a pytest test a law
+    def test_my_layer_law_by_law(law):
+        law.check(lambda W, b, A, B, alpha, use_rslora=False: MyLinear(W, b, A, B, alpha, use_rslora))
+
+A law takes cases of rising size from fixed seeds, compares an implementation with a float64 oracle within a bound that
+is derived from the sums it does, and, where it fails, looks for the wrong result among known mistakes. Implementations
+are plain callables on torch tensors; `on_numpy` adapts one on numpy arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.testing.chat_laws import LAWS as CHAT_LAWS
+from minilora.testing.data_laws import LAWS as DATA_LAWS
+from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
+from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
+from minilora.testing.lora_laws import LAWS as LORA_LAWS
+from minilora.testing.merge_laws import LAWS as MERGE_LAWS
+from minilora.testing.nf4_laws import LAWS as NF4_LAWS
+
+LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS, *DATA_LAWS, *CHAT_LAWS, *DIRECTORY_LAWS)
+
+
+def laws(*kinds: str) -> dict[str, Law]:
+    """Return the laws of these kinds: by name if there is one kind, by id if there are several, all if none is given.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    known = list(dict.fromkeys(law.kind for law in LAWS))
+    if unknown := sorted(set(kinds) - set(known)):
+        raise ValueError(f"no laws of {unknown[0]!r}; there are laws of {', '.join(known)}")
+    chosen = [law for law in LAWS if not kinds or law.kind in kinds]
+    return {law.name if len(kinds) == 1 else law.id: law for law in chosen}
+
+
+def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any:
+    """Parametrize a pytest function by the argument `law`, with an id for each law.
+
+    Args:
+        kinds: as for `laws`.
+        known: known deviations of the implementation, law id -> a part of the message of the failure. Each is checked
+            to be there still.
+
+    Raises:
+        ValueError: an unknown kind, or an unknown law in `known`.
+    """
+    import pytest
+
+    chosen, known = {law.id: law for law in laws(*kinds).values()}, dict(known or {})
+    if unknown := sorted(set(known) - set(chosen)):
+        raise ValueError(f"no law {unknown[0]!r}; there are {', '.join(chosen)}")
+    tried = [replace(law, known=known.get(name, ""), skip=pytest.skip) for name, law in chosen.items()]
+    return pytest.mark.parametrize("law", tried, ids=list(chosen))
+
+
+def check(implementation: Any, *kinds: str) -> list[Report]:
+    """Check an implementation against all laws of these kinds, and return what each found.
+
+    A law that is about an option which the implementation does not take is left out.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    reports = []
+    for law in laws(*kinds).values():
+        try:
+            reports.append(law.check(implementation))
+        except NotApplicable:
+            continue
+    return reports
+
+
+def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:
+    """Check a LoRA linear layer: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, s = α/r, or α/√r for rsLoRA  [LoRA eq. 3].
+
+    Args:
+        make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
+            takes `dropout` or `use_rslora`, too, those are passed. It may hold A and B, or parameters equal to them.
+        use_rslora: check the scale of rsLoRA.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(make_layer, "rslora" if use_rslora else "lora")
+
+
+def check_dora_linear(make_layer: Callable[..., Any]) -> list[Report]:
+    """Check a DoRA linear layer: y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b  [DoRA eq. 5].
+
+    Args:
+        make_layer: as for `check_lora_linear`. `magnitude` (out) is passed if it takes one; otherwise it is ‖W‖.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(make_layer, "dora")
+
+
+def check_gradients(make_layer: Callable[..., Any], kind: str = "lora") -> Report:
+    """Check the gradients of x, A, B and the magnitude of a layer alone; kind: lora, rslora or dora."""
+    __tracebackhide__ = True
+    return laws(kind)["gradients"].check(make_layer)
+
+
+def check_merge(merge: Callable[..., Any], use_dora: bool = False) -> list[Report]:
+    """Check a merged weight: merge(W, A, B, scale) = W + s·B A, or with DoRA's magnitude as a fifth argument."""
+    __tracebackhide__ = True
+    return check(merge, "merge_dora" if use_dora else "merge")
+
+
+def check_adapter_sum(add: Callable[..., Any]) -> list[Report]:
+    """Check a sum of adapters: add([(A, B, scale), …], weights) -> Σ wᵢ·sᵢ·Bᵢ Aᵢ, or an (A, B, scale) that is equal."""
+    __tracebackhide__ = True
+    return check(add, "adapter_sum")
+
+
+def check_nf4(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> list[Report]:
+    """Check NF4: codes of the 16 levels nearest to w / absmax, in blocks, in the bytes of bitsandbytes  [QLoRA §3].
+
+    Args:
+        quantize: (W, block_size) -> packed uint8 (⌈n/2⌉), absmax float32 (⌈n/block_size⌉).
+        dequantize: (packed, absmax, shape, block_size) -> W in float32.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check((quantize, dequantize), "nf4")
+
+
+def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> list[Report]:
+    """Check the quantization of absmaxes to eight bits: absmax ≈ level · scale + offset  [QLoRA §3].
+
+    Args:
+        quantize: (absmax) -> codes uint8 (b), scales (⌈b/256⌉), offset.
+        dequantize: (codes, scales, offset) -> absmax (b).
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check((quantize, dequantize), "double_quant")
+
+
+def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
+    """Check a linear layer with a frozen 4-bit weight: y = x dequantize(quantize(W))ᵀ + b, dx = dy dequantize(…).
+
+    Args:
+        make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
+            `double_quant`, False and True are passed.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(make_layer, "linear4bit")
+
+
+def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
+    """Check a loss: L = 1/N Σ -log p(label at t + 1 | logits at t) over the N labels that are not -100.
+
+    Args:
+        loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(loss_fn, "loss_masking")
+
+
+def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
+    """Check gradient accumulation: one step over micro-batches has the gradient of one batch.
+
+    Args:
+        step_fn: (W (V, D), [(x (B, T, D), labels (B, T)), …]) -> dW, the gradient of one optimizer step over all of the
+            micro-batches, where the model's logits are x Wᵀ.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(step_fn, "accumulation")
+
+
+def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
+    """Check what of a conversation is learned: each reply of the assistant, the end token after it, and nothing else.
+
+    Args:
+        render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
+            rendered text when they are joined, and whether each is learned. It is called with other words in place of
+            the contents, too, by which the contents are found. A template may strip white space around a content.
+
+    Raises:
+        CheckFailure: the first law that is broken.
+    """
+    __tracebackhide__ = True
+    return check(render, "chat_mask")
+
+
+def check_adapter_directory(path: str | Path) -> list[Report]:
+    """Check the files of an adapter in PEFT's layout: whether they are complete and agree with each other.
+
+    Args:
+        path: the directory of `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        CheckFailure: the first law that is broken; it names file, key, what was found and what is accepted.
+    """
+    __tracebackhide__ = True
+    return check(path, "adapter_directory")
+
+
+def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adapt a callable on numpy arrays, such as one in JAX or MLX, and the layer that it returns, to be checked here.
+
+    Laws about gradients do not apply to it.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        result = function(*map(_to_numpy, arguments), **{name: _to_numpy(each) for name, each in options.items()})
+        return NumpyLayer(result) if callable(result) else result
+
+    return call
+
+
+class NumpyLayer:
+    """A layer on numpy arrays that is given tensors; the laws know it by `is_numpy`."""
+
+    is_numpy = True
+
+    def __init__(self, layer: Callable[..., Any]):
+        self.layer = layer
+
+    def __call__(self, x: Any) -> Any:
+        return self.layer(_to_numpy(x))
+
+
+def _to_numpy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.bfloat16:
+            raise NotApplicable("numpy has no bfloat16")
+        return value.detach().numpy()
+    return type(value)(map(_to_numpy, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,230 @@
+"""Laws of the loss over labelled tokens, and of gradient accumulation over micro-batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.testing.bounds import Array
+from minilora.testing.cases import rounded
+from minilora.testing.compare import as_array
+from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
+from minilora.testing.laws import Claim, Comparison, Law, NotApplicable
+
+LossFn = Callable[[Tensor, Tensor], Any]
+
+# --- the loss ---
+
+
+def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    result = loss_fn(*tensors(case))
+    case = computed(case, result)
+    yield Comparison("the loss", result, case.loss, case.wrong_losses)
+
+
+def tensors(case: MaskedLogits) -> tuple[Tensor, Tensor]:
+    """Return logits and labels, which the implementation may change."""
+    return torch.tensor(case.logits, dtype=getattr(torch, case.dtype)), torch.tensor(case.labels)
+
+
+def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
+    """Return the case in float32 where the loss is: some cast logits to float32, whatever they are."""
+    if case.dtype != "float64" or str(getattr(result, "dtype", "")).removeprefix("torch.") != "float32":
+        return case
+    return replace(case.changed(logits=rounded(case.logits, "float32")), dtype="float32")
+
+
+def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    logits, labels = tensors(case)
+    logits.requires_grad_()
+    result = loss_fn(logits.clone(), labels)
+    if not isinstance(result, Tensor):
+        raise NotApplicable("the loss is no tensor of PyTorch: it has no gradient")
+    if not result.requires_grad:
+        raise AssertionError("the loss has no gradient")
+    result.backward()
+    actual = torch.zeros_like(logits) if logits.grad is None else logits.grad
+    case = computed(case, result)
+    chosen, known = case.is_predicted, case.wrong_gradients
+    yield Comparison(
+        "the gradient of logits",
+        as_array(actual)[chosen],
+        case.gradient[chosen],
+        lambda: {cause: wrong[chosen] for cause, wrong in known().items()},
+    )
+    rest = as_array(actual)[~chosen]
+    yield Comparison("the gradient of logits in front of a label of -100", rest, np.zeros_like(rest))
+
+
+def both(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    yield from loss(loss_fn, case)
+    with suppress(NotApplicable):  # a loss that is no tensor
+        yield from gradient(loss_fn, case)
+
+
+def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    logits = case.logits.copy()
+    logits[:, -1] = other(case)[:, -1]
+    changed = case.changed(tuple(f"x{row[1:]}" for row in case.rows), logits=logits)
+    actual = loss_fn(*tensors(changed))
+    right = computed(case, actual).loss
+    yield Comparison("the loss with other last logits and first labels", actual, right, changed.wrong_losses)
+
+
+def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    changed = case.changed(logits=np.where(case.is_predicted[..., None], case.logits, other(case)))
+    actual = loss_fn(*tensors(changed))
+    right = computed(case, actual).loss
+    yield Comparison("the loss with other logits where no label follows", actual, right, changed.wrong_losses)
+    with suppress(NotApplicable):
+        yield from gradient(loss_fn, changed)
+
+
+def other(case: MaskedLogits) -> Array:
+    """Return logits that the case does not have."""
+    return replace(case, seed=case.seed + 1000, spread=10 * case.spread, changes={}).logits
+
+
+def padding(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    wide = replace(case, rows=tuple(f"{row}..." for row in case.rows), seed=case.seed + 1000, changes={})
+    arrays = {}
+    for name, own in case.arrays.items():
+        arrays[name] = wide.arrays[name].copy()
+        arrays[name][:, : own.shape[1]] = own
+    padded = case.changed(wide.rows, **arrays)
+    actual = loss_fn(*tensors(padded))
+    yield Comparison("the loss of padded rows", actual, computed(case, actual).loss, padded.wrong_losses)
+    turned = case.changed(case.rows[::-1], **{name: own[::-1].copy() for name, own in case.arrays.items()})
+    actual = loss_fn(*tensors(turned))
+    yield Comparison("the loss of rows in another order", actual, computed(case, actual).loss, turned.wrong_losses)
+
+
+def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Claim]:
+    try:
+        found = float(as_array(loss_fn(*tensors(case))))
+    except NotApplicable:
+        raise
+    except Exception:  # an error is as right as nan
+        found = math.nan
+    problem = "" if found == 0 or math.isnan(found) else f"found {found:g}; accepted are 0, nan and an error"
+    yield Claim("the loss without labels", problem)
+
+
+# --- accumulation ---
+
+StepFn = Callable[[Tensor, list[tuple[Tensor, Tensor]]], Any]
+
+
+def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
+    W = torch.tensor(case.W, dtype=getattr(torch, case.dtype))
+    yield Comparison("dW", step_fn(W, micro_batches(case)), case.gradient, case.wrong_gradients)
+    yield Comparison("W, which is only read", W, case.W)
+
+
+def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
+    rows = range(sum(map(len, case.groups)))
+    ways = {
+        "one batch": (tuple(rows),),
+        "a micro-batch for each row": tuple((row,) for row in rows),
+        "a micro-batch for each row, in reverse": tuple((row,) for row in reversed(rows)),
+        "a micro-batch of the first row, and the rest": ((0,), tuple(rows[1:])),
+    }
+    for what, groups in ways.items():
+        actual = step_fn(torch.tensor(case.W, dtype=getattr(torch, case.dtype)), micro_batches(case, groups))
+        mistakes = functools.partial(case.wrong_gradients, groups)
+        yield Comparison(f"dW of {what}", actual, case.gradient, mistakes)
+
+
+def micro_batches(case: MicroBatches, groups: Groups = ()) -> list[tuple[Tensor, Tensor]]:
+    dtype = getattr(torch, case.dtype)
+    return [(torch.tensor(x, dtype=dtype), torch.tensor(labels)) for x, labels in case.batches(groups)]
+
+
+# --- the tables ---
+
+ROWS = (  # from small to large
+    (".x",),
+    ("xx",),
+    (".xx",),
+    ("x.x",),
+    (".x.", "xxx"),
+    ("....xxx.", ".xx.x..."),
+    (".xxxxxxxxxxx", "..........x."),
+    ("..xxx.xx", ".x......", "xxxxxxxx", "......xx"),
+)
+SOME_ROWS = ((".x.", "x.x"), (".xx.", "..x.", "...."), ("....xxx.", ".xx.x..."))
+ONE_LABEL = [("." * before + "x" + "." * after,) for before in (1, 2, 3) for after in (0, 1, 2)]
+EMPTY_ROWS = ((".xx", "..."), ("....", ".xx.", "x..."))
+GROUPS = (
+    ((".x",), (".x",)),
+    ((".xx",), (".x.",)),
+    ((".x",), ("xxxx",), ("..x",)),
+    ((".xx", "..x"), (".x..", "xxxx")),
+    (("....xx..", ".x......"), ("xxxxxxxxxx",), ("..x", ".x."), (".x",)),
+)
+BOTH = ("float64", "float32")
+
+
+def logits_of(
+    all_rows: Sequence[tuple[str, ...]], spread: float = 3.0, dtypes: Sequence[str] = BOTH
+) -> Iterator[MaskedLogits]:
+    """Yield a case of each of these rows in each dtype."""
+    for dtype in dtypes:
+        for seed, rows in enumerate(all_rows):
+            yield MaskedLogits(rows, (3, 5, 17)[seed % 3], spread, seed, dtype)
+
+
+def batches_of(all_groups: Sequence[tuple[tuple[str, ...], ...]]) -> Iterator[MicroBatches]:
+    """Yield a case of each of these micro-batches in each dtype."""
+    for dtype in BOTH:
+        for seed, groups in enumerate(all_groups):
+            yield MicroBatches(groups, 2 + seed % 3, (4, 3, 9)[seed % 3], seed, dtype)
+
+
+_LOSS: list[tuple[Any, ...]] = [
+    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", loss, ROWS),
+    ("gradient", "dL/dlogits = (softmax - onehot)/N where a label follows, else exactly 0", gradient, ROWS),
+    ("shift", "the last logits and the first label of a row do not count", ends, SOME_ROWS),
+    ("masked", "logits in front of a label of -100 do not matter", unlabelled, SOME_ROWS),
+    ("padding", "neither padding nor the order of the rows matters", padding, SOME_ROWS),
+    ("one_label", "a single label, wherever it is, gives its own loss", both, ONE_LABEL),
+    ("empty_rows", "a row without labels beside others does not matter", both, EMPTY_ROWS),
+    ("unequal", "a label counts as much in a row of many labels as in one of few", both, ROWS[-2:]),
+    ("no_labels", "a batch without labels has the loss 0 or nan, or is an error", nothing, (("...",), ("x..", "..."))),
+    ("huge", "the loss of logits of 10⁴ is finite", both, ROWS[:5], 1e4),
+    ("16-bit", "the loss and its gradient in bfloat16 and float16", both, ROWS[:6], 3.0, ("bfloat16", "float16")),
+]
+_STEP: list[tuple[Any, ...]] = [
+    ("value", "dW = d/dW 1/N Σ of the losses of all micro-batches, N labels in all of them", accumulated, GROUPS),
+    ("split", "k micro-batches give the gradient of one batch, however rows are grouped", regrouped, GROUPS),
+    (
+        "single",
+        "a single micro-batch gives the gradient of its mean loss",
+        accumulated,
+        (((".x",),), ((".xx.", "...x"),)),
+    ),
+    (
+        "empty",
+        "a micro-batch without labels changes nothing",
+        accumulated,
+        (((".xx",), ("...",)), ((".x",), ("..",), ("xxx",))),
+    ),
+]
+LAWS = (
+    *(
+        Law("loss_masking", name, statement, functools.partial(logits_of, *inputs), compare)
+        for name, statement, compare, *inputs in _LOSS
+    ),
+    *(
+        Law("accumulation", name, statement, functools.partial(batches_of, *inputs), compare)
+        for name, statement, compare, *inputs in _STEP
+    ),
+)

@@ -1,0 +1,264 @@
+"""Laws of the directory of a LoRA adapter in PEFT's layout: its two files are complete and agree with each other."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from minilora.testing.directory import (
+    CONFIG,
+    FACTORS,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    Shape,
+    belongs,
+    first_match,
+    is_target,
+    meant,
+    read,
+)
+from minilora.testing.laws import Claim, Law, NotApplicable
+
+DTYPES = ("F64", "F32", "F16", "BF16")
+HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
+SHOWN = 10  # problems of one law
+Problems = Iterator[tuple[str, str]]  # what is wrong, and the likely cause or ""
+
+
+def files(path: Path) -> Problems:
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            yield f"{name}: found no such file in {path}; accepted is a directory with {CONFIG} and {WEIGHTS}", ""
+    if (path / "adapter_model.bin").exists():
+        yield f"adapter_model.bin: found, accepted is {WEIGHTS} alone: loading the other one can run code", ""
+    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        try:
+            read(path)
+        except Exception as error:
+            yield f"{path}: found files that cannot be read ({error}); accepted are JSON and safetensors", ""
+
+
+def config(adapter: Adapter) -> Problems:
+    for key, (default, is_right, need) in FIELDS.items():
+        value = adapter.config.get(key, default)
+        if not is_right(value):
+            yield f"{CONFIG}: {key}: found {value!r:.60}, accepted is {need}", ""
+
+
+def values(adapter: Adapter) -> Problems:
+    with safe_open(adapter.path / WEIGHTS, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  no dict
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                yield f"{WEIGHTS}: {name}: found {dtype}, accepted are {', '.join(DTYPES)}", ""
+            elif not (is_finite := file.get_tensor(name).isfinite()).all():
+                yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none", ""
+
+
+def names(adapter: Adapter) -> Problems:
+    for name in adapter.strange:
+        cause = "the prefix is missing: PEFT keeps its start values and only warns"
+        yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}", cause * ("lora_" in name)
+    for name in adapter.others:
+        is_factor = ".lora_" in name
+        if is_factor or not belongs(adapter, name):
+            cause = "the name of the adapter, or .weight, is in the tensors' names, as in a model's state_dict()"
+            found = f"{WEIGHTS}: {PREFIX}{name}: is nothing that {CONFIG} describes"
+            yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save", cause * is_factor
+
+
+def pairs(adapter: Adapter) -> Problems:
+    for where, own in adapter.parts.items():
+        needed = {"A": "B", "B": "A", "embedding A": "embedding B", "embedding B": "embedding A"}
+        needed |= dict.fromkeys(("B's bias", "magnitude", "diagonal", "base weight", "base bias"), "A")
+        for key, other in needed.items():
+            if key in own and other not in own and f"embedding {other}" not in own:
+                name = f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
+                yield f"{name}: found no {FACTORS[other]} beside it, accepted are both", ""
+    if not adapter.parts and not adapter.others:
+        yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors", ""
+
+
+def shapes(adapter: Adapter) -> Problems:
+    ranks = adapter.config.get("rank_pattern") or {}
+    for where, (A, B) in adapter.factors.items():
+        key = first_match(ranks, where)
+        r, source = (adapter.config["r"], "r") if key is None else (ranks[key], f"rank_pattern[{key!r}]")
+        if len(A) != len(B) or len(A) < 2:
+            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels", ""
+            continue
+        is_stacked = bool(adapter.listed("target_parameters")) and A[0] == B[-1] and A[0] % r == 0  # r an expert
+        is_grouped = (len(A) > 2 or adapter.config.get("use_bdlora")) and r % B[1] == 0
+        if not is_stacked and (A[0] != r or (B[1] != r and not is_grouped)):
+            cause = "A and B are transposed or exchanged" if len(A) == 2 and A[-1] == r == B[0] else ""
+            if any(rank == A[0] and first_match([other], where) for other, rank in ranks.items()):
+                cause = "the order of rank_pattern's keys was changed: of several that match, the first counts"
+            need = f"accepted are A ({r}, in) and B (out, {r}) since {source} is {r}"
+            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, {need}", cause
+
+
+def patterns(adapter: Adapter) -> Problems:
+    known = [*adapter.parts, *adapter.listed("target_parameters")]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in adapter.config.get(field) or {}:
+            if not any(first_match([key], where) for where in known):
+                yield f"{CONFIG}: {field}: found {key!r}, {matching(adapter)}", ""
+
+
+def dora(adapter: Adapter) -> Problems:
+    return optional(adapter, "magnitude", "use_dora", lambda B: B[:1] if len(B) == 2 else (1, B[0], *B[2:]))
+
+
+def biases(adapter: Adapter) -> Problems:
+    for where, own in adapter.parts.items():
+        if "base bias" in own and adapter.config.get("bias", "none") == "none":
+            name = f"{WEIGHTS}: {PREFIX}{where}.base_layer.bias"
+            yield f"{name}: found {own['base bias']}, accepted is none since bias is 'none'", ""
+    yield from optional(adapter, "B's bias", "lora_bias", lambda B: B[:1])
+
+
+def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Shape]) -> Problems:
+    """Yield the modules that lack a part, or have it in another shape or in vain."""
+    for where, (_, B) in adapter.factors.items():
+        found, right = adapter.parts[where].get(key), shape(B) if adapter.config.get(field) else None
+        if found != right:
+            said = f"since {field} is {str(right is not None).lower()}"
+            name = f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
+            yield f"{name}: found {found or 'none'}, accepted is {right or 'none'} {said}", ""
+
+
+def whole_modules(adapter: Adapter) -> Problems:
+    entries, known = adapter.listed("modules_to_save"), [*adapter.others]
+    known += [f"{where}.{FACTORS[key]}" for where, own in adapter.parts.items() for key in own]
+    lacking = [entry for entry in entries if not any(meant(name, entry) for name in known)]
+    if set(HEADS) <= set(entries) and not set(HEADS) <= set(lacking):
+        lacking = [entry for entry in lacking if entry not in HEADS]
+    for entry in lacking:
+        yield f"{CONFIG}: modules_to_save: found {entry!r}, accepted are modules whose tensors are in {WEIGHTS}", ""
+
+
+def rows(adapter: Adapter) -> Problems:
+    asked = adapter.config.get("trainable_token_indices") or {}
+    found = {where: own["rows"] for where, own in adapter.parts.items() if "rows" in own}
+    counts = sorted(map(len, asked.values())) if isinstance(asked, dict) else [len(asked)]
+    if sorted(shape[0] for shape in found.values()) != counts:
+        shown = {where: list(shape) for where, shape in found.items()} or "none"
+        need = f"accepted are as many rows in {WEIGHTS} as tokens; the shapes there: {shown}"
+        yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}", ""
+
+
+def targets(adapter: Adapter) -> Problems:
+    target, adapted = adapter.config.get("target_modules"), list(adapter.factors)
+    parameters = [entry.rpartition(".")[0] for entry in adapter.listed("target_parameters")]
+    if isinstance(target, str) and target.lower() == "all-linear":
+        return
+    for where in adapted:
+        outer = where.partition(".base_layer")[0]  # of a module in a module, or of several parameters of one
+        ways = (is_target(path, target or []) for path in (where, outer))
+        if not any(ways) and not any(is_target(outer, [entry]) or not entry for entry in parameters):
+            need = f"accepted is what matches all modules of {WEIGHTS}, {where} too"
+            yield f"{CONFIG}: target_modules: found {target!r:.80}, {need}", ""
+    for entry in [] if isinstance(target, str) else target or []:
+        if not any(is_target(path.partition(".base_layer")[0], [entry]) for path in adapted):
+            yield f"{CONFIG}: target_modules: found {entry!r}, {matching(adapter)}", ""
+
+
+def trained(adapter: Adapter) -> Problems:
+    with safe_open(adapter.path / WEIGHTS, "pt") as file:
+        for where, own in adapter.parts.items():
+            factors = [f"{PREFIX}{where}.{FACTORS[key]}" for key in own if key.endswith(("A", "B"))]
+            if len(factors) == 2 and all(file.get_tensor(name).any() for name in factors):
+                return
+    if adapter.factors:
+        yield f"{WEIGHTS}: found B = 0 in every module, accepted is one that is not 0", "the adapter is not trained"
+
+
+def matching(adapter: Adapter) -> str:
+    example = next(iter(adapter.factors), "of which there is none")
+    return f"accepted is what matches a module of {WEIGHTS}, such as {example}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_pattern(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        value is None or (isinstance(value, dict) and all(map(is_right, value.values())) and all(map(_is_regex, value)))
+    )
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        return bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
+
+
+FLAG = (False, lambda value: isinstance(value, bool), "true or false")
+ALPHA = (lambda value: _is_number(value) and value > 0, "a number above 0")
+FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default, what is accepted, in words
+    "peft_type": (None, lambda value: value == "LORA", "'LORA'"),
+    "r": (None, _is_rank, "a whole number of at least 1"),
+    "lora_alpha": (None, *ALPHA),
+    "lora_dropout": (0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "target_modules": (
+        None,
+        lambda value: _is_regex(value) if isinstance(value, str) else _is_names(value),
+        "a list of names or a regular expression",
+    ),
+    "modules_to_save": (None, _is_names, "a list of names or null"),
+    "rank_pattern": (None, _is_pattern(_is_rank), "an object of regular expressions and whole numbers of at least 1"),
+    "alpha_pattern": (None, _is_pattern(ALPHA[0]), "an object of regular expressions and numbers above 0"),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), FLAG),
+}
+
+
+def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problems]) -> Law:
+    """Return a law whose claim lists all problems that are found."""
+
+    def compare(path: str | Path, case: None) -> Iterator[Claim]:
+        directory: Any = Path(path)
+        if name != "files":
+            try:
+                directory = read(directory)
+            except Exception as error:
+                raise NotApplicable(f"the files cannot be read: {error}") from error
+        found = list(problems(directory))
+        causes = frozenset(cause for _, cause in found if cause)
+        shown = [problem for problem, _ in found[:SHOWN]] + [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
+        yield Claim(what, "\n  ".join(shown), causes)
+
+    return Law("adapter_directory", name, statement, lambda: [None], compare)
+
+
+LAWS = (
+    _law("files", "the directory", f"{CONFIG} and {WEIGHTS} can be read, and there is no adapter_model.bin", files),
+    _law("config", CONFIG, "the settings have the types and ranges of PEFT's", config),
+    _law("values", WEIGHTS, "all numbers are floating-point and finite", values),
+    _law("names", "the name of a tensor", "each tensor is a part of an adapter, or of a module trained in full", names),
+    _law("pairs", "a pair of factors", "A and B are there for each module", pairs),
+    _law("shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", shapes),
+    _law("patterns", "a pattern", "each key of rank_pattern and alpha_pattern matches a module", patterns),
+    _law("dora", "a magnitude", "with use_dora each module has a magnitude of a number an output, else none", dora),
+    _law("biases", "a bias", "the biases are those that `bias` and `lora_bias` name", biases),
+    _law("modules_to_save", "modules_to_save", "each of its entries has tensors", whole_modules),
+    _law("rows", "trainable_token_indices", "there is a row for each token", rows),
+    _law("targets", "target_modules", "it matches the adapted modules, and each entry one of them", targets),
+    _law("trained", "the adapter", "it changes the model: in some module neither A nor B is 0", trained),
+)

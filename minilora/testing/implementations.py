@@ -1,0 +1,226 @@
+"""Correct implementations in plain PyTorch, one of each kind that can be checked, as short as a user would write them.
+
+They share no code with the rest of minilora but two tables of levels. Mistakes are planted in them (see `mutants.py`).
+
+    N  rows    in, out  features    r  rank    B  batch    T  tokens    D  width    V  vocabulary
+
+    [LoRA]    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
+    [rsLoRA]  Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
+    [DoRA]    Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
+    [QLoRA]   Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from minilora.testing.reference_nf4 import NF4_LEVELS, absmax_levels
+
+LEVELS = torch.tensor(NF4_LEVELS, dtype=torch.float32)
+DYNAMIC_MAP = torch.from_numpy(absmax_levels()).float()  # the 256 levels of the second quantization
+SMALLEST = 1e-38  # divides a block of zeros
+END = "<|end|>"
+
+
+class LoRALayer(nn.Module):
+    """A LoRA layer: y = x Wᵀ + b + s·(dropout(x) Aᵀ) Bᵀ, s = alpha/r or, with `use_rslora`, alpha/√r  [LoRA eq. 3]."""
+
+    W: Tensor
+    b: Tensor | None
+
+    def __init__(
+        self,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+    ):
+        super().__init__()
+        self.register_buffer("W", W)
+        self.register_buffer("b", b)
+        self.A, self.B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().clone())
+        self.scale = alpha / (math.sqrt(len(A)) if use_rslora else len(A))
+        self.p = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.p, self.training)
+        return F.linear(x, self.W, self.b) + self.scale * F.linear(F.linear(dropped, self.A), self.B)
+
+
+class DoRALayer(nn.Module):
+    """A DoRA layer: y = m/‖W + s·B A‖ ⊙ (x Wᵀ + s·(dropout(x) Aᵀ) Bᵀ) + b, each row's norm constant  [DoRA §4.3]."""
+
+    b: Tensor | None
+
+    def __init__(
+        self,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        magnitude: Tensor | None = None,
+    ):
+        super().__init__()
+        self.lora = LoRALayer(W, None, A, B, alpha, dropout, use_rslora)
+        self.register_buffer("b", b)
+        self.m = nn.Parameter(W.detach().norm(dim=1) if magnitude is None else magnitude.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.lora.W + self.lora.scale * self.lora.B @ self.lora.A
+        y = self.m / weight.norm(dim=1).detach() * self.lora(x)
+        return y if self.b is None else y + self.b
+
+
+def merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """Return W' = W + s·B A or, with a magnitude, m ⊙ W'/‖W'‖ by row."""
+    merged = W + scale * B @ A
+    return merged if magnitude is None else (magnitude / merged.norm(dim=1))[:, None] * merged
+
+
+def add_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]], weights: Sequence[float]) -> Tensor:
+    """Return ΔW = Σᵢ wᵢ·sᵢ·Bᵢ Aᵢ."""
+    return torch.stack([w * scale * B @ A for (A, B, scale), w in zip(adapters, weights, strict=True)]).sum(0)
+
+
+def nf4_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to the nearest of the 16 levels of NF4  [QLoRA §3].
+
+    absmax_b = max |w| over block b,    code = number of midpoints of neighbouring levels below w / absmax_b
+
+    Shapes: W (out, in) -> packed (⌈n/2⌉) uint8, absmax (⌈n/block⌉) float32
+    """
+    flat = W.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks / absmax.clamp(min=SMALLEST)[:, None]
+    return pack(torch.bucketize(scaled, (LEVELS[1:] + LEVELS[:-1]) / 2).flatten()[: len(flat)]), absmax
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Put two codes in a byte, the first in the high half; the code of 0 fills the last byte."""
+    codes = F.pad(codes, (0, len(codes) % 2), value=NF4_LEVELS.index(0.0)).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Return the codes in all halves of bytes, in order."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()
+
+
+def nf4_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+    """Return w = level[code] · absmax_b."""
+    levels = LEVELS[unpack(packed)[: math.prod(shape)]]
+    return (levels * absmax.repeat_interleave(block_size)[: len(levels)]).view(*shape)
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize absmaxes to 8 bits.
+
+    offset = mean,    scale = max |absmax - offset| of 256,    code = level nearest to (absmax - offset) / scale
+
+    Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉), offset ()
+    """
+    offset = absmax.mean()
+    blocks = F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+    scales = blocks.abs().amax(1)
+    scaled = blocks / scales.clamp(min=SMALLEST)[:, None]
+    codes = torch.bucketize(scaled, (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2)
+    return codes.flatten()[: len(absmax)].to(torch.uint8), scales, offset
+
+
+def double_dequantize(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
+    """Return absmax = level[code] · scale + offset."""
+    return DYNAMIC_MAP[codes.int()] * scales.repeat_interleave(256)[: len(codes)] + offset
+
+
+class Linear4bit(nn.Module):
+    """A 4-bit linear layer: y = x Wᵀ + b, where W is stored as NF4 and dequantized in each call."""
+
+    packed: Tensor
+    absmax: Tensor
+    b: Tensor | None
+
+    def __init__(self, W: Tensor, b: Tensor | None, block_size: int = 64):
+        super().__init__()
+        packed, absmax = nf4_quantize(W, block_size)
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("b", b)
+        self.shape, self.block_size = W.shape, block_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, nf4_dequantize(self.packed, self.absmax, self.shape, self.block_size).to(x.dtype), self.b)
+
+
+def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of -log p(labels[t+1]) under logits[t] over all labelled tokens."""
+    return loss_sum(logits, labels) / (labels[:, 1:] != -100).sum()
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of which `masked_loss` is the mean."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def accumulated_gradient(W: Tensor, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return d/dW of the mean loss over all labels of all micro-batches, where logits = x Wᵀ."""
+    leaf = W.detach().clone().requires_grad_()
+    count = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
+    for x, labels in micro_batches:
+        (loss_sum(F.linear(x, leaf), labels) / count).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def render_chat(messages: Sequence[Mapping[str, str]]) -> tuple[list[str], list[bool]]:
+    """Render <|role|>, the words and spaces, and <|end|> for each message; a reply and its end are labelled."""
+    tokens, is_label = [], []
+    for message in messages:
+        content = [*re.findall(r"\s+|\S+", message["content"]), END]
+        tokens += [f"<|{message['role']}|>", *content]
+        is_label += [False, *[message["role"] == "assistant"] * len(content)]
+    return tokens, is_label
+
+
+def adapter_files() -> dict[str, dict[str, Any]]:
+    """Return what the two files of an adapter hold: rank 4 on q_proj (6 to 8 features), rank 2 on v_proj (6 to 5)."""
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"v_proj": 2},
+        "target_modules": ["q_proj", "v_proj"],
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    draw, tensors = np.random.default_rng(0), {}
+    for name, r, out in (("q_proj", 4, 8), ("v_proj", 2, 5)):
+        path = f"base_model.model.model.layers.0.self_attn.{name}"
+        tensors[f"{path}.lora_A.weight"] = draw.standard_normal((r, 6), dtype=np.float32)
+        tensors[f"{path}.lora_B.weight"] = draw.standard_normal((out, r), dtype=np.float32)
+    return {"config": config, "tensors": tensors}
+
+
+def write_adapter_directory(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, of a mapping such as `adapter_files` returns."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(files["config"], indent=2), encoding="utf-8")
+    tensors = {name: np.ascontiguousarray(array) for name, array in files["tensors"].items()}
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})

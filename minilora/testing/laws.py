@@ -1,0 +1,246 @@
+"""What a law of an implementation is: cases, comparisons within a derived bound, and the message of a failure.
+
+The laws themselves are in `lora_laws`, `nf4_laws`, `data_laws`, `chat_laws` and `directory_laws`; `checks` has what is
+called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+
+from minilora.testing.bounds import UNITS, Array, Bounded
+from minilora.testing.compare import Worst, as_array, worst
+
+COARSER = UNITS["float32"] / UNITS["float64"]
+FAR = 5.0  # bounds between the right result and that of a mistake which is named
+
+
+class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, as pytest shows it
+    """An implementation breaks a law.
+
+    Attributes:
+        law: its id, such as "lora-gradients".
+        case: the smallest case that fails.
+        causes: known mistakes that explain every failing case.
+    """
+
+    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.law, self.case, self.causes = law, case, causes
+
+
+class NotApplicable(Exception):  # noqa: N818  # no error: an implementation does not have what the law is about
+    """A law does not apply to an implementation, such as that of dropout to one without dropout."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A result of an implementation beside what it should be.
+
+    Attributes:
+        what: its name, such as "dA".
+        actual: an array, or an exception that was raised in its place.
+        expected: the right value; without a bound, bits must be equal.
+        mistakes: returns known wrong values, by what was done wrong.
+    """
+
+    what: str
+    actual: Any
+    expected: Bounded | Array
+    mistakes: Callable[[], Mapping[str, Array]] = dict
+
+    def worst(self) -> Worst:
+        return worst(self.actual, self.expected)
+
+    def causes(self) -> set[str]:
+        """Return the mistakes whose result the wrong one is."""
+        right = self.expected if isinstance(self.expected, Bounded) else Bounded.exact(self.expected)
+        with np.errstate(all="ignore"):
+            mistakes = {cause: as_array(wrong) for cause, wrong in self.mistakes().items()}
+        if as_array(self.actual).shape != right.value.shape:
+            return set()
+        coarse = right.error * COARSER
+        is_sharp = right.dtype == "float64" and coarse.max(initial=0.0) < 1e-3 * abs(right.value).max(initial=0.0)
+        if is_sharp and worst(self.actual, right.value, coarse).ratio <= 1:
+            return {"it is rounded to float32 on the way"}
+        candidates = {cause: wrong for cause, wrong in mistakes.items() if wrong.shape == right.value.shape}
+        return {
+            cause
+            for cause, wrong in candidates.items()
+            if worst(wrong, right).ratio > FAR and worst(self.actual, wrong, 4 * right.error).ratio <= 1
+        }
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about an implementation that is true or not, where there is no number to compare.
+
+    Attributes:
+        what: what it is about, such as "the labelled text".
+        problem: what was found, and what is accepted; "" if the claim is true.
+        likely: known mistakes that have this result.
+    """
+
+    what: str
+    problem: str = ""
+    likely: frozenset[str] = frozenset()
+    actual: ClassVar[None] = None
+
+    def worst(self) -> Worst:
+        assert not self.problem, self.problem
+        return Worst(0.0, (), 0.0, 0.0, 0.0)
+
+    def causes(self) -> set[str]:
+        return set(self.likely)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a law found: the comparison that used most of its bound, and how many there were."""
+
+    law: str
+    statement: str
+    ratio: float
+    comparisons: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A comparison that failed, of one case."""
+
+    case: object
+    comparison: Comparison | Claim
+    text: str  # of the worst number, or of the exception
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law of one kind of callable.
+
+    Attributes:
+        kind: of what it is a law: "lora", "nf4", …
+        name: of the law, unique in its kind.
+        statement: the law in words.
+        cases: returns the cases, from small to large; None is the only case of what takes no input, such as files.
+        compare: (implementation, case) -> comparisons.
+        known: a known deviation, which must still be there: the text of its cause, or of a part of the message.
+        skip: called with the reason where the law does not apply, such as `pytest.skip`.
+    """
+
+    kind: str
+    name: str
+    statement: str
+    cases: Callable[[], Iterable[Any]]
+    compare: Callable[[Any, Any], Iterator[Comparison | Claim]]
+    known: str = ""
+    skip: Callable[[str], Any] | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.name}"
+
+    def check(self, implementation: Any, case: Any = None) -> Report:
+        """Check an implementation, for one case or for all.
+
+        Raises:
+            CheckFailure: it breaks the law, or a known deviation is no longer there.
+            NotApplicable: the law is about something that the implementation does not have.
+        """
+        __tracebackhide__ = True
+        try:
+            report = self._check(implementation, case)
+        except NotApplicable as reason:
+            if self.skip is None:
+                raise
+            self.skip(str(reason))
+            return Report(self.id, self.statement, 0.0, 0)
+        except CheckFailure as failure:
+            if self.known and self.known in str(failure):
+                return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
+            raise
+        if self.known:
+            raise CheckFailure(f"{self.id}: the known deviation {self.known!r} is no longer there", self.id, case)
+        return report
+
+    def _check(self, implementation: Any, case: Any) -> Report:
+        __tracebackhide__ = True
+        ratio, count, failures = 0.0, 0, list[Failure]()
+        cases = list(self.cases()) if case is None else [case]
+        for each in cases:
+            for comparison in self._comparisons(implementation, each):
+                count += 1
+                try:
+                    if isinstance(comparison.actual, Exception):
+                        raise comparison.actual
+                    found = comparison.worst()
+                    ratio, text = max(ratio, found.ratio), str(found)
+                    is_right = found.ratio <= 1
+                except Exception as error:  # of the implementation, whatever it is, or a wrong shape
+                    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                    is_right, text = False, f"{kind}{error}"
+                if not is_right:
+                    failures.append(Failure(each, comparison, text))
+        if failures:
+            self._fail(failures, len({id(failure.case) for failure in failures}), len(cases))
+        return Report(self.id, self.statement, ratio, count)
+
+    def _comparisons(self, implementation: Any, case: Any) -> Iterator[Comparison | Claim]:
+        try:
+            yield from self.compare(implementation, case)
+        except (NotApplicable, CheckFailure):
+            raise
+        except Exception as error:
+            yield Comparison("the call", error, Bounded.exact(0.0))
+
+    def _fail(self, failures: list[Failure], failing: int, cases: int) -> NoReturn:
+        __tracebackhide__ = True
+        first = failures[0]
+        causes = explanations(failures)
+        has_case = first.case is not None
+        lines = [
+            f"{self.id}: {first.comparison.what}: wrong" + f" in {failing} of {cases} cases" * has_case,
+            f"  law: {self.statement}",
+            *[f"  smallest failing case: {first.case}"] * has_case,
+            f"  {first.text}",
+            *(f"  likely cause: {cause}" for cause in causes),
+        ]
+        if has_case:
+            lines += [
+                "  to repeat:",
+                f"    from minilora.testing import {type(first.case).__name__}, laws",
+                f"    case = {short_repr(first.case)}",
+                f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
+            ]
+        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes))
+
+
+def short_repr(case: Any) -> str:
+    """Return the call that makes a case, without arguments that have their default."""
+    given = [(f.name, getattr(case, f.name)) for f in fields(case) if f.repr and getattr(case, f.name) != f.default]
+    return f"{type(case).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
+
+
+def explanations(failures: list[Failure]) -> list[str]:
+    """Return the known mistakes that explain most of the wrong results, name by name."""
+    causes: dict[str, list[set[str]]] = {}
+    for failure in failures:
+        if not isinstance(failure.comparison.actual, Exception):
+            causes.setdefault(failure.comparison.what, []).append(failure.comparison.causes())
+    explained = []
+    for found in causes.values():
+        votes = {cause: sum(cause in each for each in found) for cause in sorted(set[str]().union(*found))}
+        most = max([*votes.values(), len(found) / 2])
+        explained += [cause for cause, count in votes.items() if count == most]
+    return list(dict.fromkeys(explained))
+
+
+def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Return those of the options that a function takes."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in options.items() if takes_all or name in parameters}

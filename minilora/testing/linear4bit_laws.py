@@ -1,0 +1,146 @@
+"""Laws of linear layers with a frozen 4-bit weight: see `checks.check_linear4bit`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.testing.bounds import Array
+from minilora.testing.compare import as_array
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.lora_laws import set_mode
+from minilora.testing.nf4_cases import QuantizedLinear
+from minilora.testing.nf4_laws import tensor
+from minilora.testing.nf4_mistakes import wrong_linears, wrong_weights
+
+Make = Callable[..., Any]
+
+
+def build(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
+    """Make a layer, and return it with the tensors that it was given."""
+    options = accepted(make, double_quant=case.double_quant)
+    if case.double_quant and not options:
+        raise NotApplicable("the layer takes no `double_quant`")
+    given = {"W": tensor(case.weight.W, case.dtype)}
+    if case.b is not None:
+        given["b"] = tensor(case.b, case.dtype)
+    return make(given["W"], given.get("b"), **options), given
+
+
+def outputs(case: QuantizedLinear, x: Array) -> Callable[[], dict[str, Array]]:
+    """Return a function that computes known wrong outputs by their mistake."""
+    return lambda: {cause: x @ weight.T + bias for cause, (weight, bias) in wrong_linears(case).items()}
+
+
+def forward(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = build(make, case)
+    yield Comparison("y", layer(tensor(case.x, case.dtype)), case.output(case.x), outputs(case, case.x))
+
+
+def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = build(make, case)
+    x = np.eye(case.inner)
+    y = layer(tensor(x, case.dtype))
+    yield Comparison("layer(1), the weight that is applied", y, case.output(x), outputs(case, x))
+
+
+def backward(layer: Any, case: QuantizedLinear) -> Tensor:
+    """Run a forward and a backward pass of Σ dy·y, and return x."""
+    if hasattr(layer, "is_numpy"):
+        raise NotApplicable("the layer computes in numpy: it has no gradients")
+    x = tensor(case.x, case.dtype).requires_grad_()
+    y = layer(x)
+    if not y.requires_grad:
+        raise AssertionError("the layer's output has no gradient")
+    y.backward(tensor(case.dy, case.dtype).to(y.dtype))
+    return x
+
+
+def gradients(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = build(make, case)
+    x = backward(layer, case)
+    actual = torch.zeros_like(x) if x.grad is None else x.grad
+
+    def mistakes() -> dict[str, Array]:
+        found = {cause: case.dy @ weight for cause, weight in wrong_weights(case).items()}
+        right = case.dx.value
+        return found | {"no gradient reaches x": 0 * right, "the gradient has the wrong sign": -right}
+
+    yield Comparison("dx", actual, case.dx, mistakes)
+
+
+def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, given = build(make, case)
+    layer(tensor(case.x, case.dtype))  # a layer may quantize when it is first called
+    parameters = dict(layer.named_parameters()) if hasattr(layer, "named_parameters") else {}
+    buffers = dict(layer.named_buffers()) if hasattr(layer, "named_buffers") else {}
+    b = None if case.b is None else given["b"]
+    kept = {  # all but the bias, which may be trained
+        name: each
+        for name, each in {**parameters, **buffers, "the given W": given["W"]}.items()
+        if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b.dtype), b)
+    }
+    before = {name: as_array(each.data).copy() for name, each in kept.items()}
+    x = backward(layer, case)
+    for name, each in kept.items():
+        yield Comparison(f"the gradient of {name}", 0.0 if each.grad is None else 1.0, np.asarray(0.0))
+        if each.grad is not None:
+            each.data -= 0.1 * each.grad
+        yield Comparison(f"{name} after a step", each.data, before[name])
+    yield Comparison("x, which is only read", x, case.x)
+
+
+def evaluation(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = build(make, case)
+    x = tensor(case.x, case.dtype)
+    before = as_array(layer(x))
+    for training in (False, True):
+        set_mode(layer, training)
+        y = layer(x)
+    yield Comparison("y after an evaluation", y, before)
+
+
+# --- the table ---
+
+LINEARS = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64))  # lead, in, out
+RAGGED = (((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))  # in: no blocks
+LEADS = (((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
+NESTED_LINEARS = (((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300))  # the last has two scales
+
+
+def linears(sizes: Iterable[Any], dtypes: tuple[str, ...] = ("float32",), **fields: Any) -> Iterator[QuantizedLinear]:
+    """Return cases of these sizes, each with and without a bias."""
+    for dtype in dtypes:
+        for seed, (lead, inner, outer) in enumerate(sizes):
+            for has_bias in (True, False):
+                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, **fields)
+
+
+_LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
+_LINEAR4BIT = (
+    ("weight", f"{_LINEAR}, for x = 1", LINEARS, weight),
+    ("forward", _LINEAR, LINEARS, forward),
+    ("gradients", "dx = dy dequantize(quantize(W))", LINEARS, gradients),
+    ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, forward),
+    ("shapes_dx", "dx = dy dequantize(quantize(W)), for such x", LEADS, gradients),
+    ("ragged", f"{_LINEAR}, where rows end within a block", RAGGED, weight),
+    ("ragged_dx", "dx = dy dequantize(quantize(W)), where rows end within a block", RAGGED, gradients),
+    ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, frozen),
+    ("evaluation", "an evaluation leaves the output of training as it was", LINEARS, evaluation),
+)
+_double = functools.partial(linears, NESTED_LINEARS, double_quant=True)
+_low = functools.partial(linears, LINEARS, ("bfloat16", "float16"))
+
+LAWS = (
+    *(
+        Law("linear4bit", name, statement, functools.partial(linears, sizes), compare)
+        for name, statement, sizes, compare in _LINEAR4BIT
+    ),
+    Law("linear4bit", "double_quant", f"{_LINEAR}, with absmaxes in eight bits", _double, weight),
+    Law("linear4bit", "16-bit", f"{_LINEAR}, in bfloat16 and float16", _low, forward),
+)

@@ -1,0 +1,110 @@
+"""Laws of merging an adapter into a weight, and of sums of adapters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minilora.testing.bounds import Array, Bounded
+from minilora.testing.cases import AdaptedLinear, linear_cases
+from minilora.testing.laws import Comparison, Law
+from minilora.testing.linear_mistakes import merged_mistakes
+from minilora.testing.lora_laws import tensor
+
+
+def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
+    tensors = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
+    last = [tensors.pop("magnitude")]
+    actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
+    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case))
+    for name, given in tensors.items():
+        yield Comparison(f"{name}, which is only read", given, case.arrays[name])
+
+
+@dataclass(frozen=True)
+class AdapterSum:
+    """Several adapters of one linear layer, of different ranks and scales, and their weights in the sum."""
+
+    inner: int = 3
+    outer: int = 4
+    ranks: tuple[int, ...] = (1, 2)
+    seed: int = 0
+
+    @property
+    def adapters(self) -> list[tuple[Array, Array, float]]:
+        """The (A, B, s)."""
+        cases = [
+            AdaptedLinear("lora", (1,), self.inner, self.outer, r, (2.5, 0.375, 7.0)[i % 3], seed=self.seed + i)
+            for i, r in enumerate(self.ranks)
+        ]
+        return [(case.A, case.B, case.scale) for case in cases]
+
+    @property
+    def weights(self) -> list[float]:
+        return [(0.75, -1.5, 0.3)[i % 3] for i in range(len(self.ranks))]
+
+
+def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
+    adapters = [(torch.tensor(A), torch.tensor(B), s) for A, B, s in case.adapters]
+    result = add(list(adapters), case.weights)
+    for (A, B, _), given in zip(case.adapters, adapters, strict=True):
+        yield Comparison("A, which is only read", given[0], A)
+        yield Comparison("B, which is only read", given[1], B)
+    if isinstance(result, tuple):
+        A, B, scale = result
+        result = scale * (B @ A)
+    parts = [
+        (w, s, Bounded.exact(A), Bounded.exact(B)) for w, (A, B, s) in zip(case.weights, case.adapters, strict=True)
+    ]
+    terms = [B @ A * (w * s) for w, s, A, B in parts]
+    expected = functools.reduce(Bounded.__add__, terms)
+    slack = functools.reduce(Bounded.__add__, [B @ A * (4 * abs(w * s)) for w, s, A, B in parts])  # √w in both factors
+    yield Comparison("ΔW", result, expected.widened(slack), functools.partial(_wrong_sums, parts))
+
+
+def _wrong_sums(parts: list[Any]) -> dict[str, Array]:
+    products = [(w, s, B.value @ A.value) for w, s, A, B in parts]
+    wrong = {
+        "the weights are ignored": sum(s * D for w, s, D in products),
+        "the scales are ignored": sum(w * D for w, s, D in products),
+        "the weights are applied twice, to A and to B": sum(w * w * s * D for w, s, D in products),
+        "the weights lose their sign": sum(abs(w) * s * D for w, s, D in products),
+        "the sum is a mean": sum(w * s * D for w, s, D in products) / len(products),
+        "the first adapter's scale is used for all": sum(w * products[0][1] * D for w, s, D in products),
+        "only the first adapter is there": products[0][0] * products[0][1] * products[0][2],
+    }
+    if len({A.value.shape for _, _, A, _ in parts}) == 1:
+        wrong["A and B are added separately: (Σ w·s·B)(Σ A)"] = sum(w * s * B.value for w, s, _, B in parts) @ sum(
+            A.value for _, _, A, _ in parts
+        )
+    return wrong
+
+
+def sums() -> Iterator[AdapterSum]:
+    """Return cases of one, two and three adapters, of equal and of different ranks."""
+    for seed, ranks in enumerate(((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))):
+        yield AdapterSum(3, 4, ranks, seed)
+    yield AdapterSum(17, 9, (4, 8), 7)
+
+
+LAWS = (
+    Law(
+        "merge",
+        "weight",
+        "W' = W + s·B A, and the inputs stay as they were",
+        functools.partial(linear_cases, "lora", "float64", "float32"),
+        merging,
+    ),
+    Law(
+        "merge_dora",
+        "weight",
+        "W' = m·(W + s·B A)/‖W + s·B A‖ by row",
+        functools.partial(linear_cases, "dora", "float64", "float32"),
+        merging,
+    ),
+    Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", sums, adapter_sum),
+)

@@ -1,0 +1,49 @@
+"""Planted mistakes, to measure which of them a check finds: `MUTANTS`, about fifteen for each kind of callable.
+
+    >>> import torch
+    >>> from minilora.testing.implementations import merge
+    >>> wrong = next(mutant for mutant in MUTANTS if mutant.name == "merged without the scale")
+    >>> W, A, B = torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1)
+    >>> merge(W, A, B, 0.5).item(), wrong.plant(merge)(W, A, B, 0.5).item()
+    (0.5, 1.0)
+
+Each `plant` works on your own correct callable of that kind as well, if it takes and returns torch tensors. Two kinds
+differ: of `nf4` and `double_quant` it takes and returns the pair (quantize, dequantize), and of `adapter_directory` the
+mapping {"config": …, "tensors": …} before it is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minilora.testing.mutants_chat import ADAPTER_DIRECTORY, CHAT_MASK
+from minilora.testing.mutants_dora import ADAPTER_SUM, DORA, MERGE
+from minilora.testing.mutants_lora import LORA, Plant
+from minilora.testing.mutants_loss import ACCUMULATION, LOSS_MASKING
+from minilora.testing.mutants_nf4 import DOUBLE_QUANT, LINEAR4BIT, NF4
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: `plant(correct)` takes a correct callable of the kind and returns one with the mistake."""
+
+    name: str
+    kind: str
+    source: str  # where it was seen, a thread as owner/name#number or a library; or nothing
+    plant: Plant
+
+
+TABLES = {
+    "lora": LORA,
+    "dora": DORA,
+    "merge": MERGE,
+    "adapter_sum": ADAPTER_SUM,
+    "nf4": NF4,
+    "double_quant": DOUBLE_QUANT,
+    "linear4bit": LINEAR4BIT,
+    "loss_masking": LOSS_MASKING,
+    "accumulation": ACCUMULATION,
+    "chat_mask": CHAT_MASK,
+    "adapter_directory": ADAPTER_DIRECTORY,
+}
+MUTANTS = tuple(Mutant(name, kind, source, plant) for kind, table in TABLES.items() for name, source, plant in table)

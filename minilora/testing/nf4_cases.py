@@ -1,0 +1,310 @@
+"""Cases of the laws of 4-bit weights, and the right results with their bounds.
+
+n  weights, laid end to end    b  blocks, each with an absmax
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minilora.testing.bounds import Array, Bounded
+from minilora.testing.cases import WeightKind, hard_weight, rounded
+from minilora.testing.reference_nf4 import NF4_LEVELS, absmax_quantize, nf4_pack, nf4_quantize
+from minilora.testing.reference_nf4 import absmax_levels as exact_absmax_levels
+
+LEVELS = np.array(NF4_LEVELS)
+MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
+TIES = MIDPOINTS[MIDPOINTS.astype(np.float32) == MIDPOINTS]  # those that float32 represents
+HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max() / 2  # 0.151904, between -1 and the next
+NESTED = 256  # absmaxes that share a scale
+NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
+DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A weight (rows, columns) to be quantized in blocks, and what is right for it.
+
+    Kinds are those of `hard_weight`, and: zeros; zero_block: the first block is 0; levels: powers of two times levels,
+    so that bytes are certain; ties: midpoints of levels, of those that float32 represents, and float32's next numbers
+    below and above each midpoint.
+    """
+
+    rows: int = 1
+    columns: int = 64
+    block_size: int = 64
+    kind: DrawnKind = "normal"
+    seed: int = 0
+    dtype: str = "float32"
+    power: int = 0  # of two, by which all are multiplied
+
+    def __str__(self) -> str:
+        blocks = f"{len(self.absmax)} blocks of {self.block_size}"
+        return f"W {(self.rows, self.columns)}, {blocks}, {self.kind}, {self.dtype}"
+
+    @cached_property
+    def W(self) -> Array:
+        rng = np.random.default_rng(self.seed)
+        if self.kind == "levels":
+            drawn = self._of_powers(rng, LEVELS)
+        elif self.kind == "ties":
+            below, above = (np.nextafter(MIDPOINTS.astype(np.float32), np.float32(end)) for end in (-2, 2))
+            drawn = self._of_powers(rng, np.concatenate([TIES, below, above]))
+        elif self.kind == "zeros" or self.kind == "zero_block":
+            drawn = rng.standard_normal((self.rows, self.columns))
+            drawn.reshape(-1)[: drawn.size if self.kind == "zeros" else self.block_size] = 0
+        else:
+            drawn = hard_weight(self.kind, rng, self.rows, self.columns)
+        most = torch.finfo(getattr(torch, self.dtype)).max
+        return rounded(np.clip(drawn * 2.0**self.power, -most, most), self.dtype)
+
+    def _of_powers(self, rng: np.random.Generator, numbers: Array) -> Array:
+        """Draw some of the numbers, times a power of two in each block, which is also its absmax."""
+        count, bs = self.rows * self.columns, self.block_size
+        flat = rng.choice(numbers.astype(np.float64), count)
+        flat[::bs] = rng.choice([-1.0, 1.0], -(-count // bs))
+        return (flat * self.of_each(2.0 ** rng.integers(-4, 5, -(-count // bs)))).reshape(self.rows, self.columns)
+
+    @cached_property
+    def _quantized(self) -> tuple[Array, Array]:
+        return nf4_quantize(self.W, self.block_size)
+
+    codes = property(lambda self: self._quantized[0])  # (n)
+    absmax = property(lambda self: self._quantized[1])  # (b)
+
+    @property
+    def packed(self) -> Array:
+        return np.frombuffer(nf4_pack(self.codes.tolist()), dtype=np.uint8)
+
+    def of_each(self, absmax: Array) -> Array:
+        """Return the absmax of each weight's block: (b) -> (n)."""
+        return np.repeat(absmax, self.block_size)[: self.rows * self.columns]
+
+    @cached_property
+    def stored_absmax(self) -> Bounded:
+        """Return max |w|: exactly, but that one below the smallest normal number may be replaced by another such."""
+        return Bounded(self.absmax, np.where(self.absmax < NORMAL, NORMAL, 0.0), "float32")
+
+    @property
+    def is_small(self) -> Array:
+        """Return which weights are in a block of zeros or denormals, for which any code is admissible: (n)."""
+        return self.of_each(self.absmax) < NORMAL
+
+    @property
+    def quotients(self) -> Bounded:
+        """Return w · (1/absmax), rounded once more, as midpoints of levels are rounded, too: (n)."""
+        divisor = np.where(self.is_small, 1.0, self.of_each(self.absmax))
+        return Bounded.exact(self.W.reshape(-1), "float32") * (Bounded.exact(1.0, "float32") / divisor) * 1
+
+    @cached_property
+    def admissible(self) -> Array:
+        """Return whether rounding may choose a code, the nearest or one nearly as near: (n, 16)."""
+        return self.is_small[:, None] | nearly_nearest(self.quotients.reshape(-1, 1) - LEVELS)
+
+    @property
+    def approximated(self) -> Bounded:
+        """Return W with the bound of the error that quantization makes: half the widest gap, and roundings.
+
+        A denormal block may become 0.
+        """
+        share = np.where(self.is_small, 1.0, HALF_GAP + 2 * self.quotients.error)
+        error = (share * self.of_each(self.absmax)).reshape(self.W.shape)
+        return Bounded(self.W, error + self.values.error, "float32")
+
+    @property
+    def values(self) -> Bounded:
+        """Return level · absmax for the codes that are right: (rows, columns)."""
+        return self.times(Bounded.exact(self.absmax, "float32"))
+
+    def times(self, absmax: Bounded) -> Bounded:
+        """Return level · absmax for given absmaxes (b)."""
+        each = Bounded(self.of_each(absmax.value), self.of_each(absmax.error), "float32")
+        return (each * LEVELS[self.codes]).reshape(self.rows, self.columns)
+
+    def round_trip(self, absmax: Bounded) -> Bounded:
+        """Return level · absmax for given absmaxes, with a bound that holds for every admissible code."""
+        values = self.times(absmax)
+        gaps = abs(np.where(self.admissible, LEVELS - LEVELS[self.codes][:, None], 0)).max(1)
+        spread = gaps * self.of_each(abs(absmax.value) + absmax.error)
+        return replace(values, error=values.error + spread.reshape(values.error.shape))
+
+
+def nearly_nearest(distance: Bounded) -> Array:
+    """Return which levels can be the nearest, given distances with bounds: (n, levels)."""
+    d = abs(distance.value)
+    return d - distance.error <= (d + distance.error).min(1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class AbsmaxVector:
+    """Absmaxes (b) to be quantized to eight bits, and what is right for them.
+
+    Kinds: normal: those of blocks of normal numbers; constant; outlier: one is a thousand times larger.
+    """
+
+    count: int = 5
+    kind: Literal["normal", "constant", "outlier"] = "normal"
+    seed: int = 0
+    of: NF4Weight | None = None  # whose absmaxes are taken
+
+    def __str__(self) -> str:
+        return f"{self.count} absmaxes, {self.kind}"
+
+    @cached_property
+    def absmax(self) -> Array:
+        if self.of is not None:
+            return self.of.absmax
+        rng = np.random.default_rng(self.seed)
+        drawn = abs(rng.standard_normal((self.count, 64))).max(1)
+        if self.kind == "constant":
+            drawn[:] = drawn[0]
+        if self.kind == "outlier":
+            drawn[rng.integers(self.count)] *= 1000
+        return rounded(drawn, "float32")
+
+    @cached_property
+    def offset(self) -> Bounded:
+        """Return the mean."""
+        absmax, ones = (Bounded.exact(each, "float32") for each in (self.absmax, np.ones(self.count)))
+        mean = absmax.reshape(1, -1) @ ones / self.count
+        return Bounded(np.asarray(_quantized_absmax(self, None)[2]), mean.error[0], "float32")
+
+    def rest(self, offset: Bounded) -> Bounded:
+        return Bounded.exact(self.absmax, "float32") - offset
+
+    def codes(self, offset: Bounded) -> Array:
+        return _quantized_absmax(self, float(offset.value))[0]
+
+    def scales(self, offset: Bounded) -> Bounded:
+        """Return the largest |absmax - offset| of each 256."""
+        rounding = np.maximum.reduceat(self.rest(offset).error, np.arange(0, self.count, NESTED))
+        return Bounded(_quantized_absmax(self, float(offset.value))[1], rounding, "float32")
+
+    def quotients(self, offset: Bounded) -> Bounded:
+        """Return (absmax - offset) / scale, rounded to one of 65,536 places as by bitsandbytes on the CPU, or not."""
+        scales = of_each_nested(self.scales(offset), self.count)
+        is_known = scales.value > 2 * scales.error  # or it is a rounding error
+        x = self.rest(offset) / replace(scales, value=np.where(is_known, scales.value, 1.0))
+        place = (x + 1) * 0.5 * 65535
+        x = Bounded(place.value, place.error + 0.5, "float32") * (2 / 65535) - 1
+        return replace(x, error=np.where(is_known, x.error, 2.0))  # any place in [-1, 1]
+
+    def admissible(self, offset: Bounded) -> Array:
+        """Return whether rounding may choose a code: (b, 256)."""
+        return nearly_nearest((self.quotients(offset) * 1).reshape(-1, 1) - absmax_levels())
+
+    def values(self, offset: Bounded) -> Bounded:
+        """Return level · scale + offset for the codes that are right: (b)."""
+        return absmax_levels()[self.codes(offset)] * of_each_nested(self.scales(offset), self.count) + offset
+
+    @cached_property
+    def dequantized(self) -> Bounded:
+        """Return the absmaxes after both ways, with a bound that holds for every admissible code."""
+        levels, codes, scales = absmax_levels().value, self.codes(self.offset), self.scales(self.offset)
+        gaps = abs(np.where(self.admissible(self.offset), levels - levels[codes][:, None], 0)).max(1)
+        values, scales = self.values(self.offset), of_each_nested(scales, self.count)
+        return replace(values, error=values.error + gaps * (scales.value + scales.error))
+
+    def approximated(self, offset: Bounded) -> Bounded:
+        """Return the absmaxes with the bound of the error that quantization makes: half the widest gap of levels."""
+        levels = absmax_levels().value
+        widest = max(np.diff(levels).max() / 2, 1 + levels[0])  # there is no -1
+        scales, x = of_each_nested(self.scales(offset), self.count), self.quotients(offset)
+        rounding = self.values(offset).error
+        return Bounded(self.absmax, rounding + (widest + 2 * x.error) * (scales.value + scales.error), "float32")
+
+
+@functools.lru_cache(maxsize=64)  # several laws have the same cases
+def _quantized_absmax(case: AbsmaxVector, offset: float | None) -> tuple[Array, Array, float]:
+    return absmax_quantize(case.absmax, offset)
+
+
+def of_each_nested(scales: Bounded, count: int) -> Bounded:
+    """Return the scale of each absmax: (⌈b/256⌉) -> (b)."""
+    return scales[np.arange(count) // NESTED]
+
+
+def absmax_levels() -> Bounded:
+    """Return the 256 levels, with the bound of six roundings to float32.
+
+    Of the width of a part of [0.1, 1], its multiple, an end, a midpoint, a power of ten and a product.
+    """
+    levels = Bounded.exact(exact_absmax_levels(), "float32")
+    return replace(levels, error=levels.gamma(6) * abs(levels.value))
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer with a 4-bit weight: W (out, in), b (out) or None, x (..., in), dy (..., out)."""
+
+    lead: tuple[int, ...] = (2,)
+    inner: int = 64
+    outer: int = 3
+    has_bias: bool = True
+    seed: int = 0
+    dtype: str = "float32"
+    kind: DrawnKind = "normal"
+    double_quant: bool = False
+
+    def __str__(self) -> str:
+        parts = ["with bias" if self.has_bias else "no bias", *["double quantization"] * self.double_quant, self.dtype]
+        return f"x {(*self.lead, self.inner)}, W {(self.outer, self.inner)}, {', '.join(parts)}"
+
+    @cached_property
+    def weight(self) -> NF4Weight:
+        return NF4Weight(self.outer, self.inner, kind=self.kind, seed=self.seed, dtype=self.dtype)
+
+    @cached_property
+    def absmaxes(self) -> AbsmaxVector:
+        return AbsmaxVector(len(self.weight.absmax), of=self.weight)
+
+    @cached_property
+    def _drawn(self) -> tuple[Array, Array, Array]:
+        rng = np.random.default_rng(self.seed + 1)
+        shapes = ((self.outer,), (*self.lead, self.inner), (*self.lead, self.outer))
+        b, x, dy = (rounded(rng.standard_normal(shape), self.dtype) for shape in shapes)
+        return b, x, dy
+
+    b = property(lambda self: self._drawn[0] if self.has_bias else None)
+    x = property(lambda self: self._drawn[1])
+    dy = property(lambda self: self._drawn[2])
+
+    @cached_property
+    def dense(self) -> Bounded:
+        """Return dequantize(quantize(W)), rounded to float32 and then to the layer's dtype."""
+        absmax = self.absmaxes.dequantized if self.double_quant else Bounded.exact(self.weight.absmax, "float32")
+        values = self.weight.round_trip(absmax)
+        return values if self.dtype == "float32" else replace(values, dtype=self.dtype) * 1
+
+    def output(self, x: Array) -> Bounded:
+        """Return x dequantize(quantize(W))ᵀ + b."""
+        rows, W = Bounded.exact(x.reshape(-1, self.inner), self.dtype), self.dense
+        y = rows @ W.T
+        if self.b is not None:  # added to the sum, or its first term
+            b = Bounded(np.column_stack([W.value, self.b]), np.column_stack([W.error, 0 * self.b]), self.dtype)
+            ones = Bounded.exact(np.column_stack([rows.value, np.ones(len(rows.value))]), self.dtype)
+            y = (y + self.b).widened(ones @ b.T)
+        return y.reshape(*x.shape[:-1], self.outer)
+
+    @property
+    def dx(self) -> Bounded:
+        return (Bounded.exact(self.dy.reshape(-1, self.outer), self.dtype) @ self.dense).reshape(*self.x.shape)
+
+
+SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many blocks as rows or as columns
+    *((1, 1), (1, 2), (1, 3), (1, 64), (2, 64), (1, 65), (5, 7), (3, 60), (60, 3), (4, 96), (3, 70), (130, 1)),
+    *((16, 16), (3, 128), (7, 65), (9, 96)),
+)
+
+
+def weights(*kinds: DrawnKind, block_size: int = 64, dtype: str = "float32") -> Iterator[NF4Weight]:
+    """Return cases of weights from small to large, with these kinds in turn."""
+    for seed, (rows, columns) in enumerate(SHAPES):
+        yield NF4Weight(rows, columns, block_size, kinds[seed % len(kinds)], seed, dtype)

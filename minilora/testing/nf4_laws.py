@@ -1,0 +1,291 @@
+"""Laws of NF4 and of double quantization.
+
+A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_double_quant`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.testing.bounds import Array, Bounded
+from minilora.testing.compare import as_array
+from minilora.testing.laws import Comparison, Law
+from minilora.testing.nf4_cases import (
+    NESTED,
+    AbsmaxVector,
+    NF4Weight,
+    weights,
+)
+from minilora.testing.nf4_mistakes import (
+    wrong_nested_codes,
+    wrong_nested_scales,
+    wrong_nested_values,
+    wrong_offsets,
+    wrong_quantizations,
+    wrong_stored_absmaxes,
+    wrong_values,
+)
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]  # quantize, dequantize
+
+
+def tensor(array: Array, dtype: str = "float32") -> Tensor:
+    """Return an array as a tensor of its own: the implementation may change it."""
+    return torch.from_numpy(np.asarray(array, dtype=np.float64)).to(getattr(torch, dtype), copy=True)
+
+
+def as_codes(packed: Any, count: int) -> Array:
+    """Return the codes of packed bytes, the first of two in the high half: (⌈n/2⌉) -> (n)."""
+    flat = as_array(packed).reshape(-1).astype(np.int64)
+    return np.stack([flat >> 4 & 15, flat & 15], axis=1).reshape(-1)[:count]
+
+
+def certain(codes: Array, right: Array, admissible: Array) -> Array:
+    """Return the codes, with the right one where rounding may have chosen another."""
+    if codes.shape != right.shape:
+        return codes
+    inside = (codes >= 0) & (codes < admissible.shape[1])
+    may = admissible[np.arange(len(codes)), np.where(inside, codes, 0).astype(np.int64)] & inside
+    return np.where(may, right, codes)
+
+
+def form(what: str, array: Any, shape: tuple[int, ...], dtype: str) -> Comparison:
+    """Compare the shape and the dtype of a result."""
+    found, expected = (str(array.dtype).removeprefix("torch."), tuple(array.shape)), (dtype, shape)
+    actual = 0.0 if found == expected else AssertionError(f"found {found}, expected {expected}")
+    return Comparison(f"dtype and shape of {what}", actual, np.asarray(0.0))
+
+
+# --- laws of NF4 ---
+
+
+def quantized(pair: Pair, case: NF4Weight) -> tuple[Any, Any]:
+    packed, absmax = pair[0](tensor(case.W, case.dtype), case.block_size)
+    return packed, absmax
+
+
+def dequantized(pair: Pair, case: NF4Weight, packed: Any, absmax: Any) -> Any:
+    return pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
+
+
+def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
+    """Return the right packed bytes and absmaxes."""
+    return tensor(case.packed, "uint8"), tensor(case.absmax)
+
+
+def codes_mistakes(case: NF4Weight) -> Callable[[], dict[str, Array]]:
+    return lambda: {cause: wrong.codes for cause, wrong in wrong_quantizations(case).items()}
+
+
+def nearest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    codes = as_codes(quantized(pair, case)[0], case.W.size)
+    yield Comparison("codes", certain(codes, case.codes, case.admissible), case.codes, codes_mistakes(case))
+
+
+def exact_codes(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    codes = as_codes(quantized(pair, case)[0], case.W.size)
+    yield Comparison("codes", codes, case.codes, codes_mistakes(case))
+
+
+def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    mistakes = functools.partial(wrong_stored_absmaxes, case)
+    yield Comparison("absmax", quantized(pair, case)[1], case.stored_absmax, mistakes)
+
+
+def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    packed, absmax = quantized(pair, case)
+    yield from exact_codes(pair, case)
+    yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
+    yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
+    weight = dequantized(pair, case, *stored(case))
+    yield form("the dequantized weight", weight, (case.rows, case.columns), "float32")
+
+
+def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    packed, _ = pair[0](tensor(case.W.T.copy(), case.dtype).T, case.block_size)
+    yield Comparison("codes of a transposed view", as_codes(packed, case.W.size), case.codes, codes_mistakes(case))
+
+
+def values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    weight = dequantized(pair, case, *stored(case))
+    yield Comparison("dequantize", weight, case.values, functools.partial(wrong_values, case))
+
+
+def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    weight = dequantized(pair, case, *quantized(pair, case))
+    yield Comparison("dequantize(quantize(W))", weight, case.approximated, functools.partial(round_trips, case))
+
+
+def round_trips(case: NF4Weight) -> dict[str, Array]:
+    """Return wrong weights after both ways, by mistake."""
+    wrong = {cause: each.values.reshape(case.W.shape) for cause, each in wrong_quantizations(case).items()}
+    return wrong | wrong_values(case)
+
+
+def kept(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    weight = as_array(dequantized(pair, case, *quantized(pair, case)))
+    absmax = case.of_each(case.absmax).reshape(case.W.shape)
+    for what, chosen in (("zeros", case.W == 0), ("the largest numbers of the blocks", abs(case.W) == absmax)):
+        yield Comparison(what, np.where(chosen, weight, 0.0), np.where(chosen, case.W, 0.0))
+
+
+def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    packed, absmax = quantized(pair, case)
+    again, largest = pair[0](dequantized(pair, case, packed, absmax), case.block_size)
+    yield Comparison("codes of a dequantized weight", as_codes(again, case.W.size), as_codes(packed, case.W.size))
+    yield Comparison("absmax of a dequantized weight", largest, as_array(absmax))
+
+
+def powers(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    packed, _ = quantized(pair, case)
+    for k in (-12, 7):
+        scaled = replace(case, power=k)
+        other, larger = quantized(pair, scaled)
+        yield Comparison(f"codes of 2^{k}·W", as_codes(other, case.W.size), as_codes(packed, case.W.size))
+        yield Comparison(f"absmax of 2^{k}·W", larger, scaled.stored_absmax)
+
+
+def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    yield from nearest(pair, case)
+    yield from largest(pair, case)
+    yield from values(pair, case)
+    yield from error(pair, case)
+
+
+def unchanged(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+    W = tensor(case.W, case.dtype)
+    pair[0](W, case.block_size)
+    yield Comparison("W, which is only read", W, case.W)
+    packed, absmax = stored(case)
+    dequantized(pair, case, packed, absmax)
+    yield Comparison("packed, which is only read", packed, case.packed)
+    yield Comparison("absmax, which is only read", absmax, case.absmax)
+
+
+# --- laws of double quantization ---
+
+
+def nested(pair: Pair, case: AbsmaxVector) -> tuple[Any, Any, Any, Bounded]:
+    """Return codes, scales and offset of an implementation, and its offset as an input of what follows from it."""
+    codes, scales, offset = pair[0](tensor(case.absmax))
+    return codes, scales, offset, Bounded.exact(as_array(offset).reshape(()), "float32")
+
+
+def offset(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    found = nested(pair, case)[3].value
+    yield Comparison("offset", found, case.offset, functools.partial(wrong_offsets, case))
+
+
+def scales(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    _, found, _, mean = nested(pair, case)
+    begins = np.arange(0, case.count, NESTED)
+    mistakes = lambda: {cause: each[begins] for cause, each in wrong_nested_scales(case, mean).items()}  # noqa: E731
+    yield Comparison("scales", found, case.scales(mean), mistakes)
+
+
+def nested_codes(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    codes, _, _, mean = nested(pair, case)
+    right, found = case.codes(mean), as_array(codes)
+    mistakes = functools.partial(wrong_nested_codes, case, mean)
+    yield Comparison("codes", certain(found, right, case.admissible(mean)), right, mistakes)
+
+
+def nested_layout(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    codes, scales, offset, _ = nested(pair, case)
+    yield form("codes", codes, (case.count,), "uint8")
+    yield form("scales", scales, (-(-case.count // NESTED),), "float32")
+    yield form("the absmaxes", pair[1](codes, scales, offset), (case.count,), "float32")
+
+
+def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, Bounded]:
+    """Return the right codes, scales and offset, rounded to float32, and the offset for what follows from it."""
+    mean = Bounded.exact(np.float32(case.offset.value), "float32")
+    scales = case.scales(mean).value
+    return tensor(case.codes(mean), "uint8"), tensor(scales), tensor(mean.value), mean
+
+
+def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    codes, scales, offset, mean = nested_stored(case)
+    mistakes = functools.partial(wrong_nested_values, case, mean)
+    yield Comparison("dequantize", pair[1](codes, scales, offset), case.values(mean), mistakes)
+
+
+def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    codes, scales, offset, mean = nested(pair, case)
+    mistakes = functools.partial(wrong_nested_values, case, mean)
+    yield Comparison("dequantize(quantize(absmax))", pair[1](codes, scales, offset), case.approximated(mean), mistakes)
+
+
+def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    absmax = tensor(case.absmax)
+    pair[0](absmax)
+    yield Comparison("absmax, which is only read", absmax, case.absmax)
+    given = nested_stored(case)[:3]
+    before = [each.clone() for each in given]
+    pair[1](*given)
+    for name, now, then in zip(("codes", "scales", "offset"), given, before, strict=True):
+        yield Comparison(f"{name}, which are only read", now, as_array(then))
+
+
+# --- the table ---
+
+
+def absmaxes() -> Iterator[AbsmaxVector]:
+    """Return cases with whole and with incomplete blocks of 256."""
+    for seed, count in enumerate((1, 2, 5, 64, 255, 256, 257, 600)):
+        yield AbsmaxVector(count, "normal", seed)
+    for kind in ("constant", "outlier"):
+        yield from (AbsmaxVector(count, kind, count) for count in (3, 300))
+
+
+def larger_blocks() -> Iterator[NF4Weight]:
+    """Return cases of larger blocks."""
+    for block_size in (128, 512, 4096):
+        yield from (NF4Weight(rows, columns, block_size, seed=rows) for rows, columns in ((1, 5), (7, 65), (9, 512)))
+
+
+def small_floats() -> Iterator[NF4Weight]:
+    for dtype in ("bfloat16", "float16"):
+        yield from weights("normal", "outlier", dtype=dtype)
+
+
+_plain = functools.partial(weights, "normal", "zero_block")
+_hard = functools.partial(weights, "outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
+_exact = functools.partial(weights, "levels")
+_CODE = "each code is that of the level nearest to w / absmax"
+_NF4 = (
+    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", _plain, nearest),
+    ("ties", "a number midway between two levels gets the lower one", functools.partial(weights, "ties"), exact_codes),
+    ("absmax", "absmax = max |w| of each block, bit for bit", _plain, largest),
+    ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", _exact, layout),
+    ("values", "dequantize gives level · absmax, rounded once to float32", _plain, values),
+    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", _plain, error),
+    ("kept", "zeros and the largest number of each block are kept exactly", _plain, kept),
+    ("idempotence", "a dequantized weight has the same codes and absmaxes", _plain, idempotence),
+    ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", _plain, powers),
+    ("hard", f"{_CODE}, for outliers, constants, denormals and zeros", _hard, all_of),
+    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", larger_blocks, all_of),
+    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", small_floats, all_of),
+    ("views", "a weight that is a transposed view has the codes of its copy", _exact, views),
+    ("inputs", "the inputs stay as they were", _plain, unchanged),
+)
+_DOUBLE_QUANT = (
+    ("offset", "offset = mean of the absmaxes", offset),
+    ("scales", "scale = max |absmax - offset| of each 256", scales),
+    ("codes", "each code is that of the nearest of 256 levels, within half a place of 65,536", nested_codes),
+    ("layout", "codes: uint8 (b); scales: float32 (⌈b/256⌉); the dequantized absmaxes: float32 (b)", nested_layout),
+    ("values", "dequantize gives level · scale + offset", nested_values),
+    ("error", "|absmax - dequantize(quantize(absmax))| ≤ scale · half the widest gap of the levels", nested_error),
+    ("inputs", "the inputs stay as they were", nested_unchanged),
+)
+LAWS = (
+    *(Law("nf4", *row) for row in _NF4),
+    *(Law("double_quant", name, statement, absmaxes, compare) for name, statement, compare in _DOUBLE_QUANT),
+)

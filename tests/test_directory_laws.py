@@ -1,0 +1,298 @@
+"""The laws of an adapter's directory: what `save_adapter` writes passes, and each planted mistake is found by name."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.testing import CheckFailure, NotApplicable, check_adapter_directory, laws
+from minilora.testing.directory_laws import CONFIG, LAWS, PREFIX, WEIGHTS
+from tests.adapters import many_kinds
+from tests.files import edit
+from tests.models import CONFIGS, WHOLE, perturb_, tiny_model
+
+Q, EMBEDDING, HEAD = (
+    f"{PREFIX}{name}" for name in ("model.layers.0.self_attn.q_proj", "model.embed_tokens", "lm_head")
+)
+KINDS = {"LoRA": {}, "DoRA": {"use_dora": True}, "biases": {"bias": "all"}}
+
+
+def saved(directory, model=None, **config):
+    """Save an adapter that is as if it was trained; its directory."""
+    model = tiny_model(WHOLE, dtype=torch.float32, num_hidden_layers=2) if model is None else model
+    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}))
+    perturb_(model)
+    ml.save_adapter(model, directory)
+    return directory
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_all_that_we_save_passes(case, tmp_path):
+    assert len(check_adapter_directory(saved(tmp_path, **CONFIGS[case]))) == len(LAWS)
+
+
+@pytest.mark.parametrize("case", KINDS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_embedding_and_a_convolution_pass(case, groups, tmp_path):
+    model = many_kinds(groups, torch.float32)
+    check_adapter_directory(saved(tmp_path, model, r=2, target_modules=("0", "1", "2"), **KINDS[case]))
+
+
+def test_numbers_of_16_bits_and_a_path_as_text_pass(tmp_path):
+    saved(tmp_path)
+    change(tmp_path, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    check_adapter_directory(str(tmp_path))
+
+
+def test_one_name_of_a_classifier_s_head_is_enough(tmp_path):
+    saved(tmp_path, modules_to_save=("lm_head",))
+    edit(tmp_path, modules_to_save=["classifier", "score"])
+    change(tmp_path, renamed("lm_head", "score"))
+    check_adapter_directory(tmp_path)
+
+
+def test_factors_of_stacked_experts_have_a_multiple_of_the_rank(tmp_path):
+    edit(saved(tmp_path, r=6, target_modules=("q_proj",)), r=3, target_modules=[], target_parameters=["q_proj.weight"])
+    check_adapter_directory(tmp_path)
+    edit(tmp_path, r=4)
+    assert_found(tmp_path, "shapes", ["found A (6, 24) and B (40, 6), accepted are A (4, in)"])
+    edit(tmp_path, r=3)
+    change(tmp_path, replaced(f"{Q}.lora_B.weight", lambda B: B[:, :5]))
+    assert_found(tmp_path, "shapes", ["found A (6, 24) and B (40, 5), accepted are A (3, in)"])
+
+
+# --- planted mistakes ---
+
+
+def change(directory, change_tensors):
+    tensors = change_tensors(load_file(directory / WEIGHTS))
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, directory / WEIGHTS)
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def without(name):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def replaced(name, function):
+    return lambda tensors: tensors | {name: function(tensors[name])}
+
+
+def added(name, *shape):
+    return lambda tensors: tensors | {name: torch.ones(shape)}
+
+
+def transposed(tensors):
+    return {name: tensor.T for name, tensor in tensors.items()}
+
+
+def exchanged(tensors):
+    return {n.replace("lora_A", "?").replace("lora_B", "lora_A").replace("?", "lora_B"): t for n, t in tensors.items()}
+
+
+def zero(tensors):
+    return {name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}
+
+
+TENSORS = {  # config of the adapter, change of its tensors, the law that finds it, parts of the message
+    "nan": ({}, replaced(f"{Q}.lora_A.weight", lambda A: A / 0 * 0), "values", ["q_proj.lora_A", "72 numbers", "none"]),
+    "integers": ({}, replaced(f"{Q}.lora_A.weight", torch.Tensor.long), "values", ["lora_A.weight: found I64", "BF16"]),
+    "no prefix": (
+        {},
+        renamed(PREFIX, ""),
+        "names",
+        ["model.layers.0", f"begin with {PREFIX}", "the prefix is missing"],
+    ),
+    "adapter's name": (
+        {"target_modules": "all-linear"},
+        renamed(".weight", ".default.weight"),
+        "names",
+        ["lora_A.default.weight", "accepted are lora_A.weight", "cause: the name of the adapter", "and 18 more"],
+    ),
+    "magnitude's name": (
+        {"use_dora": True},
+        renamed("magnitude_vector", "magnitude_vector.weight"),
+        "names",
+        ["q_proj.lora_magnitude_vector.weight", "cause: the name of the adapter, or .weight"],
+    ),
+    "weight of the model": ({}, added(f"{PREFIX}model.norm.weight", 24), "names", ["model.norm.weight: is nothing"]),
+    "bias of the model": (
+        {"bias": "lora_only"},
+        added(f"{PREFIX}model.layers.0.mlp.up_proj.bias", 40),
+        "names",
+        ["up_proj.bias: is nothing"],
+    ),
+    "no B": ({}, without(f"{Q}.lora_B.weight"), "pairs", [f"{Q}.lora_A.weight: found no lora_B.weight beside it"]),
+    "no A": ({}, without(f"{Q}.lora_A.weight"), "pairs", [f"{Q}.lora_B.weight: found no lora_A.weight beside it"]),
+    "no B of an embedding": (
+        {"target_modules": ("embed_tokens",)},
+        without(f"{EMBEDDING}.lora_embedding_B"),
+        "pairs",
+        ["lora_embedding_A: found no lora_embedding_B beside it"],
+    ),
+    "stray magnitude": (
+        {"use_dora": True},
+        added(f"{PREFIX}model.norm.lora_magnitude_vector", 24),
+        "pairs",
+        ["model.norm.lora_magnitude_vector: found no lora_A.weight"],
+    ),
+    "no tensors": ({}, lambda tensors: {}, "pairs", ["found no tensor"]),
+    "rank": (
+        {},
+        replaced(f"{Q}.lora_B.weight", lambda B: B[:, :2]),
+        "shapes",
+        [f"{Q}: found A (3, 24) and B (40, 2), accepted are A (3, in) and B (out, 3) since r is 3"],
+    ),
+    "vector": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[0]), "shapes", ["B (3,), accepted are two matrices"]),
+    "transposed": ({}, transposed, "shapes", ["cause: A and B are transposed or exchanged", "A (24, 3)"]),
+    "exchanged": ({}, exchanged, "shapes", ["cause: A and B are transposed or exchanged", "A (40, 3)"]),
+    "no magnitude": (
+        {"use_dora": True},
+        without(f"{Q}.lora_magnitude_vector"),
+        "dora",
+        ["q_proj.lora_magnitude_vector: found none, accepted is (40,) since use_dora is true"],
+    ),
+    "magnitude of the inputs": (
+        {"use_dora": True},
+        replaced(f"{Q}.lora_magnitude_vector", lambda m: m[:24]),
+        "dora",
+        ["found (24,), accepted is (40,)"],
+    ),
+    "magnitude in vain": ({}, added(f"{Q}.lora_magnitude_vector", 40), "dora", ["found (40,), accepted is none"]),
+    "bias in vain": ({}, added(f"{Q}.base_layer.bias", 40), "biases", [f"{Q}.base_layer.bias: found (40,), accepted"]),
+    "B's bias in vain": ({}, added(f"{Q}.lora_B.bias", 40), "biases", ["lora_B.bias: found (40,), accepted is none"]),
+    "no bias of B": ({"lora_bias": True}, without(f"{Q}.lora_B.bias"), "biases", ["found none, accepted is (40,)"]),
+    "no head": (
+        {"modules_to_save": ("lm_head",)},
+        without(f"{HEAD}.weight"),
+        "modules_to_save",
+        ["modules_to_save: found 'lm_head', accepted are modules whose tensors are in"],
+    ),
+    "rows": (
+        {"trainable_token_indices": (7, 2, 40)},
+        replaced(f"{EMBEDDING}.token_adapter.trainable_tokens_delta", lambda rows: rows[1:]),
+        "rows",
+        ["trainable_token_indices: found [7, 2, 40]", "[2, 24]"],
+    ),
+    "other modules": ({}, renamed("q_proj", "query"), "targets", ["self_attn.query too", "found 'q_proj', accepted"]),
+    "start": ({}, zero, "trained", ["found B = 0 in every module", "cause: the adapter is not trained"]),
+    "start of an embedding": (
+        {"target_modules": ("embed_tokens",)},
+        replaced(f"{EMBEDDING}.lora_embedding_A", torch.zeros_like),
+        "trained",
+        ["the adapter is not trained"],
+    ),
+}
+
+
+def assert_found(directory, law, parts):
+    with pytest.raises(CheckFailure) as failure:
+        check_adapter_directory(directory)
+    assert failure.value.law == f"adapter_directory-{law}", failure.value
+    for part in parts:
+        assert part in str(failure.value)
+    assert "case" not in str(failure.value)
+
+
+@pytest.mark.parametrize("mistake", TENSORS)
+def test_a_mistake_in_the_tensors_is_found(mistake, tmp_path):
+    config, change_tensors, law, parts = TENSORS[mistake]
+    saved(tmp_path, **{"target_modules": ("q_proj", "up_proj"), **config})
+    check_adapter_directory(tmp_path)
+    change(tmp_path, change_tensors)
+    assert_found(tmp_path, law, parts)
+
+
+FIELDS = {
+    "peft_type": ("config", {"peft_type": "IA3"}, "peft_type: found 'IA3', accepted is 'LORA'"),
+    "no peft_type": ("config", {"peft_type": None}, "peft_type: found None"),
+    "no r": ("config", {"r": None}, "r: found None, accepted is a whole number of at least 1"),
+    "no alpha": ("config", {"lora_alpha": None}, "lora_alpha: found None"),
+    "r of text": ("config", {"r": "3"}, "r: found '3', accepted is a whole number of at least 1"),
+    "r of 0": ("config", {"r": 0}, "r: found 0"),
+    "r of True": ("config", {"r": True}, "r: found True"),
+    "alpha": ("config", {"lora_alpha": -1}, "lora_alpha: found -1, accepted is a number above 0"),
+    "infinite alpha": ("config", {"lora_alpha": float("inf")}, "lora_alpha: found inf"),
+    "dropout": ("config", {"lora_dropout": 1.0}, "lora_dropout: found 1.0"),
+    "bias": ("config", {"bias": "some"}, "bias: found 'some'"),
+    "flag": ("config", {"use_dora": "yes"}, "use_dora: found 'yes', accepted is true or false"),
+    "names": ("config", {"target_modules": [1]}, "target_modules: found [1]"),
+    "expression": ("config", {"target_modules": "(q_proj"}, "target_modules: found '(q_proj'"),
+    "module": ("config", {"modules_to_save": "lm_head"}, "modules_to_save: found 'lm_head', accepted is a list"),
+    "rank of 0": ("config", {"rank_pattern": {"q_proj": 0}}, "rank_pattern: found {'q_proj': 0}"),
+    "list of ranks": ("config", {"rank_pattern": ["q_proj"]}, "rank_pattern: found ['q_proj']"),
+    "expression of ranks": ("config", {"rank_pattern": {"(q_proj": 3}}, "rank_pattern: found {'(q_proj': 3}"),
+    "alpha of 0": ("config", {"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: found {'q_proj': 0}"),
+    "rank": ("shapes", {"r": 4}, "accepted are A (4, in) and B (out, 4) since r is 4"),
+    "rank of a pattern": ("shapes", {"rank_pattern": {"q_proj": 2}}, "since rank_pattern['q_proj'] is 2"),
+    "alpha of nothing": ("patterns", {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: found 'k_proj', accepted is"),
+    "rank of nothing": (
+        "patterns",
+        {"rank_pattern": {"roj": 2}},
+        "rank_pattern: found 'roj', accepted is what matches",
+    ),
+    "DoRA": ("dora", {"use_dora": True}, "found none, accepted is (40,) since use_dora is true"),
+    "bias of B": ("biases", {"lora_bias": True}, "found none, accepted is (40,) since lora_bias is true"),
+    "whole module": ("modules_to_save", {"modules_to_save": ["head"]}, "found 'head', accepted are modules whose"),
+    "head of no classifier": ("modules_to_save", {"modules_to_save": ["classifier", "score"]}, "found 'classifier'"),
+    "tokens": ("rows", {"trainable_token_indices": [1]}, "found [1], accepted are as many rows"),
+    "too few targets": ("targets", {"target_modules": ["q_proj"]}, "model.layers.0.mlp.up_proj too"),
+    "a target of nothing": (
+        "targets",
+        {"target_modules": ["q_proj", "up_proj", "query"]},
+        "found 'query', accepted is",
+    ),
+    "an expression's end": ("targets", {"target_modules": "q_proj|up_proj"}, "found 'q_proj|up_proj', accepted is"),
+}
+
+
+@pytest.mark.parametrize("mistake", FIELDS)
+def test_a_mistake_in_the_config_is_found(mistake, tmp_path):
+    law, fields, said = FIELDS[mistake]
+    edit(saved(tmp_path, target_modules=("q_proj", "up_proj")), **fields)
+    assert_found(tmp_path, law, [said, CONFIG] if law not in ("shapes", "dora", "biases") else [said, WEIGHTS])
+
+
+def test_a_pattern_whose_keys_were_sorted_is_found_and_explained(tmp_path):
+    """As PEFT 0.21 writes it: the adapter then has other ranks when it is loaded."""
+    saved(tmp_path, target_modules=("q_proj",), rank_pattern={"self_attn.q_proj": 8, "q_proj": 2})
+    edit(tmp_path, rank_pattern={"q_proj": 2, "self_attn.q_proj": 8})
+    assert_found(tmp_path, "shapes", ["since rank_pattern['q_proj'] is 2", "cause: the order of rank_pattern's keys"])
+
+
+BROKEN = {
+    "no config": lambda path: (path / CONFIG).unlink(),
+    "no tensors": lambda path: (path / WEIGHTS).unlink(),
+    "no directory": shutil.rmtree,
+    "no JSON": lambda path: (path / CONFIG).write_text("{"),
+    "no object": lambda path: (path / CONFIG).write_text("[]"),
+    "no safetensors": lambda path: (path / WEIGHTS).write_bytes(b"PK" * 50),
+    "cut off": lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1]),
+    "longer than its header says": lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes() + b"1"),
+    "a pickle beside": lambda path: (path / "adapter_model.bin").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_files_that_cannot_be_read_are_found_by_one_law(mistake, tmp_path):
+    directory = saved(tmp_path / "adapter")
+    BROKEN[mistake](directory)
+    assert_found(directory, "files", ["found", "accepted"])
+    if mistake != "a pickle beside":
+        with pytest.raises(NotApplicable, match="cannot be read"):
+            laws("adapter_directory")["shapes"].check(directory)
+
+
+def test_a_known_deviation_can_be_declared(tmp_path):
+    edit(saved(tmp_path, target_modules=("q_proj",)), target_modules=["q_proj", "query"])
+    law = dataclasses.replace(laws("adapter_directory")["targets"], known="found 'query'")
+    assert "known deviation" in law.check(tmp_path).statement
+    edit(tmp_path, target_modules=["q_proj"])
+    with pytest.raises(CheckFailure, match="no longer there"):
+        law.check(tmp_path)

@@ -1,0 +1,436 @@
+"""The laws of 4-bit weights: correct implementations pass, and planted mistakes fail by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minilora import nf4
+from minilora.nf4 import NF4Linear, dequantize_absmax, quantize, quantize_absmax
+from minilora.testing import (
+    AbsmaxVector,
+    CheckFailure,
+    NF4Weight,
+    QuantizedLinear,
+    check_double_quant,
+    check_linear4bit,
+    check_nf4,
+    laws,
+    nf4_mistakes,
+    on_numpy,
+    parametrize_laws,
+    reference_nf4,
+)
+from tests.models import either
+
+LEVELS, FP4 = torch.tensor(nf4.LEVELS), torch.tensor(nf4.FP4_LEVELS)
+UNIFORM = torch.arange(-8, 8) / 7
+
+
+def dequantize(packed, absmax, shape, block_size):
+    return nf4.dequantize(packed, absmax, shape, torch.float32, block_size)
+
+
+def make_linear(W, b, double_quant=False):
+    return NF4Linear.quantize(W, b, double_quant)
+
+
+@either
+@parametrize_laws("nf4")
+def test_ours_keeps_the_laws_of_nf4(law):
+    law.check((quantize, dequantize))
+
+
+@parametrize_laws("double_quant")
+def test_ours_keeps_the_laws_of_double_quantization(law):
+    law.check((quantize_absmax, dequantize_absmax))
+
+
+@either
+@parametrize_laws("linear4bit")
+def test_ours_keeps_the_laws_of_4_bit_linears(law):
+    law.check(make_linear)
+
+
+# --- other correct implementations ---
+
+
+def plain_quantize(W, block_size, levels=LEVELS, scale=None, round_to=None):
+    """NF4 by division and argmin, as one would write it; `scale` and `round_to` plant mistakes."""
+    flat = W.float().reshape(-1)
+    padded = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+    absmax = padded.abs().amax(1) if scale is None else scale(padded)
+    x = (padded / absmax.clamp(min=1e-38)[:, None]).view(-1)[: len(flat)]
+    codes = (x[:, None] - levels).abs().argmin(1) if round_to is None else round_to(x)
+    return plain_pack(codes), absmax
+
+
+def plain_pack(codes):
+    codes = F.pad(codes, (0, len(codes) % 2))
+    return (codes[0::2] * 16 + codes[1::2]).to(torch.uint8)
+
+
+def plain_dequantize(packed, absmax, shape, block_size, levels=LEVELS):
+    codes = torch.stack([packed // 16, packed % 16], 1).view(-1).long()
+    n = torch.Size(shape).numel()
+    return (levels[codes[:n]] * absmax.repeat_interleave(block_size)[:n]).reshape(shape)
+
+
+def test_a_plain_implementation_by_division_and_argmin_passes():
+    check_nf4(plain_quantize, plain_dequantize)
+
+
+def test_numpy_passes():
+    def with_numpy(W, block_size):
+        codes, absmax = reference_nf4.nf4_quantize(W, block_size)
+        packed = reference_nf4.np.frombuffer(reference_nf4.nf4_pack(codes.tolist()), dtype="uint8")
+        return packed, absmax.astype("float32")
+
+    def back(packed, absmax, shape, block_size):
+        values = reference_nf4.nf4_dequantize(packed.tolist(), absmax, shape[0] * shape[1], block_size)
+        return values.reshape(shape).astype("float32")
+
+    for name, law in laws("nf4").items():
+        if name != "16-bit":  # numpy has no bfloat16
+            law.check((on_numpy(with_numpy), on_numpy(back)))
+    check_nf4(on_numpy(with_numpy), on_numpy(back))
+
+
+def direct(absmax):
+    """Double quantization without bitsandbytes' table."""
+    offset = absmax.mean()
+    blocks = F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+    scales = blocks.abs().amax(1)
+    x = (blocks / scales.clamp(min=1e-38)[:, None]).view(-1)[: len(absmax)]
+    return (x[:, None] - nf4.DYNAMIC_MAP).abs().argmin(1).to(torch.uint8), scales, offset
+
+
+def test_double_quantization_without_a_table_passes():
+    check_double_quant(direct, dequantize_absmax)
+
+
+def plain_linear(W, b, weight=None, bias=None):
+    """A 4-bit linear; `weight` and `bias` plant mistakes."""
+    packed, absmax = plain_quantize(W, 64)
+    W_hat = dequantize(packed, absmax, W.shape, 64).to(W.dtype)
+    W_hat = W_hat if weight is None else weight(W, W_hat).to(W.dtype)
+    b = b if b is None or bias is None else bias(b)
+    return lambda x: F.linear(x, W_hat, b)
+
+
+def test_a_plain_linear_passes():
+    check_linear4bit(plain_linear)
+
+
+# --- planted mistakes ---
+
+
+def swapped(packed):
+    return (packed >> 4) | (packed << 4)
+
+
+def by(axis):
+    def scaled(W, block_size):
+        absmax = W.abs().amax(axis, keepdim=True)
+        x = (W / absmax.clamp(min=1e-38)).reshape(-1)
+        return plain_pack((x[:, None] - LEVELS).abs().argmin(1)), absmax.reshape(-1)
+
+    return scaled
+
+
+def restart(W, block_size):
+    rows = [plain_quantize(row, block_size) for row in W]
+    codes = torch.cat([torch.stack([p >> 4, p & 15], 1).view(-1)[: W.shape[1]] for p, _ in rows])
+    return plain_pack(codes), torch.cat([absmax for _, absmax in rows])
+
+
+def floor(x):
+    return torch.bucketize(x, LEVELS, right=True) - 1
+
+
+QUANTIZE = {
+    "the two nibbles of a byte are swapped": lambda W, bs: (swapped(quantize(W, bs)[0]), quantize(W, bs)[1]),
+    "the levels are those of FP4": lambda W, bs: plain_quantize(W, bs, FP4),
+    "the codes are those of a uniform Int4, -8 … 7": lambda W, bs: plain_quantize(W, bs, UNIFORM),
+    "the levels are 16 even steps from -1 to 1": lambda W, bs: plain_quantize(W, bs, torch.linspace(-1, 1, 16)),
+    "the absmax is that of a row instead of a block": by(1),
+    "the absmax is that of a column instead of a block": by(0),
+    "the absmax is that of the whole weight instead of a block": by((0, 1)),
+    "blocks begin anew at each row": restart,
+    "blocks have 128 weights instead of 64": lambda W, bs: plain_quantize(W, 2 * bs),
+    "blocks have 64 weights, whatever block_size is": lambda W, bs: plain_quantize(W, 64),
+    "the sign is lost": lambda W, bs: quantize(W.abs(), bs),
+    "the sign is changed": lambda W, bs: quantize(-W, bs),
+    "the codebook is off by one: codes are one too low": lambda W, bs: plain_quantize(
+        W, bs, round_to=lambda x: ((x[:, None] - LEVELS).abs().argmin(1) - 1) % 16
+    ),
+    "codes are rounded down instead of to the nearest level": lambda W, bs: plain_quantize(W, bs, round_to=floor),
+    "a tie gets the upper level": lambda W, bs: plain_quantize(
+        W, bs, round_to=lambda x: torch.bucketize(x, nf4.midpoints(LEVELS), right=True)
+    ),
+    "the absmax is the largest w instead of the largest |w|": lambda W, bs: plain_quantize(
+        W, bs, scale=lambda blocks: blocks.amax(1)
+    ),
+    "codes are in the order of the columns: the weight is transposed": lambda W, bs: quantize(W.T.contiguous(), bs),
+    "1/absmax is stored": lambda W, bs: (quantize(W, bs)[0], 1 / quantize(W, bs)[1]),
+}
+
+
+@pytest.mark.parametrize("cause", QUANTIZE)
+def test_a_wrong_quantize_fails_by_name(cause):
+    with pytest.raises(CheckFailure, match="likely cause") as failure:
+        check_nf4(QUANTIZE[cause], dequantize)
+    assert cause in failure.value.causes
+
+
+DEQUANTIZE = {
+    "the two nibbles of a byte are swapped": lambda p, a, s, bs: dequantize(swapped(p), a, s, bs),
+    "the levels are those of FP4": lambda p, a, s, bs: plain_dequantize(p, a, s, bs, FP4),
+    "the codes are those of a uniform Int4, -8 … 7": lambda p, a, s, bs: plain_dequantize(p, a, s, bs, UNIFORM),
+    "the levels are in falling order": lambda p, a, s, bs: plain_dequantize(p, a, s, bs, LEVELS.flip(0)),
+    "the codebook is off by one: levels are one too high": lambda p, a, s, bs: plain_dequantize(
+        p, a, s, bs, LEVELS.roll(-1)
+    ),
+    "the sign is lost": lambda *given: dequantize(*given).abs(),
+    "the absmax is not multiplied": lambda p, a, s, bs: dequantize(p, torch.ones_like(a), s, bs),
+    "one absmax is used for all": lambda p, a, s, bs: dequantize(p, a[:1].expand(len(a)), s, bs),
+    "blocks have 128 weights instead of 64": lambda p, a, s, bs: dequantize(p, a[torch.arange(len(a)) // 2], s, bs),
+    "the absmax is that of a row instead of a block": lambda p, a, s, bs: dequantize(
+        p, a[torch.arange(s[0]).clamp(max=len(a) - 1)].repeat_interleave(s[1]), s, 1
+    ),
+    "the weight is transposed": lambda p, a, s, bs: dequantize(p, a, (s[1], s[0]), bs).T,
+}
+
+
+@pytest.mark.parametrize("cause", DEQUANTIZE)
+def test_a_wrong_dequantize_fails_by_name(cause):
+    with pytest.raises(CheckFailure, match="likely cause") as failure:
+        check_nf4(quantize, DEQUANTIZE[cause])
+    assert cause in failure.value.causes
+
+
+@pytest.mark.parametrize("midpoint", range(15))
+@pytest.mark.parametrize("to", [-1.0, 1.0])
+def test_a_midpoint_that_is_two_units_off_fails(midpoint, to):
+    bounds = nf4.midpoints(LEVELS)
+    for _ in range(2):
+        bounds[midpoint] = torch.nextafter(bounds[midpoint], torch.tensor(to))
+    with pytest.raises(CheckFailure):
+        laws("nf4")["ties"].check(
+            (lambda W, bs: plain_quantize(W, bs, round_to=lambda x: torch.bucketize(x, bounds)), dequantize)
+        )
+
+
+def test_an_absmax_with_an_epsilon_fails():
+    with pytest.raises(CheckFailure, match="absmax: wrong"):
+        check_nf4(lambda W, bs: (quantize(W, bs)[0], quantize(W, bs)[1] + 1e-8), dequantize)
+
+
+def test_a_weight_that_is_changed_in_place_fails():
+    def careless(W, block_size):
+        packed, absmax = quantize(W, block_size)
+        W /= 2
+        return packed, absmax
+
+    with pytest.raises(CheckFailure, match="W, which is only read"):
+        check_nf4(careless, dequantize)
+
+
+def test_the_order_of_storage_instead_of_that_of_the_rows_fails():
+    def storage(W, block_size):
+        return quantize(torch.as_strided(W, (W.numel(),), (1,)), block_size)
+
+    with pytest.raises(CheckFailure, match="transposed view") as failure:
+        check_nf4(storage, dequantize)
+    assert "codes are in the order of the columns: the weight is transposed" in failure.value.causes
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        lambda W, bs: (quantize(W, bs)[0].view(-1, 1), quantize(W, bs)[1]),
+        lambda W, bs: (quantize(W, bs)[0].int(), quantize(W, bs)[1]),
+        lambda W, bs: (quantize(W, bs)[0], quantize(W, bs)[1].double()),
+    ],
+    ids=["a column", "int32", "a float64 absmax"],
+)
+def test_another_form_fails(quantize):
+    with pytest.raises(CheckFailure, match="dtype and shape"):
+        check_nf4(quantize, dequantize)
+
+
+def with_offset(offset, scale=None, levels=nf4.DYNAMIC_MAP, size=256, subtract=True):
+    """Double quantization with a mistake."""
+
+    def mistaken(absmax):
+        mean = offset(absmax)
+        rest = absmax - mean if subtract else absmax
+        blocks = F.pad(rest, (0, -len(rest) % size)).view(-1, size)
+        scales = blocks.abs().amax(1) if scale is None else scale(blocks)
+        x = (blocks / scales.clamp(min=1e-38)[:, None]).view(-1)[: len(absmax)]
+        return (x[:, None] - levels).abs().argmin(1).to(torch.uint8), scales, mean
+
+    return mistaken
+
+
+def mean(absmax):
+    return absmax.mean()
+
+
+DOUBLE = {
+    "the offset is omitted instead of the mean": with_offset(lambda a: a.new_zeros(())),
+    "the offset is the smallest instead of the mean": with_offset(lambda a: a.min()),
+    "the offset is the median instead of the mean": with_offset(lambda a: a.quantile(0.5)),
+    "the scale is the largest absmax: the offset is not subtracted": with_offset(mean, subtract=False),
+    "the scales are dropped": with_offset(mean, scale=lambda blocks: torch.ones(len(blocks))),
+    "one scale is used for all absmaxes": with_offset(
+        mean, scale=lambda blocks: blocks.abs().max().expand(len(blocks))
+    ),
+    "the levels are even steps from -1 to 1": with_offset(mean, levels=torch.linspace(-1, 1, 256)),
+    "the codebook is off by one": lambda a: (quantize_absmax(a)[0] + 1, *quantize_absmax(a)[1:]),
+    "the sign is lost": lambda a: (nearest_absmax(a), *quantize_absmax(a)[1:]),
+}
+
+
+def nearest_absmax(absmax):
+    _, scales, offset = quantize_absmax(absmax)
+    x = (absmax - offset).abs() / scales.repeat_interleave(256)[: len(absmax)].clamp(min=1e-38)
+    return (x[:, None] - nf4.DYNAMIC_MAP).abs().argmin(1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("cause", DOUBLE)
+def test_a_wrong_double_quantization_fails_by_name(cause):
+    with pytest.raises(CheckFailure, match="likely cause") as failure:
+        check_double_quant(DOUBLE[cause], dequantize_absmax)
+    assert cause in failure.value.causes
+
+
+DOUBLE_BACK = {
+    "the offset is omitted": lambda c, s, o: dequantize_absmax(c, s, 0 * o),
+    "the offset is subtracted": lambda c, s, o: dequantize_absmax(c, s, -o),
+    "the scales are dropped": lambda c, s, o: dequantize_absmax(c, torch.ones_like(s), o),
+    "one scale is used for all absmaxes": lambda c, s, o: dequantize_absmax(c, s[:1].expand(len(s)), o),
+    "the levels are even steps from -1 to 1": lambda c, s, o: (
+        torch.linspace(-1, 1, 256)[c.int()] * s.repeat_interleave(256)[: len(c)] + o
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", DOUBLE_BACK)
+def test_wrongly_dequantized_absmaxes_fail_by_name(cause):
+    with pytest.raises(CheckFailure, match="likely cause") as failure:
+        check_double_quant(quantize_absmax, DOUBLE_BACK[cause])
+    assert cause in failure.value.causes
+
+
+def without_offset(W, b, double_quant):
+    layer = make_linear(W, b, double_quant)
+    if double_quant:
+        layer.offset.zero_()
+    return layer
+
+
+LINEAR = {
+    "the dense weight is used instead of the quantized one": lambda W, b: plain_linear(W, b, lambda W, q: W),
+    "the absmax is not multiplied": lambda W, b: plain_linear(
+        W, b, lambda W, q: dequantize(quantize(W)[0], torch.ones(-(-W.numel() // 64)), W.shape, 64)
+    ),
+    "the two nibbles of a byte are swapped": lambda W, b: plain_linear(
+        W, b, lambda W, q: dequantize(swapped(quantize(W)[0]), quantize(W)[1], W.shape, 64)
+    ),
+    "blocks have 128 weights instead of 64": lambda W, b: plain_linear(
+        W, b, lambda W, q: dequantize(*quantize(W, 128), W.shape, 128)
+    ),
+    "the weight is transposed": lambda W, b: plain_linear(W, b, lambda W, q: q.reshape(W.T.shape).T),
+    "the bias is missing": lambda W, b: plain_linear(W, None),
+    "the bias is added twice": lambda W, b: plain_linear(W, b, bias=lambda b: 2 * b),
+    "double quantization is ignored": lambda W, b, double_quant: make_linear(W, b),
+    "the offset is omitted": without_offset,
+    "blocks begin anew at each row": lambda W, b: plain_linear(
+        W, b, lambda W, q: torch.stack([dequantize(*quantize(row, 64), row.shape, 64) for row in W])
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", LINEAR)
+def test_a_wrong_4_bit_linear_fails_by_name(cause):
+    with pytest.raises(CheckFailure, match="likely cause") as failure:
+        check_linear4bit(LINEAR[cause])
+    assert cause in failure.value.causes
+
+
+class DenseGradient(torch.autograd.Function):
+    """y = x Ŵᵀ, and dx = dy W."""
+
+    @staticmethod
+    def forward(ctx, x, W, W_hat):
+        ctx.save_for_backward(W)
+        return x @ W_hat.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0], None, None
+
+
+def test_the_gradient_of_the_dense_weight_fails_by_name():
+    def make(W, b):
+        W_hat = dequantize(*quantize(W), W.shape, 64).to(W.dtype)
+        return lambda x: DenseGradient.apply(x, W, W_hat) + (0 if b is None else b)
+
+    with pytest.raises(CheckFailure, match="dx: wrong") as failure:
+        check_linear4bit(make)
+    assert failure.value.causes == ("the dense weight is used instead of the quantized one",)
+
+
+class Trained(torch.nn.Module):
+    """A 4-bit linear whose absmaxes are trained."""
+
+    def __init__(self, W, b):
+        super().__init__()
+        packed, absmax = quantize(W)
+        self.register_buffer("packed", packed)
+        self.absmax, self.b, self.shape, self.dtype = torch.nn.Parameter(absmax), b, W.shape, W.dtype
+
+    def forward(self, x):
+        level = dequantize(self.packed, torch.ones_like(self.absmax), self.shape, 64).reshape(-1)
+        W = level * self.absmax.repeat_interleave(64)[: len(level)]
+        return F.linear(x, W.view(self.shape).to(self.dtype), self.b)
+
+
+def test_a_trained_absmax_fails():
+    with pytest.raises(CheckFailure, match="the gradient of absmax: wrong"):
+        check_linear4bit(Trained)
+
+
+def test_each_law_about_gradients_is_left_out_for_numpy():
+    def make(W, b):
+        layer = plain_linear(torch.from_numpy(W), None if b is None else torch.from_numpy(b))
+        return lambda x: layer(torch.from_numpy(x)).numpy()
+
+    names = {report.law for report in check_linear4bit(on_numpy(make))}
+    assert "linear4bit-weight" in names
+    assert not names & {"linear4bit-gradients", "linear4bit-ragged_dx", "linear4bit-frozen", "linear4bit-16-bit"}
+
+
+# --- what the laws stand on ---
+
+
+def test_a_case_is_made_again_by_its_repr():
+    for case in (NF4Weight(3, 70, kind="ties", seed=4), AbsmaxVector(5, "outlier", 2), QuantizedLinear((), 7, 2)):
+        assert eval(repr(case), {type(case).__name__: type(case)}) == case
+
+
+def test_a_number_within_the_rounding_of_a_midpoint_may_get_either_level_and_others_only_one():
+    case = NF4Weight(9, 96)
+    assert case.admissible.sum() == 9 * 96
+    assert NF4Weight(1, 64, kind="ties").admissible.sum(1).max() == 2
+    assert NF4Weight(1, 64, kind="tiny").admissible.all()
+
+
+def test_a_mistake_that_is_named_is_a_mistake():
+    """For some case, each known mistake differs from the right result by more than its bound."""
+    weights = [*laws("nf4")["nearest"].cases(), *laws("nf4")["ties"].cases(), *laws("nf4")["block_size"].cases()]
+    seen = set()
+    for case in weights:
+        wrong = nf4_mistakes.wrong_quantizations(case)
+        seen |= {cause for cause, each in wrong.items() if (each.codes != case.codes).any()}
+    assert seen == {cause for case in weights for cause in nf4_mistakes.wrong_quantizations(case)}

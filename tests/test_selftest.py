@@ -1,0 +1,49 @@
+"""`minilora selftest`: every law holds here, and a broken kernel or definition is told."""
+
+import pytest
+import torch
+
+from minilora import lora
+from minilora.cli import main
+from minilora.definition import WITH_KERNEL
+from minilora.tools.selftest import selftest
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(each, marks=pytest.mark.long) for each in ("float64", "bfloat16", "float16"))]
+)
+def test_every_law_holds_on_this_machine(dtype, capsys):
+    assert main(["selftest", "--device", "cpu", "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out
+    assert "BROKEN" not in printed
+    assert "every law holds" in printed
+    for law in ("lora-gradients", "dora-forward", "nf4-nearest", "loss_masking-value", "accumulation-value"):
+        assert law in printed
+
+
+def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypatch, capsys):
+    own = lora.lora_linear
+    monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, scale**2))
+    monkeypatch.setattr("minilora.tools.selftest.kernel_calls", lambda device, dtype: {})
+    monkeypatch.setattr("minilora.tools.selftest.implementations", only("lora"))
+    assert main(["selftest", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "likely cause: the scale is applied twice" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("lora-forward"))
+    assert row.split()[2:] == ["inf", "BROKEN"]
+    assert float(row.split()[1]) <= 1
+
+
+def only(kind):
+    from minilora.tools.selftest import implementations
+
+    return lambda device: {kind: implementations(device)[kind]}
+
+
+def test_a_broken_kernel_that_no_other_law_has_is_told(monkeypatch):
+    own = WITH_KERNEL["swiglu"]
+    monkeypatch.setattr(own, "kernel", lambda gate, up: own.function(up, gate))
+    monkeypatch.setattr("minilora.tools.selftest.implementations", lambda device: {"merge": None})
+    rows = {row.law: row for row in selftest(torch.device("cpu"), "float32")}
+    assert "times the allowed error" in rows["kernel-swiglu"].failure
+    assert not rows["kernel-rms_norm"].failure

@@ -1,0 +1,199 @@
+"""The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
+
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from minilora.testing import (
+    AdaptedLinear,
+    AdapterSum,
+    Bounded,
+    CheckFailure,
+    assert_maths,
+    check_adapter_sum,
+    check_dora_linear,
+    check_gradients,
+    check_lora_linear,
+    check_merge,
+    laws,
+    on_numpy,
+    parametrize_laws,
+)
+from minilora.testing.bounds import UNITS
+from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
+
+DTYPES = tuple(UNITS)
+
+
+class Plain(nn.Module):
+    """A LoRA or DoRA layer as one writes it in twenty lines."""
+
+    def __init__(self, W, b, A, B, alpha, dropout=0.0, use_rslora=False, use_dora=False, magnitude=None):
+        super().__init__()
+        self.register_buffer("W", W)
+        self.b, self.scale = b, alpha / (len(A) ** 0.5 if use_rslora else len(A))
+        self.lora_A, self.lora_B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().clone())
+        self.dropout = nn.Dropout(dropout)
+        self.magnitude = (
+            nn.Parameter((W.norm(dim=1) if magnitude is None else magnitude).detach()) if use_dora else None
+        )
+
+    def forward(self, x):
+        y = x @ self.W.T + self.scale * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+        if self.magnitude is not None:
+            norm = (self.W + self.scale * self.lora_B @ self.lora_A).norm(dim=1).detach()
+            y = self.magnitude / norm * y
+        return y if self.b is None else y + self.b
+
+
+@parametrize_laws("lora", "rslora", "dora")
+def test_a_plain_layer_keeps_every_law(law):
+    assert 0 <= law.check(Plain).ratio <= 1
+
+
+def test_merging_and_sums_keep_their_laws():
+    check_merge(lambda W, A, B, scale: W + scale * B @ A)
+    check_merge(lambda W, A, B, s, m: m[:, None] * torch.nn.functional.normalize(W + s * B @ A, dim=1, eps=0), True)
+    check_adapter_sum(
+        lambda adapters, weights: sum(w * s * B @ A for w, (A, B, s) in zip(weights, adapters, strict=True))
+    )
+    check_adapter_sum(concatenated)
+
+
+def concatenated(adapters, weights):
+    A = torch.cat([A for A, _, _ in adapters])
+    return A, torch.cat([w * s * B for w, (_, B, s) in zip(weights, adapters, strict=True)], dim=1), 1.0
+
+
+def test_numpy_layers_are_checked_too():
+    def make_layer(W, b, A, B, alpha):
+        return lambda x: x @ W.T + alpha / len(A) * x @ A.T @ B.T + (0 if b is None else b)
+
+    assert {report.law for report in check_lora_linear(on_numpy(make_layer))} >= {"lora-forward", "lora-sums"}
+    with pytest.raises(CheckFailure, match="α·r instead of α/r"):
+        check_lora_linear(on_numpy(lambda W, b, A, B, alpha: make_layer(W, b, A, B, alpha * len(A) ** 2)))
+
+
+def test_a_failure_names_the_place_the_bound_the_smallest_case_the_cause_and_how_to_repeat_it():
+    def broken(W, b, A, B, alpha):
+        return Plain(W, b, A, B, alpha * len(A) ** 2)
+
+    with pytest.raises(CheckFailure) as caught:
+        check_lora_linear(broken)
+    failure = caught.value
+    assert failure.law == "lora-forward"
+    assert failure.causes == ("the scale is α·r instead of α/r",)
+    assert failure.case.r == 2  # with a rank of 1 there is no difference
+    message = str(failure)
+    for part in ("at [", "expected", "allowed error", "error/bound", "smallest failing case: x (2, 2), W (2, 2)"):
+        assert part in message
+    lines = message.partition("to repeat:\n")[2].splitlines()
+    assert len(lines) == 3
+    case = AdaptedLinear(inner=2, outer=2, scale=0.375, seed=4)
+    assert repr(case) == repr(failure.case)
+    with pytest.raises(CheckFailure, match="in 1 of 1 cases"):
+        laws("lora")["forward"].check(broken, case)
+
+
+@pytest.mark.parametrize(
+    ("error", "layer"),
+    [
+        ("RuntimeError: no such layer", lambda *_: (_ for _ in ()).throw(RuntimeError("no such layer"))),
+        ("the shape is", lambda W, b, A, B, alpha: lambda x: (Plain(W, b, A, B, alpha)(x))[..., :0]),
+    ],
+)
+def test_an_exception_and_a_wrong_shape_are_failures_like_others(error, layer):
+    with pytest.raises(CheckFailure, match=error):
+        check_lora_linear(layer)
+
+
+def test_a_known_deviation_must_be_there_still():
+    wrong = parametrize_laws("lora", known={"lora-forward": "the bias is added twice"})
+    right = next(law for law in wrong.args[1] if law.name == "forward")
+    assert right.check(lambda W, b, A, B, alpha: Plain(W, None if b is None else 2 * b, A, B, alpha)).ratio == float(
+        "inf"
+    )
+    with pytest.raises(CheckFailure, match="no longer there"):
+        right.check(Plain)
+    with pytest.raises(CheckFailure, match="the update is missing"):  # another mistake than the known one
+        right.check(lambda W, b, A, B, alpha: Plain(W, b, A, 0 * B, alpha))
+    with pytest.raises(ValueError, match="no law 'lora-forwards'"):
+        parametrize_laws("lora", known={"lora-forwards": ""})
+    with pytest.raises(ValueError, match="no laws of 'lorra'"):
+        laws("lorra")
+
+
+def test_gradients_alone_can_be_checked():
+    assert check_gradients(Plain, "dora").law == "dora-gradients"
+    detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x})
+    with pytest.raises(CheckFailure, match="no gradient reaches"):
+        check_gradients(detached)
+
+
+def test_dora_that_is_lora_and_a_scaled_bias_are_named():
+    with pytest.raises(CheckFailure, match="DoRA is LoRA here"):
+        check_dora_linear(lambda W, b, A, B, alpha, magnitude: Plain(W, b, A, B, alpha))
+
+    class Scaled(Plain):
+        def forward(self, x):
+            b, self.b = self.b, None
+            y = super().forward(x)
+            self.b = b
+            norm = (self.W + self.scale * self.lora_B @ self.lora_A).norm(dim=1).detach()
+            return y if b is None else y + self.magnitude / norm * b
+
+    with pytest.raises(CheckFailure, match="the bias is scaled by m/‖W"):
+        check_dora_linear(Scaled)
+
+
+@given(adapted_linears(methods=METHODS, dtypes=DTYPES, weights=("normal", "outlier", "constant", "rank_deficient")))
+def test_a_drawn_case_raises_no_false_alarm(case):
+    for name in ("forward", "identity", "merge", "gradients", "scale", "sums", "frozen"):
+        laws(case.method)[name].check(Plain, case)
+
+
+@given(adapted_linears(dtypes=("float64", "float32"), weights=WEIGHT_KINDS))
+def test_a_drawn_case_says_the_merged_weight(case):
+    W, A, B = (torch.tensor(each).to(getattr(torch, case.dtype)) for each in (case.W, case.A, case.B))
+    assert_maths(W + case.scale * B @ A, case.merged)
+
+
+@given(adapted_linears(dtypes=DTYPES))
+def test_a_bound_is_a_few_units_of_what_is_summed(case):
+    magnitude = abs(case.rows) @ abs(case.W.T) + abs(case.rows) @ abs(case.A.T) @ abs(case.B.T) * case.scale
+    magnitude += 0 if case.b is None else abs(case.b)
+    units = 40 * (case.inner + case.r) * UNITS[case.dtype]
+    assert (case.y.error.reshape(magnitude.shape) <= units * magnitude + 1e-40).all()
+
+
+@given(adapted_linears(methods=METHODS))
+def test_the_bounded_value_is_that_of_the_loops(case):
+    exact = Bounded.exact
+    V = exact(case.W) + exact(case.B) @ exact(case.A) * case.scale
+    if case.method == "dora":
+        V = V * (exact(case.magnitude) / V.row_norms()).reshape(-1, 1)
+    assert_maths(V.value, case.merged)
+
+
+def test_sums_with_their_mistakes():
+    assert len(AdapterSum(ranks=(1, 2, 3)).adapters) == 3
+    for cause, add in {
+        "the weights are ignored": lambda adapters, weights: sum(s * B @ A for A, B, s in adapters),
+        "A and B are added separately": lambda adapters, weights: (
+            sum(A for A, _, _ in adapters),
+            sum(w * s * B for w, (_, B, s) in zip(weights, adapters, strict=True)),
+            1.0,
+        ),
+    }.items():
+        with pytest.raises(CheckFailure) as caught:
+            check_adapter_sum(add)
+        if "separately" not in cause:  # factors of different ranks cannot be added at all
+            assert cause in str(caught.value)
+
+
+def test_a_float64_result_that_went_through_float32_is_named():
+    with pytest.raises(CheckFailure, match="rounded to float32 on the way"):
+        check_lora_linear(
+            lambda W, b, A, B, alpha: Plain(W, b, A.float().double(), (1.1 * B).float().double() / 1.1, alpha)
+        )
