@@ -111,14 +111,14 @@ def test_of_checkpoints_the_newest_whole_one_is_that_of_its_step_and_a_saved_one
 # --- a run ---
 
 
-@pytest.mark.parametrize(("is_power_lost", "every"), [(False, 37), (True, 150), *long((False, 1), (True, 1))])
+@pytest.mark.parametrize(("is_power_lost", "every"), [(False, 9), (True, 25), *long((False, 1), (True, 1))])
 def test_a_run_ends_in_the_same_bytes_whatever_the_crash_left(tmp_path, inputs, every, is_power_lost):
     options = {"max_steps": 4, "save_total_limit": 1, "samples": 0}
     assert finetune(inputs, tmp_path / "whole", **options) == 0
     before, log = log_of(tmp_path / "run", lambda: finetune(inputs, tmp_path / "run", **options))
     count = 0
     for i, (label, state) in enumerate(crashes(before, log, is_power_lost)):
-        if i % every and i + 1 < len(log):
+        if i % every:
             continue
         out, count = put(state, tmp_path / "state"), count + 1
         status = finetune(inputs, out, **options)
