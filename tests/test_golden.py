@@ -40,7 +40,7 @@ def test_adapters_that_peft_wrote_have_the_logits_that_peft_computed(case, tmp_p
         ("plain", {"lora_bias": True}, r"lora_bias: found True, and .* has no lora_bias"),
         ("biases", {"lora_bias": False}, r"lora_bias: found False, and .* has a lora_bias"),
         ("dora", {"bias": "lora_only"}, r"bias: found 'lora_only', and model\.layers\.0\..*q_proj has no bias"),
-        ("dora", {"bias": "all"}, r"bias: found 'all', and model\.layers\.0\.self_attn\.k_proj has no bias"),
+        ("dora", {"bias": "all"}, r"bias: found 'all', and model\.layers\.0\.self_attn\.q_proj has no bias"),
         ("plain", {"modules_to_save": ["lm_head"]}, r"modules_to_save: means lm_head, of which there is no weight"),
         ("plain", {"trainable_token_indices": [1]}, "trainable_token_indices: found .* there are no rows"),
     ],

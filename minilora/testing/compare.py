@@ -43,9 +43,12 @@ def as_array(value: Any) -> NDArray[Any]:
     """Return a tensor or array of any library as numpy's float64."""
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
-    if not hasattr(value, "__array__") and not isinstance(value, int | float):
-        raise AssertionError(f"found {type(value).__name__}, expected an array")
-    return np.asarray(value, dtype=np.float64)
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AssertionError(f"found {type(value).__name__}, expected an array") from error
+    assert value is not None, "found NoneType, expected an array"
+    return array
 
 
 def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
