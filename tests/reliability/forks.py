@@ -66,11 +66,16 @@ def serve():
     import minilora.cli.merge
     import minilora.public  # noqa: F401
 
+    before = None
     for line in sys.stdin:
+        if before is not None:
+            os.waitpid(before, 0)
         if not (child := os.fork()):
             command(json.loads(line))
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its id stays its own until the next command
+        print(ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1), flush=True)
+        before = child
 
 
 if __name__ == "__main__":
