@@ -57,10 +57,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def listed(problems: Sequence[str]) -> str:
-    """Return problems, the first two of them, as lines that follow a message."""
-    more = [f"… and {len(problems) - 2} more"] if len(problems) > 2 else []
-    return "".join(f"\n  {problem:.300}" for problem in [*problems[:2], *more])
+def listed(problems: Sequence[str], most: int = 10) -> str:
+    """Return problems, the first of them, as lines that follow a message."""
+    more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  {problem:.300}" for problem in [*problems[:most], *more])
 
 
 def check_types(owner: Any, values: Mapping[str, object]) -> None:

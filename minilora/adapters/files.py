@@ -140,7 +140,7 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
     if misfits:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(misfits)}")
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(misfits, most=2)}")
     if odds:
         raise _contradiction(stored, odds)
     return config, specs
@@ -274,4 +274,4 @@ def _odds(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: Lora
 
 
 def _contradiction(stored: Stored, odds: Sequence[str]) -> FormatError:
-    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(odds)}")
+    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(odds, most=2)}")
