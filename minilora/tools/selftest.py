@@ -54,8 +54,8 @@ def selftest(device: torch.device, dtype: str) -> Iterator[Row]:
 
 def in_dtype(law: Law, dtype: str, shared: dict[str, Any]) -> list[Any]:
     """Return the cases of a law in a dtype; laws share cases, by their `repr`, and with them the right results."""
-    is_packed = law.kind in ("nf4", "linear4bit")  # which have float32's precision at most
-    dtype = "float32" if is_packed and dtype == "float64" else dtype
+    if law.kind == "nf4" or (law.kind == "linear4bit" and dtype == "float64"):
+        dtype = "float32"  # that of absmaxes, and of powers of two that are no denormal numbers
     cases = [replace(case, dtype=dtype) if hasattr(case, "dtype") else case for case in law.cases()]
     return [shared.setdefault(name, case) for name, case in {repr(case): case for case in cases}.items()]
 
