@@ -25,7 +25,7 @@ def cases(*methods):
 
 
 @many
-@given(cases("lora"))
+@given(cases("lora", "dora").filter(lambda case: (case.method, case.weight) != ("dora", "tiny")))  # norms ≥ 1e-38 here
 def test_of_our_layers(case):
     for name in LAYER_LAWS:
         laws(case.method)[name].check(ours(torch.device("cpu"))[case.method], case)

@@ -24,6 +24,7 @@ from minilora.testing import (
     parametrize_laws,
 )
 from minilora.testing.bounds import UNITS
+from minilora.testing.cases import linear_cases
 from minilora.testing.compare import as_array, worst
 from minilora.testing.implementations import DoRALayer, LoRALayer
 from minilora.testing.mutants import MUTANTS
@@ -281,3 +282,18 @@ def test_an_exception_is_the_cause_of_the_failure():
     with pytest.raises(CheckFailure) as caught:
         check_lora_linear(lambda W, b, A, B, alpha: {}["missing"])
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_the_laws_cases_has_a_bound_that_it_can_exceed(method, dtype):
+    for case in linear_cases(method, dtype):
+        for expected in (case.y, case.merged, *case.gradients.values()):
+            assert np.isfinite(expected.error).all()
+
+
+def test_a_divisor_that_may_be_0_leaves_no_bound_and_no_warning():
+    nothing_known = Bounded.exact([1.0]) / Bounded(np.array([0.5]), np.array([1.0]))
+    assert np.isposinf((nothing_known * 0).error)
+    assert np.isposinf((Bounded.exact([0.0]) @ nothing_known).error)
+    assert_maths([float("nan")], nothing_known)

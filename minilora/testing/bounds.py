@@ -30,7 +30,7 @@ class Bounded:
 
     Attributes:
         value: the result, exact but for rounding in float64, which the bound includes.
-        error: the bound, of the same shape.
+        error: the bound, of the same shape; infinite where nothing is known, as behind a divisor that may be 0.
         dtype: the name of the dtype under test: float64, float32, float16 or bfloat16.
     """
 
@@ -53,21 +53,22 @@ class Bounded:
 
     def __mul__(self, other: Any) -> Bounded:
         a, b = self, self._bounded(other)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # 0 times an infinite bound
             return self._rounded(a.value * b.value, abs(a.value) * b.error + a.error * (abs(b.value) + b.error))
 
     def __truediv__(self, other: Any) -> Bounded:
         a, b = self, self._bounded(other)
-        with np.errstate(all="ignore"):  # a divisor that may be 0 leaves no bound
+        with np.errstate(all="ignore"):
             least = np.maximum(abs(b.value) - b.error, 0.0)
             return self._rounded(a.value / b.value, (a.error + abs(a.value / b.value) * b.error) / least)
 
     def __matmul__(self, other: Bounded) -> Bounded:
         """Multiply matrices: sums of k products, in any order. Each product may underflow."""
         a, b, k = self, other, self.value.shape[-1]
-        magnitude = (abs(a.value) + a.error) @ (abs(b.value) + b.error)
-        propagated = abs(a.value) @ b.error + a.error @ (abs(b.value) + b.error) + k * SMALLEST[self._sum_dtype]
-        return self._rounded(a.value @ b.value, propagated + self.gamma(k) * magnitude)
+        with np.errstate(invalid="ignore"):
+            magnitude = (abs(a.value) + a.error) @ (abs(b.value) + b.error)
+            propagated = abs(a.value) @ b.error + a.error @ (abs(b.value) + b.error) + k * SMALLEST[self._sum_dtype]
+            return self._rounded(a.value @ b.value, propagated + self.gamma(k) * magnitude)
 
     def sqrt(self) -> Bounded:
         """Return √v; its error is at most e/√v."""
@@ -135,4 +136,5 @@ class Bounded:
 
     def _rounded(self, value: Array, propagated: Array) -> Bounded:
         """Return a result that is rounded once more."""
+        propagated = np.where(np.isnan(propagated), np.inf, propagated)
         return Bounded(value, propagated + self._unit * (abs(value) + propagated) + SMALLEST[self.dtype], self.dtype)

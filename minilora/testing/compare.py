@@ -57,7 +57,7 @@ def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
     Args:
         actual: an array or tensor of any library.
         expected: an array, or a `Bounded`, which has its own bound.
-        bound: the allowed error, a number or an array; 0 if not given.
+        bound: the allowed error, a number or an array; 0 if not given. Where it is infinite, nothing is compared.
 
     Raises:
         AssertionError: the shapes differ.
@@ -71,7 +71,7 @@ def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
         return Worst(0.0, (), 0.0, 0.0, 0.0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(actual == expected, 0.0, abs(actual - expected))
-        ratios = np.where((error == 0) | ~(allowed < np.inf), 0.0, error / allowed)
+        ratios = np.where((error == 0) | np.isposinf(allowed), 0.0, error / allowed)
     ratios = np.nan_to_num(ratios, nan=np.inf, posinf=np.inf)
     index = tuple(int(i) for i in np.unravel_index(ratios.argmax(), ratios.shape))
     numbers = (float(array[index]) for array in (ratios, actual, expected, allowed))

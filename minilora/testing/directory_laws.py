@@ -124,7 +124,7 @@ def biases(adapter: Adapter) -> Problems:
 
 
 def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Shape]) -> Problems:
-    """Yield the modules that lack a part, or have it in another shape or in vain."""
+    """Yield the modules in which an optional tensor is missing, has a wrong shape, or is there without its field."""
     for where, (_, B) in adapter.factors.items():
         found, right = adapter.parts[where].get(key), shape(B) if adapter.config.get(field) else None
         if found != right:
