@@ -2,8 +2,8 @@
 
     a file            written as .NAME.PID.tmp, flushed to the disk (fsync) and renamed; its directory is flushed
     a new directory   the same, with a manifest of its files
-    some files of a   written into the directory .PID.tmp in it, with a manifest, and flushed; renamed to .staged, from
-    directory         which instant on they count; then moved to their places (`settle`)
+    some files of a   written into the directory .PID.tmp in it, with a manifest, and flushed; committed by renaming
+    directory         that to .staged; then moved to their places (`settle`)
 
 The manifest of a directory, minilora-manifest.json, holds the size and the SHA-256 of each of its files, or null for a
 file that must not be there. One process at a time writes a directory (`lock`).
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minilora.errors import ConfigError, FormatError, TrainingError
+from minilora.limits import JSON_BYTES, open_file, parse_json
 
 if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
@@ -133,13 +134,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         FormatError: there is none, or it is damaged.
     """
     path = directory / MANIFEST
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        if all(Path(name).name == name for name in files) and isinstance(files, dict):
-            return files
-    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise FormatError(f"{path}: cannot be read, or is no manifest ({type(error).__name__})") from error
-    raise FormatError(f"{path}: is no manifest: need an object of plain file names")
+    with open_file(path, JSON_BYTES) as file:
+        value = parse_json(file.read(), str(path))
+    files = value.get("files") if isinstance(value, dict) else None
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise FormatError(f'{path}: is no manifest: need {{"files": …}}, an object of plain file names')
+    return files
 
 
 def verify(directory: Path, names: Iterable[str] | None = None) -> None:

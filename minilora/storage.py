@@ -1,6 +1,6 @@
 """Reading JSON and safetensors from untrusted sources, and writing them.
 
-Nothing is pickled. A file that cannot be read is a `FormatError` that names it.
+Only safetensors and JSON are read, never pickles. A file that cannot be read raises a `FormatError` that names it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 
 # part, a folder or file -> the parts that it may import besides itself, `errors` and `definition`
 MAY_IMPORT = {
-    **dict.fromkeys(("errors", "definition", "limits", "durable", "testing/", "__init__"), ()),
+    **dict.fromkeys(("errors", "definition", "limits", "testing/", "__init__"), ()),
+    "durable": ("limits",),
     "storage": ("limits", "durable"),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
     "kernel/": PAGES,  # which only `public` and `runs/memory` import

@@ -45,7 +45,7 @@ def _path_of(model: nn.Module, method: str) -> str | None:
     find = getattr(model, method, None)
     try:
         found = find() if callable(find) else None
-    except NotImplementedError:  # raised by models of transformers that have none
+    except NotImplementedError:  # transformers raises it for models without embeddings
         found = None
     return next((path for path, module in walk(model) if module is found), None) if found is not None else None
 

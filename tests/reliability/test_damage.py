@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import minilora as ml
+from minilora.durable import MANIFEST
 from minilora.runs.checkpoints import newest_checkpoint, step_of
 from tests.models import long
 from tests.training import adapted, contents, random_rows, stop_after
@@ -105,5 +106,24 @@ def test_an_adapter_without_a_manifest_is_one_of_another_tool_and_is_loaded(tmp_
     config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 12'))
     with pytest.raises(ml.FormatError, match=r"not as it was written: adapter_config\.json; .* remove"):
         ml.load_adapter(adapted(dtype=torch.float32, layers=1), tmp_path, "other")
-    (tmp_path / "minilora-manifest.json").unlink()
+    (tmp_path / MANIFEST).unlink()
     ml.load_adapter(adapted(dtype=torch.float32, layers=1), tmp_path, "other")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "not JSON"),
+        ("[" * 2_000_000, "not JSON"),
+        (" " * 17_000_000, "at most 16,777,216 are accepted"),
+        ("[]", "is no manifest"),
+        ('{"files": ["adapter_config.json"]}', "is no manifest"),
+        ('{"files": {"../adapter_config.json": null}}', "is no manifest"),
+    ],
+    ids=["cut", "nested", "large", "list", "names", "outside"],
+)
+def test_a_manifest_from_outside_is_bounded_and_refused_by_name(tmp_path, text, problem):
+    ml.save_adapter(fresh(), tmp_path)
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(ml.FormatError, match=f"{MANIFEST}: .*{problem}"):
+        ml.load_adapter(adapted(dtype=torch.float32, layers=1), tmp_path, "other")
