@@ -58,5 +58,6 @@ DEVIATIONS = {
 
 @parametrize_laws("linear4bit", known=DEVIATIONS)
 def test_theirs_keeps_the_laws_of_4_bit_linears(law):
-    if law.name != "evaluation":  # in which its layer packs its weight anew, on processors with bfloat16
-        law.check(bitsandbytes_linear)
+    if law.name == "evaluation":
+        pytest.skip("in evaluation its layer packs the weight anew, on processors with bfloat16 alone")
+    law.check(bitsandbytes_linear)
