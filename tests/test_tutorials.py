@@ -117,6 +117,19 @@ def test_every_link_leads_somewhere(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", by_name(EXECUTED))
+def test_what_a_page_quotes_is_what_the_file_says(page):
+    for quotation in run.QUOTATION.finditer(text_of(page)):
+        assert quotation["code"] == run.source(quotation["name"])
+
+
+@pytest.mark.parametrize("page", by_name(EXECUTED))
+def test_a_name_that_links_to_a_file_is_defined_in_it(page):
+    for name, path in re.findall(r"\[`([\w.]+)`\]\((\.\./minilora/[\w/]+\.py)\)", text_of(page)):
+        definition = rf"^\s*(?:def |class )?{name.rpartition('.')[2]}\b"
+        assert re.search(definition, text_of(page.parent / path), re.MULTILINE), (name, path)
+
+
 def test_every_figure_is_shown_with_a_text_and_is_small():
     shown = {
         TUTORIALS / image["path"]: image["alt"] for page in CHAPTERS for image in run.IMAGE.finditer(text_of(page))
@@ -167,6 +180,16 @@ def test_the_command_of_the_exercises_tells_the_verdict(tmp_path, monkeypatch, c
         exercises.main()
     assert not ended.value.code
     assert capsys.readouterr().out == "right\n"
+
+
+def test_a_quotation_is_written_from_the_source_and_a_change_is_noticed(tmp_path):
+    chapter = tmp_path / "01_page.md"
+    chapter.write_text("<!-- quoted: lora.lora_scale -->\n```py\nold\n```\n\n```python\nx = 1\n```\n", encoding="utf-8")
+    assert len(differences(chapter)) == 1
+    run.Chapter(chapter, check=False).run()
+    assert text_of(chapter).startswith("<!-- quoted: lora.lora_scale -->\n```py\ndef lora_scale(")
+    assert '"""' not in text_of(chapter)
+    assert not differences(chapter)
 
 
 PAGE = """\

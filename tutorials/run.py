@@ -11,12 +11,18 @@ Outputs must be equal, but for numbers with a decimal point, which may differ by
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
 `<!-- unchecked -->` shows its output without comparing it. Times, speeds and memory (numbers before s, ms, min,
 tokens/s, kB, MB, GB) are never compared. `<!-- slow -->` at the head of a chapter keeps it out of the default suite.
+
+A `py` fence below `<!-- quoted: lora.lora_linear -->` shows the definition of that name in `minilora/lora.py`, without
+its docstring. It is not a cell: it is written from the source, and must equal it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import math
@@ -26,6 +32,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,6 +47,9 @@ CELL = re.compile(
     r"^(?:<!-- (?P<options>[^\n]*) -->\n)?(?P<fence>```(?P<language>python|sh)\n(?P<code>.*?)^```\n)"
     r"(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
+)
+QUOTATION = re.compile(
+    r"(?P<head>^<!-- quoted: (?P<name>[\w.]+) -->\n```py\n)(?P<code>.*?)^```\n", re.MULTILINE | re.DOTALL
 )
 IMAGE = re.compile(r"^!\[(?P<alt>[^\]]*)\]\((?P<path>[^)]*)\)", re.MULTILINE)
 COST = re.compile(r"^\*(?:Reads in .*|Not run yet\.)\*$", re.MULTILINE)
@@ -82,6 +92,10 @@ class Chapter:
             self.text += old[position : cell.end("fence")] + (f"\n```text\n{output}```\n" if output else "")
             position = cell.end()
         self.text += old[position:]
+        for quotation in QUOTATION.finditer(old):
+            if quotation["code"] != (code := source(quotation["name"])):
+                self.differences.append(f"{self.path.name}: {quotation['name']} is now\n{code}")
+        self.text = QUOTATION.sub(lambda quotation: f"{quotation['head']}{source(quotation['name'])}```\n", self.text)
         if not self.check:
             cost = f"*Reads in {reading_minutes(old)} min, runs in {time.monotonic() - began:.0f} s on 2 CPU cores.*"
             self.path.write_text(COST.sub(cost, self.text), "utf-8", newline="\n")
@@ -119,6 +133,20 @@ def run_shell(code: str) -> str:
     command = ["bash", "-euo", "pipefail", "-c", names + code]
     environment = {**os.environ, "COLUMNS": "80"}
     return subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True, env=environment).stdout
+
+
+def source(name: str) -> str:
+    """The lines of a definition in the package, of `lora.lora_linear` for instance, without its docstring."""
+    module, *path = name.split(".")
+    definition: Any = importlib.import_module(f"minilora.{module}")
+    for part in path:
+        definition = getattr(definition, part)
+    lines = textwrap.dedent(inspect.getsource(definition)).splitlines(keepends=True)
+    (node,) = ast.parse("".join(lines)).body
+    assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+    if ast.get_docstring(node) is not None:
+        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+    return "".join(lines)
 
 
 def open_figures() -> list[Figure]:
