@@ -19,9 +19,9 @@ from minilora.cli import parse
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
 DEVIL = TUTORIALS / "data" / "devil"
-CHAPTERS = sorted(TUTORIALS.glob("[0-9][0-9]_*.md"))
+CHAPTERS = sorted(path for path in TUTORIALS.glob("[01A][0-9]_*.md") if path.name != "00_whole.md")
 EXECUTED = sorted(TUTORIALS.glob("*_*.md"))
-PAGES = [*CHAPTERS, TUTORIALS / "README.md", DEVIL / "README.md"]
+PAGES = [TUTORIALS / "00_whole.md", *CHAPTERS, TUTORIALS / "README.md", DEVIL / "README.md"]
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_FIGURE = 60_000  # bytes
 SPLITS = ("train", "valid", "test")
@@ -96,7 +96,7 @@ def test_a_slow_chapter_comes_out_as_it_stands(chapter):
 def test_a_chapter_has_the_parts_that_every_chapter_has(chapter):
     text = text_of(chapter)
     number = chapter.name[:2]
-    assert text.startswith(f"# {int(number)}. ")
+    assert text.startswith(f"# {number.lstrip('0')}. ")
     assert len(run.COST.findall(text)) == 1
     goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
     assert goal is not None

@@ -17,6 +17,7 @@ from tests.reliability.disk import crashes, put, recorded
 from tests.runs import contents, finetune, steps
 from tests.training import adapted, random_rows
 
+pytestmark = pytest.mark.reliability
 BOTH = pytest.mark.parametrize("is_power_lost", [False, True], ids=["killed", "power lost"])
 
 

@@ -12,6 +12,7 @@ from minilora.runs.checkpoints import newest_checkpoint, step_of
 from tests.models import long
 from tests.training import adapted, contents, random_rows, stop_after
 
+pytestmark = pytest.mark.reliability
 CONFIG = ml.TrainConfig(batch_size=2, learning_rate=0.01, max_steps=6, save_steps=1)
 
 

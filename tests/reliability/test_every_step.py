@@ -6,6 +6,7 @@ from minilora.cli import main
 from tests.models import long
 from tests.runs import contents, finetune, steps, unfinished
 
+pytestmark = pytest.mark.reliability
 STEPS = 30
 OPTIONS = {"max_steps": STEPS, "samples": 0, "eval_steps": 7}
 

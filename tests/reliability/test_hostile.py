@@ -23,6 +23,7 @@ from tests.reliability.watch import figures, watched
 from tests.test_sandbox import BOMBS, ESCAPES
 from tests.test_structure import MODULES
 
+pytestmark = pytest.mark.reliability
 HARMLESS = {  # of the attacks: what they change has no effect, and is not said
     "config.json: 400 digits as the end of text: load",
     "config.json: code to run: load",

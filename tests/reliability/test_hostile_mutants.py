@@ -8,6 +8,7 @@ import pytest
 from tests.reliability.mutants import changed_bytes, changed_json
 from tests.reliability.watch import Outcome, figures, watched
 
+pytestmark = pytest.mark.reliability
 LONG = {"structure": 20_000, "bytes": 20_000, "json": 10_000, "data": 2_000}
 SHORT = {kind: count // 100 for kind, count in LONG.items()}
 

@@ -16,6 +16,7 @@ from minilora.training import token_loss
 from tests.models import tiny_model
 from tests.training import random_rows
 
+pytestmark = pytest.mark.reliability
 ROWS = random_rows(3, 6)
 BAD = (math.nan, math.inf, -math.inf)
 STEP = 3  # in which something goes bad

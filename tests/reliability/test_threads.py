@@ -9,6 +9,7 @@ import torch
 import minilora as ml
 from tests.training import adapted, random_rows
 
+pytestmark = pytest.mark.reliability
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
 
 
