@@ -132,7 +132,7 @@ def test_a_name_that_links_to_a_file_is_defined_in_it(page):
 
 def test_every_figure_is_shown_with_a_text_and_is_small():
     shown = {
-        TUTORIALS / image["path"]: image["alt"] for page in CHAPTERS for image in run.IMAGE.finditer(text_of(page))
+        TUTORIALS / image["path"]: image["alt"] for page in EXECUTED for image in run.IMAGE.finditer(text_of(page))
     }
     assert set((TUTORIALS / "figures").iterdir()) <= set(shown)
     assert not [path.name for path, alt in shown.items() if len(alt) < 40]
