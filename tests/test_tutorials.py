@@ -45,6 +45,15 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "A1": [
+        ("- (policy_rejected", "+ (policy_rejected"),
+        ("beta * margin", "margin"),
+        ("F.logsigmoid(beta * margin)", "beta * F.logsigmoid(margin)"),
+        ("-F.logsigmoid(beta * margin)", "-(beta * margin).sigmoid().log()"),
+        ("reference_chosen.detach()", "reference_chosen"),
+        ("F.logsigmoid(beta * margin)", "F.logsigmoid(beta * margin).mean()"),
+        (" - reference_chosen.detach()", ""),
+    ],
 }
 
 

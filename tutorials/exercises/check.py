@@ -39,7 +39,7 @@ def load(path: Path) -> ModuleType:
 
 def main() -> None:
     """Print the verdict; the exit status is 0 if the solution is right."""
-    numbers = sorted(path.name[2:4] for path in HERE.glob("ex[0-9][0-9].py"))
+    numbers = sorted(path.name[2:4] for path in HERE.glob("ex[01A][0-9].py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", metavar="NN", choices=numbers, help=f"one of {', '.join(numbers)}")
     parser.add_argument("file", metavar="FILE", type=Path, nargs="?")

@@ -1,0 +1,44 @@
+"""The base's bytes are the same after 50 steps of training with adapters of every kind."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+
+import minilora as ml
+from tests.models import CONFIGS, WHOLE, four_bit, long, tiny_model
+from tests.training import random_rows, weights
+
+pytestmark = pytest.mark.reliability
+FROM_DATA = {name: {"init_lora_weights": name} for name in ("eva", "corda", "lora_ga")}
+KINDS = {**CONFIGS, "LoftQ": {"init_lora_weights": "loftq"}, **FROM_DATA}
+ONLY_DENSE = ("a parameter", "only parameters", "norms in full", "LoftQ")  # what four bits cannot have
+
+
+def base_digests(model):
+    """The SHA-256 of each tensor of a model when its adapters are removed."""
+    model = copy.deepcopy(model)
+    ml.detach(model)
+    tensors = {name: tensor.detach().contiguous().flatten() for name, tensor in model.state_dict().items()}
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def losses(model, rows):
+    return (ml.training.token_loss(model, ml.data.collate([row], torch.device("cpu")))[0] for row in rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", ["dense", *long("four bits", "four bits, doubly quantized")])
+def test_fifty_steps_change_no_byte_of_the_base(base, kind):
+    if base != "dense" and kind in ONLY_DENSE:
+        pytest.skip("it trains or quantizes dense weights")
+    model, rows = tiny_model(WHOLE, num_hidden_layers=2), random_rows(1, 20)
+    if base != "dense":
+        model = four_bit(model, double_quant="doubly" in base)
+    config = ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **KINDS[kind]})
+    ml.attach(model, config, losses=losses(model, rows))
+    before, fresh = base_digests(model), weights(model)  # LoftQ has changed the base by now
+    ml.train(model, rows, ml.TrainConfig(max_steps=50, batch_size=2, learning_rate=0.01, weight_decay=0.1))
+    assert not torch.equal(weights(model), fresh)
+    assert base_digests(model) == before

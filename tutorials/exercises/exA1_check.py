@@ -1,0 +1,38 @@
+"""What a solution of exercise A1 must do."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+
+PAIRS = [(-3.0, -5.0, -4.0, -4.5), (-9.0, -2.0, -3.0, -2.5), (-7.0, -7.0, -7.0, -7.0)]  # log π(c), π(r), ref(c), ref(r)
+
+
+def check(answer: ModuleType) -> None:
+    """`dpo` equals the formula number by number, is finite for any margin, and treats the reference as a constant."""
+    beta = 0.3
+    arguments = [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in zip(*PAIRS, strict=True)]
+    found = answer.dpo(*arguments, beta)
+    assert isinstance(found, torch.Tensor), f"dpo returns {type(found).__name__}, need a tensor"
+    assert found.shape == (3,), f"the shape is {tuple(found.shape)}, need one loss for each of the 3 pairs"
+    assert math.isclose(found[2].item(), math.log(2)), (
+        f"where policy and reference agree the loss is {found[2]:.6f}, not log 2: nothing has been learned yet"
+    )
+    for pair, loss in zip(PAIRS, found.tolist(), strict=True):
+        margin = (pair[0] - pair[2]) - (pair[1] - pair[3])
+        expected = math.log1p(math.exp(-beta * margin))
+        assert math.isclose(loss, expected, rel_tol=1e-9), (
+            f"log π(c), log π(r), log ref(c), log ref(r) = {pair}, β = {beta}: the loss is {loss:.6f}, not "
+            f"{expected:.6f}. The margin is {margin:+.1f}, and a larger margin has a smaller loss"
+        )
+    found.sum().backward()
+    assert all(argument.grad is None for argument in arguments[2:]), (
+        "a gradient reaches the reference; it is a constant: detach it"
+    )
+    far = answer.dpo(*(torch.tensor([value]) for value in (-500.0, 0.0, 0.0, 0.0)), beta)
+    assert math.isclose(far.item(), 150, rel_tol=1e-5), (
+        f"for a margin of -500 the loss is {far.item()}, not 150: σ of a large negative number is 0 in float32, and "
+        "log 0 is infinite. PyTorch has the logarithm of σ as one function"
+    )
