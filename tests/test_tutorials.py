@@ -298,6 +298,24 @@ def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
     assert text_of(page) == changed
 
 
+def test_a_notebook_has_the_cells_with_their_outputs(page):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    run.write_notebook(page)
+    notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.source.splitlines()[0] for cell in cells] == [
+        "x = 2",
+        "%%bash",
+        "from matplotlib import pyplot as plt",
+        "y = x",
+    ]
+    assert cells[0].outputs[0].text == "x is 2\n"
+    assert cells[1].outputs[0].text == "took 12.3 s\n"
+    assert "image/png" in cells[2].outputs[-1].data
+    assert not [cell for cell in notebook.cells if "figures/" in cell.source or "x is 2" in cell.source]
+
+
 def test_figures_and_images_must_be_as_many(page):
     page.write_text(text_of(page).replace("![A line that rises]", "[A line that rises]"), encoding="utf-8")
     with pytest.raises(SystemExit, match="1 figures are open, and 0 images follow"):

@@ -2,6 +2,7 @@
 
     python tutorials/run.py [NN ...]             run these chapters, or all quick ones, and write their outputs
     python tutorials/run.py --check [NN ...]     run them, change nothing, and fail if an output would be another
+    python tutorials/run.py --notebooks [NN ...] run them as notebooks, written beside them (extra `notebooks`)
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
 namespace, in a fresh directory in which `tutorials`, `scripts` and `smollm2` are this checkout's. What a cell prints
@@ -196,6 +197,19 @@ def reading_minutes(text: str) -> int:
     return math.ceil(len(text.split()) / 150)
 
 
+def write_notebook(path: Path) -> None:
+    """Write a chapter as a notebook with the outputs of its cells; shell cells use the magic `%%bash`."""
+    import jupytext
+    import nbclient
+
+    text = CELL.sub(lambda cell: cell["fence"].replace("```sh\n", "```bash\n"), IMAGE.sub("", path.read_text("utf-8")))
+    text = re.sub(r"<details><summary>(.*?)</summary>\n|</details>\n", r"\1\n", text)  # a cell is folded by itself
+    notebook = jupytext.reads(COST.sub("", text), "md")
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbclient.NotebookClient(notebook, timeout=None).execute()
+    jupytext.write(notebook, path.with_suffix(".ipynb"))
+
+
 @contextlib.contextmanager
 def workplace() -> Iterator[None]:
     """A fresh directory that looks like the checkout; what cells write there is gone afterwards."""
@@ -217,6 +231,7 @@ def main() -> None:
     names = "01, 02, … or verify; by default all that are not slow"
     parser.add_argument("chapters", nargs="*", metavar="NN", help=names)
     parser.add_argument("--check", action="store_true", help="fail where an output would change, and change nothing")
+    parser.add_argument("--notebooks", action="store_true", help="write notebooks with their outputs")
     arguments = parser.parse_args()
     paths = {path.name.partition("_")[0]: path for path in sorted(HERE.glob("*_*.md"))}
     if unknown := set(arguments.chapters) - paths.keys():
@@ -227,7 +242,13 @@ def main() -> None:
     differences = []
     for name, path in paths.items():
         is_slow = "<!-- slow -->" in path.read_text("utf-8")
-        if name in arguments.chapters or not (arguments.chapters or is_slow):
+        if not (name in arguments.chapters or not (arguments.chapters or is_slow)):
+            continue
+        if arguments.notebooks:
+            with workplace():
+                write_notebook(path)
+            print(f"{path.with_suffix('.ipynb').name}: written")
+        else:
             with workplace(), matplotlib.rc_context(STYLE):
                 chapter = Chapter(path, arguments.check)
                 chapter.run()
