@@ -20,7 +20,7 @@ from minilora.cli.inspect import SHAPES, memory_page
 from minilora.runs.data import Dataset
 from minilora.storage import ASSETS, BUILTIN
 from scripts import api, front, smollm2
-from tests.models import tiny_model
+from tests.models import long, tiny_model
 from tests.runs import type_in, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
@@ -56,7 +56,7 @@ def test_the_python_of_the_pages_runs(page, block):
         ml.load_adapter(merged, "adapter")
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS)
+@pytest.mark.parametrize("page", ["README.md", *long(*(page for page in WITH_COMMANDS if page != "README.md"))])
 def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeypatch, capsys):
     if "minilora plot" in COMMANDS[page]:
         pytest.importorskip("matplotlib")

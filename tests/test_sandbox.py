@@ -243,6 +243,7 @@ def bombs(kinds, name="", **options):
     return [pytest.param(bomb, id=f"{name}{k} {i}", **options) for k in kinds for i, bomb in enumerate(kinds[k])]
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("source", [*bombs(BOMBS), *bombs(SLOW_BOMBS, "slow ", marks=pytest.mark.long)])
 def test_a_bomb_is_refused_in_bounded_time_and_100_megabytes(source):
     begin = time.thread_time()

@@ -6,6 +6,7 @@ import torch
 from minilora import lora
 from minilora.cli import main
 from minilora.definition import WITH_KERNEL
+from minilora.testing import laws
 from minilora.tools.selftest import selftest
 
 
@@ -25,19 +26,13 @@ def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypat
     own = lora.lora_linear
     monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, scale**2))
     monkeypatch.setattr("minilora.tools.selftest.kernel_calls", lambda device, dtype: {})
-    monkeypatch.setattr("minilora.tools.selftest.implementations", only("lora"))
+    monkeypatch.setattr("minilora.tools.selftest.laws", lambda *kinds: {"forward": laws("lora")["forward"]})
     assert main(["selftest", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "likely cause: the scale is applied twice" in printed
     row = next(line for line in printed.splitlines() if line.startswith("lora-forward"))
     assert row.split()[2:] == ["inf", "BROKEN"]
     assert float(row.split()[1]) <= 1
-
-
-def only(kind):
-    from minilora.tools.selftest import implementations
-
-    return lambda device: {kind: implementations(device)[kind]}
 
 
 def test_a_broken_kernel_that_no_other_law_has_is_told(monkeypatch):

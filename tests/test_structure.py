@@ -84,6 +84,7 @@ def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter({module: of_minilora(module) for module in MODULES}).prepare()  # CycleError names them
 
 
+@pytest.mark.long
 def test_every_module_can_be_the_first_that_is_imported():
     names = [f"minilora.{module}".replace("/", ".").removesuffix(".__init__") for module in MODULES]
     names.remove("minilora.__main__")  # which runs
