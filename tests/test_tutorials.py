@@ -45,6 +45,15 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "03": [
+        ("(sigma[:r] / s)", "sigma[:r]"),
+        ("(sigma[:r] / s)", "(sigma[:r].sqrt() / s)"),
+        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
+        ("Vt[:r]", "Vt[:, :r].T"),
+        ("sigma[r:].square()", "sigma[r:]"),
+        ("sigma[r:].square()", "sigma[:r].square()"),
+        (".sum().item()", ".sum()"),
+    ],
 }
 
 
