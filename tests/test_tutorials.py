@@ -54,6 +54,18 @@ MISTAKES = {
         ("sigma[r:].square()", "sigma[:r].square()"),
         (".sum().item()", ".sum()"),
     ],
+    "04": [
+        ("alpha / r**power", "alpha * r**power"),
+        ("r**power", "r**0.5"),
+        ("r**power", "r"),
+        ("np.log(sizes)", "sizes"),
+        ("np.log(ranks)", "ranks"),
+        ("alpha / r**power", "alpha / power**r"),
+        (
+            "power, _ = np.polyfit(np.log(ranks), np.log(sizes), 1)",
+            "power = np.log(sizes[-1] / sizes[0]) / np.log(ranks[-1] / ranks[0])",
+        ),
+    ],
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def accuracy(model: Llama) -> float:
 
 def main() -> None:
     """Run all, and write what is known after each run."""
-    record = {
+    record: dict[str, Any] = {
         "command": "python tutorials/experiments/03_rank.py",
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "torch": torch.__version__,
@@ -107,8 +108,8 @@ def main() -> None:
         "results": [],
     }
     for seed in SEEDS:
-        for run in (*(lambda o=o: full(o, seed) for o in ("AdamW", "SGD")), *(lambda r=r: lora(r, seed) for r in LORA_RANKS)):
-            record["results"].append(run())
+        for run in [partial(full, "AdamW"), partial(full, "SGD"), *(partial(lora, r) for r in LORA_RANKS)]:
+            record["results"].append(run(seed))
             FILE.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
             print(record["results"][-1], flush=True)
 
