@@ -94,7 +94,9 @@ def main() -> None:
 
 
 def write(known: dict[Run, float]) -> None:
-    """Write what is known, sorted."""
+    """Write what is known, curve by curve and seed by seed."""
+    curves = list(CURVES)
+    runs = sorted(known, key=lambda run: (curves.index(run[:3]), run[4], run[3]))
     record = {
         "command": "python tutorials/experiments/04_rates.py",
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
@@ -103,7 +105,7 @@ def write(known: dict[Run, float]) -> None:
         "columns": ["method", "r", "scale", "k of the rate 2^k / 1000", "seed", "loss"],
         "results": [],
     }
-    lines = ",\n".join(json.dumps([*run, known[run]]) for run in sorted(known))
+    lines = ",\n".join(json.dumps([*run, known[run]]) for run in runs)
     text = json.dumps(record, indent=1).replace('"results": []', f'"results": [\n{lines}\n]')
     FILE.write_text(text + "\n", "utf-8")
 
