@@ -1,7 +1,6 @@
 """Training: the loss, the learning-rate schedule and the optimizer step.
 
-The loss of a step is the sum of the losses of its tokens divided by their number, so splitting a step into
-micro-batches does not change its gradient:
+A step's loss is the sum of its tokens' losses over their number, so micro-batches do not change its gradient:
 
     L = 1/n Σ_t -log p(token t | before),    n = Σ over micro-batches of their labelled tokens
 
@@ -70,8 +69,7 @@ def train_step(
 ) -> Step:
     """Make one optimizer step on the mean loss of some micro-batches.
 
-    The gradient is clipped to `max_grad_norm`, if that is not 0. If a loss or the gradient is not finite, the weights
-    stay unchanged, provided that the optimizer is a fused one (`adamw`).
+    The gradient is clipped to `max_grad_norm`, unless that is 0. If it is not finite, the weights stay unchanged.
     """
     model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -91,8 +89,10 @@ def train_step(
     is_finite = losses.isfinite().all() & norm.isfinite()
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: as it is
-    if norm.device.type != "mps" or is_finite:  # AdamW's kernel for MPS takes no notice of `found_inf`
-        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # fused ones skip the step
+    if optimizer.defaults.get("fused") and norm.device.type != "mps":  # its kernel skips the step, without waiting
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif is_finite:
         optimizer.step()
     return Step(losses, norm, count)
 

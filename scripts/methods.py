@@ -46,7 +46,7 @@ METHODS = {
     "DoRA": Method((5e-4, 1e-3, 2e-3), ml.LoraConfig(use_dora=True), {}),
     "PiSSA": Method((1.25e-4, 2.5e-4, 5e-4, 1e-3), ml.LoraConfig(init_lora_weights="pissa"), {}),
     "LoRA+": Method((6e-5, 1.25e-4, 2.5e-4), ml.LoraConfig(), {"loraplus_lr_ratio": 16.0}),
-    "full": Method((2e-5, 5e-5, 1e-4), None, {}),
+    "full": Method((2e-5, 5e-5, 1e-4, 2e-4), None, {}),
 }
 
 
