@@ -358,15 +358,18 @@ class Heedless(torch.optim.SGD):
     """Like optimizers on MPS, it takes no notice of `found_inf`."""
 
     def step(self):
-        del self.found_inf
+        vars(self).pop("found_inf", None)
         super().step()
 
 
 @pytest.mark.parametrize("is_finite", [True, False])
-def test_on_mps_too_the_weights_stay_where_the_gradient_is_not_finite(is_finite, monkeypatch):
+@pytest.mark.parametrize("kind", ["fused", "not fused", "fused, on MPS"])
+def test_with_any_optimizer_the_weights_stay_where_the_gradient_is_not_finite(kind, is_finite, monkeypatch):
     weight = torch.nn.Parameter(torch.ones(3))
-    monkeypatch.setattr(training, "total_norm", lambda tensors: torch.stack(tensors).norm().as_subclass(OnMPS))
-    optimizer, factor = Heedless([weight], lr=1.0), 1.0 if is_finite else math.inf
+    if "MPS" in kind:
+        monkeypatch.setattr(training, "total_norm", lambda tensors: torch.stack(tensors).norm().as_subclass(OnMPS))
+    optimizer = (Heedless if "MPS" in kind else torch.optim.SGD)([weight], lr=1.0, fused=kind != "not fused")
+    factor = 1.0 if is_finite else math.inf
     step = training.train_step(torch.nn.Module(), optimizer, [None], lambda *_: (factor * weight.sum(), 1))
     assert bool(step.grad_norm.isfinite()) == is_finite
     assert torch.equal(weight, torch.ones(3)) != is_finite
