@@ -45,6 +45,16 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "07": [
+        ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
+        ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 64\n"),
+        ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 4096\n"),
+        ("range(100)", "range(2)"),
+        ("-1, 0, 1\n", "-1, levels[7], 1\n"),
+        ("levels[0], levels[7], levels[15] = -1, 0, 1", "levels[7] = 0"),
+        ("x[(cuts[1:] + cuts[:-1]) // 2]", "x[((torch.arange(16) + 0.5) / 16 * len(x)).long()]"),
+        ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
+    ],
 }
 
 
