@@ -55,6 +55,18 @@ MISTAKES = {
         ("x[(cuts[1:] + cuts[:-1]) // 2]", "x[((torch.arange(16) + 0.5) / 16 * len(x)).long()]"),
         ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
     ],
+    "09": [
+        ("effect += delta", "effect += W.double()"),
+        ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
+        ("(error / effect) ** 0.5", "error / effect"),
+        ("exact = W.double() + delta", "exact = store(W.double() + delta).double()"),
+        ("store(exact)", "store(W.double() + store(delta))"),
+        ("s * (B.double() @ A.double())", "B.mul_(s).double() @ A.double()"),
+        (
+            "return (error",
+            "return sum(merge_error([each], store) for each in layers) / len(layers) if layers[1:] else (error",
+        ),
+    ],
 }
 
 

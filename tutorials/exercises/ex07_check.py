@@ -19,15 +19,14 @@ def check(answer: ModuleType) -> None:
     for size, levels in fitted.items():
         _check_levels(levels, f"block {size}")
     for size, levels in fitted.items():
-        error, needed = mean_error(normal, levels, size), ALLOWED[size] * mean_error(normal, torch.tensor(NF4_LEVELS), size)
-        why = f"block {size}: the mean absolute error is {error:.4f}, need {needed:.4f} at most."
-        other = next(each for each in fitted if each != size)
+        error, of_nf4 = (mean_error(normal, each, size) for each in (levels, torch.tensor(NF4_LEVELS)))
+        needed, other = ALLOWED[size] * of_nf4, next(each for each in fitted if each != size)
         if torch.equal(levels, fitted[other]):
-            why += f" The code is the same as for block {other}. Are the numbers divided by the absmax of blocks of the "
-            why += "given size? In larger blocks the absmax is larger, so all other numbers are smaller after the division"
+            why = f"The code is the same as for block {other}. Are the numbers divided by the absmax of blocks of the "
+            why += "given size? In larger blocks the absmax is larger, and all others are smaller after the division"
         else:
-            why += " Is each level the median of the numbers nearest to it, and was that repeated until nothing moves?"
-        assert error <= needed, why
+            why = "Is each level the median of the numbers nearest to it, and was that repeated until nothing moves?"
+        assert error <= needed, f"block {size}: the mean absolute error is {error:.4f}, need {needed:.4f}. {why}"
 
 
 def _check_levels(levels: Tensor, case: str) -> None:
