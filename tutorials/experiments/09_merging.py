@@ -127,7 +127,7 @@ def measure(
 def measure_small(seeds: Sequence[int] = SEEDS, tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Measure the built-in model, in seconds."""
     data = Path(ml.__file__).parent / "assets" / "data"
-    config = {"learning_rate": 2e-3, "batch_size": 16, "max_steps": 40}
+    config = {"learning_rate": 2e-3, "batch_size": 16, "max_steps": 24}
     return measure("minilora/builtin", (data / "train.jsonl", data / "test.jsonl"), 64, config, seeds, tell)
 
 
