@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import platform
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import minilora as ml
-from minilora.adapter import adapter_layers
+from minilora.adapter import adapter_layers, replace_modules
 from minilora.data import collate
-from minilora.lora import AdapterLinear, lora_delta
-from minilora.tools.merging import merge_directory
+from minilora.lora import dense_linear, lora_delta
+from minilora.nf4 import pack, unpack
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
@@ -62,44 +61,58 @@ def divergence(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Te
     return torch.cat(terms).mean().item()
 
 
-def swallowed(model: nn.Module) -> dict[str, float]:
-    """Return what merging in bfloat16 does to ΔW: unchanged weights, error and norm, relative to ‖ΔW‖ and to ‖W‖."""
+def compare(layers: dict[str, Any], merged: dict[str, Tensor]) -> dict[str, float]:
+    """Compare merged weights W' with W, the base's, and with W + ΔW.
+
+    unchanged: the share of weights with W' = W;  error: ‖W' - (W + ΔW)‖ / ‖ΔW‖;  size: ‖ΔW‖ / ‖W‖, over all layers.
+    """
     same = count = error = effect = scale = 0.0
-    for layer in adapter_layers(model).values():
-        assert isinstance(layer, AdapterLinear)
+    for path, layer in layers.items():
         (adapter,) = (layer.adapters[name] for name in layer.active)
         W, delta = layer.base.weight, lora_delta(*adapter.factors(), adapter.scale).detach()
-        merged = layer.merged_weight().detach()
-        same += (merged == W).sum().item()
+        same += (merged[path] == W).sum().item()
         count += W.numel()
-        error += (merged.float() - W.float() - delta).square().sum().item()
+        error += (merged[path].float() - W.float() - delta).square().sum().item()
         effect += delta.square().sum().item()
         scale += W.float().square().sum().item()
     return {"unchanged": same / count, "error": math.sqrt(error / effect), "size": math.sqrt(effect / scale)}
 
 
+def merge(layers: dict[str, Any], target: str, originals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a merge in bfloat16, by path; requantized ones dequantized, as they are used."""
+    with torch.no_grad():
+        if target == "original":
+            return {path: layer.merged_weight(originals[path]) for path, layer in layers.items()}
+        merged = {path: layer.merged_weight() for path, layer in layers.items()}
+        if target == "requantized":
+            return {path: unpack(pack(W), layers[path].base.layout, W.dtype) for path, W in merged.items()}
+        return merged
+
+
 def one_seed(name: str, rows: Sequence[Any], held_out: Sequence[Any], config: ml.TrainConfig) -> dict[str, Any]:
     """Train, merge into each target, and measure loss, KL from the trained model, and error of the weights."""
-    early = []
+    early, originals = [], ml.load_model(name, dtype=torch.bfloat16).state_dict()
+    originals = {key.removesuffix(".weight"): tensor for key, tensor in originals.items()}
 
     def look(model: nn.Module, step: int) -> None:
         if step in STEPS and step not in [each["step"] for each in early]:
-            early.append({"step": step, **swallowed(model)})
+            layers = adapter_layers(model)
+            early.append({"step": step, **compare(layers, merge(layers, "dequantized", originals))})
 
     model = train(name, rows, config, look)
-    trained = log_probabilities(model, held_out)
+    trained, layers = log_probabilities(model, held_out), adapter_layers(model)
     with ml.disable_adapter(model):
         base = loss_of(log_probabilities(model, held_out))
     result: dict[str, Any] = {"seed": config.seed, "base, 4 bits": base, "trained": loss_of(trained), "early": early}
-    with tempfile.TemporaryDirectory() as directory:
-        adapter = Path(directory) / "adapter"
-        ml.save_adapter(model, adapter)
-        for target in TARGETS:
-            out = Path(directory) / target
-            deviation = merge_directory(name, [adapter], out, target, "nf4", torch.bfloat16)  # type: ignore[arg-type]
-            merged = log_probabilities(ml.load_model(out, dtype=torch.bfloat16), held_out)
-            found = {"loss": loss_of(merged), "kl": divergence(trained, merged), "error": deviation.overall}
-            result[target] = found
+    for target in TARGETS:
+        weights = merge(layers, target, originals)
+        pairs = [(layer, dense_linear(weights[path], None)) for path, layer in layers.items()]
+        places = replace_modules(model, pairs)
+        merged = log_probabilities(model, held_out)
+        for parent, child, layer in places:
+            setattr(parent, child, layer)
+        found = {"loss": loss_of(merged), "kl": divergence(trained, merged), **compare(layers, weights)}
+        result[target] = found
     return result
 
 
