@@ -1,0 +1,168 @@
+"""Train an adapter on a 4-bit base, merge it into three targets, and measure what each merge loses.
+
+python tutorials/experiments/09_merging.py [--small]     writes 09_merging.json; --small: the built-in model
+
+On the way, after a few steps of training, the adapter is merged in bfloat16 to see how much of the update survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import minilora as ml
+from minilora.adapter import adapter_layers, replace_modules
+from minilora.data import collate
+from minilora.lora import dense_linear, lora_delta
+from minilora.nf4 import pack, unpack
+
+HERE = Path(__file__).resolve().parent
+SEEDS = (0, 1, 2)
+TARGETS = ("dequantized", "original", "requantized")
+STEPS = (1, 2, 4, 8, 16)  # after which an early merge is looked at
+
+
+def train(name: str, rows: Sequence[Any], config: ml.TrainConfig, on_step: Callable[[nn.Module, int], None]) -> Any:
+    """Train an adapter of rank 16 on the model in four bits, computing in bfloat16."""
+    model = ml.load_model(name, dtype=torch.bfloat16, quantize="nf4")
+    ml.attach(model, ml.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), seed=config.seed)
+    ml.train(model, rows, config, on_step=lambda record: on_step(model, record.get("step", 0)))
+    return model
+
+
+def log_probabilities(model: Any, rows: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return what the model predicts at the labelled tokens of some rows at a time, (labels, V), and the labels."""
+    found = []
+    with torch.no_grad():
+        for begin in range(0, len(rows), 16):
+            batch = collate(rows[begin : begin + 16], torch.device("cpu"))
+            logits = model.lm_head(model.model(batch.tokens, batch.lengths)[batch.places])
+            found.append((logits.float().log_softmax(-1), batch.labels))
+    return found
+
+
+def loss_of(found: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean of -log p over all labels."""
+    total = sum(-log_p.gather(1, labels[:, None]).sum().item() for log_p, labels in found)
+    return total / sum(len(labels) for _, labels in found)
+
+
+def divergence(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean KL divergence over all labelled tokens."""
+    terms = [(p.exp() * (p - q)).sum(-1) for (p, _), (q, _) in zip(before, after, strict=True)]
+    return torch.cat(terms).mean().item()
+
+
+def compare(layers: dict[str, Any], merged: dict[str, Tensor]) -> dict[str, float]:
+    """Compare merged weights W' with W, the base's, and with W + ΔW.
+
+    unchanged: the share of weights with W' = W;  error: ‖W' - (W + ΔW)‖ / ‖ΔW‖;  size: ‖ΔW‖ / ‖W‖, over all layers.
+    """
+    same = count = error = effect = scale = 0.0
+    for path, layer in layers.items():
+        (adapter,) = (layer.adapters[name] for name in layer.active)
+        W, delta = layer.base.weight, lora_delta(*adapter.factors(), adapter.scale).detach()
+        same += (merged[path] == W).sum().item()
+        count += W.numel()
+        error += (merged[path].float() - W.float() - delta).square().sum().item()
+        effect += delta.square().sum().item()
+        scale += W.float().square().sum().item()
+    return {"unchanged": same / count, "error": math.sqrt(error / effect), "size": math.sqrt(effect / scale)}
+
+
+def merge(layers: dict[str, Any], target: str, originals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a merge in bfloat16, by path; requantized ones dequantized, as they are used."""
+    with torch.no_grad():
+        if target == "original":
+            return {path: layer.merged_weight(originals[path]) for path, layer in layers.items()}
+        merged = {path: layer.merged_weight() for path, layer in layers.items()}
+        if target == "requantized":
+            return {path: unpack(pack(W), layers[path].base.layout, W.dtype) for path, W in merged.items()}
+        return merged
+
+
+def one_seed(name: str, rows: Sequence[Any], held_out: Sequence[Any], config: ml.TrainConfig) -> dict[str, Any]:
+    """Train, merge into each target, and measure loss, KL from the trained model, and error of the weights."""
+    early, originals = [], ml.load_model(name, dtype=torch.bfloat16).state_dict()
+    originals = {key.removesuffix(".weight"): tensor for key, tensor in originals.items()}
+
+    def look(model: nn.Module, step: int) -> None:
+        if step in STEPS and step not in [each["step"] for each in early]:
+            layers = adapter_layers(model)
+            early.append({"step": step, **compare(layers, merge(layers, "dequantized", originals))})
+
+    model = train(name, rows, config, look)
+    trained, layers = log_probabilities(model, held_out), adapter_layers(model)
+    with ml.disable_adapter(model):
+        base = loss_of(log_probabilities(model, held_out))
+    result: dict[str, Any] = {"seed": config.seed, "base, 4 bits": base, "trained": loss_of(trained), "early": early}
+    for target in TARGETS:
+        weights = merge(layers, target, originals)
+        pairs = [(layer, dense_linear(weights[path], None)) for path, layer in layers.items()]
+        places = replace_modules(model, pairs)
+        merged = log_probabilities(model, held_out)
+        for parent, child, layer in places:
+            setattr(parent, child, layer)
+        found = {"loss": loss_of(merged), "kl": divergence(trained, merged), **compare(layers, weights)}
+        result[target] = found
+    return result
+
+
+def measure(
+    name: str,
+    files: tuple[Path, Path],
+    count: int,
+    config: dict[str, Any],
+    seeds: Sequence[int] = SEEDS,
+    tell: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Measure all seeds, and tell what was found for each."""
+    tokenizer = ml.load_tokenizer(name)
+    rows, held_out = (ml.load_dataset(path, tokenizer) for path in files)
+    chosen = [held_out[i] for i in range(count)]
+    dense = loss_of(log_probabilities(ml.load_model(name, dtype=torch.bfloat16), chosen))
+    results = []
+    for seed in seeds:
+        found = one_seed(name, rows, chosen, ml.TrainConfig(seed=seed, **config))
+        results.append({"base, 16 bits": dense, **found})
+        tell(json.dumps(results[-1]))
+    return results
+
+
+def measure_small(seeds: Sequence[int] = SEEDS, tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Measure the built-in model, in seconds."""
+    data = Path(ml.__file__).parent / "assets" / "data"
+    config = {"learning_rate": 2e-3, "batch_size": 16, "max_steps": 24}
+    return measure("minilora/builtin", (data / "train.jsonl", data / "test.jsonl"), 64, config, seeds, tell)
+
+
+def main() -> None:
+    """Measure SmolLM2 on The Devil's Dictionary, or the built-in model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the built-in model and its data, only printed")
+    if parser.parse_args().small:
+        measure_small()
+        return
+    data = HERE.parent / "data" / "devil"
+    config = {"learning_rate": 5e-4, "batch_size": 8, "max_steps": 16}
+    results = measure("smollm2", (data / "train.jsonl", data / "test.jsonl"), 30, config)
+    record = {
+        "command": "python tutorials/experiments/09_merging.py",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "seeds": list(SEEDS),
+        "results": results,
+    }
+    (HERE / "09_merging.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
