@@ -45,6 +45,27 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "03": [
+        ("(sigma[:r] / s)", "sigma[:r]"),
+        ("(sigma[:r] / s)", "(sigma[:r].sqrt() / s)"),
+        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
+        ("Vt[:r]", "Vt[:, :r].T"),
+        ("sigma[r:].square()", "sigma[r:]"),
+        ("sigma[r:].square()", "sigma[:r].square()"),
+        (".sum().item()", ".sum()"),
+    ],
+    "04": [
+        ("alpha / r**power", "alpha * r**power"),
+        ("r**power", "r**0.5"),
+        ("r**power", "r"),
+        ("np.log(sizes)", "sizes"),
+        ("np.log(ranks)", "ranks"),
+        ("alpha / r**power", "alpha / power**r"),
+        (
+            "power, _ = np.polyfit(np.log(ranks), np.log(sizes), 1)",
+            "power = np.log(sizes[-1] / sizes[0]) / np.log(ranks[-1] / ranks[0])",
+        ),
+    ],
     "07": [
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 64\n"),
@@ -65,28 +86,6 @@ MISTAKES = {
         (
             "return (error",
             "return sum(merge_error([each], store) for each in layers) / len(layers) if layers[1:] else (error",
-        ),
-    ],
-    ],
-    "03": [
-        ("(sigma[:r] / s)", "sigma[:r]"),
-        ("(sigma[:r] / s)", "(sigma[:r].sqrt() / s)"),
-        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
-        ("Vt[:r]", "Vt[:, :r].T"),
-        ("sigma[r:].square()", "sigma[r:]"),
-        ("sigma[r:].square()", "sigma[:r].square()"),
-        (".sum().item()", ".sum()"),
-    ],
-    "04": [
-        ("alpha / r**power", "alpha * r**power"),
-        ("r**power", "r**0.5"),
-        ("r**power", "r"),
-        ("np.log(sizes)", "sizes"),
-        ("np.log(ranks)", "ranks"),
-        ("alpha / r**power", "alpha / power**r"),
-        (
-            "power, _ = np.polyfit(np.log(ranks), np.log(sizes), 1)",
-            "power = np.log(sizes[-1] / sizes[0]) / np.log(ranks[-1] / ranks[0])",
         ),
     ],
     "A1": [
