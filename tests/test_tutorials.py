@@ -45,6 +45,23 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "06": [
+        (
+            "return [*encoding.ids, end]",
+            "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*encoding.ids, end]",
+        ),
+        ("[*labels, end]", "[*labels, -100]"),
+        ("    return input_ids, targets", "    targets[targets == pad] = -100\n    return input_ids, targets"),
+        ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
+        ("labels[1:] + [-100] * (width - len(labels) + 1)", "labels + [-100] * (width - len(labels))"),
+        ("    total = F", "    logits, targets = logits[:, :-1], targets[:, 1:]\n    total = F"),
+        ("(targets != -100).sum()", "targets.numel()"),
+        ('reduction="sum"', 'reduction="mean"'),
+        (
+            "sum(total for total, _ in parts) / sum(count for _, count in parts)",
+            "sum(total / count for total, count in parts) / len(parts)",
+        ),
+    ],
 }
 
 
