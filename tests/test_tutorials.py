@@ -45,6 +45,18 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "05": [
+        ("16 * (out + width)", "8 * (out + width)"),
+        ("16 * (out + width)", "12 * (out + width)"),
+        ("16 * (out + width)", "16 * out * width"),
+        ("math.ceil(n / 2)", "4 * n"),
+        ("math.ceil(n / 2)", "n // 2"),
+        ("math.ceil(blocks / 256) + 1", "math.ceil(blocks / 256)"),
+        ("left // sum(costs.values())", "round(left / sum(costs.values()))"),
+        ("        left -= cost * (cost <= left)\n", ""),
+        ("r + (cost <= left)", "r"),
+        ("found[name] = r + (cost <= left)", "found[name] = r + (cost <= left)\n        left *= cost <= left"),
+    ],
     "06": [
         (
             "return [*encoding.ids, end]",
