@@ -17,7 +17,14 @@ def check(answer: ModuleType) -> None:
     free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
     step = bytes_of(MODEL, dict.fromkeys(MODEL, 1)) - free
     one_more = bytes_of(MODEL, dict.fromkeys(MODEL, 0) | {"q": 1}) - free
-    for budget in (free + 3 * step, free + 3 * step - 1, free + 2 * step + one_more, free + 1000, free + 1, free + 9999):
+    for budget in (
+        free + 3 * step,
+        free + 3 * step - 1,
+        free + 2 * step + one_more,
+        free + 1000,
+        free + 1,
+        free + 9999,
+    ):
         found = answer.ranks(dict(MODEL), budget)
         case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
         assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
