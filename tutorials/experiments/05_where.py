@@ -1,0 +1,91 @@
+"""Where do adapters help most? The same number of parameters on the attention, on the MLPs, and on all linears.
+
+    python tutorials/experiments/05_where.py            about ten minutes on two cores; writes 05_where.json beside it
+    python tutorials/experiments/05_where.py --small    a short run for two of them, in some seconds; prints the losses
+
+The built-in model learns to sort definitions. The learning rate of each place is chosen with seed 0 by the loss on the
+validation rows; then there are runs with more seeds. What counts is measured on the test rows. A second call goes on
+where the first one was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minilora as ml
+from minilora.llama import Llama
+from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_drift
+from minilora.storage import ASSETS
+
+OUT = Path(__file__).with_suffix(".json")
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+PLACES = {"attention": (15, ATTENTION), "MLPs": (10, MLP), "all": (6, [*ATTENTION, *MLP])}  # 84,000 parameters each
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (0, 1, 2, 3, 4)
+STEPS = 100  # one pass over the training rows
+
+tokenizer = ml.load_tokenizer("minilora/builtin")
+train, valid, test = (ml.load_dataset(ASSETS / "data" / f"{s}.jsonl", tokenizer) for s in ("train", "valid", "test"))
+general = ml.load_dataset(ASSETS / "data" / "general.jsonl", tokenizer)
+choices = find_choices(train) or []
+
+
+def trained(place: str, rate: float, seed: int, steps: int = STEPS) -> Llama:
+    """Return the model with a trained adapter."""
+    r, targets = PLACES[place]
+    model = ml.load_model("minilora/builtin")
+    ml.attach(model, ml.LoraConfig(r=r, target_modules=targets), seed=seed)
+    settings = ml.TrainConfig(learning_rate=rate, batch_size=16, max_steps=steps, seed=seed)
+    ml.train(model, train, settings)
+    return model
+
+
+def measure(place: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train an adapter and measure it."""
+    model = trained(place, rate, seed)
+    drift = measure_drift(model, general)
+    numbers = {
+        "valid_loss": held_out_loss(model, valid),
+        "loss": held_out_loss(model, test),
+        "accuracy": choice_accuracy(model, test, choices),
+        "kl": drift.kl,
+        "general_before": drift.before,
+        "general_after": drift.after,
+    }
+    key = {"place": place, "rate": rate, "seed": seed, "parameters": ml.count_parameters(model).trainable}
+    return key | {name: round(number, 4) for name, number in numbers.items()}
+
+
+def main() -> None:
+    """Run what has not been run yet, and write each result at once."""
+    if "--small" in sys.argv:
+        places = ("attention", "MLPs")
+        losses = {place: round(held_out_loss(trained(place, 2e-3, 0, steps=30), valid), 3) for place in places}
+        print(f"{losses}; the MLPs are ahead: {losses['MLPs'] < losses['attention']}")
+        return
+    results = json.loads(OUT.read_text())["results"] if OUT.is_file() else []
+
+    def known(place: str, rate: float, seed: int) -> dict[str, Any]:
+        for each in results:
+            if (each["place"], each["rate"], each["seed"]) == (place, rate, seed):
+                return each
+        results.append(measure(place, rate, seed))
+        about = {"command": "python tutorials/experiments/05_where.py", "machine": "a shared server, one thread"}
+        kept = about | {"torch": torch.__version__, "seeds": SEEDS, "steps": STEPS, "results": results}
+        OUT.write_text(json.dumps(kept, indent=1) + "\n")
+        print(results[-1], flush=True)
+        return results[-1]
+
+    tried = {place: [known(place, rate, 0) for rate in RATES] for place in PLACES}
+    for place, seed in product(PLACES, SEEDS):
+        known(place, min(tried[place], key=lambda each: each["valid_loss"])["rate"], seed)
+
+
+if __name__ == "__main__":
+    main()
