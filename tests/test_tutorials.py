@@ -45,6 +45,23 @@ MISTAKES = {
         ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
         ("log_softmax", "softmax"),
     ],
+    "08": [
+        ("s * B @ A", "B @ A"),
+        ("W + s * B @ A", "W"),
+        ("V / V.norm(dim=1, keepdim=True)", "V"),
+        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
+        ("V.norm(dim=1", "W.norm(dim=1"),
+        (".sum(dim=0)", ".mean(dim=0)"),
+        (".sum(dim=0)", ".sum(dim=1)"),
+    ],
+    "10": [
+        ("return low", "return high"),
+        ("    if kl(1.0) <= budget:\n        return 1.0\n", ""),
+        ("kl(middle) <= budget", "kl(middle) > budget"),
+        ("(low + high) / 2", "min(low + tolerance / 2, high)"),
+        ("> tolerance", "> 20 * tolerance"),
+        ("kl(1.0)", "kl(2.0)"),
+    ],
 }
 
 
