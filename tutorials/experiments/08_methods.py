@@ -120,7 +120,7 @@ def main() -> None:
             print(seed, method, *(f"{run['test']:.3f} {run['kl']:.3f}" for run in results[-len(rates) :]), flush=True)
         told = {"command": command, "machine": machine, "torch": torch.__version__, "seeds": list(SEEDS[: seed + 1])}
         lines = ",\n".join(map(json.dumps, results))
-        text = f"{json.dumps(told)[:-1]}, \"results\": [\n{lines}\n]}}\n"
+        text = f'{json.dumps(told)[:-1]}, "results": [\n{lines}\n]}}\n'
         Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
 
 

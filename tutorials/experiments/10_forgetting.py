@@ -85,12 +85,15 @@ def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U.T, S, Vh
 
 
-def scores(model: Llama, weights: Mapping[str, Tensor], splits: tuple[str, str] = ("test", "general")) -> list[float]:
+def scores(model: Llama, weights: Mapping[str, Tensor]) -> list[float]:
     """Accuracy and KL with these weights of the linears."""
     for name, linear in linears(model).items():
         linear.weight.data.copy_(weights[name])
-    accuracy = choice_accuracy(model, rows(splits[0]), find_choices(rows("train")) or [])
-    return [accuracy, measure_drift(model, rows(splits[1]), base=base()).kl]
+    return [choice_accuracy(model, rows("test"), find_choices(rows("train")) or []), divergence(model)]
+
+
+def divergence(model: Llama) -> float:
+    return measure_drift(model, rows("general"), base=base()).kl
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:
@@ -112,17 +115,15 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
 
 def small() -> None:
-    before = {key: linear.weight.detach() for key, linear in linears(base()).items()}
+    """Print the directions of two short runs."""
     for name, run in (("full", (None, 8e-4, 40)), ("LoRA", (16, 8e-3, 40))):
-        model = train(*run, seed=0)
-        after = {key: linear.weight.detach().clone() for key, linear in linears(model).items()}
-        count = sum(intruders(after[key], before[key])[0] for key in after)
-        whole, half = (
-            scores(model, {key: before[key] + c * (W - before[key]) for key, W in after.items()}, ("valid", "general"))
-            for c in (1.0, 0.5)
-        )
-        print(f"{name}: intruder dimensions: {'yes' if count else 'none'};", end=" ")
-        print(f"half the change has less than half the KL: {'yes' if half[1] < whole[1] / 2 else 'no'}")
+        model, count = train(*run, seed=0), 0
+        whole = divergence(model)
+        for after, before in zip(linears(model).values(), linears(base()).values(), strict=True):
+            count += intruders(after.weight.detach(), before.weight.detach())[0]
+            after.weight.data.lerp_(before.weight, 0.5)
+        print(f"{name}: {'some' if count else 'no'} intruder dimensions;", end=" ")
+        print(f"half the change has {'less' if divergence(model) < whole / 2 else 'more'} than half the KL")
 
 
 def main() -> None:
@@ -140,7 +141,7 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
         told = {"command": command, "machine": machine, "torch": torch.__version__, "seeds": list(SEEDS[: seed + 1])}
         lines = ",\n".join(map(json.dumps, results))
-        text = f"{json.dumps(told)[:-1]}, \"results\": [\n{lines}\n]}}\n"
+        text = f'{json.dumps(told)[:-1]}, "results": [\n{lines}\n]}}\n'
         Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
 
 
