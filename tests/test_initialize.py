@@ -96,6 +96,22 @@ def test_the_same_generator_draws_the_same_factors_and_another_others(kind):
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal"])
+def test_the_default_dtype_changes_no_start_value(kind):
+    def draw():
+        embedding = embedding_factors(kind, 6, 3, 2, generator()) if isinstance(kind, bool) else ()
+        return [*initial_factors(kind, (2, 5), (4, 2), generator()), *embedding]
+
+    expected = draw()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [factor.dtype for factor in found] == [torch.float32] * len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
     lora_A, lora_B = embedding_factors(True, 100, 300, 8, generator())
     assert lora_A.shape == (8, 100)

@@ -106,6 +106,15 @@ MISTAKES = {
         ("x[(cuts[1:] + cuts[:-1]) // 2]", "x[((torch.arange(16) + 0.5) / 16 * len(x)).long()]"),
         ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
     ],
+    "08": [
+        ("s * B @ A", "B @ A"),
+        ("W + s * B @ A", "W"),
+        ("V / V.norm(dim=1, keepdim=True)", "V"),
+        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
+        ("V.norm(dim=1", "W.norm(dim=1"),
+        (".sum(dim=0)", ".mean(dim=0)"),
+        (".sum(dim=0)", ".sum(dim=1)"),
+    ],
     "09": [
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
@@ -117,6 +126,14 @@ MISTAKES = {
             "return (error",
             "return sum(merge_error([each], store) for each in layers) / len(layers) if layers[1:] else (error",
         ),
+    ],
+    "10": [
+        ("return low", "return high"),
+        ("    if kl(1.0) <= budget:\n        return 1.0\n", ""),
+        ("kl(middle) <= budget", "kl(middle) > budget"),
+        ("(low + high) / 2", "min(low + tolerance / 2, high)"),
+        ("> tolerance", "> 20 * tolerance"),
+        ("kl(1.0)", "kl(2.0)"),
     ],
     "A1": [
         ("- (policy_rejected", "+ (policy_rejected"),

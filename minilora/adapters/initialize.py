@@ -56,11 +56,11 @@ def initial_factors(
             raise ConfigError("init_lora_weights 'orthogonal' is not defined for a convolution in groups")
         return lora_A.view(*shape_A), lora_B.view(*shape_B)
     if kind == "gaussian":
-        return torch.empty(*shape_A).normal_(0, 1 / shape_A[0], generator=generator), torch.zeros(*shape_B)
+        return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
     if not isinstance(kind, bool):
         raise ConfigError(f"init_lora_weights is {kind!r}, accepted are True, False, 'gaussian' and 'orthogonal'")
     lora_A = _uniform(shape_A, generator)
-    return lora_A, torch.zeros(*shape_B) if kind else _uniform(shape_B, generator)
+    return lora_A, _zeros(shape_B) if kind else _uniform(shape_B, generator)
 
 
 def embedding_factors(
@@ -75,13 +75,17 @@ def embedding_factors(
     """
     if not isinstance(kind, bool):
         raise ConfigError(f"init_lora_weights is {kind!r}, for an embedding accepted are True and False")
-    lora_A = torch.zeros(r, num) if kind else torch.randn(r, num, generator=generator)
-    return lora_A, torch.randn(dim, r, generator=generator)
+    lora_A = _zeros((r, num)) if kind else _zeros((r, num)).normal_(generator=generator)
+    return lora_A, _zeros((dim, r)).normal_(generator=generator)
 
 
 def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     bound = math.prod(shape[1:]) ** -0.5
-    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+    return _zeros(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _zeros(shape: Sequence[int]) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
 
 
 def _orthogonal_factors(r: int, fan: int, size_B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
