@@ -53,6 +53,18 @@ def result(out):
     return {name: (out / name).read_bytes() for name in names}
 
 
+def steps_made(out):
+    """How many steps a run that may be at work has written down."""
+    try:
+        return (out / "metrics.jsonl").read_text().count('"loss"')
+    except FileNotFoundError:
+        return 0
+
+
+def is_running(process):
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def leftovers(out):
     return [path for path in out.rglob(".*") if path.name != ".lock"]
 
@@ -79,15 +91,16 @@ def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(
     expected, seconds = whole(kind)
     draw, moments = random.Random(f"{kind}{count}"), []
     for i in range(count):
-        out, status, done = tmp_path / f"{i}", 0, 0
+        out, status = tmp_path / f"{i}", 0
         while status != -signal.SIGKILL:  # on busy cores the run may be over before it is killed
             shutil.rmtree(out, ignore_errors=True)
-            process = server.start(command(inputs, out / "run", **KINDS[kind]))
-            time.sleep(draw.random() * seconds)
+            process, step = server.start(command(inputs, out / "run", **KINDS[kind])), draw.randrange(STEPS + 1)
+            while steps_made(out / "run") < step and is_running(process):
+                time.sleep(0.001)
+            time.sleep(draw.random() * seconds * (INTERVAL / STEPS if step else 0.5))  # steps are written down in pairs
             kill(process)
             status = server.wait()
-        if (out / "run" / "metrics.jsonl").is_file():
-            done = len([line for line in (out / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line])
+        done = steps_made(out / "run")
         status = server.run(command(inputs, out / "run", **KINDS[kind]))
         assert status == 0 or (out / "run" / "summary.json").is_file()  # the latter: it was finished when it was killed
         assert result(out / "run") == expected
