@@ -1,6 +1,6 @@
 """Training: the loss, the learning-rate schedule and the optimizer step.
 
-A step's loss is the sum of its tokens' losses over their number, so micro-batches do not change its gradient:
+A step's loss is the sum of its tokens' losses over their number; a batch cut into parts has the same gradient:
 
     L = 1/n Σ_t -log p(token t | before),    n = Σ over micro-batches of their labelled tokens
 

@@ -68,6 +68,7 @@ MISTAKES = {
         ),
     ],
     "05": [
+        ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
         ("16 * (out + width)", "8 * (out + width)"),
         ("16 * (out + width)", "12 * (out + width)"),
         ("16 * (out + width)", "16 * out * width"),

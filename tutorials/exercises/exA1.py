@@ -6,9 +6,9 @@ from torch import Tensor
 def dpo(
     policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
 ) -> Tensor:
-    """-log σ(β m) of each pair, where m = (log π(c) - log ref(c)) - (log π(r) - log ref(r)).
+    """-log σ(β M) of each pair; the margin M compares the policy with the reference, and chosen with rejected.
 
-    The arguments are log π(c), log π(r), log ref(c) and log ref(r).
+    The arguments are log-probabilities of the answers. The reference is a constant.
 
     Shapes: all (pairs), also the result
     """

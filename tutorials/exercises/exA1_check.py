@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-PAIRS = [(-3.0, -5.0, -4.0, -4.5), (-9.0, -2.0, -3.0, -2.5), (-7.0, -7.0, -7.0, -7.0)]  # log π(c), π(r), ref(c), ref(r)
+PAIRS = [(-3.0, -5.0, -4.0, -4.5), (-9.0, -2.0, -3.0, -2.5), (-7.0, -7.0, -7.0, -7.0)]  # in the order of the arguments
 
 
 def check(answer: ModuleType) -> None:
@@ -23,8 +23,12 @@ def check(answer: ModuleType) -> None:
     for pair, loss in zip(PAIRS, found.tolist(), strict=True):
         margin = (pair[0] - pair[2]) - (pair[1] - pair[3])
         expected = math.log1p(math.exp(-beta * margin))
+        alone = math.log1p(math.exp(-beta * (pair[0] - pair[1])))
+        assert not math.isclose(loss, alone, rel_tol=1e-9) or math.isclose(loss, expected), (
+            "the reference is left out: what counts is how much the policy has moved away from it"
+        )
         assert math.isclose(loss, expected, rel_tol=1e-9), (
-            f"log π(c), log π(r), log ref(c), log ref(r) = {pair}, β = {beta}: the loss is {loss:.6f}, not "
+            f"policy: chosen {pair[0]}, rejected {pair[1]}; reference: {pair[2]}, {pair[3]}; β = {beta}: the loss is {loss:.6f}, not "
             f"{expected:.6f}. The margin is {margin:+.1f}, and a larger margin has a smaller loss"
         )
     found.sum().backward()
