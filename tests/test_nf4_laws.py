@@ -434,3 +434,12 @@ def test_a_mistake_that_is_named_is_a_mistake():
         wrong = nf4_mistakes.wrong_quantizations(case)
         seen |= {cause for cause, each in wrong.items() if (each.codes != case.codes).any()}
     assert seen == {cause for case in weights for cause in nf4_mistakes.wrong_quantizations(case)}
+
+
+def test_a_pair_in_the_wrong_order_has_a_wrong_form_and_no_other_cause():
+    with pytest.raises(CheckFailure, match="dtype and shape of packed") as failure:
+        check_nf4(lambda W, bs: quantize(W, bs)[::-1], dequantize)
+    assert failure.value.causes == ()
+    with pytest.raises(CheckFailure) as failure:
+        laws("nf4")["nearest"].check((lambda W, bs: quantize(W, bs)[::-1], dequantize))
+    assert failure.value.causes == ()

@@ -7,6 +7,7 @@ called.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NoReturn
@@ -18,6 +19,7 @@ from minilora.testing.compare import Worst, as_array, worst
 
 ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
 COARSER = UNITS["float32"] / UNITS["float64"]
+NAMED = 2  # causes in a message; where more fit, none is likely
 FAR = 5.0  # bounds between the right result and that of a mistake which is named
 
 
@@ -27,7 +29,7 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
     Attributes:
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
-        causes: known mistakes that explain every failing case.
+        causes: known mistakes that explain most failing cases, more than half; several if they cannot be told apart.
     """
 
     def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
@@ -58,22 +60,22 @@ class Comparison:
     def worst(self) -> Worst:
         return worst(self.actual, self.expected)
 
-    def causes(self) -> set[str]:
-        """Return the mistakes whose result the wrong one is."""
+    def causes(self) -> dict[str, bool]:
+        """Return the mistakes that differ from the right result, and whether the wrong one is theirs."""
+        if isinstance(self.actual, Exception):
+            return {}
         right = self.expected if isinstance(self.expected, Bounded) else Bounded.exact(self.expected)
         with np.errstate(all="ignore"):
             mistakes = {cause: as_array(wrong) for cause, wrong in self.mistakes().items()}
-        if as_array(self.actual).shape != right.value.shape:
-            return set()
         coarse = right.error * COARSER
         is_sharp = right.dtype == "float64" and coarse.max(initial=0.0) < 1e-3 * abs(right.value).max(initial=0.0)
         if is_sharp and worst(self.actual, right.value, coarse).ratio <= 1:
-            return {ROUNDED}
+            return {ROUNDED: True}
         candidates = {cause: wrong for cause, wrong in mistakes.items() if wrong.shape == right.value.shape}
         return {
-            cause
+            cause: worst(self.actual, wrong, 4 * right.error).ratio <= 1
             for cause, wrong in candidates.items()
-            if worst(wrong, right).ratio > FAR and worst(self.actual, wrong, 4 * right.error).ratio <= 1
+            if worst(wrong, right).ratio > FAR
         }
 
 
@@ -96,8 +98,8 @@ class Claim:
         assert not self.problem, self.problem
         return Worst(0.0, (), 0.0, 0.0, 0.0)
 
-    def causes(self) -> set[str]:
-        return set(self.likely)
+    def causes(self) -> dict[str, bool]:
+        return dict.fromkeys(self.likely, True)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ class Law:
             f"  law: {self.statement}",
             *[f"  smallest failing case: {first.case}"] * has_case,
             f"  {first.text}",
-            *(f"  likely cause: {cause}" for cause in causes),
+            *(f"  likely cause: {cause}" for cause in causes if len(causes) <= NAMED),
+            *[f"  {len(causes)} known mistakes have this result: see `causes` of this failure"] * (len(causes) > NAMED),
         ]
         if has_case:
             lines += [
@@ -229,18 +232,14 @@ def short_repr(case: Any) -> str:
 
 
 def explanations(failures: list[Failure]) -> list[str]:
-    """Return the known mistakes that explain most of the wrong results, name by name."""
-    causes: dict[str, list[set[str]]] = {}
+    """Return the known mistakes that explain most failing cases, more than half; exceptions are not explained."""
+    cases, votes = dict[int, list[dict[str, bool]]](), Counter[str]()
     for failure in failures:
-        if not isinstance(failure.comparison.actual, Exception):
-            causes.setdefault(failure.comparison.what, []).append(failure.comparison.causes())
-    explained = []
-    for found in causes.values():
-        votes = {cause: sum(cause in each for each in found) for cause in sorted(set[str]().union(*found))}
-        most = max([*votes.values(), len(found) / 2])
-        explained += [cause for cause, count in votes.items() if count == most and cause != ROUNDED]
-        explained += [ROUNDED] * (votes.get(ROUNDED, 0) == len(found) > 0)
-    return list(dict.fromkeys(explained))
+        cases.setdefault(id(failure.case), []).append(failure.comparison.causes())
+    for found in cases.values():  # of one case: what explains a comparison, and is not refuted by another
+        votes.update({cause for each in found for cause in each if all(other.get(cause, True) for other in found)})
+    most = max([len(cases) // 2 + 1, *votes.values()])
+    return [cause for cause in sorted(votes) if votes[cause] == (len(cases) if cause == ROUNDED else most)]
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:

@@ -96,7 +96,6 @@ def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, absmax = quantized(pair, case)
-    yield from exact_codes(pair, case)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
     yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
     weight = dequantized(pair, case, *stored(case))
@@ -256,16 +255,16 @@ _hard = functools.partial(weights, "outlier", "constant", "tiny", "huge_ratio", 
 _exact = functools.partial(weights, "levels")
 _CODE = "each code is that of the level nearest to w / absmax"
 _NF4 = (
-    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", _plain, nearest),
-    ("ties", "a number midway between two levels gets the lower one", functools.partial(weights, "ties"), exact_codes),
-    ("absmax", "absmax = max |w| of each block, bit for bit", _plain, largest),
-    ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", _exact, layout),
+    ("layout", "packed: uint8 (⌈n/2⌉); absmax: float32 (b); the dequantized weight: float32 (out, in)", _exact, layout),
+    ("nearest", f"{_CODE}, of a block of the rows laid end to end; of two in a byte the first is high", _plain, nearest),
+    ("ties", "a number midway between two levels gets the lower one, its neighbours the nearest", functools.partial(weights, "ties"), exact_codes),
+    ("absmax", "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it", _plain, largest),
     ("values", "dequantize gives level · absmax, rounded once to float32", _plain, values),
     ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", _plain, error),
     ("kept", "zeros and the largest number of each block are kept exactly", _plain, kept),
     ("idempotence", "a dequantized weight has the same codes and absmaxes", _plain, idempotence),
     ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", _plain, powers),
-    ("hard", f"{_CODE}, for outliers, constants, denormals and zeros", _hard, all_of),
+    ("hard", f"{_CODE}, for outliers, constants and small numbers; of denormals and zeros, any", _hard, all_of),
     ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", larger_blocks, all_of),
     ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", small_floats, all_of),
     ("views", "a weight that is a transposed view has the codes of its copy", _exact, views),
