@@ -19,6 +19,7 @@ from minilora.testing.compare import Worst, as_array, worst
 
 ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
 COARSER = UNITS["float32"] / UNITS["float64"]
+PAIRS = ("nf4", "double_quant")  # kinds of which two functions are checked together
 NAMED = 2  # causes in a message; where more fit, none is likely
 FAR = 5.0  # bounds between the right result and that of a mistake which is named
 
@@ -29,12 +30,13 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
     Attributes:
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
+        found: what was wrong and the likely causes, without the name of the law and its statement.
         causes: known mistakes that explain most failing cases, more than half; several if they cannot be told apart.
     """
 
-    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
+    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = (), found: str = ""):
         super().__init__(message)
-        self.law, self.case, self.causes = law, case, causes
+        self.law, self.case, self.causes, self.found = law, case, causes, found
 
 
 class NotApplicable(Exception):  # noqa: N818  # no error: an implementation does not have what the law is about
@@ -50,15 +52,19 @@ class Comparison:
         actual: an array, or an exception that was raised in its place.
         expected: the right value; without a bound, bits must be equal.
         mistakes: returns known wrong values, by what was done wrong.
+        describe: returns the input at an index, in words.
     """
 
     what: str
     actual: Any
     expected: Bounded | Array
     mistakes: Callable[[], Mapping[str, Array]] = dict
+    describe: Callable[[tuple[int, ...]], str] = lambda index: ""
 
     def worst(self) -> Worst:
-        return worst(self.actual, self.expected)
+        found = worst(self.actual, self.expected)
+        where = self.describe(found.index) if found.ratio > 1 else ""
+        return replace(found, where=f"{where}: " * bool(where))
 
     def causes(self) -> dict[str, bool]:
         """Return the mistakes that differ from the right result, and whether the wrong one is theirs."""
@@ -111,6 +117,15 @@ class Report:
     ratio: float
     comparisons: int
 
+    @property
+    def checked(self) -> bool:
+        """Whether anything was compared: not where the law is about an option that the implementation does not take."""
+        return self.comparisons > 0
+
+    def __str__(self) -> str:
+        used = f"{self.ratio:.3f}" if self.checked else "–"
+        return f"{self.law:16} {used:>5}  {self.statement}"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -131,7 +146,7 @@ class Law:
         statement: the law in words.
         cases: returns the cases, from small to large; None is the only case of what takes no input, such as files.
         compare: (implementation, case) -> comparisons.
-        known: a known deviation, which must still be there: the text of its cause, or of a part of the message.
+        known: a known deviation, which must still be there: the text of its cause, or a part of what was found.
         skip: called with the reason where the law does not apply, such as `pytest.skip`.
     """
 
@@ -153,8 +168,11 @@ class Law:
         Raises:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
+            TypeError: the implementation is no pair, and two functions are checked together.
         """
         __tracebackhide__ = True
+        if self.kind in PAIRS and not (isinstance(implementation, tuple | list) and len(implementation) == 2):
+            raise TypeError(f"{self.kind} is checked with a pair (quantize, dequantize)")
         try:
             report = self._check(implementation, case)
         except NotApplicable as reason:
@@ -163,7 +181,7 @@ class Law:
             self.skip(str(reason))
             return Report(self.id, self.statement, 0.0, 0)
         except CheckFailure as failure:
-            if self.known and self.known in str(failure):
+            if self.known and self.known in failure.found:
                 return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
             raise
         if self.known:
@@ -206,14 +224,18 @@ class Law:
         first = failures[0]
         causes = explanations(failures)
         has_case = first.case is not None
+        likely = [f"  likely cause: {cause}" for cause in causes]
+        if len(causes) > NAMED:
+            likely = [f"  {len(causes)} known mistakes have this result: see `causes` of this failure"]
+        what = f"{first.comparison.what}: wrong"
         lines = [
-            f"{self.id}: {first.comparison.what}: wrong" + f" in {failing} of {cases} cases" * has_case,
+            f"{self.id}: {what}" + f" in {failing} of {cases} cases" * has_case,
             f"  law: {self.statement}",
             *[f"  smallest failing case: {first.case}"] * has_case,
             f"  {first.text}",
-            *(f"  likely cause: {cause}" for cause in causes if len(causes) <= NAMED),
-            *[f"  {len(causes)} known mistakes have this result: see `causes` of this failure"] * (len(causes) > NAMED),
+            *likely,
         ]
+        found = "\n".join([what, first.text, *causes])
         if has_case:
             lines += [
                 "  to repeat:",
@@ -222,7 +244,7 @@ class Law:
                 f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
             ]
         raised = first.comparison.actual if isinstance(first.comparison.actual, Exception) else None
-        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes)) from raised
+        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes), found) from raised
 
 
 def short_repr(case: Any) -> str:
