@@ -1,5 +1,9 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from minilora.testing import (
     Bounded,
     CheckFailure,
     assert_maths,
+    check,
     check_adapter_sum,
     check_dora_linear,
     check_gradients,
@@ -135,7 +140,7 @@ def test_a_known_deviation_must_be_there_still():
 
 def test_gradients_alone_can_be_checked():
     assert check_gradients(Plain, "dora").law == "dora-gradients"
-    detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x})
+    detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x.sum()})
     with pytest.raises(CheckFailure, match="no gradient reaches"):
         check_gradients(detached)
 
@@ -387,3 +392,70 @@ def test_dropout_at_a_wrong_place_is_named_by_the_variance(kind, layer, cause):
 def test_a_wrong_gradient_is_said_to_be_that_of_evaluation_mode():
     with pytest.raises(CheckFailure, match="the gradient of A, in evaluation mode: wrong"):
         check_gradients(next(each.plant for each in MUTANTS if each.name == "A gets no gradient")(LoRALayer))
+
+
+def test_one_factor_of_the_update_or_of_the_result_is_named():
+    half = "the update is 0.5 times the right one"
+    for name in ("forward", "shapes", "scale", "merge"):
+        assert causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2)) == (half,)
+    assert causes_of(laws("merge")["weight"], lambda W, A, B, s: W + 0.5 * s * B @ A) == (half,)
+    assert causes_of(laws("merge")["weight"], lambda W, A, B, s: 3 * (W + s * B @ A)) == ()
+    uneven = causes_of(laws("lora")["forward"], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / (1 + A.shape[1])))
+    assert uneven == ()
+
+
+def test_results_in_16_bits_are_named():
+    cause = causes_of(laws("merge")["weight"], lambda W, A, B, s: (W + s * B @ A).bfloat16())
+    assert cause == ("every number found is a bfloat16",)
+    cause = causes_of(laws("lora")["forward"], lambda W, b, A, B, alpha: lambda x: Plain(W, b, A, B, alpha)(x).half())
+    assert cause == ("every number found is a float16",)
+
+
+def test_a_check_says_which_laws_the_case_breaks_and_keeps():
+    with pytest.raises(CheckFailure) as caught:
+        check_lora_linear(lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2))
+    *_, broken, kept = str(caught.value).partition("\n  to repeat:")[0].splitlines()
+    assert broken.startswith("  this case also breaks: lora-shapes, lora-merge, ")
+    assert kept == "  this case keeps: lora-identity, lora-frozen"
+    with pytest.raises(CheckFailure, match="also breaks: lora-shapes, lora-identity, "):
+        check_lora_linear(lambda W, b, A, B, alpha: lambda x: 2 * Plain(W, b, A, B, alpha)(x))
+
+
+def test_a_report_says_whether_its_law_was_checked():
+    reports = {report.law: report for report in check_lora_linear(Holder)}
+    assert [law for law, report in reports.items() if not report.checked] == ["lora-dropout"]
+    assert str(reports["lora-dropout"]).split()[1] == "–"
+    assert str(reports["lora-frozen"]).split()[1] == "0.000"
+
+
+def test_a_known_deviation_is_what_was_found_and_none_of_the_law_s_words():
+    law = next(law for law in parametrize_laws("lora", known={"lora-dropout": "mean of y"}).args[1] if law.known)
+    with pytest.raises(CheckFailure, match="the variance of y"):
+        law.check(Behind)
+    for text in ("dropout", "keeps the mean", ""):
+        with pytest.raises(ValueError, match="in the law's own words"):
+            parametrize_laws("lora", known={"lora-dropout": text})
+    law = replace(law, known="smallest failing case")  # in the message, but nothing that was found
+    with pytest.raises(CheckFailure, match="the variance of y"):
+        law.check(Behind)
+
+
+def test_misuse_is_told():
+    for kind in ("nf4", "double_quant"):
+        with pytest.raises(TypeError, match=rf"{kind} is checked with a pair \(quantize, dequantize\)"):
+            check(lambda *_: None, kind)
+    with pytest.raises(TypeError, match="adapt each of a pair"):
+        on_numpy((max, min))
+    with pytest.raises(ValueError, match="name the kinds"):
+        check(Plain)
+    for kind in {law.kind for law in laws().values()}:
+        assert kind in laws.__doc__
+
+
+def test_strategies_are_public_and_import_hypothesis_only_when_they_are_used():
+    command = """
+import sys, minilora.testing as testing
+assert "strategies" in testing.__all__ and "hypothesis" not in sys.modules
+assert testing.strategies.adapted_linears and "hypothesis" in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

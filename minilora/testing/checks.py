@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
-from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report
 from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
@@ -101,12 +102,32 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
     if not kinds:
         raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
     reports = []
-    for law in laws(*kinds).values():
+    chosen = list(laws(*kinds).values())
+    for law in chosen:
         try:
             reports.append(law.check(implementation))
         except NotApplicable as reason:
             reports.append(Report(law.id, f"not checked: {reason}", 0.0, 0))
+        except CheckFailure as failure:
+            others = _others(implementation, failure.case, [each for each in chosen if each is not law])
+            message = str(failure).replace("\n  to repeat:", f"{others}\n  to repeat:")
+            raise CheckFailure(message, law.id, failure.case, failure.causes, failure.found) from failure.__cause__
     return reports
+
+
+def _others(implementation: Any, case: Any, chosen: list[Law]) -> str:
+    """Return a line that says which other laws the case breaks, of those that have it, and which it keeps."""
+    broken, kept = list[str](), list[str]()
+    for law in chosen:
+        if case is not None and case in law.cases():
+            with suppress(NotApplicable):
+                try:
+                    law.check(implementation, case)
+                    kept.append(law.id)
+                except CheckFailure:
+                    broken.append(law.id)
+    lines = {"also breaks": broken, "keeps": kept}
+    return "".join(f"\n  this case {what}: {', '.join(names)}" for what, names in lines.items() if names)
 
 
 def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:

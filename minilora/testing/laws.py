@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from minilora.testing.bounds import UNITS, Array, Bounded
+from minilora.testing.cases import rounded
 from minilora.testing.compare import Worst, as_array, worst
 
 ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
@@ -53,6 +54,7 @@ class Comparison:
         expected: the right value; without a bound, bits must be equal.
         mistakes: returns known wrong values, by what was done wrong.
         describe: returns the input at an index, in words.
+        base: what the result is without the update, if it has one.
     """
 
     what: str
@@ -60,6 +62,7 @@ class Comparison:
     expected: Bounded | Array
     mistakes: Callable[[], Mapping[str, Array]] = dict
     describe: Callable[[tuple[int, ...]], str] = lambda index: ""
+    base: Array | None = None
 
     def worst(self) -> Worst:
         found = worst(self.actual, self.expected)
@@ -222,11 +225,12 @@ class Law:
     def _fail(self, failures: list[Failure], failing: int, cases: int) -> NoReturn:
         __tracebackhide__ = True
         first = failures[0]
-        causes = explanations(failures)
+        causes, alternatives = explanations(failures)
+        causes = causes or patterns([failure.comparison for failure in failures])
         has_case = first.case is not None
         likely = [f"  likely cause: {cause}" for cause in causes]
-        if len(causes) > NAMED:
-            likely = [f"  {len(causes)} known mistakes have this result: see `causes` of this failure"]
+        if alternatives > NAMED:
+            likely = [f"  {alternatives} known mistakes have this result: see `causes` of this failure"]
         what = f"{first.comparison.what}: wrong"
         lines = [
             f"{self.id}: {what}" + f" in {failing} of {cases} cases" * has_case,
@@ -253,15 +257,45 @@ def short_repr(case: Any) -> str:
     return f"{type(case).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
 
 
-def explanations(failures: list[Failure]) -> list[str]:
-    """Return the known mistakes that explain most failing cases, more than half; exceptions are not explained."""
+def explanations(failures: list[Failure]) -> tuple[list[str], int]:
+    """Return the known mistakes that explain most failing cases, more than half, and how many explain one result.
+
+    Exceptions are not explained.
+    """
     cases, votes = dict[int, list[dict[str, bool]]](), Counter[str]()
     for failure in failures:
         cases.setdefault(id(failure.case), []).append(failure.comparison.causes())
     for found in cases.values():  # of one case: what explains a comparison, and is not refuted by another
         votes.update({cause for each in found for cause in each if all(other.get(cause, True) for other in found)})
     most = max([len(cases) // 2 + 1, *votes.values()])
-    return [cause for cause in sorted(votes) if votes[cause] == (len(cases) if cause == ROUNDED else most)]
+    causes = [cause for cause in sorted(votes) if votes[cause] == (len(cases) if cause == ROUNDED else most)]
+    return causes, max(len({*causes} & {*each}) for found in cases.values() for each in found)
+
+
+def patterns(wrong: list[Any]) -> list[str]:
+    """Return what all wrong results have in common: they are 16-bit numbers, or one multiple of the right ones."""
+    for each in wrong:
+        if isinstance(each.actual, Exception) or not isinstance(getattr(each, "expected", None), Bounded):
+            return []
+    bases = [0.0 if each.base is None else each.base for each in wrong]
+    numbers = [
+        np.array(np.broadcast_arrays(as_array(each.actual), each.expected.value, each.expected.error, base))
+        for each, base in zip(wrong, bases, strict=True)
+    ]
+    found, right, error, base = np.concatenate([each.reshape(4, -1) for each in numbers], axis=1)
+    if all(each.expected.dtype in ("float32", "float64") for each in wrong) and found.any():
+        for dtype in ("bfloat16", "float16"):
+            if np.array_equal(found, rounded(found, dtype)) and not np.array_equal(right, rounded(right, dtype)):
+                return [f"every number found is a {dtype}"]
+    with np.errstate(all="ignore"):
+        share = (right - base) / error**2
+        factor = float((share * (found - base)).sum() / (share * (right - base)).sum())
+        is_multiple = (abs(base + factor * (right - base) - found) <= 4 * max(1, abs(factor)) * error).all()
+    if not is_multiple or found.size < 3 or f"{factor:.6g}" == "1":
+        return []
+    what = "the result" if wrong[0].base is None else "the update"
+    binary = " (log₂, not ln)" if abs(factor * np.log(2) - 1) < 1e-6 else ""
+    return [f"{what} is {factor:.6g} times the right one{binary}"]
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:

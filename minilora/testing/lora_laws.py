@@ -102,7 +102,8 @@ def output(layer: Any, case: AdaptedLinear, what: str = "y", known: Any = wrong_
     def mistakes() -> dict[str, Array]:
         return {cause: case.x @ weight.T + bias for cause, (weight, bias) in known(case).items()}
 
-    return Comparison(what, layer(x), case.y, mistakes)
+    base = case.x @ case.W.T + (0 if case.b is None else case.b) if case.method == "lora" else None
+    return Comparison(what, layer(x), case.y, mistakes, base=base)
 
 
 def forward(make: Make, case: AdaptedLinear, what: str = "y") -> Iterator[Comparison]:
@@ -137,7 +138,8 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     weight = getattr(built.layer, "merged_weight", None)
     if weight is not None:
         merged = weight() if callable(weight) else weight
-        yield Comparison("merged_weight", merged, probe.merged, merged_mistakes(probe))
+        base = case.W if case.method == "lora" else None
+        yield Comparison("merged_weight", merged, probe.merged, merged_mistakes(probe), base=base)
 
 
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -150,7 +152,9 @@ def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
             continue
         actual = x.grad if name == "x" else built.gradient(name, y)
         actual = torch.zeros_like(x) if actual is None else actual
-        yield Comparison(f"the gradient of {name}, in evaluation mode", actual, expected, functools.partial(dict, mistakes[name]))
+        yield Comparison(
+            f"the gradient of {name}, in evaluation mode", actual, expected, functools.partial(dict, mistakes[name])
+        )
 
 
 def backward(layer: Any, x: Tensor, dy: Tensor) -> Tensor:

@@ -8,9 +8,9 @@
     (0.5, 1.0)
 
 Each `plant` works on your own correct callable of that kind as well, if it takes and returns torch tensors; some ignore
-it and return a wrong one of their own. Of `nf4` and `double_quant` it takes and returns the pair (quantize, dequantize),
-of `adapter_directory` the mapping {"config": …, "tensors": …} before it is written, and of `merge` a function that merges
-DoRA as well: merge(W, A, B, scale, magnitude). The last three mistakes of `merge` are mistakes of DoRA.
+it and return one of their own. Of `nf4` and `double_quant` it takes and returns the pair (quantize, dequantize), of
+`adapter_directory` the mapping {"config": …, "tensors": …} before it is written, and of `merge` a function that merges
+DoRA, too, merge(W, A, B, scale, magnitude): the last three mistakes of that kind are mistakes of DoRA.
 """
 
 from __future__ import annotations

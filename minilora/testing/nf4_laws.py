@@ -99,7 +99,7 @@ def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 
 def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, absmax = quantized(pair, case)
+    _, absmax = quantized(pair, case)
     yield from exact_codes(pair, case)
     yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
     weight = dequantized(pair, case, *stored(case))
@@ -264,8 +264,18 @@ _exact = functools.partial(weights, "levels")
 _CODE = "each code is that of the level nearest to w / absmax"
 _NF4 = (
     ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", _plain, nearest),
-    ("ties", "a number midway between two levels gets the lower one, its neighbours the nearest", functools.partial(weights, "ties"), exact_codes),
-    ("absmax", "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it", _plain, largest),
+    (
+        "ties",
+        "a number midway between two levels gets the lower one, its neighbours the nearest",
+        functools.partial(weights, "ties"),
+        exact_codes,
+    ),
+    (
+        "absmax",
+        "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it",
+        _plain,
+        largest,
+    ),
     ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", _exact, layout),
     ("values", "dequantize gives level · absmax, rounded once to float32", _plain, values),
     ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", _plain, error),
