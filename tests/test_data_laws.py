@@ -295,3 +295,16 @@ def test_a_step_that_changes_the_weight_is_found():
 
     with pytest.raises(CheckFailure, match="W, which is only read"):
         check_accumulation(step_fn)
+
+
+def test_a_loss_that_is_not_shifted_is_not_taken_for_other_mistakes():
+    for law in ("value", "gradient", "one_label", "empty_rows"):
+        with pytest.raises(CheckFailure) as failure:
+            laws("loss_masking")[law].check(LOSSES["nothing is shifted"])
+        assert failure.value.causes == ("nothing is shifted: logits at t are compared with the label at t",), law
+
+
+def test_a_loss_in_bits_is_named():
+    with pytest.raises(CheckFailure) as failure:
+        check_loss_masking(lambda z, y: plain_loss(z, y) / np.log(2))
+    assert failure.value.causes == ("the result is 1.4427 times the right one (log₂, not ln)",)

@@ -434,3 +434,29 @@ def test_a_mistake_that_is_named_is_a_mistake():
         wrong = nf4_mistakes.wrong_quantizations(case)
         seen |= {cause for cause, each in wrong.items() if (each.codes != case.codes).any()}
     assert seen == {cause for case in weights for cause in nf4_mistakes.wrong_quantizations(case)}
+
+
+def test_a_pair_in_the_wrong_order_has_a_wrong_form_and_no_other_cause():
+    with pytest.raises(CheckFailure, match="dtype and shape of packed") as failure:
+        check_nf4(lambda W, bs: quantize(W, bs)[::-1], dequantize)
+    assert failure.value.causes == ()
+    with pytest.raises(CheckFailure) as failure:
+        laws("nf4")["nearest"].check((lambda W, bs: quantize(W, bs)[::-1], dequantize))
+    assert failure.value.causes == ()
+
+
+def test_a_wrong_code_is_told_with_what_was_rounded():
+    def with_midpoints(right):
+        round_to = lambda x: torch.bucketize(x, nf4.midpoints(LEVELS) + (0 if right else 3e-8), right=right)  # noqa: E731
+        return (lambda W, bs: plain_quantize(W, bs, round_to=round_to), dequantize)
+
+    for right, place in ((True, "the midpoint"), (False, "just above the midpoint")):
+        with pytest.raises(
+            CheckFailure, match=rf"w/absmax is [-0-9.]+, {place} of levels \d+ and \d+: found"
+        ) as failure:
+            laws("nf4")["ties"].check(with_midpoints(right))
+        assert "error/bound" not in str(failure.value)
+    with pytest.raises(CheckFailure, match=r"at \[\d+\]: w/absmax is [-0-9.]+: found \d+, expected \d+\n"):
+        laws("nf4")["nearest"].check((QUANTIZE["the sign is changed"], dequantize))
+    with pytest.raises(CheckFailure, match=r"\(absmax - offset\)/scale is [-0-9.]+: found"):
+        laws("double_quant")["codes"].check((DOUBLE["the sign is lost"], dequantize_absmax))

@@ -1,5 +1,9 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from minilora.testing import (
     Bounded,
     CheckFailure,
     assert_maths,
+    check,
     check_adapter_sum,
     check_dora_linear,
     check_gradients,
@@ -27,6 +32,7 @@ from minilora.testing.bounds import UNITS
 from minilora.testing.cases import linear_cases
 from minilora.testing.compare import as_array, worst
 from minilora.testing.implementations import DoRALayer, LoRALayer
+from minilora.testing.laws import Comparison, Law
 from minilora.testing.mutants import MUTANTS
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
 from tests.models import randn
@@ -134,7 +140,7 @@ def test_a_known_deviation_must_be_there_still():
 
 def test_gradients_alone_can_be_checked():
     assert check_gradients(Plain, "dora").law == "dora-gradients"
-    detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x})
+    detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x.sum()})
     with pytest.raises(CheckFailure, match="no gradient reaches"):
         check_gradients(detached)
 
@@ -210,7 +216,7 @@ def test_sums_with_their_mistakes():
 def test_a_float64_result_that_went_through_float32_is_named():
     with pytest.raises(CheckFailure, match=r"of float32.s size"):
         check_lora_linear(
-            lambda W, b, A, B, alpha: Plain(W, b, A.float().double(), (1.1 * B).float().double() / 1.1, alpha)
+            lambda W, b, A, B, alpha: Plain(W, b, A.float().to(A), ((1.1 * B).float().double() / 1.1).to(B), alpha)
         )
 
 
@@ -297,3 +303,159 @@ def test_a_divisor_that_may_be_0_leaves_no_bound_and_no_warning():
     assert np.isposinf((nothing_known * 0).error)
     assert np.isposinf((Bounded.exact([0.0]) @ nothing_known).error)
     assert_maths([float("nan")], nothing_known)
+
+
+def causes_of(law, implementation):
+    with pytest.raises(CheckFailure) as caught:
+        law.check(implementation)
+    return caught.value.causes
+
+
+@pytest.mark.parametrize("divisor", [lambda A: len(A) + 1, lambda A: A.shape[1]], ids=["r + 1", "in"])
+@pytest.mark.parametrize("name", ["forward", "scale", "sums", "shapes"])
+def test_a_mistake_that_explains_a_few_cases_is_not_named(divisor, name):
+    causes = causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha * len(A) / divisor(A)))
+    assert not any("scale is" in cause or "twice" in cause for cause in causes)
+
+
+def test_many_possible_causes_are_counted_and_not_listed():
+    mistakes = {f"mistake {i}": np.ones(2) for i in range(3)}
+    law = Law("any", "law", "", lambda: [None], lambda same, _: iter([same]))
+    with pytest.raises(CheckFailure, match="3 known mistakes have this result") as caught:
+        law.check(Comparison("y", np.ones(2), Bounded.exact(np.zeros(2)), lambda: mistakes))
+    assert "likely cause" not in str(caught.value)
+    assert caught.value.causes == tuple(mistakes)
+
+
+class Drifting(Plain):
+    def forward(self, x):
+        self.W = self.W + 0.01
+        return super().forward(x)
+
+
+class Unstable(Plain):
+    def forward(self, x):
+        self.dropout.train()
+        return super().forward(x)
+
+
+def test_dropout_in_evaluation_is_told_from_a_weight_that_changes():
+    assert causes_of(laws("lora")["dropout"], Unstable) == ("dropout is active in evaluation mode",)
+    assert causes_of(laws("lora")["dropout"], Drifting) == ()
+
+
+def starting(start):
+    def make_layer(W, b, A, B, alpha, use_dora=True, magnitude=None):
+        given = start(W, A, B, alpha / len(A)) if magnitude is None else magnitude
+        return Plain(W, b, A, B, alpha, use_dora=True, magnitude=given)
+
+    return make_layer
+
+
+def test_a_wrong_start_of_the_magnitude_is_named():
+    with pytest.raises(CheckFailure) as caught:
+        check_dora_linear(starting(lambda W, A, B, s: torch.ones_like(W[:, 0])))
+    assert [each[:26] for each in caught.value.causes] == ["the magnitude starts at 1 "]
+    with pytest.raises(CheckFailure) as caught:
+        check_dora_linear(starting(lambda W, A, B, s: (W + s * B @ A).norm(dim=1)))
+    assert [each[:39] for each in caught.value.causes] == ["the magnitude starts at ‖W + s·B A‖ (or"]
+
+
+class Behind(Plain):
+    def forward(self, x):
+        p, self.dropout.p = self.dropout.p, 0.0
+        y = super().forward(x)
+        self.dropout.p = p
+        h = x @ self.lora_A.T
+        return y + self.scale * (self.dropout(h) - h) @ self.lora_B.T
+
+
+class Rest(Plain):
+    """DoRA in PEFT's form: y = x Wᵀ + b + (c - 1)·x' Wᵀ + c·s·(x' Aᵀ) Bᵀ, x' the input after dropout."""
+
+    def forward(self, x):
+        V = self.W + self.scale * self.lora_B @ self.lora_A
+        c = self.magnitude / V.norm(dim=1).detach()
+        return torch.nn.functional.linear(x, self.W, self.b) + self.dropout(x) @ (c[:, None] * V - self.W).T
+
+
+@pytest.mark.parametrize(("kind", "layer", "cause"), [
+    ("lora", Behind, "dropout acts behind A instead of in front of it"),
+    ("dora", Rest, "dropout acts on (m/‖W + s·B A‖ - 1)·x Wᵀ, too"),
+])  # fmt: skip
+def test_dropout_at_a_wrong_place_is_named_by_the_variance(kind, layer, cause):
+    with pytest.raises(CheckFailure, match="the variance of y over dropout masks: wrong") as caught:
+        laws(kind)["dropout"].check(layer)
+    assert caught.value.causes == (cause,)
+
+
+def test_a_wrong_gradient_is_said_to_be_that_of_evaluation_mode():
+    with pytest.raises(CheckFailure, match="the gradient of A, in evaluation mode: wrong"):
+        check_gradients(next(each.plant for each in MUTANTS if each.name == "A gets no gradient")(LoRALayer))
+
+
+def test_one_factor_of_the_update_or_of_the_result_is_named():
+    half = "the update is 0.5 times the right one"
+    for name in ("forward", "shapes", "scale", "merge"):
+        assert causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2)) == (half,)
+    assert causes_of(laws("merge")["weight"], lambda W, A, B, s: W + 0.5 * s * B @ A) == (half,)
+    assert causes_of(laws("merge")["weight"], lambda W, A, B, s: 3 * (W + s * B @ A)) == ()
+    uneven = causes_of(laws("lora")["forward"], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / (1 + A.shape[1])))
+    assert uneven == ()
+
+
+def test_results_in_16_bits_are_named():
+    cause = causes_of(laws("merge")["weight"], lambda W, A, B, s: (W + s * B @ A).bfloat16())
+    assert cause == ("every number found is a bfloat16",)
+    cause = causes_of(laws("lora")["forward"], lambda W, b, A, B, alpha: lambda x: Plain(W, b, A, B, alpha)(x).half())
+    assert cause == ("every number found is a float16",)
+
+
+def test_a_check_says_which_laws_the_case_breaks_and_keeps():
+    with pytest.raises(CheckFailure) as caught:
+        check_lora_linear(lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2))
+    *_, broken, kept = str(caught.value).partition("\n  to repeat:")[0].splitlines()
+    assert broken.startswith("  this case also breaks: lora-shapes, lora-merge, ")
+    assert kept == "  this case keeps: lora-identity, lora-frozen"
+    with pytest.raises(CheckFailure, match="also breaks: lora-shapes, lora-identity, "):
+        check_lora_linear(lambda W, b, A, B, alpha: lambda x: 2 * Plain(W, b, A, B, alpha)(x))
+
+
+def test_a_report_says_whether_its_law_was_checked():
+    reports = {report.law: report for report in check_lora_linear(Holder)}
+    assert [law for law, report in reports.items() if not report.checked] == ["lora-dropout"]
+    assert str(reports["lora-dropout"]).split()[1] == "–"
+    assert str(reports["lora-frozen"]).split()[1] == "0.000"
+
+
+def test_a_known_deviation_is_what_was_found_and_none_of_the_law_s_words():
+    law = next(law for law in parametrize_laws("lora", known={"lora-dropout": "mean of y"}).args[1] if law.known)
+    with pytest.raises(CheckFailure, match="the variance of y"):
+        law.check(Behind)
+    for text in ("dropout", "keeps the mean", ""):
+        with pytest.raises(ValueError, match="in the law's own words"):
+            parametrize_laws("lora", known={"lora-dropout": text})
+    law = replace(law, known="smallest failing case")  # in the message, but nothing that was found
+    with pytest.raises(CheckFailure, match="the variance of y"):
+        law.check(Behind)
+
+
+def test_misuse_is_told():
+    for kind in ("nf4", "double_quant"):
+        with pytest.raises(TypeError, match=rf"{kind} is checked with a pair \(quantize, dequantize\)"):
+            check(lambda *_: None, kind)
+    with pytest.raises(TypeError, match="adapt each of a pair"):
+        on_numpy((max, min))
+    with pytest.raises(ValueError, match="name the kinds"):
+        check(Plain)
+    for kind in {law.kind for law in laws().values()}:
+        assert kind in laws.__doc__
+
+
+def test_strategies_are_public_and_import_hypothesis_only_when_they_are_used():
+    command = """
+import sys, minilora.testing as testing
+assert "strategies" in testing.__all__ and "hypothesis" not in sys.modules
+assert testing.strategies.adapted_linears and "hypothesis" in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

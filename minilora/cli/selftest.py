@@ -16,7 +16,7 @@ import torch
 
 from minilora.cli import Options
 from minilora.models.checkpoint import pick_device
-from minilora.tools.selftest import Row, selftest
+from minilora.tools.selftest import Row, not_run, selftest
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,17 +26,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    device = pick_device(options["device"])
-    print(f"PyTorch {torch.__version__}, {device}, {options['dtype']}, {torch.get_num_threads()} threads")
-    print(f"{'law':28} {'definitions':>11} {'kernels':>9}  verdict")
-    broken = []
+    device, threads = pick_device(options["device"]), torch.get_num_threads()
+    print(f"PyTorch {torch.__version__}, {device}, {options['dtype']}, {threads} thread{'s' * (threads > 1)}")
+    print("largest error / derived bound; 1 is the limit")
+    print(f"{'law':36} {'definitions':>11} {'kernels':>9}  verdict")
+    rows = []
     for row in selftest(device, options["dtype"]):
-        broken += [row.failure] if row.failure else []
-        print(_line(row), flush=True)
-    print("\n".join(["", *broken]) if broken else "every law holds")
+        rows.append(row)
+        print(_line(row, options["dtype"]), flush=True)
+    broken = [row.failure for row in rows if row.failure]
+    kernels = sum(row.definitions is None for row in rows)
+    held = f"{len(rows) - kernels} laws and {kernels} kernels hold; not run here: {', '.join(not_run(device))}"
+    print("\n".join(["", *broken]) if broken else held)
     return 1 if broken else 0
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, dtype: str) -> str:
+    law = row.law if row.dtype == dtype else f"{row.law} ({row.dtype})"
     definitions = "" if row.definitions is None else f"{row.definitions:.3f}"
-    return f"{row.law:28} {definitions:>11} {row.kernels:9.3f}  {'BROKEN' if row.failure else 'holds'}"
+    return f"{law:36} {definitions:>11} {row.kernels:9.3f}  {'BROKEN' if row.failure else 'holds'}"

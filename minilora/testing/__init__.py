@@ -1,7 +1,10 @@
 """Check anybody's LoRA, DoRA, NF4, loss masking and adapter files: see `checks`.
 
-`minilora.testing.strategies` draws hypothesis examples; nothing else here needs the extra `testing`.
+`strategies` draws hypothesis examples; it is imported when it is used, and nothing else needs the extra `testing`.
 """
+
+import importlib
+from types import ModuleType
 
 from minilora.testing.bounds import Bounded
 from minilora.testing.cases import AdaptedLinear
@@ -63,4 +66,11 @@ __all__ = [
     "laws",
     "on_numpy",
     "parametrize_laws",
+    "strategies",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name != "strategies":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("minilora.testing.strategies")

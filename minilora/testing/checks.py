@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
-from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report
 from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
@@ -38,6 +39,18 @@ LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS, *DATA_LAWS, *CHAT_
 
 def laws(*kinds: str) -> dict[str, Law]:
     """Return the laws of these kinds: by name if there is one kind, by id if there are several, all if none is given.
+
+    `law.check` and `check` take what the functions of one kind below take:
+
+        lora, rslora, dora     make_layer, as `check_lora_linear` and `check_dora_linear`
+        merge, merge_dora      merge, as `check_merge`
+        adapter_sum            add, as `check_adapter_sum`
+        nf4, double_quant      the pair (quantize, dequantize), as `check_nf4` and `check_double_quant`
+        linear4bit             make_layer, as `check_linear4bit`
+        loss_masking           loss_fn, as `check_loss_masking`
+        accumulation           step_fn, as `check_accumulation`
+        chat_mask              render, as `check_chat_mask`
+        adapter_directory      a path, as `check_adapter_directory`
 
     Raises:
         ValueError: an unknown kind.
@@ -54,17 +67,20 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
 
     Args:
         kinds: as for `laws`.
-        known: known deviations of the implementation, law id -> a part of the message of the failure. Each is checked
-            to be there still.
+        known: known deviations of the implementation, law id -> a cause, or a part of the line that says what was
+            found. Each is checked to be there still.
 
     Raises:
-        ValueError: an unknown kind, or an unknown law in `known`.
+        ValueError: an unknown kind, an unknown law in `known`, or a text there that is in the law's own words.
     """
     import pytest
 
     chosen, known = {law.id: law for law in laws(*kinds).values()}, dict(known or {})
     if unknown := sorted(set(known) - set(chosen)):
         raise ValueError(f"no law {unknown[0]!r}; there are {', '.join(chosen)}")
+    for name, text in known.items():
+        if text in f"{name} {chosen[name].statement}":
+            raise ValueError(f"known deviation of {name}: {text!r} is in the law's own words: say what is found")
     tried = [replace(law, known=known.get(name, ""), skip=pytest.skip) for name, law in chosen.items()]
     return pytest.mark.parametrize("law", tried, ids=list(chosen))
 
@@ -72,19 +88,46 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
 def check(implementation: Any, *kinds: str) -> list[Report]:
     """Check an implementation against all laws of these kinds, and return what each found.
 
-    The report of a law about an option that the implementation does not take says that it was not checked.
+    The report of a law about an option that the implementation does not take has `checked` False.
+
+    Args:
+        implementation: what the kinds take: see `laws`.
+        kinds: one or more.
 
     Raises:
         CheckFailure: the first law that is broken; likewise in every check below.
+        ValueError: no kind, or an unknown one.
     """
     __tracebackhide__ = True
+    if not kinds:
+        raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
     reports = []
-    for law in laws(*kinds).values():
+    chosen = list(laws(*kinds).values())
+    for law in chosen:
         try:
             reports.append(law.check(implementation))
         except NotApplicable as reason:
             reports.append(Report(law.id, f"not checked: {reason}", 0.0, 0))
+        except CheckFailure as failure:
+            others = _others(implementation, failure.case, [each for each in chosen if each is not law])
+            message = str(failure).replace("\n  to repeat:", f"{others}\n  to repeat:")
+            raise CheckFailure(message, law.id, failure.case, failure.causes, failure.found) from failure.__cause__
     return reports
+
+
+def _others(implementation: Any, case: Any, chosen: list[Law]) -> str:
+    """Return a line that says which other laws the case breaks, of those that have it, and which it keeps."""
+    broken, kept = list[str](), list[str]()
+    for law in chosen:
+        if case is not None and case in law.cases():
+            with suppress(NotApplicable):
+                try:
+                    law.check(implementation, case)
+                    kept.append(law.id)
+                except CheckFailure:
+                    broken.append(law.id)
+    lines = {"also breaks": broken, "keeps": kept}
+    return "".join(f"\n  this case {what}: {', '.join(names)}" for what, names in lines.items() if names)
 
 
 def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:
@@ -102,6 +145,8 @@ def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) 
 
 def check_dora_linear(make_layer: Callable[..., Any]) -> list[Report]:
     """Check a DoRA linear layer: y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b  [DoRA eq. 5].
+
+    Gradients are those with the norm held constant  [DoRA §4.3].
 
     Args:
         make_layer: as for `check_lora_linear`. `magnitude` (out) is passed if it takes one; otherwise it is ‖W‖.
@@ -129,7 +174,9 @@ def check_adapter_sum(add: Callable[..., Any]) -> list[Report]:
 
 
 def check_nf4(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> list[Report]:
-    """Check NF4: codes of the 16 levels nearest to w / absmax, in blocks, in the bytes of bitsandbytes  [QLoRA §3].
+    """Check NF4: codes of the 16 levels nearest to w / absmax, in blocks  [QLoRA §3].
+
+    There are two codes in a byte, the first in the high half. A tie gets the lower level.
 
     Args:
         quantize: (W, block_size) -> packed uint8 (⌈n/2⌉), absmax float32 (⌈n/block_size⌉).
@@ -209,8 +256,11 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
 def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adapt a callable on numpy arrays, such as one in JAX or MLX, and the layer that it returns, to be checked here.
 
-    Laws about gradients do not apply to it.
+    Laws about gradients do not apply to it, except those of accumulation, whose result is the gradient. Of a pair adapt
+    each: (on_numpy(quantize), on_numpy(dequantize)).
     """
+    if not callable(function):
+        raise TypeError(f"on_numpy takes one callable, found {type(function).__name__}: adapt each of a pair")
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:

@@ -7,6 +7,7 @@ called.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NoReturn
@@ -14,10 +15,13 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from minilora.testing.bounds import UNITS, Array, Bounded
+from minilora.testing.cases import rounded
 from minilora.testing.compare import Worst, as_array, worst
 
 ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
 COARSER = UNITS["float32"] / UNITS["float64"]
+PAIRS = ("nf4", "double_quant")  # kinds of which two functions are checked together
+NAMED = 2  # causes in a message; where more fit, none is likely
 FAR = 5.0  # bounds between the right result and that of a mistake which is named
 
 
@@ -27,12 +31,13 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
     Attributes:
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
-        causes: known mistakes that explain every failing case.
+        found: what was wrong and the likely causes, without the name of the law and its statement.
+        causes: known mistakes that explain most failing cases, more than half; several if they cannot be told apart.
     """
 
-    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
+    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = (), found: str = ""):
         super().__init__(message)
-        self.law, self.case, self.causes = law, case, causes
+        self.law, self.case, self.causes, self.found = law, case, causes, found
 
 
 class NotApplicable(Exception):  # noqa: N818  # no error: an implementation does not have what the law is about
@@ -48,32 +53,38 @@ class Comparison:
         actual: an array, or an exception that was raised in its place.
         expected: the right value; without a bound, bits must be equal.
         mistakes: returns known wrong values, by what was done wrong.
+        describe: returns the input at an index, in words.
+        base: what the result is without the update, if it has one.
     """
 
     what: str
     actual: Any
     expected: Bounded | Array
     mistakes: Callable[[], Mapping[str, Array]] = dict
+    describe: Callable[[tuple[int, ...]], str] = lambda index: ""
+    base: Array | None = None
 
     def worst(self) -> Worst:
-        return worst(self.actual, self.expected)
+        found = worst(self.actual, self.expected)
+        where = self.describe(found.index) if found.ratio > 1 else ""
+        return replace(found, where=f"{where}: " * bool(where))
 
-    def causes(self) -> set[str]:
-        """Return the mistakes whose result the wrong one is."""
+    def causes(self) -> dict[str, bool]:
+        """Return the mistakes that differ from the right result, and whether the wrong one is theirs."""
+        if isinstance(self.actual, Exception):
+            return {}
         right = self.expected if isinstance(self.expected, Bounded) else Bounded.exact(self.expected)
         with np.errstate(all="ignore"):
             mistakes = {cause: as_array(wrong) for cause, wrong in self.mistakes().items()}
-        if as_array(self.actual).shape != right.value.shape:
-            return set()
         coarse = right.error * COARSER
         is_sharp = right.dtype == "float64" and coarse.max(initial=0.0) < 1e-3 * abs(right.value).max(initial=0.0)
         if is_sharp and worst(self.actual, right.value, coarse).ratio <= 1:
-            return {ROUNDED}
+            return {ROUNDED: True}
         candidates = {cause: wrong for cause, wrong in mistakes.items() if wrong.shape == right.value.shape}
         return {
-            cause
+            cause: worst(self.actual, wrong, 4 * right.error).ratio <= 1
             for cause, wrong in candidates.items()
-            if worst(wrong, right).ratio > FAR and worst(self.actual, wrong, 4 * right.error).ratio <= 1
+            if worst(wrong, right).ratio > FAR
         }
 
 
@@ -96,8 +107,8 @@ class Claim:
         assert not self.problem, self.problem
         return Worst(0.0, (), 0.0, 0.0, 0.0)
 
-    def causes(self) -> set[str]:
-        return set(self.likely)
+    def causes(self) -> dict[str, bool]:
+        return dict.fromkeys(self.likely, True)
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,15 @@ class Report:
     statement: str
     ratio: float
     comparisons: int
+
+    @property
+    def checked(self) -> bool:
+        """Whether anything was compared: not where the law is about an option that the implementation does not take."""
+        return self.comparisons > 0
+
+    def __str__(self) -> str:
+        used = f"{self.ratio:.3f}" if self.checked else "–"
+        return f"{self.law:16} {used:>5}  {self.statement}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +149,7 @@ class Law:
         statement: the law in words.
         cases: returns the cases, from small to large; None is the only case of what takes no input, such as files.
         compare: (implementation, case) -> comparisons.
-        known: a known deviation, which must still be there: the text of its cause, or of a part of the message.
+        known: a known deviation, which must still be there: the text of its cause, or a part of what was found.
         skip: called with the reason where the law does not apply, such as `pytest.skip`.
     """
 
@@ -151,8 +171,11 @@ class Law:
         Raises:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
+            TypeError: the implementation is no pair, and two functions are checked together.
         """
         __tracebackhide__ = True
+        if self.kind in PAIRS and not (isinstance(implementation, tuple | list) and len(implementation) == 2):
+            raise TypeError(f"{self.kind} is checked with a pair (quantize, dequantize)")
         try:
             report = self._check(implementation, case)
         except NotApplicable as reason:
@@ -161,7 +184,7 @@ class Law:
             self.skip(str(reason))
             return Report(self.id, self.statement, 0.0, 0)
         except CheckFailure as failure:
-            if self.known and self.known in str(failure):
+            if self.known and self.known in failure.found:
                 return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
             raise
         if self.known:
@@ -202,15 +225,21 @@ class Law:
     def _fail(self, failures: list[Failure], failing: int, cases: int) -> NoReturn:
         __tracebackhide__ = True
         first = failures[0]
-        causes = explanations(failures)
+        causes, alternatives = explanations(failures)
+        causes = causes or patterns([failure.comparison for failure in failures])
         has_case = first.case is not None
+        likely = [f"  likely cause: {cause}" for cause in causes]
+        if alternatives > NAMED:
+            likely = [f"  {alternatives} known mistakes have this result: see `causes` of this failure"]
+        what = f"{first.comparison.what}: wrong"
         lines = [
-            f"{self.id}: {first.comparison.what}: wrong" + f" in {failing} of {cases} cases" * has_case,
+            f"{self.id}: {what}" + f" in {failing} of {cases} cases" * has_case,
             f"  law: {self.statement}",
             *[f"  smallest failing case: {first.case}"] * has_case,
             f"  {first.text}",
-            *(f"  likely cause: {cause}" for cause in causes),
+            *likely,
         ]
+        found = "\n".join([what, first.text, *causes])
         if has_case:
             lines += [
                 "  to repeat:",
@@ -219,7 +248,7 @@ class Law:
                 f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
             ]
         raised = first.comparison.actual if isinstance(first.comparison.actual, Exception) else None
-        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes)) from raised
+        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes), found) from raised
 
 
 def short_repr(case: Any) -> str:
@@ -228,19 +257,45 @@ def short_repr(case: Any) -> str:
     return f"{type(case).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
 
 
-def explanations(failures: list[Failure]) -> list[str]:
-    """Return the known mistakes that explain most of the wrong results, name by name."""
-    causes: dict[str, list[set[str]]] = {}
+def explanations(failures: list[Failure]) -> tuple[list[str], int]:
+    """Return the known mistakes that explain most failing cases, more than half, and how many explain one result.
+
+    Exceptions are not explained.
+    """
+    cases, votes = dict[int, list[dict[str, bool]]](), Counter[str]()
     for failure in failures:
-        if not isinstance(failure.comparison.actual, Exception):
-            causes.setdefault(failure.comparison.what, []).append(failure.comparison.causes())
-    explained = []
-    for found in causes.values():
-        votes = {cause: sum(cause in each for each in found) for cause in sorted(set[str]().union(*found))}
-        most = max([*votes.values(), len(found) / 2])
-        explained += [cause for cause, count in votes.items() if count == most and cause != ROUNDED]
-        explained += [ROUNDED] * (votes.get(ROUNDED, 0) == len(found) > 0)
-    return list(dict.fromkeys(explained))
+        cases.setdefault(id(failure.case), []).append(failure.comparison.causes())
+    for found in cases.values():  # of one case: what explains a comparison, and is not refuted by another
+        votes.update({cause for each in found for cause in each if all(other.get(cause, True) for other in found)})
+    most = max([len(cases) // 2 + 1, *votes.values()])
+    causes = [cause for cause in sorted(votes) if votes[cause] == (len(cases) if cause == ROUNDED else most)]
+    return causes, max(len({*causes} & {*each}) for found in cases.values() for each in found)
+
+
+def patterns(wrong: list[Any]) -> list[str]:
+    """Return what all wrong results have in common: they are 16-bit numbers, or one multiple of the right ones."""
+    for each in wrong:
+        if isinstance(each.actual, Exception) or not isinstance(getattr(each, "expected", None), Bounded):
+            return []
+    bases = [0.0 if each.base is None else each.base for each in wrong]
+    numbers = [
+        np.array(np.broadcast_arrays(as_array(each.actual), each.expected.value, each.expected.error, base))
+        for each, base in zip(wrong, bases, strict=True)
+    ]
+    found, right, error, base = np.concatenate([each.reshape(4, -1) for each in numbers], axis=1)
+    if all(each.expected.dtype in ("float32", "float64") for each in wrong) and found.any():
+        for dtype in ("bfloat16", "float16"):
+            if np.array_equal(found, rounded(found, dtype)) and not np.array_equal(right, rounded(right, dtype)):
+                return [f"every number found is a {dtype}"]
+    with np.errstate(all="ignore"):
+        share = (right - base) / error**2
+        factor = float((share * (found - base)).sum() / (share * (right - base)).sum())
+        is_multiple = (abs(base + factor * (right - base) - found) <= 4 * max(1, abs(factor)) * error).all()
+    if not is_multiple or found.size < 3 or f"{factor:.6g}" == "1":
+        return []
+    what = "the result" if wrong[0].base is None else "the update"
+    binary = " (log₂, not ln)" if abs(factor * np.log(2) - 1) < 1e-6 else ""
+    return [f"{what} is {factor:.6g} times the right one{binary}"]
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:

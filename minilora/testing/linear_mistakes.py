@@ -89,6 +89,21 @@ def _wrong_magnitudes(case: AdaptedLinear, V: Array, b: Array) -> dict[str, tupl
     return found
 
 
+def wrong_starts(case: AdaptedLinear) -> dict[str, tuple[Array, Array]]:
+    """Return the same for a DoRA layer that was given no magnitude: not what equals a wrong start of the magnitude."""
+    V, b = case.W + case.scale * case.B @ case.A, np.zeros(case.outer) if case.b is None else case.b
+    starts = {
+        "the magnitude starts at 1 (or, if dora-forward fails, the norm is squared)": V / _norm(V)[:, None],
+        "the magnitude starts at ‖W + s·B A‖ (or, if dora-forward fails, does nothing)": V,
+    }
+    others = {
+        cause: (weight, bias)
+        for cause, (weight, bias) in wrong_linears(case).items()
+        if not any(np.allclose(weight, start) for start in starts.values())
+    }
+    return others | {cause: (start, b) for cause, start in starts.items()}
+
+
 def merged_mistakes(case: AdaptedLinear) -> Callable[[], dict[str, Array]]:
     """Return a function that computes known wrong merged weights by their mistake."""
 

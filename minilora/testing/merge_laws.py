@@ -20,7 +20,8 @@ def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparis
     tensors = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
     last = [tensors.pop("magnitude")]
     actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
-    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case))
+    base = case.W if case.method == "lora" else None
+    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case), base=base)
     for name, given in tensors.items():
         yield Comparison(f"{name}, which is only read", given, case.arrays[name])
 

@@ -7,9 +7,10 @@
     >>> merge(W, A, B, 0.5).item(), wrong.plant(merge)(W, A, B, 0.5).item()
     (0.5, 1.0)
 
-Each `plant` works on your own correct callable of that kind as well, if it takes and returns torch tensors. Two kinds
-differ: of `nf4` and `double_quant` it takes and returns the pair (quantize, dequantize), and of `adapter_directory` the
-mapping {"config": …, "tensors": …} before it is written.
+Each `plant` works on your own correct callable of that kind as well, if it takes and returns torch tensors; some ignore
+it and return one of their own. Of `nf4` and `double_quant` it takes and returns the pair (quantize, dequantize), of
+`adapter_directory` the mapping {"config": …, "tensors": …} before it is written, and of `merge` a function that merges
+DoRA, too, merge(W, A, B, scale, magnitude): the last three mistakes of that kind are mistakes of DoRA.
 """
 
 from __future__ import annotations

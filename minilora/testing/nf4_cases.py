@@ -32,9 +32,10 @@ DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
 class NF4Weight:
     """A weight (rows, columns) to be quantized in blocks, and what is right for it.
 
-    Kinds are those of `hard_weight`, and: zeros; zero_block: the first block is 0; levels: powers of two times levels,
-    so that bytes are certain; ties: midpoints of levels, of those that float32 represents, and float32's next numbers
-    below and above each midpoint.
+    Kinds: normal; outlier: one is a thousand times larger; constant: all are equal; tiny: of magnitude 1e-40;
+    rank_deficient: of rank 1; huge_ratio: the rows differ by factors from 1e-6 to 1e6; zeros; zero_block: the first
+    block is 0; levels: powers of two times levels, so that bytes are certain; ties: midpoints of levels, of those that
+    float32 represents, and float32's next numbers below and above each midpoint.
     """
 
     rows: int = 1
@@ -107,6 +108,17 @@ class NF4Weight:
     def admissible(self) -> Array:
         """Return whether rounding may choose a code, the nearest or one nearly as near: (n, 16)."""
         return self.is_small[:, None] | nearly_nearest(self.quotients.reshape(-1, 1) - LEVELS)
+
+    def describe(self, index: tuple[int, ...]) -> str:
+        """Return w / absmax of a weight in words, and the midpoint of levels next to it."""
+        w, absmax = self.W.reshape(-1)[index], self.of_each(self.absmax)[index]
+        x = float(np.divide(w, absmax, out=np.zeros(()), where=absmax > 0))
+        k = int(abs(MIDPOINTS - x).argmin())
+        gap = x - MIDPOINTS[k]
+        if abs(gap) > 1e-6:
+            return f"w/absmax is {x:.9g}"
+        side = "the midpoint" if gap == 0 else f"just {'above' if gap > 0 else 'below'} the midpoint"
+        return f"w/absmax is {x:.9g}, {side} of levels {k} and {k + 1}"
 
     @property
     def approximated(self) -> Bounded:

@@ -75,18 +75,22 @@ def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
     return tensor(case.packed, "uint8"), tensor(case.absmax)
 
 
-def codes_mistakes(case: NF4Weight) -> Callable[[], dict[str, Array]]:
-    return lambda: {cause: wrong.codes for cause, wrong in wrong_quantizations(case).items()}
+def codes(case: NF4Weight, what: str, found: Array) -> Comparison:
+    """Compare codes with the right ones, and describe the weight at a wrong one."""
+    mistakes = lambda: {cause: wrong.codes for cause, wrong in wrong_quantizations(case).items()}  # noqa: E731
+    return Comparison(what, found, case.codes, mistakes, case.describe)
 
 
 def nearest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    codes = as_codes(quantized(pair, case)[0], case.W.size)
-    yield Comparison("codes", certain(codes, case.codes, case.admissible), case.codes, codes_mistakes(case))
+    packed, _ = quantized(pair, case)
+    yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
+    yield codes(case, "codes", certain(as_codes(packed, case.W.size), case.codes, case.admissible))
 
 
 def exact_codes(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    codes = as_codes(quantized(pair, case)[0], case.W.size)
-    yield Comparison("codes", codes, case.codes, codes_mistakes(case))
+    packed, _ = quantized(pair, case)
+    yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
+    yield codes(case, "codes", as_codes(packed, case.W.size))
 
 
 def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -95,9 +99,8 @@ def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 
 def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, absmax = quantized(pair, case)
+    _, absmax = quantized(pair, case)
     yield from exact_codes(pair, case)
-    yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
     yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
     weight = dequantized(pair, case, *stored(case))
     yield form("the dequantized weight", weight, (case.rows, case.columns), "float32")
@@ -105,7 +108,7 @@ def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, _ = pair[0](tensor(case.W.T.copy(), case.dtype).T, case.block_size)
-    yield Comparison("codes of a transposed view", as_codes(packed, case.W.size), case.codes, codes_mistakes(case))
+    yield codes(case, "codes of a transposed view", as_codes(packed, case.W.size))
 
 
 def values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -134,7 +137,8 @@ def kept(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, absmax = quantized(pair, case)
     again, largest = pair[0](dequantized(pair, case, packed, absmax), case.block_size)
-    yield Comparison("codes of a dequantized weight", as_codes(again, case.W.size), as_codes(packed, case.W.size))
+    first, second = (as_codes(each, case.W.size) for each in (packed, again))
+    yield replace(codes(case, "codes of a dequantized weight", second), expected=first, mistakes=dict)
     yield Comparison("absmax of a dequantized weight", largest, as_array(absmax))
 
 
@@ -143,7 +147,8 @@ def powers(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     for k in (-12, 7):
         scaled = replace(case, power=k)
         other, larger = quantized(pair, scaled)
-        yield Comparison(f"codes of 2^{k}·W", as_codes(other, case.W.size), as_codes(packed, case.W.size))
+        first, second = (as_codes(each, case.W.size) for each in (packed, other))
+        yield replace(codes(case, f"codes of 2^{k}·W", second), expected=first, mistakes=dict)
         yield Comparison(f"absmax of 2^{k}·W", larger, scaled.stored_absmax)
 
 
@@ -189,7 +194,9 @@ def nested_codes(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     codes, _, _, mean = nested(pair, case)
     right, found = case.codes(mean), as_array(codes)
     mistakes = functools.partial(wrong_nested_codes, case, mean)
-    yield Comparison("codes", certain(found, right, case.admissible(mean)), right, mistakes)
+    x = case.quotients(mean).value
+    place = lambda index: f"(absmax - offset)/scale is {x[index]:.9g}"  # noqa: E731
+    yield Comparison("codes", certain(found, right, case.admissible(mean)), right, mistakes, place)
 
 
 def nested_layout(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
@@ -257,15 +264,25 @@ _exact = functools.partial(weights, "levels")
 _CODE = "each code is that of the level nearest to w / absmax"
 _NF4 = (
     ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", _plain, nearest),
-    ("ties", "a number midway between two levels gets the lower one", functools.partial(weights, "ties"), exact_codes),
-    ("absmax", "absmax = max |w| of each block, bit for bit", _plain, largest),
+    (
+        "ties",
+        "a number midway between two levels gets the lower one, its neighbours the nearest",
+        functools.partial(weights, "ties"),
+        exact_codes,
+    ),
+    (
+        "absmax",
+        "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it",
+        _plain,
+        largest,
+    ),
     ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", _exact, layout),
     ("values", "dequantize gives level · absmax, rounded once to float32", _plain, values),
     ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", _plain, error),
     ("kept", "zeros and the largest number of each block are kept exactly", _plain, kept),
     ("idempotence", "a dequantized weight has the same codes and absmaxes", _plain, idempotence),
     ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", _plain, powers),
-    ("hard", f"{_CODE}, for outliers, constants, denormals and zeros", _hard, all_of),
+    ("hard", f"{_CODE}, for outliers, constants and small numbers; of denormals and zeros, any", _hard, all_of),
     ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", larger_blocks, all_of),
     ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", small_floats, all_of),
     ("views", "a weight that is a transposed view has the codes of its copy", _exact, views),

@@ -28,6 +28,7 @@ class Row(NamedTuple):
     """How much of the allowed error a law used."""
 
     law: str
+    dtype: str  # of the results
     definitions: float | None  # None where they are what kernels are compared with
     kernels: float
     failure: str  # the message of a broken law, or ""
@@ -38,24 +39,34 @@ def selftest(device: torch.device, dtype: str) -> Iterator[Row]:
     tried, cases = implementations(device), dict[str, Any]()
     for law in laws(*tried).values():
         if law.name != "16-bit":  # which is the law of the forward once more
-            on_dtype = replace(law, cases=functools.partial(in_dtype, law, dtype, cases))
+            own = dtype_of(law, dtype)
+            on_dtype = replace(law, cases=functools.partial(in_dtype, law, own, cases))
             with plain():
                 definitions, broken = used(on_dtype, tried[law.kind])
             kernels, also = used(on_dtype, tried[law.kind])
-            yield Row(law.id, definitions, kernels, broken or also)
+            yield Row(law.id, own, definitions, kernels, broken or also)
     for name, (call, tensors) in kernel_calls(device, getattr(torch, dtype)).items():
-        own = WITH_KERNEL[name]
+        kernel = WITH_KERNEL[name]
         try:
-            report = check_kernel(functools.partial(call, own), functools.partial(call, own.function), tensors)
-            yield Row(f"kernel-{name}", None, report.ratio, "")
+            report = check_kernel(functools.partial(call, kernel), functools.partial(call, kernel.function), tensors)
+            yield Row(f"kernel-{name}", dtype, None, report.ratio, "")
         except CheckFailure as failure:
-            yield Row(f"kernel-{name}", None, float("inf"), str(failure))
+            yield Row(f"kernel-{name}", dtype, None, float("inf"), str(failure))
+
+
+def not_run(device: torch.device) -> list[str]:
+    """Return the laws that `selftest` leaves out: those of another dtype, and the kinds that compute nothing."""
+    return ["16-bit", *sorted({law.kind for law in laws().values()} - {*implementations(device)})]
+
+
+def dtype_of(law: Law, dtype: str) -> str:
+    """Return the dtype in which a law is checked: float32 where absmaxes are, and powers of two may be denormal."""
+    is_float32 = law.kind in ("nf4", "double_quant") or (law.kind == "linear4bit" and dtype == "float64")
+    return "float32" if is_float32 else dtype
 
 
 def in_dtype(law: Law, dtype: str, shared: dict[str, Any]) -> list[Any]:
     """Return the cases of a law in a dtype; laws share cases, by their `repr`, and with them the right results."""
-    if law.kind == "nf4" or (law.kind == "linear4bit" and dtype == "float64"):
-        dtype = "float32"  # that of absmaxes, and of powers of two that are no denormal numbers
     cases = [replace(case, dtype=dtype) if hasattr(case, "dtype") else case for case in law.cases()]
     return [shared.setdefault(name, case) for name, case in {repr(case): case for case in cases}.items()]
 
