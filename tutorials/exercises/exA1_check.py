@@ -29,7 +29,7 @@ def check(answer: ModuleType) -> None:
         )
         assert math.isclose(loss, expected, rel_tol=1e-9), (
             f"policy: chosen {pair[0]}, rejected {pair[1]}; reference: {pair[2]}, {pair[3]}; β = {beta}: "
-            f"the loss is {loss:.6f}, not {expected:.6f}. The margin is {margin:+.1f}, and a larger margin has a smaller loss"
+            f"the loss is {loss:.6f}, not {expected:.6f}. A larger margin ({margin:+.1f} here) has a smaller loss"
         )
     found.sum().backward()
     assert all(argument.grad is None for argument in arguments[2:]), (
