@@ -48,6 +48,7 @@ MISTAKES = {
     ],
     "03": [
         ("(sigma[:r] / s)", "sigma[:r]"),
+        ("(sigma[:r] / s)", "(sigma[:r] / s**2)"),
         ("(sigma[:r] / s)", "(sigma[:r].sqrt() / s)"),
         ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
         ("Vt[:r]", "Vt[:, :r].T"),
@@ -56,6 +57,7 @@ MISTAKES = {
         (".sum().item()", ".sum()"),
     ],
     "04": [
+        ("alpha / r**power", "1 / r**power"),
         ("alpha / r**power", "alpha * r**power"),
         ("r**power", "r**0.5"),
         ("r**power", "r"),

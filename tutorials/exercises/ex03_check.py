@@ -29,10 +29,10 @@ def check(answer: ModuleType) -> None:
         least, total = max(0.0, math.fsum(squares[r:])), math.fsum(squares)
         left = delta.numpy() - lora_merged_weight(np.zeros(shape), A.numpy(), B.numpy(), s)
         loss = float(np.square(left).sum())
-        unscaled = float(np.square(delta.numpy() - (B @ A).numpy()).sum())
-        hint = "B A alone is the best cut, but the layer multiplies it by s: divide by s once"
-        if unscaled > least + 1e-9 * total:
-            hint = "keep the r largest singular values, each once, with the u and v that belong to them"
+        hint = "keep the r largest singular values, each once, with the u and v that belong to them"
+        others = [np.square(delta.numpy() - factor * (B @ A).numpy()).sum() for factor in (1, s * s)]
+        if min(others) < least + 1e-9 * total:
+            hint = "these are the right singular values, but is s divided out once? The layer multiplies B A by it"
         assert loss < least + 1e-9 * total, (
             f"{case}: s·B A misses {loss:.4f} of {total:.4f}, and the best misses {least:.4f}. {hint}"
         )

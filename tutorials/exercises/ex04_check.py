@@ -23,6 +23,9 @@ def check(answer: ModuleType) -> None:
             s = answer.stable_scale(RANKS, sizes, alpha, r)
             kind = type(s).__name__
             assert isinstance(s, float), f"{case}: the scale is a {kind}, need a Python float"
+            assert r > 1 or math.isclose(s, alpha, rel_tol=1e-9), (
+                f"{case}: s = {s:.4g} at rank 1, need alpha, {alpha:g}, whatever the sizes are"
+            )
             ratio = s * 3.0 * r**power / (alpha * 3.0)
             assert math.isclose(ratio, 1, rel_tol=1e-9), (
                 f"{case}: with s = {s:.4g} at rank {r}, s times the size is {ratio:.4g} times that of rank 1, need 1. "
