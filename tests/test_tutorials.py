@@ -114,6 +114,8 @@ MISTAKES = {
         ("W + s * B @ A", "W"),
         ("V / V.norm(dim=1, keepdim=True)", "V"),
         ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
+        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)[:, None]"),
+        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=1)"),
         ("V.norm(dim=1", "W.norm(dim=1"),
         (".sum(dim=0)", ".mean(dim=0)"),
         (".sum(dim=0)", ".sum(dim=1)"),

@@ -43,6 +43,12 @@ def mistakes(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -
     return {
         ". The norm is missing: m multiplies a row of length 1": gradient(V),
         ". That is the norm of each column (dim=0); m belongs to the rows, the outputs": gradient(V / V.norm(dim=0)),
+        ". That is the norm of each column (dim=0) beside the rows; need that of each row (dim=1)": gradient(
+            V / V.norm(dim=0)[:, None]
+        ),
+        ". The norms of the rows are spread over the columns; keepdim=True keeps them beside their rows": gradient(
+            V / V.norm(dim=1)
+        ),
         ". That divides by the norm of W; the forward divides by that of W + s·B A": gradient(
             V / W.norm(dim=1, keepdim=True)
         ),
