@@ -109,8 +109,8 @@ def attach_lora(
     layers: dict[str, Any] = {path: wrappers.get(path) or AdapterLinear(chosen[path], path) for path in chosen}
     for layer in layers.values():
         shape_A, shape_B = layer.shapes(layer.base, r)
-        lora_A = nn.init.kaiming_uniform_(torch.empty(shape_A), a=5**0.5, generator=generator)
-        tensors = {"lora_A": lora_A, "lora_B": torch.zeros(shape_B)}
+        A, B = torch.empty(shape_A, dtype=torch.float32), torch.zeros(shape_B, dtype=torch.float32)
+        tensors = {"lora_A": nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator), "lora_B": B}
         if use_dora:  # m = ‖W‖
             tensors["magnitude"] = dora_norm(layer.base.weight.cpu(), **tensors, scale=scale)
         layer.add_adapter(name, LoraAdapter(tensors, scale, lora_dropout))

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
+from minilora.adapter import attach_lora, lora_tensors
 from minilora.adapters.initialize import (
     embedding_factors,
     initial_factors,
@@ -18,7 +19,7 @@ from minilora.adapters.initialize import (
 )
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, relative
-from tests.models import randn, scales, seeds, sizes
+from tests.models import randn, scales, seeds, sizes, tiny_model
 
 MOVED = ("pissa", "pissa_niter_3", "olora")
 CONVOLUTIONS = [((6, 4, 3, 3), (5, 6, 1, 1)), ((6, 2, 3), (8, 3, 1)), ((6, 10), (7, 6))]
@@ -100,7 +101,10 @@ def test_the_same_generator_draws_the_same_factors_and_another_others(kind):
 def test_the_default_dtype_changes_no_start_value(kind):
     def draw():
         embedding = embedding_factors(kind, 6, 3, 2, generator()) if isinstance(kind, bool) else ()
-        return [*initial_factors(kind, (2, 5), (4, 2), generator()), *embedding]
+        model = tiny_model(num_hidden_layers=1)
+        attach_lora(model, ["q_proj"], r=2)
+        on_the_page = lora_tensors(model, "default").values()
+        return [*initial_factors(kind, (2, 5), (4, 2), generator()), *embedding, *on_the_page]
 
     expected = draw()
     torch.set_default_dtype(torch.float64)
