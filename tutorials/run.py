@@ -236,26 +236,26 @@ def main() -> None:
     paths = {path.name.partition("_")[0]: path for path in sorted(HERE.glob("*_*.md"))}
     if unknown := set(arguments.chapters) - paths.keys():
         parser.error(f"there is no chapter {min(unknown)}; there are {', '.join(paths)}")
+    slow = {name for name, path in paths.items() if "<!-- slow -->" in path.read_text("utf-8")}
+    chosen = arguments.chapters or [name for name in paths if name not in slow]
+    if len(chosen) > 1:  # each in a process of its own, which starts as if it were the first
+        flags = [flag for flag in sys.argv[1:] if flag.startswith("--")]
+        runs = [subprocess.run([sys.executable, __file__, *flags, name], check=False) for name in chosen]
+        sys.exit(max(run.returncode for run in runs))
+    (path,) = (paths[name] for name in chosen)
+    if arguments.notebooks:
+        with workplace():
+            write_notebook(path)
+        sys.exit(print(f"{path.with_suffix('.ipynb').name}: written"))
     import matplotlib
 
     matplotlib.use("Agg")
-    differences = []
-    for name, path in paths.items():
-        is_slow = "<!-- slow -->" in path.read_text("utf-8")
-        if not (name in arguments.chapters or not (arguments.chapters or is_slow)):
-            continue
-        if arguments.notebooks:
-            with workplace():
-                write_notebook(path)
-            print(f"{path.with_suffix('.ipynb').name}: written")
-        else:
-            with workplace(), matplotlib.rc_context(STYLE):
-                chapter = Chapter(path, arguments.check)
-                chapter.run()
-            differences += chapter.differences if arguments.check else []
-            told = "as it stands" if not chapter.differences else f"{len(chapter.differences)} outputs are others"
-            print(f"{path.name}: {told}" + ("" if arguments.check else ", and written"))
-    sys.exit("\n\n".join(differences) or 0)
+    with workplace(), matplotlib.rc_context(STYLE):
+        chapter = Chapter(path, arguments.check)
+        chapter.run()
+    told = "as it stands" if not chapter.differences else f"{len(chapter.differences)} outputs are others"
+    print(f"{path.name}: {told}" + ("" if arguments.check else ", and written"))
+    sys.exit("\n\n".join(chapter.differences) * arguments.check or 0)
 
 
 if __name__ == "__main__":
