@@ -206,6 +206,7 @@ def seen(count):
     return os.getpid(), torch.get_num_threads(), peak.read()
 
 
+@pytest.mark.long
 def test_a_fresh_process_is_another_one_with_as_many_threads_and_a_peak_of_its_own():
     torch.set_num_threads(3)
     number, threads, peak = process.in_fresh_process(seen, 10**8)

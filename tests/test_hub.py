@@ -359,6 +359,7 @@ def test_what_was_fetched_once_is_there_without_a_network(hub, models, monkeypat
     ml.load_tokenizer("org/tiny")
 
 
+@pytest.mark.long
 def test_the_hub_s_own_environment_says_where_it_is_and_where_its_cache_is(hub, models, tmp_path):
     """In a process of its own, since `huggingface_hub` reads it once. Nothing is imported before it is needed."""
     code = """

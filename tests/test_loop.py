@@ -498,6 +498,7 @@ def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_befo
         one_step(model, rows, compile=True)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
 @compiled
 def test_layers_and_steps_share_what_is_compiled(backend, lora, monkeypatch):

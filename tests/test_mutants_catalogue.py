@@ -7,6 +7,7 @@ import pytest
 
 from minilora.testing import CheckFailure, NotApplicable, implementations, laws
 from minilora.testing.mutants import MUTANTS
+from tests.models import long
 
 CORRECT = {
     "lora": implementations.LoRALayer,
@@ -30,7 +31,7 @@ TRIED = [
 ]
 
 
-@pytest.mark.parametrize("kind", CORRECT)
+@pytest.mark.parametrize("kind", [*long("lora", "dora"), *(kind for kind in CORRECT if kind not in ("lora", "dora"))])
 def test_the_correct_implementation_keeps_every_law(kind, tmp_path):
     for law in LAWS[kind]:
         with suppress(NotApplicable):

@@ -122,13 +122,13 @@ MISTAKES = {
     ),
     "law 2: B does not start at 0": Mistake(
         "adapters/initialize.py",
-        "torch.zeros(*shape_B) if kind else",
+        "_zeros(shape_B) if kind else",
         "torch.full(shape_B, 1e-3) if kind else",
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
     "law 2: on the page B does not start at 0": Mistake(
         "adapter.py",
-        "torch.zeros(shape_B)",
+        "torch.zeros(shape_B, dtype=torch.float32)",
         "torch.full(shape_B, 1e-3)",
         "test_six_pages.py",
     ),

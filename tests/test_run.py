@@ -684,6 +684,7 @@ def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, 
     assert f"the data are not those that {tmp_path / 'one' / 'run.json'} was written with" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_run_in_four_bits_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch):
     options = {"quantize": "nf4", "max_steps": 6}
     assert finetune(directory, tmp_path / "whole", **options) == 0
