@@ -5,16 +5,18 @@ Options, fields of a data class that are flags of the command line, are declared
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class MiniloraError(Exception):
@@ -75,6 +77,27 @@ def check_types(owner: Any, values: Mapping[str, object]) -> None:
     if bad:
         wrong = (f"{name} is {value!r:.80}, need {in_words(hints[name])}" for name, value in bad)
         raise ConfigError(f"{owner.__name__}: {'; '.join(wrong)}")
+
+
+def answers(**advice: str) -> Callable[[F], F]:
+    """Decorate a function or a class so that keyword arguments of other libraries raise a `TypeError` with advice."""
+
+    def decorate(target: F) -> F:
+        call: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+
+        @functools.wraps(call)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if foreign := sorted(kwargs.keys() & advice.keys()):
+                told = "; ".join(f"no {name!r}: {advice[name]}" for name in foreign)
+                raise TypeError(f"{target.__name__} has {told}")
+            return call(*args, **kwargs)
+
+        if isinstance(target, type):
+            target.__init__ = checked  # type: ignore[misc]
+            return target
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 def fits(value: object, hint: Any) -> bool:

@@ -99,3 +99,21 @@ def test_numbers_and_text_fit_their_own_types_and_whole_numbers_fit_float(number
 )
 def test_types_have_short_names(hint, words):
     assert in_words(hint) == words
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: ml.LoraConfig(rank=8, alpha=16), "LoraConfig has no 'alpha': use lora_alpha; no 'rank': use r"),
+        (lambda: ml.TrainConfig(lr=1e-3), "TrainConfig has no 'lr': use learning_rate"),
+        (lambda: ml.load_model("nowhere", device_map="auto"), "load_model has no 'device_map': use device"),
+    ],
+)
+def test_an_argument_of_another_library_is_answered_with_ours(call, said):
+    with pytest.raises(TypeError, match=f"^{said}"):
+        call()
+
+
+def test_an_argument_that_nobody_has_is_python_s_own_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rnak'"):
+        ml.LoraConfig(rnak=8)

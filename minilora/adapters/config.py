@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError, check_types, document_fields, option
+from minilora.errors import ConfigError, TargetError, answers, check_types, document_fields, option
 from minilora.lora import lora_scale
 
 Bias = Literal["none", "all", "lora_only"]
@@ -33,6 +33,13 @@ RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another 
 T = TypeVar("T")
 
 
+@answers(
+    rank="use r",
+    alpha="use lora_alpha",
+    dropout="use lora_dropout",
+    inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
+    fan_in_fan_out="the kind of a layer says it",
+)
 @document_fields
 @dataclass(frozen=True)
 class LoraConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minilora.durable import publishing
-from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
+from minilora.errors import ConfigError, FormatError, TrainingError, answers, check_types, listed
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     Quantize,
@@ -51,6 +51,7 @@ CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal")  # like
 M = TypeVar("M", "Llama", "Classifier")
 
 
+@answers(device_map="use device", torch_dtype="use dtype", load_in_4bit='use quantize="nf4"')
 def load_model(
     name_or_path: str | Path,
     dtype: torch.dtype | str = "auto",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.layout import read_adapter
-from minilora.errors import ConfigError, check_types, document_fields, option
+from minilora.errors import ConfigError, answers, check_types, document_fields, option
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import UNITS, LlamaConfig
 from minilora.models.hub import fetch
@@ -58,6 +58,12 @@ class DataConfig:
             raise ConfigError("DataConfig: " + "; ".join(bad))
 
 
+@answers(
+    lr="use learning_rate",
+    num_train_epochs="use epochs",
+    per_device_train_batch_size="use batch_size",
+    output_dir="give ml.train a checkpoint_dir",
+)
 @document_fields
 @dataclass(frozen=True)
 class TrainConfig:
