@@ -291,7 +291,8 @@ def patterns(wrong: list[Any]) -> list[str]:
         share = (right - base) / error**2
         factor = float((share * (found - base)).sum() / (share * (right - base)).sum())
         is_multiple = (abs(base + factor * (right - base) - found) <= 4 * max(1, abs(factor)) * error).all()
-    if not is_multiple or found.size < 3 or f"{factor:.6g}" == "1":
+    is_far = (abs(found - right) > 100 * error).any()  # else any factor near 1 fits
+    if not is_multiple or not is_far or found.size < 3:
         return []
     what = "the result" if wrong[0].base is None else "the update"
     binary = " (log₂, not ln)" if abs(factor * np.log(2) - 1) < 1e-6 else ""
