@@ -246,7 +246,8 @@ def main() -> None:
     if arguments.notebooks:
         with workplace():
             write_notebook(path)
-        sys.exit(print(f"{path.with_suffix('.ipynb').name}: written"))
+        print(f"{path.with_suffix('.ipynb').name}: written")
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -255,7 +256,8 @@ def main() -> None:
         chapter.run()
     told = "as it stands" if not chapter.differences else f"{len(chapter.differences)} outputs are others"
     print(f"{path.name}: {told}" + ("" if arguments.check else ", and written"))
-    sys.exit("\n\n".join(chapter.differences) * arguments.check or 0)
+    if arguments.check and chapter.differences:
+        sys.exit("\n\n".join(chapter.differences))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ trial.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_record
 from torch import Tensor, nn
 
 import minilora as ml
@@ -101,19 +99,12 @@ def accuracy(model: Llama) -> float:
 
 def main() -> None:
     """Run all, and write what is known after each run."""
-    record: dict[str, Any] = {
-        "command": "python tutorials/experiments/03_rank.py",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "torch": torch.__version__,
-        "seeds": SEEDS,
-        "base": accuracy(trainable_linears()),
-        "results": [],
-    }
+    base, results = accuracy(trainable_linears()), list[dict[str, Any]]()
     for seed in SEEDS:
         for run in [partial(full, "AdamW"), partial(full, "SGD"), *(partial(lora, r) for r in LORA_RANKS)]:
-            record["results"].append(run(seed))
-            FILE.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-            print(record["results"][-1], flush=True)
+            results.append(run(seed))
+            write_record(__file__, results, SEEDS, base=base)
+            print(results[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from record import write_record
 
 import minilora as ml
 from minilora.lora import lora_scale
@@ -97,17 +96,8 @@ def write(known: dict[Run, float]) -> None:
     """Write what is known, curve by curve and seed by seed."""
     curves = list(CURVES)
     runs = sorted(known, key=lambda run: (curves.index(run[:3]), run[4], run[3]))
-    record = {
-        "command": "python tutorials/experiments/04_rates.py",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "torch": torch.__version__,
-        "seeds": SEEDS,
-        "columns": ["method", "r", "scale", "k of the rate 2^k / 1000", "seed", "loss"],
-        "results": [],
-    }
-    lines = ",\n".join(json.dumps([*run, known[run]]) for run in runs)
-    text = json.dumps(record, indent=1).replace('"results": []', f'"results": [\n{lines}\n]')
-    FILE.write_text(text + "\n", "utf-8")
+    columns = ["method", "r", "scale", "k of the rate 2^k / 1000", "seed", "loss"]
+    write_record(__file__, [[*run, known[run]] for run in runs], SEEDS, columns=columns)
 
 
 if __name__ == "__main__":

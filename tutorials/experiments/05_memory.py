@@ -8,13 +8,13 @@ process used at most since minilora was imported. The chapter counts the tensors
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_record
 
 import minilora as ml
 from minilora.runs.memory import Plan, forecast
@@ -60,9 +60,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             results.append(pool.submit(measure, way).result())
         print(results[-1], flush=True)
-    about = {"command": "python tutorials/experiments/05_memory.py", "machine": "a shared server, one thread"}
-    kept = about | {"torch": torch.__version__, "seeds": [0], "results": results}
-    OUT.write_text(json.dumps(kept, indent=1) + "\n")
+    write_record(__file__, results, [0])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
+from record import write_record
 
 import minilora as ml
 from minilora.llama import Llama
@@ -76,9 +76,7 @@ def main() -> None:
             if (each["place"], each["rate"], each["seed"]) == (place, rate, seed):
                 return each
         results.append(measure(place, rate, seed))
-        about = {"command": "python tutorials/experiments/05_where.py", "machine": "a shared server, one thread"}
-        kept = about | {"torch": torch.__version__, "seeds": SEEDS, "steps": STEPS, "results": results}
-        OUT.write_text(json.dumps(kept, indent=1) + "\n")
+        write_record(__file__, results, SEEDS, steps=STEPS)
         print(results[-1], flush=True)
         return results[-1]
 

@@ -6,8 +6,6 @@ python tutorials/experiments/07_codes.py [--small]     writes 07_codes.json; --s
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,15 +116,10 @@ def main() -> None:
     if parser.parse_args().small:
         measure_small()
         return
+    from record import write_record  # beside this script
+
     results = measure("smollm2", HERE.parent / "data" / "devil" / "test.jsonl", 50, print)
-    record = {
-        "command": "python tutorials/experiments/07_codes.py",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "seeds": [0],  # of the normal numbers that codes are fitted to; nothing else is random
-        "results": results,
-    }
-    (HERE / "07_codes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(__file__, results, [0])  # seeds of the normal numbers that codes are fitted to; nothing else is random
 
 
 if __name__ == "__main__":

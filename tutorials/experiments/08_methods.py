@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import minilora as ml
@@ -112,16 +108,14 @@ def main() -> None:
     if parser.parse_args().small:
         small()
         return
-    command, machine = "python tutorials/experiments/08_methods.py", f"{platform.machine()}, 2 shared CPU cores"
+    from record import write_record  # beside this script
+
     results: list[dict[str, Any]] = []
     for seed in SEEDS:
         for method, (_, rates) in METHODS.items():
             results += [measure(method, rate, seed) for rate in rates]
             print(seed, method, *(f"{run['test']:.3f} {run['kl']:.3f}" for run in results[-len(rates) :]), flush=True)
-        told = {"command": command, "machine": machine, "torch": torch.__version__, "seeds": list(SEEDS[: seed + 1])}
-        lines = ",\n".join(map(json.dumps, results))
-        text = f'{json.dumps(told)[:-1]}, "results": [\n{lines}\n]}}\n'
-        Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
+        write_record(__file__, results, SEEDS[: seed + 1])
 
 
 if __name__ == "__main__":

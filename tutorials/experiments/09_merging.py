@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,17 +150,12 @@ def main() -> None:
     if parser.parse_args().small:
         measure_small()
         return
+    from record import write_record  # beside this script
+
     data = HERE.parent / "data" / "devil"
     config = {"learning_rate": 5e-4, "batch_size": 8, "max_steps": 16}
     results = measure("smollm2", (data / "train.jsonl", data / "test.jsonl"), 30, config)
-    record = {
-        "command": "python tutorials/experiments/09_merging.py",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "seeds": list(SEEDS),
-        "results": results,
-    }
-    (HERE / "09_merging.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(__file__, results, SEEDS)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,16 +131,14 @@ def main() -> None:
     if parser.parse_args().small:
         small()
         return
-    command, machine = "python tutorials/experiments/10_forgetting.py", f"{platform.machine()}, 2 shared CPU cores"
+    from record import write_record  # beside this script
+
     results: list[dict[str, Any]] = []
     for seed in SEEDS:
         for name in RUNS:
             results.append(measure(name, seed))
             print(json.dumps(results[-1]), flush=True)
-        told = {"command": command, "machine": machine, "torch": torch.__version__, "seeds": list(SEEDS[: seed + 1])}
-        lines = ",\n".join(map(json.dumps, results))
-        text = f'{json.dumps(told)[:-1]}, "results": [\n{lines}\n]}}\n'
-        Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
+        write_record(__file__, results, SEEDS[: seed + 1])
 
 
 if __name__ == "__main__":
