@@ -105,7 +105,7 @@ class LoraAdapter(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    magnitude: nn.Parameter | None
+    magnitude: Any  # a parameter, or None
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
         super().__init__()
@@ -178,10 +178,7 @@ class AdapterWrapper(nn.Module, ABC):
 
 
 class AdapterLinear(AdapterWrapper):
-    """A frozen linear layer with low-rank adapters, which are kept in a dtype of their own.
-
-    Embeddings and convolutions subclass this in `minilora.adapters.layers`.
-    """
+    """A frozen linear layer with low-rank adapters in a dtype of their own; `adapters.layers` subclasses it."""
 
     PEFT_NAMES: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight",
@@ -231,7 +228,6 @@ class AdapterLinear(AdapterWrapper):
     def magnitude_ratio(self, adapter: LoraAdapter, weight: Tensor) -> Tensor:
         """Return m / ‖W + s·B A‖, (out)."""
         norm = dora_norm(self.as_matrix(weight), *self.as_matrices(*adapter.factors()), adapter.scale)
-        assert adapter.magnitude is not None
         return adapter.magnitude.flatten() / norm
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:

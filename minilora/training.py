@@ -56,37 +56,41 @@ def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-class Step(NamedTuple):
-    """The result of a step. Reading its tensors waits for the device."""
-
-    losses: Tensor  # of each micro-batch, as its share of the step's loss
+class Step(NamedTuple):  # reading its tensors waits for the device
+    loss: Tensor
     grad_norm: Tensor  # before clipping
     labelled: int  # losses that were counted
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], loss: Loss = token_loss, max_grad_norm: float = 1.0
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Any],
+    loss: Loss = token_loss,
+    max_grad_norm: float = 1.0,
+    reduce: Callable[[list[Tensor], int], int] = lambda tensors, count: count,
 ) -> Step:
     """Make one optimizer step on the mean loss of some micro-batches.
 
-    The gradient is clipped to `max_grad_norm`, unless that is 0. If it is not finite, the weights stay unchanged.
+    The gradient is clipped to `max_grad_norm`, unless that is 0. If it is not finite, the weights stay unchanged. Where
+    processes share a step, `reduce` sums tensors over them in place, and returns the sum of their counts.
     """
     model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # not None, where the loss does not use a parameter
-    sums, count = [], 0
+    total, count = torch.zeros((), device=parameters[0].device), 0
     for batch in batches:
-        total, number = loss(model, batch)
-        total.backward()  # adds to the gradients
-        sums.append(total.detach().reshape(()))
-        count += number
+        part, number = loss(model, batch)
+        part.backward()  # adds to the gradients
+        total, count = total + part.detach().sum(), count + number
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    count = reduce([*gradients, total], count)
     if not count:
         raise DataError("the loss counts nothing in the rows of a step")
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_div_(gradients, count)
-    losses, norm = torch.stack(sums) / count, total_norm(gradients)
-    is_finite = losses.isfinite().all() & norm.isfinite()
+    torch._foreach_div_([*gradients, total], count)
+    norm = total_norm(gradients)
+    is_finite = total.isfinite() & norm.isfinite()
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: as it is
     if optimizer.defaults.get("fused") and norm.device.type != "mps":  # its kernel skips the step, without waiting
@@ -94,7 +98,7 @@ def train_step(
         optimizer.step()
     elif is_finite:
         optimizer.step()
-    return Step(losses, norm, count)
+    return Step(total, norm, count)
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:

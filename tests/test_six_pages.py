@@ -57,7 +57,7 @@ losses = []
 for step in range(20):
     optimizer.param_groups[0]["lr"] = training.learning_rate(step, 20, peak=2e-3, warmup=2)
     batch = data.collate(examples[8 * step : 8 * step + 8], torch.device("cpu"))
-    losses.append(training.train_step(model, optimizer, [batch]).losses.sum().item())
+    losses.append(training.train_step(model, optimizer, [batch]).loss.item())
 model.eval()
 logits["adapted"] = model(ids)
 adapter.save_lora(model, out / "adapter")

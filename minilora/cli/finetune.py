@@ -32,9 +32,10 @@ from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.checkpoint import pick_device, stored_dtype
+from minilora.models.checkpoint import stored_dtype
 from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch, locate
+from minilora.runs import world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.data import Dataset
 from minilora.runs.directory import check_room
@@ -94,27 +95,28 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: Options) -> int:
-    run = Run(
-        from_flags(RunConfig, options),
-        from_flags(QuantizeConfig, options),
-        from_flags(LoraConfig, options),
-        from_flags(DataConfig, options),
-        from_flags(TrainConfig, options),
-    )
-    if run.config.adapter:
-        check_not_merged(locate(run.config.model, "model"), [fetch(run.config.adapter, "adapter")])
-    with closing(run):
-        return _dry_run(run, options["force"]) if options["dry_run"] else _finetune(run, options)
+    with world.joined(options["device"]) as device:
+        run = Run(
+            from_flags(RunConfig, options),
+            from_flags(QuantizeConfig, options),
+            from_flags(LoraConfig, options),
+            from_flags(DataConfig, options),
+            from_flags(TrainConfig, options),
+        )
+        if run.config.adapter:
+            check_not_merged(locate(run.config.model, "model"), [fetch(run.config.adapter, "adapter")])
+        with closing(run):
+            return _dry_run(run, device, options) if options["dry_run"] else _finetune(run, device, options)
 
 
-def _finetune(run: Run, options: Options) -> int:
-    step, device = run.prepare(), pick_device(run.config.device)
+def _finetune(run: Run, device: torch.device, options: Options) -> int:
+    step = run.prepare()
     data = run.read_data()
     plan, memory = run.forecast_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
     run.claim(data)
-    if not options["force"]:
+    if world.is_first() and not options["force"]:
         check_room(run.out, memory)
     model = run.load_base(data, device)
     run.attach_adapter(model, data)
@@ -125,10 +127,10 @@ def _finetune(run: Run, options: Options) -> int:
         before = evaluate(model, data.test, data.choices, partial(meter.rows, "measuring the base model"))
         answers = {"base": _samples(run, model, data, data.test)}
     result = _train(run, model, data, meter)
-    if meter.stopped_by and not result.finished:
+    if not result.finished:
         meter.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
-        return SIGNALLED + meter.stopped_by
+        return SIGNALLED + (meter.stopped_by or signal.SIGTERM)  # which another rank got
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
@@ -149,16 +151,16 @@ def _finetune(run: Run, options: Options) -> int:
     return 0
 
 
-def _dry_run(run: Run, is_forced: bool) -> int:
+def _dry_run(run: Run, device: torch.device, options: Options) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
     data = run.read_data()
-    plan, memory = run.forecast_memory(data, pick_device(run.config.device))
+    plan, memory = run.forecast_memory(data, device)
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
     _say_notes(run, model, data)
     print(preview(data, run.training, count_parameters(model)))
     print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
-    if not is_forced:
+    if not options["force"]:
         check_memory(plan, memory)
     return 0
 
@@ -216,6 +218,12 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             "end the prompts, or begin the completions, with a space or a line end"
         )
     steps = len(plan_steps([len(example.tokens) for example in data.train], run.training))
+    parts = run.training.gradient_accumulation_steps
+    if parts < world.size():
+        say(
+            f"a step has {parts} micro-batches for {world.size()} processes, so some have nothing to do: "
+            "a larger --gradient-accumulation-steps with a smaller --batch-size gives each its part"
+        )
     if steps < FEW_STEPS:
         say(f"the run has {steps} steps, which teach little; --epochs makes more of them")
     for name, rows in data.splits.items():

@@ -1,4 +1,7 @@
-"""Held-out loss, accuracy among choices or classes, F1, exact match, and drift on general text."""
+"""Held-out loss, accuracy among choices or classes, F1, exact match, and drift on general text.
+
+Batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from minilora.llama import Llama
 from minilora.models.classifier import Classifier
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
+from minilora.runs import world
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import Objective, check_ids, eval_groups
 
@@ -98,14 +102,15 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     Raises:
         DataError: there are none.
     """
-    total, count, device = 0.0, 0, next(model.parameters()).device
+    total, count, device = 0.0, 0.0, next(model.parameters()).device
     with evaluating(model):
-        for together in objective.eval_batches(rows):
+        for together, counts in world.deal(list(objective.eval_batches(rows))):
             loss, number = objective(model, objective.batch([rows[row] for row in together], device))
-            total += loss.item()
-            count += number
+            total += counts * loss.item()
+            count += counts * number
             if progress:
                 progress(together[-1] + 1, len(rows))
+    total, count = world.totals(total, count)
     if not count:
         raise DataError("the loss counts nothing in the held-out rows")
     return total / count
@@ -120,14 +125,15 @@ def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: P
     C, total = len(model.labels), 0.0
     confusion = torch.zeros(C * C, dtype=torch.int64)
     with evaluating(model):
-        for batch in _batches(model, examples, progress):
+        for batch, counts in _batches(model, examples, progress):
             logits = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
-            total -= _log_probabilities(logits).gather(-1, batch.labels.unsqueeze(-1)).sum().item()
-            confusion += (C * batch.labels + logits.argmax(-1)).cpu().bincount(minlength=C * C)
-    if not confusion.any():
+            total -= counts * _log_probabilities(logits).gather(-1, batch.labels.unsqueeze(-1)).sum().item()
+            confusion += counts * (C * batch.labels + logits.argmax(-1)).cpu().bincount(minlength=C * C)
+    total, *found = world.totals(total, *confusion.tolist())
+    if not any(found):
         return Scores(None, None)
-    found = class_scores(confusion.view(C, C).tolist(), model.labels)
-    return Scores(total / int(confusion.sum()), found["accuracy"], found)
+    scores = class_scores(torch.tensor(found).long().view(C, C).tolist(), model.labels)
+    return Scores(total / sum(found), scores["accuracy"], scores)
 
 
 def class_scores(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def measure_drift(
     base = model if base is None else base
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
-        for batch in _batches(model, examples, progress):
+        for batch, counts in _batches(model, examples, progress):
             with disable_adapter(base):
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
@@ -178,19 +184,19 @@ def measure_drift(
                 targets = labels.unsqueeze(-1)
                 before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
                 kl = (log_p.exp() * (log_p - log_q)).sum()
-                sums += torch.stack((before, after, kl)).cpu()
-            labelled += len(batch.labels)
-    before, after, kl = (sums / labelled).tolist()
-    return Drift(before, after, kl)
+                sums += counts * torch.stack((before, after, kl)).cpu()
+            labelled += counts * len(batch.labels)
+    *totals, number = world.totals(*sums.tolist(), labelled)
+    return Drift(*(total / number for total in totals))
 
 
 def _batches(
     model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None
-) -> Iterator[Batch]:
-    """Yield all examples in batches for an evaluation, and report the progress after each."""
+) -> Iterator[tuple[Batch, bool]]:
+    """Yield this rank's batches for an evaluation, and whether each counts; report the progress after each."""
     check_ids(model, examples)
-    for rows in eval_groups([len(example.tokens) for example in examples]):
-        yield collate([examples[row] for row in rows], next(model.parameters()).device)
+    for rows, counts in world.deal(list(eval_groups([len(example.tokens) for example in examples]))):
+        yield collate([examples[row] for row in rows], next(model.parameters()).device), counts
         if progress:
             progress(rows[-1] + 1, len(examples))
 
@@ -217,13 +223,13 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        for rows in eval_groups([len(example.tokens) * copies for example in examples]):
+        for rows, counts in world.deal(list(eval_groups([len(example.tokens) * copies for example in examples]))):
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
-                correct += choices[scores.index(max(scores))] == answer_of(examples[row])
+                correct += counts * (choices[scores.index(max(scores))] == answer_of(examples[row]))
             if progress:
                 progress(rows[-1] + 1, len(examples))
-    return correct / len(examples)
+    return world.totals(correct)[0] / len(examples)
 
 
 def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:

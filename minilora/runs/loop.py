@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.find import base_held
@@ -21,6 +20,7 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.models.generate import training
+from minilora.runs import world
 from minilora.runs.checkpoints import (
     State,
     check_extension,
@@ -38,8 +38,16 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
 from minilora.runs.memory import Plan, choose_recompute
-from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step, trained_parameters
-from minilora.runs.seeded import Rows, plan_steps, set_dropout_step
+from minilora.runs.objective import (
+    UNKNOWN,
+    Objective,
+    build_optimizer,
+    check_token_loss,
+    first_bad_module,
+    rate_of_step,
+    trained_parameters,
+)
+from minilora.runs.seeded import Batch, Rows, plan_steps, seeded, set_dropout_step
 from minilora.storage import is_finite
 from minilora.training import Loss, total_norm, train_step
 
@@ -47,7 +55,6 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
 SAVES, SAVE_SECONDS = 10, 600  # checkpoints in a run, and the longest time between two, unless `save_steps` is given
 ADVICE = "a lower learning rate or float32 may help"
-MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,16 @@ def train(
     whole model in float32, as adapters are. No other thread may use the model meanwhile: to generate or to train is
     refused.
 
+    Where torch.distributed is initialized, its ranks share the work: each calls `train` with the same arguments, and
+    computes some of the micro-batches of each step. The first rank writes the checkpoints. A model in
+    `DistributedDataParallel` or FSDP is one of any module, for which `loss` is given.
+
     Args:
         model: a `Llama` or `Classifier`; with `loss`, any module.
         dataset: what `load_dataset` returns; with `loss`, rows of any kind.
         config: by default `TrainConfig()`.
-        on_step: called with a record after each step and each evaluation; if it returns True the run stops there, with
-            a checkpoint.
+        on_step: called with a record after each step and each evaluation; if it returns True, on any rank, the run
+            stops there, with a checkpoint.
         held_out: rows to evaluate every `eval_steps` and after the last step.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
@@ -103,7 +114,8 @@ def train(
             `batch_tokens` with rows without `tokens`.
         FormatError: the newest checkpoint holds other tensors than the run trains.
         TrainingError: nothing is trainable, or an adapter that is not active; a loss, gradient or weight is not finite;
-            a checkpoint belongs to another run; the model needs `loss`; another thread uses the model.
+            a checkpoint belongs to another run; the model needs `loss`; another thread uses the model; a rank does not
+            answer, or has trained something else than the first one.
     """
     check_types(train, locals())
     if not torch.is_grad_enabled():
@@ -159,7 +171,7 @@ def _with_fitting_recompute(
         [[len(example.tokens) for example in held_out]],
         len(model.labels) if isinstance(model, Classifier) else 0,
     )
-    return choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training
+    return world.same(choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training)
 
 
 @contextmanager
@@ -192,23 +204,32 @@ class _Run:
     steps: list[list[Rows]]
     config: TrainConfig
 
-    def batches(self, step: int) -> list[Any]:
-        """Return the micro-batches of a step; none after the last one."""
-        device = next(self.model.parameters()).device
+    def batches(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step that this rank computes; none after the last step."""
+        device, first = next(self.model.parameters()).device, step * self.config.gradient_accumulation_steps
         plan = self.steps[step] if step < len(self.steps) else []
-        return [self.objective.batch([self.dataset[row] for row in rows], device) for rows in plan]
+        dealt = world.deal(list(enumerate(plan, first)))
+        read = ((n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt)
+        return [Batch(n, self.objective.batch(rows, device), counts) for n, rows, counts in read]
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Return the sum of the losses of a micro-batch, and how many there are: 0 of one that does not count."""
+        total, number = self.objective(model, batch.rows)
+        return (total, number) if batch.counts else (0 * total, 0)
 
 
 def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
-    newest, damaged = (None, ()) if folder is None else newest_checkpoint(folder)
+    newest, damaged = world.same((None, ()) if folder is None else newest_checkpoint(folder))
     if folder is not None and newest is not None:
         check_extension(newest, read_state(newest, state.run), total, config)
         state, best = load_checkpoint(newest, model, run.optimizer, state.run)
         if config.keep == "best" and state.best_step and not best:
             raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
-        prune(folder, state.step, config.save_total_limit)
+        if world.is_first():
+            prune(folder, state.step, config.save_total_limit)
+    world.check_equal([*trained_tensors(model).values()], f"step {state.step}")
     state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
     stopped, first, batches = False, state.step, run.batches(state.step)
@@ -221,17 +242,19 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
         now, step = time.monotonic(), state.step + 1
         state.step, state.tokens, state.seconds = step, state.tokens + record["tokens"], now - started
         pace = {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
-        stopped = bool(on_step({**record, **pace}))
+        stopped = _any(on_step({**record, **pace}))
         if len(held_out) and config.eval_steps and (step == total or step % config.eval_steps == 0):
             eval_loss = mean_loss(model, run.objective, held_out)
             if state.note(eval_loss) and config.keep == "best":
                 best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
-            stopped |= bool(on_step({"step": step, "eval_loss": eval_loss, "best_step": state.best_step}))
+            stopped |= _any(on_step({"step": step, "eval_loss": eval_loss, "best_step": state.best_step}))
         is_due = stopped or step == total or state.stale >= patience  # what follows training may fail
         is_due |= bool(save_steps) and step % save_steps == 0
-        is_due |= config.save_steps is None and time.monotonic() - saved >= SAVE_SECONDS
-        if folder is not None and is_due:
-            save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
+        is_due |= config.save_steps is None and _any(time.monotonic() - saved >= SAVE_SECONDS)
+        if is_due:
+            world.check_equal([*trained_tensors(model).values()], f"step {step}")
+            if folder is not None and world.is_first():
+                save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
             saved = time.monotonic()
     model.eval()
     finished, kept = state.step == total or state.stale >= patience, state.step
@@ -241,7 +264,12 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
     return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
 
 
-def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
+def _any(flag: object) -> bool:
+    """Return whether a flag is true on any rank."""
+    return world.totals(bool(flag)) != [0]
+
+
+def _step(run: _Run, step: int, batches: list[Batch]) -> tuple[Record, list[Batch]]:
     """Make one optimizer step; return its record, and the micro-batches of the next step.
 
     The device is waited for once, when everything is queued and the next micro-batches are on their way.
@@ -251,28 +279,33 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
         TrainingError: the loss or the gradient is not finite, unless such a step is to be skipped; a weight or a moment
             of AdamW is not finite; other parameters require grad than at first.
     """
-    model, config, first = run.model, run.config, step * run.config.gradient_accumulation_steps
-    trained = trained_parameters(run.optimizer)
+    model, config, trained = run.model, run.config, trained_parameters(run.optimizer)
     now = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if changed := sorted(name for name in trained | now if trained.get(name) is not now.get(name)):
         raise TrainingError(f"{changed[:3]}: what is trained has changed since the run began; change it between runs")
     rate = rate_of_step(step, len(run.steps), config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    seeded = _seeded(model, batches, config.seed, first)
-    done = train_step(model, run.optimizer, seeded, run.objective, config.max_grad_norm)
+    tokens = run.objective.tokens([batch.rows for batch in batches if batch.counts])
+    record: Record = {"step": step + 1}
+
+    def reduce(tensors: list[Tensor], count: int) -> int:
+        world.add(tensors)
+        labelled, record["tokens"] = map(int, world.totals(count, count if tokens is None else tokens))
+        return labelled
+
+    own = seeded(model, batches, config.seed)
+    done = train_step(model, run.optimizer, own, run.loss, config.max_grad_norm, reduce)
     weight_norm = total_norm([p.detach() for p in trained.values()])
     states = {name: run.optimizer.state[p] for name, p in trained.items()}  # infinite squares would stop learning
     squares = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
     largest = torch.nn.utils.get_total_norm(squares.values(), math.inf).to(weight_norm)
     upcoming = run.batches(step + 1)
-    *shares, grad_norm, length, square = torch.cat(
-        [done.losses, torch.stack([done.grad_norm, weight_norm, largest])]
-    ).tolist()
-    tokens, memory = run.objective.tokens(batches), peak_memory_bytes(done.grad_norm.device)
-    record = {"step": step + 1, "loss": sum(shares), "learning_rate": rate, "grad_norm": grad_norm}
-    record |= {"tokens": done.labelled if tokens is None else tokens, "peak_memory_bytes": memory}
-    if not (math.isfinite(sum(shares)) and math.isfinite(grad_norm)):
+    loss, grad_norm, length, square = torch.stack([done.loss, done.grad_norm, weight_norm, largest]).tolist()
+    tokens, memory = record.pop("tokens"), peak_memory_bytes(done.grad_norm.device)
+    record |= {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
+    record |= {"tokens": tokens, "peak_memory_bytes": memory}
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         problem = _nonfinite_step(run, step, batches, record)
         if config.on_nonfinite == "stop" or not math.isfinite(length):  # to skip steps mends no weight
             raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
@@ -284,59 +317,18 @@ def _step(run: _Run, step: int, batches: list[Any]) -> tuple[Record, list[Any]]:
     return record, upcoming
 
 
-def _nonfinite_step(run: _Run, step: int, batches: Sequence[Any], record: Record) -> str:
+def _nonfinite_step(run: _Run, step: int, batches: Sequence[Batch], record: Record) -> str:
     """Compute a step again, and return where its first number that is not finite is, and of which rows."""
-    config, model, first = run.config, run.model, step * run.config.gradient_accumulation_steps
+    config, model = run.config, run.model
     eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
     with eager:  # compiled modules run no hooks
-        again = _seeded(model, batches, config.seed, first)
-        where = first_bad_module(model, lambda: [run.objective(model, batch) for batch in again])
-    found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-    return f"step {step + 1}: {found}; first bad: {where}; rows: {_sources(run, step)}"
+        again = seeded(model, batches, config.seed)
+        found = world.gather(first_bad_module(model, lambda: [run.loss(model, batch) for batch in again]))
+    where = min(found, key=lambda place: place == UNKNOWN)  # another rank may have the bad rows
+    bad = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+    return f"step {step + 1}: {bad}; first bad: {where}; rows: {_sources(run, step)}"
 
 
 def _sources(run: _Run, step: int) -> str:
     """Return where the rows of a step are from."""
     return ", ".join(str(getattr(run.dataset[row], "source", row)) for rows in run.steps[step] for row in rows)
-
-
-def _seeded(model: nn.Module, batches: Sequence[Any], seed: int, first: int) -> Iterator[Any]:
-    """Yield the micro-batches, each with PyTorch's random state set from the seed, on the CPU and on CUDA.
-
-    So the dropout of another library's model is the same in a resumed run. The state is restored afterwards.
-    """
-    device = next(model.parameters()).device
-    for index, batch in enumerate(batches, start=first):
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            number = seed * MICRO_BATCH_SEEDS + index
-            torch.default_generator.manual_seed(number)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(number)
-            set_dropout_step(model, seed, index)
-            yield batch
-
-
-@torch.no_grad()
-def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
-    """Run `compute` again and return the first module whose output is not finite, else the first such gradient."""
-    bad: list[str] = []
-
-    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-                bad.append(path)
-
-        return hook
-
-    handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
-    try:
-        compute()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if bad:
-        return f"output of {bad[0]}"
-    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return next((f"gradient of {name}" for name, grad in gradients if not grad.isfinite().all()), "the loss itself")

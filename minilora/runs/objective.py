@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, Example, collate
@@ -27,6 +28,7 @@ from minilora.training import Loss, adamw, learning_rate, token_loss
 
 START_ROWS = 256  # enough to see directions
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
+UNKNOWN = "the loss itself"  # where no module's output and no gradient is at fault
 EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in PEFT
 
 
@@ -158,6 +160,31 @@ def _sizes(rows: Iterable[Any]) -> list[int] | None:
             return None
         sizes.append(len(tokens))
     return sizes
+
+
+@torch.no_grad()
+def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
+    """Run `compute` again and return the first module whose output is not finite, else the first such gradient."""
+    bad: list[str] = []
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                bad.append(path)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
+    try:
+        compute()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if bad:
+        return f"output of {bad[0]}"
+    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    return next((f"gradient of {name}" for name, grad in gradients if not grad.isfinite().all()), UNKNOWN)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

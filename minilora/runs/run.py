@@ -40,6 +40,7 @@ from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.runs import world
 from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, read_state, step_of
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.directory import check_same, hash_inputs
@@ -47,18 +48,21 @@ from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
-from minilora.runs.memory import Forecast, Plan, choose_recompute
+from minilora.runs.memory import Forecast, Plan, choose_recompute, forecast
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
 from minilora.runs.seeded import plan_steps
 from minilora.storage import MODEL_FILES, append_line, read_json, read_text, write_json, write_text
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
+FOUND = ("inputs", "checkpoint", "damaged", "starts", "files", "began", "dtype")  # in the directory of a run
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
 class Run:
     """A run and its directory, from `prepare` to `finish` and `close`.
+
+    Where a run has several ranks each has such an object, and only the first reads and writes the directory.
 
     Raises:
         ConfigError: settings contradict each other, or would have no effect.
@@ -85,7 +89,7 @@ class Run:
         self.dtype = "float32" if self.is_full else run.dtype
         self.base_config = read_config(locate(run.model, "model").path)
         self.unit = UNITS.get(lora.task_type)
-        self.began = datetime.now(UTC).replace(microsecond=0)  # a chat template may write the date
+        self.began = world.same(datetime.now(UTC).replace(microsecond=0))  # a chat template may write the date
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
         self.files: dict[str, str] = {}  # the data of the earlier ones
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
@@ -104,6 +108,13 @@ class Run:
             TrainingError: it holds a finished run, another run, a run that is at work, or other files.
             FormatError: its run.json is damaged.
         """
+        step = self._prepare() if world.is_first() else 0
+        found = {name: getattr(self, name) for name in FOUND}
+        for name, value in world.same(found).items():
+            setattr(self, name, value)
+        return world.same(step)
+
+    def _prepare(self) -> int:
         self.inputs = hash_inputs(self.config, self.reading.prompt_style)
         if not holds_files(self.out):
             return 0
@@ -157,7 +168,7 @@ class Run:
         if self.checkpoint:
             total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
             check_extension(self.checkpoint, read_state(self.checkpoint), total, self.training)
-        if self.lock_file is None:
+        if self.lock_file is None and world.is_first():
             self.lock_file = lock(self.out)
             if holds_files(self.out):
                 raise TrainingError(f"{self.out}: another process has written there meanwhile; give another --out")
@@ -201,9 +212,9 @@ class Run:
             [[len(example.tokens) for example in split] for split in (data.valid, data.test, data.general)],
             len(config.labels if config.unit else data.labels),
         )
-        plan, found = choose_recompute(plan)
-        self.training = plan.training
-        return plan, found
+        self.training = world.same(choose_recompute(plan)[0].training)
+        plan = replace(plan, training=self.training)
+        return plan, forecast(plan)
 
     def load_base(self, data: Data, device: torch.device | str) -> Llama | Classifier:
         """Load the base model, quantized as it is read, with a head for the data's classes and rows for new tokens."""
@@ -241,8 +252,11 @@ class Run:
     def set_threads(self, model: Llama | Classifier, data: Data) -> int | None:
         """Set the faster number of threads (see `choose_threads`); return it, or None if it was not measured.
 
-        A resumed run keeps the number that it began with, because another one may round differently.
+        A resumed run keeps the number that it began with, because another one may round differently. Of several ranks
+        each keeps its own.
         """
+        if world.size() > 1:
+            return None
         if not self.starts:
             return choose_threads(model, data.train, self.training)
         if "OMP_NUM_THREADS" not in os.environ:
@@ -251,6 +265,8 @@ class Run:
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
+        if not world.is_first():
+            return
         weight = model.model.embed_tokens.weight
         start = {
             "time": (datetime.now(UTC).replace(microsecond=0) if self.starts else self.began).isoformat(),
@@ -260,6 +276,7 @@ class Run:
             "recompute": self.training.recompute,
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
+            "ranks": world.size(),
         }
         for name in (MANIFEST, "summary.json"):  # of a finished run that is made longer
             remove(self.out / name)
@@ -281,6 +298,8 @@ class Run:
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
+        if not world.is_first():
+            return
         if "eval_loss" in record or record["step"] % self.training.logging_steps == 0:
             append_line(self.out / "metrics.jsonl", {k: v for k, v in record.items() if k != "total_steps"})
             if self.board:
@@ -296,6 +315,8 @@ class Run:
         drift: Drift | None,
     ) -> None:
         """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
+        if not world.is_first():
+            return
         summary = {
             "before": before.record(),
             "after": after.record(),

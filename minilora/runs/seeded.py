@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,17 @@ from minilora.lora import LoraAdapter
 from minilora.runs.config import TrainConfig
 
 Rows = list[int]  # indices of the rows of one micro-batch
+MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 MAX_STEPS = 1_000_000
 EPOCH_SEEDS = 1_000_003  # larger than the number of epochs, so that no two pairs (seed, epoch) share a generator
+
+
+class Batch(NamedTuple):
+    """A micro-batch."""
+
+    number: int  # in the run
+    rows: Any  # as the loss takes them
+    counts: bool  # or else another rank has it, too
 
 
 def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
@@ -131,3 +140,20 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                     dropout = (nn.Dropout if seed is None else SeededDropout)(p).train(adapter.training)
                 dropout.seed = dropout_seed(f"{seed}/{step}/{layer.path}/{name}")
                 adapter.dropout = dropout
+
+
+def seeded(model: nn.Module, batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
+    """Yield the micro-batches, each with PyTorch's random state set from the seed, on the CPU and on CUDA.
+
+    So the dropout of another library's model is the same in a resumed run. The state is restored afterwards.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            number = seed * MICRO_BATCH_SEEDS + batch.number
+            torch.default_generator.manual_seed(number)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(number)
+            set_dropout_step(model, seed, batch.number)
+            yield batch

@@ -1,0 +1,168 @@
+"""The processes of a run, its *ranks*, on `torch.distributed`: what each computes, and what they exchange.
+
+Ranks hold the same adapters. A step's micro-batches are dealt out to them; then the gradients are added, and each rank
+makes the same update. Everywhere else a run is the same code on every rank, and the first one writes and reports.
+Without a process group there is one rank, and these functions do nothing.
+
+    rank 0   micro-batches 0, N, 2N, …  ┐
+    …                                   ├  Σ of gradients, losses and counts  →  the same step on N ranks
+    rank k   k, N + k, 2N + k, …        ┘
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from minilora.errors import ConfigError, TrainingError
+from minilora.models.checkpoint import pick_device
+
+T = TypeVar("T")
+WAIT = timedelta(hours=1)  # for another rank: the first one may be encoding the data
+
+
+def size() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this rank."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Return whether this rank is the one that writes files and reports."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Join the ranks that torchrun's environment variables name, for as long as the block lasts; give the device.
+
+    On CUDA a rank uses the GPU of its local number, and NCCL; on the CPU it uses gloo. All but the first are silent.
+
+    Raises:
+        ConfigError: the device cannot be used here, or there are fewer GPUs than ranks on this machine.
+    """
+    chosen = pick_device(device)
+    with ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and size() == 1:
+            if chosen.type == "cuda":
+                chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                if chosen.index >= (count := torch.cuda.device_count()):
+                    raise ConfigError(f"rank {chosen.index} of this machine has no GPU of its own; {count} are there")
+                torch.cuda.set_device(chosen)
+            with _found():
+                dist.init_process_group(timeout=WAIT)  # NCCL for tensors on a GPU, gloo for those on the CPU
+            stack.callback(dist.destroy_process_group)
+        if not is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield chosen
+
+
+def deal(items: Sequence[T]) -> list[tuple[T, bool]]:
+    """Return the items of this rank, and whether each counts: rank k has items k, N + k, 2N + k, …
+
+    Ranks have equally many: one that has fewer repeats the last item, which does not count. Where weights are sharded
+    all ranks have to compute together.
+    """
+    own = [(item, True) for item in items[rank() :: size()]]
+    return own + [(item, False) for item in items[-1:]] * (-(-len(items) // size()) - len(own))
+
+
+def add(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks: all travel in one buffer, in float32 or wider.
+
+    A tensor that is sharded is a gradient that FSDP has averaged over the ranks, so it is only multiplied by N.
+    """
+    if size() == 1:
+        return
+    for sharded in filter(_is_sharded, tensors):
+        sharded.mul_(size())
+    own = [tensor for tensor in tensors if not _is_sharded(tensor)]
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own) else torch.float32
+    buffer = torch.cat([tensor.reshape(-1).to(wide) for tensor in own])
+    with _found():
+        dist.all_reduce(buffer)
+    for tensor, part in zip(own, buffer.split([tensor.numel() for tensor in own]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def totals(*numbers: float) -> list[float]:
+    """Return the sum over the ranks of each number, which is exact for whole ones below 2^53."""
+    if size() == 1:
+        return [*numbers]
+    found = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    with _found():
+        dist.all_reduce(found)
+    return found.tolist()
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of every rank, which can be any object that can be pickled."""
+    if size() == 1:
+        return [value]
+    found: list[Any] = [None] * size()
+    with _found():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def same(value: T) -> T:
+    """Return the first rank's value."""
+    if size() == 1:
+        return value
+    found = [value]
+    with _found():
+        dist.broadcast_object_list(found, device=_device())
+    return found[0]
+
+
+def check_equal(tensors: Sequence[Tensor], when: str) -> None:
+    """Compare a hash of tensors that every rank holds.
+
+    Raises:
+        TrainingError: it differs between ranks.
+    """
+    if size() == 1:
+        return
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if not _is_sharded(tensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    found = gather(digest.hexdigest())
+    if bad := [str(number) for number, hashed in enumerate(found) if hashed != found[0]]:
+        raise TrainingError(f"{when}: what is trained differs between rank 0 and rank {', '.join(bad)}")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # as a DTensor has; the class is slow to import
+
+
+def _device() -> torch.device:
+    """Return a device whose tensors the ranks can exchange."""
+    return torch.device("cpu" if "cpu" in dist.get_backend_config() else "cuda")
+
+
+@contextmanager
+def _found() -> Iterator[None]:
+    """Say in words that another rank does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(
+            f"rank {os.environ.get('RANK', '?')}: another process of the run does not answer ({reason:.200}); "
+            "the same command resumes from the newest checkpoint"
+        ) from error
