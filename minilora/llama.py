@@ -20,7 +20,7 @@ laid end to end as one tensor of N tokens, and `lengths` says where each ends; o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -232,15 +232,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any, recompute: Recompute) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), documents, rotation, cache)
-        return x + (checkpointed(self.feed_forward, x) if recompute == "mlp" else self.feed_forward(x))
+        feed_forward = self.feed_forward
+        return x + (checkpoint(feed_forward, x, use_reentrant=False) if recompute == "mlp" else feed_forward(x))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
-
-
-def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return function(*args), whose activations are computed again in the backward pass instead of being kept."""
-    return checkpoint(function, *args, use_reentrant=False)
 
 
 class Decoder(nn.Module):
@@ -275,7 +271,7 @@ class Decoder(nn.Module):
         cos, sin = (table.to(x.dtype) for table in self.config.rope.rotation(spans, x.device))
         rest = ([len(span) for span in spans], (cos, sin), cache, recompute)
         for block in self.layers:
-            x = checkpointed(block, x, *rest) if recompute == "block" else block(x, *rest)
+            x = checkpoint(block, x, *rest, use_reentrant=False) if recompute == "block" else block(x, *rest)
         if cache is not None:
             cache.end()
         return self.norm(x)

@@ -101,6 +101,8 @@ def train_step(
     return Step(total, norm, count)
 
 
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Compute the norm of all numbers of some tensors."""
-    return torch.nn.utils.get_total_norm([part for tensor in tensors for part in tensor.flatten().split(NORM_CHUNK)])
+def total_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
+    """Compute the norm of all numbers of some tensors, of which all or none are sharded."""
+    split = [[t] if hasattr(t, "full_tensor") else t.flatten().split(NORM_CHUNK) for t in tensors]
+    norm: Any = torch.nn.utils.get_total_norm([part for parts in split for part in parts], p)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

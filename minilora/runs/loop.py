@@ -139,6 +139,8 @@ def train(
     run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), State()
     if folder is not None:
+        if any(world.is_sharded(p) for p in trained_parameters(run.optimizer).values()):
+            raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
         state.run = fingerprint(dataset, held_out if config.selects else (), config, adapters)
     try:
         with training(model), _compiled(model, loss is not None) if config.compile else nullcontext():
@@ -299,7 +301,7 @@ def _step(run: _Run, step: int, batches: list[Batch]) -> tuple[Record, list[Batc
     weight_norm = total_norm([p.detach() for p in trained.values()])
     states = {name: run.optimizer.state[p] for name, p in trained.items()}  # infinite squares would stop learning
     squares = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
-    largest = torch.nn.utils.get_total_norm(squares.values(), math.inf).to(weight_norm)
+    largest = total_norm([*squares.values()], math.inf).to(weight_norm)
     upcoming = run.batches(step + 1)
     loss, grad_norm, length, square = torch.stack([done.loss, done.grad_norm, weight_norm, largest]).tolist()
     tokens, memory = record.pop("tokens"), peak_memory_bytes(done.grad_norm.device)

@@ -88,9 +88,9 @@ def add(tensors: Sequence[Tensor]) -> None:
     """
     if size() == 1:
         return
-    for sharded in filter(_is_sharded, tensors):
+    for sharded in filter(is_sharded, tensors):
         sharded.mul_(size())
-    own = [tensor for tensor in tensors if not _is_sharded(tensor)]
+    own = [tensor for tensor in tensors if not is_sharded(tensor)]
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own) else torch.float32
     buffer = torch.cat([tensor.reshape(-1).to(wide) for tensor in own])
     with _found():
@@ -139,14 +139,15 @@ def check_equal(tensors: Sequence[Tensor], when: str) -> None:
         return
     digest = hashlib.sha256()
     for tensor in tensors:
-        if not _is_sharded(tensor):
+        if not is_sharded(tensor):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     found = gather(digest.hexdigest())
     if bad := [str(number) for number, hashed in enumerate(found) if hashed != found[0]]:
         raise TrainingError(f"{when}: what is trained differs between rank 0 and rank {', '.join(bad)}")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether FSDP shards a tensor."""
     return hasattr(tensor, "full_tensor")  # as a DTensor has; the class is slow to import
 
 

@@ -1,0 +1,242 @@
+"""A run on several ranks: losses, gradients, scores and files are those of one, but for the order of sums."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import minilora as ml
+from minilora import cli
+from minilora.adapter import adapter_layers
+from minilora.errors import MiniloraError
+from minilora.runs import world
+from minilora.runs.evaluate import choice_accuracy, evaluate_classes, held_out_loss, measure_drift
+from minilora.storage import TensorFile
+from minilora.testing.compare import assert_parity
+from tests.models import four_bit, long
+from tests.ranks import on_launched, on_ranks
+from tests.runs import ADAPTER, metrics, starts, unfinished, words, write_inputs
+from tests.test_classifier import tiny_classifier
+from tests.training import adapted, gradients, random_rows, weights
+
+ROWS = random_rows(0, 23)  # with 3 rows in a micro-batch and 3 of these in a step, the last step of an epoch is short
+SAME = 1e-9  # relative, in float64: sums in another order
+KINDS = {
+    "lora": {"lora_dropout": 0.3},
+    "dora": {"use_dora": True},
+    "nf4": {"base": four_bit},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "is_fresh": True},
+    "new tokens": {"trainable_token_indices": [1, 5], "is_fresh": True},
+    "bias": {"bias": "lora_only", "family": "qwen2"},
+}
+counts = pytest.mark.parametrize("count", [2, *long(4)])
+
+
+def learned(kind, **config):
+    """The losses of 20 steps, the gradient of the first, and the weights after the last."""
+    model, losses, first = adapted(layers=2, **KINDS[kind]), [], []
+
+    def note(record):
+        losses.append(record["loss"])
+        if record["step"] == 1:
+            first.append(gradients(model))
+
+    plan = {"batch_size": 3, "gradient_accumulation_steps": 3, "max_steps": 20, "max_grad_norm": 0}
+    result = ml.train(model, ROWS, ml.TrainConfig(**plan | config), note)
+    return torch.tensor(losses, dtype=torch.float64), first[0], weights(model), result.tokens
+
+
+def learned_all(config):
+    return [learned(kind, **config) for kind in KINDS]
+
+
+@counts
+@pytest.mark.parametrize("config", [{}, *long({"batch_tokens": 30, "gradient_accumulation_steps": 5})], ids=str)
+def test_ranks_learn_what_one_process_learns(count, config):
+    alone, (first, *others) = learned_all(config), on_ranks(count, learned_all, config)
+    for kind, one, several, *rest in zip(KINDS, alone, first, *others, strict=True):
+        assert several[3] == one[3], kind
+        for ours, theirs in zip(several[:3], one[:3], strict=True):
+            assert_parity(ours, theirs, SAME)
+        assert all(torch.equal(other[2], several[2]) for other in rest), kind
+
+
+def exchanged():
+    """What the functions of `world` give on this rank."""
+    k = world.rank()
+    tensors = [torch.full((2, 3), k + 1.0), torch.tensor(10.0 + k), torch.full((3,), 2.0, dtype=torch.bfloat16)]
+    world.add(tensors)
+    try:
+        world.check_equal([torch.zeros(3), torch.tensor([1.0, k == 1])], "step 7")
+    except MiniloraError as error:
+        differing = str(error)
+    world.check_equal([torch.zeros(3)], "step 7")
+    dealt = {n: world.deal(list(range(n))) for n in range(6)}
+    return [t.tolist() for t in tensors], world.totals(k, 2**53 - 2), world.gather(k), world.same(k), dealt, differing
+
+
+def test_ranks_exchange_sums_and_values_and_share_work():
+    for k, (sums, totals, gathered, same, dealt, differing) in enumerate(on_ranks(2, exchanged)):
+        assert sums == [[[3.0] * 3] * 2, 21.0, [4.0] * 3]
+        assert (totals, gathered, same) == ([1, 2**54 - 4], [0, 1], 0)
+        assert "step 7" in differing
+        assert "rank 1" in differing
+        assert dealt[4] == [(k, True), (k + 2, True)]
+        assert dealt[3] == [(k, True), (2, k == 0)]
+        assert dealt[0] == []
+        for n, share in dealt.items():
+            assert [item for item, counts in share if counts] == list(range(n))[k::2]
+
+
+def test_one_process_is_one_rank():
+    x = torch.ones(2)
+    world.add([x])
+    assert x.tolist() == [1, 1]
+    assert (world.size(), world.rank(), world.is_first(), world.totals(1, 2), world.same("a")) == (
+        1,
+        0,
+        True,
+        [1, 2],
+        "a",
+    )
+    assert world.deal([1, 2]) == [(1, True), (2, True)]
+
+
+def scores():
+    model, answers = adapted(layers=2), [(7,), (9, 3), (9, 4)]
+    rows = [ml.Example([i, i + 1, *a], [-100, -100, *a]) for i in range(7) for a in answers]
+    long_rows = [
+        ml.Example([1 + n % 50 for n in range(900 + i)], [1 + n % 50 for n in range(900 + i)]) for i in range(9)
+    ]
+    classifier = tiny_classifier("sequence")
+    classes = [ml.Example([1 + i, 2, 3] * (300 + i), [-100] * (899 + 3 * i) + [i % 3], shift=0) for i in range(9)]
+    found = evaluate_classes(classifier, classes)
+    drift = measure_drift(model, long_rows)
+    numbers = [held_out_loss(model, long_rows), choice_accuracy(model, rows * 40, answers), found.loss, found.accuracy]
+    return torch.tensor([*numbers, drift.before, drift.after, drift.kl], dtype=torch.float64), found.class_scores
+
+
+def test_an_evaluation_is_shared_and_scores_all_rows():
+    numbers, classes = scores()
+    for ours, our_classes in on_ranks(2, scores):
+        for one, several in zip(numbers, ours, strict=True):
+            assert_parity(several, one, SAME)
+        assert our_classes == classes
+
+
+def foreign(kind):
+    """Train a model of one's own: replicated by nobody, by its owner's DDP, or sharded by its owner's FSDP."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model.load_state_dict({name: torch.linspace(-1, 1, p.numel()).view_as(p) for name, p in model.named_parameters()})
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for module in (model[0], model[2], model):
+            fully_shard(module)
+
+    def loss(model, rows):
+        x = torch.stack(rows)
+        return (model(x) - x[:, :3].sin()).square().sum(), len(rows)
+
+    rows, found = list(torch.linspace(-2, 2, 66, dtype=torch.float64).view(11, 6)), []
+    config = ml.TrainConfig(
+        batch_size=2, gradient_accumulation_steps=2, epochs=3, learning_rate=0.02, max_grad_norm=0.5, weight_decay=0.1
+    )
+    ml.train(model, rows, config, lambda r: found.append([r["loss"], r["grad_norm"]]), loss=loss, held_out=rows)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def foreign_all():
+    return [foreign(kind) for kind in ("plain", "ddp", "fsdp")]
+
+
+def test_a_model_that_its_owner_replicates_or_shards_trains_through_loss():
+    expected = foreign("plain")
+    for found in on_ranks(2, foreign_all):
+        for each in found:
+            assert_parity(each, expected, SAME)
+
+
+def misfortunes(folder):
+    """What runs say in which one rank is not as the other, and where they stop."""
+    messages = []
+
+    def run(on_step, rows=ROWS, before=lambda model: None, **config):
+        model = adapted(layers=2)
+        before(model)
+        plan = {"batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 2, **config}
+        try:
+            result = ml.train(model, rows, ml.TrainConfig(**plan), lambda r: on_step(model, r), checkpoint_dir=folder)
+            messages.append((result.steps, result.finished))
+        except MiniloraError as error:
+            messages.append(str(error))
+
+    @torch.no_grad()
+    def spoil(model, step=0):
+        if world.rank() == 1:
+            next(iter(adapter_layers(model).values())).adapters["default"].lora_A[0, 0] += step
+
+    run(lambda model, r: spoil(model, r["step"] == 3))
+    shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
+    run(lambda model, r: None, before=lambda model: spoil(model, 1))
+    run(lambda model, r: world.rank() == 1 and r["step"] == 3)
+    run(lambda model, r: None)
+    distributed.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
+    bad = [*ROWS[:4], ml.Example([1, 2, 3], [-100, 2, 3], "here"), *ROWS[5:]]
+    run(lambda model, r: None, bad, lambda model: model.model.embed_tokens.weight.data[3].fill_(float("nan")))
+    return messages
+
+
+def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
+    first, second = on_ranks(2, misfortunes, tmp_path)
+    assert first == second
+    differs, began, stopped, finished, bad = first
+    for word, message in (("step 4", differs), ("rank 1", differs), ("step 0", began), ("embed_tokens", bad)):
+        assert word in message
+    assert (stopped, finished) == ((3, False), (8, True))
+
+
+def commands(*lines):
+    """Run commands in turn; their statuses."""
+    return [cli.main([str(word) for word in line]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def losses(out):
+    return torch.tensor([record.get("loss", record.get("eval_loss")) for record in metrics(out)], dtype=torch.float64)
+
+
+def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(inputs, tmp_path):
+    one, two, again, four, back = (tmp_path / name for name in ("one", "two", "again", "four", "back"))
+    changes = {"save_total_limit": 9, "save_steps": 2, "eval_steps": 4, "samples": 1, "lr_scheduler": "cosine"}
+
+    def command(out):
+        return words(inputs, out, **changes)
+
+    assert commands(command(one)) == [0]
+    assert on_launched(2, commands, command(two)) == [[0], [0]]
+    assert_parity(losses(two), losses(one), 1e-4)
+    for out in (again, four):
+        unfinished(two, out, 4)
+    assert on_launched(2, commands, command(again)) == [[0], [0]]
+    assert [(again / name).read_bytes() for name in ADAPTER] == [(two / name).read_bytes() for name in ADAPTER]
+    assert on_launched(4, commands, command(four)) == [[0]] * 4
+    assert commands(command(unfinished(four, back, 8))) == [0]
+    assert starts(back) == [0, 4, 8]
+    assert_parity(losses(back), losses(one), 1e-4)
+    files = [TensorFile(out / "adapter_model.safetensors") for out in (back, one)]
+    for name in files[0].shapes:
+        assert_parity(*(file.read(name) for file in files), 1e-3)
+    record = json.loads((back / "run.json").read_text())
+    assert [start["ranks"] for start in record["starts"]] == [2, 4, 1]
