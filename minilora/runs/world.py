@@ -162,7 +162,7 @@ def _found() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition(". ")[0]
         raise TrainingError(
             f"rank {os.environ.get('RANK', '?')}: another process of the run does not answer ({reason:.200}); "
             "the same command resumes from the newest checkpoint"
