@@ -11,14 +11,14 @@ from minilora.testing.reference import lora_merged_weight
 
 
 def check(answer: ModuleType) -> None:
-    """`merge` equals the loops of `minilora.testing.reference`, for none, one and two adapters."""
+    """`merge` equals the loops of `minilora.testing.reference`, for one, two and no adapters."""
     generator = torch.Generator().manual_seed(0)
     W, A1, B1, A2, B2 = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
         for shape in ((5, 7), (2, 7), (5, 2), (3, 7), (5, 3))
     )
     before = [tensor.clone() for tensor in (W, A1, B1, A2, B2)]
-    for adapters in ([], [(A1, B1, 0.5)], [(A1, B1, 0.5), (A2, B2, 7.0)]):
+    for adapters in ([(A1, B1, 0.5)], [(A1, B1, 0.5), (A2, B2, 7.0)], []):
         expected = W.numpy()
         for A, B, s in adapters:
             expected = lora_merged_weight(expected, A.numpy(), B.numpy(), s)

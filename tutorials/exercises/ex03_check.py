@@ -38,6 +38,6 @@ def check(answer: ModuleType) -> None:
         )
         assert abs(told - least) < 1e-9 * total, (
             f"{case}: the loss is said to be {told:.4f} and is {least:.4f}: "
-            "the sum of the squares of the singular values that are dropped"
+            "the sum of the squares of the singular values of ΔW that are dropped"
         )
         assert torch.equal(delta, given), f"{case}: best_adapter changes the ΔW that it was given"

@@ -30,6 +30,7 @@ def check(answer: ModuleType) -> None:
         case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
         assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
         assert found.keys() == MODEL.keys(), f"{case}: the ranks are {found}, need one for each of {[*MODEL]}"
+        assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
         used, right = bytes_of(MODEL, found), expected(budget)
         assert used <= max(budget, free), (
             f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
@@ -37,7 +38,8 @@ def check(answer: ModuleType) -> None:
         )
         assert found == right, (
             f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
-            "then one more for each, in order, that still fits; one that does not fit does not end the round"
+            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
+            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
         )
 
 
