@@ -117,7 +117,10 @@ MISTAKES = {
         ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)[:, None]"),
         ("V.norm(dim=1, keepdim=True)", "V.norm(dim=1)"),
         ("V.norm(dim=1", "W.norm(dim=1"),
+        ("V.norm(dim=1, keepdim=True)", "V.norm()"),
+        ("(x @ direction.T)", "(x @ (W / V.norm(dim=1, keepdim=True)).T)"),
         (".sum(dim=0)", ".mean(dim=0)"),
+        (".sum(dim=0)", ".sum(dim=0).float()"),
         (".sum(dim=0)", ".sum(dim=1)"),
     ],
     "09": [
@@ -126,6 +129,8 @@ MISTAKES = {
         ("(error / effect) ** 0.5", "error / effect"),
         ("exact = W.double() + delta", "exact = store(W.double() + delta).double()"),
         ("store(exact)", "store(W.double() + store(delta))"),
+        ("(B.double() @ A.double())", "(B @ A).double()"),
+        ("store(exact).double() - exact", "store(exact).double() - store(W.double()).double() - delta"),
         ("s * (B.double() @ A.double())", "B.mul_(s).double() @ A.double()"),
         (
             "return (error",
@@ -138,6 +143,8 @@ MISTAKES = {
         ("kl(middle) <= budget", "kl(middle) > budget"),
         ("(low + high) / 2", "min(low + tolerance / 2, high)"),
         ("> tolerance", "> 20 * tolerance"),
+        ("> tolerance", "> 2 * tolerance"),
+        ("kl(1.0) <= budget", "kl(1.0) < budget"),
         ("kl(1.0)", "kl(2.0)"),
     ],
     "A1": [
@@ -148,6 +155,9 @@ MISTAKES = {
         ("reference_chosen.detach()", "reference_chosen"),
         ("F.logsigmoid(beta * margin)", "F.logsigmoid(beta * margin).mean()"),
         (" - reference_chosen.detach()", ""),
+        ("(policy_rejected - ", "(policy_rejected.detach() - "),
+        ("-F.logsigmoid(beta * margin)", "F.relu(-beta * margin) + (-beta * margin.abs()).exp().log1p()"),
+        ("beta * margin", "beta * margin.clamp(-1000, 1000)"),
     ],
 }
 

@@ -25,6 +25,7 @@ def check(answer: ModuleType) -> None:
         assert isinstance(found, Tensor), f"found {type(found).__name__}, need a tensor"
         shape = tuple(found.shape)
         assert shape == (5,), f"the shape is {shape}, need (5,): one number for each output, summed over the rows of x"
+        assert found.dtype == x.dtype, f"the dtype is {found.dtype}, need that of x, {x.dtype}"
         why = next((why for why, wrong in mistakes(x, dy, W, A, B, s).items() if maths(found, wrong) <= 1), "")
         assert maths(found, expected) <= 1, f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
 
@@ -54,6 +55,10 @@ def mistakes(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -
         ),
         ". The direction is that of W + s·B A; here it is that of W, as if nothing were trained": gradient(
             W / W.norm(dim=1, keepdim=True)
+        ),
+        ". That divides by the norm of the whole matrix; need that of each row (dim=1)": gradient(V / V.norm()),
+        ". The output is that of W alone, divided by the norm of W + s·B A; need that of W + s·B A": gradient(
+            W / V.norm(dim=1, keepdim=True)
         ),
         ". The scale s is missing": gradient(unscaled / unscaled.norm(dim=1, keepdim=True)),
         ". The rows of x are averaged; a gradient sums over them": gradient(V / V.norm(dim=1, keepdim=True)) / len(x),

@@ -9,6 +9,8 @@ from types import ModuleType
 CURVES: dict[str, Callable[[float], float]] = {
     "0.4 c²": lambda c: 0.4 * c * c,
     "3 c⁴": lambda c: 3 * c**4,
+    "0.15 c": lambda c: 0.15 * c,
+    "0.1 c": lambda c: 0.1 * c,  # c = 1 spends the budget exactly
     "0.05 c": lambda c: 0.05 * c,
 }
 BUDGET = 0.1

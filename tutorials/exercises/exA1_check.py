@@ -11,7 +11,7 @@ PAIRS = [(-3.0, -5.0, -4.0, -4.5), (-9.0, -2.0, -3.0, -2.5), (-7.0, -7.0, -7.0, 
 
 
 def check(answer: ModuleType) -> None:
-    """`dpo` equals the formula number by number, is finite for any margin, and treats the reference as a constant."""
+    """`dpo` and its gradient equal the formula, it is finite for any margin, and the reference is a constant."""
     beta = 0.3
     arguments = [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in zip(*PAIRS, strict=True)]
     found = answer.dpo(*arguments, beta)
@@ -32,11 +32,19 @@ def check(answer: ModuleType) -> None:
             f"the loss is {loss:.6f}, not {expected:.6f}. A larger margin ({margin:+.1f} here) has a smaller loss"
         )
     found.sum().backward()
+    slopes = [-beta / (1 + math.exp(beta * ((c - rc) - (r - rr)))) for c, r, rc, rr in PAIRS]
+    for name, argument, sign in (("chosen", arguments[0], 1), ("rejected", arguments[1], -1)):
+        assert argument.grad is not None, f"no gradient reaches the {name} answers; only the reference is a constant"
+        for i, slope in enumerate(slopes):
+            assert math.isclose(argument.grad[i].item(), sign * slope, rel_tol=1e-9), (
+                f"policy and reference: {PAIRS[i]}: the gradient of the {name} answer is {argument.grad[i]:.6f}, not "
+                f"{sign * slope:.6f}. The loss is right there, but a model learns from its gradient"
+            )
     assert all(argument.grad is None for argument in arguments[2:]), (
         "a gradient reaches the reference; it is a constant: detach it"
     )
-    far = answer.dpo(*(torch.tensor([value]) for value in (-500.0, 0.0, 0.0, 0.0)), beta)
-    assert math.isclose(far.item(), 150, rel_tol=1e-5), (
-        f"for a margin of -500 the loss is {far.item()}, not 150: σ of a large negative number is 0 in float32, and "
+    far = answer.dpo(*(torch.tensor([value]) for value in (-5000.0, 0.0, 0.0, 0.0)), beta)
+    assert math.isclose(far.item(), 1500, rel_tol=1e-5), (
+        f"for a margin of -5000 the loss is {far.item()}, not 1500: σ of a large negative number is 0 in float32, and "
         "log 0 is infinite. PyTorch has the logarithm of σ as one function"
     )
