@@ -100,7 +100,8 @@ class Chapter:
                 self.differences.append(f"{self.path.name}: {quotation['name']} is now\n{code}")
         self.text = QUOTATION.sub(lambda quotation: f"{quotation['head']}{source(quotation['name'])}```\n", self.text)
         if not self.check:
-            cost = f"*Reads in {reading_minutes(self.text)} min, runs in {time.monotonic() - began:.0f} s on 2 CPU cores.*"
+            minutes, seconds = reading_minutes(self.text), time.monotonic() - began
+            cost = f"*Reads in {minutes} min, runs in {seconds:.0f} s on 2 CPU cores.*"
             self.path.write_text(COST.sub(cost, self.text), "utf-8", newline="\n")
 
     def draw(self, images: list[str], options: str | None, line: int) -> None:
