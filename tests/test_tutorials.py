@@ -8,6 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from itertools import combinations, product
 from pathlib import Path
@@ -404,6 +406,32 @@ def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
     page.write_text(changed, encoding="utf-8")
     assert len(differences(page)) == count
     assert text_of(page) == changed
+
+
+@pytest.mark.parametrize(("check", "at_once"), [(True, 3), (False, 1)])
+def test_chapters_are_checked_side_by_side_with_a_thread_each_and_written_alone(check, at_once, monkeypatch, capfd):
+    running, most = [], []
+    all_began = threading.Barrier(at_once)
+
+    def chapter(command, env, **_):
+        running.append(command[-1])
+        all_began.wait(timeout=60)
+        time.sleep(0.2)  # another one could begin
+        most.append(len(running))
+        all_began.wait(timeout=60)
+        running.remove(command[-1])
+        time.sleep(0.1 * (command[-1] == "01"))  # the first ends last
+        threads = env and env["OMP_NUM_THREADS"]
+        return subprocess.CompletedProcess(command, -9 * (command[-1] == "03"), f"{command[-1]}: {threads}\n", "")
+
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(run.subprocess, "run", chapter)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run.run_each(["01", "02", "03"], check)  # one was killed
+    assert not run.run_each(["01", "02", "04"], check)
+    assert most == [at_once] * 6
+    threads = "1" if check else None
+    assert capfd.readouterr().out == "".join(f"{name}: {threads}\n" for name in ("01", "02", "03", "01", "02", "04"))
 
 
 def test_a_notebook_has_the_cells_with_their_outputs(page):

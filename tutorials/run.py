@@ -1,7 +1,8 @@
 """Run the cells of the chapters, and write what they print and draw into them.
 
     python tutorials/run.py [NN ...]             run these chapters, or all quick ones, and write their outputs
-    python tutorials/run.py --check [NN ...]     run them, change nothing, and fail if an output would be another
+    python tutorials/run.py --check [NN ...]     run them, several at a time, change nothing, and fail if an output
+                                                 would be another
     python tutorials/run.py --notebooks [NN ...] run them as notebooks, written beside them (extra `notebooks`)
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
@@ -36,6 +37,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +100,8 @@ class Chapter:
                 self.differences.append(f"{self.path.name}: {quotation['name']} is now\n{code}")
         self.text = QUOTATION.sub(lambda quotation: f"{quotation['head']}{source(quotation['name'])}```\n", self.text)
         if not self.check:
-            cost = f"*Reads in {reading_minutes(old)} min, runs in {time.monotonic() - began:.0f} s on 2 CPU cores.*"
+            minutes, seconds = reading_minutes(self.text), time.monotonic() - began
+            cost = f"*Reads in {minutes} min, runs in {seconds:.0f} s on 2 CPU cores.*"
             self.path.write_text(COST.sub(cost, self.text), "utf-8", newline="\n")
 
     def draw(self, images: list[str], options: str | None, line: int) -> None:
@@ -225,6 +228,26 @@ def workplace() -> Iterator[None]:
             yield
 
 
+def run_each(names: list[str], check: bool) -> bool:
+    """Run chapters, each in a process of its own, which starts as if it were the first; return whether any failed.
+
+    Checks run side by side, one a core. Chapters that are written run alone, for the time that each takes is written.
+    """
+    command = [sys.executable, __file__, *(flag for flag in sys.argv[1:] if flag.startswith("--"))]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ} if check else None
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, name], capture_output=True, encoding="utf-8", check=False, env=environment)
+
+    has_failed = False
+    with ThreadPoolExecutor(os.cpu_count() if check else 1) as pool:
+        for done in pool.map(run, names):
+            print(done.stdout, end="", flush=True)
+            print(done.stderr, end="", file=sys.stderr, flush=True)
+            has_failed |= done.returncode != 0  # negative where a signal ended it
+    return has_failed
+
+
 def main() -> None:
     """Run or check the chapters that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,10 +261,8 @@ def main() -> None:
         parser.error(f"there is no chapter {min(unknown)}; there are {', '.join(paths)}")
     slow = {name for name, path in paths.items() if "<!-- slow -->" in path.read_text("utf-8")}
     chosen = arguments.chapters or [name for name in paths if name not in slow]
-    if len(chosen) > 1:  # each in a process of its own, which starts as if it were the first
-        flags = [flag for flag in sys.argv[1:] if flag.startswith("--")]
-        runs = [subprocess.run([sys.executable, __file__, *flags, name], check=False) for name in chosen]
-        sys.exit(max(run.returncode for run in runs))
+    if len(chosen) > 1:
+        sys.exit(run_each(chosen, arguments.check))
     (path,) = (paths[name] for name in chosen)
     if arguments.notebooks:
         with workplace():
