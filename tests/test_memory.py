@@ -322,7 +322,7 @@ def test_a_config_json_is_enough_for_a_page_with_four_known_sizes(tmp_path, caps
     for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9, 811.6), strict=True):
         rows = page.split(f"\n{name}\n")[1].splitlines()[1:5]
         full, dense, packed, _ = (
-            float(row.split(way)[1].split()[0]) for row, way in zip(rows, pages.WAYS, strict=True)
+            float(row.split(way)[1].split()[0].replace(",", "")) for row, way in zip(rows, pages.WAYS, strict=True)
         )
         assert abs(full - 2 * dense) <= 0.2  # each is rounded to a tenth
         assert least <= dense <= least + 0.2
