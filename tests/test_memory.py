@@ -30,10 +30,10 @@ from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
 from minilora.runs.memory import Plan, amount, choose_recompute, forecast
-from minilora.runs.sizes import parameter_shapes, trained_sizes
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.run import Run
 from minilora.runs.seeded import set_dropout_step
+from minilora.runs.sizes import parameter_shapes, trained_sizes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.runs import SETTINGS, words, write_inputs
