@@ -41,7 +41,9 @@ FITS = (("7B", 2, 24), ("70B", 8, 24), ("405B", 16, 80))  # ranks, and GB of eac
 RANKS = (1, 2, 8, 64, 256, 1024)
 PAPER = (("7B", "LoRA, block", "none"), ("70B", "QLoRA, block", "base"), ("405B", "QLoRA, block", "base"))
 
-MODEL = {**LLAMA_1B, "vocab_size": 2048}  # with the vocabulary of the built-in tokenizer
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
+WIDTHS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
+MODEL = {**LLAMA_1B, **HEADS, **WIDTHS, "vocab_size": 2048}  # that of the built-in tokenizer
 TOKENS, MICRO_BATCHES, STEPS = 256, 4, 4
 PROCESSES = (1, 2, 4)
 
