@@ -139,6 +139,7 @@ def forecast(plan: Plan) -> Forecast:
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
     holes += working * (len({tokens for tokens, _ in plan.rows}) > 1)
+    holes *= not is_sharded  # then memory is given back at once
     kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
         plan.device.type == "cpu"
     )
