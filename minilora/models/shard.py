@@ -126,14 +126,12 @@ def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows:
 
     A tied or new head is in no file.
     """
-    names = [name for name in module._parameters if f"{path}.{name}" in files]
-    parts: dict[str, Tensor | None] = {}
-    if isinstance(module, NF4Linear):
-        names.remove("weight")
-        parts = _packed_rows(module, f"{path}.weight", files, rows)._asdict()
-    dense = {name: files[f"{path}.{name}"].read(f"{path}.{name}") for name in names}
-    dense = {name: tensor[rows(len(tensor))] for name, tensor in dense.items()}
-    return dense | {name: part for name, part in parts.items() if part is not None}
+    parts = _packed_rows(module, f"{path}.weight", files, rows)._asdict() if isinstance(module, NF4Linear) else {}
+    found = {name: part for name, part in parts.items() if part is not None}
+    for name in (name for name in module._parameters if f"{path}.{name}" in files):
+        tensor = files[f"{path}.{name}"].read(f"{path}.{name}")
+        found[name] = tensor[rows(len(tensor))]
+    return found
 
 
 def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile], rows: Rows) -> Packed:
