@@ -96,8 +96,8 @@ def load_classifier(
 
 
 def draw_head(model: Classifier, seed: int) -> None:
-    """Draw the weights of a new head, in the dtype of the embedding and on its device."""
-    init_weights(model.score.to_empty(device="cpu"), torch.Generator().manual_seed(seed))
+    """Draw the weights of a new head in float32, and round them to the embedding's dtype, on its device."""
+    init_weights(model.score.to_empty(device="cpu").float(), torch.Generator().manual_seed(seed))
     model.score.to(model.model.embed_tokens.weight)
 
 

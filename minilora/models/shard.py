@@ -12,6 +12,7 @@ head is called outside the decoder. Adapters are attached afterwards, so they ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,7 @@ def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows:
 
 
 def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile], rows: Rows) -> Packed:
-    """Return these rows of a packed weight that is stored so, or dense.
-
-    Blocks of a stored dense weight are quantized by the rank that reads them. Their absmaxes are summed up to those of
-    all rows, zeros elsewhere, because double quantization takes 256 at a time, less the mean of all.
-    """
+    """Return these rows of a packed weight, which is stored so, or dense."""
 
     def cut(part: Tensor | None, like: Any) -> Tensor | None:
         return None if part is None else part.view(like.shape)[rows(like.shape[0])]
@@ -150,15 +147,33 @@ def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile]
     try:
         if module.packed.dim() == 1:  # rows end within blocks
             return Packed(*map(cut, pack(dense.to(device), is_double), module.parts))
-        N, K = dense.shape
-        own = dense[rows(N)].to(device)
-        absmax = torch.zeros(N, K // BLOCK_SIZE, device=device)
-        packed = torch.empty(0, K // 2, dtype=torch.uint8, device=device)
-        if own.numel():
-            flat, largest = quantize(own)
-            packed, absmax[rows(N)] = flat.view(-1, K // 2), largest.view(-1, K // BLOCK_SIZE)
+        packed, absmax = quantize_rows(dense, rows(len(dense)), device)
+        rest = quantize_absmax(absmax.view(-1)) if is_double else (absmax, None, None)
     except TrainingError as error:
         raise FormatError(f"{files[weight].path}: {weight}: {error}") from error
-    distributed.all_reduce(absmax)
-    rest = quantize_absmax(absmax.view(-1)) if is_double else (absmax, None, None)
     return Packed(packed, *map(cut, rest, module.parts[1:]))
+
+
+def quantize_rows(weight: Tensor, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Quantize these rows of a weight, whole blocks each; the absmaxes are those of all rows, from all ranks.
+
+    Double quantization takes 256 absmaxes at a time, less the mean of all. They are gathered as a sum, in which each
+    rank has zeros for the rows of others.
+
+    Shapes: weight (N, K), n rows -> packed (n, K/2) uint8, absmax (N, K/64) float32
+    Raises:
+        TrainingError: the weight is not finite, on every rank.
+    """
+    N, K = weight.shape
+    own, absmax = weight[rows].to(device), torch.zeros(N, K // BLOCK_SIZE, device=device)
+    packed = torch.empty(len(own), K // 2, dtype=torch.uint8, device=device)
+    try:
+        if len(own):
+            codes, largest = quantize(own)
+            packed, absmax[rows] = codes.view(packed.shape), largest.view(len(own), -1)
+    except TrainingError:
+        absmax.fill_(math.nan)
+    distributed.all_reduce(absmax)
+    if absmax.isnan().any():
+        raise TrainingError("a weight that is not finite cannot be quantized")
+    return packed, absmax
