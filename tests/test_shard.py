@@ -24,7 +24,7 @@ from minilora.runs.seeded import set_dropout_step
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.training import token_loss
 from tests.files import save_file, write_base
-from tests.models import CONFIGS, WHOLE, allocated, perturb_, small_tiles, token_ids
+from tests.models import CONFIGS, WHOLE, allocated, long, perturb_, small_tiles, token_ids
 from tests.training import gradients, number, random_rows, trained
 
 CPU, SECONDS = torch.device("cpu"), 120
@@ -59,8 +59,8 @@ def gradient(model, rows, recompute):
 
 
 class Cases:
-    def __init__(self, folder, rank, size):
-        self.folder, self.rank, self.size, self.failures = folder, rank, size, []
+    def __init__(self, folder, rank, size, is_long):
+        self.folder, self.rank, self.size, self.is_long, self.failures = folder, rank, size, is_long, []
 
     @contextmanager
     def of(self, *words):
@@ -74,9 +74,11 @@ def check_gradients(cases):
     """Each process takes its share of the rows; the sum is the gradient of all of them."""
     rows = list(enumerate(random_rows(0, 4)))
     ways = list(product(("none", "mlp", "block"), (nullcontext, ml.plain)))
-    asked = [(WHOLE, name, held) for name, held in product(CONFIGS, ("dense", "nf4"))]
+    names = CONFIGS if cases.is_long else ("LoRA", "DoRA", "all biases", "rows of tokens", "the head in full", "PiSSA")
+    asked = [(WHOLE, name, held) for name, held in product(names, ("dense", "nf4"))]
     asked = [each for each in asked if not (each[2] == "nf4" and each[1] in DENSE_ONLY)]
-    asked += [(family, "DoRA", held) for family, held in product(("few rows", "qwen3", "phi3"), ("dense", "nf4"))]
+    asked += [(WHOLE, "norms in full", "dense"), (WHOLE, "a parameter", "dense"), ("few rows", "DoRA", "nf4")]
+    asked += [(family, "DoRA", "dense") for family in ("few rows", "qwen3", "phi3")]
     for index, (family, name, held) in enumerate(asked):
         (recompute, how), directory = ways[index % len(ways)], cases.folder / family
         with cases.of(family, name, held, recompute, how.__name__), how():
@@ -119,7 +121,7 @@ def check_memory(cases):
 
             load()  # the first imports and prepares
             with pytest.MonkeyPatch.context() as patch:
-                small_tiles(patch, 2**10)
+                small_tiles(patch, 2**12)
                 _, most, divided = allocated(load, mapped=file.stat().st_size)
             offsets = 4 * sum(isinstance(module, NF4Linear) for module in one.modules())  # single numbers, which one has
             expected = held_bytes(one) - bytes_of_blocks + bytes_of_blocks / cases.size
@@ -177,9 +179,8 @@ def check_start_values(cases):
 def check_files(cases):
     """An adapter is saved as with a whole base, and loaded again; a merge needs the base."""
     ids = token_ids(0, 2, 5)
-    for name, held in product(("DoRA", "all biases", "norms in full", "rows of tokens", "PiSSA", "OLoRA"), ("dense", "nf4")):
-        if held == "nf4" and name in DENSE_ONLY:
-            continue
+    names = ("DoRA", "all biases", "rows of tokens", "PiSSA")
+    for name, held in [*product(names, ("dense", "nf4")), ("norms in full", "dense"), ("OLoRA", "dense")]:
         with cases.of("files", name, held):
             one = adapted(ml.load_model(cases.folder / WHOLE, "float64", quantize=HELD[held]), **CONFIGS[name])
             divided = load_sharded(None, (), cases.folder / WHOLE, "float64", "cpu", HELD[held])
@@ -220,7 +221,7 @@ def check_heads(cases):
 def losses_of(model):
     """The losses of some steps of a run on all rows."""
     found = []
-    config = ml.TrainConfig(max_steps=STEPS, batch_size=1, gradient_accumulation_steps=4, recompute="mlp")
+    config = ml.TrainConfig(max_steps=STEPS, batch_size=2, gradient_accumulation_steps=2, recompute="mlp")
     ml.train(model, random_rows(5, 12), config, lambda record: found.append(record["loss"]))
     return number(found)
 
@@ -232,23 +233,22 @@ def check_training(cases, expected):
             assert_parity(losses_of(adapted(divided, **CONFIGS[name])), losses, 1e-9)
 
 
-def work(rank, size, folder):
+def work(rank, size, folder, is_long):
     """In one of the processes: all cases, and what is found wrong as a file."""
     asked = [("LoRA", "dense"), ("DoRA", "nf4")]
     models = (ml.load_model(folder / WHOLE, "float64", quantize=HELD[held]) for _, held in asked)
     expected = {each: losses_of(adapted(m, **CONFIGS[each[0]])) for each, m in zip(asked, models, strict=True)}
-    place = f"file://{folder / f'meet {size}'}"
+    place = f"file://{folder / f'meet {size} {is_long}'}"
     distributed.init_process_group(
         "gloo", init_method=place, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
     )
-    cases = Cases(folder, rank, size)
-    checks = [check_loading, check_memory, check_bad_weight, check_gradients]
-    if size == 2:
-        checks += [check_evaluation, check_start_values, check_files, check_heads]
-    import time; t=time.time()
-    for c in checks:
-        c(cases); print(rank, c, time.time()-t, flush=True); t=time.time()
-    check_training(cases, expected); print(rank, "train", time.time()-t, flush=True)
+    cases = Cases(folder, rank, size, is_long)
+    checks = [check_loading, check_bad_weight, check_gradients]
+    if size == 2 or is_long:
+        checks += [check_memory, check_evaluation, check_start_values, check_files, check_heads]
+    for check in checks:
+        check(cases)
+    check_training(cases, expected)
     (folder / f"{size} {rank}.json").write_text(json.dumps(cases.failures))
     distributed.barrier()
     distributed.destroy_process_group()
@@ -274,9 +274,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_divided_base_gives_what_a_whole_one_gives_in_so_many_processes(size, folder):
+@pytest.mark.parametrize(("size", "is_long"), [(2, False), (4, False), *long((2, True), (4, True))])
+def test_a_divided_base_gives_what_a_whole_one_gives_in_so_many_processes(size, is_long, folder):
     processes.set_forkserver_preload([__name__])  # one import of PyTorch for all
-    multiprocessing.start_processes(work, (size, folder), nprocs=size, start_method="forkserver")
+    multiprocessing.start_processes(work, (size, folder, is_long), nprocs=size, start_method="forkserver")
     failures = [each for rank in range(size) for each in json.loads((folder / f"{size} {rank}.json").read_text())]
     assert not failures, f"{len(failures)} cases:\n" + "\n".join(failures[:5])
