@@ -111,7 +111,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a layer, dequantized if it is packed, with the rows of all ranks; every rank must call it."""
+    """Return the weight of a layer with the rows of all ranks, dequantized if packed; every rank must call it."""
     if isinstance(module, NF4Linear):
         return unpack(Packed(*(None if p is None else whole(p) for p in module.parts)), module.layout, module.dtype)
     return whole(module.get_parameter("weight"))
