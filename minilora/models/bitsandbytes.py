@@ -149,7 +149,8 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
     """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
     parts, layout = map_packed(files, names)
-    return Packed(*(None if part is None else part.to(device, copy=True) for part in parts)), layout
+    copies: list[Any] = [None if part is None else part.to(device, copy=True) for part in parts]
+    return Packed(*copies), layout
 
 
 def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packed, Layout]:
@@ -183,7 +184,7 @@ def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packe
     check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
     absmax = read(f"{weight}.absmax", blocks, torch.uint8)
     scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
-    return Packed(packed, absmax, scales, torch.tensor(nested_offset, dtype=torch.float32)), layout
+    return Packed(packed, absmax, scales, torch.tensor(nested_offset, dtype=torch.float32, device="cpu")), layout
 
 
 def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:

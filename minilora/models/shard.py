@@ -64,7 +64,7 @@ def load_sharded(
         rows = slice if module in replicated else own_rows
         for name, tensor in _stored(module, paths[module], files, rows).items():
             local(module.get_parameter(name)).data.copy_(tensor)
-    if is_tied:
+    if isinstance(model, Llama):
         model.tie_weights()
     elif f"{model.head}.weight" not in files:
         draw_head(model, seed)
@@ -72,15 +72,16 @@ def load_sharded(
 
 
 def shard_blocks(model: Llama | Classifier, device: torch.device) -> None:
-    """Freeze the decoder's blocks and divide their parameters among all ranks; the model has no adapter yet.
+    """Freeze a model without adapters, and divide the parameters of its decoder's blocks among all ranks.
 
     The decoder itself becomes the root, which has no parameters of its own to divide.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
-    decoder = model.model
-    for block in decoder.layers.requires_grad_(False):
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    decoder = model.requires_grad_(False).model
+    for block in decoder.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh, ignored_params={*decoder.embed_tokens.parameters(), *decoder.norm.parameters()})
 
@@ -113,7 +114,8 @@ def whole(tensor: Tensor) -> Tensor:
 def whole_weight(module: nn.Module) -> Tensor:
     """Return the weight of a layer with the rows of all ranks, dequantized if packed; every rank must call it."""
     if isinstance(module, NF4Linear):
-        return unpack(Packed(*(None if p is None else whole(p) for p in module.parts)), module.layout, module.dtype)
+        parts: list[Any] = [None if part is None else whole(part) for part in module.parts]
+        return unpack(Packed(*parts), module.layout, module.dtype)
     return whole(module.get_parameter("weight"))
 
 
@@ -138,7 +140,7 @@ def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows:
 def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile], rows: Rows) -> Packed:
     """Return these rows of a packed weight, which is stored so, or dense."""
 
-    def cut(part: Tensor | None, like: Any) -> Tensor | None:
+    def cut(part: Any, like: Any) -> Any:
         return None if part is None else part.view(like.shape)[rows(like.shape[0])]
 
     if names := packed_weights(files).get(weight):
