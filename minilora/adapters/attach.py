@@ -30,8 +30,9 @@ from minilora.adapters.parts import (
     parameter_specs,
     targets,
 )
-from minilora.errors import TargetError, TrainingError, check_types
+from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper
+from minilora.models.shard import is_sharded
 
 # Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
 SCALED_IF_TIED = ("longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
@@ -161,8 +162,14 @@ def merge(model: nn.Module) -> None:
 
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
-    """Return the wrappers; raise a TargetError if one has hooks, which the merged module would not have."""
+    """Return the wrappers; raise a TargetError if one has hooks, which the merged module would not have.
+
+    Raises:
+        ConfigError: the base is divided among ranks.
+    """
     layers = known_layers(model)
+    if any(map(is_sharded, model.parameters())):
+        raise ConfigError("the base is divided among ranks, and a merge needs it whole: save the adapter, load both")
     if hooked := [layer.path for layer in layers if has_hooks(layer)]:
         raise TargetError(f"{hooked[0]}: has hooks, which would be lost where it is merged; remove them")
     return layers

@@ -24,8 +24,18 @@ from minilora.lora import AdapterWrapper
 class TrainedCopy(AdapterWrapper):
     """A module with a trained copy for each adapter, which replaces it (final).
 
-    A copy shares with the base the parameters that are not trained.
+    A copy shares with the base the parameters that are not trained, which are looked up there in each call, because
+    those of a base that is divided among ranks are whole only meanwhile.
     """
+
+    def __init__(self, base: nn.Module, path: str):
+        super().__init__(base, path)
+        self.own: dict[str, set[str]] = {}  # the names of the parameters that each adapter trains
+
+    def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
+        super().add_adapter(name, adapter, config)
+        trained = {id(parameter) for parameter in self.own_parameters(name)}
+        self.own[name] = {key for key, p in self.adapters[name].named_parameters() if id(p) in trained}
 
     def current(self) -> nn.Module:
         return self.adapters[self.active[-1]] if self.active else self.base
@@ -36,8 +46,7 @@ class TrainedCopy(AdapterWrapper):
         return here + [name for name in names if name in inner] if here else []
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        shared = {id(parameter) for parameter in self.base.parameters()}
-        return {key: p for key, p in self.adapters[name].named_parameters() if id(p) not in shared}
+        return {key: p for key, p in self.adapters[name].named_parameters() if key in self.own[name]}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the active copy, or the base; in a mixed batch the first argument and the result are tensors of rows."""
@@ -53,7 +62,8 @@ class TrainedCopy(AdapterWrapper):
         return shallow_copy(self.current(), self._in_dtype_of_base(self.active[-1]))
 
     def _call_copy(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.adapters[name], self._in_dtype_of_base(name), args, kwargs)
+        shared = dict(get_base_layer(self.base).named_parameters())
+        return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
 
     def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
         base = get_base_layer(self.base)

@@ -51,6 +51,7 @@ from minilora.errors import ConfigError, FormatError, TargetError, check_types, 
 from minilora.lora import AdapterLinear, AdapterWrapper, Shape
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
+from minilora.models.shard import whole_weight
 from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
@@ -128,7 +129,7 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
         if spec.kind in LINEARS and init in REPEATED and not misfits:  # PEFT takes the word for True on other layers
             if isinstance(modules[path], NF4Linear):
                 raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
-            weight = spec.kind(modules[path], path).as_matrix(modules[path].get_parameter("weight"))
+            weight = spec.kind(modules[path], path).as_matrix(whole_weight(modules[path]))
             start = moved_factors(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)

@@ -32,6 +32,7 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import balanced, check_rank, randomized_svd, wide
 from minilora.errors import ConfigError, TrainingError
 from minilora.lora import AdapterLinear
+from minilora.models.shard import whole_weight
 
 FROM_DATA = ("eva", "corda", "lora_ga")
 DAMPING = 0.01  # times the mean second moment, added to each: C is invertible also where inputs never go
@@ -82,7 +83,7 @@ def data_factors(
     if kind == "corda":
         factors = {}
         for path, layer in layers.items():
-            weight = wide(layer.as_matrix(layer.base.weight))
+            weight = wide(layer.as_matrix(whole_weight(layer.base)))
             factors[path] = corda_factors(weight, sums[path], config.rank(path), config.scale(path))
         return factors
     return _eva_factors(layers, config, sums)

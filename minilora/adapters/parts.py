@@ -18,6 +18,7 @@ from minilora.adapters.layers import CONVOLUTIONS, AdapterConv, AdapterConv1D, A
 from minilora.adapters.parameters import AdapterParameters, stacked_shapes
 from minilora.errors import ConfigError, TargetError
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm
+from minilora.models.shard import is_sharded, whole, whole_weight
 from minilora.nf4 import NF4Linear
 
 LINEARS = (AdapterLinear, AdapterConv1D)
@@ -75,7 +76,7 @@ def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[st
 
 
 def _initial_magnitude(layer: AdapterLinear, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    weight, shape = layer.as_matrix(layer.base.weight.detach()), magnitude_shape(lora_B.shape)
+    weight, shape = layer.as_matrix(whole_weight(layer.base)), magnitude_shape(lora_B.shape)
     if weight.is_meta:
         return torch.ones(shape, dtype=lora_A.dtype)
     factors = layer.as_matrices(lora_A.detach().to(weight.device), lora_B.detach().to(weight.device))
@@ -150,12 +151,14 @@ def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: t
             raise ConfigError(
                 f"{path}: loftq quantizes a dense linear itself, found {type(module).__name__}; leave --quantize out"
             )
+        if is_sharded(module.weight):
+            raise ConfigError(f"{path}: loftq replaces the weight, which is divided among ranks; leave --shard out")
         lora_A, lora_B, base = loftq_factors(module.weight, r, scale, bias=module.bias)
     elif init_from_weight(init):
         if shape_B[1] != r:
             raise ConfigError(f"{path}: init_lora_weights {init!r} is not defined for a convolution in groups")
         layer = kind(module, path)
-        lora_A, lora_B = moved_factors(str(init), layer.as_matrix(layer.base.weight), r, scale, generator)
+        lora_A, lora_B = moved_factors(str(init), layer.as_matrix(whole_weight(module)), r, scale, generator)
         lora_A, lora_B = lora_A.view(shape_A), lora_B.view(shape_B)
     elif kind is AdapterEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
@@ -217,7 +220,7 @@ def build_specs(
     """
     full = {}
     for path in select_saved([path for path in modules if path], config):
-        held = {name: parameter.detach() for name, parameter in modules[path].named_parameters()}
+        held = {name: whole(parameter) for name, parameter in modules[path].named_parameters()}
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
             what = "packed weights, which cannot be trained" if held else "no parameters"
             raise TargetError(f"modules_to_save: {path} has {what}")
@@ -274,9 +277,9 @@ def _with_biases(
         if spec and spec.kind is TokenRows and config.bias == "all":
             raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
         if spec and issubclass(spec.kind, AdapterLinear):
-            found[path] = spec._replace(tensors=spec.tensors | {"bias": bias.detach()})
+            found[path] = spec._replace(tensors=spec.tensors | {"bias": whole(bias)})
         elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
-            found[path] = AdapterSpec(TrainedCopy, {"bias": bias.detach()})
+            found[path] = AdapterSpec(TrainedCopy, {"bias": whole(bias)})
     return found
 
 

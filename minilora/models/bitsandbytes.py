@@ -148,6 +148,13 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
 
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
     """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
+    parts, layout = map_packed(files, names)
+    copies: list[Any] = [None if part is None else part.to(device, copy=True) for part in parts]
+    return Packed(*copies), layout
+
+
+def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packed, Layout]:
+    """Return what `read_packed` does, as views of the files."""
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
     n = layout.shape[0] * layout.shape[1]
@@ -170,16 +177,14 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
         if not torch.allclose(read(name, len(levels), torch.float32), levels, rtol=1e-6, atol=0):
             raise FormatError(f"{files[state_name].path}: {name} holds other levels than those of the format")
 
-    packed = read(weight, (n + 1) // 2, torch.uint8).to(device, copy=True)
+    packed = read(weight, (n + 1) // 2, torch.uint8)
     check(f"{weight}.quant_map", CODEBOOKS[layout.quant_type])
     if nested_offset is None:
-        absmax = read(f"{weight}.absmax", blocks, torch.float32).to(device, copy=True)
-        return Packed(packed, absmax, None, None), layout
+        return Packed(packed, read(f"{weight}.absmax", blocks, torch.float32), None, None), layout
     check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
-    absmax = read(f"{weight}.absmax", blocks, torch.uint8).to(device, copy=True)
+    absmax = read(f"{weight}.absmax", blocks, torch.uint8)
     scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
-    offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
-    return Packed(packed, absmax, scales.to(device, copy=True), offset), layout
+    return Packed(packed, absmax, scales, torch.tensor(nested_offset, dtype=torch.float32, device="cpu")), layout
 
 
 def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:

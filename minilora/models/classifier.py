@@ -90,10 +90,15 @@ def load_classifier(
     if config.unit:
         return fill(model, location, dtype, usable_device(device), quantize)
     base = load_model(location.name, dtype, device, quantize)
-    init_weights(model.score.to_empty(device="cpu"), torch.Generator().manual_seed(seed))
-    model.score.to(base.model.embed_tokens.weight)
     model.model, model.name_or_path = base.model, base.name_or_path
+    draw_head(model, seed)
     return model.eval()
+
+
+def draw_head(model: Classifier, seed: int) -> None:
+    """Draw the weights of a new head in float32, and round them to the embedding's dtype, on its device."""
+    init_weights(model.score.to_empty(device="cpu").float(), torch.Generator().manual_seed(seed))
+    model.score.to(model.model.embed_tokens.weight)
 
 
 def load_for(
