@@ -218,6 +218,8 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             "end the prompts, or begin the completions, with a space or a line end"
         )
     steps = len(plan_steps([len(example.tokens) for example in data.train], run.training))
+    if run.shard == "base":
+        say(f"--shard base: each of the {world.size()} processes holds a part of the base")
     parts = run.training.gradient_accumulation_steps
     if parts < world.size():
         say(

@@ -164,6 +164,9 @@ class RunConfig:
         "auto", "number format of the base model; auto: the checkpoint's, where it is fast"
     )
     device: str = option("auto", "cpu, cuda or mps; auto: the best available")
+    shard: Literal["auto", "none", "base"] = option(
+        "auto", "base: divide the frozen base among the processes of a run; auto: only where it does not fit otherwise"
+    )
     resume: Literal["auto", "never"] = option("auto", "continue the run in --out; never: refuse if there is one")
     general_data: str = option(
         BUILTIN,
@@ -220,6 +223,8 @@ def check_settings(
     bad = [f"{', '.join(sorted(idle))}: without effect, since there is no adapter"] if idle else []
     if quantization.quantize != "none" or base.source.get("quantization_config"):
         bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
+    if run.shard == "base":
+        bad.append("--shard base: divides frozen weights, and all are trained")
     if run.dtype == "bfloat16":
         bad.append("--dtype bfloat16: most updates of a weight are too small to change it; need float32")
     if bad:

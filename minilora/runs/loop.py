@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.models.generate import training
+from minilora.models.shard import held_bytes, is_sharded
 from minilora.runs import world
 from minilora.runs.checkpoints import (
     State,
@@ -36,7 +37,7 @@ from minilora.runs.checkpoints import (
 )
 from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
+from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory, returned_memory
 from minilora.runs.memory import Plan, choose_recompute
 from minilora.runs.objective import (
     UNKNOWN,
@@ -139,11 +140,16 @@ def train(
     run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), State()
     if folder is not None:
-        if any(world.is_sharded(p) for p in trained_parameters(run.optimizer).values()):
+        if any(is_sharded(p) for p in trained_parameters(run.optimizer).values()):
             raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
         state.run = fingerprint(dataset, held_out if config.selects else (), config, adapters)
     try:
-        with training(model), _compiled(model, loss is not None) if config.compile else nullcontext():
+        with ExitStack() as stack:
+            stack.enter_context(training(model))
+            if any(map(is_sharded, model.parameters())):
+                stack.enter_context(returned_memory())
+            if config.compile:
+                stack.enter_context(_compiled(model, loss is not None))
             return _train(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
@@ -173,7 +179,7 @@ def _with_fitting_recompute(
         [[len(example.tokens) for example in held_out]],
         len(model.labels) if isinstance(model, Classifier) else 0,
     )
-    return world.same(choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training)
+    return choose_recompute(plan, held=held_bytes(model))[0].training
 
 
 @contextmanager

@@ -80,14 +80,15 @@ AT_IMPORT = high_water_bytes()
 def free_memory_bytes(device: torch.device) -> int | None:
     """Return the memory that is free: of the GPU on CUDA, else of the machine and within the limits of the process.
 
-    On macOS it is all of the machine's memory, since the system makes room as needed. None where nothing is known.
+    Of the machine's, each rank that torchrun has started there gets its share. On macOS it is all of the machine's
+    memory, since the system makes room as needed. None where nothing is known.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform == "darwin":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = _kilobytes("proc/meminfo", "MemAvailable")
-    return None if available is None else min([available, *_free_in_groups()])
+    available, ranks = _kilobytes("proc/meminfo", "MemAvailable"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if available is None else min([available, *_free_in_groups()]) // ranks
 
 
 def _free_in_groups() -> Iterator[int]:

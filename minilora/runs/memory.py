@@ -24,6 +24,7 @@ from minilora.kernel.lora import tile_size
 from minilora.llama import LlamaConfig, Recompute
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import resolve_dtype
+from minilora.runs import world
 from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.machine import free_memory_bytes
@@ -244,13 +245,28 @@ def choose_recompute(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:
 
     `held` are bytes of the forecast that are in use already, such as those of a loaded model.
     """
-    wanted, free = plan.training.recompute, free_memory_bytes(plan.device)
+    wanted = plan.training.recompute
     for way in get_args(Recompute) if wanted == "auto" else (wanted,):  # the fastest first
         chosen = replace(plan, training=replace(plan.training, recompute=way))
         found = forecast(chosen)
-        if free is None or found.peak <= free + held:
+        if _fits(chosen, found, held):
             break
     return chosen, found
+
+
+def choose_shard(plan: Plan, wanted: str) -> tuple[Plan, Forecast]:
+    """Replace "auto" by "none" if the run then fits into memory, else by "base"; choose the recomputation, too."""
+    for shard in get_args(Shard) if wanted == "auto" else (wanted,):
+        chosen, found = choose_recompute(replace(plan, shard=shard))
+        if _fits(chosen, found):
+            break
+    return chosen, found
+
+
+def _fits(plan: Plan, found: Forecast, held: int = 0) -> bool:
+    """Return whether a run fits into the memory of every rank."""
+    free = free_memory_bytes(plan.device)
+    return world.totals(free is not None and found.peak > free + held) == [0]
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:

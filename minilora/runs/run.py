@@ -39,6 +39,7 @@ from minilora.models.checkpoint import read_config, resolve_dtype, save_model
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import UNITS
 from minilora.models.hub import fetch, locate
+from minilora.models.shard import load_sharded
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs import world
 from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, read_state, step_of
@@ -48,7 +49,7 @@ from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
-from minilora.runs.memory import Forecast, Plan, choose_recompute, forecast
+from minilora.runs.memory import Forecast, Plan, Shard, choose_shard
 from minilora.runs.metrics import TensorBoard, read_records
 from minilora.runs.objective import start_losses
 from minilora.runs.seeded import plan_steps
@@ -93,6 +94,7 @@ class Run:
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
         self.files: dict[str, str] = {}  # the data of the earlier ones
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
+        self.shard: Shard = "none"
         self.board: TensorBoard | None = None
         self.lock_file: TextIO | None = None
         self.checkpoint: Path | None = None  # from which the run resumes
@@ -140,7 +142,7 @@ class Run:
             )
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        free = {*bookkeeping(self.training), "resume", "report", "samples", "general_data", *HASHED}
+        free = {*bookkeeping(self.training), "resume", "shard", "report", "samples", "general_data", *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
             free.add("prompt_style")
         if self.lora.init_lora_weights in FROM_DATA:
@@ -199,7 +201,7 @@ class Run:
         return tokenizer.with_template(read_text(template)) if template.is_file() else tokenizer
 
     def forecast_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
-        """Forecast the memory of the run on a device; `--recompute auto` becomes what fits into it."""
+        """Forecast the memory of the run on a device; auto of `--recompute` and `--shard` becomes what fits into it."""
         config = self.base_config
         plan = Plan(
             replace(config, vocab_size=max(config.vocab_size, self._vocabulary(data))),
@@ -211,15 +213,16 @@ class Run:
             [(len(example.tokens), example.labelled) for example in data.train],
             [[len(example.tokens) for example in split] for split in (data.valid, data.test, data.general)],
             len(config.labels if config.unit else data.labels),
+            world.size(),
         )
-        self.training = world.same(choose_recompute(plan)[0].training)
-        plan = replace(plan, training=self.training)
-        return plan, forecast(plan)
+        plan, found = choose_shard(plan, "none" if self.is_full or world.size() == 1 else self.config.shard)
+        self.training, self.shard = plan.training, plan.shard
+        return plan, found
 
     def load_base(self, data: Data, device: torch.device | str) -> Llama | Classifier:
         """Load the base model, quantized as it is read, with a head for the data's classes and rows for new tokens."""
-        seed = self.training.seed
-        model = load_for(self.unit, data.labels, self.config.model, self.dtype, device, self.quantization, seed)
+        seed, load = self.training.seed, load_for if self.shard == "none" or device == "meta" else load_sharded
+        model = load(self.unit, data.labels, self.config.model, self.dtype, device, self.quantization, seed)
         grow_vocabulary(model, self._vocabulary(data))
         return model
 
@@ -277,6 +280,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
             "ranks": world.size(),
+            "shard": self.shard,
         }
         for name in (MANIFEST, "summary.json"):  # of a finished run that is made longer
             remove(self.out / name)

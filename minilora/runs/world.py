@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 from minilora.errors import ConfigError, TrainingError
 from minilora.models.checkpoint import pick_device
+from minilora.models.shard import is_sharded
 
 T = TypeVar("T")
 WAIT = timedelta(hours=1)  # for another rank: the first one may be encoding the data
@@ -144,11 +145,6 @@ def check_equal(tensors: Sequence[Tensor], when: str) -> None:
     found = gather(digest.hexdigest())
     if bad := [str(number) for number, hashed in enumerate(found) if hashed != found[0]]:
         raise TrainingError(f"{when}: what is trained differs between rank 0 and rank {', '.join(bad)}")
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether FSDP shards a tensor."""
-    return hasattr(tensor, "full_tensor")  # as a DTensor has; the class is slow to import
 
 
 def _device() -> torch.device:
