@@ -59,12 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-window": {
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 4,
-        "max_window_layers": 2,
-    },
+    "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
     "smollm3": {"model_type": "smollm3"},
     "smollm3-window": {

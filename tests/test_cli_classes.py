@@ -270,8 +270,7 @@ def test_inspect_finds_nothing_wrong_with_an_adapter_of_a_classifier_on_its_base
 
 
 @pytest.mark.parametrize(
-    ("task", "base"),
-    [*((task, family) for task in TASKS for family in ("llama", "qwen2")), ("SEQ_CLS", "classifier")],
+    ("task", "base"), [*((task, family) for task in TASKS for family in ("llama", "qwen2")), ("SEQ_CLS", "classifier")]
 )  # a language model with a head of its own, with a tied one; and a classifier
 def test_a_merged_classifier_is_written_as_merging_in_memory_writes_it(directory, run, task, base, tmp_path):
     path = directory / base

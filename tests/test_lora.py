@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, TargetError, attach
-from minilora.lora import (
-    AdapterLinear,
-    LoraAdapter,
-    dora_norm,
-    lora_delta,
-    lora_linear,
-    lora_scale,
-    lora_update,
-)
+from minilora.lora import AdapterLinear, LoraAdapter, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import SeededDropout, dropout_seed
 from minilora.testing import reference

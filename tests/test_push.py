@@ -56,13 +56,7 @@ def run(tmp_path):
     model = tiny_model()
     ml.attach(model, ml.LoraConfig(r=3))
     ml.save_adapter(model, tmp_path)
-    config = {
-        "model": f"org/base@{COMMIT}",
-        "lora_r": 3,
-        "learning_rate": 1e-3,
-        "quantize": "none",
-        "use_dora": False,
-    }
+    config = {"model": f"org/base@{COMMIT}", "lora_r": 3, "learning_rate": 1e-3, "quantize": "none", "use_dora": False}
     (tmp_path / "run.json").write_text(json.dumps({"config": config, "data_sha256": {"rows.jsonl": "abc"}}))
     scores = {"before": {"loss": 2.5, "accuracy": None}, "after": {"loss": 1.25, "accuracy": None}}
     (tmp_path / "summary.json").write_text(json.dumps({**scores, "steps": 7, "tokens": 1234}))

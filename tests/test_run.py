@@ -99,7 +99,7 @@ def test_evaluations_stand_among_the_metrics_and_logging_steps_thin_out_the_rest
     options = {"eval_steps": 3, "logging_steps": 4, "max_steps": 9, "samples": 0}
     assert finetune(directory, tmp_path, **options) == 0
     assert [(record["step"], "eval_loss" in record) for record in metrics(tmp_path)] == [
-        *((3, True), (4, False), (6, True), (8, False), (9, True)),
+        *((3, True), (4, False), (6, True), (8, False), (9, True))
     ]
     evaluations = [set(record) for record in metrics(tmp_path) if "eval_loss" in record]
     assert evaluations == [{"step", "eval_loss", "best_step", "samples"}] * 3

@@ -86,19 +86,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "400 digits in eps": {"rms_norm_eps": 10**400},
     "400 digits in a window": {"max_window_layers": 10**400, "sliding_window": 10**400},
     "400 digits as the end of text": {"eos_token_id": 10**400},
-    "trained on one token": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            **LONG,
-            "original_max_position_embeddings": 1,
-        }
-    },
+    "trained on one token": {"rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 1}},
     "trained on half a token": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            **LONG,
-            "original_max_position_embeddings": 0.5,
-        }
+        "rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 0.5}
     },
     "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
     "dynamic beyond float64": {"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}, "max_position_embeddings": 1},

@@ -18,10 +18,7 @@ from tests.models import long
 from tests.runs import ADAPTER, finetune, starts, steps, words
 from tests.training import newest_step
 
-pytestmark = [
-    pytest.mark.reliability,
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are forked"),
-]
+pytestmark = [pytest.mark.reliability, pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")]
 STEPS, INTERVAL = 16, 2
 NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
 KINDS = {
