@@ -313,6 +313,7 @@ def test_each_adapter_needs_a_weight_that_is_a_number(w):
         ({"combination_type": "ties"}, "density: 'ties' needs one"),
         ({"combination_type": "linear", "density": 0.5}, "density: 'linear' drops nothing"),
         ({"combination_type": "dare_ties", "density": 0.0}, "density is 0.0, need a number above 0"),
+        ({"combination_type": "dare_ties", "density": 0.5, "seed": 2**64}, f"seed is {2**64}"),
         ({"majority_sign_method": "mean"}, "majority_sign_method is 'mean'"),
     ],
 )

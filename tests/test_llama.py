@@ -183,14 +183,6 @@ def test_padding_changes_no_logits_and_has_none(seed, lengths, extra):
         assert not ours[n:].any()
 
 
-@families
-@few
-@given(seeds, st.integers(1, 6), st.integers(1, 6))  # together not so many that a rotation would change
-def test_later_tokens_change_no_earlier_logits(family, seed, before, after):
-    model, tokens = tiny_model(family, seed), token_ids(seed, 1, before + after)
-    assert_maths(model(tokens)[:, :before], model(tokens[:, :before]))
-
-
 @st.composite
 def pieces(draw):
     """Documents, and the number of tokens of each that each call is given."""

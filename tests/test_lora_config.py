@@ -318,11 +318,3 @@ def test_every_field_has_a_flag_that_gives_it(name):
 def test_tokens_may_be_those_of_a_named_module():
     found = parsed('--trainable-token-indices={"embed_tokens": [3, 4]}').trainable_token_indices
     assert found == {"embed_tokens": (3, 4)}
-
-
-@pytest.mark.parametrize(
-    "word", ["--trainable-token-indices=a", "--trainable-token-indices={", "--task=X", "--layers-to-transform=a"]
-)
-def test_a_value_that_is_none_is_refused(word):
-    with pytest.raises((argparse.ArgumentError, ConfigError)):
-        parsed(word)

@@ -27,7 +27,7 @@ from minilora.runs.inputs import load_general
 from minilora.runs.meter import beginning, ending
 from minilora.runs.run import PACKAGES, Run
 from minilora.testing.compare import assert_parity
-from tests.models import four_bit, long
+from tests.models import long
 from tests.runs import (
     ADAPTER,
     CLASSES,
@@ -350,12 +350,6 @@ def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused,
     refused(
         tmp_path, "the data changed since the run began: general.jsonl, rows.jsonl", data=directory / "general.jsonl"
     )
-
-
-def test_a_run_whose_data_have_changed_is_refused(refused, whole, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", 24)
-    unfinished(whole, tmp_path / "out", step=4, data=[str(rows)])
-    refused(tmp_path / "out", "the data changed since the run began: rows.jsonl", data=rows)
 
 
 def copied(directory, tmp_path):
@@ -692,13 +686,3 @@ def test_a_run_in_four_bits_goes_on_to_the_same_bytes(directory, tmp_path, monke
     assert finetune(directory, tmp_path / "halves", **options) == 0
     assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
     assert starts(tmp_path / "halves") == [0, 3]
-
-
-def test_a_base_that_was_quantized_anew_is_noticed(directory, tmp_path, monkeypatch, capsys):
-    base, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
-    ml.save_model(four_bit(base), tmp_path / "base", tokenizer)
-    stop(directory, tmp_path / "run", monkeypatch, step=1, model=tmp_path / "base")
-    again = four_bit(ml.load_model(directory / "model"), double_quant=False)
-    ml.save_model(again, tmp_path / "base", tokenizer)
-    assert finetune(directory, tmp_path / "run", model=tmp_path / "base") == 1
-    assert "changed since the run began: model/config.json, model/model.safetensors" in capsys.readouterr().err
