@@ -138,7 +138,9 @@ def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, posit
 @pytest.mark.parametrize(
     "name",
     [
-        *("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a"),
+        *("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a", "/", "//a"),
+        *("../../etc/passwd", "a/../../b", "\\\\server\\share", "\0", "~/../a", "file:///etc/passwd", "a/", "a:b"),
+        *("a\\..\\..\\b", "..%2fa/..", "....//a", "a/./b"),
         *(3, None, ["model.safetensors"], {"a": 1}, True),
     ],
     ids=repr,

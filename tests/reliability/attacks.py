@@ -95,11 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "equal ends of a ramp": {
         "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
     },
-    "a million windows": {
-        "layer_types": ["sliding_attention"] * 10**5,
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-    },
+    "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
     "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
     "2,000,000 labels": {
         "architectures": ["LlamaForSequenceClassification"],

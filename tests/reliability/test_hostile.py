@@ -15,7 +15,6 @@ from minilora.cli import main, say
 from minilora.limits import open_file
 from minilora.models.hub import BUILTINS
 from minilora.models.tokenizer_json import is_explosive
-from minilora.storage import shard_names
 from minilora.tools.inspect import inspect_path
 from tests.files import edit, saved, write_base
 from tests.models import randn, tiny_model
@@ -51,38 +50,6 @@ def test_an_attack_is_refused_at_once_and_in_little_memory(kind, tmp_path, capsy
 
 def test_there_are_sixty_attacks_on_templates():
     assert len([*ESCAPES, *(each for group in BOMBS.values() for each in group)]) >= 60
-
-
-TRAVERSALS = (
-    *(
-        "../a",
-        "../../etc/passwd",
-        "/etc/passwd",
-        "/",
-        "..",
-        ".",
-        "",
-        "a/../../b",
-        "./a",
-        "a/b",
-        "..\\a",
-        "C:\\a",
-        "C:a",
-    ),
-    *("\\\\server\\share", "a\0b", "\0", "//a", "~/../a", "file:///etc/passwd", "a/", "a\\..\\..\\b", "a:b"),
-    *("..%2fa/..", "....//a", "a/./b", "C:a"),
-)
-
-
-@pytest.mark.parametrize("name", TRAVERSALS, ids=repr)
-def test_no_shard_lies_outside_its_directory(name, tmp_path):
-    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ml.FormatError, match="is not a plain file name"):
-        shard_names(tmp_path / "index.json")
-
-
-def test_there_are_25_ways_out_of_a_directory():
-    assert len(set(TRAVERSALS)) == 25
 
 
 def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_path):
@@ -127,30 +94,10 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(text, tmp_path, 
 
 
 BUILTIN = {"eval", "exec", "compile", "__import__", "breakpoint"}
-IMPORTED = {
-    "pickle",
-    "marshal",
-    "shelve",
-    "dill",
-    "joblib",
-    "subprocess",
-    "pty",
-    "runpy",
-    "code",
-    "codeop",
-    "multiprocessing",
-}
-CALLED = {
-    "torch.load",
-    "torch.save",
-    "torch.hub",
-    "torch.package",
-    "yaml.load",
-    "np.load",
-    "os.system",
-    "os.popen",
-    "os.fork",
-}
+UNPICKLING = {"pickle", "marshal", "shelve", "dill", "joblib"}
+IMPORTED = {*UNPICKLING, "subprocess", "pty", "runpy", "code", "codeop", "multiprocessing"}
+LOADING = {"torch.load", "torch.save", "torch.hub", "torch.package", "yaml.load", "np.load"}
+CALLED = {*LOADING, "os.system", "os.popen", "os.fork"}
 FLAGS = {"shell", "allow_pickle", "trust_remote_code", "weights_only"}
 
 
