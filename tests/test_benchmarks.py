@@ -306,12 +306,8 @@ def test_a_curve_that_grows_otherwise_than_expected_is_told():
 
 def test_a_size_that_grows_changes_nothing_else(shop, monkeypatch):
     monkeypatch.setattr(work, "SMOLLM2", SMALL)
-    changes = {
-        "tokens": {"rows", "batches"},
-        "rank": {"adapter"},
-        "layers": {"model", "adapter"},
-        "adapters": {"adapters"},
-    }
+    changes = {"tokens": {"rows", "batches"}, "rank": {"adapter"}}
+    changes |= {"layers": {"model", "adapter"}, "adapters": {"adapters"}}
     for each in work.growths():
         one, other = (growth.at(each, point, shop) for point in each.points[:2])
         assert {key for key in vars(one) if getattr(one, key) != getattr(other, key)} == changes.pop(each.size)

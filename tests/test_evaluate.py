@@ -127,12 +127,10 @@ def plain_accuracy(model, rows, choices):
     return correct / len(rows)
 
 
-@given(
-    st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), min_size=2, max_size=6, unique=True),
-    st.integers(0, 2),
-    seeds,
-    budgets,
-)
+answers = st.lists(tokens, min_size=1, max_size=3).map(tuple)
+
+
+@given(st.lists(answers, min_size=2, max_size=6, unique=True), st.integers(0, 2), seeds, budgets)
 @example([(1,), (2,), (3,)], 1, 0, 30)  # one token: the prompt alone is run
 @example([(1, 2), (1, 3), (2, 1)], 2, 0, 7)  # stems are shared
 @example([(1, 2, 3), (2, 3), (3, 1, 3)], 0, 0, 4096)  # endings are shared
@@ -149,10 +147,7 @@ def test_the_chosen_answer_is_the_likeliest_of_the_choices_computed_one_by_one(a
 def test_a_model_that_knows_the_answers_chooses_them_all():
     model, choices = tiny_model(), [(1, 2, 60), (1, 3, 60), (2, 2, 60), (2, 60)]
     prompts = [[token] for token in range(20)]
-    best = [
-        next(choice for choice in choices if choice_accuracy(model, [row(prompt, choice)], choices) == 1)
-        for prompt in prompts
-    ]
+    best = [next(c for c in choices if choice_accuracy(model, [row(p, c)], choices) == 1) for p in prompts]
     assert len(set(best)) > 1
     assert choice_accuracy(model, [row(p, answer) for p, answer in zip(prompts, best, strict=True)], choices) == 1
 

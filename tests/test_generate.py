@@ -110,12 +110,8 @@ def allowed_probabilities(row, temperature, top_p, top_k):
     return allowed
 
 
-sampling = given(
-    seeds,
-    st.sampled_from([0.25, 0.7, 2.0]),
-    st.sampled_from([1e-9, 0.3, 0.8, 0.99, 1.0]),
-    st.sampled_from([0, 1, 2, 5, 9, 100]),
-)
+temperatures, shares = st.sampled_from([0.25, 0.7, 2.0]), st.sampled_from([1e-9, 0.3, 0.8, 0.99, 1.0])
+sampling = given(seeds, temperatures, shares, st.sampled_from([0, 1, 2, 5, 9, 100]))
 
 
 @sampling

@@ -315,15 +315,10 @@ def unpacked(weight, double_quant, dtype):
 def test_the_linear_computes_and_learns_as_the_dequantized_weight(size, leading, seed, has_bias, double_quant, frozen):
     """Its bias may be trained, with x and without."""
     layer, weight, bias = make_linear(size, seed, has_bias, double_quant=double_quant)
-    x, expected = (
-        randn(seed + 2, *leading, size[1]).requires_grad_(not frozen),
-        unpacked(weight, double_quant, weight.dtype),
-    )
+    x = randn(seed + 2, *leading, size[1]).requires_grad_(not frozen)
+    expected = unpacked(weight, double_quant, weight.dtype)
     assert torch.equal(layer.weight, expected)
-    own, other = (
-        [x] if bias is None else [x, layer.bias.requires_grad_()],
-        [x] if bias is None else [x, bias.requires_grad_()],
-    )
+    own, other = ([x] if each is None else [x, each.requires_grad_()] for each in (layer.bias, bias))
     ours, theirs = layer(x), F.linear(x, expected, bias)
     assert_maths(ours, theirs)
     dy = randn(seed + 3, *theirs.shape)
