@@ -52,7 +52,6 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """What a finished run leaves, in small."""
     model = tiny_model()
     ml.attach(model, ml.LoraConfig(r=3))
     ml.save_adapter(model, tmp_path)
@@ -71,7 +70,6 @@ def visibility(created):
 
 
 def committed(hub):
-    """The files of the last commit, by name."""
     lines = [json.loads(line) for line in hub.requests[-1][1].splitlines()]
     return {
         line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
