@@ -481,10 +481,7 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory; data is a file"),
         ("finetune --model=model --data=mnay.jsonl", "no such file or directory; did you mean many.jsonl?\n"),
-        (
-            "finetune --model=model/ --data=data/trian.jsonl",
-            "no such file or directory; did you mean data/train.jsonl?\n",
-        ),
+        ("finetune --model=model/ --data=data/trian.jsonl", "file or directory; did you mean data/train.jsonl?\n"),
         ("generate --adapter=adpater --prompt=a", "adpater: no such directory; did you mean adapter?\n"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),
