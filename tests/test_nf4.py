@@ -11,19 +11,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import nf4
-from minilora.nf4 import (
-    CODEBOOKS,
-    DYNAMIC_MAP,
-    LEVELS,
-    Layout,
-    NF4Linear,
-    dequantize,
-    dequantize_absmax,
-    pack,
-    quantize,
-    quantize_absmax,
-    unpack,
-)
+from minilora.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear, dequantize, dequantize_absmax, pack, quantize, quantize_absmax
 from minilora.testing import reference_nf4 as reference
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.golden.make_quantized import FILE, SMALL
@@ -179,12 +167,12 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("size", [(3, 65), (8, 64)])
 def test_a_default_dtype_or_device_changes_nothing(size, double_quant, default):
-    weight, layout = make(size, 0), Layout(size, torch.float32)
+    weight, layout = make(size, 0), nf4.Layout(size, torch.float32)
     parts = pack(weight, double_quant)
     with context(default):
         found = pack(weight, double_quant)
-        dense = unpack(parts, layout, torch.float32)
-    assert_same([*found, dense], [*parts, unpack(parts, layout, torch.float32)])
+        dense = nf4.unpack(parts, layout, torch.float32)
+    assert_same([*found, dense], [*parts, nf4.unpack(parts, layout, torch.float32)])
 
 
 @defaults
@@ -192,7 +180,7 @@ def test_a_default_dtype_or_device_at_the_import_changes_no_table(default):
     with context(default):
         tables = runpy.run_path(nf4.__file__)
     assert_same([tables["DYNAMIC_MAP"]], [DYNAMIC_MAP])
-    assert_same(tables["CODEBOOKS"].values(), CODEBOOKS.values())
+    assert_same(tables["CODEBOOKS"].values(), nf4.CODEBOOKS.values())
 
 
 @either
@@ -202,7 +190,7 @@ def test_a_weight_without_numbers_is_packed_and_unpacked_to_tensors_without_numb
     parts, numbers = pack(torch.empty(size, device="meta"), double_quant), pack(torch.ones(size), double_quant)
     for part, like in zip(parts, numbers, strict=True):
         assert part is like or (part.is_meta and (part.shape, part.dtype) == (like.shape, like.dtype))
-    dense = unpack(parts, Layout(size, torch.float32), torch.bfloat16)
+    dense = nf4.unpack(parts, nf4.Layout(size, torch.float32), torch.bfloat16)
     assert (dense.is_meta, dense.shape, dense.dtype) == (True, size, torch.bfloat16)
 
 
