@@ -229,6 +229,13 @@ def test_the_nearest_second_level_of_a_place_of_65536_is_taken(count, seed, size
             assert (levels[code] - x).abs() <= (levels[nearest] - x).abs() + 2**-15 + 2**-20
 
 
+@given(st.integers(1, 600), seeds, st.floats(1e-6, 1e6))
+def test_an_absmax_is_a_second_level_times_its_scale_and_the_offset(count, seed, size):
+    codes, scales, offset = quantize_absmax(some_absmaxes(count, seed, size))
+    expected = torch.from_numpy(reference.absmax_dequantize(codes.tolist(), scales.numpy(), offset.item()))
+    assert (dequantize_absmax(codes, scales, offset) - expected).abs().max() <= 2**-22 * size
+
+
 @given(sizes, seeds)
 def test_an_error_with_double_quantization_is_at_most_that_without_and_that_of_the_absmax(size, seed):
     weight = make(size, seed)
