@@ -33,7 +33,6 @@ def _small_tiles(monkeypatch):
 
 
 def linear(seed, inner, outer, dtype=torch.float64, bits=None):
-    """A frozen linear, or one in four bits, doubly quantized or not."""
     base = nn.Linear(inner, outer).to(dtype).requires_grad_(False)
     fill_(base, seed)
     return NF4Linear.quantize(base.weight, base.bias, bits == "double") if bits else base
