@@ -331,7 +331,6 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def packed(good, tmp_path):
-    """A 4-bit directory with double quantization."""
     return shutil.copytree(good, tmp_path / "a")
 
 
