@@ -144,15 +144,12 @@ def test_the_page_of_adapters_has_the_package_s_defaults(tmp_path):
     same_adapters(loaded, base)
 
 
-DEFAULTS = {
-    adapter.attach_lora: ml.LoraConfig(),
-    data.encode_row: ml.DataConfig(),
-    training.train_step: ml.TrainConfig(),
-}
+DEFAULTS = {adapter.attach_lora: ml.LoraConfig, data.encode_row: ml.DataConfig, training.train_step: ml.TrainConfig}
 
 
 @pytest.mark.parametrize(("function", "config"), DEFAULTS.items())
 def test_what_the_pages_take_by_default_is_what_the_package_does(function, config):
+    config = config()
     parameters = inspect.signature(function).parameters
     found = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
     shared = found.keys() & vars(config).keys()
