@@ -90,10 +90,7 @@ RULES = {
     "a whole path": ({"target_modules": ["lm_head"]}, ["lm_head"]),
     "a string is a regex": ({"target_modules": r".*\.(q|v)_proj"}, [p for p in LINEARS if "_proj" in p]),
     "excluded by name": ({"target_modules": ["q_proj", "up"], "exclude_modules": ["up"]}, Q_PROJS),
-    "excluded by regex": (
-        {"exclude_modules": r".*layers\.\d+\..*|.*experts.*", "target_modules": ["lm_head", "up"]},
-        ["lm_head"],
-    ),
+    "excluded by regex": ({"exclude_modules": r".*layers.*|.*exp.*", "target_modules": ["lm_head", "up"]}, ["lm_head"]),
     "layers by the first number": (
         {"target_modules": ["q_proj", "up"], "layers_to_transform": [1]},
         ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up", "model.experts.1.layers.0.up"],
