@@ -237,8 +237,6 @@ def test_a_mistake_without_a_name_fails_with_what_is_wrong(mistake):
 
 
 def with_offset(offset, scale=None, levels=nf4.DYNAMIC_MAP, size=256, subtract=True):
-    """Double quantization with a mistake."""
-
     def mistaken(absmax):
         mean = offset(absmax)
         rest = absmax - mean if subtract else absmax
