@@ -69,18 +69,6 @@ def source_of_step(step):
     return seen[-1]
 
 
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("is_hidden", [False, True], ids=["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_in_its_step(value, is_hidden, tmp_path):
-    loss = BadLoss(value, is_hidden)
-    loss.source = source_of_step(STEP)
-    with pytest.raises(
-        ml.TrainingError, match=rf"step {STEP}: loss .*; first bad: .*; rows: {loss.source}\. The weights"
-    ):
-        run(tmp_path, loss)
-    assert [path.name for path in sorted(tmp_path.iterdir())][-1] == f"step-{STEP - 1:06d}"
-
-
 @pytest.mark.parametrize("is_hidden", [False, True], ids=["loss", "gradient"])
 def test_such_a_step_can_be_skipped_and_changes_nothing(is_hidden, tmp_path):
     loss = BadLoss(math.nan, is_hidden)
