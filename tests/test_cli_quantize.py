@@ -1,6 +1,7 @@
 """The commands on a base of four bits: what they do, what they say, and what they write down."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -16,7 +17,7 @@ from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 from minilora.tools.merging import merge_directory
-from tests.files import same_state
+from tests.files import change, same_state
 from tests.models import tiny_model
 from tests.runs import QUICK, everything, runner, write_rows
 from tests.text import write_tokenizer
@@ -114,7 +115,8 @@ def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter)
         (
             ["--adapter=single", "--model=nf4"],
             [
-                *(HELD_DOUBLE, "the model 'DIRECTORY/model'; this one is 'nf4'"),
+                HELD_DOUBLE,
+                "the model 'DIRECTORY/model'; this one is 'nf4'",
                 f"a base that is {IN_SINGLE}; this one is {DOUBLE}",
             ],
         ),
@@ -256,6 +258,18 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path, wo
 
 def test_quantize_writes_over_no_files(run):
     assert "nf4: holds files" in run("quantize", "--model=model", "--out=nf4", status=1).err
+
+
+def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
+    model = ml.load_model(directory / "model")
+    ml.save_model(model, tmp_path / "bad", ml.load_tokenizer(directory / "model"))
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    weight[3, 3] = math.nan  # which minilora itself does not write
+    change(tmp_path / "bad", {"model.layers.1.mlp.up_proj.weight": weight})
+    said = run("quantize", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'new'}", status=1).err
+    assert "model.layers.1.mlp.up_proj.weight" in said
+    assert "model.safetensors" in said
+    assert not list((tmp_path / "new").glob("*"))
 
 
 # --- minilora merge ---
