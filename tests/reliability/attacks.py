@@ -67,7 +67,7 @@ def _model() -> Any:
     return tiny_model(dtype=torch.float32)
 
 
-LONG, MANY = {"short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}, range(99_999)
+LONG = {"short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
 # What config.json states, one key at a time.
 CONFIGS: dict[str, dict[str, Any]] = {
     "a billion layers": {"num_hidden_layers": 10**9},
@@ -99,7 +99,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
     "99,999 labels": {
         "architectures": ["LlamaForSequenceClassification"],
-        "id2label": dict.fromkeys(map(str, MANY), ""),
+        "id2label": {str(i): "" for i in range(99_999)},
     },
 }
 
