@@ -37,48 +37,27 @@ SIZES = {
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.1, 1.3, 1.2], "long_factor": [2.0, 3.0, 4.0]}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 
 # Every family, and every switch of each, as the keys of its config.json. Documents in tests are up to 30 tokens long.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
-    "llama-bias-tied-wide-heads": {
-        "model_type": "llama",
-        "attention_bias": True,
-        "mlp_bias": True,
-        "head_dim": 10,
-        "tie_word_embeddings": True,
-    },
+    "llama-bias-tied-wide-heads": {"model_type": "llama", **BIASES, "head_dim": 10, "tie_word_embeddings": True},
     "llama-no-gqa": {"model_type": "llama", "num_key_value_heads": 4},
     "llama-3.1": {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
     "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 700.0},
-    "llama-dynamic": {
-        "model_type": "llama",
-        "max_position_embeddings": 12,
-        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
-    },
+    "llama-dynamic": {"model_type": "llama", "max_position_embeddings": 12, "rope_scaling": DYNAMIC},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-window": {
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 4,
-        "max_window_layers": 2,
-    },
+    "qwen2-window": {"model_type": "qwen2", **WINDOW, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
     "smollm3": {"model_type": "smollm3"},
-    "smollm3-window": {
-        "model_type": "smollm3",
-        "use_sliding_window": True,
-        "sliding_window": 4,
-        "attention_bias": True,
-        "no_rope_layers": [1, 0, 0, 1],
-    },
-    "smollm3-listed": {
-        "model_type": "smollm3",
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "sliding_window": 4,
-    },
+    "smollm3-window": {"model_type": "smollm3", **WINDOW, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},
+    "smollm3-listed": {"model_type": "smollm3", "layer_types": EVERY_OTHER, "sliding_window": 4},
     "phi3": {"model_type": "phi3", "sliding_window": 6},
     "phi3-longrope": {
         "model_type": "phi3",

@@ -65,7 +65,6 @@ class Copy:
 
     @property
     def output(self) -> str:
-        """What the last run printed."""
         return (self.folder / "output.txt").read_text(encoding="utf-8")
 
     def close(self) -> None:

@@ -88,13 +88,6 @@ def test_the_fused_kernel_has_a_mask_which_grows_with_the_square_only_where_it_n
     assert len(made) == is_masked
 
 
-@kernels
-@given(attention_inputs())
-def test_a_window_as_long_as_the_document_changes_nothing(kernel, case):
-    *_, key_lengths = case
-    assert_maths(kernel(*case, max(key_lengths)), kernel(*case, None))
-
-
 @given(attention_inputs(longest=20), windows, st.sampled_from([1, 4, 7, 128]))
 def test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask(case, window, size):
     leaves = [leaf.requires_grad_() for leaf in case[:3]]

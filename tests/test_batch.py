@@ -26,7 +26,6 @@ def examples(draw):
 
 
 def micro_batches(lengths, **config):
-    """The rows of all micro-batches of a run, one after the other."""
     return [rows for step in plan_steps(lengths, ml.TrainConfig(**config)) for rows in step]
 
 

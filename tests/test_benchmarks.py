@@ -13,19 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
 from benchmarks import __main__ as command
-from benchmarks import (
-    ablation,
-    growth,
-    make,
-    our_operations,
-    ours,
-    peer_operations,
-    peers,
-    process,
-    results,
-    turns,
-    work,
-)
+from benchmarks import ablation, growth, our_operations, ours, peer_operations, peers, process, results, turns, work
+from benchmarks.make import random_model
 from benchmarks.process import Measurement, Round
 from minilora.testing.compare import assert_maths
 from tests.models import long
@@ -38,15 +27,13 @@ FOLDER = Path(work.__file__).parent
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    """A small model in SmolLM2's place."""
     folder = tmp_path_factory.mktemp("shop")
-    make.random_model(SMALL, folder / "model")
+    random_model(SMALL, folder / "model")
     return turns.Workshop(folder, folder / "model", "cpu")
 
 
 @pytest.fixture(scope="module")
 def trained(shop):
-    """What we measure of two steps in float32."""
     return ours.train(task_of(shop, "fp32-real"))
 
 
@@ -306,12 +293,8 @@ def test_a_curve_that_grows_otherwise_than_expected_is_told():
 
 def test_a_size_that_grows_changes_nothing_else(shop, monkeypatch):
     monkeypatch.setattr(work, "SMOLLM2", SMALL)
-    changes = {
-        "tokens": {"rows", "batches"},
-        "rank": {"adapter"},
-        "layers": {"model", "adapter"},
-        "adapters": {"adapters"},
-    }
+    changes = {"tokens": {"rows", "batches"}, "rank": {"adapter"}}
+    changes |= {"layers": {"model", "adapter"}, "adapters": {"adapters"}}
     for each in work.growths():
         one, other = (growth.at(each, point, shop) for point in each.points[:2])
         assert {key for key in vars(one) if getattr(one, key) != getattr(other, key)} == changes.pop(each.size)

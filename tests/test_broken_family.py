@@ -241,25 +241,6 @@ def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
         ml.combine_adapters(model, {"a": 1e6, "b": 1}, "sum", ml.CombineConfig(kind, **SUMS[kind]))
 
 
-def test_a_seed_that_no_generator_takes_is_named():
-    with pytest.raises(ml.ConfigError, match="seed is"):
-        ml.CombineConfig("dare_linear", density=0.5, seed=2**64)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--layers-to-transform", "x", "found 'x', need numbers joined with commas"),
-        ("--trainable-token-indices", "x", "found 'x', need numbers joined with commas or a JSON object"),
-        ("--rank-pattern", "{", "found '{', need a JSON object"),
-    ],
-)
-def test_a_flag_that_cannot_be_read_says_what_it_takes(flag, value, message, capsys):
-    with pytest.raises(SystemExit):
-        main(["finetune", flag, value])
-    assert message in capsys.readouterr().err
-
-
 def test_what_does_not_fit_into_memory_is_told(tmp_path, capsys):
     assert main(["finetune", "--lora-r", str(2**31 - 1), "--out", str(tmp_path / "out")]) == 1
     assert "of memory, and" in capsys.readouterr().err

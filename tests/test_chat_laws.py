@@ -125,11 +125,7 @@ WRONG_TEXTS = {  # the law that finds it, and a part of the message
         lambda m: split_words([{**each, "content": each["content"].encode("ascii", "ignore").decode()} for each in m]),
         "every message's text",
     ),
-    "no end token": (
-        "turns",
-        without_end,
-        "no end token stands after a reply|end token after a reply is not learned",
-    ),
+    "no end token": ("turns", without_end, "no end token stands after a reply|end token after a reply is not learned"),
     "white space in the text that is not learned": (
         "white_space",
         masked(lambda t, f, r: [flag and bool(token.strip()) for token, flag in zip(t, f, strict=True)]),

@@ -84,17 +84,17 @@ def test_what_was_saved_loads_bit_for_bit_with_its_labels(unit, family, tmp_path
     assert not loaded.training
 
 
-@pytest.mark.parametrize(
-    ("unit", "ending", "more"),
-    [
-        ("sequence", "ForSequenceClassification", {"problem_type": "single_label_classification"}),
-        ("token", "ForTokenClassification", {}),
-    ],
-)
-def test_config_json_says_what_transformers_would(unit, ending, more, tmp_path):
+@units
+def test_config_json_says_what_transformers_would(unit, tmp_path):
+    more = {"problem_type": "single_label_classification"} if unit == "sequence" else {}
     model = tiny_classifier(unit, "smollm3", architectures=["SmolLM3ForCausalLM"])
     ml.save_model(model, tmp_path)
-    expected = {**model.config.source, **more, "architectures": [f"SmolLM3{ending}"], "dtype": "float64"}
+    expected = {
+        **model.config.source,
+        **more,
+        "architectures": [f"SmolLM3For{unit.title()}Classification"],
+        "dtype": "float64",
+    }
     expected |= {"id2label": {"0": "bad", "1": "good", "2": "so so"}, "label2id": {"bad": 0, "good": 1, "so so": 2}}
     assert read_json(tmp_path / "config.json") == expected
     assert not any(name.startswith("lm_head") for name in load_file(tmp_path / "model.safetensors"))

@@ -202,8 +202,12 @@ def test_a_start_is_true_or_a_name(text, value):
         (["finetune", "--batch-size", "2.5"], "argument --batch-size: "),
         (["finetune", "--lr-scheduler", "step"], "argument --lr-scheduler: "),
         (["finetune", "--dtype", "float16"], "argument --dtype: "),
-        (["finetune", "--rank-pattern", "[1]"], "argument --rank-pattern: "),
-        (["finetune", "--rank-pattern", "{"], "argument --rank-pattern: "),
+        (["finetune", "--rank-pattern", "[1]"], "argument --rank-pattern: found '[1]', need a JSON object"),
+        (["finetune", "--rank-pattern", "{"], "argument --rank-pattern: found '{', need a JSON object"),
+        (["finetune", "--layers-to-transform", "x"], "found 'x', need numbers joined with commas"),
+        (["finetune", "--trainable-token-indices", "x"], "found 'x', need numbers joined with commas or a JSON object"),
+        (["finetune", "--trainable-token-indices", "{"], "found '{', need numbers joined with commas or a JSON object"),
+        (["finetune", "--task", "X"], "argument --task: "),
         (["finetune", "--use-rslora=yes"], "argument --use-rslora"),
         # a command that there is not
         (["fintune", "--model=a"], "'fintune' is no command; did you mean 'finetune'?\n"),
@@ -476,14 +480,8 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
     [
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory; data is a file"),
-        (
-            "finetune --model=model --data=mnay.jsonl",
-            "no such file or directory; did you mean many.jsonl?\n",
-        ),
-        (
-            "finetune --model=model/ --data=data/trian.jsonl",
-            "no such file or directory; did you mean data/train.jsonl?\n",
-        ),
+        ("finetune --model=model --data=mnay.jsonl", "no such file or directory; did you mean many.jsonl?\n"),
+        ("finetune --model=model/ --data=data/trian.jsonl", "file or directory; did you mean data/train.jsonl?\n"),
         ("generate --adapter=adpater --prompt=a", "adpater: no such directory; did you mean adapter?\n"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),

@@ -116,16 +116,10 @@ def test_eval_measures_a_classifier_by_itself_and_counts_and_says_the_rows_that_
         ("generate --model classifier --prompt a", "classifier: is a classifier, which `minilora eval`"),
         ("chat --adapter TOKEN_CLS", "TOKEN_CLS: is a classifier, which `minilora eval`"),
         ("merge --adapter SEQ_CLS --adapter TOKEN_CLS --out out", "are for different tasks"),
-        (
-            f"{FINETUNE} --model model --task SEQ_2_SEQ_LM",
-            "--task SEQ_2_SEQ_LM: accepted are CAUSAL_LM, SEQ_CLS, TOKEN_CLS",
-        ),
+        (f"{FINETUNE} --model model --task SEQ_2_SEQ_LM", "SEQ_2_SEQ_LM: accepted are CAUSAL_LM, SEQ_CLS, TOKEN_CLS"),
         (f"{FINETUNE} --task CAUSAL_LM --model classifier", "classifier: is a classifier; give --task SEQ_CLS"),
         (f"{FINETUNE} --task TOKEN_CLS --model classifier", "classifier: is a classifier; give --task SEQ_CLS"),
-        (
-            f"{FINETUNE} --model model --task SEQ_CLS --general-data SEQ_CLS.jsonl",
-            "--general-data: without effect on a classifier",
-        ),
+        (f"{FINETUNE} --model model --task SEQ_CLS --general-data SEQ_CLS.jsonl", "--general-data: without effect on"),
         (f"{FINETUNE} --model model --task SEQ_CLS --train-on all", "train_on: without effect where rows have classes"),
         (f"{FINETUNE} --model model --task TOKEN_CLS", "SEQ_CLS.jsonl:1: tokens: found None, need a list"),
     ],
@@ -270,8 +264,7 @@ def test_inspect_finds_nothing_wrong_with_an_adapter_of_a_classifier_on_its_base
 
 
 @pytest.mark.parametrize(
-    ("task", "base"),
-    [*((task, family) for task in TASKS for family in ("llama", "qwen2")), ("SEQ_CLS", "classifier")],
+    ("task", "base"), [*((task, family) for task in TASKS for family in ("llama", "qwen2")), ("SEQ_CLS", "classifier")]
 )  # a language model with a head of its own, with a tied one; and a classifier
 def test_a_merged_classifier_is_written_as_merging_in_memory_writes_it(directory, run, task, base, tmp_path):
     path = directory / base

@@ -183,7 +183,7 @@ def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one
     printed = run("merge", *both, "--as-adapter", f"--out={tmp_path / 'adapter'}")
     assert printed == [f"adapter of rank 5 written to {tmp_path / 'adapter'}"]
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", MANIFEST),
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", MANIFEST)
     }
     run("merge", *both, f"--out={tmp_path / 'merged'}")
     assert base_model_of(tmp_path / "adapter") == str(directory / "model")

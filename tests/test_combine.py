@@ -11,16 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, LoraConfig, ShapeError
-from minilora.adapters.combine import (
-    CombinationType,
-    CombineConfig,
-    Factors,
-    best_factors,
-    check_additive,
-    combine,
-    compress,
-    concatenate,
-)
+from minilora.adapters.combine import CombinationType, CombineConfig, Factors, best_factors, check_additive, combine
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, relative
 from tests.models import randn, scales, seeds, sizes
@@ -293,7 +284,7 @@ def test_adapters_of_another_size_are_refused_by_name():
             one_module([first, Factors(A, B)], [1, 1])
 
 
-@pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf]])
+@pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf], [1.0, -2e6]])
 def test_each_adapter_needs_a_weight_that_is_a_number(w):
     parts = [{"m": part} for part in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
     with pytest.raises(ConfigError, match="need a finite weight, at most 1,000,000, for each of the 2 adapters"):
@@ -313,6 +304,7 @@ def test_each_adapter_needs_a_weight_that_is_a_number(w):
         ({"combination_type": "ties"}, "density: 'ties' needs one"),
         ({"combination_type": "linear", "density": 0.5}, "density: 'linear' drops nothing"),
         ({"combination_type": "dare_ties", "density": 0.0}, "density is 0.0, need a number above 0"),
+        ({"combination_type": "dare_ties", "density": 0.5, "seed": 2**64}, f"seed is {2**64}"),
         ({"majority_sign_method": "mean"}, "majority_sign_method is 'mean'"),
     ],
 )
@@ -344,9 +336,3 @@ def test_what_does_not_add_is_refused_by_name_with_the_reason(changes, phrase):
 def test_all_reasons_are_told_at_once():
     with pytest.raises(ConfigError, match=r"(?s)use_dora.*modules_to_save.*bias"):
         check_additive("first", LoraConfig(use_dora=True, modules_to_save=("head",), bias="all"))
-
-
-def test_concatenating_and_compressing_are_there_for_one_adapter_too():
-    (part,) = draw_factors(3, 6, 7, [4], [7.0])
-    assert_maths(delta(concatenate([part], [2])), 2 * delta(part))
-    assert_maths(product(compress(part)), delta(part))

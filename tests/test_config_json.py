@@ -51,25 +51,15 @@ def test_longrope_has_two_older_names_in_phi3_alone():
         tiny_config("llama", rope_scaling={"type": "yarn", "factor": 2.0})
 
 
+SMOLLM3 = {"tie_word_embeddings": True, "rotated": (True, True, True, False) * 7 + (True, True)}
+PHI3 = {"rms_norm_eps": 1e-5, "is_fused": True}
 DEFAULTS = {
     "llama": {"num_key_value_heads": 32, "rope.max_length": 2048},
     "mistral": {"num_key_value_heads": 8, "rope.max_length": 131072, "windows": (4096,) * 30},
     "qwen2": {"num_key_value_heads": 32, "rope.max_length": 32768, "qkv_bias": True},
     "qwen3": {"num_key_value_heads": 32, "rope.max_length": 32768, "head_dim": 128, "qk_norm": True},
-    "smollm3": {
-        "num_key_value_heads": 4,
-        "rope.max_length": 32768,
-        "rope.theta": 2e6,
-        "tie_word_embeddings": True,
-        "rotated": (True, True, True, False) * 7 + (True, True),
-    },
-    "phi3": {
-        "num_key_value_heads": 32,
-        "rope.max_length": 4096,
-        "rope.trained_length": 4096,
-        "rms_norm_eps": 1e-5,
-        "is_fused": True,
-    },
+    "smollm3": {"num_key_value_heads": 4, "rope.max_length": 32768, "rope.theta": 2e6, **SMOLLM3},
+    "phi3": {"num_key_value_heads": 32, "rope.max_length": 4096, "rope.trained_length": 4096, **PHI3},
 }
 COMMON = {
     "head_dim": 2,

@@ -100,94 +100,37 @@ def zero(tensors):
     return {name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}
 
 
+DORA, EMBEDDED = {"use_dora": True}, {"target_modules": ("embed_tokens",)}
+NORM, UP = f"{PREFIX}model.norm", f"{PREFIX}model.layers.0.mlp.up_proj"
+MAGNITUDE, ROWS = f"{Q}.lora_magnitude_vector", f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
 TENSORS = {  # config of the adapter, change of its tensors, the law that finds it, parts of the message
     "nan": ({}, replaced(f"{Q}.lora_A.weight", lambda A: A / 0 * 0), "values", ["q_proj.lora_A", "72 numbers", "none"]),
     "integers": ({}, replaced(f"{Q}.lora_A.weight", torch.Tensor.long), "values", ["lora_A.weight: found I64", "BF16"]),
-    "no prefix": (
-        {},
-        renamed(PREFIX, ""),
-        "names",
-        ["model.layers.0", f"begin with {PREFIX}", "the prefix is missing"],
-    ),
-    "adapter's name": (
-        {"target_modules": "all-linear"},
-        renamed(".weight", ".default.weight"),
-        "names",
-        ["lora_A.default.weight", "accepted are lora_A.weight", "cause: the name of the adapter", "and 18 more"],
-    ),
-    "magnitude's name": (
-        {"use_dora": True},
-        renamed("magnitude_vector", "magnitude_vector.weight"),
-        "names",
-        ["q_proj.lora_magnitude_vector.weight", "cause: the name of the adapter, or .weight"],
-    ),
-    "weight of the model": ({}, added(f"{PREFIX}model.norm.weight", 24), "names", ["model.norm.weight: is nothing"]),
-    "bias of the model": (
-        {"bias": "lora_only"},
-        added(f"{PREFIX}model.layers.0.mlp.up_proj.bias", 40),
-        "names",
-        ["up_proj.bias: is nothing"],
-    ),
+    "no prefix": ({}, renamed(PREFIX, ""), "names", ["model.layers.0", f"begin with {PREFIX}", "the prefix is"]),
+    "adapter's name": ({}, renamed(".weight", ".default.weight"), "names", ["lora_A.default.weight", "the adapter"]),
+    "magnitude's name": (DORA, renamed("vector", "vector.weight"), "names", ["cause: the name of the adapter, or .w"]),
+    "weight of the model": ({}, added(f"{NORM}.weight", 24), "names", ["model.norm.weight: is nothing"]),
+    "bias of the model": ({"bias": "lora_only"}, added(f"{UP}.bias", 40), "names", ["up_proj.bias: is nothing"]),
     "no B": ({}, without(f"{Q}.lora_B.weight"), "pairs", [f"{Q}.lora_A.weight: found no lora_B.weight beside it"]),
     "no A": ({}, without(f"{Q}.lora_A.weight"), "pairs", [f"{Q}.lora_B.weight: found no lora_A.weight beside it"]),
-    "no B of an embedding": (
-        {"target_modules": ("embed_tokens",)},
-        without(f"{EMBEDDING}.lora_embedding_B"),
-        "pairs",
-        ["lora_embedding_A: found no lora_embedding_B beside it"],
-    ),
-    "stray magnitude": (
-        {"use_dora": True},
-        added(f"{PREFIX}model.norm.lora_magnitude_vector", 24),
-        "pairs",
-        ["model.norm.lora_magnitude_vector: found no lora_A.weight"],
-    ),
+    "no B of an embedding": (EMBEDDED, without(f"{EMBEDDING}.lora_embedding_B"), "pairs", ["no lora_embedding_B"]),
+    "stray magnitude": (DORA, added(f"{NORM}.lora_magnitude_vector", 24), "pairs", ["vector: found no lora_A.weight"]),
     "no tensors": ({}, lambda tensors: {}, "pairs", ["found no tensor"]),
-    "rank": (
-        {},
-        replaced(f"{Q}.lora_B.weight", lambda B: B[:, :2]),
-        "shapes",
-        [f"{Q}: found A (3, 24) and B (40, 2), accepted are A (3, in) and B (out, 3) since r is 3"],
-    ),
+    "rank": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[:, :2]), "shapes", ["B (40, 2), accepted are A (3, in)"]),
     "vector": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[0]), "shapes", ["B (3,), accepted are two matrices"]),
     "transposed": ({}, transposed, "shapes", ["cause: A and B are transposed or exchanged", "A (24, 3)"]),
     "exchanged": ({}, exchanged, "shapes", ["cause: A and B are transposed or exchanged", "A (40, 3)"]),
-    "no magnitude": (
-        {"use_dora": True},
-        without(f"{Q}.lora_magnitude_vector"),
-        "dora",
-        ["q_proj.lora_magnitude_vector: found none, accepted is (40,) since use_dora is true"],
-    ),
-    "magnitude of the inputs": (
-        {"use_dora": True},
-        replaced(f"{Q}.lora_magnitude_vector", lambda m: m[:24]),
-        "dora",
-        ["found (24,), accepted is (40,)"],
-    ),
-    "magnitude in vain": ({}, added(f"{Q}.lora_magnitude_vector", 40), "dora", ["found (40,), accepted is none"]),
+    "no magnitude": (DORA, without(MAGNITUDE), "dora", ["found none, accepted is (40,) since use_dora is true"]),
+    "magnitude of inputs": (DORA, replaced(MAGNITUDE, lambda m: m[:24]), "dora", ["found (24,), accepted is (40,)"]),
+    "magnitude in vain": ({}, added(MAGNITUDE, 40), "dora", ["found (40,), accepted is none"]),
     "bias in vain": ({}, added(f"{Q}.base_layer.bias", 40), "biases", [f"{Q}.base_layer.bias: found (40,), accepted"]),
     "B's bias in vain": ({}, added(f"{Q}.lora_B.bias", 40), "biases", ["lora_B.bias: found (40,), accepted is none"]),
     "no bias of B": ({"lora_bias": True}, without(f"{Q}.lora_B.bias"), "biases", ["found none, accepted is (40,)"]),
-    "no head": (
-        {"modules_to_save": ("lm_head",)},
-        without(f"{HEAD}.weight"),
-        "modules_to_save",
-        ["modules_to_save: found 'lm_head', accepted are modules whose tensors are in"],
-    ),
-    "rows": (
-        {"trainable_token_indices": (7, 2, 40)},
-        replaced(f"{EMBEDDING}.token_adapter.trainable_tokens_delta", lambda rows: rows[1:]),
-        "rows",
-        ["trainable_token_indices: found [7, 2, 40]", "[2, 24]"],
-    ),
+    "no head": ({"modules_to_save": ("lm_head",)}, without(f"{HEAD}.weight"), "modules_to_save", ["found 'lm_head'"]),
+    "rows": ({"trainable_token_indices": (7, 2)}, replaced(ROWS, lambda rows: rows[1:]), "rows", ["found [7, 2]"]),
     "other modules": ({}, renamed("q_proj", "query"), "targets", ["self_attn.query too", "found 'q_proj', accepted"]),
     "start": ({}, zero, "trained", ["found B = 0 in every module", "cause: the adapter is not trained"]),
-    "start of an embedding": (
-        {"target_modules": ("embed_tokens",)},
-        replaced(f"{EMBEDDING}.lora_embedding_A", torch.zeros_like),
-        "trained",
-        ["the adapter is not trained"],
-    ),
+    "zero A": (EMBEDDED, replaced(f"{EMBEDDING}.lora_embedding_A", torch.zeros_like), "trained", ["not trained"]),
 }
 
 
@@ -232,22 +175,14 @@ FIELDS = {
     "rank": ("shapes", {"r": 4}, "accepted are A (4, in) and B (out, 4) since r is 4"),
     "rank of a pattern": ("shapes", {"rank_pattern": {"q_proj": 2}}, "since rank_pattern['q_proj'] is 2"),
     "alpha of nothing": ("patterns", {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: found 'k_proj', accepted is"),
-    "rank of nothing": (
-        "patterns",
-        {"rank_pattern": {"roj": 2}},
-        "rank_pattern: found 'roj', accepted is what matches",
-    ),
+    "rank of nothing": ("patterns", {"rank_pattern": {"roj": 2}}, "rank_pattern: found 'roj', accepted is what"),
     "DoRA": ("dora", {"use_dora": True}, "found none, accepted is (40,) since use_dora is true"),
     "bias of B": ("biases", {"lora_bias": True}, "found none, accepted is (40,) since lora_bias is true"),
     "whole module": ("modules_to_save", {"modules_to_save": ["head"]}, "found 'head', accepted are modules whose"),
     "head of no classifier": ("modules_to_save", {"modules_to_save": ["classifier", "score"]}, "found 'classifier'"),
     "tokens": ("rows", {"trainable_token_indices": [1]}, "found [1], accepted are as many rows"),
     "too few targets": ("targets", {"target_modules": ["q_proj"]}, "model.layers.0.mlp.up_proj too"),
-    "a target of nothing": (
-        "targets",
-        {"target_modules": ["q_proj", "up_proj", "query"]},
-        "found 'query', accepted is",
-    ),
+    "a target of nothing": ("targets", {"target_modules": ["q_proj", "up_proj", "query"]}, "found 'query', accepted"),
     "an expression's end": ("targets", {"target_modules": "q_proj|up_proj"}, "found 'q_proj|up_proj', accepted is"),
 }
 

@@ -16,18 +16,9 @@ from minilora.data import collate
 from minilora.runs.checkpoints import fingerprint
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.training import token_loss
+from tests import training
 from tests.models import examples, fill_, long, randn, randomize_adapters_, seeds, tiny_model
-from tests.training import (
-    adapted,
-    assert_same_gradient,
-    contents,
-    copy_checkpoint,
-    gradients,
-    number,
-    random_rows,
-    stop_after,
-    weights,
-)
+from tests.training import adapted, assert_same_gradient, contents, gradients, number, random_rows, stop_after, weights
 
 CPU = torch.device("cpu")
 
@@ -212,7 +203,7 @@ def test_a_resumed_run_ends_in_the_same_bytes_also_of_what_is_no_parameter(tmp_p
     config = {"held_out": points(5, 3), "eval_steps": 1, "keep": keep}
     expected, _ = run(tmp_path / "whole", **config)
     assert not torch.equal(expected.norm.running_mean, torch.zeros(8))
-    copy_checkpoint(tmp_path / "whole", step, tmp_path / "half")
+    training.copy_checkpoint(tmp_path / "whole", step, tmp_path / "half")
     found, result = run(tmp_path / "half", **config)
     assert result.steps == 6
     assert contents(tmp_path / "half") == contents(tmp_path / "whole")

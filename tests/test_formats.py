@@ -11,19 +11,7 @@ from minilora.runs.config import DataConfig
 from minilora.runs.data import use_prompt_style
 from minilora.runs.formats import Conversation, PromptCompletion, parse_row
 from minilora.runs.rows import Row
-from tests.text import (
-    BOS,
-    CHATML,
-    CLOSE,
-    EOS,
-    OPEN,
-    assert_learned,
-    conversation,
-    encoded,
-    some_text,
-    texts,
-    write_tokenizer,
-)
+from tests.text import BOS, CHATML, CLOSE, EOS, OPEN, assert_learned, conversation, encoded, some_text, write_tokenizer
 
 PARTS = CHATML.replace(
     "{{ m.content }}",
@@ -31,6 +19,7 @@ PARTS = CHATML.replace(
     "{% endif %}{% for c in m.tool_calls or () %}<call>{{ c.function | tojson }}{% endfor %}",
 )
 WITH_TOOLS = "{{ tools | tojson if tools }}" + PARTS
+extras = st.just("") | some_text
 systems = st.sampled_from([None, "Be brief."])
 turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
 train_on = st.sampled_from(["completion", "assistant", "all"])
@@ -113,7 +102,7 @@ def test_a_function_call_may_be_several():
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}] * 2
 
 
-@given(some_text, texts)
+@given(some_text, extras)
 def test_alpaca_asks_with_instruction_and_input(instruction, extra):
     found = parse_row({"instruction": instruction, "input": extra, "output": "b"}, DataConfig())
     asked = found.messages[0]
@@ -182,7 +171,7 @@ def written(turns, system=None, is_alpaca=True):
 
 
 @given(
-    st.sampled_from(["alpaca", "instruction"]), turns, texts, systems, st.sampled_from(["none", "bos", "bos and eos"])
+    st.sampled_from(["alpaca", "instruction"]), turns, extras, systems, st.sampled_from(["none", "bos", "bos and eos"])
 )
 def test_a_prompt_style_writes_alpacas_text_and_learns_the_answers_and_their_ends(
     tokenizer, style, turns, extra, system, post

@@ -13,14 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora import ConfigError, LoraConfig, TrainingError, attach, llama
 from minilora.adapter import adapter_layers
-from minilora.adapters.from_data import (
-    corda_factors,
-    data_factors,
-    gradient_factors,
-    principal_directions,
-    redistribute,
-    redistributed,
-)
+from minilora.adapters import from_data
+from minilora.adapters.from_data import corda_factors, data_factors, gradient_factors, redistribute, redistributed
 from minilora.adapters.initialize import moved_factors
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
@@ -107,7 +101,7 @@ def test_eva_s_a_are_the_right_singular_vectors_of_all_inputs_and_b_is_zero(seed
 @given(seeds, sizes, sizes)
 def test_principal_directions_are_orthonormal_and_their_values_squared_singular_values(seed, rows, inner):
     x = randn(seed, rows, inner)
-    vectors, values = principal_directions(x.T @ x)
+    vectors, values = from_data.principal_directions(x.T @ x)
     assert_maths(vectors.T @ vectors, np.eye(inner))
     assert (values >= 0).all()
     assert (values.diff() <= 0).all()

@@ -110,12 +110,8 @@ def allowed_probabilities(row, temperature, top_p, top_k):
     return allowed
 
 
-sampling = given(
-    seeds,
-    st.sampled_from([0.25, 0.7, 2.0]),
-    st.sampled_from([1e-9, 0.3, 0.8, 0.99, 1.0]),
-    st.sampled_from([0, 1, 2, 5, 9, 100]),
-)
+temperatures, shares = st.sampled_from([0.25, 0.7, 2.0]), st.sampled_from([1e-9, 0.3, 0.8, 0.99, 1.0])
+sampling = given(seeds, temperatures, shares, st.sampled_from([0, 1, 2, 5, 9, 100]))
 
 
 @sampling
@@ -181,13 +177,6 @@ def test_a_temperature_next_to_zero_is_greedy(temperature):
 
 
 @few
-@given(seeds, prompt_lengths, st.sampled_from([{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}]))
-def test_sampling_from_one_token_is_greedy(seed, lengths, only):
-    model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
-    assert ml.generate(model, prompts, 8, **{"temperature": 1.0, **only}) == ml.generate(model, prompts, 8)
-
-
-@few
 @given(seeds, prompt_lengths)
 def test_a_seed_repeats_and_another_one_does_not(seed, lengths):
     model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
@@ -198,13 +187,6 @@ def test_a_seed_repeats_and_another_one_does_not(seed, lengths):
     state = torch.random.get_rng_state()
     assert sample(seed) == sample(seed) != sample(seed + 1)
     assert torch.equal(torch.random.get_rng_state(), state)  # no global random state is moved
-
-
-@given(seeds)
-def test_a_temperature_divides_the_logits(seed):
-    row = randn(seed, 1, 9, dtype=torch.float64)
-    cold, warm = (allowed_probabilities(row[0], temperature, 1.0, 0) for temperature in (0.5, 1.0))
-    assert_maths(cold, warm.square() / warm.square().sum())
 
 
 # --- repetition ---
@@ -345,12 +327,3 @@ def test_one_logit_that_is_not_finite_is_refused(value, temperature, dtype, seed
     model.lm_head = Even(row)
     with pytest.raises(ml.TrainingError, match="NaN or infinity"):
         ml.generate(model, [[1, 2], [3]], 1, temperature, repetition_penalty=penalty)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_model_that_computes_nan_or_infinity_is_not_taken_at_its_word(value):
-    model = tiny_model()
-    with torch.no_grad():
-        model.model.norm.weight[0] = value
-    with pytest.raises(ml.TrainingError, match="NaN or infinity"):
-        ml.generate(model, [[1, 2]], max_new_tokens=1)

@@ -17,20 +17,8 @@ from minilora.kernel import llama as loss
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.testing.kernel_laws import check_kernel, results
-from tests.models import (
-    allocated,
-    document_lengths,
-    examples,
-    long,
-    of_kernels,
-    randn,
-    randomize_adapters_,
-    scales,
-    seeds,
-    sizes,
-    small_tiles,
-    token_ids,
-)
+from tests import models
+from tests.models import examples, long, of_kernels, randn, scales, seeds, sizes, small_tiles, token_ids
 
 pytestmark = of_kernels
 DEFINITIONS = definition.WITH_KERNEL
@@ -153,7 +141,8 @@ def rms_norm(c):
 
 
 def causal_attention(c):
-    lengths = [24, 17] if c.is_large else [3, *(n for n in c.draw(document_lengths) for _ in range(c.of(1, 2, 7)))]
+    drawn = [24, 17] if c.is_large else c.draw(models.document_lengths)
+    lengths = drawn if c.is_large else [3, *(n for n in drawn for _ in range(c.of(1, 2, 7)))]
     key_lengths = [n + c.of(0, 0, 3) for n in lengths]
     K, group, E, window = c.size(2, 3), c.size(2, 3), c.size(16), c.of(None, 2, 5)
     for n, heads in ((sum(lengths), K * group), (sum(key_lengths), K), (sum(key_lengths), K)):
@@ -318,10 +307,10 @@ def test_besides_the_result_a_kernel_never_holds_as_much_as_a_weight(name):
         "quantize": lambda: nf4.quantize(weight),
         "dequantize": lambda: nf4.dequantize(packed, absmax, (400, 40), torch.bfloat16),
     }[name]
-    live, most, _ = allocated(call)
+    live, most, _ = models.allocated(call)
     assert most - live <= weight.nbytes / 2
     with ml.plain(name):
-        live, most, _ = allocated(call)
+        live, most, _ = models.allocated(call)
     assert most - live >= 2 * weight.nbytes  # in float32
 
 
@@ -419,7 +408,7 @@ def test_a_name_that_no_kernel_has_is_refused_with_those_that_there_are():
 def test_transformed_functions_have_their_first_derivative():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     ml.attach(model, ml.LoraConfig(r=2, target_modules=["0", "2"], task_type=None), dtype=torch.float64)
-    randomize_adapters_(model, 0)
+    models.randomize_adapters_(model, 0)
     x = randn(0, 3, 4).requires_grad_()
     (expected,) = torch.autograd.grad(model(x).sum(), x)
     assert_maths(torch.func.grad(lambda x: model(x).sum())(x.detach()), expected)

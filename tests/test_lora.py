@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, TargetError, attach
-from minilora.lora import (
-    AdapterLinear,
-    LoraAdapter,
-    dora_norm,
-    lora_delta,
-    lora_linear,
-    lora_scale,
-    lora_update,
-)
+from minilora.lora import AdapterLinear, LoraAdapter, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import SeededDropout, dropout_seed
 from minilora.testing import reference
@@ -41,7 +33,6 @@ def _small_tiles(monkeypatch):
 
 
 def linear(seed, inner, outer, dtype=torch.float64, bits=None):
-    """A frozen linear, or one in four bits, doubly quantized or not."""
     base = nn.Linear(inner, outer).to(dtype).requires_grad_(False)
     fill_(base, seed)
     return NF4Linear.quantize(base.weight, base.bias, bits == "double") if bits else base

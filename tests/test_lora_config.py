@@ -90,10 +90,7 @@ RULES = {
     "a whole path": ({"target_modules": ["lm_head"]}, ["lm_head"]),
     "a string is a regex": ({"target_modules": r".*\.(q|v)_proj"}, [p for p in LINEARS if "_proj" in p]),
     "excluded by name": ({"target_modules": ["q_proj", "up"], "exclude_modules": ["up"]}, Q_PROJS),
-    "excluded by regex": (
-        {"exclude_modules": r".*layers\.\d+\..*|.*experts.*", "target_modules": ["lm_head", "up"]},
-        ["lm_head"],
-    ),
+    "excluded by regex": ({"exclude_modules": r".*layers.*|.*exp.*", "target_modules": ["lm_head", "up"]}, ["lm_head"]),
     "layers by the first number": (
         {"target_modules": ["q_proj", "up"], "layers_to_transform": [1]},
         ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up", "model.experts.1.layers.0.up"],
@@ -175,15 +172,9 @@ def test_a_rank_for_each_of_many_layers_is_found_without_compiling_each_key_agai
 
 
 def test_all_bad_values_are_told_at_once():
+    bad = {"r": 0, "lora_alpha": -1, "lora_dropout": 1.0, "init_lora_weights": "pizza", "rank_pattern": {"(": 0}}
     with pytest.raises(ConfigError) as error:
-        LoraConfig(
-            r=0,
-            lora_alpha=-1,
-            lora_dropout=1.0,
-            init_lora_weights="pizza",
-            rank_pattern={"(": 0},
-            trainable_token_indices=(-1,),
-        )
+        LoraConfig(**bad, trainable_token_indices=(-1,))
     named = ("r is 0", "lora_alpha is -1", "lora_dropout is 1.0", "'pizza'", "rank_pattern['('] is 0", "regular")
     for words in (*named, "trainable_token_indices is (-1,)"):
         assert words in str(error.value)
@@ -233,26 +224,11 @@ def test_the_head_of_a_classifier_is_trained_in_full():
     assert select_saved(MODULES, named) == ["classifier"]
 
 
-@pytest.mark.parametrize(
-    ("select", "paths", "fields", "said"),
-    [
-        (
-            select_saved,
-            MODULES,
-            {"modules_to_save": ["head", "heads"]},
-            r"\['heads'\].*'classifier', 'head', 'head_norm'",
-        ),
-        (
-            select_parameters,
-            PARAMETERS,
-            {"target_parameters": ["down_proj", "up_proj"]},
-            r"\['up_proj'\].*\['experts.down_proj', 'experts.gate_up_proj'\]",
-        ),
-    ],
-)
-def test_an_entry_that_is_nowhere_is_an_error_that_lists_what_there_is(select, paths, fields, said):
-    with pytest.raises(TargetError, match=said):
-        select(paths, LoraConfig(**fields))
+def test_an_entry_that_is_nowhere_is_an_error_that_lists_what_there_is():
+    with pytest.raises(TargetError, match=r"\['heads'\].*'classifier', 'head', 'head_norm'"):
+        select_saved(MODULES, LoraConfig(modules_to_save=["head", "heads"]))
+    with pytest.raises(TargetError, match=r"\['up_proj'\].*\['experts.down_proj', 'experts.gate_up_proj'\]"):
+        select_parameters(PARAMETERS, LoraConfig(target_parameters=["down_proj", "up_proj"]))
 
 
 def test_target_parameters_are_full_names_or_the_ends_of_them():
@@ -318,11 +294,3 @@ def test_every_field_has_a_flag_that_gives_it(name):
 def test_tokens_may_be_those_of_a_named_module():
     found = parsed('--trainable-token-indices={"embed_tokens": [3, 4]}').trainable_token_indices
     assert found == {"embed_tokens": (3, 4)}
-
-
-@pytest.mark.parametrize(
-    "word", ["--trainable-token-indices=a", "--trainable-token-indices={", "--task=X", "--layers-to-transform=a"]
-)
-def test_a_value_that_is_none_is_refused(word):
-    with pytest.raises((argparse.ArgumentError, ConfigError)):
-        parsed(word)

@@ -26,7 +26,7 @@ from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms
 from tests.adapters import add_built
 from tests.files import SHARD, edit, save_file, write_base
-from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, tiny_model
+from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, sizes, tiny_model
 from tests.runs import everything
 
 NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
@@ -279,14 +279,10 @@ def numbers(weight):
     return exact.astype(np.float32).astype(np.float64).reshape(weight.layout.shape)
 
 
-@given(
-    seeds,
-    st.integers(1, 9),
-    st.sampled_from([1, 9, 64, 100]),
-    scales,
-    st.lists(st.integers(1, 4), min_size=1, max_size=2),
-    st.data(),
-)
+widths, ranks = st.sampled_from([1, 9, 64, 100]), st.lists(st.integers(1, 4), min_size=1, max_size=2)
+
+
+@given(seeds, sizes, widths, scales, ranks, st.data())
 def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, outer, inner, scale, ranks, data):
     kinds = st.sampled_from([torch.float64, torch.bfloat16, "nf4"])
     weights = []

@@ -39,7 +39,6 @@ def changed(weight, lora_A, lora_B, scale, is_transposed):
 
 
 def attached(model, seed=7, names=("up_proj", "down_proj"), **config):
-    """Adapters of random numbers."""
     ml.attach(model, ml.LoraConfig(target_modules=(), target_parameters=names, **config), dtype=torch.float64)
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if "lora_" in name:

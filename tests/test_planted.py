@@ -55,10 +55,7 @@ MISTAKES = {
         "test_layers.py::test_forward_is_the_merged_weight_applied[linear-kernels]",
     ),
     "law 1: a norm is that of W + B A": Mistake(
-        "kernel/lora.py",
-        "b, lora_A, alpha=scale)",
-        "b, lora_A)",
-        f"{EQUAL}[dora_norm]",
+        "kernel/lora.py", "b, lora_A, alpha=scale)", "b, lora_A)", f"{EQUAL}[dora_norm]"
     ),
     "law 1: a norm is that of W + B A, by definition": Mistake(
         "lora.py",
@@ -127,10 +124,7 @@ MISTAKES = {
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
     "law 2: on the page B does not start at 0": Mistake(
-        "adapter.py",
-        "torch.zeros(shape_B, dtype=torch.float32)",
-        "torch.full(shape_B, 1e-3)",
-        "test_six_pages.py",
+        "adapter.py", "torch.zeros(shape_B, dtype=torch.float32)", "torch.full(shape_B, 1e-3)", "test_six_pages.py"
     ),
     "law 2: the start is added and not subtracted": Mistake(
         "adapters/parts.py",
@@ -169,16 +163,10 @@ MISTAKES = {
         "test_lora.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none[kernels]",
     ),
     "law 5: the gradient of x is that of the base alone": Mistake(
-        "kernel/lora.py",
-        "(dy @ weight).addmm_(h, lora_A.to(dy.dtype))",
-        "dy @ weight",
-        f"{EQUAL}[lora_linear]",
+        "kernel/lora.py", "(dy @ weight).addmm_(h, lora_A.to(dy.dtype))", "dy @ weight", f"{EQUAL}[lora_linear]"
     ),
     "law 5: the gradient of a trained W lacks the rows' last": Mistake(
-        "kernel/lora.py",
-        "dW = dy.T @ x if",
-        "dW = dy[:-1].T @ x[:-1] if",
-        f"{PRECISE}[torch.float32-lora_linear]",
+        "kernel/lora.py", "dW = dy.T @ x if", "dW = dy[:-1].T @ x[:-1] if", f"{PRECISE}[torch.float32-lora_linear]"
     ),
     "law 5: no gradient reaches the magnitude": Mistake(
         "lora.py",
@@ -193,10 +181,7 @@ MISTAKES = {
         f"{KEPT}[torch.float64-lora_linear]",
     ),
     "a few tokens' update is not scaled": Mistake(
-        "kernel/lora.py",
-        "lora_A.to(wide)).mul_(scale)",
-        "lora_A.to(wide))",
-        f"{EQUAL}[lora_linear]",
+        "kernel/lora.py", "lora_A.to(wide)).mul_(scale)", "lora_A.to(wide))", f"{EQUAL}[lora_linear]"
     ),
     "law 5: the gradient passes through another W than x did": Mistake(
         "kernel/nf4.py",
@@ -270,12 +255,7 @@ MISTAKES = {
         "*examples[0].tokens[:1] * example.shift",
         "test_loop.py::test_rows_packed_by_any_budget_of_tokens_give_the_same_gradient",
     ),
-    "law 8: the loss is a mean": Mistake(
-        "llama.py",
-        'labels, reduction="sum"',
-        "labels",
-        f"{EQUAL}[cross_entropy]",
-    ),
+    "law 8: the loss is a mean": Mistake("llama.py", 'labels, reduction="sum"', "labels", f"{EQUAL}[cross_entropy]"),
     "law 9: documents see each other": Mistake(
         "llama.py",
         "causal_attention(q, k, v, documents, documents, self.window)",
@@ -325,22 +305,13 @@ MISTAKES = {
         "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes",
     ),
     "law 10: on the page the scale is saved as alpha": Mistake(
-        "adapter.py",
-        "adapter.scale * len(adapter.lora_A)",
-        "adapter.scale",
-        "test_six_pages.py",
+        "adapter.py", "adapter.scale * len(adapter.lora_A)", "adapter.scale", "test_six_pages.py"
     ),
     "attention: a query sees the token after it": Mistake(
-        "kernel/attention.py",
-        "hidden.triu(m - n + 1)",
-        "hidden.triu(m - n + 2)",
-        f"{EQUAL}[causal_attention]",
+        "kernel/attention.py", "hidden.triu(m - n + 1)", "hidden.triu(m - n + 2)", f"{EQUAL}[causal_attention]"
     ),
     "attention: a query sees the token after it, by definition": Mistake(
-        "llama.py",
-        ".tril(m - n)",
-        ".tril(m - n + 1)",
-        f"{EQUAL}[causal_attention]",
+        "llama.py", ".tril(m - n)", ".tril(m - n + 1)", f"{EQUAL}[causal_attention]"
     ),
     "attention: a window is one token too wide": Mistake(
         "kernel/attention.py",
@@ -349,10 +320,7 @@ MISTAKES = {
         f"{EQUAL}[causal_attention]",
     ),
     "attention: a window is one token too wide, by definition": Mistake(
-        "llama.py",
-        "visible.triu(m - n - window + 1)",
-        "visible.triu(m - n - window)",
-        f"{EQUAL}[causal_attention]",
+        "llama.py", "visible.triu(m - n - window + 1)", "visible.triu(m - n - window)", f"{EQUAL}[causal_attention]"
     ),
     "attention: a block's keys begin a token too late": Mistake(
         "kernel/attention.py",
@@ -361,10 +329,7 @@ MISTAKES = {
         f"{EQUAL}[causal_attention]",
     ),
     "attention: the gradient of keys forgets the earlier blocks": Mistake(
-        "kernel/attention.py",
-        "dk[:, seen] += ",
-        "dk[:, seen] = ",
-        f"{PRECISE}[torch.float32-causal_attention]",
+        "kernel/attention.py", "dk[:, seen] += ", "dk[:, seen] = ", f"{PRECISE}[torch.float32-causal_attention]"
     ),
     "attention: the gradient of queries lacks the scale": Mistake(
         "kernel/attention.py",
@@ -397,10 +362,7 @@ MISTAKES = {
         f"{EQUAL}[rms_norm]",
     ),
     "a norm forgets eps, by definition": Mistake(
-        "llama.py",
-        "keepdim=True) + eps)",
-        "keepdim=True))",
-        f"{EQUAL}[rms_norm]",
+        "llama.py", "keepdim=True) + eps)", "keepdim=True))", f"{EQUAL}[rms_norm]"
     ),
     "a rotation turns the other way": Mistake(
         "llama.py",
@@ -415,16 +377,10 @@ MISTAKES = {
         f"{EQUAL}[swiglu]",
     ),
     "gate and up are exchanged, by definition": Mistake(
-        "llama.py",
-        "F.silu(gate) * up",
-        "F.silu(up) * gate",
-        f"{EQUAL}[swiglu]",
+        "llama.py", "F.silu(gate) * up", "F.silu(up) * gate", f"{EQUAL}[swiglu]"
     ),
     "the gradient of the logits lacks the label": Mistake(
-        "kernel/llama.py",
-        "p.gather(-1, target) - 1",
-        "p.gather(-1, target)",
-        f"{EQUAL}[cross_entropy]",
+        "kernel/llama.py", "p.gather(-1, target) - 1", "p.gather(-1, target)", f"{EQUAL}[cross_entropy]"
     ),
     "a label's probability is rounded to 16 bits before 1 is taken from it": Mistake(
         "kernel/llama.py",
@@ -469,10 +425,7 @@ MISTAKES = {
         "test_data.py::test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels",
     ),
     "on the page the prompt is learned": Mistake(
-        "data.py",
-        "learned = [(len(prompt), ",
-        "learned = [(0, ",
-        "test_six_pages.py",
+        "data.py", "learned = [(len(prompt), ", "learned = [(0, ", "test_six_pages.py"
     ),
     "what was trained on is merged into where the original is asked for": Mistake(
         "tools/merging.py",

@@ -101,10 +101,7 @@ TEMPLATE = "plain prompt and completion, which do not go through the model's cha
 
 @pytest.mark.parametrize(
     ("rows", "touching"),
-    [
-        ([("a:", "b"), ("a:", "b"), ("a:", " b")], 2),
-        ([("a:", "b"), ("a:\n", "b"), ("a:", "\tb"), ("", "b"), ("", "c")], 0),
-    ],
+    [([("a:", "b"), ("a:", "b"), ("a:", " b")], 2), ([("a:", "b"), ("a:\n", "b"), ("a:", "\tb"), ("", "b")], 0)],
 )
 def test_rows_whose_prompt_and_completion_touch_are_told_of_if_most_do(
     directory, tmp_path, capsys, monkeypatch, rows, touching

@@ -148,7 +148,6 @@ harmless = st.lists(characters | pieces_of_forgeries, min_size=1, max_size=6).ma
 
 @st.composite
 def cut(draw, text=hostile):
-    """A text in two."""
     whole = draw(text)
     at = draw(st.integers(0, len(whole)))
     return whole[:at], whole[at:]

@@ -144,12 +144,8 @@ def test_the_table_of_memory_is_what_inspect_prints():
 
 
 def test_links_lead_somewhere():
-    for path in [
-        ROOT / "README.md",
-        ROOT / "CHANGELOG.md",
-        *(ROOT / "docs").glob("*.md"),
-        *(ROOT / "tutorials").glob("*.md"),
-    ]:
+    pages = [page for folder in ("docs", "tutorials") for page in (ROOT / folder).glob("*.md")]
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *pages]:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
             target, _, anchor = "".join(link).partition("#")

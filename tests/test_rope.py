@@ -12,7 +12,6 @@ from minilora import ConfigError, llama
 from minilora.models.config import ROPE_KEYS, ScaledRope
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
-from tests.models import randn, seeds
 
 CPU = torch.device("cpu")
 document_lengths = st.integers(2, 100)
@@ -112,19 +111,6 @@ def test_longrope_takes_its_long_factors_beyond_the_trained_length(rope):
     for length, stretch in ((rope.trained_length, "short_factor"), (rope.trained_length + 1, "long_factor")):
         factors = torch.tensor(rope.scaling[stretch]).double()
         assert_parity(rope.frequencies(length) * factors / plain, torch.ones_like(plain))
-
-
-@given(seeds, ropes(), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
-def test_scores_depend_on_the_distance_of_two_tokens_only(seed, rope, i, j, shift):
-    frequencies = rope.frequencies(1).double()
-    q, k = (randn(s, 1, 1, 2 * len(frequencies)) for s in (seed, seed + 1))
-
-    def turned(x, position):
-        angles = position * frequencies.unsqueeze(0)
-        return llama.rotate(x, angles.cos(), angles.sin())
-
-    near, far = ((turned(q, i + s) * turned(k, j + s)).sum() / (q.norm() * k.norm()) + 2 for s in (0, shift))
-    assert_maths(near, far)  # a cosine plus 2, so that it cannot be near 0
 
 
 def test_an_unknown_kind_is_refused_with_the_kinds_that_are_supported():

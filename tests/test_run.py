@@ -27,25 +27,9 @@ from minilora.runs.inputs import load_general
 from minilora.runs.meter import beginning, ending
 from minilora.runs.run import PACKAGES, Run
 from minilora.testing.compare import assert_parity
-from tests.models import four_bit, long
-from tests.runs import (
-    ADAPTER,
-    CLASSES,
-    SETTINGS,
-    contents,
-    everything,
-    finetune,
-    inputs,
-    interrupt,
-    metrics,
-    starts,
-    steps,
-    summary,
-    unfinished,
-    words,
-    write_inputs,
-    write_rows,
-)
+from tests import runs
+from tests.models import long
+from tests.runs import contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished, write_rows
 from tests.text import CLOSE, DEFAULT_SYSTEM, EOS, conversation, write_tokenizer
 from tests.training import number
 
@@ -54,7 +38,7 @@ STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("things"))
+    return runs.write_inputs(tmp_path_factory.mktemp("things"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +56,6 @@ def assert_resumed(out, whole, *started):
 
 
 def stop(directory, out, monkeypatch, step=3, **changes):
-    """A run that is stopped after this step."""
     with monkeypatch.context() as patch:
         interrupt(patch, step)
         assert finetune(directory, out, **changes) == INTERRUPTED
@@ -82,7 +65,7 @@ def stop(directory, out, monkeypatch, step=3, **changes):
 
 
 def test_a_finished_run_holds_the_files_of_the_contract_and_no_others(whole):
-    names = {*ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
+    names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
     assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json", ".lock"}
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
 
@@ -99,7 +82,7 @@ def test_evaluations_stand_among_the_metrics_and_logging_steps_thin_out_the_rest
     options = {"eval_steps": 3, "logging_steps": 4, "max_steps": 9, "samples": 0}
     assert finetune(directory, tmp_path, **options) == 0
     assert [(record["step"], "eval_loss" in record) for record in metrics(tmp_path)] == [
-        *((3, True), (4, False), (6, True), (8, False), (9, True)),
+        *((3, True), (4, False), (6, True), (8, False), (9, True))
     ]
     evaluations = [set(record) for record in metrics(tmp_path) if "eval_loss" in record]
     assert evaluations == [{"step", "eval_loss", "best_step", "samples"}] * 3
@@ -135,8 +118,8 @@ def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score
 def test_run_json_says_which_settings_versions_and_data_and_every_start(directory, whole):
     record = json.loads((whole / "run.json").read_text())
     assert list(record) == ["config", "versions", "data_sha256", "inputs_sha256", "prompts", "starts"]
-    assert {name: record["config"][name] for name in SETTINGS} == SETTINGS
-    fields = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
+    assert {name: record["config"][name] for name in runs.SETTINGS} == runs.SETTINGS
+    fields = {field.name for cls in runs.CLASSES for field in dataclasses.fields(cls)}
     assert set(record["config"]) == {RENAMED.get(name, name) for name in fields}
     assert set(record["versions"]) == {*PACKAGES, "python"}
     assert record["versions"]["minilora"] == ml.__version__
@@ -219,7 +202,7 @@ def never_killed(directory):
 @pytest.mark.parametrize("seed", [1, *long(*range(2, 9))])
 def test_a_run_killed_at_any_moment_goes_on_to_the_bytes_of_one_that_never_was(directory, never_killed, tmp_path, seed):
     draw, metrics_file = random.Random(seed), tmp_path / "metrics.jsonl"
-    command = [sys.executable, "-m", "minilora", *words(directory, tmp_path, max_steps=40)]
+    command = [sys.executable, "-m", "minilora", *runs.words(directory, tmp_path, max_steps=40)]
     environment, status = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, 0
     while status == 0:  # on busy cores the run may be over before it is killed
         shutil.rmtree(tmp_path)
@@ -259,13 +242,13 @@ def refused(capsys, directory):
     """A function: the run is refused with one line, and not a byte of its directory changes."""
 
     def check(out, phrase, **changes):
-        before = everything(out)
+        before = runs.everything(out)
         assert finetune(directory, out, **changes) == 1
         message = capsys.readouterr().err
         assert message.startswith("minilora: ")
         assert message.count("\n") == 1
         assert phrase in message
-        assert everything(out) == before
+        assert runs.everything(out) == before
 
     return check
 
@@ -352,14 +335,7 @@ def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused,
     )
 
 
-def test_a_run_whose_data_have_changed_is_refused(refused, whole, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", 24)
-    unfinished(whole, tmp_path / "out", step=4, data=[str(rows)])
-    refused(tmp_path / "out", "the data changed since the run began: rows.jsonl", data=rows)
-
-
 def copied(directory, tmp_path):
-    """A copy of the model and the rows of a run."""
     shutil.copytree(directory / "model", tmp_path / "model")
     return {"model": tmp_path / "model", "data": shutil.copy(directory / "rows.jsonl", tmp_path / "rows.jsonl")}
 
@@ -388,8 +364,8 @@ def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_p
     paths = copied(directory, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert finetune(directory, "./moved/", model="model/", data="../" + tmp_path.name + "/rows.jsonl") == 0
-    assert {name: value for name, value in contents(tmp_path / "moved").items() if name != ADAPTER[0]} == {
-        ADAPTER[1]: contents(whole)[ADAPTER[1]]
+    assert {name: value for name, value in contents(tmp_path / "moved").items() if name != runs.ADAPTER[0]} == {
+        runs.ADAPTER[1]: contents(whole)[runs.ADAPTER[1]]
     }
     assert starts(tmp_path / "moved") == [0, 4]
     assert paths
@@ -459,7 +435,7 @@ def test_of_several_files_none_may_have_the_name_of_held_out_rows(capsys, direct
     for name in ("my_train", "my_val"):
         write_rows(tmp_path / f"{name}.jsonl", 9)
     out, data = tmp_path / "out", ("my_train.jsonl", "my_val.jsonl")
-    command = [*words(directory, out, data=None, max_steps=1), "--data", *data]
+    command = [*runs.words(directory, out, data=None, max_steps=1), "--data", *data]
     assert cli.main(command) == 1
     assert "my_val.jsonl: --data would train on it; give it as --eval-data" in capsys.readouterr().err
     assert cli.main([*command, "--eval-data=my_val.jsonl"]) == 1
@@ -602,7 +578,7 @@ def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_bet
     assert "stopped early: no new lowest loss in 2 evaluations" in told
     assert f"the adapter of step {best} had the lowest loss" in told
     checkpoint = out / "checkpoints" / f"step-{best:06d}"
-    assert (out / ADAPTER[1]).read_bytes() == (checkpoint / ADAPTER[1]).read_bytes()
+    assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -617,7 +593,7 @@ def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(
     capsys, monkeypatch, tmp_path, dtype, is_fast, line
 ):
     monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device: is_fast)
-    write_inputs(tmp_path, dtype=torch.bfloat16)
+    runs.write_inputs(tmp_path, dtype=torch.bfloat16)
     assert finetune(tmp_path, tmp_path / "out", max_steps=1, dtype=dtype) == 0
     assert line in capsys.readouterr().err
 
@@ -682,23 +658,3 @@ def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, 
     write_rows(rows, 10)
     assert cli.main([*again, f"--out={tmp_path / 'three'}"]) == 0
     assert f"the data are not those that {tmp_path / 'one' / 'run.json'} was written with" in capsys.readouterr().err
-
-
-@pytest.mark.long
-def test_a_run_in_four_bits_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch):
-    options = {"quantize": "nf4", "max_steps": 6}
-    assert finetune(directory, tmp_path / "whole", **options) == 0
-    stop(directory, tmp_path / "halves", monkeypatch, **options)
-    assert finetune(directory, tmp_path / "halves", **options) == 0
-    assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
-    assert starts(tmp_path / "halves") == [0, 3]
-
-
-def test_a_base_that_was_quantized_anew_is_noticed(directory, tmp_path, monkeypatch, capsys):
-    base, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
-    ml.save_model(four_bit(base), tmp_path / "base", tokenizer)
-    stop(directory, tmp_path / "run", monkeypatch, step=1, model=tmp_path / "base")
-    again = four_bit(ml.load_model(directory / "model"), double_quant=False)
-    ml.save_model(again, tmp_path / "base", tokenizer)
-    assert finetune(directory, tmp_path / "run", model=tmp_path / "base") == 1
-    assert "changed since the run began: model/config.json, model/model.safetensors" in capsys.readouterr().err

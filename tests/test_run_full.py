@@ -33,7 +33,6 @@ def finetune(directory, out, **changes):
 
 @pytest.fixture(scope="module")
 def whole(directory):
-    """A run that never stopped."""
     general = {"general_data": directory / "general.jsonl"}
     assert finetune(directory, directory / "whole", save_total_limit=99, **general) == 0
     return directory / "whole"

@@ -111,12 +111,7 @@ def forever(body, source=""):
 
 
 BOMBS = {
-    "repetition": [
-        "{{ 'a' * 10**8 }}",
-        "{{ 'a' * 6000 * 6000 }}",
-        "{{ [0] * 10**8 }}",
-        "{{ [[0] * 500] * 10000 }}",
-    ],
+    "repetition": ["{{ 'a' * 10**8 }}", "{{ 'a' * 6000 * 6000 }}", "{{ [0] * 10**8 }}", "{{ [[0] * 500] * 10000 }}"],
     "integers": [
         "{% set x = ('f' * 1000000) | int(base=16) %}{{ x // 3 }}",
         "{% set x = ('f' * 1000000) | int(base=16) %}" + forever("{% if x is even %}{% endif %}"),
@@ -125,11 +120,7 @@ BOMBS = {
         "{{ 9 ** 99 }}",
         "{{ 1 | round(10**7, 'floor') }}",
     ],
-    "powers": [
-        "{{ 9 ** 99999999 }}",
-        "{{ 1 | round(10**9, 'ceil') }}",
-        "{{ (1).to_bytes(10**9, 'big') }}",
-    ],
+    "powers": ["{{ 9 ** 99999999 }}", "{{ 1 | round(10**9, 'ceil') }}", "{{ (1).to_bytes(10**9, 'big') }}"],
     "widths": [
         "{{ 'a'.ljust(10**15) }}",
         "{{ 'a' | center(1000000000) }}",
@@ -205,17 +196,13 @@ BOMBS = {
         LARGE + "{{ [large, large, large, large, large, large] }}",
     ],
     "paying with nothing": [
-        "{% for i in range(99999) %}{{ (0 - 9**9) | _paying }}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ (0 - 9**9) | _paying }}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     ],
 }
 
 SLOW_BOMBS = {  # which take up to a second until they are refused
-    "formats": [
-        "{{ ('{:9999}' * 100000).format(*range(99999)) }}",
-    ],
-    "doubling": [
-        repeated("n.x + [i]", "[]", 99999),
-    ],
+    "formats": ["{{ ('{:9999}' * 100000).format(*range(99999)) }}"],
+    "doubling": [repeated("n.x + [i]", "[]", 99999)],
     "loops": [
         forever(IFS),
         forever("{% set x = f() %}", "{% macro f() %}" + IFS + "{% endmacro %}"),
@@ -226,16 +213,12 @@ SLOW_BOMBS = {  # which take up to a second until they are refused
         "{% macro f(n) %}{% if n %}{% set x = f(n - 1) ~ f(n - 1) %}{% endif %}{% endmacro %}{% set x = f(90) %}",
         "{% for i in [0, 0] recursive %}{{ loop([0, 0]) if loop.depth < 50 }}{% endfor %}",
     ],
-    "reading": [
-        MANY + "{% for x in many %}{{ many.index(99998) }}{% endfor %}",
-    ],
+    "reading": [MANY + "{% for x in many %}{{ many.index(99998) }}{% endfor %}"],
     "writing": [
         "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
         "{% set x %}{% for i in range(99999) %}" + "a" * 200000 + "{% endfor %}{% endset %}",
     ],
-    "paying with nothing": [
-        forever("{{ [1] | map('_paying') | list }}"),
-    ],
+    "paying with nothing": [forever("{{ [1] | map('_paying') | list }}")],
 }
 
 

@@ -48,7 +48,6 @@ def model_with(*kinds: str, make=lambda model: model) -> nn.Module:
 
 
 def alone(model, name, ids):
-    """The logits of one row under one adapter."""
     with disable_adapter(model):
         if name is not None:
             set_adapter(model, name)
@@ -57,7 +56,6 @@ def alone(model, name, ids):
 
 @pytest.fixture(scope="module", params=[lambda model: model, four_bit])
 def crowded(request):
-    """A model with all kinds of adapters at once."""
     return model_with(*KINDS, make=request.param)
 
 
@@ -211,10 +209,8 @@ def test_what_does_not_fit_is_not_swapped(kind, changes, said, tmp_path):
 
 
 def test_an_adapter_of_low_rank_does_not_take_the_place_of_a_copy(tmp_path):
-    for name, config in (
-        ("low", {"target_modules": ("0",)}),
-        ("whole", {"target_modules": (), "modules_to_save": ("0",)}),
-    ):
+    whole = {"target_modules": (), "modules_to_save": ("0",)}
+    for name, config in (("low", {"target_modules": ("0",)}), ("whole", whole)):
         model = nn.Sequential(nn.Linear(4, 3)).requires_grad_(False)
         attach(model, LoraConfig(r=2, **config))
         save_adapter(model, tmp_path / name)

@@ -104,7 +104,6 @@ def argument(name, shape, seed, V, dtype):
 
 
 def linear(letters, is_packed, dtype):
-    """The layer that a function is given."""
     out, inner = (letters[name][0] for name in (("N", "K") if is_packed else ("out", "in")))
     layer = nn.Linear(inner, out).to(dtype)
     return nf4.NF4Linear.quantize(layer.weight) if is_packed else layer

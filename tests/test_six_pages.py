@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -89,11 +90,8 @@ def test_the_page_of_data_reads_rows_as_the_package_does(keys, tmp_path):
     raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if keys == "instruction":
-        inputs = ({}, {"input": ""}, {"input": "of which language?"})
-        rows = [
-            {"instruction": row["prompt"], "output": row["completion"], **inputs[i % 3]}
-            for i, row in enumerate(rows[:30])
-        ]
+        inputs = itertools.cycle([{}, {"input": ""}, {"input": "of which language?"}])
+        rows = [{"instruction": row["prompt"], "output": row["completion"], **next(inputs)} for row in rows[:30]]
         path = tmp_path / "rows.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
     found = [data.encode_row(row, raw, tokenizer.eos_id) for row in rows]
@@ -146,16 +144,12 @@ def test_the_page_of_adapters_has_the_package_s_defaults(tmp_path):
     same_adapters(loaded, base)
 
 
-@pytest.mark.parametrize(
-    ("function", "config"),
-    [
-        (adapter.attach_lora, ml.LoraConfig()),
-        (data.encode_row, ml.DataConfig()),
-        (training.train_step, ml.TrainConfig()),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
+DEFAULTS = {adapter.attach_lora: ml.LoraConfig, data.encode_row: ml.DataConfig, training.train_step: ml.TrainConfig}
+
+
+@pytest.mark.parametrize(("function", "config"), DEFAULTS.items())
 def test_what_the_pages_take_by_default_is_what_the_package_does(function, config):
+    config = config()
     parameters = inspect.signature(function).parameters
     found = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
     shared = found.keys() & vars(config).keys()

@@ -51,7 +51,6 @@ for code in json.loads(sys.argv[1]):
 
 
 def python(code, *words):
-    """The lines that a fresh interpreter prints."""
     run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()

@@ -37,7 +37,6 @@ def run(directory, model=None, rows=ROWS, on_step=None, held_out=(), **config):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The checkpoints of a run that never stopped."""
     directory = tmp_path_factory.mktemp("whole")
     run(directory)
     return directory

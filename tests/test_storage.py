@@ -16,16 +16,7 @@ from safetensors.torch import save
 
 from minilora import FormatError
 from minilora.durable import remove, replacing
-from minilora.storage import (
-    TensorFile,
-    append_line,
-    read_json,
-    read_text,
-    shard_names,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from minilora.storage import TensorFile, append_line, read_json, read_text, shard_names, write_json, write_tensors
 from tests.models import randn
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
@@ -138,7 +129,9 @@ def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, posit
 @pytest.mark.parametrize(
     "name",
     [
-        *("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a"),
+        *("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a", "/", "//a"),
+        *("../../etc/passwd", "a/../../b", "\\\\server\\share", "\0", "~/../a", "file:///etc/passwd", "a/", "a:b"),
+        *("a\\..\\..\\b", "..%2fa/..", "....//a", "a/./b"),
         *(3, None, ["model.safetensors"], {"a": 1}, True),
     ],
     ids=repr,
@@ -205,7 +198,7 @@ def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path,
 def test_file_modes_follow_the_umask(umask, path):
     before = os.umask(umask)
     try:
-        write_text(path, "text")
+        write_json(path, {})
         write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
         now = os.umask(umask)
     finally:

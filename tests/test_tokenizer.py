@@ -191,11 +191,6 @@ def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
     assert copy.encode("hi") == tokenizer.encode("hi")
 
 
-def test_the_builtin_tokenizer_has_a_name():
-    tokenizer = ml.load_tokenizer("minilora/builtin")
-    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
-
-
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(FormatError, match=r"there is no tokenizer\.json"):
         ml.load_tokenizer(tmp_path)

@@ -114,31 +114,23 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
     assert config.task_type == "CAUSAL_LM"
 
 
-def test_an_existing_name_is_refused_and_not_passed_over():
-    """PEFT returns without a word."""
-    model = many_kinds()
-    for name in ("first", "second"):
-        add(model, name, target_modules=["1"])
-    with pytest.raises(TargetError, match="the model has an adapter 'second' already"):
-        combine_adapters(model, {"first": 2.0}, "second")
-
-
-def test_an_adapter_that_is_not_there_or_more_than_a_sum_of_updates_is_refused_by_name():
-    model, weights = many_kinds(), {"first": 0.7, "second": 0.3}
-    add(model, "first", target_modules=["1"])
-    with pytest.raises(TargetError, match=r"no adapter is called 'second'; the model has \['first'\]"):
-        combine_adapters(model, weights, "sum")
-    add(model, "second", target_modules=["1"], modules_to_save=["3"])
-    with pytest.raises(ConfigError, match=r"second: .*\n.*modules_to_save: "):
-        combine_adapters(model, weights, "sum")
-    assert not any("sum" in layer.configs for layer in adapter_layers(model).values())
-
-
-def test_a_convolution_in_groups_is_refused_by_its_path():
-    model = many_kinds(groups=2)
+@pytest.mark.parametrize(
+    ("error", "said", "groups", "weights", "name"),
+    [
+        (TargetError, "the model has an adapter 'first' already", 1, {"first": 2.0}, "first"),  # PEFT says nothing
+        (TargetError, r"no adapter is called 'other'; the model has \['first', 'more'\]", 1, {"other": 0.3}, "sum"),
+        (ConfigError, r"more: .*\n.*modules_to_save: ", 1, {"first": 0.7, "more": 0.3}, "sum"),
+        (ShapeError, r"^2: the adapters do not fit together", 2, {"first": 0.7}, "sum"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, groups, weights, name):
+    model = many_kinds(groups=groups)
     add(model, "first", target_modules=["2"])
-    with pytest.raises(ShapeError, match=r"^2: the adapters do not fit together"):
-        combine_adapters(model, {"first": 0.7}, "sum")
+    add(model, "more", target_modules=["1"], modules_to_save=["3"])
+    layers = {path: list(layer.configs) for path, layer in adapter_layers(model).items()}
+    with pytest.raises(error, match=said):
+        combine_adapters(model, weights, name)
+    assert {path: list(layer.configs) for path, layer in adapter_layers(model).items()} == layers
 
 
 def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_path():

@@ -29,18 +29,10 @@ def random_rows(seed, count, vocabulary=61):
     return rows
 
 
-def adapted(
-    family="llama",
-    dtype=torch.float64,
-    seed=0,
-    is_fresh=False,
-    name="default",
-    base=lambda model: model,
-    layers=4,
-    **config,
-):
-    """A tiny model with an adapter in the same dtype."""
-    model = base(tiny_model(family, dtype=dtype, num_hidden_layers=layers))
+def adapted(family="llama", dtype=torch.float64, seed=0, is_fresh=False, name="default", base=None, layers=4, **config):
+    """A tiny model with an adapter in the same dtype; `base` makes another of it first."""
+    model = tiny_model(family, dtype=dtype, num_hidden_layers=layers)
+    model = base(model) if base else model
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}), name=name, seed=seed, dtype=dtype)
     if not is_fresh:
         randomize_adapters_(model, seed)

@@ -8,7 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+SPECIAL = {"pad_token_id": 0, **ENDS}
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -20,24 +22,9 @@ SIZES = {
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
-GPT = {
-    "vocab_size": 40,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-T5 = {
-    "vocab_size": 40,
-    "d_model": 16,
-    "d_kv": 4,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
+
+GPT = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, **ENDS}
+T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
 WHISPER = {
     "vocab_size": 40,
     "d_model": 16,
@@ -76,7 +63,7 @@ FAMILIES = {
     "qwen3": (CAUSAL, GROUPED),
     "roberta": (SEQUENCES, SIZES),
     "smollm3": (CAUSAL, {**GROUPED, "use_sliding_window": False}),
-    "t5": ("AutoModelForSeq2SeqLM", T5),
+    "t5": ("AutoModelForSeq2SeqLM", {**T5, "decoder_start_token_id": 0}),
     "vit": ("AutoModelForImageClassification", IMAGE),
     "whisper": ("AutoModelForSpeechSeq2Seq", WHISPER),
 }

@@ -14,10 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 families = pytest.mark.parametrize("family", FAMILIES)
-AUTO = {
-    "sequence": transformers.AutoModelForSequenceClassification,
-    "token": transformers.AutoModelForTokenClassification,
-}
+AUTO = {unit: getattr(transformers, f"AutoModelFor{unit.title()}Classification") for unit in ("sequence", "token")}
 units = pytest.mark.parametrize("unit", AUTO)
 TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 TOKENS = token_ids(0, 1, 20)

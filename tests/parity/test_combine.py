@@ -63,14 +63,10 @@ def config(r=3, lora_alpha=7, target_modules=tuple(WIDTHS), **options):
 
 TWO = {"A": config(), "B": config(lora_alpha=2)}
 THREE = {**TWO, "C": config(lora_alpha=20)}
-OF_OTHER_RANKS = {
-    "A": config(r=2, rank_pattern={"first": 4}),
-    "B": config(lora_alpha=2, target_modules=("second", "first")),
-}
-OF_OTHER_MODULES = {
-    "A": config(target_modules=("first", "third")),
-    "B": config(lora_alpha=2, target_modules=("first",)),
-}
+FIRST = config(lora_alpha=2, target_modules=("first",))
+SECOND = config(lora_alpha=2, target_modules=("second", "first"))
+OF_OTHER_RANKS = {"A": config(r=2, rank_pattern={"first": 4}), "B": SECOND}
+OF_OTHER_MODULES = {"A": config(target_modules=("first", "third")), "B": FIRST}
 CASES = {  # adapters, their weights, types and options
     "two": (TWO, [0.7, 0.3], TYPES, {}),
     "a negative weight": (TWO, [2.0, -0.5], TYPES, {}),

@@ -50,14 +50,12 @@ def layer_of(theirs, path=Q_PROJ):
 
 
 def attached(base=None, **fields):
-    """Our model with a fresh adapter."""
     model = ours_of() if base is None else base
     ml.attach(model, ml.LoraConfig(**fields))
     return model
 
 
 def with_adapter(seed=0, is_tied=False, **fields):
-    """Our model with a random adapter."""
     fields = {"r": 3, "lora_alpha": 21, "target_modules": ["q_proj", "v_proj"], **fields}
     model = attached(ours_of(is_tied), **fields)
     perturb_(model, seed)

@@ -58,7 +58,6 @@ def theirs_of(is_tied=False, dtype=torch.float32):
 
 
 def loaded(directory, base=None):
-    """Ours with an adapter from a directory."""
     model = ours_of() if base is None else base
     ml.load_adapter(model, directory)
     return model

@@ -86,34 +86,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "400 digits in eps": {"rms_norm_eps": 10**400},
     "400 digits in a window": {"max_window_layers": 10**400, "sliding_window": 10**400},
     "400 digits as the end of text": {"eos_token_id": 10**400},
-    "trained on one token": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            **LONG,
-            "original_max_position_embeddings": 1,
-        }
-    },
+    "trained on one token": {"rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 1}},
     "trained on half a token": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            **LONG,
-            "original_max_position_embeddings": 0.5,
-        }
+        "rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 0.5}
     },
     "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
     "dynamic beyond float64": {"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}, "max_position_embeddings": 1},
     "equal ends of a ramp": {
         "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
     },
-    "a million windows": {
-        "layer_types": ["sliding_attention"] * 10**5,
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-    },
+    "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
     "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
-    "2,000,000 labels": {
+    "99,999 labels": {
         "architectures": ["LlamaForSequenceClassification"],
-        "id2label": {str(i): "" for i in range(99999)},
+        "id2label": {str(i): "" for i in range(99_999)},
     },
 }
 

@@ -20,12 +20,8 @@ WRITERS = ("mkdir", "rmdir", "unlink", "replace", "fsync")
 @contextmanager
 def recorded(root):
     """The operations that the block does below a directory, as a list that fills: (name, path, …)."""
-    log, handles, known, real = (
-        [],
-        {},
-        dict(contents_of(root)),
-        {name: getattr(os, name) for name in (*WRITERS, "open")},
-    )
+    log, handles, known = [], {}, dict(contents_of(root))
+    real = {name: getattr(os, name) for name in (*WRITERS, "open")}
 
     def name_of(path):
         path = Path(os.path.abspath(path))
@@ -100,10 +96,8 @@ class Disk:
             self.flushed[inode] = b"" if operation == "write" else {}
             changes = [(where, last, inode)]
         elif operation == "replace":
-            changes = [
-                (where, last, None),
-                (self._inode(os.path.dirname(more[0])), os.path.basename(more[0]), parent[last]),
-            ]
+            to, name = os.path.split(more[0])
+            changes = [(where, last, None), (self._inode(to), name, parent[last])]
         else:
             changes = [(where, last, None)]
         _change(self.seen, changes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.adapters.layout import WEIGHTS_FILE, vocabulary_of
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli.load import read_run
 from minilora.models.hub import BUILTINS
 from minilora.models.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ from minilora.storage import TensorFile
 from minilora.tools.inspect import inspect_path
 from tests.files import without_manifests
 from tests.models import tiny_model
+from tests.reliability.attacks import use_adapter, use_model
 
 Call = tuple[str, Callable[[], object]]
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**400, 0.5, 1e308, -0.0)
@@ -33,34 +34,10 @@ VALUES = (
     *([], {}, [[]], [0] * 1000, {"": ""}, {"content": "<s>"}, [None], [-1], {"a": [1, {"b": None}]}),
     *(float("nan"), float("inf")),
 )
-NAMES = (
-    "",
-    "a",
-    "\0",
-    "../x",
-    "\x1b[31m",
-    "é" * 300,
-    "__metadata__",
-    "base_model.model.model.layers.0.x.lora_A.weight",
-)
-DTYPES = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "F8_E4M3",
-    "F4",
-    "F6_E2M3",
-    "I64",
-    "I32",
-    "U8",
-    "BOOL",
-    "C64",
-    "f32",
-    "",
-    3,
-    None,
-)
+X = "base_model.model.model.layers.0.x.lora_A.weight"
+NAMES = ("", "a", "\0", "../x", "\x1b[31m", "é" * 300, "__metadata__", X)
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F4", "F6_E2M3", "C64")
+DTYPES = (*FLOATS, "I64", "I32", "U8", "BOOL", "f32", "", 3, None)
 
 
 def changed_bytes(content: bytes, draw: random.Random, most: int = 2**62) -> bytes:
@@ -135,9 +112,7 @@ def changed_header(header: dict[str, Any], data: bytes, draw: random.Random) -> 
         elif kind == 2:
             entry["dtype"] = draw.choice(DTYPES)
         elif kind == 3:
-            entry["shape"] = [
-                draw.choice((0, 1, 2, 2**31, 2**63 - 1, 2**64)) for _ in range(draw.choice((0, 1, 3, 70)))
-            ]
+            entry["shape"] = draw.choices((0, 1, 2, 2**31, 2**63 - 1, 2**64), k=draw.choice((0, 1, 3, 70)))
         elif kind == 4:
             entry["shape"] = [1] * draw.choice((1, 9, 65)) + entry["shape"]
         elif kind == 5:
@@ -175,16 +150,6 @@ def write_all(root: Path) -> None:
     (root / "run" / "summary.json").write_text('{"before": {"loss": 1.5}, "after": {"loss": 1.0}, "steps": 3}')
     (root / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.5}\n')
     without_manifests(root)
-
-
-def use_adapter(root: Path) -> None:
-    model = ml.load_model(root / "base")
-    ml.grow_vocabulary(model, vocabulary_of(root / "adapter"))
-    ml.load_adapter(model, root / "adapter")
-
-
-def use_model(directory: Path) -> None:
-    ml.generate(ml.load_model(directory), torch.tensor([[1, 2]]), max_new_tokens=1)
 
 
 def use_tokenizer(directory: Path) -> None:
@@ -252,10 +217,8 @@ def tensor_mutants(root: Path, seeds: range, is_aware: bool) -> Iterator[Call]:
         if seed % 8 == 0:  # the rest of the way takes longer
             uses.append(partial(use_adapter, root) if "adapter" in name else partial(use_model, (root / name).parent))
         for use in uses:
-            yield (
-                f"{name}, {'structure' if is_aware else 'bytes'} {seed}",
-                partial(_mutate, root / name, whole, changed, use),
-            )
+            label = f"{name}, {'structure' if is_aware else 'bytes'} {seed}"
+            yield label, partial(_mutate, root / name, whole, changed, use)
 
 
 def json_mutants(root: Path, seeds: range) -> Iterator[Call]:

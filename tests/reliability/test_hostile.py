@@ -15,10 +15,9 @@ from minilora.cli import main, say
 from minilora.limits import open_file
 from minilora.models.hub import BUILTINS
 from minilora.models.tokenizer_json import is_explosive
-from minilora.storage import shard_names
 from minilora.tools.inspect import inspect_path
 from tests.files import edit, saved, write_base
-from tests.models import randn, tiny_model
+from tests.models import randn
 from tests.reliability.watch import figures, watched
 from tests.test_sandbox import BOMBS, ESCAPES
 from tests.test_structure import MODULES
@@ -51,38 +50,6 @@ def test_an_attack_is_refused_at_once_and_in_little_memory(kind, tmp_path, capsy
 
 def test_there_are_sixty_attacks_on_templates():
     assert len([*ESCAPES, *(each for group in BOMBS.values() for each in group)]) >= 60
-
-
-TRAVERSALS = (
-    *(
-        "../a",
-        "../../etc/passwd",
-        "/etc/passwd",
-        "/",
-        "..",
-        ".",
-        "",
-        "a/../../b",
-        "./a",
-        "a/b",
-        "..\\a",
-        "C:\\a",
-        "C:a",
-    ),
-    *("\\\\server\\share", "a\0b", "\0", "//a", "~/../a", "file:///etc/passwd", "a/", "a\\..\\..\\b", "a:b"),
-    *("..%2fa/..", "....//a", "a/./b", "C:a"),
-)
-
-
-@pytest.mark.parametrize("name", TRAVERSALS, ids=repr)
-def test_no_shard_lies_outside_its_directory(name, tmp_path):
-    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ml.FormatError, match="is not a plain file name"):
-        shard_names(tmp_path / "index.json")
-
-
-def test_there_are_25_ways_out_of_a_directory():
-    assert len(set(TRAVERSALS)) == 25
 
 
 def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_path):
@@ -127,30 +94,10 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(text, tmp_path, 
 
 
 BUILTIN = {"eval", "exec", "compile", "__import__", "breakpoint"}
-IMPORTED = {
-    "pickle",
-    "marshal",
-    "shelve",
-    "dill",
-    "joblib",
-    "subprocess",
-    "pty",
-    "runpy",
-    "code",
-    "codeop",
-    "multiprocessing",
-}
-CALLED = {
-    "torch.load",
-    "torch.save",
-    "torch.hub",
-    "torch.package",
-    "yaml.load",
-    "np.load",
-    "os.system",
-    "os.popen",
-    "os.fork",
-}
+UNPICKLING = {"pickle", "marshal", "shelve", "dill", "joblib"}
+IMPORTED = {*UNPICKLING, "subprocess", "pty", "runpy", "code", "codeop", "multiprocessing"}
+LOADING = {"torch.load", "torch.save", "torch.hub", "torch.package", "yaml.load", "np.load"}
+CALLED = {*LOADING, "os.system", "os.popen", "os.fork"}
 FLAGS = {"shell", "allow_pickle", "trust_remote_code", "weights_only"}
 
 
@@ -203,22 +150,6 @@ def test_merge_writes_no_name_of_code(tmp_path):
     assert "evil" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
 
 
-def test_a_merge_that_overflows_leaves_the_model_as_it_was():
-    model = tiny_model(dtype=torch.float16)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    ml.attach(model, ml.LoraConfig(r=4, lora_alpha=9, target_modules=("q_proj", "up_proj")))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layers.3.mlp.up_proj.adapters" in name:
-                parameter.fill_(200)
-    for change in (ml.merge, lambda model: ml.merged(model).__enter__()):
-        with pytest.raises(ml.TrainingError, match=r"layers\.3\.mlp\.up_proj: merged, it has numbers that are not"):
-            change(model)
-        assert model.model.layers[0].self_attn.q_proj.adapters  # nothing was merged
-    ml.detach(model)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_what_is_not_finite_is_not_saved(tmp_path, quantize):
     model = ml.load_model(write_base(tmp_path / "base"), quantize=quantize)
@@ -236,14 +167,6 @@ def test_what_is_not_finite_is_not_saved(tmp_path, quantize):
         ml.save_model(model, tmp_path / "out")
     assert not (tmp_path / "adapter").exists()
     assert not [*(tmp_path / "out").glob("*")]
-
-
-@pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "1e30", "-2e6"])
-def test_the_weight_of_an_adapter_is_a_number_of_a_sensible_size(weight, tmp_path, capsys):
-    saved(tmp_path / "adapter", target_modules=("q_proj",))
-    adapter = f"{tmp_path / 'adapter'}:{weight}"
-    assert main(["merge", "--as-adapter", "--adapter", adapter, "--model", "m", "--out", str(tmp_path / "o")]) == 1
-    assert "need a finite weight, at most 1,000,000," in capsys.readouterr().err
 
 
 def test_a_raw_pissa_is_refused_on_a_base_in_four_bits(tmp_path):

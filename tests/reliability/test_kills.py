@@ -18,10 +18,7 @@ from tests.models import long
 from tests.runs import ADAPTER, finetune, starts, steps, words
 from tests.training import newest_step
 
-pytestmark = [
-    pytest.mark.reliability,
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are forked"),
-]
+pytestmark = [pytest.mark.reliability, pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")]
 STEPS, INTERVAL = 16, 2
 NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
 KINDS = {
@@ -47,7 +44,6 @@ def command(inputs, out, **changes):
 
 
 def result(out):
-    """The bytes that a run ends in."""
     names = [name for name in (*ADAPTER, "config.json", "model.safetensors") if (out / name).is_file()]
     assert names
     return {name: (out / name).read_bytes() for name in names}
@@ -210,7 +206,6 @@ def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(
 
 
 def other_end(server, number):
-    """End the command that a server runs."""
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     kill(int(children[0]), number)
     server.wait()
