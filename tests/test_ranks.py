@@ -226,8 +226,8 @@ def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(i
     one, two, again, four, back = (tmp_path / name for name in ("one", "two", "again", "four", "back"))
     changes = {"save_total_limit": 9, "save_steps": 2, "eval_steps": 4, "samples": 1, "lr_scheduler": "cosine"}
 
-    def command(out):
-        return words(inputs, out, **changes)
+    def command(out, **more):
+        return words(inputs, out, **changes, **more)
 
     assert commands(command(one)) == [0]
     assert on_launched(2, commands, command(two)) == [[0], [0]]
@@ -236,7 +236,7 @@ def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(i
         unfinished(two, out, 4)
     assert on_launched(2, commands, command(again)) == [[0], [0]]
     assert [(again / name).read_bytes() for name in ADAPTER] == [(two / name).read_bytes() for name in ADAPTER]
-    assert on_launched(4, commands, command(four)) == [[0]] * 4
+    assert on_launched(4, commands, command(four, shard="base")) == [[0]] * 4
     assert commands(command(unfinished(four, back, 8))) == [0]
     assert starts(back) == [0, 4, 8]
     assert_parity(losses(back), losses(one), 1e-4)
@@ -244,4 +244,4 @@ def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(i
     for name in files[0].shapes:
         assert_parity(*(file.read(name) for file in files), 1e-3)
     record = json.loads((back / "run.json").read_text())
-    assert [start["ranks"] for start in record["starts"]] == [2, 4, 1]
+    assert [(start["ranks"], start["shard"]) for start in record["starts"]] == [(2, "none"), (4, "base"), (1, "none")]
