@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import cli
-from minilora.cli import inspect as pages
+from minilora.cli import forecast as pages
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.kernel import llama as loss
 from minilora.kernel import lora as tiles
@@ -29,10 +29,11 @@ from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
-from minilora.runs.memory import Plan, amount, choose_recompute, forecast, parameter_shapes, trained_sizes
+from minilora.runs.memory import Plan, amount, choose_recompute, forecast
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.run import Run
 from minilora.runs.seeded import set_dropout_step
+from minilora.runs.sizes import parameter_shapes, trained_sizes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.runs import SETTINGS, words, write_inputs
@@ -308,7 +309,7 @@ def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
     assert (record["config"]["recompute"], record["starts"][0]["recompute"]) == ("auto", "mlp")
 
 
-def test_a_config_json_is_enough_for_a_page_with_three_known_sizes(tmp_path, capsys):
+def test_a_config_json_is_enough_for_a_page_with_four_known_sizes(tmp_path, capsys):
     source = {key: value for key, value in tiny_config().source.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(source))
     assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
@@ -318,10 +319,10 @@ def test_a_config_json_is_enough_for_a_page_with_three_known_sizes(tmp_path, cap
     found = forecast(pages.default_plan(LlamaConfig.from_dict(source), "LoRA 16-bit", CPU))
     cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
     assert re.split(r"  +", cells) == [amount(value) for value in (*vars(found).values(), found.peak)]
-    for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9), strict=True):
+    for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9, 811.6), strict=True):
         rows = page.split(f"\n{name}\n")[1].splitlines()[1:5]
         full, dense, packed, _ = (
-            float(row.split(way)[1].split()[0]) for row, way in zip(rows, pages.WAYS, strict=True)
+            float(row.split(way)[1].split()[0].replace(",", "")) for row, way in zip(rows, pages.WAYS, strict=True)
         )
         assert abs(full - 2 * dense) <= 0.2  # each is rounded to a tenth
         assert least <= dense <= least + 0.2

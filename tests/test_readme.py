@@ -16,7 +16,7 @@ import minilora as ml
 import minilora.runs.run
 from minilora import cli
 from minilora.cli.flags import names_of
-from minilora.cli.inspect import SHAPES, memory_page
+from minilora.cli.forecast import SHAPES, memory_page
 from minilora.runs.data import Dataset
 from minilora.storage import ASSETS, BUILTIN
 from scripts import api, front, smollm2

@@ -16,31 +16,14 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import PEFT_DEFAULTS
-from minilora.cli import Options
-from minilora.errors import FormatError, printable
-from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.checkpoint import pick_device
-from minilora.models.config import LlamaConfig, read_config_file
-from minilora.models.hub import fetch
-from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.memory import Forecast, Plan, amount, forecast
+from minilora.cli import Options, forecast
+from minilora.errors import printable
 from minilora.storage import TensorEntry
 from minilora.tools.inspect import inspect_path
 
-WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA", "QLoRA, block")
-KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {  # of Llama 2
-    "7B": (4096, 11008, 32, 32, 32),
-    "13B": (5120, 13824, 40, 40, 40),
-    "70B": (8192, 28672, 80, 64, 8),
-}
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 LIST_WIDTH = 100  # characters of a list that are shown
 
@@ -48,17 +31,13 @@ LIST_WIDTH = 100  # characters of a list that are shown
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--model", help="base model of an adapter (default: the one that it names, if that is here)")
-    parser.add_argument(
-        "--memory",
-        action="store_true",
-        help="show how much memory fine-tuning takes: of a model, from its config.json alone, and of 7B, 13B and 70B",
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
+    forecast.add_flags(parser)
 
 
 def run(options: Options) -> int:
     if options["memory"]:
-        print(memory_page(options["path"]))
+        print(forecast.memory_page(options["path"]) if options["world"] is None else forecast.ranks_page(options))
         return 0
     found = inspect_path(options["path"], options["model"])
     print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
@@ -149,44 +128,3 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line for each row; all columns but the last are aligned to the right."""
     widths = [*(max(map(len, column)) for column in zip(*rows, strict=True))][:-1]
     return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
-
-
-def memory_page(name_or_path: str) -> str:
-    """Return what `--memory` prints: the forecast of each of the `WAYS`, for the model and three sizes of Llama 2.
-
-    Raises:
-        FormatError: there is no config.json.
-        ConfigError: the model is not supported.
-    """
-    path = Path(name_or_path)
-    path, device = path if path.exists() else fetch(name_or_path, "model"), pick_device("auto")
-    if not (path / "config.json").is_file():
-        raise FormatError(f"{path}: holds no config.json; need the directory of a model")
-    configs = {str(path): read_config_file(path / "config.json")}
-    for name, sizes in SHAPES.items():
-        source = {"model_type": "llama", "vocab_size": 32000, **dict(zip(KEYS, sizes, strict=True))}
-        configs[name] = LlamaConfig.from_dict(source)
-    lora, batch = LoraConfig(), f"{TrainConfig().batch_size} rows of {DataConfig().max_length:,} tokens"
-    lines = [
-        f"Memory at the peak of fine-tuning on {device} in bfloat16. A batch has {batch}, all with a label;",
-        f"adapters have rank {lora.r} on {lora.target_modules}; QLoRA is nf4 with double quantization, block is",
-        "--recompute block. A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients",
-        "and two moments. working: temporary tensors, such as logits; kept: by the C library and kernels.",
-        "1 GB is 10^9 bytes.",
-    ]
-    for name, config in configs.items():
-        lines += ["", name, f"  {'':<15}" + "".join(f"{term:>12}" for term in (*Forecast.__dataclass_fields__, "peak"))]
-        for way in WAYS:
-            found = forecast(default_plan(config, way, device))
-            sizes = (*vars(found).values(), found.peak)
-            lines.append(f"  {way:<15}" + "".join(f"{amount(size):>12}" for size in sizes))
-    return "\n".join(lines)
-
-
-def default_plan(config: LlamaConfig, way: str, device: torch.device) -> Plan:
-    """Return the plan of a batch of the default size, all of whose tokens are labelled."""
-    is_full, training = way == "full fine-tune", TrainConfig(recompute="block" if way.endswith("block") else "none")
-    rows = [(DataConfig().max_length,) * 2] * training.batch_size
-    quantization = QuantizeConfig("nf4" if way.startswith("QLoRA") else "none")
-    dtype = torch.float32 if is_full else torch.bfloat16
-    return Plan(config, None if is_full else LoraConfig(), training, quantization, dtype, device, rows)

@@ -9,30 +9,29 @@ functions whose saved tensors it counts. A test compares the forecast with the t
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
+from minilora.adapters.config import LoraConfig
 from minilora.adapters.parts import init_from_weight
 from minilora.errors import TrainingError
 from minilora.kernel.attention import MAX_BATCH, block_attention, block_size, fused_attention, select_kernel
 from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.lora import tile_size
-from minilora.llama import Decoder, LlamaConfig, Recompute
+from minilora.llama import LlamaConfig, Recompute
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import resolve_dtype
-from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
 from minilora.runs.seeded import plan_steps
+from minilora.runs.sizes import Shapes, base_bytes, embedding_learns, parameter_shapes, trained_sizes
 
+Shard = Literal["none", "base"]
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
 # What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
@@ -41,8 +40,6 @@ FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds an
 # In bfloat16 on a CPU, oneDNN compiles a matrix product for each number of rows, and keeps the last `CACHED`. Per
 # product: the growth of steps with rows of 40 to 300 tokens, over 1024, with AMX.
 PRODUCT, CACHED = 1_200_000, 1024
-EMBEDDING_PATH = "model.embed_tokens"
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,8 @@ class Plan:
         rows: numbers of tokens and of labelled tokens of each training row.
         evaluated: number of tokens of each row of every split that is evaluated.
         classes: of a classifier; 0 for a language model.
+        world: number of ranks; the forecast is that of one.
+        shard: "base" if each rank holds its share of the rows of the blocks' frozen weights, "none" if it holds all.
     """
 
     config: LlamaConfig
@@ -66,6 +65,8 @@ class Plan:
     rows: Sequence[tuple[int, int]]
     evaluated: Sequence[Sequence[int]] = ()
     classes: int = 0
+    world: int = 1
+    shard: Shard = "none"
 
     def batch(self) -> tuple[list[int], int]:
         """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
@@ -84,7 +85,8 @@ class Forecast:
         gradients, moments: of everything that is trained.
         activations: what autograd saves of a micro-batch.
         working: the largest of what is needed besides: the logits of a chunk of rows with their gradient, the gradients
-            within a layer with a dequantized weight, or an evaluation, which needs no activations.
+            within a layer with a dequantized weight, or an evaluation, which needs no activations. Of a base that is
+            sharded also the weights of two blocks: the one that is computed, and the next.
         kept: what the C library, oneDNN and kernels hold besides tensors.
     """
 
@@ -118,7 +120,7 @@ def forecast(plan: Plan) -> Forecast:
         adapters += WIDE * sum(factors)  # the start, which is subtracted
     adapters += (training.keep == "best") * gradients
 
-    learns = lora is None or EMBEDDING_PATH in ranks or lora.trainable_token_indices is not None
+    learns = embedding_learns(lora, ranks)
     # The input of the last norm; tokens, places and labels; cos and sin.
     activations = N * (d * D + WIDE) + 8 * (N + 2 * M) + d * N * config.rope.width
     for i in range(config.num_hidden_layers):
@@ -127,11 +129,12 @@ def forecast(plan: Plan) -> Forecast:
         attention = sum(size for name, size in terms.items() if not name.startswith("mlp"))
         activations += (held := {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.recompute])
     head = _head_bytes(plan, M, ranks.get("score" if plan.classes else "lm_head") == 0)
-    weights, dense = _weight_bytes(plan, shapes)
-    layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - held, dense)
+    is_sharded = plan.shard == "base" and plan.world > 1
+    base = base_bytes(config, plan.quantization, plan.dtype, shapes, plan.world if is_sharded else 1)
+    layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - held, base.dense)
     n = max((sum(map(split.__getitem__, i)) for split in plan.evaluated for i in eval_groups(split)), default=0)
-    evaluation = dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
-    working = max(head, layer, evaluation - activations)
+    evaluation = base.dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
+    working = max(head, layer, evaluation - activations) + is_sharded * 2 * max(base.blocks)
     # With recomputation, the few tensors that are kept fragment the memory that the next layer needs, in 16 bits a
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
@@ -139,7 +142,7 @@ def forecast(plan: Plan) -> Forecast:
     kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
         plan.device.type == "cpu"
     )
-    return Forecast(weights, adapters, gradients, 2 * gradients, activations, working, kept)
+    return Forecast(base.held, adapters, gradients, 2 * gradients, activations, working, kept)
 
 
 def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
@@ -233,60 +236,6 @@ def layer_terms(
         "mlp down branch": branches("mlp.down"),
     }
     return {name: sum(lengths) * size for name, size in terms.items()}, attends or bool(adapted)
-
-
-def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
-    """Return the names and shapes of a decoder's parameters, including the head's also where it is tied."""
-    with torch.device("meta"):
-        shapes: Shapes = {f"model.{name}": tuple(p.shape) for name, p in Decoder(config).named_parameters()}
-    head, size = ("score", classes) if classes else ("lm_head", config.vocab_size)
-    return {**shapes, f"{head}.weight": (size, config.hidden_size)}
-
-
-def trained_sizes(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[list[int], list[int], dict[str, int]]:
-    """Return the sizes of all A and B and of other trained tensors, and path -> rank, 0 for a module's own weight."""
-    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-    if lora is None:
-        own = [math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")]
-        return [], own, dict.fromkeys(linears, 0)
-    linears.remove(EMBEDDING_PATH)
-    parameters = select_parameters(list(shapes), lora)
-    ranks = {path: lora.rank(path) for path in select_targets(linears, lora, linears[-1], [EMBEDDING_PATH], parameters)}
-    sizes = {path: (lora.rank(path), *shapes[f"{path}.weight"]) for path in ranks}
-    sizes |= {name: (lora.rank(name), *shapes[name]) for name in parameters}
-    factors = [r * n for r, *widths in sizes.values() for n in widths]
-    outputs = [shapes[f"{path}.weight"][path == EMBEDDING_PATH] for path in ranks]  # (in, out)
-    others = outputs * (lora.use_dora + lora.lora_bias)
-    parents = {name: {name[: i.start()] for i in re.finditer(r"\.", name)} for name in shapes}
-    saved = set(select_saved(sorted(set().union(*parents.values())), lora))
-    whole = [name for name, paths in parents.items() if paths & saved]
-    adapted = {f"{path}.bias" for path in ranks}
-    biases = {name for name in shapes if name.endswith(".bias") and (lora.bias == "all" or name in adapted)}
-    others += [math.prod(shapes[name]) for name in {*whole, *(biases if lora.bias != "none" else ())}]
-    tokens = lora.trainable_token_indices or ()
-    ids = [token for each in tokens.values() for token in each] if isinstance(tokens, Mapping) else tokens
-    others += [len(ids) * shapes[f"{EMBEDDING_PATH}.weight"][1]] if ids else []
-    return factors, others, ranks | {name.removesuffix(".weight"): 0 for name in whole}
-
-
-def _weight_bytes(plan: Plan, shapes: Shapes) -> tuple[int, int]:
-    """Return the bytes of the base's parameters, and of the largest dequantized one."""
-    d, config, total = plan.dtype.itemsize, plan.config, 0
-    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-    linears.remove(EMBEDDING_PATH)
-    entry, quantization = config.source.get("quantization_config"), plan.quantization
-    if entry:  # a checkpoint that is in four bits already
-        quantization = QuantizeConfig("nf4", bool(entry.get("bnb_4bit_use_double_quant")))
-    packed = {f"{path}.weight" for path in quantization.chosen(linears) if path.startswith("model.layers")}
-    for name, shape in shapes.items():
-        n = math.prod(shape)
-        if name in packed:
-            blocks = -(-n // BLOCK_SIZE)
-            nested = blocks + WIDE * (-(-blocks // NESTED_BLOCK_SIZE) + 1)
-            total += (n + 1) // 2 + (nested if quantization.double_quant else WIDE * blocks)
-        elif not (config.tie_word_embeddings and name == "lm_head.weight"):
-            total += d * n
-    return total, d * max((math.prod(shapes[name]) for name in packed), default=0)
 
 
 def choose_recompute(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:

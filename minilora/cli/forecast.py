@@ -1,0 +1,158 @@
+"""The pages of `minilora inspect --memory`: what fine-tuning takes on one device, or on each of several ranks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from minilora.adapters.config import LoraConfig
+from minilora.cli import Options
+from minilora.errors import ConfigError, FormatError
+from minilora.llama import Recompute
+from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.checkpoint import pick_device
+from minilora.models.config import LlamaConfig, read_config_file
+from minilora.models.hub import fetch
+from minilora.runs.config import DataConfig, TrainConfig
+from minilora.runs.memory import Forecast, Plan, Shard, amount, forecast
+from minilora.runs.scale import forecast_step
+
+SIZES = "of a model, from its config.json alone, and of 7B, 13B, 70B and 405B"
+KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+SHAPES = {  # of Llama 2, and of the largest Llama 3.1
+    "7B": (32000, 4096, 11008, 32, 32, 32),
+    "13B": (32000, 5120, 13824, 40, 40, 40),
+    "70B": (32000, 8192, 28672, 80, 64, 8),
+    "405B": (128256, 16384, 53248, 126, 128, 8),
+}
+WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA", "QLoRA, block")
+RANKS_WAYS = ("LoRA 16-bit", "LoRA, block", "QLoRA", "QLoRA, block")
+SETTINGS = """\
+in bfloat16. A batch has {batch}, all with a label;
+adapters have rank {lora.r} on {lora.target_modules}; QLoRA is nf4 with double quantization, block is
+--recompute block."""
+FULL = """\
+A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients
+and two moments. working: temporary tensors, such as logits; kept: by the C library and kernels.
+1 GB is 10^9 bytes."""
+RANK = """\
+Each rank holds the adapters, their gradients and moments, and {weights}.
+working: temporary tensors, such as logits{gathered}; kept: by the C library and kernels.
+In a step of {world} micro-batches the rank computes one: FLOP of matrix products and attention, and the
+bytes that it sends, all-reduce for gradients and all-gather for weights. 1 GB is 10^9 bytes."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --memory and what refines it."""
+    parser.add_argument("--memory", action="store_true", help=f"show how much memory fine-tuning takes: {SIZES}")
+    add = parser.add_argument_group("--memory of one of several processes").add_argument
+    add("--world", type=int, metavar="N", help="number of ranks; show also what one computes and sends in a step")
+    add("--shard", choices=get_args(Shard), default="none", help="base: shard the frozen blocks (default: none)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda also where no GPU is (default: auto)")
+    add("--gemm-rate", type=float, metavar="X", help="FLOP/s of a rank; with --bandwidth, show the seconds of a step")
+    add("--bandwidth", type=float, metavar="X", help="bytes/s that a rank sends to the others")
+
+
+def memory_page(name_or_path: str) -> str:
+    """Return what `--memory` prints: the forecast of each of the `WAYS`, for a model and the `SHAPES`.
+
+    Raises:
+        FormatError: there is no config.json.
+        ConfigError: the model is not supported.
+    """
+    device = pick_device("auto")
+    lines = [f"Memory at the peak of fine-tuning on {device} {_settings()} {FULL}"]
+    for name, config in _configs(name_or_path).items():
+        plans = {way: default_plan(config, way, device) for way in WAYS}
+        lines += ["", name, *_memory_table(plans)]
+    return "\n".join(lines)
+
+
+def ranks_page(options: Options) -> str:
+    """Return what `--memory --world N` prints: the forecast of a rank, and what it computes and sends in a step.
+
+    Raises:
+        FormatError: there is no config.json.
+        ConfigError: the model is not supported, or a flag's value is not above 0.
+    """
+    N, shard, gemm_rate, bandwidth = (options[name] for name in ("world", "shard", "gemm_rate", "bandwidth"))
+    if any(value is not None and not value > 0 for value in (N, gemm_rate, bandwidth)):
+        raise ConfigError("--world, --gemm-rate and --bandwidth must be above 0")
+    # A GPU that is not here is of an unknown kind; "meta" is no CPU either.
+    is_absent = options["device"] == "cuda" and not torch.cuda.is_available()
+    device = torch.device("meta") if is_absent else pick_device(options["device"])
+    weights, gathered = "all weights", ""
+    if shard == "base":
+        weights, gathered = f"1/{N} of the blocks' weights", " and two gathered blocks"
+    lines = [f"Memory at the peak of one rank of {N} on {'cuda' if is_absent else device} {_settings()}"]
+    lines += [RANK.format(world=N, weights=weights, gathered=gathered)]
+    for name, config in _configs(options["path"]).items():
+        plans = {way: default_plan(config, way, device, N, shard) for way in RANKS_WAYS}
+        lines += ["", name, *_memory_table(plans), *_step_table(plans, gemm_rate, bandwidth)]
+    return "\n".join(lines)
+
+
+def default_plan(config: LlamaConfig, way: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
+    """Return the plan of a step with a batch of the default size on each rank, all of whose tokens are labelled."""
+    is_full = way == "full fine-tune"
+    recompute: Recompute = "block" if way.endswith("block") else "none"
+    training = TrainConfig(recompute=recompute, gradient_accumulation_steps=world)
+    rows = [(DataConfig().max_length,) * 2] * training.batch_size
+    quantization = QuantizeConfig("nf4" if way.startswith("QLoRA") else "none")
+    dtype = torch.float32 if is_full else torch.bfloat16
+    return Plan(
+        config,
+        None if is_full else LoraConfig(),
+        training,
+        quantization,
+        dtype,
+        device,
+        rows,
+        world=world,
+        shard=shard,
+    )
+
+
+def _settings() -> str:
+    batch = f"{TrainConfig().batch_size} rows of {DataConfig().max_length:,} tokens"
+    return SETTINGS.format(batch=batch, lora=LoraConfig())
+
+
+def _configs(name_or_path: str) -> dict[str, LlamaConfig]:
+    """Return the config of a model, and those of the `SHAPES`."""
+    path = Path(name_or_path)
+    path = path if path.exists() else fetch(name_or_path, "model")
+    if not (path / "config.json").is_file():
+        raise FormatError(f"{path}: holds no config.json; need the directory of a model")
+    sources = {name: dict(zip(KEYS, sizes, strict=True)) for name, sizes in SHAPES.items()}
+    known = {name: LlamaConfig.from_dict({"model_type": "llama", **source}) for name, source in sources.items()}
+    return {str(path): read_config_file(path / "config.json"), **known}
+
+
+def _memory_table(plans: Mapping[str, Plan]) -> Iterator[str]:
+    yield _row("", (*Forecast.__dataclass_fields__, "peak"))
+    for way, plan in plans.items():
+        found = forecast(plan)
+        yield _row(way, map(amount, (*vars(found).values(), found.peak)))
+
+
+def _step_table(plans: Mapping[str, Plan], gemm_rate: float | None, bandwidth: float | None) -> Iterator[str]:
+    is_timed = gemm_rate is not None and bandwidth is not None
+    yield _row("", ["FLOP", "all-reduce", "all-gather", *["seconds"] * is_timed])
+    for way, plan in plans.items():
+        step = forecast_step(plan)
+        cells = [f"{step.flop:.3g}", amount(step.reduced), amount(step.gathered)]
+        if gemm_rate is not None and bandwidth is not None:
+            cells.append(f"{step.seconds(gemm_rate, bandwidth):.3g}")
+        yield _row(way, cells)
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"  {name:<15}" + "".join(f"{cell:>12}" for cell in cells)
