@@ -1,32 +1,18 @@
-"""PEFT and transformers in PyTorch's DistributedDataParallel."""
+"""PEFT in DistributedDataParallel, by transformers' Trainer."""
 
 import json
 import sys
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-dtype, losses = sys.argv[1], []
-distributed.init_process_group("gloo")
-base = AutoModelForCausalLM.from_pretrained("model", dtype=dtype, use_cache=False)
-model = DistributedDataParallel(PeftModel.from_pretrained(base, "adapter", is_trainable=True).train())
-rows = torch.tensor(json.loads(Path("rows.json").read_text()))
-loader = DataLoader(rows, batch_size=2, sampler=DistributedSampler(rows))
-trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
-for epoch in range(3):
-    loader.sampler.set_epoch(epoch)
-    for tokens in loader:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-if distributed.get_rank() == 0:
-    model.module.save_pretrained("out")
+base = AutoModelForCausalLM.from_pretrained("model", dtype=sys.argv[1], use_cache=False)
+model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
+rows = [{"input_ids": tokens, "labels": tokens} for tokens in json.loads(Path("rows.json").read_text())]
+settings = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "learning_rate": 2e-4, "use_cpu": True}
+settings |= {"lr_scheduler_type": "constant", "logging_steps": 1, "ddp_find_unused_parameters": False}
+trainer = Trainer(model, TrainingArguments("out", **settings), default_data_collator, rows)
+trainer.train()
+trainer.save_model("out")
+losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
