@@ -401,6 +401,28 @@ def test_while_a_run_lasts_memory_is_taken_from_the_system_once():
 
 
 @needs_glibc
+def test_memory_of_a_sharded_base_is_given_back_at_once():
+    """Megabytes that are left of 100 blocks of 2 MB, freed while a small one lives after each."""
+    code = """if True:
+        import torch
+        from minilora.runs.machine import held_memory_bytes, kept_memory, returned_memory
+        cpu = torch.device("cpu")
+        def left():
+            before = held_memory_bytes(cpu)
+            blocks, small = zip(*((torch.ones(500_000), torch.ones(10_000)) for _ in range(100)))
+            del blocks
+            return (held_memory_bytes(cpu) - before) // 10**6
+        torch.ones(500_000)
+        with kept_memory():
+            with returned_memory():
+                returned = left()
+            print(returned, left())"""
+    returned, kept = in_a_process(code)
+    assert returned < 20
+    assert kept > 150
+
+
+@needs_glibc
 def test_after_a_run_its_memory_is_given_back():
     """Gradients and moments of 25 million numbers, and a block that is taken and given back afterwards."""
     code = """if True:

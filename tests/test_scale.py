@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks import results, work
 from benchmarks import scale as script
 from minilora import cli
 from minilora.cli import forecast as pages
+from minilora.cli.flags import names_of
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import LlamaConfig
@@ -78,12 +80,17 @@ def test_a_rank_holds_the_first_chunk_of_each_tensor_of_a_block_and_the_others_w
 
 def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_its_weights():
     config = tiny_config()
-    whole, one = (forecast(plan(config, ml.LoraConfig(), world=4)), forecast(plan(config, ml.LoraConfig())))
-    assert whole == one
+    one_plan = plan(config, ml.LoraConfig())
+    one = forecast(one_plan)
+    assert forecast(plan(config, ml.LoraConfig(), world=4)) == one
     sharded = plan(config, ml.LoraConfig(), world=4, shard="base")
     base = base_bytes(config, sharded.quantization, sharded.dtype, parameter_shapes(config), 4)
     expected = replace(one, weights=base.held, working=one.working + 2 * max(base.blocks))
     assert forecast(sharded) == expected
+    recomputed = [
+        forecast(replace(each, training=replace(each.training, recompute="block"))) for each in (one_plan, sharded)
+    ]
+    assert recomputed[1].kept < recomputed[0].kept  # there are no holes
     assert base.held < one.weights
     assert forecast(replace(sharded, world=1)) == one  # nothing is gathered
 
@@ -252,6 +259,7 @@ def test_inspect_shows_the_terms_of_a_rank_and_of_its_step(directory, capsys):
         seconds = f"{step.seconds(1e9, 2e6):.3g}"
         assert steps[way] == [f"{step.flop:.3g}", amount(step.reduced), amount(step.gathered), seconds]
         assert step.gathered > 0
+        assert planned.training.gradient_accumulation_steps == 4  # a batch a rank
 
 
 def test_without_both_rates_there_is_no_time(directory, capsys):
@@ -272,10 +280,12 @@ def test_a_gpu_is_forecast_where_there_is_none(directory, capsys):
     assert cli.main(["inspect", str(directory), "--memory", "--world", "2", "--device", "cuda"]) == 0
     page = capsys.readouterr().out
     assert "on cuda in bfloat16" in page
-    assert all(
-        cells[-2].endswith(("kB", "bytes")) or float(cells[-2].split()[0]) < 250
-        for cells in rows_of(page, "weights").values()
-    )
+    config = LlamaConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    kept = [
+        forecast(pages.default_plan(config, "QLoRA, block", device, 2)).kept for device in (torch.device("meta"), CPU)
+    ]
+    assert kept[0] < kept[1]
+    assert rows_of(page, "weights")["QLoRA, block"][-2] == amount(kept[0])
 
 
 @pytest.mark.parametrize("name", ["fits", "paper"])
@@ -292,9 +302,25 @@ def test_the_tokens_at_which_traffic_is_hidden_are_those_of_the_page():
     assert [round(each, -2) for each in tokens] == [5300, 1400]
 
 
-def test_the_manifest_and_the_scripts_of_the_page_can_be_read(tmp_path):
+def test_the_scripts_of_the_page_are_shell_and_give_flags_that_there_are():
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    known = names_of(cli.command_parser("finetune"))
+    assert len(blocks) == 5
+    for block in blocks:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        command = block.partition("-m minilora finetune")[2]
+        assert {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", command)} <= known
+
+
+def test_the_manifest_of_the_page_is_yaml_and_gives_flags_that_there_are():
     yaml = pytest.importorskip("yaml")
-    text = PAGE.read_text(encoding="utf-8")
-    manifest = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    manifest = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
     pod = manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    assert {each["name"] for each in pod["volumes"]} == {each["name"] for each in pod["containers"][0]["volumeMounts"]}
+    (container,) = pod["containers"]
+    assert {each["name"] for each in pod["volumes"]} == {each["name"] for each in container["volumeMounts"]}
+    words = container["command"][container["command"].index("finetune") :]
+    cli.parse(words)
+    policy, ranks = manifest["spec"]["elasticPolicy"], container["resources"]["limits"]["nvidia.com/gpu"]
+    assert policy["minReplicas"] == policy["maxReplicas"]
+    assert f"--nproc-per-node={ranks}" in container["command"]
+    assert f"--gradient-accumulation-steps={ranks * policy['maxReplicas']}" in words

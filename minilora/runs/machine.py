@@ -115,6 +115,7 @@ def _free_in_groups() -> Iterator[int]:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 LEFT_AT = {M_TRIM_THRESHOLD: 64 * 2**20, M_MMAP_THRESHOLD: 32 * 2**20, M_MMAP_MAX: 65536}
 KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
+RETURNING = {**LEFT_AT, M_MMAP_THRESHOLD: 2**20}
 
 
 @contextmanager
@@ -129,6 +130,20 @@ def kept_memory() -> Iterator[None]:
     finally:
         _set(LEFT_AT)
         release_memory()
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """Return each freed block of 1 MB or more to the system at once, within a block of `kept_memory`.
+
+    For a base that is sharded. What remains between its gathered blocks would leave holes that the next one does not
+    fit into: with two ranks and 250 million parameters in bfloat16 a rank took 1.05 GB instead of 0.61.
+    """
+    _set(RETURNING)
+    try:
+        yield
+    finally:
+        _set(KEEPING)
 
 
 def release_memory() -> None:

@@ -35,7 +35,7 @@ Shard = Literal["none", "base"]
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
 # What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
-LIBRARIES = 258_000_000  # loaded by PyTorch and its kernels in the first step
+LIBRARIES = 165_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.25  # of the activations: freed memory that the C library holds and cannot use
 # In bfloat16 on a CPU, oneDNN compiles a matrix product for each number of rows, and keeps the last `CACHED`. Per
 # product: the growth of steps with rows of 40 to 300 tokens, over 1024, with AMX.
@@ -139,6 +139,7 @@ def forecast(plan: Plan) -> Forecast:
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
     holes += working * (len({tokens for tokens, _ in plan.rows}) > 1)
+    holes *= not is_sharded  # then memory is given back at once
     kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
         plan.device.type == "cpu"
     )
