@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -143,11 +143,13 @@ def check() -> Iterator[list[str]]:
                 yield [case.name, case.shard, f"{N}", *of_memory, *of_time]
 
 
-def launch(N: int, folder: Path, words: Sequence[str] = ()) -> list[dict[str, float]]:
-    """Start N processes of one thread, and return what each has measured."""
+def launch(
+    N: int, folder: Path, words: Sequence[str] = (), module: str = "benchmarks.scale_rank", threads: int = 1
+) -> list[dict[str, Any]]:
+    """Start N processes, and return what each has measured."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{N}"]
-    command = [*torchrun, "-m", "benchmarks.scale_rank", str(folder), *words]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
+    command = [*torchrun, "-m", module, str(folder), *words]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}, stdout=subprocess.DEVNULL, check=True)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(N)]
 
 
