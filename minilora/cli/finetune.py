@@ -36,7 +36,7 @@ from minilora.models.checkpoint import pick_device, stored_dtype
 from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch, locate
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
-from minilora.runs.data import Dataset
+from minilora.runs.dataset import Dataset
 from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
@@ -109,7 +109,7 @@ def run(options: Options) -> int:
 
 def _finetune(run: Run, options: Options) -> int:
     step, device = run.prepare(), pick_device(run.config.device)
-    data = run.read_data()
+    data = run.read_data(Meter().show)
     plan, memory = run.forecast_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
@@ -151,7 +151,7 @@ def _finetune(run: Run, options: Options) -> int:
 
 def _dry_run(run: Run, is_forced: bool) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
-    data = run.read_data()
+    data = run.read_data(Meter().show)
     plan, memory = run.forecast_memory(data, pick_device(run.config.device))
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
@@ -194,7 +194,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
     adapters = [fetch(run.config.adapter, "adapter")] if run.config.adapter else []
     say_base(locate(run.config.model, "model"), adapters, base_held(model))
-    longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
+    longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     if run.reading.prompt_style != "auto" and not data.train.conversations:
@@ -215,7 +215,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
         )
-    steps = len(plan_steps([len(example.tokens) for example in data.train], run.training))
+    steps = len(plan_steps(data.train.lengths, run.training))
     if steps < FEW_STEPS:
         say(f"the run has {steps} steps, which teach little; --epochs makes more of them")
     for name, rows in data.splits.items():

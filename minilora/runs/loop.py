@@ -189,7 +189,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
-    steps: list[list[Rows]]
+    steps: Sequence[list[Rows]]
     config: TrainConfig
 
     def batches(self, step: int) -> list[Any]:

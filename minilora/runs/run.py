@@ -17,12 +17,13 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from minilora.adapters.attach import attach
@@ -31,7 +32,7 @@ from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.layout import classes_of
 from minilora.definition import is_plain
-from minilora.durable import MANIFEST, holds_files, lock, publishing, remove
+from minilora.durable import KEPT, MANIFEST, holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -155,7 +156,7 @@ class Run:
         if self.starts:
             check_same(f"{self.out}: the data", self.files, data.files)
         if self.checkpoint:
-            total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
+            total = len(plan_steps(data.train.lengths, self.training))
             check_extension(self.checkpoint, read_state(self.checkpoint), total, self.training)
         if self.lock_file is None:
             self.lock_file = lock(self.out)
@@ -168,12 +169,17 @@ class Run:
             if file:
                 file.close()
 
-    def read_data(self) -> Data:
-        """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
+    def read_data(self, show: Callable[[str], None] | None = None) -> Data:
+        """Read the rows of all splits and encode them as the model's tokenizer and the settings say.
+
+        The rows of large files are kept encoded in the directory, also for other runs in directories beside it; `show`
+        is called with lines on the progress.
+        """
         tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
         labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
         names, held_out = self.config.data, self.config.eval_data
-        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out)
+        kept = self.out / KEPT
+        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out, kept, show)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
@@ -197,8 +203,8 @@ class Run:
             self.quantization,
             resolve_dtype(self.dtype, config.source, device),
             device,
-            [(len(example.tokens), example.labelled) for example in data.train],
-            [[len(example.tokens) for example in split] for split in (data.valid, data.test, data.general)],
+            np.column_stack([data.train.lengths, data.train.labelled]),
+            [split.lengths for split in (data.valid, data.test, data.general)],
             len(config.labels if config.unit else data.labels),
         )
         plan, found = choose_recompute(plan)
