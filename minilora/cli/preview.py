@@ -31,14 +31,13 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end, data.labels)}")
     steps = plan_steps(data.train.lengths, config)
-    tokens, labels = (numbers[steps.rows].sum() for numbers in (data.train.lengths, data.train.labelled))
+    rows_seen, tokens, labels = len(steps.rows), steps.tokens.sum(), data.train.labelled[steps.rows].sum()
     at_most = "at most " if config.early_stopping else ""
     truncated, unlabelled = data.train.truncated, data.train.unlabelled
     totals = [
         f"cut to --max-length: {truncated:,} training rows, which lost {data.train.lost:,} labels",
         f"not used: {unlabelled:,} training rows that had no label left",
-        f"the run: {at_most}{len(steps):,} steps, {len(steps.rows):,} rows, "
-        f"{tokens:,} tokens, {labels:,} of them learned",
+        f"the run: {at_most}{len(steps):,} steps, {rows_seen:,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]

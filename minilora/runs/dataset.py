@@ -109,6 +109,13 @@ class Dataset(Sequence[Example]):
         return self.rows["labelled"].astype(np.int64)
 
 
+def sizes_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the numbers of tokens and of learned labels of each example, (rows, 2)."""
+    if isinstance(examples, Dataset):
+        return np.column_stack([examples.lengths, examples.labelled])
+    return np.array([(len(each.tokens), each.labelled) for each in examples], np.int64).reshape(-1, 2)
+
+
 def _numbers(buffer: Buffer, begin: int, length: int) -> list[int]:
     """Return numbers of a buffer. Those of a mapped file stay in the system's cache, and not in this process."""
     first, size = begin * NUMBER.itemsize, length * NUMBER.itemsize

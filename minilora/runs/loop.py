@@ -35,6 +35,7 @@ from minilora.runs.checkpoints import (
     trained_tensors,
 )
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import sizes_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory
 from minilora.runs.memory import Plan, choose_recompute
@@ -155,8 +156,8 @@ def _with_fitting_recompute(
         QuantizeConfig("none" if base_held(model)["quantize"] == "none" else "nf4"),
         weight.dtype,
         weight.device,
-        [(len(example.tokens), example.labelled) for example in dataset],
-        [[len(example.tokens) for example in held_out]],
+        sizes_of(dataset),
+        [sizes_of(held_out)[:, 0]],
         len(model.labels) if isinstance(model, Classifier) else 0,
     )
     return choose_recompute(plan, held=sum(p.nbytes for p in model.parameters()))[0].training

@@ -13,12 +13,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
 from minilora.adapters.parts import init_from_weight
@@ -34,7 +32,7 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
-from minilora.runs.seeded import Steps, plan_steps
+from minilora.runs.seeded import Numbers, plan_steps
 
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
@@ -66,28 +64,15 @@ class Plan:
     quantization: QuantizeConfig
     dtype: torch.dtype
     device: torch.device
-    rows: Sequence[tuple[int, int]] | NDArray[np.int64]
-    evaluated: Sequence[Sequence[int] | NDArray[np.int64]] = ()
+    rows: Sequence[tuple[int, int]] | Numbers
+    evaluated: Sequence[Sequence[int] | Numbers] = ()
     classes: int = 0
 
     def batch(self) -> tuple[list[int], int]:
         """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
-        rows = self.numbers[self.steps.batch(int(self.batch_sizes.argmax()))]
+        steps = plan_steps(np.asarray(self.rows)[:, 0], self.training)
+        rows = np.asarray(self.rows)[steps.batch(int(steps.tokens.argmax()))]
         return rows[:, 0].tolist(), int(rows[:, 1].sum())
-
-    @cached_property
-    def numbers(self) -> NDArray[np.int64]:
-        """`rows` as an array."""
-        return np.asarray(self.rows)
-
-    @cached_property
-    def steps(self) -> Steps:
-        return plan_steps(self.numbers[:, 0], self.training)
-
-    @cached_property
-    def batch_sizes(self) -> NDArray[np.int64]:
-        """The number of tokens of each micro-batch."""
-        return self.steps.sums(self.numbers[:, 0])
 
 
 @dataclass(frozen=True)
@@ -151,7 +136,7 @@ def forecast(plan: Plan) -> Forecast:
     # With recomputation, the few tensors that are kept fragment the memory that the next layer needs, in 16 bits a
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
-    holes += working * (len(np.unique(plan.numbers[:, 0])) > 1)
+    holes += working * bool(np.ptp(plan.rows, axis=0)[0])
     kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
         plan.device.type == "cpu"
     )
@@ -162,14 +147,12 @@ def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
     """Return what oneDNN keeps of the products of all micro-batches, but for those of the first, in `LIBRARIES`."""
     if plan.dtype != torch.bfloat16:
         return 0
-    size, batches = block_size(plan.dtype), np.unique(plan.batch_sizes)
+    steps, size = plan_steps(np.asarray(plan.rows)[:, 0], plan.training), block_size(plan.dtype)
     linears = {shape for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers.")}
     outputs, inputs = ({*sizes} for sizes in zip(*linears, strict=True))
     # x Wᵀ and dy W of each shape; x Aᵀ, h A and hᵀ x of each width of x; u Bᵀ, dy B and dyᵀ u of each width of y.
-    products = (2 * len(linears) + 3 * len(inputs) + 3 * len(outputs)) * (len(batches) - 1)
-    blocks = sum(
-        max(1, round(n / size)) for n in np.unique(plan.numbers[:, 0]).tolist()[:-1]
-    )  # of queries, with six products each
+    products = (2 * len(linears) + 3 * len(inputs) + 3 * len(outputs)) * (len(np.unique(steps.tokens)) - 1)
+    blocks = sum(max(1, round(n / size)) for n in np.unique(steps.lengths)[:-1])  # of queries, with six products each
     return PRODUCT * min(CACHED, products + 6 * blocks)
 
 
@@ -355,9 +338,9 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
             packed = replace(plan, quantization=QuantizeConfig("nf4"))
             yield "--quantize nf4", packed, "a little slower, and the base is rounded"
         yield "--dtype bfloat16", replace(plan, dtype=torch.bfloat16), "the base and the computation are rounded"
-    half = (int(plan.numbers[:, 0].max()) + 1) // 2
+    half = (int(np.max(plan.rows, axis=0)[0]) + 1) // 2
     evaluated = [np.minimum(split, half) for split in plan.evaluated]
-    shorter = replace(plan, rows=np.minimum(plan.numbers, half), evaluated=evaluated)
+    shorter = replace(plan, rows=np.minimum(plan.rows, half), evaluated=evaluated)
     yield f"--max-length {half}", shorter, "longer rows lose their ends"
 
 

@@ -107,9 +107,7 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
             "give loss=, a function (model, rows) -> (sum, count)"
         )
-    examples = (
-        () if isinstance(dataset, Dataset) else dataset
-    )  # a `Dataset` has labels for its tokens, and some learned
+    examples = () if isinstance(dataset, Dataset) else dataset  # those of a `Dataset` have labels for all tokens
     if uneven := [example.source for example in examples if len(example.labels) != len(example.tokens)]:
         raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
     if blank := [example.source for example in examples if not example.labelled]:

@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 from minilora.adapters.attach import attach
@@ -43,6 +42,7 @@ from minilora.models.hub import fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, read_state, step_of
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
+from minilora.runs.dataset import sizes_of
 from minilora.runs.directory import check_same, hash_inputs
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
@@ -203,7 +203,7 @@ class Run:
             self.quantization,
             resolve_dtype(self.dtype, config.source, device),
             device,
-            np.column_stack([data.train.lengths, data.train.labelled]),
+            sizes_of(data.train),
             [split.lengths for split in (data.valid, data.test, data.general)],
             len(config.labels if config.unit else data.labels),
         )

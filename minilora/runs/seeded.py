@@ -23,6 +23,7 @@ from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 from minilora.runs.config import TrainConfig
 
+Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
 MAX_STEPS = 1_000_000
 EPOCH_SEEDS = 1_000_003  # larger than the number of epochs, so that no two pairs (seed, epoch) share a generator
@@ -32,16 +33,19 @@ class Steps(Sequence[list[Rows]]):
     """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes.
 
     Attributes:
+        lengths: the number of tokens of each row of the data.
         rows: those of all micro-batches, in their order.
         ends: where each micro-batch ends in `rows`, after a 0.
         bounds: where each step ends among the micro-batches, after a 0.
+        tokens: the number of tokens of each micro-batch.
     """
 
-    def __init__(self, rows: NDArray[np.int32], sizes: NDArray[np.int64], counts: NDArray[np.int64]):
+    def __init__(self, lengths: Numbers, rows: NDArray[np.int32], sizes: Numbers, counts: Numbers):
         """Take the number of rows of each micro-batch, and the number of micro-batches of each step."""
         self.bounds, self.ends = (np.concatenate([[0], numbers.cumsum()]) for numbers in (counts, sizes))
         self.ends = self.ends[: self.bounds[-1] + 1]
-        self.rows = rows[: self.ends[-1]]
+        self.lengths, self.rows = lengths, rows[: self.ends[-1]]
+        self.tokens = np.add.reduceat(lengths[self.rows], self.ends[:-1])
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -59,12 +63,8 @@ class Steps(Sequence[list[Rows]]):
         """Return the rows of a micro-batch by its number among all."""
         return self.rows[self.ends[index] : self.ends[index + 1]].tolist()
 
-    def sums(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the sum of a number of each row over each micro-batch."""
-        return np.add.reduceat(numbers[self.rows], self.ends[:-1])
 
-
-def plan_steps(lengths: Sequence[int] | NDArray[np.int64], config: TrainConfig) -> Steps:
+def plan_steps(lengths: Sequence[int] | Numbers, config: TrainConfig) -> Steps:
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
@@ -91,12 +91,10 @@ def plan_steps(lengths: Sequence[int] | NDArray[np.int64], config: TrainConfig) 
         total += steps
         if total == max_steps:
             break
-    return Steps(*(np.concatenate(parts) for parts in (rows, sizes, counts)))
+    return Steps(lengths, *(np.concatenate(parts) for parts in (rows, sizes, counts)))
 
 
-def _micro_batches(
-    lengths: NDArray[np.int64], config: TrainConfig, epoch: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _micro_batches(lengths: Numbers, config: TrainConfig, epoch: int) -> tuple[Numbers, Numbers]:
     """Return the rows of an epoch in their order, and the number of rows of each micro-batch."""
     generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()
@@ -115,7 +113,7 @@ def _micro_batches(
     return order[places], sizes
 
 
-def group_ends(lengths: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+def group_ends(lengths: Numbers, limit: int) -> Numbers:
     """Return where groups of at most `limit` tokens end, each as long as can be; a longer row is a group of its own."""
     sums, ends, done = np.cumsum(lengths), [0], 0
     while ends[-1] < len(sums):
@@ -124,7 +122,7 @@ def group_ends(lengths: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     return np.array(ends[1:], np.int64)
 
 
-def groups(lengths: Sequence[int] | NDArray[np.int64], limit: int) -> Iterator[Rows]:
+def groups(lengths: Sequence[int] | Numbers, limit: int) -> Iterator[Rows]:
     """Yield the indices of consecutive rows of at most `limit` tokens together; a longer row is a group of its own."""
     ends = group_ends(np.asarray(lengths, np.int64), limit).tolist()
     return (list(range(begin, end)) for begin, end in pairwise([0, *ends]))
