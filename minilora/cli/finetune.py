@@ -109,7 +109,8 @@ def run(options: Options) -> int:
 
 def _finetune(run: Run, options: Options) -> int:
     step, device = run.prepare(), pick_device(run.config.device)
-    data = run.read_data(Meter().show)
+    with closing(Meter()) as meter:
+        data = run.read_data(meter.show)
     plan, memory = run.forecast_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
@@ -151,7 +152,8 @@ def _finetune(run: Run, options: Options) -> int:
 
 def _dry_run(run: Run, is_forced: bool) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
-    data = run.read_data(Meter().show)
+    with closing(Meter()) as meter:
+        data = run.read_data(meter.show)
     plan, memory = run.forecast_memory(data, pick_device(run.config.device))
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)

@@ -302,7 +302,7 @@ def keep_dataset(folder: Path, key: str, write: Callable[[Path], Any]) -> Datase
     found = next(filter(_is_whole, [own, *sorted(folder.parent.parent.glob(name))]), None)
     if found is None:
         with replacing(own) as temporary:
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)  # one of a killed process of the same number
             write(temporary)
         found = own
     files = read_manifest(found)
