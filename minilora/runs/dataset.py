@@ -38,7 +38,6 @@ from minilora.runs.rows import Row
 from minilora.storage import read_json, write_json
 
 T = TypeVar("T")
-Buffer = bytes | mmap.mmap
 NUMBER = np.dtype("<i4")
 ROW = np.dtype(
     [("begin", "<i8"), *((name, NUMBER) for name in ("length", "labelled", "largest", "file", "line"))]
@@ -46,6 +45,24 @@ ROW = np.dtype(
 ARRAYS = ("tokens", "labels", "rows")
 PART = 500  # rows that are encoded at a time
 PROCESSES = 16  # at most: one process reads for all, and each takes 300 MB
+
+
+class MappedFile:
+    """A file, of which a slice is mapped while it is read: a mapping of all would hold in memory what was read.
+
+    It may be removed from its directory meanwhile.
+    """
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    def __getitem__(self, index: slice) -> bytes:
+        begin = index.start - index.start % mmap.ALLOCATIONGRANULARITY
+        with mmap.mmap(self._file, index.stop - begin, access=mmap.ACCESS_READ, offset=begin) as mapped:
+            return mapped[index.start - begin :]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -61,8 +78,8 @@ class Dataset(Sequence[Example]):
     a hash of both if they are files.
     """
 
-    tokens: Buffer = b""
-    labels: Buffer = b""
+    tokens: bytes | MappedFile = b""
+    labels: bytes | MappedFile = b""
     rows: NDArray[Any] = field(default_factory=lambda: np.empty(0, ROW))
     files: tuple[str, ...] = ()
     shift: int = 1
@@ -91,7 +108,7 @@ class Dataset(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(self.rows[index])
         begin, length, _, _, file, line = self.rows[index].item()
-        tokens, labels = (_numbers(buffer, begin, length) for buffer in (self.tokens, self.labels))
+        tokens, labels = (_numbers(held, begin, length) for held in (self.tokens, self.labels))
         return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""), self.shift)
 
     def take(self, rows: NDArray[Any]) -> Dataset:
@@ -109,20 +126,16 @@ class Dataset(Sequence[Example]):
         return self.rows["labelled"].astype(np.int64)
 
 
-def sizes_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+def sizes_of(examples: Sequence[Example]) -> NDArray[Any]:
     """Return the numbers of tokens and of learned labels of each example, (rows, 2)."""
     if isinstance(examples, Dataset):
-        return np.column_stack([examples.lengths, examples.labelled])
-    return np.array([(len(each.tokens), each.labelled) for each in examples], np.int64).reshape(-1, 2)
+        return np.column_stack([examples.rows["length"], examples.rows["labelled"]])
+    return np.array([(len(each.tokens), each.labelled) for each in examples], NUMBER).reshape(-1, 2)
 
 
-def _numbers(buffer: Buffer, begin: int, length: int) -> list[int]:
-    """Return numbers of a buffer. Those of a mapped file stay in the system's cache, and not in this process."""
+def _numbers(held: bytes | MappedFile, begin: int, length: int) -> list[int]:
     first, size = begin * NUMBER.itemsize, length * NUMBER.itemsize
-    found: list[int] = np.frombuffer(buffer, NUMBER, length, first).tolist()
-    if isinstance(buffer, mmap.mmap) and sys.platform != "win32":
-        page = first - first % mmap.PAGESIZE
-        buffer.madvise(mmap.MADV_DONTNEED, page, first + size - page)
+    found: list[int] = np.frombuffer(held[first : first + size], NUMBER).tolist()
     return found
 
 
@@ -283,13 +296,8 @@ def open_dataset(directory: Path) -> Dataset:
     """Map the files of `build_dataset`."""
     values = read_json(directory / "counts.json")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    tokens, labels = (_map(directory / f"{name}.bin") for name in ("tokens", "labels"))
+    tokens, labels = (MappedFile(directory / f"{name}.bin") for name in ("tokens", "labels"))
     return Dataset(tokens, labels, np.fromfile(directory / "rows.bin", ROW), **values)
-
-
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def keep_dataset(folder: Path, key: str, write: Callable[[Path], Any]) -> Dataset:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from minilora.runs.rows import (
     count_lines,
     find_eval_files,
     find_splits,
+    holds_word,
     is_named_held_out,
     read_eval_rows,
     stream_rows,
@@ -43,8 +45,7 @@ def load_dataset(
     """
     check_types(load_dataset, locals())
     config, paths = config or DataConfig(), _find_files(path)["train"]
-    styled = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths))
-    return encode_rows(stream_rows(*paths), styled, config)
+    return encode_rows(stream_rows(*paths), _use_prompt_style(tokenizer, config, paths), config)
 
 
 def load_classes(
@@ -116,9 +117,8 @@ def load_data(
         files["test"] = find_eval_files(held_out)
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
-    hashes = _hash_files(files)
     if unit is None:
-        tokenizer = use_prompt_style(tokenizer, reading.prompt_style, stream_rows(*files["train"]))
+        tokenizer = _use_prompt_style(tokenizer, reading, files["train"])
         encode: Encoder = TextEncoder(tokenizer, reading)
     else:
         labels = labels or find_labels(stream_rows(*files["train"]), unit, reading)
@@ -128,13 +128,28 @@ def load_data(
         is_there = split in encoded or (split == "test" and "valid" in encoded and not training.selects)
         whole = encoded["train"]
         if not is_there and reading.eval_split and len(whole) > 1:
-            shuffled = whole.rows[random.Random(training.seed).sample(range(len(whole)), len(whole))]
+            shuffled = whole.rows[_shuffled(len(whole), training.seed)]
             held = max(1, int(reading.eval_split * len(shuffled)))
             encoded["train"], encoded[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
     test = encoded.get("test") or encoded.get("valid") or Dataset()
     valid = encoded.get("valid") or test
     choices = None if unit else find_choices(encoded["train"], test)
-    return Data(tokenizer, encoded["train"], valid, test, choices, hashes, labels=labels)
+    return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files), labels=labels)
+
+
+def _use_prompt_style(tokenizer: Tokenizer, config: DataConfig, paths: Sequence[Path]) -> Tokenizer:
+    may_need = any(holds_word(path, b"instruction") for path in paths)  # which is seen sooner than in parsed rows
+    return use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths) if may_need else ())
+
+
+def _shuffled(count: int, seed: int) -> array[int]:
+    """Return `random.Random(seed).sample(range(count), count)`, which takes 60 bytes a number."""
+    draw, pool, found = random.Random(seed), array("q", range(count)), array("q")
+    for left in range(count, 0, -1):
+        chosen = draw.randrange(left)
+        found.append(pool[chosen])
+        pool[chosen] = pool[left - 1]
+    return found
 
 
 def _encode(paths: Sequence[Path], encode: Encoder, folder: Path | None, show: Callable[[str], None] | None) -> Dataset:

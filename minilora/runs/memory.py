@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
 from minilora.adapters.parts import init_from_weight
@@ -32,7 +33,7 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
-from minilora.runs.seeded import Numbers, plan_steps
+from minilora.runs.seeded import plan_steps
 
 WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
@@ -64,8 +65,8 @@ class Plan:
     quantization: QuantizeConfig
     dtype: torch.dtype
     device: torch.device
-    rows: Sequence[tuple[int, int]] | Numbers
-    evaluated: Sequence[Sequence[int] | Numbers] = ()
+    rows: Sequence[tuple[int, int]] | NDArray[Any]
+    evaluated: Sequence[Sequence[int] | NDArray[Any]] = ()
     classes: int = 0
 
     def batch(self) -> tuple[list[int], int]:

@@ -148,7 +148,7 @@ def start_losses(model: Any, dataset: Sequence[Example], config: TrainConfig) ->
             rows += len(batch)
 
 
-def eval_groups(lengths: Sequence[int] | NDArray[np.int64]) -> Iterator[Rows]:
+def eval_groups(lengths: Sequence[int] | NDArray[Any]) -> Iterator[Rows]:
     """Yield the indices of consecutive rows, given their numbers of tokens, for each forward pass of an evaluation."""
     return groups(lengths, EVAL_TOKENS)
 

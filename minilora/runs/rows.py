@@ -121,6 +121,16 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
 
 
+def holds_word(path: Path, word: bytes) -> bool:
+    """Return whether a file holds a word as it is, without escapes."""
+    before = b""
+    for chunk in read_chunks(path):
+        if word in before + chunk:
+            return True
+        before = chunk[-len(word) :]
+    return False
+
+
 def count_lines(path: Path) -> int:
     """Count the lines of a file."""
     return sum(chunk.count(b"\n") for chunk in read_chunks(path)) + 1

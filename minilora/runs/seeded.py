@@ -64,7 +64,7 @@ class Steps(Sequence[list[Rows]]):
         return self.rows[self.ends[index] : self.ends[index + 1]].tolist()
 
 
-def plan_steps(lengths: Sequence[int] | Numbers, config: TrainConfig) -> Steps:
+def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> Steps:
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
@@ -74,7 +74,7 @@ def plan_steps(lengths: Sequence[int] | Numbers, config: TrainConfig) -> Steps:
     Raises:
         ConfigError: there are more than `MAX_STEPS` steps.
     """
-    lengths, accumulated = np.asarray(lengths), config.gradient_accumulation_steps
+    lengths, accumulated = np.asarray(lengths, np.int64), config.gradient_accumulation_steps
     rows, sizes, counts, total = [], [], [], 0
     max_steps = config.max_steps
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
@@ -122,7 +122,7 @@ def group_ends(lengths: Numbers, limit: int) -> Numbers:
     return np.array(ends[1:], np.int64)
 
 
-def groups(lengths: Sequence[int] | Numbers, limit: int) -> Iterator[Rows]:
+def groups(lengths: Sequence[int] | NDArray[Any], limit: int) -> Iterator[Rows]:
     """Yield the indices of consecutive rows of at most `limit` tokens together; a longer row is a group of its own."""
     ends = group_ends(np.asarray(lengths, np.int64), limit).tolist()
     return (list(range(begin, end)) for begin, end in pairwise([0, *ends]))
