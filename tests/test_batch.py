@@ -110,6 +110,46 @@ def test_the_plan_is_a_function_of_the_seed(lengths, batch_size, seed):
     assert list(plan_steps(lengths, config)) == list(plan)  # and has no say in it
 
 
+def in_lists(lengths, config):
+    """The plan of a run, made of lists."""
+    steps, epochs = [], config.epochs if config.max_steps is None else config.max_steps
+    for epoch in range(ceil(epochs)):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order, found = torch.randperm(len(lengths), generator=generator).tolist(), []
+        windows = [order[i : i + config.sort_window] for i in range(0, len(order), config.sort_window)]
+        for row in [row for window in windows for row in sorted(window, key=lengths.__getitem__)]:
+            size = sum(map(lengths.__getitem__, found[-1])) + lengths[row] if found else 0
+            budget = config.batch_tokens
+            is_full = len(found[-1]) == config.batch_size if found and budget is None else size > (budget or 0)
+            found = [*found, [row]] if not found or is_full else [*found[:-1], [*found[-1], row]]
+        if config.sort_window > 1:
+            found = [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        count = config.gradient_accumulation_steps
+        whole = [found[i : i + count] for i in range(0, len(found), count)]
+        steps += whole[: ceil(round(min(1.0, epochs - epoch) * len(whole), 9))]
+    return steps[: config.max_steps]
+
+
+@given(
+    lengths,
+    st.fixed_dictionaries({"batch_size": sizes, "gradient_accumulation_steps": sizes, "seed": seeds}),
+    st.sampled_from([{"epochs": 0.3}, {"epochs": 1.0}, {"epochs": 2.5}, {"max_steps": 1}, {"max_steps": 9}]),
+    st.none() | st.integers(1, 20),
+    st.sampled_from([1, 2, 5, 99]),
+)
+@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"epochs": 2.5}, None, 4)
+@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"max_steps": 9}, 5, 4)
+def test_the_plan_of_arrays_is_that_of_lists(lengths, batches, length, budget, window):
+    config = ml.TrainConfig(**batches, **length, batch_tokens=budget, sort_window=window)
+    expected, found = in_lists(lengths, config), plan_steps(lengths, config)
+    assert list(found) == expected
+    assert found[-1] == expected[-1]
+    flat = [rows for step in expected for rows in step]
+    assert [found.batch(i) for i in range(len(flat))] == flat
+    assert found.rows.tolist() == [row for rows in flat for row in rows]
+    assert found.tokens.tolist() == [sum(lengths[row] for row in rows) for rows in flat]
+
+
 @given(seeds)
 def test_another_seed_and_another_epoch_have_another_order(seed):
     orders = [

@@ -14,6 +14,7 @@ import mmap
 import os
 import signal
 import sys
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,9 +56,7 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self._file)
+        weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, index: slice) -> bytes:
         begin = index.start - index.start % mmap.ALLOCATIONGRANULARITY
