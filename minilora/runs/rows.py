@@ -127,7 +127,7 @@ def holds_word(path: Path, word: bytes) -> bool:
     for chunk in read_chunks(path):
         if word in before + chunk:
             return True
-        before = chunk[-len(word) :]
+        before = (before + chunk)[-len(word) :]
     return False
 
 
