@@ -278,11 +278,9 @@ def fingerprint(
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):
         if isinstance(rows, Dataset) and rows.digest:
-            for part in (
-                f"{rows.digest} {rows.shift}".encode(),
-                *(rows.rows[n].tobytes() for n in ("begin", "length")),
-            ):
-                digest.update(part)
+            digest.update(f"{rows.digest} {rows.shift}".encode())
+            for name in ("begin", "length"):
+                digest.update(rows.rows[name].tobytes())
             continue
         for i in range(len(rows)):
             digest.update(json.dumps(rows[i], default=_as_json).encode())
