@@ -24,6 +24,7 @@ from minilora.runs.checkpoints import fingerprint
 from minilora.runs.classes import ClassEncoder
 from minilora.runs.data import TextEncoder
 from minilora.runs.dataset import ROW, Dataset, build_dataset, open_dataset
+from minilora.runs.evaluate import find_choices
 from minilora.runs.inputs import load_data
 from minilora.runs.objective import check_ids
 from minilora.runs.rows import Row
@@ -314,6 +315,15 @@ def test_a_token_that_the_model_does_not_have_is_found_in_arrays_too(tokenizer, 
     message = f"'{first.source}' holds token {largest}; the model has tokens 0 to {largest - 1}"
     with pytest.raises(ml.DataError, match=re.escape(message)):
         check_ids(tiny_model(vocab_size=largest), data)
+
+
+def test_choices_are_those_of_all_splits_and_none_where_a_row_has_no_prompt():
+    def row(prompt, answer):
+        return ml.Example([*prompt, answer], [*[IGNORE_INDEX] * len(prompt), answer])
+
+    few = [row([1], 5), row([1, 2], 6)] * 5
+    assert find_choices(few[:3], few[3:]) == [(5,), (6,)]
+    assert find_choices(few, [row([], 5)]) is None
 
 
 # --- memory ---
