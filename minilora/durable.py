@@ -30,6 +30,7 @@ if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
 
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
+KEPT = ".data"  # the folder in which a run keeps its encoded rows
 TEMPORARY = re.compile(r"\..*\.tmp")
 
 
@@ -201,13 +202,15 @@ def flush(path: Path) -> None:
 
 
 def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to holds anything other than a lock and temporary files.
+    """Return whether a directory to write to holds anything other than a lock, encoded rows and temporary files.
 
     Raises:
         ConfigError: `out` is a file.
     """
     _check_directory(out)
-    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
+    return out.exists() and any(
+        path.name not in (".lock", KEPT) and not TEMPORARY.fullmatch(path.name) for path in out.iterdir()
+    )
 
 
 def _check_directory(out: Path) -> None:
@@ -249,6 +252,6 @@ def lock(out: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     settle(out)
-    for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp")]:
+    for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob(f"{KEPT}/.*.tmp")]:
         remove(left)
     return file

@@ -26,7 +26,7 @@ from minilora.models.classifier import grow_vocabulary, load_classifier
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.data import Dataset
+from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import load_classes, load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.meter import Meter

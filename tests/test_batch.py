@@ -96,8 +96,7 @@ def test_sorted_batches_come_in_no_order_of_length(seed):
 
 @given(lengths, st.integers(1, 30))
 def test_groups_keep_the_order_of_the_rows(lengths, limit):
-    rows = list(reversed(range(len(lengths))))
-    assert [row for group in groups(lengths, rows, limit) for row in group] == rows
+    assert [row for group in groups(lengths, limit) for row in group] == list(range(len(lengths)))
 
 
 @given(lengths, sizes, seeds)
@@ -107,7 +106,47 @@ def test_the_plan_is_a_function_of_the_seed(lengths, batch_size, seed):
     plan = plan_steps(lengths, config)
     assert torch.equal(torch.get_rng_state(), before)  # the global generator is not moved,
     torch.manual_seed(seed + 1)
-    assert plan_steps(lengths, config) == plan  # and has no say in it
+    assert list(plan_steps(lengths, config)) == list(plan)  # and has no say in it
+
+
+def in_lists(lengths, config):
+    """The plan of a run, made of lists."""
+    steps, epochs = [], config.epochs if config.max_steps is None else config.max_steps
+    for epoch in range(ceil(epochs)):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order, found = torch.randperm(len(lengths), generator=generator).tolist(), []
+        windows = [order[i : i + config.sort_window] for i in range(0, len(order), config.sort_window)]
+        for row in [row for window in windows for row in sorted(window, key=lengths.__getitem__)]:
+            size = sum(map(lengths.__getitem__, found[-1])) + lengths[row] if found else 0
+            budget = config.batch_tokens
+            is_full = len(found[-1]) == config.batch_size if found and budget is None else size > (budget or 0)
+            found = [*found, [row]] if not found or is_full else [*found[:-1], [*found[-1], row]]
+        if config.sort_window > 1:
+            found = [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        count = config.gradient_accumulation_steps
+        whole = [found[i : i + count] for i in range(0, len(found), count)]
+        steps += whole[: ceil(round(min(1.0, epochs - epoch) * len(whole), 9))]
+    return steps[: config.max_steps]
+
+
+@given(
+    lengths,
+    st.fixed_dictionaries({"batch_size": sizes, "gradient_accumulation_steps": sizes, "seed": seeds}),
+    st.sampled_from([{"epochs": 0.3}, {"epochs": 1.0}, {"epochs": 2.5}, {"max_steps": 1}, {"max_steps": 9}]),
+    st.none() | st.integers(1, 20),
+    st.sampled_from([1, 2, 5, 99]),
+)
+@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"epochs": 2.5}, None, 4)
+@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"max_steps": 9}, 5, 4)
+def test_the_plan_of_arrays_is_that_of_lists(lengths, batches, length, budget, window):
+    config = ml.TrainConfig(**batches, **length, batch_tokens=budget, sort_window=window)
+    expected, found = in_lists(lengths, config), plan_steps(lengths, config)
+    assert list(found) == expected
+    assert found[-1] == expected[-1]
+    flat = [rows for step in expected for rows in step]
+    assert [found.batch(i) for i in range(len(flat))] == flat
+    assert found.rows.tolist() == [row for rows in flat for row in rows]
+    assert found.tokens.tolist() == [sum(lengths[row] for row in rows) for rows in flat]
 
 
 @given(seeds)
@@ -129,7 +168,7 @@ def test_a_fraction_of_an_epoch_is_that_fraction_of_its_steps(rows, tenths):
 def test_max_steps_counts_steps_whatever_the_epochs_and_begins_like_a_longer_run(lengths, batch_size, steps, epochs):
     plan = plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, max_steps=steps, epochs=epochs))
     assert len(plan) == steps
-    assert plan == plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps))[:steps]
+    assert list(plan) == plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps))[:steps]
 
 
 @pytest.mark.parametrize(

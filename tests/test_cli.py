@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import typing
+from itertools import islice
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_a_start_is_true_or_a_name(text, value):
                 "--optim --optimizer": "there is none: the optimizer is AdamW",
                 "--wandb --wandb-project": "there is none; use --report tensorboard",
                 "--logging-dir": "there is none: --report tensorboard writes to the directory of --out",
-                "--deepspeed --fsdp": "there is none: training is one process",
+                "--deepspeed --fsdp": "there is none: start `torchrun -m minilora finetune`, see docs/scale.md",
                 "--push-to-hub": "use `minilora push DIR NAME`",
             }.items()
             for flag in flags.split()
@@ -392,9 +393,9 @@ def test_the_run_json_of_a_run_is_a_configuration_that_makes_the_same_adapter(ru
 
 
 def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_their_own(tmp_path, capsys, monkeypatch):
-    for name in ("read_rows", "read_eval_rows"):  # the first rows of each file will do
+    for name in ("stream_rows", "read_eval_rows"):  # the first rows of each file will do
         read = getattr(inputs, name)
-        monkeypatch.setattr(inputs, name, lambda *paths, read=read: read(*paths)[:48])
+        monkeypatch.setattr(inputs, name, lambda *paths, read=read: list(islice(read(*paths), 48)))
     run = runner(tmp_path, capsys, monkeypatch)
     table = run("finetune", "--force", "--max-steps", "3").out.splitlines()
     out = tmp_path / "minilora-run"

@@ -245,8 +245,8 @@ MISTAKES = {
     ),
     "law 8: a mean of means": Mistake(
         "training.py",
-        "total, number = loss(model, batch)",
-        "total, number = loss(model, batch)\n        total, number = total / number, 1",
+        "part, number = loss(model, batch)",
+        "part, number = loss(model, batch)\n        part, number = part / number, 1",
         "test_loop.py::test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mean_over_labelled_tokens",
     ),
     "law 8: a row's last token predicts the next row": Mistake(

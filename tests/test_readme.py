@@ -17,7 +17,7 @@ import minilora.runs.run
 from minilora import cli
 from minilora.cli.flags import names_of
 from minilora.cli.forecast import SHAPES, memory_page
-from minilora.runs.data import Dataset
+from minilora.runs.dataset import Dataset
 from minilora.storage import ASSETS, BUILTIN
 from scripts import api, front, smollm2
 from tests.models import long, tiny_model
@@ -60,7 +60,7 @@ def test_the_python_of_the_pages_runs(page, block):
 def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeypatch, capsys):
     if "minilora plot" in COMMANDS[page]:
         pytest.importorskip("matplotlib")
-    monkeypatch.setattr(minilora.runs.run, "load_general", lambda *_: Dataset(()))
+    monkeypatch.setattr(minilora.runs.run, "load_general", lambda *_: Dataset())
     for line in filter(None, COMMANDS[page].splitlines()):
         echo, _, command = line.rpartition(" | ")
         type_in(monkeypatch, "\n".join(shlex.split(echo)[1:]))

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.rows import Row, find_splits, is_named_held_out, read_rows
+from minilora import storage
+from minilora.runs.rows import Row, count_lines, find_splits, holds_word, is_named_held_out, read_rows
 from minilora.storage import ASSETS, BUILTIN
 from tests.text import texts
 
@@ -98,6 +99,16 @@ def test_a_file_without_rows_or_in_utf_16_is_refused(tmp_path, content, message)
     with pytest.raises(ml.DataError, match=message) as error:
         read_rows(path)
     assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_a_word_is_found_across_the_parts_that_a_file_is_read_in(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(storage, "CHUNK", size)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "instruction"}\n\n{}')
+    assert holds_word(path, b"instruction")
+    assert not holds_word(path, b"instructions")
+    assert count_lines(path) == 3
 
 
 def touch(directory, *names):

@@ -282,11 +282,11 @@ def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(
 def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
     read_data = Run.read_data
 
-    def read_late(run):
+    def read_late(run, show):
         with monkeypatch.context() as patch:
             patch.setattr(Run, "read_data", read_data)
             assert finetune(directory, tmp_path, max_steps=1) == 0
-        return read_data(run)
+        return read_data(run, show)
 
     monkeypatch.setattr(Run, "read_data", read_late)
     assert finetune(directory, tmp_path, max_steps=1) == 1

@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from minilora.models.shard import load_sharded
 from torch import distributed
 
 import minilora as ml
+from minilora.models.shard import load_sharded
 
 dtype, losses = sys.argv[1], []
 distributed.init_process_group("gloo")

@@ -37,7 +37,7 @@ from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch, locate
 from minilora.runs import world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
-from minilora.runs.data import Dataset
+from minilora.runs.dataset import Dataset
 from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
@@ -111,7 +111,8 @@ def run(options: Options) -> int:
 
 def _finetune(run: Run, device: torch.device, options: Options) -> int:
     step = run.prepare()
-    data = run.read_data()
+    with closing(Meter()) as meter:
+        data = run.read_data(meter.show)
     plan, memory = run.forecast_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
@@ -153,7 +154,8 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
 
 def _dry_run(run: Run, device: torch.device, options: Options) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
-    data = run.read_data()
+    with closing(Meter()) as meter:
+        data = run.read_data(meter.show)
     plan, memory = run.forecast_memory(data, device)
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
@@ -196,7 +198,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
     adapters = [fetch(run.config.adapter, "adapter")] if run.config.adapter else []
     say_base(locate(run.config.model, "model"), adapters, base_held(model))
-    longest, limit = max(len(example.tokens) for example in data.train), model.config.max_position_embeddings
+    longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
     if run.reading.prompt_style != "auto" and not data.train.conversations:
@@ -217,7 +219,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
         )
-    steps = len(plan_steps([len(example.tokens) for example in data.train], run.training))
+    steps = len(plan_steps(data.train.lengths, run.training))
     if run.shard == "base":
         say(f"--shard base: each of the {world.size()} processes holds a part of the base")
     parts = run.training.gradient_accumulation_steps

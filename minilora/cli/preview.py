@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Sequence
 from itertools import groupby
+
+import numpy as np
 
 from minilora.adapters.find import ParameterCount
 from minilora.data import IGNORE_INDEX, Example
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import Data
 from minilora.runs.memory import Forecast, amount
 from minilora.runs.meter import visible
@@ -28,15 +30,14 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end, data.labels)}")
-    steps = plan_steps([len(example.tokens) for example in data.train], config)
-    seen = [data.train[row] for micro_batches in steps for rows in micro_batches for row in rows]
-    tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
+    steps = plan_steps(data.train.lengths, config)
+    rows_seen, tokens, labels = len(steps.rows), steps.tokens.sum(), data.train.labelled[steps.rows].sum()
     at_most = "at most " if config.early_stopping else ""
     truncated, unlabelled = data.train.truncated, data.train.unlabelled
     totals = [
         f"cut to --max-length: {truncated:,} training rows, which lost {data.train.lost:,} labels",
         f"not used: {unlabelled:,} training rows that had no label left",
-        f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
+        f"the run: {at_most}{len(steps):,} steps, {rows_seen:,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
@@ -65,13 +66,12 @@ def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str, classes
     return text
 
 
-def _lengths(name: str, examples: Sequence[Example]) -> str:
-    lengths = sorted(len(example.tokens) for example in examples)
+def _lengths(name: str, examples: Dataset) -> str:
+    lengths = np.sort(examples.lengths)
     most = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
-    labels = sum(example.labelled for example in examples)
     return (
-        f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{statistics.median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
-        f"{labels:>10,}"
+        f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{np.median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
+        f"{examples.labelled.sum():>10,}"
     )
 
 

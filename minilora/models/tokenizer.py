@@ -12,6 +12,7 @@ and then a name, can still be made to write one.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from minilora.models.template import Message, Tools
 
+STRFTIME = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")  # a template that writes the date
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -94,6 +96,28 @@ class Tokenizer:
             from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
 
             self.template = ChatTemplate(source, self.special_tokens, now)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy in another process is made of."""
+        made = ("_backend", "_control", "template")
+        state = {name: value for name, value in vars(self).items() if name not in made}
+        return {**state, "source": self.template and self.template.source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        source = state.pop("source")
+        vars(self).update(state)
+        self._load_backend()
+        self._use_template(source, self._now)
+
+    @property
+    def key(self) -> str:
+        """A hash of what tokens follow from: of the tokenizer, its template, and the date if the template writes it."""
+        source = self.template.source if self.template else ""
+        forms, now = STRFTIME.findall(source), self._now or datetime.now()
+        is_known = len(forms) == source.count("strftime_now(")
+        dates = [now.strftime(form) for form in forms] if is_known else now.isoformat()
+        parts = [self._texts, self.special_tokens, self.eos_id, source, dates]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()

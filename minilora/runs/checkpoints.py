@@ -35,6 +35,7 @@ from minilora.data import Example
 from minilora.durable import flush, remove, replacing, verify
 from minilora.errors import FormatError, TrainingError, fits
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import Dataset
 from minilora.runs.objective import rate_of_step, trained_parameters
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
@@ -268,11 +269,19 @@ def bookkeeping(config: TrainConfig) -> set[str]:
 def fingerprint(
     dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, LoraConfig]
 ) -> str:
-    """Return a hash of the settings, of the configs of trained adapters, and of the rows (see `_as_json`)."""
+    """Return a hash of the settings, of the configs of trained adapters, and of the rows (see `_as_json`).
+
+    Of rows that are kept in files it is one of the hashes of the files, and of where in them each row lies.
+    """
     idle = bookkeeping(config)
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):
+        if isinstance(rows, Dataset) and rows.digest:
+            digest.update(f"{rows.digest} {rows.shift}".encode())
+            for name in ("begin", "length"):
+                digest.update(rows.rows[name].tobytes())
+            continue
         for i in range(len(rows)):
             digest.update(json.dumps(rows[i], default=_as_json).encode())
     return digest.hexdigest()

@@ -9,16 +9,20 @@ token of the word.
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError, DataError
 from minilora.models.config import Unit
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
-from minilora.runs.data import Dataset, apply_to_rows, build_dataset
+from minilora.runs.dataset import Dataset, build_dataset, usable
 from minilora.runs.formats import EMPTY, check_text
 from minilora.runs.rows import Row
 
@@ -26,53 +30,86 @@ UNUSED = ("train_on", "prompt_style", "system")  # settings without effect on cl
 NUMBER = re.compile(r"-?[0-9]+")
 
 
-def find_labels(rows: Sequence[Row], unit: Unit, config: DataConfig) -> tuple[str, ...]:
+def find_labels(rows: Iterable[Row], unit: Unit, config: DataConfig) -> tuple[str, ...]:
     """Return the labels of the rows in numerical order if all are numbers, else in alphabetical order.
 
     Raises:
         DataError: a row cannot be used, unless such rows are skipped; there are fewer than two labels.
     """
-    parsed, _ = apply_to_rows(rows, lambda row: _parse(row, unit, config), config.skip_bad_rows)
-    found = {label for _, labels in parsed for label in labels.values()}
+
+    def labels_of(row: Row) -> Iterable[str]:
+        return _parse(row, unit, config)[1].values()
+
+    stream = iter(rows)
+    first, found, bad, total = next(stream), set[str](), list[str](), 0
+    for labels in usable(chain([first], stream), labels_of, config.skip_bad_rows, bad):
+        found.update(labels)
+        total += 1
     if len(found) < 2:
-        raise DataError(f"{rows[0].source}: all {len(rows)} rows have the labels {sorted(found)}; need at least two")
+        raise DataError(
+            f"{first.source}: all {total + len(bad)} rows have the labels {sorted(found)}; need at least two"
+        )
     numbers = all(map(NUMBER.fullmatch, found))
     return tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
 
 
-def encode_classes(
-    rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig, unit: Unit, labels: Sequence[str]
-) -> Dataset:
-    """Tokenize every row and give one token of each sequence, or of each word, its class: an index into `labels`.
+@dataclass(frozen=True)
+class ClassEncoder:
+    """Tokenize a row and give one token of a sequence, or of each word, its class: an index into `labels`.
 
-    Where no label is a number, a number in a row is such an index.
+    Where no label is a number, a number in a row is such an index. See `dataset.Encoder`.
+
+    Raises:
+        ConfigError: a setting that has no effect on classes is not at its default.
+        DataError: the row cannot be used.
+    """
+
+    tokenizer: Tokenizer
+    config: DataConfig
+    unit: Unit
+    labels: tuple[str, ...]
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        if idle := [name for name in UNUSED if getattr(self.config, name) != getattr(DataConfig(), name)]:
+            raise ConfigError(f"{', '.join(idle)}: without effect where rows have classes; leave it out")
+
+    @property
+    def key(self) -> str:
+        return f"{self.tokenizer.key} {self.config.key} {self.unit} {json.dumps(self.labels)}"
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        indices = {label: i for i, label in enumerate(self.labels)}
+        return indices if any(map(NUMBER.fullmatch, self.labels)) else indices | {str(i): i for i in indices.values()}
+
+    def __call__(self, row: Row) -> tuple[Example, Sequence[str]]:
+        texts, names = _parse(row, self.unit, self.config)
+        for where, name in names.items():
+            if name not in self._indices:
+                known = list(self._indices)
+                raise DataError(f"{where}: found {name!r:.60}, which is not among the known {known!r:.200}")
+        quoted = texts if self.config.allow_special else self.tokenizer.quote(texts)
+        if self.unit == "sequence":
+            tokens, places = _tokenize_sequence(quoted[0], self.tokenizer, self.config.max_length)
+        else:
+            tokens, places = _tokenize_words(quoted, self.tokenizer)
+        classes = [IGNORE_INDEX] * len(tokens)
+        for place, name in zip(places, names.values(), strict=True):
+            classes[place] = self._indices[name]
+        return Example(tokens, classes, row.source, shift=0), ["quoted"] if quoted != texts else []
+
+
+def encode_classes(
+    rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig, unit: Unit, labels: Sequence[str]
+) -> Dataset:
+    """Tokenize every row and give its tokens their classes, as `ClassEncoder` does.
 
     Raises:
         ConfigError: a setting that has no effect on classes is not at its default.
         DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
     """
-    if idle := [name for name in UNUSED if getattr(config, name) != getattr(DataConfig(), name)]:
-        raise ConfigError(f"{', '.join(idle)}: without effect where rows have classes; leave it out")
-    indices = {label: i for i, label in enumerate(labels)}
-    if not any(map(NUMBER.fullmatch, labels)):
-        indices |= {str(i): i for i in range(len(labels))}
-
-    def encode(row: Row) -> tuple[Example, Sequence[str]]:
-        texts, names = _parse(row, unit, config)
-        for where, name in names.items():
-            if name not in indices:
-                raise DataError(f"{where}: found {name!r:.60}, which is not among the known {list(indices)!r:.200}")
-        quoted = texts if config.allow_special else tokenizer.quote(texts)
-        if unit == "sequence":
-            tokens, places = _tokenize_sequence(quoted[0], tokenizer, config.max_length)
-        else:
-            tokens, places = _tokenize_words(quoted, tokenizer)
-        classes = [IGNORE_INDEX] * len(tokens)
-        for place, name in zip(places, names.values(), strict=True):
-            classes[place] = indices[name]
-        return Example(tokens, classes, row.source, shift=0), ["quoted"] if quoted != texts else []
-
-    return build_dataset(rows, encode, config)
+    return build_dataset(rows, ClassEncoder(tokenizer, config, unit, tuple(labels)))
 
 
 def _parse(row: Row, unit: Unit, config: DataConfig) -> tuple[list[str], dict[str, str]]:

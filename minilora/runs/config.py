@@ -57,6 +57,11 @@ class DataConfig:
         if bad:
             raise ConfigError("DataConfig: " + "; ".join(bad))
 
+    @property
+    def key(self) -> str:
+        """Return what tokens and labels follow from: all but `eval_split`."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "eval_split"})
+
 
 @answers(
     lr="use learning_rate",

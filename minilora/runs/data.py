@@ -7,70 +7,41 @@ would be wrong where one token holds the end of the prompt and the beginning of 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar, overload
 
 from minilora.data import Example, Span, label_tokens
 from minilora.errors import ConfigError, DataError
-from minilora.limits import BAD_ROWS
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
+from minilora.runs.dataset import Dataset, build_dataset
 from minilora.runs.formats import Conversation, Fields, PromptCompletion, parse_row
 from minilora.runs.rows import Row
 from minilora.storage import ASSETS, read_text
 
-T = TypeVar("T")
 OPEN, CLOSE = "\ufdd4", "\ufdd5"  # noncharacters that mark answers where the template has no marks
 
 
-@dataclass(frozen=True, repr=False)
-class Dataset(Sequence[Example]):
-    """A sequence of tokenized rows, and counts of what was changed or dropped.
-
-    `truncated` rows were cut to `max_length`, which removed `lost` labels; `unlabelled` rows had none left and were
-    dropped, as were rows that cannot be used: `bad` has an error message for each. `conversations` are rows rendered
-    by a chat template, `completions` those of a prompt and a completion as plain text, of which `touching` have no
-    white space between the two; `quoted` are rows whose control tokens are encoded as plain text.
-    """
-
-    examples: tuple[Example, ...]
-    truncated: int = 0
-    unlabelled: int = 0
-    lost: int = 0
-    bad: tuple[str, ...] = ()
-    conversations: int = 0
-    completions: int = 0
-    touching: int = 0
-    quoted: int = 0
-
-    def __repr__(self) -> str:
-        tokens = sum(len(example.tokens) for example in self.examples)
-        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
-        return f"Dataset({len(self)} rows, {tokens} tokens, {counts})"
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Dataset: ...
-    def __getitem__(self, index: int | slice) -> Example | Dataset:
-        return Dataset(self.examples[index]) if isinstance(index, slice) else self.examples[index]
-
-
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
-    """Tokenize and label every row.
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenize a row and label what is learned of it; see `dataset.Encoder`.
 
     Raises:
-        DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
+        DataError: the row cannot be used.
     """
 
-    def encode(row: Row) -> tuple[Example, Iterable[str]]:
+    tokenizer: Tokenizer
+    config: DataConfig
+    shift: int = 1
+
+    @property
+    def key(self) -> str:
+        return f"{self.tokenizer.key} {self.config.key}"
+
+    def __call__(self, row: Row) -> tuple[Example, Iterable[str]]:
+        tokenizer, config = self.tokenizer, self.config
         parsed, is_quoted = _parse(row, tokenizer, config)
         counts = ["quoted"] if is_quoted else []
         if isinstance(parsed, PromptCompletion):
@@ -87,53 +58,14 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig) -
             raise DataError("nothing to learn: no token of an answer can be predicted")
         return example, counts
 
-    return build_dataset(rows, encode, config)
 
-
-def build_dataset(
-    rows: Sequence[Row], encode: Callable[[Row], tuple[Example, Iterable[str]]], config: DataConfig
-) -> Dataset:
-    """Build a data set of rows; `encode` returns an example, and the names of the counts of `Dataset` that it adds to.
+def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
+    """Tokenize and label every row.
 
     Raises:
-        DataError: as for `encode_rows`.
+        DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
     """
-    found, bad = apply_to_rows(rows, encode, config.skip_bad_rows)
-    examples, limit = [example for example, _ in found], config.max_length
-    cut = [replace(e, tokens=e.tokens[:limit], labels=e.labels[:limit]) for e in examples]
-    kept = tuple(example for example in cut if example.labelled)
-    if not kept:
-        raise DataError(
-            f"{rows[0].source}: no row of {len(rows)} has a label within its first {limit} tokens"
-            + (f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else "")
-        )
-    return Dataset(
-        kept,
-        truncated=sum(len(example.tokens) > limit for example in examples),
-        unlabelled=len(cut) - len(kept),
-        lost=sum(example.labelled for example in examples) - sum(example.labelled for example in cut),
-        bad=tuple(bad),
-        **Counter(name for _, counts in found for name in counts),
-    )
-
-
-def apply_to_rows(rows: Iterable[Row], function: Callable[[Row], T], skips_bad: bool) -> tuple[list[T], list[str]]:
-    """Return the results of a function for all rows, and an error message for each row that was skipped.
-
-    Raises:
-        DataError: a row has a problem, or the function raises one, and bad rows are not skipped, or are too many.
-    """
-    found, bad = list[T](), []
-    for row in rows:
-        try:
-            if row.problem:
-                raise DataError(row.problem)
-            found.append(function(row))
-        except DataError as error:
-            bad.append(f"{row.source}: {error}")
-            if not skips_bad or len(bad) > BAD_ROWS:
-                raise DataError(bad[-1]) from error
-    return found, bad
+    return build_dataset(rows, TextEncoder(tokenizer, config))
 
 
 def _parse(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[PromptCompletion | Conversation, bool]:
@@ -160,7 +92,7 @@ def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: Train
     return tokens, labels
 
 
-def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Sequence[Row] = ()) -> Tokenizer:
+def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:
     """Return the tokenizer with the chat template of a prompt style.
 
     "auto" is the tokenizer's own; if it has none and a row has an `instruction`, "alpaca".

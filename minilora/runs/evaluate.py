@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -201,14 +201,18 @@ def _batches(
             progress(rows[-1] + 1, len(examples))
 
 
-def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
+def find_choices(*splits: Sequence[Example]) -> list[Choice] | None:
     """Return the distinct answers if they are few: at most 64, each four times on average; else None.
 
     None as well if an example has no prompt, since then there is nothing to choose by.
     """
-    answers = sorted({answer_of(example) for example in examples})
-    is_few = 1 < len(answers) <= min(MAX_CHOICES, len(examples) // 4)
-    return answers if is_few and all(prompt_of(example) for example in examples) else None
+    answers = set[Choice]()
+    for example in chain(*splits):
+        answers.add(answer_of(example))
+        if len(answers) > MAX_CHOICES or not prompt_of(example):
+            return None
+    is_few = 1 < len(answers) <= sum(map(len, splits)) // 4
+    return sorted(answers) if is_few else None
 
 
 def choice_accuracy(

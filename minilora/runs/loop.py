@@ -36,6 +36,7 @@ from minilora.runs.checkpoints import (
     trained_tensors,
 )
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import sizes_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory, returned_memory
 from minilora.runs.memory import Plan, choose_recompute
@@ -175,8 +176,8 @@ def _with_fitting_recompute(
         QuantizeConfig("none" if base_held(model)["quantize"] == "none" else "nf4"),
         weight.dtype,
         weight.device,
-        [(len(example.tokens), example.labelled) for example in dataset],
-        [[len(example.tokens) for example in held_out]],
+        sizes_of(dataset),
+        [sizes_of(held_out)[:, 0]],
         len(model.labels) if isinstance(model, Classifier) else 0,
     )
     return choose_recompute(plan, held=held_bytes(model))[0].training
@@ -209,7 +210,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
-    steps: list[list[Rows]]
+    steps: Sequence[list[Rows]]
     config: TrainConfig
 
     def batches(self, step: int) -> list[Batch]:

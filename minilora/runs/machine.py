@@ -21,7 +21,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from minilora.runs.config import TrainConfig
@@ -199,7 +201,7 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     return found
 
 
-def _few_rows(dataset: Sequence[Any], lengths: Sequence[int], config: TrainConfig) -> list[Any]:
+def _few_rows(dataset: Sequence[Any], lengths: NDArray[np.int64], config: TrainConfig) -> list[Any]:
     """Return the shortest rows of the first micro-batch, up to `MAX_TOKENS`; at least one."""
     chosen, total = list[Any](), 0
     for row in sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row]):

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.parts import init_from_weight
@@ -50,7 +52,7 @@ class Plan:
     Args:
         config: of the model.
         lora: of the adapter; None trains all weights.
-        rows: numbers of tokens and of labelled tokens of each training row.
+        rows: numbers of tokens and of labelled tokens of each training row, (rows, 2).
         evaluated: number of tokens of each row of every split that is evaluated.
         classes: of a classifier; 0 for a language model.
         world: number of ranks; the forecast is that of one.
@@ -63,17 +65,17 @@ class Plan:
     quantization: QuantizeConfig
     dtype: torch.dtype
     device: torch.device
-    rows: Sequence[tuple[int, int]]
-    evaluated: Sequence[Sequence[int]] = ()
+    rows: Sequence[tuple[int, int]] | NDArray[Any]
+    evaluated: Sequence[Sequence[int] | NDArray[Any]] = ()
     classes: int = 0
     world: int = 1
     shard: Shard = "none"
 
     def batch(self) -> tuple[list[int], int]:
         """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
-        batches = (rows for step in plan_steps([tokens for tokens, _ in self.rows], self.training) for rows in step)
-        batch = [self.rows[i] for i in max(batches, key=lambda rows: sum(self.rows[i][0] for i in rows))]
-        return [tokens for tokens, _ in batch], sum(labelled for _, labelled in batch)
+        steps = plan_steps(np.asarray(self.rows)[:, 0], self.training)
+        rows = np.asarray(self.rows)[steps.batch(int(steps.tokens.argmax()))]
+        return rows[:, 0].tolist(), int(rows[:, 1].sum())
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,13 @@ def forecast(plan: Plan) -> Forecast:
     is_sharded = plan.shard == "base" and plan.world > 1
     base = base_bytes(config, plan.quantization, plan.dtype, shapes, plan.world if is_sharded else 1)
     layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - held, base.dense)
-    n = max((sum(map(split.__getitem__, i)) for split in plan.evaluated for i in eval_groups(split)), default=0)
+    n = max((int(np.sum(split[i[0] : i[-1] + 1])) for split in plan.evaluated for i in eval_groups(split)), default=0)
     evaluation = base.dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
     working = max(head, layer, evaluation - activations) + is_sharded * 2 * max(base.blocks)
     # With recomputation, the few tensors that are kept fragment the memory that the next layer needs, in 16 bits a
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
-    holes += working * (len({tokens for tokens, _ in plan.rows}) > 1)
+    holes += working * bool(np.ptp(plan.rows, axis=0)[0])
     holes *= not is_sharded  # then memory is given back at once
     kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
         plan.device.type == "cpu"
@@ -151,13 +153,12 @@ def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
     """Return what oneDNN keeps of the products of all micro-batches, but for those of the first, in `LIBRARIES`."""
     if plan.dtype != torch.bfloat16:
         return 0
-    lengths, size = [tokens for tokens, _ in plan.rows], block_size(plan.dtype)
-    batches = {sum(lengths[i] for i in rows) for step in plan_steps(lengths, plan.training) for rows in step}
+    steps, size = plan_steps(np.asarray(plan.rows)[:, 0], plan.training), block_size(plan.dtype)
     linears = {shape for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers.")}
     outputs, inputs = ({*sizes} for sizes in zip(*linears, strict=True))
     # x Wᵀ and dy W of each shape; x Aᵀ, h A and hᵀ x of each width of x; u Bᵀ, dy B and dyᵀ u of each width of y.
-    products = (2 * len(linears) + 3 * len(inputs) + 3 * len(outputs)) * (len(batches) - 1)
-    blocks = sum(max(1, round(n / size)) for n in sorted({*lengths})[:-1])  # of queries, with six products each
+    products = (2 * len(linears) + 3 * len(inputs) + 3 * len(outputs)) * (len(np.unique(steps.tokens)) - 1)
+    blocks = sum(max(1, round(n / size)) for n in np.unique(steps.lengths)[:-1])  # of queries, with six products each
     return PRODUCT * min(CACHED, products + 6 * blocks)
 
 
@@ -304,9 +305,9 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
             packed = replace(plan, quantization=QuantizeConfig("nf4"))
             yield "--quantize nf4", packed, "a little slower, and the base is rounded"
         yield "--dtype bfloat16", replace(plan, dtype=torch.bfloat16), "the base and the computation are rounded"
-    half = (max(tokens for tokens, _ in plan.rows) + 1) // 2
-    rows = [(min(tokens, half), min(labelled, half)) for tokens, labelled in plan.rows]
-    shorter = replace(plan, rows=rows, evaluated=[[min(n, half) for n in split] for split in plan.evaluated])
+    half = (int(np.max(plan.rows, axis=0)[0]) + 1) // 2
+    evaluated = [np.minimum(split, half) for split in plan.evaluated]
+    shorter = replace(plan, rows=np.minimum(plan.rows, half), evaluated=evaluated)
     yield f"--max-length {half}", shorter, "longer rows lose their ends"
 
 

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +25,7 @@ from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import Dataset
 from minilora.runs.seeded import Rows, groups, plan_steps
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
@@ -71,18 +74,20 @@ class Objective:
         sizes = _sizes(row for batch in batches for row in batch)
         return None if sizes is None else sum(sizes)
 
-    def lengths(self, dataset: Sequence[Any]) -> list[int]:
+    def lengths(self, dataset: Sequence[Any]) -> NDArray[np.int64]:
         """Return the number of tokens of each row; 1 where a given loss makes no use of them.
 
         Raises:
             DataError: the settings need the number, and a row has no `tokens`.
         """
         if self.loss is not None and self.config.batch_tokens is None and self.config.sort_window == 1:
-            return [1] * len(dataset)
+            return np.ones(len(dataset), np.int64)
+        if isinstance(dataset, Dataset):
+            return dataset.lengths
         sizes = _sizes(dataset[i] for i in range(len(dataset)))
         if sizes is None:
             raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
-        return sizes
+        return np.array(sizes, np.int64)
 
     def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         """Yield the rows of each forward pass of an evaluation."""
@@ -104,11 +109,13 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
             "give loss=, a function (model, rows) -> (sum, count)"
         )
-    if uneven := [example.source for example in dataset if len(example.labels) != len(example.tokens)]:
+    examples = () if isinstance(dataset, Dataset) else dataset  # those of a `Dataset` have labels for all tokens
+    if uneven := [example.source for example in examples if len(example.labels) != len(example.tokens)]:
         raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
-    if blank := [example.source for example in dataset if not example.labelled]:
+    if blank := [example.source for example in examples if not example.labelled]:
         raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
-    check_ids(model, [*dataset, *held_out])
+    for rows in (dataset, held_out):
+        check_ids(model, rows)
 
 
 def check_ids(model: Any, examples: Sequence[Example]) -> None:
@@ -118,6 +125,8 @@ def check_ids(model: Any, examples: Sequence[Example]) -> None:
         DataError: it does not have one.
     """
     size = model.model.embed_tokens.num_embeddings
+    if isinstance(examples, Dataset):
+        examples = examples.take(examples.rows[examples.rows["largest"] >= size])
     for example in examples:
         learned = [label for label in example.labels if label != IGNORE_INDEX] if example.shift else []
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
@@ -141,9 +150,9 @@ def start_losses(model: Any, dataset: Sequence[Example], config: TrainConfig) ->
             rows += len(batch)
 
 
-def eval_groups(lengths: Sequence[int]) -> Iterator[Rows]:
+def eval_groups(lengths: Sequence[int] | NDArray[Any]) -> Iterator[Rows]:
     """Yield the indices of consecutive rows, given their numbers of tokens, for each forward pass of an evaluation."""
-    return groups(lengths, range(len(lengths)), EVAL_TOKENS)
+    return groups(lengths, EVAL_TOKENS)
 
 
 def _is_count(value: Any) -> bool:

@@ -91,28 +91,49 @@ def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
 
 
 def read_rows(*paths: Path) -> list[Row]:
-    """Read the rows of files. A row that is not a JSON object has a `problem`; the caller refuses or skips it.
+    """Read the rows of `stream_rows`."""
+    return list(stream_rows(*paths))
+
+
+def stream_rows(*paths: Path) -> Iterator[Row]:
+    """Yield the rows of files. A row that is not a JSON object has a `problem`; the caller refuses or skips it.
+
+    A file of one object a line is not held in memory, an array is.
 
     Raises:
         FormatError: a file cannot be read.
         DataError: a file has no rows, is a malformed JSON array, or is UTF-16.
     """
-    rows, bad = list[Row](), 0
+    bad = 0
     for path in paths:
         chunks = read_chunks(path)
         first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
         if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: found UTF-16, need UTF-8")
-        chunks, before = itertools.chain([first], chunks), len(rows)
+        chunks, is_empty = itertools.chain([first], chunks), True
         is_array = first.lstrip()[:1] == b"["
         for row in _parse_array(b"".join(chunks), path) if is_array else _parse_lines(chunks, path):
-            rows.append(row)
-            bad += bool(row.problem)
+            yield row
+            is_empty, bad = False, bad + bool(row.problem)
             if bad > BAD_ROWS:
                 raise DataError(f"{row.source}: this and {BAD_ROWS:,} before it are not rows; need {LAYOUTS}")
-        if len(rows) == before:
+        if is_empty:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
-    return rows
+
+
+def holds_word(path: Path, word: bytes) -> bool:
+    """Return whether a file holds a word as it is, without escapes."""
+    before = b""
+    for chunk in read_chunks(path):
+        if word in before + chunk:
+            return True
+        before = (before + chunk)[-len(word) :]
+    return False
+
+
+def count_lines(path: Path) -> int:
+    """Count the lines of a file."""
+    return sum(chunk.count(b"\n") for chunk in read_chunks(path)) + 1
 
 
 def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:

@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.layout import classes_of
 from minilora.definition import is_plain
-from minilora.durable import MANIFEST, holds_files, lock, publishing, remove
+from minilora.durable import KEPT, MANIFEST, holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -44,6 +44,7 @@ from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs import world
 from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, read_state, step_of
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
+from minilora.runs.dataset import sizes_of
 from minilora.runs.directory import check_same, hash_inputs
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
@@ -168,7 +169,7 @@ class Run:
         if self.starts:
             check_same(f"{self.out}: the data", self.files, data.files)
         if self.checkpoint:
-            total = len(plan_steps([len(example.tokens) for example in data.train], self.training))
+            total = len(plan_steps(data.train.lengths, self.training))
             check_extension(self.checkpoint, read_state(self.checkpoint), total, self.training)
         if self.lock_file is None and world.is_first():
             self.lock_file = lock(self.out)
@@ -181,12 +182,17 @@ class Run:
             if file:
                 file.close()
 
-    def read_data(self) -> Data:
-        """Read the rows of all splits and encode them as the model's tokenizer and the settings say."""
+    def read_data(self, show: Callable[[str], None] | None = None) -> Data:
+        """Read the rows of all splits and encode them as the model's tokenizer and the settings say.
+
+        The rows of large files are kept encoded in the directory, also for other runs in directories beside it; `show`
+        is called with lines on the progress.
+        """
         tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
         labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
         names, held_out = self.config.data, self.config.eval_data
-        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out)
+        kept = self.out / KEPT
+        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out, kept, show)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
@@ -210,8 +216,8 @@ class Run:
             self.quantization,
             resolve_dtype(self.dtype, config.source, device),
             device,
-            [(len(example.tokens), example.labelled) for example in data.train],
-            [[len(example.tokens) for example in split] for split in (data.valid, data.test, data.general)],
+            sizes_of(data.train),
+            [split.lengths for split in (data.valid, data.test, data.general)],
             len(config.labels if config.unit else data.labels),
             world.size(),
         )

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
@@ -20,6 +23,7 @@ from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 from minilora.runs.config import TrainConfig
 
+Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
 MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 MAX_STEPS = 1_000_000
@@ -34,7 +38,42 @@ class Batch(NamedTuple):
     counts: bool  # or else another rank has it, too
 
 
-def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
+class Steps(Sequence[list[Rows]]):
+    """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes.
+
+    Attributes:
+        lengths: the number of tokens of each row of the data.
+        rows: those of all micro-batches, in their order.
+        ends: where each micro-batch ends in `rows`, after a 0.
+        bounds: where each step ends among the micro-batches, after a 0.
+        tokens: the number of tokens of each micro-batch.
+    """
+
+    def __init__(self, lengths: Numbers, rows: NDArray[np.int32], sizes: Numbers, counts: Numbers):
+        """Take the number of rows of each micro-batch, and the number of micro-batches of each step."""
+        self.bounds, self.ends = (np.concatenate([[0], numbers.cumsum()]) for numbers in (counts, sizes))
+        self.ends = self.ends[: self.bounds[-1] + 1]
+        self.lengths, self.rows = lengths, rows[: self.ends[-1]]
+        self.tokens = np.add.reduceat(lengths[self.rows], self.ends[:-1])
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[Rows]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Rows]]: ...
+    def __getitem__(self, index: int | slice) -> list[Rows] | list[list[Rows]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return [self.batch(i) for i in range(self.bounds[:-1][index], self.bounds[1:][index])]
+
+    def batch(self, index: int) -> Rows:
+        """Return the rows of a micro-batch by its number among all."""
+        return self.rows[self.ends[index] : self.ends[index + 1]].tolist()
+
+
+def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> Steps:
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
@@ -44,52 +83,58 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig) -> list[list[Rows]]:
     Raises:
         ConfigError: there are more than `MAX_STEPS` steps.
     """
-    steps: list[list[Rows]] = []
+    lengths, accumulated = np.asarray(lengths, np.int64), config.gradient_accumulation_steps
+    rows, sizes, counts, total = [], [], [], 0
     max_steps = config.max_steps
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
     for epoch in range(math.ceil(epochs)):
-        micro_batches = _micro_batches(lengths, config, epoch)
-        whole = _chunks(micro_batches, config.gradient_accumulation_steps)
-        if (max_steps or epochs * len(whole)) > MAX_STEPS:
+        order, own = _micro_batches(lengths, config, epoch)
+        whole = math.ceil(len(own) / accumulated)
+        if (max_steps or epochs * whole) > MAX_STEPS:
             raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
-        share = round(min(1.0, epochs - epoch) * len(whole), 9)  # 1.1 - 1 is a little more than 0.1
-        steps += whole[: math.ceil(share)]
-        if max_steps is not None and len(steps) >= max_steps:
+        share = round(min(1.0, epochs - epoch) * whole, 9)  # 1.1 - 1 is a little more than 0.1
+        steps = math.ceil(share) if max_steps is None else min(whole, max_steps - total)
+        rows.append(order.astype(np.int32))
+        sizes.append(own)
+        counts.append(np.minimum(accumulated, len(own) - accumulated * np.arange(steps)))
+        total += steps
+        if total == max_steps:
             break
-    return steps[:max_steps]
+    return Steps(lengths, *(np.concatenate(parts) for parts in (rows, sizes, counts)))
 
 
-def _micro_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> list[Rows]:
+def _micro_batches(lengths: Numbers, config: TrainConfig, epoch: int) -> tuple[Numbers, Numbers]:
+    """Return the rows of an epoch in their order, and the number of rows of each micro-batch."""
     generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = torch.randperm(len(lengths), generator=generator).numpy()
     if config.sort_window > 1:
-        windows = _chunks(order, config.sort_window)
-        order = [row for window in windows for row in sorted(window, key=lengths.__getitem__)]
+        order = order[np.lexsort((lengths[order], np.arange(len(order)) // config.sort_window))]
     if config.batch_tokens is None:
-        found = _chunks(order, config.batch_size)
+        ends = np.arange(0, len(order), config.batch_size) + config.batch_size
     else:
-        found = list(groups(lengths, order, config.batch_tokens))
+        ends = group_ends(lengths[order], config.batch_tokens)
+    sizes = np.diff(np.minimum(ends, len(order)), prepend=0)
     if config.sort_window == 1:
-        return found
-    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        return order, sizes
+    shuffled = torch.randperm(len(sizes), generator=generator).numpy()
+    begins, sizes = (sizes.cumsum() - sizes)[shuffled], sizes[shuffled]
+    places = np.repeat(begins - (sizes.cumsum() - sizes), sizes) + np.arange(len(order))
+    return order[places], sizes
 
 
-def _chunks(values: list[Any], size: int) -> list[list[Any]]:
-    return [values[i : i + size] for i in range(0, len(values), size)]
+def group_ends(lengths: Numbers, limit: int) -> Numbers:
+    """Return where groups of at most `limit` tokens end, each as long as can be; a longer row is a group of its own."""
+    sums, ends, done = np.cumsum(lengths), [0], 0
+    while ends[-1] < len(sums):
+        ends.append(max(ends[-1] + 1, int(np.searchsorted(sums, done + limit, side="right"))))
+        done = sums[ends[-1] - 1]
+    return np.array(ends[1:], np.int64)
 
 
-def groups(lengths: Sequence[int], rows: Sequence[int], limit: int) -> Iterator[Rows]:
-    """Yield consecutive rows of at most `limit` tokens together; a longer row makes a group of its own."""
-    group: Rows = []
-    size = 0
-    for row in rows:
-        if group and size + lengths[row] > limit:
-            yield group
-            group, size = [], 0
-        group.append(row)
-        size += lengths[row]
-    if group:
-        yield group
+def groups(lengths: Sequence[int] | NDArray[Any], limit: int) -> Iterator[Rows]:
+    """Yield the indices of consecutive rows of at most `limit` tokens together; a longer row is a group of its own."""
+    ends = group_ends(np.asarray(lengths, np.int64), limit).tolist()
+    return (list(range(begin, end)) for begin, end in pairwise([0, *ends]))
 
 
 class SeededDropout(nn.Module):
