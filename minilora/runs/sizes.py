@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,18 @@ Rows = tuple[int, int]  # of a tensor: how many there are, and bytes of one
 
 
 def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
-    """Return the names and shapes of a decoder's parameters, including the head's also where it is tied."""
+    """Return the names and shapes of a decoder's parameters, including the head's also where it is tied.
+
+    Its blocks are alike, so only one is built.
+    """
     with torch.device("meta"):
-        shapes: Shapes = {f"model.{name}": tuple(p.shape) for name, p in Decoder(config).named_parameters()}
+        short = Decoder(replace(config, num_hidden_layers=1))
+        block = {name: tuple(p.shape) for name, p in short.layers[0].named_parameters()}
     head, size = ("score", classes) if classes else ("lm_head", config.vocab_size)
-    return {**shapes, f"{head}.weight": (size, config.hidden_size)}
+    shapes: Shapes = {f"{EMBEDDING_PATH}.weight": tuple(short.embed_tokens.weight.shape)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"{BLOCKS}{i}.{name}": shape for name, shape in block.items()}
+    return {**shapes, "model.norm.weight": (config.hidden_size,), f"{head}.weight": (size, config.hidden_size)}
 
 
 def embedding_learns(lora: LoraConfig | None, ranks: Mapping[str, int]) -> bool:
