@@ -228,7 +228,7 @@ def test_a_start_is_true_or_a_name(text, value):
                 "--optim --optimizer": "there is none: the optimizer is AdamW",
                 "--wandb --wandb-project": "there is none; use --report tensorboard",
                 "--logging-dir": "there is none: --report tensorboard writes to the directory of --out",
-                "--deepspeed --fsdp": "there is none: start `torchrun -m minilora finetune`, see docs/scale.md",
+                "--deepspeed --fsdp": "there is none; use torchrun --nproc-per-node N -m minilora finetune",
                 "--push-to-hub": "use `minilora push DIR NAME`",
             }.items()
             for flag in flags.split()

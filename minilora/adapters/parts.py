@@ -152,7 +152,7 @@ def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: t
                 f"{path}: loftq quantizes a dense linear itself, found {type(module).__name__}; leave --quantize out"
             )
         if is_sharded(module.weight):
-            raise ConfigError(f"{path}: loftq replaces the weight, which is divided among ranks; leave --shard out")
+            raise ConfigError(f"{path}: loftq replaces the weight, which is divided among ranks; give --shard none")
         lora_A, lora_B, base = loftq_factors(module.weight, r, scale, bias=module.bias)
     elif init_from_weight(init):
         if shape_B[1] != r:

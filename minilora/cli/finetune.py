@@ -131,6 +131,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     if not result.finished:
         meter.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
+        world.barrier()  # the first rank has said so before another one ends
         return SIGNALLED + (meter.stopped_by or signal.SIGTERM)  # which another rank got
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
@@ -143,7 +144,8 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
         base: Any = run.load_base(data, device) if run.is_full else None
         drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
-    run.finish(model, data.tokenizer, result, before, after, drift)
+    if world.is_first():
+        run.finish(model, data.tokenizer, result, before, after, drift)
     print(_table(made, result, before, after, drift), flush=True)
     for pair in zip(*answers.values(), strict=True):
         lines = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in zip(answers, pair, strict=True)]
@@ -172,7 +174,8 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     available, weight, count = torch.get_num_threads(), model.model.embed_tokens.weight, count_parameters(model)
     if threads := run.set_threads(model, data):
         say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
-    run.start(model, data, step)
+    if world.is_first():
+        run.start(model, data, step)
     stored, reason = stored_dtype(run.base_config.source), ""
     if run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
         reason = f", since bfloat16 is slow there (the model is stored in {stored})"
@@ -220,13 +223,14 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             "end the prompts, or begin the completions, with a space or a line end"
         )
     steps = len(plan_steps(data.train.lengths, run.training))
-    if run.shard == "base":
-        say(f"--shard base: each of the {world.size()} processes holds a part of the base")
     parts = run.training.gradient_accumulation_steps
+    if world.size() > 1:
+        held = "a part" if run.shard == "base" else "the whole"
+        say(f"{world.size()} processes, each with {held} of the base; micro-batches of a step: {parts}")
     if parts < world.size():
         say(
-            f"a step has {parts} micro-batches for {world.size()} processes, so some have nothing to do: "
-            "a larger --gradient-accumulation-steps with a smaller --batch-size gives each its part"
+            "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
+            "gives each its part"
         )
     if steps < FEW_STEPS:
         say(f"the run has {steps} steps, which teach little; --epochs makes more of them")

@@ -55,7 +55,10 @@ ADVICE = {  # for flags of these tools that have no counterpart among the flags
     **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
     **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "there is none; use --report tensorboard"),
     "logging_dir": "there is none: --report tensorboard writes to the directory of --out",
-    **dict.fromkeys(("deepspeed", "fsdp"), "there is none: start `torchrun -m minilora finetune`, see docs/scale.md"),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp"),
+        "there is none; use torchrun --nproc-per-node N -m minilora finetune",
+    ),
     "push_to_hub": "use `minilora push DIR NAME`",
     "config_file": "use --config with a .toml or .json file",
     **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "bnb_4bit_quant_type"), "use --quantize nf4"),

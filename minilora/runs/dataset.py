@@ -305,15 +305,18 @@ def keep_dataset(folder: Path, key: str, write: Callable[[Path], Any]) -> Datase
 
     A directory that is not as it was written is not used. Of several ranks, the first decides and writes.
     """
-    own, name = folder / key, f"*/{folder.name}/{key}"
-    found: Path | None = None
-    if world.is_first():
-        found = next(filter(_is_whole, [own, *sorted(folder.parent.parent.glob(name))]), None)
-        if found is None:
-            with replacing(own) as temporary:
-                temporary.mkdir(exist_ok=True)  # one of a killed process of the same number
-                write(temporary)
-    found = world.same(found) or own
+    own = folder / key
+
+    def find_or_write() -> Path:
+        for found in (own, *sorted(folder.parent.parent.glob(f"*/{folder.name}/{key}"))):
+            if _is_whole(found):
+                return found
+        with replacing(own) as temporary:
+            temporary.mkdir(exist_ok=True)  # one of a killed process of the same number
+            write(temporary)
+        return own
+
+    found = world.from_first(find_or_write)
     files = read_manifest(found)
     digest = " ".join(files[f"{name}.bin"]["sha256"] for name in ARRAYS[:2])
     return replace(open_dataset(found), digest=digest)

@@ -110,7 +110,7 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
             count += counts * number
             if progress:
                 progress(together[-1] + 1, len(rows))
-    total, count = world.totals(total, count)
+    total, count = world.sum_over_ranks(total, count)
     if not count:
         raise DataError("the loss counts nothing in the held-out rows")
     return total / count
@@ -129,7 +129,7 @@ def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: P
             logits = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
             total -= counts * _log_probabilities(logits).gather(-1, batch.labels.unsqueeze(-1)).sum().item()
             confusion += counts * (C * batch.labels + logits.argmax(-1)).cpu().bincount(minlength=C * C)
-    total, *found = world.totals(total, *confusion.tolist())
+    total, *found = world.sum_over_ranks(total, *confusion.tolist())
     if not any(found):
         return Scores(None, None)
     scores = class_scores(torch.tensor(found).long().view(C, C).tolist(), model.labels)
@@ -186,7 +186,7 @@ def measure_drift(
                 kl = (log_p.exp() * (log_p - log_q)).sum()
                 sums += counts * torch.stack((before, after, kl)).cpu()
             labelled += counts * len(batch.labels)
-    *totals, number = world.totals(*sums.tolist(), labelled)
+    *totals, number = world.sum_over_ranks(*sums.tolist(), labelled)
     return Drift(*(total / number for total in totals))
 
 
@@ -233,7 +233,7 @@ def choice_accuracy(
                 correct += counts * (choices[scores.index(max(scores))] == answer_of(examples[row]))
             if progress:
                 progress(rows[-1] + 1, len(examples))
-    return world.totals(correct)[0] / len(examples)
+    return world.sum_over_ranks(correct)[0] / len(examples)
 
 
 def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:

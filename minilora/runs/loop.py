@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from minilora.runs.checkpoints import (
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import sizes_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory, returned_memory
+from minilora.runs.machine import compiled, kept_memory, peak_memory_bytes, release_memory, returned_memory
 from minilora.runs.memory import Plan, choose_recompute
 from minilora.runs.objective import (
     UNKNOWN,
@@ -49,7 +49,7 @@ from minilora.runs.objective import (
     rate_of_step,
     trained_parameters,
 )
-from minilora.runs.seeded import Batch, Rows, plan_steps, seeded, set_dropout_step
+from minilora.runs.seeded import MicroBatch, Rows, plan_steps, seeded, set_dropout_step
 from minilora.storage import is_finite
 from minilora.training import Loss, total_norm, train_step
 
@@ -144,13 +144,15 @@ def train(
         if any(is_sharded(p) for p in trained_parameters(run.optimizer).values()):
             raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
         state.run = fingerprint(dataset, held_out if config.selects else (), config, adapters)
+    if len({*world.all_gather(repr((config, len(dataset), len(held_out), state.run)))}) > 1:
+        raise TrainingError("the processes of the run differ in their data or settings")
     try:
         with ExitStack() as stack:
             stack.enter_context(training(model))
             if any(map(is_sharded, model.parameters())):
                 stack.enter_context(returned_memory())
             if config.compile:
-                stack.enter_context(_compiled(model, loss is not None))
+                stack.enter_context(compiled(model, loss is not None))
             return _train(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
@@ -179,27 +181,10 @@ def _with_fitting_recompute(
         sizes_of(dataset),
         [sizes_of(held_out)[:, 0]],
         len(model.labels) if isinstance(model, Classifier) else 0,
+        world.size(),
+        "base" if any(map(is_sharded, model.parameters())) else "none",
     )
     return choose_recompute(plan, held=held_bytes(model))[0].training
-
-
-@contextmanager
-def _compiled(model: Any, is_whole: bool) -> Iterator[None]:
-    """Compile the model as a whole, or the norms and MLPs of its layers, for as long as the block lasts.
-
-    Attention depends on the lengths of documents, and would be compiled again for each.
-    """
-    modules: list[Any] = [model]
-    if not is_whole:
-        modules = [part for block in model.model.layers for part in block.children() if part is not block.self_attn]
-    before = [module._compiled_call_impl for module in modules]  # what `compile` sets; there is no public way back
-    for module in modules:
-        module.compile()
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            module._compiled_call_impl = own
 
 
 @dataclass(frozen=True)
@@ -213,24 +198,25 @@ class _Run:
     steps: Sequence[list[Rows]]
     config: TrainConfig
 
-    def batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of a step that this rank computes; none after the last step."""
         device, first = next(self.model.parameters()).device, step * self.config.gradient_accumulation_steps
         plan = self.steps[step] if step < len(self.steps) else []
         dealt = world.deal(list(enumerate(plan, first)))
         read = ((n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt)
-        return [Batch(n, self.objective.batch(rows, device), counts) for n, rows, counts in read]
+        return [MicroBatch(n, self.objective.batch(rows, device), counts) for n, rows, counts in read]
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Return the sum of the losses of a micro-batch, and how many there are: 0 of one that does not count."""
         total, number = self.objective(model, batch.rows)
-        return (total, number) if batch.counts else (0 * total, 0)
+        return (total, number) if batch.is_counted else (0 * total, 0)
 
 
 def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
-    newest, damaged = world.same((None, ()) if folder is None else newest_checkpoint(folder))
+    reads = folder is not None and world.is_first()
+    newest, damaged = world.broadcast(newest_checkpoint(folder) if folder and reads else (None, ()))
     if folder is not None and newest is not None:
         check_extension(newest, read_state(newest, state.run), total, config)
         state, best = load_checkpoint(newest, model, run.optimizer, state.run)
@@ -238,7 +224,7 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
             raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
         if world.is_first():
             prune(folder, state.step, config.save_total_limit)
-    world.check_equal([*trained_tensors(model).values()], f"step {state.step}")
+    _check_ranks(run, state.step)
     state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
     stopped, first, batches = False, state.step, run.batches(state.step)
@@ -251,19 +237,22 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
         now, step = time.monotonic(), state.step + 1
         state.step, state.tokens, state.seconds = step, state.tokens + record["tokens"], now - started
         pace = {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
-        stopped = _any(on_step({**record, **pace}))
+        wants_stop, has_waited = on_step({**record, **pace}), time.monotonic() - saved >= SAVE_SECONDS
+        stopped, is_late = map(bool, world.sum_over_ranks(bool(wants_stop), has_waited))
         if len(held_out) and config.eval_steps and (step == total or step % config.eval_steps == 0):
             eval_loss = mean_loss(model, run.objective, held_out)
             if state.note(eval_loss) and config.keep == "best":
                 best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
-            stopped |= _any(on_step({"step": step, "eval_loss": eval_loss, "best_step": state.best_step}))
+            evaluation = {"step": step, "eval_loss": eval_loss, "best_step": state.best_step}
+            stopped |= world.sum_over_ranks(bool(on_step(evaluation))) != [0]
         is_due = stopped or step == total or state.stale >= patience  # what follows training may fail
         is_due |= bool(save_steps) and step % save_steps == 0
-        is_due |= config.save_steps is None and _any(time.monotonic() - saved >= SAVE_SECONDS)
+        is_due |= config.save_steps is None and is_late
         if is_due:
-            world.check_equal([*trained_tensors(model).values()], f"step {step}")
+            _check_ranks(run, step)
             if folder is not None and world.is_first():
                 save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
+            world.barrier()  # torchrun ends all ranks when one has ended
             saved = time.monotonic()
     model.eval()
     finished, kept = state.step == total or state.stale >= patience, state.step
@@ -273,12 +262,18 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
     return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
 
 
-def _any(flag: object) -> bool:
-    """Return whether a flag is true on any rank."""
-    return world.totals(bool(flag)) != [0]
+def _check_ranks(run: _Run, step: int) -> None:
+    """Check that all ranks hold the same parameters; buffers, such as the averages of a batch norm, become the first's.
+
+    Raises:
+        TrainingError: parameters differ.
+    """
+    trained = trained_parameters(run.optimizer)
+    world.check_equal([*trained.values()], f"step {step}")
+    world.broadcast_(tensor for name, tensor in trained_tensors(run.model).items() if name not in trained)
 
 
-def _step(run: _Run, step: int, batches: list[Batch]) -> tuple[Record, list[Batch]]:
+def _step(run: _Run, step: int, batches: list[MicroBatch]) -> tuple[Record, list[MicroBatch]]:
     """Make one optimizer step; return its record, and the micro-batches of the next step.
 
     The device is waited for once, when everything is queued and the next micro-batches are on their way.
@@ -295,12 +290,12 @@ def _step(run: _Run, step: int, batches: list[Batch]) -> tuple[Record, list[Batc
     rate = rate_of_step(step, len(run.steps), config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    tokens = run.objective.tokens([batch.rows for batch in batches if batch.counts])
+    tokens = run.objective.tokens([batch.rows for batch in batches if batch.is_counted])
     record: Record = {"step": step + 1}
 
     def reduce(tensors: list[Tensor], count: int) -> int:
-        world.add(tensors)
-        labelled, record["tokens"] = map(int, world.totals(count, count if tokens is None else tokens))
+        world.all_reduce_(tensors)
+        labelled, record["tokens"] = map(int, world.sum_over_ranks(count, count if tokens is None else tokens))
         return labelled
 
     own = seeded(model, batches, config.seed)
@@ -326,14 +321,15 @@ def _step(run: _Run, step: int, batches: list[Batch]) -> tuple[Record, list[Batc
     return record, upcoming
 
 
-def _nonfinite_step(run: _Run, step: int, batches: Sequence[Batch], record: Record) -> str:
+def _nonfinite_step(run: _Run, step: int, batches: Sequence[MicroBatch], record: Record) -> str:
     """Compute a step again, and return where its first number that is not finite is, and of which rows."""
     config, model = run.config, run.model
     eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
     with eager:  # compiled modules run no hooks
         again = seeded(model, batches, config.seed)
-        found = world.gather(first_bad_module(model, lambda: [run.loss(model, batch) for batch in again]))
-    where = min(found, key=lambda place: place == UNKNOWN)  # another rank may have the bad rows
+        found = world.all_gather(first_bad_module(model, lambda: [run.loss(model, batch) for batch in again]))
+    # Another rank may have the bad rows. Gradients are sums over all ranks by now.
+    where = min(found, key=lambda place: (place == UNKNOWN, place.startswith("gradient")))
     bad = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
     return f"step {step + 1}: {bad}; first bad: {where}; rows: {_sources(run, step)}"
 

@@ -137,7 +137,8 @@ def forecast(plan: Plan) -> Forecast:
     layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - held, base.dense)
     n = max((int(np.sum(split[i[0] : i[-1] + 1])) for split in plan.evaluated for i in eval_groups(split)), default=0)
     evaluation = base.dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
-    working = max(head, layer, evaluation - activations) + is_sharded * 2 * max(base.blocks)
+    sent = gradients * (plan.world > 1)  # the buffer in which the ranks' gradients are added
+    working = max(head, layer, evaluation - activations, sent - activations) + is_sharded * 2 * max(base.blocks)
     # With recomputation, the few tensors that are kept fragment the memory that the next layer needs, in 16 bits a
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
@@ -267,7 +268,7 @@ def choose_shard(plan: Plan, wanted: str) -> tuple[Plan, Forecast]:
 def _fits(plan: Plan, found: Forecast, held: int = 0) -> bool:
     """Return whether a run fits into the memory of every rank."""
     free = free_memory_bytes(plan.device)
-    return world.totals(free is not None and found.peak > free + held) == [0]
+    return world.sum_over_ranks(free is not None and found.peak > free + held) == [0]
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:
@@ -277,7 +278,7 @@ def check_memory(plan: Plan, found: Forecast) -> None:
         TrainingError: it does not; the message names the three cheapest changes that would help.
     """
     free = free_memory_bytes(plan.device)
-    if free is None or found.peak <= free:
+    if free is None or _fits(plan, found):
         return
     lines = [f"the run needs {amount(found.peak)} of memory, and {amount(free)} are free on {plan.device}"]
     for flags, changed, cost in _remedies(plan):
@@ -295,6 +296,8 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
     changes: dict[str, Any] = {name: (size + 1) // 2, "gradient_accumulation_steps": more}
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changes.items())
     yield flags, replace(plan, training=replace(training, **changes)), "the gradient is the same"
+    if plan.world > 1 and plan.shard == "none" and plan.lora is not None:
+        yield "--shard base", replace(plan, shard="base"), "its blocks are sent in every micro-batch"
     if training.recompute != "block":
         yield "--recompute block", replace(plan, training=replace(training, recompute="block")), "it takes longer"
     if plan.lora is None:

@@ -42,7 +42,14 @@ from minilora.models.hub import fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs import world
-from minilora.runs.checkpoints import bookkeeping, check_extension, newest_checkpoint, read_state, step_of
+from minilora.runs.checkpoints import (
+    bookkeeping,
+    check_extension,
+    newest_checkpoint,
+    read_state,
+    step_of,
+    trained_tensors,
+)
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.dataset import sizes_of
 from minilora.runs.directory import check_same, hash_inputs
@@ -91,7 +98,7 @@ class Run:
         self.dtype = "float32" if self.is_full else run.dtype
         self.base_config = read_config(locate(run.model, "model").path)
         self.unit = UNITS.get(lora.task_type)
-        self.began = world.same(datetime.now(UTC).replace(microsecond=0))  # a chat template may write the date
+        self.began = world.broadcast(datetime.now(UTC).replace(microsecond=0))  # a chat template may write the date
         self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
         self.files: dict[str, str] = {}  # the data of the earlier ones
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
@@ -111,11 +118,10 @@ class Run:
             TrainingError: it holds a finished run, another run, a run that is at work, or other files.
             FormatError: its run.json is damaged.
         """
-        step = self._prepare() if world.is_first() else 0
-        found = {name: getattr(self, name) for name in FOUND}
-        for name, value in world.same(found).items():
+        step = world.from_first(self._prepare)
+        for name, value in world.broadcast({name: getattr(self, name) for name in FOUND}).items():
             setattr(self, name, value)
-        return world.same(step)
+        return step
 
     def _prepare(self) -> int:
         self.inputs = hash_inputs(self.config, self.reading.prompt_style)
@@ -166,12 +172,15 @@ class Run:
             TrainingError: it cannot be written; another process has begun a run there since `prepare`; the data has
                 changed; or the run is to be longer or shorter, and would not have come to where it is.
         """
+        world.from_first(lambda: self._claim(data))
+
+    def _claim(self, data: Data) -> None:
         if self.starts:
             check_same(f"{self.out}: the data", self.files, data.files)
         if self.checkpoint:
             total = len(plan_steps(data.train.lengths, self.training))
             check_extension(self.checkpoint, read_state(self.checkpoint), total, self.training)
-        if self.lock_file is None and world.is_first():
+        if self.lock_file is None:
             self.lock_file = lock(self.out)
             if holds_files(self.out):
                 raise TrainingError(f"{self.out}: another process has written there meanwhile; give another --out")
@@ -239,6 +248,7 @@ class Run:
         elif not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.adapter_config(data), seed=self.training.seed, losses=losses)
+            world.broadcast_(trained_tensors(model).values())  # decompositions may differ in a bit between devices
 
     def adapter_config(self, data: Data) -> LoraConfig:
         """Return the adapter's config, with the rows of new tokens among those that are trained.
@@ -264,18 +274,14 @@ class Run:
         A resumed run keeps the number that it began with, because another one may round differently. Of several ranks
         each keeps its own.
         """
-        if world.size() > 1:
-            return None
-        if not self.starts:
+        if not self.starts and world.size() == 1:
             return choose_threads(model, data.train, self.training)
-        if "OMP_NUM_THREADS" not in os.environ:
+        if self.starts and self.starts[0].get("ranks", 1) == world.size() == 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.starts[0]["threads"])
         return None
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
-        if not world.is_first():
-            return
         weight = model.model.embed_tokens.weight
         start = {
             "time": (datetime.now(UTC).replace(microsecond=0) if self.starts else self.began).isoformat(),
@@ -308,9 +314,7 @@ class Run:
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
-        if not world.is_first():
-            return
-        if "eval_loss" in record or record["step"] % self.training.logging_steps == 0:
+        if world.is_first() and ("eval_loss" in record or record["step"] % self.training.logging_steps == 0):
             append_line(self.out / "metrics.jsonl", {k: v for k, v in record.items() if k != "total_steps"})
             if self.board:
                 self.board(record)
@@ -325,8 +329,6 @@ class Run:
         drift: Drift | None,
     ) -> None:
         """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
-        if not world.is_first():
-            return
         summary = {
             "before": before.record(),
             "after": after.record(),

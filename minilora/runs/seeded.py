@@ -30,12 +30,12 @@ MAX_STEPS = 1_000_000
 EPOCH_SEEDS = 1_000_003  # larger than the number of epochs, so that no two pairs (seed, epoch) share a generator
 
 
-class Batch(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch."""
 
     number: int  # in the run
     rows: Any  # as the loss takes them
-    counts: bool  # or else another rank has it, too
+    is_counted: bool  # or else another rank has it, too
 
 
 class Steps(Sequence[list[Rows]]):
@@ -187,7 +187,7 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                 adapter.dropout = dropout
 
 
-def seeded(model: nn.Module, batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
+def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Iterator[MicroBatch]:
     """Yield the micro-batches, each with PyTorch's random state set from the seed, on the CPU and on CUDA.
 
     So the dropout of another library's model is the same in a resumed run. The state is restored afterwards.

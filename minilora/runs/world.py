@@ -11,9 +11,10 @@ Without a process group there is one rank, and these functions do nothing.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from minilora.errors import ConfigError, TrainingError
+from minilora.errors import ConfigError, MiniloraError, TrainingError
 from minilora.models.checkpoint import pick_device
 from minilora.models.shard import is_sharded
 
 T = TypeVar("T")
-WAIT = timedelta(hours=1)  # for another rank: the first one may be encoding the data
+TIMEOUT = timedelta(hours=1)  # of a wait for another rank: the first one may be encoding the data
 
 
 def size() -> int:
@@ -54,19 +55,27 @@ def joined(device: str) -> Iterator[torch.device]:
     Raises:
         ConfigError: the device cannot be used here, or there are fewer GPUs than ranks on this machine.
     """
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and size() == 1
+    if joins and device in ("auto", "cuda") and torch.cuda.is_available():
+        if (local := int(os.environ.get("LOCAL_RANK", "0"))) >= (count := torch.cuda.device_count()):
+            raise ConfigError(f"rank {local} of this machine has no GPU of its own; {count} are there")
+        device = f"cuda:{local}"  # and no other before, on which a rank would leave a context
     chosen = pick_device(device)
     with ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and size() == 1:
+        if joins:
+            if chosen.type not in ("cuda", "cpu"):
+                raise ConfigError(f"several processes cannot share {chosen.type}; give --device cpu")
             if chosen.type == "cuda":
-                chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-                if chosen.index >= (count := torch.cuda.device_count()):
-                    raise ConfigError(f"rank {chosen.index} of this machine has no GPU of its own; {count} are there")
                 torch.cuda.set_device(chosen)
-            with _found():
-                dist.init_process_group(timeout=WAIT)  # NCCL for tensors on a GPU, gloo for those on the CPU
+            try:
+                with _connection_errors():
+                    dist.init_process_group(timeout=TIMEOUT)  # NCCL for tensors on a GPU, gloo for those on the CPU
+            except ValueError as error:
+                raise ConfigError(f"WORLD_SIZE is set, but {error}; start several processes by torchrun") from error
             stack.callback(dist.destroy_process_group)
+            stack.callback(gc.collect)  # of a sharded model, whose hooks would keep the group alive
         if not is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield chosen
@@ -82,7 +91,7 @@ def deal(items: Sequence[T]) -> list[tuple[T, bool]]:
     return own + [(item, False) for item in items[-1:]] * (-(-len(items) // size()) - len(own))
 
 
-def add(tensors: Sequence[Tensor]) -> None:
+def all_reduce_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the ranks: all travel in one buffer, in float32 or wider.
 
     A tensor that is sharded is a gradient that FSDP has averaged over the ranks, so it is only multiplied by N.
@@ -94,40 +103,66 @@ def add(tensors: Sequence[Tensor]) -> None:
     own = [tensor for tensor in tensors if not is_sharded(tensor)]
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own) else torch.float32
     buffer = torch.cat([tensor.reshape(-1).to(wide) for tensor in own])
-    with _found():
+    with _connection_errors():
         dist.all_reduce(buffer)
     for tensor, part in zip(own, buffer.split([tensor.numel() for tensor in own]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def totals(*numbers: float) -> list[float]:
+def sum_over_ranks(*numbers: float) -> list[float]:
     """Return the sum over the ranks of each number, which is exact for whole ones below 2^53."""
     if size() == 1:
         return [*numbers]
     found = torch.tensor(numbers, dtype=torch.float64, device=_device())
-    with _found():
+    with _connection_errors():
         dist.all_reduce(found)
     return found.tolist()
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Return the value of every rank, which can be any object that can be pickled."""
     if size() == 1:
         return [value]
     found: list[Any] = [None] * size()
-    with _found():
+    with _connection_errors():
         dist.all_gather_object(found, value)
     return found
 
 
-def same(value: T) -> T:
+def broadcast(value: T) -> T:
     """Return the first rank's value."""
     if size() == 1:
         return value
     found = [value]
-    with _found():
+    with _connection_errors():
         dist.broadcast_object_list(found, device=_device())
     return found[0]
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """Return what the first rank computes; an error of it is raised on every rank."""
+    found: Any = None
+    if is_first():
+        try:
+            found = compute()
+        except (MiniloraError, OSError) as error:
+            found = error
+    found = broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the first rank's."""
+    for tensor in tensors if size() > 1 else ():
+        with _connection_errors():
+            dist.broadcast(tensor.detach(), 0)
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    sum_over_ranks(0)
 
 
 def check_equal(tensors: Sequence[Tensor], when: str) -> None:
@@ -142,7 +177,7 @@ def check_equal(tensors: Sequence[Tensor], when: str) -> None:
     for tensor in tensors:
         if not is_sharded(tensor):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    found = gather(digest.hexdigest())
+    found = all_gather(digest.hexdigest())
     if bad := [str(number) for number, hashed in enumerate(found) if hashed != found[0]]:
         raise TrainingError(f"{when}: what is trained differs between rank 0 and rank {', '.join(bad)}")
 
@@ -153,11 +188,13 @@ def _device() -> torch.device:
 
 
 @contextmanager
-def _found() -> Iterator[None]:
+def _connection_errors() -> Iterator[None]:
     """Say in words that another rank does not answer."""
     try:
         yield
     except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
         reason = str(error).partition(". ")[0]
         raise TrainingError(
             f"rank {os.environ.get('RANK', '?')}: another process of the run does not answer ({reason:.200}); "

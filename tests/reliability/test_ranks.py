@@ -72,11 +72,12 @@ def test_a_killed_rank_ends_the_run_which_torchrun_starts_again(inputs, whole, t
     assert steps(out) == list(range(1, 61))
 
 
-def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(inputs, whole, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(rank, inputs, whole, tmp_path):
     out = tmp_path / "out"
     launcher = launch(inputs, out)
     after(10, out, launcher)
-    os.kill(worker(launcher, 1), signal.SIGTERM)
+    os.kill(worker(launcher, rank), signal.SIGTERM)
     assert launcher.wait() == 1
     stopped = steps(out)[-1]
     assert newest_step(out / "checkpoints") == stopped < 60
