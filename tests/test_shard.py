@@ -148,7 +148,9 @@ def check_gradients(cases):
 def check_training(cases, expected):
     for (name, held), losses in expected.items():
         with cases.of("losses", name, held), cases.adapted(WHOLE, held, **CONFIGS[name]) as (_, divided):
-            assert_parity(losses_of(divided), losses, 1e-9)
+            found = losses_of(divided)
+            if losses is not None:
+                assert_parity(found, losses, 1e-9)
 
 
 def check_memory(cases):
@@ -252,8 +254,10 @@ def check_heads(cases):
 def work(rank, size, folder, is_long):
     """In one of the processes: all cases, and what is found wrong as a file."""
     asked = [("DoRA", "nf4"), *([("LoRA", "dense")] if is_long else [])]
-    models = [ml.load_model(folder / WHOLE, "float64", quantize=HELD[held]) for _, held in asked]
-    expected = {each: losses_of(adapted(m, **CONFIGS[each[0]])) for each, m in zip(asked, models, strict=True)}
+    expected = dict.fromkeys(asked)
+    for name, held in asked if rank == 0 else ():
+        model = ml.load_model(folder / WHOLE, "float64", quantize=HELD[held])
+        expected[name, held] = losses_of(adapted(model, **CONFIGS[name]))
     place, limit = f"file://{folder / f'meet {size} {is_long}'}", timedelta(seconds=SECONDS)
     distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=size, timeout=limit)
     cases = Cases(folder, rank, size, is_long)
@@ -261,10 +265,9 @@ def work(rank, size, folder, is_long):
     check_bad_weight(cases)
     check_gradients(cases)
     check_training(cases, expected)
-    check_memory(cases)
     check_evaluation(cases)
     if is_long:
-        for check in (check_start_values, check_files, check_heads):
+        for check in (check_memory, check_start_values, check_files, check_heads):
             check(cases)
     (folder / f"{size} {rank}.json").write_text(json.dumps(cases.failures))
     distributed.barrier()
