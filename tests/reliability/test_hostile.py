@@ -121,7 +121,8 @@ def running(text):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_unpickles_evaluates_or_starts_anything(module):
-    assert not [*running(MODULES[module].read_text(encoding="utf-8"))]
+    allowed = {"multiprocessing"} if module == "runs/dataset" else set()  # whose processes encode rows
+    assert not {*running(MODULES[module].read_text(encoding="utf-8"))} - allowed
 
 
 @pytest.mark.parametrize(
