@@ -262,10 +262,13 @@ def test_inspect_shows_the_terms_of_a_rank_and_of_its_step(directory, capsys):
         assert planned.training.gradient_accumulation_steps == 4  # a batch a rank
 
 
-def test_without_both_rates_there_is_no_time(directory, capsys):
-    for flags in ([], ["--gemm-rate", "1e9"], ["--bandwidth", "1e9"]):
-        assert cli.main(["inspect", str(directory), "--memory", "--world", "2", *flags]) == 0
-        assert "seconds" not in capsys.readouterr().out
+def test_without_rates_there_is_no_time_and_one_alone_is_refused(directory, capsys):
+    command = ["inspect", str(directory), "--memory", "--world", "2"]
+    assert cli.main(command) == 0
+    assert "seconds" not in capsys.readouterr().out
+    for flag in ("--gemm-rate", "--bandwidth"):
+        assert cli.main([*command, flag, "1e9"]) == 1
+        assert "give both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

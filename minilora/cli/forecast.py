@@ -80,11 +80,13 @@ def ranks_page(options: Options) -> str:
 
     Raises:
         FormatError: there is no config.json.
-        ConfigError: the model is not supported, or a flag's value is not above 0.
+        ConfigError: the model is not supported, a flag's value is not above 0, or one rate is given without the other.
     """
     N, shard, gemm_rate, bandwidth = (options[name] for name in ("world", "shard", "gemm_rate", "bandwidth"))
     if any(value is not None and not value > 0 for value in (N, gemm_rate, bandwidth)):
         raise ConfigError("--world, --gemm-rate and --bandwidth must be above 0")
+    if (gemm_rate is None) != (bandwidth is None):
+        raise ConfigError("--gemm-rate and --bandwidth give the seconds of a step together; give both, or none")
     # A GPU that is not here is of an unknown kind; "meta" is no CPU either.
     is_absent = options["device"] == "cuda" and not torch.cuda.is_available()
     device = torch.device("meta") if is_absent else pick_device(options["device"])
@@ -144,8 +146,7 @@ def _memory_table(plans: Mapping[str, Plan]) -> Iterator[str]:
 
 
 def _step_table(plans: Mapping[str, Plan], gemm_rate: float | None, bandwidth: float | None) -> Iterator[str]:
-    is_timed = gemm_rate is not None and bandwidth is not None
-    yield _row("", ["FLOP", "all-reduce", "all-gather", *["seconds"] * is_timed])
+    yield _row("", ["FLOP", "all-reduce", "all-gather", *["seconds"] * (gemm_rate is not None)])
     for way, plan in plans.items():
         step = forecast_step(plan)
         cells = [f"{step.flop:.3g}", amount(step.reduced), amount(step.gathered)]

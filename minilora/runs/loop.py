@@ -215,8 +215,7 @@ class _Run:
 def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
-    reads = folder is not None and world.is_first()
-    newest, damaged = world.broadcast(newest_checkpoint(folder) if folder and reads else (None, ()))
+    newest, damaged = world.from_first(lambda: newest_checkpoint(folder) if folder else (None, ()))
     if folder is not None and newest is not None:
         check_extension(newest, read_state(newest, state.run), total, config)
         state, best = load_checkpoint(newest, model, run.optimizer, state.run)
