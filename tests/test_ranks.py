@@ -1,6 +1,5 @@
 """A run on several ranks: losses, gradients, scores and files are those of one, but for the order of sums."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -15,11 +14,10 @@ from minilora.errors import MiniloraError
 from minilora.runs import world
 from minilora.runs.evaluate import choice_accuracy, evaluate_classes, held_out_loss, measure_drift
 from minilora.runs.seeded import plan_steps
-from minilora.storage import TensorFile
 from minilora.testing.compare import assert_parity
 from tests.models import four_bit, long
-from tests.ranks import on_launched, on_ranks
-from tests.runs import ADAPTER, metrics, starts, unfinished, words, write_inputs
+from tests.ranks import on_ranks
+from tests.runs import words, write_inputs
 from tests.test_classifier import tiny_classifier
 from tests.training import adapted, gradients, random_rows, weights
 
@@ -232,40 +230,7 @@ def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
     assert (stopped, finished) == ((3, False), (8, True))
 
 
-def commands(*lines):
-    """Run commands in turn; their statuses."""
-    return [cli.main([str(word) for word in line]) for line in lines]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def losses(out):
-    return torch.tensor([record.get("loss", record.get("eval_loss")) for record in metrics(out)], dtype=torch.float64)
-
-
-def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(inputs, tmp_path):
-    one, two, again, four, back = (tmp_path / name for name in ("one", "two", "again", "four", "back"))
-    changes = {"save_total_limit": 9, "save_steps": 2, "eval_steps": 4, "samples": 1, "lr_scheduler": "cosine"}
-
-    def command(out, **more):
-        return words(inputs, out, **changes, **more)
-
-    assert commands(command(one)) == [0]
-    assert on_launched(2, commands, command(two)) == [[0], [0]]
-    assert_parity(losses(two), losses(one), 1e-4)
-    for out in (again, four):
-        unfinished(two, out, 4)
-    assert on_launched(2, commands, command(again)) == [[0], [0]]
-    assert [(again / name).read_bytes() for name in ADAPTER] == [(two / name).read_bytes() for name in ADAPTER]
-    assert on_launched(4, commands, command(four, shard="base")) == [[0]] * 4
-    assert commands(command(unfinished(four, back, 8))) == [0]
-    assert starts(back) == [0, 4, 8]
-    assert_parity(losses(back), losses(one), 1e-4)
-    files = [TensorFile(out / "adapter_model.safetensors") for out in (back, one)]
-    for name in files[0].shapes:
-        assert_parity(*(file.read(name) for file in files), 1e-3)
-    record = json.loads((back / "run.json").read_text())
-    assert [(start["ranks"], start["shard"]) for start in record["starts"]] == [(2, "none"), (4, "base"), (1, "none")]
+def test_one_process_has_nothing_to_divide_a_base_among(tmp_path, capsys):
+    inputs = write_inputs(tmp_path / "inputs")
+    assert cli.main([str(word) for word in words(inputs, tmp_path / "out", shard="base")]) == 1
+    assert "--shard base: without effect in one process" in capsys.readouterr().err

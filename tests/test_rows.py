@@ -109,6 +109,8 @@ def test_a_word_is_found_across_the_parts_that_a_file_is_read_in(tmp_path, monke
     assert holds_word(path, b"instruction")
     assert not holds_word(path, b"instructions")
     assert count_lines(path) == 3
+    path.write_bytes(b"{}\n{}\n")
+    assert count_lines(path) == 2
 
 
 def touch(directory, *names):

@@ -132,8 +132,11 @@ def holds_word(path: Path, word: bytes) -> bool:
 
 
 def count_lines(path: Path) -> int:
-    """Count the lines of a file."""
-    return sum(chunk.count(b"\n") for chunk in read_chunks(path)) + 1
+    """Count the lines of a file, the last one also where no newline ends it."""
+    count, last = 0, b"\n"
+    for last in read_chunks(path):
+        count += last.count(b"\n")
+    return count + (last[-1:] != b"\n")
 
 
 def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:

@@ -1,5 +1,6 @@
-"""Runs of several processes under torchrun, of which one is killed or told to stop."""
+"""Runs of several processes: one is killed or told to stop, and a run goes on with another number of them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.runs import ADAPTER, starts, steps, words
+from minilora import cli
+from minilora.storage import TensorFile
+from minilora.testing.compare import assert_parity
+from tests.ranks import on_launched
+from tests.runs import ADAPTER, metrics, starts, steps, unfinished, words
 from tests.training import newest_step
 
 pytestmark = [
@@ -85,3 +91,37 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(rank, inputs, whole, 
     assert f"stopped after step {stopped} of 60" in said(out).read_text()
     assert launch(inputs, out).wait() == 0
     assert {name: (out / name).read_bytes() for name in ADAPTER} == whole
+
+
+def commands(*lines):
+    """Run commands in turn; their statuses."""
+    return [cli.main([str(word) for word in line]) for line in lines]
+
+
+def losses(out):
+    return torch.tensor([record.get("loss", record.get("eval_loss")) for record in metrics(out)], dtype=torch.float64)
+
+
+def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(inputs, tmp_path):
+    one, two, again, four, back = (tmp_path / name for name in ("one", "two", "again", "four", "back"))
+    changes = {"save_total_limit": 9, "save_steps": 2, "eval_steps": 4, "samples": 1, "lr_scheduler": "cosine"}
+
+    def command(out, **more):
+        return words(inputs, out, **changes, **more)
+
+    assert commands(command(one)) == [0]
+    assert on_launched(2, commands, command(two)) == [[0], [0]]
+    assert_parity(losses(two), losses(one), 1e-4)
+    for out in (again, four):
+        unfinished(two, out, 4)
+    assert on_launched(2, commands, command(again)) == [[0], [0]]
+    assert [(again / name).read_bytes() for name in ADAPTER] == [(two / name).read_bytes() for name in ADAPTER]
+    assert on_launched(4, commands, command(four, shard="base")) == [[0]] * 4
+    assert commands(command(unfinished(four, back, 8))) == [0]
+    assert starts(back) == [0, 4, 8]
+    assert_parity(losses(back), losses(one), 1e-4)
+    files = [TensorFile(out / "adapter_model.safetensors") for out in (back, one)]
+    for name in files[0].shapes:
+        assert_parity(*(file.read(name) for file in files), 1e-3)
+    record = json.loads((back / "run.json").read_text())
+    assert [(start["ranks"], start["shard"]) for start in record["starts"]] == [(2, "none"), (4, "base"), (1, "none")]
