@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _same_everywhere():
     """Draw the same numbers in each test, whatever ran before it, a peer's own numbers included."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     torch.set_num_threads(THREADS)
 
 

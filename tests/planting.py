@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SERVER = """
 import json, os, resource, signal, sys
-import pytest, safetensors.torch, tokenizers, torch.utils.checkpoint
+import hypothesis.strategies, pytest, safetensors.torch, tokenizers, torch.utils.checkpoint
 torch.set_num_threads(1)
 for line in sys.stdin:
     seconds, arguments = json.loads(line)
@@ -53,7 +53,7 @@ class Copy:
         path = self.folder / "minilora" / file
         original = path.read_text(encoding="utf-8")
         self._write(path, source)
-        options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--hypothesis-profile=find"]
+        options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--hypothesis-profile=find", "-Wignore:Module already", "--tb=line"]
         print(
             json.dumps([seconds, [*options, *(test if test.startswith("-") else f"tests/{test}" for test in tests)]]),
             file=self.server.stdin,

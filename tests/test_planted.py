@@ -302,7 +302,7 @@ MISTAKES = {
         "adapters/files.py",
         '"lora_alpha": growth * config.lora_alpha',
         '"lora_alpha": config.lora_alpha',
-        "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes",
+        "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes[PiSSA]",
     ),
     "law 10: on the page the scale is saved as alpha": Mistake(
         "adapter.py", "adapter.scale * len(adapter.lora_A)", "adapter.scale", "test_six_pages.py"
