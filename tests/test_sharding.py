@@ -1,19 +1,15 @@
 """A 4-bit model with adapters, sharded over two processes by PyTorch's own FSDP."""
 
-import multiprocessing as processes
-import os
-
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import minilora as ml
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_parity
 from tests.models import randn, randomize_adapters_
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-PROCESSES = 2
+from tests.ranks import on_ranks
 
 
 def adapted():
@@ -25,13 +21,11 @@ def adapted():
     return model
 
 
-def compare(rank, place):
+def compare():
     """In one of the processes: outputs and gradients of the sharded model and of one that is not."""
-    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=PROCESSES)
     alone, sharded = adapted(), adapted()
-    mesh = distributed.init_device_mesh("cpu", (PROCESSES,))
     for module in (sharded[0], sharded[2], sharded):
-        fsdp.fully_shard(module, mesh=mesh)
+        fully_shard(module)
     x = randn(3, 7, 128, dtype=torch.float32)
     outputs = [model(x) for model in (alone, sharded)]
     for y in outputs:
@@ -43,12 +37,8 @@ def compare(rank, place):
         else:
             assert other.grad is None, name
             assert other.to_local().numel() < one.numel() or one.numel() == 1, name
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # at a usual end threads of PyTorch may be found running, which ends the process in an abort
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
-def test_a_sharded_model_gives_outputs_and_gradients_of_one_that_is_not(tmp_path):
-    processes.set_forkserver_preload([__name__])  # one import of PyTorch for both
-    multiprocessing.start_processes(compare, (tmp_path / "meet",), nprocs=PROCESSES, start_method="forkserver")
+def test_a_sharded_model_gives_outputs_and_gradients_of_one_that_is_not():
+    on_ranks(2, compare)
