@@ -53,7 +53,8 @@ class Copy:
         path = self.folder / "minilora" / file
         original = path.read_text(encoding="utf-8")
         self._write(path, source)
-        options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--hypothesis-profile=find", "-Wignore:Module already", "--tb=line"]
+        options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--tb=line", "--hypothesis-profile=find"]
+        options += ["-Wignore:Module already"]  # imported, and so its asserts are not rewritten
         print(
             json.dumps([seconds, [*options, *(test if test.startswith("-") else f"tests/{test}" for test in tests)]]),
             file=self.server.stdin,
