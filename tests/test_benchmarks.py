@@ -246,16 +246,16 @@ def test_the_command_measures_and_writes_a_page(is_fresh, shop, tmp_path, capsys
     monkeypatch.setattr(turns.Workshop.task, "__defaults__", (0, 2))  # steps
     out = tmp_path / "results" / "RESULTS.md"
     arguments = ["--model", str(shop.model("smollm2")), "--out", str(out), "--rounds", "1", "--peers"]
-    assert command.main([*arguments, "--only", "bf16-real", "save-model"]) == 0
+    assert command.main([*arguments, "--only", "fp32-real", "save-model"]) == 0
     assert command.main([*arguments, "--only", "load-again"]) == 0
-    monkeypatch.setattr(work, "ablations", lambda: [work.Ablation("ablation-bf16-real", "bf16-real")])
+    monkeypatch.setattr(work, "ablations", lambda: [work.Ablation("ablation-fp32-real", "fp32-real")])
     assert command.main([*arguments, "--only", "ablation"]) == 0
-    assert "bf16-real: " in capsys.readouterr().out
+    assert "fp32-real: " in capsys.readouterr().out
     page = out.read_text(encoding="utf-8")
     assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert all(len(found) == 1 for found in columns(page))
     assert re.search(r"^\| kept memory \| \d+\.\d\d \| \d+\.\d\d \|$", page, flags=re.MULTILINE)
-    assert re.search(r"^\| bf16-real \| [\d,]+ \| [\d,]+ \| \d+\.\d\d \|", page, flags=re.MULTILINE)
+    assert re.search(r"^\| fp32-real \| [\d,]+ \| [\d,]+ \| \d+\.\d\d \|", page, flags=re.MULTILINE)
     assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in page
     assert "torch 2." in page
 
