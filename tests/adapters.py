@@ -15,7 +15,8 @@ from minilora.adapters.layers import AdapterConv, AdapterConv1D, AdapterEmbeddin
 from minilora.adapters.parts import build_adapter
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
-from minilora.testing import reference, reference_conv
+from minilora.testing import reference
+from tests import reference_model
 from tests.models import fill_, randn, scales, seeds, token_ids
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -198,13 +199,13 @@ def applied_by_loops(layer: AdapterLinear, x: Tensor) -> reference.Array:
     else:
         padding = [(0, 0) if base.padding == "valid" else (base.padding[i],) * 2 for i in sides]
     whole = matrix.reshape(len(matrix), base.in_channels, *base.kernel_size)
-    return reference_conv.convolution(_array(x), whole, bias, base.stride, padding, base.dilation, base.padding_mode)
+    return reference_model.convolution(_array(x), whole, bias, base.stride, padding, base.dilation, base.padding_mode)
 
 
 def _matrix(layer: AdapterLinear, weight: Tensor, is_factor: bool = False) -> reference.Array:
     array = _array(weight)
     if isinstance(layer, AdapterConv):
-        return reference_conv.ungrouped(array, layer.base.groups).reshape(len(array), -1)
+        return reference_model.ungrouped(array, layer.base.groups).reshape(len(array), -1)
     return array.T if isinstance(layer, AdapterConv1D | AdapterEmbedding) and not is_factor else array
 
 

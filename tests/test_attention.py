@@ -13,8 +13,8 @@ from torch.torch_version import TorchVersion
 from minilora.kernel import attention
 from minilora.kernel.attention import block_attention, fused_attention, select_kernel, varlen_attention
 from minilora.llama import causal_attention
-from minilora.testing import reference
 from minilora.testing.compare import assert_maths
+from tests import reference_model
 from tests.models import allocated, examples, of_kernels, randn, seeds
 from tests.test_llama import attention_inputs, wide
 
@@ -59,7 +59,7 @@ def dense_attention(q, k, v, lengths, key_lengths, window):
 @given(attention_inputs(), windows)
 def test_attention_equals_the_loops(kernel, case, window):
     q, k, v, lengths, key_lengths = case
-    expected = reference.causal_attention(wide(q), wide(k), wide(v), lengths, key_lengths, window)
+    expected = reference_model.causal_attention(wide(q), wide(k), wide(v), lengths, key_lengths, window)
     assert_maths(kernel(q, k, v, lengths, key_lengths, window), expected)
 
 

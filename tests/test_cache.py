@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.models.cache import KVCache, decode_attention, neighbours
-from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_precision
+from tests import reference_model
 from tests.models import allocated, randn, seeds, sizes, tiny_config
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_the_answer_is_causal_attention_over_all_that_was_given(seed, calls, win
         asking = [(length, *each) for length, each in zip(lengths, past, strict=True) if length]
         keys, values = (torch.cat([each[i] for each in asking]) for i in (1, 2))
         spans = [length for length, *_ in asking], [len(each[1]) for each in asking]
-        expected = reference.causal_attention(q.numpy(), keys.numpy(), values.numpy(), *spans, window)
+        expected = reference_model.causal_attention(q.numpy(), keys.numpy(), values.numpy(), *spans, window)
         assert_maths(add(cache, lengths, seed + 10 * n, window), expected)
         assert cache.lengths == [len(keys) for keys, _ in past]
 

@@ -13,8 +13,8 @@ from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.find import linear_layers
 from minilora.models.classifier import Classifier, classifier_config, load_classifier
 from minilora.storage import read_json, write_json
-from minilora.testing import reference
 from minilora.testing.compare import assert_maths
+from tests import reference_model
 from tests.files import same_state
 from tests.models import document_lengths, examples, families, fill_, layouts, seeds, tiny_config, tiny_model, token_ids
 
@@ -44,7 +44,7 @@ def expected_scores(model, document):
     tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     rotation = [table.numpy() for table in model.config.rope.rotation([range(len(document))], CPU)]
     tensors["lm_head.weight"] = tensors["score.weight"]
-    scores = reference.decoder_logits(tensors, model.config, document.tolist(), rotation)
+    scores = reference_model.decoder_logits(tensors, model.config, document.tolist(), rotation)
     return torch.from_numpy(scores + tensors.get("score.bias", 0))
 
 

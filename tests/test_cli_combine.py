@@ -12,13 +12,13 @@ import minilora as ml
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
+from minilora.cli.extract import extract_directory
 from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
 from minilora.durable import MANIFEST
 from minilora.models.hub import Location
 from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
-from minilora.tools.extraction import extract_directory
 from minilora.tools.merging import Deviation
 from tests.files import edit, same_state
 from tests.models import perturb_, randn, randomize_adapters_, tiny_model

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora.cli import selftest
 from minilora.testing import (
     CheckFailure,
     MaskedLogits,
@@ -18,13 +19,12 @@ from minilora.testing import (
     check_loss_masking,
     laws,
     on_numpy,
-    reference_data,
+    reference,
 )
 from minilora.testing.bounds import Bounded
 from minilora.testing.compare import worst
 from minilora.testing.data_laws import GROUPS, ROWS
 from minilora.testing.laws import FAR
-from minilora.tools import selftest
 from tests.models import either
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ masks = st.lists(st.sampled_from("x."), min_size=2, max_size=5).map("".join)
 def test_the_gradient_of_the_loss_is_the_slope_of_the_loss(seed, first, second):
     case = MaskedLogits((first, second.ljust(len(first), ".")[: len(first)]), 3, seed=seed)
     direction, step = np.random.default_rng(seed).standard_normal(case.logits.shape), 1e-5
-    ahead, behind = (reference_data.masked_loss(case.logits + s * direction, case.labels) for s in (step, -step))
-    slope = (reference_data.masked_loss_gradient(case.logits, case.labels) * direction).sum()
+    ahead, behind = (reference.masked_loss(case.logits + s * direction, case.labels) for s in (step, -step))
+    slope = (reference.masked_loss_gradient(case.logits, case.labels) * direction).sum()
     if not np.isnan(ahead):
         assert_maths((ahead - behind) / (2 * step), Bounded(slope, np.asarray(1e-8)))
 
@@ -49,7 +49,7 @@ def test_the_loss_is_the_logarithm_of_a_product_of_probabilities():
     chance, (b, t) = 1.0, (np.array([0, 0, 1]), np.array([0, 2, 0]))
     for z, label in zip(case.logits[b, t], case.labels[b, t + 1], strict=True):
         chance *= np.exp(z[label]) / np.exp(z).sum()
-    assert_maths(reference_data.masked_loss(case.logits, case.labels), -np.log(chance) / 3)
+    assert_maths(reference.masked_loss(case.logits, case.labels), -np.log(chance) / 3)
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -60,8 +60,8 @@ def test_the_gradient_of_a_step_is_the_slope_of_the_loss_of_all_its_rows(groups)
     for index in np.ndindex(case.W.shape):
         step = np.zeros(case.W.shape)
         step[index] = 1e-5
-        ahead, behind = (reference_data.masked_loss(x @ (case.W + s * step).T, labels) for s in (1, -1))
-        found = reference_data.accumulated_gradient(case.W, list(case.batches()))[index]
+        ahead, behind = (reference.masked_loss(x @ (case.W + s * step).T, labels) for s in (1, -1))
+        found = reference.accumulated_gradient(case.W, list(case.batches()))[index]
         assert_maths((ahead - behind) / 2e-5, Bounded(found, np.asarray(1e-8)))
 
 

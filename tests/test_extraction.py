@@ -9,8 +9,8 @@ import minilora as ml
 from minilora import FormatError, TargetError
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization
+from minilora.cli.extract import extract_directory
 from minilora.testing.compare import MATHS, assert_maths, relative
-from minilora.tools.extraction import extract_directory
 from tests.files import change
 from tests.models import allocated, families, randn, randomize_adapters_, tiny_model
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.cli.selftest import implementations as ours
 from minilora.testing import NF4Weight, implementations, laws
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
-from minilora.tools.selftest import implementations as ours
 
 pytestmark = pytest.mark.long
 LAYER_LAWS = ("forward", "identity", "merge", "gradients", "scale", "sums", "frozen")

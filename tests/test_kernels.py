@@ -15,8 +15,8 @@ from minilora import definition, llama, lora, nf4
 from minilora.kernel import attention
 from minilora.kernel import llama as loss
 from minilora.nf4 import NF4Linear
+from minilora.testing.checks import check_kernel, results
 from minilora.testing.compare import assert_maths, assert_parity
-from minilora.testing.kernel_laws import check_kernel, results
 from tests import models
 from tests.models import examples, long, of_kernels, randn, scales, seeds, sizes, small_tiles, token_ids
 

@@ -15,7 +15,7 @@ from minilora.models.cache import KVCache
 from minilora.models.checkpoint import init_weights
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
-from tests import models
+from tests import models, reference_model
 from tests.golden.make_models import FILE, LENGTHS
 from tests.models import document_lengths, either, families, randn, seeds, sizes, tiny_config, tiny_model, token_ids
 
@@ -45,7 +45,7 @@ def wide(tensor):
 @given(seeds, sizes, sizes, sizes, st.sampled_from([1e-6, 0.5]))
 def test_rms_norm_equals_the_loops(seed, n, heads, width, eps):
     x, weight = randn(seed, n, heads, width), randn(seed + 1, width)
-    assert_maths(llama.rms_norm(x, weight, eps), reference.rms_norm(wide(x), wide(weight), eps))
+    assert_maths(llama.rms_norm(x, weight, eps), reference_model.rms_norm(wide(x), wide(weight), eps))
 
 
 @either
@@ -57,7 +57,7 @@ def test_rms_norm_of_zeros_is_zero():
 @given(seeds, sizes, sizes)
 def test_swiglu_equals_the_loops(seed, n, width):
     gate, up = 4 * randn(seed, n, width), randn(seed + 1, n, width)
-    assert_maths(llama.swiglu(gate, up), reference.swiglu(wide(gate), wide(up)))
+    assert_maths(llama.swiglu(gate, up), reference_model.swiglu(wide(gate), wide(up)))
 
 
 @st.composite
@@ -71,14 +71,14 @@ def rotations(draw, dtype=torch.float64):
 @either
 @given(rotations())
 def test_rotate_is_a_product_of_complex_numbers(case):
-    assert_maths(llama.rotate(*case), reference.rotate(*map(wide, case)))
+    assert_maths(llama.rotate(*case), reference_model.rotate(*map(wide, case)))
 
 
 @either
 @given(attention_inputs(), st.none() | st.integers(1, 6))
 def test_attention_equals_the_loops(case, window):
     q, k, v, *where = case
-    expected = reference.causal_attention(wide(q), wide(k), wide(v), *where, window)
+    expected = reference_model.causal_attention(wide(q), wide(k), wide(v), *where, window)
     assert_maths(llama.causal_attention(*case, window), expected)
 
 
@@ -127,7 +127,9 @@ def test_logits_equal_the_oracle(family, seed, lengths, longer):
     for part in tokens.split(lengths):
         # The model's own float32 tables: how exact they are is a law of test_rope.py, and float32 would hide the rest.
         rotation = [table.numpy() for table in model.config.rope.rotation([range(len(part))], CPU)]
-        expected.append(torch.from_numpy(reference.decoder_logits(tensors, model.config, part.tolist(), rotation)))
+        expected.append(
+            torch.from_numpy(reference_model.decoder_logits(tensors, model.config, part.tolist(), rotation))
+        )
     assert_maths(model.lm_head(hidden), torch.cat(expected))
 
 

@@ -20,7 +20,7 @@ from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.durable import holds_files
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear, quantize
-from minilora.testing import reference_nf4 as reference
+from minilora.testing import reference
 from minilora.testing.compare import assert_maths
 from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms

@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from minilora import llama, nf4
 from minilora.data import IGNORE_INDEX
 from minilora.llama import causal_attention
-from minilora.testing import reference, reference_conv, reference_nf4
-from minilora.testing.cases import linear_cases
+from minilora.testing import reference
+from minilora.testing.cases import wrong_gradients, wrong_linears
 from minilora.testing.compare import PARITY, maths, relative, worst
-from minilora.testing.linear_mistakes import wrong_gradients, wrong_linears
+from minilora.testing.lora_laws import linear_cases
 from minilora.testing.strategies import METHODS
+from tests import reference_model
 from tests.models import randn, tiny_model, token_ids
 
 WHERE = [3, 4], [3, 4]
 Q, KEYS, VALUES = randn(1, 7, 4, 4), randn(2, 7, 2, 4), randn(3, 7, 2, 4)
-ATTENTION = reference.causal_attention(Q.numpy(), KEYS.numpy(), VALUES.numpy(), *WHERE, 2)
+ATTENTION = reference_model.causal_attention(Q.numpy(), KEYS.numpy(), VALUES.numpy(), *WHERE, 2)
 WRONG_ATTENTION = {
     "mask shifted": causal_attention(Q, KEYS, VALUES, *WHERE, window=1),
     "window too wide": causal_attention(Q, KEYS, VALUES, *WHERE, window=3),
@@ -56,14 +57,14 @@ def test_a_group_of_a_convolution_that_sees_another_one_s_channels():
     x, weight = randn(8, 2, 4, 5).numpy(), randn(9, 6, 2, 3).numpy()
     numbers = {"stride": [1], "padding": [(1, 1)], "dilation": [1]}
     right = F.conv1d(torch.from_numpy(x), torch.from_numpy(weight), padding=1, groups=2)
-    whole = reference_conv.ungrouped(weight, 2)
-    assert maths(right, reference_conv.convolution(x, whole, None, **numbers)) <= 1
-    assert maths(right, reference_conv.convolution(x, whole[:, [2, 3, 0, 1]], None, **numbers)) > 10
+    whole = reference_model.ungrouped(weight, 2)
+    assert maths(right, reference_model.convolution(x, whole, None, **numbers)) <= 1
+    assert maths(right, reference_model.convolution(x, whole[:, [2, 3, 0, 1]], None, **numbers)) > 10
 
 
 def test_norm_over_the_wrong_axis_or_without_eps():
     x, weight, eps = randn(1, 5, 5), randn(2, 5), 1e-3
-    right = reference.rms_norm(x.numpy(), weight.numpy(), eps)
+    right = reference_model.rms_norm(x.numpy(), weight.numpy(), eps)
     assert maths(weight * x * torch.rsqrt(x.square().mean(0) + eps), right) > 10
     assert maths(llama.rms_norm(x, weight, 0.0), right) > 10
     assert maths(weight * (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + eps), right) > 10
@@ -71,13 +72,13 @@ def test_norm_over_the_wrong_axis_or_without_eps():
 
 def test_gate_and_up_exchanged():
     gate, up = randn(1, 5, 5), randn(2, 5, 5)
-    assert maths(llama.swiglu(up, gate), reference.swiglu(gate.numpy(), up.numpy())) > 10
+    assert maths(llama.swiglu(up, gate), reference_model.swiglu(gate.numpy(), up.numpy())) > 10
 
 
 def test_rotation_backwards_or_of_neighbouring_pairs():
     x, angles = randn(1, 5, 2, 6), randn(2, 5, 3)
     cos, sin = angles.cos(), angles.sin()
-    right = reference.rotate(x.numpy(), cos.numpy(), sin.numpy())
+    right = reference_model.rotate(x.numpy(), cos.numpy(), sin.numpy())
     assert maths(llama.rotate(x, cos, -sin), right) > 10
     neighbours = llama.rotate(x[..., [0, 2, 4, 1, 3, 5]], cos, sin)[..., [0, 3, 1, 4, 2, 5]]
     assert maths(neighbours, right) > 10
@@ -138,6 +139,6 @@ DEQUANTIZED = {
 
 @pytest.mark.parametrize("mistake", DEQUANTIZED)
 def test_dequantizing(mistake):
-    right = reference_nf4.nf4_dequantize(bytes(PACKED.tolist()), ROUNDED.numpy(), 512, 64).reshape(8, 64)
+    right = reference.nf4_dequantize(bytes(PACKED.tolist()), ROUNDED.numpy(), 512, 64).reshape(8, 64)
     assert relative(dense(), right, PARITY) <= 1
     assert relative(DEQUANTIZED[mistake], right, PARITY) > 10

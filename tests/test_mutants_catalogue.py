@@ -1,9 +1,12 @@
 """The public checks refuse every planted mistake of the catalogue, and pass what it is planted in."""
 
 import copy
+import json
 from contextlib import suppress
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from minilora.testing import CheckFailure, NotApplicable, implementations, laws
 from minilora.testing.mutants import MUTANTS
@@ -41,7 +44,9 @@ def test_the_correct_implementation_keeps_every_law(kind, tmp_path):
 def checked(kind, implementation, folder):
     """What a law is given: of an adapter's directory its path."""
     if kind == "adapter_directory":
-        implementations.write_adapter_directory(folder, implementation)
+        (folder / "adapter_config.json").write_text(json.dumps(implementation["config"]), encoding="utf-8")
+        tensors = {name: np.ascontiguousarray(array) for name, array in implementation["tensors"].items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
         return folder
     return implementation
 

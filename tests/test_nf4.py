@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import nf4
 from minilora.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear, dequantize, dequantize_absmax, pack, quantize, quantize_absmax
-from minilora.testing import reference_nf4 as reference
+from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.golden.make_quantized import FILE, SMALL
 from tests.models import compile_with, either, long, randn, randomize_adapters_, seeds, small_tiles

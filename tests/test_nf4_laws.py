@@ -18,7 +18,7 @@ from minilora.testing import (
     nf4_mistakes,
     on_numpy,
     parametrize_laws,
-    reference_nf4,
+    reference,
 )
 from tests.models import either
 
@@ -81,12 +81,12 @@ def test_a_plain_implementation_by_division_and_argmin_passes():
 
 def test_numpy_passes():
     def with_numpy(W, block_size):
-        codes, absmax = reference_nf4.nf4_quantize(W, block_size)
-        packed = reference_nf4.np.frombuffer(reference_nf4.nf4_pack(codes.tolist()), dtype="uint8")
+        codes, absmax = reference.nf4_quantize(W, block_size)
+        packed = reference.np.frombuffer(reference.nf4_pack(codes.tolist()), dtype="uint8")
         return packed, absmax.astype("float32")
 
     def back(packed, absmax, shape, block_size):
-        values = reference_nf4.nf4_dequantize(packed.tolist(), absmax, shape[0] * shape[1], block_size)
+        values = reference.nf4_dequantize(packed.tolist(), absmax, shape[0] * shape[1], block_size)
         return values.reshape(shape).astype("float32")
 
     assert [report.law for report in check_nf4(on_numpy(with_numpy), on_numpy(back)) if not report.checked] == [

@@ -8,10 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora import cli
-from minilora.cli.plot import distinct_names
+from minilora.cli.plot import COLOURS, distinct_names, draw, held_out_loss, needs_logarithm, save_picture
 from minilora.errors import FormatError
 from minilora.runs.metrics import Curve, Metrics, read_metrics, smooth
-from minilora.tools.plot import COLOURS, draw, held_out_loss, needs_logarithm, save_picture
 
 values = st.lists(st.floats(0.01, 100), max_size=200)
 NONE = Curve((), ())

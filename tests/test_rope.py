@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from minilora import ConfigError, llama
 from minilora.models.config import ROPE_KEYS, ScaledRope
-from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
+from tests import reference_model
 
 CPU = torch.device("cpu")
 document_lengths = st.integers(2, 100)
@@ -63,7 +63,7 @@ def plain_frequencies(rope, length):
 
 @given(ropes(), document_lengths)
 def test_frequencies_are_the_published_ones_as_precisely_as_plain_float32(rope, length):
-    exact = torch.from_numpy(reference.rope_frequencies(rope, length))
+    exact = torch.from_numpy(reference_model.rope_frequencies(rope, length))
     ours, plain = rope.frequencies(length), plain_frequencies(rope, length)
     assert ours.dtype == torch.float32
     assert_precision((ours / exact).float(), plain / exact, torch.ones_like(exact))  # relative: slow pairs count too
@@ -82,7 +82,7 @@ def test_tables_are_cosine_and_sine_of_position_times_frequency(rope, length):
 def test_longrope_stretches_its_tables_by_the_root_of_the_growth_in_logarithms(rope, attention_factor, factor):
     scaling = {**rope.scaling, "attention_factor": attention_factor, "factor": factor}
     rope = replace(rope, scaling=scaling)
-    cos, _ = reference.rope_table(rope, 1)  # the cosine of 0, stretched
+    cos, _ = reference_model.rope_table(rope, 1)  # the cosine of 0, stretched
     assert_maths(torch.tensor(rope.amplitude, dtype=torch.float64), cos[0, 0])
 
 

@@ -7,9 +7,9 @@ import torch
 
 from minilora import lora
 from minilora.cli import main
+from minilora.cli.selftest import selftest
 from minilora.definition import WITH_KERNEL
 from minilora.testing import laws
-from minilora.tools.selftest import selftest
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_every_law_holds_on_this_machine(dtype, capsys):
 def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypatch, capsys):
     own = lora.lora_linear
     monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, scale**2))
-    monkeypatch.setattr("minilora.tools.selftest.kernel_calls", lambda device, dtype: {})
-    monkeypatch.setattr("minilora.tools.selftest.laws", lambda *kinds: {"forward": laws("lora")["forward"]})
+    monkeypatch.setattr("minilora.cli.selftest.kernel_calls", lambda device, dtype: {})
+    monkeypatch.setattr("minilora.cli.selftest.laws", lambda *kinds: {"forward": laws("lora")["forward"]})
     assert main(["selftest", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "likely cause: the scale is applied twice" in printed
@@ -45,7 +45,7 @@ def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypat
 def test_a_broken_kernel_that_no_other_law_has_is_told(monkeypatch):
     own = WITH_KERNEL["swiglu"]
     monkeypatch.setattr(own, "kernel", lambda gate, up: own.function(up, gate))
-    monkeypatch.setattr("minilora.tools.selftest.implementations", lambda device: {"merge": None})
+    monkeypatch.setattr("minilora.cli.selftest.implementations", lambda device: {"merge": None})
     rows = {row.law: row for row in selftest(torch.device("cpu"), "float32")}
     assert "times the allowed error" in rows["kernel-swiglu"].failure
     assert not rows["kernel-rms_norm"].failure

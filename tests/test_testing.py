@@ -28,10 +28,10 @@ from minilora.testing import (
     parametrize_laws,
 )
 from minilora.testing.bounds import UNITS
-from minilora.testing.cases import linear_cases
 from minilora.testing.compare import as_array, worst
 from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters
 from minilora.testing.laws import Comparison, Law
+from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mutants import MUTANTS
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
 from tests.models import randn

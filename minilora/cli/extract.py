@@ -10,14 +10,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from minilora.adapter import base_modules
+from minilora.adapters.attach import inject_adapter
+from minilora.adapters.combine import Cut, best_factors
 from minilora.adapters.config import RENAMED, LoraConfig
+from minilora.adapters.files import save_adapter
+from minilora.adapters.find import head_path
+from minilora.adapters.layers import AdapterEmbedding
+from minilora.adapters.parts import AdapterSpec, kind_of, targets
+from minilora.adapters.weighted import config_of
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, new_directory
-from minilora.errors import ConfigError
-from minilora.models.checkpoint import pick_device
+from minilora.errors import ConfigError, FormatError, TargetError
+from minilora.llama import Llama
+from minilora.models.checkpoint import (
+    load_model,
+    pick_device,
+    read_config,
+    resolve_dtype,
+    skeleton,
+    stored_dtype,
+    stored_weights,
+)
+from minilora.models.hub import fetch
 from minilora.models.tokenizer import find_tokenizer
-from minilora.tools.extraction import Extraction, extract_directory
+from minilora.tools.merging import Deviation, dense
 
 EXTRACT_FIELDS = ("r", "target_modules", "exclude_modules", "rank_pattern")  # those of LoraConfig that apply here
 
@@ -46,20 +71,124 @@ def run(options: Options) -> int:
         found = extract_directory(options["base"], options["tuned"], out, config, energy, device)
         if tokenizer:
             tokenizer.save(out)
-    print(f"{_describe(found)}\nadapter written to {options['out']}")
+    print(f"{found}\nadapter written to {options['out']}")
     return 0
 
 
-def _describe(found: Extraction) -> str:
-    deviation = found.deviation
-    text = (
-        f"truncation error, relative to the change of the adapted weights: {deviation.overall:.2g}; "
-        f"worst {deviation.worst:.2g} in {deviation.layer}"
-    )
-    if found.left_out:
-        more = " …" if len(found.left_out) > 3 else ""
-        text += (
-            f"\nnot in the adapter: {len(found.left_out)} other weights that differ, with {found.share:.0%} of the "
-            f"squared change of all: {', '.join(found.left_out[:3])}{more}"
+@dataclass(frozen=True)
+class Extraction:
+    """How much of the difference between two models an adapter holds.
+
+    Attributes:
+        deviation: ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, the error of the low-rank approximation, over the adapted modules.
+        left_out: names of the other parameters that differ, or that only one model has in this shape.
+        share: the share of ‖W₁ - W₀‖², summed over the parameters that both models have, that is not adapted.
+    """
+
+    deviation: Deviation
+    left_out: tuple[str, ...]
+    share: float
+
+    def __str__(self) -> str:
+        text = (
+            f"truncation error, relative to the change of the adapted weights: {self.deviation.overall:.2g}; "
+            f"worst {self.deviation.worst:.2g} in {self.deviation.layer}"
         )
-    return text
+        if self.left_out:
+            more = " …" if len(self.left_out) > 3 else ""
+            text += (
+                f"\nnot in the adapter: {len(self.left_out)} other weights that differ, with {self.share:.0%} of the "
+                f"squared change of all: {', '.join(self.left_out[:3])}{more}"
+            )
+        return text
+
+
+def extract_directory(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    config: LoraConfig,
+    energy: float | None = None,
+    device: torch.device | str = "cpu",
+) -> Extraction:
+    """Write the adapter that turns a base into a tuned model, as nearly as its rank allows: W₁ - W₀ ≈ B A.
+
+    Memory holds two weights at a time, and the adapter. A module that is equal in both models gets no adapter.
+
+    Args:
+        base: the model that was tuned, as `load_model` takes it.
+        tuned: the tuned model, with all its weights.
+        out: the directory to write.
+        config: selects the modules and their ranks; its other fields are ignored.
+        energy: share of each module's ‖W₁ - W₀‖² to keep, if a lower rank is enough for it.
+        device: where to compute.
+
+    Raises:
+        TargetError: `config` selects modules that do not exist, that have no weight of their own and of the same shape
+            in both models, or that are all equal.
+        FormatError: a model cannot be read, or a weight is not finite.
+    """
+    before, after = fetch(base, "model"), fetch(tuned, "model")
+    model = load_model(base, device="meta")
+    modules, unpaired = base_modules(model), _unpaired(before, after)
+    chosen = targets(modules, config, head_path(model))
+    paired = _shapes(before).keys() - unpaired
+    if lacking := [path for path in chosen if f"{path}.weight" not in paired]:
+        raise TargetError(f"{before}, {after}: {lacking[:5]}: need a weight of its own and of one shape in both models")
+    cuts: dict[str, Cut] = {}
+    others = dict.fromkeys(unpaired, 0.0)
+    for name, delta in _differences(before, after, paired, torch.device(device)):
+        path = name.removesuffix(".weight")
+        if path in chosen:
+            matrix = delta.T if kind_of(modules[path]) is AdapterEmbedding else delta
+            cuts[path] = best_factors(matrix, config.rank(path), energy)
+        else:
+            others[name] = torch.linalg.vector_norm(delta).item() ** 2
+    if not cuts:
+        raise TargetError(f"{before}, {after}: are equal in all selected modules")
+    _save(model, cuts, out)
+    inside, outside = sum(cut.total for cut in cuts.values()), sum(others.values())
+    deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
+    return Extraction(deviation, tuple(others), outside / (inside + outside))
+
+
+def _shapes(directory: Path) -> dict[str, torch.Size]:
+    """Map each parameter to its shape; a tied head has none of its own."""
+    return {name: parameter.shape for name, parameter in skeleton(read_config(directory)).named_parameters()}
+
+
+def _unpaired(before: Path, after: Path) -> list[str]:
+    """List the parameters that only one model has, or that differ in shape."""
+    first, second = _shapes(before), _shapes(after)
+    return [name for name in first | second if first.get(name) != second.get(name)]
+
+
+def _differences(
+    before: Path, after: Path, names: Collection[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each parameter that differs, and W₁ - W₀, in float32 at least."""
+    configs = [read_config(directory) for directory in (before, after)]
+    dtypes = [resolve_dtype(stored_dtype(config.source), config.source, device) for config in configs]
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    first, second = (
+        ((name, weight) for name, weight in stored_weights(path, skeleton(config), wide, device, None) if name in names)
+        for path, config in zip((before, after), configs, strict=True)
+    )
+    for (name, start), (_, end) in zip(first, second, strict=True):
+        delta = dense(end) - dense(start)
+        if not delta.isfinite().all():
+            raise FormatError(f"{before}, {after}: {name} has numbers that are not finite")
+        if delta.any():
+            yield name, delta
+
+
+def _save(model: Llama, cuts: Mapping[str, Cut], out: str | Path) -> None:
+    """Write the adapter with these factors and scale 1; the model needs no weights."""
+    parts = {}
+    for path, (factors, _, _) in cuts.items():
+        kind = kind_of(model.get_submodule(path))
+        assert kind is not None
+        parts[path] = AdapterSpec(kind, {"lora_A": factors.lora_A.cpu(), "lora_B": factors.lora_B.cpu()})
+    config = config_of({path: cut.factors for path, cut in cuts.items()})
+    inject_adapter(model, config, "default", parts, None, trainable=False)
+    save_adapter(model, out)

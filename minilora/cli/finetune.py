@@ -27,8 +27,8 @@ from minilora.adapters.find import base_held, count_parameters
 from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
+from minilora.cli.forecast import memory_lines, preview
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, say_base
-from minilora.cli.preview import memory_lines, preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig

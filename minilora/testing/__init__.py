@@ -18,6 +18,7 @@ from minilora.testing.checks import (
     check_dora_linear,
     check_double_quant,
     check_gradients,
+    check_kernel,
     check_linear4bit,
     check_lora_linear,
     check_loss_masking,
@@ -29,7 +30,6 @@ from minilora.testing.checks import (
 )
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from minilora.testing.data_cases import MaskedLogits, MicroBatches
-from minilora.testing.kernel_laws import check_kernel
 from minilora.testing.laws import CheckFailure, NotApplicable
 from minilora.testing.merge_laws import AdapterSum
 from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear

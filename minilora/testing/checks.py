@@ -17,15 +17,17 @@ are plain callables on torch tensors; `on_numpy` adapts one on numpy arrays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
+from minilora.testing.compare import GRADIENT_PARITY, maths, precision, relative
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report
@@ -34,6 +36,7 @@ from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 
+__tracebackhide__ = True  # pytest shows the line that calls this module
 LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS, *DATA_LAWS, *CHAT_LAWS, *DIRECTORY_LAWS)
 
 
@@ -98,7 +101,6 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
         CheckFailure: the first law that is broken; likewise in every check below.
         ValueError: no kind, or an unknown one.
     """
-    __tracebackhide__ = True
     if not kinds:
         raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
     reports = []
@@ -117,17 +119,16 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
 
 def _others(implementation: Any, case: Any, chosen: list[Law]) -> str:
     """Return a line that says which other laws the case breaks, of those that have it, and which it keeps."""
-    broken, kept = list[str](), list[str]()
-    for law in chosen:
-        if case is not None and case in law.cases():
+    found: dict[str, list[str]] = {"also breaks": [], "keeps": []}
+    for law in chosen if case is not None else ():
+        if case in law.cases():
             with suppress(NotApplicable):
                 try:
                     law.check(implementation, case)
-                    kept.append(law.id)
+                    found["keeps"].append(law.id)
                 except CheckFailure:
-                    broken.append(law.id)
-    lines = {"also breaks": broken, "keeps": kept}
-    return "".join(f"\n  this case {what}: {', '.join(names)}" for what, names in lines.items() if names)
+                    found["also breaks"].append(law.id)
+    return "".join(f"\n  this case {what}: {', '.join(names)}" for what, names in found.items() if names)
 
 
 def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:
@@ -139,7 +140,6 @@ def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) 
             or to their transposes. Gradients are taken in evaluation mode.
         use_rslora: check the scale of rsLoRA.
     """
-    __tracebackhide__ = True
     return check(make_layer, "rslora" if use_rslora else "lora")
 
 
@@ -151,25 +151,21 @@ def check_dora_linear(make_layer: Callable[..., Any]) -> list[Report]:
     Args:
         make_layer: as for `check_lora_linear`. `magnitude` (out) is passed if it takes one; otherwise it is ‖W‖.
     """
-    __tracebackhide__ = True
     return check(make_layer, "dora")
 
 
 def check_gradients(make_layer: Callable[..., Any], kind: str = "lora") -> Report:
     """Check the gradients of x, A, B and the magnitude of a layer alone; kind: lora, rslora or dora."""
-    __tracebackhide__ = True
     return laws(kind)["gradients"].check(make_layer)
 
 
 def check_merge(merge: Callable[..., Any], use_dora: bool = False) -> list[Report]:
     """Check a merged weight: merge(W, A, B, scale) = W + s·B A, or with DoRA's magnitude as a fifth argument."""
-    __tracebackhide__ = True
     return check(merge, "merge_dora" if use_dora else "merge")
 
 
 def check_adapter_sum(add: Callable[..., Any]) -> list[Report]:
     """Check a sum of adapters: add([(A, B, scale), …], weights) -> Σ wᵢ·sᵢ·Bᵢ Aᵢ, or an (A, B, scale) that is equal."""
-    __tracebackhide__ = True
     return check(add, "adapter_sum")
 
 
@@ -182,7 +178,6 @@ def check_nf4(quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> l
         quantize: (W, block_size) -> packed uint8 (⌈n/2⌉), absmax float32 (⌈n/block_size⌉).
         dequantize: (packed, absmax, shape, block_size) -> W in float32.
     """
-    __tracebackhide__ = True
     return check((quantize, dequantize), "nf4")
 
 
@@ -193,7 +188,6 @@ def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., A
         quantize: (absmax) -> codes uint8 (b), scales (⌈b/256⌉), offset.
         dequantize: (codes, scales, offset) -> absmax (b).
     """
-    __tracebackhide__ = True
     return check((quantize, dequantize), "double_quant")
 
 
@@ -204,7 +198,6 @@ def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
         make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
             `double_quant`, False and True are passed.
     """
-    __tracebackhide__ = True
     return check(make_layer, "linear4bit")
 
 
@@ -214,7 +207,6 @@ def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
     Args:
         loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
     """
-    __tracebackhide__ = True
     return check(loss_fn, "loss_masking")
 
 
@@ -225,7 +217,6 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
         step_fn: (W (V, D), [(x (B, T, D), labels (B, T)), …]) -> dW, the gradient of one optimizer step over all of the
             micro-batches, where the model's logits are x Wᵀ.
     """
-    __tracebackhide__ = True
     return check(step_fn, "accumulation")
 
 
@@ -237,7 +228,6 @@ def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
             rendered text when they are joined, and whether each is learned. It is called with other words in place of
             the contents, too, by which the contents are found. A template may strip white space around a content.
     """
-    __tracebackhide__ = True
     return check(render, "chat_mask")
 
 
@@ -249,8 +239,66 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
 
     A failure names file, key, what was found and what is accepted.
     """
-    __tracebackhide__ = True
     return check(path, "adapter_directory")
+
+
+def check_kernel(
+    kernel: Callable[..., Any], definition: Callable[..., Any], tensors: Sequence[Tensor], name: str = "kernel"
+) -> Report:
+    """Check a faster function against its definition: the result, and the gradients of tensors that require one.
+
+    In float64 both agree to 1e-11; in other dtypes the kernel's error to the definition in float64 is at most twice the
+    definition's own error, plus one unit in the last place.
+
+    Args:
+        kernel: (*tensors) -> a tensor.
+        definition: the plain function of the same arguments.
+        tensors: the inputs, in the dtype under test; some may be wider.
+        name: of the kernel, in the report.
+
+    Raises:
+        CheckFailure: the kernel is less exact, or its result has another dtype.
+    """
+    dtype = min((tensor.dtype for tensor in tensors if tensor.is_floating_point()), key=lambda each: each.itemsize)
+    wide = [in_float64(tensor) for tensor in tensors]
+    ours, plain = (results(function, tensors, dtype) for function in (kernel, definition))
+    exact = plain if dtype == torch.float64 else results(definition, wide, dtype)
+    ratios = []
+    for i, (our, their, right) in enumerate(zip(ours, plain, exact, strict=True)):
+        what = "the result" if not i else f"gradient {i}"
+        if our.dtype != their.dtype:
+            raise CheckFailure(f"{name}: {what} is {our.dtype}, the definition's {their.dtype}", name, None)
+        computed = dtype if i else our.dtype  # the gradient of a wider tensor is computed in that dtype, too
+        if dtype == torch.float64:
+            used = maths(our, their)
+        elif our.dim():
+            used = precision(our.to(computed), their.to(computed), right)
+        else:  # the definition's error of a single number may be small by chance
+            used = relative(our, their, GRADIENT_PARITY)
+        if used > 1:
+            raise CheckFailure(f"{name}: {what} has {used:.3g} times the allowed error at {computed}", name, None)
+        ratios.append(used)
+    return Report(name, "the kernel is its definition, and as exact", max(ratios), len(ratios))
+
+
+def results(function: Callable[..., Any], tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the result of a function, and the gradients of the tensors that require one.
+
+    The gradient that comes in is drawn, and rounded to a dtype.
+    """
+    y = function(*tensors)
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    if not y.requires_grad:
+        return [y]
+    generator = torch.Generator().manual_seed(99)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return [y, *torch.autograd.grad(y, trained, dy.to(y))]
+
+
+def in_float64(tensor: Tensor) -> nn.Parameter:
+    """Return a tensor in float64, on the CPU: some devices have no float64."""
+    wide = tensor.detach().cpu()
+    return nn.Parameter(wide.double() if wide.is_floating_point() else wide, tensor.requires_grad)
 
 
 def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,24 +310,13 @@ def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
     if not callable(function):
         raise TypeError(f"on_numpy takes one callable, found {type(function).__name__}: adapt each of a pair")
 
-    @functools.wraps(function)
+    @functools.wraps(function, updated=())
     def call(*arguments: Any, **options: Any) -> Any:
         result = function(*map(_to_numpy, arguments), **{name: _to_numpy(each) for name, each in options.items()})
-        return NumpyLayer(result) if callable(result) else result
+        return on_numpy(result) if callable(result) else result  # of a layer that was made
 
+    vars(call)["is_numpy"] = True  # by which the laws know a layer without gradients
     return call
-
-
-class NumpyLayer:
-    """A layer on numpy arrays that is given tensors; the laws know it by `is_numpy`."""
-
-    is_numpy = True
-
-    def __init__(self, layer: Callable[..., Any]):
-        self.layer = layer
-
-    def __call__(self, x: Any) -> Any:
-        return self.layer(_to_numpy(x))
 
 
 def _to_numpy(value: Any) -> Any:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from minilora.testing.bounds import Bounded
 
+__tracebackhide__ = True  # pytest shows the line that calls this module
 MATHS = 1e-11  # float64, two ways to the same number
 PARITY = 1e-5  # float32, ours and a peer's
 GRADIENT_PARITY = 1e-4  # float32 gradients through 30 layers
@@ -101,7 +102,6 @@ def precision(actual: torch.Tensor, plain: torch.Tensor, oracle: Any) -> float:
 
 def assert_maths(actual: Any, expected: Any) -> None:
     """Check two computations of one number: within the bound of a `Bounded`, or 1e-11 of the largest in float64."""
-    __tracebackhide__ = True
     bound = expected.error if isinstance(expected, Bounded) else MATHS * abs(as_array(expected)).max(initial=0.0)
     found = worst(actual, expected, bound)
     assert found.ratio <= 1, str(found)
@@ -112,13 +112,11 @@ def assert_precision(actual: torch.Tensor, plain: torch.Tensor, oracle: Any) -> 
 
     Allowed is twice the error of plain PyTorch at that dtype, plus one unit in the last place of the largest number.
     """
-    __tracebackhide__ = True
     used = precision(actual, plain, oracle)
     assert used <= 1, f"{used:.3g} times the allowed error at {actual.dtype}"
 
 
 def assert_parity(ours: Any, theirs: Any, allowed: float = PARITY) -> None:
     """Check our result against a peer's, relative to the largest number."""
-    __tracebackhide__ = True
     used = relative(ours, theirs, allowed)
     assert used <= 1, f"{used:.3g} times the allowed {allowed} from theirs"

@@ -10,7 +10,7 @@ import numpy as np
 
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import rounded
-from minilora.testing.reference_data import IGNORED, accumulated_gradient, masked_loss, masked_loss_gradient
+from minilora.testing.reference import IGNORED, accumulated_gradient, masked_loss, masked_loss_gradient
 
 Groups = tuple[tuple[int, ...], ...]  # numbers of rows in micro-batches; () is as they are
 
@@ -130,7 +130,7 @@ def places(groups: tuple[tuple[str, ...], ...], tokens: Array) -> Places:
 
 
 def losses(logits: Array, targets: Array) -> Array:
-    """-log p(target) at each position, 0 where there is none; for mistakes: `reference_data` has the right ones."""
+    """-log p(target) at each position, 0 where there is none; for mistakes: `reference` has the right ones."""
     most = logits.max(-1)
     log_sum = np.log(np.exp(logits - most[:, None]).sum(-1)) + most
     return np.where(targets == IGNORED, 0, log_sum - logits[np.arange(len(logits)), np.maximum(targets, 0)])

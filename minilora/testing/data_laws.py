@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array
-from minilora.testing.cases import rounded
+from minilora.testing.cases import rounded, tensor
 from minilora.testing.compare import as_array
 from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
 from minilora.testing.laws import Claim, Comparison, Law, NotApplicable
@@ -30,7 +30,7 @@ def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
 
 def tensors(case: MaskedLogits) -> tuple[Tensor, Tensor]:
     """Return logits and labels, which the implementation may change."""
-    return torch.tensor(case.logits, dtype=getattr(torch, case.dtype)), torch.tensor(case.labels)
+    return tensor(case.logits, case.dtype), tensor(case.labels, "int64")
 
 
 def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
@@ -121,7 +121,7 @@ StepFn = Callable[[Tensor, list[tuple[Tensor, Tensor]]], Any]
 
 
 def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
-    W = torch.tensor(case.W, dtype=getattr(torch, case.dtype))
+    W = tensor(case.W, case.dtype)
     yield Comparison("dW", step_fn(W, micro_batches(case)), case.gradient, case.wrong_gradients)
     yield Comparison("W, which is only read", W, case.W)
 
@@ -135,14 +135,13 @@ def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
         "a micro-batch of the first row, and the rest": ((0,), tuple(rows[1:])),
     }
     for what, groups in ways.items():
-        actual = step_fn(torch.tensor(case.W, dtype=getattr(torch, case.dtype)), micro_batches(case, groups))
+        actual = step_fn(tensor(case.W, case.dtype), micro_batches(case, groups))
         mistakes = functools.partial(case.wrong_gradients, groups)
         yield Comparison(f"dW of {what}", actual, case.gradient, mistakes)
 
 
 def micro_batches(case: MicroBatches, groups: Groups = ()) -> list[tuple[Tensor, Tensor]]:
-    dtype = getattr(torch, case.dtype)
-    return [(torch.tensor(x, dtype=dtype), torch.tensor(labels)) for x, labels in case.batches(groups)]
+    return [(tensor(x, case.dtype), tensor(labels, "int64")) for x, labels in case.batches(groups)]
 
 
 # --- the tables ---

@@ -1,34 +1,116 @@
-"""Laws of the directory of a LoRA adapter in PEFT's layout: its two files are complete and agree with each other."""
+"""Laws of the directory of a LoRA adapter in PEFT's layout: its two files are complete and agree with each other.
+
+    adapter_config.json         {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […], …}
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r), …
+
+Names and shapes are read once more here, and nothing is shared with `minilora.adapters`. Patterns of the config are run
+as regular expressions, as PEFT does.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from minilora.testing.directory import (
-    CONFIG,
-    FACTORS,
-    PREFIX,
-    WEIGHTS,
-    Adapter,
-    Shape,
-    belongs,
-    first_match,
-    is_target,
-    meant,
-    read,
-)
 from minilora.testing.laws import Claim, Law, NotApplicable
 
-DTYPES = ("F64", "F32", "F16", "BF16")
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+FACTORS = {  # key -> the end of the tensor's name
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "embedding A": "lora_embedding_A",
+    "embedding B": "lora_embedding_B",
+    "B's bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+    "diagonal": "lora_diag",  # KaSA's
+    "base weight": "base_layer.weight",
+    "base bias": "base_layer.bias",
+    "rows": "token_adapter.trainable_tokens_delta",
+}
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
 SHOWN = 10  # problems of one law
 Problems = Iterator[tuple[str, str]]  # what is wrong, and the likely cause or ""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's config, and the shapes of its tensors.
+
+    Attributes:
+        parts: path of an adapted module -> key of `FACTORS` -> shape.
+        others: the names of tensors of the model itself, without the prefix.
+        strange: the names of tensors without the prefix that all have.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    parts: dict[str, dict[str, Shape]]
+    others: tuple[str, ...]
+    strange: tuple[str, ...]
+
+    @property
+    def factors(self) -> dict[str, tuple[Shape, Shape]]:
+        """The shapes of A and B by path, where both are there."""
+        pairs = {
+            path: (own.get("A") or own.get("embedding A"), own.get("B") or own.get("embedding B"))
+            for path, own in self.parts.items()
+        }
+        return {path: (A, B) for path, (A, B) in pairs.items() if A and B}
+
+    def listed(self, key: str) -> list[str]:
+        """Return a list of names in the config, which may be null."""
+        value = self.config.get(key) or []
+        return [value] if isinstance(value, str) else list(value)
+
+
+def read(path: Path) -> Adapter:
+    """Read config and header, or raise an exception if a file is missing or malformed."""
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG}: found {config!r:.40}, accepted is an object")
+    with safe_open(path / WEIGHTS, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
+    parts: dict[str, dict[str, Shape]] = {}
+    others, strange = [], []
+    for name, shape in shapes.items():
+        key = next((key for key, end in FACTORS.items() if name.endswith(f".{end}")), None)
+        if not name.startswith(PREFIX):
+            strange.append(name)
+        elif key is None:
+            others.append(name.removeprefix(PREFIX))
+        else:
+            where = name.removeprefix(PREFIX).removesuffix(f".{FACTORS[key]}")
+            parts.setdefault(where, {})[key] = shape
+    return Adapter(path, config, parts, tuple(others), tuple(strange))
+
+
+def meant(name: str, entry: str) -> bool:
+    """Return whether a parameter is of a module whose path ends with an entry: PEFT compares the ends as text."""
+    return any(name[: dot.start()].endswith(entry) for dot in re.finditer(r"\.", name))
+
+
+def first_match(keys: Iterable[str], where: str) -> str | None:
+    """Return the first key of a pattern that matches a module's path, as PEFT does: anchored at a dot and the end."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", where)), None)
+
+
+def is_target(where: str, target: str | list[str]) -> bool:
+    """Return whether `target_modules` means a module: a regular expression, or ends of paths."""
+    if isinstance(target, str):
+        return re.fullmatch(target, where) is not None
+    return any(where == entry or where.endswith(f".{entry}") for entry in target)
+
+
+# --- the laws ---
 
 
 def files(path: Path) -> Problems:
@@ -55,8 +137,8 @@ def values(adapter: Adapter) -> Problems:
     with safe_open(adapter.path / WEIGHTS, "pt") as file:
         for name in file.keys():  # noqa: SIM118  no dict
             dtype = file.get_slice(name).get_dtype()
-            if dtype not in DTYPES:
-                yield f"{WEIGHTS}: {name}: found {dtype}, accepted are {', '.join(DTYPES)}", ""
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                yield f"{WEIGHTS}: {name}: found {dtype}, accepted are F64, F32, F16, BF16", ""
             elif not (is_finite := file.get_tensor(name).isfinite()).all():
                 yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none", ""
 
@@ -65,9 +147,10 @@ def names(adapter: Adapter) -> Problems:
     for name in adapter.strange:
         cause = "the prefix is missing: PEFT keeps its start values and only warns"
         yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}", cause * ("lora_" in name)
+    is_saved = (*EMBEDDINGS, *[".bias"] * (adapter.config.get("bias", "none") == "all"))
     for name in adapter.others:
-        is_factor = ".lora_" in name
-        if is_factor or not belongs(adapter, name):
+        is_factor, is_whole = ".lora_" in name, any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
+        if is_factor or not (is_whole or name.endswith(is_saved)):
             cause = "the name of the adapter, or .weight, is in the tensors' names, as in a model's state_dict()"
             found = f"{WEIGHTS}: {PREFIX}{name}: is nothing that {CONFIG} describes"
             yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save", cause * is_factor
@@ -79,8 +162,7 @@ def pairs(adapter: Adapter) -> Problems:
         needed |= dict.fromkeys(("B's bias", "magnitude", "diagonal", "base weight", "base bias"), "A")
         for key, other in needed.items():
             if key in own and other not in own and f"embedding {other}" not in own:
-                name = f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
-                yield f"{name}: found no {FACTORS[other]} beside it, accepted are both", ""
+                yield f"{stored(where, key)}: found no {FACTORS[other]} beside it, accepted are both", ""
     if not adapter.parts and not adapter.others:
         yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors", ""
 
@@ -118,8 +200,8 @@ def dora(adapter: Adapter) -> Problems:
 def biases(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if "base bias" in own and adapter.config.get("bias", "none") == "none":
-            name = f"{WEIGHTS}: {PREFIX}{where}.base_layer.bias"
-            yield f"{name}: found {own['base bias']}, accepted is none since bias is 'none'", ""
+            found = f"{stored(where, 'base bias')}: found {own['base bias']}"
+            yield f"{found}, accepted is none since bias is 'none'", ""
     yield from optional(adapter, "B's bias", "lora_bias", lambda B: B[:1])
 
 
@@ -129,8 +211,7 @@ def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Sh
         found, right = adapter.parts[where].get(key), shape(B) if adapter.config.get(field) else None
         if found != right:
             said = f"since {field} is {str(right is not None).lower()}"
-            name = f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
-            yield f"{name}: found {found or 'none'}, accepted is {right or 'none'} {said}", ""
+            yield f"{stored(where, key)}: found {found or 'none'}, accepted is {right or 'none'} {said}", ""
 
 
 def whole_modules(adapter: Adapter) -> Problems:
@@ -179,17 +260,22 @@ def trained(adapter: Adapter) -> Problems:
         yield f"{WEIGHTS}: found B = 0 in every module, accepted is one that is not 0", "the adapter is not trained"
 
 
+def stored(where: str, key: str) -> str:
+    """Return the name of a tensor, with that of its file."""
+    return f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
+
+
 def matching(adapter: Adapter) -> str:
     example = next(iter(adapter.factors), "of which there is none")
     return f"accepted is what matches a module of {WEIGHTS}, such as {example}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return type(value) is int and value >= 1  # not True, which is an int, too
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _is_pattern(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -210,12 +296,11 @@ def _is_names(value: Any) -> bool:
 
 
 FLAG = (False, lambda value: isinstance(value, bool), "true or false")
-ALPHA = (lambda value: _is_number(value) and value > 0, "a number above 0")
 FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default, what is accepted, in words
     "peft_type": (None, lambda value: value == "LORA", "'LORA'"),
     "r": (None, _is_rank, "a whole number of at least 1"),
-    "lora_alpha": (None, *ALPHA),
-    "lora_dropout": (0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "lora_alpha": (None, _is_alpha, "a number above 0"),
+    "lora_dropout": (0.0, lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "target_modules": (
         None,
@@ -224,7 +309,7 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default,
     ),
     "modules_to_save": (None, _is_names, "a list of names or null"),
     "rank_pattern": (None, _is_pattern(_is_rank), "an object of regular expressions and whole numbers of at least 1"),
-    "alpha_pattern": (None, _is_pattern(ALPHA[0]), "an object of regular expressions and numbers above 0"),
+    "alpha_pattern": (None, _is_pattern(_is_alpha), "an object of regular expressions and numbers above 0"),
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), FLAG),
 }
 

@@ -12,20 +12,17 @@ They share no code with the rest of minilora but two tables of levels. Mistakes 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from minilora.testing.reference_nf4 import NF4_LEVELS, absmax_levels
+from minilora.testing.reference import NF4_LEVELS, absmax_levels
 
 LEVELS = torch.tensor(NF4_LEVELS, dtype=torch.float32)
 DYNAMIC_MAP = torch.from_numpy(absmax_levels()).float()  # the 256 levels of the second quantization
@@ -216,11 +213,3 @@ def adapter_files() -> dict[str, dict[str, Any]]:
         tensors[f"{path}.lora_A.weight"] = draw.standard_normal((r, 6), dtype=np.float32)
         tensors[f"{path}.lora_B.weight"] = draw.standard_normal((out, r), dtype=np.float32)
     return {"config": config, "tensors": tensors}
-
-
-def write_adapter_directory(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, of a mapping such as `adapter_files` returns."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_config.json").write_text(json.dumps(files["config"], indent=2), encoding="utf-8")
-    tensors = {name: np.ascontiguousarray(array) for name, array in files["tensors"].items()}
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})

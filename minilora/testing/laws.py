@@ -18,6 +18,7 @@ from minilora.testing.bounds import UNITS, Array, Bounded
 from minilora.testing.cases import rounded
 from minilora.testing.compare import Worst, as_array, worst
 
+__tracebackhide__ = True  # pytest shows the line that calls this module
 ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
 COARSER = UNITS["float32"] / UNITS["float64"]
 PAIRS = ("nf4", "double_quant")  # kinds of which two functions are checked together
@@ -173,7 +174,6 @@ class Law:
             NotApplicable: the law is about something that the implementation does not have.
             TypeError: the implementation is no pair, and two functions are checked together.
         """
-        __tracebackhide__ = True
         if self.kind in PAIRS and not (isinstance(implementation, tuple | list) and len(implementation) == 2):
             raise TypeError(f"{self.kind} is checked with a pair (quantize, dequantize)")
         try:
@@ -192,7 +192,6 @@ class Law:
         return report
 
     def _check(self, implementation: Any, case: Any) -> Report:
-        __tracebackhide__ = True
         ratio, count, failures = 0.0, 0, list[Failure]()
         cases = list(self.cases()) if case is None else [case]
         for each in cases:
@@ -223,7 +222,6 @@ class Law:
             yield Comparison("the call", error, Bounded.exact(0.0))
 
     def _fail(self, failures: list[Failure], failing: int, cases: int) -> NoReturn:
-        __tracebackhide__ = True
         first = failures[0]
         causes, alternatives = explanations(failures)
         causes = causes or patterns([failure.comparison for failure in failures])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array
+from minilora.testing.cases import tensor
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
 from minilora.testing.lora_laws import backward, set_mode
 from minilora.testing.nf4_cases import QuantizedLinear
-from minilora.testing.nf4_laws import tensor
 from minilora.testing.nf4_mistakes import wrong_linears, wrong_weights
 
 Make = Callable[..., Any]
@@ -104,12 +104,14 @@ LEADS = (((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
 NESTED_LINEARS = (((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300))  # the last has two scales
 
 
-def linears(sizes: Iterable[Any], dtypes: tuple[str, ...] = ("float32",), **fields: Any) -> Iterator[QuantizedLinear]:
+def linears(
+    sizes: Iterable[Any], dtypes: tuple[str, ...] = ("float32",), double_quant: bool = False
+) -> Iterator[QuantizedLinear]:
     """Return cases of these sizes, each with and without a bias."""
     for dtype in dtypes:
         for seed, (lead, inner, outer) in enumerate(sizes):
             for has_bias in (True, False):
-                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, **fields)
+                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant)
 
 
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"

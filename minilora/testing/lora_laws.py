@@ -13,11 +13,33 @@ import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array, Bounded
-from minilora.testing.cases import LEADS, AdaptedLinear, Method, linear_cases
+from minilora.testing.cases import (
+    SCALES,
+    AdaptedLinear,
+    Method,
+    tensor,
+    wrong_gradients,
+    wrong_linears,
+    wrong_merges,
+    wrong_starts,
+)
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
-from minilora.testing.linear_mistakes import merged_mistakes, wrong_gradients, wrong_linears, wrong_starts
 
+SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
+    ((1,), 1, 1, 1),
+    ((1,), 2, 1, 1),
+    ((1,), 1, 2, 1),
+    ((2,), 2, 2, 1),
+    ((2,), 2, 2, 2),
+    ((1,), 3, 2, 3),
+    ((3,), 4, 4, 2),
+    ((2, 3), 5, 4, 3),
+    ((4,), 7, 9, 4),
+    ((9,), 33, 17, 5),
+    ((2, 3), 40, 24, 8),
+)
+LEADS = ((), (0,), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
 Make = Callable[..., Any]
 
@@ -74,20 +96,15 @@ def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, Adapt
     extra = accepted(make, **options, **({"use_rslora": True} if case.use_rslora else {}))
     if case.method == "dora" and "magnitude" not in extra:
         case = replace(case, has_magnitude=False)
-    given = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
+    given = {name: tensor(case.arrays[name], case.dtype) for name in ("W", "A", "B", "magnitude")}
     for name in ("A", "B", "magnitude"):
         given[name].requires_grad_()
     if "magnitude" in extra:
         extra["magnitude"] = given["magnitude"]
-    b = None if case.b is None else tensor(case, "b")
+    b = None if case.b is None else tensor(case.b, case.dtype)
     layer = make(given["W"], b, given["A"], given["B"], case.alpha, **extra)
     set_mode(layer, training=False)
     return Built(layer, given if b is None else given | {"b": b}), case
-
-
-def tensor(case: AdaptedLinear, name: str) -> Tensor:
-    """Return an array of the case as a tensor in its dtype, copied: the implementation may change it."""
-    return torch.from_numpy(case.arrays[name]).to(getattr(torch, case.dtype), copy=True)
 
 
 def set_mode(layer: Any, training: bool) -> None:
@@ -97,7 +114,7 @@ def set_mode(layer: Any, training: bool) -> None:
 
 def output(layer: Any, case: AdaptedLinear, what: str = "y", known: Any = wrong_linears) -> Comparison:
     """Compare what a layer makes of the case's x."""
-    x = tensor(case, "x")
+    x = tensor(case.x, case.dtype)
 
     def mistakes() -> dict[str, Array]:
         return {cause: case.x @ weight.T + bias for cause, (weight, bias) in known(case).items()}
@@ -139,13 +156,13 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     if weight is not None:
         merged = weight() if callable(weight) else weight
         base = case.W if case.method == "lora" else None
-        yield Comparison("merged_weight", merged, probe.merged, merged_mistakes(probe), base=base)
+        yield Comparison("merged_weight", merged, probe.merged, functools.partial(wrong_merges, probe), base=base)
 
 
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
-    x = tensor(case, "x").requires_grad_()
-    y = backward(built.layer, x, tensor(case, "dy"))
+    x = tensor(case.x, case.dtype).requires_grad_()
+    y = backward(built.layer, x, tensor(case.dy, case.dtype))
     mistakes = wrong_gradients(case)
     for name, expected in case.gradients.items():
         if name == "magnitude" and not case.has_magnitude:
@@ -182,9 +199,9 @@ def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     set_mode(built.layer, training=True)
-    x = tensor(case, "x").requires_grad_()
+    x = tensor(case.x, case.dtype).requires_grad_()
     base = {name: built.tensor(name) for name in ("W", "b") if name in built.given}
-    backward(built.layer, x, tensor(case, "dy"))
+    backward(built.layer, x, tensor(case.dy, case.dtype))
     parameters = list(built.layer.parameters()) if hasattr(built.layer, "parameters") else []
     for parameter in {id(p): p for p in (*parameters, *built.given.values())}.values():
         if parameter.grad is not None:
@@ -200,7 +217,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     if hasattr(built.layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
-    B = built.tensor("B", built.layer(tensor(case, "x")))
+    B = built.tensor("B", built.layer(tensor(case.x, case.dtype)))
     if B is None:
         raise AssertionError("no parameter of the layer holds B")
     B.data.mul_(2)
@@ -214,7 +231,7 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         return
     p, row = 0.25, case.rows[:1]
     built, one = build(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
-    x = tensor(one, "x").repeat(MASKS, 1)
+    x = tensor(one.x, one.dtype).repeat(MASKS, 1)
     first, again, other = (seeded(built.layer, x[:1], seed) for seed in (case.seed, case.seed, case.seed + 1))
     active = {"dropout is active in evaluation mode": other} if np.array_equal(first, again) else {}
     yield Comparison("a second y in evaluation mode", other, first, lambda: active)
@@ -264,6 +281,20 @@ def statistics(one: AdaptedLinear, p: float, y: Array, evaluated: Array) -> Iter
     }
     mean = Bounded(right, 6 * np.sqrt(np.maximum(variance, measured) / MASKS) + rounding)
     yield Comparison("the mean of y over dropout masks", y.mean(0), mean, lambda: wrong)
+
+
+@functools.cache
+def linear_cases(method: Method, *dtypes: str, use_rslora: bool = False) -> list[AdaptedLinear]:
+    """Return cases from small to large, each with and without a bias; the laws share them, and their right results."""
+    scales = [SCALES[i % len(SCALES)] for i in range(len(SHAPES) + 1)]
+    return [
+        AdaptedLinear(
+            method, lead, inner, outer, r, scales[seed + has_bias], has_bias, seed, dtype, use_rslora=use_rslora
+        )
+        for dtype in dtypes
+        for seed, (lead, inner, outer, r) in enumerate(SHAPES)
+        for has_bias in (True, False)
+    ]
 
 
 def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law]:

@@ -7,21 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from minilora.testing.bounds import Array, Bounded
-from minilora.testing.cases import AdaptedLinear, linear_cases
+from minilora.testing.cases import AdaptedLinear, tensor, wrong_merges
 from minilora.testing.laws import Comparison, Law
-from minilora.testing.linear_mistakes import merged_mistakes
-from minilora.testing.lora_laws import tensor
+from minilora.testing.lora_laws import linear_cases
 
 
 def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
-    tensors = {name: tensor(case, name) for name in ("W", "A", "B", "magnitude")}
+    tensors = {name: tensor(case.arrays[name], case.dtype) for name in ("W", "A", "B", "magnitude")}
     last = [tensors.pop("magnitude")]
     actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
     base = case.W if case.method == "lora" else None
-    yield Comparison("the merged weight", actual, case.merged, merged_mistakes(case), base=base)
+    yield Comparison("the merged weight", actual, case.merged, functools.partial(wrong_merges, case), base=base)
     for name, given in tensors.items():
         yield Comparison(f"{name}, which is only read", given, case.arrays[name])
 
@@ -50,7 +47,7 @@ class AdapterSum:
 
 
 def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
-    adapters = [(torch.tensor(A), torch.tensor(B), s) for A, B, s in case.adapters]
+    adapters = [(tensor(A), tensor(B), s) for A, B, s in case.adapters]
     result = add(list(adapters), case.weights)
     for (A, B, _), given in zip(case.adapters, adapters, strict=True):
         yield Comparison("A, which is only read", given[0], A)

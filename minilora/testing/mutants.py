@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minilora.testing.mutants_chat import ADAPTER_DIRECTORY, CHAT_MASK
+from minilora.testing.mutants_data import ACCUMULATION, ADAPTER_DIRECTORY, CHAT_MASK, LOSS_MASKING
 from minilora.testing.mutants_dora import ADAPTER_SUM, DORA, MERGE
 from minilora.testing.mutants_lora import LORA, Plant
-from minilora.testing.mutants_loss import ACCUMULATION, LOSS_MASKING
 from minilora.testing.mutants_nf4 import DOUBLE_QUANT, LINEAR4BIT, NF4
 
 

@@ -62,10 +62,6 @@ def norm_of_the_first_call(self: DoRALayer) -> Tensor:
     return self.get_buffer("norm")
 
 
-def only_the_base_is_normalized(self: DoRALayer, x: Tensor) -> Tensor:
-    return plus_bias(self, factor(self) * base(self.lora, x) + branch(self.lora, drop(self.lora, x)))
-
-
 def scale_outside(self: DoRALayer, x: Tensor) -> Tensor:
     V = adapted(self, scale=1.0)
     change = (self.m / V.norm(dim=1).detach())[:, None] * V - self.lora.W
@@ -110,7 +106,12 @@ DORA: Table = [
     ("use_rslora does not reach the norm", lambda _: wrapped(rslora_not_in_the_norm)(DoRALayer)),
     # what the factor multiplies
     ("the bias is multiplied by m / norm", dora(lambda self, x: factor(self) * plus_bias(self, self.lora(x)))),
-    ("only the base is normalized", dora(only_the_base_is_normalized)),
+    (
+        "only the base is normalized",
+        dora(
+            lambda self, x: plus_bias(self, factor(self) * base(self.lora, x) + branch(self.lora, drop(self.lora, x)))
+        ),
+    ),
     ("the scale multiplies the normalized change", dora(scale_outside), "AUTOMATIC1111/stable-diffusion-webui#16151"),
     # what is ignored
     ("DoRA ignores alpha", alpha_is(lambda alpha, r: r), "AnswerDotAI/fsdp_qlora#68"),
@@ -119,10 +120,6 @@ DORA: Table = [
 
 
 # --- merging, and sums of adapters ---
-
-
-def merged_in_place(merge: Any, W: Tensor, *args: Any) -> Tensor:
-    return W.copy_(merge(W.clone(), *args))
 
 
 def last_of_odd_rows_left(merge: Any, W: Tensor, *args: Any) -> Tensor:
@@ -158,7 +155,7 @@ MERGE: Table = [
         wrapped(lambda merge, W, A, B, s, *m: merge(merge(W, A, B, s), A, B, s, *m)),
         "huggingface/peft#3774",
     ),
-    ("merged into the caller's weight", wrapped(merged_in_place)),
+    ("merged into the caller's weight", wrapped(lambda merge, W, *args: W.copy_(merge(W.clone(), *args)))),
     ("a square B A is merged transposed", wrapped(transposed_factors), "microsoft/LoRA#61"),
     ("the change is rounded to bfloat16", wrapped(lambda merge, W, *args: W + (merge(W, *args) - W).bfloat16())),
     ("the last of an odd number of rows is not merged", wrapped(last_of_odd_rows_left)),

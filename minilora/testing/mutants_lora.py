@@ -78,8 +78,9 @@ def base(self: LoRALayer, x: Tensor) -> Tensor:
     return F.linear(x, self.W, self.b)
 
 
-def branch(self: LoRALayer, x: Tensor) -> Tensor:
-    return self.scale * F.linear(F.linear(x, self.A), self.B)
+def branch(self: LoRALayer, x: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+    """Return s·(x Aᵀ) Bᵀ, with other factors if they are given."""
+    return self.scale * F.linear(F.linear(x, self.A if A is None else A), self.B if B is None else B)
 
 
 def drop(self: LoRALayer, x: Tensor) -> Tensor:
@@ -118,15 +119,6 @@ def dropout_off_for_good(self: LoRALayer, x: Tensor) -> Tensor:
     return self(x)
 
 
-def first_ranks(self: LoRALayer, x: Tensor) -> Tensor:
-    r = min(self.W.shape)
-    return self.scale * F.linear(F.linear(x, self.A[:r]), self.B[:, :r])
-
-
-def tokens_and_rows_exchanged(self: LoRALayer, x: Tensor) -> Tensor:
-    return branch(self, x.transpose(0, 1).reshape(x.shape) if x.ndim == 3 else x)
-
-
 def whole_tiles_of_4_rows(self: LoRALayer, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     covered = torch.arange(len(rows)) < len(rows) // 4 * 4
@@ -136,14 +128,6 @@ def whole_tiles_of_4_rows(self: LoRALayer, x: Tensor) -> Tensor:
 def in_bfloat16(self: LoRALayer, x: Tensor) -> Tensor:
     h = F.linear(x.bfloat16(), self.A.bfloat16())
     return (self.scale * F.linear(h, self.B.bfloat16())).to(x.dtype)
-
-
-def one_gradient_unscaled(self: LoRALayer, x: Tensor) -> Tensor:
-    return self.scale * F.linear(F.linear(x, self.A), gradient_times(1 / self.scale, self.B))
-
-
-def one_gradient_averaged(self: LoRALayer, x: Tensor) -> Tensor:
-    return self.scale * F.linear(F.linear(x, gradient_times(1 / x[..., 0].numel(), self.A)), self.B)
 
 
 def base_is_trained(make: Any, W: Tensor, *args: Any, **o: Any) -> Around:
@@ -181,10 +165,6 @@ class MergedAgain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) if self.training else base(self.layer, x)
-
-
-def merged_again(_: Any) -> Any:
-    return wrapped(lambda make, *args, **o: MergedAgain(make(*args, **o)))(LoRALayer)
 
 
 LORA: Table = [
@@ -243,14 +223,26 @@ LORA: Table = [
     ("a ReLU between A and B", adapter(lambda self, x: self.scale * F.linear(F.linear(x, self.A).relu(), self.B))),
     ("the adapter is computed in bfloat16", adapter(in_bfloat16)),
     # only some shapes
-    ("ranks above the number of features are ignored", adapter(first_ranks)),
-    ("rows and tokens of the adapter's input are exchanged", adapter(tokens_and_rows_exchanged)),
+    (
+        "ranks above the number of features are ignored",
+        adapter(lambda self, x: branch(self, x, self.A[: min(self.W.shape)], self.B[:, : min(self.W.shape)])),
+    ),
+    (
+        "rows and tokens of the adapter's input are exchanged",
+        adapter(lambda self, x: branch(self, x.transpose(0, 1).reshape(x.shape) if x.ndim == 3 else x)),
+    ),
     ("a vector comes back as a matrix of one row", around(lambda self, x: self(torch.atleast_2d(x)))),
     ("rows past a multiple of 4 get no adapter", adapter(whole_tiles_of_4_rows)),
     # gradients
-    ("A gets no gradient", adapter(lambda self, x: self.scale * F.linear(F.linear(x, self.A.detach()), self.B))),
-    ("the gradient of B lacks the scale", adapter(one_gradient_unscaled)),
-    ("the gradient of A is a mean over rows", adapter(one_gradient_averaged)),
+    ("A gets no gradient", adapter(lambda self, x: branch(self, x, A=self.A.detach()))),
+    (
+        "the gradient of B lacks the scale",
+        adapter(lambda self, x: branch(self, x, B=gradient_times(1 / self.scale, self.B))),
+    ),
+    (
+        "the gradient of A is a mean over rows",
+        adapter(lambda self, x: branch(self, x, A=gradient_times(1 / x[..., 0].numel(), self.A))),
+    ),
     ("the input gets no gradient from the adapter", adapter(lambda self, x: branch(self, x.detach()))),
     (
         "the input gets no gradient from the base",
@@ -259,5 +251,9 @@ LORA: Table = [
     # state
     ("the adapter is merged into the caller's weight", wrapped(merged_into_the_callers_weight)),
     ("the weight merged in the first evaluation is kept", lora(merged_in_the_first_evaluation)),
-    ("each call of eval merges again", merged_again, "Baijiong-Lin/LoRA-Torch#10"),
+    (
+        "each call of eval merges again",
+        lambda _: wrapped(lambda make, *args, **o: MergedAgain(make(*args, **o)))(LoRALayer),
+        "Baijiong-Lin/LoRA-Torch#10",
+    ),
 ]

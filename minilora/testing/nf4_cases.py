@@ -16,8 +16,8 @@ import torch
 
 from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import WeightKind, hard_weight, rounded
-from minilora.testing.reference_nf4 import NF4_LEVELS, absmax_quantize, nf4_pack, nf4_quantize
-from minilora.testing.reference_nf4 import absmax_levels as exact_absmax_levels
+from minilora.testing.reference import NF4_LEVELS, absmax_quantize, nf4_pack, nf4_quantize
+from minilora.testing.reference import absmax_levels as exact_absmax_levels
 
 LEVELS = np.array(NF4_LEVELS)
 MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
@@ -32,10 +32,9 @@ DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
 class NF4Weight:
     """A weight (rows, columns) to be quantized in blocks, and what is right for it.
 
-    Kinds: normal; outlier: one is a thousand times larger; constant: all are equal; tiny: of magnitude 1e-40;
-    rank_deficient: of rank 1; huge_ratio: the rows differ by factors from 1e-6 to 1e6; zeros; zero_block: the first
-    block is 0; levels: powers of two times levels, so that bytes are certain; ties: midpoints of levels, of those that
-    float32 represents, and float32's next numbers below and above each midpoint.
+    Kinds: those of `hard_weight`; zeros; zero_block: the first block is 0; levels: powers of two times levels, so that
+    bytes are certain; ties: midpoints of levels, of those that float32 represents, and float32's next numbers below and
+    above each midpoint.
     """
 
     rows: int = 1
@@ -262,7 +261,6 @@ class QuantizedLinear:
     has_bias: bool = True
     seed: int = 0
     dtype: str = "float32"
-    kind: DrawnKind = "normal"
     double_quant: bool = False
 
     def __str__(self) -> str:
@@ -271,7 +269,7 @@ class QuantizedLinear:
 
     @cached_property
     def weight(self) -> NF4Weight:
-        return NF4Weight(self.outer, self.inner, kind=self.kind, seed=self.seed, dtype=self.dtype)
+        return NF4Weight(self.outer, self.inner, seed=self.seed, dtype=self.dtype)
 
     @cached_property
     def absmaxes(self) -> AbsmaxVector:

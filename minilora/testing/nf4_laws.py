@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from minilora.testing.bounds import Array, Bounded
+from minilora.testing.cases import tensor
 from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law
 from minilora.testing.nf4_cases import NESTED, AbsmaxVector, NF4Weight, weights
@@ -29,11 +29,6 @@ from minilora.testing.nf4_mistakes import (
 )
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]  # quantize, dequantize
-
-
-def tensor(array: Array, dtype: str = "float32") -> Tensor:
-    """Return an array as a tensor of its own: the implementation may change it."""
-    return torch.from_numpy(np.asarray(array, dtype=np.float64)).to(getattr(torch, dtype), copy=True)
 
 
 def as_codes(packed: Any, count: int) -> Array:
@@ -72,7 +67,7 @@ def dequantized(pair: Pair, case: NF4Weight, packed: Any, absmax: Any) -> Any:
 
 def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
     """Return the right packed bytes and absmaxes."""
-    return tensor(case.packed, "uint8"), tensor(case.absmax)
+    return tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
 
 
 def codes(case: NF4Weight, what: str, found: Array) -> Comparison:
@@ -174,7 +169,7 @@ def unchanged(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 def nested(pair: Pair, case: AbsmaxVector) -> tuple[Any, Any, Any, Bounded]:
     """Return codes, scales and offset of an implementation, and its offset as an input of what follows from it."""
-    codes, scales, offset = pair[0](tensor(case.absmax))
+    codes, scales, offset = pair[0](tensor(case.absmax, "float32"))
     return codes, scales, offset, Bounded.exact(as_array(offset).reshape(()), "float32")
 
 
@@ -210,7 +205,7 @@ def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, Bounded]:
     """Return the right codes, scales and offset, rounded to float32, and the offset for what follows from it."""
     mean = Bounded.exact(np.float32(case.offset.value), "float32")
     scales = case.scales(mean).value
-    return tensor(case.codes(mean), "uint8"), tensor(scales), tensor(mean.value), mean
+    return tensor(case.codes(mean), "uint8"), tensor(scales, "float32"), tensor(mean.value, "float32"), mean
 
 
 def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
@@ -226,7 +221,7 @@ def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
 
 
 def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    absmax = tensor(case.absmax)
+    absmax = tensor(case.absmax, "float32")
     pair[0](absmax)
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     given = nested_stored(case)[:3]

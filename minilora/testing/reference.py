@@ -1,35 +1,34 @@
-"""Oracles: the same mathematics once more, slowly, in float64, by loops and brute force, with numpy alone.
+"""Oracles: LoRA, DoRA, the loss and 4-bit weights once more, slowly, in float64, by loops and brute force.
 
 Nothing here shares code or an algorithm with the rest of minilora, so that both being wrong alike is unlikely. Arrays
-may have any float dtype; what is computed and returned is float64.
+may have any float dtype; what is computed and returned is float64. `reference_model` has the decoder.
 
-    N  tokens laid end to end     H  query heads      E  width of a head    D  hidden width   V  vocabulary
-    M  keys laid end to end       K  key/value heads  R  rotated width      F  width of an MLP
-    in, out  features of a linear    r  rank of an adapter
+    N  rows of a linear's input    in, out  its features    r  rank of an adapter
+    B  rows of tokens    T  positions    V  vocabulary    D  width
+    n  weights, laid end to end    b  blocks, each with an absmax
 
-    [LoRA]  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
-    [DoRA]  Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
-    [RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
-    [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
-    [PI]    Chen et al. 2023, Extending Context Window of Large Language Models via Positional Interpolation
-    [NTK]   bloc97 and emozilla 2023, NTK-aware and dynamically scaled RoPE, as transformers publishes them
-    [L31]   llama-models, models/llama3/model.py, apply_scaling
-    [Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
-    [GLU]   Shazeer 2020, GLU Variants Improve Transformer
-    [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
-    [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
+    [LoRA]   Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
+    [DoRA]   Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
+    [QLoRA]  Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
+    [8-bit]  Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+IGNORED = -100  # the label of what is not learned
+NF4_LEVELS = (  # as bitsandbytes has them  [QLoRA app. E]
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 # --- LoRA ---
@@ -115,214 +114,176 @@ def dora_gradients(
     return *lora_gradients(x, dy * (magnitude / lengths), lora_A, lora_B, scale), dm
 
 
-# --- convolutions ---
+# --- the loss ---
 
 
-# --- the operations of a decoder ---
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """y = weight · x / √(mean(x²) + eps), row by row  [RMS eq. 4].
-
-    Shapes: x (..., D), weight (D) -> (..., D)
-    """
-    x, weight = _wide(x, weight)
-    rows = [weight * row / math.sqrt(math.fsum(row * row) / row.size + eps) for row in x.reshape(-1, x.shape[-1])]
-    return np.array(rows).reshape(x.shape)
-
-
-def swiglu(gate: Array, up: Array) -> Array:
-    """y = gate / (1 + exp(-gate)) · up, number by number  [GLU §2].
-
-    Shapes: gate (..., F), up (..., F) -> (..., F)
-    """
-    gate, up = _wide(gate, up)
-    pairs = zip(gate.ravel().tolist(), up.ravel().tolist(), strict=True)
-    return np.array([a / (1 + math.exp(-a)) * b for a, b in pairs]).reshape(gate.shape)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Coordinates i and i + R/2 as one complex number, multiplied by cos + i·sin; the rest stays  [RoPE eq. 34].
-
-    Shapes: x (N, H, E), cos (N, R/2), sin (N, R/2) -> (N, H, E)
-    """
-    x, cos, sin = _wide(x, cos, sin)
-    half, y = cos.shape[1], x.copy()
-    for n in range(len(x)):
-        for i in range(half):
-            turned = (x[n, :, i] + 1j * x[n, :, i + half]) * complex(cos[n, i], sin[n, i])
-            y[n, :, i], y[n, :, i + half] = turned.real, turned.imag
-    return y
-
-
-def causal_attention(
-    q: Array, k: Array, v: Array, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None = None
-) -> Array:
-    """o = Σⱼ exp(q·kⱼ/√E) vⱼ / Σⱼ exp(q·kⱼ/√E), for each query of each head of each document  [GQA §2].
-
-    Query i of a document is at position i + (keys - queries) of it, and j runs over the keys of the same document that
-    lie at most at that position and less than `window` before it  [SWA §3.1].
-
-    Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
-    """
-    q, k, v = _wide(q, k, v)
-    output = np.zeros_like(q)
-    first_query = first_key = 0
-    for length, total in zip(lengths, key_lengths, strict=True):
-        for i in range(length):
-            position = i + total - length
-            seen = [first_key + j for j in range(total) if j <= position and (window is None or position - j < window)]
-            for h in range(q.shape[1]):
-                reads = h * k.shape[1] // q.shape[1]
-                scores = np.array([np.dot(q[first_query + i, h], k[j, reads]) for j in seen]) / math.sqrt(q.shape[2])
-                shares = np.exp(scores - scores.max())
-                mixed = sum(share * v[j, reads] for share, j in zip(shares, seen, strict=True))
-                output[first_query + i, h] = mixed / shares.sum()
-        first_query, first_key = first_query + length, first_key + total
-    return output
-
-
-def cross_entropy(logits: Array, labels: Array, ignore_index: int = -100) -> float:
-    """Σₙ log Σᵥ exp(logits[n, v]) - logits[n, labels[n]], over the rows whose label is not `ignore_index`.
+def cross_entropy(logits: Array, labels: Array) -> float:
+    """Σₙ log Σᵥ exp(logits[n, v]) - logits[n, labels[n]], over the rows whose label is not -100.
 
     Shapes: logits (N, V), labels (N) -> ()
     """
-    losses = []
-    for row, label in zip(_wide(logits)[0], labels.tolist(), strict=True):
-        if label != ignore_index:
-            losses.append(row.max() + math.log(math.fsum(np.exp(row - row.max()))) - row[label])
-    return math.fsum(losses)
+    pairs = zip(logits, labels.tolist(), strict=True)
+    return math.fsum(_loss(row, label) for row, label in pairs if label != IGNORED)
 
 
-# --- rotary position embedding ---
+def masked_loss(logits: Array, labels: Array) -> float:
+    """L = 1/N Σ -log p(label at t + 1 | logits at t), over the labels that are not -100; nan if there are none.
 
-
-def rope_frequencies(rope: Any, length: int) -> Array:
-    """How far each pair of coordinates turns from one position to the next, in a document of `length`, (⌈R/2⌉).
-
-    Pair i, of wavelength λ = 2π/f where f = θ^(-2i/R)  [RoPE eq. 15]:
-
-        default   f
-        linear    f / factor  [PI eq. 4]
-        dynamic   θ'^(-2i/R), θ' = θ·(factor·L/L₀ - (factor - 1))^(R/(R - 2)) once L > L₀ = max_length  [NTK]
-        llama3    f where λ < L₀/high; f/factor where λ > L₀/low; between them (1 - t)·f/factor + t·f,
-                  t = (L₀/λ - low)/(high - low), L₀ = trained_length  [L31]
-        longrope  f / short_factor[i], or long_factor[i] once L > trained_length  [Long eq. 3]
-
-    Args:
-        rope: has width (R), theta, kind, scaling, trained_length and max_length.
-        length: L.
+    Shapes: logits (B, T, V), labels (B, T) -> ()
     """
-    return np.array([_frequency(rope, i, length) for i in range((rope.width + 1) // 2)])
+    losses = [_loss(logits[row, t], label) for row, t, label in predicted(labels)]
+    return math.fsum(losses) / len(losses) if losses else math.nan
 
 
-def _frequency(rope: Any, i: int, length: int) -> float:
-    scaling, theta, trained = rope.scaling, rope.theta, rope.trained_length
-    if rope.kind == "dynamic" and length > rope.max_length:
-        stretch = scaling["factor"] * length / rope.max_length - (scaling["factor"] - 1)
-        theta = theta * stretch ** (rope.width / (rope.width - 2))
-    plain = float(theta ** (-2 * i / rope.width))
-    if rope.kind == "linear":
-        return plain / float(scaling["factor"])
-    if rope.kind == "longrope":
-        return plain / float(scaling["long_factor" if length > trained else "short_factor"][i])
-    if rope.kind != "llama3":
-        return plain
-    wavelength, low, high = 2 * math.pi / plain, scaling["low_freq_factor"], scaling["high_freq_factor"]
-    if wavelength < trained / high:
-        return plain
-    if wavelength > trained / low:
-        return plain / float(scaling["factor"])
-    t = (trained / wavelength - low) / (high - low)
-    return float((1 - t) * plain / scaling["factor"] + t * plain)
+def masked_loss_gradient(logits: Array, labels: Array) -> Array:
+    """dL/dlogits = (softmax - onehot)/N where a label is predicted, and 0 elsewhere.
 
-
-def rope_table(rope: Any, length: int) -> tuple[Array, Array]:
-    """cos and sin of position · frequency; longrope stretches both by √(1 + ln(L/L₀)/ln L₀)  [Long §3.3].
-
-    Shapes: -> (L, R/2), (L, R/2)
+    Shapes: logits (B, T, V), labels (B, T) -> (B, T, V)
     """
-    stretch = 1.0
-    if rope.kind == "longrope":
-        ratio = rope.scaling.get("factor") or rope.max_length / rope.trained_length
-        stretch = math.sqrt(1 + math.log(ratio) / math.log(rope.trained_length)) if ratio > 1 else 1.0
-        stretch = rope.scaling.get("attention_factor") or stretch
-    angles = [[position * turn for turn in rope_frequencies(rope, length)] for position in range(length)]
-    return stretch * np.cos(angles), stretch * np.sin(angles)
+    gradient, count = np.zeros(np.shape(logits)), 0
+    for row, t, label in predicted(labels):
+        gradient[row, t] = _slopes(logits[row, t], label)
+        count += 1
+    return gradient / max(1, count)
 
 
-# --- a whole decoder ---
+def accumulated_gradient(weight: Array, micro_batches: Sequence[tuple[Array, Array]]) -> Array:
+    """dL/dW of one step: L = 1/N Σ of the losses of all micro-batches, logits = x Wᵀ, N the number of their labels.
 
-
-def decoder_logits(
-    tensors: Mapping[str, Array], config: Any, tokens: Sequence[int], rotation: tuple[Array, Array] | None = None
-) -> Array:
-    """The logits of one document by a decoder of the Llama family.
-
-    The tensors' names say which family it is: biases, `q_norm`, `qkv_proj` and `gate_up_proj` are used where they are,
-    and the head is the embedding where there is no `lm_head.weight`.
-
-    Args:
-        tensors: what a checkpoint holds, name -> array.
-        config: has num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, windows and
-            rotated (an entry a layer) and rope (see `rope_frequencies`).
-        tokens: the document.
-        rotation: cos and sin to use, (N, R/2) each; those of `rope_table` if not given.
-
-    Shapes: tokens (N) -> (N, V)
+    Shapes: weight (V, D), micro_batches of x (B, T, D) and labels (B, T) -> (V, D)
     """
-    cos, sin = rope_table(config.rope, len(tokens)) if rotation is None else rotation
-    embedding = tensors["model.embed_tokens.weight"]
-    x = np.array([embedding[token] for token in tokens], dtype=np.float64)
-    for layer in range(config.num_hidden_layers):
-        part = {
-            name.removeprefix(f"model.layers.{layer}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"model.layers.{layer}.")
-        }
-        normed = rms_norm(x, part["input_layernorm.weight"], config.rms_norm_eps)
-        x = x + _attention(part, config, layer, normed, cos, sin)
-        normed = rms_norm(x, part["post_attention_layernorm.weight"], config.rms_norm_eps)
-        x = x + _mlp(part, normed)
-    x = rms_norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
-    return _linear(x, tensors.get("lm_head.weight", embedding))
+    weight = _wide(weight)[0]
+    total, count = np.zeros(weight.shape), 0
+    for x, labels in micro_batches:
+        for row, t, label in predicted(labels):
+            logits = np.array([math.fsum(weights * x[row, t]) for weights in weight])
+            total += np.outer(_slopes(logits, label), x[row, t])
+            count += 1
+    return total / max(1, count)
 
 
-def _attention(part: Mapping[str, Array], config: Any, layer: int, x: Array, cos: Array, sin: Array) -> Array:
-    H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if "self_attn.qkv_proj.weight" in part:
-        joint = _project(part, "self_attn.qkv_proj", x)
-        flat = [joint[:, : H * E], joint[:, H * E : (H + K) * E], joint[:, (H + K) * E :]]
-    else:
-        flat = [_project(part, f"self_attn.{name}_proj", x) for name in "qkv"]
-    q, k, v = (projected.reshape(len(x), -1, E) for projected in flat)
-    if "self_attn.q_norm.weight" in part:
-        q = rms_norm(q, part["self_attn.q_norm.weight"], config.rms_norm_eps)
-        k = rms_norm(k, part["self_attn.k_norm.weight"], config.rms_norm_eps)
-    if config.rotated[layer]:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    heads = causal_attention(q, k, v, [len(x)], [len(x)], config.windows[layer])
-    return _project(part, "self_attn.o_proj", heads.reshape(len(x), H * E))
+def predicted(labels: Array) -> Iterator[tuple[int, int, int]]:
+    """Yield row, position t and label of all labels at t + 1 that are not -100; the first of a row never counts."""
+    for row, own in enumerate(np.asarray(labels).tolist()):
+        for t in range(len(own) - 1):
+            if own[t + 1] != IGNORED:
+                yield row, t, own[t + 1]
 
 
-def _mlp(part: Mapping[str, Array], x: Array) -> Array:
-    if "mlp.gate_up_proj.weight" in part:
-        joint = _project(part, "mlp.gate_up_proj", x)
-        gate, up = joint[:, : joint.shape[1] // 2], joint[:, joint.shape[1] // 2 :]
-    else:
-        gate, up = _project(part, "mlp.gate_proj", x), _project(part, "mlp.up_proj", x)
-    return _project(part, "mlp.down_proj", swiglu(gate, up))
+def _loss(logits: Array, label: int) -> float:
+    """-log p(label), (V) -> ()."""
+    scores = _wide(logits)[0]
+    most = scores.max()
+    return most + math.log(math.fsum(np.exp(scores - most))) - scores[label]
 
 
-def _project(part: Mapping[str, Array], name: str, x: Array) -> Array:
-    return _linear(x, part[f"{name}.weight"], part.get(f"{name}.bias"))
+def _slopes(logits: Array, label: int) -> Array:
+    """softmax - onehot, (V) -> (V)."""
+    scores = _wide(logits)[0]
+    shares = np.exp(scores - scores.max())
+    shares /= math.fsum(shares)
+    shares[label] -= 1
+    return shares
 
 
-def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """y[n, o] = Σᵢ W[o, i] x[n, i] + b[o]: einsum without BLAS."""
-    x, weight = _wide(x, weight)
-    y: Array = np.einsum("ni,oi->no", x, weight)
-    return y if bias is None else y + _wide(bias)[0]
+# --- 4-bit weights ---
+
+
+def nf4_levels() -> Array:
+    """Φ⁻¹(p) / Φ⁻¹(δ) for p in 8 even steps from 1 - δ to 1/2 and 9 from 1/2 to δ = 1 - (1/30 + 1/32)/2  [QLoRA eq. 4].
+
+    Shapes: -> (16)
+    """
+    delta = 1 - (1 / 30 + 1 / 32) / 2
+    below = [1 - delta + (delta - 0.5) * i / 7 for i in range(7)]
+    above = [0.5 + (delta - 0.5) * i / 8 for i in range(9)]
+    return np.array([_quantile(p) / _quantile(delta) for p in below + above])
+
+
+def _quantile(p: float) -> float:
+    """Φ⁻¹(p) of the normal distribution, by halving an interval."""
+    low, high = -10.0, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if (1 + math.erf(middle / math.sqrt(2))) / 2 < p:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:
+    """code = the level nearest to w / absmax of its block, of two as near the lower one; by trying all.
+
+    Shapes: weight (N, K) -> codes (n), absmax (b)
+    """
+    return _nearest_levels(weight.reshape(-1).astype(np.float64), block_size, NF4_LEVELS)
+
+
+def nf4_pack(codes: Sequence[int]) -> bytes:
+    """Two codes a byte, the first in the high half; beside a last one alone stands the code of 0.
+
+    Shapes: codes (n) -> ⌈n/2⌉ bytes
+    """
+    pairs = [*codes, NF4_LEVELS.index(0.0)]
+    return bytes(16 * pairs[i] + pairs[i + 1] for i in range(0, len(codes), 2))
+
+
+def nf4_dequantize(packed: bytes, absmax: Array, count: int, block_size: int) -> Array:
+    """w = level · absmax, one by one.
+
+    Shapes: packed ⌈n/2⌉ bytes, absmax (b) -> (n)
+    """
+    weights = []
+    for i in range(count):
+        byte = packed[i // 2]
+        code = byte % 16 if i % 2 else byte // 16
+        weights.append(NF4_LEVELS[code] * float(absmax[i // block_size]))
+    return np.array(weights)
+
+
+def absmax_levels() -> Array:
+    """0, 1, and ±10^(i-6) times the midpoints of 2^i equal parts of [0.1, 1], i = 0 … 6; rising  [8-bit].
+
+    Shapes: -> (256)
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        for part in range(2**i):
+            middle = 0.1 + 0.9 * (part + 0.5) / 2**i
+            levels += [middle * 10.0 ** (i - 6), -middle * 10.0 ** (i - 6)]
+    return np.array(sorted(levels))
+
+
+def absmax_quantize(absmax: Array, offset: float | None = None) -> tuple[Array, Array, float]:
+    """offset = mean if not given;  code = the level nearest to (absmax - offset) / scale;  scale: the largest of 256.
+
+    Shapes: absmax (b) -> codes (b), scales (⌈b/256⌉), offset
+    """
+    offset = sum(float(a) for a in absmax) / len(absmax) if offset is None else offset
+    return *_nearest_levels([float(a) - offset for a in absmax], 256, absmax_levels().tolist()), offset
+
+
+def absmax_dequantize(codes: Sequence[int], scales: Array, offset: float) -> Array:
+    """absmax = level · scale + offset, one by one.
+
+    Shapes: codes (b), scales (⌈b/256⌉), offset -> (b)
+    """
+    levels = absmax_levels()
+    return np.array([levels[code] * float(scales[i // 256]) + offset for i, code in enumerate(codes)])
+
+
+def _nearest_levels(numbers: Iterable[float], block_size: int, levels: Sequence[float]) -> tuple[Array, Array]:
+    """Return the code of each number, and the scale, the largest |number|, of each block."""
+    numbers, codes, scales = list(numbers), [], []
+    for begin in range(0, len(numbers), block_size):
+        block = numbers[begin : begin + block_size]
+        scales.append(max(map(abs, block)))
+        for number in block:
+            x = number / scales[-1] if scales[-1] else 0.0
+            distances = [abs(x - level) for level in levels]
+            codes.append(distances.index(min(distances)))
+    return np.array(codes), np.array(scales)
 
 
 def _wide(*arrays: Array) -> list[Array]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from minilora.data import encode_row
 from minilora.storage import ASSETS
-from minilora.testing.reference_data import masked_loss
+from minilora.testing.reference import masked_loss
 
 END = 0  # of the built-in tokenizer; the pad, too
 TEXTS = (("Category:", " animal"), ("Category: ", "animal"), ("2 + 2 =\n", "4"), ("", "a young cat"))
@@ -22,7 +22,7 @@ ROWS = [  # tokens and labels
 
 
 def check(answer: ModuleType) -> None:
-    """The labels are those of `encode_row`, and the losses those of `minilora.testing.reference_data`."""
+    """The labels are those of `encode_row`, and the losses those of `minilora.testing.reference`."""
     tokenizer = Tokenizer.from_file(str(ASSETS / "model" / "tokenizer.json"))
     for prompt, completion in TEXTS:
         right = encode_row({"prompt": prompt, "completion": completion}, tokenizer, END)

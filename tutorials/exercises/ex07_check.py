@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minilora.testing.reference_nf4 import NF4_LEVELS
+from minilora.testing.reference import NF4_LEVELS
 
 ALLOWED = {4096: 0.95, 64: 1.01}  # block size -> mean absolute error, as a share of NF4's
 

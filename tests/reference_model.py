@@ -1,0 +1,270 @@
+"""Oracles of a model: the decoder, its operations, and convolutions, in loops in float64 numpy.
+
+N  tokens laid end to end     H  query heads      E  width of a head    D  hidden width   V  vocabulary
+M  keys laid end to end       K  key/value heads  R  rotated width      F  width of an MLP
+
+[RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
+[RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
+[PI]    Chen et al. 2023, Extending Context Window of Large Language Models via Positional Interpolation
+[NTK]   bloc97 and emozilla 2023, NTK-aware and dynamically scaled RoPE, as transformers publishes them
+[L31]   llama-models, models/llama3/model.py, apply_scaling
+[Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
+[GLU]   Shazeer 2020, GLU Variants Improve Transformer
+[GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
+[SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+# --- the operations of a decoder ---
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """y = weight · x / √(mean(x²) + eps), row by row  [RMS eq. 4].
+
+    Shapes: x (..., D), weight (D) -> (..., D)
+    """
+    x, weight = _wide(x, weight)
+    rows = [weight * row / math.sqrt(math.fsum(row * row) / row.size + eps) for row in x.reshape(-1, x.shape[-1])]
+    return np.array(rows).reshape(x.shape)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """y = gate / (1 + exp(-gate)) · up, number by number  [GLU §2].
+
+    Shapes: gate (..., F), up (..., F) -> (..., F)
+    """
+    gate, up = _wide(gate, up)
+    pairs = zip(gate.ravel().tolist(), up.ravel().tolist(), strict=True)
+    return np.array([a / (1 + math.exp(-a)) * b for a, b in pairs]).reshape(gate.shape)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Coordinates i and i + R/2 as one complex number, multiplied by cos + i·sin; the rest stays  [RoPE eq. 34].
+
+    Shapes: x (N, H, E), cos (N, R/2), sin (N, R/2) -> (N, H, E)
+    """
+    x, cos, sin = _wide(x, cos, sin)
+    half, y = cos.shape[1], x.copy()
+    for n in range(len(x)):
+        for i in range(half):
+            turned = (x[n, :, i] + 1j * x[n, :, i + half]) * complex(cos[n, i], sin[n, i])
+            y[n, :, i], y[n, :, i + half] = turned.real, turned.imag
+    return y
+
+
+def causal_attention(
+    q: Array, k: Array, v: Array, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None = None
+) -> Array:
+    """o = Σⱼ exp(q·kⱼ/√E) vⱼ / Σⱼ exp(q·kⱼ/√E), for each query of each head of each document  [GQA §2].
+
+    Query i of a document is at position i + (keys - queries) of it, and j runs over the keys of the same document that
+    lie at most at that position and less than `window` before it  [SWA §3.1].
+
+    Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
+    """
+    q, k, v = _wide(q, k, v)
+    output = np.zeros_like(q)
+    first_query = first_key = 0
+    for length, total in zip(lengths, key_lengths, strict=True):
+        for i in range(length):
+            position = i + total - length
+            seen = [first_key + j for j in range(total) if j <= position and (window is None or position - j < window)]
+            for h in range(q.shape[1]):
+                reads = h * k.shape[1] // q.shape[1]
+                scores = np.array([np.dot(q[first_query + i, h], k[j, reads]) for j in seen]) / math.sqrt(q.shape[2])
+                shares = np.exp(scores - scores.max())
+                mixed = sum(share * v[j, reads] for share, j in zip(shares, seen, strict=True))
+                output[first_query + i, h] = mixed / shares.sum()
+        first_query, first_key = first_query + length, first_key + total
+    return output
+
+
+# --- rotary position embedding ---
+
+
+def rope_frequencies(rope: Any, length: int) -> Array:
+    """How far each pair of coordinates turns from one position to the next, in a document of `length`, (⌈R/2⌉).
+
+    Pair i, of wavelength λ = 2π/f where f = θ^(-2i/R)  [RoPE eq. 15]:
+
+        default   f
+        linear    f / factor  [PI eq. 4]
+        dynamic   θ'^(-2i/R), θ' = θ·(factor·L/L₀ - (factor - 1))^(R/(R - 2)) once L > L₀ = max_length  [NTK]
+        llama3    f where λ < L₀/high; f/factor where λ > L₀/low; between them (1 - t)·f/factor + t·f,
+                  t = (L₀/λ - low)/(high - low), L₀ = trained_length  [L31]
+        longrope  f / short_factor[i], or long_factor[i] once L > trained_length  [Long eq. 3]
+
+    Args:
+        rope: has width (R), theta, kind, scaling, trained_length and max_length.
+        length: L.
+    """
+    return np.array([_frequency(rope, i, length) for i in range((rope.width + 1) // 2)])
+
+
+def _frequency(rope: Any, i: int, length: int) -> float:
+    scaling, theta, trained = rope.scaling, rope.theta, rope.trained_length
+    if rope.kind == "dynamic" and length > rope.max_length:
+        stretch = scaling["factor"] * length / rope.max_length - (scaling["factor"] - 1)
+        theta = theta * stretch ** (rope.width / (rope.width - 2))
+    plain = float(theta ** (-2 * i / rope.width))
+    if rope.kind == "linear":
+        return plain / float(scaling["factor"])
+    if rope.kind == "longrope":
+        return plain / float(scaling["long_factor" if length > trained else "short_factor"][i])
+    if rope.kind != "llama3":
+        return plain
+    wavelength, low, high = 2 * math.pi / plain, scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if wavelength < trained / high:
+        return plain
+    if wavelength > trained / low:
+        return plain / float(scaling["factor"])
+    t = (trained / wavelength - low) / (high - low)
+    return float((1 - t) * plain / scaling["factor"] + t * plain)
+
+
+def rope_table(rope: Any, length: int) -> tuple[Array, Array]:
+    """cos and sin of position · frequency; longrope stretches both by √(1 + ln(L/L₀)/ln L₀)  [Long §3.3].
+
+    Shapes: -> (L, R/2), (L, R/2)
+    """
+    stretch = 1.0
+    if rope.kind == "longrope":
+        ratio = rope.scaling.get("factor") or rope.max_length / rope.trained_length
+        stretch = math.sqrt(1 + math.log(ratio) / math.log(rope.trained_length)) if ratio > 1 else 1.0
+        stretch = rope.scaling.get("attention_factor") or stretch
+    angles = [[position * turn for turn in rope_frequencies(rope, length)] for position in range(length)]
+    return stretch * np.cos(angles), stretch * np.sin(angles)
+
+
+# --- a whole decoder ---
+
+
+def decoder_logits(
+    tensors: Mapping[str, Array], config: Any, tokens: Sequence[int], rotation: tuple[Array, Array] | None = None
+) -> Array:
+    """The logits of one document by a decoder of the Llama family.
+
+    The tensors' names say which family it is: biases, `q_norm`, `qkv_proj` and `gate_up_proj` are used where they are,
+    and the head is the embedding where there is no `lm_head.weight`.
+
+    Args:
+        tensors: what a checkpoint holds, name -> array.
+        config: has num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, windows and
+            rotated (an entry a layer) and rope (see `rope_frequencies`).
+        tokens: the document.
+        rotation: cos and sin to use, (N, R/2) each; those of `rope_table` if not given.
+
+    Shapes: tokens (N) -> (N, V)
+    """
+    cos, sin = rope_table(config.rope, len(tokens)) if rotation is None else rotation
+    embedding = tensors["model.embed_tokens.weight"]
+    x = np.array([embedding[token] for token in tokens], dtype=np.float64)
+    for layer in range(config.num_hidden_layers):
+        part = {
+            name.removeprefix(f"model.layers.{layer}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"model.layers.{layer}.")
+        }
+        normed = rms_norm(x, part["input_layernorm.weight"], config.rms_norm_eps)
+        x = x + _attention(part, config, layer, normed, cos, sin)
+        normed = rms_norm(x, part["post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = x + _mlp(part, normed)
+    x = rms_norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
+    return _linear(x, tensors.get("lm_head.weight", embedding))
+
+
+def _attention(part: Mapping[str, Array], config: Any, layer: int, x: Array, cos: Array, sin: Array) -> Array:
+    H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if "self_attn.qkv_proj.weight" in part:
+        joint = _project(part, "self_attn.qkv_proj", x)
+        flat = [joint[:, : H * E], joint[:, H * E : (H + K) * E], joint[:, (H + K) * E :]]
+    else:
+        flat = [_project(part, f"self_attn.{name}_proj", x) for name in "qkv"]
+    q, k, v = (projected.reshape(len(x), -1, E) for projected in flat)
+    if "self_attn.q_norm.weight" in part:
+        q = rms_norm(q, part["self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = rms_norm(k, part["self_attn.k_norm.weight"], config.rms_norm_eps)
+    if config.rotated[layer]:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    heads = causal_attention(q, k, v, [len(x)], [len(x)], config.windows[layer])
+    return _project(part, "self_attn.o_proj", heads.reshape(len(x), H * E))
+
+
+def _mlp(part: Mapping[str, Array], x: Array) -> Array:
+    if "mlp.gate_up_proj.weight" in part:
+        joint = _project(part, "mlp.gate_up_proj", x)
+        gate, up = joint[:, : joint.shape[1] // 2], joint[:, joint.shape[1] // 2 :]
+    else:
+        gate, up = _project(part, "mlp.gate_proj", x), _project(part, "mlp.up_proj", x)
+    return _project(part, "mlp.down_proj", swiglu(gate, up))
+
+
+def _project(part: Mapping[str, Array], name: str, x: Array) -> Array:
+    return _linear(x, part[f"{name}.weight"], part.get(f"{name}.bias"))
+
+
+def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """y[n, o] = Σᵢ W[o, i] x[n, i] + b[o]: einsum without BLAS."""
+    x, weight = _wide(x, weight)
+    y: Array = np.einsum("ni,oi->no", x, weight)
+    return y if bias is None else y + _wide(bias)[0]
+
+
+def _wide(*arrays: Array) -> list[Array]:
+    return [np.asarray(array, dtype=np.float64) for array in arrays]
+
+
+# --- convolutions ---
+
+
+def ungrouped(weight: Array, groups: int) -> Array:
+    """The weight of the same convolution without groups: an output sees the channels of its own group, times 0 others.
+
+    Shapes: weight (out, in/G, ...) -> (out, in, ...)
+    """
+    (weight,) = _wide(weight)
+    out, inner = weight.shape[:2]
+    whole = np.zeros((out, inner * groups, *weight.shape[2:]))
+    for o in range(out):
+        for i in range(inner):
+            whole[o, o * groups // out * inner + i] = weight[o, i]
+    return whole
+
+
+def convolution(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    padding_mode: str = "zeros",
+) -> Array:
+    """y[n, o, p] = Σ over c, k of W[o, c, k]·x[n, c, p·stride + k·dilation] + b[o], x with its padding.
+
+    `padding` is how many numbers before and after, for each side, and `padding_mode` PyTorch's word for what they are.
+
+    Shapes: x (N, in, ...), weight (out, in, ...), bias (out) -> (N, out, ...)
+    """
+    x, weight = _wide(x, weight)
+    mode: Any = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}.get(padding_mode, padding_mode)
+    x = np.pad(x, [(0, 0), (0, 0), *padding], mode)
+    kernel, sides = weight.shape[2:], range(len(weight.shape) - 2)
+    size = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in sides]
+    y = np.zeros((len(x), len(weight), *size))
+    for place in np.ndindex(*size):
+        for k in np.ndindex(*kernel):
+            seen = x[(..., *(place[i] * stride[i] + k[i] * dilation[i] for i in sides))]
+            y[(..., *place)] += np.einsum("nc,oc->no", seen, weight[(..., *k)])
+    return y if bias is None else y + _wide(bias)[0].reshape(-1, *(1 for _ in sides))
