@@ -21,8 +21,7 @@ from minilora.testing import (
     on_numpy,
     reference,
 )
-from minilora.testing.bounds import Bounded
-from minilora.testing.compare import worst
+from minilora.testing.compare import Bounded, worst
 from minilora.testing.data_laws import GROUPS, ROWS
 from minilora.testing.laws import FAR
 from tests.models import either

@@ -27,8 +27,7 @@ from minilora.testing import (
     on_numpy,
     parametrize_laws,
 )
-from minilora.testing.bounds import UNITS
-from minilora.testing.compare import as_array, worst
+from minilora.testing.compare import UNITS, as_array, worst
 from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters
 from minilora.testing.laws import Comparison, Law
 from minilora.testing.lora_laws import linear_cases

@@ -77,17 +77,11 @@ def run(options: Options) -> int:
 
 @dataclass(frozen=True)
 class Extraction:
-    """How much of the difference between two models an adapter holds.
+    """How much of the difference between two models an adapter holds."""
 
-    Attributes:
-        deviation: ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, the error of the low-rank approximation, over the adapted modules.
-        left_out: names of the other parameters that differ, or that only one model has in this shape.
-        share: the share of ‖W₁ - W₀‖², summed over the parameters that both models have, that is not adapted.
-    """
-
-    deviation: Deviation
-    left_out: tuple[str, ...]
-    share: float
+    deviation: Deviation  # ‖W₁ - W₀ - B A‖ / ‖W₁ - W₀‖, of the low-rank approximation, over the adapted modules
+    left_out: tuple[str, ...]  # the other parameters that differ, or that only one model has in this shape
+    share: float  # of ‖W₁ - W₀‖², summed over the parameters that both models have, that is not adapted
 
     def __str__(self) -> str:
         text = (

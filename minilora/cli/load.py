@@ -49,22 +49,15 @@ def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False
 
 @dataclass(frozen=True)
 class Found:
-    """The model and the adapters that the flags name, and how to load and prompt them.
-
-    Attributes:
-        tokenizer: None if the model has none; it can be merged without.
-        run: the `run.json` beside the adapters or the model, with a "config" in any case.
-        unit: what a classifier assigns a class to; None for a language model.
-        labels: the names of the classes.
-    """
+    """The model and the adapters that the flags name, and how to load and prompt them."""
 
     base: Location
     adapters: tuple[Path, ...]
     quantize: QuantizeConfig
-    tokenizer: Tokenizer | None
-    run: Mapping[str, Any]
-    unit: Unit | None
-    labels: tuple[str, ...]
+    tokenizer: Tokenizer | None  # None if the model has none; it can be merged without
+    run: Mapping[str, Any]  # the `run.json` beside the adapters or the model, with a "config" in any case
+    unit: Unit | None  # what a classifier assigns a class to; None for a language model
+    labels: tuple[str, ...]  # the names of the classes
 
 
 def find(options: Options) -> Found:

@@ -6,7 +6,6 @@
 import importlib
 from types import ModuleType
 
-from minilora.testing.bounds import Bounded
 from minilora.testing.cases import AdaptedLinear
 from minilora.testing.chat_laws import Chat
 from minilora.testing.checks import (
@@ -28,7 +27,7 @@ from minilora.testing.checks import (
     on_numpy,
     parametrize_laws,
 )
-from minilora.testing.compare import assert_maths, assert_parity, assert_precision
+from minilora.testing.compare import Bounded, assert_maths, assert_parity, assert_precision
 from minilora.testing.data_cases import MaskedLogits, MicroBatches
 from minilora.testing.laws import CheckFailure, NotApplicable
 from minilora.testing.merge_laws import AdapterSum

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minilora.testing.bounds import Array, Bounded
+from minilora.testing.compare import Array, Bounded
 from minilora.testing.reference import (
     dora_gradients,
     dora_merged_weight,

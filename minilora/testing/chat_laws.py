@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora.testing.bounds import Array
+from minilora.testing.compare import Array
 from minilora.testing.laws import Claim, Law
 
 

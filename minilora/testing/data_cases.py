@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import rounded
+from minilora.testing.compare import Array, Bounded
 from minilora.testing.reference import IGNORED, accumulated_gradient, masked_loss, masked_loss_gradient
 
 Groups = tuple[tuple[int, ...], ...]  # numbers of rows in micro-batches; () is as they are
@@ -17,16 +17,11 @@ Groups = tuple[tuple[int, ...], ...]  # numbers of rows in micro-batches; () is 
 
 @dataclass(frozen=True)
 class Places:
-    """The positions of all rows laid end to end, (P).
+    """The positions of all rows laid end to end, (P)."""
 
-    Attributes:
-        labels: the label at each, -100 where nothing is learned.
-        row, group: the number of its row, and of its micro-batch.
-    """
-
-    labels: Array
-    row: Array
-    group: Array
+    labels: Array  # the label at each, -100 where nothing is learned
+    row: Array  # the number of its row
+    group: Array  # and of its micro-batch
 
     def shifted(self, shift: int) -> Array:
         """Return the label `shift` positions further in the same row; -100 beyond its ends."""

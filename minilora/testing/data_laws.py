@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.bounds import Array
 from minilora.testing.cases import rounded, tensor
-from minilora.testing.compare import as_array
+from minilora.testing.compare import Array, as_array
 from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
 from minilora.testing.laws import Claim, Comparison, Law, NotApplicable
 

@@ -43,19 +43,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's config, and the shapes of its tensors.
-
-    Attributes:
-        parts: path of an adapted module -> key of `FACTORS` -> shape.
-        others: the names of tensors of the model itself, without the prefix.
-        strange: the names of tensors without the prefix that all have.
-    """
+    """An adapter's config, and the shapes of its tensors."""
 
     path: Path
     config: dict[str, Any]
-    parts: dict[str, dict[str, Shape]]
-    others: tuple[str, ...]
-    strange: tuple[str, ...]
+    parts: dict[str, dict[str, Shape]]  # path of an adapted module -> key of `FACTORS` -> shape
+    others: tuple[str, ...]  # the names of tensors of the model itself, without the prefix
+    strange: tuple[str, ...]  # the names of tensors without the prefix that all have
 
     @property
     def factors(self) -> dict[str, tuple[Shape, Shape]]:

@@ -14,9 +14,8 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from minilora.testing.bounds import UNITS, Array, Bounded
 from minilora.testing.cases import rounded
-from minilora.testing.compare import Worst, as_array, worst
+from minilora.testing.compare import UNITS, Array, Bounded, Worst, as_array, worst
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
@@ -47,23 +46,14 @@ class NotApplicable(Exception):  # noqa: N818  # no error: an implementation doe
 
 @dataclass(frozen=True)
 class Comparison:
-    """A result of an implementation beside what it should be.
+    """A result of an implementation beside what it should be."""
 
-    Attributes:
-        what: its name, such as "dA".
-        actual: an array, or an exception that was raised in its place.
-        expected: the right value; without a bound, bits must be equal.
-        mistakes: returns known wrong values, by what was done wrong.
-        describe: returns the input at an index, in words.
-        base: what the result is without the update, if it has one.
-    """
-
-    what: str
-    actual: Any
-    expected: Bounded | Array
-    mistakes: Callable[[], Mapping[str, Array]] = dict
-    describe: Callable[[tuple[int, ...]], str] = lambda index: ""
-    base: Array | None = None
+    what: str  # its name, such as "dA"
+    actual: Any  # an array, or an exception that was raised in its place
+    expected: Bounded | Array  # without a bound, bits must be equal
+    mistakes: Callable[[], Mapping[str, Array]] = dict  # returns known wrong values, by what was done wrong
+    describe: Callable[[tuple[int, ...]], str] = lambda index: ""  # returns the input at an index, in words
+    base: Array | None = None  # what the result is without the update, if it has one
 
     def worst(self) -> Worst:
         found = worst(self.actual, self.expected)
@@ -91,17 +81,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about an implementation that is true or not, where there is no number to compare.
+    """A statement about an implementation that is true or not, where there is no number to compare."""
 
-    Attributes:
-        what: what it is about, such as "the labelled text".
-        problem: what was found, and what is accepted; "" if the claim is true.
-        likely: known mistakes that have this result.
-    """
-
-    what: str
-    problem: str = ""
-    likely: frozenset[str] = frozenset()
+    what: str  # what it is about, such as "the labelled text"
+    problem: str = ""  # what was found, and what is accepted; "" if the claim is true
+    likely: frozenset[str] = frozenset()  # known mistakes that have this result
     actual: ClassVar[None] = None
 
     def worst(self) -> Worst:
@@ -142,25 +126,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Law:
-    """A law of one kind of callable.
+    """A law of one kind of callable."""
 
-    Attributes:
-        kind: of what it is a law: "lora", "nf4", …
-        name: of the law, unique in its kind.
-        statement: the law in words.
-        cases: returns the cases, from small to large; None is the only case of what takes no input, such as files.
-        compare: (implementation, case) -> comparisons.
-        known: a known deviation, which must still be there: the text of its cause, or a part of what was found.
-        skip: called with the reason where the law does not apply, such as `pytest.skip`.
-    """
-
-    kind: str
-    name: str
-    statement: str
-    cases: Callable[[], Iterable[Any]]
-    compare: Callable[[Any, Any], Iterator[Comparison | Claim]]
-    known: str = ""
-    skip: Callable[[str], Any] | None = None
+    kind: str  # of what it is a law: "lora", "nf4", …
+    name: str  # unique in its kind
+    statement: str  # the law in words
+    cases: Callable[[], Iterable[Any]]  # from small to large; of what takes no input, such as files, None alone
+    compare: Callable[[Any, Any], Iterator[Comparison | Claim]]  # (implementation, case) -> comparisons
+    known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
+    skip: Callable[[str], Any] | None = None  # is told why the law does not apply, such as `pytest.skip`
 
     @property
     def id(self) -> str:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.bounds import Array
 from minilora.testing.cases import tensor
-from minilora.testing.compare import as_array
+from minilora.testing.compare import Array, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
 from minilora.testing.lora_laws import backward, set_mode
 from minilora.testing.nf4_cases import QuantizedLinear

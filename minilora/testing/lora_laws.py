@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import (
     SCALES,
     AdaptedLinear,
@@ -23,7 +22,7 @@ from minilora.testing.cases import (
     wrong_merges,
     wrong_starts,
 )
-from minilora.testing.compare import as_array
+from minilora.testing.compare import Array, Bounded, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import AdaptedLinear, tensor, wrong_merges
+from minilora.testing.compare import Array, Bounded
 from minilora.testing.laws import Comparison, Law
 from minilora.testing.lora_laws import linear_cases
 

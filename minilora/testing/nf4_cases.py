@@ -5,17 +5,16 @@ n  weights, laid end to end    b  blocks, each with an absmax
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 
-from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import WeightKind, hard_weight, rounded
+from minilora.testing.compare import Array, Bounded
 from minilora.testing.reference import NF4_LEVELS, absmax_quantize, nf4_pack, nf4_quantize
 from minilora.testing.reference import absmax_levels as exact_absmax_levels
 
@@ -164,6 +163,7 @@ class AbsmaxVector:
     kind: Literal["normal", "constant", "outlier"] = "normal"
     seed: int = 0
     of: NF4Weight | None = None  # whose absmaxes are taken
+    given: float | None = None  # an offset that was found, from which the rest follows, in place of the mean
 
     def __str__(self) -> str:
         return f"{self.count} absmaxes, {self.kind}"
@@ -180,66 +180,68 @@ class AbsmaxVector:
             drawn[rng.integers(self.count)] *= 1000
         return rounded(drawn, "float32")
 
+    @property
+    @lru_cache(maxsize=64)  # noqa: B019  # of equal cases, which several laws have
+    def _quantized(self) -> tuple[Array, Array, float]:
+        return absmax_quantize(self.absmax, self.given)
+
     @cached_property
     def offset(self) -> Bounded:
-        """Return the mean."""
+        """Return the mean, or the offset that is given."""
+        if self.given is not None:
+            return Bounded.exact(self.given, "float32")
         absmax, ones = (Bounded.exact(each, "float32") for each in (self.absmax, np.ones(self.count)))
         mean = absmax.reshape(1, -1) @ ones / self.count
-        return Bounded(np.asarray(_quantized_absmax(self, None)[2]), mean.error[0], "float32")
+        return Bounded(np.asarray(self._quantized[2]), mean.error[0], "float32")
 
-    def rest(self, offset: Bounded) -> Bounded:
-        return Bounded.exact(self.absmax, "float32") - offset
+    codes = property(lambda self: self._quantized[0])  # (b)
+    rest = property(lambda self: Bounded.exact(self.absmax, "float32") - self.offset)
 
-    def codes(self, offset: Bounded) -> Array:
-        return _quantized_absmax(self, float(offset.value))[0]
-
-    def scales(self, offset: Bounded) -> Bounded:
+    @property
+    def scales(self) -> Bounded:
         """Return the largest |absmax - offset| of each 256."""
-        rounding = np.maximum.reduceat(self.rest(offset).error, np.arange(0, self.count, NESTED))
-        return Bounded(_quantized_absmax(self, float(offset.value))[1], rounding, "float32")
+        rounding = np.maximum.reduceat(self.rest.error, np.arange(0, self.count, NESTED))
+        return Bounded(self._quantized[1], rounding, "float32")
 
-    def quotients(self, offset: Bounded) -> Bounded:
+    @property
+    def of_each(self) -> Bounded:
+        """Return the scale of each absmax: (b)."""
+        return self.scales[np.arange(self.count) // NESTED]
+
+    @cached_property
+    def quotients(self) -> Bounded:
         """Return (absmax - offset) / scale, rounded to one of 65,536 places as by bitsandbytes on the CPU, or not."""
-        scales = of_each_nested(self.scales(offset), self.count)
+        scales = self.of_each
         is_known = scales.value > 2 * scales.error  # or it is a rounding error
-        x = self.rest(offset) / replace(scales, value=np.where(is_known, scales.value, 1.0))
+        x = self.rest / replace(scales, value=np.where(is_known, scales.value, 1.0))
         place = (x + 1) * 0.5 * 65535
         x = Bounded(place.value, place.error + 0.5, "float32") * (2 / 65535) - 1
         return replace(x, error=np.where(is_known, x.error, 2.0))  # any place in [-1, 1]
 
-    def admissible(self, offset: Bounded) -> Array:
+    @property
+    def admissible(self) -> Array:
         """Return whether rounding may choose a code: (b, 256)."""
-        return nearly_nearest((self.quotients(offset) * 1).reshape(-1, 1) - absmax_levels())
+        return nearly_nearest((self.quotients * 1).reshape(-1, 1) - absmax_levels())
 
-    def values(self, offset: Bounded) -> Bounded:
+    @property
+    def values(self) -> Bounded:
         """Return level · scale + offset for the codes that are right: (b)."""
-        return absmax_levels()[self.codes(offset)] * of_each_nested(self.scales(offset), self.count) + offset
+        return absmax_levels()[self.codes] * self.of_each + self.offset
 
     @cached_property
     def dequantized(self) -> Bounded:
         """Return the absmaxes after both ways, with a bound that holds for every admissible code."""
-        levels, codes, scales = absmax_levels().value, self.codes(self.offset), self.scales(self.offset)
-        gaps = abs(np.where(self.admissible(self.offset), levels - levels[codes][:, None], 0)).max(1)
-        values, scales = self.values(self.offset), of_each_nested(scales, self.count)
+        levels, scales, values = absmax_levels().value, self.of_each, self.values
+        gaps = abs(np.where(self.admissible, levels - levels[self.codes][:, None], 0)).max(1)
         return replace(values, error=values.error + gaps * (scales.value + scales.error))
 
-    def approximated(self, offset: Bounded) -> Bounded:
+    @property
+    def approximated(self) -> Bounded:
         """Return the absmaxes with the bound of the error that quantization makes: half the widest gap of levels."""
-        levels = absmax_levels().value
+        levels, scales = absmax_levels().value, self.of_each
         widest = max(np.diff(levels).max() / 2, 1 + levels[0])  # there is no -1
-        scales, x = of_each_nested(self.scales(offset), self.count), self.quotients(offset)
-        rounding = self.values(offset).error
-        return Bounded(self.absmax, rounding + (widest + 2 * x.error) * (scales.value + scales.error), "float32")
-
-
-@functools.lru_cache(maxsize=64)  # several laws have the same cases
-def _quantized_absmax(case: AbsmaxVector, offset: float | None) -> tuple[Array, Array, float]:
-    return absmax_quantize(case.absmax, offset)
-
-
-def of_each_nested(scales: Bounded, count: int) -> Bounded:
-    """Return the scale of each absmax: (⌈b/256⌉) -> (b)."""
-    return scales[np.arange(count) // NESTED]
+        share = widest + 2 * self.quotients.error
+        return Bounded(self.absmax, self.values.error + share * (scales.value + scales.error), "float32")
 
 
 def absmax_levels() -> Bounded:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from minilora.testing.bounds import Array, Bounded
 from minilora.testing.cases import tensor
-from minilora.testing.compare import as_array
+from minilora.testing.compare import Array, as_array
 from minilora.testing.laws import Comparison, Law
 from minilora.testing.nf4_cases import NESTED, AbsmaxVector, NF4Weight, weights
 from minilora.testing.nf4_mistakes import (
@@ -167,31 +166,29 @@ def unchanged(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 # --- laws of double quantization ---
 
 
-def nested(pair: Pair, case: AbsmaxVector) -> tuple[Any, Any, Any, Bounded]:
-    """Return codes, scales and offset of an implementation, and its offset as an input of what follows from it."""
+def nested(pair: Pair, case: AbsmaxVector) -> tuple[Any, Any, Any, AbsmaxVector]:
+    """Return codes, scales and offset of an implementation, and the case with its offset, from which others follow."""
     codes, scales, offset = pair[0](tensor(case.absmax, "float32"))
-    return codes, scales, offset, Bounded.exact(as_array(offset).reshape(()), "float32")
+    return codes, scales, offset, replace(case, given=float(as_array(offset).reshape(())))
 
 
 def offset(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    found = nested(pair, case)[3].value
+    found = nested(pair, case)[3].offset.value
     yield Comparison("offset", found, case.offset, functools.partial(wrong_offsets, case))
 
 
 def scales(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    _, found, _, mean = nested(pair, case)
+    _, found, _, case = nested(pair, case)
     begins = np.arange(0, case.count, NESTED)
-    mistakes = lambda: {cause: each[begins] for cause, each in wrong_nested_scales(case, mean).items()}  # noqa: E731
-    yield Comparison("scales", found, case.scales(mean), mistakes)
+    mistakes = lambda: {cause: each[begins] for cause, each in wrong_nested_scales(case).items()}  # noqa: E731
+    yield Comparison("scales", found, case.scales, mistakes)
 
 
 def nested_codes(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, _, _, mean = nested(pair, case)
-    right, found = case.codes(mean), as_array(codes)
-    mistakes = functools.partial(wrong_nested_codes, case, mean)
-    x = case.quotients(mean).value
+    codes, _, _, case = nested(pair, case)
+    found, x = certain(as_array(codes), case.codes, case.admissible), case.quotients.value
     place = lambda index: f"(absmax - offset)/scale is {x[index]:.9g}"  # noqa: E731
-    yield Comparison("codes", certain(found, right, case.admissible(mean)), right, mistakes, place)
+    yield Comparison("codes", found, case.codes, functools.partial(wrong_nested_codes, case), place)
 
 
 def nested_layout(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
@@ -201,23 +198,22 @@ def nested_layout(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     yield form("the absmaxes", pair[1](codes, scales, offset), (case.count,), "float32")
 
 
-def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, Bounded]:
-    """Return the right codes, scales and offset, rounded to float32, and the offset for what follows from it."""
-    mean = Bounded.exact(np.float32(case.offset.value), "float32")
-    scales = case.scales(mean).value
-    return tensor(case.codes(mean), "uint8"), tensor(scales, "float32"), tensor(mean.value, "float32"), mean
+def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, AbsmaxVector]:
+    """Return the right codes, scales and offset, rounded to float32, and the case with this offset."""
+    case = replace(case, given=float(np.float32(case.offset.value)))
+    offset = tensor(case.offset.value, "float32")
+    return tensor(case.codes, "uint8"), tensor(case.scales.value, "float32"), offset, case
 
 
 def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, scales, offset, mean = nested_stored(case)
-    mistakes = functools.partial(wrong_nested_values, case, mean)
-    yield Comparison("dequantize", pair[1](codes, scales, offset), case.values(mean), mistakes)
+    *given, case = nested_stored(case)
+    yield Comparison("dequantize", pair[1](*given), case.values, functools.partial(wrong_nested_values, case))
 
 
 def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, scales, offset, mean = nested(pair, case)
-    mistakes = functools.partial(wrong_nested_values, case, mean)
-    yield Comparison("dequantize(quantize(absmax))", pair[1](codes, scales, offset), case.approximated(mean), mistakes)
+    *found, case = nested(pair, case)
+    mistakes = functools.partial(wrong_nested_values, case)
+    yield Comparison("dequantize(quantize(absmax))", pair[1](*found), case.approximated, mistakes)
 
 
 def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora.testing.bounds import Array, Bounded
+from minilora.testing.compare import Array, Bounded
 from minilora.testing.nf4_cases import LEVELS, NESTED, AbsmaxVector, NF4Weight, QuantizedLinear, absmax_levels
 
 
@@ -132,9 +132,9 @@ def wrong_offsets(case: AbsmaxVector) -> dict[str, Array]:
     return {f"the offset {what} instead of the mean": np.asarray(wrong) for what, wrong in found.items()}
 
 
-def wrong_nested_scales(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]:
+def wrong_nested_scales(case: AbsmaxVector) -> dict[str, Array]:
     """Return the scale of each absmax, by mistake: (b)."""
-    rest = case.absmax - offset.value
+    rest = case.absmax - case.offset.value
     sizes = {f"blocks have {size} absmaxes instead of {NESTED}": largest(rest, size) for size in (64, 128, 512)}
     return sizes | {
         "the scale is the largest absmax: the offset is not subtracted": largest(case.absmax, NESTED),
@@ -144,13 +144,11 @@ def wrong_nested_scales(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]
     }
 
 
-def wrong_nested_codes(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]:
+def wrong_nested_codes(case: AbsmaxVector) -> dict[str, Array]:
     """Return the codes of absmaxes that are stored by mistake: (b)."""
-    levels, codes = absmax_levels().value, case.codes(offset)
-    scales = case.scales(offset).value[np.arange(case.count) // NESTED]
-    x = divided(case.absmax - offset.value, scales)
-    wrong = wrong_nested_scales(case, offset).items()
-    found = {cause: nearest(divided(case.absmax - offset.value, scale), levels) for cause, scale in wrong}
+    levels, codes, scales, rest = absmax_levels().value, case.codes, case.of_each.value, case.rest.value
+    x = divided(rest, scales)
+    found = {cause: nearest(divided(rest, scale), levels) for cause, scale in wrong_nested_scales(case).items()}
     return found | {
         "the offset is not subtracted": nearest(divided(case.absmax, scales), levels),
         "the levels are even steps from -1 to 1": nearest(x, np.linspace(-1, 1, 256)),
@@ -163,10 +161,10 @@ def wrong_nested_codes(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]:
     }
 
 
-def wrong_nested_values(case: AbsmaxVector, offset: Bounded) -> dict[str, Array]:
+def wrong_nested_values(case: AbsmaxVector) -> dict[str, Array]:
     """Return the absmaxes that are dequantized by mistake: (b)."""
-    levels, codes, i = absmax_levels().value, case.codes(offset), np.arange(case.count)
-    scales, mean = case.scales(offset).value, offset.value
+    levels, codes, i = absmax_levels().value, case.codes, np.arange(case.count)
+    scales, mean = case.scales.value, case.offset.value
     level, scale = levels[codes], scales[i // NESTED]
     last = len(scales) - 1
     return {
@@ -190,7 +188,7 @@ def wrong_weights(case: QuantizedLinear) -> dict[str, Array]:
     found = wrong_values(weight)
     found |= {cause: wrong.values.reshape(shape) for cause, wrong in wrong_quantizations(weight).items()}
     if case.double_quant:
-        each = wrong_nested_values(case.absmaxes, case.absmaxes.offset).items()
+        each = wrong_nested_values(case.absmaxes).items()
         found = {cause: weight.times(Bounded.exact(wrong, "float32")).value for cause, wrong in each}
         found["double quantization is ignored"] = weight.values.value
     found["the dense weight is used instead of the quantized one"] = case.weight.W

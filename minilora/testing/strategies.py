@@ -6,17 +6,17 @@ They need the extra `testing`; nothing else of `minilora.testing` does.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from minilora.testing.bounds import Array
 from minilora.testing.cases import SCALES, AdaptedLinear, Method, WeightKind, hard_weight
+from minilora.testing.compare import Array
 
-WEIGHT_KINDS: tuple[WeightKind, ...] = ("normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio")
-METHODS: tuple[Method, ...] = ("lora", "dora")
+WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
+METHODS: tuple[Method, ...] = get_args(Method)
 seeds = st.integers(0, 2**32 - 1)
 MASK_TOKENS = ("<|", "|>", "assistant", "user:", "</s>")  # words of templates, which a message may contain, too
 
