@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.cli.columns import cells, columns, wrap
 from minilora.cli.generate import encode_prompt
+from minilora.cli.write import cells, columns, wrap
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.data import encode_rows, use_prompt_style

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minilora.cli import Options, say, say_bad
-from minilora.cli.columns import cells, fit, padded
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import add_model_flags, find, load, read_run
+from minilora.cli.write import cells, fit, padded
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.classifier import Classifier

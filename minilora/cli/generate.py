@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, say
-from minilora.cli.columns import columns
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load_language_model
-from minilora.cli.write import Writing, add_writing_flags, write
+from minilora.cli.write import Writing, add_writing_flags, columns, write
 from minilora.errors import ConfigError, DataError, option
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
