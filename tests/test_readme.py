@@ -15,8 +15,9 @@ import torch
 import minilora as ml
 import minilora.runs.run
 from minilora import cli
+from minilora.cli import main
 from minilora.cli.flags import names_of
-from minilora.cli.forecast import SHAPES, memory_page
+from minilora.cli.forecast import SHAPES
 from minilora.runs.dataset import Dataset
 from minilora.storage import ASSETS, BUILTIN
 from scripts import api, front, smollm2
@@ -136,10 +137,11 @@ def test_the_page_of_the_interface_is_that_of_the_docstrings():
     assert PAGES["api.md"] == api.page()
 
 
-def test_the_table_of_memory_is_what_inspect_prints():
-    printed = memory_page(BUILTIN)
+def test_the_table_of_memory_is_what_inspect_prints(capsys):
+    assert main(["inspect", BUILTIN, "--memory"]) == 0
+    printed = capsys.readouterr().out
     for size in SHAPES:
-        peaks = [row.rsplit("  ", 1)[1].strip() for row in printed.partition(f"\n{size}\n")[2].splitlines()[1:5]]
+        peaks = [row.rsplit("  ", 1)[1].strip() for row in printed.partition(f"\n{size}\n")[2].splitlines()[1:6]]
         assert f"| {' | '.join([size, *peaks])} |" in PAGES["results.md"]
 
 

@@ -44,21 +44,16 @@ SHAPES = {  # of Llama 2, and of the largest Llama 3.1
     "70B": (32000, 8192, 28672, 80, 64, 8),
     "405B": (128256, 16384, 53248, 126, 128, 8),
 }
-WAYS = ("full fine-tune", "LoRA 16-bit", "QLoRA", "QLoRA, block")
-RANKS_WAYS = ("LoRA 16-bit", "LoRA, block", "QLoRA", "QLoRA, block")
+WAYS = ("full fine-tune", "LoRA 16-bit", "LoRA, block", "QLoRA", "QLoRA, block")
 SETTINGS = """\
-in bfloat16. A batch has {batch}, all with a label;
-adapters have rank {lora.r} on {lora.target_modules}; QLoRA is nf4 with double quantization, block is
---recompute block."""
-FULL = """\
-A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients
-and two moments. working: temporary tensors, such as logits; kept: by the C library and kernels.
-1 GB is 10^9 bytes."""
-RANK = """\
-Each rank holds the adapters, their gradients and moments, and {weights}.
-working: temporary tensors, such as logits{gathered}; kept: by the C library and kernels.
-In a step of {world} micro-batches the rank computes one: FLOP of matrix products and attention, and the
-bytes that it sends, all-reduce for gradients and all-gather for weights. 1 GB is 10^9 bytes."""
+Memory at the peak of fine-tuning on {device} in bfloat16. A batch has {rows} rows of {tokens:,} tokens, all with
+a label; adapters have rank {lora.r} on {lora.target_modules}; QLoRA is nf4 with double quantization, block is
+--recompute block. A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients and two moments.
+working: temporary tensors, such as logits; kept: by the C library and kernels. 1 GB is 10^9 bytes."""
+RANKS = """\
+One rank of {world} holds {held}, and the adapters with gradients and moments.
+In a step of {world} micro-batches it computes one: FLOP of matrix products and attention, and the bytes that it
+sends, all-reduce for gradients and all-gather for weights."""
 
 
 # --- the rows and the steps of a run ---
@@ -132,51 +127,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --memory and what refines it."""
     parser.add_argument("--memory", action="store_true", help=f"show how much memory fine-tuning takes: {SIZES}")
     add = parser.add_argument_group("--memory of one of several processes").add_argument
-    add("--world", type=int, metavar="N", help="number of ranks; show also what one computes and sends in a step")
+    add("--world", type=int, default=1, metavar="N", help="ranks; above 1, show what one computes and sends")
     add("--shard", choices=get_args(Shard), default="none", help="base: shard the frozen blocks (default: none)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda also where no GPU is (default: auto)")
     add("--gemm-rate", type=float, metavar="X", help="FLOP/s of a rank; with --bandwidth, show the seconds of a step")
     add("--bandwidth", type=float, metavar="X", help="bytes/s that a rank sends to the others")
 
 
-def memory_page(name_or_path: str) -> str:
-    """Return what `--memory` prints: the forecast of each of the `WAYS`, for a model and the `SHAPES`.
+def memory_page(options: Options) -> str:
+    """Return what `--memory` prints, for a model and the `SHAPES`: the forecast of each of the `WAYS`; of several ranks
+    that of one, and what it computes and sends in a step.
 
     Raises:
         FormatError: there is no config.json.
-        ConfigError: the model is not supported.
-    """
-    device = pick_device("auto")
-    lines = [f"Memory at the peak of fine-tuning on {device} {_settings()} {FULL}"]
-    for name, config in _configs(name_or_path).items():
-        plans = {way: default_plan(config, way, device) for way in WAYS}
-        lines += ["", name, *_memory_table(plans)]
-    return "\n".join(lines)
-
-
-def ranks_page(options: Options) -> str:
-    """Return what `--memory --world N` prints: the forecast of a rank, and what it computes and sends in a step.
-
-    Raises:
-        FormatError: there is no config.json.
-        ConfigError: the model is not supported, a flag's value is not above 0, or one rate is given without the other.
+        ConfigError: the model is not supported, a flag's value is not above 0, or a flag has no effect.
     """
     N, shard, gemm_rate, bandwidth = (options[name] for name in ("world", "shard", "gemm_rate", "bandwidth"))
     if any(value is not None and not value > 0 for value in (N, gemm_rate, bandwidth)):
         raise ConfigError("--world, --gemm-rate and --bandwidth must be above 0")
+    if N == 1 and (shard, gemm_rate, bandwidth) != ("none", None, None):
+        raise ConfigError("--shard, --gemm-rate and --bandwidth are for several ranks; give --world, too")
     if (gemm_rate is None) != (bandwidth is None):
         raise ConfigError("--gemm-rate and --bandwidth give the seconds of a step together; give both, or none")
     # A GPU that is not here is of an unknown kind; "meta" is no CPU either.
     is_absent = options["device"] == "cuda" and not torch.cuda.is_available()
     device = torch.device("meta") if is_absent else pick_device(options["device"])
-    weights, gathered = "all weights", ""
-    if shard == "base":
-        weights, gathered = f"1/{N} of the blocks' weights", " and two gathered blocks"
-    lines = [f"Memory at the peak of one rank of {N} on {'cuda' if is_absent else device} {_settings()}"]
-    lines += [RANK.format(world=N, weights=weights, gathered=gathered)]
+    batch = {"rows": TrainConfig().batch_size, "tokens": DataConfig().max_length, "lora": LoraConfig()}
+    lines = [SETTINGS.format(device="cuda" if is_absent else device, **batch)]
+    if N > 1:
+        held = f"1/{N} of the blocks' weights, two gathered ones" if shard == "base" else "all weights"
+        lines.append(RANKS.format(world=N, held=held))
     for name, config in _configs(options["path"]).items():
-        plans = {way: default_plan(config, way, device, N, shard) for way in RANKS_WAYS}
-        lines += ["", name, *_memory_table(plans), *_step_table(plans, gemm_rate, bandwidth)]
+        plans = {way: default_plan(config, way, device, N, shard) for way in WAYS[shard == "base" :]}
+        lines += ["", name, *_memory_table(plans)]
+        if N > 1:
+            lines += _step_table(plans, gemm_rate, bandwidth)
     return "\n".join(lines)
 
 
@@ -199,11 +184,6 @@ def default_plan(config: LlamaConfig, way: str, device: torch.device, world: int
         world=world,
         shard=shard,
     )
-
-
-def _settings() -> str:
-    batch = f"{TrainConfig().batch_size} rows of {DataConfig().max_length:,} tokens"
-    return SETTINGS.format(batch=batch, lora=LoraConfig())
 
 
 def _configs(name_or_path: str) -> dict[str, LlamaConfig]:

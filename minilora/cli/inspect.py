@@ -37,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> int:
     if options["memory"]:
-        print(forecast.memory_page(options["path"]) if options["world"] is None else forecast.ranks_page(options))
+        print(forecast.memory_page(options))
         return 0
     found = inspect_path(options["path"], options["model"])
     print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
