@@ -13,8 +13,9 @@ from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of
 from minilora.llama import Llama
 from minilora.models.checkpoint import init_weights
 from minilora.models.config import LlamaConfig
-from minilora.runs.memory import Plan, forecast
+from minilora.runs.memory import forecast
 from minilora.runs.seeded import plan_steps
+from minilora.runs.sizes import Plan
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:

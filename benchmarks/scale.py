@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scale`: a step of many processes, by the formulas of `minilora/runs/scale.py`.
+"""`python -m benchmarks.scale`: a step of many processes, by the formulas of `minilora/runs/sizes.py`.
 
     python -m benchmarks.scale fits      the memory of a rank, of known sizes on GPUs of so many GB
     python -m benchmarks.scale paper     a step on 1 to 1,024 ranks
@@ -32,8 +32,8 @@ from benchmarks.make import random_model
 from benchmarks.work import LLAMA_1B
 from minilora.cli.forecast import KEYS, SHAPES, default_plan
 from minilora.models.config import LlamaConfig
-from minilora.runs.memory import Plan, Shard, amount, forecast
-from minilora.runs.scale import forecast_step
+from minilora.runs.memory import amount, forecast
+from minilora.runs.sizes import Plan, Shard, forecast_step
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 GEMM_RATE, BANDWIDTH = 4e14, 5e10  # assumed on paper: FLOP/s that a GPU reaches, and bytes/s of its network

@@ -29,7 +29,7 @@ from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import load_classes, load_dataset
 from minilora.runs.loop import TrainResult, train
-from minilora.runs.meter import Meter
+from minilora.runs.reports import Meter
 from minilora.runs.seeded import set_dropout_step
 from minilora.tools.publish import push_to_hub
 

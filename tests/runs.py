@@ -18,7 +18,7 @@ from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
 from minilora.runs.inputs import load_data
-from minilora.runs.meter import Meter
+from minilora.runs.reports import Meter
 from tests.models import randomize_adapters_, tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
 

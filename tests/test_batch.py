@@ -43,7 +43,7 @@ def test_a_step_has_its_micro_batches_and_a_micro_batch_its_rows_but_the_last_on
     config = ml.TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation)
     plan = plan_steps(lengths, config)
     sizes = [len(rows) for step in plan for rows in step]
-    assert [len(step) for step in plan[:-1]] == [accumulation] * (len(plan) - 1)
+    assert [len(step) for step in list(plan)[:-1]] == [accumulation] * (len(plan) - 1)
     assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
     assert len(sizes) == ceil(len(lengths) / batch_size)
     assert len(plan) == ceil(len(sizes) / accumulation)
@@ -168,7 +168,7 @@ def test_a_fraction_of_an_epoch_is_that_fraction_of_its_steps(rows, tenths):
 def test_max_steps_counts_steps_whatever_the_epochs_and_begins_like_a_longer_run(lengths, batch_size, steps, epochs):
     plan = plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, max_steps=steps, epochs=epochs))
     assert len(plan) == steps
-    assert list(plan) == plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps))[:steps]
+    assert list(plan) == list(plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps)))[:steps]
 
 
 @pytest.mark.parametrize(

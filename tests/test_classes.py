@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.runs.classes import encode_classes, find_labels
-from minilora.runs.rows import Row
+from minilora.runs.data import encode_classes, find_labels
+from minilora.runs.formats import Row
 from tests.text import BOS, EOS, some_text, texts, tokenizer_options
 
 LABELS = ("no", "yes")

@@ -25,8 +25,8 @@ from minilora.runs import inputs
 from minilora.runs.config import RunConfig
 from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.runs.meter import Meter
-from minilora.runs.rows import read_rows
+from minilora.runs.inputs import stream_rows
+from minilora.runs.reports import Meter
 from minilora.storage import ASSETS
 from tests.files import edit
 from tests.models import randomize_adapters_, tiny_model
@@ -424,7 +424,7 @@ def test_a_model_without_data_or_data_without_a_model_is_refused(words):
 
 
 def test_rows_that_were_cut_are_counted_on_stderr(directory, run, tmp_path):
-    rows = read_rows(directory / "data" / "train.jsonl")
+    rows = list(stream_rows(directory / "data" / "train.jsonl"))
     tokenizer = ml.load_tokenizer(directory / "model")
     lengths = sorted(len(encode_rows([row], tokenizer, ml.DataConfig(max_length=99))[0].tokens) for row in rows)
     cut = sum(length > lengths[4] for length in lengths)
@@ -440,7 +440,7 @@ def test_eval_prints_one_json_object_with_what_the_library_measures(directory, r
     model, tokenizer = ml.load_model(directory / "model"), ml.load_tokenizer(directory / "model")
     if words == ["--adapter=adapter"]:
         ml.load_adapter(model, directory / "adapter")
-    examples = encode_rows(read_rows(directory / "data" / "test.jsonl"), tokenizer, ml.DataConfig())
+    examples = encode_rows(list(stream_rows(directory / "data" / "test.jsonl")), tokenizer, ml.DataConfig())
     expected = {
         "nll": held_out_loss(model, examples),
         "choice": choice_accuracy(model, examples, find_choices(examples)),
@@ -466,7 +466,7 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
     ml.attach(model, ml.LoraConfig(r=2))
     ml.save_adapter(model, tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train_on": "all", "max_length": 7, "seed": 3}}))
-    rows, tokenizer = read_rows(directory / "data" / "test.jsonl"), ml.load_tokenizer(directory / "model")
+    rows, tokenizer = list(stream_rows(directory / "data" / "test.jsonl")), ml.load_tokenizer(directory / "model")
     for flags, reading in (((), {"train_on": "all", "max_length": 7}), (("--train-on=completion",), {"max_length": 7})):
         expected = held_out_loss(model, encode_rows(rows, tokenizer, ml.DataConfig(**reading)))
         found = json.loads(run("eval", "--model=model", f"--adapter={tmp_path}", "--data=data", *flags).out)

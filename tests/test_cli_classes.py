@@ -14,9 +14,10 @@ from minilora.cli.evaluate import confusion_table
 from minilora.cli.load import MERGED
 from minilora.models.classifier import load_classifier
 from minilora.nf4 import NF4Linear
-from minilora.runs.classes import encode_classes, find_labels
+from minilora.runs.data import encode_classes, find_labels
 from minilora.runs.evaluate import class_scores, evaluate_classes
-from minilora.runs.rows import Row, read_rows
+from minilora.runs.formats import Row
+from minilora.runs.inputs import stream_rows
 from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.tools.inspect import adapter_facts, model_facts
 from tests.files import edit, same_state, save_file
@@ -69,7 +70,7 @@ def run(directory, capsys, monkeypatch):
 
 def measured(directory, model, data):
     """What is found in Python of a classifier."""
-    rows = read_rows(directory / data)
+    rows = list(stream_rows(directory / data))
     tokenizer = ml.load_tokenizer(directory / "model")
     return evaluate_classes(model, encode_classes(rows, tokenizer, ml.DataConfig(), model.unit, model.labels))
 
@@ -212,7 +213,7 @@ def test_a_dry_run_shows_the_class_of_each_word(run, finetune, tmp_path):
 
 
 def test_a_classifier_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_path):
-    rows = read_rows(directory / "SEQ_CLS.jsonl")
+    rows = list(stream_rows(directory / "SEQ_CLS.jsonl"))
     tokenizer, config = ml.load_tokenizer(directory / "model"), ml.TrainConfig(learning_rate=0.01, save_steps=1)
     examples = encode_classes(rows, tokenizer, ml.DataConfig(), "sequence", LABELS)
     for out, stop in (("whole", None), ("parts", 2), ("parts", None)):
@@ -226,7 +227,7 @@ def test_a_classifier_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_p
 @pytest.mark.long
 def test_the_categories_of_the_built_in_data_are_learned_as_classes():
     def rows(split):
-        found = read_rows(ASSETS / "data" / f"{split}.jsonl")
+        found = list(stream_rows(ASSETS / "data" / f"{split}.jsonl"))
         return [Row({"text": row.fields["prompt"], "label": row.fields["completion"]}) for row in found]
 
     train, tokenizer, config = rows("train"), ml.load_tokenizer(BUILTIN), ml.DataConfig()

@@ -15,7 +15,7 @@ from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.data import encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
-from minilora.runs.rows import Row
+from minilora.runs.formats import Row
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
 from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, write_tokenizer

@@ -8,7 +8,7 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import answer_of, prompt_of
-from minilora.runs.rows import Row
+from minilora.runs.formats import Row
 from tests.models import examples
 from tests.text import (
     BOS,

@@ -21,13 +21,12 @@ from minilora.data import IGNORE_INDEX
 from minilora.durable import KEPT, MANIFEST
 from minilora.runs import dataset, inputs
 from minilora.runs.checkpoints import fingerprint
-from minilora.runs.classes import ClassEncoder
-from minilora.runs.data import TextEncoder
+from minilora.runs.data import ClassEncoder, TextEncoder
 from minilora.runs.dataset import ROW, Dataset, build_dataset, open_dataset
 from minilora.runs.evaluate import find_choices
+from minilora.runs.formats import Row
 from minilora.runs.inputs import load_data
 from minilora.runs.objective import check_ids
-from minilora.runs.rows import Row
 from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model
 from tests.runs import contents, everything, finetune, interrupt, runner, write_inputs, write_rows

@@ -29,11 +29,11 @@ from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
-from minilora.runs.memory import Plan, amount, choose_recompute, forecast
+from minilora.runs.memory import amount, choose_plan, forecast
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.run import Run
 from minilora.runs.seeded import set_dropout_step
-from minilora.runs.sizes import parameter_shapes, trained_sizes
+from minilora.runs.sizes import Plan, parameter_shapes, trained_sizes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.runs import SETTINGS, words, write_inputs
@@ -214,10 +214,10 @@ def test_auto_is_the_fastest_way_that_fits(way, monkeypatch):
     free = peaks[WAYS.index(way)]
     for held in (0, free // 3):
         monkeypatch.setattr(memory, "free_memory_bytes", lambda device, held=held: free - held)
-        chosen, found = choose_recompute(auto, held)
+        chosen, found = choose_plan(auto, "none", held)
         assert (chosen.training.recompute, found.peak) == (way, free)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
-    assert choose_recompute(auto)[0].training.recompute == "none"
+    assert choose_plan(auto, "none")[0].training.recompute == "none"
 
 
 @pytest.mark.parametrize(("free", "way"), [(None, "none"), (0, "block")])

@@ -408,8 +408,8 @@ MISTAKES = {
     ),
     "law 11: a resumed run forgets the best adapter": Mistake(
         "runs/loop.py",
-        "state, best = load_checkpoint(",
-        "state, _ = load_checkpoint(",
+        "state, best = checkpoints.load_checkpoint(",
+        "state, _ = checkpoints.load_checkpoint(",
         "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",
     ),
     "control tokens of a row act": Mistake(

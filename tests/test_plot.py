@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from minilora import cli
 from minilora.cli.plot import COLOURS, distinct_names, draw, held_out_loss, needs_logarithm, save_picture
 from minilora.errors import FormatError
-from minilora.runs.metrics import Curve, Metrics, read_metrics, smooth
+from minilora.runs.reports import Curve, Metrics, read_metrics, smooth
 
 values = st.lists(st.floats(0.01, 100), max_size=200)
 NONE = Curve((), ())

@@ -8,7 +8,7 @@ from minilora.cli.forecast import marked
 from minilora.data import IGNORE_INDEX
 from minilora.runs.config import DataConfig
 from minilora.runs.data import encode_rows
-from minilora.runs.rows import Row
+from minilora.runs.formats import Row
 from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model
 from tests.runs import runner, write_rows

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from minilora.errors import ConfigError
-from minilora.runs.metrics import TensorBoard
+from minilora.runs.reports import TensorBoard
 
 TAGS = {
     "train/loss": "loss",

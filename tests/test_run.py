@@ -20,11 +20,12 @@ from minilora import cli
 from minilora.adapters.config import RENAMED
 from minilora.cli import INTERRUPTED
 from minilora.models import checkpoint, template
-from minilora.runs import directory as directory_of_run
+from minilora.runs import checkpoints as checkpoints_of_run
+from minilora.runs import memory
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of, write_samples
 from minilora.runs.inputs import load_general
-from minilora.runs.meter import beginning, ending
+from minilora.runs.reports import beginning, ending
 from minilora.runs.run import PACKAGES, Run
 from minilora.testing.compare import assert_parity
 from tests import runs
@@ -317,12 +318,12 @@ def test_a_disk_without_room_for_what_is_written_is_refused_before_the_model_is_
     assert finetune(directory, tmp_path / "out", **config) == 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
     with monkeypatch.context() as patch:
-        patch.setattr(directory_of_run.shutil, "disk_usage", lambda path: SimpleNamespace(free=written // 2))
+        patch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=written // 2))
         patch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
         assert finetune(directory, tmp_path / "full", **config) == 1
     assert "the result and a checkpoint take" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(directory_of_run.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * written))
+        patch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * written))
         assert finetune(directory, tmp_path / "full", **config) == 0
 
 
@@ -373,14 +374,14 @@ def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_p
 
 def test_a_file_that_is_large_is_known_by_its_header_and_a_sample(tmp_path, monkeypatch):
     path, seen = tmp_path / "large", set()
-    monkeypatch.setattr(directory_of_run, "WHOLE", 1000)
-    monkeypatch.setattr(directory_of_run, "PIECE", 10)
+    monkeypatch.setattr(checkpoints_of_run, "WHOLE", 1000)
+    monkeypatch.setattr(checkpoints_of_run, "PIECE", 10)
     for place, size in ((None, 50_000), (7, 50_000), (300, 50_000), (49_999, 50_000), (None, 50_001)):
         content = bytearray((400).to_bytes(8, "little") + bytes(size - 8))
         if place is not None:
             content[place] ^= 1
         path.write_bytes(content)
-        seen.add(directory_of_run.hash_of(path))
+        seen.add(checkpoints_of_run.hash_of(path))
     assert len(seen) == 5
 
 

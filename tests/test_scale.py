@@ -26,10 +26,9 @@ from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import LlamaConfig
 from minilora.runs.config import TrainConfig
-from minilora.runs.memory import Plan, amount, forecast
+from minilora.runs.memory import amount, forecast
 from minilora.runs.objective import Objective, build_optimizer
-from minilora.runs.scale import forecast_step
-from minilora.runs.sizes import BLOCKS, base_bytes, parameter_shapes
+from minilora.runs.sizes import BLOCKS, Plan, base_bytes, forecast_step, parameter_shapes
 from minilora.training import train_step
 from tests.models import WHOLE, four_bit, tiny_config, tiny_model
 

@@ -24,12 +24,11 @@ from minilora.llama import Llama
 from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.classes import encode_classes
 from minilora.runs.config import DataConfig
-from minilora.runs.data import encode_rows, use_prompt_style
+from minilora.runs.data import encode_classes, encode_rows, use_prompt_style
 from minilora.runs.dataset import Dataset
 from minilora.runs.evaluate import choice_accuracy, evaluate_classes, exact_match, find_choices, held_out_loss
-from minilora.runs.rows import read_eval_rows
+from minilora.runs.inputs import read_eval_rows
 
 LABEL_WIDTH = 24
 MISTAKES = 10  # the number that is listed where the table would be too wide

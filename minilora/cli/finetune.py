@@ -38,13 +38,12 @@ from minilora.models.hub import fetch, locate
 from minilora.runs import world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.dataset import Dataset
-from minilora.runs.directory import check_room
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
-from minilora.runs.memory import check_memory
-from minilora.runs.meter import Meter, beginning, ending
+from minilora.runs.memory import check_memory, check_room
+from minilora.runs.reports import Meter, beginning, ending
 from minilora.runs.run import Run
 from minilora.runs.seeded import plan_steps
 from minilora.storage import ASSETS, BUILTIN, read_json

@@ -26,10 +26,10 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import Data
-from minilora.runs.memory import Forecast, Plan, Shard, amount, forecast
-from minilora.runs.meter import visible
-from minilora.runs.scale import forecast_step
+from minilora.runs.memory import Forecast, amount, forecast
+from minilora.runs.reports import visible
 from minilora.runs.seeded import plan_steps
+from minilora.runs.sizes import Plan, Shard, forecast_step
 
 ROWS = 3
 MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere

@@ -29,8 +29,8 @@ from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.data import use_prompt_style
-from minilora.runs.formats import Fields, PromptCompletion, parse_prompt
-from minilora.runs.rows import Row, read_eval_rows
+from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
+from minilora.runs.inputs import read_eval_rows
 from minilora.storage import read_text
 
 STDIN = "-"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from minilora.cli import Options
 from minilora.durable import replacing
 from minilora.errors import ConfigError, FormatError
-from minilora.runs.metrics import Curve, Metrics, read_metrics, smooth
+from minilora.runs.reports import Curve, Metrics, read_metrics, smooth
 from minilora.storage import read_json
 
 if TYPE_CHECKING:

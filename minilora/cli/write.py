@@ -16,7 +16,7 @@ from minilora.errors import ConfigError, option
 from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.meter import visible
+from minilora.runs.reports import visible
 
 GAP = " │ "  # between columns
 UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character

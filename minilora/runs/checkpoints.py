@@ -1,4 +1,4 @@
-"""Checkpoints from which a run continues to the same bytes.
+"""Checkpoints from which a run continues to the same bytes, and hashes of what it was started with.
 
     checkpoints/step-000120/trained.safetensors      what training changes, by its names in the model
                             optimizer.safetensors    AdamW's moments, by parameter name
@@ -31,35 +31,34 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
-from minilora.durable import flush, remove, replacing, verify
+from minilora.durable import flush, remove, replacing, sha256_of, verify
 from minilora.errors import FormatError, TrainingError, fits
-from minilora.runs.config import TrainConfig
+from minilora.models.hub import fetch
+from minilora.models.tokenizer import CONFIGS
+from minilora.runs.config import RunConfig, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.objective import rate_of_step, trained_parameters
 from minilora.storage import TensorFile, read_json, write_json, write_tensors
 
+TOKENIZER = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
+WHOLE = 2**29  # bytes of a file up to which all of it is hashed
+PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
+
 
 @dataclass
 class State:
-    """A run's progress, as state.json holds it.
+    """A run's progress, as state.json holds it."""
 
-    Attributes:
-        run: its `fingerprint`.
-        step, tokens, seconds: done so far.
-        total_steps: of the whole run, as it was planned then.
-        best_step, best_loss: of the evaluation with the lowest loss; 0 and None before the first one.
-        stale: evaluations since then.
-    """
-
-    run: str = ""
-    step: int = 0
+    run: str = ""  # its `fingerprint`
+    step: int = 0  # done so far, as are the next two
     tokens: int = 0
     seconds: float = 0.0
-    total_steps: int = 0
-    best_step: int = 0
+    total_steps: int = 0  # of the whole run, as it was planned then
+    best_step: int = 0  # of the evaluation with the lowest loss; 0 before the first one
     best_loss: float | None = None
-    stale: int = 0
+    stale: int = 0  # evaluations since then
 
     def note(self, loss: float) -> bool:
         """Record an evaluation at this step; return whether its loss is the lowest. One that is not finite never is."""
@@ -90,11 +89,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the configs of the adapters that have trainable parameters, by name.
-
-    Raises:
-        TrainingError: nothing of the model is trainable, or an adapter that is not active is.
-    """
+    """Return the configs of the adapters that have trainable parameters, by name; each has to be active."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
     found: dict[str, LoraConfig] = {}
@@ -110,12 +105,7 @@ def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    best: dict[str, Tensor],
-    keep: int,
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, best: dict[str, Tensor], keep: int
 ) -> None:
     """Write the checkpoint of a step, with the weights of the best one, then remove all but the newest `keep`.
 
@@ -150,12 +140,7 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 
 def read_state(directory: Path, run: str | None = None) -> State:
-    """Read the state of a checkpoint.
-
-    Raises:
-        TrainingError: it was written by a run with another `fingerprint` than `run`, if one is given.
-        FormatError: its file is damaged.
-    """
+    """Read the state of a checkpoint, which has to be of a run with the fingerprint `run`, if that is given."""
     path = directory / "state.json"
     values, hints = read_json(path), get_type_hints(State)
     if run is not None and values.get("run") != run:
@@ -173,9 +158,7 @@ def load_checkpoint(
 ) -> tuple[State, dict[str, Tensor]]:
     """Restore the model and the optimizer; return the state, and the weights of the best step.
 
-    Raises:
-        TrainingError: as for `read_state`.
-        FormatError: a file is damaged, or holds other tensors than the run trains. The model is left as it was.
+    If a file is damaged, or holds other tensors than the run trains, the model is left as it was.
     """
     state = read_state(directory, run)
     own = trained_tensors(model)
@@ -196,11 +179,7 @@ def load_checkpoint(
 
 
 def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors of a file.
-
-    Raises:
-        FormatError: their names, shapes or dtypes are not those of the `expected` ones.
-    """
+    """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if file.shapes != shapes:
         differing = {name for name in file.shapes.keys() | shapes if file.shapes.get(name) != shapes.get(name)}
@@ -235,15 +214,13 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def check_extension(directory: Path, state: State, total: int, config: TrainConfig) -> None:
+def check_extension(directory: Path, total: int, config: TrainConfig, run: str | None = None) -> None:
     """Check that a run of `total` steps goes through this checkpoint, which a run of another length may have written.
 
     The order of rows is the same in both, but learning rates may follow from the number of steps, and the last step is
     evaluated in any case.
-
-    Raises:
-        TrainingError: it does not.
     """
+    state = read_state(directory, run)
     step, lengths = state.step, (state.total_steps, total)
     if lengths[0] == total:
         return
@@ -299,3 +276,36 @@ def _as_json(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return type(value).__qualname__
+
+
+def hash_inputs(run: RunConfig, prompt_style: str) -> dict[str, str]:
+    """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
+    base = fetch(run.model, "model")
+    paths = {f"model/{path.name}": path for path in sorted(base.glob("*.safetensors"))}
+    paths |= {f"model/{name}": base / name for name in ("config.json", *TOKENIZER)}
+    if run.adapter is not None:
+        adapter = fetch(run.adapter, "adapter")
+        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER)}
+    if prompt_style.endswith(".jinja"):
+        paths["prompt_style"] = Path(prompt_style)
+    return {name: hash_of(path) for name, path in paths.items() if path.is_file()}
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file; of a large one, that of its size, its beginning and evenly spread parts."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(8 + int.from_bytes(file.read(8), "little") % WHOLE))  # the header of tensors
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
+    if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
+        raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; give another --out")

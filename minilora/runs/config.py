@@ -94,8 +94,7 @@ class TrainConfig:
         1, "sort this many of the shuffled rows by length at a time: less padding where a loss pads"
     )
     recompute: Literal["none", "mlp", "block", "auto"] = option(
-        "none",
-        "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit",
+        "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "at a loss or gradient that is not finite: stop, or skip the step and go on"
@@ -198,11 +197,7 @@ class RunConfig:
 def check_settings(
     run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: LlamaConfig
 ) -> None:
-    """Check the settings of a run against each other, against its base model, and against the adapter to start from.
-
-    Raises:
-        ConfigError: settings contradict each other, or would have no effect.
-    """
+    """Raise a `ConfigError` if settings contradict each other, the base or the adapter to start from, or are idle."""
     task, unit, is_full = lora.task_type, UNITS.get(lora.task_type), run.method == "full"
     if task not in (None, "CAUSAL_LM", *UNITS):
         raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")

@@ -36,7 +36,7 @@ from minilora.errors import DataError, FormatError, TrainingError
 from minilora.limits import BAD_ROWS
 from minilora.runs import world
 from minilora.runs.config import DataConfig
-from minilora.runs.rows import Row
+from minilora.runs.formats import Row
 from minilora.storage import read_json, write_json
 
 T = TypeVar("T")
@@ -108,7 +108,8 @@ class Dataset(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(self.rows[index])
         begin, length, _, _, file, line = self.rows[index].item()
-        tokens, labels = (_numbers(held, begin, length) for held in (self.tokens, self.labels))
+        span = slice(begin * NUMBER.itemsize, (begin + length) * NUMBER.itemsize)
+        tokens, labels = (np.frombuffer(held[span], NUMBER).tolist() for held in (self.tokens, self.labels))
         return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""), self.shift)
 
     def take(self, rows: NDArray[Any]) -> Dataset:
@@ -133,12 +134,6 @@ def sizes_of(examples: Sequence[Example]) -> NDArray[Any]:
     return np.array([(len(each.tokens), each.labelled) for each in examples], NUMBER).reshape(-1, 2)
 
 
-def _numbers(held: bytes | MappedFile, begin: int, length: int) -> list[int]:
-    first, size = begin * NUMBER.itemsize, length * NUMBER.itemsize
-    found: list[int] = np.frombuffer(held[first : first + size], NUMBER).tolist()
-    return found
-
-
 class Encoder(Protocol):
     """A function of a row that returns an example, and the names of the counts of `Dataset` that it adds to.
 
@@ -155,11 +150,7 @@ class Encoder(Protocol):
 
 
 def usable(rows: Iterable[Row], function: Callable[[Row], T], skips_bad: bool, bad: list[str]) -> Iterator[T]:
-    """Yield the results of a function for all rows; append an error message to `bad` for each that is skipped.
-
-    Raises:
-        DataError: a row has a problem, or the function raises one, and bad rows are not skipped, or are too many.
-    """
+    """Yield the results of a function for all rows; append an error message to `bad` for each that is skipped."""
     for row in rows:
         try:
             if row.problem:
@@ -188,11 +179,7 @@ class Part:
 
 
 def encode_part(rows: Sequence[Row], encode: Encoder) -> Part:
-    """Encode rows, cut them to the maximum length, and drop those without a label.
-
-    Raises:
-        DataError: as for `usable`.
-    """
+    """Encode rows, cut them to the maximum length, and drop those without a label."""
     tokens, labels, kept = list[int](), list[int](), list[tuple[int, ...]]()
     limit, counts, bad, files = encode.config.max_length, Counter[str](), list[str](), dict[str, int]()
     for whole, names in usable(rows, encode, encode.config.skip_bad_rows, bad):
@@ -259,9 +246,6 @@ def build_dataset(
     """Encode rows into arrays in memory or, by several processes, into files of a directory.
 
     `report` is called with the source of the row up to which all is done.
-
-    Raises:
-        DataError: a row cannot be used, unless such rows are skipped; no row has a label left.
     """
     counts, bad, files, first, size = Counter[str](), list[str](), dict[str, int](), "", 0
     with ExitStack() as stack:

@@ -5,7 +5,7 @@ Batches are dealt out to the ranks of a run, and each rank returns the scores of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise, takewhile
 from typing import Any
@@ -23,6 +23,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import Objective, check_ids, eval_groups
+from minilora.runs.seeded import Rows
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
@@ -43,14 +44,11 @@ class Drift:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's held-out loss, and its accuracy where the data has choices or classes; None where there are none.
-
-    `class_scores` holds all scores of a classifier, as the function of that name returns them.
-    """
+    """A model's held-out loss, and its accuracy where the data has choices or classes; None where there are none."""
 
     loss: float | None
     accuracy: float | None
-    class_scores: dict[str, Any] = field(default_factory=dict)
+    class_scores: dict[str, Any] = field(default_factory=dict)  # all of a classifier, by the function of that name
 
     def record(self) -> dict[str, Any]:
         return {"loss": self.loss, "accuracy": self.accuracy, **self.class_scores}
@@ -87,29 +85,19 @@ def evaluate(
 
 
 def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
-    """Return Σ -log p over all labelled tokens / their number.
-
-    Raises:
-        DataError: the model does not have a token, or no token is labelled.
-    """
+    """Return Σ -log p over all labelled tokens / their number."""
     check_ids(model, examples)
     return mean_loss(model, Objective(TrainConfig()), examples, progress)
 
 
 def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress | None = None) -> float:
-    """Return Σ of the losses of all rows / their number.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return Σ of the losses of all rows / their number."""
     total, count, device = 0.0, 0.0, next(model.parameters()).device
     with evaluating(model):
-        for together, counts in world.deal(list(objective.eval_batches(rows))):
+        for together, counts in _dealt(objective.eval_batches(rows), len(rows), progress):
             loss, number = objective(model, objective.batch([rows[row] for row in together], device))
             total += counts * loss.item()
             count += counts * number
-            if progress:
-                progress(together[-1] + 1, len(rows))
     total, count = world.sum_over_ranks(total, count)
     if not count:
         raise DataError("the loss counts nothing in the held-out rows")
@@ -117,11 +105,7 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
 
 
 def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> Scores:
-    """Return loss and scores of a classifier, which predicts the class with the highest logit.
-
-    Raises:
-        DataError: the model does not have a token.
-    """
+    """Return loss and scores of a classifier, which predicts the class with the highest logit."""
     C, total = len(model.labels), 0.0
     confusion = torch.zeros(C * C, dtype=torch.int64)
     with evaluating(model):
@@ -165,9 +149,6 @@ def measure_drift(
 
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
     The base is the model without its adapters, unless one is given.
-
-    Raises:
-        DataError: the model does not have a token.
     """
     base = model if base is None else base
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
@@ -193,12 +174,19 @@ def measure_drift(
 def _batches(
     model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None
 ) -> Iterator[tuple[Batch, bool]]:
-    """Yield this rank's batches for an evaluation, and whether each counts; report the progress after each."""
+    """Yield this rank's batches for an evaluation, and whether each counts."""
     check_ids(model, examples)
-    for rows, counts in world.deal(list(eval_groups([len(example.tokens) for example in examples]))):
+    groups = eval_groups([len(example.tokens) for example in examples])
+    for rows, counts in _dealt(groups, len(examples), progress):
         yield collate([examples[row] for row in rows], next(model.parameters()).device), counts
+
+
+def _dealt(groups: Iterable[Rows], total: int, progress: Progress | None) -> Iterator[tuple[Rows, bool]]:
+    """Yield this rank's groups of rows, and whether each counts; report the progress after each."""
+    for rows, counts in world.deal(list(groups)):
+        yield rows, counts
         if progress:
-            progress(rows[-1] + 1, len(examples))
+            progress(rows[-1] + 1, total)
 
 
 def find_choices(*splits: Sequence[Example]) -> list[Choice] | None:
@@ -227,12 +215,11 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        for rows, counts in world.deal(list(eval_groups([len(example.tokens) * copies for example in examples]))):
+        groups = eval_groups([len(example.tokens) * copies for example in examples])
+        for rows, counts in _dealt(groups, len(examples), progress):
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
                 correct += counts * (choices[scores.index(max(scores))] == answer_of(examples[row]))
-            if progress:
-                progress(rows[-1] + 1, len(examples))
     return world.sum_over_ranks(correct)[0] / len(examples)
 
 
@@ -254,11 +241,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
 
 
 def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer) -> float:
-    """Return the share of examples whose answer the model generates, greedily, except for white space at its ends.
-
-    Raises:
-        DataError: an example has no prompt.
-    """
+    """Return the share of examples whose answer the model generates, greedily, except for white space at its ends."""
     correct = 0
     for example in examples:
         if not prompt_of(example):
@@ -307,12 +290,9 @@ def _common_ending(choices: Sequence[Choice]) -> int:
 
     Without its closing token " no" would begin " no idea", and could not be less likely.
     """
-    length = 0
-    while length < min(map(len, choices)) - 1 and len({choice[-1 - length] for choice in choices}) == 1:
-        length += 1
-    while length:
-        answers = sorted(choice[: len(choice) - length] for choice in choices)
-        if not any(after[: len(before)] == before for before, after in pairwise(answers)):
-            break
-        length -= 1
-    return length
+    for length in range(min(map(len, choices)) - 1, 0, -1):
+        answers = sorted(choice[:-length] for choice in choices)
+        begins_another = any(after[: len(before)] == before for before, after in pairwise(answers))
+        if len({choice[-length:] for choice in choices}) == 1 and not begins_another:
+            return length
+    return 0

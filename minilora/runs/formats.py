@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import DataError
@@ -41,6 +41,15 @@ NEXT_ROLES = {
     "tool": ("tool", "assistant", "user"),
 }
 EMPTY = "it is empty, so there is nothing to learn"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read; `source` is "file:line", and `problem` is why there are no fields, if there are none."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,7 @@ class _Turn:
 
 
 def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
-    """Recognise the format of a row and check its fields.
-
-    Raises:
-        DataError: no known format, or a field of the wrong type, in the wrong order or empty; the field is named.
-    """
+    """Recognise the format of a row and check its fields."""
     if config.text_field is not None:
         _check_no_system(config.system)
         name = config.text_field
@@ -99,11 +104,7 @@ def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversa
 
 
 def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
-    """Parse a row to generate from: its last answer is dropped, and may be missing or malformed.
-
-    Raises:
-        DataError: as for `parse_row`.
-    """
+    """Parse a row to generate from: its last answer is dropped, and may be missing or malformed."""
     answer = {"role": "assistant", "content": "…"}  # in place of the row's own, if there is one
     if "instruction" in fields:
         fields = {**fields, "output": "…"}
@@ -274,11 +275,7 @@ def _optional_text(fields: Fields, key: str) -> str:
 
 
 def check_text(value: Any, where: str, is_target: bool = False) -> str:
-    """Return a value that has to be text; one to be trained on, `is_target`, must not be empty.
-
-    Raises:
-        DataError: it is no text, or holds code points that are no characters.
-    """
+    """Return a value that has to be text; one to be trained on, `is_target`, must not be empty."""
     if not isinstance(value, str):
         raise DataError(f"{where}: found {value!r:.60}, need text")
     if is_target and not value:

@@ -1,38 +1,42 @@
-"""Load data sets: training rows, rows with classes, and the rows of a run by split, with general text beside them."""
+"""Data files, and the data sets that are read from them: by split, as tokens and labels, with general text beside them.
+
+A file holds a JSON array of objects or one object a line, distinguished by its first character, and may be compressed
+(`.gz`). A byte order mark at its beginning is accepted; lines end in LF or CRLF.
+"""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import random
+import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from minilora.durable import sha256_of
 from minilora.errors import DataError, check_types
+from minilora.limits import BAD_ROWS, JSON_VALUES, LINE_BYTES, check_link
 from minilora.models.config import Unit
+from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.classes import ClassEncoder, encode_classes, find_labels
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.data import TextEncoder, encode_rows, use_prompt_style
+from minilora.runs.data import ClassEncoder, TextEncoder, encode_classes, encode_rows, find_labels, use_prompt_style
 from minilora.runs.dataset import Dataset, Encoder, build_dataset, keep_dataset
 from minilora.runs.evaluate import Choice, find_choices
-from minilora.runs.rows import (
-    count_lines,
-    find_eval_files,
-    find_splits,
-    holds_word,
-    is_named_held_out,
-    read_eval_rows,
-    stream_rows,
-)
-from minilora.storage import ASSETS, BUILTIN
+from minilora.runs.formats import Row
+from minilora.storage import ASSETS, BUILTIN, read_chunks
 
+LAYOUTS = "one JSON object a line, or one array of them"
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
+HELD_OUT = {*SPLITS["valid"], *SPLITS["test"], "dev", "eval"}
 LARGE = 2**25  # bytes of files from which on their rows are encoded by several processes and kept on the disk
-LAYOUT = 1  # of what is kept; a change of how rows are encoded needs another number
+KEPT_VERSION = 1  # of what is kept; a change of how rows are encoded needs another number
 
 
 def load_dataset(
@@ -45,7 +49,8 @@ def load_dataset(
     """
     check_types(load_dataset, locals())
     config, paths = config or DataConfig(), _find_files(path)["train"]
-    return encode_rows(stream_rows(*paths), _use_prompt_style(tokenizer, config, paths), config)
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths))
+    return encode_rows(stream_rows(*paths), tokenizer, config)
 
 
 def load_classes(
@@ -103,10 +108,6 @@ def load_data(
     out, and another one for validation if the run selects the best adapter. With a `unit` rows have classes, by default
     all labels of the training rows. Rows of large files are kept in `folder`, if it is given, and `show` is called with
     lines on the progress.
-
-    Raises:
-        DataError: a row cannot be used; there is no training file; one of several files has the name of a split; or
-            there are two test splits.
     """
     files = _find_files(names)
     if len(names) > 1 and (found := [path for path in files["train"] if is_named_held_out(path)]):
@@ -118,7 +119,7 @@ def load_data(
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
     if unit is None:
-        tokenizer = _use_prompt_style(tokenizer, reading, files["train"])
+        tokenizer = use_prompt_style(tokenizer, reading.prompt_style, stream_rows(*files["train"]))
         encode: Encoder = TextEncoder(tokenizer, reading)
     else:
         labels = labels or find_labels(stream_rows(*files["train"]), unit, reading)
@@ -137,11 +138,6 @@ def load_data(
     return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files), labels=labels)
 
 
-def _use_prompt_style(tokenizer: Tokenizer, config: DataConfig, paths: Sequence[Path]) -> Tokenizer:
-    may_need = any(holds_word(path, b"instruction") for path in paths)  # which is seen sooner than in parsed rows
-    return use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths) if may_need else ())
-
-
 def _shuffled(count: int, seed: int) -> array[int]:
     """Return `random.Random(seed).sample(range(count), count)`, which takes 60 bytes a number."""
     draw, pool, found = random.Random(seed), array("q", range(count)), array("q")
@@ -157,7 +153,7 @@ def _encode(paths: Sequence[Path], encode: Encoder, folder: Path | None, show: C
     if folder is None or sum(path.stat().st_size for path in paths) < LARGE:
         return build_dataset(stream_rows(*paths), encode)
     versions = [importlib.metadata.version(name) for name in ("minilora", "tokenizers", "jinja2")]
-    parts = [LAYOUT, versions, encode.key, [(str(path), sha256_of(path)) for path in paths]]
+    parts = [KEPT_VERSION, versions, encode.key, [(str(path), sha256_of(path)) for path in paths]]
 
     def write(directory: Path) -> None:
         lines = {str(path): count_lines(path) for path in paths}
@@ -191,7 +187,153 @@ def _find_files(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path
 
 
 def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """Return SHA-256 by file name, or by path where names repeat; a pipe, which can be read once, has none."""
-    paths = [path for found in files.values() for path in found if path.is_file()]
+    """Return SHA-256 by file name, or by path where names repeat."""
+    paths = [path for found in files.values() for path in found]
     is_distinct = len({path.name for path in paths}) == len(paths)
     return {(path.name if is_distinct else str(path)): sha256_of(path) for path in paths}
+
+
+def find_splits(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
+    """Return the files of a data set by split.
+
+    The splits of a directory are its files `train`, `valid` (or `validation`, `val`) and `test`. A file by itself, or
+    the only one of a directory, is "train". Several names are joined.
+    """
+    found: dict[str, list[Path]] = {}
+    for name in [names] if isinstance(names, str | Path) else names:
+        for split, path in _splits_of(name).items():
+            found.setdefault(split, []).append(path)
+    return found
+
+
+def _splits_of(name: str | Path) -> dict[str, Path]:
+    path, found = fetch(name, "dataset"), dict[str, Path]()
+    if not path.is_dir():
+        return {"train": path}
+    named = (file for file in path.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
+    files = sorted(file for file in named if file.is_file())
+    for file in files:
+        check_link(file)
+        stem = file.name.partition(".")[0]
+        for split in (split for split, names in SPLITS.items() if stem in names):
+            if split in found:
+                raise DataError(f"{path}: {found[split].name} and {file.name} are both the {split} split; remove one")
+            found[split] = file
+    if not found and len(files) == 1:
+        return {"train": files[0]}
+    if not found:
+        held = f"found {[file.name for file in files]}" if files else "found none"
+        raise DataError(f"{path}: need one data file (*.jsonl, *.json, *.gz), or train.jsonl and perhaps more; {held}")
+    return found
+
+
+def is_named_held_out(path: Path) -> bool:
+    """Return whether a word of a file's name is that of a split to evaluate on, as in `my_val.jsonl`."""
+    return not HELD_OUT.isdisjoint(re.split("[^a-z]+", path.name.lower()))
+
+
+def find_eval_files(names: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the files of the test split, else of the validation split, else of the training split."""
+    files = find_splits(names)
+    return next(files[split] for split in ("test", "valid", "train") if split in files)
+
+
+def read_eval_rows(names: str | Path | Sequence[str | Path]) -> list[Row]:
+    """Read the rows of `find_eval_files`."""
+    return list(stream_rows(*find_eval_files(names)))
+
+
+def stream_rows(*paths: Path) -> Iterator[Row]:
+    """Yield the rows of files. A row that is not a JSON object has a `problem`; the caller refuses or skips it.
+
+    A file of one object a line is not held in memory, an array is.
+    """
+    bad = 0
+    for path in paths:
+        chunks = read_chunks(path)
+        first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: found UTF-16, need UTF-8")
+        chunks, is_empty = itertools.chain([first], chunks), True
+        is_array = first.lstrip()[:1] == b"["
+        for row in _parse_array(b"".join(chunks), path) if is_array else _parse_lines(chunks, path):
+            yield row
+            is_empty, bad = False, bad + bool(row.problem)
+            if bad > BAD_ROWS:
+                raise DataError(f"{row.source}: this and {BAD_ROWS:,} before it are not rows; need {LAYOUTS}")
+        if is_empty:
+            raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
+
+
+def count_lines(path: Path) -> int:
+    """Count the lines of a file."""
+    return sum(chunk.count(b"\n") for chunk in read_chunks(path)) + 1
+
+
+def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:
+    number, line = 0, b""
+    for chunk in itertools.chain(chunks, [b"\n"]):
+        *lines, line = (line + chunk).split(b"\n")
+        for i, each in enumerate(lines, start=number + 1):
+            if each.strip():
+                yield _parse_line(each, f"{path}:{i}")
+        number += len(lines)
+        if len(line) > LINE_BYTES:
+            raise DataError(f"{path}:{number + 1}: the row has more than {LINE_BYTES:,} bytes")
+
+
+def _parse_line(line: bytes, source: str) -> Row:
+    if line.startswith(codecs.BOM_UTF8):
+        return Row(source=source, problem="found a byte order mark, which is accepted only at the beginning of a file")
+    if sum(map(line.count, (b",", b"[", b"{"))) > JSON_VALUES:
+        return Row(source=source, problem=f"has more than {JSON_VALUES:,} values")
+    try:
+        return _as_row(json.loads(line.decode("utf-8")), source)
+    except UnicodeDecodeError as error:
+        return Row(source=source, problem=_not_utf8(error))
+    except (ValueError, RecursionError) as error:
+        return Row(source=source, problem=_not_json(error, f"; need {LAYOUTS}"))
+
+
+def _parse_array(data: bytes, path: Path) -> Iterator[Row]:
+    """Yield the elements of a JSON array, each with the line that it begins on."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: {_not_utf8(error)}") from error
+    decoder, position, white = json.JSONDecoder(), text.index("[") + 1, " \t\r\n"
+    line, counted, separators = 1, 0, 0
+    while True:
+        begin = position
+        while position < len(text) and text[position] in white + ",":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        is_end = text[position : position + 1] == "]" and not text[position + 1 :].strip()
+        if text.count(",", begin, position) != (0 if is_end else separators):
+            raise DataError(f"{path}:{line}: not JSON: before this, a comma or bracket is missing or one too many")
+        if is_end:
+            return
+        separators = 1
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)  # that of the error, and not of the element
+            raise DataError(f"{path}:{line}: {_not_json(error)}") from error
+        yield _as_row(value, f"{path}:{line}")
+
+
+def _as_row(value: Any, source: str) -> Row:
+    if not isinstance(value, dict):
+        return Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
+    return Row(value, source)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
+
+
+def _not_json(error: ValueError | RecursionError, advice: str = "") -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{advice}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"

@@ -21,25 +21,12 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.models.generate import training
 from minilora.models.shard import held_bytes, is_sharded
-from minilora.runs import world
-from minilora.runs.checkpoints import (
-    State,
-    check_extension,
-    fingerprint,
-    load_checkpoint,
-    newest_checkpoint,
-    prune,
-    read_state,
-    restore,
-    save_checkpoint,
-    trained_adapters,
-    trained_tensors,
-)
+from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import sizes_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import compiled, kept_memory, peak_memory_bytes, release_memory, returned_memory
-from minilora.runs.memory import Plan, choose_recompute
+from minilora.runs.memory import choose_plan
 from minilora.runs.objective import (
     UNKNOWN,
     Objective,
@@ -49,7 +36,8 @@ from minilora.runs.objective import (
     rate_of_step,
     trained_parameters,
 )
-from minilora.runs.seeded import MicroBatch, Rows, plan_steps, seeded, set_dropout_step
+from minilora.runs.seeded import MicroBatch, Steps, plan_steps, seeded, set_dropout_step
+from minilora.runs.sizes import Plan
 from minilora.storage import is_finite
 from minilora.training import Loss, total_norm, train_step
 
@@ -123,7 +111,7 @@ def train(
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()
-    adapters = trained_adapters(model)
+    adapters = checkpoints.trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     if loss is None:
@@ -139,11 +127,11 @@ def train(
     objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
     run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
-    folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), State()
+    folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), checkpoints.State()
     if folder is not None:
         if any(is_sharded(p) for p in trained_parameters(run.optimizer).values()):
             raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
-        state.run = fingerprint(dataset, held_out if config.selects else (), config, adapters)
+        state.run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
     if len({*world.all_gather(repr((config, len(dataset), len(held_out), state.run)))}) > 1:
         raise TrainingError("the processes of the run differ in their data or settings")
     try:
@@ -163,11 +151,7 @@ def train(
 def _with_fitting_recompute(
     model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
 ) -> TrainConfig:
-    """Choose the recomputation with which the run fits into memory, beside the loaded model.
-
-    Raises:
-        TrainingError: the model is not one of minilora's own, for which alone there is a forecast.
-    """
+    """Choose the recomputation with which the run fits into memory, beside the loaded model."""
     if not isinstance(model, Llama | Classifier):
         raise TrainingError(f"{type(model).__name__}: recompute 'auto' is for minilora's own decoders; name a way")
     weight = model.model.embed_tokens.weight
@@ -184,7 +168,7 @@ def _with_fitting_recompute(
         world.size(),
         "base" if any(map(is_sharded, model.parameters())) else "none",
     )
-    return choose_recompute(plan, held=held_bytes(model))[0].training
+    return choose_plan(plan, plan.shard, held=held_bytes(model))[0].training
 
 
 @dataclass(frozen=True)
@@ -195,7 +179,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
-    steps: Sequence[list[Rows]]
+    steps: Steps
     config: TrainConfig
 
     def batches(self, step: int) -> list[MicroBatch]:
@@ -212,17 +196,19 @@ class _Run:
         return (total, number) if batch.is_counted else (0 * total, 0)
 
 
-def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
+def _train(
+    run: _Run, state: checkpoints.State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None
+) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
-    newest, damaged = world.from_first(lambda: newest_checkpoint(folder) if folder else (None, ()))
+    newest, damaged = world.from_first(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
     if folder is not None and newest is not None:
-        check_extension(newest, read_state(newest, state.run), total, config)
-        state, best = load_checkpoint(newest, model, run.optimizer, state.run)
+        checkpoints.check_extension(newest, total, config, state.run)
+        state, best = checkpoints.load_checkpoint(newest, model, run.optimizer, state.run)
         if config.keep == "best" and state.best_step and not best:
             raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
         if world.is_first():
-            prune(folder, state.step, config.save_total_limit)
+            checkpoints.prune(folder, state.step, config.save_total_limit)
     _check_ranks(run, state.step)
     state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
@@ -241,7 +227,7 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
         if len(held_out) and config.eval_steps and (step == total or step % config.eval_steps == 0):
             eval_loss = mean_loss(model, run.objective, held_out)
             if state.note(eval_loss) and config.keep == "best":
-                best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
+                best = {name: tensor.detach().clone() for name, tensor in checkpoints.trained_tensors(model).items()}
             evaluation = {"step": step, "eval_loss": eval_loss, "best_step": state.best_step}
             stopped |= world.sum_over_ranks(bool(on_step(evaluation))) != [0]
         is_due = stopped or step == total or state.stale >= patience  # what follows training may fail
@@ -250,37 +236,28 @@ def _train(run: _Run, state: State, on_step: OnStep, held_out: Sequence[Any], fo
         if is_due:
             _check_ranks(run, step)
             if folder is not None and world.is_first():
-                save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
+                checkpoints.save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
             world.barrier()  # torchrun ends all ranks when one has ended
             saved = time.monotonic()
     model.eval()
     finished, kept = state.step == total or state.stale >= patience, state.step
     if finished and best:
-        restore(model, best)
+        checkpoints.restore(model, best)
         kept = state.best_step
     return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
 
 
 def _check_ranks(run: _Run, step: int) -> None:
-    """Check that all ranks hold the same parameters; buffers, such as the averages of a batch norm, become the first's.
-
-    Raises:
-        TrainingError: parameters differ.
-    """
+    """Check that all ranks hold the same parameters, and give all the first one's buffers, as those of a batch norm."""
     trained = trained_parameters(run.optimizer)
     world.check_equal([*trained.values()], f"step {step}")
-    world.broadcast_(tensor for name, tensor in trained_tensors(run.model).items() if name not in trained)
+    world.broadcast_(tensor for name, tensor in checkpoints.trained_tensors(run.model).items() if name not in trained)
 
 
 def _step(run: _Run, step: int, batches: list[MicroBatch]) -> tuple[Record, list[MicroBatch]]:
     """Make one optimizer step; return its record, and the micro-batches of the next step.
 
     The device is waited for once, when everything is queued and the next micro-batches are on their way.
-
-    Raises:
-        DataError: the loss counts nothing.
-        TrainingError: the loss or the gradient is not finite, unless such a step is to be skipped; a weight or a moment
-            of AdamW is not finite; other parameters require grad than at first.
     """
     model, config, trained = run.model, run.config, trained_parameters(run.optimizer)
     now = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -290,7 +267,7 @@ def _step(run: _Run, step: int, batches: list[MicroBatch]) -> tuple[Record, list
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     tokens = run.objective.tokens([batch.rows for batch in batches if batch.is_counted])
-    record: Record = {"step": step + 1}
+    record: Record = {"step": step + 1, "loss": None, "learning_rate": rate, "grad_norm": None}
 
     def reduce(tensors: list[Tensor], count: int) -> int:
         world.all_reduce_(tensors)
@@ -305,22 +282,20 @@ def _step(run: _Run, step: int, batches: list[MicroBatch]) -> tuple[Record, list
     largest = total_norm([*squares.values()], math.inf).to(weight_norm)
     upcoming = run.batches(step + 1)
     loss, grad_norm, length, square = torch.stack([done.loss, done.grad_norm, weight_norm, largest]).tolist()
-    tokens, memory = record.pop("tokens"), peak_memory_bytes(done.grad_norm.device)
-    record |= {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
-    record |= {"tokens": tokens, "peak_memory_bytes": memory}
+    record["peak_memory_bytes"] = peak_memory_bytes(done.grad_norm.device)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        problem = _nonfinite_step(run, step, batches, record)
+        problem = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; {_first_nonfinite(run, step, batches)}"
         if config.on_nonfinite == "stop" or not math.isfinite(length):  # to skip steps mends no weight
             raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
-        record |= {"loss": None, "grad_norm": None, "skipped": problem}
-    elif not (math.isfinite(length) and math.isfinite(square)):
+        return record | {"skipped": problem}, upcoming
+    if not (math.isfinite(length) and math.isfinite(square)):
         held = (trained | squares).items()
         bad = next((name for name, tensor in held if not is_finite(tensor)), "the norm of the weights")
         raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
-    return record, upcoming
+    return record | {"loss": loss, "grad_norm": grad_norm}, upcoming
 
 
-def _nonfinite_step(run: _Run, step: int, batches: Sequence[MicroBatch], record: Record) -> str:
+def _first_nonfinite(run: _Run, step: int, batches: Sequence[MicroBatch]) -> str:
     """Compute a step again, and return where its first number that is not finite is, and of which rows."""
     config, model = run.config, run.model
     eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
@@ -329,8 +304,7 @@ def _nonfinite_step(run: _Run, step: int, batches: Sequence[MicroBatch], record:
         found = world.all_gather(first_bad_module(model, lambda: [run.loss(model, batch) for batch in again]))
     # Another rank may have the bad rows. Gradients are sums over all ranks by now.
     where = min(found, key=lambda place: (place == UNKNOWN, place.startswith("gradient")))
-    bad = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-    return f"step {step + 1}: {bad}; first bad: {where}; rows: {_sources(run, step)}"
+    return f"first bad: {where}; rows: {_sources(run, step)}"
 
 
 def _sources(run: _Run, step: int) -> str:

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from minilora.runs.config import TrainConfig
@@ -189,12 +188,8 @@ ROUNDS = 5
 def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> int | None:
     """Set the number of threads to one or to all, whichever is faster in a forward and backward pass of a few rows.
 
-    Returns:
-        The number of threads, or None where nothing is measured: with OMP_NUM_THREADS set, with one thread, on another
-        device, or for a large model.
-
-    Raises:
-        DataError, TrainingError: the rows or the model cannot be trained, as in `train`.
+    Return the number, or None where nothing is measured: with OMP_NUM_THREADS set, with one thread, on another device,
+    or for a large model.
     """
     threads, device = torch.get_num_threads(), next(model.parameters()).device
     is_small = sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS
@@ -202,7 +197,10 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
         return None
     check_token_loss(model, dataset)
     objective, was_training = Objective(config), model.training
-    batch = objective.batch(_few_rows(dataset, objective.lengths(dataset), config), device)
+    lengths = objective.lengths(dataset)
+    rows = sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row])  # the shortest of a micro-batch
+    few = rows[: max(1, int(np.searchsorted(lengths[rows].cumsum(), MAX_TOKENS, side="right")))]
+    batch = objective.batch([dataset[row] for row in few], device)
 
     def step() -> None:
         loss, _ = objective(model, batch)
@@ -218,17 +216,6 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
         model.zero_grad()
     torch.set_num_threads(found)
     return found
-
-
-def _few_rows(dataset: Sequence[Any], lengths: NDArray[np.int64], config: TrainConfig) -> list[Any]:
-    """Return the shortest rows of the first micro-batch, up to `MAX_TOKENS`; at least one."""
-    chosen, total = list[Any](), 0
-    for row in sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row]):
-        total += lengths[row]
-        if chosen and total > MAX_TOKENS:
-            break
-        chosen.append(dataset[row])
-    return chosen
 
 
 def fastest_thread_count(step: Callable[[], None], choices: Sequence[int]) -> int:

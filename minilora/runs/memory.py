@@ -9,13 +9,15 @@ functions whose saved tensors it counts. A test compares the forecast with the t
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.parts import init_from_weight
@@ -23,19 +25,16 @@ from minilora.errors import TrainingError
 from minilora.kernel.attention import MAX_BATCH, block_attention, block_size, fused_attention, select_kernel
 from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.lora import tile_size
-from minilora.llama import LlamaConfig, Recompute
+from minilora.llama import Recompute
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import resolve_dtype
 from minilora.runs import world
-from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
 from minilora.runs.seeded import plan_steps
-from minilora.runs.sizes import Shapes, base_bytes, embedding_learns, parameter_shapes, trained_sizes
+from minilora.runs.sizes import WIDE, Plan, Shapes, Shard, base_bytes, embedding_learns, parameter_shapes, trained_sizes
 
-Shard = Literal["none", "base"]
-WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
 # What the process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 165_000_000  # loaded by PyTorch and its kernels in the first step
@@ -46,60 +45,19 @@ PRODUCT, CACHED = 1_200_000, 1024
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run's properties that its memory depends on.
-
-    Args:
-        config: of the model.
-        lora: of the adapter; None trains all weights.
-        rows: numbers of tokens and of labelled tokens of each training row, (rows, 2).
-        evaluated: number of tokens of each row of every split that is evaluated.
-        classes: of a classifier; 0 for a language model.
-        world: number of ranks; the forecast is that of one.
-        shard: "base" if each rank holds its share of the rows of the blocks' frozen weights, "none" if it holds all.
-    """
-
-    config: LlamaConfig
-    lora: LoraConfig | None
-    training: TrainConfig
-    quantization: QuantizeConfig
-    dtype: torch.dtype
-    device: torch.device
-    rows: Sequence[tuple[int, int]] | NDArray[Any]
-    evaluated: Sequence[Sequence[int] | NDArray[Any]] = ()
-    classes: int = 0
-    world: int = 1
-    shard: Shard = "none"
-
-    def batch(self) -> tuple[list[int], int]:
-        """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
-        steps = plan_steps(np.asarray(self.rows)[:, 0], self.training)
-        rows = np.asarray(self.rows)[steps.batch(int(steps.tokens.argmax()))]
-        return rows[:, 0].tolist(), int(rows[:, 1].sum())
-
-
-@dataclass(frozen=True)
 class Forecast:
-    """A forecast of the bytes at the peak of a run.
+    """A forecast of the bytes at the peak of a run."""
 
-    Attributes:
-        weights: of the base, dense or in four bits.
-        adapters: what is trained besides them, and a copy of the best so far.
-        gradients, moments: of everything that is trained.
-        activations: what autograd saves of a micro-batch.
-        working: the largest of what is needed besides: the logits of a chunk of rows with their gradient, the gradients
-            within a layer with a dequantized weight, or an evaluation, which needs no activations. Of a base that is
-            sharded also the weights of two blocks: the one that is computed, and the next.
-        kept: what the C library, oneDNN and kernels hold besides tensors.
-    """
-
-    weights: int
-    adapters: int
-    gradients: int
+    weights: int  # of the base, dense or in four bits
+    adapters: int  # what is trained besides them, and a copy of the best so far
+    gradients: int  # of everything that is trained
     moments: int
-    activations: int
+    activations: int  # what autograd saves of a micro-batch
+    # The largest of what is needed besides: the logits of a chunk of rows with their gradient, the gradients within a
+    # layer with a dequantized weight, or an evaluation, which needs no activations. Of a base that is sharded also the
+    # weights of two blocks: the one that is computed, and the next.
     working: int
-    kept: int
+    kept: int  # what the C library, oneDNN and kernels hold besides tensors
 
     @property
     def peak(self) -> int:
@@ -107,11 +65,7 @@ class Forecast:
 
 
 def forecast(plan: Plan) -> Forecast:
-    """Compute the terms of a plan.
-
-    Raises:
-        TargetError: the adapter's config names modules that the model does not have.
-    """
+    """Compute the terms of a plan."""
     config, lora, training, d = plan.config, plan.lora, plan.training, plan.dtype.itemsize
     lengths, M = plan.batch()
     N, D, F, V = sum(lengths), config.hidden_size, config.intermediate_size, plan.classes or config.vocab_size
@@ -242,25 +196,17 @@ def layer_terms(
     return {name: sum(lengths) * size for name, size in terms.items()}, attends or bool(adapted)
 
 
-def choose_recompute(plan: Plan, held: int = 0) -> tuple[Plan, Forecast]:
-    """Replace "auto" by the fastest recomputation that fits into memory, else by the leanest; forecast the plan.
+def choose_plan(plan: Plan, shard: str, held: int = 0) -> tuple[Plan, Forecast]:
+    """Replace "auto" of `shard` and of the recomputation by the fastest way that fits into memory, else the leanest.
 
     `held` are bytes of the forecast that are in use already, such as those of a loaded model.
     """
-    wanted = plan.training.recompute
-    for way in get_args(Recompute) if wanted == "auto" else (wanted,):  # the fastest first
-        chosen = replace(plan, training=replace(plan.training, recompute=way))
+    way = plan.training.recompute
+    shards: Sequence[Any] = get_args(Shard) if shard == "auto" else (shard,)
+    for chosen_shard, recompute in product(shards, get_args(Recompute) if way == "auto" else (way,)):  # fastest first
+        chosen = replace(plan, shard=chosen_shard, training=replace(plan.training, recompute=recompute))
         found = forecast(chosen)
         if _fits(chosen, found, held):
-            break
-    return chosen, found
-
-
-def choose_shard(plan: Plan, wanted: str) -> tuple[Plan, Forecast]:
-    """Replace "auto" by "none" if the run then fits into memory, else by "base"; choose the recomputation, too."""
-    for shard in get_args(Shard) if wanted == "auto" else (wanted,):
-        chosen, found = choose_recompute(replace(plan, shard=shard))
-        if _fits(chosen, found):
             break
     return chosen, found
 
@@ -272,11 +218,7 @@ def _fits(plan: Plan, found: Forecast, held: int = 0) -> bool:
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:
-    """Check that a run fits into memory.
-
-    Raises:
-        TrainingError: it does not; the message names the three cheapest changes that would help.
-    """
+    """Raise a `TrainingError` if a run does not fit into memory, with the three cheapest changes that would help."""
     free = free_memory_bytes(plan.device)
     if free is None or _fits(plan, found):
         return
@@ -312,6 +254,16 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
     evaluated = [np.minimum(split, half) for split in plan.evaluated]
     shorter = replace(plan, rows=np.minimum(plan.rows, half), evaluated=evaluated)
     yield f"--max-length {half}", shorter, "longer rows lose their ends"
+
+
+def check_room(out: Path, found: Forecast) -> None:
+    """Raise a `TrainingError` if the disk has no room for the result of a run and for one checkpoint."""
+    need, free = 2 * found.gradients + found.moments, shutil.disk_usage(out).free  # a gradient is as large as a weight
+    if free < need:
+        raise TrainingError(
+            f"{out}: the result and a checkpoint take {amount(need)}, and {amount(free)} are free on the disk; "
+            "make room, or give another --out; --force runs all the same"
+        )
 
 
 def amount(size: int) -> str:

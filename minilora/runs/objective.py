@@ -12,6 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,7 @@ class Objective:
         return collate(rows, device) if self.loss is None else rows
 
     def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
-        """Return the sum of the losses of a batch, and how many there are.
-
-        Raises:
-            TrainingError: a given loss returns something else, or a sum without a gradient.
-        """
+        """Return the sum of the losses of a batch, and how many there are."""
         if self.loss is None:
             assert self.config.recompute != "auto"  # which a run replaces before its first step
             return token_loss(model, batch, self.config.recompute)
@@ -75,11 +72,7 @@ class Objective:
         return None if sizes is None else sum(sizes)
 
     def lengths(self, dataset: Sequence[Any]) -> NDArray[np.int64]:
-        """Return the number of tokens of each row; 1 where a given loss makes no use of them.
-
-        Raises:
-            DataError: the settings need the number, and a row has no `tokens`.
-        """
+        """Return the number of tokens of each row; 1 where a given loss makes no use of them."""
         if self.loss is not None and self.config.batch_tokens is None and self.config.sort_window == 1:
             return np.ones(len(dataset), np.int64)
         if isinstance(dataset, Dataset):
@@ -98,12 +91,7 @@ class Objective:
 
 
 def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
-    """Check that the loss of tokens can be computed.
-
-    Raises:
-        TrainingError: the model is not one of this package's decoders.
-        DataError: an example has no label, not one for each token, or a token that the model does not have.
-    """
+    """Check that the loss of tokens can be computed: with the model, and of every example."""
     if not isinstance(getattr(model, "model", None), Decoder):
         raise TrainingError(
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
@@ -119,11 +107,7 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
 
 
 def check_ids(model: Any, examples: Sequence[Example]) -> None:
-    """Check that the model has every token; otherwise a GPU fails without naming the place.
-
-    Raises:
-        DataError: it does not have one.
-    """
+    """Raise a `DataError` if the model does not have a token; a GPU would fail without naming the place."""
     size = model.model.embed_tokens.num_embeddings
     if isinstance(examples, Dataset):
         examples = examples.take(examples.rows[examples.rows["largest"] >= size])
@@ -176,15 +160,12 @@ def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
     """Run `compute` again and return the first module whose output is not finite, else the first such gradient."""
     bad: list[str] = []
 
-    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-                bad.append(path)
+    def watch(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            bad.append(path)
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
+    handles = [module.register_forward_hook(partial(watch, path)) for path, module in model.named_modules()]
     try:
         compute()
     finally:
@@ -201,9 +182,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     A group has its rate as a multiple of the run's, `factor`, and the `names` of its parameters. Only matrices decay:
     biases, norms and magnitudes have no reason to be near 0.
-
-    Raises:
-        ConfigError: `loraplus_lr_ratio` is given, and no factor of an adapter is trained.
     """
     found: dict[tuple[float, float], dict[str, Any]] = {}
     for name, factor in rate_factors(model, config).items():

@@ -41,29 +41,22 @@ from minilora.models.config import UNITS
 from minilora.models.hub import fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs import world
-from minilora.runs.checkpoints import (
-    bookkeeping,
-    check_extension,
-    newest_checkpoint,
-    read_state,
-    step_of,
-    trained_tensors,
-)
+from minilora.runs import checkpoints, world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.dataset import sizes_of
-from minilora.runs.directory import check_same, hash_inputs
 from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
-from minilora.runs.memory import Forecast, Plan, Shard, choose_shard
-from minilora.runs.metrics import TensorBoard, read_records
+from minilora.runs.memory import Forecast, choose_plan
 from minilora.runs.objective import start_losses
+from minilora.runs.reports import TensorBoard, read_records
 from minilora.runs.seeded import plan_steps
+from minilora.runs.sizes import Plan, Shard
 from minilora.storage import MODEL_FILES, append_line, read_json, read_text, write_json, write_text
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
+FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
 FOUND = ("inputs", "checkpoint", "damaged", "starts", "files", "began", "dtype")  # in the directory of a run
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
@@ -72,18 +65,10 @@ class Run:
     """A run and its directory, from `prepare` to `finish` and `close`.
 
     Where a run has several ranks each has such an object, and only the first reads and writes the directory.
-
-    Raises:
-        ConfigError: settings contradict each other, or would have no effect.
     """
 
     def __init__(
-        self,
-        run: RunConfig,
-        quantization: QuantizeConfig,
-        lora: LoraConfig,
-        reading: DataConfig,
-        training: TrainConfig,
+        self, run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig
     ):
         # Names are located at once, so that those of repositories get the commit and mean the same later.
         data = tuple(locate(name, "dataset").name for name in run.data)
@@ -113,26 +98,22 @@ class Run:
         """Check that the directory is empty or holds this run; lock it, and return the step to go on from.
 
         A finished run may be made longer, see `check_extension`.
-
-        Raises:
-            TrainingError: it holds a finished run, another run, a run that is at work, or other files.
-            FormatError: its run.json is damaged.
         """
-        step = world.from_first(self._prepare)
+        world.from_first(self._prepare)
         for name, value in world.broadcast({name: getattr(self, name) for name in FOUND}).items():
             setattr(self, name, value)
-        return step
+        return checkpoints.step_of(self.checkpoint)
 
-    def _prepare(self) -> int:
-        self.inputs = hash_inputs(self.config, self.reading.prompt_style)
+    def _prepare(self) -> None:
+        self.inputs = checkpoints.hash_inputs(self.config, self.reading.prompt_style)
         if not holds_files(self.out):
-            return 0
+            return
         path = self.out / "run.json"
         if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
         self.lock_file = lock(self.out)
-        self.checkpoint, self.damaged = newest_checkpoint(self.out / "checkpoints")
-        record, newest = read_json(path), step_of(self.checkpoint)
+        self.checkpoint, self.damaged = checkpoints.newest_checkpoint(self.out / "checkpoints")
+        record = read_json(path)
         try:
             before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
             self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
@@ -141,7 +122,7 @@ class Run:
             need = "config, starts, data_sha256 and inputs_sha256"
             raise FormatError(f"{path}: need {need}; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
-        is_extended = newest and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
+        is_extended = self.checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
         if (self.out / "summary.json").is_file() and not is_extended:
             start = "model further, give --model" if self.is_full else "adapter further, add --adapter"
             raise TrainingError(
@@ -149,37 +130,30 @@ class Run:
             )
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
-        free = {*bookkeeping(self.training), "resume", "shard", "report", "samples", "general_data", *HASHED}
+        free = checkpoints.bookkeeping(self.training) | {*FREE, *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
             free.add("prompt_style")
         if self.lora.init_lora_weights in FROM_DATA:
             free -= {"epochs", "max_steps"}  # the start values are made of rows of all steps
-        different = [key for key in now if key not in free and before.get(key) != now[key]]
-        if different:
+        if different := [key for key in now if key not in free and before.get(key) != now[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
         if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
-        check_same(f"{self.out}: files of the base, the adapter or the template", inputs, self.inputs)
+        checkpoints.check_same(f"{self.out}: files of the base, the adapter or the template", inputs, self.inputs)
         if self.dtype == "auto":  # which means another one on another machine
             self.dtype = dtype
-        return newest
 
     def claim(self, data: Data) -> None:
-        """Create the directory of a new run and lock it; check that one that is there has this data and may be as long.
-
-        Raises:
-            TrainingError: it cannot be written; another process has begun a run there since `prepare`; the data has
-                changed; or the run is to be longer or shorter, and would not have come to where it is.
-        """
+        """Create and lock the directory of a new run; check that one that is there has this data and may be as long."""
         world.from_first(lambda: self._claim(data))
 
     def _claim(self, data: Data) -> None:
         if self.starts:
-            check_same(f"{self.out}: the data", self.files, data.files)
+            checkpoints.check_same(f"{self.out}: the data", self.files, data.files)
         if self.checkpoint:
             total = len(plan_steps(data.train.lengths, self.training))
-            check_extension(self.checkpoint, read_state(self.checkpoint), total, self.training)
+            checkpoints.check_extension(self.checkpoint, total, self.training)
         if self.lock_file is None:
             self.lock_file = lock(self.out)
             if holds_files(self.out):
@@ -230,7 +204,7 @@ class Run:
             len(config.labels if config.unit else data.labels),
             world.size(),
         )
-        plan, found = choose_shard(plan, "none" if self.is_full or world.size() == 1 else self.config.shard)
+        plan, found = choose_plan(plan, "none" if self.is_full or world.size() == 1 else self.config.shard)
         self.training, self.shard = plan.training, plan.shard
         return plan, found
 
@@ -248,14 +222,11 @@ class Run:
         elif not self.is_full:
             losses = start_losses(model, data.train, self.training)
             attach(model, self.adapter_config(data), seed=self.training.seed, losses=losses)
-            world.broadcast_(trained_tensors(model).values())  # decompositions may differ in a bit between devices
+            # decompositions may differ in a bit between devices
+            world.broadcast_(checkpoints.trained_tensors(model).values())
 
     def adapter_config(self, data: Data) -> LoraConfig:
-        """Return the adapter's config, with the rows of new tokens among those that are trained.
-
-        Raises:
-            ConfigError: there are new tokens, and `trainable_token_indices` names modules.
-        """
+        """Return the adapter's config, with the rows of new tokens among those that are trained."""
         new, wanted = self._new_tokens(data), self.lora.trainable_token_indices
         if new and isinstance(wanted, Mapping):
             raise ConfigError("--add-tokens needs --trainable-token-indices to be ids, or left out")

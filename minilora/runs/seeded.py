@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ from minilora.runs.config import TrainConfig
 
 Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
-MICRO_BATCH_SEEDS = 1_000_003  # larger than the number of micro-batches, so that no two share a random state
 MAX_STEPS = 1_000_000
-EPOCH_SEEDS = 1_000_003  # larger than the number of epochs, so that no two pairs (seed, epoch) share a generator
+SEEDS = 1_000_003  # larger than the numbers of epochs and of micro-batches, so that no two share a random state
 
 
 class MicroBatch(NamedTuple):
@@ -38,7 +37,7 @@ class MicroBatch(NamedTuple):
     is_counted: bool  # or else another rank has it, too
 
 
-class Steps(Sequence[list[Rows]]):
+class Steps:
     """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes.
 
     Attributes:
@@ -59,13 +58,10 @@ class Steps(Sequence[list[Rows]]):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> list[Rows]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[Rows]]: ...
-    def __getitem__(self, index: int | slice) -> list[Rows] | list[list[Rows]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __iter__(self) -> Iterator[list[Rows]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> list[Rows]:
         return [self.batch(i) for i in range(self.bounds[:-1][index], self.bounds[1:][index])]
 
     def batch(self, index: int) -> Rows:
@@ -79,9 +75,6 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
     step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, that many rows
     of the permutation at a time are sorted by length before it is cut, and the micro-batches are shuffled.
-
-    Raises:
-        ConfigError: there are more than `MAX_STEPS` steps.
     """
     lengths, accumulated = np.asarray(lengths, np.int64), config.gradient_accumulation_steps
     rows, sizes, counts, total = [], [], [], 0
@@ -105,7 +98,7 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
 
 def _micro_batches(lengths: Numbers, config: TrainConfig, epoch: int) -> tuple[Numbers, Numbers]:
     """Return the rows of an epoch in their order, and the number of rows of each micro-batch."""
-    generator = torch.Generator().manual_seed(config.seed * EPOCH_SEEDS + epoch)
+    generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()
     if config.sort_window > 1:
         order = order[np.lexsort((lengths[order], np.arange(len(order)) // config.sort_window))]
@@ -195,7 +188,7 @@ def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Iterat
     device = next(model.parameters()).device
     for batch in batches:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            number = seed * MICRO_BATCH_SEEDS + batch.number
+            number = seed * SEEDS + batch.number
             torch.default_generator.manual_seed(number)
             if device.type == "cuda":
                 with torch.cuda.device(device):

@@ -1,29 +1,70 @@
-"""Count the numbers and bytes of a model's tensors: of the base, dense or in four bits, and of what is trained.
+"""Count from a model's config and a batch what a run holds, computes and sends.
+
+Every term is a product of sizes. `runs/memory` adds the bytes of tensors that live for a while.
 
 A base that is sharded over N ranks keeps of each tensor of a block ⌈rows / N⌉ rows; the embedding, the last norm and
-the head are whole on every rank.
+the head are whole on every rank. A step has G micro-batches, which are dealt out to the ranks; each computes g of them,
+and then the gradients of all are added.
+
+    N  ranks    G  gradient_accumulation_steps    g = ⌈G/N⌉    T  tokens of a micro-batch    M  labelled ones
+    P  numbers that are trained    S  bytes of all blocks    m, n  inputs and outputs of a linear    r  rank
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
 from minilora.llama import Decoder, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from minilora.runs.config import TrainConfig
+from minilora.runs.seeded import plan_steps
 
-FLOAT32 = 4  # bytes
+WIDE = 4  # bytes of a float32: of what is trained, of sums, of probabilities
 EMBEDDING_PATH = "model.embed_tokens"
 BLOCKS = "model.layers."  # how the names of the blocks' tensors begin
+# Linears of a block that have the same input, in the order of the forward pass; fused ones begin likewise.
+GROUPS = (
+    ("self_attn.q", "self_attn.k", "self_attn.v"),
+    ("self_attn.o",),
+    ("mlp.gate", "mlp.up"),
+    ("mlp.down",),
+)
 Shapes = dict[str, tuple[int, ...]]
 Rows = tuple[int, int]  # of a tensor: how many there are, and bytes of one
+Shard = Literal["none", "base"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's properties that its memory depends on."""
+
+    config: LlamaConfig
+    lora: LoraConfig | None  # None trains all weights
+    training: TrainConfig
+    quantization: QuantizeConfig
+    dtype: torch.dtype
+    device: torch.device
+    rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
+    evaluated: Sequence[Sequence[int] | NDArray[Any]] = ()  # tokens of each row of every split that is evaluated
+    classes: int = 0  # of a classifier; 0 for a language model
+    world: int = 1  # number of ranks; the forecast is that of one
+    shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
+
+    def batch(self) -> tuple[list[int], int]:
+        """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
+        steps = plan_steps(np.asarray(self.rows)[:, 0], self.training)
+        rows = np.asarray(self.rows)[steps.batch(int(steps.tokens.argmax()))]
+        return rows[:, 0].tolist(), int(rows[:, 1].sum())
 
 
 def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
@@ -90,26 +131,20 @@ def packed_rows(shape: tuple[int, ...], double_quant: bool) -> list[Rows]:
     >>> packed_rows((3, 128), double_quant=False)
     [(3, 64), (3, 8)]
     """
-    n, size = math.prod(shape), 1 if double_quant else FLOAT32
+    n, size = math.prod(shape), 1 if double_quant else WIDE
     blocks = -(-n // BLOCK_SIZE)
-    nested = [(-(-blocks // NESTED_BLOCK_SIZE), FLOAT32), (1, FLOAT32)] if double_quant else []
+    nested = [(-(-blocks // NESTED_BLOCK_SIZE), WIDE), (1, WIDE)] if double_quant else []
     if shape[1] % BLOCK_SIZE:
         return [((n + 1) // 2, 1), (blocks, size), *nested]
     return [(shape[0], shape[1] // 2), (shape[0], shape[1] // BLOCK_SIZE * size), *nested]
 
 
 class BaseBytes(NamedTuple):
-    """The bytes of a base's parameters.
+    """The bytes of a base's parameters."""
 
-    Attributes:
-        held: on one rank.
-        blocks: of each block as it is gathered, with the rows that fill the last rank's share.
-        dense: of the largest weight that is in four bits, once it is dequantized; 0 if there is none.
-    """
-
-    held: int
-    blocks: list[int]
-    dense: int
+    held: int  # on one rank
+    blocks: list[int]  # of each block as it is gathered, with the rows that fill the last rank's share
+    dense: int  # of the largest weight that is in four bits, once it is dequantized; 0 if there is none
 
 
 def base_bytes(
@@ -132,3 +167,83 @@ def base_bytes(
             others += dense[0] * dense[1]
     largest = max((math.prod(shapes[name]) for name in packed), default=0)
     return BaseBytes(others + sum(shares), [shards * share for share in shares], dtype.itemsize * largest)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in a step."""
+
+    flop: int  # of matrix products and attention
+    reduced: int  # bytes that it sends for the sum of the gradients
+    gathered: int  # bytes that it sends for the weights of blocks that are sharded
+
+    def seconds(self, gemm_rate: float, bandwidth: float) -> float:
+        """Return the time of a step.
+
+        t = max(FLOP / gemm_rate, gathered / bandwidth) + reduced / bandwidth
+
+        The larger of the two, because the next block's weights are gathered while a block is computed. The gradients
+        are complete only after the backward pass, so their sum overlaps with nothing. All ranks are as fast, and
+        have micro-batches of one size; latency is not counted.
+
+        >>> Step(flop=600, reduced=10, gathered=20).seconds(gemm_rate=100, bandwidth=5)
+        8.0
+        """
+        return max(self.flop / gemm_rate, self.gathered / bandwidth) + self.reduced / bandwidth
+
+
+def forecast_step(plan: Plan) -> Step:
+    """Compute what a rank does in a step that has all its micro-batches, the largest of the run.
+
+    FLOP = g · `batch_flop`;    reduced = 2 (N-1)/N · 4 P;    gathered = g · 2 (N-1)/N · S
+
+    A ring adds the gradients, P numbers in float32, in 2 (N-1) messages of an N-th of them. Each block is gathered in
+    the forward pass and again in the backward pass, which also computes it again where the plan says so.
+    """
+    config, N = plan.config, plan.world
+    g = -(-plan.training.gradient_accumulation_steps // N)
+    shapes = parameter_shapes(config, plan.classes)
+    factors, others, ranks = trained_sizes(plan.lora, shapes, config.tie_word_embeddings)
+    S = sum(base_bytes(config, plan.quantization, plan.dtype, shapes, N).blocks) if plan.shard == "base" else 0
+    reduced = 2 * (N - 1) * WIDE * sum(factors + others) // N
+    return Step(g * batch_flop(plan, shapes, ranks), reduced, g * 2 * (N - 1) * S // N)
+
+
+def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:
+    """Count the FLOP of the forward and backward pass of the largest micro-batch.
+
+    linear:     2 T m n  forward,  2 T m n  dx,  2 T m n  dW where it is trained
+    adapter:    2 T r (m + n)  forward,  2 T r (m + 2 n)  dA and dB,  2 T r m  dx
+    attention:  4 H E p  forward,  10 H E p  backward, of which 2 H E p compute the scores again
+
+    p = Σ min(t, window) over the tokens t of every document counts the pairs of query and key. There is no dx where
+    nothing before the linear is trained. The head has M rows instead of T. What is recomputed takes its forward pass
+    twice, but for a last linear without an adapter, of whose output nothing is needed. Of DoRA, the norms of weights
+    are not counted.
+    """
+    config, recompute, (lengths, M) = plan.config, plan.training.recompute, plan.batch()
+    learns, total, T = embedding_learns(plan.lora, ranks), 0, sum(lengths)
+
+    def linear(name: str, tokens: int, is_recomputed: bool) -> int:
+        (n, m), rank = shapes[name], ranks.get(name.removesuffix(".weight"))
+        r, is_trained = rank or 0, rank == 0
+        times = 1 + (is_recomputed and not (name.endswith("down_proj.weight") and r == 0))  # it would be the last
+        return 2 * tokens * (m * n * (times + learns + is_trained) + r * (times * (m + n) + m + 2 * n + learns * m))
+
+    for i, window in enumerate(config.windows):
+        for group in GROUPS:
+            starts = tuple(f"{BLOCKS}{i}.{part}" for part in group)
+            names = [name for name, shape in shapes.items() if name.startswith(starts) and len(shape) == 2]
+            again = recompute == "block" or (recompute == "mlp" and group[0].startswith("mlp"))
+            total += sum(linear(name, T, again) for name in names)
+            learns = learns or any(name.removesuffix(".weight") in ranks for name in names)
+            if group == GROUPS[0]:
+                pairs = sum(_pairs(length, window or length) for length in lengths)
+                total += config.num_attention_heads * config.head_dim * pairs * (4 + 4 * again + 10 * learns)
+    return total + linear("score.weight" if plan.classes else "lm_head.weight", M, False)
+
+
+def _pairs(length: int, window: int) -> int:
+    """Return Σ min(t, window) over t = 1 … length."""
+    seen = min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * seen

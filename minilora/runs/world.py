@@ -113,7 +113,8 @@ def sum_over_ranks(*numbers: float) -> list[float]:
     """Return the sum over the ranks of each number, which is exact for whole ones below 2^53."""
     if size() == 1:
         return [*numbers]
-    found = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    found = torch.tensor(numbers, dtype=torch.float64, device=device)
     with _connection_errors():
         dist.all_reduce(found)
     return found.tolist()
@@ -131,12 +132,7 @@ def all_gather(value: T) -> list[T]:
 
 def broadcast(value: T) -> T:
     """Return the first rank's value."""
-    if size() == 1:
-        return value
-    found = [value]
-    with _connection_errors():
-        dist.broadcast_object_list(found, device=_device())
-    return found[0]
+    return all_gather(value)[0]
 
 
 def from_first(compute: Callable[[], T]) -> T:
@@ -166,11 +162,7 @@ def barrier() -> None:
 
 
 def check_equal(tensors: Sequence[Tensor], when: str) -> None:
-    """Compare a hash of tensors that every rank holds.
-
-    Raises:
-        TrainingError: it differs between ranks.
-    """
+    """Raise a `TrainingError` if tensors that every rank holds differ in a hash."""
     if size() == 1:
         return
     digest = hashlib.sha256()
@@ -180,11 +172,6 @@ def check_equal(tensors: Sequence[Tensor], when: str) -> None:
     found = all_gather(digest.hexdigest())
     if bad := [str(number) for number, hashed in enumerate(found) if hashed != found[0]]:
         raise TrainingError(f"{when}: what is trained differs between rank 0 and rank {', '.join(bad)}")
-
-
-def _device() -> torch.device:
-    """Return a device whose tensors the ranks can exchange."""
-    return torch.device("cpu" if "cpu" in dist.get_backend_config() else "cuda")
 
 
 @contextmanager

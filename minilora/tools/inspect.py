@@ -31,7 +31,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import unpack
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import default_settings
-from minilora.runs.metrics import read_records
+from minilora.runs.reports import read_records
 from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json, tensor_files
 from minilora.tools.export import features
 

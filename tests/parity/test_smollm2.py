@@ -20,7 +20,8 @@ from minilora.cli import main
 from minilora.data import IGNORE_INDEX, collate
 from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import held_out_loss
-from minilora.runs.rows import Row, find_splits
+from minilora.runs.formats import Row
+from minilora.runs.inputs import find_splits
 from minilora.storage import BUILTIN, read_json
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity, relative
 from minilora.training import token_loss

@@ -17,7 +17,7 @@ from minilora.data import IGNORE_INDEX
 from minilora.models import template as ours_module
 from minilora.models.template import ChatTemplate
 from minilora.runs.data import encode_rows
-from minilora.runs.rows import Row
+from minilora.runs.formats import Row
 from minilora.storage import ASSETS
 
 pytestmark = pytest.mark.parity

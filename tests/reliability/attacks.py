@@ -23,7 +23,8 @@ from minilora.cli import main as command
 from minilora.models.hub import BUILTINS
 from minilora.models.template import ChatTemplate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.rows import read_rows
+from minilora.runs.formats import Row
+from minilora.runs.inputs import stream_rows
 from minilora.storage import TensorFile, read_json
 from minilora.tools.inspect import inspect_path
 from minilora.tools.merging import merge_directory
@@ -33,6 +34,10 @@ from tests.test_sandbox import BOMBS, ESCAPES
 
 MODEL = BUILTINS["model"]
 TEXT = "The heron waits " + "a" * 40 + "! 12345 " + "b" * 200
+
+
+def read_rows(path: Path) -> list[Row]:
+    return list(stream_rows(path))
 
 
 def edit(path: Path, **changes: Any) -> Path:

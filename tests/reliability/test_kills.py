@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minilora import cli
-from minilora.runs.meter import Meter
+from minilora.runs.reports import Meter
 from tests.models import long
 from tests.runs import ADAPTER, finetune, starts, steps, words
 from tests.training import newest_step

@@ -17,7 +17,8 @@ import torch
 from record import write_record
 
 import minilora as ml
-from minilora.runs.memory import Plan, forecast
+from minilora.runs.memory import forecast
+from minilora.runs.sizes import Plan
 
 OUT = Path(__file__).with_suffix(".json")
 WAYS = {  # dtype, quantize, recompute

@@ -1,0 +1,241 @@
+"""Reports of a run: progress on standard error, metrics.jsonl read as curves, and records for TensorBoard.
+
+{"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      a line of metrics.jsonl for a step
+{"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from minilora.errors import ConfigError, FormatError
+from minilora.limits import RECORDS_BYTES
+from minilora.runs.evaluate import Progress
+from minilora.runs.loop import Record
+from minilora.runs.memory import amount
+from minilora.storage import read_text
+
+BAR = 12  # characters
+SCALARS = {  # keys of a record, and their names in TensorBoard
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_second": "train/tokens_per_second",
+    "eval_loss": "eval/loss",
+}
+
+
+class Meter:
+    """Print progress to standard error: one line that is rewritten on a terminal, else a line every few seconds.
+
+    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
+
+    Args:
+        evaluated: what the rows of evaluations are called.
+        every: seconds between two lines without a terminal.
+    """
+
+    def __init__(self, evaluated: str = "held-out", every: float = 5.0):
+        self.evaluated = evaluated
+        self.every = every
+        self.is_terminal = sys.stderr.isatty()
+        self.stopped_by: int | None = None  # the number of a signal
+        self.last = -every
+        self.first: tuple[float, int] | None = None
+
+    def __call__(self, record: Record) -> bool:
+        if "eval_loss" in record:
+            self._show_evaluation(record)
+        elif "skipped" in record:
+            self.keep(f"skipped {record['skipped']}")
+        else:
+            self._show_step(record)
+        return self.stopped_by is not None
+
+    def _show_step(self, record: Record) -> None:
+        now = time.monotonic()
+        began, first_step = self.first = self.first or (now, record["step"])
+        done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
+        left = f"{timedelta(seconds=round((now - began) / done * remaining))}" if done else "?"
+        filled = BAR * record["step"] // record["total_steps"]
+        bar = f"{'━' * filled}{'─' * (BAR - filled)}  " if self.is_terminal else ""
+        self.show(
+            f"step {record['step']}/{record['total_steps']}  {bar}loss {record['loss']:.4f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left  {amount(record['peak_memory_bytes'])}",
+            is_last=not remaining,
+        )
+
+    def rows(self, *what: str) -> Progress:
+        """Return a callback that reports the progress of an evaluation."""
+        self.last = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            self.show(f"{', '.join(what)}: {done:,} of {total:,} rows")
+
+        return report
+
+    def show(self, text: str, is_last: bool = False) -> None:
+        """Print a line that the next one overwrites; without a terminal, one every few seconds."""
+        now = time.monotonic()
+        if self.is_terminal:
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
+            print(f"\r\x1b[K{text[:width]}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+        elif is_last or now - self.last >= self.every:
+            self.last = now
+            print(text, file=sys.stderr, flush=True)
+
+    def keep(self, text: str) -> None:
+        """Print a line that stays."""
+        print(("\r\x1b[K" if self.is_terminal else "") + text, file=sys.stderr, flush=True)
+
+    def _show_evaluation(self, record: Record) -> None:
+        step = record["step"]
+        note = ", the lowest so far" if record["best_step"] == step else f", lowest at step {record['best_step']}"
+        self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
+        for sample in record.get("samples", ()):
+            self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Let the step finish at the first signal; stop at once at the second."""
+        if self.stopped_by and number == signal.SIGINT:
+            raise KeyboardInterrupt("stopped; the same command resumes from the newest checkpoint, if there is one")
+        if self.stopped_by:
+            raise SystemExit(128 + number)
+        self.stopped_by = number
+        self.keep("finishing this step; a second signal stops at once")
+
+    def close(self) -> None:
+        """Clear the line that would be overwritten next."""
+        if self.is_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Remove control and other invisible characters, except line ends and tabs."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def ending(text: str, most: int = 30) -> str:
+    """Return the end of a text in one line of at most that many characters."""
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def beginning(text: str, most: int = 42) -> str:
+    """Return the beginning of a text in one line of at most that many characters."""
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve: the values of one key of the metrics, and their steps."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A run's curves, with a point for each step; `eval_loss` with one for each evaluation."""
+
+    loss: Curve
+    learning_rate: Curve
+    grad_norm: Curve
+    eval_loss: Curve
+
+
+def read_metrics(run: Path) -> Metrics:
+    """Read the curves of a run's directory."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file; the directory of a run has one")
+    records = read_records(path)
+    if not records:
+        raise FormatError(f"{path}: holds no step yet")
+    return Metrics(**{key: _curve(records, key) for key in Metrics.__dataclass_fields__})
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read the objects in a metrics.jsonl. A last line that was cut off by a crash is left out."""
+    lines, records = read_text(path, RECORDS_BYTES).splitlines(keepends=True), []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise FormatError(f"{path}, line {number}: need an object with a whole number as 'step'")
+        records.append(record)
+    return records
+
+
+def smooth(curve: Curve) -> Curve:
+    """Compute the mean over a window around each point, a twentieth of the curve; below 40 points it changes nothing.
+
+    At the beginning, where a loss falls steeply, the window narrows to the point itself; at the end it is cut off.
+
+    >>> smooth(Curve(tuple(range(40)), (8.0, 2.0, 5.0) + (5.0,) * 37)).values[:4]
+    (8.0, 5.0, 4.0, 5.0)
+    """
+    half = len(curve) // 40
+    windows = (curve.values[i - min(i, half) : i + min(i, half) + 1] for i in range(len(curve)))
+    return Curve(curve.steps, tuple(math.fsum(window) / len(window) for window in windows))
+
+
+def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
+    """Return the values of a key that can be drawn: finite numbers."""
+    points = [(r["step"], r[key]) for r in records if type(r.get(key)) in (int, float) and math.isfinite(r[key])]
+    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+
+class TensorBoard:
+    """Write each record of a run into a directory for `tensorboard --logdir`, at once, so that a crash loses none.
+
+    Args:
+        directory: of the event files; those of earlier starts of the run stay in it.
+        step: from which the run is resumed. What an earlier start wrote of later steps is no longer shown.
+
+    Raises:
+        ConfigError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, directory: Path, step: int = 0):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            need = "--report tensorboard needs the package tensorboard: pip install 'minilora[tensorboard]'"
+            raise ConfigError(f"{need} ({error})") from error
+        self.writer = SummaryWriter(str(directory), purge_step=step + 1)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Write a record's numbers as scalars, and each {"prompt", "text"} of its "samples" as a text."""
+        step = record["step"]
+        for key, tag in SCALARS.items():
+            if record.get(key) is not None:  # as in a step that was skipped
+                self.writer.add_scalar(tag, record[key], step)
+        for i, sample in enumerate(record.get("samples", ()), start=1):
+            blocks = {name: textwrap.indent(sample[name], "    ", bool) for name in ("prompt", "text")}  # no markup
+            self.writer.add_text(f"samples/{i}", "\n\n".join(f"{name}:\n\n{b}" for name, b in blocks.items()), step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
