@@ -266,8 +266,11 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
 
 
 def count_lines(path: Path) -> int:
-    """Count the lines of a file."""
-    return sum(chunk.count(b"\n") for chunk in read_chunks(path)) + 1
+    """Count the lines of a file, the last one also where no newline ends it."""
+    count, last = 0, b"\n"
+    for last in read_chunks(path):
+        count += last.count(b"\n")
+    return count + (last[-1:] != b"\n")
 
 
 def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:
@@ -289,10 +292,8 @@ def _parse_line(line: bytes, source: str) -> Row:
         return Row(source=source, problem=f"has more than {JSON_VALUES:,} values")
     try:
         return _as_row(json.loads(line.decode("utf-8")), source)
-    except UnicodeDecodeError as error:
-        return Row(source=source, problem=_not_utf8(error))
     except (ValueError, RecursionError) as error:
-        return Row(source=source, problem=_not_json(error, f"; need {LAYOUTS}"))
+        return Row(source=source, problem=_problem_of(error, f"; need {LAYOUTS}"))
 
 
 def _parse_array(data: bytes, path: Path) -> Iterator[Row]:
@@ -301,7 +302,7 @@ def _parse_array(data: bytes, path: Path) -> Iterator[Row]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: {_not_utf8(error)}") from error
+        raise DataError(f"{path}:{line}: {_problem_of(error)}") from error
     decoder, position, white = json.JSONDecoder(), text.index("[") + 1, " \t\r\n"
     line, counted, separators = 1, 0, 0
     while True:
@@ -319,7 +320,7 @@ def _parse_array(data: bytes, path: Path) -> Iterator[Row]:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)  # that of the error, and not of the element
-            raise DataError(f"{path}:{line}: {_not_json(error)}") from error
+            raise DataError(f"{path}:{line}: {_problem_of(error)}") from error
         yield _as_row(value, f"{path}:{line}")
 
 
@@ -329,11 +330,9 @@ def _as_row(value: Any, source: str) -> Row:
     return Row(value, source)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
-
-
-def _not_json(error: ValueError | RecursionError, advice: str = "") -> str:
+def _problem_of(error: ValueError | RecursionError, advice: str = "") -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{advice}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"

@@ -210,12 +210,8 @@ def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
 class TensorBoard:
     """Write each record of a run into a directory for `tensorboard --logdir`, at once, so that a crash loses none.
 
-    Args:
-        directory: of the event files; those of earlier starts of the run stay in it.
-        step: from which the run is resumed. What an earlier start wrote of later steps is no longer shown.
-
-    Raises:
-        ConfigError: the package tensorboard is not installed.
+    Event files of earlier starts stay in it; what they hold of steps after `step`, from which the run is resumed, is no
+    longer shown.
     """
 
     def __init__(self, directory: Path, step: int = 0):

@@ -38,22 +38,15 @@ class MicroBatch(NamedTuple):
 
 
 class Steps:
-    """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes.
-
-    Attributes:
-        lengths: the number of tokens of each row of the data.
-        rows: those of all micro-batches, in their order.
-        ends: where each micro-batch ends in `rows`, after a 0.
-        bounds: where each step ends among the micro-batches, after a 0.
-        tokens: the number of tokens of each micro-batch.
-    """
+    """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes."""
 
     def __init__(self, lengths: Numbers, rows: NDArray[np.int32], sizes: Numbers, counts: Numbers):
         """Take the number of rows of each micro-batch, and the number of micro-batches of each step."""
+        # where each step ends among the micro-batches, and each micro-batch in `rows`, after a 0
         self.bounds, self.ends = (np.concatenate([[0], numbers.cumsum()]) for numbers in (counts, sizes))
         self.ends = self.ends[: self.bounds[-1] + 1]
         self.lengths, self.rows = lengths, rows[: self.ends[-1]]
-        self.tokens = np.add.reduceat(lengths[self.rows], self.ends[:-1])
+        self.tokens = np.add.reduceat(lengths[self.rows], self.ends[:-1])  # of each micro-batch
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
