@@ -202,10 +202,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     for path in reversed(checkpoints(folder)):
         try:
             verify(path)
+            return path, tuple(damaged)
         except FormatError as error:
             damaged.append(str(error))
-        else:
-            return path, tuple(damaged)
     return None, tuple(damaged)
 
 
