@@ -14,7 +14,7 @@ from torch import Tensor
 import minilora.public as ml  # all of it now: memory is counted from after the imports
 from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
 from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
-from minilora.adapters.find import linear_layers
+from minilora.adapters.attach import linear_layers
 from minilora.nf4 import Layout, pack, unpack
 
 TINY_CONFIG = ml.LoraConfig(r=8, target_modules=TARGETS)

@@ -18,13 +18,16 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+from torch import Tensor
+
 from minilora.errors import ConfigError, FormatError, TrainingError
-from minilora.limits import JSON_BYTES, open_file, parse_json
+from minilora.storage import INDEX, JSON_BYTES, open_file, parse_json
 
 if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
@@ -255,3 +258,76 @@ def lock(out: Path) -> TextIO:
     for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob(f"{KEPT}/.*.tmp")]:
         remove(left)
     return file
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON without changing the order of keys."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask; save_file sets 0600
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        _sort_metadata(temporary)
+        temporary.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order changes from call to call of `save_file`."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
+    """Write groups of tensors, in order, into files of at most `limit` bytes; a group is never divided.
+
+    Only one file's tensors are held at a time, on the CPU. Their names follow when their number is known.
+    """
+    written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
+    shard: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        write_tensors(directory / f"{len(written)}", shard)
+        written.append({name: tensor.nbytes for name, tensor in shard.items()})
+        shard.clear()
+
+    for group in groups:
+        if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
+            flush()
+        shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
+        del group  # which may be on another device, before the next one is made
+    flush()
+    n = len(written)
+    files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
+    for i, file in enumerate(files):
+        os.replace(directory / f"{i}", directory / file)
+    if n > 1:
+        weight_map = {name: file for sizes, file in zip(written, files, strict=True) for name in sizes}
+        total = sum(sum(sizes.values()) for sizes in written)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

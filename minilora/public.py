@@ -2,11 +2,10 @@
 
 import minilora.kernel  # noqa: F401
 from minilora.adapter import detach, disable_adapter, set_adapter
-from minilora.adapters.attach import attach, delete_adapter, find_target_modules, merge, merged
+from minilora.adapters.attach import attach, count_parameters, delete_adapter, find_target_modules, merge, merged
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
-from minilora.adapters.find import count_parameters
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
 from minilora.adapters.weighted import combine_adapters
 from minilora.data import Example

@@ -1,6 +1,8 @@
-"""Reading JSON and safetensors from untrusted sources, and writing them.
+"""Reading files from outside, which may hold anything: text, JSON and safetensors, never a pickle.
 
-Only safetensors and JSON are read, never pickles. A file that cannot be read raises a `FormatError` that names it.
+A file states sizes: of a tensor, a vocabulary, a list. Memory and time may grow with the bytes that are there, but not
+with a number that they state, so a stated number is compared with what is there, or with a limit of this page, before
+anything is allocated. A file that cannot be read raises a `FormatError` that names it.
 """
 
 from __future__ import annotations
@@ -8,10 +10,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
+import re
+import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +23,98 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.durable import replacing
 from minilora.errors import FormatError
-from minilora.limits import DIMENSIONS, ELEMENTS, JSON_BYTES, UNPACKED, UNPACKED_TIMES, open_file, parse_json
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 CHUNK = 2**20  # bytes of a data file that are read at a time
-DTYPES = {  # names in a safetensors file, and in torch
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+DTYPES = {  # by their names in a safetensors file
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
+
+# Limits
+JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
+JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
+TOKENIZER_BYTES, TOKENIZER_VALUES = 2**27, 10**7  # of a tokenizer.json; that of 262,144 tokens has 33 MB, 2.4 million
+RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
+LINE_BYTES = 2**23  # of one row of data; a long book has 2 MB
+BAD_ROWS = 50_000  # that are skipped and kept with their reasons
+UNPACKED, UNPACKED_TIMES = 2**20, 50  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20
+DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
+NAMES = 10_000  # of modules, in one key of an adapter's config: each is compared with each module
+GROWTH = 1024  # rows of a vocabulary that the tokens of an adapter may add, beside as many as there are
+SIZES = {  # the largest of each key in config.json, where the weights do not say
+    **dict.fromkeys(("vocab_size", "intermediate_size"), 2**24),
+    **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
+    "num_hidden_layers": 160,  # Llama 3.1 405B has 126
+}
+COUNT, FLOAT = 2**31 - 1, 1e30  # the largest other whole number, and the largest other number, in config.json
+WEIGHT = 1e6  # of an adapter in a sum
+
+
+def open_file(path: Path, most: int | None = None, is_named: bool = False) -> BufferedReader:
+    """Open a file to read its bytes; `is_named` says that the user named it, and not a directory that it lies in.
+
+    Raises:
+        FormatError: there is no such file; it is a directory, a device, a FIFO or a socket, whose reading might never
+            end; it is a link that `check_link` refuses; or it has more than `most` bytes.
+    """
+    try:
+        if not is_named:
+            check_link(path)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError(f"{path}: cannot be read (it is {KINDS.get(stat.S_IFMT(found.st_mode), 'a device')})")
+        if most is not None and found.st_size > most:
+            raise FormatError(f"{path}: has {found.st_size:,} bytes; at most {most:,} are accepted")
+        return path.open("rb")
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_link(path: Path) -> None:
+    """Raise a `FormatError` if a file is a link out of its directory, unless to `blobs`, as in the cache of the hub."""
+    if path.is_symlink():
+        try:
+            target, home = path.resolve(), path.parent.resolve()
+        except (OSError, RuntimeError) as error:
+            raise FormatError(f"{path}: is a link to itself") from error
+        if not (target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")):
+            raise FormatError(f"{path}: is a link to {target}, outside its directory, which is not followed")
+
+
+def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
+    """Parse JSON of at most `most` values; `where` begins the message of an error.
+
+    Raises:
+        FormatError: it is not JSON, or has more values.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        if sum(map(text.count, (",", "[", "{"))) > most:
+            raise ValueError(f"more than {most:,} values")
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a surrogate pair, perhaps, which no text may hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not JSON ({error})") from error
 
 
 def read_text(path: Path, most: int = JSON_BYTES, is_named: bool = False) -> str:
@@ -119,7 +194,7 @@ class TensorFile:
         stored = self.entries[name].dtype
         if stored not in DTYPES:
             raise FormatError(f"{self.path}: {name} cannot be read: it is {stored}; supported are {list(DTYPES)}")
-        return getattr(torch, DTYPES[stored])
+        return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file: copy it before the file may change.
@@ -145,58 +220,9 @@ def shard_names(index_path: Path) -> dict[str, str]:
     return weight_map
 
 
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON without changing the order of keys."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires."""
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask; save_file sets 0600
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # a full disk, for example
-            raise OSError(f"{path}: cannot be written ({error})") from error
-        _sort_metadata(temporary)
-        temporary.chmod(mode)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, whose order changes from call to call of `save_file`."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size
-        file.seek(8)
-        file.write(text.ljust(size))
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite, without the copy that `isfinite` makes of them."""
     return not tensor.numel() or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
-
-
-SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
-MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 
 def tensor_files(directory: Path) -> dict[str, TensorFile]:
@@ -210,32 +236,3 @@ def tensor_files(directory: Path) -> dict[str, TensorFile]:
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
         raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
     return {name: shards[shard] for name, shard in weight_map.items()}
-
-
-def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
-    """Write groups of tensors, in order, into files of at most `limit` bytes; a group is never divided.
-
-    Only one file's tensors are held at a time, on the CPU. Their names follow when their number is known.
-    """
-    written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
-    shard: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        write_tensors(directory / f"{len(written)}", shard)
-        written.append({name: tensor.nbytes for name, tensor in shard.items()})
-        shard.clear()
-
-    for group in groups:
-        if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
-            flush()
-        shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
-        del group  # which may be on another device, before the next one is made
-    flush()
-    n = len(written)
-    files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
-    for i, file in enumerate(files):
-        os.replace(directory / f"{i}", directory / file)
-    if n > 1:
-        weight_map = {name: file for sizes, file in zip(written, files, strict=True) for name in sizes}
-        total = sum(sum(sizes.values()) for sizes in written)
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minilora.adapter import adapter_layers
-from minilora.adapters.find import linear_layers
+from minilora.adapters.attach import linear_layers
 from minilora.kernel import lora as tiles
 from minilora.llama import Llama
 from minilora.models.config import LlamaConfig

@@ -9,8 +9,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.attach import delete_adapter, merged
-from minilora.adapters.find import linear_layers
+from minilora.adapters.attach import delete_adapter, linear_layers, merged
 from minilora.llama import Llama
 from minilora.models.config import LlamaConfig
 from minilora.nf4 import NF4Linear

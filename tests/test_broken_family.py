@@ -12,7 +12,7 @@ from minilora import LoraConfig, storage
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainedCopy
 from minilora.cli import main
-from minilora.storage import write_json, write_tensors
+from minilora.durable import write_json, write_tensors
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import fill_, randn, tiny_model
 from tests.text import write_tokenizer

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
 from minilora import ConfigError, FormatError, LoraConfig, storage
+from minilora.durable import write_json
 from minilora.models import checkpoint
 from minilora.models.checkpoint import DTYPES, resolve_dtype
-from minilora.storage import INDEX, SHARD_BYTES, read_json, write_json
+from minilora.storage import INDEX, SHARD_BYTES, read_json
 from minilora.testing.compare import assert_maths
 from tests.files import SHARD, change, same_state, write_base
 from tests.models import FAMILIES, SIZES, families, layouts, long, randomize_adapters_, tiny_model, token_ids

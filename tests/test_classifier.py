@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.adapters.attach import linear_layers
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.find import linear_layers
+from minilora.durable import write_json
 from minilora.models.classifier import Classifier, classifier_config, load_classifier
-from minilora.storage import read_json, write_json
+from minilora.storage import read_json
 from minilora.testing.compare import assert_maths
 from tests import reference_model
 from tests.files import same_state

@@ -9,13 +9,14 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.find import linear_layers
+from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import BASE, base_quantization
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
+from minilora.durable import write_json, write_tensors
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
-from minilora.storage import TensorFile, read_json, write_json, write_tensors
+from minilora.storage import TensorFile, read_json
 from minilora.tools.merging import merge_directory
 from tests.files import change, same_state
 from tests.models import tiny_model

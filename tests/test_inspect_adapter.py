@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.find import linear_layers
+from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
-from minilora.storage import read_json, write_json
+from minilora.durable import write_json
+from minilora.storage import read_json
 from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import adapter_facts, delta_norm, inspect_path, norm

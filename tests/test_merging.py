@@ -15,7 +15,7 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError
 from minilora.adapter import adapter_layers
-from minilora.adapters.find import linear_layers
+from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.durable import holds_files
 from minilora.lora import AdapterLinear

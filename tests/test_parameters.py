@@ -9,7 +9,7 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
-from minilora.adapters.parameters import AdapterParameters
+from minilora.adapters.layers import AdapterParameters
 from minilora.lora import AdapterWrapper
 from minilora.testing.compare import assert_maths, assert_precision
 from tests.models import randn, scales, seeds, sizes

@@ -106,7 +106,7 @@ MISTAKES = {
         "test_layers.py::test_forward_is_the_merged_weight_applied[conv1d-kernels]",
     ),
     "law 1: the experts are the slowest index of B": Mistake(
-        "adapters/parameters.py",
+        "adapters/layers.py",
         ".unflatten(1, (-1, experts)).permute(2, 0, 1)",
         ".unflatten(1, (experts, -1)).permute(1, 0, 2)",
         "test_parameters.py::test_forward_is_that_of_the_changed_parameters",

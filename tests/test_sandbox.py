@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from minilora import MiniloraError
-from minilora.models import sandbox
-from minilora.models.sandbox import Sandbox
-from minilora.models.template import ChatTemplate, _metered
+from minilora.models import template as module
+from minilora.models.template import ChatTemplate, Sandbox, _metered
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -243,12 +242,12 @@ def test_a_bomb_is_refused_in_bounded_time_and_100_megabytes(source):
 
 
 def test_each_rendering_has_its_own_limit_and_a_long_conversation_a_larger_one(monkeypatch):
-    monkeypatch.setattr(sandbox, "LIMIT", 1000)
+    monkeypatch.setattr(module, "LIMIT", 1000)
     source = "{% for m in messages %}{% for n in messages %}{{ n.content == m.content }}{% endfor %}{% endfor %}"
     chosen = ChatTemplate(source, {})
     assert len(chosen.render(USER * 50)) == 4 * 50**2
     assert chosen.render(USER) == "True"
-    monkeypatch.setattr(sandbox, "LIMIT_PER_CHARACTER", 0)
+    monkeypatch.setattr(module, "LIMIT_PER_CHARACTER", 0)
     with pytest.raises(MiniloraError, match="more work or memory"):
         chosen.render(USER * 50)
 

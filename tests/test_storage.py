@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from minilora import FormatError
-from minilora.durable import remove, replacing
-from minilora.storage import TensorFile, append_line, read_json, read_text, shard_names, write_json, write_tensors
+from minilora.durable import append_line, remove, replacing, write_json, write_tensors
+from minilora.storage import TensorFile, read_json, read_text, shard_names
 from tests.models import randn
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}

@@ -9,8 +9,8 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, ShapeError, TargetError
 from minilora.adapter import adapter_layers
+from minilora.adapters.attach import places_of
 from minilora.adapters.combine import CombineConfig
-from minilora.adapters.find import places_of
 from minilora.adapters.weighted import combine_adapters, config_of
 from minilora.lora import lora_delta
 from minilora.testing.compare import assert_maths

@@ -1,4 +1,4 @@
-"""Attach the adapter that a `LoraConfig` describes to any `nn.Module`, delete it, or merge it."""
+"""Attach the adapter that a `LoraConfig` describes to any `nn.Module`, delete it, or merge it; what a model has."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapter import activate, adapter_layers, base_modules, known_layers, replace_modules
+from minilora.adapter import activate, adapter_layers, base_modules, known_layers, replace_modules, walk
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
-from minilora.adapters.find import embedding_path, has_hooks, head_path
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.initialize import initial_factors
+from minilora.adapters.layers import has_hooks
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
@@ -31,8 +31,10 @@ from minilora.adapters.parts import (
     targets,
 )
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
-from minilora.lora import AdapterLinear, AdapterWrapper
+from minilora.lora import AdapterLinear, AdapterWrapper, Linear
+from minilora.models.bitsandbytes import describe
 from minilora.models.shard import is_sharded
+from minilora.nf4 import NF4Linear
 
 # Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
 SCALED_IF_TIED = ("longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
@@ -72,7 +74,7 @@ def attach(
         factors = {path: low_rank_spec(modules[path], path, config, generator) for path in paths}
     draw = functools.partial(initial_factors, config.init_lora_weights, generator=generator)
     factors |= parameter_specs(modules, config, draw)
-    specs = build_specs(modules, config, factors, embedding_path(model))
+    specs = build_specs(modules, config, factors, _path_of(model, "get_input_embeddings"))
     inject_adapter(model, config, name, specs, dtype, trainable=True)
 
 
@@ -246,3 +248,50 @@ def _ends(path: str) -> Iterator[str]:
     """Yield the endings of a path that start with a word, as "mlp.0" and "h.2.mlp.0" of "h.2.mlp.0"."""
     parts = path.split(".")
     return (".".join(parts[at:]) for at in reversed(range(len(parts))) if not parts[at].isdecimal())
+
+
+def places_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
+    """Return the wrappers of one adapter by the path of the module; raise a TargetError if there are none."""
+    return {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """Return the linears by path, adapted or not, without subclasses of `nn.Linear`, which may compute anything."""
+    modules: dict[str, Any] = base_modules(model)
+    return {path: module for path, module in modules.items() if path and type(module) in (nn.Linear, NF4Linear)}
+
+
+def base_held(model: nn.Module) -> dict[str, Any]:
+    """Describe how the base's weights are held, dense or quantized, by the names of the flags."""
+    return describe(linear_layers(model), head_path(model))
+
+
+def head_path(model: nn.Module) -> str | None:
+    """Return the path of the output head, from `get_output_embeddings`, or None."""
+    return _path_of(model, "get_output_embeddings")
+
+
+def _path_of(model: nn.Module, method: str) -> str | None:
+    find = getattr(model, method, None)
+    try:
+        found = find() if callable(find) else None
+    except NotImplementedError:  # transformers raises it for models without embeddings
+        found = None
+    return next((path for path, module in walk(model) if module is found), None) if found is not None else None
+
+
+class ParameterCount(NamedTuple):
+    """The number of trainable parameters, and of all."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count trainable and all parameters, a shared one once; a packed weight counts as the dense one it encodes."""
+    check_types(count_parameters, locals())
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    parts = {id(part) for linear in packed for part in linear.parts}
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if id(p) not in parts]
+    sizes += [(linear.out_features * linear.in_features, False) for linear in packed]
+    return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))

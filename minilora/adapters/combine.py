@@ -25,8 +25,8 @@ from torch import Tensor
 
 from minilora.adapters.config import HEADS, LoraConfig, Task
 from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, document_fields, option
-from minilora.limits import WEIGHT
 from minilora.lora import lora_delta
+from minilora.storage import WEIGHT
 
 CombinationType = Literal[
     "cat",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapters.find import get_base_layer, shallow_copy
+from minilora.adapters.layers import get_base_layer, shallow_copy
 from minilora.lora import AdapterWrapper
 
 

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import base_modules, lora_tensors
-from minilora.adapters.attach import inject_adapter
+from minilora.adapters.attach import base_held, inject_adapter, places_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.find import base_held, places_of
 from minilora.adapters.initialize import moved_factors
-from minilora.adapters.layers import AdapterConv1D
+from minilora.adapters.layers import AdapterConv1D, AdapterParameters, experts_of
 from minilora.adapters.layout import (
     BASE,
     BRINGS,
@@ -36,7 +35,6 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
-from minilora.adapters.parameters import AdapterParameters, experts_of
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,

@@ -27,13 +27,12 @@ from torch import Tensor
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import RANDOMIZED, LoraConfig
-from minilora.durable import MANIFEST, publishing, verify
+from minilora.durable import MANIFEST, publishing, verify, write_json, write_tensors
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
-from minilora.limits import NAMES
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import TensorFile, is_finite, read_json, write_json, write_tensors
+from minilora.storage import NAMES, TensorFile, is_finite, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters

@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
-from minilora.adapters.find import get_base_layer, has_hooks, shallow_copy
 from minilora.adapters.from_data import data_factors, redistributed
 from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
-from minilora.adapters.layers import CONVOLUTIONS, AdapterConv, AdapterConv1D, AdapterEmbedding
-from minilora.adapters.parameters import AdapterParameters, stacked_shapes
+from minilora.adapters.layers import (
+    CONVOLUTIONS,
+    AdapterConv,
+    AdapterConv1D,
+    AdapterEmbedding,
+    AdapterParameters,
+    get_base_layer,
+    has_hooks,
+    shallow_copy,
+    stacked_shapes,
+)
 from minilora.errors import ConfigError, TargetError
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm
 from minilora.models.shard import is_sharded, whole, whole_weight

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers, base_modules, known_layers
-from minilora.adapters.attach import merged
+from minilora.adapters.attach import merged, places_of
 from minilora.adapters.files import stored_specs
-from minilora.adapters.find import get_base_layer, has_hooks, places_of
+from minilora.adapters.layers import Stacked, get_base_layer, has_hooks
 from minilora.adapters.layout import read_adapter
-from minilora.adapters.parameters import Stacked
 from minilora.adapters.parts import build_adapter
 from minilora.errors import ShapeError, TargetError, check_types
 from minilora.lora import AdapterLinear, LoraAdapter

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from minilora.adapters.attach import inject_adapter
+from minilora.adapters.attach import inject_adapter, places_of
 from minilora.adapters.combine import CombineConfig, Cut, Factors, check_additive, combine
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.find import places_of
 from minilora.adapters.layout import (
     BASE,
     REPEATED,

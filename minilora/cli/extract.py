@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from minilora.adapter import base_modules
-from minilora.adapters.attach import inject_adapter
+from minilora.adapters.attach import head_path, inject_adapter
 from minilora.adapters.combine import Cut, best_factors
 from minilora.adapters.config import RENAMED, LoraConfig
 from minilora.adapters.files import save_adapter
-from minilora.adapters.find import head_path
 from minilora.adapters.layers import AdapterEmbedding
 from minilora.adapters.parts import AdapterSpec, kind_of, targets
 from minilora.adapters.weighted import config_of

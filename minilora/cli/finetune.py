@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from minilora.adapter import disable_adapter
+from minilora.adapters.attach import base_held, count_parameters
 from minilora.adapters.config import RENAMED, LoraConfig
-from minilora.adapters.find import base_held, count_parameters
 from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config

@@ -12,8 +12,8 @@ from typing import get_args
 import numpy as np
 import torch
 
+from minilora.adapters.attach import ParameterCount
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.find import ParameterCount
 from minilora.cli import Options
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError, FormatError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapter import set_adapter
+from minilora.adapters.attach import base_held
 from minilora.adapters.files import load_adapter
-from minilora.adapters.find import base_held
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, classes_of, vocabulary_of
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from minilora.adapters.attach import base_held
 from minilora.adapters.combine import CombineConfig, Cut
-from minilora.adapters.find import base_held
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options
@@ -35,13 +35,13 @@ from minilora.cli.load import (
     say_base,
     was_trained_on,
 )
-from minilora.durable import sha256_of
+from minilora.durable import sha256_of, write_json, write_text
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import pick_device
 from minilora.models.classifier import load_for
 from minilora.models.hub import fetch
-from minilora.storage import read_json, write_json, write_text
+from minilora.storage import read_json
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed

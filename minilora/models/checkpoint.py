@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from minilora.durable import publishing
+from minilora.durable import publishing, write_json, write_shards
 from minilora.errors import ConfigError, FormatError, TrainingError, answers, check_types, listed
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
@@ -32,14 +32,7 @@ from minilora.models.config import LlamaConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import (
-    MODEL_FILES,
-    SHARD_BYTES,
-    TensorFile,
-    tensor_files,
-    write_json,
-    write_shards,
-)
+from minilora.storage import MODEL_FILES, SHARD_BYTES, TensorFile, tensor_files
 
 if TYPE_CHECKING:
     from minilora.models.classifier import Classifier

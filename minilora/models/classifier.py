@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, check_types
-from minilora.limits import GROWTH
 from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
 from minilora.models.checkpoint import fill, init_weights, load_model, read_config, skeleton, usable_device
 from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
 from minilora.models.hub import locate
+from minilora.storage import GROWTH
 
 
 class Classifier(nn.Module):

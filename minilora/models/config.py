@@ -29,10 +29,9 @@ from torch import Tensor
 
 from minilora import llama
 from minilora.errors import ConfigError
-from minilora.limits import COUNT, FLOAT, SIZES
 from minilora.llama import Rope
 from minilora.models.bitsandbytes import is_four_bit
-from minilora.storage import read_json
+from minilora.storage import COUNT, FLOAT, SIZES, read_json
 
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),

@@ -21,11 +21,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora.durable import write_text
 from minilora.errors import ConfigError, DataError, FormatError, check_types
-from minilora.limits import JSON_BYTES, TOKENIZER_BYTES
 from minilora.models.hub import fetch
 from minilora.models.tokenizer_json import checked, no_panic
-from minilora.storage import read_json, read_text, write_text
+from minilora.storage import JSON_BYTES, TOKENIZER_BYTES, read_json, read_text
 
 if TYPE_CHECKING:
     import tokenizers

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from minilora.errors import FormatError, listed
-from minilora.limits import TOKENIZER_VALUES, parse_json
+from minilora.storage import TOKENIZER_VALUES, parse_json
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 TEXTS = ("content", "prepend", "Regex", "precompiled_charsmap")  # keys in them

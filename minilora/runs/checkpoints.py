@@ -33,14 +33,14 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
-from minilora.durable import flush, remove, replacing, sha256_of, verify
+from minilora.durable import flush, remove, replacing, sha256_of, verify, write_json, write_tensors
 from minilora.errors import FormatError, TrainingError, fits
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import CONFIGS
 from minilora.runs.config import RunConfig, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.objective import rate_of_step, trained_parameters
-from minilora.storage import TensorFile, read_json, write_json, write_tensors
+from minilora.storage import TensorFile, read_json
 
 TOKENIZER = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed

@@ -31,13 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilora.data import Example
-from minilora.durable import read_manifest, replacing, verify
+from minilora.durable import read_manifest, replacing, verify, write_json
 from minilora.errors import DataError, FormatError, TrainingError
-from minilora.limits import BAD_ROWS
 from minilora.runs import world
 from minilora.runs.config import DataConfig
 from minilora.runs.formats import Row
-from minilora.storage import read_json, write_json
+from minilora.storage import BAD_ROWS, read_json
 
 T = TypeVar("T")
 NUMBER = np.dtype("<i4")

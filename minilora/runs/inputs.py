@@ -21,7 +21,6 @@ from typing import Any
 
 from minilora.durable import sha256_of
 from minilora.errors import DataError, check_types
-from minilora.limits import BAD_ROWS, JSON_VALUES, LINE_BYTES, check_link
 from minilora.models.config import Unit
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ from minilora.runs.data import ClassEncoder, TextEncoder, encode_classes, encode
 from minilora.runs.dataset import Dataset, Encoder, build_dataset, keep_dataset
 from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.formats import Row
-from minilora.storage import ASSETS, BUILTIN, read_chunks
+from minilora.storage import ASSETS, BAD_ROWS, BUILTIN, JSON_VALUES, LINE_BYTES, check_link, read_chunks
 
 LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters.attach import base_held
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.find import base_held
 from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig

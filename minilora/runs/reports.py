@@ -22,11 +22,10 @@ from types import FrameType
 from typing import Any
 
 from minilora.errors import ConfigError, FormatError
-from minilora.limits import RECORDS_BYTES
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
-from minilora.storage import read_text
+from minilora.storage import RECORDS_BYTES, read_text
 
 BAR = 12  # characters
 SCALARS = {  # keys of a record, and their names in TensorBoard

@@ -31,7 +31,7 @@ from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.layout import classes_of
 from minilora.definition import is_plain
-from minilora.durable import KEPT, MANIFEST, holds_files, lock, publishing, remove
+from minilora.durable import KEPT, MANIFEST, append_line, holds_files, lock, publishing, remove, write_json, write_text
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -53,7 +53,7 @@ from minilora.runs.objective import start_losses
 from minilora.runs.reports import TensorBoard, read_records
 from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan, Shard
-from minilora.storage import MODEL_FILES, append_line, read_json, read_text, write_json, write_text
+from minilora.storage import MODEL_FILES, read_json, read_text
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers, set_adapter
+from minilora.adapters.attach import base_held
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.files import load_adapter
-from minilora.adapters.find import base_held
 from minilora.adapters.layout import (
     CONFIG_FILE,
     REPEATED,

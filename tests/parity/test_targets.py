@@ -7,9 +7,8 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers, base_modules
-from minilora.adapters.attach import find_target_modules
+from minilora.adapters.attach import find_target_modules, head_path
 from minilora.adapters.config import is_target
-from minilora.adapters.find import head_path
 from minilora.adapters.parts import kind_of, targets
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS

@@ -8,9 +8,9 @@ import torch
 
 import minilora as ml
 from minilora.data import collate
+from minilora.durable import append_line
 from minilora.runs import loop
 from minilora.runs.reports import Meter, read_metrics
-from minilora.storage import append_line
 from minilora.training import token_loss
 from tests.models import tiny_model
 from tests.training import random_rows
