@@ -257,7 +257,7 @@ class Decoder(nn.Module):
         """Compute the hidden states after the last norm.
 
         `recompute` trades time for memory in training: the backward pass computes the MLPs ("mlp") or whole blocks
-        ("block") again. `cache` holds keys and values of earlier tokens (`minilora.models.cache`).
+        ("block") again. `cache` holds keys and values of earlier tokens (`minilora.models.generate`).
 
         Shapes: tokens (N), lengths sum N -> (N, D)
         """

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.models.cache import KVCache, decode_attention, neighbours
+from minilora.models.generate import KVCache, decode_attention
 from minilora.testing.compare import assert_maths, assert_precision
 from tests import reference_model
 from tests.models import allocated, randn, seeds, sizes, tiny_config
@@ -92,17 +92,6 @@ def test_a_step_copies_nothing_of_what_is_held(lengths):
     few, many = (allocated(lambda: add(cache, ones, 1, None))[1] for cache in (short, long))  # noqa: B023
     more = 8 * 2 * E * 99 * sum(lengths)  # bytes of keys, and as many of values
     assert many - few < more / 2  # who sees which keys is a number a key
-
-
-@given(st.dictionaries(st.integers(0, 12), st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=1))
-def test_runs_are_all_documents_in_order_and_of_neighbours_in_a_view_at_least_half_full(drawn):
-    spans = {document: range(first, first + n) for document, (first, n) in sorted(drawn.items())}
-    runs = list(neighbours(spans))
-    assert [document for group, _ in runs for document in group] == list(spans)
-    for group, view in runs:
-        assert group == list(range(group[0], group[-1] + 1))
-        assert view == range(min(spans[i].start for i in group), max(spans[i].stop for i in group))
-        assert len(view) * len(group) <= 2 * sum(len(spans[i]) for i in group)
 
 
 @given(seeds, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 3), st.integers(1, 200))

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.models.cache import KVCache
-from minilora.models.generate import _next_logits, penalize, probabilities
+from minilora.models.generate import KVCache, _next_logits, penalize, probabilities
 from minilora.testing.compare import assert_maths, assert_precision
 from tests.models import SIZES, examples, families, randn, randomize_adapters_, seeds, tiny_model, token_ids
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from minilora import ShapeError, llama
 from minilora.llama import Llama
-from minilora.models.cache import KVCache
 from minilora.models.checkpoint import init_weights
+from minilora.models.generate import KVCache
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests import models, reference_model

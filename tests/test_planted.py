@@ -269,8 +269,8 @@ MISTAKES = {
         "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
     ),
     "law 9: in a step of many rows the short ones see what lies behind them": Mistake(
-        "models/cache.py",
-        "hidden = (position < first) | (position >= end)",
+        "models/generate.py",
+        "hidden = (position < first) | (position >= total)",
         "hidden = position < first",
         "test_cache.py::test_what_lies_beyond_a_document_is_not_looked_at",
     ),
