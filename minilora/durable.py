@@ -132,11 +132,7 @@ def _write_manifest(directory: Path, obsolete: Collection[str] = (), beside: Seq
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the entries of a directory's manifest by name.
-
-    Raises:
-        FormatError: there is none, or it is damaged.
-    """
+    """Return the entries of a directory's manifest by name; raise a `FormatError` if it is missing or damaged."""
     path = directory / MANIFEST
     with open_file(path, JSON_BYTES) as file:
         value = parse_json(file.read(), str(path))
@@ -147,11 +143,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Check that the files of a directory, or those of them that are named, are as its manifest says.
-
-    Raises:
-        FormatError: they are not, or there is no manifest, or it is damaged.
-    """
+    """Raise a `FormatError` if files of a directory, all or those that are named, are not as its manifest says."""
     files = read_manifest(directory)
     bad = [name for name in (files if names is None else names) if _entry(directory / name) != files.get(name, {})]
     if bad:
@@ -205,20 +197,12 @@ def flush(path: Path) -> None:
 
 
 def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to holds anything other than a lock, encoded rows and temporary files.
-
-    Raises:
-        ConfigError: `out` is a file.
-    """
-    _check_directory(out)
+    """Return whether a directory to write to holds anything other than a lock, encoded rows and temporary files."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a directory as --out")
     return out.exists() and any(
         path.name not in (".lock", KEPT) and not TEMPORARY.fullmatch(path.name) for path in out.iterdir()
     )
-
-
-def _check_directory(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; give a directory as --out")
 
 
 def lock(out: Path) -> TextIO:
@@ -228,10 +212,8 @@ def lock(out: Path) -> TextIO:
     removed.
 
     Raises:
-        ConfigError: `out` is a file.
         TrainingError: the directory cannot be written, or another process has locked it.
     """
-    _check_directory(out)
     path = out / ".lock"
     try:
         make_directory(out)

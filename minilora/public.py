@@ -10,15 +10,7 @@ from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_bat
 from minilora.adapters.weighted import combine_adapters
 from minilora.data import Example
 from minilora.definition import kernels, plain
-from minilora.errors import (
-    ConfigError,
-    DataError,
-    FormatError,
-    MiniloraError,
-    ShapeError,
-    TargetError,
-    TrainingError,
-)
+from minilora.errors import ConfigError, DataError, FormatError, MiniloraError, ShapeError, TargetError, TrainingError
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, save_model
 from minilora.models.classifier import grow_vocabulary, load_classifier

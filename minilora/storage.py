@@ -100,11 +100,7 @@ def check_link(path: Path) -> None:
 
 
 def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
-    """Parse JSON of at most `most` values; `where` begins the message of an error.
-
-    Raises:
-        FormatError: it is not JSON, or has more values.
-    """
+    """Parse JSON of at most `most` values, or raise a `FormatError` whose message begins with `where`."""
     try:
         text = text if isinstance(text, str) else text.decode()
         if sum(map(text.count, (",", "[", "{"))) > most:

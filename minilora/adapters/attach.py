@@ -17,7 +17,6 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.initialize import initial_factors
-from minilora.adapters.layers import has_hooks
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
@@ -26,6 +25,7 @@ from minilora.adapters.parts import (
     build_specs,
     check_places,
     data_specs,
+    has_hooks,
     low_rank_spec,
     parameter_specs,
     targets,
@@ -164,11 +164,7 @@ def merge(model: nn.Module) -> None:
 
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
-    """Return the wrappers; raise a TargetError if one has hooks, which the merged module would not have.
-
-    Raises:
-        ConfigError: the base is divided among ranks.
-    """
+    """Return the wrappers; raise an error if one has hooks, which a merge would lose, or the base is divided."""
     layers = known_layers(model)
     if any(map(is_sharded, model.parameters())):
         raise ConfigError("the base is divided among ranks, and a merge needs it whole: save the adapter, load both")

@@ -202,11 +202,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
 
 
 def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
-    """Return the parameters (full names) that `target_parameters` matches: by name, or by its end after a dot.
-
-    Raises:
-        TargetError: an entry matches nothing; the message lists what there is.
-    """
+    """Return the parameters (full names) that `target_parameters` matches: by name, or by its end after a dot."""
     if unknown := _nowhere(config.target_parameters, names):
         there = sorted({".".join(name.split(".")[-2:]) for name in names})
         raise TargetError(f"no parameter matches target_parameters {unknown}. The model's parameters end in {there}")
@@ -239,7 +235,9 @@ def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) 
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
         found += [
-            f"no adapted module matches {name} {key!r}" for key in keys if not any(_is_key(key, p) for p in chosen)
+            f"no adapted module matches {name} {key!r}"
+            for key in keys
+            if not any(_first_match({key: True}, path, False) for path in chosen)
         ]
     return found
 
@@ -278,10 +276,6 @@ def _is_in_layers(path: str, config: LoraConfig) -> bool:
     patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in config.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
     numbers = [found.group(1) for pattern in patterns if (found := re.match(pattern, path))]
     return bool(numbers) and int(numbers[0]) in config.layers_to_transform
-
-
-def _is_key(key: str, path: str) -> bool:
-    return _first_match({key: True}, path, False)
 
 
 @functools.cache  # `re` itself keeps 512, and an adapter may have a key for each of more layers

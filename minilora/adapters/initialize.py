@@ -68,10 +68,9 @@ def embedding_factors(
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter of an embedding: B ~ N(0, 1), and A = 0 (True) or A ~ N(0, 1) (False, for tests).
 
-    Shapes: -> (r, num), (dim, r)
+    PEFT 0.21 takes other kinds for True; here they are refused.
 
-    Raises:
-        ConfigError: another kind, which PEFT 0.21 takes for True.
+    Shapes: -> (r, num), (dim, r)
     """
     if not isinstance(kind, bool):
         raise ConfigError(f"init_lora_weights is {kind!r}, for an embedding accepted are True and False")

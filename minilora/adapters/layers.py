@@ -44,11 +44,6 @@ def shallow_copy(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Modu
     return copied
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether a call of a module does more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 class _OtherLayer(AdapterLinear):
     """A wrapper whose base is no linear, so that `lora_linear` does not apply (abstract)."""
 
@@ -124,11 +119,7 @@ class AdapterConv(_OtherLayer):
 
     @staticmethod
     def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
-        """See `AdapterLinear`.
-
-        Raises:
-            ConfigError: the groups do not divide r.
-        """
+        """See `AdapterLinear`; raise a `ConfigError` if the groups do not divide r."""
         if r % base.groups:
             raise ConfigError(f"a convolution of {base.groups} groups needs a rank that they divide, found r {r}")
         ones = (1,) * len(base.kernel_size)
@@ -241,11 +232,7 @@ class AdapterParameters(AdapterWrapper):
         return changed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with the changed parameters.
-
-        Raises:
-            TargetError: in a mixed batch; one call has one set of parameters.
-        """
+        """Call the module with the changed parameters; a call has one set of them, so no batch can be mixed."""
         if self.mixed is not None:
             raise TargetError(f"{self.path}: target_parameters cannot be mixed in one batch")
         return functional_call(self.base, self.changed_parameters(), args, kwargs)
@@ -265,11 +252,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def stacked_shapes(module: nn.Module, name: str, r: int) -> tuple[Shape, Shape]:
-    """Return the shapes of A and B for one of the module's parameters, by its full name.
-
-    Raises:
-        TargetError: it is neither a matrix nor a stack of matrices.
-    """
+    """Return the shapes of A and B for one of the module's parameters, by its full name."""
     weight = module.get_parameter(name.rpartition(".")[2])
     if weight.dim() not in (2, 3):
         raise TargetError(f"{name}: is {tuple(weight.shape)}, target_parameters need (out, in) or (experts, out, in)")

@@ -38,7 +38,6 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file
-PEFT_VERSION = "0.21.2"  # whose layout this is
 T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
@@ -53,7 +52,7 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "loftq_config": {},
     "megatron_core": "megatron.core",
     "peft_type": "LORA",
-    "peft_version": PEFT_VERSION,
+    "peft_version": "0.21.2",
     "qalora_group_size": 16,
     "task_type": "CAUSAL_LM",
 }
@@ -98,7 +97,18 @@ class Stored:
         """Return the config of the adapter with these ranks (path -> r), by default those of its A."""
         if ranks is None:
             ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
-        return config_from(self.path / CONFIG_FILE, self.values, ranks)
+        values = self.values
+        init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
+        given = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
+        given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
+        given["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
+        try:
+            config = LoraConfig(**{**ALWAYS, "task_type": None, **given})
+            if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
+                config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
+        except (ConfigError, TypeError) as error:
+            raise FormatError(f"{self.path / CONFIG_FILE}: {error}") from error
+        return config
 
     def factors(self) -> dict[str, Factors]:
         """Return A, B and s by path; the adapter must have nothing else."""
@@ -115,8 +125,7 @@ def read_adapter(directory: Path) -> Stored:
     """
     if (directory / MANIFEST).is_file():
         verify(directory, (CONFIG_FILE, WEIGHTS_FILE))
-    values, file = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE)
-    check_keys(directory / CONFIG_FILE, values)
+    values, file = read_values(directory), TensorFile(directory / WEIGHTS_FILE)
     tensors: dict[str, dict[str, Tensor]] = {}
     if strange := [name for name in file.shapes if not name.startswith(PREFIX)]:
         raise FormatError(f"{file.path}: {strange[:5]} are not an adapter's: names have to begin with {PREFIX}")
@@ -165,10 +174,8 @@ def base_model_of(path: str | Path) -> str | None:
 
 def vocabulary_of(path: str | Path) -> int:
     """Return how many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none."""
-    path = fetch(path, "adapter") / CONFIG_FILE
-    values = read_json(path)
-    check_keys(path, values)
-    return config_from(path, values, {}).vocabulary
+    directory = fetch(path, "adapter")
+    return Stored(directory, read_values(directory), {}).config().vocabulary
 
 
 def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
@@ -207,21 +214,6 @@ def factor_name(where: str, factor: str, is_embedding: bool) -> str:
     return f"{PREFIX}{where}." + (factor.replace("_", "_embedding_") if is_embedding else f"{factor}.weight")
 
 
-def config_from(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return the `LoraConfig` of a file's checked values, for tensors of these ranks (path -> r)."""
-    init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
-    given = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
-    given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
-    given["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
-    try:
-        config = LoraConfig(**{**ALWAYS, "task_type": None, **given})
-        if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
-            config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
-    except (ConfigError, TypeError) as error:
-        raise FormatError(f"{path}: {error}") from error
-    return config
-
-
 def fields_of(config: LoraConfig) -> dict[str, Any]:
     """Return the fields to write for an adapter that leaves the base's weights as they are."""
     values = {name: getattr(config, name) for name in READ}
@@ -229,8 +221,10 @@ def fields_of(config: LoraConfig) -> dict[str, Any]:
     return {name: None if value == () else value for name, value in values.items()} | {"init_lora_weights": init}
 
 
-def check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise a FormatError that names all unsupported keys whose value is neither PEFT's default nor empty."""
+def read_values(directory: Path) -> dict[str, Any]:
+    """Read the JSON; raise a FormatError that names all unsupported keys whose value is neither PEFT's nor empty."""
+    path = directory / CONFIG_FILE
+    values = read_json(path)
     bad = [
         f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
         for key, value in values.items()
@@ -251,6 +245,7 @@ def check_keys(path: Path, values: Mapping[str, Any]) -> None:
             bad += [f"{key}: {name!r:.80} is not a module name or the end of one" for name in strange]
     if bad:
         raise FormatError(f"{path}: not a LoRA that can be read:{listed(bad)}")
+    return values
 
 
 def is_name(key: str) -> bool:

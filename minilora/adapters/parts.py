@@ -20,7 +20,6 @@ from minilora.adapters.layers import (
     AdapterEmbedding,
     AdapterParameters,
     get_base_layer,
-    has_hooks,
     shallow_copy,
     stacked_shapes,
 )
@@ -318,3 +317,8 @@ def check_places(
             raise TargetError(
                 f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers, base_modules, known_layers
 from minilora.adapters.attach import merged, places_of
 from minilora.adapters.files import stored_specs
-from minilora.adapters.layers import Stacked, get_base_layer, has_hooks
+from minilora.adapters.layers import Stacked, get_base_layer
 from minilora.adapters.layout import read_adapter
-from minilora.adapters.parts import build_adapter
+from minilora.adapters.parts import build_adapter, has_hooks
 from minilora.errors import ShapeError, TargetError, check_types
 from minilora.lora import AdapterLinear, LoraAdapter
 from minilora.models.hub import fetch
@@ -55,11 +55,7 @@ class MixedBatch:
         return y
 
     def groups(self, x: Tensor) -> list[Group]:
-        """Return adapters, and the indices of the rows of x that they act on; every row is in one group.
-
-        Raises:
-            ShapeError: x has another number of rows.
-        """
+        """Return adapters, and the indices of the rows of x that they act on; every row is in one group."""
         key = x.size(0), x.device
         if key not in self._groups:
             lengths = self.lengths or [1] * len(self.names)

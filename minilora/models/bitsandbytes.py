@@ -188,11 +188,7 @@ def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packe
 
 
 def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:
-    """Return the tensors of a weight by their names in a file.
-
-    Raises:
-        TrainingError: one of them is not finite.
-    """
+    """Return the tensors of a weight by their names in a file; raise a `TrainingError` if one is not finite."""
     tensors = packed_tensors(name, weight) if isinstance(weight, NF4Linear) else {name: weight}
     if not all(map(is_finite, tensors.values())):
         raise TrainingError(f"{name}: has numbers that are not finite in {weight.dtype}, so it is not saved")

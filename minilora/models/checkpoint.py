@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = f"{Llama.head}.weight", "model.embed_tokens.weight"
-REWRITTEN = ("dtype", "torch_dtype", "quantization_config")  # in config.json
-CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal")  # likewise: names of code to download and run
+NOT_COPIED = {  # of a config.json: what is written anew, and names of code to download and run
+    *("dtype", "torch_dtype", "quantization_config"),
+    *("auto_map", "custom_pipelines", "_attn_implementation_internal"),
+}
 M = TypeVar("M", "Llama", "Classifier")
 
 
@@ -80,11 +82,7 @@ def load_model(
 
 
 def usable_device(device: torch.device | str | int) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        ConfigError: it cannot be used here.
-    """
+    """Return the device of that name; raise a `ConfigError` if it cannot be used here."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of PyTorch without CUDA
@@ -93,11 +91,7 @@ def usable_device(device: torch.device | str | int) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that a flag names; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        ConfigError: it cannot be used here, or stores nothing.
-    """
+    """Return the usable device that a flag names; "auto" is CUDA, else MPS, else the CPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = usable_device(best if name == "auto" else name)
     if device.type == "meta":
@@ -186,7 +180,7 @@ def save_model(
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
     embedding = model.model.embed_tokens.weight
     source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
-    source = {key: value for key, value in source.items() if key not in REWRITTEN + CODE}
+    source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     if isinstance(model, Llama):
         source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)

@@ -36,10 +36,9 @@ _EVALUATING: dict[nn.Module, tuple[int, bool]] = {}  # the number of blocks, and
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and dropout; the mode is restored when the last block of all threads has ended.
+    """Run a block without gradients and dropout, or raise a `TrainingError` if another thread trains the model.
 
-    Raises:
-        TrainingError: another thread trains the model.
+    The mode is restored when the last block of all threads has ended.
     """
     with _LOCK:
         if _TRAINING.get(model, threading.get_ident()) != threading.get_ident():
@@ -61,11 +60,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Run a block in which no other thread may evaluate or train the model.
-
-    Raises:
-        TrainingError: another one does.
-    """
+    """Run a block in which no other thread may use the model, or raise a `TrainingError` if one does."""
     with _LOCK:
         if model in _TRAINING or model in _EVALUATING:
             raise TrainingError("another thread trains or evaluates this model; train a copy of it, or wait")
@@ -85,12 +80,7 @@ class KVCache:
     given again (`held`).
 
     Attributes:
-        lengths: the number of cached tokens of each document.
-
-    Args:
-        config: the model's configuration.
-        documents: the number of documents.
-        capacity: the maximum length of a document.
+        lengths: the number of cached tokens of each document, at most the `capacity`.
     """
 
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, dtype: torch.dtype, device: torch.device):

@@ -37,25 +37,19 @@ class Location(NamedTuple):
     name: str
 
 
-CONFIGS: dict[Kind, str] = {"model": "config.json", "adapter": "adapter_config.json"}
 MEANINGS: dict[Kind, str] = {
     "model": "no such directory; a model is a directory with config.json, 'minilora/builtin'",
     "tokenizer": "no such directory; a tokenizer is a directory with tokenizer.json, 'minilora/builtin'",
     "adapter": "no such directory; an adapter is a directory with adapter_config.json",
     "dataset": "no such file or directory; data is a file, a directory, 'minilora/builtin'",
 }
+CONFIGS: dict[Kind, str] = {"model": "config.json", "adapter": "adapter_config.json"}
 BUILTINS: dict[Kind, Path] = {"model": ASSETS / "model", "tokenizer": ASSETS / "model", "dataset": ASSETS / "data"}
 NEEDED: dict[Kind, tuple[str, ...]] = {  # of these files, a repository has at least one
     "model": ("*.safetensors",),
     "tokenizer": ("tokenizer.json",),
     "adapter": ("adapter_model.safetensors",),
     "dataset": tuple(f"*{ending}" for ending in DATA_ENDINGS),
-}
-OTHERS: dict[Kind, tuple[str, ...]] = {
-    "model": ("*.json", "*.jinja"),
-    "tokenizer": ("*.json", "*.jinja"),
-    "adapter": ("*.json", "*.jinja"),
-    "dataset": (),
 }
 
 
@@ -114,7 +108,7 @@ def _download(repository: str, revision: str | None, kind: Kind) -> Location:
             repository,
             repo_type="dataset" if kind == "dataset" else "model",
             revision=revision,
-            allow_patterns=[*NEEDED[kind], *OTHERS[kind]],
+            allow_patterns=[*NEEDED[kind], *(() if kind == "dataset" else ("*.json", "*.jinja"))],
             ignore_patterns=NEVER,
             tqdm_class=_bar(),
         )
