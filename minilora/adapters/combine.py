@@ -130,8 +130,8 @@ class Cut(NamedTuple):
     """A low-rank approximation B A of ΔW, with ‖ΔW - B A‖² lost of ‖ΔW‖²; both are 0 if nothing was cut."""
 
     factors: Factors
-    lost: float
-    total: float
+    lost: float = 0.0
+    total: float = 0.0
 
 
 def combine(
@@ -171,7 +171,7 @@ def _combine(
     rank = config.svd_rank or largest
     if config.combination_type in EXACT:
         found = concatenate(flat, weights)
-        cut = compress(found, rank, config.svd_energy) if config.is_cut else Cut(found, 0.0, 0.0)
+        cut = compress(found, rank, config.svd_energy) if config.is_cut else Cut(found)
     elif config.is_cut:
         delta = mix([lora_delta(*part) for part in flat], weights, config, generator)
         cut = best_factors(delta, rank, config.svd_energy)
@@ -180,7 +180,7 @@ def _combine(
         roots = [math.sqrt(abs(share)) for share in shares]
         lora_A = mix([part.lora_A for part in flat], list(map(math.copysign, roots, shares)), config, generator)
         lora_B = mix([part.lora_B for part in flat], roots, config, generator)
-        cut = Cut(Factors(lora_A, lora_B), 0.0, 0.0)
+        cut = Cut(Factors(lora_A, lora_B))
     lora_A, lora_B = (factor.unflatten(1, (-1, *t)) for factor, t in zip(cut.factors[:2], tails, strict=True))
     return cut._replace(factors=Factors(lora_A, lora_B))
 

@@ -25,6 +25,7 @@ from minilora.adapters.layout import (
 )
 from minilora.adapters.parts import AdapterSpec
 from minilora.errors import ConfigError, check_types
+from minilora.lora import LoraAdapter
 from minilora.models.hub import unpinned
 from minilora.storage import TensorFile
 
@@ -46,10 +47,7 @@ def combine_adapters(
     configs = {each: next(iter(layers.values())).configs[each] for each, layers in places.items()}
     for each in weights:
         check_additive(each, configs[each])
-    parts = []
-    for each, layers in places.items():
-        adapters = {path: layer.adapters[each] for path, layer in layers.items()}
-        parts.append({path: Factors(*adapter.factors(), adapter.scale) for path, adapter in adapters.items()})
+    parts = [{path: _factors(layer.adapters[n]) for path, layer in layers.items()} for n, layers in places.items()]
     cuts = combine(parts, list(weights.values()), config)
     factors = {path: cut.factors for path, cut in cuts.items()}
     kinds = {path: type(layer) for layers in places.values() for path, layer in layers.items()}
@@ -57,6 +55,10 @@ def combine_adapters(
     dtype = next(iter(factors.values())).lora_A.dtype
     inject_adapter(model, config_of(factors, configs[next(iter(weights))]), name, specs, dtype, trainable=False)
     return cuts
+
+
+def _factors(adapter: LoraAdapter) -> Factors:
+    return Factors(*adapter.factors(), adapter.scale)
 
 
 def config_of(factors: Mapping[str, Factors], like: LoraConfig | None = None) -> LoraConfig:
