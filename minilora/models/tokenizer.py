@@ -11,7 +11,6 @@ and then a name, can still be made to write one.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from minilora.models.template import Message, Tools
 
 STRFTIME = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")  # a template that writes the date
+State = tuple[Path, dict[str, str], dict[str, dict[str, Any]], datetime | None]
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -65,49 +65,44 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path):
-        self._path = directory / "tokenizer.json"
-        self._texts = {
+        texts = {
             name: read_text(directory / name, TOKENIZER_BYTES if name == "tokenizer.json" else JSON_BYTES)
             for name in ("tokenizer.json", "chat_template.jinja", *CONFIGS)
             if (directory / name).exists()
         }
-        if "tokenizer.json" not in self._texts:
+        if "tokenizer.json" not in texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
-        self._load_backend()
-        config, older, generation, model = (
-            read_json(directory / name) if (directory / name).exists() else {} for name in (*CONFIGS, "config.json")
-        )
+        names = [name for name in (*CONFIGS, "config.json") if (directory / name).exists()]
+        configs = {name: read_json(directory / name) for name in names}
+        self.__setstate__((directory / "tokenizer.json", texts, configs, None))
+
+    def __getstate__(self) -> State:
+        """Return what a copy is made of, also one in another process."""
+        return self._path, self._texts, self._configs, self._now
+
+    def __setstate__(self, state: State) -> None:
+        self._path, self._texts, self._configs, self._now = state
+        source = checked(self._texts["tokenizer.json"], str(self._path))
+        with no_panic(str(self._path)):
+            self._backend = _backend(source)
+            self._control = ControlTokens(source, self._backend)
+        config, older, generation, model = (self._configs.get(name, {}) for name in (*CONFIGS, "config.json"))
         self.special_tokens = _special_tokens(older) | _special_tokens(config)
         stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
         named = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_id = named if named is not None else next(iter(stops), None)
         self.stop_ids = {*stops, *_ids(self.eos_id)}
-        self._use_template(self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template")))
-
-    def _load_backend(self) -> None:
-        source = checked(self._texts["tokenizer.json"], str(self._path))
-        with no_panic(str(self._path)):
-            self._backend = _backend(source)
-            self._control = ControlTokens(source, self._backend)
-
-    def _use_template(self, source: str | None, now: datetime | None = None) -> None:
-        self._now, self.template = now, None
-        if source:
+        self.template = None
+        if template := self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template")):
             from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
 
-            self.template = ChatTemplate(source, self.special_tokens, now)
+            self.template = ChatTemplate(template, self.special_tokens, self._now)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy in another process is made of."""
-        made = ("_backend", "_control", "template")
-        state = {name: value for name, value in vars(self).items() if name not in made}
-        return {**state, "source": self.template and self.template.source}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        source = state.pop("source")
-        vars(self).update(state)
-        self._load_backend()
-        self._use_template(source, self._now)
+    def _copy(self, texts: dict[str, str], now: datetime | None) -> Tokenizer:
+        """Return a copy with these files in place of its own."""
+        other = object.__new__(Tokenizer)
+        other.__setstate__((self._path, self._texts | texts, self._configs, now))
+        return other
 
     @property
     def key(self) -> str:
@@ -144,10 +139,7 @@ class Tokenizer:
 
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with."""
-        other = copy.copy(self)
-        other._texts = {**self._texts, "chat_template.jinja": source}
-        other._use_template(source, self._now)
-        return other
+        return self._copy({"chat_template.jinja": source}, self._now)
 
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """Return the same tokenizer with new tokens, whose ids follow the others. They act in any text.
@@ -162,19 +154,14 @@ class Tokenizer:
         if bad := [t for t in tokens if self.token_id(t) is not None or tokens.count(t) > 1 or not t]:
             raise ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
         added = [tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens]
-        other = copy.copy(self)
         with no_panic(str(self._path)):
             backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
             backend.add_tokens(added)
-            other._texts = {**self._texts, "tokenizer.json": backend.to_str(pretty=True)}
-        other._load_backend()
-        return other
+            return self._copy({"tokenizer.json": backend.to_str(pretty=True)}, self._now)
 
     def at(self, now: datetime) -> Tokenizer:
         """Return the same tokenizer, whose chat template takes `now` for the date."""
-        other = copy.copy(self)
-        other._use_template(self.template.source if self.template else None, now)
-        return other
+        return self._copy({}, now)
 
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Return token ids, and the characters [begin, end) of the text that each stands for.
