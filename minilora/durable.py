@@ -2,8 +2,7 @@
 
     a file            written as .NAME.PID.tmp, flushed to the disk (fsync) and renamed; its directory is flushed
     a new directory   the same, with a manifest of its files
-    some files of a   written into the directory .PID.tmp in it, with a manifest, and flushed; committed by renaming
-    directory         that to .staged; then moved to their places (`settle`)
+    some files of it  written as the new directory .staged in it, then moved to their places (`settle`)
 
 The manifest of a directory, minilora-manifest.json, holds the size and the SHA-256 of each of its files, or null for a
 file that must not be there. One process at a time writes a directory (`lock`).
@@ -55,7 +54,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir():
-            _write_manifest(temporary)
+            if not (temporary / MANIFEST).exists():
+                _write_manifest(temporary)
             remove(path)  # a damaged checkpoint
         _flush_all(temporary)
         os.replace(temporary, path)
@@ -79,19 +79,12 @@ def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[s
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
         return
-    make_directory(directory)
-    temporary = directory / f".{os.getpid()}.tmp"
-    try:
+    with replacing(directory / STAGED) as temporary:
         temporary.mkdir(exist_ok=True)
         yield temporary
         settle(directory)
         _write_manifest(temporary, {path.name for pattern in obsolete for path in directory.glob(pattern)}, beside)
-        _flush_all(temporary)
-        os.replace(temporary, directory / STAGED)
-        flush(directory)
-        settle(directory)
-    finally:
-        remove(temporary)
+    settle(directory)
 
 
 def settle(directory: Path) -> None:
