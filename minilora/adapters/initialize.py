@@ -134,10 +134,8 @@ def moved_factors(kind: str, weight: Tensor, r: int, scale: float, generator: to
     raise ConfigError(f"init_lora_weights is {kind!r}, accepted are 'pissa', 'pissa_niter_N' and 'olora'")
 
 
-def loftq_factors(
-    weight: Tensor, r: int, scale: float, bias: Tensor | None = None, double_quant: bool = True
-) -> tuple[Tensor, Tensor, NF4Linear]:
-    """Return A, B and the base Q in four bits, such that Q + s·B A is near W  [LoftQ alg. 1].
+def loftq_factors(weight: Tensor, r: int, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor, NF4Linear]:
+    """Return A, B and the base Q in four bits with double quantization, such that Q + s·B A is near W  [LoftQ alg. 1].
 
     Q = nf4(W), then s·B A = the best approximation of rank r to W - Q. The paper may repeat both steps; like PEFT, this
     takes them once.
@@ -150,7 +148,7 @@ def loftq_factors(
     """
     check_rank("loftq", weight.shape, r)
     W = wide(weight)
-    base = NF4Linear(pack(W, double_quant), Layout((W.size(0), W.size(1)), weight.dtype), bias, weight.dtype)
+    base = NF4Linear(pack(W, double_quant=True), Layout((W.size(0), W.size(1)), weight.dtype), bias, weight.dtype)
     lora_A, lora_B = balanced(*torch.linalg.svd(W - base.weight, full_matrices=False), r=r, scale=scale)
     return lora_A, lora_B, base
 

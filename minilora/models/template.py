@@ -76,9 +76,7 @@ class ChatTemplate:
         """Return the conversation as text."""
         return self._run(messages, add_generation_prompt, tools, is_marked=False)
 
-    def render_spans(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render_spans(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the spans [begin, end) of the template's outermost `generation` blocks.
 
         Raises:
@@ -92,7 +90,7 @@ class ChatTemplate:
         if re.search(f"[{BEGIN}{END}]", json.dumps([messages, tools], ensure_ascii=False, default=str)):
             raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
         text, spans, depth, begin = "", [], 0, 0
-        for piece in re.split(f"([{BEGIN}{END}])", self._run(messages, add_generation_prompt, tools, is_marked=True)):
+        for piece in re.split(f"([{BEGIN}{END}])", self._run(messages, False, tools, is_marked=True)):
             if piece == BEGIN:
                 begin, depth = begin if depth else len(text), depth + 1
             elif piece == END:
