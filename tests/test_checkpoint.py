@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
-from minilora import ConfigError, FormatError, LoraConfig, storage
+from minilora import ConfigError, FormatError, LoraConfig, durable
 from minilora.durable import write_json
 from minilora.models import checkpoint
 from minilora.models.checkpoint import DTYPES, resolve_dtype
@@ -123,9 +123,9 @@ def test_what_is_on_another_device_waits_for_its_file_on_the_cpu(monkeypatch, tm
         written.append({name: tensor.device.type for name, tensor in tensors.items()})
         path.touch()
 
-    monkeypatch.setattr(storage, "write_tensors", write)
+    monkeypatch.setattr(durable, "write_tensors", write)
     with FakeTensorMode():
-        storage.write_shards(tmp_path, groups(), 32)
+        durable.write_shards(tmp_path, groups(), 32)
     assert written == [{"a": "cpu", "b": "cpu"}, {"c": "cpu", "d": "cpu"}, {"e": "cpu"}]
 
 
