@@ -260,41 +260,33 @@ def _check_names(
 def _chosen(
     directory: Path, model: Llama | Classifier, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
 ) -> set[str]:
-    """Return the names of the weights to quantize: none, if they are packed already."""
+    """Return the names of the weights to quantize: none, if they are packed already, which must be as asked."""
     if is_four_bit(model.config.source) != bool(packed):
         raise FormatError(
             f"{directory}: config.json and the tensors disagree: quantization_config is "
             f"{model.config.source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
         )
     linears = list(_linears(model))
+    chosen = config.chosen(linears)
     if not packed:
-        chosen = {f"{path}.weight" for path in config.chosen(linears)} - {f"{model.head}.weight"}
-        if config.quantize != "none" and not chosen:
+        names = {f"{path}.weight" for path in chosen} - {f"{model.head}.weight"}
+        if config.quantize != "none" and not names:
             raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
-        return chosen
-    if config.quantize != "none":
-        _check_held(directory, linears, model.head, packed, config)
-    return set()
-
-
-def _check_held(
-    directory: Path, linears: Sequence[str], head: str, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
-) -> None:
-    """Check that packed weights are held as the config asks. The head may be packed or not."""
+        return names
     kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
     is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
-    dense = {path for path in linears if f"{path}.weight" not in packed}
-    skipped = set(linears) - set(config.chosen(linears))
+    dense, skipped = {path for path in linears if f"{path}.weight" not in packed}, set(linears) - set(chosen)
     different: dict[str, tuple[Any, Any]] = {}
     if kinds != {config.quantize}:
         different["quantize"] = "/".join(sorted(kinds)), config.quantize
     if is_double and not config.double_quant:
         different["double_quant"] = True, False
-    if config.quantize_skip and not skipped <= dense <= skipped | {head}:
-        different["quantize_skip"] = shortest_names(list(dense - {head}), linears), list(config.quantize_skip)
-    if different:
+    if config.quantize_skip and not skipped <= dense <= skipped | {model.head}:  # the head may be packed or not
+        different["quantize_skip"] = shortest_names(list(dense - {model.head}), linears), list(config.quantize_skip)
+    if different and config.quantize != "none":
         listed = "; ".join(f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked) in different.items())
         raise ConfigError(f"{directory}: is quantized already, but differently: {listed}; 'none' loads it as it is")
+    return set()
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
