@@ -61,11 +61,9 @@ def data_factors(
     randomized decomposition of gradients.
 
     Raises:
-        ConfigError: another kind; a rank that a weight cannot have; a loss without a gradient.
+        ConfigError: a rank that a weight cannot have; a loss without a gradient.
         TrainingError: no input reached a layer, or inputs or gradients are not finite.
     """
-    if kind not in FROM_DATA:
-        raise ConfigError(f"init_lora_weights is {kind!r}, accepted are {list(FROM_DATA)}")
     for path, layer in layers.items() if kind != "eva" else ():
         (r, inner), (out, _) = layer.shapes(layer.base, config.rank(path))
         check_rank(f"{path}: {kind}", (out, inner), r, 2 if kind == "lora_ga" else 1)
