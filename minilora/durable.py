@@ -191,11 +191,15 @@ def flush(path: Path) -> None:
 
 def holds_files(out: Path) -> bool:
     """Return whether a directory to write to holds anything other than a lock, encoded rows and temporary files."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; give a directory as --out")
+    _check_directory(out)
     return out.exists() and any(
         path.name not in (".lock", KEPT) and not TEMPORARY.fullmatch(path.name) for path in out.iterdir()
     )
+
+
+def _check_directory(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a directory as --out")
 
 
 def lock(out: Path) -> TextIO:
@@ -205,8 +209,10 @@ def lock(out: Path) -> TextIO:
     removed.
 
     Raises:
+        ConfigError: `out` is a file.
         TrainingError: the directory cannot be written, or another process has locked it.
     """
+    _check_directory(out)
     path = out / ".lock"
     try:
         make_directory(out)
