@@ -186,10 +186,6 @@ def check_evaluation(cases):
                 with cases.of("generate", held, settings):
                     written = [ml.generate(model, prompts, max_new_tokens=9, **settings) for model in (divided, one)]
                     assert written[0] == written[1]
-            with cases.of("a rank that rounds otherwise", held):
-                rounded = divided.lm_head.register_forward_hook(lambda head, x, logits: logits * (-1) ** cases.rank)
-                assert ml.generate(divided, prompts, max_new_tokens=9) == ml.generate(one, prompts, max_new_tokens=9)
-                rounded.remove()
 
 
 def check_start_values(cases):

@@ -19,12 +19,11 @@ from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from minilora.errors import ConfigError, ShapeError, TrainingError, check_types
 from minilora.llama import Llama, LlamaConfig, causal_attention
 from minilora.models.config import ScaledRope
-from minilora.models.shard import is_sharded
 
 OnToken = Callable[[int, int], bool | None]
 
@@ -273,10 +272,7 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
     tokens = torch.tensor([token for document in feed for token in document], device=device)
     last = torch.tensor(ends, device=device)  # copied before the device is busy
-    logits = model.lm_head(model.model(tokens, lengths, cache)[last])
-    if any(map(is_sharded, model.parameters())):  # ranks compute together, so they have to choose the same tokens
-        distributed.broadcast(logits, 0)
-    return logits
+    return model.lm_head(model.model(tokens, lengths, cache)[last])
 
 
 def _check(
