@@ -57,13 +57,13 @@ class Case:
     quantize: str
     shard: Shard
 
-    def words(self, folder: Path, out: Path, world: int) -> list[str]:
-        """Return the command for this many processes."""
+    def words(self, folder: Path, out: Path) -> list[str]:
+        """Return the command."""
         given = {"model": folder / "model", "data": folder / "rows.jsonl", "out": out, "device": "cpu"}
         given |= {"dtype": self.dtype, "quantize": self.quantize, "recompute": "block", "general-data": "none"}
         given |= {"text-field": "text", "max-length": TOKENS, "batch-size": 1, "eval-split": 0, "save-steps": 0}
         given |= {"gradient-accumulation-steps": MICRO_BATCHES, "max-steps": STEPS}
-        given |= {"shard": self.shard} if world > 1 else {}
+        given |= {"shard": self.shard} if self.shard != "none" else {}
         return ["finetune", *(word for name, value in given.items() for word in (f"--{name}", f"{value}"))]
 
     def plan(self, world: int) -> Plan:
@@ -134,7 +134,7 @@ def check() -> Iterator[list[str]]:
             gemm_rate = 0.0
             for N in PROCESSES:
                 run = folder / f"{case.name} {case.shard} {N}"
-                peak = max(found["peak"] for found in launch(N, folder, case.words(folder, run, N)))
+                peak = max(found["peak"] for found in launch(N, folder, case.words(folder, run)))
                 seconds, step, memory = step_seconds(run), forecast_step(case.plan(N)), forecast(case.plan(N)).peak
                 gemm_rate = gemm_rate or step.flop / seconds
                 expected = step.seconds(gemm_rate * min(1, (os.cpu_count() or 1) / N), bandwidth[N])

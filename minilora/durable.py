@@ -2,7 +2,8 @@
 
     a file            written as .NAME.PID.tmp, flushed to the disk (fsync) and renamed; its directory is flushed
     a new directory   the same, with a manifest of its files
-    some files of it  written as the new directory .staged in it, then moved to their places (`settle`)
+    some files of a   written into the directory .PID.tmp in it, with a manifest, and flushed; committed by renaming
+    directory         that to .staged; then moved to their places (`settle`)
 
 The manifest of a directory, minilora-manifest.json, holds the size and the SHA-256 of each of its files, or null for a
 file that must not be there. One process at a time writes a directory (`lock`).
@@ -54,8 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir():
-            if not (temporary / MANIFEST).exists():
-                _write_manifest(temporary)
+            _write_manifest(temporary)
             remove(path)  # a damaged checkpoint
         _flush_all(temporary)
         os.replace(temporary, path)
@@ -79,12 +79,19 @@ def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[s
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
         return
-    with replacing(directory / STAGED) as temporary:
+    make_directory(directory)
+    temporary = directory / f".{os.getpid()}.tmp"
+    try:
         temporary.mkdir(exist_ok=True)
         yield temporary
         settle(directory)
         _write_manifest(temporary, {path.name for pattern in obsolete for path in directory.glob(pattern)}, beside)
-    settle(directory)
+        _flush_all(temporary)
+        os.replace(temporary, directory / STAGED)  # refused while another process's files are there
+        flush(directory)
+        settle(directory)
+    finally:
+        remove(temporary)
 
 
 def settle(directory: Path) -> None:

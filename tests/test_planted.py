@@ -268,10 +268,10 @@ MISTAKES = {
         "range(new)",
         "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
     ),
-    "law 9: a row sees what lies behind it": Mistake(
+    "law 9: in a step of many rows the short ones see what lies behind them": Mistake(
         "models/generate.py",
-        "rows[documents, :, first:total]",
-        "rows[documents, :, first:]",
+        "hidden = (position < first) | (position >= total)",
+        "hidden = position < first",
         "test_cache.py::test_what_lies_beyond_a_document_is_not_looked_at",
     ),
     "law 9: rows that have ended are computed on": Mistake(

@@ -8,7 +8,6 @@ import torch
 from torch import distributed, nn
 
 import minilora as ml
-from minilora import cli
 from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
 from minilora.runs import world
@@ -17,7 +16,6 @@ from minilora.runs.seeded import plan_steps
 from minilora.testing.compare import assert_parity
 from tests.models import four_bit, long
 from tests.ranks import on_ranks
-from tests.runs import words, write_inputs
 from tests.test_classifier import tiny_classifier
 from tests.training import adapted, gradients, random_rows, weights
 
@@ -228,9 +226,3 @@ def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
     words = {"step 4": differs, "rank 1": differs, "step 0": began, "their data": data, "output of model.embed": bad}
     assert not [word for word, message in words.items() if word not in message]
     assert (stopped, finished) == ((3, False), (8, True))
-
-
-def test_one_process_has_nothing_to_divide_a_base_among(tmp_path, capsys):
-    inputs = write_inputs(tmp_path / "inputs")
-    assert cli.main([str(word) for word in words(inputs, tmp_path / "out", shard="base")]) == 1
-    assert "--shard base: without effect in one process" in capsys.readouterr().err

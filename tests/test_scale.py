@@ -264,9 +264,9 @@ def test_inspect_shows_the_terms_of_a_rank_and_of_its_step(directory, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--shard", "base"], ["--gemm-rate", "1", "--bandwidth", "1"]])
-def test_flags_of_several_ranks_are_refused_for_one(directory, capsys, flags):
+def test_flags_of_ranks_need_their_number(directory, capsys, flags):
     assert cli.main(["inspect", str(directory), "--memory", *flags]) == 1
-    assert "for several ranks" in capsys.readouterr().err
+    assert "give --world, too" in capsys.readouterr().err
 
 
 def test_without_rates_there_is_no_time_and_one_alone_is_refused(directory, capsys):

@@ -165,7 +165,7 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         "rank_pattern": _pattern(None if started else config.rank_pattern, ranks, times * config.r),
         "alpha_pattern": _pattern(None if started else config.alpha_pattern, alphas, growth * config.lora_alpha),
         "fan_in_fan_out": any(isinstance(layer, AdapterConv1D) for layer in low_rank.values()),
-        "modules_to_save": shortest_names(whole, modules) or None,
+        "modules_to_save": _ends(whole, modules) or None,
     }
 
 
@@ -174,6 +174,13 @@ def _pattern(pattern: Mapping[str, T] | None, values: Mapping[str, T], default: 
     if pattern is not None and all(map(is_name, pattern)):
         return dict(pattern)
     return {f"^{where}": value for where, value in values.items() if value != default}
+
+
+def _ends(chosen: list[str], modules: list[str]) -> list[str]:
+    """Return last names for some of the modules (paths), or the paths: to PEFT "norm" also means "input_layernorm"."""
+    names = {path.rpartition(".")[2] for path in chosen}
+    meant = {path for path in modules if path.endswith(tuple(names))}
+    return sorted(names) if meant == set(chosen) else sorted(chosen)
 
 
 def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --memory and what refines it."""
     parser.add_argument("--memory", action="store_true", help=f"show how much memory fine-tuning takes: {SIZES}")
     add = parser.add_argument_group("--memory of one of several processes").add_argument
-    add("--world", type=int, default=1, metavar="N", help="ranks; above 1, show what one computes and sends")
+    add("--world", type=int, metavar="N", help="number of ranks; show also what one computes and sends in a step")
     add("--shard", choices=get_args(Shard), default="none", help="base: shard the frozen blocks (default: none)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda also where no GPU is (default: auto)")
     add("--gemm-rate", type=float, metavar="X", help="FLOP/s of a rank; with --bandwidth, show the seconds of a step")
@@ -142,11 +142,11 @@ def memory_page(options: Options) -> str:
         FormatError: there is no config.json.
         ConfigError: the model is not supported, a flag's value is not above 0, or a flag has no effect.
     """
-    N, shard, gemm_rate, bandwidth = (options[name] for name in ("world", "shard", "gemm_rate", "bandwidth"))
-    if any(value is not None and not value > 0 for value in (N, gemm_rate, bandwidth)):
+    world, shard, gemm_rate, bandwidth = (options[name] for name in ("world", "shard", "gemm_rate", "bandwidth"))
+    if any(value is not None and not value > 0 for value in (world, gemm_rate, bandwidth)):
         raise ConfigError("--world, --gemm-rate and --bandwidth must be above 0")
-    if N == 1 and (shard, gemm_rate, bandwidth) != ("none", None, None):
-        raise ConfigError("--shard, --gemm-rate and --bandwidth are for several ranks; give --world, too")
+    if world is None and (shard, gemm_rate, bandwidth) != ("none", None, None):
+        raise ConfigError("--shard, --gemm-rate and --bandwidth are those of ranks; give --world, too")
     if (gemm_rate is None) != (bandwidth is None):
         raise ConfigError("--gemm-rate and --bandwidth give the seconds of a step together; give both, or none")
     # A GPU that is not here is of an unknown kind; "meta" is no CPU either.
@@ -154,13 +154,14 @@ def memory_page(options: Options) -> str:
     device = torch.device("meta") if is_absent else pick_device(options["device"])
     batch = {"rows": TrainConfig().batch_size, "tokens": DataConfig().max_length, "lora": LoraConfig()}
     lines = [SETTINGS.format(device="cuda" if is_absent else device, **batch)]
-    if N > 1:
-        held = f"1/{N} of the blocks' weights, two gathered ones" if shard == "base" else "all weights"
-        lines.append(RANKS.format(world=N, held=held))
+    if world is not None:
+        held = f"1/{world} of the blocks' weights, two gathered ones" if shard == "base" else "all weights"
+        lines.append(RANKS.format(world=world, held=held))
+    ways = WAYS if shard == "none" else WAYS[1:]  # a full fine-tune has no frozen base
     for name, config in _configs(options["path"]).items():
-        plans = {way: default_plan(config, way, device, N, shard) for way in WAYS[shard == "base" :]}
+        plans = {way: default_plan(config, way, device, world or 1, shard) for way in ways}
         lines += ["", name, *_memory_table(plans)]
-        if N > 1:
+        if world is not None:
             lines += _step_table(plans, gemm_rate, bandwidth)
     return "\n".join(lines)
 

@@ -65,13 +65,10 @@ class QuantizeConfig:
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return short names of some modules (paths): the last components if no other path ends in them, else the paths.
-
-    Ends are those of the text, as PEFT matches `modules_to_save`: "norm" is also the end of "input_layernorm".
-    """
-    names = {path.rpartition(".")[2] for path in chosen}
-    meant = {path for path in modules if path.endswith(tuple(names))}
-    return sorted(names) if meant == set(chosen) else sorted(chosen)
+    """Return short names of some modules (paths): the last components if no other module has them, else the paths."""
+    endings = {path.rpartition(".")[2] for path in chosen}
+    meant = {path for path in modules if path.rpartition(".")[2] in endings}
+    return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 
 def _names(entry: str, path: str) -> bool:

@@ -72,16 +72,23 @@ class Tokenizer:
         }
         if "tokenizer.json" not in texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
+        if not texts.get("chat_template.jinja"):  # then that of tokenizer_config.json counts
+            texts.pop("chat_template.jinja", None)
         names = [name for name in (*CONFIGS, "config.json") if (directory / name).exists()]
         configs = {name: read_json(directory / name) for name in names}
-        self.__setstate__((directory / "tokenizer.json", texts, configs, None))
+        self._build(directory / "tokenizer.json", texts, configs, None)
 
     def __getstate__(self) -> State:
         """Return what a copy is made of, also one in another process."""
         return self._path, self._texts, self._configs, self._now
 
     def __setstate__(self, state: State) -> None:
-        self._path, self._texts, self._configs, self._now = state
+        self._build(*state)
+
+    def _build(
+        self, path: Path, texts: dict[str, str], configs: dict[str, dict[str, Any]], now: datetime | None
+    ) -> None:
+        self._path, self._texts, self._configs, self._now = path, texts, configs, now
         source = checked(self._texts["tokenizer.json"], str(self._path))
         with no_panic(str(self._path)):
             self._backend = _backend(source)
@@ -93,7 +100,7 @@ class Tokenizer:
         self.eos_id = named if named is not None else next(iter(stops), None)
         self.stop_ids = {*stops, *_ids(self.eos_id)}
         self.template = None
-        if template := self._texts.get("chat_template.jinja") or _default_template(config.get("chat_template")):
+        if template := self._texts.get("chat_template.jinja", _default_template(config.get("chat_template"))):
             from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
 
             self.template = ChatTemplate(template, self.special_tokens, self._now)
@@ -101,7 +108,7 @@ class Tokenizer:
     def _copy(self, texts: dict[str, str], now: datetime | None) -> Tokenizer:
         """Return a copy with these files in place of its own."""
         other = object.__new__(Tokenizer)
-        other.__setstate__((self._path, self._texts | texts, self._configs, now))
+        other._build(self._path, self._texts | texts, self._configs, now)
         return other
 
     @property
@@ -138,7 +145,7 @@ class Tokenizer:
             return self._control.quote(value)
 
     def with_template(self, source: str) -> Tokenizer:
-        """Return the same tokenizer with another chat template, which it is saved with."""
+        """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""
         return self._copy({"chat_template.jinja": source}, self._now)
 
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:

@@ -218,6 +218,9 @@ def check_extension(directory: Path, total: int, config: TrainConfig, run: str |
 
     The order of rows is the same in both, but learning rates may follow from the number of steps, and the last step is
     evaluated in any case.
+
+    Raises:
+        TrainingError: it does not.
     """
     state = read_state(directory, run)
     step, lengths = state.step, (state.total_steps, total)

@@ -13,7 +13,6 @@ from minilora.errors import ConfigError, answers, check_types, document_fields, 
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import UNITS, LlamaConfig
 from minilora.models.hub import fetch
-from minilora.runs import world
 from minilora.storage import BUILTIN
 
 TrainOn = Literal["completion", "assistant", "all"]
@@ -210,8 +209,6 @@ def check_settings(
         idle = [field.name for field in fields(QuantizeConfig) if getattr(quantization, field.name) != field.default]
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ConfigError(f"{flags}: without effect; give --quantize nf4, too")
-    if run.shard == "base" and world.size() == 1:
-        raise ConfigError("--shard base: without effect in one process; start several by torchrun")
     if run.adapter is not None:
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
         own = read_adapter(fetch(run.adapter, "adapter")).config()

@@ -67,7 +67,7 @@ class TextEncoder:
 
 
 def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
-    """Tokenize and label every row."""
+    """Tokenize and label every row; raise a `DataError` if one cannot be used, or no label is left."""
     return build_dataset(rows, TextEncoder(tokenizer, config))
 
 

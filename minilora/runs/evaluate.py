@@ -85,13 +85,21 @@ def evaluate(
 
 
 def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
-    """Return Σ -log p over all labelled tokens / their number."""
+    """Return Σ -log p over all labelled tokens / their number.
+
+    Raises:
+        DataError: the model does not have a token, or no token is labelled.
+    """
     check_ids(model, examples)
     return mean_loss(model, Objective(TrainConfig()), examples, progress)
 
 
 def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress | None = None) -> float:
-    """Return Σ of the losses of all rows / their number."""
+    """Return Σ of the losses of all rows / their number.
+
+    Raises:
+        DataError: there are none.
+    """
     total, count, device = 0.0, 0.0, next(model.parameters()).device
     with evaluating(model):
         for together, counts in _dealt(objective.eval_batches(rows), len(rows), progress):

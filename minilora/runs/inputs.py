@@ -107,6 +107,10 @@ def load_data(
     out, and another one for validation if the run selects the best adapter. With a `unit` rows have classes, by default
     all labels of the training rows. Rows of large files are kept in `folder`, if it is given, and `show` is called with
     lines on the progress.
+
+    Raises:
+        DataError: a row cannot be used; there is no training file; one of several files has the name of a split; or
+            there are two test splits.
     """
     files = _find_files(names)
     if len(names) > 1 and (found := [path for path in files["train"] if is_named_held_out(path)]):

@@ -65,7 +65,11 @@ class Forecast:
 
 
 def forecast(plan: Plan) -> Forecast:
-    """Compute the terms of a plan."""
+    """Compute the terms of a plan.
+
+    Raises:
+        TargetError: the adapter's config names modules that the model does not have.
+    """
     config, lora, training, d = plan.config, plan.lora, plan.training, plan.dtype.itemsize
     lengths, M = plan.batch()
     N, D, F, V = sum(lengths), config.hidden_size, config.intermediate_size, plan.classes or config.vocab_size

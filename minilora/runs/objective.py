@@ -182,6 +182,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     A group has its rate as a multiple of the run's, `factor`, and the `names` of its parameters. Only matrices decay:
     biases, norms and magnitudes have no reason to be near 0.
+
+    Raises:
+        ConfigError: `loraplus_lr_ratio` is given, and no factor of an adapter is trained.
     """
     found: dict[tuple[float, float], dict[str, Any]] = {}
     for name, factor in rate_factors(model, config).items():

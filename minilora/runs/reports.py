@@ -228,7 +228,8 @@ class TensorBoard:
             if record.get(key) is not None:  # as in a step that was skipped
                 self.writer.add_scalar(tag, record[key], step)
         for i, sample in enumerate(record.get("samples", ()), start=1):
-            blocks = {name: textwrap.indent(sample[name], "    ", bool) for name in ("prompt", "text")}  # no markup
+            # every line is indented, blank ones, too, so that nothing acts as markup
+            blocks = {name: textwrap.indent(sample[name], "    ", lambda line: True) for name in ("prompt", "text")}
             self.writer.add_text(f"samples/{i}", "\n\n".join(f"{name}:\n\n{b}" for name, b in blocks.items()), step)
         self.writer.flush()
 

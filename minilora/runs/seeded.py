@@ -68,6 +68,9 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
     step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, that many rows
     of the permutation at a time are sorted by length before it is cut, and the micro-batches are shuffled.
+
+    Raises:
+        ConfigError: there are more than `MAX_STEPS` steps.
     """
     lengths, accumulated = np.asarray(lengths, np.int64), config.gradient_accumulation_steps
     rows, sizes, counts, total = [], [], [], 0

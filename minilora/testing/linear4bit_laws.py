@@ -110,7 +110,7 @@ def linears(
     for dtype in dtypes:
         for seed, (lead, inner, outer) in enumerate(sizes):
             for has_bias in (True, False):
-                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant)
+                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant=double_quant)
 
 
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
