@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from minilora import FormatError
-from minilora.durable import append_line, remove, replacing, write_json, write_tensors
+from minilora import FormatError, durable
+from minilora.durable import append_line, remove, replacing, write_json, write_tensors, write_text
 from minilora.storage import TensorFile, read_json, read_text, shard_names
 from tests.models import randn
 
@@ -267,6 +267,20 @@ def test_a_write_that_cannot_be_done_leaves_nothing_behind(path, monkeypatch):
     with pytest.raises(OSError, match=r"file: cannot be written .*No space left"):
         write_tensors(path, {"a": tensor})
     assert not list(path.parent.iterdir())
+
+
+def test_files_that_another_writer_has_staged_are_not_thrown_away(tmp_path, monkeypatch):
+    """They belong to a directory that has lost its old ones already."""
+    theirs = tmp_path / durable.STAGED / "weights"
+
+    def settle(directory):  # another process is between the two steps of its own
+        write_text(theirs, "theirs")
+
+    monkeypatch.setattr(durable, "settle", settle)
+    with pytest.raises(OSError, match="not empty"), durable.publishing(tmp_path) as directory:
+        write_text(directory / "weights", "ours")
+    assert theirs.read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == [durable.STAGED]
 
 
 def test_a_file_that_has_become_shorter_is_refused(path):
