@@ -188,7 +188,7 @@ def misfortunes(folder):
     """What runs say in which one rank is not as the other, and where they stop."""
     messages = []
 
-    def run(on_step, rows=ROWS, before=lambda model: None):
+    def run(on_step, rows=ROWS, before=lambda model: None, folder=folder):
         model = adapted(layers=2)
         before(model)
         try:
@@ -207,6 +207,7 @@ def misfortunes(folder):
     distributed.barrier()
     run(lambda model, r: None, before=lambda model: spoil(model, 1))
     run(lambda model, r: None, ROWS[world.rank() :])
+    run(lambda model, r: None, ROWS[:: 1 - 2 * world.rank()], folder=None)
     run(lambda model, r: world.rank() == 1 and r["step"] == 3)
     run(lambda model, r: None)
     distributed.barrier()
@@ -222,7 +223,8 @@ def misfortunes(folder):
 def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
     first, second = on_ranks(2, misfortunes, tmp_path)
     assert first == second
-    differs, began, data, stopped, finished, bad = first
+    differs, began, data, reversed_data, stopped, finished, bad = first
     words = {"step 4": differs, "rank 1": differs, "step 0": began, "their data": data, "output of model.embed": bad}
+    assert data == reversed_data
     assert not [word for word, message in words.items() if word not in message]
     assert (stopped, finished) == ((3, False), (8, True))

@@ -80,8 +80,8 @@ def train(
     whole model in float32, as adapters are. No other thread may use the model meanwhile: to generate or to train is
     refused.
 
-    Where torch.distributed is initialized, its ranks share the work: each calls `train` with the same arguments, and
-    computes some of the micro-batches of each step. The first rank writes the checkpoints. A model in
+    Where torch.distributed is initialized, its ranks share the work: each calls `train` with the same model and all
+    rows, and computes some of the micro-batches of each step. The first rank writes the checkpoints. A model in
     `DistributedDataParallel` or FSDP is one of any module, for which `loss` is given.
 
     Args:
@@ -128,12 +128,12 @@ def train(
     steps = plan_steps(objective.lengths(dataset), config)
     run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), checkpoints.State()
-    if folder is not None:
-        if any(is_sharded(p) for p in trained_parameters(run.optimizer).values()):
-            raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
+    if folder is not None and any(is_sharded(p) for p in trained_parameters(run.optimizer).values()):
+        raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
+    if folder is not None or world.size() > 1:
         state.run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
     if len({*world.all_gather(repr((config, len(dataset), len(held_out), state.run)))}) > 1:
-        raise TrainingError("the processes of the run differ in their data or settings")
+        raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     try:
         with ExitStack() as stack:
             stack.enter_context(training(model))

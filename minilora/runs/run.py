@@ -57,7 +57,7 @@ from minilora.storage import MODEL_FILES, read_json, read_text
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
-FOUND = ("inputs", "checkpoint", "damaged", "starts", "files", "began", "dtype")  # in the directory of a run
+FOUND = ("checkpoint", "damaged", "starts", "files", "began", "dtype")  # in the directory of a run
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -99,13 +99,16 @@ class Run:
 
         A finished run may be made longer, see `check_extension`.
         """
+        self.inputs = checkpoints.hash_inputs(self.config, self.reading.prompt_style)
+        found = world.all_gather(self.inputs)
+        if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
+            raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
         world.from_first(self._prepare)
         for name, value in world.broadcast({name: getattr(self, name) for name in FOUND}).items():
             setattr(self, name, value)
         return checkpoints.step_of(self.checkpoint)
 
     def _prepare(self) -> None:
-        self.inputs = checkpoints.hash_inputs(self.config, self.reading.prompt_style)
         if not holds_files(self.out):
             return
         path = self.out / "run.json"

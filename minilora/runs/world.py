@@ -185,5 +185,5 @@ def _connection_errors() -> Iterator[None]:
         reason = str(error).partition(". ")[0]
         raise TrainingError(
             f"rank {os.environ.get('RANK', '?')}: another process of the run does not answer ({reason:.200}); "
-            "the same command resumes from the newest checkpoint"
+            "the same command resumes from the newest checkpoint, if there is one"
         ) from error

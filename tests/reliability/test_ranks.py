@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from minilora import cli
+from minilora.durable import write_tensors
 from minilora.storage import TensorFile
 from minilora.testing.compare import assert_parity
 from tests.ranks import on_launched
-from tests.runs import ADAPTER, metrics, starts, steps, unfinished, words
+from tests.runs import ADAPTER, metrics, starts, steps, unfinished, words, write_inputs
 from tests.training import newest_step
 
 pytestmark = [
@@ -125,3 +126,16 @@ def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(i
         assert_parity(*(file.read(name) for file in files), 1e-3)
     record = json.loads((back / "run.json").read_text())
     assert [(start["ranks"], start["shard"]) for start in record["starts"]] == [(2, "none"), (4, "base"), (1, "none")]
+
+
+def with_another_model(inputs, other, out):
+    model = other if os.environ["RANK"] == "1" else inputs / "model"
+    return commands(words(inputs, out, model=model))
+
+
+def test_a_rank_with_another_base_stops_all(inputs, tmp_path):
+    write_inputs(tmp_path)
+    weights = TensorFile(tmp_path / "model" / "model.safetensors")
+    write_tensors(weights.path, {name: 2 * weights.read(name).clone() for name in weights.shapes})
+    assert on_launched(2, with_another_model, inputs, tmp_path / "model", tmp_path / "out") == [[1], [1]]
+    assert not (tmp_path / "out").exists()
