@@ -313,7 +313,7 @@ def test_the_tokens_at_which_traffic_is_hidden_are_those_of_the_page():
 def test_the_scripts_of_the_page_are_shell_and_give_flags_that_there_are():
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     known = names_of(cli.command_parser("finetune"))
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
         command = block.partition("-m minilora finetune")[2]
