@@ -135,8 +135,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def memory_page(options: Options) -> str:
-    """Return what `--memory` prints, for a model and the `SHAPES`: the forecast of each of the `WAYS`; of several ranks
-    that of one, and what it computes and sends in a step.
+    """Return what `--memory` prints: the forecast of each of the `WAYS`, for a model and the `SHAPES`.
+
+    With `--world` it is that of one rank, with what the rank computes and sends in a step.
 
     Raises:
         FormatError: there is no config.json.

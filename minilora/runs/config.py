@@ -196,7 +196,11 @@ class RunConfig:
 def check_settings(
     run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: LlamaConfig
 ) -> None:
-    """Raise a `ConfigError` if settings contradict each other, the base or the adapter to start from, or are idle."""
+    """Check the settings of a run against each other, against its base model, and against the adapter to start from.
+
+    Raises:
+        ConfigError: settings contradict each other, or would have no effect.
+    """
     task, unit, is_full = lora.task_type, UNITS.get(lora.task_type), run.method == "full"
     if task not in (None, "CAUSAL_LM", *UNITS):
         raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
