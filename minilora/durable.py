@@ -34,7 +34,7 @@ if sys.platform != "win32":  # which has no such module, and there is no lock
 
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
 KEPT = ".data"  # the folder in which a run keeps its encoded rows
-TEMPORARY = re.compile(r"\..*\.tmp")
+TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp, too
 
 
 @contextmanager
@@ -103,6 +103,26 @@ def settle(directory: Path) -> None:
     staged = directory / STAGED
     if staged.is_symlink() or not staged.is_dir():  # a link from outside could lead to the files of others
         return
+    with _one_at_a_time(directory):
+        _settle(directory, staged)
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Wait until no other process settles the directory: a slower one would remove the configs that are in place."""
+    handle = None
+    with suppress(OSError):  # Windows cannot open directories; a file system without locks
+        handle = os.open(directory, os.O_RDONLY)
+        if sys.platform != "win32":
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _settle(directory: Path, staged: Path) -> None:
     if (staged / MANIFEST).is_file():
         names = [path.name for path in staged.iterdir()]
         for name, entry in read_manifest(staged).items():
@@ -243,8 +263,9 @@ def lock(out: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     settle(out)
-    for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob(f"{KEPT}/.*.tmp")]:
-        remove(left)
+    for left in (path for folder in (out, out / "checkpoints", out / KEPT) for path in folder.glob(".*.tmp")):
+        if TEMPORARY.fullmatch(left.name):
+            remove(left)
     return file
 
 
@@ -289,7 +310,12 @@ def _sort_metadata(path: Path) -> None:
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with null for each number that is not finite: JSON has no such numbers."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
@@ -300,17 +326,17 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
     written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
     shard: dict[str, Tensor] = {}
 
-    def flush() -> None:
+    def write_shard() -> None:
         write_tensors(directory / f"{len(written)}", shard)
         written.append({name: tensor.nbytes for name, tensor in shard.items()})
         shard.clear()
 
     for group in groups:
         if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
-            flush()
+            write_shard()
         shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
         del group  # which may be on another device, before the next one is made
-    flush()
+    write_shard()
     n = len(written)
     files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
     for i, file in enumerate(files):

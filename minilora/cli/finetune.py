@@ -187,13 +187,13 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
     _say_notes(run, model, data)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
-    for found in run.damaged:
+    for found in run.earlier.damaged:
         say(f"skipped a damaged checkpoint: {found}")
     if step:
         say(f"resuming from step {step}")
-    elif run.starts:
-        reason = "no other checkpoint is left" if run.damaged else "the run was stopped before its first checkpoint"
-        say(f"starting again at step 0: {reason}")
+    elif run.earlier.starts:
+        stopped = "the run was stopped before its first checkpoint"
+        say(f"starting again at step 0: {'no other checkpoint is left' if run.earlier.damaged else stopped}")
 
 
 def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:

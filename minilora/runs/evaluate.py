@@ -33,6 +33,10 @@ Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
 
+def _ignore(done: int, total: int) -> None:
+    """Report no progress."""
+
+
 @dataclass(frozen=True)
 class Drift:
     """A run's drift: loss on general text of the base and with the adapter, and the divergence between them."""
@@ -68,23 +72,23 @@ def evaluate(
     model: Llama | Classifier,
     examples: Sequence[Example],
     choices: Sequence[Choice] | None,
-    progress: Callable[[str], Progress] | None = None,
+    progress: Callable[[str], Progress] = lambda name: _ignore,
 ) -> Scores:
     """Return the loss and the accuracy of a model: among its classes, or among `choices` if there are any.
 
     `progress` is called with the name of each pass over the examples, and returns what follows that pass.
     """
     if isinstance(model, Classifier):
-        return evaluate_classes(model, examples, progress and progress("loss and accuracy"))
+        return evaluate_classes(model, examples, progress("loss and accuracy"))
     if not examples:
         return Scores(None, None)
-    loss = held_out_loss(model, examples, progress and progress("loss"))
+    loss = held_out_loss(model, examples, progress("loss"))
     if not choices:
         return Scores(loss, None)
-    return Scores(loss, choice_accuracy(model, examples, choices, progress and progress("accuracy")))
+    return Scores(loss, choice_accuracy(model, examples, choices, progress("accuracy")))
 
 
-def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None) -> float:
+def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress = _ignore) -> float:
     """Return Σ -log p over all labelled tokens / their number.
 
     Raises:
@@ -94,7 +98,7 @@ def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progre
     return mean_loss(model, Objective(TrainConfig()), examples, progress)
 
 
-def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress | None = None) -> float:
+def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress = _ignore) -> float:
     """Return Σ of the losses of all rows / their number.
 
     Raises:
@@ -102,17 +106,17 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     """
     total, count, device = 0.0, 0.0, next(model.parameters()).device
     with evaluating(model):
-        for together, counts in _dealt(objective.eval_batches(rows), len(rows), progress):
-            loss, number = objective(model, objective.batch([rows[row] for row in together], device))
-            total += counts * loss.item()
-            count += counts * number
+        for group, is_counted in _dealt(objective.eval_batches(rows), len(rows), progress):
+            loss, number = objective(model, objective.batch([rows[row] for row in group], device))
+            if is_counted:
+                total, count = total + loss.item(), count + number
     total, count = world.sum_over_ranks(total, count)
     if not count:
         raise DataError("the loss counts nothing in the held-out rows")
     return total / count
 
 
-def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress | None = None) -> Scores:
+def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress = _ignore) -> Scores:
     """Return loss and scores of a classifier, which predicts the class with the highest logit."""
     C, total = len(model.labels), 0.0
     confusion = torch.zeros(C * C, dtype=torch.int64)
@@ -151,7 +155,7 @@ def class_scores(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> d
 
 
 def measure_drift(
-    model: Llama, examples: Sequence[Example], progress: Progress | None = None, base: Llama | None = None
+    model: Llama, examples: Sequence[Example], progress: Progress = _ignore, base: Llama | None = None
 ) -> Drift:
     """Measure on general text how far training has moved a model, with probabilities q, from its base, p.
 
@@ -180,7 +184,7 @@ def measure_drift(
 
 
 def _batches(
-    model: Llama | Classifier, examples: Sequence[Example], progress: Progress | None = None
+    model: Llama | Classifier, examples: Sequence[Example], progress: Progress = _ignore
 ) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's batches for an evaluation, and whether each counts."""
     check_ids(model, examples)
@@ -189,12 +193,11 @@ def _batches(
         yield collate([examples[row] for row in rows], next(model.parameters()).device), counts
 
 
-def _dealt(groups: Iterable[Rows], total: int, progress: Progress | None) -> Iterator[tuple[Rows, bool]]:
+def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[tuple[Rows, bool]]:
     """Yield this rank's groups of rows, and whether each counts; report the progress after each."""
     for rows, counts in world.deal(list(groups)):
         yield rows, counts
-        if progress:
-            progress(rows[-1] + 1, total)
+        progress(rows[-1] + 1, total)
 
 
 def find_choices(*splits: Sequence[Example]) -> list[Choice] | None:
@@ -212,7 +215,7 @@ def find_choices(*splits: Sequence[Example]) -> list[Choice] | None:
 
 
 def choice_accuracy(
-    model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress | None = None
+    model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress = _ignore
 ) -> float:
     """Return the share of examples whose answer is the most likely of the `choices` after the prompt.
 

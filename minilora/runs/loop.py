@@ -212,35 +212,37 @@ def _train(
     _check_ranks(run, state.step)
     state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
+
+    def is_done() -> bool:
+        return state.step == total or state.stale >= patience
+
     stopped, first, batches = False, state.step, run.batches(state.step)
     save_steps, saved = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps, time.monotonic()
-    while not (stopped or state.step == total or state.stale >= patience):
+    while not (stopped or is_done()):
         before = time.monotonic()
         record, batches = _step(run, state.step, batches)
         if state.step == first:  # kernels' own buffers of the first step leave holes in the memory
             release_memory()
         now, step = time.monotonic(), state.step + 1
         state.step, state.tokens, state.seconds = step, state.tokens + record["tokens"], now - started
-        pace = {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
-        wants_stop, has_waited = on_step({**record, **pace}), time.monotonic() - saved >= SAVE_SECONDS
-        stopped, is_late = map(bool, world.sum_over_ranks(bool(wants_stop), has_waited))
+        record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
+        is_late = config.save_steps is None and time.monotonic() - saved >= SAVE_SECONDS
+        stopped, is_late = map(bool, world.sum_over_ranks(bool(on_step(record)), is_late))  # on any rank
         if len(held_out) and config.eval_steps and (step == total or step % config.eval_steps == 0):
             eval_loss = mean_loss(model, run.objective, held_out)
             if state.note(eval_loss) and config.keep == "best":
                 best = {name: tensor.detach().clone() for name, tensor in checkpoints.trained_tensors(model).items()}
             evaluation = {"step": step, "eval_loss": eval_loss, "best_step": state.best_step}
-            stopped |= world.sum_over_ranks(bool(on_step(evaluation))) != [0]
-        is_due = stopped or step == total or state.stale >= patience  # what follows training may fail
-        is_due |= bool(save_steps) and step % save_steps == 0
-        is_due |= config.save_steps is None and is_late
-        if is_due:
+            stopped |= world.any_rank(bool(on_step(evaluation)))
+        is_due = is_late or (save_steps and step % save_steps == 0)
+        if is_due or stopped or is_done():  # done: what follows training may fail
             _check_ranks(run, step)
             if folder is not None and world.is_first():
                 checkpoints.save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
             world.barrier()  # torchrun ends all ranks when one has ended
             saved = time.monotonic()
     model.eval()
-    finished, kept = state.step == total or state.stale >= patience, state.step
+    finished, kept = is_done(), state.step
     if finished and best:
         checkpoints.restore(model, best)
         kept = state.best_step
@@ -266,33 +268,42 @@ def _step(run: _Run, step: int, batches: list[MicroBatch]) -> tuple[Record, list
     rate = rate_of_step(step, len(run.steps), config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    tokens = run.objective.tokens([batch.rows for batch in batches if batch.is_counted])
-    record: Record = {"step": step + 1, "loss": None, "learning_rate": rate, "grad_norm": None}
-
-    def reduce(tensors: list[Tensor], count: int) -> int:
-        world.all_reduce_(tensors)
-        labelled, record["tokens"] = map(int, world.sum_over_ranks(count, count if tokens is None else tokens))
-        return labelled
-
-    own = seeded(model, batches, config.seed)
-    done = train_step(model, run.optimizer, own, run.loss, config.max_grad_norm, reduce)
+    own_tokens = run.objective.tokens([batch.rows for batch in batches if batch.is_counted])
+    done = train_step(
+        model, run.optimizer, seeded(model, batches, config.seed), run.loss, config.max_grad_norm, _add_over_ranks
+    )
+    tokens, unknown = world.sum_over_ranks(own_tokens or 0, own_tokens is None)
     weight_norm = total_norm([p.detach() for p in trained.values()])
     states = {name: run.optimizer.state[p] for name, p in trained.items()}  # infinite squares would stop learning
-    squares = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
-    largest = total_norm([*squares.values()], math.inf).to(weight_norm)
+    moments = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
+    largest_moment = total_norm([*moments.values()], math.inf).to(weight_norm)
     upcoming = run.batches(step + 1)
-    loss, grad_norm, length, square = torch.stack([done.loss, done.grad_norm, weight_norm, largest]).tolist()
-    record["peak_memory_bytes"] = peak_memory_bytes(done.grad_norm.device)
+    norms = torch.stack([done.loss, done.grad_norm, weight_norm, largest_moment])
+    loss, grad_norm, weight, moment = norms.tolist()  # waits for the device
+    record: Record = {
+        "step": step + 1,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "tokens": done.labelled if unknown else int(tokens),
+        "peak_memory_bytes": peak_memory_bytes(norms.device),
+    }
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         problem = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; {_first_nonfinite(run, step, batches)}"
-        if config.on_nonfinite == "stop" or not math.isfinite(length):  # to skip steps mends no weight
+        if config.on_nonfinite == "stop" or not math.isfinite(weight):  # skipping steps does not repair weights
             raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
-        return record | {"skipped": problem}, upcoming
-    if not (math.isfinite(length) and math.isfinite(square)):
-        held = (trained | squares).items()
-        bad = next((name for name, tensor in held if not is_finite(tensor)), "the norm of the weights")
+        return record | {"loss": None, "grad_norm": None, "skipped": problem}, upcoming
+    if not (math.isfinite(weight) and math.isfinite(moment)):
+        tensors = (trained | moments).items()
+        bad = next((name for name, tensor in tensors if not is_finite(tensor)), "the norm of the weights")
         raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
-    return record | {"loss": loss, "grad_norm": grad_norm}, upcoming
+    return record, upcoming
+
+
+def _add_over_ranks(tensors: list[Tensor], count: int) -> int:
+    """Sum the gradients and the loss over the ranks in place; return the sum of their counts."""
+    world.all_reduce_(tensors)
+    return int(world.sum_over_ranks(count)[0])
 
 
 def _first_nonfinite(run: _Run, step: int, batches: Sequence[MicroBatch]) -> str:

@@ -218,7 +218,7 @@ def choose_plan(plan: Plan, shard: str, held: int = 0) -> tuple[Plan, Forecast]:
 def _fits(plan: Plan, found: Forecast, held: int = 0) -> bool:
     """Return whether a run fits into the memory of every rank."""
     free = free_memory_bytes(plan.device)
-    return world.sum_over_ranks(free is not None and found.peak > free + held) == [0]
+    return not world.any_rank(free is not None and found.peak > free + held)
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:

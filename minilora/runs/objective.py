@@ -97,12 +97,12 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
             "give loss=, a function (model, rows) -> (sum, count)"
         )
-    examples = () if isinstance(dataset, Dataset) else dataset  # those of a `Dataset` have labels for all tokens
-    if uneven := [example.source for example in examples if len(example.labels) != len(example.tokens)]:
-        raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
-    if blank := [example.source for example in examples if not example.labelled]:
-        raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
     for rows in (dataset, held_out):
+        listed = () if isinstance(rows, Dataset) else rows  # encoding has checked those of a `Dataset`
+        if uneven := [example.source for example in listed if len(example.labels) != len(example.tokens)]:
+            raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
+        if rows is dataset and (blank := [example.source for example in listed if not example.labelled]):
+            raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
         check_ids(model, rows)
 
 

@@ -102,7 +102,8 @@ class Meter:
 
     def _show_evaluation(self, record: Record) -> None:
         step = record["step"]
-        note = ", the lowest so far" if record["best_step"] == step else f", lowest at step {record['best_step']}"
+        best = record["best_step"]
+        note = ", the lowest so far" if best == step else f", lowest at step {best}" if best else ""
         self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         for sample in record.get("samples", ()):
             self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,7 +31,18 @@ from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.layout import classes_of
 from minilora.definition import is_plain
-from minilora.durable import KEPT, MANIFEST, append_line, holds_files, lock, publishing, remove, write_json, write_text
+from minilora.durable import (
+    KEPT,
+    MANIFEST,
+    append_line,
+    holds_files,
+    lock,
+    publishing,
+    remove,
+    without_nan,
+    write_json,
+    write_text,
+)
 from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -57,8 +68,17 @@ from minilora.storage import MODEL_FILES, read_json, read_text
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
-FOUND = ("checkpoint", "damaged", "starts", "files", "began", "dtype")  # in the directory of a run
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a directory holds of the earlier starts of a run; nothing of a new one."""
+
+    starts: tuple[dict[str, Any], ...] = ()  # as run.json has them
+    data_sha256: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Path | None = None  # the newest that is whole, from which the run resumes
+    damaged: tuple[str, ...] = ()  # what is wrong with newer ones
 
 
 class Run:
@@ -84,18 +104,15 @@ class Run:
         self.base_config = read_config(locate(run.model, "model").path)
         self.unit = UNITS.get(lora.task_type)
         self.began = world.broadcast(datetime.now(UTC).replace(microsecond=0))  # a chat template may write the date
-        self.starts: list[dict[str, Any]] = []  # the earlier ones, as run.json has them
-        self.files: dict[str, str] = {}  # the data of the earlier ones
+        self.earlier = Earlier()
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
         self.shard: Shard = "none"
         self.board: TensorBoard | None = None
         self.lock_file: TextIO | None = None
-        self.checkpoint: Path | None = None  # from which the run resumes
-        self.damaged: tuple[str, ...] = ()  # what is wrong with newer ones
         check_settings(run, quantization, lora, training, self.base_config)
 
     def prepare(self) -> int:
-        """Check that the directory is empty or holds this run; lock it, and return the step to go on from.
+        """Check that the directory is new or holds this run, which it locks then; return the step to resume from.
 
         A finished run may be made longer, see `check_extension`.
         """
@@ -103,29 +120,32 @@ class Run:
         found = world.all_gather(self.inputs)
         if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
             raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
-        world.from_first(self._prepare)
-        for name, value in world.broadcast({name: getattr(self, name) for name in FOUND}).items():
-            setattr(self, name, value)
-        return checkpoints.step_of(self.checkpoint)
+        self.earlier = world.from_first(self._read_earlier)
+        if self.earlier.starts:
+            first = self.earlier.starts[0]
+            self.began = datetime.fromisoformat(first["time"])
+            self.dtype = first["dtype"] if self.dtype == "auto" else self.dtype  # auto differs between machines
+        return checkpoints.step_of(self.earlier.checkpoint)
 
-    def _prepare(self) -> None:
+    def _read_earlier(self) -> Earlier:
+        """Lock a directory that holds a run; raise a TrainingError if it is not this one."""
         if not holds_files(self.out):
-            return
+            return Earlier()
         path = self.out / "run.json"
         if not path.is_file():
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
         self.lock_file = lock(self.out)
-        self.checkpoint, self.damaged = checkpoints.newest_checkpoint(self.out / "checkpoints")
+        checkpoint, damaged = checkpoints.newest_checkpoint(self.out / "checkpoints")
         record = read_json(path)
         try:
-            before, self.starts, self.files = dict(record["config"]), record["starts"], dict(record["data_sha256"])
-            self.began, was_plain = datetime.fromisoformat(self.starts[0]["time"]), self.starts[0]["plain"]
-            inputs, dtype = dict(record["inputs_sha256"]), self.starts[0]["dtype"]
+            before, inputs, data = (dict(record[key]) for key in ("config", "inputs_sha256", "data_sha256"))
+            starts = tuple(record["starts"])
+            was_plain, *_ = [starts[0][key] for key in ("plain", "time", "dtype", "threads")]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             need = "config, starts, data_sha256 and inputs_sha256"
             raise FormatError(f"{path}: need {need}; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
-        is_extended = self.checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
+        is_extended = checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
         if (self.out / "summary.json").is_file() and not is_extended:
             start = "model further, give --model" if self.is_full else "adapter further, add --adapter"
             raise TrainingError(
@@ -144,19 +164,18 @@ class Run:
         if was_plain != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
         checkpoints.check_same(f"{self.out}: files of the base, the adapter or the template", inputs, self.inputs)
-        if self.dtype == "auto":  # which means another one on another machine
-            self.dtype = dtype
+        return Earlier(starts, data, checkpoint, damaged)
 
     def claim(self, data: Data) -> None:
         """Create and lock the directory of a new run; check that one that is there has this data and may be as long."""
         world.from_first(lambda: self._claim(data))
 
     def _claim(self, data: Data) -> None:
-        if self.starts:
-            checkpoints.check_same(f"{self.out}: the data", self.files, data.files)
-        if self.checkpoint:
+        if self.earlier.starts:
+            checkpoints.check_same(f"{self.out}: the data", self.earlier.data_sha256, data.files)
+        if self.earlier.checkpoint:
             total = len(plan_steps(data.train.lengths, self.training))
-            checkpoints.check_extension(self.checkpoint, total, self.training)
+            checkpoints.check_extension(self.earlier.checkpoint, total, self.training)
         if self.lock_file is None:
             self.lock_file = lock(self.out)
             if holds_files(self.out):
@@ -248,17 +267,20 @@ class Run:
         A resumed run keeps the number that it began with, because another one may round differently. Of several ranks
         each keeps its own.
         """
-        if not self.starts and world.size() == 1:
+        if world.size() > 1:
+            return None
+        if not self.earlier.starts:
             return choose_threads(model, data.train, self.training)
-        if self.starts and self.starts[0].get("ranks", 1) == world.size() == 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(self.starts[0]["threads"])
+        first = self.earlier.starts[0]
+        if first.get("ranks", 1) == 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(first["threads"])
         return None
 
     def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
         weight = model.model.embed_tokens.weight
         start = {
-            "time": (datetime.now(UTC).replace(microsecond=0) if self.starts else self.began).isoformat(),
+            "time": (datetime.now(UTC).replace(microsecond=0) if self.earlier.starts else self.began).isoformat(),
             "step": step,
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -277,7 +299,7 @@ class Run:
             "data_sha256": data.files,
             "inputs_sha256": self.inputs,
             "prompts": "template" if data.train.conversations else "plain",  # how to prompt the adapter
-            "starts": [*self.starts, start],
+            "starts": [*self.earlier.starts, start],
         }
         write_json(self.out / "run.json", record)
         if self.config.report == "tensorboard":
@@ -320,4 +342,4 @@ class Run:
             else:
                 save_adapter(model, directory)
             tokenizer.save(directory)
-            write_json(directory / "summary.json", summary)
+            write_json(directory / "summary.json", without_nan(summary))

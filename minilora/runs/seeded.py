@@ -172,7 +172,8 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                 dropout: Any = adapter.dropout
                 if isinstance(dropout, SeededDropout) != (seed is not None):
                     dropout = (nn.Dropout if seed is None else SeededDropout)(p).train(adapter.training)
-                dropout.seed = dropout_seed(f"{seed}/{step}/{layer.path}/{name}")
+                if seed is not None:
+                    dropout.seed = dropout_seed(f"{seed}/{step}/{layer.path}/{name}")
                 adapter.dropout = dropout
 
 

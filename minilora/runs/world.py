@@ -120,6 +120,11 @@ def sum_over_ranks(*numbers: float) -> list[float]:
     return found.tolist()
 
 
+def any_rank(value: bool) -> bool:
+    """Return whether the value is True on any rank."""
+    return sum_over_ranks(value) != [0]
+
+
 def all_gather(value: T) -> list[T]:
     """Return the value of every rank, which can be any object that can be pickled."""
     if size() == 1:
