@@ -52,9 +52,11 @@ class TextEncoder:
         parsed, is_quoted = _parse(row, tokenizer, config)
         counts = ["quoted"] if is_quoted else []
         if isinstance(parsed, PromptCompletion):
+            if parsed.prompt:
+                counts.append("completions")
+                if not (parsed.prompt[-1].isspace() or parsed.completion[:1].isspace()):
+                    counts.append("touching")
             tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
-            is_separate = parsed.prompt[-1:].isspace() or parsed.completion[:1].isspace()
-            counts += [] if not parsed.prompt else ["completions"] if is_separate else ["completions", "touching"]
         else:
             counts.append("conversations")
             text, learned = render_conversation(parsed, tokenizer, config.train_on)

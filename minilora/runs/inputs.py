@@ -128,10 +128,12 @@ def load_data(
         labels = labels or find_labels(stream_rows(*files["train"]), unit, reading)
         encode = ClassEncoder(tokenizer, reading, unit, labels)
     encoded = {split: _encode(paths, encode, folder, show) for split, paths in files.items()}
-    for split in ("test", "valid") if training.selects else ("test",):
-        is_there = split in encoded or (split == "test" and "valid" in encoded and not training.selects)
+    needed = ["test"] if "valid" not in encoded else []
+    if training.selects:  # rows that select the adapter cannot also measure it
+        needed = ["test", "valid"]
+    for split in (split for split in needed if split not in encoded):
         whole = encoded["train"]
-        if not is_there and reading.eval_split and len(whole) > 1:
+        if reading.eval_split and len(whole) > 1:
             shuffled = whole.rows[_shuffled(len(whole), training.seed)]
             held = max(1, int(reading.eval_split * len(shuffled)))
             encoded["train"], encoded[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])

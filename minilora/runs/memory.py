@@ -88,12 +88,13 @@ def forecast(plan: Plan) -> Forecast:
         terms, learns = layer_terms(plan, shapes, ranks, i, lengths, learns)
         x = d * N * D * learns
         attention = sum(size for name, size in terms.items() if not name.startswith("mlp"))
-        activations += (held := {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.recompute])
+        saved = {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.recompute]
+        activations += saved
     head = _head_bytes(plan, M, ranks.get("score" if plan.classes else "lm_head") == 0)
     is_sharded = plan.shard == "base" and plan.world > 1
     base = base_bytes(config, plan.quantization, plan.dtype, shapes, plan.world if is_sharded else 1)
-    layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - held, base.dense)
-    n = max((int(np.sum(split[i[0] : i[-1] + 1])) for split in plan.evaluated for i in eval_groups(split)), default=0)
+    layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - saved, base.dense)
+    n = max((int(np.asarray(split)[rows].sum()) for split in plan.evaluated for rows in eval_groups(split)), default=0)
     evaluation = base.dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
     sent = gradients * (plan.world > 1)  # the buffer in which the ranks' gradients are added
     working = max(head, layer, evaluation - activations, sent - activations) + is_sharded * 2 * max(base.blocks)

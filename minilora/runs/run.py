@@ -140,7 +140,8 @@ class Run:
         try:
             before, inputs, data = (dict(record[key]) for key in ("config", "inputs_sha256", "data_sha256"))
             starts = tuple(record["starts"])
-            was_plain, *_ = [starts[0][key] for key in ("plain", "time", "dtype", "threads")]
+            was_plain, time, _, _ = (starts[0][key] for key in ("plain", "time", "dtype", "threads"))
+            datetime.fromisoformat(time)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             need = "config, starts, data_sha256 and inputs_sha256"
             raise FormatError(f"{path}: need {need}; give another --out") from error
