@@ -22,7 +22,6 @@ from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, dense_line
 from minilora.nf4 import NF4Linear
 
 PREFIX = "base_model.model."
-Place = tuple[nn.Module, str, nn.Module]
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -68,7 +67,12 @@ def known_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
     return layers
 
 
-def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> list[Place]:
+def layers_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
+    """Return the wrappers that hold an adapter, by the path of their module; raise a TargetError if there are none."""
+    return {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
+
+
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> list[tuple[Any, str, nn.Module]]:
     """Replace the first module of each pair by the second, wherever it stands; return (parent, name, first) each."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -157,8 +161,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def detach(model: nn.Module) -> None:
     """Remove all adapters and put the base modules back, bit for bit as they were."""
     check_types(detach, locals())
-    layers = reversed(known_layers(model))  # the inner first: the base of the outer is then what is left of them
-    replace_modules(model, ((layer, layer.base) for layer in layers))
+    replace_modules(model, ((layer, layer.base) for layer in reversed(known_layers(model))))  # the inner ones first
 
 
 def merge(model: nn.Module) -> None:
@@ -178,16 +181,17 @@ def merge(model: nn.Module) -> None:
 
 def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter by their names in PEFT's file."""
-    layers = [layer for layer in known_layers(model, name) if name in layer.configs]
-    return {f"{PREFIX}{layer.path}.{key}": t for layer in layers for key, t in layer.peft_tensors(name).items()}
+    layers = layers_of(model, name)
+    return {f"{PREFIX}{path}.{key}": t for path in layers for key, t in layers[path].peft_tensors(name).items()}
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Write an adapter of linear layers with one rank and one scale, in PEFT's layout."""
     directory, tensors = Path(path), lora_tensors(model, name)
-    layers = {layer.path: layer.adapters[name] for layer in known_layers(model, name) if name in layer.configs}
-    if len({(len(each.lora_A), each.scale) for each in layers.values()}) > 1:
-        raise TargetError(f"{name}: layers differ in rank or scale; `minilora.adapters` writes such adapters")
+    layers = {path: layer.adapters[name] for path, layer in layers_of(model, name).items()}
+    is_plain = all(type(each) is LoraAdapter and each.bias is each.lora_bias is None for each in layers.values())
+    if not is_plain or len({(len(each.lora_A), each.scale) for each in layers.values()}) > 1:
+        raise TargetError(f"{name}: is more than A and B of one rank and one scale; write it with `ml.save_adapter`")
     adapter = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
@@ -204,7 +208,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
-    """Read an adapter that `save_lora` wrote, attach it and activate it alone."""
+    """Read an adapter that `save_lora` wrote, attach it and activate it alone; it stays if its tensors do not fit."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     stored = load_file(Path(path) / "adapter_model.safetensors")
     if more := [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(key)]:

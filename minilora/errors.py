@@ -108,7 +108,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)
     if origin is typing.Literal:
-        return any(value is part or (value == part and type(value) is type(part)) for part in parts)
+        return any(value == part and type(value) is type(part) for part in parts)
     if origin is tuple:
         return isinstance(value, list | tuple | set | frozenset) and all(fits(element, parts[0]) for element in value)
     if origin is Sequence and isinstance(value, list | tuple):

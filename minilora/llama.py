@@ -332,4 +332,5 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
         raise FormatError(f"{directory}: missing or unexpected tensors: {wrong[:5]}")
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
+    model.name_or_path = str(directory)
     return model.eval()

@@ -33,11 +33,7 @@ Shape = tuple[int, ...]
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """Compute the factor s of the update: α/r  [LoRA §4.1], or α/√r  [rsLoRA], stable as r grows.
-
-    >>> lora_scale(16, 32), lora_scale(16, 32, use_rslora=True)
-    (2.0, 8.0)
-    """
+    """Compute the factor s of the update: α/r  [LoRA §4.1], or α/√r  [rsLoRA], stable as r grows."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
@@ -109,12 +105,12 @@ class LoraAdapter(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
         super().__init__()
-        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        self.scale, self.dropout = scale, nn.Dropout(dropout)  # `runs.seeded` seeds it by step in `train`
         for name in ("lora_A", "lora_B", "lora_bias", "bias", "magnitude"):
             self.register_parameter(name, nn.Parameter(tensors[name]) if name in tensors else None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and B."""
+        """Return A and B; an adapter that starts as a part of W adds its start to them (`adapters.parts`)."""
         return self.lora_A, self.lora_B
 
     def extra_repr(self) -> str:
@@ -161,7 +157,7 @@ class AdapterWrapper(nn.Module, ABC):
         return [parameter for parameter in self.adapters[name].parameters() if id(parameter) not in shared]
 
     def current(self) -> Any:
-        """Return the module whose attributes this one has."""
+        """Return the module to which unknown attributes are forwarded."""
         return self.base
 
     @abstractmethod
@@ -193,15 +189,15 @@ class AdapterLinear(AdapterWrapper):
 
         For each adapter in turn y ← y + s·B A x, with DoRA y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖; m does not scale b.
         """
-        if self.mixed is not None:
+        if self.mixed is not None:  # set by `adapters.serve.mixed_batch`
             return self.mixed.forward(self, x)
         if not self.active:
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
-        adapters = [self.adapters[name] for name in self.active]
-        bias, has_dora = self.merged_bias(), any(adapter.magnitude is not None for adapter in adapters)
-        y = self.apply_magnitude(self.lora_forward(x, None if has_dora else bias, adapters[0]), adapters[0])
-        for adapter in adapters[1:]:
+        first, *others = (self.adapters[name] for name in self.active)
+        bias, has_dora = self.merged_bias(), any(each.magnitude is not None for each in (first, *others))
+        y = self.apply_magnitude(self.lora_forward(x, None if has_dora else bias, first), first)  # one kernel
+        for adapter in others:
             y = self.apply_magnitude(y + self.lora_update(x, adapter), adapter)
         return y + self.broadcast_to_output(bias).to(y.dtype) if has_dora and bias is not None else y
 
@@ -271,6 +267,7 @@ class AdapterLinear(AdapterWrapper):
         tensors = dict(adapter.named_parameters()) | dict(zip(("lora_A", "lora_B"), adapter.factors(), strict=True))
         return {self.PEFT_NAMES[key]: tensor for key, tensor in tensors.items()}
 
+    # The identity for a linear; embeddings and convolutions override these five (`adapters.layers`).
     @staticmethod
     def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
         """Return the shapes of A and of B for an adapter of a base."""

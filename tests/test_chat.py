@@ -168,6 +168,15 @@ def test_adapters_are_listed_by_name_and_the_active_one_is_marked(directory, cha
     assert chat("/adapter", flags=["--adapter=."], model=directory / "chat").err == "  none\n* second\n"
 
 
+def test_adapters_that_train_the_same_parameter_can_take_turns(directory, chat, tmp_path):
+    model = ml.load_model(directory / "chat")
+    ml.attach(model, ml.LoraConfig(modules_to_save=("lm_head",)))
+    for name in ("one", "two"):
+        ml.save_adapter(model, tmp_path / name)
+    flags = [f"--adapter={tmp_path / name}" for name in ("one", "two")]
+    assert chat("/adapter", flags=flags).err == "  none\n* one\n  two\n"
+
+
 def test_adapters_of_one_name_go_by_their_paths(directory, chat, tmp_path):
     paths = [shutil.copytree(directory / "chat-adapter", tmp_path / parent / "run") for parent in "ab"]
     said = chat(f"/adapter {paths[1]}", flags=[f"--adapter={path}" for path in paths]).err

@@ -289,6 +289,8 @@ def test_a_merged_model_computes_the_same_after_saving_and_loading(family, targe
     ml.merge(model)
     ml.save_model(model, tmp_path)
     loaded = ml.load_model(tmp_path, dtype="float64")
+    with pytest.raises(ml.ConfigError, match="dtype 'int64' is not supported"):
+        ml.load_model(tmp_path, dtype=torch.int64)
     same_state(loaded, model)
     assert_maths(loaded(tokens), adapted)
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)

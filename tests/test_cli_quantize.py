@@ -369,9 +369,9 @@ def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(
     assert printed.startswith(in_words(expected, "rounding", " on the base as loaded here"))
 
 
-def test_merge_says_that_an_adapter_changes_nothing(directory, run, tmp_path):
+def test_merge_says_that_no_update_has_an_error(directory, run, tmp_path):
     model = ml.load_model(directory / "model", device="meta")
     ml.attach(model, ml.LoraConfig())
     ml.save_adapter(model, tmp_path / "new")
     printed = run("merge", f"--adapter={tmp_path / 'new'}", "--model=model", f"--out={tmp_path / 'out'}").out
-    assert printed.startswith("the adapter changes nothing\n")
+    assert printed.startswith("no update of low rank changes a weight")

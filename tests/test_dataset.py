@@ -26,7 +26,7 @@ from minilora.runs.dataset import ROW, Dataset, build_dataset, open_dataset
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row
 from minilora.runs.inputs import load_data
-from minilora.runs.objective import check_ids
+from minilora.runs.objective import check_examples
 from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model
 from tests.runs import contents, everything, finetune, interrupt, runner, write_inputs, write_rows
@@ -308,12 +308,12 @@ def test_the_fingerprint_is_that_of_the_examples_in_memory_and_of_the_files_othe
 
 def test_a_token_that_the_model_does_not_have_is_found_in_arrays_too(tokenizer, rows):
     model, data = tiny_model(vocab_size=400), load(rows, tokenizer(), None).train
-    check_ids(model, data)
+    check_examples(model, data)
     largest = int(data.rows["largest"].max())
     first = next(example for example in data if largest in example.tokens)
     message = f"'{first.source}' holds token {largest}; the model has tokens 0 to {largest - 1}"
     with pytest.raises(ml.DataError, match=re.escape(message)):
-        check_ids(tiny_model(vocab_size=largest), data)
+        check_examples(tiny_model(vocab_size=largest), data)
 
 
 def test_choices_are_those_of_all_splits_and_none_where_a_row_has_no_prompt():

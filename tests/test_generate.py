@@ -94,6 +94,14 @@ def test_generation_makes_no_gradients_and_no_changes():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_part_that_was_evaluating_before_generation_is_so_afterwards():
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    ml.generate(model, [[1, 2]], 1)
+    assert [module.training for module in model.modules()] == modes
+
+
 # --- sampling ---
 
 

@@ -87,10 +87,12 @@ def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(dry_run, d
     lengths = sorted(len(example.tokens) for example in data)
     limit = lengths[len(lengths) // 2] - 1
     text = dry_run(f"--max-length={limit}")
-    cut, lost = map(int, re.search(r"cut to --max-length: (\d+) training rows, which lost (\d+) labels", text).groups())
+    cut, lost = map(
+        int, re.search(r"cut to --max-length: (\d+) rows of the training files, which lost (\d+) labels", text).groups()
+    )
     assert cut == sum(length > limit for length in lengths)
     assert lost == sum(sum(label != IGNORE_INDEX for label in example.labels[limit:]) for example in data)
-    unused = int(re.search(r"not used: (\d+) training rows", text)[1])
+    unused = int(re.search(r"not used: (\d+) rows of the training files", text)[1])
     assert unused == sum(all(label == IGNORE_INDEX for label in example.labels[1:limit]) for example in data)
     assert re.search(rf"training +{len(lengths) - unused} ", text)
 

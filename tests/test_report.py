@@ -2,8 +2,13 @@ import sys
 
 import pytest
 
+from minilora import LoraConfig, TrainConfig
 from minilora.errors import ConfigError
+from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.checkpoint import read_config
+from minilora.runs.config import RunConfig, check_settings
 from minilora.runs.reports import TensorBoard
+from minilora.storage import ASSETS
 
 TAGS = {
     "train/loss": "loss",
@@ -80,7 +85,8 @@ def test_samples_are_pages_that_show_prompt_and_text_as_they_are(tmp_path):
     assert page == "prompt:\n\n    # Who?\n    \n    <b>\n\ntext:\n\n    *I*\n      am"
 
 
-def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+def test_without_tensorboard_the_error_says_before_a_run_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    settings = RunConfig(report="tensorboard"), QuantizeConfig(), LoraConfig(), TrainConfig()
     with pytest.raises(ConfigError, match=r"--report tensorboard needs .* pip install 'minilora\[tensorboard\]'"):
-        TensorBoard(tmp_path)
+        check_settings(*settings, read_config(ASSETS / "model"))

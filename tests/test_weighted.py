@@ -8,8 +8,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, ShapeError, TargetError
-from minilora.adapter import adapter_layers
-from minilora.adapters.attach import places_of
+from minilora.adapter import adapter_layers, layers_of
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.weighted import combine_adapters, config_of
 from minilora.lora import lora_delta
@@ -138,6 +137,6 @@ def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_p
     add(model, "whole", target_modules=("1",), modules_to_save=("0",))
     add(model, "first", target_modules=("0",))
     combine_adapters(model, {"first": 2.0}, "second")
-    adapters = places_of(model, "second")["0"].adapters
+    adapters = layers_of(model, "second")["0"].adapters
     first, second = (lora_delta(*adapters[name].factors(), adapters[name].scale) for name in ("first", "second"))
     assert_maths(second, 2 * first)

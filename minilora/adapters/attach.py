@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapter import activate, adapter_layers, base_modules, known_layers, replace_modules, walk
+from minilora.adapter import activate, adapter_layers, base_modules, known_layers, layers_of, replace_modules, walk
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
 from minilora.adapters.from_data import FROM_DATA
@@ -127,7 +127,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         TargetError: the model has no adapter of that name.
     """
     check_types(delete_adapter, locals())
-    layers = [layer for layer in known_layers(model, name) if name in layer.configs]
+    layers = list(layers_of(model, name).values())
     for layer in layers:
         del layer.adapters[name], layer.configs[name]
         layer.active = tuple(each for each in layer.active if each != name)
@@ -244,11 +244,6 @@ def _ends(path: str) -> Iterator[str]:
     """Yield the endings of a path that start with a word, as "mlp.0" and "h.2.mlp.0" of "h.2.mlp.0"."""
     parts = path.split(".")
     return (".".join(parts[at:]) for at in reversed(range(len(parts))) if not parts[at].isdecimal())
-
-
-def places_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
-    """Return the wrappers of one adapter by the path of the module; raise a TargetError if there are none."""
-    return {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import base_modules, lora_tensors
-from minilora.adapters.attach import base_held, inject_adapter, places_of
+from minilora.adapter import base_modules, layers_of, lora_tensors
+from minilora.adapters.attach import base_held, inject_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.initialize import moved_factors
@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         TargetError: the model has no adapter of that name.
     """
     check_types(save_adapter, locals())
-    layers = places_of(model, name)
+    layers = layers_of(model, name)
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(next(iter(layers.values())).configs[name], name, layers, list(base_modules(model)))

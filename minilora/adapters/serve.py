@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers, base_modules, known_layers
-from minilora.adapters.attach import merged, places_of
+from minilora.adapter import adapter_layers, base_modules, known_layers, layers_of
+from minilora.adapters.attach import merged
 from minilora.adapters.files import stored_specs
 from minilora.adapters.layers import Stacked, get_base_layer
 from minilora.adapters.layout import read_adapter
@@ -161,7 +161,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, name: str = "default") -
         TargetError: the model has no adapter of that name, or one of other modules or shapes; nothing was changed.
     """
     check_types(hotswap_adapter, locals())
-    layers = places_of(model, name)
+    layers = layers_of(model, name)
     config, specs = stored_specs(read_adapter(fetch(path, "adapter")), base_modules(model))
     ours, theirs = {w: type(layer) for w, layer in layers.items()}, {w: spec.kind for w, spec in specs.items()}
     if different := sorted(where for where in ours | theirs if ours.get(where) != theirs.get(where)):

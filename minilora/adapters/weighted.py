@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from minilora.adapters.attach import inject_adapter, places_of
+from minilora.adapter import layers_of
+from minilora.adapters.attach import inject_adapter
 from minilora.adapters.combine import CombineConfig, Cut, Factors, check_additive, combine
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import (
@@ -43,7 +44,7 @@ def combine_adapters(
         TargetError: there is no such adapter, or one of the new name already.
     """
     check_types(combine_adapters, locals())
-    places = {each: places_of(model, each) for each in weights}
+    places = {each: layers_of(model, each) for each in weights}
     configs = {each: next(iter(layers.values())).configs[each] for each, layers in places.items()}
     for each in weights:
         check_additive(each, configs[each])

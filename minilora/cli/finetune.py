@@ -124,8 +124,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
-        before = evaluate(model, data.test, data.choices, partial(meter.rows, "measuring the base model"))
-        answers = {"base": _samples(run, model, data, data.test)}
+        before, base_samples = _measure(run, model, data, meter, "base model")
     result = _train(run, model, data, meter)
     if not result.finished:
         meter.close()
@@ -136,8 +135,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    after = evaluate(model, data.test, data.choices, partial(meter.rows, f"measuring the {made}"))
-    answers[made] = _samples(run, model, data, data.test)
+    after, samples = _measure(run, model, data, meter, made)
     drift = None
     if data.general and isinstance(model, Llama):
         base: Any = run.load_base(data, device) if run.is_full else None
@@ -146,9 +144,9 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     if world.is_first():
         run.finish(model, data.tokenizer, result, before, after, drift)
     print(_table(made, result, before, after, drift), flush=True)
-    for pair in zip(*answers.values(), strict=True):
-        lines = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in zip(answers, pair, strict=True)]
-        say("\n".join([ending(pair[0]["prompt"], 60), *lines]))
+    for old, new in zip(base_samples, samples, strict=True):
+        lines = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in {"base": old, made: new}.items()]
+        say("\n".join([ending(old["prompt"], 60), *lines]))
     print(f"{made} written to {run.out}")
     return 0
 
@@ -263,6 +261,14 @@ def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> Tra
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _measure(
+    run: Run, model: Llama | Classifier, data: Data, meter: Meter, name: str
+) -> tuple[Scores, list[dict[str, str]]]:
+    """Evaluate a model on the held-out rows, and let it answer the first of them."""
+    scores = evaluate(model, data.test, data.choices, partial(meter.rows, f"measuring the {name}"))
+    return scores, _samples(run, model, data, data.test)
 
 
 def _samples(run: Run, model: Llama | Classifier, data: Data, rows: Dataset) -> list[dict[str, str]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.adapter import set_adapter
 from minilora.adapters.attach import base_held
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, classes_of, vocabulary_of
@@ -83,7 +82,7 @@ def find(options: Options) -> Found:
 
 
 def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]:
-    """Load the model, its adapters, all of them active as "adapter0", "adapter1", …, and the tokenizer.
+    """Load the model, its adapters, as "adapter0", "adapter1", … of which the last is active, and the tokenizer.
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
@@ -96,8 +95,6 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
     grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
-    if found.adapters:
-        set_adapter(model, [f"adapter{i}" for i in range(len(found.adapters))])
     say_base(found.base, found.adapters, base_held(model))
     return model, tokenizer
 

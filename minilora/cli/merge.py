@@ -165,7 +165,7 @@ def _describe_error(
 ) -> str:
     """Describe the error of a merge, and what to do about a large one; `trained` is None if it is not recorded."""
     if deviation.overall is None or deviation.worst is None:
-        return "the adapter changes nothing"
+        return "no update of low rank changes a weight, so there is no rounding error to report"
     cause, advice = "rounding", "--dtype float32 rounds less"
     if trained not in (None, QuantizeConfig() if target == "original" else quantize):
         cause, advice = "another base than in training", "without --target and --quantize the base is that of training"

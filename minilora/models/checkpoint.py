@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from minilora import llama
 from minilora.durable import publishing, write_json, write_shards
 from minilora.errors import ConfigError, FormatError, TrainingError, answers, check_types, listed
 from minilora.llama import Llama
@@ -171,7 +172,7 @@ def save_model(
         TrainingError: a number is not finite; then no file is written.
     """
     check_types(save_model, locals())
-    if not isinstance(getattr(model, "config", None), LlamaConfig):
+    if not isinstance(getattr(model, "config", None), llama.LlamaConfig):
         raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama or a Classifier")
     path, own = Path(path), _weights(model)
     with torch.device("meta"):
@@ -199,9 +200,7 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     "auto" is the checkpoint's own, with two exceptions. float16 becomes bfloat16, because training in float16 needs a
     scaled loss. On a device without instructions for bfloat16, both become float32.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = stored_dtype(source) if dtype == "auto" else dtype
+    name = stored_dtype(source) if dtype == "auto" else str(dtype).removeprefix("torch.")
     if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; supported are {['auto', *sorted(DTYPES)]}")
     if dtype == "auto" and name in ("float16", "bfloat16"):

@@ -31,35 +31,36 @@ OnToken = Callable[[int, int], bool | None]
 # What threads do with a model, since its mode is one for all of them. A model is in here only while a block runs.
 _LOCK = threading.Lock()
 _TRAINING: dict[nn.Module, int] = {}  # the thread
-_EVALUATING: dict[nn.Module, tuple[int, bool]] = {}  # the number of blocks, and the mode before the first of them
+_EVALUATING: dict[nn.Module, tuple[int, list[nn.Module]]] = {}  # how many blocks, and what was in training before
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block without gradients and dropout, or raise a `TrainingError` if another thread trains the model.
 
-    The mode is restored when the last block of all threads has ended.
+    The mode of each module is restored when the last block of all threads has ended.
     """
     with _LOCK:
         if _TRAINING.get(model, threading.get_ident()) != threading.get_ident():
             raise TrainingError("another thread trains this model; evaluate a copy of it, or wait")
-        count, was_training = _EVALUATING.get(model, (0, model.training))
-        _EVALUATING[model] = count + 1, was_training
+        count, trained = _EVALUATING.get(model) or (0, [module for module in model.modules() if module.training])
+        _EVALUATING[model] = count + 1, trained
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         with _LOCK:
-            count, was_training = _EVALUATING.pop(model)
+            count, trained = _EVALUATING.pop(model)
             if count > 1:
-                _EVALUATING[model] = count - 1, was_training
-            else:
-                model.train(was_training)
+                _EVALUATING[model] = count - 1, trained
+                trained = []
+            for module in trained:
+                module.training = True
 
 
 @contextmanager
-def training(model: nn.Module) -> Iterator[None]:
+def exclusive_training(model: nn.Module) -> Iterator[None]:
     """Run a block in which no other thread may use the model, or raise a `TrainingError` if one does."""
     with _LOCK:
         if model in _TRAINING or model in _EVALUATING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from minilora.adapters.config import RENAMED, LoraConfig
@@ -189,6 +190,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(RunConfig, vars(self))
+        for name in ("model", "out", "adapter", "eval_data", "general_data"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"RunConfig: {name} is empty; leave it out, or name something")
         if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
 
@@ -207,6 +211,8 @@ def check_settings(
     if base.unit not in (None, unit):
         wanted = next(name for name, unit in UNITS.items() if unit == base.unit)
         raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
+    if run.report == "tensorboard" and find_spec("tensorboard") is None:
+        raise ConfigError("--report tensorboard needs the package tensorboard: pip install 'minilora[tensorboard]'")
     if unit and run.general_data not in (BUILTIN, "none"):
         raise ConfigError("--general-data: without effect on a classifier; leave it out")
     if quantization.quantize == "none" and quantization != QuantizeConfig():

@@ -283,8 +283,7 @@ class ClassEncoder:
         texts, names = _parse_classes(row, self.unit, self.config)
         for where, name in names.items():
             if name not in self._indices:
-                known = list(self._indices)
-                raise DataError(f"{where}: found {name!r:.60}, which is not among the known {known!r:.200}")
+                raise DataError(f"{where}: found {name!r:.60}, which is not among {list(self._indices)!r:.200}")
         quoted = texts if self.config.allow_special else self.tokenizer.quote(texts)
         if self.unit == "sequence":
             tokens, places = _tokenize_sequence(quoted[0], self.tokenizer, self.config.max_length)

@@ -22,7 +22,7 @@ from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
-from minilora.runs.objective import Objective, check_ids, eval_groups
+from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.seeded import Rows
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
@@ -94,7 +94,7 @@ def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progre
     Raises:
         DataError: the model does not have a token, or no token is labelled.
     """
-    check_ids(model, examples)
+    check_examples(model, examples)
     return mean_loss(model, Objective(TrainConfig()), examples, progress)
 
 
@@ -187,7 +187,7 @@ def _batches(
     model: Llama | Classifier, examples: Sequence[Example], progress: Progress = _ignore
 ) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's batches for an evaluation, and whether each counts."""
-    check_ids(model, examples)
+    check_examples(model, examples)
     groups = eval_groups([len(example.tokens) for example in examples])
     for rows, counts in _dealt(groups, len(examples), progress):
         yield collate([examples[row] for row in rows], next(model.parameters()).device), counts

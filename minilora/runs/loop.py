@@ -19,7 +19,7 @@ from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
-from minilora.models.generate import training
+from minilora.models.generate import exclusive_training
 from minilora.models.shard import held_bytes, is_sharded
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
@@ -136,7 +136,7 @@ def train(
         raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     try:
         with ExitStack() as stack:
-            stack.enter_context(training(model))
+            stack.enter_context(exclusive_training(model))
             if any(map(is_sharded, model.parameters())):
                 stack.enter_context(returned_memory())
             if config.compile:

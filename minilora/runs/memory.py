@@ -242,7 +242,9 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
     size = training.batch_tokens or min(training.batch_size, len(plan.rows))
     changes: dict[str, Any] = {name: (size + 1) // 2, "gradient_accumulation_steps": more}
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changes.items())
-    yield flags, replace(plan, training=replace(training, **changes)), "the gradient is the same"
+    is_same = training.batch_tokens is None and size % 2 == 0
+    cost = "the gradient is the same" if is_same else "a step has about as many tokens"
+    yield flags, replace(plan, training=replace(training, **changes)), cost
     if plan.world > 1 and plan.shard == "none" and plan.lora is not None:
         yield "--shard base", replace(plan, shard="base"), "its blocks are sent in every micro-batch"
     if training.recompute != "block":

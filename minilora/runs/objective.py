@@ -97,21 +97,25 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
             "give loss=, a function (model, rows) -> (sum, count)"
         )
+    examples = () if isinstance(dataset, Dataset) else dataset  # those of a `Dataset` have labels
+    if blank := [example.source for example in examples if not example.labelled]:
+        raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
     for rows in (dataset, held_out):
-        listed = () if isinstance(rows, Dataset) else rows  # encoding has checked those of a `Dataset`
-        if uneven := [example.source for example in listed if len(example.labels) != len(example.tokens)]:
-            raise DataError(f"{len(uneven)} examples have not one label for each token, the first is {uneven[0]!r}")
-        if rows is dataset and (blank := [example.source for example in listed if not example.labelled]):
-            raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
-        check_ids(model, rows)
+        check_examples(model, rows)
 
 
-def check_ids(model: Any, examples: Sequence[Example]) -> None:
-    """Raise a `DataError` if the model does not have a token; a GPU would fail without naming the place."""
+def check_examples(model: Any, examples: Sequence[Example]) -> None:
+    """Raise a `DataError` if an example has not a label for each token, or a token that the model does not have.
+
+    Labels of another number would shift those of the next examples; of an unknown token, a GPU would name no place.
+    """
     size = model.model.embed_tokens.num_embeddings
     if isinstance(examples, Dataset):
         examples = examples.take(examples.rows[examples.rows["largest"] >= size])
     for example in examples:
+        T, found = len(example.tokens), len(example.labels)
+        if found != T:
+            raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")
         learned = [label for label in example.labels if label != IGNORE_INDEX] if example.shift else []
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
@@ -122,7 +126,7 @@ def start_losses(model: Any, dataset: Sequence[Example], config: TrainConfig) ->
 
     Each is computed when it is asked for.
     """
-    check_ids(model, dataset)
+    check_examples(model, dataset)
     objective, rows = Objective(config), 0
     device = next(model.parameters()).device
     for step in plan_steps(objective.lengths(dataset), config):

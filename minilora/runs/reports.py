@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import FormatError
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
@@ -215,11 +215,8 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, step: int = 0):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            need = "--report tensorboard needs the package tensorboard: pip install 'minilora[tensorboard]'"
-            raise ConfigError(f"{need} ({error})") from error
+        from torch.utils.tensorboard import SummaryWriter  # the extra `tensorboard`; see `check_settings`
+
         self.writer = SummaryWriter(str(directory), purge_step=step + 1)
 
     def __call__(self, record: dict[str, Any]) -> None:

@@ -26,13 +26,13 @@ from minilora.runs.config import TrainConfig
 Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
 MAX_STEPS = 1_000_000
-SEEDS = 1_000_003  # larger than the numbers of epochs and of micro-batches, so that no two share a random state
+SEEDS = 1_000_003  # larger than the number of epochs, so that no two runs share the order of one
 
 
 class MicroBatch(NamedTuple):
     """A micro-batch."""
 
-    number: int  # in the run
+    number: int  # step · gradient_accumulation_steps + its place in the step; seeds its dropout
     rows: Any  # as the loss takes them
     is_counted: bool  # or else another rank has it, too
 
@@ -58,7 +58,7 @@ class Steps:
         return [self.batch(i) for i in range(self.bounds[:-1][index], self.bounds[1:][index])]
 
     def batch(self, index: int) -> Rows:
-        """Return the rows of a micro-batch by its number among all."""
+        """Return the rows of a micro-batch, counted without gaps over all steps."""
         return self.rows[self.ends[index] : self.ends[index + 1]].tolist()
 
 
@@ -154,10 +154,9 @@ def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.bool)
 
 
-def dropout_seed(key: str) -> Tensor:
+def hash_seed(key: str) -> int:
     """Return 56 bits of a hash of the key."""
-    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
-    return torch.tensor(int.from_bytes(digest, "little"))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
 
 def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
@@ -173,7 +172,7 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                 if isinstance(dropout, SeededDropout) != (seed is not None):
                     dropout = (nn.Dropout if seed is None else SeededDropout)(p).train(adapter.training)
                 if seed is not None:
-                    dropout.seed = dropout_seed(f"{seed}/{step}/{layer.path}/{name}")
+                    dropout.seed = torch.tensor(hash_seed(f"{seed}/{step}/{layer.path}/{name}"))
                 adapter.dropout = dropout
 
 
@@ -185,10 +184,10 @@ def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Iterat
     device = next(model.parameters()).device
     for batch in batches:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            number = seed * SEEDS + batch.number
-            torch.default_generator.manual_seed(number)
+            state = hash_seed(f"{seed}/{batch.number}")
+            torch.default_generator.manual_seed(state)
             if device.type == "cuda":
                 with torch.cuda.device(device):
-                    torch.cuda.manual_seed(number)
+                    torch.cuda.manual_seed(state)
             set_dropout_step(model, seed, batch.number)
             yield batch
