@@ -7,7 +7,7 @@ from torch import nn
 
 from minilora import ConfigError, LoraConfig, attach
 from minilora.adapters.layers import AdapterConv
-from minilora.runs.seeded import SeededDropout, dropout_seed
+from minilora.runs.seeded import SeededDropout, hash_seed
 from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
 from tests.models import either, randn, scales, seeds
@@ -118,7 +118,7 @@ def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
 
     def trained(p, key):
         adapter.dropout = SeededDropout(p)
-        adapter.dropout.seed = dropout_seed(key)
+        adapter.dropout.seed = torch.tensor(hash_seed(key))
         return layer.train()(case.x)
 
     assert torch.equal(trained(0.5, "0/0"), trained(0.5, "0/0"))
@@ -134,7 +134,7 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
     add(layer, "new", 1, 2, 7.0, use_dora)
     adapter, ids, p = layer.adapters["new"], torch.arange(50), 0.5
     adapter.dropout = SeededDropout(p)
-    adapter.dropout.seed = dropout_seed("0/0")
+    adapter.dropout.seed = torch.tensor(hash_seed("0/0"))
     whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T
     k = layer.magnitude_ratio(adapter, layer.base.weight) if use_dora else 1
     y = layer.train()(ids)

@@ -12,7 +12,7 @@ from torch import nn
 from minilora import LoraConfig, TargetError, attach
 from minilora.lora import AdapterLinear, LoraAdapter, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.nf4 import NF4Linear
-from minilora.runs.seeded import SeededDropout, dropout_seed
+from minilora.runs.seeded import SeededDropout, hash_seed
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_precision, precision
 from tests.adapters import LAYERS, add, add_built, applied_by_loops, merged_by_loops, place
@@ -125,7 +125,7 @@ def test_under_autocast_the_norm_is_what_it_is_without_and_without_numbers_it_ha
 
 def keyed(p, key):
     dropout = SeededDropout(p)
-    dropout.seed = dropout_seed(key)
+    dropout.seed = torch.tensor(hash_seed(key))
     return dropout
 
 
