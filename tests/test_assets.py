@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from minilora.storage import ASSETS, TensorFile, read_json
@@ -64,14 +65,10 @@ def test_the_model_is_small_to_store_and_exact_to_compute_in():
     assert "lm_head.weight" not in entries
 
 
-@pytest.mark.parametrize("split", SIZES)
-def test_a_split_has_its_size_and_as_many_rows_of_each_category(splits, split):
-    counts = Counter(row["completion"] for row in splits[split])
-    assert counts == {f" {category}": SIZES[split] // 8 for category in make_data.CATEGORIES.values()}
-
-
-def test_a_row_is_a_definition_and_its_category(splits, definitions):
+def test_a_row_is_a_definition_and_its_category_and_a_split_has_as_many_of_each(splits, definitions):
     for split, rows in splits.items():
+        counts = Counter(row["completion"] for row in rows)
+        assert counts == {f" {category}": SIZES[split] // 8 for category in make_data.CATEGORIES.values()}
         for row, text in zip(rows, definitions[split], strict=True):
             assert row == {"prompt": f"Definition: {text}\nCategory:", "completion": row["completion"]}
             assert 20 <= len(text) <= 160
@@ -80,21 +77,27 @@ def test_a_row_is_a_definition_and_its_category(splits, definitions):
 
 def test_no_definition_occurs_twice_and_no_row_has_a_near_twin_in_a_later_split(definitions):
     texts = {split: [make_data.normalise(text) for text in found] for split, found in definitions.items()}
-    words = {text: frozenset(text.split()) for found in texts.values() for text in found}
-    assert len(words) == sum(SIZES.values())
+    sets = {split: [set(text.split()) for text in found] for split, found in texts.items()}
+    assert len({text for found in texts.values() for text in found}) == sum(SIZES.values())
+    places = {word: i for i, word in enumerate(sorted(set().union(*sum(sets.values(), []))))}
+    has = {split: torch.zeros(len(found), len(places)) for split, found in sets.items()}
+    for split, found in sets.items():
+        for row, words in zip(has[split], found, strict=True):
+            row[[places[word] for word in words]] = 1
     for earlier, later in (("train", "test"), ("train", "valid"), ("valid", "test")):
-        for a in texts[earlier]:
-            for b in texts[later]:
-                shared = len(words[a] & words[b])  # seven in ten of the shorter's words at least, of near-twins
-                assert shared < 0.7 * min(len(words[a]), len(words[b])) or not make_data.is_near_twin(a, b), (a, b)
+        shorter = torch.minimum(has[earlier].sum(1, keepdim=True), has[later].sum(1))
+        shared = has[earlier] @ has[later].T  # seven in ten of the shorter's words at least, of near-twins
+        near = (shared >= 0.7 * shorter - 1e-3).nonzero().tolist()
+        assert near
+        assert not [(a, b) for i, j in near if make_data.is_near_twin(a := texts[earlier][i], b := texts[later][j])]
 
 
-@pytest.mark.parametrize("category", make_data.CATEGORIES.values())
-def test_a_label_is_one_token_after_the_prompt(tokenizer, category):
+def test_a_label_is_one_token_after_the_prompt(tokenizer):
     prompt = "Definition: a thing\nCategory:"
-    label = tokenizer.encode(f" {category}").ids
-    assert len(label) == 1
-    assert tokenizer.encode(f"{prompt} {category}").ids == tokenizer.encode(prompt).ids + label
+    for category in make_data.CATEGORIES.values():
+        label = tokenizer.encode(f" {category}").ids
+        assert len(label) == 1
+        assert tokenizer.encode(f"{prompt} {category}").ids == tokenizer.encode(prompt).ids + label
 
 
 def test_the_tokenizer_writes_back_what_it_read(tokenizer, splits):
@@ -110,33 +113,27 @@ def test_the_tokenizer_adds_nothing_and_closes_with_one_token(tokenizer):
     assert tokenizer.get_vocab_size() == 2048
 
 
-@pytest.mark.parametrize(
-    ("gloss", "expected"),
-    [
+def test_a_definition_ends_before_its_first_example():
+    for gloss, expected in (
         ('a human being; "there was too much for one person to do"', "a human being"),
         ('cut off; pull up; "he pulled"; "they cut"', "cut off; pull up"),
         ('a summary list; as in e.g. "a news roundup"', 'a summary list; as in e.g. "a news roundup"'),
         ('"an example alone"', ""),
         ("no example; two parts;", "no example; two parts"),
-    ],
-)
-def test_a_definition_ends_before_its_first_example(gloss, expected):
-    assert make_data.definition(gloss) == expected
+    ):
+        assert make_data.definition(gloss) == expected
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
+def test_near_twins_share_seven_words_in_ten_or_contain_each_other():
+    for a, b, expected in (
         ("a red bird of Asia", "Bird, red, of Asia: a", True),  # the same words in another order
         ("one two three four five six seven x", "one two three four five six seven y z", True),  # 7 of 10
         ("one two three four five six seven x y", "one two three four five six seven z w", False),  # 7 of 11
         ("small tree", "a very small tree with many long and bitter leaves", True),  # one within the other
         ("small tree", "a very small treehouse with many long and bitter leaves", False),  # whole words only
-    ],
-)
-def test_near_twins_share_seven_words_in_ten_or_contain_each_other(a, b, expected):
-    a, b = make_data.normalise(a), make_data.normalise(b)
-    assert make_data.is_near_twin(a, b) == make_data.is_near_twin(b, a) == expected
+    ):
+        a, b = make_data.normalise(a), make_data.normalise(b)
+        assert make_data.is_near_twin(a, b) == make_data.is_near_twin(b, a) == expected, a
 
 
 def test_a_synset_is_read_with_its_file_words_and_gloss(tmp_path):
