@@ -19,8 +19,8 @@ from minilora.runs.evaluate import held_out_loss
 from minilora.storage import TensorFile, read_json
 from minilora.tools.merging import merge_directory
 from tests.files import change, same_state
-from tests.models import tiny_model
-from tests.runs import QUICK, everything, runner, write_rows
+from tests.models import WHOLE, long, tiny_model
+from tests.runs import QUICK, everything, runner, unfinished, write_rows
 from tests.text import write_tokenizer
 
 DOUBLE = "nf4 with double quantization"
@@ -32,17 +32,15 @@ SKIPPED = ml.QuantizeConfig("nf4", False, ("up_proj",))
 HELD = {"dense": ("model", None), "on-nf4": ("nf4", None), "quantized": ("model", NF4), "single": ("model", SINGLE)}
 IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}  # as an adapter says it
 OTHER = "another base than in training"
-
-
-TRAINING = [*QUICK, "--lora-r=2", "--max-steps=2", "--learning-rate=0.01"]
+TRAINING = [*QUICK, "--lora-r=2", "--max-steps=2", "--learning-rate=0.01", "--samples=0"]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A dense model, the same in four bits, rows, and a run on each of several bases."""
     directory = tmp_path_factory.mktemp("quantize")
-    sizes = {"vocab_size": 400, "num_hidden_layers": 2}
-    model = tiny_model("llama-bias-tied-wide-heads", seed=1, dtype=torch.float32, **sizes)
+    sizes = {"vocab_size": 400, "num_hidden_layers": 1}
+    model = tiny_model(WHOLE, seed=1, dtype=torch.float32, **sizes)
     ml.save_model(model, directory / "model", write_tokenizer(directory / "model"))
     write_rows(directory / "rows.jsonl", 12)
     assert cli.main(["quantize", f"--model={directory / 'model'}", f"--out={directory / 'nf4'}"]) == 0
@@ -74,20 +72,10 @@ def with_metadata(adapter, out, metadata):
 # --- what is written down ---
 
 
-@pytest.mark.parametrize(
-    ("adapter", "held"),
-    [
-        ("dense", {"quantize": "none"}),
-        ("on-nf4", IN_NF4),
-        ("quantized", IN_NF4),
-        ("single", {**IN_NF4, "double_quant": False, "quantize_skip": ["down_proj"]}),
-    ],
-)
-def test_an_adapter_says_how_its_base_was_held(directory, adapter, held):
-    assert base_quantization(directory / adapter) == held
-
-
-def test_an_adapter_that_does_not_say_it_says_nothing(directory, tmp_path, run):
+def test_an_adapter_says_how_its_base_was_held_and_one_that_does_not_says_nothing(directory, tmp_path, run):
+    single = {**IN_NF4, "double_quant": False, "quantize_skip": ["down_proj"]}
+    held = {"dense": {"quantize": "none"}, "on-nf4": IN_NF4, "quantized": IN_NF4, "single": single}
+    assert {name: base_quantization(directory / name) for name in held} == held
     silent = with_metadata(directory / "quantized", tmp_path / "silent", {})
     assert base_quantization(silent) is None
     assert run("generate", "--adapter", silent, "--prompt=the cat").err == ""
@@ -96,7 +84,7 @@ def test_an_adapter_that_does_not_say_it_says_nothing(directory, tmp_path, run):
 # --- the base is held as in training, and what is otherwise is said ---
 
 
-@pytest.mark.parametrize("adapter", HELD)
+@pytest.mark.parametrize("adapter", [*long("dense", "quantized"), "on-nf4", "single"])
 def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter):
     out, err = run("eval", "--adapter", adapter, "--data", "rows.jsonl", "--metric", "nll")
     base, quantize = HELD[adapter]
@@ -125,7 +113,9 @@ def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter)
         (["--model=nf4"], [HELD_DOUBLE]),
     ],
 )
-@pytest.mark.parametrize("command", [["generate", "--prompt=a", "--max-new-tokens=1"], ["eval", "--data=rows.jsonl"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt=a", "--max-new-tokens=1"], *long(["eval", "--data=rows.jsonl"])]
+)
 def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, run, command, words, said):
     adapter = words[0].partition("=")[2]
     found = run(*command, *words).err.replace(str(directory), "DIRECTORY").splitlines()
@@ -191,10 +181,9 @@ def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
     assert said[0] == "the base model is nf4 (the head too) with double quantization"
 
 
-def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(run, tmp_path):
-    words = ["finetune", "--model=model", "--data=rows.jsonl", *TRAINING, f"--out={tmp_path}"]
-    run(*words, "--quantize=nf4")
-    (tmp_path / "summary.json").unlink()  # as if it had been stopped
+def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run, tmp_path):
+    places = [f"--{name}={directory / path}" for name, path in (("model", "model"), ("data", "rows.jsonl"))]
+    words = ["finetune", *places, *TRAINING, f"--out={unfinished(directory / 'quantized', tmp_path, 2)}"]
     assert "quantize was 'nf4' and is 'none'" in run(*words, status=1).err
     assert run(*words, "--quantize=nf4").out
 
@@ -250,25 +239,23 @@ def test_quantize_counts_the_bits(directory, run, tmp_path):
         ("merge --adapter=on-nf4 --target=original", "is quantized as nf4; the target 'original' needs the 16-bit"),
         ("merge --adapter=dense --target=requantized", "the target 'requantized' needs linears held as nf4"),
         ("merge", "there is nothing to merge: give --adapter"),
+        ("quantize --model=model --out=nf4", "nf4: holds files"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path, words, named):
-    assert named in run(*words.split(), f"--out={tmp_path / 'out'}", status=1).err
+    out = [] if "--out" in words else [f"--out={tmp_path / 'out'}"]
+    assert named in run(*words.split(), *out, status=1).err
     assert not (tmp_path / "out").exists()
-
-
-def test_quantize_writes_over_no_files(run):
-    assert "nf4: holds files" in run("quantize", "--model=model", "--out=nf4", status=1).err
 
 
 def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
     model = ml.load_model(directory / "model")
     ml.save_model(model, tmp_path / "bad", ml.load_tokenizer(directory / "model"))
-    weight = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     weight[3, 3] = math.nan  # which minilora itself does not write
-    change(tmp_path / "bad", {"model.layers.1.mlp.up_proj.weight": weight})
+    change(tmp_path / "bad", {"model.layers.0.mlp.up_proj.weight": weight})
     said = run("quantize", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'new'}", status=1).err
-    assert "model.layers.1.mlp.up_proj.weight" in said
+    assert "model.layers.0.mlp.up_proj.weight" in said
     assert "model.safetensors" in said
     assert not list((tmp_path / "new").glob("*"))
 
@@ -284,12 +271,14 @@ def in_words(deviation, cause, where=""):
 @pytest.mark.parametrize(
     ("words", "target", "held"),
     [
-        (["--adapter=dense"], "original", HELD["dense"]),
-        (["--adapter=quantized"], "dequantized", HELD["quantized"]),
         (["--adapter=single"], "dequantized", HELD["single"]),
         (["--adapter=on-nf4"], "dequantized", HELD["on-nf4"]),
-        (["--adapter=dense", "--quantize=nf4"], "dequantized", HELD["quantized"]),
         (["--adapter=quantized", "--quantize=none"], "original", HELD["dense"]),
+        *long(
+            (["--adapter=dense"], "original", HELD["dense"]),
+            (["--adapter=quantized"], "dequantized", HELD["quantized"]),
+            (["--adapter=dense", "--quantize=nf4"], "dequantized", HELD["quantized"]),
+        ),
     ],
 )
 def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, tmp_path, words, target, held):
@@ -337,11 +326,13 @@ def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the
 @pytest.mark.parametrize(
     ("words", "target", "quantize", "trained"),
     [
-        (["--adapter=quantized", "--quantize=none"], "original", "nf4", "nf4"),
-        (["--adapter=dense", "--quantize=nf4"], "dequantized", "nf4", "none"),
         (["--adapter=dense", "--quantize=nf4", "--target=requantized"], "requantized", "nf4", "none"),
-        (["--adapter=single", "--quantize-skip=up_proj"], "dequantized", SKIPPED, SINGLE),
         (["--adapter=single", "--double-quant", "--target=original"], "original", SINGLE, SINGLE),
+        *long(
+            (["--adapter=quantized", "--quantize=none"], "original", "nf4", "nf4"),
+            (["--adapter=dense", "--quantize=nf4"], "dequantized", "nf4", "none"),
+            (["--adapter=single", "--quantize-skip=up_proj"], "dequantized", SKIPPED, SINGLE),
+        ),
     ],
 )
 def test_the_error_of_a_merge_is_that_against_the_base_of_the_training_whatever_the_flags_say(
@@ -358,7 +349,11 @@ def test_the_error_of_a_merge_is_that_against_the_base_of_the_training_whatever_
 
 @pytest.mark.parametrize(
     ("model", "adapters", "quantize"),
-    [("model", ["dense", "quantized"], "none"), ("model", ["dense", "quantized"], "nf4"), ("nf4", ["single"], "nf4")],
+    [
+        ("model", ["dense", "quantized"], "nf4"),
+        ("nf4", ["single"], "nf4"),
+        *long(("model", ["dense", "quantized"], "none")),
+    ],
 )
 def test_an_error_that_cannot_be_that_against_the_base_of_the_training_says_so(
     run, tmp_path, model, adapters, quantize
