@@ -15,12 +15,12 @@ import minilora as ml
 from minilora import ConfigError, ShapeError
 from minilora.models.generate import KVCache, _next_logits, penalize, probabilities
 from minilora.testing.compare import assert_maths, assert_precision
-from tests.models import SIZES, examples, families, randn, randomize_adapters_, seeds, tiny_model, token_ids
+from tests.models import SIZES, examples, families, long, randn, randomize_adapters_, seeds, tiny_model, token_ids
 
 V = SIZES["vocab_size"]
 few = examples(0.2)
 prompt_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=3)
-NEW = 24  # documents grow to more than any rotation of the tiny models was trained on
+NEW = 17  # documents grow to more than any rotation of the tiny models was trained on
 
 
 def prompts_of(seed, lengths):
@@ -47,7 +47,7 @@ def test_a_tensor_of_prompts_is_as_good_as_a_list():
     assert ml.generate(model, prompts, 4) == ml.generate(model, prompts.tolist(), 4)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-dynamic"])
+@pytest.mark.parametrize("family", [*long("llama"), "llama-dynamic"])
 @few
 @given(seeds, prompt_lengths, st.sets(st.integers(0, V - 1), min_size=5, max_size=20))
 def test_a_stop_token_ends_a_continuation_and_is_left_out(family, seed, lengths, stop_ids):
@@ -69,7 +69,7 @@ def test_a_row_that_has_ended_is_computed_no_more(seed, lengths, stop_ids):
     assert sum(counts) == sum(given)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("llama-dynamic", marks=pytest.mark.long), "mistral"])
+@pytest.mark.parametrize("family", [*long("llama", "llama-dynamic"), "mistral"])
 @few
 @given(seeds, st.lists(st.sampled_from([None, "linears", "head"]), min_size=1, max_size=4), st.data())
 def test_rows_have_each_their_adapter_also_when_some_have_ended(family, seed, names, data):
@@ -159,7 +159,7 @@ choices = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("temperature", [*long(0.0, 2.0), 0.7])
 @few
 @given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=3), st.fixed_dictionaries(choices))
 def test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed(temperature, seed, lengths, chosen):
@@ -174,13 +174,12 @@ def test_equal_prompts_of_a_batch_are_continued_in_different_ways():
     assert one != other
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
-def test_a_temperature_next_to_zero_is_greedy(temperature):
+def test_a_temperature_next_to_zero_is_greedy():
     model, prompts = tiny_model(), [[1, 2], [3]]
-    assert ml.generate(model, prompts, 8, temperature=temperature) == ml.generate(model, prompts, 8)
-    assert torch.equal(
-        probabilities(torch.tensor([[1.0, 1.0, 0.0]]), temperature, 1.0, 0), torch.tensor([[0.5, 0.5, 0]]).double()
-    )
+    for temperature in (1e-40, 5e-324):
+        assert ml.generate(model, prompts, 8, temperature=temperature) == ml.generate(model, prompts, 8)
+        found = probabilities(torch.tensor([[1.0, 1.0, 0.0]]), temperature, 1.0, 0)
+        assert torch.equal(found, torch.tensor([[0.5, 0.5, 0]]).double())
 
 
 @few
@@ -235,7 +234,7 @@ def test_every_written_token_is_told_in_order(seed, lengths, stop_ids):
     assert steps == sorted(steps)  # a token of every row, then the next of every row
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-dynamic"])
+@pytest.mark.parametrize("family", ["llama", *long("llama-dynamic")])
 @few
 @given(seeds, st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=3))
 def test_who_is_told_can_end_a_row_and_no_other(family, seed, rows):
@@ -264,21 +263,21 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_numbers_that_cannot_work_are_refused_by_name(name, value):
-    with pytest.raises(ConfigError, match=re.escape(f"{name} {value}, need")):
-        ml.generate(tiny_model(), [[1]], **{name: value})
-
-
-def test_all_wrong_numbers_are_told_at_once():
+def test_numbers_that_cannot_work_are_refused_by_name_and_all_at_once():
+    model = tiny_model()
+    for name, values in WRONG.items():
+        for value in values:
+            with pytest.raises(ConfigError, match=re.escape(f"{name} {value}, need")):
+                ml.generate(model, [[1]], **{name: value})
     with pytest.raises(ConfigError, match=r"top_p 0.*; top_k -1"):
-        ml.generate(tiny_model(), [[1]], top_p=0, top_k=-1)
+        ml.generate(model, [[1]], top_p=0, top_k=-1)
 
 
-@pytest.mark.parametrize("fine", [{"seed": 2**63 - 1}, {"top_k": 10**30}, {"top_p": 5e-324}, {"temperature": 1e300}])
-def test_extreme_numbers_that_have_a_meaning_work(fine):
-    (new,) = ml.generate(tiny_model(), [[1]], 4, **{"temperature": 1.0, **fine})
-    assert len(new) == 4
+def test_extreme_numbers_that_have_a_meaning_work():
+    model = tiny_model()
+    for fine in ({"seed": 2**63 - 1}, {"top_k": 10**30}, {"top_p": 5e-324}, {"temperature": 1e300}):
+        (new,) = ml.generate(model, [[1]], 4, **{"temperature": 1.0, **fine})
+        assert len(new) == 4
 
 
 TOKENS = f"; the model has tokens 0 to {V - 1}"
@@ -290,10 +289,11 @@ NO_BATCH = [
 ]
 
 
-@pytest.mark.parametrize(("input_ids", "phrase"), NO_BATCH)
-def test_what_is_no_batch_of_the_models_tokens_is_refused(input_ids, phrase):
-    with pytest.raises(ShapeError, match=re.escape(phrase)):
-        ml.generate(tiny_model(), input_ids)
+def test_what_is_no_batch_of_the_models_tokens_is_refused():
+    model = tiny_model()
+    for input_ids, phrase in NO_BATCH:
+        with pytest.raises(ShapeError, match=re.escape(phrase)):
+            ml.generate(model, input_ids)
 
 
 class Transfers(TorchDispatchMode):
@@ -323,12 +323,15 @@ def test_nothing_is_sent_to_a_device_that_is_at_work():
     assert any(is_sent for _, is_sent in transfers.seen)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@few
-@given(st.sampled_from([torch.float32, torch.bfloat16]), seeds, st.sampled_from([1.0, 3.0]))
+@given(
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    seeds,
+    st.sampled_from([1.0, 3.0]),
+)
 def test_one_logit_that_is_not_finite_is_refused(value, temperature, dtype, seed, penalty):
-    model = tiny_model(dtype=dtype)
+    model = tiny_model(dtype=dtype, num_hidden_layers=1)
     row = randn(seed, V, dtype=dtype)
     row[seed % V] = value
     model.lm_head = Even(row)
