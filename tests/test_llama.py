@@ -252,7 +252,8 @@ def test_the_backward_pass_computes_again_what_recompute_names(recompute, attent
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 @pytest.mark.parametrize(
-    ("recompute", "backend"), [("block", "eager"), *models.long(*((mode, "aot_eager") for mode in ("none", "mlp", "block")))]
+    ("recompute", "backend"),
+    [("block", "eager"), *models.long(*((mode, "aot_eager") for mode in ("none", "mlp", "block")))],
 )
 def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(recompute, backend):
     """By default only captured as a graph: the compiler takes long, also for one layer."""

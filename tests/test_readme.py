@@ -146,7 +146,7 @@ def test_the_table_of_memory_is_what_inspect_prints(capsys):
 
 
 def test_links_lead_somewhere():
-    pages = [page for folder in ("docs", "tutorials") for page in (ROOT / folder).glob("*.md")]
+    pages = [page for folder in ("docs", "tutorials") for page in (ROOT / folder).rglob("*.md")]
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *pages]:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):

@@ -103,10 +103,10 @@ MISTAKES = {
     ],
     "07": [
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
+        ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 64\n"),
         ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 4096\n"),
         ("range(100)", "range(2)"),
-        ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("levels[0], levels[7], levels[15] = -1, 0, 1", "levels[7] = 0"),
         ("x[(cuts[1:] + cuts[:-1]) // 2]", "x[((torch.arange(16) + 0.5) / 16 * len(x)).long()]"),
         ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
@@ -211,42 +211,27 @@ def test_a_slow_chapter_comes_out_as_it_stands(chapter):
     test_a_chapter_comes_out_as_it_stands(chapter)
 
 
-@pytest.mark.parametrize("chapter", by_name(CHAPTERS))
-def test_a_chapter_has_the_parts_that_every_chapter_has(chapter):
-    text = text_of(chapter)
-    number = chapter.name[:2]
-    assert text.startswith(f"# {number.lstrip('0')}. ")
-    assert len(run.COST.findall(text)) == 1
-    goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
-    assert goal is not None
-    assert goal[1].count("- ") == 3
-    assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1
-    assert f"python tutorials/exercises/check.py {number}\n" in text
-    assert len(SOLUTION.findall(text)) == 1
-    assert text.rpartition("\n\n")[2].startswith("**Next:**")
-    assert all(cell["code"].count("\n") <= 40 for cell in run.CELL.finditer(text))
+def test_a_chapter_has_the_parts_that_every_chapter_has():
+    for chapter in CHAPTERS:
+        text, number = text_of(chapter), chapter.name[:2]
+        assert text.startswith(f"# {number.lstrip('0')}. ")
+        assert len(run.COST.findall(text)) == 1, number
+        goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
+        assert goal[1].count("- ") == 3, number
+        assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1, number
+        assert f"python tutorials/exercises/check.py {number}\n" in text
+        assert len(SOLUTION.findall(text)) == 1, number
+        assert text.rpartition("\n\n")[2].startswith("**Next:**"), number
+        assert all(cell["code"].count("\n") <= 40 for cell in run.CELL.finditer(text)), number
 
 
-@pytest.mark.parametrize("page", by_name(PAGES))
-def test_every_link_leads_somewhere(page):
-    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose)]
-    images = {image["path"] for image in run.IMAGE.finditer(prose)} if "*Not run yet.*" in prose else set()
-    missing = [link for link in links if "://" not in link and link not in images and not (page.parent / link).exists()]
-    assert not missing
-
-
-@pytest.mark.parametrize("page", by_name(EXECUTED))
-def test_what_a_page_quotes_is_what_the_file_says(page):
-    for quotation in run.QUOTATION.finditer(text_of(page)):
-        assert quotation["code"] == run.source(quotation["name"])
-
-
-@pytest.mark.parametrize("page", by_name(EXECUTED))
-def test_a_name_that_links_to_a_file_is_defined_in_it(page):
-    for name, path in re.findall(r"\[`([\w.]+)`\]\((\.\./minilora/[\w/]+\.py)\)", text_of(page)):
-        definition = rf"^\s*(?:def |class )?{name.rpartition('.')[2]}\b"
-        assert re.search(definition, text_of(page.parent / path), re.MULTILINE), (name, path)
+def test_what_a_page_quotes_is_what_the_file_says_and_a_name_that_links_to_a_file_is_defined_in_it():
+    for page in EXECUTED:
+        for quotation in run.QUOTATION.finditer(text_of(page)):
+            assert quotation["code"] == run.source(quotation["name"]), page.name
+        for name, path in re.findall(r"\[`([\w.]+)`\]\((\.\./minilora/[\w/]+\.py)\)", text_of(page)):
+            definition = rf"^\s*(?:def |class )?{name.rpartition('.')[2]}\b"
+            assert re.search(definition, text_of(page.parent / path), re.MULTILINE), (page.name, name, path)
 
 
 def test_every_figure_is_shown_with_a_text_and_is_small():
@@ -258,10 +243,9 @@ def test_every_figure_is_shown_with_a_text_and_is_small():
     assert not [path.name for path in shown if path.exists() and path.stat().st_size > MAX_FIGURE]
 
 
-@pytest.mark.parametrize("page", by_name(PAGES))
-def test_every_minilora_command_parses(page):
-    text = text_of(page).replace("\\\n", " ")
-    for command in re.findall(r"^minilora (.*)$|`minilora ([^`\n]*)`", text, re.MULTILINE):
+def test_every_minilora_command_parses():
+    text = "\n".join(map(text_of, PAGES)).replace("\\\n", " ")
+    for command in {*re.findall(r"^minilora (.*)$|`minilora ([^`\n]*)`", text, re.MULTILINE)}:
         with suppress(ml.FormatError):  # an adapter that the page makes is not there yet
             parse(shlex.split("".join(command).partition(" | ")[0], comments=True))
 
@@ -280,7 +264,14 @@ def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chap
     assert exercises.verdict(number, TUTORIALS / "exercises" / f"ex{number}.py") == "nothing is written yet"
 
 
-@pytest.mark.parametrize(("number", "right", "wrong"), [(n, *pair) for n, pairs in MISTAKES.items() for pair in pairs])
+def wrong_answers():
+    """Two of each chapter by default."""
+    for number, mistakes in MISTAKES.items():
+        for i, mistake in enumerate(mistakes):
+            yield pytest.param(number, *mistake, marks=[pytest.mark.long] * (i > 1), id=f"{number}-{i}")
+
+
+@pytest.mark.parametrize(("number", "right", "wrong"), wrong_answers())
 def test_the_check_of_an_exercise_refuses_wrong_answers(number, right, wrong, tmp_path):
     (chapter,) = TUTORIALS.glob(f"{number}_*.md")
     solution = SOLUTION.search(text_of(chapter))[1]
@@ -416,11 +407,11 @@ def test_chapters_are_checked_side_by_side_with_a_thread_each_and_written_alone(
     def chapter(command, env, **_):
         running.append(command[-1])
         all_began.wait(timeout=60)
-        time.sleep(0.2)  # another one could begin
+        time.sleep(0.05)  # another one could begin
         most.append(len(running))
         all_began.wait(timeout=60)
         running.remove(command[-1])
-        time.sleep(0.1 * (command[-1] == "01"))  # the first ends last
+        time.sleep(0.05 * (command[-1] == "01"))  # the first ends last
         threads = env and env["OMP_NUM_THREADS"]
         return subprocess.CompletedProcess(command, -9 * (command[-1] == "03"), f"{command[-1]}: {threads}\n", "")
 
@@ -465,9 +456,8 @@ def test_a_traceback_names_the_line_of_the_chapter(page):
     assert text_of(page).splitlines()[caught.traceback[-1].lineno] == "y = 1 / 0"
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "tolerance", "equal"),
-    [
+def test_outputs_are_the_same_text_with_nearly_the_same_numbers():
+    for old, new, tolerance, equal in (
         ("a  b\n", "a b", None, True),
         ("1.000", "1.0009", None, True),
         ("1.000", "1.002", None, False),
@@ -481,10 +471,8 @@ def test_a_traceback_names_the_line_of_the_chapter(page):
         ("16 steps", "17 steps", None, False),
         ("[1.0]", "[1.0, 2.0]", None, False),
         ("", "1", None, False),
-    ],
-)
-def test_outputs_are_the_same_text_with_nearly_the_same_numbers(old, new, tolerance, equal):
-    assert run.same(old, new, tolerance) is equal
+    ):
+        assert run.same(old, new, tolerance) is equal, (old, new)
 
 
 def rows(split):
