@@ -79,7 +79,8 @@ def test_no_definition_occurs_twice_and_no_row_has_a_near_twin_in_a_later_split(
     texts = {split: [make_data.normalise(text) for text in found] for split, found in definitions.items()}
     sets = {split: [set(text.split()) for text in found] for split, found in texts.items()}
     assert len({text for found in texts.values() for text in found}) == sum(SIZES.values())
-    places = {word: i for i, word in enumerate(sorted(set().union(*sum(sets.values(), []))))}
+    vocabulary = sorted({word for found in sets.values() for words in found for word in words})
+    places = {word: i for i, word in enumerate(vocabulary)}
     has = {split: torch.zeros(len(found), len(places)) for split, found in sets.items()}
     for split, found in sets.items():
         for row, words in zip(has[split], found, strict=True):

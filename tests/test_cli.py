@@ -241,14 +241,14 @@ def test_r_is_spelled_lora_r_and_a_start_is_true_or_a_name():
     ],
 )
 def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys, words, phrase):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         cli.main(words)
     assert phrase in capsys.readouterr().err
 
 
 def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_of_them(capsys):
     def page(word):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             cli.main(["finetune", word])
         return capsys.readouterr().out
 
@@ -266,7 +266,7 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
 
 def test_minilora_alone_is_its_help_page(capsys):
     for words in ([], ["--help"]):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             cli.main(words)
         assert "finetune" in capsys.readouterr().out
 
