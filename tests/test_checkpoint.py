@@ -94,7 +94,9 @@ def test_a_save_over_an_earlier_one_leaves_nothing_of_it(before, after, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(SHARD, SHARD), *long((SHARD, SHARD_BYTES)), (SHARD_BYTES, SHARD)], ids=["same", "one", "many"]
+    ("before", "after"),
+    [(SHARD, SHARD), *long((SHARD, SHARD_BYTES)), (SHARD_BYTES, SHARD)],
+    ids=["same", "one", "many"],
 )
 @pytest.mark.parametrize("allowed", [0, *long(1), 2, *long(3)])
 def test_a_save_over_an_earlier_one_that_is_interrupted_leaves_the_old_model_or_the_new_one(

@@ -19,7 +19,7 @@ from minilora.testing.compare import PARITY, assert_maths, assert_parity, relati
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import adapter_facts, delta_norm, inspect_path, norm
 from tests.files import edit, save_file, saved, write_base
-from tests.models import families, randn, scales, seeds, sizes, tiny_model
+from tests.models import examples, families, long, randn, scales, seeds, sizes, tiny_model
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(12).view(2, 6)
@@ -78,15 +78,16 @@ def test_the_norm_of_a_weight_is_summed_in_float64(dtype):
 
 # --- modules ---
 
+PATTERNS, DORA = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 7}}, {"use_dora": True}
+
 
 @families
 @pytest.mark.parametrize(
-    "config", [{"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 7}}, {"use_dora": True}]
+    "config", [{**PATTERNS, "use_rslora": True}, *long(PATTERNS, DORA), {**DORA, "use_rslora": True}]
 )
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_each_norm_is_that_of_the_dense_change_and_of_the_base(tmp_path, family, config, use_rslora):
+def test_each_norm_is_that_of_the_dense_change_and_of_the_base(tmp_path, family, config):
     base = write_base(tmp_path / "base", family)
-    model = write(tmp_path, ml.load_model(base), use_rslora=use_rslora, **config)
+    model = write(tmp_path, ml.load_model(base), **config)
     found, alone, layers = by_module(tmp_path, base), by_module(tmp_path), adapter_layers(model)
     assert list(found) == sorted(layers)
     for module, facts in found.items():
@@ -190,9 +191,14 @@ CHANGES = {
 NEED_BASE = ("another size", "a copy of another base", "a whole head", "target_parameters", "DoRA")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_problems_are_what_loading_says_and_without_the_base_those_of_the_adapter_alone(tmp_path, case):
-    base = write_base(tmp_path / "base")
+def test_problems_are_what_loading_says_and_without_the_base_those_of_the_adapter_alone(tmp_path, plain, case):
+    base = plain
     spoil(tmp_path, CHANGES[case])
     facts, alone = adapter_facts(tmp_path, base), adapter_facts(tmp_path)
     assert list(facts["tensors"]) == sorted(load_file(tmp_path / WEIGHTS_FILE))
@@ -207,12 +213,12 @@ def test_problems_are_what_loading_says_and_without_the_base_those_of_the_adapte
     assert alone["problems"] == ([] if case in NEED_BASE else facts["problems"])
 
 
-@pytest.mark.parametrize("key", ["target_parameters", "use_qalora", "use_bdlora", "kasa_config"])
-def test_where_the_product_is_not_the_change_no_norm_is_given(tmp_path, key):
-    spoil(tmp_path, {key: {"a": 1}})
-    facts = adapter_facts(tmp_path)
-    assert facts["modules"] == []
-    assert key in facts["features"]
+def test_where_the_product_is_not_the_change_no_norm_is_given(tmp_path):
+    for key in ("target_parameters", "use_qalora", "use_bdlora", "kasa_config"):
+        spoil(tmp_path, {key: {"a": 1}})
+        facts = adapter_facts(tmp_path)
+        assert facts["modules"] == []
+        assert key in facts["features"]
 
 
 # --- features ---
@@ -247,6 +253,7 @@ configs = st.fixed_dictionaries(
 )
 
 
+@examples(0.6)
 @given(configs)
 @example({"target_modules": ["up_proj", "embed_tokens"]})
 @example({"target_modules": ["up_proj"], "use_rslora": True, "rank_pattern": 5, "alpha_pattern": 4.5})
@@ -298,11 +305,10 @@ def test_whatever_tensors_and_fields_there_are_each_is_told_once(tmp_path_factor
     directory = tmp_path_factory.mktemp("any")
     save_file({k: torch.ones(shape).to(dtype) for k, (shape, dtype) in tensors.items()}, directory / WEIGHTS_FILE)
     write_json(directory / CONFIG_FILE, {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **values})
+    shapes = {name: tuple(shape) for name, (shape, _) in tensors.items()}
     for measured in (None, base):
         facts = adapter_facts(directory, measured)
-        assert {name: entry.shape for name, entry in facts["tensors"].items()} == {
-            name: tuple(shape) for name, (shape, _) in tensors.items()
-        }
+        assert {name: entry.shape for name, entry in facts["tensors"].items()} == shapes
 
 
 # --- against PEFT ---

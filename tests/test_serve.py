@@ -15,7 +15,7 @@ from minilora.adapters import serve
 from minilora.adapters.attach import delete_adapter
 from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
-from tests.models import WHOLE, examples, four_bit, perturb_, randn, seeds, tiny_model, token_ids
+from tests.models import WHOLE, examples, four_bit, long, perturb_, randn, seeds, tiny_model, token_ids
 
 KINDS = {
     "linears": LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
@@ -59,6 +59,7 @@ def crowded(request):
     return model_with(*KINDS, make=request.param)
 
 
+@examples(0.5)
 @given(chosen=names, seed=seeds)
 def test_a_mixed_batch_is_its_rows_apart(crowded, chosen, seed):
     model = crowded
@@ -114,8 +115,14 @@ def test_a_mixed_batch_of_unknown_adapters_is_refused():
         pass
 
 
-@pytest.mark.parametrize("make", [lambda model: model, four_bit])
-@pytest.mark.parametrize(("tokens", "is_merged"), [(MERGE_TOKENS - 1, False), (MERGE_TOKENS, True)])
+@pytest.mark.parametrize(
+    ("make", "tokens", "is_merged"),
+    [
+        (lambda model: model, MERGE_TOKENS - 1, False),
+        (four_bit, MERGE_TOKENS, True),
+        *long((four_bit, MERGE_TOKENS - 1, False), (lambda model: model, MERGE_TOKENS, True)),
+    ],
+)
 def test_many_tokens_are_written_with_merged_weights_and_what_was_there_comes_back(make, tokens, is_merged):
     model, ids = model_with("linears", "dora", make=make), token_ids(1, 2, 5)
     before, layers = {name: t.clone() for name, t in model.state_dict().items()}, adapter_layers(model)
@@ -221,7 +228,7 @@ def test_an_adapter_of_low_rank_does_not_take_the_place_of_a_copy(tmp_path):
             hotswap_adapter(model, tmp_path / stored)
 
 
-@pytest.mark.parametrize("use_dora", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("use_dora", [*long(False), True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_swapping_does_not_compile_again(use_dora, tmp_path):
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).requires_grad_(False)
