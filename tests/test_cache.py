@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from minilora.models.generate import KVCache, decode_attention
 from minilora.testing.compare import assert_maths, assert_precision
 from tests import reference_model
-from tests.models import allocated, randn, seeds, sizes, tiny_config
+from tests.models import allocated, long, randn, seeds, sizes, tiny_config
 
 CPU = torch.device("cpu")
 E, WINDOW = 6, 5  # of the tiny mistral
@@ -85,7 +85,7 @@ def test_a_new_cache_holds_no_nan():
     assert not cache.values[1:].any()
 
 
-@pytest.mark.parametrize("lengths", [[50, 50], [50, 40], [50, 1, 1]])
+@pytest.mark.parametrize("lengths", [*long([50, 50], [50, 40]), [50, 1, 1]])
 def test_a_step_copies_nothing_of_what_is_held(lengths):
     ones = [1] * len(lengths)
     short, long = (filled([k * n for n in lengths], capacity=6_000, family="llama") for k in (1, 100))

@@ -17,7 +17,18 @@ from minilora.storage import read_json
 from minilora.testing.compare import assert_maths
 from tests import reference_model
 from tests.files import same_state
-from tests.models import document_lengths, examples, families, fill_, layouts, seeds, tiny_config, tiny_model, token_ids
+from tests.models import (
+    document_lengths,
+    examples,
+    families,
+    fill_,
+    layouts,
+    long,
+    seeds,
+    tiny_config,
+    tiny_model,
+    token_ids,
+)
 
 LABELS = ["bad", "good", "so so"]
 CPU = torch.device("cpu")
@@ -101,8 +112,10 @@ def test_config_json_says_what_transformers_would(unit, tmp_path):
     assert not any(name.startswith("lm_head") for name in load_file(tmp_path / "model.safetensors"))
 
 
-@units
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with a head of its own, with a tied one
+@pytest.mark.parametrize(
+    ("unit", "family"),  # with a head of its own, with a tied one
+    [("sequence", "llama"), ("token", "qwen2"), *long(("sequence", "qwen2"), ("token", "llama"))],
+)
 def test_a_language_model_gives_its_trunk_and_the_seed_the_head(unit, family, tmp_path):
     base, labels = tiny_model(family, dtype=torch.float32), [str(i) for i in range(1000)]
     ml.save_model(base, tmp_path)

@@ -16,6 +16,7 @@ from minilora.runs.config import DataConfig
 from minilora.runs.data import encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row
+from tests.models import long
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
 from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, write_tokenizer
@@ -85,20 +86,16 @@ def test_one_prompt_is_continued_as_the_library_does(directory, command):
 
 
 def test_a_prompt_is_a_users_turn_where_there_is_a_chat_template_unless_it_is_raw(directory, command):
-    assert command("--prompt=the sea", model="chat") == written(directory, [user("the sea")], model="chat") + "\n"
-    assert command("--prompt=the sea", "--raw", model="chat") == written(directory, "the sea", model="chat") + "\n"
+    turn = user("the sea")
+    with_system = [{"role": "system", "content": "be kind"}, turn]
+    for flags, asked in (((), [turn]), (("--raw",), "the sea"), (("--system=be kind",), with_system)):
+        assert command("--prompt=the sea", *flags, model="chat") == written(directory, asked, model="chat") + "\n"
 
 
-def test_a_system_prompt_goes_before_it(directory, command):
-    asked = [{"role": "system", "content": "be kind"}, user("the sea")]
-    expected = written(directory, asked, model="chat")
-    assert command("--prompt=the sea", "--system=be kind", model="chat") == expected + "\n"
-
-
-@pytest.mark.parametrize("words", [(), ("--prompt=-",)])
-def test_standard_input_is_one_prompt_without_its_last_line_end(directory, command, words):
+def test_standard_input_is_one_prompt_without_its_last_line_end(directory, command):
     for stdin, prompt in (("the cat\nsat\n", "the cat\nsat"), (" the cat\n\n", " the cat\n"), ("the cat", "the cat")):
-        assert command(*words, stdin=stdin) == written(directory, prompt) + "\n"
+        assert command("--prompt=-", stdin=stdin) == written(directory, prompt) + "\n"
+    assert command(stdin=stdin) == command("--prompt=-", stdin=stdin)
 
 
 def test_text_is_printed_piece_by_piece_as_it_is_written(directory, monkeypatch, command):
@@ -171,7 +168,7 @@ def trained(directory, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("prompts", ["plain", "template", None])
+@pytest.mark.parametrize("prompts", ["plain", *long("template"), None])
 def test_an_adapter_is_asked_as_its_rows_were_written_unless_one_says_otherwise(directory, command, trained, prompts):
     run = trained(prompts=prompts)
     plain, turn = (written(directory, asked, model="chat") + "\n" for asked in ("the sea", [user("the sea")]))
@@ -198,10 +195,10 @@ def test_an_adapter_is_asked_with_the_system_prompt_of_its_training_unless_one_s
     assert command(*ask, "--raw", model="chat") == written(directory, "the sea", model="chat") + "\n"
 
 
-@pytest.mark.parametrize("config", [5, {"system": ["a"]}])
-def test_a_configuration_beside_an_adapter_that_is_none_is_told(refused, trained, config):
-    run = trained(config=config)
-    assert f"{run / 'run.json'}: config: found {config!r}, need" in refused(f"--adapter={run}", "--prompt=a")
+def test_a_configuration_beside_an_adapter_that_is_none_is_told(refused, trained):
+    for config in (5, {"system": ["a"]}):
+        run = trained(config=config)
+        assert f"{run / 'run.json'}: config: found {config!r}, need" in refused(f"--adapter={run}", "--prompt=a")
 
 
 def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, trained, monkeypatch):
@@ -308,7 +305,7 @@ def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last
     assert [row["text"] for row in rows_of(found)] == texts
 
 
-@pytest.mark.parametrize("size", [1, 3, 99])
+@pytest.mark.parametrize("size", [*long(1, 99), 3])
 def test_samples_have_seeds_of_their_own_and_the_batch_size_changes_nothing(directory, command, size):
     sampled = ("--temperature=1.5", "--seed=4", "--samples=2", f"--batch-size={size}")
     found = rows_of(command("--prompt=the cat", "--prompt=the sea", *sampled))

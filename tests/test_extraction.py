@@ -18,7 +18,8 @@ TARGETS = ("q_proj", "o_proj", "down_proj", "qkv_proj")
 
 
 def write(path, family="llama", dtype=torch.float64, change=lambda model: None, **config):
-    model = tiny_model(family, dtype=dtype, **config)
+    layers = {"num_hidden_layers": 2} if family == "llama" else {}
+    model = tiny_model(family, dtype=dtype, **layers | config)
     with torch.no_grad():
         change(model)
     ml.save_model(model, path)
@@ -97,7 +98,7 @@ def test_an_energy_takes_the_least_rank_of_each_module_that_keeps_it(tmp_path):
     base, tuned = write(tmp_path / "base"), write(tmp_path / "tuned", change=noisy("up_proj.weight"))
     extract_directory(base, tuned, tmp_path / "adapter", ml.LoraConfig(r=20), energy=0.6)
     before, after, ranks = weights(base), weights(tuned), set()
-    for i in range(4):
+    for i in range(2):
         path = f"model.layers.{i}.mlp.up_proj"
         sigma = np.linalg.svd(after[f"{path}.weight"] - before[f"{path}.weight"], compute_uv=False)
         shares = np.cumsum(sigma**2) / np.sum(sigma**2)
@@ -116,7 +117,7 @@ def test_what_no_adapter_of_these_modules_holds_is_named_with_its_share(tmp_path
     left = {name for name, square in squares.items() if square and not name.endswith("up_proj.weight")}
     assert set(found.left_out) == left
     assert "model.embed_tokens.weight" in left
-    assert len(left) == 4 * 2 + 2
+    assert len(left) == 2 * 2 + 2
     expected = sum(squares[name] for name in left) / sum(squares.values())
     assert_maths(torch.tensor([found.share], dtype=torch.float64), [expected])
 
@@ -162,7 +163,7 @@ def test_the_adapter_names_its_base_and_how_that_is_held(tmp_path):
 
 def test_what_is_held_at_a_time_is_two_weights_and_the_work_on_one(tmp_path):
     for name, alter in (("base", lambda model: None), ("tuned", noisy("up_proj.weight"))):
-        model = tiny_model(dtype=torch.float32, num_hidden_layers=12)
+        model = tiny_model(dtype=torch.float32, num_hidden_layers=8)
         with torch.no_grad():
             alter(model)
         ml.save_model(model, tmp_path / name, shard_bytes=1)  # a file that is mapped counts as a whole
@@ -171,7 +172,7 @@ def test_what_is_held_at_a_time_is_two_weights_and_the_work_on_one(tmp_path):
     largest = max(parameter.nbytes for parameter in model.parameters())
     held = sum(tensor.nbytes for tensor in load_file(tmp_path / "adapter" / WEIGHTS_FILE).values())
     assert peak <= 2 * held + 10 * largest
-    assert sum(p.nbytes for p in model.parameters()) > 4 * peak
+    assert sum(p.nbytes for p in model.parameters()) > 2.5 * peak
 
 
 def test_two_models_that_differ_in_other_modules_have_no_adapter(tmp_path):
@@ -186,7 +187,7 @@ def test_two_models_that_differ_in_other_modules_have_no_adapter(tmp_path):
     [
         ({"intermediate_size": 44}, ("up_proj", "q_proj"), "model.layers.0.mlp.up_proj"),
         ({"vocab_size": 67}, ("lm_head",), "lm_head"),
-        ({"num_hidden_layers": 3}, ("up_proj",), "model.layers.3.mlp.up_proj"),
+        ({"num_hidden_layers": 1}, ("up_proj",), "model.layers.1.mlp.up_proj"),
         ({"tie_word_embeddings": True}, ("lm_head",), "lm_head"),
     ],
 )
@@ -204,10 +205,10 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path):
         extract_directory(base, other, tmp_path / "adapter", CONFIG)
 
 
-@pytest.mark.parametrize("r", [1, 5])
-def test_the_scale_of_the_file_is_1_whatever_the_rank(tmp_path, r):
+def test_the_scale_of_the_file_is_1_whatever_the_rank(tmp_path):
     base, tuned = write(tmp_path / "base"), write(tmp_path / "tuned", change=noisy("up_proj.weight"))
-    extract_directory(base, tuned, tmp_path / "adapter", ml.LoraConfig(r=r))
-    model = ml.load_model(base)
-    ml.load_adapter(model, tmp_path / "adapter")
-    assert {layer.adapters["default"].scale for layer in adapter_layers(model).values()} == {1}
+    for r in (1, 5):
+        extract_directory(base, tuned, tmp_path / f"{r}", ml.LoraConfig(r=r))
+        model = ml.load_model(base)
+        ml.load_adapter(model, tmp_path / f"{r}")
+        assert {layer.adapters["default"].scale for layer in adapter_layers(model).values()} == {1}

@@ -211,12 +211,12 @@ def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
     assert wanted <= {path.name for path in fetch("org/adapter", "adapter").iterdir()}
 
 
-@pytest.mark.parametrize("names", [["train.jsonl", "valid.jsonl"], ["rows.jsonl.gz"], ["a.json"]])
-def test_data_are_the_data_files_at_the_top(hub, names):
-    rows = {name: name.encode() for name in names}
-    hub.add("datasets/org/data", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})
-    assert files_of(fetch("org/data", "dataset")) == rows
-    assert locate("org/data", "dataset").name == f"org/data@{commit_of('datasets/org/datamain')}"
+def test_data_are_the_data_files_at_the_top(hub):
+    for i, names in enumerate((["train.jsonl", "valid.jsonl"], ["rows.jsonl.gz"], ["a.json"])):
+        rows, name = {name: name.encode() for name in names}, f"org/data{i}"
+        hub.add(f"datasets/{name}", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})
+        assert files_of(fetch(name, "dataset")) == rows
+        assert locate(name, "dataset").name == f"{name}@{commit_of(f'datasets/{name}main')}"
 
 
 def test_the_base_and_its_commit_are_written_with_the_adapter_and_found_again(hub, models, tmp_path):
@@ -228,57 +228,47 @@ def test_the_base_and_its_commit_are_written_with_the_adapter_and_found_again(hu
     assert base_model_of(tmp_path / "out") == model.name_or_path
 
 
-@pytest.mark.parametrize(
-    ("base", "revision", "name"),
-    [
+def test_the_base_of_an_adapter_is_named_as_load_model_takes_it(tmp_path):
+    for base, revision, name in (
         ("org/tiny", None, "org/tiny"),
         ("org/tiny", "v1.0", "org/tiny@v1.0"),
         ("/models/tiny", "v1.0", "/models/tiny"),
         (BUILTIN, None, BUILTIN),
         ("", "v1.0", None),
         (None, None, None),
-    ],
-)
-def test_the_base_of_an_adapter_is_named_as_load_model_takes_it(tmp_path, base, revision, name):
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": base, "revision": revision}))
-    assert base_model_of(tmp_path) == name
+    ):
+        (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": base, "revision": revision}))
+        assert base_model_of(tmp_path) == name
 
 
-@pytest.mark.parametrize("name", ["org/tiny@main", "runs/a@b", "org/tiny", "/x/y@" + "0" * 40, "", BUILTIN])
-def test_only_a_commit_is_taken_out_of_a_name(name):
-    assert unpinned(name) == (name, None)
+def test_only_a_commit_is_taken_out_of_a_name():
+    for name in ("org/tiny@main", "runs/a@b", "org/tiny", "/x/y@" + "0" * 40, "", BUILTIN):
+        assert unpinned(name) == (name, None)
     assert unpinned(f"org/tiny@{'0a' * 20}") == ("org/tiny", "0a" * 20)
     assert with_revision(*unpinned(f"org/tiny@{'0a' * 20}")) == f"org/tiny@{'0a' * 20}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub):
+    hub.add("org/tiny", {"model.safetensors": b""})
+    for name in (
         *("nowhere", "./org/tiny", "/org/tiny", "~/tiny", "org/tiny/", "a/b/c", "../org/tiny", "org/..", "org\\tiny"),
         *("org/tiny@", "org/tiny@../x", "org/tiny@/x", "org/tiny@x\\y", "org/tiny@a@b", "org--tiny/x", "org/tiny\n"),
         *("org/ti..ny", "org/tiny@a/../../x", "org/tiny@a..b"),
         *(" org/tiny", "C:/tiny", "org/ti ny", "https://org/tiny", "örg/tiny"),
-    ],
-)
-def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub, name):
-    hub.add("org/tiny", {"model.safetensors": b""})
-    with pytest.raises(ml.FormatError, match=r"no such directory; a model is a directory with config\.json") as error:
-        fetch(name, "model")
-    assert str(error.value).startswith(f"{Path(name)}: ")
+    ):
+        with pytest.raises(ml.FormatError, match="no such directory; a model is a directory with config") as error:
+            fetch(name, "model")
+        assert str(error.value).startswith(f"{Path(name)}: ")
+    assert "no such directory" in refuses(Path("org/tiny"))  # a path object is never such a name
     assert hub.requested == []
 
 
-@pytest.mark.parametrize("kind", ["model", "tokenizer", "adapter", "dataset"])
-def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypatch, kind):
+def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("org/tiny", "org/tiny@v1.0"):
         Path(name).mkdir(parents=True)
-        assert locate(name, kind) == Location(Path(name), name)
-
-
-def test_a_path_object_is_never_a_name_of_the_hub(hub, models):
-    assert "no such directory" in refuses(Path("org/tiny"))
-    assert hub.requested == []
+        for kind in ("model", "tokenizer", "adapter", "dataset"):
+            assert locate(name, kind) == Location(Path(name), name)
 
 
 def test_a_mistyped_data_file_is_not_looked_for_on_the_hub(hub):
@@ -312,20 +302,17 @@ def test_each_reason_for_not_fetching_is_told(hub, models, monkeypatch):
     assert "HF_HUB_OFFLINE is set" in refuses("org/tiny")
 
 
-@pytest.mark.parametrize(
-    ("kind", "files", "needed"),
-    [
+def test_a_repository_without_a_format_that_is_read_is_told_of(hub):
+    for kind, files, needed in (
         ("model", ["config.json", "pytorch_model.bin"], r"*.safetensors"),
         ("model", ["config.json", "consolidated.safetensors"], r"*.safetensors"),
         ("adapter", ["adapter_config.json", "adapter_model.bin"], r"adapter_model.safetensors"),
         ("tokenizer", ["config.json", "tokenizer.model"], r"tokenizer.json"),
         ("dataset", ["data/train.jsonl", "train.parquet"], r"*.jsonl"),
         ("dataset", [], r"*.jsonl"),
-    ],
-)
-def test_a_repository_without_a_format_that_is_read_is_told_of(hub, kind, files, needed):
-    hub.add("datasets/org/x" if kind == "dataset" else "org/x", dict.fromkeys(files, b"{}"))
-    assert f"the repository has no {needed}" in refuses("org/x", kind)
+    ):
+        hub.add("datasets/org/x" if kind == "dataset" else "org/x", dict.fromkeys(files, b"{}"))
+        assert f"the repository has no {needed}" in refuses("org/x", kind)
 
 
 HOSTILE = ["../../../../a.json", "/b/a.json", "a/../../a.json", "./a.json", "..\\..\\a.json", "C:a.json", "C:\\a.json"]

@@ -44,7 +44,7 @@ def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -76,7 +76,9 @@ def committed(hub):
     }
 
 
-def test_a_run_is_pushed_in_one_commit_with_its_card_and_without_its_checkpoints(hub, run, capsys):
+def test_a_run_is_pushed_in_one_commit_with_its_card_and_without_its_checkpoints_and_is_public_if_asked(
+    hub, run, capsys
+):
     assert main(["push", str(run), "me/mine"]) == 0
     assert capsys.readouterr().out == f"{hub.address}/me/mine/commit/{COMMIT}\n"
     created = json.loads(hub.requests[0][1])
@@ -85,9 +87,7 @@ def test_a_run_is_pushed_in_one_commit_with_its_card_and_without_its_checkpoints
     files = committed(hub)
     assert files.pop("README.md").decode() == model_card(run, "me/mine")
     assert files == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-
-
-def test_public_is_said_to_the_hub(hub, run):
+    hub.requests.clear()
     assert main(["push", str(run), "me/mine", "--public"]) == 0
     assert visibility(json.loads(hub.requests[0][1])) in ("public", False)
 

@@ -14,7 +14,7 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.models.tokenizer import QUOTE, ControlTokens
 from minilora.runs.data import use_prompt_style
-from tests.models import examples
+from tests.models import examples, long
 from tests.text import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation, encoded, trained_bpe
 
 TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
@@ -306,8 +306,7 @@ def test_no_field_of_any_format_can_hold_a_control_token_that_acts(tokenizer, na
     assert acting(chosen, found.tokens) == acting(chosen, expected.tokens) != []
 
 
-@pytest.mark.parametrize("style", ["alpaca", "instruction"])
-@given(kinds, hostile, hostile, hostile)
+@given(st.sampled_from(["alpaca", "instruction"]), kinds, hostile, hostile, hostile)
 def test_nor_can_it_in_a_prompt_style(tokenizer, style, kind, instruction, extra, output):
     chosen = use_prompt_style(tokenizer(kind), style)
     row = {"instruction": instruction, "input": extra, "output": output}
@@ -332,8 +331,9 @@ def test_a_special_token_in_the_text_acts_where_that_is_asked_for(tokenizer):
         assert allowed.count(chosen.token_id(EOS)) == quoted.count(chosen.token_id(EOS)) + 1
 
 
-@pytest.mark.parametrize("allow_special", [False, True])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "allow_special"), [case for name in FORMATS for case in ((name, False), *long((name, True)))]
+)
 def test_noncharacters_are_refused_in_every_field(tokenizer, name, allow_special):
     texts = ["a"] * 6
     for i in range(6):
