@@ -251,7 +251,7 @@ def test_full_fine_tuning_with_new_tokens_comes_to_its_end(tmp_path):
     tokenizer = write_tokenizer(model)
     ml.save_model(tiny_model(vocab_size=len(tokenizer), dtype=torch.float32), model)
     data.write_text('{"prompt": "a <z>", "completion": " b"}\n' * 4)
-    flags = ["--method", "full", "--add-tokens", "<z>", "--max-steps", "1", "--general-data", "none"]
+    flags = ["--method=full", "--add-tokens=<z>", "--max-steps=1", "--general-data=none", "--samples=0", "--force"]
     assert main(["finetune", "--model", str(model), "--data", str(data), *flags, "--out", str(out)]) == 0
     assert ml.load_model(out).config.vocab_size == len(tokenizer) + 1
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.models import CONFIGS, WHOLE, perturb_, tiny_model
 Q, EMBEDDING, HEAD = (
     f"{PREFIX}{name}" for name in ("model.layers.0.self_attn.q_proj", "model.embed_tokens", "lm_head")
 )
+PROJECTIONS = ("q_proj", "up_proj")
 KINDS = {"LoRA": {}, "DoRA": {"use_dora": True}, "biases": {"bias": "all"}}
 
 
@@ -29,16 +31,25 @@ def saved(directory, model=None, **config):
     return directory
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("adapter"), target_modules=PROJECTIONS)
+
+
+@pytest.fixture
+def copy(adapter, tmp_path):
+    return shutil.copytree(adapter, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_all_that_we_save_passes(case, tmp_path):
     assert len(check_adapter_directory(saved(tmp_path, **CONFIGS[case]))) == len(LAWS)
 
 
-@pytest.mark.parametrize("case", KINDS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_an_embedding_and_a_convolution_pass(case, groups, tmp_path):
-    model = many_kinds(groups, torch.float32)
-    check_adapter_directory(saved(tmp_path, model, r=2, target_modules=("0", "1", "2"), **KINDS[case]))
+def test_an_embedding_and_a_convolution_pass(tmp_path):
+    for case, groups in product(KINDS, (1, 2)):
+        directory, model = tmp_path / f"{case} {groups}", many_kinds(groups, torch.float32)
+        check_adapter_directory(saved(directory, model, r=2, target_modules=("0", "1", "2"), **KINDS[case]))
 
 
 def test_numbers_of_16_bits_and_a_path_as_text_pass(tmp_path):
@@ -144,12 +155,11 @@ def assert_found(directory, law, parts):
 
 
 @pytest.mark.parametrize("mistake", TENSORS)
-def test_a_mistake_in_the_tensors_is_found(mistake, tmp_path):
+def test_a_mistake_in_the_tensors_is_found(mistake, copy, tmp_path):
     config, change_tensors, law, parts = TENSORS[mistake]
-    saved(tmp_path, **{"target_modules": ("q_proj", "up_proj"), **config})
-    check_adapter_directory(tmp_path)
-    change(tmp_path, change_tensors)
-    assert_found(tmp_path, law, parts)
+    directory = saved(tmp_path / "own", **{"target_modules": PROJECTIONS, **config}) if config else copy
+    change(directory, change_tensors)
+    assert_found(directory, law, parts)
 
 
 FIELDS = {
@@ -188,10 +198,10 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("mistake", FIELDS)
-def test_a_mistake_in_the_config_is_found(mistake, tmp_path):
+def test_a_mistake_in_the_config_is_found(mistake, copy):
     law, fields, said = FIELDS[mistake]
-    edit(saved(tmp_path, target_modules=("q_proj", "up_proj")), **fields)
-    assert_found(tmp_path, law, [said, CONFIG] if law not in ("shapes", "dora", "biases") else [said, WEIGHTS])
+    edit(copy, **fields)
+    assert_found(copy, law, [said, CONFIG] if law not in ("shapes", "dora", "biases") else [said, WEIGHTS])
 
 
 def test_a_pattern_whose_keys_were_sorted_is_found_and_explained(tmp_path):
@@ -215,13 +225,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
-def test_files_that_cannot_be_read_are_found_by_one_law(mistake, tmp_path):
-    directory = saved(tmp_path / "adapter")
-    BROKEN[mistake](directory)
-    assert_found(directory, "files", ["found", "accepted"])
+def test_files_that_cannot_be_read_are_found_by_one_law(mistake, copy):
+    BROKEN[mistake](copy)
+    assert_found(copy, "files", ["found", "accepted"])
     if mistake != "a pickle beside":
         with pytest.raises(NotApplicable, match="cannot be read"):
-            laws("adapter_directory")["shapes"].check(directory)
+            laws("adapter_directory")["shapes"].check(copy)
 
 
 def test_a_known_deviation_can_be_declared(tmp_path):

@@ -17,7 +17,7 @@ from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
 from minilora.tools.export import FOLDED, KEPT, NOT_PLAIN, export_adapter
 from tests.files import edit, save_file, saved
-from tests.models import WHOLE, randn, scales, seeds, tiny_model
+from tests.models import WHOLE, examples, randn, scales, seeds, tiny_model
 from tests.runs import everything
 
 MORE = [{}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 5, "down_proj": 2}}, {"alpha_pattern": {"up_proj": 0.7}}]
@@ -40,6 +40,7 @@ def factors(directory):
     }
 
 
+@examples(0.5)
 @given(st.lists(st.sampled_from(MORE), max_size=4), st.sampled_from(TARGETS), scales, seeds)
 def test_the_change_is_the_same_but_for_one_rounding_of_each_number_of_b(tmp_path_factory, more, targets, scale, seed):
     directory = tmp_path_factory.mktemp("adapters")
