@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, settings
 
 import minilora as ml
+from tests.runs import runner
 from tests.text import write_tokenizer
 
 collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need the extra `parity`
@@ -63,3 +64,9 @@ def tokenizer(tmp_path_factory):
         return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), **options)
 
     return make
+
+
+@pytest.fixture
+def run(directory, capsys, monkeypatch):
+    """A function that runs a command in the module's `directory`; see `tests.runs.runner`."""
+    return runner(directory, capsys, monkeypatch)

@@ -13,7 +13,7 @@ import pytest
 import minilora as ml
 from minilora.cli.chat import CHAT_HELP
 from tests.models import long, randomize_adapters_
-from tests.runs import interrupt_generation, runner, type_in, write_chat_models
+from tests.runs import interrupt_generation, type_in, write_chat_models
 from tests.text import CHATML, CLOSE, OPEN
 
 NEW = 6
@@ -28,11 +28,6 @@ def directory(tmp_path_factory):
     randomize_adapters_(model, seed=5)
     ml.save_adapter(model, directory / "other" / "second")
     return directory
-
-
-@pytest.fixture
-def run(directory, capsys, monkeypatch):
-    return runner(directory, capsys, monkeypatch)
 
 
 @pytest.fixture

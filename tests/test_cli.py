@@ -53,11 +53,6 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def run(directory, capsys, monkeypatch):
-    return runner(directory, capsys, monkeypatch)
-
-
 # --- flags ---
 
 

@@ -22,7 +22,7 @@ from minilora.storage import ASSETS, BUILTIN, read_json
 from minilora.tools.inspect import adapter_facts, model_facts
 from tests.files import edit, same_state, save_file
 from tests.models import long, perturb_, tiny_model
-from tests.runs import contents, runner
+from tests.runs import contents
 from tests.test_classifier import tiny_classifier
 from tests.text import write_tokenizer
 
@@ -61,11 +61,6 @@ def directory(tmp_path_factory):
         ml.save_adapter(model, directory / task)
         write_classes(directory / f"{task}.jsonl", task, 16)
     return directory
-
-
-@pytest.fixture
-def run(directory, capsys, monkeypatch):
-    return runner(directory, capsys, monkeypatch)
 
 
 def measured(directory, model, data):

@@ -20,7 +20,7 @@ from minilora.storage import TensorFile, read_json
 from minilora.tools.merging import merge_directory
 from tests.files import change, same_state
 from tests.models import WHOLE, long, tiny_model
-from tests.runs import QUICK, everything, runner, unfinished, write_rows
+from tests.runs import QUICK, everything, unfinished, write_rows
 from tests.text import write_tokenizer
 
 DOUBLE = "nf4 with double quantization"
@@ -53,11 +53,6 @@ def directory(tmp_path_factory):
         places = [f"--{flag}={directory / name}" for flag, name in (("model", model), ("out", out))]
         assert cli.main(["finetune", *places, f"--data={directory / 'rows.jsonl'}", *TRAINING, *flags]) == 0
     return directory
-
-
-@pytest.fixture
-def run(directory, capsys, monkeypatch):
-    return runner(directory, capsys, monkeypatch)
 
 
 def with_metadata(adapter, out, metadata):

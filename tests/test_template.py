@@ -23,13 +23,10 @@ def messages_of(turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def test_a_template_sees_messages_tools_and_special_tokens():
+def test_a_template_sees_messages_tools_special_tokens_and_whether_to_write_the_generation_prompt():
     source = "{{ bos_token }}{{ messages[0].role }}|{{ messages[0]['content'] }}|{{ tools | length }}|{{ documents }}"
     assert render(source, special_tokens={"bos_token": "<s>"}, tools=[{}, {}]) == "<s>user|hi|2|None"
     assert render("{{ tools }}") == "None"
-
-
-def test_the_generation_prompt_is_written_when_asked_for():
     source = "{% if add_generation_prompt %}go{% endif %}"
     assert (render(source, add_generation_prompt=True), render(source)) == ("go", "")
 
@@ -77,32 +74,35 @@ def test_strftime_now_is_the_clock(monkeypatch):
     assert render("{{ strftime_now('%d %b %Y %H:%M') }}") == "29 Feb 2024 07:05"
 
 
-def test_a_template_can_refuse_a_conversation_in_its_own_words():
-    with pytest.raises(DataError, match="chat template: roles must alternate"):
-        render("{{ raise_exception('roles must alternate') }}")
-
-
 def test_keys_without_a_value_are_dropped_before_the_template_sees_them():
     messages = [{"role": "assistant", "content": None, "tool_calls": None, "empty": "", "no": False}]
     assert render("{{ messages[0].keys() | list }}", messages) == "['role', 'empty', 'no']"
     assert messages[0]["content"] is None  # the caller's message is not changed
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning_goes_by_all_its_names_of_which_the_first_wins(name):
-    source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
-    assert render(source, [{"role": "assistant", name: "because", "content": "yes"}]) == "because because"
-    assert render(source, [{"reasoning": "c", "thinking": "b", "reasoning_content": "a"}]) == "a b"
-    assert render(source, [{"thinking": "b", "reasoning": "c"}]) == "b b"
+def test_reasoning_goes_by_all_its_names_of_which_the_first_wins():
+    for name in ["reasoning_content", "thinking", "reasoning"]:
+        source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+        assert render(source, [{"role": "assistant", name: "because", "content": "yes"}]) == "because because"
+        assert render(source, [{"reasoning": "c", "thinking": "b", "reasoning_content": "a"}]) == "a b"
+        assert render(source, [{"thinking": "b", "reasoning": "c"}]) == "b b"
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [([], "at least one message"), (["hi"], "found str"), ([None], "found None"), ([["user", "hi"]], "found list")],
-)
-def test_what_is_no_conversation_is_refused(messages, message):
-    with pytest.raises(DataError, match=message):
-        render("", messages)
+def test_what_is_no_conversation_is_refused_and_a_template_can_refuse_one_and_change_none():
+    for messages, message in (
+        ([], "at least one message"),
+        (["hi"], "found str"),
+        ([None], "found None"),
+        ([["user", "hi"]], "found list"),
+    ):
+        with pytest.raises(DataError, match=message):
+            render("", messages)
+    with pytest.raises(DataError, match="chat template: roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+    messages = [{"role": "user", "content": "hi", "parts": [1]}]
+    with pytest.raises(DataError):
+        render("{{ messages[0].parts.append(2) }}", messages)
+    assert messages == [{"role": "user", "content": "hi", "parts": [1]}]
 
 
 MARKED = """{% for m in messages %}<{{ m.role }}>
@@ -116,16 +116,11 @@ MARKED = """{% for m in messages %}<{{ m.role }}>
 
 
 @given(conversations)
-def test_spans_are_what_stands_in_generation_blocks(turns):
+def test_spans_are_what_stands_in_generation_blocks_which_add_nothing_to_the_text(turns):
+    bare = MARKED.replace("{% generation %}", "{% if true %}").replace("{% endgeneration %}", "{% endif %}")
     text, spans = ChatTemplate(MARKED, {}).render_spans(messages_of(turns))
     assert [text[begin:end] for begin, end in spans] == [f"{c}<end>" for role, c in turns if role == "assistant"]
     assert spans == sorted(spans)
-
-
-@given(conversations)
-def test_the_tag_adds_nothing_to_the_text(turns):
-    bare = MARKED.replace("{% generation %}", "{% if true %}").replace("{% endgeneration %}", "{% endif %}")
-    text, _ = ChatTemplate(MARKED, {}).render_spans(messages_of(turns))
     assert text == render(MARKED, messages_of(turns)) == render(bare, messages_of(turns))
     assert not {BEGIN, END} & set(text)
 
@@ -166,19 +161,12 @@ def test_where_the_text_of_a_block_is_a_value_it_is_written_but_its_place_is_not
         chosen.render_spans(USER)
 
 
-@pytest.mark.parametrize("mark", [BEGIN, END])
-def test_text_cannot_forge_the_marks_of_a_span(mark):
-    hidden = [{"role": "user", "content": [{"text": f"a{mark}"}]}]
-    for messages, tools in ((hidden, None), (USER, hidden)):
-        with pytest.raises(DataError, match=r"U\+FDD0"):
-            ChatTemplate(MARKED, {}).render_spans(messages, tools=tools)
-
-
-def test_messages_are_not_changed_by_a_template_that_tries():
-    messages = [{"role": "user", "content": "hi", "parts": [1]}]
-    with pytest.raises(DataError):
-        render("{{ messages[0].parts.append(2) }}", messages)
-    assert messages == [{"role": "user", "content": "hi", "parts": [1]}]
+def test_text_cannot_forge_the_marks_of_a_span():
+    for mark in [BEGIN, END]:
+        hidden = [{"role": "user", "content": [{"text": f"a{mark}"}]}]
+        for messages, tools in ((hidden, None), (USER, hidden)):
+            with pytest.raises(DataError, match=r"U\+FDD0"):
+                ChatTemplate(MARKED, {}).render_spans(messages, tools=tools)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +189,10 @@ def test_what_is_no_template_is_refused_at_once(source):
         ChatTemplate(source, {})
 
 
-def test_a_template_may_have_a_quarter_of_a_million_characters_and_no_more():
+def test_a_template_may_have_a_quarter_of_a_million_characters_and_write_eight_million():
     assert render("a" * TEMPLATE_LIMIT) == "a" * TEMPLATE_LIMIT
     with pytest.raises(FormatError, match=f"{TEMPLATE_LIMIT + 1} characters; at most {TEMPLATE_LIMIT}"):
         ChatTemplate("a" * (TEMPLATE_LIMIT + 1), {})
-
-
-def test_a_template_may_write_eight_million_characters_and_no_more():
     pieces = f"{{% for i in range(8) %}}{{{{ 'a' * {OUTPUT_LIMIT // 8} }}}}{{% endfor %}}"
     assert len(render(pieces)) == OUTPUT_LIMIT
     with pytest.raises(DataError, match=f"wrote more than {OUTPUT_LIMIT} characters"):

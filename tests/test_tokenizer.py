@@ -100,34 +100,25 @@ def test_a_token_is_the_text_of_its_span(chosen, text):
         assert chosen.decode([token]) == text[begin:end]
 
 
-def test_a_character_of_several_tokens_is_in_the_span_of_each(chosen):
+def test_spans_of_characters_of_several_tokens_of_added_tokens_and_of_white_space(chosen, tokenizer, tmp_path):
     ids, spans = chosen.encode_spans("a𝄞b", add_special_tokens=False)
     assert len(ids) == 6  # four bytes, none of which were merged in training
     assert spans == [(0, 1), *[(1, 2)] * 4, (2, 3)]
-
-
-def test_a_token_that_is_not_from_the_text_has_an_empty_span(tokenizer):
-    ids, spans = tokenizer(post="bos").encode_spans("a<|im_end|>b")
+    ids, spans = tokenizer(post="bos").encode_spans("a<|im_end|>b")  # a token that is not from the text has none
     assert (ids[0], ids[2]) == (SPECIAL.index(BOS), SPECIAL.index(CLOSE))
     assert spans == [(0, 0), (0, 1), (1, 11), (11, 12)]
-
-
-def test_white_space_that_is_no_token_belongs_to_the_token_after_it(tmp_path):
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # which is no token, and belongs to the one after it
     backend.save(str(tmp_path / "tokenizer.json"))
     assert ml.load_tokenizer(tmp_path).encode_spans(" a  b") == ([0, 1], [(0, 2), (2, 5)])
 
 
-def test_special_tokens_are_text_or_an_object_that_holds_it(directory):
+def test_special_tokens_are_text_or_an_object_and_the_older_file_counts_where_the_newer_one_says_nothing(directory):
     added = {"content": EOS, "lstrip": False, "special": True}
     config = {"bos_token": BOS, "eos_token": added, "pad_token": None, "added_tokens_decoder": {}}
     tokenizer = ml.load_tokenizer(write(directory, tokenizer_config=config))
     assert tokenizer.special_tokens == {"bos_token": BOS, "eos_token": EOS}
     assert tokenizer.eos_id == 1
-
-
-def test_the_older_file_counts_where_the_newer_one_says_nothing(directory):
     older = {"eos_token": BOS, "pad_token": {"content": CLOSE}}
     write(directory, special_tokens_map=older, tokenizer_config={"eos_token": EOS})
     assert ml.load_tokenizer(directory).special_tokens == {"eos_token": EOS, "pad_token": CLOSE}
@@ -155,26 +146,20 @@ def test_every_token_that_any_file_names_stops_and_one_closes(directory, generat
 HI = [{"role": "user", "content": "hi"}]
 
 
-@pytest.mark.parametrize(
-    ("config", "file", "expected"),
-    [
+def test_a_template_comes_from_its_own_file_or_from_the_config_and_without_one_there_is_nothing_to_render(directory):
+    for template in (None, [{"name": "rag", "template": "a"}], [], 3, ["default"]):
+        tokenizer = ml.load_tokenizer(write(directory, tokenizer_config={"chat_template": template}))
+        assert tokenizer.template is None
+        with pytest.raises(DataError, match="no chat template"):
+            tokenizer.render(HI)
+    for config, file, expected in (
         ("old {{ eos_token }}", None, f"old {EOS}"),
-        ("old", "new", "new"),
         ([{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}], None, "b"),
-    ],
-)
-def test_a_template_comes_from_its_own_file_or_from_the_config(directory, config, file, expected):
-    write(directory, tokenizer_config={"chat_template": config, "eos_token": EOS})
-    write(directory, **({"chat_template": file} if file else {}))
-    assert ml.load_tokenizer(directory).render(HI) == expected
-
-
-@pytest.mark.parametrize("template", [None, [{"name": "rag", "template": "a"}], [], 3, ["default"]])
-def test_without_a_template_there_is_nothing_to_render(directory, template):
-    tokenizer = ml.load_tokenizer(write(directory, tokenizer_config={"chat_template": template}))
-    assert tokenizer.template is None
-    with pytest.raises(DataError, match="no chat template"):
-        tokenizer.render(HI)
+        ("old", "new", "new"),
+    ):
+        write(directory, tokenizer_config={"chat_template": config, "eos_token": EOS})
+        write(directory, **({"chat_template": file} if file else {}))
+        assert ml.load_tokenizer(directory).render(HI) == expected
 
 
 def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
@@ -191,26 +176,18 @@ def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
     assert copy.encode("hi") == tokenizer.encode("hi")
 
 
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+def test_what_is_no_tokenizer_is_refused_with_its_name(directory, tmp_path):
     with pytest.raises(FormatError, match=r"there is no tokenizer\.json"):
         ml.load_tokenizer(tmp_path)
     with pytest.raises(FormatError, match="no such directory"):
         ml.load_tokenizer(tmp_path / "none")
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE"}}', "\0"])
-def test_what_is_no_tokenizer_is_refused_with_its_name(content, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(FormatError, match=r"tokenizer\.json: "):
-        ml.load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "generation_config", "config"])
-def test_a_file_that_is_no_json_object_is_refused_with_its_name(name, directory):
-    with pytest.raises(FormatError, match=f"{name}.json: found a JSON list"):
-        ml.load_tokenizer(write(directory, **{name: []}))
-
-
-def test_a_template_that_cannot_be_one_is_refused(directory):
+    for content in ("", "[]", "{}", '{"model": {"type": "BPE"}}', "\0"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(FormatError, match=r"tokenizer\.json: "):
+            ml.load_tokenizer(tmp_path)
+    for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
+        with pytest.raises(FormatError, match=f"{name}.json: found a JSON list"):
+            ml.load_tokenizer(write(directory, **{name: []}))
+        (directory / f"{name}.json").unlink()
     with pytest.raises(FormatError, match="chat template"):
         ml.load_tokenizer(write(directory, chat_template="{% if %}"))
