@@ -92,10 +92,11 @@ def test_a_message_cannot_forge_a_turn(directory, chat):
 # --- commands ---
 
 
-def test_reset_begins_a_new_conversation(directory, chat):
-    out, err = chat("the cat", "/reset", "sat")
-    assert out == lines_of(Talk(directory).say("the cat"), Talk(directory).say("sat"))
-    assert err == "started a new conversation\n"
+def test_reset_begins_a_new_conversation_also_where_one_is_too_long(directory, chat):
+    out, err = chat("the cat", "/reset", "sat", "the cat " * 200)
+    assert out.startswith(lines_of(Talk(directory).say("the cat"), Talk(directory).say("sat")))
+    assert err.startswith("started a new conversation\n")
+    assert "more than the 256 of the model's training: see /reset" in err
 
 
 def test_a_system_prompt_goes_before_all_turns_and_stays_after_a_reset(directory, chat):
@@ -137,30 +138,27 @@ def test_adapters_go_by_their_directories_names_and_the_first_one_begins(directo
     assert chat(*said, flags=flags).out == lines_of(*(replies[name] for name in order))
 
 
-def test_a_conversation_goes_on_with_another_adapter(directory, chat):
+def test_a_conversation_goes_on_with_another_adapter_and_that_is_said(directory, chat):
     base, adapted = Talk(directory), Talk(directory, "chat-adapter")
     first = adapted.say("the cat")
     base.messages = adapted.messages
-    assert chat("the cat", "/adapter none", "sat", flags=["--adapter=chat-adapter"]).out == lines_of(
-        first, base.say("sat")
-    )
-
-
-def test_a_switch_of_adapters_says_that_the_conversation_goes_on(chat):
-    goes_on = "the conversation goes on; /reset begins a new one\n"
-    flags = ["--adapter=chat-adapter"]
-    assert goes_on in chat("the cat", "/adapter none", flags=flags).err
+    goes_on, flags = "the conversation goes on; /reset begins a new one\n", ["--adapter=chat-adapter"]
+    out, err = chat("the cat", "/adapter none", "sat", flags=flags)
+    assert (out, goes_on in err) == (lines_of(first, base.say("sat")), True)
     for lines in (["/adapter none"], ["the cat", "/reset", "/adapter none"], ["the cat", "/adapter"]):
         assert goes_on not in chat(*lines, flags=flags).err
 
 
-def test_adapters_are_listed_by_name_and_the_active_one_is_marked(directory, chat, monkeypatch):
+def test_adapters_are_listed_by_name_or_path_and_the_active_one_is_marked(directory, chat, monkeypatch, tmp_path):
     flags = ["--adapter=chat-adapter", "--adapter=other/second"]
     listed = "  none\n* chat-adapter\n  second\n  none\n  chat-adapter\n* second\n"
     assert chat("/adapter", "/adapter second", flags=flags) == ("", listed)
     assert chat("/adapter").err == "* none\n"
     monkeypatch.chdir(directory / "other" / "second")
     assert chat("/adapter", flags=["--adapter=."], model=directory / "chat").err == "  none\n* second\n"
+    paths = [shutil.copytree(directory / "chat-adapter", tmp_path / parent / "run") for parent in "ab"]  # of one name
+    said = chat(f"/adapter {paths[1]}", flags=[f"--adapter={path}" for path in paths], model=directory / "chat").err
+    assert said == f"  none\n  {paths[0]}\n* {paths[1]}\n"
 
 
 def test_adapters_that_train_the_same_parameter_can_take_turns(directory, chat, tmp_path):
@@ -170,12 +168,6 @@ def test_adapters_that_train_the_same_parameter_can_take_turns(directory, chat, 
         ml.save_adapter(model, tmp_path / name)
     flags = [f"--adapter={tmp_path / name}" for name in ("one", "two")]
     assert chat("/adapter", flags=flags).err == "  none\n* one\n  two\n"
-
-
-def test_adapters_of_one_name_go_by_their_paths(directory, chat, tmp_path):
-    paths = [shutil.copytree(directory / "chat-adapter", tmp_path / parent / "run") for parent in "ab"]
-    said = chat(f"/adapter {paths[1]}", flags=[f"--adapter={path}" for path in paths]).err
-    assert said == f"  none\n  {paths[0]}\n* {paths[1]}\n"
 
 
 def test_exit_ends_and_help_names_every_command(chat):
@@ -211,15 +203,6 @@ def test_a_chat_template_is_needed_be_it_the_models_or_the_adapters(directory, r
     shutil.copytree(directory / "model-adapter", tmp_path / "run")
     (tmp_path / "run" / "chat_template.jinja").write_text(CHATML)
     assert chat("the cat", flags=[f"--adapter={tmp_path / 'run'}"], model="model").out
-
-
-def test_a_conversation_that_is_too_long_is_told(chat):
-    assert "more than the 256 of the model's training: see /reset" in chat("the cat " * 200).err
-
-
-def test_standard_input_that_is_not_utf_8_ends_it(run, monkeypatch):
-    type_in(monkeypatch, b"a\xff\n")
-    assert "can't decode byte 0xff" in run("chat", "--model=chat", status=1).err
 
 
 # --- Ctrl-C ---
@@ -263,7 +246,9 @@ def test_on_a_terminal_there_is_a_prompt_ctrl_c_drops_the_line_and_ctrl_d_ends(r
     assert (out, err) == ("\n", f"{title}\n{CHAT_HELP}\nstarted a new conversation\n")
 
 
-def test_elsewhere_ctrl_c_between_the_lines_ends_it(run, monkeypatch):
+def test_elsewhere_ctrl_c_between_the_lines_ends_it_and_input_that_is_not_utf_8(run, monkeypatch):
+    type_in(monkeypatch, b"a\xff\n")
+    assert "can't decode byte 0xff" in run("chat", "--model=chat", status=1).err
     enter(monkeypatch, "/reset", KeyboardInterrupt(), prompt="")
     assert run("chat", "--model=chat", status=130) == ("", "started a new conversation\nstopped\n")
 

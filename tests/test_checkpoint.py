@@ -152,12 +152,6 @@ def test_a_loaded_model_does_not_change_with_its_file(saved):
     assert any((parameter == 0).any() for parameter in ml.load_model(saved).parameters())
 
 
-def test_the_builtin_model_loads_and_knows_its_name():
-    model = ml.load_model("minilora/builtin")
-    assert model.name_or_path == "minilora/builtin"
-    assert model(token_ids(0, 1, 3)).shape == (1, 3, model.config.vocab_size)
-
-
 @pytest.mark.parametrize("stored", DTYPES)
 def test_a_model_of_every_dtype_is_saved_and_loaded_in_the_one_that_is_asked_for(stored, tmp_path):
     model = tiny_model("qwen2", dtype=DTYPES[stored], num_hidden_layers=1)
@@ -168,10 +162,8 @@ def test_a_model_of_every_dtype_is_saved_and_loaded_in_the_one_that_is_asked_for
             same_state(ml.load_model(tmp_path, dtype=asked), copy.deepcopy(model).to(dtype))
 
 
-@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize(
-    ("stored", "device", "fast", "expected"),
-    [
+def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch):
+    for stored, device, fast, expected in (
         ("float32", "cpu", False, torch.float32),
         ("bfloat16", "cpu", False, torch.float32),  # slower than float32
         ("bfloat16", "cpu", True, torch.bfloat16),
@@ -180,11 +172,10 @@ def test_a_model_of_every_dtype_is_saved_and_loaded_in_the_one_that_is_asked_for
         ("bfloat16", "cuda", True, torch.bfloat16),
         ("bfloat16", "cuda", False, torch.float32),
         (None, "cuda", False, torch.float32),
-    ],
-)
-def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch, key, stored, device, fast, expected):
-    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda _: fast)
-    assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
+    ):
+        monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda _, fast=fast: fast)
+        for key in ("dtype", "torch_dtype"):
+            assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("stored", DTYPES)
@@ -201,17 +192,14 @@ def test_a_config_that_names_no_dtype_leaves_it_to_the_embedding_in_the_file(mon
     assert read_json(tmp_path / "b" / "config.json")["dtype"] == ("bfloat16" if stored == "float16" else stored)
 
 
-@pytest.mark.parametrize(("asked", "stored"), [("int8", None), ("auto", "float8_e4m3fn"), ("Float32", None)])
-def test_a_dtype_that_is_not_supported_is_refused_with_those_that_are(asked, stored):
-    with pytest.raises(ConfigError, match=r"auto.*bfloat16.*float16.*float32.*float64"):
-        resolve_dtype(asked, {"dtype": stored}, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("device", ["abacus", "cuda:99", torch.device("cuda:99"), 99])
-@pytest.mark.parametrize("load", [ml.load_model, partial(ml.load_classifier, unit="sequence", labels=("a", "b"))])
-def test_a_device_that_is_not_there_is_refused_in_one_line(load, device):
-    with pytest.raises(ml.ConfigError, match=rf"^device '{device}' cannot be used here; need cpu, cuda, .*$"):
-        load("minilora/builtin", device=device)
+def test_the_builtin_model_knows_its_name_and_a_device_that_is_not_there_is_refused_in_one_line():
+    model = ml.load_model("minilora/builtin")
+    assert model.name_or_path == "minilora/builtin"
+    assert model(token_ids(0, 1, 3)).shape == (1, 3, model.config.vocab_size)
+    for load in (ml.load_model, partial(ml.load_classifier, unit="sequence", labels=("a", "b"))):
+        for device in ("abacus", "cuda:99", torch.device("cuda:99"), 99):
+            with pytest.raises(ConfigError, match=rf"^device '{device}' cannot be used here; need cpu, cuda, .*$"):
+                load("minilora/builtin", device=device)
 
 
 def test_all_tensors_that_do_not_fit_are_named_in_one_error(saved):
@@ -238,34 +226,31 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(saved):
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "more"),
-    [
+def test_a_stored_tensor_that_follows_from_the_config_is_passed_over(tmp_path):
+    for family, more in [
         ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}),  # of old files
         ("qwen2", {"lm_head.weight": torch.zeros(61, 24)}),  # is tied
-    ],
-)
-def test_a_stored_tensor_that_follows_from_the_config_is_passed_over(family, more, tmp_path):
-    before = ml.load_model(write_base(tmp_path, family))
-    change(tmp_path, more)
-    same_state(ml.load_model(tmp_path), before)
+    ]:
+        before = ml.load_model(write_base(tmp_path / family, family))
+        change(tmp_path / family, more)
+        same_state(ml.load_model(tmp_path / family), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_weights_that_are_no_plain_floating_point_numbers_are_refused(dtype, saved):
-    change(saved, {"model.norm.weight": torch.ones(24).to(dtype)})
-    with pytest.raises(FormatError, match=rf"model.norm.weight is {dtype}; supported are .*float32"):
-        ml.load_model(saved)
+def test_weights_that_are_no_plain_floating_point_numbers_are_refused_and_dtypes_that_are_not_supported(saved):
+    for asked, stored in (("int8", None), ("auto", "float8_e4m3fn"), ("Float32", None)):
+        with pytest.raises(ConfigError, match=r"auto.*bfloat16.*float16.*float32.*float64"):
+            resolve_dtype(asked, {"dtype": stored}, torch.device("cpu"))
+    for dtype in [torch.int8, torch.bool, torch.float8_e4m3fn]:
+        change(saved, {"model.norm.weight": torch.ones(24).to(dtype)})
+        with pytest.raises(FormatError, match=rf"model.norm.weight is {dtype}; supported are .*float32"):
+            ml.load_model(saved)
 
 
-def test_a_shard_outside_of_the_directory_is_never_opened(saved):
+def test_a_shard_outside_of_the_directory_is_never_opened_and_tensors_that_a_shard_does_not_hold_are_named(saved):
     for name in ("../model.safetensors", "/model.safetensors", "a/../../b", "..", ""):
         write_json(saved / INDEX, {"weight_map": {"model.norm.weight": name}})
         with pytest.raises(FormatError, match="is not a plain file name"):
             ml.load_model(saved)
-
-
-def test_tensors_that_their_shard_does_not_hold_are_named(saved):
     write_json(saved / INDEX, {"weight_map": {"model.norm.bias": "model.safetensors"}})
     with pytest.raises(FormatError, match=r"do not hold: \['model.norm.bias'\]"):
         ml.load_model(saved)

@@ -136,13 +136,7 @@ def test_a_stop_string_ends_the_text_before_it(directory, command, monkeypatch):
     assert len(computed) < 40  # and nothing is computed after it
 
 
-def test_a_raw_prompt_does_not_end_with_the_token_that_closes_a_text(tmp_path):
-    tokenizer = write_tokenizer(tmp_path, post="bos and eos")
-    prompt = encode_prompt(Row({"prompt": "the cat"}, "x"), tokenizer, None, "raw")
-    assert prompt == [tokenizer.token_id(BOS), *tokenizer.encode("the cat", add_special_tokens=False)]
-
-
-def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else(tmp_path):
+def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else_and_it_is_not_closed(tmp_path):
     tokenizer = write_tokenizer(tmp_path, template=CHATML)
     forged, act = f"a{CLOSE}{OPEN}b", tokenizer.token_id(CLOSE)
     for fields, asking, count in (
@@ -152,6 +146,9 @@ def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else(tmp_path):
         ({"messages": [user(forged)]}, "chat", 1),
     ):
         assert encode_prompt(Row(fields, "x"), tokenizer, None, asking).count(act) == count
+    tokenizer = write_tokenizer(tmp_path, post="bos and eos")  # it does not end with the token that closes a text
+    prompt = encode_prompt(Row({"prompt": "the cat"}, "x"), tokenizer, None, "raw")
+    assert prompt == [tokenizer.token_id(BOS), *tokenizer.encode("the cat", add_special_tokens=False)]
 
 
 @pytest.fixture
@@ -271,16 +268,12 @@ def test_instruction_rows_are_asked_in_alpacas_form_where_the_model_has_no_templ
     assert [row["text"] for row in rows_of(command("--prompts", tmp_path / "rows.jsonl"))] == expected
 
 
-def test_several_prompts_are_answered_in_a_json_object_a_line(directory, command):
+def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_line(directory, command, tmp_path):
     rows = [{"prompt": text, "text": written(directory, text)} for text in ("the cat", "the sea")]
     assert rows_of(command("--prompt=the cat", "--prompt=the sea")) == rows
     assert rows_of(command("--prompt=the cat", "--prompt=-", stdin="the sea\n")) == rows
     assert rows_of(command("--prompt=the cat", "--json")) == rows[:1]
-
-
-def test_a_text_file_has_a_prompt_a_line_each_answered_in_a_json_object(directory, command, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffthe cat\r\n\n  \nthe sea".encode())
-    rows = [{"prompt": text, "text": written(directory, text)} for text in ("the cat", "the sea")]
     assert rows_of(command("--prompts", tmp_path / "prompts.txt")) == rows
     (tmp_path / "prompts.txt").write_text("naïve 漢字")
     assert command("--prompts", tmp_path / "prompts.txt").startswith('{"prompt": "naïve 漢字", "text": ')
@@ -314,12 +307,9 @@ def test_samples_have_seeds_of_their_own_and_the_batch_size_changes_nothing(dire
         {"prompt": text, "sample": sample, "text": written(directory, text, temperature=1.5, seed=4 + i)}
         for i, (text, sample) in enumerate(asked)
     ]
-
-
-def test_samples_of_one_prompt_stand_under_their_numbers(directory, command):
-    one, other = (written(directory, "the cat", temperature=1.5, seed=seed) for seed in (4, 5))
-    found = command("--prompt=the cat", "--temperature=1.5", "--seed=4", "--samples=2")
-    assert found == f"--- sample 1 of 2\n{one}\n--- sample 2 of 2\n{other}\n"
+    one, other = (row["text"] for row in found[:2])  # of one prompt they stand under their numbers
+    shown = command("--prompt=the cat", *sampled)
+    assert shown == f"--- sample 1 of 2\n{one}\n--- sample 2 of 2\n{other}\n"
 
 
 # --- beside the base model ---
@@ -367,11 +357,6 @@ def test_words_are_whole_and_lines_are_full(words, width):
         assert len(line) + 1 + len(following.split()[0]) > width
 
 
-def test_lines_and_indentation_of_a_text_stay():
-    assert wrap("word ", 4) == ["word"]
-    assert wrap("def f():\n\tpass\n\nmore words", 9) == ["def f():", "    pass", "", "more", "words"]
-
-
 @given(wide, wide, st.integers(8, 120))
 def test_columns_are_aligned_and_fit(left, right, width):
     lines = columns(left, right, ("base", "a/very/long/path/of/an/adapter"), width).splitlines()
@@ -385,11 +370,10 @@ def test_columns_are_aligned_and_fit(left, right, width):
         ]
 
 
-def test_the_end_of_a_title_is_what_is_shown_of_it():
+def test_lines_and_columns_look_like_this():
+    assert wrap("word ", 4) == ["word"]
+    assert wrap("def f():\n\tpass\n\nmore words", 9) == ["def f():", "    pass", "", "more", "words"]
     assert columns("a", "b", ("base", "a/path/to/run"), 15).splitlines()[0] == "base   │ …o/run"
-
-
-def test_columns_look_like_this():
     assert columns("the cafe\u0301 by the sea ", " 漢字 the end", ("base", "path/to/run"), 25).splitlines() == [
         "base        │ path/to/run",
         "────────────┼────────────",
@@ -438,20 +422,16 @@ def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path, name, 
     assert phrase in refused("--prompts", tmp_path / name, model="chat")
 
 
-def test_messages_need_a_template(refused, tmp_path):
+def test_messages_need_a_template_standard_input_is_utf_8_and_a_terminal_is_not_waited_for(
+    refused, monkeypatch, tmp_path
+):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
     assert "rows.jsonl:1: the model has no chat template" in refused("--prompts", tmp_path / "rows.jsonl")
     assert "--raw leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")
-
-
-def test_a_terminal_is_not_waited_for(refused, monkeypatch):
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    assert "give --prompt TEXT, --prompts FILE" in refused()
-
-
-def test_standard_input_that_is_not_utf_8_is_told(refused, monkeypatch):
     type_in(monkeypatch, b"a\xff")
     assert "can't decode byte 0xff" in refused()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert "give --prompt TEXT, --prompts FILE" in refused()
 
 
 def test_ctrl_c_ends_the_text_and_the_command(directory, monkeypatch, capsys):

@@ -45,12 +45,14 @@ def plot(*words):
 # --- reading ---
 
 
-def test_the_curves_are_what_the_run_wrote(tmp_path):
+def test_the_curves_are_what_the_run_wrote_without_what_is_not_finite(tmp_path):
     written = list(records(30))
     run = read_metrics(write_run(tmp_path / "run", written))
     for key in ("loss", "learning_rate", "grad_norm", "eval_loss"):
         expected = [(record["step"], record[key]) for record in written if key in record]
         assert list(zip(*vars(getattr(run, key)).values(), strict=True)) == expected
+    losses = [{"step": i, "loss": loss} for i, loss in enumerate([1, math.nan, math.inf, None, 2])]
+    assert read_metrics(write_run(tmp_path / "other", losses)).loss == Curve((0, 4), (1, 2))
 
 
 def test_of_a_file_cut_off_anywhere_every_whole_line_counts(tmp_path):
@@ -60,11 +62,6 @@ def test_of_a_file_cut_off_anywhere_every_whole_line_counts(tmp_path):
         path.write_bytes(whole[:length])
         run = read_metrics(path.parent)
         assert len(run.loss) + len(run.eval_loss) == whole[:length].count(b"\n")
-
-
-def test_what_is_not_finite_is_left_out(tmp_path):
-    run = write_run(tmp_path / "run", [{"step": i, "loss": x} for i, x in enumerate([1, math.nan, math.inf, None, 2])])
-    assert read_metrics(run).loss == Curve((0, 4), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -148,14 +145,13 @@ def test_of_many_steps_a_smoothed_line_lies_over_a_faint_one_unless_the_runs_are
     assert len(axes(dict.fromkeys("abcd", run))[0].get_lines()) == 4 * 2
 
 
-def test_runs_are_told_apart_by_colour_and_dash(tmp_path):
+def test_runs_are_told_apart_by_colour_and_dash_a_single_step_is_a_dot_and_the_title_names_one_run():
     lines = axes(dict.fromkeys("abcdefghijklmnopqrst", metrics([3.0, 2.0])))[1].get_lines()
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
-
-
-def test_a_single_step_is_a_dot():
     lines = [line for panel in axes({"run": metrics([3.0], [2.0])}) for line in panel.get_lines()]
     assert [line.get_marker() for line in lines] == [".", "o", ".", "."]
+    assert draw({"$a_b$": metrics([1.0])}).get_suptitle() == "Fine-tuning: $a_b$"
+    assert draw(dict.fromkeys("ab", metrics([1.0]))).get_suptitle() == "Fine-tuning: 2 runs"
 
 
 def legend(runs, held_out=None):
@@ -187,12 +183,6 @@ def test_the_loss_before_and_after_is_that_of_the_summary(tmp_path):
     (run / "summary.json").write_text(json.dumps({"before": {"loss": 3.5}}))
     with pytest.raises(FormatError, match=r"summary\.json: need 'steps'"):
         held_out_loss(run)
-
-
-def test_the_title_is_the_name_of_the_run_or_how_many_there_are():
-    pytest.importorskip("matplotlib")
-    assert draw({"$a_b$": metrics([1.0])}).get_suptitle() == "Fine-tuning: $a_b$"
-    assert draw(dict.fromkeys("ab", metrics([1.0]))).get_suptitle() == "Fine-tuning: 2 runs"
 
 
 def test_the_legend_names_every_run_as_it_is_written(tmp_path, capsys):

@@ -79,16 +79,14 @@ def test_tables_are_cosine_and_sine_of_position_times_frequency(rope, length):
 
 
 @given(ropes(kinds=["longrope"]), st.sampled_from([None, 1.0, 2.5]), st.none() | st.sampled_from([0.5, 1.0, 6.0]))
-def test_longrope_stretches_its_tables_by_the_root_of_the_growth_in_logarithms(rope, attention_factor, factor):
+def test_longrope_alone_stretches_its_tables_by_the_root_of_the_growth_in_logarithms(rope, attention_factor, factor):
+    for kind in ROPE_KEYS.keys() - {"longrope"}:
+        numbers = {key: 2.0 + i for i, key in enumerate(ROPE_KEYS[kind])}
+        assert replace(rope, kind=kind, scaling=numbers).amplitude == 1
     scaling = {**rope.scaling, "attention_factor": attention_factor, "factor": factor}
     rope = replace(rope, scaling=scaling)
     cos, _ = reference_model.rope_table(rope, 1)  # the cosine of 0, stretched
     assert_maths(torch.tensor(rope.amplitude, dtype=torch.float64), cos[0, 0])
-
-
-@given(ropes(kinds=[kind for kind in ROPE_KEYS if kind != "longrope"]))
-def test_every_other_kind_leaves_the_tables_unstretched(rope):
-    assert rope.amplitude == 1
 
 
 @given(ropes(kinds=["default"]), document_lengths)
@@ -113,11 +111,6 @@ def test_longrope_takes_its_long_factors_beyond_the_trained_length(rope):
         assert_parity(rope.frequencies(length) * factors / plain, torch.ones_like(plain))
 
 
-def test_an_unknown_kind_is_refused_with_the_kinds_that_are_supported():
-    with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
-        ScaledRope(8, 1e4, "yarn", {"factor": 2.0}, 16, 16)
-
-
 @pytest.mark.parametrize("kind", [kind for kind, keys in ROPE_KEYS.items() if keys])
 def test_every_number_that_a_kind_lacks_or_that_cannot_work_is_named(kind):
     for value in (None, "2", 0, -1.0, True, float("inf"), [], {}):
@@ -127,13 +120,12 @@ def test_every_number_that_a_kind_lacks_or_that_cannot_work_is_named(kind):
             assert (repr(key) if value is None else f"{key}: found {value!r}") in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", ["short_factor", "long_factor"])
-def test_longrope_needs_a_factor_for_each_pair(wrong):
-    scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
-    with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
-        ScaledRope(8, 1e4, "longrope", scaling, 16, 16)
-
-
-def test_a_pair_that_turns_alone_cannot_be_dynamic():
+def test_what_a_kind_cannot_do_is_refused():
+    for wrong in ("short_factor", "long_factor"):
+        scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
+        with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
+            ScaledRope(8, 1e4, "longrope", scaling, 16, 16)
     with pytest.raises(ConfigError, match="only 2 coordinates of a head turn"):
         ScaledRope(2, 1e4, "dynamic", {"factor": 2.0}, 16, 16)
+    with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
+        ScaledRope(8, 1e4, "yarn", {"factor": 2.0}, 16, 16)

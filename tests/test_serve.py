@@ -71,12 +71,19 @@ def test_a_mixed_batch_is_its_rows_apart(crowded, chosen, seed):
         assert_maths(found[:length], alone(model, name, row[:length]))
 
 
-def test_after_a_mixed_batch_the_active_adapters_act_again():
-    model, ids = model_with("linears", "dora"), token_ids(1, 2, 5)
+def test_after_a_mixed_batch_the_active_adapters_act_again_and_after_one_inside_another_those_of_the_outer():
+    model, ids, chosen = model_with("linears", "dora"), token_ids(4, 3, 5), ["dora", "linears", None]
     before = model(ids)
-    with pytest.raises(ShapeError, match="2 rows, and 3 adapters"), mixed_batch(model, ["linears", None, "dora"]):
-        model(ids)
+    with pytest.raises(ShapeError, match="2 rows, and 3 adapters"), mixed_batch(model, chosen):
+        model(ids[:2])
     assert torch.equal(model(ids), before)
+    with mixed_batch(model, ["linears", None]):
+        outer = model(ids[:2])
+        with mixed_batch(model, chosen):
+            inner = model(ids)
+        assert torch.equal(model(ids[:2]), outer)
+    for row, name, found in zip(ids, chosen, inner, strict=True):
+        assert_maths(found, alone(model, name, row))
 
 
 def test_a_model_that_keeps_its_rows_apart_needs_no_lengths():
@@ -91,28 +98,17 @@ def test_a_model_that_keeps_its_rows_apart_needs_no_lengths():
         assert_maths(found, alone(model, name, row))
 
 
-def test_a_mixed_batch_inside_another_has_its_own_rows():
-    model, ids, chosen = model_with("linears", "dora"), token_ids(4, 3, 5), ["dora", "linears", None]
-    with mixed_batch(model, ["linears", None]):
-        before = model(ids[:2])
-        with mixed_batch(model, chosen):
-            inner = model(ids)
-        assert torch.equal(model(ids[:2]), before)
-    for row, name, found in zip(ids, chosen, inner, strict=True):
-        assert_maths(found, alone(model, name, row))
-
-
-@pytest.mark.parametrize("config", [{}, {"target_modules": (), "target_parameters": ("0.weight",)}])
-def test_rows_whose_adapter_is_not_known_are_refused(config):
-    model = nn.Sequential(nn.Linear(5, 4)).double()
-    attach(model, LoraConfig(r=2, **config), dtype=torch.float64)
-    with mixed_batch(model, ["default", None]), pytest.raises((ShapeError, TargetError), match=r"got 3 rows|mixed in"):
-        model(randn(0, 3, 5))
-
-
-def test_a_mixed_batch_of_unknown_adapters_is_refused():
-    with pytest.raises(TargetError, match="no adapter is called 'other'"), mixed_batch(model_with("dora"), ["other"]):
-        pass
+def test_rows_whose_adapter_is_not_known_are_refused():
+    for config in [{}, {"target_modules": (), "target_parameters": ("0.weight",)}]:
+        model = nn.Sequential(nn.Linear(5, 4)).double()
+        attach(model, LoraConfig(r=2, **config), dtype=torch.float64)
+        with (
+            mixed_batch(model, ["default", None]),
+            pytest.raises((ShapeError, TargetError), match=r"got 3 rows|mixed in"),
+        ):
+            model(randn(0, 3, 5))
+        with pytest.raises(TargetError, match="no adapter is called 'other'"), mixed_batch(model, ["other"]):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -141,7 +137,7 @@ def test_many_tokens_are_written_with_merged_weights_and_what_was_there_comes_ba
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_rows_with_an_adapter_each_and_models_without_one_are_not_merged():
+def test_rows_with_an_adapter_each_models_without_one_and_large_weights_are_not_merged():
     model = model_with("linears", "dora")
     layers = adapter_layers(model)
     with mixed_batch(model, ["dora", None]), merged_if_faster(model, MERGE_TOKENS):
@@ -151,17 +147,12 @@ def test_rows_with_an_adapter_each_and_models_without_one_are_not_merged():
     with merged_if_faster(tiny_model(), MERGE_TOKENS):
         pass
     next(iter(layers.values())).register_forward_hook(lambda *_: None)
-    with merged_if_faster(model, MERGE_TOKENS):
-        assert adapter_layers(model) == layers
-
-
-def test_a_second_copy_of_large_weights_is_not_made():
-    """Of two, of which the first alone has a gibibyte."""
-    model = nn.Sequential(*(nn.Linear(2**14, out, device="meta") for out in (2**14, 3)))
-    attach(model, LoraConfig(r=1, target_modules=["0", "1"]))
-    layers = adapter_layers(model)
-    with merged_if_faster(model, MERGE_TOKENS):
-        assert adapter_layers(model) == layers
+    large = nn.Sequential(*(nn.Linear(2**14, out, device="meta") for out in (2**14, 3)))  # one of them has a gibibyte
+    attach(large, LoraConfig(r=1, target_modules=["0", "1"]))
+    for unmerged in (model, large):
+        layers = adapter_layers(unmerged)
+        with merged_if_faster(unmerged, MERGE_TOKENS):
+            assert adapter_layers(unmerged) == layers
 
 
 @examples(0.4)

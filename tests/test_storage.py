@@ -101,16 +101,20 @@ def test_what_is_no_safetensors_file_is_refused(content, path):
     assert "not a safetensors file" in refuses(TensorFile, path)
 
 
+def test_a_tensor_that_cannot_be_read_is_refused(path):
+    path.write_bytes(tensor_bytes({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, b"123"))
+    assert "a cannot be read" in refuses(lambda path: TensorFile(path).read("a"), path)  # torch has no such numbers
+    write_tensors(path, {"a": torch.ones(5000)})
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "a cannot be read" in refuses(lambda _: file.read("a"), path)
+
+
 def test_looking_into_a_file_maps_none_of_it(path, monkeypatch):
     """PyTorch's way to map a file fails for one that is larger than the memory."""
     write_tensors(path, {"a": torch.ones(3)})
     monkeypatch.setattr(torch.UntypedStorage, "from_file", lambda *_: pytest.fail("the file was mapped as tensors"))
     assert TensorFile(path).shapes == {"a": (3,)}
-
-
-def test_a_tensor_of_a_kind_that_torch_does_not_have_is_refused(path):
-    path.write_bytes(tensor_bytes({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, b"123"))
-    assert "a cannot be read" in refuses(lambda path: TensorFile(path).read("a"), path)
 
 
 @given(st.integers(0, 200), st.integers(0, 7), st.booleans())
@@ -126,46 +130,36 @@ def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, posit
         assert str(path) in str(error)  # noqa: PT017 - either is right
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_shard_that_is_no_plain_file_name_is_refused_and_an_index_without_a_map(path):
+    for name in (
         *("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:\\a", "C:a", "a\0b", "a/../b", "./a", "/", "//a"),
         *("../../etc/passwd", "a/../../b", "\\\\server\\share", "\0", "~/../a", "file:///etc/passwd", "a/", "a:b"),
         *("a\\..\\..\\b", "..%2fa/..", "....//a", "a/./b"),
         *(3, None, ["model.safetensors"], {"a": 1}, True),
-    ],
-    ids=repr,
-)
-def test_a_shard_that_is_no_plain_file_name_is_refused(name, path):
-    write_json(path, {"weight_map": {"a": "model.safetensors", "b": name}})
-    assert f"{name!r} is not a plain file name" in refuses(shard_names, path)
-
-
-@pytest.mark.parametrize("value", [None, [], "model.safetensors", 3])
-def test_an_index_without_a_map_is_refused(value, path):
-    write_json(path, {"weight_map": value})
-    assert "weight_map" in refuses(shard_names, path)
-
-
-def test_plain_file_names_are_returned_as_they_are(path):
+    ):
+        write_json(path, {"weight_map": {"a": "model.safetensors", "b": name}})
+        assert f"{name!r} is not a plain file name" in refuses(shard_names, path)
+    for value in (None, [], "model.safetensors", 3):
+        write_json(path, {"weight_map": value})
+        assert "weight_map" in refuses(shard_names, path)
     names = {"a": "model-00001-of-00002.safetensors", "b": "..model", "c": "mod el.é"}
     write_json(path, {"weight_map": names})
     assert shard_names(path) == names
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, FormatError])
-def test_an_error_leaves_the_old_file_and_nothing_else(kind, path):
+def test_an_error_leaves_the_old_file_and_nothing_else(path):
     path.write_text("old")
 
-    def fail():
+    def fail(kind):
         with replacing(path) as temporary:
             temporary.write_text("half")
             raise kind
 
-    with pytest.raises(kind):
-        fail()
-    assert [file.name for file in path.parent.iterdir()] == ["file"]
-    assert path.read_text() == "old"
+    for kind in (KeyboardInterrupt, OSError, FormatError):
+        with pytest.raises(kind):
+            fail(kind)
+        assert [file.name for file in path.parent.iterdir()] == ["file"]
+        assert path.read_text() == "old"
 
 
 def test_nothing_is_under_the_name_before_all_of_it_is(path):
@@ -194,49 +188,54 @@ def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_file_modes_follow_the_umask(umask, path):
-    before = os.umask(umask)
-    try:
-        write_json(path, {})
-        write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
-        now = os.umask(umask)
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o666 & ~umask}
-    assert now == umask  # it was only looked at
+def test_file_modes_follow_the_umask(path):
+    for umask in [0o022, 0o027, 0o077]:
+        before = os.umask(umask)
+        try:
+            write_json(path, {})
+            write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
+            now = os.umask(umask)
+        finally:
+            os.umask(before)
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o666 & ~umask}
+        assert now == umask  # it was only looked at
 
 
-def test_json_keeps_its_order_and_its_letters_and_missing_directories_are_made(path):
+def test_json_keeps_its_order_and_letters_missing_directories_are_made_and_lines_are_an_object_each(path):
     path = path / "below" / "a"
     write_json(path, {"b": "ü—漢", "a": [1.5, None, True]})
     assert list(read_json(path).items()) == [("b", "ü—漢"), ("a", [1.5, None, True])]
     assert read_text(path).endswith("}\n")
     assert "ü—漢" in read_text(path)
+    lines = [{"step": 1}, {"step": 2, "text": "a\nb"}]
+    for line in lines:
+        append_line(path.with_name("lines"), line)
+    assert [json.loads(line) for line in read_text(path.with_name("lines")).splitlines()] == lines
 
 
-def test_lines_are_appended_one_object_each(path):
-    append_line(path, {"step": 1})
-    append_line(path, {"step": 2, "text": "a\nb"})
-    assert [json.loads(line) for line in read_text(path).splitlines()] == [{"step": 1}, {"step": 2, "text": "a\nb"}]
+def test_tensors_are_read_as_they_were_written(path):
+    for dtype in DTYPES.values():
+        tensors = {"a": randn(1, 3, 4), "transposed": randn(2, 3, 4).T, "empty": randn(3, 0), "scalar": randn(4, 1)[0]}
+        tensors = {name: (9 * tensor).to(dtype) for name, tensor in tensors.items()}
+        write_tensors(path, tensors, {"key": "value"})
+        file = TensorFile(path)
+        assert file.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        assert {name: entry.bytes for name, entry in file.entries.items()} == {n: t.nbytes for n, t in tensors.items()}
+        assert {DTYPES[entry.dtype] for entry in file.entries.values()} == {dtype}
+        assert file.metadata == {"format": "pt", "key": "value"}
+        for name, tensor in tensors.items():
+            assert file.read(name).dtype == dtype
+            assert torch.equal(file.read(name), tensor)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values())
-def test_tensors_are_read_as_they_were_written(dtype, path):
-    tensors = {"a": randn(1, 3, 4), "transposed": randn(2, 3, 4).T, "empty": randn(3, 0), "scalar": randn(4, 1)[0]}
-    tensors = {name: (9 * tensor).to(dtype) for name, tensor in tensors.items()}
-    write_tensors(path, tensors, {"key": "value"})
-    file = TensorFile(path)
-    assert file.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert {name: entry.bytes for name, entry in file.entries.items()} == {n: t.nbytes for n, t in tensors.items()}
-    assert {DTYPES[entry.dtype] for entry in file.entries.values()} == {dtype}
-    assert file.metadata == {"format": "pt", "key": "value"}
-    for name, tensor in tensors.items():
-        assert file.read(name).dtype == dtype
-        assert torch.equal(file.read(name), tensor)
-
-
-def test_what_is_written_has_the_format_that_transformers_asks_for(path):
+def test_metadata_has_one_order_and_the_format_that_transformers_asks_for(path):
+    tensors, metadata = {"ä": torch.arange(3.0), "b": torch.ones(2, 2)}, {f"key {i}": "ü" * i for i in range(9)}
+    contents = set()
+    for _ in range(5):
+        write_tensors(path, tensors, metadata)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert TensorFile(path).metadata == {"format": "pt", **metadata}
     write_tensors(path, {"a": torch.ones(2, requires_grad=True)})
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -247,16 +246,6 @@ def test_remove_leaves_nothing_whatever_there_was(make, path):
     make(path)
     remove(path)
     assert not path.exists()
-
-
-def test_metadata_is_written_in_one_order(path):
-    tensors, metadata = {"ä": torch.arange(3.0), "b": torch.ones(2, 2)}, {f"key {i}": "ü" * i for i in range(9)}
-    contents = set()
-    for _ in range(5):
-        write_tensors(path, tensors, metadata)
-        contents.add(path.read_bytes())
-    assert len(contents) == 1
-    assert TensorFile(path).metadata == {"format": "pt", **metadata}
 
 
 def test_a_write_that_cannot_be_done_leaves_nothing_behind(path, monkeypatch):
@@ -281,13 +270,6 @@ def test_files_that_another_writer_has_staged_are_not_thrown_away(tmp_path, monk
         write_text(directory / "weights", "ours")
     assert theirs.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == [durable.STAGED]
-
-
-def test_a_file_that_has_become_shorter_is_refused(path):
-    write_tensors(path, {"a": torch.ones(5000)})
-    file = TensorFile(path)
-    path.write_bytes(path.read_bytes()[:-4])
-    assert "a cannot be read" in refuses(lambda _: file.read("a"), path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts what is mapped")

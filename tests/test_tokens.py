@@ -138,15 +138,15 @@ def test_the_loss_of_labelled_tokens_is_that_of_full_logits(recompute):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_merging_writes_the_rows_into_embedding_and_head_and_ties_them_again(dtype):
-    model = with_rows(dtype=dtype, own=torch.float32)
-    rows(model).data.copy_(randn(0, 3, 24))
-    expected = written_out(base_model(dtype=dtype).model.embed_tokens.weight, ROWS, rows(model))
-    ml.merge(model)
-    assert torch.equal(model.model.embed_tokens.weight, expected)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert type(model.model.embed_tokens) is nn.Embedding
+def test_merging_writes_the_rows_into_embedding_and_head_and_ties_them_again():
+    for dtype in [torch.float64, torch.bfloat16]:
+        model = with_rows(dtype=dtype, own=torch.float32)
+        rows(model).data.copy_(randn(0, 3, 24))
+        expected = written_out(base_model(dtype=dtype).model.embed_tokens.weight, ROWS, rows(model))
+        ml.merge(model)
+        assert torch.equal(model.model.embed_tokens.weight, expected)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert type(model.model.embed_tokens) is nn.Embedding
 
 
 def test_two_adapters_act_together_where_their_rows_are_others():
@@ -164,7 +164,7 @@ def test_two_adapters_act_together_where_their_rows_are_others():
         ml.set_adapter(model, ["second", "third"])
 
 
-def test_tokens_that_there_are_not_are_refused():
+def test_tokens_that_there_are_not_are_refused_and_a_trained_bias_beside_a_tied_head_that_reads_them():
     for ids, said in (
         ((3, 61), r"\[61\] are not below 61, the rows of model\.embed_tokens"),
         ((3, 3), "ids from 0, each once"),
@@ -174,9 +174,6 @@ def test_tokens_that_there_are_not_are_refused():
             with_rows(ids)
     with pytest.raises(ml.TargetError, match="does not say which its embedding is"):
         ml.attach(nn.Sequential(nn.Embedding(3, 2)), ml.LoraConfig(target_modules=(), trainable_token_indices=(1,)))
-
-
-def test_a_tied_head_that_reads_trained_rows_cannot_have_its_bias_trained_beside_them():
     model = base_model()
     model.lm_head.bias = nn.Parameter(torch.zeros(61, dtype=torch.float64))
     config = ml.LoraConfig(target_modules=("q_proj",), bias="all", trainable_token_indices=ROWS)
