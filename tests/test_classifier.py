@@ -78,14 +78,6 @@ def test_scores_are_the_oracle_s_whatever_pads_a_sequence(family, seed, lengths,
 
 
 @units
-def test_all_linear_trains_the_head_in_full(unit):
-    model = tiny_classifier(unit)
-    ml.attach(model, ml.LoraConfig(r=2))
-    assert "score" in linear_layers(model)
-    assert isinstance(model.score, TrainedCopy)  # without being told that it is a classifier
-
-
-@units
 @layouts
 def test_what_was_saved_loads_bit_for_bit_with_its_labels(unit, family, tmp_path):
     model = tiny_classifier(unit, family, dtype=torch.float32)
@@ -94,6 +86,9 @@ def test_what_was_saved_loads_bit_for_bit_with_its_labels(unit, family, tmp_path
     same_state(loaded, model)
     assert (loaded.unit, loaded.labels, loaded.name_or_path) == (unit, tuple(LABELS), str(tmp_path))
     assert not loaded.training
+    ml.attach(loaded, ml.LoraConfig(r=2))  # all linears; the head in full, without being told that it is a classifier
+    assert "score" in linear_layers(model)
+    assert isinstance(loaded.score, TrainedCopy)
 
 
 @units
@@ -130,20 +125,14 @@ def test_a_language_model_gives_its_trunk_and_the_seed_the_head(unit, family, tm
     assert bias is None if unit == "sequence" else not bias.any()
 
 
-def test_a_file_that_names_no_labels_has_the_two_that_transformers_does_not_write(tmp_path):
-    ml.save_model(tiny_classifier("sequence", labels=["LABEL_0", "LABEL_1"]), tmp_path)
-    config = read_json(tmp_path / "config.json")
-    write_json(tmp_path / "config.json", {key: config[key] for key in config if key not in ("id2label", "label2id")})
-    assert load_classifier(tmp_path).labels == ("LABEL_0", "LABEL_1")
-
-
 NO_CLASSIFIER = "is no classifier; name unit and labels"
 ANOTHER = "gives each sequence one of ['bad', 'good', 'so so']; asked for is one that gives each"
 
 
-@pytest.mark.parametrize(
-    ("directory", "unit", "labels", "message"),
-    [
+def test_a_classifier_that_cannot_be_is_refused(tmp_path):
+    ml.save_model(tiny_model(), tmp_path / "model")
+    ml.save_model(tiny_classifier("sequence"), tmp_path / "classifier")
+    for directory, unit, labels, message in (
         ("model", None, (), NO_CLASSIFIER),
         ("model", "token", (), NO_CLASSIFIER),
         ("model", None, LABELS, NO_CLASSIFIER),
@@ -151,13 +140,9 @@ ANOTHER = "gives each sequence one of ['bad', 'good', 'so so']; asked for is one
         ("model", "token", ["a", "b", "a"], "labels: found ['a', 'b', 'a'], need at least two different"),
         ("classifier", "token", (), f"{ANOTHER} token"),
         ("classifier", None, ["bad", "awful"], f"{ANOTHER} sequence one of ['bad', 'awful']"),
-    ],
-)
-def test_a_classifier_that_cannot_be_is_refused(directory, unit, labels, message, tmp_path):
-    ml.save_model(tiny_model(), tmp_path / "model")
-    ml.save_model(tiny_classifier("sequence"), tmp_path / "classifier")
-    with pytest.raises(ml.ConfigError, match=re.escape(message)):
-        load_classifier(tmp_path / directory, unit, labels)
+    ):
+        with pytest.raises(ml.ConfigError, match=re.escape(message)):
+            load_classifier(tmp_path / directory, unit, labels)
 
 
 def test_a_classifier_keeps_the_order_of_its_labels_and_is_no_language_model(tmp_path):
@@ -167,7 +152,7 @@ def test_a_classifier_keeps_the_order_of_its_labels_and_is_no_language_model(tmp
         ml.load_model(tmp_path)
 
 
-def test_labels_in_a_file_that_cannot_be_are_refused(tmp_path):
+def test_labels_in_a_file_that_cannot_be_are_refused_and_none_are_the_two_that_transformers_does_not_write(tmp_path):
     ml.save_model(tiny_classifier("sequence"), tmp_path)
     config = read_json(tmp_path / "config.json")
     for named in (["a", "b"], {"0": "a", "2": "b"}, {"0": "a"}, {"0": "a", "1": "a"}, {"0": 1, "1": 2}):
@@ -177,3 +162,7 @@ def test_labels_in_a_file_that_cannot_be_are_refused(tmp_path):
     write_json(tmp_path / "config.json", {**config, "id2label": {"0": "bad", "1": "good"}})
     with pytest.raises(ml.FormatError, match=r"score\.weight is \(3, 24\), the config asks for \(2, 24\)"):
         load_classifier(tmp_path)
+    ml.save_model(tiny_classifier("sequence", labels=["LABEL_0", "LABEL_1"]), tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {key: config[key] for key in config if key not in ("id2label", "label2id")})
+    assert load_classifier(tmp_path).labels == ("LABEL_0", "LABEL_1")

@@ -158,18 +158,13 @@ def refuses(name, kind="model"):
     return str(error.value)
 
 
-def test_a_model_from_the_hub_is_the_model_and_its_name_has_the_commit(models):
-    model = ml.load_model("org/tiny")
-    assert torch.equal(model(IDS), models["main"](IDS))
-    assert model.name_or_path == f"org/tiny@{commit_of('org/tinymain')}"
-
-
-def test_a_revision_is_a_branch_a_tag_or_a_commit(models):
-    model = ml.load_model("org/tiny@v1.0")
-    assert torch.equal(model(IDS), models["v1.0"](IDS))
-    assert not torch.equal(model(IDS), models["main"](IDS))
-    assert model.name_or_path == f"org/tiny@{commit_of('org/tinyv1.0')}"
-    assert locate(model.name_or_path, "model") == locate("org/tiny@v1.0", "model")
+def test_a_model_from_the_hub_has_its_commit_in_its_name_and_a_revision_is_a_branch_a_tag_or_a_commit(models):
+    for name, revision in (("org/tiny", "main"), ("org/tiny@v1.0", "v1.0")):
+        model = ml.load_model(name)
+        assert torch.equal(model(IDS), models[revision](IDS))
+        assert model.name_or_path == f"org/tiny@{commit_of('org/tiny' + revision)}"
+        assert locate(model.name_or_path, "model") == locate(name, "model")
+    assert not torch.equal(models["main"](IDS), models["v1.0"](IDS))
 
 
 def test_the_name_of_a_location_means_the_same_files_when_the_branch_has_moved(hub, models):
@@ -181,24 +176,20 @@ def test_the_name_of_a_location_means_the_same_files_when_the_branch_has_moved(h
     assert locate("org/tiny", "model") == Location(first.path.with_name(moved), f"org/tiny@{moved}")
 
 
-def test_nothing_that_is_code_or_pickled_or_in_a_folder_is_asked_for_and_nothing_is_printed(hub, models, capfd):
-    assert {path.name for path in fetch("org/tiny", "model").iterdir()} == set(hub.requested)
-    assert set(hub.requested) == {"config.json", "model.safetensors", MANIFEST, *TOKENIZER}
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_tokenizer_comes_without_the_weights(hub, models):
+def test_nothing_that_is_code_or_pickled_or_in_a_folder_is_asked_for_and_nothing_is_printed(
+    hub, models, tmp_path, capfd
+):
     text = "A dog is an animal."
     assert ml.load_tokenizer("org/tiny").encode(text) == ml.load_tokenizer(BUILTIN).encode(text)
-    assert set(hub.requested) == {"config.json", MANIFEST, *TOKENIZER}
-
-
-def test_shards_and_a_template_are_fetched_with_their_model(hub, tmp_path):
+    assert set(hub.requested) == {"config.json", MANIFEST, *TOKENIZER}  # a tokenizer comes without the weights
+    assert {path.name for path in fetch("org/tiny", "model").iterdir()} == set(hub.requested)
+    assert set(hub.requested) == {"config.json", "model.safetensors", MANIFEST, *TOKENIZER}
     model = tiny_model(dtype=torch.float32)
     ml.save_model(model, tmp_path / "sharded", shard_bytes=20_000)
     hub.add("org/sharded", {**files_of(tmp_path / "sharded"), "chat_template.jinja": b"{{ messages }}"})
     assert torch.equal(ml.load_model("org/sharded")(IDS), model(IDS))
     assert (fetch("org/sharded", "model") / "chat_template.jinja").is_file()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):

@@ -224,7 +224,7 @@ def run(tmp_path):
     return directory
 
 
-def test_a_run_tells_its_settings_and_how_far_it_is(run, page):
+def test_a_run_tells_its_settings_and_how_far_it_is_and_damage_names_file_and_place(run, page):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut off by a crash
     facts = run_facts(run)
@@ -234,9 +234,6 @@ def test_a_run_tells_its_settings_and_how_far_it_is(run, page):
     checkpoint = run / "checkpoints" / "step-000002"
     assert inspect_path(str(checkpoint))["adapter"]["step"] == 2
     assert re.search("^  step +2$", page(checkpoint), re.MULTILINE)
-
-
-def test_damage_to_a_run_names_file_and_place(run):
     for content in ("nonsense\n", "[1]\n"):
         (run / "metrics.jsonl").write_text(content)
         with pytest.raises(ml.FormatError, match=r"metrics\.jsonl, line 1: "):

@@ -257,11 +257,17 @@ def test_every_chapter_has_an_exercise_and_planted_mistakes():
 
 
 @pytest.mark.parametrize("chapter", by_name(CHAPTERS))
-def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chapter, tmp_path):
-    number = chapter.name[:2]
-    (tmp_path / "answer.py").write_text(SOLUTION.search(text_of(chapter))[1], encoding="utf-8")
-    assert exercises.verdict(number, tmp_path / "answer.py") is None
-    assert exercises.verdict(number, TUTORIALS / "exercises" / f"ex{number}.py") == "nothing is written yet"
+def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chapter, tmp_path, monkeypatch, capsys):
+    number, answer = chapter.name[:2], tmp_path / "answer.py"
+    answer.write_text(SOLUTION.search(text_of(chapter))[1], encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["check.py", number])
+    with pytest.raises(SystemExit, match=r"^not yet: nothing is written yet$"):
+        exercises.main()
+    monkeypatch.setattr(sys, "argv", ["check.py", number, str(answer)])
+    with pytest.raises(SystemExit) as ended:
+        exercises.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out == "right\n"
 
 
 def wrong_answers():
@@ -271,25 +277,13 @@ def wrong_answers():
             yield pytest.param(number, *mistake, marks=[pytest.mark.long] * (i > 1), id=f"{number}-{i}")
 
 
-@pytest.mark.parametrize(("number", "right", "wrong"), wrong_answers())
+@pytest.mark.parametrize(("number", "right", "wrong"), [*wrong_answers()])
 def test_the_check_of_an_exercise_refuses_wrong_answers(number, right, wrong, tmp_path):
     (chapter,) = TUTORIALS.glob(f"{number}_*.md")
     solution = SOLUTION.search(text_of(chapter))[1]
     assert right in solution
     (tmp_path / "answer.py").write_text(solution.replace(right, wrong), encoding="utf-8")
     assert exercises.verdict(number, tmp_path / "answer.py")
-
-
-def test_the_command_of_the_exercises_tells_the_verdict(tmp_path, monkeypatch, capsys):
-    (tmp_path / "answer.py").write_text(SOLUTION.search(text_of(CHAPTERS[0]))[1], encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["check.py", "01"])
-    with pytest.raises(SystemExit, match=r"^not yet: nothing is written yet$"):
-        exercises.main()
-    monkeypatch.setattr(sys, "argv", ["check.py", "01", str(tmp_path / "answer.py")])
-    with pytest.raises(SystemExit) as ended:
-        exercises.main()
-    assert not ended.value.code
-    assert capsys.readouterr().out == "right\n"
 
 
 def test_a_quotation_is_written_from_the_source_and_a_change_is_noticed(tmp_path):
@@ -443,17 +437,15 @@ def test_a_notebook_has_the_cells_with_their_outputs(page):
     assert not [cell for cell in notebook.cells if "figures/" in cell.source or "x is 2" in cell.source]
 
 
-def test_figures_and_images_must_be_as_many(page):
-    page.write_text(text_of(page).replace("![A line that rises]", "[A line that rises]"), encoding="utf-8")
-    with pytest.raises(SystemExit, match="1 figures are open, and 0 images follow"):
-        differences(page)
-
-
-def test_a_traceback_names_the_line_of_the_chapter(page):
-    page.write_text(text_of(page).replace("y = x", "y = 1 / 0"), encoding="utf-8")
+def test_a_traceback_names_the_line_of_the_chapter_and_figures_and_images_must_be_as_many(page):
+    text = text_of(page)
+    page.write_text(text.replace("y = x", "y = 1 / 0"), encoding="utf-8")
     with pytest.raises(ZeroDivisionError) as caught:
         differences(page)
     assert text_of(page).splitlines()[caught.traceback[-1].lineno] == "y = 1 / 0"
+    page.write_text(text.replace("![A line that rises]", "[A line that rises]"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="1 figures are open, and 0 images follow"):
+        differences(page)
 
 
 def test_outputs_are_the_same_text_with_nearly_the_same_numbers():
@@ -485,22 +477,17 @@ def pairs(split):
 
 
 def test_the_rows_are_those_of_the_keep_list_split_as_the_script_splits_it():
-    words = devil.keep_list()
+    words, split_pairs = devil.keep_list(), {split: pairs(split) for split in SPLITS}
     assert words == sorted(set(words), key=str.lower)
     for split, chosen in devil.split(words).items():
-        definitions = [answer for _, answer in pairs(split)]
+        definitions = [answer for _, answer in split_pairs[split]]
         assert rows(split) == [devil.row(*pair) for pair in zip(chosen, definitions, strict=True)]
-    assert (len(rows("test")), len(rows("valid"))) == (100, 40)
-
-
-def test_no_answer_is_long_or_has_marks_of_the_source():
-    answers = [answer for split in SPLITS for _, answer in pairs(split)]
+    assert (len(split_pairs["test"]), len(split_pairs["valid"])) == (100, 40)
+    answers = [answer for found in split_pairs.values() for _, answer in found]
     assert max(len(answer.split()) for answer in answers) <= devil.MAX_WORDS
+    # no marks of the source
     assert not [answer for answer in answers if re.search(r"[\[\]{}_\n]|--|  |^[a-z1(]|[^.?!\"'!]$", answer)]
-
-
-def test_no_two_splits_share_a_stem_or_a_near_twin():
-    for one, other in combinations(map(pairs, SPLITS), 2):
+    for one, other in combinations(split_pairs.values(), 2):  # no two splits share a stem or a near twin
         stems = [{devil.family(question.split("'", 1)[1]) for question, _ in split} for split in (one, other)]
         assert not stems[0] & stems[1]
         words = [[set(answer.lower().split()) for _, answer in split] for split in (one, other)]
