@@ -40,11 +40,20 @@ def test_the_class_of_a_sequence_is_at_its_last_token(tokenizer, options, text, 
 
 
 @given(some_text, st.integers(1, 4))
-def test_the_class_of_a_sequence_that_is_cut_is_at_the_last_token_that_is_left(tokenizer, text, limit):
+def test_the_class_of_a_sequence_that_is_cut_is_at_the_last_token_left_and_words_cut_off_are_counted(
+    tokenizer, text, limit
+):
     tokens = tokenizer().encode(text)
     rows = encode_classes([Row({"text": text, "label": "yes"})], tokenizer(), ml.DataConfig(limit), "sequence", LABELS)
     assert (rows[0].tokens, rows[0].labels[-1]) == (tokens[:limit], 1)
     assert (rows.truncated, rows.lost, rows.unlabelled) == (len(tokens) > limit, 0, 0)
+    fields = {"tokens": ["the", "cat", "sat", "the"], "labels": ["yes", "no", "no", "yes"]}
+    whole = encode(tokenizer(), fields, "token")
+    kept = next(i for i, label in enumerate(whole.labels) if label == 0) + 1  # up to the second word's first token
+    rows = [Row(fields), Row({"tokens": ["the"], "labels": ["yes"]})]
+    found = encode_classes(rows, tokenizer(), ml.DataConfig(max_length=kept), "token", LABELS)
+    assert [label for label in found[0].labels if label != IGNORE_INDEX] == [1, 0]
+    assert (len(found), found.truncated, found.lost, found.unlabelled) == (2, 1, 2, 0)
 
 
 @given(tokenizer_options, words, st.randoms(use_true_random=False))
@@ -65,16 +74,6 @@ def test_the_class_of_a_word_is_at_the_token_that_holds_its_first_byte(tokenizer
     assert found.tokens == tokens
     assert found.labels == [dict(zip(first, wanted, strict=True)).get(i, IGNORE_INDEX) for i in range(len(tokens))]
     assert found.labelled == len(words)
-
-
-def test_words_that_are_cut_off_lose_their_classes_and_are_counted(tokenizer):
-    fields = {"tokens": ["the", "cat", "sat", "the"], "labels": ["yes", "no", "no", "yes"]}
-    whole = encode(tokenizer(), fields, "token")
-    limit = next(i for i, label in enumerate(whole.labels) if label == 0) + 1  # up to the second word's first token
-    rows = [Row(fields), Row({"tokens": ["the"], "labels": ["yes"]})]
-    found = encode_classes(rows, tokenizer(), ml.DataConfig(max_length=limit), "token", LABELS)
-    assert [label for label in found[0].labels if label != IGNORE_INDEX] == [1, 0]
-    assert (len(found), found.truncated, found.lost, found.unlabelled) == (2, 1, 2, 0)
 
 
 @pytest.mark.parametrize(("allow_special", "count"), [(False, 0), (True, 1)])
@@ -152,16 +151,13 @@ def test_what_cannot_be_read_is_refused_with_place_and_field_or_skipped_and_coun
     assert message in found.bad[0]
 
 
-def test_rows_whose_labels_cannot_be_collected_are_refused_or_skipped():
+def test_rows_whose_labels_cannot_be_collected_are_refused_or_skipped_and_settings_without_effect_refused(tokenizer):
     rows = [Row({"text": "a", "label": label}, f"here:{label}") for label in ("yes", None, "no")]
     bad = [(rows, "here:None: label"), (rows[:1], "here:yes: all 1 rows have the labels ['yes']; need at least two")]
     for some, message in [*bad, ([Row(source="here", problem="no JSON")], "here: no JSON")]:
         with pytest.raises(ml.DataError, match=re.escape(message)):
             find_labels(some, "sequence", ml.DataConfig())
     assert find_labels(rows, "sequence", ml.DataConfig(skip_bad_rows=True)) == ("no", "yes")
-
-
-def test_settings_without_effect_on_classes_are_refused(tokenizer):
     options = {"train_on": "all", "prompt_style": "alpaca", "system": "Be brief."}
     with pytest.raises(ml.ConfigError, match="train_on, prompt_style, system: without effect"):
         encode(tokenizer(), GOOD, "sequence", **options)

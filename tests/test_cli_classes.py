@@ -249,11 +249,7 @@ def test_a_classifier_is_quantized_all_but_its_head_and_inspect_finds_nothing_wr
     facts = model_facts(tmp_path)
     assert facts["problems"] == []
     assert facts["config"]["quantization_config"]["llm_int8_skip_modules"] == ["score"]
-
-
-@tasks
-def test_inspect_finds_nothing_wrong_with_an_adapter_of_a_classifier_on_its_base(directory, task):
-    assert adapter_facts(directory / task, directory / "model")["problems"] == []
+    assert not [task for task in TASKS if adapter_facts(directory / task, directory / "model")["problems"]]
 
 
 # --- merge ---

@@ -55,7 +55,7 @@ def delta(adapter, path):
     return (B @ A).numpy()
 
 
-CONFIG = ml.LoraConfig(r=3, lora_alpha=5, use_rslora=True)  # whose scale counts for nothing
+CONFIG = ml.LoraConfig(r=3, lora_alpha=5, use_rslora=True)  # whose scale counts for nothing: that of the file is 1
 
 
 @families
@@ -69,6 +69,7 @@ def test_an_adapter_that_was_merged_is_found_again_and_nothing_else(tmp_path, fa
     ml.load_adapter(model, tmp_path / "adapter")
     expected = ml.load_model(tmp_path / "tuned", "float64")
     assert {path.rpartition(".")[2] for path in adapter_layers(model)} <= set(TARGETS)
+    assert {layer.adapters["default"].scale for layer in adapter_layers(model).values()} == {1}
     assert relative(model(ids), expected(ids), 100 * MATHS) <= 1
 
 
@@ -175,9 +176,13 @@ def test_what_is_held_at_a_time_is_two_weights_and_the_work_on_one(tmp_path):
     assert sum(p.nbytes for p in model.parameters()) > 2.5 * peak
 
 
-def test_two_models_that_differ_in_other_modules_have_no_adapter(tmp_path):
+def test_two_models_that_differ_in_other_modules_or_are_not_finite_have_no_adapter(tmp_path):
     base, other = write(tmp_path / "base"), write(tmp_path / "other", change=noisy("norm.weight"))
     with pytest.raises(TargetError, match="are equal in all selected modules"):
+        extract_directory(base, other, tmp_path / "adapter", CONFIG)
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(other, {name: load_file(other / "model.safetensors")[name] * torch.inf})  # which minilora does not write
+    with pytest.raises(FormatError, match=rf"{name} has numbers that are not finite"):
         extract_directory(base, other, tmp_path / "adapter", CONFIG)
     assert not (tmp_path / "adapter").exists()
 
@@ -196,19 +201,3 @@ def test_modules_that_do_not_fit_are_refused_by_name(tmp_path, changes, targets,
     with pytest.raises(TargetError, match=rf"\['{named}'.*\]: need a weight of its own"):
         extract_directory(base, other, tmp_path / "adapter", ml.LoraConfig(r=3, target_modules=targets))
     assert not (tmp_path / "adapter").exists()
-
-
-def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path):
-    base, other, name = write(tmp_path / "base"), write(tmp_path / "other"), "model.layers.1.mlp.up_proj.weight"
-    change(other, {name: load_file(other / "model.safetensors")[name] * torch.inf})  # which minilora does not write
-    with pytest.raises(FormatError, match=r"model.layers.1.mlp.up_proj.weight has numbers that are not finite"):
-        extract_directory(base, other, tmp_path / "adapter", CONFIG)
-
-
-def test_the_scale_of_the_file_is_1_whatever_the_rank(tmp_path):
-    base, tuned = write(tmp_path / "base"), write(tmp_path / "tuned", change=noisy("up_proj.weight"))
-    for r in (1, 5):
-        extract_directory(base, tuned, tmp_path / f"{r}", ml.LoraConfig(r=r))
-        model = ml.load_model(base)
-        ml.load_adapter(model, tmp_path / f"{r}")
-        assert {layer.adapters["default"].scale for layer in adapter_layers(model).values()} == {1}

@@ -107,28 +107,25 @@ def test_the_loss_of_tokens_may_be_given_too(seed, budget):
     assert records[0]["tokens"] == expected[0]["tokens"]
 
 
-def test_a_loss_may_clear_gradients_for_a_use_of_its_own():
+def test_a_hook_may_put_another_gradient_in_the_place_of_one_and_a_loss_clear_gradients_for_a_use_of_its_own():
+    rows, model = points(1, 6, torch.float64), Plain()
+    model.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+    model.last.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    run(model=model, rows=rows)
+    for name in ("first", "last"):
+        trained, before = model.get_submodule(name), Plain().get_submodule(name)
+        assert torch.equal(trained.weight, before.weight)
+        assert not torch.equal(trained.bias, before.bias)
+
     def adversarial(model, rows):
         loss(model, rows)[0].backward()
         model.zero_grad()
         return loss(model, rows)
 
-    config = {"gradient_accumulation_steps": 1}
     cleared, plain = (
-        run(model=Plain(), rows=points(1, 6, torch.float64), given=g, **config)[0] for g in (adversarial, loss)
+        run(model=Plain(), rows=rows, given=given, gradient_accumulation_steps=1)[0] for given in (adversarial, loss)
     )
     assert torch.equal(weights(cleared), weights(plain))
-
-
-def test_a_hook_may_put_another_gradient_in_the_place_of_one():
-    model = Plain()
-    model.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
-    model.last.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    run(model=model, rows=points(1, 6, torch.float64))
-    for name in ("first", "last"):
-        ours, before = model.get_submodule(name), Plain().get_submodule(name)
-        assert torch.equal(ours.weight, before.weight)
-        assert not torch.equal(ours.bias, before.bias)
 
 
 def test_a_loss_may_put_other_numbers_in_the_place_of_a_and_b():
@@ -177,11 +174,6 @@ def test_only_rows_that_are_learned_are_read():
     rows = Rows(points(1, 50))
     run(rows=rows, max_steps=2)
     assert rows.read == 8
-
-
-def test_there_is_no_training_without_gradients():
-    with torch.no_grad(), pytest.raises(ml.TrainingError, match="no_grad"):
-        run()
 
 
 def test_held_out_rows_are_measured_by_the_same_loss_without_dropout():
@@ -272,16 +264,14 @@ def test_a_budget_of_tokens_needs_rows_that_have_them():
     assert result.tokens == 55
 
 
-@pytest.mark.parametrize(
-    ("count", "rows"), [(lambda model: 0, "the rows of a step"), (lambda model: model.training, "the held-out rows")]
-)
-def test_a_loss_that_counts_nothing_is_refused(count, rows):
-    with pytest.raises(ml.DataError, match=f"counts nothing in {rows}"):
-        run(given=lambda model, rows: (loss(model, rows)[0], int(count(model))), held_out=points(5, 3), eval_steps=1)
-
-
-def test_of_rows_without_a_source_the_numbers_are_named_when_a_loss_is_not_finite():
-    rows = points(1, 10)
+def test_a_loss_that_counts_nothing_or_is_not_finite_and_training_without_gradients_are_refused():
+    for count, where in ((lambda model: 0, "the rows of a step"), (lambda model: model.training, "the held-out rows")):
+        given = lambda model, rows, count=count: (loss(model, rows)[0], int(count(model)))  # noqa: E731
+        with pytest.raises(ml.DataError, match=f"counts nothing in {where}"):
+            run(given=given, held_out=points(5, 3), eval_steps=1)
+    rows = points(1, 10)  # they have no source: their numbers are named
     rows[4] = (rows[4][0] * float("nan"), *rows[4][1:])
     with pytest.raises(ml.TrainingError, match=r"first bad: output of first; rows: .*\b4\b"):
         run(rows=rows)
+    with torch.no_grad(), pytest.raises(ml.TrainingError, match="no_grad"):
+        run()

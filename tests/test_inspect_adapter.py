@@ -62,18 +62,15 @@ def test_the_norm_of_a_change_is_that_of_the_dense_product(r, n_in, n_out, scale
     assert_number(delta_norm(lora_A, lora_B, scale, None, None), dense)
 
 
-def test_a_change_that_nearly_cancels_keeps_its_digits():
+def test_a_change_that_nearly_cancels_keeps_its_digits_and_a_weight_is_summed_in_float64():
     """B = [b, b + 1e-9·e] and A = [a; -a] give -1e-9·e aᵀ: the products of Gram matrices would give noise."""
     a, b, e = randn(0, 1, 50), randn(1, 40, 1), randn(2, 40, 1)
     exact = 1e-9 * np.linalg.norm(a.numpy()) * np.linalg.norm(e.numpy())
     found = delta_norm(torch.cat([a, -a]), torch.cat([b, b + 1e-9 * e], 1), 1.0, None, None)
     assert_number(found, exact, assert_parity)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_norm_of_a_weight_is_summed_in_float64(dtype):
-    weight = randn(3, 70, 11, dtype=dtype)
-    assert_number(norm(weight), math.sqrt(math.fsum(value**2 for value in weight.double().flatten().tolist())))
+    for dtype in (torch.float64, torch.bfloat16):
+        weight = randn(3, 70, 11, dtype=dtype)
+        assert_number(norm(weight), math.sqrt(math.fsum(value**2 for value in weight.double().flatten().tolist())))
 
 
 # --- modules ---

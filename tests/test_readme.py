@@ -128,16 +128,10 @@ def test_the_code_that_the_readme_quotes_is_that_of_the_page():
         assert ast.unparse(there) == ast.unparse(function)
 
 
-def test_the_table_of_the_readme_is_what_the_benchmarks_measured():
+def test_the_tables_of_readme_and_docs_are_what_was_measured_inspect_prints_and_the_docstrings_say(capsys):
     assert front.table(front.measured()[1]) in README
     assert front.table(front.measured()[1]) in PAGES["results.md"]
-
-
-def test_the_page_of_the_interface_is_that_of_the_docstrings():
     assert PAGES["api.md"] == api.page()
-
-
-def test_the_table_of_memory_is_what_inspect_prints(capsys):
     assert main(["inspect", BUILTIN, "--memory"]) == 0
     printed = capsys.readouterr().out
     for size in SHAPES:
