@@ -1,15 +1,10 @@
 """Names that mean repositories of the hub, against a server of this machine that speaks what is needed of its API."""
 
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 import torch
@@ -20,6 +15,7 @@ from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.durable import MANIFEST
 from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
 from minilora.storage import ASSETS, BUILTIN
+from tests.hub import commit_of, serving
 from tests.models import randomize_adapters_, tiny_model, token_ids
 
 IDS = token_ids(3, 2, 7)
@@ -30,91 +26,11 @@ UNWANTED = [
 ]
 
 
-def commit_of(revision):
-    return hashlib.sha1(revision.encode()).hexdigest()
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories by name ("org/name" or "datasets/org/name") and revision: the commit and the files' bytes.
-
-    Of those in `gated` only the list is given. `requested` are the files that were asked for.
-    """
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.gated, self.requested = {}, set(), []
-
-    def add(self, name, files, revision="main"):
-        commit = commit_of(name + revision)
-        repository = self.repositories.setdefault(name, {})
-        repository[revision] = repository[commit] = (commit, files)
-        return commit
-
-    def answer(self, path):
-        """Status, headers and body."""
-        listing = re.fullmatch(r"/api/(?:models/|(?=datasets/))(.+?)(?:/(revision|tree)/([^/?]+))?(?:\?.*)?", path)
-        file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
-        if not (listing or file):
-            return 404, {}, b""
-        name, revision = (listing[1], listing[3] or "main") if listing else (file[1], file[2])
-        if name not in self.repositories:
-            return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        commit, files = self.repositories[name].get(unquote(revision), (None, None))
-        if commit is None:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if listing:
-            return 200, {}, json.dumps((tree if listing[2] == "tree" else information)(name, commit, files)).encode()
-        self.requested.append(unquote(file[3]))
-        if name in self.gated:
-            return 403, {"X-Error-Code": "GatedRepo"}, b""
-        content = files[unquote(file[3])]
-        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}, content
-
-
-def tree(name, commit, files):
-    return [{"type": "file", "path": name, "size": len(files[name]), "oid": commit_of(name)} for name in files]
-
-
-def information(name, commit, files):
-    return {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        status, headers, body = self.server.answer(self.path)
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that `huggingface_hub` believes to be the only one, and an empty cache."""
-    server = Hub()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(monkeypatch, tmp_path) as server:
+        yield server
 
 
 def files_of(directory):

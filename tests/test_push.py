@@ -2,52 +2,22 @@
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import constants
 
 import minilora as ml
 from minilora.cli import main
 from minilora.errors import ConfigError
 from minilora.tools.publish import model_card
+from tests.hub import COMMIT, serving
 from tests.models import tiny_model
-
-COMMIT = "0" * 40
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((self.path, body))
-        home = f"{self.server.address}/me/mine"
-        answer = {"url": home, "commitUrl": f"{home}/commit/{COMMIT}", "commitOid": COMMIT}
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-        self.send_response(self.server.status)
-        text = json.dumps(answer).encode()
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.status, server.address = [], 200, f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub(tmp_path_factory, monkeypatch):
+    with serving(monkeypatch, tmp_path_factory.mktemp("hub")) as server:
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+        yield server
 
 
 @pytest.fixture
@@ -70,7 +40,7 @@ def visibility(created):
 
 
 def committed(hub):
-    lines = [json.loads(line) for line in hub.requests[-1][1].splitlines()]
+    lines = [json.loads(line) for line in hub.posted[-1][1].splitlines()]
     return {
         line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
     }
@@ -81,15 +51,15 @@ def test_a_run_is_pushed_in_one_commit_with_its_card_and_without_its_checkpoints
 ):
     assert main(["push", str(run), "me/mine"]) == 0
     assert capsys.readouterr().out == f"{hub.address}/me/mine/commit/{COMMIT}\n"
-    created = json.loads(hub.requests[0][1])
-    assert (hub.requests[0][0], created["name"]) == ("/api/repos/create", "mine")
+    created = json.loads(hub.posted[0][1])
+    assert (hub.posted[0][0], created["name"]) == ("/api/repos/create", "mine")
     assert visibility(created) in ("private", True)
     files = committed(hub)
     assert files.pop("README.md").decode() == model_card(run, "me/mine")
     assert files == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    hub.requests.clear()
+    hub.posted.clear()
     assert main(["push", str(run), "me/mine", "--public"]) == 0
-    assert visibility(json.loads(hub.requests[0][1])) in ("public", False)
+    assert visibility(json.loads(hub.posted[0][1])) in ("public", False)
 
 
 def test_the_card_has_base_data_settings_results_and_how_to_load_it(run):

@@ -78,6 +78,7 @@ def word_piece():
     vocabulary = {name: i for i, name in enumerate(["[UNK]", *SPECIAL, "the", "cat", *"abdeimnrst<>|_.?"])}
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
     backend.add_special_tokens(["[UNK]", *SPECIAL])
     return json.loads(backend.to_str())
 

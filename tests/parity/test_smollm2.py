@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.cli import main
-from minilora.data import IGNORE_INDEX, collate
+from minilora.data import collate
 from minilora.runs.data import encode_rows
 from minilora.runs.evaluate import held_out_loss
 from minilora.runs.formats import Row
@@ -135,44 +135,6 @@ def test_loss_and_gradients_equal_peft_with_a_random_adapter(ours, theirs, token
     for middle_or_worst in (statistics.median, max):
         assert middle_or_worst(ours_errors) <= 2 * middle_or_worst(theirs_errors)
     assert max(theirs_errors) < 10  # or twice their error would say little
-
-
-def test_the_loss_of_step_0_is_the_base_model_s(ours, tokenizer):
-    batch = collate(encode_rows(rows(), tokenizer, ml.DataConfig()), torch.device("cpu"))
-    with torch.no_grad():
-        before = token_loss(ours, batch)[0]
-        ml.attach(ours, ml.LoraConfig(r=16, lora_alpha=32))
-        assert torch.equal(token_loss(ours, batch)[0], before)
-
-
-def conversations():
-    """30 conversations: 1 to 3 rounds, with and without a system turn, odd white space, Unicode, empty lines."""
-    texts = ["Hello", " spaced ", "две строки\n\nи ещё", "日本語のテキスト 🙂", "x" * 40, "a\tb", "<b>&amp;</b>"]
-    texts.append('{"k": [1]}')
-    for i in range(30):
-        turns = [{"role": "system", "content": texts[i % 5]}] if i % 3 == 0 else []
-        for j in range(1 + i % 3):
-            turns.append({"role": "user", "content": texts[(i + j) % 8]})
-            turns.append({"role": "assistant", "content": texts[(3 * i + 5 * j + 1) % 8]})
-        yield turns
-
-
-def test_chat_text_and_labels_equal_transformers_on_30_conversations(smollm2, tokenizer):
-    theirs = transformers.AutoTokenizer.from_pretrained(smollm2)
-    said = "{% generation %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}"
-    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    other = "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}"
-    begun = "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
-    marked = theirs.chat_template.replace(turn, begun + said + other)
-    assert "{% generation %}" in marked
-    for turns in conversations():
-        assert tokenizer.render(turns) == theirs.apply_chat_template(turns, tokenize=False)
-        encoded = theirs.apply_chat_template(
-            turns, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
-        )
-        example = encode_rows([Row({"messages": turns}, "row")], tokenizer, ml.DataConfig(train_on="assistant"))[0]
-        assert example.tokens == encoded["input_ids"]
-        assert [label != IGNORE_INDEX for label in example.labels] == [bool(m) for m in encoded["assistant_masks"]]
 
 
 @pytest.mark.long
