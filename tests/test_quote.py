@@ -24,6 +24,11 @@ TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
 )
 
 
+AS_LLAMA = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+
+
 def byte_level(use_regex=True, **options):
     data = json.loads(trained_bpe(use_regex))
     return data | {"added_tokens": [token | options for token in data["added_tokens"]]}
@@ -50,9 +55,7 @@ def sentencepiece(legacy=False):
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *SPECIAL, *fallback], show_progress=False)
     backend.train_from_iterator([line[:40] for line in CORPUS], trainer)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    backend.decoder = AS_LLAMA
     data = json.loads(backend.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in fallback]
     if legacy:
@@ -68,7 +71,7 @@ def unigram():
     pieces += [(piece, -3.0 - len(piece) / 9) for piece in ["▁", "▁the", "the", "cat", *"abcdehiklmnorstu<>|_\n"]]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.decoder = AS_LLAMA
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in ["<unk>", *SPECIAL]])
     return json.loads(backend.to_str())
 
