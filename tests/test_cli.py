@@ -182,11 +182,16 @@ def test_every_flag_has_the_help_and_the_default_of_its_field():
             assert f"--{name.replace('_', '-')}" in page
 
 
-def test_r_is_spelled_lora_r_and_a_start_is_true_or_a_name():
+def test_r_is_spelled_lora_r_a_start_is_true_or_a_name_and_text_in_a_file_is_read_as_on_the_command_line(tmp_path):
     assert value_of(ml.LoraConfig, ["--lora-r", "5"]) == value_of(ml.LoraConfig, ["--lora_r=5"]) == ml.LoraConfig(r=5)
     assert "--r" not in {spelling for action in finetune_parser()._actions for spelling in action.option_strings}
     for text, value in (("true", True), ("True", True), ("gaussian", "gaussian")):
         assert value_of(ml.LoraConfig, ["--init-lora-weights", text]) == ml.LoraConfig(init_lora_weights=value)
+    files, path = 'model = "model"\ndata = "data"\n', tmp_path / "config.toml"
+    path.write_text(files + 'target-modules = "q_proj,v_proj"\nlearning_rate = "1e-3"\ninit_lora_weights = "true"\n')
+    run, _, lora, _, training = resolved(path)
+    assert run.data == ("data",)
+    assert (lora, training) == (ml.LoraConfig(target_modules=("q_proj", "v_proj")), ml.TrainConfig(learning_rate=1e-3))
 
 
 @pytest.mark.parametrize(
@@ -259,17 +264,17 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
     }
 
 
+def test_the_flags_of_other_tools_are_no_flags_here_and_what_they_mean_is_one():
+    own = set().union(*(names_of(cli.command_parser(name)) for name in cli.COMMANDS))
+    assert not own & set(ELSEWHERE)
+    assert set(ELSEWHERE.values()) <= own
+
+
 def test_minilora_alone_is_its_help_page(capsys):
     for words in ([], ["--help"]):
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main(words)
         assert "finetune" in capsys.readouterr().out
-
-
-def test_the_flags_of_other_tools_are_no_flags_here_and_what_they_mean_is_one():
-    own = set().union(*(names_of(cli.command_parser(name)) for name in cli.COMMANDS))
-    assert not own & set(ELSEWHERE)
-    assert set(ELSEWHERE.values()) <= own
 
 
 # --- configuration files ---
@@ -313,16 +318,6 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
     path.write_text(json.dumps(flat(training)))
     found = resolved(path, "--batch-size", str(batch_size), f"--learning_rate={rate}")
     assert found[-1] == dataclasses.replace(training, batch_size=batch_size, learning_rate=rate)
-
-
-def test_text_in_a_configuration_file_is_read_as_on_the_command_line(tmp_path):
-    path = tmp_path / "config.toml"
-    files = 'model = "model"\ndata = "data"\n'
-    path.write_text(files + 'target-modules = "q_proj,v_proj"\nlearning_rate = "1e-3"\ninit_lora_weights = "true"\n')
-    run, _, lora, _, training = resolved(path)
-    assert run.data == ("data",)
-    assert lora == ml.LoraConfig(target_modules=("q_proj", "v_proj"))
-    assert training == ml.TrainConfig(learning_rate=1e-3)
 
 
 @given(st.sampled_from(sorted(flat(*(cls() for cls in CLASSES)))), st.integers(0, 20), st.sampled_from("xz"))

@@ -185,19 +185,18 @@ def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one
     assert_writes_the_same(run, tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_one_adapter_is_cut_to_another_rank(run, tmp_path):
+def test_one_adapter_is_cut_to_another_rank_needs_no_base_and_names_that_of_its_parts_or_model(
+    run, elsewhere, tmp_path
+):
     flags = ["--combination-type=svd", "--svd-rank=1", "--as-adapter"]
-    first, second = run("merge", "--adapter=a", *flags, f"--out={tmp_path / 'out'}")
+    first, second = run("merge", "--adapter=a", *flags, f"--out={tmp_path / 'cut'}")
     assert first.startswith("truncation error, relative to the combined update: 0.")
-    assert second == f"adapter of rank 1 written to {tmp_path / 'out'}"
-
-
-def test_one_adapter_needs_no_base_and_names_that_of_its_parts_or_model(run, elsewhere, tmp_path):
+    assert second == f"adapter of rank 1 written to {tmp_path / 'cut'}"
     both = [f"--adapter={elsewhere}:0.7", f"--adapter={elsewhere}", "--as-adapter"]
-    run("merge", *both, f"--out={tmp_path / 'out'}")
-    assert base_model_of(tmp_path / "out") == "another/model"
-    run("merge", *both, "--model=a/third", f"--out={tmp_path / 'named'}")
-    assert base_model_of(tmp_path / "named") == "a/third"
+    for words, name in (([], "another/model"), (["--model=a/third"], "a/third")):
+        out = tmp_path / name.replace("/", "-")
+        run("merge", *both, *words, f"--out={out}")
+        assert base_model_of(out) == name
 
 
 # --- what is refused ---

@@ -186,14 +186,23 @@ def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, ru
 # --- minilora quantize ---
 
 
-def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_loading(directory):
+def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_loading_and_counts_the_bits(
+    directory, run, tmp_path
+):
     ids = torch.arange(12).view(1, 12)
     loaded, quantized = ml.load_model(directory / "nf4"), ml.load_model(directory / "model", quantize="nf4")
     assert torch.equal(loaded(ids), quantized(ids))
     assert not torch.equal(loaded(ids), ml.load_model(directory / "model")(ids))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    ours, theirs = (ml.load_tokenizer(directory / name).encode("the cat") for name in ("nf4", "model"))
-    assert ours == theirs
+    one, other = (ml.load_tokenizer(directory / name).encode("the cat") for name in ("nf4", "model"))
+    assert one == other
+    words = run("quantize", "--model=model", f"--out={tmp_path / 'plain'}", "--no-double-quant").out.split()
+    packed = [module for module in ml.load_model(tmp_path / "plain").modules() if isinstance(module, NF4Linear)]
+    bits = 8 * sum(linear.packed.nbytes + linear.absmax.nbytes for linear in packed)
+    count = sum(linear.in_features * linear.out_features for linear in packed)
+    assert float(words[0]) == round(bits / count, 3)
+    assert f"{count:,}" in words
+    assert f"{(tmp_path / 'plain' / 'model.safetensors').stat().st_size:,}" in words
 
 
 @pytest.mark.parametrize(
@@ -212,17 +221,6 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_file_though_slow_or_not_in
     embedding = TensorFile(tmp_path / "out" / "model.safetensors").entries["model.embed_tokens.weight"]
     assert embedding.dtype == stored
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
-
-
-def test_quantize_counts_the_bits(directory, run, tmp_path):
-    words = run("quantize", "--model=model", f"--out={tmp_path / 'plain'}", "--no-double-quant").out.split()
-    model = ml.load_model(tmp_path / "plain")
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    bits = 8 * sum(linear.packed.nbytes + linear.absmax.nbytes for linear in packed)
-    count = sum(linear.in_features * linear.out_features for linear in packed)
-    assert float(words[0]) == round(bits / count, 3)
-    assert f"{count:,}" in words
-    assert f"{(tmp_path / 'plain' / 'model.safetensors').stat().st_size:,}" in words
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,6 @@ def test_greedy_takes_the_likeliest_token_after_the_whole_text_so_far(family, se
         assert len(new) == NEW
 
 
-def test_a_tensor_of_prompts_is_as_good_as_a_list():
-    model, prompts = tiny_model(), token_ids(1, 3, 5)
-    assert ml.generate(model, prompts, 4) == ml.generate(model, prompts.tolist(), 4)
-
-
 @pytest.mark.parametrize("family", [*long("llama"), "llama-dynamic"])
 @few
 @given(seeds, prompt_lengths, st.sets(st.integers(0, V - 1), min_size=5, max_size=20))
@@ -86,10 +81,12 @@ def test_rows_have_each_their_adapter_also_when_some_have_ended(family, seed, na
         assert new == ml.generate(model, [prompt], NEW, **settings)[0]
 
 
-def test_generation_makes_no_gradients_and_no_changes():
-    model = tiny_model().requires_grad_()
+def test_generation_makes_no_gradients_and_no_changes_and_continues_equal_prompts_in_different_ways():
+    model, prompts = tiny_model().requires_grad_(), token_ids(1, 1, 5).repeat(2, 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ml.generate(model, [[1, 2]], 4, temperature=1.0)
+    one, other = ml.generate(model, prompts, NEW, temperature=2.0)
+    assert one != other
+    assert ml.generate(model, prompts.tolist(), NEW, temperature=2.0) == [one, other]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -169,17 +166,15 @@ def test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed(temperature, 
     assert ml.generate(model, prompts, NEW, seed=seed, **settings) == alone
 
 
-def test_equal_prompts_of_a_batch_are_continued_in_different_ways():
-    one, other = ml.generate(tiny_model(), [[1, 2]] * 2, NEW, temperature=2.0)
-    assert one != other
-
-
-def test_a_temperature_next_to_zero_is_greedy():
+def test_a_temperature_next_to_zero_is_greedy_and_other_extreme_numbers_have_a_meaning():
     model, prompts = tiny_model(), [[1, 2], [3]]
     for temperature in (1e-40, 5e-324):
         assert ml.generate(model, prompts, 8, temperature=temperature) == ml.generate(model, prompts, 8)
         found = probabilities(torch.tensor([[1.0, 1.0, 0.0]]), temperature, 1.0, 0)
         assert torch.equal(found, torch.tensor([[0.5, 0.5, 0]]).double())
+    for fine in ({"seed": 2**63 - 1}, {"top_k": 10**30}, {"top_p": 5e-324}, {"temperature": 1e300}):
+        (new,) = ml.generate(model, [[1]], 4, **{"temperature": 1.0, **fine})
+        assert len(new) == 4
 
 
 @few
@@ -271,13 +266,6 @@ def test_numbers_that_cannot_work_are_refused_by_name_and_all_at_once():
                 ml.generate(model, [[1]], **{name: value})
     with pytest.raises(ConfigError, match=r"top_p 0.*; top_k -1"):
         ml.generate(model, [[1]], top_p=0, top_k=-1)
-
-
-def test_extreme_numbers_that_have_a_meaning_work():
-    model = tiny_model()
-    for fine in ({"seed": 2**63 - 1}, {"top_k": 10**30}, {"top_p": 5e-324}, {"temperature": 1e300}):
-        (new,) = ml.generate(model, [[1]], 4, **{"temperature": 1.0, **fine})
-        assert len(new) == 4
 
 
 TOKENS = f"; the model has tokens 0 to {V - 1}"

@@ -62,7 +62,7 @@ def with_adapter(seed=0, is_tied=False, **fields):
     return model
 
 
-def test_overlapping_rank_patterns_survive_the_file(tmp_path):
+def test_overlapping_patterns_survive_the_file(tmp_path):
     fields = {"rank_pattern": REVERSED}
     saved_by_peft(tmp_path / "theirs", **fields)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -71,9 +71,6 @@ def test_overlapping_rank_patterns_survive_the_file(tmp_path):
     ml.save_adapter(ours, tmp_path / "ours")
     assert torch.equal(logits(loaded(tmp_path / "ours")), logits(ours))
     loaded(tmp_path / "theirs")  # ranks are those of the tensors
-
-
-def test_overlapping_alpha_patterns_survive_the_file(tmp_path):
     fields = {"alpha_pattern": REVERSED}
     theirs = saved_by_peft(tmp_path / "theirs", **fields)
     again = theirs_loading(tmp_path / "theirs")

@@ -99,22 +99,16 @@ def test_what_peft_saves_passes(case, tmp_path):
     assert len(check_adapter_directory(saved(tmp_path, make_model, **fields))) == len(LAWS)
 
 
-def test_a_pattern_that_peft_sorts_is_found(tmp_path):
+def test_a_pattern_that_peft_sorts_a_target_that_it_passes_over_and_a_new_adapter_are_found(tmp_path):
     """The model has rank 8, and PEFT itself cannot load what it saved."""
     saved(tmp_path, llama, rank_pattern={"self_attn.q_proj": 8, "q_proj": 2})
     with pytest.raises(CheckFailure, match="cause: the order of rank_pattern's keys was changed"):
         check_adapter_directory(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(llama(), tmp_path)
-
-
-def test_a_target_that_peft_passes_over_is_found(tmp_path):
     saved(tmp_path, llama, target_modules=["q_proj", "query"])
     with pytest.raises(CheckFailure, match="target_modules: found 'query', accepted is what matches a module"):
         check_adapter_directory(tmp_path)
-
-
-def test_a_new_adapter_of_peft_is_found_untrained(tmp_path):
     peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(CheckFailure, match="cause: the adapter is not trained"):
         check_adapter_directory(tmp_path)
