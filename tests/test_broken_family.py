@@ -167,19 +167,16 @@ def _overridden():
     return linear
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
+def test_a_layer_that_does_more_than_its_class_or_makes_its_weight_anew_is_no_target():
+    for layer, message in (
         (_hooked, "0: has hooks or a forward of its own"),
         (_overridden, "0: has hooks or a forward of its own"),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "no module that can be adapted matches"),
         (lambda: prune.identity(nn.Linear(4, 4), "weight"), "no module that can be adapted matches"),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "no module that can be adapted matches"),
-    ],
-)
-def test_a_layer_that_does_more_than_its_class_or_makes_its_weight_anew_is_no_target(layer, message):
-    with pytest.raises(ml.TargetError, match=message):
-        ml.attach(nn.Sequential(layer()), LINEAR)
+    ):
+        with pytest.raises(ml.TargetError, match=message):
+            ml.attach(nn.Sequential(layer()), LINEAR)
 
 
 def test_a_row_of_zeros_stays_a_number_under_dora():
@@ -194,37 +191,31 @@ def test_a_row_of_zeros_stays_a_number_under_dora():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_every_field_of_another_type_is_named():
+    for fields in (
         {"target_modules": [1], "exclude_modules": [None], "modules_to_save": {"a": 1}, "target_parameters": 1.5},
         {"target_modules": 3, "layers_pattern": [[]], "layers_to_transform": ["1"], "rank_pattern": None},
         {"layers_to_transform": 1.5, "alpha_pattern": [1]},
         {"lora_alpha": 10**400},
-    ],
-)
-def test_every_field_of_another_type_is_named(fields):
-    with pytest.raises(ml.ConfigError) as error:
-        LoraConfig(**fields)
-    assert [field for field in fields if f"{field} is " not in str(error.value)] == []
+    ):
+        with pytest.raises(ml.ConfigError) as error:
+            LoraConfig(**fields)
+        assert [field for field in fields if f"{field} is " not in str(error.value)] == []
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
+def test_a_file_without_matrices_is_refused(tmp_path):
+    for tensors, message in (
         ({}, "holds no tensors"),
         ({"lora_A": torch.zeros(()), "lora_B": torch.zeros(4, 2)}, "need a matrix"),
         ({"lora_A": torch.zeros(2, 4), "lora_B": torch.zeros(2)}, "need a matrix"),
-    ],
-)
-def test_a_file_without_matrices_is_refused(tmp_path, tensors, message):
-    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
-    names = {f"base_model.model.block.0.{key}.weight": tensor for key, tensor in tensors.items()}
-    write_tensors(tmp_path / "adapter_model.safetensors", names)
-    model = Tied()
-    with pytest.raises(ml.FormatError, match=message):
-        ml.load_adapter(model, tmp_path)
-    assert all(p.requires_grad for p in model.parameters())
+    ):
+        write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+        names = {f"base_model.model.block.0.{key}.weight": tensor for key, tensor in tensors.items()}
+        write_tensors(tmp_path / "adapter_model.safetensors", names)
+        model = Tied()
+        with pytest.raises(ml.FormatError, match=message):
+            ml.load_adapter(model, tmp_path)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 SUMS = {"cat": {}, "svd": {}, "ties_svd": {"density": 0.5}}
@@ -262,9 +253,8 @@ def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped):
         ml.attach(wrapped(Tied()), LINEAR)
 
 
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
+def test_a_loss_that_is_no_sum_and_count_is_told():
+    for loss, message in (
         (lambda total: total, "has to give"),
         (lambda total: None, "has to give"),
         (lambda total: (total, -2), "has to give"),
@@ -272,13 +262,13 @@ def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped):
         (lambda total: (total.expand(2), 1), "has to give"),
         (lambda total: (1.0, 1), "has to give"),
         (lambda total: (total.detach(), 1), "found one without"),
-    ],
-)
-def test_a_loss_that_is_no_sum_and_count_is_told(loss, message):
-    model = Tied()
-    ml.attach(model, LINEAR)
-    with pytest.raises(ml.TrainingError, match=message):
-        ml.train(model, [IDS] * 2, ml.TrainConfig(max_steps=1), loss=lambda m, rows: loss(m(rows[0]).square().sum()))
+    ):
+        model = Tied()
+        ml.attach(model, LINEAR)
+        with pytest.raises(ml.TrainingError, match=message):
+            ml.train(
+                model, [IDS], ml.TrainConfig(max_steps=1), loss=lambda m, x, loss=loss: loss(m(x[0]).square().sum())
+            )
 
 
 def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path, monkeypatch):

@@ -194,9 +194,8 @@ def test_r_is_spelled_lora_r_a_start_is_true_or_a_name_and_text_in_a_file_is_rea
     assert (lora, training) == (ml.LoraConfig(target_modules=("q_proj", "v_proj")), ml.TrainConfig(learning_rate=1e-3))
 
 
-@pytest.mark.parametrize(
-    ("words", "phrase"),
-    [
+def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
+    for words, phrase in (
         # a value that the flag does not take
         (["finetune", "--batch-size", "2.5"], "argument --batch-size: "),
         (["finetune", "--lr-scheduler", "step"], "argument --lr-scheduler: "),
@@ -238,12 +237,10 @@ def test_r_is_spelled_lora_r_a_start_is_true_or_a_name_and_text_in_a_file_is_rea
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),
         (["inspect"], "usage: minilora inspect PATH [flags]"),
         (["eval"], "usage: minilora eval --data DATA [flags]"),
-    ],
-)
-def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys, words, phrase):
-    with pytest.raises(SystemExit, match=r"^2$"):
-        cli.main(words)
-    assert phrase in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            cli.main(words)
+        assert phrase in capsys.readouterr().err
 
 
 def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_of_them(capsys):
@@ -333,9 +330,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_flag_named(name, position, le
         assert (f"did you mean {nearest[0]!r}?" if nearest else "is unknown") in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "phrase"),
-    [
+def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_named(tmp_path, capsys):
+    for text, phrase in (
         ("batch_size = 2.5", "batch_size is 2.5, need int"),
         ("lora_r = 2.5\nuse_rslora = 1", "r is 2.5, need int; use_rslora is 1, need bool"),
         ('use_rslora = "no"', "use_rslora is 'no', need bool"),
@@ -351,14 +347,12 @@ def test_an_unknown_key_is_refused_and_the_nearest_flag_named(name, position, le
         ("[training]\nseed = 1", "key 'training' is unknown"),
         ("seed = ", "not TOML"),
         ("[1]", "config.json: found a JSON list, need an object"),
-    ],
-)
-def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_named(tmp_path, capsys, text, phrase):
-    path = tmp_path / ("config.json" if "config.json" in phrase else "config.toml")
-    path.write_text(text)
-    assert cli.main(["finetune", "--config", str(path), "--out", str(tmp_path / "out")]) == 1
-    assert phrase in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    ):
+        path = tmp_path / ("config.json" if "config.json" in phrase else "config.toml")
+        path.write_text(text)
+        assert cli.main(["finetune", "--config", str(path), "--out", str(tmp_path / "out")]) == 1
+        assert phrase in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 RUN = ("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=2", "--lora-r=2", "--lora-dropout=0.1")
@@ -449,9 +443,9 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
 # --- errors ---
 
 
-@pytest.mark.parametrize(
-    ("words", "phrase"),
-    [
+def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
+    before = everything(directory)
+    for words, phrase in (
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory; data is a file"),
         ("finetune --model=model --data=mnay.jsonl", "no such file or directory; did you mean many.jsonl?\n"),
@@ -471,15 +465,12 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
         ("eval --data=data --adapter=", "--model or --adapter is empty; leave it out, or name something"),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
         ("eval --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
-    ],
-)
-def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run, words, phrase):
-    before = everything(directory)
-    out, err = run(*words.split(), status=1)
-    assert out == ""
-    assert err.startswith("minilora: ")
-    assert phrase in err
-    assert err.count("\n") == 1
+    ):
+        out, err = run(*words.split(), status=1)
+        assert out == ""
+        assert err.startswith("minilora: ")
+        assert phrase in err
+        assert err.count("\n") == 1
     assert everything(directory) == before
 
 

@@ -102,9 +102,8 @@ def test_eval_measures_a_classifier_by_itself_and_counts_and_says_the_rows_that_
     assert "1 rows cannot be used" in err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_what_does_not_go_with_a_classifier_is_refused(run):
+    for words, message in (
         ("eval --adapter SEQ_CLS --data SEQ_CLS.jsonl --metric choice", "metrics are accuracy, nll"),
         ("eval --model model --data SEQ_CLS.jsonl --metric accuracy", "nll, choice, exact-match"),
         ("eval --model model --adapter SEQ_CLS --data TOKEN_CLS.jsonl", "text: found None"),
@@ -118,10 +117,8 @@ def test_eval_measures_a_classifier_by_itself_and_counts_and_says_the_rows_that_
         (f"{FINETUNE} --model model --task SEQ_CLS --general-data SEQ_CLS.jsonl", "--general-data: without effect on"),
         (f"{FINETUNE} --model model --task SEQ_CLS --train-on all", "train_on: without effect where rows have classes"),
         (f"{FINETUNE} --model model --task TOKEN_CLS", "SEQ_CLS.jsonl:1: tokens: found None, need a list"),
-    ],
-)
-def test_what_does_not_go_with_a_classifier_is_refused(run, words, message):
-    assert message in run(*words.split(), status=1).err
+    ):
+        assert message in run(*words.split(), status=1).err
 
 
 # --- what the adapter says of itself ---

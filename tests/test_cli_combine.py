@@ -202,9 +202,8 @@ def test_one_adapter_is_cut_to_another_rank_needs_no_base_and_names_that_of_its_
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    ("words", "phrase"),
-    [
+def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path):
+    for words, phrase in (
         (["--adapter=dora:0.5"], "dora: cannot be combined with other adapters, or weighed:\n  use_dora: "),
         (["--adapter=dora", "--adapter=a", "--as-adapter"], "dora: cannot be combined"),
         (["--adapter=a:0.5", "--svd-rank=3"], "svd_rank: without effect; 'cat' cuts nothing"),
@@ -214,11 +213,9 @@ def test_one_adapter_is_cut_to_another_rank_needs_no_base_and_names_that_of_its_
         (["--adapter=a", "--as-adapter", "--dtype=float32", "--quantize-skip=up"], "--quantize-skip, --dtype: without"),
         (["--adapter=a:0,5"], "a:0,5: no such directory"),
         (["--as-adapter"], "there is nothing to merge: give --adapter"),
-    ],
-)
-def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path, words, phrase):
-    assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
-    assert not (tmp_path / "out").exists()
+    ):
+        assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
+        assert not (tmp_path / "out").exists()
 
 
 def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run, elsewhere, tmp_path):
@@ -311,20 +308,17 @@ def test_extract_tells_the_error_of_the_cut_and_what_is_left_out(directory, run,
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHATML
 
 
-@pytest.mark.parametrize(
-    ("words", "phrase"),
-    [
+def test_what_cannot_be_extracted_is_refused_before_anything_is_written(run, tmp_path):
+    for words, phrase in (
         (["--tuned=model"], "are equal in all selected modules"),
         (["--tuned=tuned", "--svd-energy=1.5"], "svd_energy is 1.5, need a number above 0"),
         (["--tuned=tuned", "--target-modules=nothing"], "no module that can be adapted matches target_modules"),
         (["--tuned=nowhere"], "nowhere: no such directory"),
         (["--tuned=tuned", "--out=a"], "a: holds files; give another --out"),
-    ],
-)
-def test_what_cannot_be_extracted_is_refused_before_anything_is_written(run, tmp_path, words, phrase):
-    out = [] if "--out=a" in words else [f"--out={tmp_path / 'out'}"]
-    assert phrase in run("extract", "--base=model", *words, *out, status=1)
-    assert not (tmp_path / "out").exists()
+    ):
+        out = [] if "--out=a" in words else [f"--out={tmp_path / 'out'}"]
+        assert phrase in run("extract", "--base=model", *words, *out, status=1)
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):

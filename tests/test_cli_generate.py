@@ -385,9 +385,8 @@ def test_lines_and_columns_look_like_this():
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    ("words", "phrase"),
-    [
+def test_what_cannot_work_is_told_in_one_line(refused):
+    for words, phrase in (
         (["--prompt="], "--prompt: the prompt is empty"),
         (["--prompt=a", "--samples=0", "--batch-size=-1"], "samples is 0, batch_size is -1, need at least 1"),
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
@@ -398,15 +397,12 @@ def test_lines_and_columns_look_like_this():
         (["--prompt=a", "--top-p=2"], "top_p 2.0"),
         (["--prompt=\udcff"], "--prompt: prompt: found U+DCFF, which is not a character"),
         (["--prompts=none.jsonl"], "none.jsonl"),
-    ],
-)
-def test_what_cannot_work_is_told_in_one_line(refused, words, phrase):
-    assert phrase in refused(*words)
+    ):
+        assert phrase in refused(*words)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "phrase"),
-    [
+def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path):
+    for name, content, phrase in (
         ("rows.jsonl", '{"prompt": "a"}\n{"question": "b"}', "rows.jsonl:2: keys ['question'] are of no known"),
         ("rows.jsonl", '{"prompt": "a"}\n5', "rows.jsonl:2: found 5, need a JSON object"),
         ("rows.jsonl", '{"messages": [{"role": "user", "content": 5}]}', "rows.jsonl:1: messages[0].content: found 5"),
@@ -415,11 +411,9 @@ def test_what_cannot_work_is_told_in_one_line(refused, words, phrase):
         ("rows.jsonl", '{"prompt": "\\ud800"}', "rows.jsonl:1: prompt[0].content: found U+D800"),
         ("rows.txt", "\n", "rows.txt: there are no prompts"),
         ("rows.txt", b"\xff", "rows.txt: byte 0 is not UTF-8"),
-    ],
-)
-def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path, name, content, phrase):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert phrase in refused("--prompts", tmp_path / name, model="chat")
+    ):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert phrase in refused("--prompts", tmp_path / name, model="chat")
 
 
 def test_messages_need_a_template_standard_input_is_utf_8_and_a_terminal_is_not_waited_for(

@@ -148,18 +148,15 @@ def test_flags_decide_how_a_base_is_held_then_the_first_adapter_that_tells_and_n
     assert find({**places, **options}).quantize == expected
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
+def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run):
+    for words, named in (
         (["--quantize-skip=typo"], "--quantize-skip"),
         (["--quantize-skip=down_proj", "--adapter=dense"], "--quantize-skip"),
         (["--no-double-quant", "--quantize=none", "--adapter=quantized"], "--double-quant"),
         (["--model=nf4", "--quantize-skip=down_proj", "--double-quant"], "--double-quant, --quantize-skip"),
-    ],
-)
-def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run, words, named):
-    for command in (["generate", "--prompt=a"], ["eval", "--data=rows.jsonl"]):
-        assert f"{named}: without effect; give --quantize nf4, too" in run(*command, *words, status=1).err
+    ):
+        for command in (["generate", "--prompt=a"], ["eval", "--data=rows.jsonl"]):
+            assert f"{named}: without effect; give --quantize nf4, too" in run(*command, *words, status=1).err
 
 
 def test_how_a_base_is_to_be_held_is_compared_with_how_it_lies(run):
@@ -223,9 +220,8 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_file_though_slow_or_not_in
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path):
+    for words, named in (
         ("quantize --model=nf4", "nf4: is quantized already"),
         ("quantize --model=model --quantize-skip=proj", "quantize_skip 'proj' names no linear module"),
         ("quantize --model=model --quantize-skip=self_attn,mlp", "leaves nothing to quantize"),
@@ -233,12 +229,10 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_file_though_slow_or_not_in
         ("merge --adapter=dense --target=requantized", "the target 'requantized' needs linears held as nf4"),
         ("merge", "there is nothing to merge: give --adapter"),
         ("quantize --model=model --out=nf4", "nf4: holds files"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path, words, named):
-    out = [] if "--out" in words else [f"--out={tmp_path / 'out'}"]
-    assert named in run(*words.split(), *out, status=1).err
-    assert not (tmp_path / "out").exists()
+    ):
+        out = [] if "--out" in words else [f"--out={tmp_path / 'out'}"]
+        assert named in run(*words.split(), *out, status=1).err
+        assert not (tmp_path / "out").exists()
 
 
 def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):

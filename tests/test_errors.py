@@ -49,20 +49,17 @@ def test_a_field_of_the_wrong_type_is_named():
             cls(**{name: UNLIKE})
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_the_message_says_what_was_found_and_what_is_accepted():
+    for call, message in (
         (lambda: ml.attach(ml.load_model("minilora/builtin"), "lora"), "attach: config is 'lora', need LoraConfig"),
         (lambda: ml.LoraConfig(r="8", use_dora=1), "LoraConfig: r is '8', need int; use_dora is 1, need bool"),
         (lambda: ml.TrainConfig(keep="all"), r"TrainConfig: keep is 'all', need one of \['last', 'best'\]"),
         (lambda: ml.load_model(3), "load_model: name_or_path is 3, need str or Path"),
         (lambda: ml.save_model("model", "out"), "save_model: model is a str, need a Llama or a Classifier"),
         (lambda: ml.merge("model"), "merge: model is 'model', need Module"),
-    ],
-)
-def test_the_message_says_what_was_found_and_what_is_accepted(call, message):
-    with pytest.raises(ml.ConfigError, match=message):
-        call()
+    ):
+        with pytest.raises(ml.ConfigError, match=message):
+            call()
 
 
 def test_the_docstring_of_a_configuration_has_the_help_of_every_field():
