@@ -183,7 +183,7 @@ values = st.recursive(
 )
 
 
-@examples(10)
+@examples(4)
 @given(st.data(), st.sampled_from(list(models.FAMILIES)), values, st.booleans())
 def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is_nested):
     source = {**SIZES, "rms_norm_eps": 1e-5, "rope_theta": 10.0, "layer_types": None, **models.FAMILIES[family]}

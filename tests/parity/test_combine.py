@@ -92,21 +92,16 @@ def test_every_type_makes_what_peft_makes(monkeypatch, case, kind):
         assert_parity(lora_delta(*ours[path].factors), expected)
 
 
-@pytest.mark.parametrize("kind", ["cat", "svd"])
-def test_adapters_of_rslora_are_not_scaled_twice(kind):
-    """PEFT keeps `use_rslora` for the sum, whose scale then is √r instead of 1."""
-    model = theirs_model({name: config(use_rslora=True) for name in "AB"})
-    rank = 6 if kind == "svd" else None
-    ours = combine([factors(model, name) for name in "AB"], [0.7, 0.3], CombineConfig(kind, svd_rank=rank))
-    model.add_weighted_adapter(["A", "B"], [0.7, 0.3], "sum", kind, svd_rank=rank)
-    for path, layer in layers(model).items():
-        expected = 0.7 * layer.get_delta_weight("A") + 0.3 * layer.get_delta_weight("B")
-        assert_parity(lora_delta(*ours[path].factors), expected)
-        assert relative(layer.get_delta_weight("sum"), expected, 0.1) > 10
-
-
-def test_one_adapter_alone_is_cut_as_asked():
-    """PEFT takes another type for one adapter, whatever is asked for."""
+def test_adapters_of_rslora_are_not_scaled_twice_and_one_adapter_alone_is_cut_as_asked():
+    """PEFT keeps `use_rslora` for the sum, whose scale then is √r; and for one adapter it takes another type."""
+    for kind, rank in (("cat", None), ("svd", 6)):
+        model = theirs_model({name: config(use_rslora=True) for name in "AB"})
+        ours = combine([factors(model, name) for name in "AB"], [0.7, 0.3], CombineConfig(kind, svd_rank=rank))
+        model.add_weighted_adapter(["A", "B"], [0.7, 0.3], "sum", kind, svd_rank=rank)
+        for path, layer in layers(model).items():
+            expected = 0.7 * layer.get_delta_weight("A") + 0.3 * layer.get_delta_weight("B")
+            assert_parity(lora_delta(*ours[path].factors), expected)
+            assert relative(layer.get_delta_weight("sum"), expected, 0.1) > 10
     model = theirs_model({"A": config()})
     ours = combine([factors(model, "A")], [0.7], CombineConfig("svd", svd_rank=1))
     model.add_weighted_adapter(["A"], [0.7], "cut", "svd", svd_rank=1)
