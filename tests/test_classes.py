@@ -131,7 +131,7 @@ REFUSED = [
     ("sequence", {"label": 0.5}, "label: found 0.5, need text or a whole number"),
     ("sequence", {"label": ""}, "label: found '', need text or a whole number"),
     ("sequence", {"label": "\ud800"}, "label: found U+D800"),
-    ("sequence", {"label": "maybe"}, "label: found 'maybe', which is not among the known ['no', 'yes'"),
+    ("sequence", {"label": "maybe"}, "label: found 'maybe', which is not among ['no', 'yes'"),
     ("token", {"tokens": "the cat"}, "tokens: found 'the cat', need a list"),
     ("token", {"labels": None}, "labels: found None, need a list"),
     ("token", {"tokens": [], "labels": []}, "tokens: it is empty"),
