@@ -112,9 +112,9 @@ def texts(path):
     return ["".join(element.itertext()).strip() for element in ElementTree.parse(path).iter() if "text" in element.tag]
 
 
-def axes(runs):
+def drawing(runs, *held_out):
     pytest.importorskip("matplotlib")
-    return draw(runs).get_axes()
+    return draw(runs, *held_out)
 
 
 def drawn(axes, **style):
@@ -129,7 +129,7 @@ def points(curve):
 
 def test_each_panel_holds_the_points_of_its_curve_in_the_colour_of_the_run(tmp_path):
     runs = {name: read_metrics(write_run(tmp_path / name, records(n, every=4))) for name, n in (("a", 12), ("b", 35))}
-    loss, rate, norm = axes(runs)
+    loss, rate, norm = drawing(runs).get_axes()
     for colour, run in zip(COLOURS, runs.values(), strict=False):
         assert drawn(loss, color=colour) == [points(run.loss), points(run.eval_loss)]
         assert drawn(rate, color=colour) == [points(run.learning_rate)]
@@ -138,25 +138,24 @@ def test_each_panel_holds_the_points_of_its_curve_in_the_colour_of_the_run(tmp_p
 
 def test_of_many_steps_a_smoothed_line_lies_over_a_faint_one_unless_the_runs_are_many(tmp_path):
     run = read_metrics(write_run(tmp_path / "run", records(100)))
-    faint, bold, _ = axes({"run": run})[0].get_lines()
+    faint, bold, _ = drawing({"run": run}).get_axes()[0].get_lines()
     assert list(faint.get_ydata()) == list(run.loss.values)
     assert faint.get_alpha() < 0.5
     assert list(bold.get_ydata()) == list(smooth(run.loss).values)
-    assert len(axes(dict.fromkeys("abcd", run))[0].get_lines()) == 4 * 2
+    assert len(drawing(dict.fromkeys("abcd", run)).get_axes()[0].get_lines()) == 4 * 2
 
 
 def test_runs_are_told_apart_by_colour_and_dash_a_single_step_is_a_dot_and_the_title_names_one_run():
-    lines = axes(dict.fromkeys("abcdefghijklmnopqrst", metrics([3.0, 2.0])))[1].get_lines()
+    lines = drawing(dict.fromkeys("abcdefghijklmnopqrst", metrics([3.0, 2.0]))).get_axes()[1].get_lines()
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
-    lines = [line for panel in axes({"run": metrics([3.0], [2.0])}) for line in panel.get_lines()]
+    lines = [line for panel in drawing({"run": metrics([3.0], [2.0])}).get_axes() for line in panel.get_lines()]
     assert [line.get_marker() for line in lines] == [".", "o", ".", "."]
     assert draw({"$a_b$": metrics([1.0])}).get_suptitle() == "Fine-tuning: $a_b$"
     assert draw(dict.fromkeys("ab", metrics([1.0]))).get_suptitle() == "Fine-tuning: 2 runs"
 
 
-def legend(runs, held_out=None):
-    pytest.importorskip("matplotlib")
-    return [text.get_text() for text in draw(runs, held_out).legends[0].get_texts()]
+def legend(*runs):
+    return [text.get_text() for text in drawing(*runs).legends[0].get_texts()]
 
 
 def test_the_legend_has_an_entry_for_what_is_drawn_and_no_other():
@@ -175,8 +174,7 @@ def test_the_loss_before_and_after_is_that_of_the_summary(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary))
     found = held_out_loss(run)
     assert points(found) == [(0, 3.5), (12, 0.5)]
-    pytest.importorskip("matplotlib")
-    loss = draw({"run": read_metrics(run)}, {"run": found}).get_axes()[0]
+    loss = drawing({"run": read_metrics(run)}, {"run": found}).get_axes()[0]
     assert drawn(loss, marker="D") == [points(found)]
     (run / "summary.json").write_text(json.dumps(summary | {"before": {"loss": None}, "after": {"loss": None}}))
     assert held_out_loss(run) == NONE
