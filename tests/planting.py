@@ -15,9 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
-import json, os, resource, signal, sys
-import hypothesis.strategies, pytest, safetensors.torch, tokenizers, torch.utils.checkpoint
+import gc, json, os, resource, signal, sys
+import hypothesis.strategies, pytest, safetensors.torch, tokenizers, torch._dynamo, torch.utils.checkpoint
 torch.set_num_threads(1)
+gc.freeze()  # or each fork would copy the pages of what is imported
 for line in sys.stdin:
     seconds, arguments = json.loads(line)
     if (child := os.fork()) == 0:
@@ -41,7 +42,7 @@ class Copy:
         self.folder, self.count = folder, 0
         unneeded = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "minilora-run")
         shutil.copytree(ROOT, folder, ignore=unneeded, dirs_exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, **streams)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -168,20 +168,26 @@ GROUPS = (
 BOTH = ("float64", "float32")
 
 
+@functools.cache
 def logits_of(
-    all_rows: Sequence[tuple[str, ...]], spread: float = 3.0, dtypes: Sequence[str] = BOTH
-) -> Iterator[MaskedLogits]:
-    """Yield a case of each of these rows in each dtype."""
-    for dtype in dtypes:
-        for seed, rows in enumerate(all_rows):
-            yield MaskedLogits(rows, (3, 5, 17)[seed % 3], spread, seed, dtype)
+    all_rows: tuple[tuple[str, ...], ...], spread: float = 3.0, dtypes: tuple[str, ...] = BOTH
+) -> list[MaskedLogits]:
+    """Return a case of each of these rows in each dtype; the laws share them."""
+    return [
+        MaskedLogits(rows, (3, 5, 17)[seed % 3], spread, seed, dtype)
+        for dtype in dtypes
+        for seed, rows in enumerate(all_rows)
+    ]
 
 
-def batches_of(all_groups: Sequence[tuple[tuple[str, ...], ...]]) -> Iterator[MicroBatches]:
-    """Yield a case of each of these micro-batches in each dtype."""
-    for dtype in BOTH:
-        for seed, groups in enumerate(all_groups):
-            yield MicroBatches(groups, 2 + seed % 3, (4, 3, 9)[seed % 3], seed, dtype)
+@functools.cache
+def batches_of(all_groups: tuple[tuple[tuple[str, ...], ...], ...]) -> list[MicroBatches]:
+    """Return a case of each of these micro-batches in each dtype; the laws share them."""
+    return [
+        MicroBatches(groups, 2 + seed % 3, (4, 3, 9)[seed % 3], seed, dtype)
+        for dtype in BOTH
+        for seed, groups in enumerate(all_groups)
+    ]
 
 
 _LOSS: list[tuple[Any, ...]] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -103,14 +103,17 @@ LEADS = (((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
 NESTED_LINEARS = (((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300))  # the last has two scales
 
 
+@functools.cache
 def linears(
-    sizes: Iterable[Any], dtypes: tuple[str, ...] = ("float32",), double_quant: bool = False
-) -> Iterator[QuantizedLinear]:
-    """Return cases of these sizes, each with and without a bias."""
-    for dtype in dtypes:
-        for seed, (lead, inner, outer) in enumerate(sizes):
-            for has_bias in (True, False):
-                yield QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant=double_quant)
+    sizes: tuple[Any, ...], dtypes: tuple[str, ...] = ("float32",), double_quant: bool = False
+) -> list[QuantizedLinear]:
+    """Return cases of these sizes, each with and without a bias; the laws share them."""
+    return [
+        QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant=double_quant)
+        for dtype in dtypes
+        for seed, (lead, inner, outer) in enumerate(sizes)
+        for has_bias in (True, False)
+    ]
 
 
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"

@@ -5,9 +5,8 @@ n  weights, laid end to end    b  blocks, each with an absmax
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -317,7 +316,7 @@ SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many b
 )
 
 
-def weights(*kinds: DrawnKind, block_size: int = 64, dtype: str = "float32") -> Iterator[NF4Weight]:
-    """Return cases of weights from small to large, with these kinds in turn."""
-    for seed, (rows, columns) in enumerate(SHAPES):
-        yield NF4Weight(rows, columns, block_size, kinds[seed % len(kinds)], seed, dtype)
+@cache
+def weights(*kinds: DrawnKind, dtype: str = "float32") -> list[NF4Weight]:
+    """Return cases of weights from small to large, with these kinds in turn; the laws share them."""
+    return [NF4Weight(*shape, 64, kinds[seed % len(kinds)], seed, dtype) for seed, shape in enumerate(SHAPES)]

@@ -230,23 +230,22 @@ def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
 # --- the table ---
 
 
-def absmaxes() -> Iterator[AbsmaxVector]:
-    """Return cases with whole and with incomplete blocks of 256."""
-    for seed, count in enumerate((1, 2, 5, 64, 255, 256, 257, 600)):
-        yield AbsmaxVector(count, "normal", seed)
-    for kind in ("constant", "outlier"):
-        yield from (AbsmaxVector(count, kind, count) for count in (3, 300))
+@functools.cache
+def absmaxes() -> list[AbsmaxVector]:
+    """Return cases with whole and with incomplete blocks of 256; the laws share them."""
+    normal = [AbsmaxVector(count, "normal", i) for i, count in enumerate((1, 2, 5, 64, 255, 256, 257, 600))]
+    return normal + [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier") for count in (3, 300)]
 
 
-def larger_blocks() -> Iterator[NF4Weight]:
+@functools.cache
+def larger_blocks() -> list[NF4Weight]:
     """Return cases of larger blocks."""
-    for block_size in (128, 512, 4096):
-        yield from (NF4Weight(rows, columns, block_size, seed=rows) for rows, columns in ((1, 5), (7, 65), (9, 512)))
+    shapes = ((1, 5), (7, 65), (9, 512))
+    return [NF4Weight(*shape, block_size, seed=shape[0]) for block_size in (128, 512, 4096) for shape in shapes]
 
 
-def small_floats() -> Iterator[NF4Weight]:
-    for dtype in ("bfloat16", "float16"):
-        yield from weights("normal", "outlier", dtype=dtype)
+def small_floats() -> list[NF4Weight]:
+    return [case for dtype in ("bfloat16", "float16") for case in weights("normal", "outlier", dtype=dtype)]
 
 
 _plain = functools.partial(weights, "normal", "zero_block")
