@@ -156,7 +156,7 @@ ROWS = (  # from small to large
     ("..xxx.xx", ".x......", "xxxxxxxx", "......xx"),
 )
 SOME_ROWS = ((".x.", "x.x"), (".xx.", "..x.", "...."), ("....xxx.", ".xx.x..."))
-ONE_LABEL = [("." * before + "x" + "." * after,) for before in (1, 2, 3) for after in (0, 1, 2)]
+ONE_LABEL = tuple(("." * before + "x" + "." * after,) for before in (1, 2, 3) for after in (0, 1, 2))
 EMPTY_ROWS = ((".xx", "..."), ("....", ".xx.", "x..."))
 GROUPS = (
     ((".x",), (".x",)),
