@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -109,7 +110,8 @@ def by_family(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family", [pytest.param(name, marks=marks[name]) for name in FAMILIES])
 
 
-either = pytest.mark.parametrize("_kernels", ["kernels", "plain"], indirect=True)  # a test with and without them
+KERNELS = ("kernels", "plain")
+either = pytest.mark.parametrize("_kernels", KERNELS, indirect=True)  # a test with and without them
 of_kernels = pytest.mark.skipif("config.getoption('--plain')", reason="only the kernels have this property")
 families = by_family(*MOST_DIFFERENT)
 layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
@@ -217,6 +219,20 @@ def long(*values: Any) -> list[Any]:
     return [
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.long) for value in values
     ]
+
+
+def matrix(step: int, **values: Any) -> pytest.MarkDecorator:
+    """Run a test for all combinations of its parameters' values, by default for every `step`-th of them.
+
+    A step without a factor in common with the numbers of values meets all values, and most pairs of them.
+    """
+    combinations = [
+        pytest.param(*each, id="-".join(map(str, each)), marks=pytest.mark.long if i % step else ())
+        for i, each in enumerate(itertools.product(*values.values()))
+    ]
+    return pytest.mark.parametrize(
+        tuple(values), combinations, indirect=[name for name in values if name == "_kernels"]
+    )
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

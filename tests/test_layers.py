@@ -1,5 +1,7 @@
 """Laws 1 and 2 for every base: forward is the merged weight applied, whatever the adapters; a new one is nothing."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,26 +12,26 @@ from minilora.adapters.layers import AdapterConv
 from minilora.runs.seeded import SeededDropout, hash_seed
 from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
-from tests.models import either, randn, scales, seeds
+from tests.models import KERNELS, either, examples, matrix, randn, scales, seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # PyTorch's, of its own copy
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 each_class = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 
 
-def kinds(test):
-    """The test for each kind of layer on its own, with as many examples, with kernels and without."""
+def kinds(test, share=0.5):
+    """The test for each kind of layer on its own, with a share of the examples, with kernels and without."""
 
     @either
     @each_layer
     def each(kind):
-        given(adapted((kind,)))(test)()
+        examples(share)(given(adapted((kind,)))(test))()
 
     each.__name__, each.__doc__ = test.__name__, test.__doc__
     return each
 
 
-@kinds
+@functools.partial(kinds, share=1)
 def test_forward_is_the_merged_weight_applied(case):
     layer = case.layer
     assert_maths(layer(case.x), case.applied(layer.merged_weight(), layer.merged_bias()))
@@ -59,10 +61,9 @@ def test_forward_and_merged_weight_equal_the_loops(case):
     assert_maths(layer(case.x), applied_by_loops(layer, case.x))
 
 
-@each_class
-@each_layer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@given(seeds, scales)
+@matrix(3, dtype=(torch.float32, torch.bfloat16), kind=LAYERS, use_dora=(False, True))
+@examples(0.5)
+@given(seed=seeds, scale=scales)
 def test_in_low_precision_forward_is_as_good_as_pytorch_with_the_merged_weight(kind, use_dora, dtype, seed, scale):
     case = place(kind, seed, 40, 24, dtype=dtype)
     add(case.layer, "new", seed, 8, scale, use_dora, lora_bias=True, dtype=torch.float32)
@@ -73,6 +74,7 @@ def test_in_low_precision_forward_is_as_good_as_pytorch_with_the_merged_weight(k
 
 @each_class
 @each_layer
+@examples(0.3)
 @given(seeds, scales)
 def test_the_merged_weight_of_a_bfloat16_base_is_rounded_once(kind, use_dora, seed, scale):
     layer = place(kind, seed, dtype=torch.bfloat16).layer
@@ -106,9 +108,8 @@ def test_padding_of_an_embedding_is_not_adapted_by_training():
     assert case.layer.adapters["new"].lora_A.grad[:, 0].all()
 
 
-@either
-@each_class
-@each_layer
+@matrix(3, kind=LAYERS, use_dora=(False, True), _kernels=KERNELS)
+@examples(0.3)
 @given(seed=seeds)
 def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
     case = place(kind, seed)
@@ -143,11 +144,14 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
     assert 10 < is_dropped.sum() < 40
 
 
-@either
-@each_class
-@each_layer
-@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@matrix(
+    5,
+    dtype=(torch.float32, torch.bfloat16),
+    init=(True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"),
+    kind=LAYERS,
+    use_dora=(False, True),
+    _kernels=KERNELS,
+)
 def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, dtype):
     """To the bit where B = 0; of B A - B₀ A₀ the order of the sums is left."""
     case = place(kind, 3, 12, 8, dtype=dtype)

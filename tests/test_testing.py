@@ -1,8 +1,8 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
-import subprocess
-import sys
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import floats
 from torch import nn
 
+from minilora import testing
 from minilora.testing import (
     AdaptedLinear,
     Bounded,
@@ -33,8 +34,9 @@ from minilora.testing.laws import Comparison, Law
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mutants import MUTANTS
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
-from tests.models import randn
+from tests.models import long, randn
 
+FOLDER = Path(testing.__file__).parent
 DTYPES = tuple(UNITS)
 RIGHT = {"lora": LoRALayer, "dora": DoRALayer, "adapter_sum": add_adapters}
 
@@ -66,8 +68,14 @@ class Plain(nn.Module):
         return y if self.b is None else y + self.b
 
 
-@parametrize_laws("lora", "rslora", "dora")
+@parametrize_laws("lora", "dora")
 def test_a_plain_layer_keeps_every_law(law):
+    assert 0 <= law.check(Plain).ratio <= 1
+
+
+@pytest.mark.long
+@parametrize_laws("rslora")
+def test_a_plain_layer_keeps_the_laws_of_rslora(law):
     assert 0 <= law.check(Plain).ratio <= 1
 
 
@@ -140,7 +148,7 @@ def test_a_known_deviation_must_be_there_still():
 
 
 def test_gradients_alone_can_be_checked():
-    assert check_gradients(Plain, "dora").law == "dora-gradients"
+    assert check_gradients(Plain, "rslora").law == "rslora-gradients"
     detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x.sum()})
     with pytest.raises(CheckFailure, match="no gradient reaches"):
         check_gradients(detached)
@@ -242,10 +250,11 @@ def hidden(W, b, A, B, alpha):
 
 
 @pytest.mark.parametrize("make", [Holder, hidden])
-def test_the_trained_tensors_are_found_wherever_the_layer_keeps_them(make):
-    checked = {report.law for report in check_lora_linear(make) if report.comparisons}
-    assert checked >= {"lora-gradients", "lora-updates", "lora-frozen"}
-    assert "lora-dropout" not in checked
+def test_trained_tensors_are_found_wherever_a_layer_keeps_them_and_a_report_says_what_was_checked(make):
+    reports = {report.law: report for report in check_lora_linear(make)}
+    assert [law for law, report in reports.items() if not report.checked] == ["lora-dropout"]
+    assert str(reports["lora-dropout"]).split()[1] == "–"
+    assert str(reports["lora-frozen"]).split()[1] == "0.000"
 
 
 @pytest.mark.parametrize("result", [None, "abc", {}, iter([])])
@@ -257,7 +266,7 @@ def test_what_is_no_array_is_a_failure_and_no_accident(result):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", *long("float32", "float16")])
 def test_every_number_of_the_laws_cases_has_a_bound_that_it_can_exceed(method, dtype):
     for case in linear_cases(method, dtype):
         for expected in (case.y, case.merged, *case.gradients.values()):
@@ -272,7 +281,7 @@ def test_a_divisor_that_may_be_0_leaves_no_bound_and_no_warning():
 
 
 @pytest.mark.parametrize("divisor", [lambda A: len(A) + 1, lambda A: A.shape[1]], ids=["r + 1", "in"])
-@pytest.mark.parametrize("name", ["forward", "scale", "sums", "shapes"])
+@pytest.mark.parametrize("name", ["forward", *long("scale", "sums", "shapes")])
 def test_a_mistake_that_explains_a_few_cases_is_not_named(divisor, name):
     causes = causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha * len(A) / divisor(A)))
     assert not any("scale is" in cause or "twice" in cause for cause in causes)
@@ -301,9 +310,9 @@ def test_a_magnitude_that_starts_at_1_is_named():
     def make_layer(W, b, A, B, alpha, use_dora=True, magnitude=None):
         return Plain(W, b, A, B, alpha, use_dora=True, magnitude=W.new_ones(len(W)) if magnitude is None else magnitude)
 
-    with pytest.raises(CheckFailure) as caught:
-        check_dora_linear(make_layer)
-    assert [each[:26] for each in caught.value.causes] == ["the magnitude starts at 1 "]
+    assert [each[:26] for each in causes_of(laws("dora")["start"], make_layer)] == ["the magnitude starts at 1 "]
+    with pytest.raises(CheckFailure, match="dora-forward: y: wrong"):
+        check_dora_linear(lambda *tensors, use_dora=True: Plain(*tensors))
 
 
 class Behind(Plain):
@@ -344,7 +353,7 @@ def test_a_wrong_gradient_is_said_to_be_that_of_evaluation_mode():
 
 def test_one_factor_of_the_update_or_of_the_result_is_named():
     half = "the update is 0.5 times the right one"
-    for name in ("forward", "shapes", "scale", "merge"):
+    for name in ("forward", "merge"):
         assert causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2)) == (half,)
     assert causes_of(laws("merge")["weight"], lambda W, A, B, s: W + 0.5 * s * B @ A) == (half,)
     assert causes_of(laws("merge")["weight"], lambda W, A, B, s: 3 * (W + s * B @ A)) == ()
@@ -367,13 +376,6 @@ def test_a_check_says_which_laws_the_case_breaks_and_keeps():
     assert kept == "  this case keeps: lora-identity, lora-frozen"
     with pytest.raises(CheckFailure, match="also breaks: lora-shapes, lora-identity, "):
         check_lora_linear(lambda W, b, A, B, alpha: lambda x: 2 * Plain(W, b, A, B, alpha)(x))
-
-
-def test_a_report_says_whether_its_law_was_checked():
-    reports = {report.law: report for report in check_lora_linear(Holder)}
-    assert [law for law, report in reports.items() if not report.checked] == ["lora-dropout"]
-    assert str(reports["lora-dropout"]).split()[1] == "–"
-    assert str(reports["lora-frozen"]).split()[1] == "0.000"
 
 
 def test_a_known_deviation_is_what_was_found_and_none_of_the_law_s_words():
@@ -400,10 +402,10 @@ def test_misuse_is_told():
         assert kind in laws.__doc__
 
 
-def test_strategies_are_public_and_import_hypothesis_only_when_they_are_used():
-    command = """
-import sys, minilora.testing as testing
-assert "strategies" in testing.__all__ and "hypothesis" not in sys.modules
-assert testing.strategies.adapted_linears and "hypothesis" in sys.modules
-"""
-    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+def test_strategies_are_public_and_only_they_import_hypothesis():
+    """And `minilora.testing` imports them when they are used."""
+    assert "strategies" in testing.__all__
+    assert testing.strategies.adapted_linears is adapted_linears
+    imports = {path.stem: re.findall(r"^(?:from|import) .*", path.read_text(), re.M) for path in FOLDER.glob("*.py")}
+    assert {name for name, lines in imports.items() if "hypothesis" in str(lines)} == {"strategies"}
+    assert not any("testing.strategies" in str(lines) for lines in imports.values())
