@@ -26,7 +26,7 @@ from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms
 from tests.adapters import add_built
 from tests.files import SHARD, edit, save_file, write_base
-from tests.models import WHOLE, allocated, layouts, long, randn, randomize_adapters_, scales, seeds, sizes, tiny_model
+from tests.models import WHOLE, allocated, long, matrix, randn, randomize_adapters_, scales, seeds, sizes, tiny_model
 from tests.runs import everything
 
 NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
@@ -73,8 +73,8 @@ def assert_as_in_memory(things, dtype="auto", quantize=None, base="base", adapte
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("made")
-    write_base(directory / "base")
-    write_base(directory / "packed", quantize=NF4)
+    write_base(directory / "base", num_hidden_layers=2)
+    write_base(directory / "packed", quantize=NF4, num_hidden_layers=2)
     write_adapter(directory / "base", directory / "adapter", target_modules=("q_proj", "o_proj", "down_proj"))
     return directory
 
@@ -85,20 +85,21 @@ def things(made, tmp_path):
     return shutil.copytree(made, tmp_path / "things")
 
 
-@layouts
-@pytest.mark.parametrize(
-    ("kind", "dtype", "head"),
-    [
+@matrix(
+    3,
+    family=(WHOLE, "phi3"),
+    case=(
         ("dense", torch.bfloat16, "lm_head"),
         ("quantized for the training", torch.float16, "lm_head"),
         ("quantized", torch.float32, "lm_head"),
         ("quantized", torch.bfloat16, "o_proj"),
-    ],
+    ),
 )
-def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, kind, dtype, head):
-    base = write_base(tmp_path / "base", family, dtype, NF4 if kind == "quantized" else None)
+def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, case):
+    kind, dtype, head = case
+    base = write_base(tmp_path / "base", family, dtype, NF4 if kind == "quantized" else None, num_hidden_layers=2)
     first = write_adapter(base, tmp_path / "first", use_rslora=True)
-    targets = rf"{head}|.*(o_proj|layers\.2\..*down_proj)"
+    targets = rf"{head}|.*(o_proj|layers\.1\..*down_proj)"
     second = write_adapter(base, tmp_path / "second", seed=2, r=2, target_modules=targets)
     asked = NF4 if kind == "quantized for the training" else None
     merge_in_memory(base, [first, second], tmp_path / "expected", dtype, asked)
@@ -114,16 +115,18 @@ KINDS = {
     "head": {"modules_to_save": ("lm_head",)},
     "rows": {"trainable_token_indices": (3, 60)},
     "embedding": {"target_modules": ("embed_tokens", "up_proj")},
-    "both ends": {"target_modules": ("embed_tokens", "lm_head")},
     "parameters": {"target_modules": (), "target_parameters": ("down_proj.weight",)},
+    "both ends": {"target_modules": ("embed_tokens", "lm_head")},
 }
 
 
-@pytest.mark.parametrize("family", ["llama", WHOLE])
-@pytest.mark.parametrize("kind", KINDS)
+UNTIED = [(kind, "llama") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("kind", "family"), [*((kind, WHOLE) for kind in KINDS), UNTIED[-1], *long(*UNTIED[:-1])])
 def test_every_kind_of_adapter_is_merged_as_in_memory(tmp_path, monkeypatch, family, kind):
     monkeypatch.setattr(merging, "CHUNK", 48)
-    base = write_base(tmp_path / "base", family)
+    base = write_base(tmp_path / "base", family, num_hidden_layers=2)
     model = ml.load_model(base)
     targets = {"target_modules": ("q_proj", "down_proj")}
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **targets, **KINDS[kind]}))
@@ -170,7 +173,7 @@ def test_shards_are_those_of_a_merge_in_memory(things, shard_bytes):
 @pytest.mark.parametrize(("is_packed", "double_quant"), [(True, True), (False, False)])
 def test_requantized_is_the_dequantized_result_quantized_again_and_the_rest_as_it_was(things, is_packed, double_quant):
     config = ml.QuantizeConfig("nf4", double_quant, ("o_proj",))
-    packed = write_base(things / "four", quantize=config)
+    packed = write_base(things / "four", quantize=config, num_hidden_layers=2)
     base, asked = ("four", None) if is_packed else ("base", config)
     for target in ("dequantized", "requantized"):
         merge(things, target, asked, base, out=target)
@@ -206,7 +209,7 @@ def test_a_block_size_other_than_ours_is_kept(things):
     assert torch.equal(again.absmax, example.absmax)
 
 
-@pytest.mark.parametrize("end", ["_proj", "layers.3.mlp.down_proj"])
+@pytest.mark.parametrize("end", ["_proj", "layers.1.mlp.down_proj"])
 def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_again(things, end):
     """Also where that format is only one linear's."""
     model = ml.load_model(things / "packed")
@@ -238,7 +241,7 @@ def test_the_default_target_is_what_was_trained(things, is_packed, asked, target
 def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
     monkeypatch.setattr(merging, "CHUNK", 48)
     base = tmp_path / "base"
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=12)
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=9)
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
     adapter = write_adapter(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
     largest = max(p.nbytes for p in model.parameters())
@@ -389,12 +392,12 @@ def test_merging_no_adapter_is_refused(things):
 def test_numbers_that_are_not_finite_are_refused_by_name(things):
     path = things / "adapter" / WEIGHTS_FILE
     tensors = load_file(path)
-    name = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
     save_file(tensors | {name: tensors[name] * torch.inf}, path)
     with pytest.raises(FormatError, match=name):
         merge(things)
     save_file(tensors | {name: tensors[name] * 1e6}, path)
-    with pytest.raises(TrainingError, match=r"model\.layers\.2\.mlp\.down_proj\.weight: .*not finite in torch.float16"):
+    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: .*not finite in torch.float16"):
         merge(things, dtype="float16")
     assert not holds_files(things / "out")
 
@@ -402,7 +405,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(things):
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_copy_of_the_base_s_weight_beside_the_adapter_is_compared(tmp_path, is_tied, is_same):
-    base = write_base(tmp_path / "base", tie_word_embeddings=is_tied)
+    base = write_base(tmp_path / "base", tie_word_embeddings=is_tied, num_hidden_layers=1)
     adapter = write_adapter(base, tmp_path / "adapter", target_modules=("lm_head",))
     head = ml.load_model(base).lm_head.weight.detach().clone()
     copy = {"base_model.model.lm_head.base_layer.weight": head if is_same else head + 1}
