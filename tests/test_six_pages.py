@@ -23,7 +23,18 @@ from minilora.runs.data import use_prompt_style
 from minilora.storage import SHARD_BYTES
 from minilora.testing.compare import assert_parity
 from tests.files import SHARD, change, edit, same_state, saved
-from tests.models import FAMILIES, SIZES, bases, randomize_adapters_, scales, seeds, tiny_model, token_ids
+from tests.models import (
+    FAMILIES,
+    SIZES,
+    bases,
+    examples,
+    matrix,
+    randomize_adapters_,
+    scales,
+    seeds,
+    tiny_model,
+    token_ids,
+)
 from tests.test_structure import PAGES
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +58,7 @@ torch.set_num_threads(1)
 out, assets = Path(sys.argv[1]), Path("minilora/assets")
 model = llama.load_llama(assets / "model")
 tokenizer = tokenizers.Tokenizer.from_file(str(assets / "model" / "tokenizer.json"))
-lines = (assets / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:160]
+lines = (assets / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:80]
 examples = [data.encode_row(json.loads(line), tokenizer, eos_id=0) for line in lines]
 ids = torch.tensor([examples[0].tokens])
 logits = {{"base": model(ids)}}
@@ -55,8 +66,8 @@ adapter.attach_lora(model, ["q_proj", "v_proj", "gate_proj", "up_proj", "down_pr
 logits["new"] = model(ids)
 optimizer = training.adamw([parameter for parameter in model.parameters() if parameter.requires_grad])
 losses = []
-for step in range(20):
-    optimizer.param_groups[0]["lr"] = training.learning_rate(step, 20, peak=2e-3, warmup=2)
+for step in range(10):
+    optimizer.param_groups[0]["lr"] = training.learning_rate(step, 10, peak=2e-3, warmup=2)
     batch = data.collate(examples[8 * step : 8 * step + 8], torch.device("cpu"))
     losses.append(training.train_step(model, optimizer, [batch]).loss.item())
 model.eval()
@@ -115,6 +126,7 @@ def same_adapters(ours, theirs):
     assert len({frozenset(each) for each in trained}) == 1
 
 
+@examples(0.5)
 @given(seeds, st.integers(1, 5), scales, st.booleans(), st.sampled_from([0.0, 0.3]), names, bases)
 def test_the_page_of_adapters_attaches_saves_and_loads_as_the_package_does(seed, r, s, dora, dropout, targets, base):
     numbers = {"r": r, "lora_alpha": s * r, "use_dora": dora, "lora_dropout": dropout}
@@ -205,9 +217,7 @@ def test_the_page_of_adapters_writes_no_file_that_lacks_a_part(options, tmp_path
         adapter.save_lora(model, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shard_bytes", [SHARD, SHARD_BYTES])
+@matrix(3, shard_bytes=(SHARD, SHARD_BYTES), tied=(False, True), dtype=(torch.float32, torch.bfloat16))
 def test_the_page_of_the_decoder_reads_a_llama_as_the_package_does(dtype, tied, shard_bytes, tmp_path):
     model = tiny_model(dtype=torch.float32, tie_word_embeddings=tied, rms_norm_eps=1e-6)
     ml.save_model(model, tmp_path, shard_bytes=shard_bytes)
