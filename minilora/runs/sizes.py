@@ -223,6 +223,10 @@ def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:
     """
     config, recompute, (lengths, M) = plan.config, plan.training.recompute, plan.batch()
     learns, total, T = embedding_learns(plan.lora, ranks), 0, sum(lengths)
+    matrices: dict[str, list[str]] = {}  # the names of each block's
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            matrices.setdefault(name.removeprefix(BLOCKS).partition(".")[0], []).append(name)
 
     def linear(name: str, tokens: int, is_recomputed: bool) -> int:
         (n, m), rank = shapes[name], ranks.get(name.removesuffix(".weight"))
@@ -233,7 +237,7 @@ def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:
     for i, window in enumerate(config.windows):
         for group in GROUPS:
             starts = tuple(f"{BLOCKS}{i}.{part}" for part in group)
-            names = [name for name, shape in shapes.items() if name.startswith(starts) and len(shape) == 2]
+            names = [name for name in matrices[f"{i}"] if name.startswith(starts)]
             again = recompute == "block" or (recompute == "mlp" and group[0].startswith("mlp"))
             total += sum(linear(name, T, again) for name in names)
             learns = learns or any(name.removesuffix(".weight") in ranks for name in names)
