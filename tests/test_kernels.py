@@ -362,7 +362,7 @@ def test_a_second_derivative_is_refused(name, data):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
-@pytest.mark.parametrize("name", ["lora_linear", *long(*sorted(TABLE.keys() - NOT_COMPILED - {"lora_linear"}))])
+@pytest.mark.parametrize("name", ["nf4_linear", *long(*sorted(TABLE.keys() - NOT_COMPILED - {"nf4_linear"}))])
 @examples(0.01)
 @given(data=st.data())
 def test_a_kernel_is_compiled_as_one_graph(name, data):

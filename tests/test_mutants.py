@@ -14,7 +14,7 @@ from minilora.testing.compare import PARITY, maths, relative, worst
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.strategies import METHODS
 from tests import reference_model
-from tests.models import randn, tiny_model, token_ids
+from tests.models import matrix, randn, tiny_model, token_ids
 
 WHERE = [3, 4], [3, 4]
 Q, KEYS, VALUES = randn(1, 7, 4, 4), randn(2, 7, 2, 4), randn(3, 7, 2, 4)
@@ -30,9 +30,7 @@ WRONG_ATTENTION = {
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@matrix(3, dtype=DTYPES, method=METHODS, use_rslora=(False, True))
 def test_a_mistake_of_a_layer_exceeds_the_bound_in_some_case(method, dtype, use_rslora):
     """Tenfold, but of the norm of DoRA in bfloat16, whose bounds are as wide as its many roundings."""
     found: dict[str, float] = {}

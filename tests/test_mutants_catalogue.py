@@ -29,7 +29,7 @@ LAWS = {kind: laws(kind).values() for kind in CORRECT}  # of each kind, those th
 LAWS["lora"] = laws("lora", "rslora").values()
 LAWS["merge"] = laws("merge", "merge_dora").values()
 TRIED = [
-    pytest.param(mutant, id=f"{mutant.kind}: {mutant.name}", marks=() if i % 12 == 0 else pytest.mark.long)
+    pytest.param(mutant, id=f"{mutant.kind}: {mutant.name}", marks=() if i % 16 == 0 else pytest.mark.long)
     for i, mutant in enumerate(MUTANTS)
 ]
 

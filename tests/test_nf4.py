@@ -374,7 +374,7 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
-@pytest.mark.parametrize("backend", ["aot_eager", *long("inductor")])
+@pytest.mark.parametrize("backend", long("aot_eager", "inductor"))
 def test_compiling_changes_nothing_and_breaks_no_graph(backend, monkeypatch):
     compile_with(monkeypatch, backend)
     layer, *_ = make_linear((48, 96), 7, dtype=torch.float32)

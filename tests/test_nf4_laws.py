@@ -20,7 +20,7 @@ from minilora.testing import (
     parametrize_laws,
     reference,
 )
-from tests.models import either
+from tests.models import either, matrix
 
 LEVELS, FP4 = torch.tensor(nf4.LEVELS), torch.tensor(nf4.FP4_LEVELS)
 UNIFORM = torch.arange(-8, 8) / 7
@@ -193,8 +193,7 @@ DEQUANTIZE = {
 }
 
 
-@pytest.mark.parametrize("midpoint", range(15))
-@pytest.mark.parametrize("to", [-1.0, 1.0])
+@matrix(7, to=(-1.0, 1.0), midpoint=range(15))
 def test_a_midpoint_that_is_two_units_off_fails(midpoint, to):
     bounds = nf4.midpoints(LEVELS)
     for _ in range(2):
