@@ -24,7 +24,7 @@ from minilora.testing import (
 from minilora.testing.compare import Bounded, worst
 from minilora.testing.data_laws import GROUPS, ROWS
 from minilora.testing.laws import FAR
-from tests.models import either
+from tests.models import either, matrix
 
 CPU = torch.device("cpu")
 masks = st.lists(st.sampled_from("x."), min_size=2, max_size=5).map("".join)
@@ -174,7 +174,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("cause", LOSSES)
+@matrix(3, cause=LOSSES)
 def test_a_mistake_of_a_loss_is_named_by_value_and_by_gradient(cause):
     for name in ("value", "gradient"):
         with pytest.raises(CheckFailure, match=r"to repeat:\n.*import MaskedLogits, laws\n") as failure:
@@ -264,7 +264,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("cause", STEPS)
+@matrix(3, cause=STEPS)
 def test_a_mistake_of_accumulation_is_named(cause):
     with pytest.raises(CheckFailure, match="import MicroBatches, laws") as failure:
         check_accumulation(backward_of(STEPS[cause]))

@@ -312,20 +312,21 @@ LINEAR = {
 }
 
 
-PLANTED = [
-    *((check_nf4, cause, (wrong, dequantize)) for cause, wrong in QUANTIZE.items()),
-    *((check_nf4, cause, (quantize, wrong)) for cause, wrong in DEQUANTIZE.items()),
-    *((check_double_quant, cause, (wrong, dequantize_absmax)) for cause, wrong in DOUBLE.items()),
-    *((check_double_quant, cause, (quantize_absmax, wrong)) for cause, wrong in DOUBLE_BACK.items()),
-    *((check_linear4bit, cause, (wrong,)) for cause, wrong in LINEAR.items()),
-]
+PLANTED = {
+    **{f"quantize: {cause}": (check_nf4, wrong, dequantize) for cause, wrong in QUANTIZE.items()},
+    **{f"dequantize: {cause}": (check_nf4, quantize, wrong) for cause, wrong in DEQUANTIZE.items()},
+    **{f"absmaxes: {cause}": (check_double_quant, wrong, dequantize_absmax) for cause, wrong in DOUBLE.items()},
+    **{f"back: {cause}": (check_double_quant, quantize_absmax, wrong) for cause, wrong in DOUBLE_BACK.items()},
+    **{f"linear: {cause}": (check_linear4bit, wrong) for cause, wrong in LINEAR.items()},
+}
 
 
-@pytest.mark.parametrize(("check", "cause", "implementation"), PLANTED)
-def test_a_planted_mistake_fails_by_name(check, cause, implementation):
+@matrix(3, name=PLANTED)
+def test_a_planted_mistake_fails_by_name(name):
+    check, *implementation = PLANTED[name]
     with pytest.raises(CheckFailure, match="likely cause") as failure:
         check(*implementation)
-    assert cause in failure.value.causes
+    assert name.partition(": ")[2] in failure.value.causes
 
 
 class DenseGradient(torch.autograd.Function):
