@@ -59,44 +59,6 @@ def test_the_levels_are_quantiles_of_the_normal_distribution():
 
 
 @either
-@given(sizes, seeds, kinds, dtypes, block_sizes)
-@example((1, 1), 0, "normal", torch.float32, 64)
-@example((9, 150), 0, "midpoints", torch.float32, 64)
-def test_each_weight_gets_the_nearest_level_of_its_block(size, seed, kind, dtype, block_size):
-    weight = make(size, seed, kind, dtype)
-    packed, absmax = quantize(weight, block_size)
-    assert torch.equal(weight, make(size, seed, kind, dtype))  # stays as it is
-    codes, scales = reference.nf4_quantize(weight.double().numpy(), block_size)
-    whole = weight.numel() // block_size  # the absmax of a part of a block is never 0, as in bitsandbytes
-    largest = [scale if i < whole else max(scale, nf4.SMALLEST) for i, scale in enumerate(scales)]
-    assert torch.equal(absmax, torch.tensor(largest, dtype=torch.float32))
-    found, scales = codes_of(packed, weight.numel()), spread(absmax, weight.numel(), block_size).tolist()
-    for w, code, nearest, scale in zip(weight.double().view(-1).tolist(), found, codes.tolist(), scales, strict=True):
-        x = max(-1.0, min(1.0, w / max(scale, nf4.SMALLEST)))
-        assert abs(x - LEVELS[code]) <= abs(x - LEVELS[nearest]) + 2**-23
-
-
-@either
-def test_a_quotient_between_two_levels_gets_the_lower_one():
-    levels = torch.tensor(LEVELS)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    weight = torch.cat([torch.ones(1), midpoints, torch.zeros(48)])  # divided by 1, exactly
-    packed, _ = quantize(weight)
-    assert codes_of(packed, 16) == [15, *range(15)]
-    above = torch.nextafter(midpoints, torch.ones(15))
-    assert codes_of(quantize(torch.cat([torch.ones(1), above, torch.zeros(48)]))[0], 16) == [15, *range(1, 16)]
-
-
-@either
-@given(sizes, seeds, kinds, block_sizes)
-def test_an_error_is_at_most_half_the_widest_gap(size, seed, kind, block_size):
-    weight = make(size, seed, kind)
-    packed, absmax = quantize(weight, block_size)
-    error = (dequantize(packed, absmax, size, torch.float32, block_size) - weight).abs().view(-1)
-    assert (error <= BOUND * spread(absmax, weight.numel(), block_size) + nf4.SMALLEST).all()
-
-
-@either
 @given(sizes, seeds, kinds, dtypes, st.booleans())
 def test_codes_are_those_of_what_they_stand_for(size, seed, kind, dtype, is_double):
     """But for a block whose absmax, quantized too, is no longer a positive number of that dtype."""
@@ -213,27 +175,6 @@ def test_the_second_levels_are_256_from_below_minus_one_to_one_with_zero_in_the_
     assert len(DYNAMIC_MAP.unique()) == 256
     assert (DYNAMIC_MAP[127], DYNAMIC_MAP[-1]) == (0, 1)
     assert torch.equal(-DYNAMIC_MAP[:127].flip(0), DYNAMIC_MAP[128:-1])
-
-
-@given(st.integers(1, 600), seeds, st.floats(1e-6, 1e6))
-def test_the_nearest_second_level_of_a_place_of_65536_is_taken(count, seed, size):
-    absmax = some_absmaxes(count, seed, size)
-    codes, scales, offset = quantize_absmax(absmax)
-    expected, their_scales, their_offset = reference.absmax_quantize(absmax.numpy())
-    assert abs(offset.item() - their_offset) <= 2**-22 * size
-    assert (scales - torch.from_numpy(their_scales)).abs().max() <= 2**-21 * size
-    levels = DYNAMIC_MAP.double()
-    for i, (code, nearest) in enumerate(zip(codes.tolist(), expected.tolist(), strict=True)):
-        if code != nearest and scales[i // 256] > 0:  # then both are as near as half a place can tell
-            x = (absmax[i].double() - offset) / scales[i // 256]
-            assert (levels[code] - x).abs() <= (levels[nearest] - x).abs() + 2**-15 + 2**-20
-
-
-@given(st.integers(1, 600), seeds, st.floats(1e-6, 1e6))
-def test_an_absmax_is_a_second_level_times_its_scale_and_the_offset(count, seed, size):
-    codes, scales, offset = quantize_absmax(some_absmaxes(count, seed, size))
-    expected = torch.from_numpy(reference.absmax_dequantize(codes.tolist(), scales.numpy(), offset.item()))
-    assert (dequantize_absmax(codes, scales, offset) - expected).abs().max() <= 2**-22 * size
 
 
 @given(sizes, seeds)

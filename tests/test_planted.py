@@ -199,13 +199,13 @@ MISTAKES = {
         "kernel/nf4.py",
         "(x > own.index_select(0, cell))",
         "(x >= own.index_select(0, cell))",
-        "test_nf4.py::test_a_quotient_between_two_levels_gets_the_lower_one",
+        "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4[nf4-ties-kernels]",
     ),
     "law 6: of two levels as near the higher one, by definition": Mistake(
         "nf4.py",
         "out_int32=True",
         "out_int32=True, right=True",
-        "--plain test_nf4.py::test_a_quotient_between_two_levels_gets_the_lower_one",
+        "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4[nf4-ties-plain]",
     ),
     "law 6: the absmax of another block": Mistake(
         "kernel/nf4.py",
