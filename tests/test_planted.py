@@ -14,45 +14,37 @@ class Mistake(NamedTuple):
     test: str  # the test that must notice, as pytest names it; after `--plain` it runs without kernels
 
 
+NORM = "test_lora.py::test_the_norm_is_that_of_the_rows_and_has_no_gradient"
+NF4 = "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4"
+DENSE = "test_nf4.py::test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounded_then"
 EQUAL = "test_kernels.py::test_values_and_gradients_equal_the_definition_s_whatever_is_trained"
 PRECISE = "test_kernels.py::test_in_low_precision_values_and_gradients_are_as_good_as_the_definition_s"
 KEPT = "test_kernels.py::test_of_the_results_only_what_is_counted_is_kept_for_the_backward_pass"
+FORWARD = "test_layers.py::test_forward_is_the_merged_weight_applied"
+GRADIENTS = "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied"
+OF_DORA = "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed"
+MAGNITUDE = "test_lora.py::test_the_magnitude_begins_as_the_norm_of_the_rows_in_float32"
 MISTAKES = {
     "law 1: the update is not scaled": Mistake(
-        "kernel/lora.py",
-        "lora_A.to(x.dtype)).mul_(scale)",
-        "lora_A.to(x.dtype))",
-        "test_layers.py::test_forward_is_the_merged_weight_applied[linear-kernels]",
+        "kernel/lora.py", "lora_A.to(x.dtype)).mul_(scale)", "lora_A.to(x.dtype))", f"{FORWARD}[linear-kernels]"
     ),
     "law 1: the update is not scaled, by definition": Mistake(
-        "lora.py",
-        "F.linear(scale * F.linear(x, A), B)",
-        "F.linear(F.linear(x, A), B)",
-        "test_layers.py::test_forward_is_the_merged_weight_applied[linear-plain]",
+        "lora.py", "F.linear(scale * F.linear(x, A), B)", "F.linear(F.linear(x, A), B)", f"{FORWARD}[linear-plain]"
     ),
     "law 1: no gradient reaches A": Mistake(
-        "kernel/lora.py",
-        "dA = (h.T @ x)",
-        "dA = (0 * h.T @ x)",
-        "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied[linear-kernels]",
+        "kernel/lora.py", "dA = (h.T @ x)", "dA = (0 * h.T @ x)", f"{GRADIENTS}[linear-kernels]"
     ),
     "law 1: no gradient reaches A, by definition": Mistake(
-        "lora.py",
-        "A, B = lora_A.to(x.dtype)",
-        "A, B = lora_A.detach().to(x.dtype)",
-        "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied[linear-plain]",
+        "lora.py", "A, B = lora_A.to(x.dtype)", "A, B = lora_A.detach().to(x.dtype)", f"{GRADIENTS}[linear-plain]"
     ),
     "law 1: the bias is added twice": Mistake(
         "lora.py",
         "base_linear(x, base, bias) + lora_update",
         "base_linear(x, base, bias) + (0 if bias is None else bias) + lora_update",
-        "test_layers.py::test_forward_is_the_merged_weight_applied[linear-plain]",
+        f"{FORWARD}[linear-plain]",
     ),
     "law 1: the bias is scaled by the magnitude, too": Mistake(
-        "lora.py",
-        "None if has_dora else bias, adapters[0]",
-        "bias, adapters[0]",
-        "test_layers.py::test_forward_is_the_merged_weight_applied[linear-kernels]",
+        "lora.py", "None if has_dora else bias, adapters[0]", "bias, adapters[0]", f"{FORWARD}[linear-kernels]"
     ),
     "law 1: a norm is that of W + B A": Mistake(
         "kernel/lora.py", "b, lora_A, alpha=scale)", "b, lora_A)", f"{EQUAL}[dora_norm]"
@@ -61,37 +53,31 @@ MISTAKES = {
         "lora.py",
         "lora_delta(lora_A.to(wide), lora_B.to(wide), scale)).norm(dim=1)",
         "lora_delta(lora_A.to(wide), lora_B.to(wide), 1)).norm(dim=1)",
-        "test_lora.py::test_the_norm_is_that_of_the_rows_and_has_no_gradient",
+        NORM,
     ),
     "law 1: a norm is that of columns": Mistake(
-        "lora.py",
-        "lora_B.to(wide), scale)).norm(dim=1)",
-        "lora_B.to(wide), scale)).norm(dim=0)",
-        "test_lora.py::test_the_norm_is_that_of_the_rows_and_has_no_gradient",
+        "lora.py", "lora_B.to(wide), scale)).norm(dim=1)", "lora_B.to(wide), scale)).norm(dim=0)", NORM
     ),
     "law 1: a norm is computed in the dtype of the weight": Mistake(
         "kernel/lora.py",
         "torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)",
         "weight.dtype",
-        "test_lora.py::test_the_magnitude_begins_as_the_norm_of_the_rows_in_float32[torch.bfloat16-linear]",
+        f"{MAGNITUDE}[torch.bfloat16-linear]",
     ),
     "law 1: a norm is computed in the dtype of the weight, by definition": Mistake(
         "lora.py",
         "functools.reduce(torch.promote_types, (weight.dtype, lora_A.dtype, torch.float32))",
         "weight.dtype",
-        "--plain test_lora.py::test_the_magnitude_begins_as_the_norm_of_the_rows_in_float32[torch.bfloat16-linear]",
+        f"--plain {MAGNITUDE}[torch.bfloat16-linear]",
     ),
     "law 1: a norm has a gradient": Mistake(
         "kernel/lora.py",
         "with torch.no_grad(), no_autocast",
         "with torch.enable_grad(), no_autocast",
-        "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed[kernels]",
+        f"{OF_DORA}[kernels]",
     ),
     "law 1: a norm has a gradient, by definition": Mistake(
-        "lora.py",
-        "with torch.no_grad(), no_autocast",
-        "with torch.enable_grad(), no_autocast",
-        "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed[plain]",
+        "lora.py", "with torch.no_grad(), no_autocast", "with torch.enable_grad(), no_autocast", f"{OF_DORA}[plain]"
     ),
     "law 1: a ratio is rounded before it scales": Mistake(
         "lora.py",
@@ -100,10 +86,7 @@ MISTAKES = {
         "test_lora.py::test_an_output_is_scaled_in_float32_and_rounded_once[torch.bfloat16]",
     ),
     "law 1: a convolution is not padded as its base is": Mistake(
-        "adapters/layers.py",
-        "mode=base.padding_mode), 0",
-        'mode="replicate"), 0',
-        "test_layers.py::test_forward_is_the_merged_weight_applied[conv1d-kernels]",
+        "adapters/layers.py", "mode=base.padding_mode), 0", 'mode="replicate"), 0', f"{FORWARD}[conv1d-kernels]"
     ),
     "law 1: the experts are the slowest index of B": Mistake(
         "adapters/layers.py",
@@ -172,7 +155,7 @@ MISTAKES = {
         "lora.py",
         "adapter.magnitude.flatten() / norm",
         "adapter.magnitude.detach().flatten() / norm",
-        "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed[plain]",
+        f"{OF_DORA}[plain]",
     ),
     "the masters are kept beside what they were cast to": Mistake(
         "kernel/lora.py",
@@ -199,25 +182,19 @@ MISTAKES = {
         "kernel/nf4.py",
         "(x > own.index_select(0, cell))",
         "(x >= own.index_select(0, cell))",
-        "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4[nf4-ties-kernels]",
+        f"{NF4}[nf4-ties-kernels]",
     ),
     "law 6: of two levels as near the higher one, by definition": Mistake(
-        "nf4.py",
-        "out_int32=True",
-        "out_int32=True, right=True",
-        "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4[nf4-ties-plain]",
+        "nf4.py", "out_int32=True", "out_int32=True, right=True", f"{NF4}[nf4-ties-plain]"
     ),
     "law 6: the absmax of another block": Mistake(
-        "kernel/nf4.py",
-        "mul_(largest.unsqueeze(1))",
-        "mul_(largest.roll(1).unsqueeze(1))",
-        "test_nf4.py::test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounded_then",
+        "kernel/nf4.py", "mul_(largest.unsqueeze(1))", "mul_(largest.roll(1).unsqueeze(1))", DENSE
     ),
     "law 6: the absmax of another block, by definition": Mistake(
         "nf4.py",
         "absmax.repeat_interleave(block_size)",
         "absmax.roll(1).repeat_interleave(block_size)",
-        "--plain test_nf4.py::test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounded_then",
+        f"--plain {DENSE}",
     ),
     "law 6: the halves of a byte are exchanged": Mistake(
         "nf4.py",
