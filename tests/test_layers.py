@@ -174,14 +174,9 @@ def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, 
     assert any(factor.grad.any() for factor in (adapter.lora_A, adapter.lora_B))
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora", "loftq"])
-def test_start_values_that_there_are_not_for_a_convolution_in_groups_are_refused(init):
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora", "loftq", True])
+def test_start_values_and_a_rank_that_a_convolution_in_groups_cannot_have_are_refused(init):
     model = nn.ModuleDict({"layer": place("conv2d", 0, 4, 4, groups=2).layer.base})
-    with pytest.raises(ConfigError, match=init):
-        attach(model, LoraConfig(r=2, target_modules=("layer",), init_lora_weights=init))
-
-
-def test_groups_that_do_not_divide_the_rank_are_refused():
-    model = nn.ModuleDict({"layer": place("conv1d", 0, groups=3).layer.base})
-    with pytest.raises(ConfigError, match="3 groups needs a rank that they divide, found r 4"):
-        attach(model, LoraConfig(r=4, target_modules=("layer",)))
+    r, said = (3, "2 groups needs a rank that they divide, found r 3") if init is True else (2, init)
+    with pytest.raises(ConfigError, match=said):
+        attach(model, LoraConfig(r=r, target_modules=("layer",), init_lora_weights=init))

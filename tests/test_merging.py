@@ -381,12 +381,9 @@ def test_a_layer_without_effect_is_not_the_worst_and_an_adapter_without_one_has_
 def test_a_target_that_the_base_does_not_allow_is_refused_before_anything_is_written(things, base, target, phrase):
     with pytest.raises(ConfigError, match=phrase):
         merge(things, target, base=base)
-    assert not (things / "out").exists()
-
-
-def test_merging_no_adapter_is_refused(things):
     with pytest.raises(ConfigError, match="nothing to merge"):
-        merge_directory(things / "base", [], things / "out")
+        merge_directory(things / base, [], things / "out")
+    assert not (things / "out").exists()
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(things):

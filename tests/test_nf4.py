@@ -294,16 +294,6 @@ def test_nothing_is_trained_and_nothing_dense_is_stored():
     assert layer.absmax.shape == (256, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_computation_has_a_dtype_of_its_own_and_the_gradient_that_of_x(dtype):
-    layer, *_ = make_linear((4, 64), 3, dtype=dtype)
-    x = torch.ones(2, 64, requires_grad=True)
-    y = layer(x)
-    assert (y.dtype, layer.weight.dtype) == (dtype, dtype)
-    y.sum().backward()
-    assert x.grad.dtype == torch.float32
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_stored(dtype, double_quant):
