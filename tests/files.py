@@ -17,10 +17,16 @@ from tests.models import randomize_adapters_, tiny_model
 def saved(directory, family="llama", seed=0, **config):
     """A model with a random adapter, saved in `directory`."""
     model = tiny_model(family, dtype=torch.float32)
-    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}), seed=seed)
+    write_adapter(model, directory, seed, **{"r": 3, "lora_alpha": 21, **config})
+    return model
+
+
+def write_adapter(model, directory, seed, **config):
+    """Give a model an adapter of random numbers, and save it."""
+    ml.attach(model, ml.LoraConfig(**config), seed=seed)
     randomize_adapters_(model, seed)
     ml.save_adapter(model, directory)
-    return model
+    return directory
 
 
 def save_file(tensors, path, metadata=None):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -235,12 +237,32 @@ def matrix(step: int, **values: Any) -> pytest.MarkDecorator:
     )
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let PyTorch make tensors of this dtype where none is named."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def best_of_rank(matrix: Any, r: int) -> tuple[Any, Any]:
+    """The best approximation of a rank, and all singular values, by numpy."""
+    U, sigma, Vh = np.linalg.svd(np.asarray(matrix, dtype=np.float64), full_matrices=False)
+    return (U[:, :r] * sigma[:r]) @ Vh[:r], sigma
+
+
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def token_ids(seed: int, *shape: int, high: int = SIZES["vocab_size"]) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(high, shape, generator=generator(seed))
 
 
 sizes = st.integers(1, 9)

@@ -14,7 +14,7 @@ from minilora import ConfigError, LoraConfig, ShapeError
 from minilora.adapters.combine import CombinationType, CombineConfig, Factors, best_factors, check_additive, combine
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, relative
-from tests.models import randn, scales, seeds, sizes
+from tests.models import best_of_rank, randn, scales, seeds, sizes
 
 TYPES = get_args(CombinationType)
 ON_FACTORS = [kind for kind in TYPES if kind not in ("cat", "svd") and not kind.endswith("_svd")]
@@ -37,12 +37,6 @@ def delta(factors):
 
 def weighted_sum(parts, weights):
     return sum(weight * delta(part) for part, weight in zip(parts, weights, strict=True))
-
-
-def best(matrix, rank):
-    """The best approximation of a rank, and all singular values."""
-    U, sigma, Vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)
-    return torch.from_numpy((U[:, :rank] * sigma[:rank]) @ Vt[:rank]), sigma
 
 
 def one_module(parts, weights, kind="cat", **options):
@@ -97,7 +91,7 @@ def test_no_matrix_of_a_rank_is_nearer_than_the_best_and_the_error_is_what_is_to
     """Both factors are of one size."""
     wanted = randn(seed, outer, inner)
     cut = best_factors(wanted, rank)
-    (A, B, _), found, (expected, sigma) = cut.factors, product(cut), best(wanted, rank)
+    (A, B, _), found, (expected, sigma) = cut.factors, product(cut), best_of_rank(wanted, rank)
     assert A.shape == (min(rank, len(sigma)), inner)
     assert_maths(A.norm(dim=1), B.norm(dim=0))
     assert_maths(found, expected)
@@ -114,7 +108,7 @@ def test_no_matrix_of_a_rank_is_nearer_than_the_best_and_the_error_is_what_is_to
 def test_compressing_the_thin_factors_is_the_best_cut_of_their_sum(seed, outer, inner, drawn, rank):
     ranks, scale, w = zip(*drawn, strict=True)
     parts = draw_factors(seed, outer, inner, ranks, scale)
-    expected, sigma = best(weighted_sum(parts, w), rank)
+    expected, sigma = best_of_rank(weighted_sum(parts, w), rank)
     assume(rank >= len(sigma) or sigma[rank - 1] > 1.001 * sigma[rank] or sigma[rank] < 1e-9 * sigma[0])
     found = one_module(parts, w, "svd", svd_rank=rank)
     assert relative(product(found), expected, 1e-9) <= 1

@@ -19,7 +19,7 @@ from minilora.adapters.initialize import moved_factors
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, relative
-from tests.models import fill_, randn, scales, seeds, sizes, tiny_model, token_ids
+from tests.models import best_of_rank, fill_, generator, randn, scales, seeds, sizes, tiny_model, token_ids
 
 KINDS = ("eva", "corda", "lora_ga")
 WIDTHS = (7, 9, 8)  # of the inputs of `up`, those of `down`, and the outputs
@@ -45,10 +45,6 @@ class Small(nn.Module):
         return self(x).square().mean()
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def targets(model, r=2, scale=2.0, paths=("up", "down")):
     modules = {path: model.get_submodule(path) for path in paths}
     layers = {path: AdapterLinear(module, path) for path, module in modules.items()}
@@ -62,6 +58,10 @@ def batches(seed=0, sizes=(5, 3, 9), dtype=torch.float64):
 def start(kind, model, data=None, r=2, scale=2.0, **more):
     losses = (model.loss(x) for x in (batches() if data is None else data))
     return data_factors(kind, model, *targets(model, r, scale, **more), losses, generator())
+
+
+def best(M, r):
+    return best_of_rank(M, r)[0]
 
 
 def assert_alike(ours, expected):
@@ -78,11 +78,6 @@ def inputs(model, data):
     x = F.layer_norm(rows, WIDTHS[:1], model.norm.weight, model.norm.bias)
     hidden = (F.linear(x, model.up.weight, model.up.bias) + 1).tanh()
     return {"up": x.detach().numpy(), "down": hidden.detach().numpy()}
-
-
-def truncated(M, r):
-    U, S, Vh = np.linalg.svd(np.asarray(M))
-    return (U[:, :r] * S[:r]) @ Vh[:r]
 
 
 @given(seeds)
@@ -180,7 +175,7 @@ def test_corda_s_b_a_is_the_first_part_of_the_weight_as_inputs_weigh_it(seed, sc
         C += 0.01 * np.trace(C) / len(C) * np.eye(len(C))
         weight = model.get_submodule(path).weight.detach().numpy()
         lora_A, lora_B = factors[path]
-        assert relative(scale * lora_B @ lora_A, truncated(weight @ C, 2) @ np.linalg.inv(C), 1e-9) < 1
+        assert relative(scale * lora_B @ lora_A, best(weight @ C, 2) @ np.linalg.inv(C), 1e-9) < 1
         mean = np.trace(C) / len(C)
         assert relative(lora_B.square().sum(0), np.linalg.svd(weight @ C / mean)[1][:2] / scale, 1e-9) < 1
 
@@ -209,7 +204,7 @@ def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight
     lora_A, lora_B = gradient_factors(G, r, generator(seed))
     dA, dB = scale * lora_B.T @ G, scale * G @ lora_A.T  # law 5
     zeta = outer**0.25 / 4
-    assert_maths(scale * (dB @ lora_A + lora_B @ dA), (scale * zeta) ** 2 * truncated(G, 2 * r))
+    assert_maths(scale * (dB @ lora_A + lora_B @ dA), (scale * zeta) ** 2 * best(G, 2 * r))
 
 
 def test_lora_ga_has_as_many_parts_as_its_rank_also_of_large_weights():
@@ -227,7 +222,7 @@ def test_lora_ga_takes_the_gradient_of_all_losses_together(seed):
     factors = start("lora_ga", model, data)
     for path, G in expected.items():
         lora_A, lora_B = factors[path]
-        first, second = truncated(G, 2), truncated(G, 4) - truncated(G, 2)
+        first, second = best(G, 2), best(G, 4) - best(G, 2)
         zeta = len(G) ** 0.25 / 4
         assert relative(G @ lora_A.T @ lora_A, zeta**2 * first, 1e-9) < 1
         assert relative(lora_B @ lora_B.T @ G, zeta**2 * second, 1e-9) < 1
@@ -265,7 +260,7 @@ def test_lora_ga_sees_every_linear_of_our_decoder_through_its_own_backward_passe
     factors = data_factors("lora_ga", model, *targets(model, paths=linears), losses, generator())
     for path, G in gradients.items():
         lora_A, _ = factors[path]
-        assert relative(G @ lora_A.T @ lora_A, len(G) ** 0.5 / 16 * truncated(G, 2), 1e-6) < 1
+        assert relative(G @ lora_A.T @ lora_A, len(G) ** 0.5 / 16 * best(G, 2), 1e-6) < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

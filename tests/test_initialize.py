@@ -14,20 +14,10 @@ from minilora.adapters import initialize
 from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, relative
-from tests.models import randn, scales, seeds, sizes, tiny_model
+from tests.models import best_of_rank, default_dtype, generator, randn, scales, seeds, sizes, tiny_model
 
 MOVED = ("pissa", "pissa_niter_3", "olora")
 CONVOLUTIONS = [((6, 4, 3, 3), (5, 6, 1, 1)), ((6, 2, 3), (8, 3, 1)), ((6, 10), (7, 6))]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def truncated(weight, r):
-    """The best approximation of rank r, and the singular values."""
-    U, S, Vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
-    return (U[:, :r] * S[:r]) @ Vh[:r], S
 
 
 @pytest.mark.parametrize("shapes", CONVOLUTIONS, ids=str)
@@ -102,11 +92,8 @@ def test_the_default_dtype_changes_no_start_value(kind):
         return [*initial_factors(kind, (2, 5), (4, 2), generator()), *embedding, *on_the_page]
 
     expected = draw()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         found = draw()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert [factor.dtype for factor in found] == [torch.float32] * len(expected)
     assert all(map(torch.equal, found, expected))
 
@@ -146,9 +133,9 @@ def weights(draw):
 def test_pissa_is_the_best_approximation_of_its_rank(case, scale, kind):
     weight, r = case
     lora_A, lora_B = moved_factors(kind, weight, r, scale, generator())
-    assert_maths(scale * lora_B @ lora_A, truncated(weight, r)[0])
+    assert_maths(scale * lora_B @ lora_A, best_of_rank(weight, r)[0])
     assert_maths(lora_A @ lora_A.T, lora_B.T @ lora_B)  # shared evenly
-    assert_maths(lora_A.square().sum(1), truncated(weight, r)[1][:r] / scale)
+    assert_maths(lora_A.square().sum(1), best_of_rank(weight, r)[1][:r] / scale)
 
 
 @given(weights(), scales)
@@ -205,7 +192,7 @@ def test_loftq_leaves_of_the_rounding_only_what_its_rank_cannot_say(seed, inner,
     Q = NF4Linear.quantize(weight)
     assert torch.equal(base.weight, Q.weight)
     rounding = weight - Q.weight
-    best, S = truncated(rounding, r)
+    best, S = best_of_rank(rounding, r)
     assert_maths(scale * lora_B @ lora_A, best)
     left = torch.linalg.matrix_norm(rounding - scale * lora_B @ lora_A).item()
     assert left <= torch.linalg.matrix_norm(rounding).item()

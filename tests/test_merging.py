@@ -25,20 +25,16 @@ from minilora.testing.compare import assert_maths
 from minilora.tools import merging
 from minilora.tools.merging import merge_directory, squared_norms
 from tests.adapters import add_built
-from tests.files import SHARD, edit, save_file, write_base
-from tests.models import WHOLE, allocated, long, matrix, randn, randomize_adapters_, scales, seeds, sizes, tiny_model
+from tests.files import SHARD, edit, save_file, write_adapter, write_base
+from tests.models import WHOLE, allocated, long, matrix, randn, scales, seeds, sizes, tiny_model
 from tests.runs import everything
 
 NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
 
 
-def write_adapter(base, path, seed=1, quantize=None, **config):
+def write_for(base, path, seed=1, **config):
     """An adapter with random factors, trained on that base."""
-    model = ml.load_model(base, device="meta", quantize=quantize)
-    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **config}), seed=seed)
-    randomize_adapters_(model, seed)
-    ml.save_adapter(model, path)
-    return path
+    return write_adapter(ml.load_model(base, device="meta"), path, seed, **{"r": 3, "lora_alpha": 21, **config})
 
 
 def merge_in_memory(base, adapters, out, dtype, quantize=None):
@@ -75,7 +71,7 @@ def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("made")
     write_base(directory / "base", num_hidden_layers=2)
     write_base(directory / "packed", quantize=NF4, num_hidden_layers=2)
-    write_adapter(directory / "base", directory / "adapter", target_modules=("q_proj", "o_proj", "down_proj"))
+    write_for(directory / "base", directory / "adapter", target_modules=("q_proj", "o_proj", "down_proj"))
     return directory
 
 
@@ -85,23 +81,22 @@ def things(made, tmp_path):
     return shutil.copytree(made, tmp_path / "things")
 
 
-@matrix(
-    3,
-    family=(WHOLE, "phi3"),
-    case=(
-        ("dense", torch.bfloat16, "lm_head"),
-        ("quantized for the training", torch.float16, "lm_head"),
-        ("quantized", torch.float32, "lm_head"),
-        ("quantized", torch.bfloat16, "o_proj"),
-    ),
-)
+CASES = {  # how the base is held, its dtype, and another linear that is adapted
+    "dense": (None, torch.bfloat16, "lm_head"),
+    "quantized for the training": (None, torch.float16, "lm_head"),
+    "quantized": (NF4, torch.float32, "lm_head"),
+    "quantized, in bfloat16": (NF4, torch.bfloat16, "o_proj"),
+}
+
+
+@matrix(3, family=(WHOLE, "phi3"), case=CASES)
 def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, case):
-    kind, dtype, head = case
-    base = write_base(tmp_path / "base", family, dtype, NF4 if kind == "quantized" else None, num_hidden_layers=2)
-    first = write_adapter(base, tmp_path / "first", use_rslora=True)
+    held, dtype, head = CASES[case]
+    base = write_base(tmp_path / "base", family, dtype, held, num_hidden_layers=2)
+    first = write_for(base, tmp_path / "first", use_rslora=True)
     targets = rf"{head}|.*(o_proj|layers\.1\..*down_proj)"
-    second = write_adapter(base, tmp_path / "second", seed=2, r=2, target_modules=targets)
-    asked = NF4 if kind == "quantized for the training" else None
+    second = write_for(base, tmp_path / "second", seed=2, r=2, target_modules=targets)
+    asked = NF4 if case == "quantized for the training" else None
     merge_in_memory(base, [first, second], tmp_path / "expected", dtype, asked)
     merge_directory(base, [first, second], tmp_path / "out", quantize=asked)
     assert everything(tmp_path / "out") == everything(tmp_path / "expected")
@@ -243,7 +238,7 @@ def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path
     base = tmp_path / "base"
     model = tiny_model(dtype=torch.float32, num_hidden_layers=9)
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
-    adapter = write_adapter(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
+    adapter = write_for(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
     largest = max(p.nbytes for p in model.parameters())
     _, peak, _ = allocated(lambda: merge_directory(base, [adapter], tmp_path / "out", target, asked, shard_bytes=SHARD))
     held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
@@ -403,7 +398,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(things):
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_copy_of_the_base_s_weight_beside_the_adapter_is_compared(tmp_path, is_tied, is_same):
     base = write_base(tmp_path / "base", tie_word_embeddings=is_tied, num_hidden_layers=1)
-    adapter = write_adapter(base, tmp_path / "adapter", target_modules=("lm_head",))
+    adapter = write_for(base, tmp_path / "adapter", target_modules=("lm_head",))
     head = ml.load_model(base).lm_head.weight.detach().clone()
     copy = {"base_model.model.lm_head.base_layer.weight": head if is_same else head + 1}
     save_file(load_file(adapter / WEIGHTS_FILE) | copy, adapter / WEIGHTS_FILE)

@@ -1,6 +1,5 @@
 import math
 import runpy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from minilora.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear, dequantize, dequantize_
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.golden.make_quantized import FILE, SMALL
-from tests.models import compile_with, either, long, randn, randomize_adapters_, seeds, small_tiles
+from tests.models import compile_with, default_dtype, either, long, randn, randomize_adapters_, seeds, small_tiles
 
 BOUND = 0.151904  # of the absmax: half the widest gap between levels, that between -1 and the next
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
@@ -100,16 +99,6 @@ def test_tiles_change_nothing(size, seed, tile):
         assert all(map(torch.equal, tiled, whole))
         weight = dequantize(*tiled, size, torch.float32)
     assert torch.equal(weight, dequantize(*whole, size, torch.float32))
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 defaults = pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)

@@ -22,7 +22,7 @@ from minilora.storage import SHARD_BYTES, TensorFile, read_json
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
-from tests.models import allocated, families, layouts, long, matrix, tiny_model, token_ids
+from tests.models import allocated, default_dtype, families, layouts, long, matrix, tiny_model, token_ids
 from tests.runs import everything
 
 CPU = torch.device("cpu")
@@ -462,12 +462,8 @@ def test_a_scale_that_is_not_finite_is_refused_by_name_without_double_quantizati
 
 def test_neither_the_default_dtype_nor_the_default_device_changes_what_is_read(packed):
     before = ml.load_model(packed)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            same_state(ml.load_model(packed), before)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.bfloat16), torch.device("meta"):
+        same_state(ml.load_model(packed), before)
 
 
 def test_levels_whose_last_bits_are_another_machine_s_are_read(packed):

@@ -14,8 +14,8 @@ from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.adapters.weighted import combine_adapters, combine_directories
 from minilora.testing.compare import PARITY, relative
 from tests.adapters import many_kinds
-from tests.files import edit, save_file
-from tests.models import four_bit, randomize_adapters_, tiny_model
+from tests.files import edit, save_file, write_adapter
+from tests.models import four_bit, tiny_model
 
 
 def base_model():
@@ -23,10 +23,7 @@ def base_model():
 
 
 def write(path, model, seed=1, **config):
-    ml.attach(model, ml.LoraConfig(**{"r": 2, "lora_alpha": 14, **config}), seed=seed)
-    randomize_adapters_(model, seed)
-    ml.save_adapter(model, path)
-    return path
+    return write_adapter(model, path, seed, **{"r": 2, "lora_alpha": 14, **config})
 
 
 @pytest.fixture
