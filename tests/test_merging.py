@@ -89,7 +89,7 @@ CASES = {  # how the base is held, its dtype, and another linear that is adapted
 }
 
 
-@matrix(3, family=(WHOLE, "phi3"), case=CASES)
+@matrix(3, case=CASES, family=(WHOLE, "phi3"))
 def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, case):
     held, dtype, head = CASES[case]
     base = write_base(tmp_path / "base", family, dtype, held, num_hidden_layers=2)
