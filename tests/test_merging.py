@@ -91,6 +91,7 @@ CASES = {  # how the base is held, its dtype, and another linear that is adapted
 
 @matrix(3, case=CASES, family=(WHOLE, "phi3"))
 def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, case):
+    """By default into what was trained."""
     held, dtype, head = CASES[case]
     base = write_base(tmp_path / "base", family, dtype, held, num_hidden_layers=2)
     first = write_for(base, tmp_path / "first", use_rslora=True)
@@ -217,16 +218,6 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
     assert not (things / "out").exists()
     assert merge(things, base="fp4").worst < 1e-6
     assert_as_in_memory(things, base="fp4")
-
-
-@pytest.mark.parametrize(
-    ("is_packed", "asked", "target"),
-    [(False, None, "original"), (False, NF4, "dequantized"), (True, None, "dequantized")],
-)
-def test_the_default_target_is_what_was_trained(things, is_packed, asked, target):
-    for name, given_target in (("default", None), ("named", target)):
-        merge(things, given_target, asked, "packed" if is_packed else "base", out=name)
-    assert everything(things / "default") == everything(things / "named")
 
 
 @pytest.mark.parametrize(
