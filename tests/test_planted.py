@@ -44,7 +44,7 @@ MISTAKES = {
         f"{FORWARD}[linear-plain]",
     ),
     "law 1: the bias is scaled by the magnitude, too": Mistake(
-        "lora.py", "None if has_dora else bias, adapters[0]", "bias, adapters[0]", f"{FORWARD}[linear-kernels]"
+        "lora.py", "None if has_dora else bias, first", "bias, first", f"{FORWARD}[linear-kernels]"
     ),
     "law 1: a norm is that of W + B A": Mistake(
         "kernel/lora.py", "b, lora_A, alpha=scale)", "b, lora_A)", f"{EQUAL}[dora_norm]"
@@ -117,8 +117,8 @@ MISTAKES = {
     ),
     "law 3: the base is rounded on its way back": Mistake(
         "adapter.py",
-        "((layer, layer.base) for layer in layers)",
-        "((layer, layer.base.float().double()) for layer in layers)",
+        "((layer, layer.base) for layer in reversed(known_layers(model)))",
+        "((layer, layer.base.float().double()) for layer in reversed(known_layers(model)))",
         "test_attach.py::test_attach_then_detach_leaves_every_bit",
     ),
     "law 3: the base is trained too": Mistake(
@@ -135,7 +135,7 @@ MISTAKES = {
     ),
     "law 4: only the first adapter acts": Mistake(
         "lora.py",
-        "for adapter in adapters[1:]:",
+        "for adapter in others:",
         "for adapter in ():",
         "test_lora.py::test_adapters_add_by_concatenating_ranks[kernels]",
     ),
