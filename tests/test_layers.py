@@ -62,12 +62,12 @@ def test_forward_and_merged_weight_equal_the_loops(case):
 
 
 @matrix(3, dtype=(torch.float32, torch.bfloat16), kind=LAYERS, use_dora=(False, True))
-@examples(0.2)
+@examples(0.1)
 @given(seed=seeds, scale=scales)
 def test_in_low_precision_forward_is_as_good_as_pytorch_with_the_merged_weight(kind, use_dora, dtype, seed, scale):
-    """Of four layers together: of one alone, PyTorch's largest error is now and then a quarter of the usual one."""
+    """Of ten layers together: of one alone, PyTorch's largest error is now and then a quarter of the usual one."""
     results = []
-    for i in range(4):
+    for i in range(10):
         case = place(kind, seed + i, 40, 24, dtype=dtype)
         add(case.layer, "new", seed + i, 8, scale, use_dora, lora_bias=True, dtype=torch.float32)
         y, plain = case.layer(case.x), case.applied(case.layer.merged_weight(), case.layer.merged_bias())
