@@ -1,9 +1,10 @@
-"""Functions that run in several processes at once, joined by `torch.distributed`."""
+"""Functions that run in processes of their own: in one, or in several at once, joined by `torch.distributed`."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -12,7 +13,31 @@ import torch
 from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "minilora.public", "minilora.cli.finetune", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(  # what would be imported by every process: the first optimizer imports torch._dynamo
+    ["tests.training", "minilora.public", "minilora.cli.finetune", "torch.distributed.fsdp", "torch._dynamo"]
+)
+
+
+def in_process(function, *arguments):
+    """Call function(*arguments) in a new process, with as many threads as here; what it returns."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        return pool.submit(_call, torch.get_num_threads(), function, arguments).result()
+
+
+def start_process(function, *arguments):
+    """Start such a process, whose status is what the function returns."""
+    process = CONTEXT.Process(target=_exit, args=(torch.get_num_threads(), function, arguments))
+    process.start()
+    return process
+
+
+def _call(threads, function, arguments):
+    torch.set_num_threads(threads)
+    return function(*arguments)
+
+
+def _exit(threads, function, arguments):
+    sys.exit(_call(threads, function, arguments))
 
 
 def on_ranks(count, function, *arguments):

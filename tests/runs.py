@@ -36,7 +36,10 @@ SETTINGS = {
     "eval_split": 0.2,
     "epochs": 2,
     "general_data": "none",
+    "samples": 0,  # which would take longer than training
 }
+NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+FULL = {"method": "full", "learning_rate": 0.003, **NO_ADAPTER}
 
 
 def write_rows(path, count, choices=("yes", "no")):

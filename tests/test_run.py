@@ -6,7 +6,6 @@ import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -18,7 +17,7 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.config import RENAMED
-from minilora.cli import INTERRUPTED
+from minilora.durable import lock
 from minilora.models import checkpoint, template
 from minilora.runs import checkpoints as checkpoints_of_run
 from minilora.runs import memory
@@ -30,7 +29,20 @@ from minilora.runs.run import PACKAGES, Run
 from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import long
-from tests.runs import contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished, write_rows
+from tests.ranks import CONTEXT, start_process
+from tests.runs import (
+    FULL,
+    contents,
+    finetune,
+    inputs,
+    interrupt,
+    metrics,
+    starts,
+    steps,
+    summary,
+    unfinished,
+    write_rows,
+)
 from tests.text import CLOSE, DEFAULT_SYSTEM, EOS, conversation, write_tokenizer
 from tests.training import number
 
@@ -56,10 +68,17 @@ def assert_resumed(out, whole, *started):
     assert contents(out) == contents(whole)
 
 
-def stop(directory, out, monkeypatch, step=3, **changes):
+def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **changes):
+    """Send a run a signal in this step; its status. What handles the signal is as before."""
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        interrupt(patch, step)
-        assert finetune(directory, out, **changes) == INTERRUPTED
+        interrupt(patch, step, times, number)
+        try:
+            status = finetune(directory, out, **changes)
+        except SystemExit as error:
+            status = error.code
+    assert signal.getsignal(number) is before
+    return status
 
 
 # --- what a run leaves ---
@@ -142,11 +161,12 @@ def test_the_adapter_names_its_base_model(directory, whole):
 
 
 @pytest.mark.parametrize("save_steps", [0, *long(None, 2)])
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repeats(
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bytes_without_gaps_or_repeats(
     directory, whole, tmp_path, monkeypatch, capsys, save_steps
 ):
-    for step in (3, 8):
-        stop(directory, tmp_path, monkeypatch, step, save_steps=save_steps)
+    """By Ctrl-C, and by SIGTERM, which schedulers send: the step is finished first."""
+    for step, which in ((3, signal.SIGINT), (8, signal.SIGTERM)):
+        assert stop(directory, tmp_path, monkeypatch, step, which, save_steps=save_steps) == 128 + which
         assert "the same command resumes it" in capsys.readouterr().err
         assert not (tmp_path / "summary.json").exists()
         assert steps(tmp_path) == list(range(1, step + 1))
@@ -157,31 +177,13 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes_without_gaps_or_repea
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
 
 
-def test_sigterm_which_schedulers_send_lets_the_step_finish(directory, whole, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        interrupt(patch, step=3, number=signal.SIGTERM)
-        assert finetune(directory, tmp_path) == 143
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert finetune(directory, tmp_path) == 0
-    assert_resumed(tmp_path, whole, 3)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
-    directory, whole, tmp_path, monkeypatch, number
+    directory, whole, tmp_path, monkeypatch
 ):
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        interrupt(patch, step=5, times=2, number=number)
-        try:
-            status = finetune(directory, tmp_path)
-        except SystemExit as error:
-            status = error.code
-    assert status == 128 + number
-    assert signal.getsignal(number) is before
+    for step, which in ((5, signal.SIGINT), (9, signal.SIGTERM)):
+        assert stop(directory, tmp_path, monkeypatch, step, which, times=2) == 128 + which
     assert finetune(directory, tmp_path) == 0
-    assert_resumed(tmp_path, whole, 4)
+    assert_resumed(tmp_path, whole, 4, 8)
 
 
 def test_what_a_crash_left_after_the_checkpoint_is_dropped(directory, whole, tmp_path):
@@ -194,45 +196,34 @@ def test_what_a_crash_left_after_the_checkpoint_is_dropped(directory, whole, tmp
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-@pytest.fixture(scope="module")
-def never_killed(directory):
-    assert finetune(directory, directory / "never", max_steps=40) == 0
-    return directory / "never"
-
-
 @pytest.mark.parametrize("seed", [1, *long(*range(2, 9))])
-def test_a_run_killed_at_any_moment_goes_on_to_the_bytes_of_one_that_never_was(directory, never_killed, tmp_path, seed):
-    draw, metrics_file = random.Random(seed), tmp_path / "metrics.jsonl"
-    command = [sys.executable, "-m", "minilora", *runs.words(directory, tmp_path, max_steps=40)]
-    environment, status = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, 0
+def test_a_run_killed_at_any_moment_goes_on_to_the_bytes_of_one_that_never_was(directory, whole, tmp_path, seed):
+    draw, metrics_file, status = random.Random(seed), tmp_path / "metrics.jsonl", 0
     while status == 0:  # on busy cores the run may be over before it is killed
         shutil.rmtree(tmp_path)
-        process, enough = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE), draw.randint(3, 20)
-        while process.poll() is None and not (
-            metrics_file.is_file() and metrics_file.read_bytes().count(b"\n") >= enough
-        ):
+        process, enough = start_process(finetune, directory, tmp_path), draw.randint(3, 7)
+        while process.is_alive() and not (metrics_file.is_file() and metrics_file.read_bytes().count(b"\n") >= enough):
             time.sleep(0.001)
         time.sleep(draw.random() * 0.03)
         process.kill()
-        _, errors = process.communicate()
-        status = process.returncode
-    assert status == -signal.SIGKILL, errors.decode()
-    assert finetune(directory, tmp_path, max_steps=40) == 0
-    assert contents(tmp_path) == contents(never_killed)
-    assert steps(tmp_path) == list(range(1, 41))
-    assert len(starts(tmp_path)) == 2
-    assert starts(tmp_path)[1] % 2 == 0 < starts(tmp_path)[1]
+        process.join()
+        status = process.exitcode
+    assert status == -signal.SIGKILL
+    assert finetune(directory, tmp_path) == 0
+    (_, resumed) = starts(tmp_path)
+    assert resumed % 2 == 0 < resumed
+    assert_resumed(tmp_path, whole, resumed)
 
 
 def test_a_finished_run_is_made_longer_to_the_bytes_of_the_longer_run(directory, tmp_path, capsys):
     constant = {"lr_scheduler": "constant", "warmup_steps": 0}
-    assert finetune(directory, tmp_path / "a", epochs=1, **constant) == 0
-    assert finetune(directory, tmp_path / "a", **constant) == 0
-    assert "resuming from step 5" in capsys.readouterr().err
-    assert finetune(directory, tmp_path / "b", **constant) == 0
+    assert finetune(directory, tmp_path / "a", max_steps=2, **constant) == 0
+    assert finetune(directory, tmp_path / "a", max_steps=4, **constant) == 0
+    assert "resuming from step 2" in capsys.readouterr().err
+    assert finetune(directory, tmp_path / "b", max_steps=4, **constant) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert summary(tmp_path / "a")["steps"] == STEPS
-    assert starts(tmp_path / "a") == [0, 5]
+    assert summary(tmp_path / "a")["steps"] == 4
+    assert starts(tmp_path / "a") == [0, 2]
 
 
 # --- refusing ---
@@ -240,16 +231,17 @@ def test_a_finished_run_is_made_longer_to_the_bytes_of_the_longer_run(directory,
 
 @pytest.fixture
 def refused(capsys, directory):
-    """A function: the run is refused with one line, and not a byte of its directory changes."""
+    """A function: the run is refused with one line, and not a byte of its directory, or of `unchanged`, changes."""
 
-    def check(out, phrase, **changes):
-        before = runs.everything(out)
+    def check(out, phrase, unchanged=None, **changes):
+        unchanged = unchanged or out
+        before = runs.everything(unchanged)
         assert finetune(directory, out, **changes) == 1
         message = capsys.readouterr().err
         assert message.startswith("minilora: ")
         assert message.count("\n") == 1
         assert phrase in message
-        assert runs.everything(out) == before
+        assert runs.everything(unchanged) == before
 
     return check
 
@@ -262,19 +254,21 @@ def test_a_finished_run_is_never_overwritten(refused, whole):
     refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)
 
 
-def test_files_of_something_else_are_never_touched(refused, tmp_path):
-    (tmp_path / "thesis.txt").write_text("all of it")
-    refused(tmp_path, "has files, but not of a run")
+def hold_lock(directory, connection):
+    with lock(directory) as held:
+        connection.send(not held.closed)
+        connection.recv()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
 def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
     unfinished(whole, tmp_path, step=8)
-    code = f"import pathlib as p, minilora.durable as d; f = d.lock(p.Path({str(tmp_path)!r})); print(); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        refused(tmp_path, f"process {process.pid} on {platform.node()} is at work there")
-        process.kill()
+    here, there = CONTEXT.Pipe()
+    process = start_process(hold_lock, tmp_path, there)
+    assert here.recv()
+    refused(tmp_path, f"process {process.pid} on {platform.node()} is at work there")
+    process.kill()
+    process.join()
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 8)
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
@@ -294,27 +288,27 @@ def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, mo
     assert "another process has written there meanwhile" in capsys.readouterr().err
 
 
-def test_a_file_is_no_directory_for_a_run(capsys, directory, tmp_path):
-    (tmp_path / "file").write_text("text")
-    assert finetune(directory, tmp_path / "file") == 1
-    assert "is a file; give a directory" in capsys.readouterr().err
-
-
-def test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_loaded(monkeypatch, capsys, directory):
+@pytest.mark.parametrize(
+    ("out", "phrase"),
+    [
+        ("other", "has files, but not of a run"),
+        ("other/thesis.txt", "is a file; give a directory"),
+        ("other/thesis.txt/out", "cannot be written (Not a directory); give another --out"),
+    ],
+)
+def test_what_is_no_place_for_a_run_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, out, phrase):
     monkeypatch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
-    assert finetune(directory, directory / "rows.jsonl" / "out") == 1
-    assert capsys.readouterr().err == (
-        f"minilora: {directory}/rows.jsonl/out: cannot be written (Not a directory); give another --out\n"
-    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("all of it")
+    refused(tmp_path / out, f"{tmp_path / out}: {phrase}", unchanged=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_disk_without_room_for_what_is_written_is_refused_before_the_model_is_loaded(
     monkeypatch, capsys, directory, tmp_path, method
 ):
-    config = {"method": method, "max_steps": 1, "force": None}
-    if method == "full":
-        config |= {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+    config = {"max_steps": 1, "force": None}
+    config |= FULL if method == "full" else {}
     assert finetune(directory, tmp_path / "out", **config) == 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
     with monkeypatch.context() as patch:
@@ -341,23 +335,21 @@ def copied(directory, tmp_path):
     return {"model": tmp_path / "model", "data": shutil.copy(directory / "rows.jsonl", tmp_path / "rows.jsonl")}
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-def test_a_run_whose_base_or_tokenizer_was_replaced_is_refused(refused, directory, whole, tmp_path, name):
-    unfinished(whole, tmp_path / "out", step=4)
-    paths = copied(directory, tmp_path)
-    content = bytearray((paths["model"] / name).read_bytes())
-    content[-1] ^= 3 if content[-1] == ord("\n") else 1  # a line end becomes a tab
-    (paths["model"] / name).write_bytes(content)
-    refused(tmp_path / "out", f"changed since the run began: model/{name}; give another --out", **paths)
-
-
-def test_a_run_whose_template_was_replaced_is_refused(directory, tmp_path, monkeypatch, capsys):
-    style, options = tmp_path / "style.jinja", {"prompt_style": tmp_path / "style.jinja"}
-    style.write_text("{{ messages[0].content }}")
-    stop(directory, tmp_path / "out", monkeypatch, **options)
-    style.write_text("{{ messages[0].content }} ")
-    assert finetune(directory, tmp_path / "out", **options) == 1
-    assert "changed since the run began: prompt_style" in capsys.readouterr().err
+def test_a_run_whose_base_tokenizer_or_template_was_replaced_is_refused(
+    refused, directory, tmp_path, monkeypatch, capsys
+):
+    paths = copied(directory, tmp_path) | {"prompt_style": tmp_path / "style.jinja"}
+    paths["prompt_style"].write_text("{{ messages[0].content }}!")
+    stop(directory, tmp_path / "out", monkeypatch, **paths)
+    capsys.readouterr()
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    for name in (*(f"model/{file}" for file in files), "prompt_style"):
+        path = paths.get(name, tmp_path / name)
+        before = path.read_bytes()
+        last = before[-1] ^ (3 if before.endswith(b"\n") else 1)  # a line end becomes a tab
+        path.write_bytes(before[:-1] + bytes([last]))
+        refused(tmp_path / "out", f"changed since the run began: {name}; give another --out", **paths)
+        path.write_bytes(before)
 
 
 def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_path, monkeypatch):
@@ -417,11 +409,6 @@ def test_a_run_that_is_not_finished_is_no_adapter_and_its_newest_checkpoint_is_n
     error = capsys.readouterr().err
     assert f"{tmp_path}: is an unfinished run" in error
     assert (f"checkpoints/step-{step:06d}" if step else "it has no checkpoint yet") in error
-
-
-def test_what_a_writer_killed_at_once_left_does_not_keep_the_directory(directory, tmp_path):
-    (tmp_path / ".run.json.123.tmp").write_text('{"conf')
-    assert finetune(directory, tmp_path, max_steps=1) == 0
 
 
 def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
@@ -494,20 +481,18 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
     assert "general text" not in capsys.readouterr().out
 
 
-def test_fewer_than_ten_held_out_rows_are_warned_of(directory, tmp_path, capsys):
-    few = "5 rows are held out, too few for their loss to say much; --eval-split or --eval-data gives more\n"
-    assert finetune(directory, tmp_path / "few", max_steps=1, eval_split=0.22) == 0
-    assert few in capsys.readouterr().err
-    for i, options in enumerate(({"eval_split": 0.44}, {"eval_split": 0})):  # ten rows, and none
-        assert finetune(directory, tmp_path / f"{i}", max_steps=1, **options) == 0
-        assert "too few" not in capsys.readouterr().err
-
-
-def test_the_first_lines_of_a_run_fit_a_terminal_of_80_columns(directory, tmp_path, capsys):
-    assert finetune(directory, tmp_path, max_steps=1, dtype="float32") == 0
+def test_the_first_lines_of_a_run_fit_a_terminal_of_80_columns_and_warn_of_fewer_than_ten_held_out_rows(
+    directory, tmp_path, capsys
+):
+    few = "5 rows are held out, too few for their loss to say much; --eval-split or --eval-data gives more"
+    assert finetune(directory, tmp_path / "few", max_steps=1, dtype="float32", eval_split=0.22) == 0
     told = capsys.readouterr().err.splitlines()
     assert [line for line in told if "parameters are trained" in line or "rows to learn from" in line] == told[:2]
     assert max(map(len, told[:2])) <= 80
+    assert few in told
+    for share in (0.44, 0):  # ten rows, and none
+        assert finetune(directory, tmp_path / "dry", dry_run=True, eval_split=share) == 0
+        assert "too few" not in capsys.readouterr().err
 
 
 def test_of_a_conversation_a_sample_shows_the_last_message_of_the_user(directory, tmp_path, capsys):
@@ -518,32 +503,18 @@ def test_of_a_conversation_a_sample_shows_the_last_message_of_the_user(directory
     (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": conversation(talk)}) + "\n") * 4)
     data = ml.load_dataset(tmp_path / "rows.jsonl", tokenizer)
     assert [sample["prompt"] for sample in write_samples(model, tokenizer, data)] == ["the cat\nsat?"] * 4
-    assert finetune(tmp_path, tmp_path / "out", max_steps=1, eval_steps=1) == 0
+    assert finetune(tmp_path, tmp_path / "out", max_steps=1, eval_steps=1, samples=1) == 0
     told = capsys.readouterr().err
     assert "  the cat sat? -> " in told
     assert "assistant" not in told
 
 
-def test_each_evaluation_answers_the_first_held_out_prompts(capsys, directory, tmp_path):
-    assert finetune(directory, tmp_path, eval_steps=2, max_steps=2, samples=3) == 0
-    (record,) = (record for record in metrics(tmp_path) if "eval_loss" in record)
-    data, model = inputs(directory, eval_split=0.2), ml.load_model(directory / "model")
-    ml.load_adapter(model, tmp_path)
-    prompts = [prompt_of(example) for example in data.test[:3]]
-    written = ml.generate(model, prompts, 48, stop_ids=data.tokenizer.stop_ids)
-    assert record["samples"] == [
-        {"prompt": data.tokenizer.decode(prompt), "text": data.tokenizer.decode(text)}
-        for prompt, text in zip(prompts, written, strict=True)
-    ]
-    assert record["samples"][0]["prompt"] in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_at_the_end_base_and_adapter_answer_the_first_held_out_prompts(capsys, directory, tmp_path, method):
-    options = {"max_steps": 8, "samples": 2, "learning_rate": 0.1}
-    if method == "full":
-        options |= {"method": method, "lora_r": None, "lora_alpha": None, "lora_dropout": None}
-    assert finetune(directory, tmp_path, **options) == 0
+def test_an_evaluation_and_at_the_end_base_and_adapter_answer_the_first_held_out_prompts(
+    capsys, directory, tmp_path, method
+):
+    changes, count = ({"samples": None}, 2) if method == "lora" else ({**FULL, "samples": 1}, 1)  # two by default
+    assert finetune(directory, tmp_path, **{**changes, "max_steps": 3, "eval_steps": 3, "learning_rate": 0.1}) == 0
     told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
     models = {"base": ml.load_model(directory / "model")}
     if method == "full":
@@ -551,13 +522,21 @@ def test_at_the_end_base_and_adapter_answer_the_first_held_out_prompts(capsys, d
     else:
         models["adapter"] = ml.load_model(directory / "model")
         ml.load_adapter(models["adapter"], tmp_path)
-    answers = {name: write_samples(model, data.tokenizer, data.test[:2]) for name, model in models.items()}
+    prompts, decode = [prompt_of(example) for example in data.test[:count]], data.tokenizer.decode
+    texts = {}
+    for name, model in models.items():
+        texts[name] = [decode(ids) for ids in ml.generate(model, prompts, 48, stop_ids=data.tokenizer.stop_ids)]
+    base, (made, learned) = texts["base"], [*texts.items()][1]
+    assert base != learned
+    (record,) = (record for record in metrics(tmp_path) if "eval_loss" in record)
+    pairs = zip(map(decode, prompts), learned, strict=True)
+    assert record["samples"] == [{"prompt": prompt, "text": text} for prompt, text in pairs]
     expected = ""
-    for i in range(2):
-        expected += ending(answers["base"][i]["prompt"], 60) + "\n"
-        expected += "".join(f"  {name:<8}-> {beginning(answers[name][i]['text'])}\n" for name in answers)
+    for i, prompt in enumerate(prompts):
+        expected += f"{ending(decode(prompt), 60)}\n"
+        expected += "".join(f"  {name:<8}-> {beginning(texts[name][i])}\n" for name in ("base", made))
     assert told.endswith(expected)
-    assert answers["base"] != list(answers.values())[1]
+    assert f"  {ending(decode(prompts[0]))} -> {beginning(learned[0])}" in told
 
 
 def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(
@@ -582,27 +561,25 @@ def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_bet
     assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "is_fast", "line"),
-    [
-        ("auto", False, "float32 on cpu, since bfloat16 is slow there (the model is stored in bfloat16)\n"),
-        ("auto", True, "bfloat16 on cpu\n"),
-        ("float32", False, "float32 on cpu\n"),
-    ],
-)
-def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(
-    capsys, monkeypatch, tmp_path, dtype, is_fast, line
-):
-    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device: is_fast)
+def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(capsys, monkeypatch, tmp_path):
     runs.write_inputs(tmp_path, dtype=torch.bfloat16)
-    assert finetune(tmp_path, tmp_path / "out", max_steps=1, dtype=dtype) == 0
-    assert line in capsys.readouterr().err
+    for dtype, is_fast, line in (
+        ("auto", False, "float32 on cpu, since bfloat16 is slow there (the model is stored in bfloat16)"),
+        ("auto", True, "bfloat16 on cpu"),
+        ("float32", False, "float32 on cpu"),
+    ):
+        monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device, is_fast=is_fast: is_fast)
+        assert finetune(tmp_path, tmp_path / f"{dtype} {is_fast}", max_steps=1, dtype=dtype) == 0
+        assert line in capsys.readouterr().err.splitlines()
 
 
-def test_bad_rows_are_counted_and_the_first_five_shown_and_the_run_goes_on(capsys, directory, tmp_path):
-    rows = (directory / "rows.jsonl").read_text()
-    (tmp_path / "rows.jsonl").write_text(rows + '{"prompt": 1}\n' * 7)
-    data = {"data": tmp_path / "rows.jsonl", "max_steps": 1}
+def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_tokens_are_told_of(
+    capsys, directory, tmp_path
+):
+    rows = (directory / "rows.jsonl").read_text() + '{"prompt": 1}\n' * 7
+    rows += json.dumps({"prompt": f"a{EOS}b", "completion": " c"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(rows)
+    data = {"data": tmp_path / "rows.jsonl", "max_steps": 1, "eval_split": 0}
     assert finetune(directory, tmp_path / "a", **data) == 1
     assert "rows.jsonl:24: " in capsys.readouterr().err
     assert finetune(directory, tmp_path / "b", **data, skip_bad_rows=True) == 0
@@ -610,13 +587,7 @@ def test_bad_rows_are_counted_and_the_first_five_shown_and_the_run_goes_on(capsy
     assert "7 training rows cannot be used and were skipped:" in told
     shown = [line.partition(": ")[0][-2:] for line in told.splitlines() if "no known shape" in line]
     assert shown == ["24", "25", "26", "27", "28"]
-
-
-def test_control_tokens_in_the_text_of_rows_are_told_of(capsys, directory, tmp_path):
-    rows = (directory / "rows.jsonl").read_text()
-    (tmp_path / "rows.jsonl").write_text(rows + json.dumps({"prompt": f"a{EOS}b", "completion": " c"}) + "\n")
-    assert finetune(directory, tmp_path / "a", data=tmp_path / "rows.jsonl", max_steps=1, eval_split=0) == 0
-    assert "1 training rows have control tokens in their text, which are taken as plain text" in capsys.readouterr().err
+    assert "1 training rows have control tokens in their text, which are taken as plain text" in told
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -652,6 +623,8 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_
 
 def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 9)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / ".run.json.123.tmp").write_text('{"conf')  # of a writer that was killed: it is not in the way
     assert finetune(directory, tmp_path / "one", data=rows, max_steps=1) == 0
     again = ["finetune", f"--config={tmp_path / 'one' / 'run.json'}", "--force"]
     assert cli.main([*again, f"--out={tmp_path / 'two'}"]) == 0

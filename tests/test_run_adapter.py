@@ -9,22 +9,26 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import cli
 from minilora.cli import INTERRUPTED
-from tests.runs import SETTINGS, contents, finetune, interrupt, summary, write_inputs, write_rows
-
-LORA = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}  # flags of SETTINGS that the adapter brings
+from tests.runs import NO_ADAPTER, SETTINGS, contents, finetune, interrupt, summary, write_inputs, write_rows
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = write_inputs(tmp_path_factory.mktemp("things"))
     write_rows(directory / "more.jsonl", 13)
-    assert finetune(directory, directory / "first", target_modules="q_proj,v_proj", use_rslora=True) == 0
+    assert finetune(directory, directory / "first", target_modules="q_proj,v_proj", use_rslora=True, max_steps=3) == 0
     return directory
 
 
 def go_on(directory, out, adapter="first", **changes):
-    """A run from an adapter, on new rows; the model is the adapter's."""
-    flags = {**LORA, "model": None, "adapter": directory / adapter, "data": directory / "more.jsonl", "eval_split": 0}
+    """A run from an adapter, which brings the model and the flags of adapters, on new rows."""
+    flags = {
+        **NO_ADAPTER,
+        "model": None,
+        "adapter": directory / adapter,
+        "data": directory / "more.jsonl",
+        "eval_split": 0,
+    }
     return finetune(directory, out, **{**flags, **changes})
 
 
@@ -117,7 +121,10 @@ def test_the_base_is_quantized_as_it_was_unless_told_otherwise(directory, tmp_pa
 
 def test_an_adapter_that_began_as_a_part_of_the_weights_goes_on_with_twice_the_rank(directory, tmp_path):
     assert finetune(directory, tmp_path / "a", init_lora_weights="pissa", max_steps=2) == 0
-    assert go_on(tmp_path, tmp_path / "b", adapter="a", data=directory / "more.jsonl", learning_rate=1e-30) == 0
+    assert (
+        go_on(tmp_path, tmp_path / "b", adapter="a", data=directory / "more.jsonl", learning_rate=1e-30, max_steps=1)
+        == 0
+    )
     assert config(tmp_path / "b")["lora_r"] == 6
     before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
     assert all(torch.equal(before[name], after[name]) for name in before | after)
