@@ -28,7 +28,7 @@ from minilora.models.config import LlamaConfig
 from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
-from minilora.runs.machine import free_memory_bytes, peak_memory_bytes
+from minilora.runs.machine import free_memory_bytes, held_memory_bytes, peak_memory_bytes
 from minilora.runs.memory import amount, choose_plan, forecast
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.run import Run
@@ -36,6 +36,7 @@ from minilora.runs.seeded import set_dropout_step
 from minilora.runs.sizes import Plan, parameter_shapes, trained_sizes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
+from tests.ranks import in_process
 from tests.runs import SETTINGS, words, write_inputs
 from tests.training import random_rows
 
@@ -247,7 +248,7 @@ def directory(tmp_path_factory):
 
 def finetune(directory, out, *flags, **changes):
     """The command, with the defaults of everything but general text, which is left out."""
-    defaults = dict.fromkeys([*SETTINGS, "force"]) | {"general_data": "none"}
+    defaults = dict.fromkeys([*SETTINGS, "force"]) | {"general_data": "none", "samples": 0}
     return cli.main([*words(directory, out, **{**defaults, **changes}), *flags])
 
 
@@ -344,12 +345,6 @@ def test_amounts_are_told_in_powers_of_a_thousand():
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 
-def in_a_process(code):
-    """The numbers that it prints."""
-    run = [sys.executable, "-c", code]
-    return [int(each) for each in subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()]
-
-
 @pytest.mark.long
 def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     """The process that starts this one may have held much more."""
@@ -360,84 +355,86 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
         del numbers
         print(peak_memory_bytes(torch.device("cpu")))"""
     ballast = torch.ones(2**28)
-    (peak,) = in_a_process(code)
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     del ballast
     assert 2**28 <= peak < 2**28 + 2**26
 
 
+def multiply_in_100_sizes():
+    """The bytes that are held after products in bfloat16."""
+    x, weight, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((400, 576), (1536, 576), (400, 1536)))
+    torch.mm(x, weight.T, out=y)
+    before = held_memory_bytes(CPU)
+    for n in range(100, 200):
+        torch.mm(x[:n], weight.T, out=y[:n])
+    return held_memory_bytes(CPU) - before
+
+
 def test_each_size_of_a_product_in_bfloat16_takes_no_more_than_is_forecast():
-    code = """if True:
-        import torch
-        from minilora.runs.machine import held_memory_bytes
-        x, weight, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((400, 576), (1536, 576), (400, 1536)))
-        torch.mm(x, weight.T, out=y)
-        before = held_memory_bytes(x.device)
-        for n in range(100, 200):
-            torch.mm(x[:n], weight.T, out=y[:n])
-        print(held_memory_bytes(x.device) - before)"""
-    (grown,) = in_a_process(code)
-    assert grown <= 100 * memory.PRODUCT
+    assert in_process(multiply_in_100_sizes) <= 100 * memory.PRODUCT
+
+
+def faults():
+    """The pages of 100 MB that are cleared when they are taken."""
+    from resource import RUSAGE_SELF, getrusage  # which Windows has not
+
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+
+def faults_twice():
+    """Outside of a run, and while it lasts."""
+    outside = faults(), faults()
+    with host.kept_memory():
+        return outside, (faults(), faults())
 
 
 @needs_glibc
 def test_while_a_run_lasts_memory_is_taken_from_the_system_once():
-    """100 MB, taken a second time: the percentage of the first time's pages that are cleared for it."""
-    code = """if True:
-        import torch
-        from contextlib import nullcontext
-        from resource import RUSAGE_SELF, getrusage
-        from minilora.runs.machine import kept_memory
-        def faults():
-            before = getrusage(RUSAGE_SELF).ru_minflt
-            torch.ones(25_000_000)
-            return getrusage(RUSAGE_SELF).ru_minflt - before
-        for keeping in (nullcontext, kept_memory):
-            with keeping():
-                first, second = faults(), faults()
-            print(100 * second // first)"""
-    before, kept = in_a_process(code)
-    assert kept < 5
-    assert before > 50
+    outside, kept = in_process(faults_twice)
+    assert kept[1] < 0.05 * kept[0]
+    assert outside[1] > 0.5 * outside[0]
+
+
+def left_of_blocks():
+    """Megabytes that are left of 100 blocks of 2 MB, freed while a small one lives after each."""
+    before = held_memory_bytes(CPU)
+    blocks, small = zip(*((torch.ones(500_000), torch.ones(10_000)) for _ in range(100)), strict=True)
+    del blocks
+    return (held_memory_bytes(CPU) - before) // 10**6
+
+
+def left_with_a_sharded_base_and_without():
+    torch.ones(500_000)
+    with host.kept_memory():
+        with host.returned_memory():
+            returned = left_of_blocks()
+        return returned, left_of_blocks()
 
 
 @needs_glibc
 def test_memory_of_a_sharded_base_is_given_back_at_once():
-    """Megabytes that are left of 100 blocks of 2 MB, freed while a small one lives after each."""
-    code = """if True:
-        import torch
-        from minilora.runs.machine import held_memory_bytes, kept_memory, returned_memory
-        cpu = torch.device("cpu")
-        def left():
-            before = held_memory_bytes(cpu)
-            blocks, small = zip(*((torch.ones(500_000), torch.ones(10_000)) for _ in range(100)))
-            del blocks
-            return (held_memory_bytes(cpu) - before) // 10**6
-        torch.ones(500_000)
-        with kept_memory():
-            with returned_memory():
-                returned = left()
-            print(returned, left())"""
-    returned, kept = in_a_process(code)
+    returned, kept = in_process(left_with_a_sharded_base_and_without)
     assert returned < 20
     assert kept > 150
 
 
+def held_after_a_run():
+    """Bytes that could still be given back after a run, and after a block that was taken and given back."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(5)))
+    config, loss = TrainConfig(max_steps=1), lambda model, rows: (sum((p * p).sum() for p in model.parameters()), 1)
+    ml.train(model, [0], config, loss=loss)
+    torch.ones(20_000_000)
+    held = held_memory_bytes(CPU)
+    host.release_memory()
+    return held - held_memory_bytes(CPU)
+
+
 @needs_glibc
 def test_after_a_run_its_memory_is_given_back():
-    """Gradients and moments of 25 million numbers, and a block that is taken and given back afterwards."""
-    code = """if True:
-        import minilora as ml, torch
-        from minilora.runs.machine import release_memory
-        from minilora.runs.machine import held_memory_bytes
-        def loss(model, rows):
-            return sum((p * p).sum() for p in model.parameters()), 1
-        model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(25)))
-        ml.train(model, [0], ml.TrainConfig(max_steps=1), loss=loss)
-        torch.ones(100_000_000)
-        held = held_memory_bytes(torch.device("cpu"))
-        release_memory()
-        print(held - held_memory_bytes(torch.device("cpu")))"""
-    assert in_a_process(code)[0] < 50_000_000
+    """Gradients and moments of 5 million numbers are 60 MB."""
+    assert in_process(held_after_a_run) < 10_000_000
 
 
 def test_what_the_import_took_is_no_part_of_the_peak(monkeypatch):
