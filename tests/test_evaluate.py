@@ -64,7 +64,7 @@ def probabilities(model, row):
 @few
 @given(families, seeds, budgets, st.sampled_from([1, 3, 512]))
 def test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelled_tokens(family, seed, budget, chunk):
-    base, model, rows = tiny_model(family), adapted(family), random_rows(seed, 4)
+    base, model, rows = tiny_model(family), adapted(family), random_rows(seed, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "DRIFT_TOKENS", chunk)
         found = measured(budget, measure_drift, model, rows)
@@ -128,9 +128,9 @@ answers = st.lists(tokens, min_size=1, max_size=3).map(tuple)
 def test_the_chosen_answer_is_the_likeliest_of_the_choices_computed_one_by_one(answers, closing, seed, budget):
     choices = [(*answer, *CLOSING[:closing]) for answer in answers]
     draw = random.Random(seed)
-    prompts = [[draw.randrange(61) for _ in range(draw.randint(1, 5))] for _ in range(8)]
+    prompts = [[draw.randrange(61) for _ in range(draw.randint(1, 5))] for _ in range(5)]
     rows = [row(prompt, draw.choice([*choices, (7, 7)])) for prompt in prompts]  # (7, 7) is no choice: always wrong
-    model = tiny_model(num_hidden_layers=2)
+    model = tiny_model(num_hidden_layers=1)
     assert measured(budget, choice_accuracy, model, rows, choices) == plain_accuracy(model, rows, choices)
 
 
@@ -152,12 +152,6 @@ def test_the_average_counts_and_not_the_rarest_answer():
     assert evaluate.find_choices(rows[1:]) is None
 
 
-def test_where_a_row_has_no_prompt_there_is_nothing_to_choose_by():
-    rows = [row([1], (2, 4)), row([1], (3, 4))] * 4
-    assert evaluate.find_choices(rows)
-    assert evaluate.find_choices([*rows, row([], (2, 4))]) is None
-
-
 # --- exact match ---
 
 
@@ -176,7 +170,7 @@ def greedy(model, prompt, stop, limit):
 @given(seeds)
 def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed):
     tokenizer, draw = copy.copy(tokenizer()), random.Random(seed)
-    model = tiny_model(vocab_size=400, num_hidden_layers=2)
+    model = tiny_model(vocab_size=400, num_hidden_layers=1)
     prompts = [[draw.randrange(4, 400) for _ in range(3)] for _ in range(4)]
     free = greedy(model, prompts[0], (), 6)
     ends = [i for i, token in enumerate(free) if i and token not in free[:i] and tokenizer.decode(free[:i]).strip()]

@@ -16,7 +16,7 @@ RATE = 0.01
 
 
 def run(rows, directory=None, on_step=None, model=None, **config):
-    model = model or adapted(use_dora=True, layers=2)
+    model = model or adapted(use_dora=True, layers=1)
     ml.train(model, rows, ml.TrainConfig(**{"learning_rate": RATE, **config}), on_step, checkpoint_dir=directory)
     return {name: p.detach().clone() for name, p in trained(model).items()}
 

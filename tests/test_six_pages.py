@@ -58,7 +58,7 @@ torch.set_num_threads(1)
 out, assets = Path(sys.argv[1]), Path("minilora/assets")
 model = llama.load_llama(assets / "model")
 tokenizer = tokenizers.Tokenizer.from_file(str(assets / "model" / "tokenizer.json"))
-lines = (assets / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:80]
+lines = (assets / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
 examples = [data.encode_row(json.loads(line), tokenizer, eos_id=0) for line in lines]
 ids = torch.tensor([examples[0].tokens])
 logits = {{"base": model(ids)}}
@@ -67,8 +67,8 @@ logits["new"] = model(ids)
 optimizer = training.adamw([parameter for parameter in model.parameters() if parameter.requires_grad])
 losses = []
 for step in range(10):
-    optimizer.param_groups[0]["lr"] = training.learning_rate(step, 10, peak=2e-3, warmup=2)
-    batch = data.collate(examples[8 * step : 8 * step + 8], torch.device("cpu"))
+    optimizer.param_groups[0]["lr"] = training.learning_rate(step, 10, peak=4e-3, warmup=1)
+    batch = data.collate(examples[4 * step : 4 * step + 4], torch.device("cpu"))
     losses.append(training.train_step(model, optimizer, [batch]).loss.item())
 model.eval()
 logits["adapted"] = model(ids)
@@ -85,7 +85,7 @@ save_file({{"ids": ids, "losses": torch.tensor(losses), **logits}}, out / "found
 def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_path):
     subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], cwd=ROOT, check=True, timeout=120)
     found = load_file(tmp_path / "found.safetensors")
-    assert found["losses"][-5:].mean() < 0.5 * found["losses"][:5].mean()
+    assert found["losses"][-3:].mean() < 0.5 * found["losses"][:3].mean()
     assert torch.equal(found["new"], found["base"])
     assert (found["adapted"] - found["base"]).abs().max() > 1
     assert_parity(found["merged"], found["adapted"])
@@ -99,12 +99,12 @@ def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_pat
 def test_the_page_of_data_reads_rows_as_the_package_does(keys, tmp_path):
     path, tokenizer = ROOT / "minilora" / "assets" / "data" / "train.jsonl", ml.load_tokenizer("minilora/builtin")
     raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[::20]]
     if keys == "instruction":
         inputs = itertools.cycle([{}, {"input": ""}, {"input": "of which language?"}])
         rows = [{"instruction": row["prompt"], "output": row["completion"], **next(inputs)} for row in rows[:30]]
-        path = tmp_path / "rows.json"
-        path.write_text(json.dumps(rows), encoding="utf-8")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
     found = [data.encode_row(row, raw, tokenizer.eos_id) for row in rows]
     style = "instruction" if keys == "instruction" else "auto"
     expected = ml.load_dataset(path, use_prompt_style(tokenizer, style))
@@ -145,15 +145,22 @@ def test_the_page_of_adapters_attaches_saves_and_loads_as_the_package_does(seed,
         same_adapters(loaded[1], ours)
 
 
-def test_the_page_of_adapters_has_the_package_s_defaults(tmp_path):
-    ours, theirs, loaded = (tiny_model(dtype=torch.float32) for _ in range(3))
+def test_the_page_of_adapters_has_the_package_s_defaults_and_adds_a_second_adapter_beside_the_first(tmp_path):
+    ours, theirs, loaded, base = (tiny_model(dtype=torch.float32, num_hidden_layers=1) for _ in range(4))
     adapter.attach_lora(ours, ["q_proj"])
     ml.attach(theirs, ml.LoraConfig(target_modules=["q_proj"]))
     same_adapters(ours, theirs)
     adapter.save_lora(ours, tmp_path)
     adapter.load_lora(loaded, tmp_path)
-    ml.load_adapter(base := tiny_model(dtype=torch.float32), tmp_path)
+    ml.load_adapter(base, tmp_path)
     same_adapters(loaded, base)
+    adapter.attach_lora(ours, ["q_proj", "v_proj"], r=3, name="two")
+    layers = adapter.adapter_layers(ours)
+    assert {path[-6:]: list(layer.configs) for path, layer in layers.items()} == {
+        "q_proj": ["default", "two"],
+        "v_proj": ["two"],
+    }
+    assert not any(isinstance(layer.base, adapter.AdapterWrapper) for layer in layers.values())
 
 
 DEFAULTS = {adapter.attach_lora: ml.LoraConfig, data.encode_row: ml.DataConfig, training.train_step: ml.TrainConfig}
@@ -167,16 +174,6 @@ def test_what_the_pages_take_by_default_is_what_the_package_does(function, confi
     shared = found.keys() & vars(config).keys()
     assert shared
     assert {name: found[name] for name in shared} == {name: getattr(config, name) for name in shared}
-
-
-def test_the_page_of_adapters_adds_a_second_adapter_beside_the_first():
-    model = tiny_model(dtype=torch.float32)
-    adapter.attach_lora(model, ["q_proj"], r=2, name="one")
-    adapter.attach_lora(model, ["q_proj", "v_proj"], r=3, name="two")
-    found = {path: list(layer.configs) for path, layer in adapter.adapter_layers(model).items()}
-    assert found["model.layers.0.self_attn.q_proj"] == ["one", "two"]
-    assert found["model.layers.0.self_attn.v_proj"] == ["two"]
-    assert not any(isinstance(layer.base, adapter.AdapterWrapper) for layer in adapter.adapter_layers(model).values())
 
 
 @pytest.mark.parametrize(
@@ -230,17 +227,16 @@ def test_the_page_of_the_decoder_reads_a_llama_as_the_package_does(dtype, tied, 
     same_state(ml.load_model(tmp_path / "again", dtype), theirs)
 
 
-@pytest.mark.parametrize("theta", [{}, {"rope_theta": 700.0}, {"rope_parameters": {"rope_theta": 500.0}}])
-@pytest.mark.parametrize("width", [{}, {"head_dim": 10}])
-@pytest.mark.parametrize("key_heads", [{}, {"num_key_value_heads": 4}])
-def test_the_page_of_the_decoder_reads_a_config_as_the_package_does(theta, width, key_heads):
-    source = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"} | theta | width | key_heads
-    source |= {"model_type": "llama", "rms_norm_eps": 1e-6}
-    ours, theirs = (kind.from_dict(source) for kind in (llama.LlamaConfig, LlamaConfig))
-    for field in dataclasses.fields(ours):
-        if field.name != "rope":
-            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
-    assert torch.equal(ours.rope.frequencies(9), theirs.rope.frequencies(9))
+def test_the_page_of_the_decoder_reads_a_config_as_the_package_does():
+    thetas = ({}, {"rope_theta": 700.0}, {"rope_parameters": {"rope_theta": 500.0}})
+    given = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    for theta, width, heads in itertools.product(thetas, ({}, {"head_dim": 10}), ({}, {"num_key_value_heads": 4})):
+        source = {**given, **theta, **width, **heads, "model_type": "llama", "rms_norm_eps": 1e-6}
+        ours, theirs = (kind.from_dict(source) for kind in (llama.LlamaConfig, LlamaConfig))
+        for field in dataclasses.fields(ours):
+            if field.name != "rope":
+                assert getattr(ours, field.name) == getattr(theirs, field.name), (field.name, source)
+        assert torch.equal(ours.rope.frequencies(9), theirs.rope.frequencies(9))
 
 
 def test_the_page_of_the_decoder_refuses_other_models_and_other_tensors(tmp_path):
