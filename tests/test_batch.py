@@ -1,5 +1,4 @@
 from dataclasses import replace
-from fractions import Fraction
 from itertools import pairwise
 from math import ceil
 
@@ -12,6 +11,7 @@ import minilora as ml
 from benchmarks import work
 from minilora.data import IGNORE_INDEX, collate
 from minilora.runs.seeded import groups, plan_steps
+from tests.models import examples as many
 from tests.models import seeds
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -38,17 +38,6 @@ def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs
         assert sorted(plan[epoch * len(lengths) :][: len(lengths)]) == list(range(len(lengths)))
 
 
-@given(lengths, sizes, sizes)
-def test_a_step_has_its_micro_batches_and_a_micro_batch_its_rows_but_the_last_ones(lengths, batch_size, accumulation):
-    config = ml.TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    plan = plan_steps(lengths, config)
-    sizes = [len(rows) for step in plan for rows in step]
-    assert [len(step) for step in list(plan)[:-1]] == [accumulation] * (len(plan) - 1)
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
-    assert len(sizes) == ceil(len(lengths) / batch_size)
-    assert len(plan) == ceil(len(sizes) / accumulation)
-
-
 @given(lengths, sizes, st.integers(1, 20), seeds)
 @example([9], 2, 1, 0)  # a row longer than the budget
 def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next_row(
@@ -59,19 +48,6 @@ def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next
     sizes = [sum(lengths[row] for row in rows) for rows in batches]
     assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, batches, strict=True))
     assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], batches[1:], strict=True))
-
-
-@given(st.lists(st.integers(1, 99), min_size=1, max_size=60, unique=True), sizes, st.integers(1, 9), seeds)
-def test_a_window_of_the_permutation_is_cut_into_rows_of_like_lengths(lengths, batch_size, times, seed):
-    config, window = {"batch_size": batch_size, "seed": seed}, batch_size * times
-    shuffled = [row for rows in micro_batches(lengths, **config) for row in rows]
-    batches = micro_batches(lengths, **config, sort_window=window)
-    expected = [
-        rows[i : i + batch_size]
-        for rows in (sorted(shuffled[j : j + window], key=lengths.__getitem__) for j in range(0, len(lengths), window))
-        for i in range(0, len(rows), batch_size)
-    ]
-    assert sorted(batches) == sorted(expected if window > 1 else [[row] for row in shuffled])
 
 
 def test_a_window_leaves_little_padding_for_a_loss_that_pads_and_larger_batches():
@@ -110,7 +86,11 @@ def test_the_plan_is_a_function_of_the_seed(lengths, batch_size, seed):
 
 
 def in_lists(lengths, config):
-    """The plan of a run, made of lists."""
+    """The plan of a run, made of lists.
+
+    A window of the permutation is sorted by length and cut into rows of like lengths, and the micro-batches are mixed.
+    A fraction of an epoch is that fraction of its steps; `max_steps` counts, whatever the epochs.
+    """
     steps, epochs = [], config.epochs if config.max_steps is None else config.max_steps
     for epoch in range(ceil(epochs)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -129,20 +109,24 @@ def in_lists(lengths, config):
     return steps[: config.max_steps]
 
 
+@many(3)
 @given(
     lengths,
     st.fixed_dictionaries({"batch_size": sizes, "gradient_accumulation_steps": sizes, "seed": seeds}),
-    st.sampled_from([{"epochs": 0.3}, {"epochs": 1.0}, {"epochs": 2.5}, {"max_steps": 1}, {"max_steps": 9}]),
+    st.integers(1, 35).map(lambda tenths: {"epochs": tenths / 10})
+    | st.fixed_dictionaries({"max_steps": st.integers(1, 9), "epochs": st.sampled_from([0.3, 7.5])}),
     st.none() | st.integers(1, 20),
     st.sampled_from([1, 2, 5, 99]),
 )
 @example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"epochs": 2.5}, None, 4)
 @example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"max_steps": 9}, 5, 4)
+@example([1] * 10, {"batch_size": 1}, {"epochs": 1.1}, None, 1)  # 1.1 - 1 is more than a tenth
 def test_the_plan_of_arrays_is_that_of_lists(lengths, batches, length, budget, window):
     config = ml.TrainConfig(**batches, **length, batch_tokens=budget, sort_window=window)
     expected, found = in_lists(lengths, config), plan_steps(lengths, config)
     assert list(found) == expected
     assert found[-1] == expected[-1]
+    assert len(found) == len(expected)
     flat = [rows for step in expected for rows in step]
     assert [found.batch(i) for i in range(len(flat))] == flat
     assert found.rows.tolist() == [row for rows in flat for row in rows]
@@ -155,20 +139,6 @@ def test_another_seed_and_another_epoch_have_another_order(seed):
         [row for rows in micro_batches([1] * 30, epochs=3, seed=each) for row in rows] for each in (seed, seed + 1)
     ]
     assert len({tuple(order[i : i + 30]) for order in orders for i in (0, 30, 60)}) == 6
-
-
-@given(st.integers(1, 20), st.integers(1, 35))
-@example(10, 11)  # 1.1 - 1 is more than a tenth
-def test_a_fraction_of_an_epoch_is_that_fraction_of_its_steps(rows, tenths):
-    plan = plan_steps([1] * rows, ml.TrainConfig(batch_size=1, epochs=tenths / 10))
-    assert len(plan) == ceil(Fraction(tenths, 10) * rows)
-
-
-@given(lengths, sizes, st.integers(1, 30), st.sampled_from([0.3, 1.0, 7.5]))
-def test_max_steps_counts_steps_whatever_the_epochs_and_begins_like_a_longer_run(lengths, batch_size, steps, epochs):
-    plan = plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, max_steps=steps, epochs=epochs))
-    assert len(plan) == steps
-    assert list(plan) == list(plan_steps(lengths, ml.TrainConfig(batch_size=batch_size, epochs=steps)))[:steps]
 
 
 @pytest.mark.parametrize(

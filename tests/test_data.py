@@ -288,9 +288,3 @@ def test_rows_are_cut_to_the_length_and_counted_and_go_if_no_label_is_left(token
     assert list(found) == kept
     assert found.truncated == sum(len(e.tokens) > max_length for e in whole)
     assert found.unlabelled == len(rows) - len(kept)
-
-
-def test_a_slice_of_a_dataset_is_one(tokenizer):
-    found = encode_rows([Row({"prompt": "a", "completion": text}) for text in "bcd"], tokenizer(), ml.DataConfig(9))
-    assert isinstance(found[1:], ml.Dataset)
-    assert list(found[1:]) == [found[1], found[2]]

@@ -133,6 +133,7 @@ def test_a_dataset_is_a_sequence_of_examples(tokenizer):
     rows = list(found)
     assert [row.source for row in rows] == [f"f:{i}" for i in range(5)]
     assert (found[-1], found[np.int64(2)], len(found[1:4])) == (rows[-1], rows[2], 3)
+    assert isinstance(found[1:], ml.Dataset)
     assert list(found[4:0:-2]) == rows[4:0:-2]
     assert list(found[3:][1:]) == rows[4:]
     assert (len(Dataset()), list(Dataset()), repr(Dataset())[:23]) == (0, [], "Dataset(0 rows, 0 token")

@@ -26,23 +26,12 @@ from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, promp
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
 from minilora.runs.run import PACKAGES, Run
+from minilora.storage import TensorFile
 from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import long
 from tests.ranks import CONTEXT, start_process
-from tests.runs import (
-    FULL,
-    contents,
-    finetune,
-    inputs,
-    interrupt,
-    metrics,
-    starts,
-    steps,
-    summary,
-    unfinished,
-    write_rows,
-)
+from tests.runs import FULL, contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
 from tests.text import CLOSE, DEFAULT_SYSTEM, EOS, conversation, write_tokenizer
 from tests.training import number
 
@@ -84,10 +73,12 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
 # --- what a run leaves ---
 
 
-def test_a_finished_run_holds_the_files_of_the_contract_and_no_others(whole):
+def test_a_finished_run_holds_the_files_of_the_contract_and_no_others_and_names_its_base(directory, whole):
     names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
     assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json", ".lock"}
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
+    base = json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(directory / "model")
 
 
 def test_metrics_have_an_object_a_step(whole, directory):
@@ -127,7 +118,7 @@ def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_
 
 @pytest.mark.parametrize("share", [0.2, 0])
 def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score(directory, tmp_path, share, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl", 12, choices=[f"{i} sat" for i in range(12)])
+    rows = runs.write_rows(tmp_path / "rows.jsonl", 12, choices=[f"{i} sat" for i in range(12)])
     assert finetune(directory, tmp_path / "out", data=rows, max_steps=1, eval_split=share) == 0
     scores = summary(tmp_path / "out")["after"]
     assert scores["accuracy"] is None
@@ -150,11 +141,6 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     assert record["inputs_sha256"] == hashes
     names = {"time", "step", "device", "dtype", "recompute", "threads", "plain", "ranks", "shard"}
     assert [set(start) for start in record["starts"]] == [names]
-
-
-def test_the_adapter_names_its_base_model(directory, whole):
-    base = json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str(directory / "model")
 
 
 # --- stopping and going on ---
@@ -421,7 +407,7 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
 def test_of_several_files_none_may_have_the_name_of_held_out_rows(capsys, directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my_train", "my_val"):
-        write_rows(tmp_path / f"{name}.jsonl", 9)
+        runs.write_rows(tmp_path / f"{name}.jsonl", 9)
     out, data = tmp_path / "out", ("my_train.jsonl", "my_val.jsonl")
     command = [*runs.words(directory, out, data=None, max_steps=1), "--data", *data]
     assert cli.main(command) == 1
@@ -435,25 +421,24 @@ def test_of_several_files_none_may_have_the_name_of_held_out_rows(capsys, direct
 
 
 def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(directory, tmp_path, monkeypatch, capsys):
-    rows = write_rows(tmp_path / "my_val.jsonl", 5)
+    rows = runs.write_rows(tmp_path / "my_val.jsonl", 5)
     stop(directory, tmp_path / "out", monkeypatch, eval_data=rows)
     assert "23 rows to learn from, 5 held out" in capsys.readouterr().err
     assert set(json.loads((tmp_path / "out" / "run.json").read_text())["data_sha256"]) == {"rows.jsonl", rows.name}
-    write_rows(rows, 6)
+    runs.write_rows(rows, 6)
     assert finetune(directory, tmp_path / "out", eval_data=rows) == 1
     assert "the data changed since the run began: my_val.jsonl" in capsys.readouterr().err
 
 
-def test_rows_that_are_trained_on_are_not_held_out(directory, tmp_path, capsys):
-    assert finetune(directory, tmp_path / "out", eval_data=directory / "rows.jsonl") == 1
-    assert "rows.jsonl: is in --data and in --eval-data" in capsys.readouterr().err
-
-
-def test_eval_data_beside_a_test_split_are_refused(directory, tmp_path, capsys):
+def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(directory, tmp_path, capsys):
     for split in ("train", "test"):
-        write_rows(tmp_path / f"{split}.jsonl", 5)
-    assert finetune(directory, tmp_path / "out", data=tmp_path, eval_data=directory / "rows.jsonl") == 1
-    assert f"--data has a test split, {tmp_path}/test.jsonl" in capsys.readouterr().err
+        runs.write_rows(tmp_path / f"{split}.jsonl", 5)
+    for data, phrase in (
+        (directory / "rows.jsonl", "rows.jsonl: is in --data and in --eval-data"),
+        (tmp_path, f"--data has a test split, {tmp_path}/test.jsonl"),
+    ):
+        assert finetune(directory, tmp_path / "out", data=data, eval_data=directory / "rows.jsonl") == 1
+        assert phrase in capsys.readouterr().err
 
 
 def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):
@@ -539,16 +524,17 @@ def test_an_evaluation_and_at_the_end_base_and_adapter_answer_the_first_held_out
     assert f"  {ending(decode(prompts[0]))} -> {beginning(learned[0])}" in told
 
 
-def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(
-    capsys, directory, tmp_path
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_best_result_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(
+    capsys, directory, tmp_path, method
 ):
     """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
     for split, choices in (("train", ("yes",)), ("valid", ("no the sea",)), ("test", ("no the sea",))):
-        write_rows(tmp_path / f"{split}.jsonl", 20, choices)
-    out = tmp_path / "out"
-    options = {"eval_steps": 1, "save_steps": 1, "save_total_limit": 99, "data": tmp_path, "max_steps": 10}
-    options |= {"learning_rate": 0.1, "lr_scheduler": "constant", "lora_dropout": 0, "samples": 0}
-    assert finetune(directory, out, keep="best", early_stopping=2, **options) == 0
+        runs.write_rows(tmp_path / f"{split}.jsonl", 20, choices)
+    out, options = tmp_path / "out", {"data": tmp_path, "max_steps": 10, "save_total_limit": 99}
+    options |= {"eval_steps": 1, "save_steps": 1, "lr_scheduler": "constant", "keep": "best", "early_stopping": 2}
+    options |= {**FULL, "learning_rate": 0.01} if method == "full" else {"learning_rate": 0.1, "lora_dropout": 0}
+    assert finetune(directory, out, **options) == 0
     losses = {record["step"]: record["eval_loss"] for record in metrics(out) if "eval_loss" in record}
     best = min(losses, key=losses.get)
     assert best < 8
@@ -556,9 +542,13 @@ def test_the_best_adapter_is_the_one_that_is_written_and_a_run_that_finds_no_bet
     assert_parity(number(summary(out)["after"]["loss"]), number(losses[best]))
     told = capsys.readouterr().err
     assert "stopped early: no new lowest loss in 2 evaluations" in told
-    assert f"the adapter of step {best} had the lowest loss" in told
+    assert f"the {'model' if method == 'full' else 'adapter'} of step {best} had the lowest loss" in told
     checkpoint = out / "checkpoints" / f"step-{best:06d}"
-    assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
+    if method == "full":
+        trained = TensorFile(checkpoint / "trained.safetensors")
+        assert all(torch.equal(p, trained.read(name)) for name, p in ml.load_model(out).named_parameters())
+    else:
+        assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
 
 
 def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(capsys, monkeypatch, tmp_path):
@@ -622,13 +612,13 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_
 
 
 def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", 9)
+    rows = runs.write_rows(tmp_path / "rows.jsonl", 9)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / ".run.json.123.tmp").write_text('{"conf')  # of a writer that was killed: it is not in the way
     assert finetune(directory, tmp_path / "one", data=rows, max_steps=1) == 0
     again = ["finetune", f"--config={tmp_path / 'one' / 'run.json'}", "--force"]
     assert cli.main([*again, f"--out={tmp_path / 'two'}"]) == 0
     assert "the data are not those" not in capsys.readouterr().err
-    write_rows(rows, 10)
+    runs.write_rows(rows, 10)
     assert cli.main([*again, f"--out={tmp_path / 'three'}"]) == 0
     assert f"the data are not those that {tmp_path / 'one' / 'run.json'} was written with" in capsys.readouterr().err

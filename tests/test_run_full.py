@@ -12,11 +12,10 @@ from minilora.cli import INTERRUPTED
 from minilora.durable import MANIFEST
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.inputs import load_general
-from minilora.storage import TensorFile
 from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import four_bit, long
-from tests.runs import inputs, interrupt, metrics, starts, steps, summary, unfinished, write_inputs, write_rows
+from tests.runs import inputs, interrupt, metrics, starts, steps, summary, unfinished, write_inputs
 from tests.training import number
 
 
@@ -83,20 +82,6 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(directory, whole, tmp
     assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert starts(tmp_path) == [0, stop]
     assert steps(tmp_path) == steps(whole)
-
-
-def test_the_best_model_is_the_one_that_is_written(directory, tmp_path, capsys):
-    """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
-    for split, choices in (("train", ("yes",)), ("valid", ("no the sea",)), ("test", ("no the sea",))):
-        write_rows(tmp_path / f"{split}.jsonl", 20, choices)
-    out, options = tmp_path / "out", {"eval_steps": 1, "save_steps": 1, "save_total_limit": 99, "max_steps": 12}
-    options |= {"keep": "best", "learning_rate": 0.01, "lr_scheduler": "constant", "data": tmp_path, "samples": 0}
-    assert finetune(directory, out, **options) == 0
-    best = summary(out)["kept_step"]
-    assert f"the model of step {best} had the lowest loss" in capsys.readouterr().err
-    trained = TensorFile(out / "checkpoints" / f"step-{best:06d}" / "trained.safetensors")
-    model = ml.load_model(out)
-    assert all(torch.equal(p, trained.read(name)) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
-from benchmarks import results, work
+from benchmarks import results
 from benchmarks import scale as script
 from minilora import cli
 from minilora.cli import forecast as pages
@@ -216,16 +216,6 @@ def test_a_window_leaves_out_what_is_farther_back():
     assert flop[1] - flop[0] == 14 * 4 * config.num_attention_heads * config.head_dim * pairs
 
 
-def test_flop_are_those_of_the_benchmarks_but_for_what_these_round():
-    """The benchmarks count T²/2 pairs, and the gradient of the first block's input."""
-    config, lora = LlamaConfig.from_dict(work.SMOLLM2), ml.LoraConfig(r=work.RANK)
-    D, K = config.hidden_size, config.num_key_value_heads * config.head_dim
-    found = forecast_step(replace(plan(config, lora), rows=[(T, T - 1)])).flop
-    theirs = work.training_flops(work.SMOLLM2, [([1] * T, [1] * T)])
-    first = 2 * T * (D * (D + 2 * K) + 3 * work.RANK * D)
-    assert found == theirs + config.num_hidden_layers * 7 * D * T - first
-
-
 # --- the pages ---
 
 
@@ -263,28 +253,25 @@ def test_inspect_shows_the_terms_of_a_rank_and_of_its_step(directory, capsys):
         assert steps[way] == [f"{step.flop:.3g}", amount(step.reduced), amount(step.gathered), seconds]
         assert step.gathered > 0
         assert planned.training.gradient_accumulation_steps == 4  # a batch a rank
-
-
-def test_without_rates_there_is_no_time(directory, capsys):
-    assert cli.main(["inspect", str(directory), "--memory", "--world", "2"]) == 0
-    assert "seconds" not in capsys.readouterr().out
+    assert cli.main(["inspect", str(directory), *flags[:3]]) == 0
+    assert "seconds" not in capsys.readouterr().out  # without rates
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "phrase"),
     [
-        ("--shard base", "give --world, too"),
-        ("--gemm-rate 1 --bandwidth 1", "give --world, too"),
-        ("--world 2 --gemm-rate 1e9", "give both"),
-        ("--world 2 --bandwidth 1e9", "give both"),
-        ("--world 0", "must be above 0"),
-        ("--world 2 --gemm-rate 0", "must be above 0"),
-        ("--world 2 --bandwidth nan", "must be above 0"),
+        (["--shard", "base"], "give --world, too"),
+        (["--gemm-rate", "1", "--bandwidth", "1"], "give --world, too"),
+        (["--world", "2", "--gemm-rate", "1e9"], "give both"),
+        (["--world", "2", "--bandwidth", "1e9"], "give both"),
+        (["--world", "0"], "must be above 0"),
+        (["--world", "2", "--gemm-rate", "0"], "must be above 0"),
+        (["--world", "2", "--bandwidth", "nan"], "must be above 0"),
     ],
 )
-def test_flags_of_ranks_that_cannot_work_are_refused(directory, capsys, flags, said):
-    assert cli.main(["inspect", str(directory), "--memory", *flags.split()]) == 1
-    assert said in capsys.readouterr().err
+def test_flags_of_ranks_that_lack_others_or_cannot_be_are_refused(directory, capsys, flags, phrase):
+    assert cli.main(["inspect", str(directory), "--memory", *flags]) == 1
+    assert phrase in capsys.readouterr().err
 
 
 def test_a_gpu_is_forecast_where_there_is_none(directory, capsys):
