@@ -400,7 +400,7 @@ def test_while_a_run_lasts_memory_is_taken_from_the_system_once():
 def left_of_blocks():
     """Megabytes that are left of 100 blocks of 2 MB, freed while a small one lives after each."""
     before = held_memory_bytes(CPU)
-    blocks, small = zip(*((torch.ones(500_000), torch.ones(10_000)) for _ in range(100)), strict=True)
+    blocks, _small = zip(*((torch.ones(500_000), torch.ones(10_000)) for _ in range(100)), strict=True)
     del blocks
     return (held_memory_bytes(CPU) - before) // 10**6
 
