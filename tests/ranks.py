@@ -25,9 +25,11 @@ def in_process(function, *arguments):
 
 
 def start_process(function, *arguments):
-    """Start such a process, whose status is what the function returns."""
-    process = CONTEXT.Process(target=_exit, args=(torch.get_num_threads(), function, arguments))
+    """Start such a process, whose status is what the function returns; it has begun when this returns."""
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_exit, args=(there, torch.get_num_threads(), function, arguments))
     process.start()
+    here.recv()
     return process
 
 
@@ -36,8 +38,9 @@ def _call(threads, function, arguments):
     return function(*arguments)
 
 
-def _exit(threads, function, arguments):
-    sys.exit(_call(threads, function, arguments))
+def _exit(connection, *call):
+    connection.send(True)
+    sys.exit(_call(*call))
 
 
 def on_ranks(count, function, *arguments):

@@ -1,8 +1,10 @@
 """Runs that are killed at any moment, or stopped by signals, a full disk or a lack of memory, and resumed."""
 
+import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -15,16 +17,16 @@ import torch
 from minilora import cli
 from minilora.runs.reports import Meter
 from tests.models import long
-from tests.runs import ADAPTER, finetune, starts, steps, words
+from tests.ranks import start_process
+from tests.runs import ADAPTER, FULL, finetune, starts, steps, words
 from tests.training import newest_step
 
 pytestmark = [pytest.mark.reliability, pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")]
 STEPS, INTERVAL = 16, 2
-NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
 KINDS = {
     "lora": {},
     "nf4": {"quantize": "nf4"},
-    "full": {"method": "full", **NO_ADAPTER},
+    "full": FULL,
     "dora": {"use_dora": True},
     "packed": {"batch_tokens": 40, "gradient_accumulation_steps": 3},
     "best": {"eval_steps": 3, "keep": "best"},
@@ -40,7 +42,32 @@ def command(inputs, out, **changes):
         data["data"] = inputs / "classes.jsonl"
         rows = [{"text": "the cat" if i % 2 else "the sea town", "label": "ab"[i % 2]} for i in range(23)]
         data["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return words(inputs, out, **{"max_steps": STEPS, "save_steps": INTERVAL, "samples": 0, **data, **changes})
+    return words(inputs, out, **{"max_steps": STEPS, "save_steps": INTERVAL, **data, **changes})
+
+
+def start(words, errors=os.devnull, file_bytes=None):
+    """Begin a command, whose messages go into a file, and which may write files up to a size; its process."""
+    return start_process(execute, [str(word) for word in words], errors, file_bytes)
+
+
+def execute(words, errors, file_bytes):
+    with open(errors, "w") as told, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(told.fileno(), 2)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes,) * 2)
+    return cli.main(words)
+
+
+def wait(process):
+    """Wait for the end of a command; its status, negative if a signal killed it."""
+    process.join()
+    return process.exitcode
+
+
+def kill(process, number=signal.SIGKILL):
+    with contextlib.suppress(ProcessLookupError):  # it may have ended
+        os.kill(process.pid, number)
 
 
 def result(out):
@@ -57,23 +84,19 @@ def steps_made(out):
         return 0
 
 
-def is_running(process):
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 def leftovers(out):
     return [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
 @pytest.fixture(scope="module")
-def whole(server, inputs, tmp_path_factory):
+def whole(inputs, tmp_path_factory):
     """A function: the result of a run of a kind that was never killed, and the seconds that it took."""
     found = {}
 
     def make(kind):
         if kind not in found:
             out, began = tmp_path_factory.mktemp("whole") / "out", time.monotonic()
-            assert server.run(command(inputs, out, **KINDS[kind])) == 0
+            assert wait(start(command(inputs, out, **KINDS[kind]))) == 0
             found[kind] = result(out), time.monotonic() - began
         return found[kind]
 
@@ -81,23 +104,21 @@ def whole(server, inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "count"), [*SHORT.items(), *long(*((kind, 40) for kind in KINDS))])
-def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(
-    server, inputs, whole, tmp_path, kind, count
-):
+def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(inputs, whole, tmp_path, kind, count):
     expected, seconds = whole(kind)
     draw, moments = random.Random(f"{kind}{count}"), []
     for i in range(count):
         out, status = tmp_path / f"{i}", 0
         while status != -signal.SIGKILL:  # on busy cores the run may be over before it is killed
             shutil.rmtree(out, ignore_errors=True)
-            process, step = server.start(command(inputs, out / "run", **KINDS[kind])), draw.randrange(STEPS + 1)
-            while steps_made(out / "run") < step and is_running(process):
+            process, step = start(command(inputs, out / "run", **KINDS[kind])), draw.randrange(STEPS + 1)
+            while steps_made(out / "run") < step and process.is_alive():
                 time.sleep(0.001)
             time.sleep(draw.random() * seconds * (INTERVAL / STEPS if step else 0.5))  # steps are written down in pairs
             kill(process)
-            status = server.wait()
+            status = wait(process)
         done = steps_made(out / "run")
-        status = server.run(command(inputs, out / "run", **KINDS[kind]))
+        status = wait(start(command(inputs, out / "run", **KINDS[kind])))
         assert status == 0 or (out / "run" / "summary.json").is_file()  # the latter: it was finished when it was killed
         assert result(out / "run") == expected
         assert steps(out / "run") == list(range(1, STEPS + 1))
@@ -109,35 +130,31 @@ def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(
     print(f"{kind}: {count} kills, after steps {sorted(moments)}")
 
 
-def kill(process, number=signal.SIGKILL):
-    os.kill(process, number)  # which may have ended, but its id is no other's before the next command
-
-
 @pytest.mark.parametrize("seed", [*range(4), *long(*range(4, 40))])
-def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(server, inputs, whole, tmp_path, seed):
+def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(inputs, whole, tmp_path, seed):
     expected, seconds = whole("lora")
     draw, out = random.Random(seed), tmp_path / "run"
     number = draw.choice([signal.SIGINT, signal.SIGTERM])
     status = 0
     while status == 0:
-        process = server.start(command(inputs, out))
+        process = start(command(inputs, out))
         time.sleep(draw.random() * seconds)
         kill(process, number)
         if draw.random() < 0.3:
             kill(process, number)
-        status = server.wait()
+        status = wait(process)
     assert status in (128 + number, 1)
     assert status != 1 or (out / "summary.json").is_file()
     assert not leftovers(tmp_path)
     if status != 1:
-        assert server.run(command(inputs, out)) == 0
+        assert wait(start(command(inputs, out))) == 0
     assert result(out) == expected
 
 
 @pytest.mark.parametrize("size", [300, 2000, 9000, *long(1000, 4000, 6000, 12000, 20000)])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(server, inputs, tmp_path, size):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_path, size):
     out, errors = tmp_path / "run", tmp_path / "errors"
-    status = server.run(command(inputs, out), errors=errors, file_bytes=size)
+    status = wait(start(command(inputs, out), errors, size))
     if status == 0:
         return  # no file was as large
     last = errors.read_text().splitlines()[-1]
@@ -145,7 +162,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(server, inputs, t
     assert "make room on the disk" in last
     assert not leftovers(tmp_path)
     assert newest_step(out / "checkpoints") % INTERVAL == 0
-    assert server.run(command(inputs, out)) == 0
+    assert wait(start(command(inputs, out))) == 0
 
 
 def test_a_directory_that_is_read_only_is_one_line(capsys, inputs):
@@ -179,33 +196,27 @@ def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_
 
 @pytest.mark.parametrize("seed", [*range(2), *long(*range(2, 20))])
 @pytest.mark.parametrize("what", ["new run", "stopped run", "merge", "quantize"])
-def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(
-    server, other, inputs, tmp_path, what, seed
-):
+def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(inputs, tmp_path, what, seed):
     out, errors = tmp_path / "out", [tmp_path / "a", tmp_path / "b"]
     if what == "merge":
-        assert finetune(inputs, tmp_path / "adapter", max_steps=1, samples=0) == 0
+        assert finetune(inputs, tmp_path / "adapter", max_steps=1) == 0
         words = ["merge", f"--model={inputs / 'model'}", f"--adapter={tmp_path / 'adapter'}", f"--out={out}"]
     elif what == "quantize":
         words = ["quantize", f"--model={inputs / 'model'}", f"--out={out}"]
     else:
         words = command(inputs, out)
         if what == "stopped run":
-            server.start(words)
+            stopped = start(words)
             while not newest_step(out / "checkpoints"):
                 time.sleep(0.01)
-            other_end(server, signal.SIGTERM)
-    server.start(words, errors=errors[0])
-    time.sleep(seed * 0.003)
-    other.start(words, errors=errors[1])
-    statuses = [server.wait(), other.wait()]
+            kill(stopped, signal.SIGTERM)
+            wait(stopped)
+    processes = []
+    for i, path in enumerate(errors):
+        time.sleep(i * seed * 0.003)
+        processes.append(start(words, path))
+    statuses = [wait(process) for process in processes]
     assert sorted(statuses) == [0, 1]
     refused = errors[statuses.index(1)].read_text()
     assert any(words in refused for words in ("is at work there", "has written there meanwhile", "holds", "finished"))
     assert not leftovers(tmp_path)
-
-
-def other_end(server, number):
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    kill(int(children[0]), number)
-    server.wait()
