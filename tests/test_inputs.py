@@ -117,10 +117,8 @@ def test_labels_are_those_of_the_training_rows_and_of_those_that_are_held_out_of
     write_lines(tmp_path / "test.jsonl", [{"text": "the cat", "label": "e"}])
     with pytest.raises(ml.DataError, match=r"test\.jsonl:1: label: found 'e'"):
         load(tmp_path, directory, unit="sequence")
-
-
-def test_labels_that_are_known_keep_their_order(directory, tmp_path):
-    write_lines(tmp_path / "rows.jsonl", [{"tokens": ["the", "cat"], "labels": ["b", "a"]}] * 2)
-    data = load(tmp_path / "rows.jsonl", directory, unit="token", labels=("b", "c", "a"))
+    (tmp_path / "test.jsonl").unlink()
+    write_lines(tmp_path / "train.jsonl", [{"tokens": ["the", "cat"], "labels": ["b", "a"]}] * 2)
+    data = load(tmp_path, directory, unit="token", labels=("b", "c", "a"))  # which are known, and keep their order
     assert data.labels == ("b", "c", "a")
     assert [label for label in data.train[0].labels if label >= 0] == [0, 2]

@@ -35,7 +35,7 @@ def whole(directory):
     return directory / "whole"
 
 
-def test_the_result_is_a_model_and_no_adapter(directory, whole):
+def test_the_result_is_a_model_and_no_adapter(directory, whole, capsys):
     names = {"metrics.jsonl", "summary.json", "run.json", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
     names |= {".lock", MANIFEST}
     assert {path.name for path in whole.iterdir()} == names | {"config.json", "model.safetensors"}
@@ -45,6 +45,10 @@ def test_the_result_is_a_model_and_no_adapter(directory, whole):
         assert not torch.equal(ours, before), name
     assert json.loads((whole / "config.json").read_text())["dtype"] == "float32"
     assert metrics(whole)[0]["loss"] > metrics(whole)[-1]["loss"]
+    assert cli.main(["generate", f"--model={whole}", "--prompt=the cat?", "--max-new-tokens=3"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(whole)]) == 0
+    assert "method full" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_summary_measures_the_base_and_the_model_on_the_disk(directory, whole):
@@ -63,13 +67,6 @@ def test_the_summary_measures_the_base_and_the_model_on_the_disk(directory, whol
     assert found["after"]["loss"] < found["before"]["loss"]
     assert_parity(number(drift["kl"]), number(measure_drift(model, general, base=base).kl))
     assert drift["kl"] > 0
-
-
-def test_generate_takes_the_directory_as_a_model(whole, capsys):
-    assert cli.main(["generate", f"--model={whole}", "--prompt=the cat?", "--max-new-tokens=3"]) == 0
-    capsys.readouterr()
-    assert cli.main(["inspect", str(whole)]) == 0
-    assert "method full" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stop", [3, *long(8)])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import gzip
 import json
 import os
 import shutil
 import socket
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from minilora.tools.inspect import inspect_path
 from minilora.tools.merging import merge_directory
 from tests.files import saved, without_manifests
 from tests.models import tiny_model
+from tests.reliability.watch import Call
 from tests.test_sandbox import BOMBS, ESCAPES
 
 MODEL = BUILTINS["model"]
@@ -53,26 +52,21 @@ def edit(path: Path, **changes: Any) -> Path:
     return path.parent
 
 
-@cache
-def _made() -> Path:
-    """A directory with a model and an adapter of it, to be copied."""
-    root = Path(tempfile.mkdtemp())
-    ml.save_model(saved(root / "adapter", target_modules=("q_proj",)) and _model(), root / "base")
-    without_manifests(root)
-    atexit.register(shutil.rmtree, root)
-    return root
-
-
-def copied(root: Path) -> Path:
+def written(root: Path) -> Path:
     """Write a model and an adapter of it, and return their directory."""
-    return shutil.copytree(_made(), root)
+    saved(root / "adapter", target_modules=("q_proj",))
+    ml.save_model(_model(), root / "base")
+    without_manifests(root)
+    return root
 
 
 def _model() -> Any:
     return tiny_model(dtype=torch.float32)
 
 
-LONG = {"short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
+LONG = {"rope_type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
+RAMP = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+LABELS = {str(i): "" for i in range(99_999)}
 # What config.json states, one key at a time.
 CONFIGS: dict[str, dict[str, Any]] = {
     "a billion layers": {"num_hidden_layers": 10**9},
@@ -91,21 +85,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "400 digits in eps": {"rms_norm_eps": 10**400},
     "400 digits in a window": {"max_window_layers": 10**400, "sliding_window": 10**400},
     "400 digits as the end of text": {"eos_token_id": 10**400},
-    "trained on one token": {"rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 1}},
-    "trained on half a token": {
-        "rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 0.5}
-    },
+    "trained on one token": {"rope_scaling": {**LONG, "original_max_position_embeddings": 1}},
+    "trained on half a token": {"rope_scaling": {**LONG, "original_max_position_embeddings": 0.5}},
     "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
     "dynamic beyond float64": {"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}, "max_position_embeddings": 1},
-    "equal ends of a ramp": {
-        "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
-    },
+    "equal ends of a ramp": {"rope_scaling": RAMP},
     "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
     "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
-    "99,999 labels": {
-        "architectures": ["LlamaForSequenceClassification"],
-        "id2label": {str(i): "" for i in range(99_999)},
-    },
+    "99,999 labels": {"architectures": ["LlamaForSequenceClassification"], "id2label": LABELS},
 }
 
 
@@ -114,9 +101,9 @@ def use_model(directory: Path) -> None:
     ml.generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=2)
 
 
-def config_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def config_calls(root: Path) -> Iterator[Call]:
     for i, (name, changes) in enumerate(CONFIGS.items()):
-        directory = edit(copied(root / str(i)) / "base" / "config.json", **changes)
+        directory = edit(written(root / str(i)) / "base" / "config.json", **changes)
         yield f"config.json: {name}: load", partial(use_model, directory)
         if changes.keys() & {"num_hidden_layers", "vocab_size", "hidden_size"}:
             yield f"config.json: {name}: inspect", partial(inspect_path, str(directory))
@@ -155,9 +142,9 @@ def use_adapter(directory: Path, quantize: Any = None) -> None:
     ml.load_adapter(model, directory / "adapter")
 
 
-def adapter_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def adapter_calls(root: Path) -> Iterator[Call]:
     for i, (name, changes) in enumerate(ADAPTERS.items()):
-        directory = copied(root / f"adapter{i}")
+        directory = written(root / f"adapter{i}")
         edit(directory / "adapter" / "adapter_config.json", **changes)
         yield f"adapter_config.json: {name}: load", partial(use_adapter, directory)
         yield (
@@ -178,7 +165,7 @@ def _one(shape: list[int], size: int) -> bytes:
     return header(a={"dtype": "U8", "shape": shape, "data_offsets": [0, size]}) + bytes(size)
 
 
-def tensor_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def tensor_calls(root: Path) -> Iterator[Call]:
     many = {f"t{i}": {"dtype": "U8", "shape": [], "data_offsets": [i, i + 1]} for i in range(150_000)}
     for name, content in {
         "65 dimensions": _one([1] * 65, 1),
@@ -203,7 +190,7 @@ def tensor_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"safetensors: {name}", read
 
 
-def data_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def data_calls(root: Path) -> Iterator[Call]:
     def packed(path: Path, piece: bytes, times: int, last: bytes = b"") -> Path:
         with gzip.open(path, "wb", compresslevel=1) as file:
             for _ in range(times):
@@ -234,7 +221,7 @@ def data_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "data: digits", partial(write_and_read, b'{"a": ' + b"9" * 10**6 + b"}")
 
 
-def odd_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def odd_calls(root: Path) -> Iterator[Call]:
     """Directories in which a file is a FIFO, a device, a socket, a directory, or a link out of it."""
     secret = root / "secret"
     secret.write_text(json.dumps({"text": "secret"}) + "\n")
@@ -281,14 +268,11 @@ def _bind(path: Path) -> None:
         os.chdir(here)
 
 
-def _tokenizer(root: Path, change: Callable[[dict[str, Any]], object], text: str) -> None:
+def _tokenizer(root: Path, changes: dict[str, Any], text: str) -> None:
     directory = root / "tokenizer"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(MODEL, directory)
-    data = json.loads((directory / "tokenizer.json").read_text())
-    change(data)
-    (directory / "tokenizer.json").write_text(json.dumps(data))
-    tokenizer = Tokenizer(directory)
+    tokenizer = Tokenizer(edit(directory / "tokenizer.json", **changes))
     tokenizer.decode(tokenizer.encode(text))
     tokenizer.encode(tokenizer.quote(text + "<|endoftext|>"))
     tokenizer.with_tokens(["<new>"]).encode("a<new>")
@@ -315,31 +299,28 @@ def template(single: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": single, "pair": PAIR, "special_tokens": {}}
 
 
+def model(kind: str, **options: Any) -> dict[str, Any]:
+    return {"model": {"type": kind, **options}}
+
+
+PREFIX = {"type": "Prepend", "prepend": "x"}
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+WORDS = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": {"a": 0, "##a": 1}}
+PIECES = [["<unk>", 0.0]] + [["a" * i, -1.0] for i in range(1, 2000)]
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "an id of 2^31": {"model__vocab__zzz": 2**31},
     "an id of 2^26": {"model__vocab__zzz": 2**26},
     "an id below 0": {"model__vocab__zzz": -1},
     "ten times as long, seven times": {"normalizer": _replace("aaaaaaaaaa", 7)},
-    "a prefix of a million": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
-    "a prefix, a thousand times": {
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x"}] * 1000}
-    },
+    "a prefix of a million": {"normalizer": {**PREFIX, "prepend": "x" * 10**6}},
+    "a prefix, a thousand times": {"normalizer": {"type": "Sequence", "normalizers": [PREFIX] * 1000}},
     "an empty pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "abc"}},
     "a table of 8 GB": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
     "a table of zeros": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
     "a text 100,000 times": {"post_processor": template([PIECE] * 100_000)},
     "a text twice": {"post_processor": template([PIECE] * 2)},
     "the second of one text": {"post_processor": template([PAIR[1]])},
-    "a text padded to 2^40": {
-        "padding": {
-            "strategy": {"Fixed": 2**40},
-            "direction": "Right",
-            "pad_to_multiple_of": None,
-            "pad_id": 0,
-            "pad_type_id": 0,
-            "pad_token": "x",
-        }
-    },
+    "a text padded to 2^40": {"padding": {**PADDING, "strategy": {"Fixed": 2**40}}},
     "a stride beyond the length": {
         "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
     },
@@ -347,42 +328,17 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "a prefix of subwords of a million": {"model__continuing_subword_prefix": "x" * 10**6},
     "no model": {"model": None},
     "added tokens that are empty": {"added_tokens": [{"id": 0, "content": ""}]},
-    "words of any length": {
-        "model": {
-            "type": "WordPiece",
-            "unk_token": "[UNK]",
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 2**60,
-            "vocab": {"a": 0, "##a": 1},
-        }
-    },
-    "long tokens": {
-        "model": {
-            "type": "Unigram",
-            "unk_id": 0,
-            "vocab": [["<unk>", 0.0]] + [["a" * i, -1.0] for i in range(1, 2000)],
-            "byte_fallback": False,
-        },
-        "pre_tokenizer": None,
-    },
-    "a word without its unknown": {"model": {"type": "WordLevel", "unk_token": "nope", "vocab": {"a": 0}}},
+    "words of any length": model("WordPiece", **WORDS, max_input_chars_per_word=2**60),
+    "long tokens": {**model("Unigram", unk_id=0, vocab=PIECES, byte_fallback=False), "pre_tokenizer": None},
+    "a word without its unknown": model("WordLevel", unk_token="nope", vocab={"a": 0}),
     **{f"the regular expression {pattern}": {"pre_tokenizer": _regex(pattern)} for pattern in REGEX_BOMBS},
 }
 
 
-def tokenizer_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def tokenizer_calls(root: Path) -> Iterator[Call]:
     for name, changes in TOKENIZERS.items():
-
-        def change(data: dict[str, Any], changes: dict[str, Any] = changes) -> None:
-            for key, value in changes.items():
-                *inner, last = key.split("__")
-                owner = data
-                for each in inner:
-                    owner = owner[each]
-                owner[last] = value
-
         text = "a" * 20_000 if "length" in name or "long tokens" in name else TEXT
-        yield f"tokenizer.json: {name}", partial(_tokenizer, root, change, text)
+        yield f"tokenizer.json: {name}", partial(_tokenizer, root, changes, text)
 
 
 TEMPLATES = [  # beside those of test_sandbox.py
@@ -407,7 +363,7 @@ TEMPLATES = [  # beside those of test_sandbox.py
 ]
 
 
-def template_calls(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def template_calls(root: Path) -> Iterator[Call]:
     for source in [*ESCAPES, *(each for group in BOMBS.values() for each in group), *TEMPLATES]:
         yield f"chat template: {source:.60}", partial(_render, source)
 
@@ -416,7 +372,7 @@ def _render(source: str) -> None:
     ChatTemplate(source, {"bos_token": "<s>"}).render([{"role": "user", "content": "hi"}])
 
 
-def calls(where: str, *kinds: str) -> Iterator[tuple[str, Callable[[], object]]]:
+def calls(where: str, *kinds: str) -> Iterator[Call]:
     """Yield the calls of some kinds, each in a directory of its own."""
     for kind in kinds:
         root = Path(where) / kind

@@ -25,8 +25,8 @@ from minilora.tools.inspect import inspect_path
 from tests.files import without_manifests
 from tests.models import tiny_model
 from tests.reliability.attacks import use_adapter, use_model
+from tests.reliability.watch import Call
 
-Call = tuple[str, Callable[[], object]]
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**400, 0.5, 1e308, -0.0)
 VALUES = (
     *NUMBERS,

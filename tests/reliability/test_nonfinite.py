@@ -11,6 +11,7 @@ from minilora.data import collate
 from minilora.durable import append_line
 from minilora.runs import loop
 from minilora.runs.reports import Meter, read_metrics
+from minilora.runs.seeded import plan_steps
 from minilora.training import token_loss
 from tests.models import tiny_model
 from tests.training import random_rows
@@ -44,7 +45,7 @@ class BadLoss:
     """A loss that is multiplied by something in one step; the gradient only where `is_hidden`."""
 
     def __init__(self, value, is_hidden=False):
-        self.value, self.is_hidden, self.calls = value, is_hidden, 0
+        self.value, self.is_hidden, self.calls, self.source = value, is_hidden, 0, source_of_step(STEP)
 
     def __call__(self, model, rows):
         self.calls += 1
@@ -57,22 +58,14 @@ class BadLoss:
 
 
 def source_of_step(step):
-    """Where the row of a step is from: the order of rows follows from the seed."""
-    seen = []
-
-    def loss(model, rows):
-        seen.append(rows[0].source)
-        return token_loss(model, collate(rows, torch.device("cpu")))
-
-    run(loss=loss, max_steps=step)
-    return seen[-1]
+    """Where the row of a step is from."""
+    ((row,),) = plan_steps([len(row.tokens) for row in ROWS], ml.TrainConfig(batch_size=1))[step - 1]
+    return ROWS[row].source
 
 
 @pytest.mark.parametrize("is_hidden", [False, True], ids=["loss", "gradient"])
 def test_such_a_step_can_be_skipped_and_changes_nothing(is_hidden, tmp_path):
-    loss = BadLoss(math.nan, is_hidden)
-    loss.source = source_of_step(STEP)
-    states = {}
+    loss, states = BadLoss(math.nan, is_hidden), {}
     _, records = run(
         tmp_path, loss, lambda model, record: states.update({record["step"]: state(model)}), on_nonfinite="skip"
     )
@@ -85,17 +78,12 @@ def test_such_a_step_can_be_skipped_and_changes_nothing(is_hidden, tmp_path):
 
 
 def test_a_run_that_stopped_goes_on_with_skip_as_if_it_had_skipped(tmp_path):
-    def bad():
-        loss = BadLoss(math.inf)
-        loss.source = source_of_step(STEP)
-        return loss
-
     with pytest.raises(ml.TrainingError, match=f"step {STEP}"):
-        run(tmp_path / "a", bad())
-    again = bad()
+        run(tmp_path / "a", BadLoss(math.inf))
+    again = BadLoss(math.inf)
     again.calls = STEP - 1
     model, _ = run(tmp_path / "a", again, on_nonfinite="skip")
-    other, _ = run(tmp_path / "b", bad(), on_nonfinite="skip")
+    other, _ = run(tmp_path / "b", BadLoss(math.inf), on_nonfinite="skip")
     assert all(torch.equal(a, b) for a, b in zip(state(model).values(), state(other).values(), strict=True))
 
 
