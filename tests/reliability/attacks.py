@@ -256,7 +256,7 @@ def odd_calls(root: Path) -> Iterator[Call]:
             make(directory / file)
             yield f"{kind} as {file}", partial(read, directory)
     for name in ("/dev/zero", "/dev/stdin", "/proc/self/mem", str(root)):
-        yield f"data: {name}", partial(read_rows, Path(name))
+        yield f"a path of data: {name}", partial(read_rows, Path(name))
 
 
 def _bind(path: Path) -> None:
@@ -372,9 +372,10 @@ def _render(source: str) -> None:
     ChatTemplate(source, {"bos_token": "<s>"}).render([{"role": "user", "content": "hi"}])
 
 
-def calls(where: str, *kinds: str) -> Iterator[Call]:
-    """Yield the calls of some kinds, each in a directory of its own."""
+def calls(where: str) -> Iterator[Call]:
+    """Yield the calls of all kinds, each kind in a directory of its own."""
+    kinds = (config_calls, adapter_calls, tensor_calls, data_calls, odd_calls, tokenizer_calls, template_calls)
     for kind in kinds:
-        root = Path(where) / kind
+        root = Path(where) / kind.__name__
         root.mkdir()
-        yield from globals()[f"{kind}_calls"](root)
+        yield from kind(root)

@@ -202,7 +202,7 @@ def _mutate(path: Path, whole: bytes, changed: bytes, use: Callable[[], object])
         path.write_bytes(whole)
 
 
-def tensor_mutants(root: Path, seeds: range, is_aware: bool) -> Iterator[Call]:
+def tensor_mutants(root: Path, seeds: range, *, is_aware: bool) -> Iterator[Call]:
     wholes = {name: (root / name).read_bytes() for name in TENSORS}
     for seed in seeds:
         draw = random.Random(f"{is_aware} {seed}")
@@ -252,10 +252,16 @@ def data_mutants(root: Path, seeds: range) -> Iterator[Call]:
         yield f"data {seed}", load
 
 
-def calls(where: str, kind: str, first: str, count: str) -> Iterator[Call]:
-    root, seeds = Path(where), range(int(first), int(first) + int(count))
-    write_all(root)
-    if kind in ("structure", "bytes"):
-        yield from tensor_mutants(root, seeds, kind == "structure")
-    else:
-        yield from {"json": json_mutants, "data": data_mutants}[kind](root, seeds)
+KINDS = {
+    "structure": partial(tensor_mutants, is_aware=True),
+    "bytes": partial(tensor_mutants, is_aware=False),
+    "json": json_mutants,
+    "data": data_mutants,
+}
+
+
+def calls(where: str, *counts: str) -> Iterator[Call]:
+    """Yield so many calls of each kind, "KIND=COUNT"."""
+    write_all(Path(where))
+    for kind, count in (each.split("=") for each in counts):
+        yield from KINDS[kind](Path(where), range(int(count)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import long
 from tests.reliability.mutants import changed_bytes, changed_json
 from tests.reliability.watch import Outcome, figures, watched
 
@@ -12,29 +13,17 @@ pytestmark = pytest.mark.reliability
 LONG = {"structure": 20_000, "bytes": 20_000, "json": 10_000, "data": 2_000}
 SHORT = {kind: count // 100 for kind, count in LONG.items()}
 
-linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by Linux's /proc")
 
-
-def check(kind, count, tmp_path, capsys):
-    found = watched("tests.reliability.mutants:calls", str(tmp_path), kind, "0", str(count))
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by Linux's /proc")
+@pytest.mark.parametrize("counts", [SHORT, *long(*({kind: count} for kind, count in LONG.items()))], ids=str)
+def test_a_changed_file_is_read_or_refused(counts, tmp_path, capsys):
+    words = (f"{kind}={count}" for kind, count in counts.items())
+    found = watched("tests.reliability.mutants:calls", str(tmp_path), *words)
     with capsys.disabled():
-        print(f"\n{kind}: {figures(found)}")
+        print(f"\n{', '.join(counts)}: {figures(found)}")
     assert not [each.problem for each in found if each.problem]
-    assert len(found) >= count
-    assert 0.2 < sum(each.outcome == "refused" for each in found) / count < 1  # most changes matter, and not all
-
-
-@linux
-@pytest.mark.parametrize("kind", SHORT)
-def test_a_changed_file_is_read_or_refused(kind, tmp_path, capsys):
-    check(kind, SHORT[kind], tmp_path, capsys)
-
-
-@pytest.mark.long
-@linux
-@pytest.mark.parametrize("kind", LONG)
-def test_many_changed_files_are_read_or_refused(kind, tmp_path, capsys):
-    check(kind, LONG[kind], tmp_path, capsys)
+    assert len(found) >= sum(counts.values())
+    assert 0.2 < sum(each.outcome == "refused" for each in found) / len(found) < 1  # most changes matter, and not all
 
 
 def test_mutants_differ_from_what_they_were_made_of():
@@ -52,5 +41,5 @@ def test_an_error_a_long_time_and_much_memory_are_problems(outcome, seconds, meg
 
 
 def test_a_process_that_dies_is_a_problem(tmp_path):
-    found = watched("tests.reliability.mutants:calls", str(tmp_path), "nothing", "0", "1")
+    found = watched("tests.reliability.mutants:calls", str(tmp_path), "nothing=1")
     assert "died with 1" in found[-1].problem

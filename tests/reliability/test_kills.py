@@ -33,7 +33,7 @@ KINDS = {
     "bfloat16": {"dtype": "bfloat16"},
     "classifier": {"task": "SEQ_CLS"},
 }
-SHORT = {**dict.fromkeys(KINDS, 2), "lora": 6}  # kills of each kind
+SHORT = {**dict.fromkeys(KINDS, 1), "lora": 3}  # kills of each kind
 
 
 def command(inputs, out, **changes):
@@ -130,7 +130,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(inpu
     print(f"{kind}: {count} kills, after steps {sorted(moments)}")
 
 
-@pytest.mark.parametrize("seed", [*range(4), *long(*range(4, 40))])
+@pytest.mark.parametrize("seed", [*range(2), *long(*range(2, 40))])
 def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(inputs, whole, tmp_path, seed):
     expected, seconds = whole("lora")
     draw, out = random.Random(seed), tmp_path / "run"
@@ -194,7 +194,7 @@ def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_
 # --- two at once ---
 
 
-@pytest.mark.parametrize("seed", [*range(2), *long(*range(2, 20))])
+@pytest.mark.parametrize("seed", [0, *long(*range(1, 20))])
 @pytest.mark.parametrize("what", ["new run", "stopped run", "merge", "quantize"])
 def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(inputs, tmp_path, what, seed):
     out, errors = tmp_path / "out", [tmp_path / "a", tmp_path / "b"]
