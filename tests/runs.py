@@ -126,9 +126,9 @@ def write_chat_models(directory):
     return directory
 
 
-def inputs(directory, **reading):
+def inputs(directory, rows="rows.jsonl", **reading):
     tokenizer = ml.load_tokenizer(directory / "model")
-    return load_data([str(directory / "rows.jsonl")], tokenizer, ml.DataConfig(**reading), ml.TrainConfig())
+    return load_data([str(directory / rows)], tokenizer, ml.DataConfig(**reading), ml.TrainConfig())
 
 
 def metrics(out):

@@ -57,7 +57,9 @@ def test_a_run_that_goes_on_keeps_the_ratio(tmp_path):
         run(random_rows(2, 5), tmp_path / "half", **{**config, "loraplus_lr_ratio": 4})
 
 
-def test_an_adapted_embedding_has_a_small_rate_of_its_own():
+def test_an_adapted_embedding_has_a_small_rate_of_its_own_and_without_a_ratio_all_else_the_rate_itself():
+    model = adapted(use_dora=True)
+    assert rate_factors(model, ml.TrainConfig()) == dict.fromkeys(trained(model), 1.0)
     model = tiny_model()
     ml.attach(model, ml.LoraConfig(r=2, target_modules=("embed_tokens", "q_proj"), modules_to_save=("norm",)))
     factors = rate_factors(model, ml.TrainConfig(learning_rate=RATE, loraplus_lr_ratio=8))
@@ -78,9 +80,3 @@ def test_weight_decay_pulls_on_matrices_alone():
     expected = {name: 0.3 if p.dim() == 2 else 0.0 for name, p in model.named_parameters()}
     assert {name: group["weight_decay"] for group in groups for name in group["names"]} == expected
     assert {group["weight_decay"] for group in build_optimizer(model, ml.TrainConfig()).param_groups} == {0.0}
-
-
-def test_without_a_ratio_everything_has_the_rate_itself():
-    model = adapted(use_dora=True)
-    factors = rate_factors(model, ml.TrainConfig())
-    assert factors == dict.fromkeys(trained(model), 1.0)

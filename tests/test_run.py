@@ -22,7 +22,7 @@ from minilora.models import checkpoint, template
 from minilora.runs import checkpoints as checkpoints_of_run
 from minilora.runs import memory
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.evaluate import evaluate, held_out_loss, measure_drift, prompt_of, write_samples
+from minilora.runs.evaluate import held_out_loss, measure_drift, prompt_of, write_samples
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
 from minilora.runs.run import PACKAGES, Run
@@ -439,16 +439,6 @@ def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(direct
     ):
         assert finetune(directory, tmp_path / "out", data=data, eval_data=directory / "rows.jsonl") == 1
         assert phrase in capsys.readouterr().err
-
-
-def test_the_base_is_measured_without_the_adapter_whatever_it_has_learned(directory, whole):
-    model = ml.load_model(directory / "model")
-    data = inputs(directory, eval_split=0.5)
-    expected = evaluate(model, data.test, data.choices)
-    ml.load_adapter(model, whole)
-    assert expected != evaluate(model, data.test, data.choices)
-    with ml.disable_adapter(model):
-        assert expected == evaluate(model, data.test, data.choices)
 
 
 def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_are_told(capsys, directory, tmp_path):

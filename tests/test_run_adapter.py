@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import cli
 from minilora.cli import INTERRUPTED
-from tests.runs import NO_ADAPTER, SETTINGS, contents, finetune, interrupt, summary, write_inputs, write_rows
+from minilora.runs.evaluate import held_out_loss
+from minilora.testing.compare import assert_parity
+from tests.runs import NO_ADAPTER, SETTINGS, contents, finetune, inputs, interrupt, summary, write_inputs, write_rows
+from tests.training import number
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,16 @@ def test_a_run_begins_with_the_numbers_of_the_adapter_and_has_its_settings(direc
 
 
 def test_a_run_from_an_adapter_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch):
-    assert go_on(directory, tmp_path / "whole") == 0
+    assert go_on(directory, tmp_path / "whole", eval_split=0.3) == 0
     with monkeypatch.context() as patch:
         interrupt(patch, step=2)
-        assert go_on(directory, tmp_path / "halves") == INTERRUPTED
-    assert go_on(directory, tmp_path / "halves") == 0
+        assert go_on(directory, tmp_path / "halves", eval_split=0.3) == INTERRUPTED
+    assert go_on(directory, tmp_path / "halves", eval_split=0.3) == 0
     assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
+    held_out = inputs(directory, "more.jsonl", eval_split=0.3).test
+    for out in ("whole", "halves"):  # the base is measured without the adapter that the run begins with
+        found = summary(tmp_path / out)["before"]["loss"]
+        assert_parity(number(found), number(held_out_loss(ml.load_model(directory / "model"), held_out)))
 
 
 def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_path, capsys):
