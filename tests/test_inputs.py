@@ -6,17 +6,13 @@ import pytest
 import minilora as ml
 from minilora.runs.inputs import load_data, load_general
 from minilora.storage import ASSETS, BUILTIN
-from tests.runs import write_rows
+from tests.runs import write_inputs, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A directory with a tokenizer and a file of rows."""
-    directory = tmp_path_factory.mktemp("inputs")
-    write_tokenizer(directory / "model")
-    write_rows(directory / "rows.jsonl", 23)
-    return directory
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def load(path, directory, training=None, unit=None, labels=(), **reading):

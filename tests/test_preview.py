@@ -11,17 +11,13 @@ from minilora.runs.data import encode_rows
 from minilora.runs.formats import Row
 from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model
-from tests.runs import runner, write_rows
+from tests.runs import runner, write_inputs
 from tests.text import CHATML, CLOSE, OPEN, write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("preview")
-    model = tiny_model(vocab_size=400, num_hidden_layers=1)
-    ml.save_model(model, directory / "model", write_tokenizer(directory / "model"))
-    write_rows(directory / "rows.jsonl", 21)
-    return directory
+    return write_inputs(tmp_path_factory.mktemp("preview"))
 
 
 @pytest.fixture

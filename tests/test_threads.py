@@ -6,13 +6,10 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora import cli
 from minilora.runs import machine as threads
 from minilora.runs.machine import MAX_PARAMETERS, MAX_SECONDS, choose_threads
 from minilora.runs.seeded import SeededDropout
-from tests.models import tiny_model
-from tests.runs import SETTINGS, interrupt, starts, write_rows
-from tests.text import write_tokenizer
+from tests.runs import finetune, interrupt, starts, write_inputs
 from tests.training import adapted, random_rows, trained
 
 
@@ -70,18 +67,15 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose(seconds, monkeypat
 
 
 def test_a_run_says_and_records_its_threads_and_keeps_them_when_it_goes_on(seconds, tmp_path, monkeypatch, capsys):
-    tokenizer = write_tokenizer(tmp_path / "model")
-    ml.save_model(tiny_model(dtype=torch.float32, vocab_size=400), tmp_path / "model", tokenizer)
-    flags = {**SETTINGS, "data": write_rows(tmp_path / "rows.jsonl", 12), "model": tmp_path / "model"}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**flags, "out": tmp_path / "out"}.items()]
+    directory = write_inputs(tmp_path)
     seconds[1] = 0.1
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
-        cli.main(["finetune", *words])
+        finetune(directory, tmp_path / "out", epochs=1)
     assert "using 1 of 2 threads" in capsys.readouterr().err
     seconds[1] = 10.0  # it would not be chosen now
     torch.set_num_threads(2)
-    assert cli.main(["finetune", *words]) == 0
+    assert finetune(directory, tmp_path / "out", epochs=1) == 0
     assert torch.get_num_threads() == 1
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [start["threads"] for start in record["starts"]] == [1, 1]
