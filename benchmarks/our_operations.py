@@ -15,7 +15,7 @@ import minilora.public as ml  # all of it now: memory is counted from after the 
 from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
 from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
 from minilora.adapters.attach import linear_layers
-from minilora.nf4 import Layout, pack, unpack
+from minilora.nf4 import Layout, dequantize_weight, quantize_weight
 
 TINY_CONFIG = ml.LoraConfig(r=8, target_modules=TARGETS)
 
@@ -143,21 +143,21 @@ def quantize(task: Task) -> Measurement:
     peak, dense = Peak(task.device), weights(task)
 
     def codes() -> float:
-        return sum(int(pack(weight).packed.long().sum()) for weight in dense)
+        return sum(int(quantize_weight(weight).packed.long().sum()) for weight in dense)
 
     def do(_: Any) -> None:
         for weight in dense:
-            pack(weight)
+            quantize_weight(weight)
 
     return repeated(peak, do, result=codes)
 
 
 def dequantize(task: Task) -> Measurement:
     peak = Peak(task.device)
-    packed = [(pack(weight), Layout(tuple(weight.shape), weight.dtype), weight.dtype) for weight in weights(task)]
+    packed = [(quantize_weight(W), Layout(tuple(W.shape), W.dtype), W.dtype) for W in weights(task)]
 
     def do(_: Any) -> None:
         for each in packed:
-            unpack(*each)
+            dequantize_weight(*each)
 
-    return repeated(peak, do, result=lambda: norm_of(unpack(*each) for each in packed))
+    return repeated(peak, do, result=lambda: norm_of(dequantize_weight(*each) for each in packed))

@@ -31,7 +31,7 @@ from benchmarks import results
 from benchmarks.make import random_model
 from benchmarks.work import LLAMA_1B
 from minilora.cli.forecast import KEYS, SHAPES, default_plan
-from minilora.models.config import LlamaConfig
+from minilora.models.config import ModelConfig
 from minilora.runs.memory import amount, forecast
 from minilora.runs.sizes import Plan, Shard, forecast_step
 
@@ -72,7 +72,7 @@ class Case:
         )
         rows = [(TOKENS, TOKENS - 1)] * MICRO_BATCHES
         dtype, quantization = getattr(torch, self.dtype), ml.QuantizeConfig(self.quantize)
-        cpu, config = torch.device("cpu"), LlamaConfig.from_dict(MODEL)
+        cpu, config = torch.device("cpu"), ModelConfig.from_dict(MODEL)
         return Plan(config, ml.LoraConfig(), training, quantization, dtype, cpu, rows, world=world, shard=self.shard)
 
 
@@ -86,7 +86,7 @@ CASES = (
 
 def plan_on_paper(size: str, way: str, world: int, shard: Shard) -> Plan:
     """Return the plan of a known size, on any GPU."""
-    config = LlamaConfig.from_dict({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
+    config = ModelConfig.from_dict({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
     return default_plan(config, way, torch.device("meta"), world, shard)
 
 
@@ -97,7 +97,7 @@ def fits() -> Iterator[list[str]]:
             for shard in get_args(Shard):
                 found = forecast(plan_on_paper(size, way, N, shard))
                 trained = found.adapters + found.gradients + found.moments
-                terms = (found.weights, trained, found.activations, found.working + found.kept, found.peak)
+                terms = (found.weights, trained, found.activations, found.working + found.overhead, found.peak)
                 yield [
                     f"{size} on {N} × {room} GB",
                     way,
@@ -168,7 +168,7 @@ def write(mark: str, table: str) -> None:
 
 
 WORKS = {  # what makes the rows of a table, and its head
-    "fits": (fits, "model | way | --shard | weights | trained | activations | working, kept | peak | fits"),
+    "fits": (fits, "model | way | --shard | weights | trained | activations | working, overhead | peak | fits"),
     "paper": (
         paper,
         "model | --shard | ranks | a rank holds | all-reduce | all-gather | seconds | tokens/s | per rank",

@@ -56,7 +56,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in walk(model) if not isinstance(module, AdapterWrapper)}
 
 
-def known_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
+def require_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
     """Return the wrappers, the outer ones first. Raise a TargetError if there is none, or no adapter of a name."""
     layers = list(adapter_layers(model).values())
     if not layers:
@@ -69,7 +69,7 @@ def known_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
 
 def layers_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
     """Return the wrappers that hold an adapter, by the path of their module; raise a TargetError if there are none."""
-    return {layer.path: layer for layer in known_layers(model, name) if name in layer.configs}
+    return {layer.path: layer for layer in require_layers(model, name) if name in layer.configs}
 
 
 def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> list[tuple[Any, str, nn.Module]]:
@@ -135,7 +135,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Activate these adapters and no others. Which parameters are trainable does not change."""
     check_types(set_adapter, locals())
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    layers = known_layers(model, *wanted)
+    layers = require_layers(model, *wanted)
     for layer in layers if len(wanted) > 1 else ():
         if len(conflicting := layer.conflicting_adapters(wanted)) > 1:
             raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
@@ -161,12 +161,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def detach(model: nn.Module) -> None:
     """Remove all adapters and put the base modules back, bit for bit as they were."""
     check_types(detach, locals())
-    replace_modules(model, ((layer, layer.base) for layer in reversed(known_layers(model))))  # the inner ones first
+    replace_modules(model, ((layer, layer.base) for layer in reversed(require_layers(model))))  # the inner ones first
 
 
 def merge(model: nn.Module) -> None:
     """Fold the active adapters into the weights, W ← merged_weight(), and leave plain modules, all of them dense."""
-    layers = known_layers(model)
+    layers = require_layers(model)
     if not any(layer.active for layer in layers):
         raise TargetError("no adapter is active, so there is nothing to merge")
     for layer in layers:

@@ -38,7 +38,7 @@ class Example:
 
 
 def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the prompt and the completion of a row: or of Alpaca's keys in its template without preamble."""
+    """Return prompt and completion; a row with Alpaca's keys gets Alpaca's template, without its preamble."""
     if "prompt" in row:
         return row["prompt"], row["completion"]
     context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
@@ -55,7 +55,7 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int, max_length: 
 
 
 def label_tokens(tokens: Sequence[int], spans: Sequence[Span], learned: Sequence[Span]) -> list[int]:
-    """Return the label of each token: itself where it shares a character with a learned span."""
+    """Return the label of each token: itself where it shares a character with a learned span; BOS has no character."""
     return [
         token if any(end > first and begin < last for first, last in learned) and end > begin else IGNORE_INDEX
         for token, (begin, end) in zip(tokens, spans, strict=True)

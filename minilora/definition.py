@@ -1,7 +1,7 @@
 """Dispatch between the definition of a function on one of the six pages and a kernel that is registered for it.
 
 A definition is the plain function. A kernel has the same signature and the same result, and is faster or takes less
-memory; where it has nothing better it calls `definition.function`, as the definition's name would call the kernel
+memory. A kernel that has nothing better calls `definition.function`; calling the definition would call the kernel
 again. Kernels are registered when `minilora.kernel` is imported.
 """
 
@@ -87,7 +87,7 @@ def plain(*names: str) -> Iterator[None]:
 
 def no_autocast(device_type: str) -> Any:
     """Let products keep the dtype of their operands inside a block: autocast would round B A to 16 bits."""
-    import torch  # here, as the list of commands is shown without it
+    import torch  # here, so that `minilora --help` does not import PyTorch
 
     is_there = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if is_there else nullcontext()

@@ -33,7 +33,7 @@ if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
 
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
-KEPT = ".data"  # the folder in which a run keeps its encoded rows
+CACHE_DIR = ".data"  # the folder in which a run keeps its encoded rows
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp, too
 
 
@@ -220,7 +220,7 @@ def holds_files(out: Path) -> bool:
     """Return whether a directory to write to holds anything other than a lock, encoded rows and temporary files."""
     _check_directory(out)
     return out.exists() and any(
-        path.name not in (".lock", KEPT) and not TEMPORARY.fullmatch(path.name) for path in out.iterdir()
+        path.name not in (".lock", CACHE_DIR) and not TEMPORARY.fullmatch(path.name) for path in out.iterdir()
     )
 
 
@@ -263,7 +263,7 @@ def lock(out: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     settle(out)
-    for left in (path for folder in (out, out / "checkpoints", out / KEPT) for path in folder.glob(".*.tmp")):
+    for left in (path for folder in (out, out / "checkpoints", out / CACHE_DIR) for path in folder.glob(".*.tmp")):
         if TEMPORARY.fullmatch(left.name):
             remove(left)
     return file

@@ -47,11 +47,11 @@ class ShapeError(MiniloraError, ValueError):
 
 
 class TrainingError(MiniloraError, RuntimeError):
-    """Training cannot go on: a loss or a gradient is not finite, or a run does not fit its directory."""
+    """A run or a computation cannot go on: a number is not finite, or another process or thread is at work."""
 
 
 def printable(text: str) -> str:
-    """Escape what is not printable, except line ends and tabs: a terminal may act on it.
+    """Escape control characters, which a terminal would act on, except newlines and tabs.
 
     >>> printable("a\\x1b[2J")
     'a\\\\x1b[2J'

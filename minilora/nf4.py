@@ -61,13 +61,13 @@ class Layout:
     quant_type: QuantType = "nf4"
 
 
-def pack(weight: Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE) -> Packed:
+def quantize_weight(weight: Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE) -> Packed:
     """Quantize a weight (N, K): in blocks of 64 to 4.127 bits a number, or 4.5 without double quantization."""
     packed, absmax = quantize(weight, block_size)
     return Packed(packed, *(quantize_absmax(absmax) if double_quant else (absmax, None, None)))
 
 
-def unpack(parts: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(parts: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Dequantize a packed weight: (N, K), in `dtype`."""
     packed, absmax, scales, offset = parts
     absmax = absmax.reshape(-1)
@@ -212,7 +212,7 @@ class NF4Linear(nn.Module):
     ) -> NF4Linear:
         """Build the layer of a dense weight (N, K); it computes in the weight's dtype if no other is given."""
         N, K = weight.shape
-        return cls(pack(weight, double_quant), Layout((N, K), weight.dtype), bias, dtype or weight.dtype)
+        return cls(quantize_weight(weight, double_quant), Layout((N, K), weight.dtype), bias, dtype or weight.dtype)
 
     @property
     def parts(self) -> Packed:
@@ -222,7 +222,7 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (N, K), dequantized anew each time."""
-        return unpack(self.parts, self.layout, self.dtype)
+        return dequantize_weight(self.parts, self.layout, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return nf4_linear(x.to(self.dtype), self, self.bias)

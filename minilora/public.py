@@ -1,4 +1,4 @@
-"""The public names, which `minilora` has as its own. Importing them registers the kernels."""
+"""The public names of `minilora`. Importing this module registers the kernels."""
 
 import minilora.kernel  # noqa: F401
 from minilora.adapter import detach, disable_adapter, set_adapter

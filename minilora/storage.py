@@ -56,7 +56,7 @@ LINE_BYTES = 2**23  # of one row of data; a long book has 2 MB
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 UNPACKED, UNPACKED_TIMES = 2**20, 50  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20
 DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
-NAMES = 10_000  # of modules, in one key of an adapter's config: each is compared with each module
+MAX_NAMES = 10_000  # of modules, in one key of an adapter's config: each is compared with each module
 GROWTH = 1024  # rows of a vocabulary that the tokens of an adapter may add, beside as many as there are
 SIZES = {  # the largest of each key in config.json, where the weights do not say
     **dict.fromkeys(("vocab_size", "intermediate_size"), 2**24),

@@ -22,7 +22,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
 from minilora.kernel import lora as tiles
 from minilora.llama import Llama
-from minilora.models.config import LlamaConfig
+from minilora.models.config import ModelConfig
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import set_dropout_step
 
@@ -119,8 +119,8 @@ families = by_family(*MOST_DIFFERENT)
 layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
 
 
-def tiny_config(family: str = "llama", **changes: Any) -> LlamaConfig:
-    return LlamaConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
+def tiny_config(family: str = "llama", **changes: Any) -> ModelConfig:
+    return ModelConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
 
 
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Llama:

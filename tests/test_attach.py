@@ -11,7 +11,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter, linear_layers, merged
 from minilora.llama import Llama
-from minilora.models.config import LlamaConfig
+from minilora.models.config import ModelConfig
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, maths
 from tests import models
@@ -169,7 +169,7 @@ def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict({"model_type": "llama", **sizes, **heads}))
+        model = Llama(ModelConfig.from_dict({"model_type": "llama", **sizes, **heads}))
     ml.attach(model, ml.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")))
     assert ml.count_parameters(model) == (3_407_872, 1_239_222_272)
 

@@ -26,7 +26,7 @@ kernels = pytest.mark.parametrize("kernel", [block_attention, fused_attention, v
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Four rows are two blocks, seven documents more than are taken at once; torch's kernel of GPUs is stood in for."""
-    monkeypatch.setattr(attention, "block_size", lambda dtype: 2)
+    monkeypatch.setattr(attention, "query_block_size", lambda dtype: 2)
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
     monkeypatch.setitem(sys.modules, VARLEN, SimpleNamespace(varlen_attn=varlen_attn_as_documented))
 
@@ -92,7 +92,7 @@ def test_the_fused_kernel_has_a_mask_which_grows_with_the_square_only_where_it_n
 def test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask(case, window, size):
     leaves = [leaf.requires_grad_() for leaf in case[:3]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "block_size", lambda dtype: size)
+        patch.setattr(attention, "query_block_size", lambda dtype: size)
         ours, dense = (
             (o, *torch.autograd.grad(o, leaves, randn(1, *o.shape)))
             for o in (f(*case, window) for f in (block_attention, dense_attention))
@@ -134,7 +134,7 @@ def test_a_head_that_lies_between_others_is_read_in_place_and_not_written(case):
     ],
 )
 def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtype, length, window, monkeypatch):
-    monkeypatch.setattr(attention, "block_size", lambda dtype: 64)
+    monkeypatch.setattr(attention, "query_block_size", lambda dtype: 64)
 
     def most(length):
         q, k, v = (randn(i, length, heads, 8, dtype=dtype).requires_grad_() for i, heads in enumerate((2, 1, 1)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minilora.data import IGNORE_INDEX, label_tokens
-from minilora.runs.data import render_conversation
+from minilora.runs.encoders import render_conversation
 from minilora.runs.formats import Conversation
 from minilora.testing import Chat, CheckFailure, check_chat_mask, laws
 from tests.text import CHATML, DEFAULT_SYSTEM, MARKED

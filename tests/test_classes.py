@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.runs.data import encode_classes, find_labels
+from minilora.runs.encoders import encode_classes, find_labels
 from minilora.runs.formats import Row
 from tests.text import BOS, EOS, some_text, texts, tokenizer_options
 

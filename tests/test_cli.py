@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import cli
 from minilora.adapters.config import INITS
-from minilora.cli.flags import ELSEWHERE, RENAMED, from_flags, names_of, use_config
+from minilora.cli.flags import ELSEWHERE, FLAG_NAMES, from_flags, names_of, use_config
 from minilora.runs import inputs
 from minilora.runs.config import RunConfig
-from minilora.runs.data import encode_rows
+from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import stream_rows
 from minilora.runs.reports import Meter
@@ -61,7 +61,7 @@ def finetune_parser():
 
 
 def flag(field):
-    return RENAMED.get(field.name, field.name)
+    return FLAG_NAMES.get(field.name, field.name)
 
 
 def value_of(cls, words=()):

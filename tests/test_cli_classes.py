@@ -14,7 +14,7 @@ from minilora.cli.evaluate import confusion_table
 from minilora.cli.load import MERGED
 from minilora.models.classifier import load_classifier
 from minilora.nf4 import NF4Linear
-from minilora.runs.data import encode_classes, find_labels
+from minilora.runs.encoders import encode_classes, find_labels
 from minilora.runs.evaluate import class_scores, evaluate_classes
 from minilora.runs.formats import Row
 from minilora.runs.inputs import stream_rows

@@ -13,7 +13,7 @@ from minilora.cli.generate import encode_prompt
 from minilora.cli.write import cells, columns, wrap
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
-from minilora.runs.data import encode_rows, use_prompt_style
+from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row
 from tests.models import long

@@ -10,7 +10,7 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.attach import linear_layers
-from minilora.adapters.layout import BASE, base_quantization
+from minilora.adapters.layout import BASE_METADATA, base_quantization
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
 from minilora.durable import write_json, write_tensors
@@ -141,7 +141,7 @@ def test_flags_decide_how_a_base_is_held_then_the_first_adapter_that_tells_and_n
     fp4 = {"quantize": "fp4", "double_quant": False, "block_size": 64, "quantize_skip": ["o_proj"]}
     made = {
         "silent": with_metadata(directory / "single", tmp_path / "silent", {}),
-        "fp4": with_metadata(directory / "single", tmp_path / "fp4", {BASE: json.dumps(fp4)}),
+        "fp4": with_metadata(directory / "single", tmp_path / "fp4", {BASE_METADATA: json.dumps(fp4)}),
     }
     places = {"model": model, "adapter": [str(made.get(name, name)) for name in adapters]}
     options = {"quantize": None, "double_quant": None, "quantize_skip": None, **flags}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError
-from minilora.models.config import FAMILIES, LlamaConfig
+from minilora.models.config import FAMILIES, ModelConfig
 from tests import models
 from tests.models import LLAMA3, SIZES, examples, tiny_config
 
@@ -22,7 +22,7 @@ MINIMAL = dict(zip(REQUIRED, (7, 64, 10, 30, 32), strict=True))
 
 
 def read(**source):
-    return LlamaConfig.from_dict(source)
+    return ModelConfig.from_dict(source)
 
 
 def meaning(config):
@@ -153,7 +153,7 @@ def test_every_key_that_cannot_work_is_named_in_one_message():
     assert str(error.value).count("\n") == len(bad)
     for missing in REQUIRED:
         with pytest.raises(ConfigError, match=f"{missing}: found None"):
-            LlamaConfig.from_dict({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != missing}})
+            ModelConfig.from_dict({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != missing}})
     for act in ("silu", "swish"):
         assert tiny_config("llama", hidden_act=act)
 
@@ -193,7 +193,7 @@ def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is
     (rope if is_nested else source)[key] = value
     refusal = key
     try:
-        LlamaConfig.from_dict({"rope_parameters": rope} | source).rope.rotation([range(20)], torch.device("cpu"))
+        ModelConfig.from_dict({"rope_parameters": rope} | source).rope.rotation([range(20)], torch.device("cpu"))
     except ConfigError as error:
         refusal = str(error).replace("rope type", "type")
     assert key.removeprefix("rope_") in refusal

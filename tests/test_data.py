@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.runs.data import encode_rows
+from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import answer_of, prompt_of
 from minilora.runs.formats import Row
 from tests.models import examples

@@ -18,11 +18,11 @@ import pytest
 import minilora as ml
 from minilora import storage
 from minilora.data import IGNORE_INDEX
-from minilora.durable import KEPT, MANIFEST
+from minilora.durable import CACHE_DIR, MANIFEST
 from minilora.runs import dataset, inputs
 from minilora.runs.checkpoints import fingerprint
-from minilora.runs.data import ClassEncoder, TextEncoder
 from minilora.runs.dataset import ROW, Dataset, build_dataset, open_dataset
+from minilora.runs.encoders import ClassEncoder, TextEncoder
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row
 from minilora.runs.inputs import load_data
@@ -205,7 +205,7 @@ def test_rows_are_encoded_once_and_again_if_anything_that_they_follow_from_chang
 ):
     calls, encode_part = [], dataset.encode_part
     monkeypatch.setattr(dataset, "encode_part", lambda *given: calls.append(given) or encode_part(*given))
-    folder, plain = tmp_path / "out" / KEPT, tokenizer()
+    folder, plain = tmp_path / "out" / CACHE_DIR, tokenizer()
     chat = tokenizer(template=CHATML, eos=CLOSE)
     first = load(rows, plain, folder)
     for _ in range(2):
@@ -259,7 +259,7 @@ def flip(path):
 @pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "rows.bin", "counts.json", MANIFEST])
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 def test_damaged_files_are_not_used_and_are_written_again(tmp_path, tokenizer, inline, rows, name, damage):
-    folder = tmp_path / "out" / KEPT
+    folder = tmp_path / "out" / CACHE_DIR
     expected = list(load(rows, tokenizer(), folder).train)
     before = everything(folder)
     (file,) = folder.glob(f"*/{name}")
@@ -269,7 +269,7 @@ def test_damaged_files_are_not_used_and_are_written_again(tmp_path, tokenizer, i
 
 
 def test_what_a_killed_process_has_written_is_not_used(tmp_path, tokenizer, inline, rows, monkeypatch):
-    folder = tmp_path / "out" / KEPT
+    folder = tmp_path / "out" / CACHE_DIR
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -284,7 +284,7 @@ def test_what_a_killed_process_has_written_is_not_used(tmp_path, tokenizer, inli
 
 
 def test_the_run_beside_it_may_have_the_rows_already_if_it_is_ours(tmp_path, tokenizer, inline, rows, monkeypatch):
-    one, other, third = (tmp_path / name / KEPT for name in ("one", "other", "third"))
+    one, other, third = (tmp_path / name / CACHE_DIR for name in ("one", "other", "third"))
     expected = list(load(rows, tokenizer(), one).train)
     assert list(load(rows, tokenizer(), other).train) == expected
     assert not other.exists()
@@ -301,10 +301,11 @@ def test_the_fingerprint_is_that_of_the_examples_in_memory_and_of_the_files_othe
 
     memory = load(rows, tokenizer(), None).train
     assert of(memory) == of(list(memory))
-    first, again = (load(rows, tokenizer(), tmp_path / name / KEPT).train for name in "ab")
+    first, again = (load(rows, tokenizer(), tmp_path / name / CACHE_DIR).train for name in "ab")
     assert of(first) == of(again) != of(memory)
-    assert of(load(rows, tokenizer(), tmp_path / "a" / KEPT, max_length=10**6).train) == of(first)  # the same tokens
-    others = [first[1:], first[::-1], load(rows, tokenizer(), tmp_path / "a" / KEPT, train_on="all").train]
+    longer = load(rows, tokenizer(), tmp_path / "a" / CACHE_DIR, max_length=10**6).train
+    assert of(longer) == of(first)  # the same tokens
+    others = [first[1:], first[::-1], load(rows, tokenizer(), tmp_path / "a" / CACHE_DIR, train_on="all").train]
     exchanged = first.rows.copy()
     one, other = np.flatnonzero(first.lengths == np.bincount(first.lengths).argmax())[:2]  # of one length
     exchanged[[one, other]] = first.rows[[other, one]]
@@ -361,7 +362,7 @@ def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer, i
         path = write_lines(tmp_path / f"{len(peaks)}.jsonl", [{"prompt": "the", "completion": " cat"}] * count)
 
         def start(path=path):
-            data = load(path, tokenizer(), tmp_path / "out" / KEPT)
+            data = load(path, tokenizer(), tmp_path / "out" / CACHE_DIR)
             steps = plan_steps(data.train.lengths, ml.TrainConfig(batch_size=2))
             fingerprint(data.train, data.test, ml.TrainConfig(), {})
             assert data.train[steps[0][0][0]].tokens
@@ -405,7 +406,7 @@ def test_a_run_on_files_ends_in_the_same_bytes_also_if_it_is_stopped(directory, 
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(inputs, "LARGE", 0)
     assert finetune(directory, tmp_path / "files", dry_run=True) == 0
-    assert keys(tmp_path / "files") == {KEPT}
+    assert keys(tmp_path / "files") == {CACHE_DIR}
     monkeypatch.setattr(dataset, "encode_part", None)  # all that follow use what the dry run has written
     assert finetune(directory, tmp_path / "files", **changes) == 0
     assert contents(tmp_path / "files") == contents(tmp_path / "memory")
@@ -417,7 +418,7 @@ def test_a_run_on_files_ends_in_the_same_bytes_also_if_it_is_stopped(directory, 
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_run(directory, tmp_path, inline):
-    left = tmp_path / KEPT / ".key.1.tmp"
+    left = tmp_path / CACHE_DIR / ".key.1.tmp"
     left.mkdir(parents=True)
     (left / "tokens.bin").write_bytes(b"1234")
     assert finetune(directory, tmp_path, max_steps=1) == 0

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.layout import BASE, CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.adapters.layout import BASE_METADATA, CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.durable import write_tensors
 from minilora.testing.compare import PARITY, relative
 from tests.adapters import many_kinds
@@ -68,17 +68,17 @@ def same_bytes(one, other):
     ],
 )
 def test_what_an_adapter_says_of_its_base_is_refused_where_it_is_not_understood(text, tmp_path):
-    write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE: text})
+    write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE_METADATA: text})
     with pytest.raises(ml.FormatError, match=WEIGHTS_FILE) as error:
         base_quantization(tmp_path)
-    assert BASE in str(error.value)
+    assert BASE_METADATA in str(error.value)
     assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("held", [{"quantize": "none"}, HELD, {**HELD, "quantize": "fp4", "quantize_skip": []}])
 def test_what_an_adapter_says_of_its_base_is_read_without_what_nobody_knows(held, tmp_path):
     more = held if held == {"quantize": "none"} else {**held, "later": 1}
-    write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE: json.dumps(more)})
+    write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE_METADATA: json.dumps(more)})
     assert base_quantization(tmp_path) == held
 
 

@@ -15,7 +15,7 @@ from minilora import ConfigError, LoraConfig, TrainingError, attach, llama
 from minilora.adapter import adapter_layers
 from minilora.adapters import from_data
 from minilora.adapters.from_data import corda_factors, data_factors, gradient_factors, redistribute, redistributed
-from minilora.adapters.initialize import moved_factors
+from minilora.adapters.initialize import factors_from_weight
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, relative
@@ -185,7 +185,7 @@ def test_corda_of_inputs_alike_in_all_directions_is_pissa_whatever_their_size(se
     assume(r <= min(inner, outer))
     weight = randn(seed, outer, inner)
     ours = corda_factors(weight, size * torch.eye(inner, dtype=torch.float64), r, scale)
-    for our, pissa in zip(ours, moved_factors("pissa", weight, r, scale, generator()), strict=True):
+    for our, pissa in zip(ours, factors_from_weight("pissa", weight, r, scale, generator()), strict=True):
         assert_maths(our.abs(), pissa.abs())
 
 

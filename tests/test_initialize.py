@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minilora import ConfigError, TrainingError
 from minilora.adapter import attach_lora, lora_tensors
 from minilora.adapters import initialize
-from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
+from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors, loftq_factors
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, relative
 from tests.models import best_of_rank, default_dtype, generator, randn, scales, seeds, sizes, tiny_model
@@ -114,7 +114,7 @@ def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
         (initial_factors, ("orthogonal", (3, 8), (8, 3)), "even rank; found 3"),
         (initial_factors, ("orthogonal", (4, 2, 3), (8, 2, 1)), "convolution in groups"),
         (embedding_factors, ("gaussian", 4, 3, 2), "'gaussian', for an embedding"),
-        (moved_factors, ("pissa_niter_", randn(0, 3, 4), 2, 2.0), "'pissa_niter_', accepted are 'pissa'"),
+        (factors_from_weight, ("pissa_niter_", randn(0, 3, 4), 2, 2.0), "'pissa_niter_', accepted are 'pissa'"),
     ],
 )
 def test_start_values_that_there_are_not_are_refused(make, arguments, said):
@@ -132,7 +132,7 @@ def weights(draw):
 @given(weights(), scales, st.sampled_from(["pissa", "pissa_niter_2"]))  # randomized, but with all columns
 def test_pissa_is_the_best_approximation_of_its_rank(case, scale, kind):
     weight, r = case
-    lora_A, lora_B = moved_factors(kind, weight, r, scale, generator())
+    lora_A, lora_B = factors_from_weight(kind, weight, r, scale, generator())
     assert_maths(scale * lora_B @ lora_A, best_of_rank(weight, r)[0])
     assert_maths(lora_A @ lora_A.T, lora_B.T @ lora_B)  # shared evenly
     assert_maths(lora_A.square().sum(1), best_of_rank(weight, r)[1][:r] / scale)
@@ -141,7 +141,7 @@ def test_pissa_is_the_best_approximation_of_its_rank(case, scale, kind):
 @given(weights(), scales)
 def test_olora_s_b_is_orthonormal_and_b_a_are_the_first_columns_and_what_they_explain(case, scale):
     weight, r = case
-    lora_A, lora_B = moved_factors("olora", weight, r, scale, generator())
+    lora_A, lora_B = factors_from_weight("olora", weight, r, scale, generator())
     assert_maths(lora_B.T @ lora_B, np.eye(r))
     assert_maths(lora_B @ lora_A[:, :r], weight[:, :r])
     first = weight[:, :r].numpy()
@@ -168,18 +168,18 @@ def test_a_randomized_decomposition_has_ten_parts_more_than_asked_for_where_ther
 @pytest.mark.parametrize("kind", MOVED)
 def test_factors_of_a_bfloat16_weight_are_as_good_as_in_float32_and_keep_nothing_else_alive(kind):
     weight = randn(0, 40, 30, dtype=torch.bfloat16)
-    lora_A, lora_B = moved_factors(kind, weight, 30, 2.0, generator())
+    lora_A, lora_B = factors_from_weight(kind, weight, 30, 2.0, generator())
     assert lora_A.dtype == lora_B.dtype == torch.float32
     product = lora_B @ lora_A if kind == "olora" else 2.0 * lora_B @ lora_A
     assert relative(product, weight, 2e-6) < 1
-    for factor in moved_factors(kind, weight, 2, 2.0, generator()):
+    for factor in factors_from_weight(kind, weight, 2, 2.0, generator()):
         assert factor.is_contiguous()
         assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
 
 @pytest.mark.parametrize("kind", [*MOVED, "loftq"])
 def test_a_rank_that_a_weight_has_not_is_refused(kind):
-    make = loftq_factors if kind == "loftq" else lambda *sizes: moved_factors(kind, *sizes, generator())
+    make = loftq_factors if kind == "loftq" else lambda *sizes: factors_from_weight(kind, *sizes, generator())
     with pytest.raises(ConfigError, match=f"{kind} can give a weight of 4 x 9 at most rank 4; found r = 5"):
         make(randn(0, 4, 9), 5, 2.0)
 

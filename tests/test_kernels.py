@@ -195,7 +195,7 @@ def _small_tiles(monkeypatch):
     """A few rows are several tiles, blocks and chunks."""
     small_tiles(monkeypatch, 100)
     monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
-    monkeypatch.setattr(attention, "block_size", lambda dtype: 2)
+    monkeypatch.setattr(attention, "query_block_size", lambda dtype: 2)
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from minilora import ConfigError, LoraConfig, TargetError
 from minilora.adapters.config import is_target, select_parameters, select_saved, select_targets
-from minilora.cli.flags import RENAMED, add_fields, from_flags
+from minilora.cli.flags import FLAG_NAMES, add_fields, from_flags
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]
@@ -280,7 +280,7 @@ def parsed(*words):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LoraConfig)])
 def test_every_field_has_a_flag_that_gives_it(name):
     text, value = FLAGS[name]
-    word = f"--{RENAMED.get(name, name).replace('_', '-')}"
+    word = f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
     assert getattr(parsed(*NEEDED.get(name, []), word if text is None else f"{word}={text}"), name) == value
 
 

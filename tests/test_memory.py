@@ -24,7 +24,7 @@ from minilora.kernel import llama as loss
 from minilora.kernel import lora as tiles
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import LlamaConfig
+from minilora.models.config import ModelConfig
 from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
@@ -42,7 +42,7 @@ from tests.training import random_rows
 
 CPU = torch.device("cpu")
 WAYS = ("none", "mlp", "block")
-FIELDS = ("weights", "adapters", "gradients", "moments", "activations", "working", "kept")
+FIELDS = ("weights", "adapters", "gradients", "moments", "activations", "working", "overhead")
 
 
 def plan(config, lora=None, lengths=(7, 5, 9), labelled=11, quantize="none", dtype=torch.float32, **training):
@@ -148,7 +148,7 @@ def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_o
         planned = plan(config, lora, lengths, labelled, quantize, dtype, recompute=recompute)
         taken = live_bytes(model, planned.training, lengths, labelled)
         found = forecast(planned)
-        assert abs((found.peak - found.kept) / taken - 1) <= 0.05, found
+        assert abs((found.peak - found.overhead) / taken - 1) <= 0.05, found
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -195,7 +195,7 @@ def test_in_bfloat16_on_a_cpu_the_products_of_each_further_size_are_kept_up_to_a
         one, found = replace(one, training=TrainConfig(batch_size=1)), []
         for size in (0, 1):
             monkeypatch.setattr(memory, "PRODUCT", size)
-            found.append(forecast(one).kept)
+            found.append(forecast(one).overhead)
         return found[1] - found[0]
 
     assert products((300, 300, 300)) == 0
@@ -258,7 +258,7 @@ def planned(directory, out, **training):
     run = Run(
         replace(where, general_data="none"), QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training)
     )
-    return run.forecast_memory(run.read_data(), CPU)
+    return run.fit_to_memory(run.read_data(), CPU)
 
 
 def test_a_dry_run_tells_each_term_beside_what_is_free(directory, tmp_path, capsys):
@@ -317,7 +317,7 @@ def test_a_config_json_is_enough_for_a_page_with_four_known_sizes(tmp_path, caps
     page = capsys.readouterr().out
     assert "4 rows of 1,024 tokens" in page
     assert max(map(len, page.splitlines())) <= 120
-    found = forecast(pages.default_plan(LlamaConfig.from_dict(source), "LoRA 16-bit", CPU))
+    found = forecast(pages.default_plan(ModelConfig.from_dict(source), "LoRA 16-bit", CPU))
     cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
     assert re.split(r"  +", cells) == [amount(value) for value in (*vars(found).values(), found.peak)]
     for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9, 811.6), strict=True):

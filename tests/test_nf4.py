@@ -10,7 +10,16 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import nf4
-from minilora.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear, dequantize, dequantize_absmax, pack, quantize, quantize_absmax
+from minilora.nf4 import (
+    DYNAMIC_MAP,
+    LEVELS,
+    NF4Linear,
+    dequantize,
+    dequantize_absmax,
+    quantize,
+    quantize_absmax,
+    quantize_weight,
+)
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.golden.make_quantized import FILE, SMALL
@@ -119,11 +128,11 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("size", [(3, 65), (8, 64)])
 def test_a_default_dtype_or_device_changes_nothing(size, double_quant, default):
     weight, layout = make(size, 0), nf4.Layout(size, torch.float32)
-    parts = pack(weight, double_quant)
+    parts = quantize_weight(weight, double_quant)
     with context(default):
-        found = pack(weight, double_quant)
-        dense = nf4.unpack(parts, layout, torch.float32)
-    assert_same([*found, dense], [*parts, nf4.unpack(parts, layout, torch.float32)])
+        found = quantize_weight(weight, double_quant)
+        dense = nf4.dequantize_weight(parts, layout, torch.float32)
+    assert_same([*found, dense], [*parts, nf4.dequantize_weight(parts, layout, torch.float32)])
 
 
 @defaults
@@ -138,10 +147,11 @@ def test_a_default_dtype_or_device_at_the_import_changes_no_table(default):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_weight_without_numbers_is_packed_and_unpacked_to_tensors_without_numbers(double_quant):
     size = (3, 65)
-    parts, numbers = pack(torch.empty(size, device="meta"), double_quant), pack(torch.ones(size), double_quant)
+    parts = quantize_weight(torch.empty(size, device="meta"), double_quant)
+    numbers = quantize_weight(torch.ones(size), double_quant)
     for part, like in zip(parts, numbers, strict=True):
         assert part is like or (part.is_meta and (part.shape, part.dtype) == (like.shape, like.dtype))
-    dense = nf4.unpack(parts, nf4.Layout(size, torch.float32), torch.bfloat16)
+    dense = nf4.dequantize_weight(parts, nf4.Layout(size, torch.float32), torch.bfloat16)
     assert (dense.is_meta, dense.shape, dense.dtype) == (True, size, torch.bfloat16)
 
 
@@ -151,7 +161,7 @@ def test_a_weight_without_numbers_is_packed_and_unpacked_to_tensors_without_numb
 def test_ends_of_blocks_midpoints_zeros_and_constants_are_those_of_bitsandbytes(name, double_quant):
     frozen = {key.removeprefix(f"{name}."): part for key, part in load_file(FILE).items() if key.startswith(name)}
     names = ("packed", "absmax", "scales", "offset") if double_quant else ("packed", "plain")
-    found = pack(frozen["dense"], double_quant)
+    found = quantize_weight(frozen["dense"], double_quant)
     assert_same([part for part in found if part is not None], [frozen[part] for part in names])
 
 
@@ -268,7 +278,7 @@ def test_no_gradient_is_made_of_an_x_that_needs_none(monkeypatch):
     layer, *_ = make_linear((4, 64), 9)
     layer.bias.requires_grad_()
     y = layer(torch.ones(2, 64, dtype=torch.float64))
-    monkeypatch.setattr(nf4, "unpack", None)  # W is not needed again
+    monkeypatch.setattr(nf4, "dequantize_weight", None)  # W is not needed again
     y.sum().backward()
 
 

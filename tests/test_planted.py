@@ -117,8 +117,8 @@ MISTAKES = {
     ),
     "law 3: the base is rounded on its way back": Mistake(
         "adapter.py",
-        "((layer, layer.base) for layer in reversed(known_layers(model)))",
-        "((layer, layer.base.float().double()) for layer in reversed(known_layers(model)))",
+        "((layer, layer.base) for layer in reversed(require_layers(model)))",
+        "((layer, layer.base.float().double()) for layer in reversed(require_layers(model)))",
         "test_attach.py::test_attach_then_detach_leaves_every_bit",
     ),
     "law 3: the base is trained too": Mistake(
@@ -253,8 +253,8 @@ MISTAKES = {
     ),
     "law 9: rows that have ended are computed on": Mistake(
         "models/generate.py",
-        "[cache.held(row, len(documents[row])) :]",
-        "[cache.held(row, len(documents[row])) :]\n            feed = [a or b[-1:] for a, b in zip(feed, documents)]",
+        "[cache.reuse(row, len(documents[row])) :]",
+        "[cache.reuse(row, len(documents[row])) :]\n            feed = [a or b[-1:] for a, b in zip(feed, documents)]",
         "test_generate.py::test_a_row_that_has_ended_is_computed_no_more",
     ),
     "law 9: padding is counted": Mistake(
@@ -396,7 +396,7 @@ MISTAKES = {
         "test_quote.py::test_only_the_control_tokens_that_the_template_wrote_act",
     ),
     "the prompt is learned": Mistake(
-        "runs/data.py",
+        "runs/encoders.py",
         '[(0 if train_on == "all" else len(prompt), len(text))]',
         "[(0, len(text))]",
         "test_data.py::test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels",

@@ -7,7 +7,7 @@ import minilora as ml
 from minilora.cli.forecast import marked
 from minilora.data import IGNORE_INDEX
 from minilora.runs.config import DataConfig
-from minilora.runs.data import encode_rows
+from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
 from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model

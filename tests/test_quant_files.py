@@ -17,7 +17,7 @@ from minilora.adapters.attach import linear_layers
 from minilora.durable import write_json
 from minilora.models.bitsandbytes import QuantizeConfig, describe, packed_tensors, packed_weights, read_packed
 from minilora.models.checkpoint import skeleton, stored_weights
-from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, quantize_absmax, unpack
+from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_absmax
 from minilora.storage import SHARD_BYTES, TensorFile, read_json
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
@@ -102,7 +102,7 @@ def test_a_packed_weight_is_read_whatever_dtype_its_bytes_were_stored_as(case, s
     save_file(frozen, tmp_path / "a.safetensors")
     parts, layout = packed_entry(tmp_path / "a.safetensors", f"{case}.weight")
     assert layout.dtype == torch.bfloat16
-    assert torch.equal(unpack(parts, layout, layout.dtype), frozen[f"{case}.dense"])
+    assert torch.equal(dequantize_weight(parts, layout, layout.dtype), frozen[f"{case}.dense"])
 
 
 @layouts

@@ -16,7 +16,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.config import RENAMED
+from minilora.adapters.config import FLAG_NAMES
 from minilora.durable import lock
 from minilora.models import checkpoint, template
 from minilora.runs import checkpoints as checkpoints_of_run
@@ -131,7 +131,7 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     assert list(record) == ["config", "versions", "data_sha256", "inputs_sha256", "prompts", "starts"]
     assert {name: record["config"][name] for name in runs.SETTINGS} == runs.SETTINGS
     fields = {field.name for cls in runs.CLASSES for field in dataclasses.fields(cls)}
-    assert set(record["config"]) == {RENAMED.get(name, name) for name in fields}
+    assert set(record["config"]) == {FLAG_NAMES.get(name, name) for name in fields}
     assert set(record["versions"]) == {*PACKAGES, "python"}
     assert record["versions"]["minilora"] == ml.__version__
     digest = hashlib.sha256((directory / "rows.jsonl").read_bytes()).hexdigest()

@@ -24,7 +24,7 @@ from minilora.cli import forecast as pages
 from minilora.cli.flags import names_of
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import LlamaConfig
+from minilora.models.config import ModelConfig
 from minilora.runs.config import TrainConfig
 from minilora.runs.memory import amount, forecast
 from minilora.runs.objective import Objective, build_optimizer
@@ -90,7 +90,7 @@ def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_it
     recomputed = [
         forecast(replace(each, training=replace(each.training, recompute="block"))) for each in (one_plan, sharded)
     ]
-    assert recomputed[1].kept < recomputed[0].kept  # there are no holes
+    assert recomputed[1].overhead < recomputed[0].overhead  # there are no holes
     assert base.held < one.weights
     assert forecast(replace(sharded, world=1)) == one  # nothing is gathered
 
@@ -243,7 +243,7 @@ def test_inspect_shows_the_terms_of_a_rank_and_of_its_step(directory, capsys):
     assert cli.main(["inspect", str(directory), *flags]) == 0
     page = capsys.readouterr().out
     assert max(map(len, page.splitlines())) <= 120
-    config = LlamaConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
     held, steps = rows_of(page, "weights"), rows_of(page, "FLOP")
     for way in pages.WAYS[1:]:  # a full fine-tune has no frozen base
         planned = pages.default_plan(config, way, pages.pick_device("auto"), 4, "base")
@@ -278,8 +278,9 @@ def test_a_gpu_is_forecast_where_there_is_none(directory, capsys):
     assert cli.main(["inspect", str(directory), "--memory", "--device", "cuda"]) == 0
     page = capsys.readouterr().out
     assert "on cuda in bfloat16" in page
-    config = LlamaConfig.from_dict(json.loads((directory / "config.json").read_text()))
-    kept = [forecast(pages.default_plan(config, "QLoRA, block", device)).kept for device in (torch.device("meta"), CPU)]
+    config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    plans = [pages.default_plan(config, "QLoRA, block", device) for device in (torch.device("meta"), CPU)]
+    kept = [forecast(plan).overhead for plan in plans]
     assert kept[0] < kept[1]
     assert rows_of(page, "weights")["QLoRA, block"][-2] == amount(kept[0])
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import adapter, data, llama, training
-from minilora.models.config import LlamaConfig
-from minilora.runs.data import use_prompt_style
+from minilora.models.config import ModelConfig
+from minilora.runs.encoders import use_prompt_style
 from minilora.storage import SHARD_BYTES
 from minilora.testing.compare import assert_parity
 from tests.files import SHARD, change, edit, same_state, saved
@@ -232,7 +232,7 @@ def test_the_page_of_the_decoder_reads_a_config_as_the_package_does():
     given = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     for theta, width, heads in itertools.product(thetas, ({}, {"head_dim": 10}), ({}, {"num_key_value_heads": 4})):
         source = {**given, **theta, **width, **heads, "model_type": "llama", "rms_norm_eps": 1e-6}
-        ours, theirs = (kind.from_dict(source) for kind in (llama.LlamaConfig, LlamaConfig))
+        ours, theirs = (kind.from_dict(source) for kind in (llama.LlamaConfig, ModelConfig))
         for field in dataclasses.fields(ours):
             if field.name != "rope":
                 assert getattr(ours, field.name) == getattr(theirs, field.name), (field.name, source)

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.runs.data import encode_rows
+from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
 
 BOS, EOS, OPEN, CLOSE = "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapter import activate, adapter_layers, base_modules, known_layers, layers_of, replace_modules, walk
+from minilora.adapter import activate, adapter_layers, base_modules, layers_of, replace_modules, require_layers, walk
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
 from minilora.adapters.from_data import FROM_DATA
@@ -23,12 +23,12 @@ from minilora.adapters.parts import (
     adaptable,
     build_adapter,
     build_specs,
-    check_places,
+    check_specs,
     data_specs,
+    find_targets,
     has_hooks,
     low_rank_spec,
     parameter_specs,
-    targets,
 )
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.lora import AdapterLinear, AdapterWrapper, Linear
@@ -67,7 +67,7 @@ def attach(
     check_types(attach, locals())
     config = replace(config, task_type=config.task_type or getattr(model, "task_type", None))
     modules, generator = base_modules(model), torch.Generator().manual_seed(seed)
-    paths = targets(modules, config, head_path(model))
+    paths = find_targets(modules, config, head_path(model))
     if config.init_lora_weights in FROM_DATA and not any(p.is_meta for p in model.parameters()):
         config, factors = data_specs(model, modules, paths, config, losses, generator)
     else:
@@ -98,7 +98,7 @@ def inject_adapter(
         raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
     if any(name in layer.configs for layer in layers.values()):
         raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
-    check_places(modules, layers.values(), specs)
+    check_specs(modules, layers.values(), specs)
     known = {(layer.path, type(layer)): layer for layer in layers.values()}
     outermost = {**modules, **{layer.path: layer for layer in reversed(layers.values())}}
     substitutes = []
@@ -165,7 +165,7 @@ def merge(model: nn.Module) -> None:
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
     """Return the wrappers; raise an error if one has hooks, which a merge would lose, or the base is divided."""
-    layers = known_layers(model)
+    layers = require_layers(model)
     if any(map(is_sharded, model.parameters())):
         raise ConfigError("the base is divided among ranks, and a merge needs it whole: save the adapter, load both")
     if hooked := [layer.path for layer in layers if has_hooks(layer)]:
@@ -252,8 +252,8 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     return {path: module for path, module in modules.items() if path and type(module) in (nn.Linear, NF4Linear)}
 
 
-def base_held(model: nn.Module) -> dict[str, Any]:
-    """Describe how the base's weights are held, dense or quantized, by the names of the flags."""
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """Describe how the base's weights are stored, dense or quantized, with the names of the flags as keys."""
     return describe(linear_layers(model), head_path(model))
 
 

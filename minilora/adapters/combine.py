@@ -82,7 +82,7 @@ class CombineConfig:
     )
     density: float | None = option(None, "share of the numbers to keep, for types that drop")
     majority_sign_method: Literal["total", "frequency"] = option(
-        "total", "signs of ties: by the sum of the numbers, or by how many there are"
+        "total", "how ties elects a sign: by the sum of the values (total), or by the majority of signs (frequency)"
     )
     seed: int = option(0, "seed for what dare drops")
 
@@ -90,12 +90,12 @@ class CombineConfig:
         check_types(type(self), vars(self))
         bad = []
         for name in ("svd_rank", "svd_energy"):
-            if getattr(self, name) is not None and not self.is_cut:
+            if getattr(self, name) is not None and not self.uses_svd:
                 bad.append(f"{name}: without effect; {self.combination_type!r} cuts nothing, give a type in svd")
         if self.svd_rank is not None and self.svd_rank < 1:
             bad.append(f"svd_rank is {self.svd_rank!r}, need a whole number of at least 1")
-        if self.drops != (self.density is not None):
-            bad.append(f"density: {self.combination_type!r} " + ("needs one" if self.drops else "drops nothing"))
+        if self.is_sparse != (self.density is not None):
+            bad.append(f"density: {self.combination_type!r} " + ("needs one" if self.is_sparse else "drops nothing"))
         for name in ("svd_energy", "density"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
                 bad.append(f"{name} is {value!r}, need a number above 0, at most 1")
@@ -105,12 +105,12 @@ class CombineConfig:
             raise ConfigError("CombineConfig: " + "; ".join(bad))
 
     @property
-    def is_cut(self) -> bool:
+    def uses_svd(self) -> bool:
         """Return whether the result is cut by a singular value decomposition."""
         return self.combination_type.endswith("svd")
 
     @property
-    def drops(self) -> bool:
+    def is_sparse(self) -> bool:
         """Return whether the type drops numbers before it sums."""
         return self.combination_type not in (*EXACT, "linear")
 
@@ -126,7 +126,7 @@ class Factors(NamedTuple):
     scale: float = 1.0
 
 
-class Cut(NamedTuple):
+class LowRank(NamedTuple):
     """A low-rank approximation B A of ΔW, with ‖ΔW - B A‖² lost of ‖ΔW‖²; both are 0 if nothing was cut."""
 
     factors: Factors
@@ -136,7 +136,7 @@ class Cut(NamedTuple):
 
 def combine(
     adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float], config: CombineConfig | None = None
-) -> dict[str, Cut]:
+) -> dict[str, LowRank]:
     """Combine adapters (path -> factors) into one, module by module; a module combines the adapters that have it.
 
     A weight of -1 subtracts an adapter. Results are in the adapters' dtype, float32 at least.
@@ -157,13 +157,13 @@ def combine(
         parts, its_weights = zip(*pairs, strict=True)
         cut = combined[path] = _combine(_checked(path, parts, config), its_weights, config, generator)
         if not all(bool(factor.isfinite().all()) for factor in cut.factors[:2]):
-            raise ConfigError(f"{path}: weights {its_weights} make numbers that {cut.factors.lora_A.dtype} has not")
+            raise ConfigError(f"{path}: the result overflows {cut.factors.lora_A.dtype} with the weights {its_weights}")
     return combined
 
 
 def _combine(
     parts: Sequence[Factors], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
-) -> Cut:
+) -> LowRank:
     """Combine the adapters of one module."""
     tails = [factor.shape[2:] for factor in parts[0][:2]]
     flat = [Factors(A.flatten(1), B.flatten(1), s) for A, B, s in parts]
@@ -171,16 +171,17 @@ def _combine(
     rank = config.svd_rank or largest
     if config.combination_type in EXACT:
         found = concatenate(flat, weights)
-        cut = compress(found, rank, config.svd_energy) if config.is_cut else Cut(found)
-    elif config.is_cut:
-        delta = mix([lora_delta(*part) for part in flat], weights, config, generator)
+        cut = truncate(found, rank, config.svd_energy) if config.uses_svd else LowRank(found)
+    elif config.uses_svd:
+        delta = weighted_sum([lora_delta(*part) for part in flat], weights, config, generator)
         cut = best_factors(delta, rank, config.svd_energy)
     else:
         shares = [weight * part.scale for part, weight in zip(flat, weights, strict=True)]
         roots = [math.sqrt(abs(share)) for share in shares]
-        lora_A = mix([part.lora_A for part in flat], list(map(math.copysign, roots, shares)), config, generator)
-        lora_B = mix([part.lora_B for part in flat], roots, config, generator)
-        cut = Cut(Factors(lora_A, lora_B))
+        signed = list(map(math.copysign, roots, shares))
+        lora_A = weighted_sum([part.lora_A for part in flat], signed, config, generator)
+        lora_B = weighted_sum([part.lora_B for part in flat], roots, config, generator)
+        cut = LowRank(Factors(lora_A, lora_B))
     lora_A, lora_B = (factor.unflatten(1, (-1, *t)) for factor, t in zip(cut.factors[:2], tails, strict=True))
     return cut._replace(factors=Factors(lora_A, lora_B))
 
@@ -197,7 +198,7 @@ def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     return Factors(torch.cat([part.lora_A for part in parts]), torch.cat(scaled, dim=1))
 
 
-def compress(factors: Factors, rank: int | None = None, energy: float | None = None) -> Cut:
+def truncate(factors: Factors, rank: int | None = None, energy: float | None = None) -> LowRank:
     """Compute `best_factors` of s·B A without forming it: B = Q R and Aᵀ = Q′ R′ make it Q (s·R R′ᵀ) Q′ᵀ.
 
     Q and Q′ have orthonormal columns, so the singular values are those of the small matrix between them, (R, R).
@@ -205,10 +206,10 @@ def compress(factors: Factors, rank: int | None = None, energy: float | None = N
     turn_out, right_B = torch.linalg.qr(factors.lora_B)
     turn_in, right_A = torch.linalg.qr(factors.lora_A.T)
     (lora_A, lora_B, _), lost, total = best_factors(factors.scale * (right_B @ right_A.T), rank, energy)
-    return Cut(Factors(lora_A @ turn_in.T, turn_out @ lora_B), lost, total)
+    return LowRank(Factors(lora_A @ turn_in.T, turn_out @ lora_B), lost, total)
 
 
-def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = None) -> Cut:
+def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = None) -> LowRank:
     """Return the best approximation B A of a rank to ΔW = U diag(σ) Vᵀ: B = U √σ, A = √σ Vᵀ of the largest σ  [EY].
 
     The rank is at most `rank`, and the least that keeps the share `energy` of Σσ² = ‖ΔW‖²; it is 1 at least.
@@ -226,10 +227,10 @@ def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = 
         rank = min(rank, int((kept < energy * kept[-1]).sum()) + 1)
     root = sigma[:rank].sqrt()
     factors = Factors(root[:, None] * Vt[:rank], U[:, :rank] * root)
-    return Cut(factors, squares[rank:].sum().item(), kept[-1].item())
+    return LowRank(factors, squares[rank:].sum().item(), kept[-1].item())
 
 
-def mix(
+def weighted_sum(
     tensors: Sequence[Tensor], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
 ) -> Tensor:
     """Compute Σ wᵢ·Tᵢ over what the type of the combination keeps of each Tᵢ  [TIES alg. 1, DARE §3].
@@ -278,7 +279,7 @@ def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list
     found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
     if len(shapes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
         raise ShapeError(f"{path}: the adapters do not fit together: {found}")
-    if not (config.is_cut or config.combination_type == "cat") and len({A.size(0) for A, _, _ in parts}) > 1:
+    if not (config.uses_svd or config.combination_type == "cat") and len({A.size(0) for A, _, _ in parts}) > 1:
         kind = config.combination_type
         raise ShapeError(f"{path}: {kind!r} needs adapters of one rank, found {found}; cat and svd types take any")
     wide = _wide(*(factor for part in parts for factor in part[:2]))

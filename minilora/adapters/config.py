@@ -26,11 +26,16 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
 TASK_HELP = "what the model is for: to write text, or to give a class to texts (SEQ_CLS) or to words (TOKEN_CLS)"
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
-NAMES = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
-PLAIN = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
-RANDOMIZED = r"pissa_niter_\d+"  # and the number of its power iterations
-RENAMED = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
+NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
+PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
+RANDOM_SVD_INIT = r"pissa_niter_\d+"  # and the number of its power iterations
+FLAG_NAMES = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
 @answers(
@@ -38,7 +43,7 @@ T = TypeVar("T")
     alpha="use lora_alpha",
     dropout="use lora_dropout",
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
-    fan_in_fan_out="the kind of a layer says it",
+    fan_in_fan_out="it follows from the layer's class; leave it out",
 )
 @document_fields
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class LoraConfig:
     task_type: Task | None = option(None, TASK_HELP)
 
     def __post_init__(self) -> None:
-        for name in NAMES:
+        for name in NAME_FIELDS:
             value = getattr(self, name) or ()
             is_name = isinstance(value, str) and name not in PATTERNS
             object.__setattr__(self, name, (value,) if is_name else _as_tuple(value))
@@ -102,7 +107,7 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
         init = self.init_lora_weights
-        if init not in INITS and not (isinstance(init, str) and re.fullmatch(RANDOMIZED, init)):
+        if init not in INITS and not (isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init)):
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}")
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
@@ -118,7 +123,7 @@ class LoraConfig:
         patterns = [names for names in (self.target_modules, self.exclude_modules) if isinstance(names, str)]
         for pattern in (*patterns, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
-                _ = PLAIN.fullmatch(pattern) or re.compile(pattern)
+                _ = PLAIN_NAME.fullmatch(pattern) or re.compile(pattern)
             except re.error as error:
                 bad.append(f"{pattern!r} is not a regular expression ({error})")
         return bad
@@ -168,11 +173,11 @@ def select_targets(
             `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
     """
     paths = [*linears, *others]
-    if _is_general(config):
-        chosen = [path for path in linears if path != head and not _is_left_out(path, config)]
+    if _is_all_linear(config):
+        chosen = [path for path in linears if path != head and not _is_excluded(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
-    problems = _unmatched(paths, [*chosen, *parameters], config)
+    problems = _problems(paths, [*chosen, *parameters], config)
     does_more = config.target_parameters or config.modules_to_save or config.trainable_token_indices
     if not chosen and (config.target_modules or not does_more):
         problems.append("target_modules, exclude_modules and modules_to_save leave nothing to adapt")
@@ -194,7 +199,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
     Raises:
         TargetError: an entry that does not name a head matches nothing; the message lists what there is.
     """
-    if unknown := _nowhere([name for name in config.modules_to_save if name not in _heads(config)], paths):
+    if unknown := _unmatched([name for name in config.modules_to_save if name not in _heads(config)], paths):
         there = _endings([path for path in paths if not path.rpartition(".")[2].isdecimal()])
         raise TargetError(f"no module matches modules_to_save {unknown}. The model's modules end in {there}")
     saved = [path for path in paths if matches(config.modules_to_save + _heads(config), path)]
@@ -203,7 +208,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
 
 def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
     """Return the parameters (full names) that `target_parameters` matches: by name, or by its end after a dot."""
-    if unknown := _nowhere(config.target_parameters, names):
+    if unknown := _unmatched(config.target_parameters, names):
         there = sorted({".".join(name.split(".")[-2:]) for name in names})
         raise TargetError(f"no parameter matches target_parameters {unknown}. The model's parameters end in {there}")
     return [name for name in names if matches(config.target_parameters, name) and not _is_saved(name, config)]
@@ -211,7 +216,7 @@ def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
 
 def is_target(path: str, config: LoraConfig) -> bool:
     """Return whether `target_modules` and the fields that limit it select this path."""
-    return matches(config.target_modules, path) and _is_in_layers(path, config) and not _is_left_out(path, config)
+    return matches(config.target_modules, path) and _is_in_layers(path, config) and not _is_excluded(path, config)
 
 
 def matches(entries: str | Sequence[str], path: str) -> bool:
@@ -221,13 +226,13 @@ def matches(entries: str | Sequence[str], path: str) -> bool:
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
-def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
+def _problems(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
     """Return a message for each entry of the config that matches nothing."""
     found = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
-        if not (name == "target_modules" and _is_general(config)):
-            found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _nowhere(entries, paths)]
+        if not (name == "target_modules" and _is_all_linear(config)):
+            found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
         alone = replace(config, layers_to_transform=(number,))
         if not any(matches(config.target_modules, path) and _is_in_layers(path, alone) for path in paths):
@@ -242,7 +247,7 @@ def _unmatched(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) 
     return found
 
 
-def _nowhere(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
+def _unmatched(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
     """Return the entries that match none of the paths; a regular expression is one entry."""
     if isinstance(entries, str):
         return [entries] if entries and not any(matches(entries, path) for path in paths) else []
@@ -253,7 +258,7 @@ def _endings(paths: Sequence[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def _is_left_out(path: str, config: LoraConfig) -> bool:
+def _is_excluded(path: str, config: LoraConfig) -> bool:
     return matches(config.exclude_modules, path) or _is_saved(path, config)
 
 
@@ -266,7 +271,7 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
     return HEADS.get(config.task_type or "", ())
 
 
-def _is_general(config: LoraConfig) -> bool:
+def _is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
@@ -281,7 +286,7 @@ def _is_in_layers(path: str, config: LoraConfig) -> bool:
 @functools.cache  # `re` itself keeps 512, and an adapter may have a key for each of more layers
 def _compiled(key: str) -> re.Pattern[str] | None:
     """Return the regular expression of a key, or None if it is plain."""
-    return None if PLAIN.fullmatch(key) else re.compile(rf"(.*\.)?({key})$")
+    return None if PLAIN_NAME.fullmatch(key) else re.compile(rf"(.*\.)?({key})$")
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import base_modules, layers_of, lora_tensors
-from minilora.adapters.attach import base_held, inject_adapter
+from minilora.adapters.attach import describe_base, inject_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
-from minilora.adapters.initialize import moved_factors
+from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import AdapterConv1D, AdapterParameters, experts_of
 from minilora.adapters.layout import (
-    BASE,
-    BRINGS,
+    BASE_METADATA,
     CONFIG_FILE,
-    LABELS,
-    NESTED,
-    REPEATED,
+    DETERMINISTIC_INITS,
+    FIELD_OF_TENSOR,
+    LABELS_METADATA,
+    NESTED_WRAPPER,
     WEIGHTS_FILE,
     Stored,
     class_names,
@@ -38,7 +38,7 @@ from minilora.adapters.layout import (
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
-    StartedAdapter,
+    InitSubtractedAdapter,
     build_specs,
     kind_of,
     magnitude_shape,
@@ -71,9 +71,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(next(iter(layers.values())).configs[name], name, layers, list(base_modules(model)))
-    metadata = {BASE: json.dumps(base_held(model))}
+    metadata = {BASE_METADATA: json.dumps(describe_base(model))}
     if labels := class_names(getattr(model, "labels", None)):
-        metadata[LABELS] = json.dumps(labels)
+        metadata[LABELS_METADATA] = json.dumps(labels)
     write_adapter(Path(path), fields, lora_tensors(model, name), metadata)
 
 
@@ -122,13 +122,15 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
             tensors = {key: own.pop(f"{path}.{key}") for key in spec.tensors if f"{path}.{key}" in own}
         else:
             tensors = held.pop(path, {})
-        misfits += _misfits(path, spec, tensors, modules[path])
-        odds += _odds(path, spec, tensors, config)
-        if spec.kind in LINEARS and init in REPEATED and not misfits:  # PEFT takes the word for True on other layers
+        copied = tensors.pop("weight", None) if issubclass(spec.kind, AdapterLinear) else None
+        misfits += _mismatches(path, spec, tensors, modules[path], copied)
+        odds += _contradictions(path, spec, tensors, config)
+        # PEFT takes the word for True on other layers
+        if spec.kind in LINEARS and init in DETERMINISTIC_INITS and not misfits:
             if isinstance(modules[path], NF4Linear):
                 raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
             weight = spec.kind(modules[path], path).as_matrix(whole_weight(modules[path]))
-            start = moved_factors(init, weight, config.rank(path), config.scale(path), torch.Generator())
+            start = factors_from_weight(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)
     missing = [path for path in held if kind_of(modules.get(path)) is None]
@@ -149,7 +151,7 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
     """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
     low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLinear)}
     stacked = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterParameters)}
-    started = {where for where, layer in low_rank.items() if isinstance(layer.adapters[name], StartedAdapter)}
+    started = {where for where, layer in low_rank.items() if isinstance(layer.adapters[name], InitSubtractedAdapter)}
     times = 2 if started else 1
     growth = math.sqrt(times) if config.use_rslora else times
     names = [*low_rank, *(f"{where}.{key}" for where, layer in stacked.items() for key in layer.adapters[name])]
@@ -201,7 +203,7 @@ def _by_module(stored: Stored, modules: Mapping[str, Any]) -> dict[str, dict[str
     wrappers: Counter[str] = Counter()
     for name in reversed(target_parameter_names(modules, stored.config({}))):
         path, _, last = name.rpartition(".")
-        for key, tensor in held.pop(path + wrappers[path] * NESTED, {}).items():
+        for key, tensor in held.pop(path + wrappers[path] * NESTED_WRAPPER, {}).items():
             held.setdefault(path, {})[f"{last}.{key}"] = tensor
         wrappers[path] += 1
     return held
@@ -243,8 +245,12 @@ def _blank_specs(
     return specs
 
 
-def _misfits(path: str, spec: AdapterSpec, held: dict[str, Tensor], module: Any) -> list[str]:
-    """Return what does not fit the model: wrong shapes, unknown tensors, another base weight (which is removed)."""
+def _mismatches(
+    path: str, spec: AdapterSpec, held: Mapping[str, Tensor], module: Any, copied: Tensor | None
+) -> list[str]:
+    """Return what does not fit the model: wrong shapes, unknown tensors, or another base weight, of which a file may
+    hold a copy.
+    """
     shapes = {key: tuple(tensor.shape) for key, tensor in held.items()}
     needed = {key: tuple(tensor.shape) for key, tensor in spec.tensors.items()}
     wrong = [key for key in shapes if key in needed and shapes[key] != needed[key]]
@@ -252,22 +258,20 @@ def _misfits(path: str, spec: AdapterSpec, held: dict[str, Tensor], module: Any)
     if issubclass(spec.kind, AdapterLinear) and {"lora_A", "lora_B"} & {*wrong}:
         factors = f"A {shapes['lora_A']} and B {shapes['lora_B']}"
         found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(module.weight.shape)}"]
-    if issubclass(spec.kind, AdapterLinear) and "weight" in held:
-        base = module.weight
-        if not torch.equal(held.pop("weight").to(base.device, base.dtype), base):
-            found.append(f"{path}.base_layer.weight is not the weight of this model")
+    if copied is not None and not torch.equal(copied.to(module.weight.device, module.weight.dtype), module.weight):
+        found.append(f"{path}.base_layer.weight is not the weight of this model")
     unknown = [key for key in held if key not in needed and key not in ("magnitude", "lora_bias")]
     return found + [f"{path}.{key}: is no part of an adapter that the config describes" for key in unknown]
 
 
-def _odds(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
+def _contradictions(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
     """Return the contradictions between what the config says is trained and what the file has."""
     if spec.kind is AdapterParameters or (spec.kind is TrainedCopy and spec.tensors.keys() != {"bias"}):
         field = "target_parameters" if spec.kind is AdapterParameters else "modules_to_save"
         return [f"{field}: means {path}, of which there is no {key}" for key in spec.tensors if key not in held]
     return [
         f"{field}: found {getattr(config, field)!r}, and {path} has {'a' if key in held else 'no'} {key}"
-        for key, field in BRINGS.items()
+        for key, field in FIELD_OF_TENSOR.items()
         if (key in held) != (key in spec.tensors)
     ]
 

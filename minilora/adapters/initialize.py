@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, TrainingError
-from minilora.nf4 import Layout, NF4Linear, pack
+from minilora.nf4 import Layout, NF4Linear, quantize_weight
 
 OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 
@@ -105,7 +105,9 @@ def _orthogonal_factors(r: int, fan: int, size_B: int, generator: torch.Generato
     return lora_A.float(), lora_B.float()
 
 
-def moved_factors(kind: str, weight: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def factors_from_weight(
+    kind: str, weight: Tensor, r: int, scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Return A₀ and B₀, the part s·B₀ A₀ of W that will be trained.
 
     "pissa":         s·B A = U_r S_r V_rᵀ, the best of rank r, shared evenly (`balanced`)  [PiSSA eq. 2-4]
@@ -148,7 +150,8 @@ def loftq_factors(weight: Tensor, r: int, scale: float, bias: Tensor | None = No
     """
     check_rank("loftq", weight.shape, r)
     W = wide(weight)
-    base = NF4Linear(pack(W, double_quant=True), Layout((W.size(0), W.size(1)), weight.dtype), bias, weight.dtype)
+    layout = Layout((W.size(0), W.size(1)), weight.dtype)
+    base = NF4Linear(quantize_weight(W, double_quant=True), layout, bias, weight.dtype)
     lora_A, lora_B = balanced(*torch.linalg.svd(W - base.weight, full_matrices=False), r=r, scale=scale)
     return lora_A, lora_B, base
 

@@ -26,18 +26,18 @@ from torch import Tensor
 
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
-from minilora.adapters.config import RANDOMIZED, LoraConfig
+from minilora.adapters.config import RANDOM_SVD_INIT, LoraConfig
 from minilora.durable import MANIFEST, publishing, verify, write_json, write_tensors
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import NAMES, TensorFile, is_finite, read_json
+from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-NESTED = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
+NESTED_WRAPPER = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BASE, LABELS = "base_quantization", "labels"  # in the metadata of the weights' file
+BASE_METADATA, LABELS_METADATA = "base_quantization", "labels"  # in the metadata of the weights' file
 T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
@@ -56,18 +56,18 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "qalora_group_size": 16,
     "task_type": "CAUSAL_LM",
 }
-INFORMATION = {  # how the adapter was made; without effect on what it computes
+IGNORED_FIELDS = {  # how the adapter was made; without effect on what it computes
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "peft_version", "revision", "target_modules", "fan_in_fan_out", "eva_config"),
 }
-READ = {field.name for field in fields(LoraConfig)} - INFORMATION
-ALWAYS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # PEFT's, where the file does not say
+READ_FIELDS = {field.name for field in fields(LoraConfig)} - IGNORED_FIELDS
+PEFT_FALLBACKS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # where the file does not say
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base's weights alone
-REPEATED = ("pissa", "olora")  # those whose part of the weights can be computed again
-BRINGS = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_token_indices", "bias": "bias"}
+DETERMINISTIC_INITS = ("pissa", "olora")  # those whose part of the weights can be computed again
+FIELD_OF_TENSOR = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_token_indices", "bias": "bias"}
 
-REPEATED_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
-ENDS = {  # key in `build_adapter` -> end of the tensor's name; older files also have the adapter's own name in it
+DUPLICATE_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
+TENSOR_ENDINGS = {  # key in `build_adapter` -> end of the tensor's name, in older files with the adapter's
     "lora_A": r"lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?",
     "lora_B": r"lora_B(?:\.[^.]+)?\.weight|lora_embedding_B(?:\.[^.]+)?",
     "lora_bias": r"lora_B(?:\.[^.]+)?\.bias",
@@ -76,7 +76,8 @@ ENDS = {  # key in `build_adapter` -> end of the tensor's name; older files also
     "bias": r"base_layer\.bias",
     "rows": r"token_adapter\.trainable_tokens_delta(?:\.[^.]+)?",
 }
-NAME = re.compile(r"(?P<path>.+)\.(?:" + "|".join(f"(?P<{key}>{end})" for key, end in ENDS.items()) + ")")
+_ANY_ENDING = "|".join(f"(?P<{key}>{end})" for key, end in TENSOR_ENDINGS.items())
+TENSOR_NAME = re.compile(rf"(?P<path>.+)\.(?:{_ANY_ENDING})")
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ class Stored:
             ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
         values = self.values
         init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
-        given = {key: values[key] for key in READ & values.keys() if values[key] or key in ALWAYS}
+        given = {key: values[key] for key in READ_FIELDS & values.keys() if values[key] or key in PEFT_FALLBACKS}
         given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
         given["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
         try:
-            config = LoraConfig(**{**ALWAYS, "task_type": None, **given})
+            config = LoraConfig(**{**PEFT_FALLBACKS, "task_type": None, **given})
             if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
                 config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
         except (ConfigError, TypeError) as error:
@@ -130,7 +131,7 @@ def read_adapter(directory: Path) -> Stored:
     if strange := [name for name in file.shapes if not name.startswith(PREFIX)]:
         raise FormatError(f"{file.path}: {strange[:5]} are not an adapter's: names have to begin with {PREFIX}")
     for name in file.shapes:
-        if (repeated := REPEATED_BIAS.fullmatch(name)) and "".join(repeated.groups()) in file.shapes:
+        if (repeated := DUPLICATE_BIAS.fullmatch(name)) and "".join(repeated.groups()) in file.shapes:
             continue
         where, key = parse_tensor_name(name)
         if key in tensors.setdefault(where, {}):
@@ -190,13 +191,14 @@ def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
     file, head = TensorFile(directory / WEIGHTS_FILE), f"{PREFIX}score.weight"
     if head not in file.shapes:
         raise FormatError(f"{file.path}: there is no {head}, the head of a classifier")
-    names = _metadata(file, LABELS, class_names, "names of classes")
+    names = _metadata(file, LABELS_METADATA, class_names, "names of classes")
     return unit, names or tuple(f"LABEL_{i}" for i in range(file.shapes[head][0]))
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:
-    """Return `base_held` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
-    return _metadata(TensorFile(fetch(path, "adapter") / WEIGHTS_FILE), BASE, _held, "how a base is quantized")
+    """Return `describe_base` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
+    file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
+    return _metadata(file, BASE_METADATA, parse_quantization, "how a base is quantized")
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
@@ -205,7 +207,7 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
     "weight" is a copy of the base's weight. A parameter of the model itself has the path "" and its full name.
     """
     name = name.removeprefix(PREFIX)
-    found = NAME.fullmatch(name)
+    found = TENSOR_NAME.fullmatch(name)
     return (found["path"], str(found.lastgroup)) if found else ("", name)
 
 
@@ -216,7 +218,7 @@ def factor_name(where: str, factor: str, is_embedding: bool) -> str:
 
 def fields_of(config: LoraConfig) -> dict[str, Any]:
     """Return the fields to write for an adapter that leaves the base's weights as they are."""
-    values = {name: getattr(config, name) for name in READ}
+    values = {name: getattr(config, name) for name in READ_FIELDS}
     init = "gaussian" if config.init_lora_weights == "gaussian" else True
     return {name: None if value == () else value for name, value in values.items()} | {"init_lora_weights": init}
 
@@ -228,18 +230,18 @@ def read_values(directory: Path) -> dict[str, Any]:
     bad = [
         f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
         for key, value in values.items()
-        if key not in READ | INFORMATION and value and value != PEFT_DEFAULTS.get(key)
+        if key not in READ_FIELDS | IGNORED_FIELDS and value and value != PEFT_DEFAULTS.get(key)
     ]
     init = values.get("init_lora_weights", True)
-    if isinstance(init, str) and re.fullmatch(RANDOMIZED, init):
+    if isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init):
         bad.append(f"init_lora_weights: found {init!r}, a decomposition that was drawn and cannot be repeated")
-    elif init not in PLAIN_INITS and init not in REPEATED:
+    elif init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"):
         names, kind = values.get(key) or (), dict if key.endswith("pattern") else list
-        if not isinstance(names, kind | tuple) or len(names) > NAMES:
+        if not isinstance(names, kind | tuple) or len(names) > MAX_NAMES:
             need = "an object with" if kind is dict else "a list of"
-            bad.append(f"{key}: found {names!r:.80}, need {need} at most {NAMES:,} names")
+            bad.append(f"{key}: found {names!r:.80}, need {need} at most {MAX_NAMES:,} names")
         elif key != "rank_pattern":
             strange = [name for name in names if not (isinstance(name, str) and is_name(name))]
             bad += [f"{key}: {name!r:.80} is not a module name or the end of one" for name in strange]
@@ -272,8 +274,8 @@ def _metadata(file: TensorFile, key: str, parse: Callable[[Any], T | None], need
     raise FormatError(f"{file.path}: metadata {key}: found {file.metadata[key]!r:.80}, need {need}")
 
 
-def _held(value: Any) -> dict[str, Any] | None:
-    """Return how a base was held, with the keys that `base_held` has; None if it is not understood."""
+def parse_quantization(value: Any) -> dict[str, Any] | None:
+    """Return how a base was held, with the keys that `describe_base` has; None if it is not understood."""
     if value == {"quantize": "none"}:
         return {"quantize": "none"}
     found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}

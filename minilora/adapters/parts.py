@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
 from minilora.adapters.from_data import data_factors, redistributed
-from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
+from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors, loftq_factors
 from minilora.adapters.layers import (
     CONVOLUTIONS,
     AdapterConv,
@@ -49,7 +49,7 @@ class AdapterSpec(NamedTuple):
     base: nn.Module | None = None
 
 
-class StartedAdapter(LoraAdapter):
+class InitSubtractedAdapter(LoraAdapter):
     """An adapter that starts as a part A₀, B₀ of W, which is subtracted: s·(B A - B₀ A₀), zero at the start (final).
 
     So W stays as it is and is never rounded. The adapter is saved as a plain one of twice the rank.
@@ -71,7 +71,7 @@ class StartedAdapter(LoraAdapter):
 def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Build an adapter of these tensors for a wrapper; DoRA's m, if it is not given, is ‖W + s·B A‖."""
     if isinstance(layer, AdapterLinear):
-        kind, scale = StartedAdapter if "start_A" in tensors else LoraAdapter, config.scale(layer.path)
+        kind, scale = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter, config.scale(layer.path)
         if config.use_dora and "magnitude" not in tensors:
             tensors = {**tensors, "magnitude": _initial_magnitude(layer, *kind(tensors, scale).factors(), scale)}
         return kind(tensors, scale, config.lora_dropout)
@@ -124,12 +124,12 @@ def adaptable(modules: Mapping[str, Any]) -> dict[str, type[AdapterLinear]]:
     return found
 
 
-def init_from_weight(init: bool | str) -> bool:
+def is_from_weight(init: bool | str) -> bool:
     """Return whether the start values are a part of W, which is subtracted from it."""
     return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
 
 
-def targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
+def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
     """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
     kinds = adaptable(modules)
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
@@ -161,11 +161,11 @@ def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: t
         if is_sharded(module.weight):
             raise ConfigError(f"{path}: loftq replaces the weight, which is divided among ranks; give --shard none")
         lora_A, lora_B, base = loftq_factors(module.weight, r, scale, bias=module.bias)
-    elif init_from_weight(init):
+    elif is_from_weight(init):
         if shape_B[1] != r:
             raise ConfigError(f"{path}: init_lora_weights {init!r} is not defined for a convolution in groups")
         layer = kind(module, path)
-        lora_A, lora_B = moved_factors(str(init), layer.as_matrix(whole_weight(module)), r, scale, generator)
+        lora_A, lora_B = factors_from_weight(str(init), layer.as_matrix(whole_weight(module)), r, scale, generator)
         lora_A, lora_B = lora_A.view(shape_A), lora_B.view(shape_B)
     elif kind is AdapterEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
@@ -200,7 +200,7 @@ def data_specs(
 
 def _start_values(init: bool | str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     """Return A and B and, where they are a part of W, copies of them as the start that is subtracted."""
-    start = {"start_A": lora_A, "start_B": lora_B} if init_from_weight(init) else {}
+    start = {"start_A": lora_A, "start_B": lora_B} if is_from_weight(init) else {}
     return {"lora_A": lora_A, "lora_B": lora_B, **start}
 
 
@@ -290,7 +290,7 @@ def _with_biases(
     return found
 
 
-def check_places(
+def check_specs(
     modules: Mapping[str, nn.Module], layers: Collection[AdapterWrapper], specs: Mapping[str, AdapterSpec]
 ) -> None:
     """Raise a TargetError for combinations of adapters that would not act as configured."""

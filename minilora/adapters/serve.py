@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers, base_modules, known_layers, layers_of
+from minilora.adapter import adapter_layers, base_modules, layers_of, require_layers
 from minilora.adapters.attach import merged
 from minilora.adapters.files import stored_specs
 from minilora.adapters.layers import Stacked, get_base_layer
@@ -87,7 +87,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
         ShapeError: in a call, the batch has another number of rows.
     """
     check_types(mixed_batch, locals())
-    layers, batch = known_layers(model, *(name for name in names if name is not None)), MixedBatch(names)
+    layers, batch = require_layers(model, *(name for name in names if name is not None)), MixedBatch(names)
 
     def read_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not any(layer.mixed is batch for layer in layers):

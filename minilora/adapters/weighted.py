@@ -10,11 +10,11 @@ from torch import nn
 
 from minilora.adapter import layers_of
 from minilora.adapters.attach import inject_adapter
-from minilora.adapters.combine import CombineConfig, Cut, Factors, check_additive, combine
+from minilora.adapters.combine import CombineConfig, Factors, LowRank, check_additive, combine
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import (
-    BASE,
-    REPEATED,
+    BASE_METADATA,
+    DETERMINISTIC_INITS,
     WEIGHTS_FILE,
     Stored,
     base_quantization,
@@ -33,7 +33,7 @@ from minilora.storage import TensorFile
 
 def combine_adapters(
     model: nn.Module, weights: Mapping[str, float], name: str, config: CombineConfig | None = None
-) -> dict[str, Cut]:
+) -> dict[str, LowRank]:
     """Combine several adapters, each with a weight, into a new one, and activate it; the others stay as they are.
 
     The new adapter is frozen. Return the new factors and what an SVD has cut off, by path.
@@ -78,7 +78,7 @@ def combine_directories(
     out: Path,
     config: CombineConfig | None = None,
     base_model: str | None = None,
-) -> dict[str, Cut]:
+) -> dict[str, LowRank]:
     """Combine adapters as `combine_adapters` does and write the result, an adapter of `base_model`.
 
     How the base was quantized in training is written if it is the same for all of them.
@@ -105,7 +105,7 @@ def combine_directories(
         for path, cut in cuts.items()
         for key in ("lora_A", "lora_B")
     }
-    write_adapter(out, fields, tensors, {BASE: json.dumps(held[0])} if is_known else {})
+    write_adapter(out, fields, tensors, {BASE_METADATA: json.dumps(held[0])} if is_known else {})
     return cuts
 
 
@@ -113,7 +113,7 @@ def _checked_config(stored: Stored) -> LoraConfig:
     """Return the config of an adapter; raise a ConfigError unless it consists of updates ΔW = s·B A alone."""
     config = stored.config()
     check_additive(str(stored.path), config)
-    if (init := stored.values.get("init_lora_weights")) in REPEATED:
+    if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
         raise ConfigError(
             f"{stored.path}: init_lora_weights is {init!r}, so its numbers hold a part of the base's weights; loaded "
             "with its base and saved again it is a plain adapter"

@@ -25,7 +25,7 @@ from minilora.definition import plain
 from minilora.errors import MiniloraError, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line
-SIGNALLED = 128  # the exit status of a program that a signal ended, less the signal's number
+SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
 INTERRUPTED = 130  # that of Ctrl-C
 BROKEN_PIPE = 141  # that of a program whose output nobody reads any more
 COMMANDS = {

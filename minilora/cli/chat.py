@@ -20,7 +20,7 @@ from minilora.adapter import set_adapter
 from minilora.cli import Options, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load_language_model
-from minilora.cli.write import Writing, add_writing_flags, write
+from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.template import Message
 
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}\n\n{CHAT_HELP}"
     add_model_flags(parser, many_adapters=True)
     parser.add_argument_group("conversation").add_argument("--system", metavar="TEXT", help="system prompt")
-    add_writing_flags(parser, max_new_tokens=512)
+    add_generation_flags(parser, max_new_tokens=512)
 
 
 def run(options: Options) -> int:
@@ -77,7 +77,7 @@ class Chat:
                 f"{self.model.name_or_path}: the model has no chat template; "
                 "use `minilora generate --raw` to continue text with it"
             )
-        self._writing = from_flags(Writing, options)
+        self._writing = from_flags(GenerationConfig, options)
         paths = options["adapter"]
         names = [Path(path).resolve().name for path in paths]
         is_clear = len({NONE, *names}) == len(names) + 1
@@ -103,7 +103,7 @@ class Chat:
 
         writing = replace(self._writing, seed=self._writing.seed + self.replies)
         with suppress(KeyboardInterrupt):
-            write(self.model, self._tokenizer, [ids], writing, show)
+            generate_text(self.model, self._tokenizer, [ids], writing, show)
         print(flush=True)
         self.replies += 1
         if pieces:

@@ -25,8 +25,8 @@ from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
-from minilora.runs.data import encode_classes, encode_rows, use_prompt_style
 from minilora.runs.dataset import Dataset
+from minilora.runs.encoders import encode_classes, encode_rows, use_prompt_style
 from minilora.runs.evaluate import choice_accuracy, evaluate_classes, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import read_eval_rows
 

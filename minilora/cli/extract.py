@@ -20,11 +20,11 @@ from torch import Tensor
 
 from minilora.adapter import base_modules
 from minilora.adapters.attach import head_path, inject_adapter
-from minilora.adapters.combine import Cut, best_factors
-from minilora.adapters.config import RENAMED, LoraConfig
+from minilora.adapters.combine import LowRank, best_factors
+from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.files import save_adapter
 from minilora.adapters.layers import AdapterEmbedding
-from minilora.adapters.parts import AdapterSpec, kind_of, targets
+from minilora.adapters.parts import AdapterSpec, find_targets, kind_of
 from minilora.adapters.weighted import config_of
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, new_directory
@@ -63,7 +63,7 @@ def run(options: Options) -> int:
     energy = options["svd_energy"]
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"svd_energy is {energy}, need a number above 0, at most 1")
-    config = LoraConfig(**{name: options[RENAMED.get(name, name)] for name in EXTRACT_FIELDS})
+    config = LoraConfig(**{name: options[FLAG_NAMES.get(name, name)] for name in EXTRACT_FIELDS})
     tokenizer = find_tokenizer(options["tuned"])
     device = pick_device(options["device"])
     with new_directory(options["out"]) as out:
@@ -124,11 +124,11 @@ def extract_directory(
     before, after = fetch(base, "model"), fetch(tuned, "model")
     model = load_model(base, device="meta")
     modules, unpaired = base_modules(model), _unpaired(before, after)
-    chosen = targets(modules, config, head_path(model))
+    chosen = find_targets(modules, config, head_path(model))
     paired = _shapes(before).keys() - unpaired
     if lacking := [path for path in chosen if f"{path}.weight" not in paired]:
         raise TargetError(f"{before}, {after}: {lacking[:5]}: need a weight of its own and of one shape in both models")
-    cuts: dict[str, Cut] = {}
+    cuts: dict[str, LowRank] = {}
     others = dict.fromkeys(unpaired, 0.0)
     for name, delta in _differences(before, after, paired, torch.device(device)):
         path = name.removesuffix(".weight")
@@ -175,7 +175,7 @@ def _differences(
             yield name, delta
 
 
-def _save(model: Llama, cuts: Mapping[str, Cut], out: str | Path) -> None:
+def _save(model: Llama, cuts: Mapping[str, LowRank], out: str | Path) -> None:
     """Write the adapter with these factors and scale 1; the model needs no weights."""
     parts = {}
     for path, (factors, _, _) in cuts.items():

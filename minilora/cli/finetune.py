@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from minilora.adapter import disable_adapter
-from minilora.adapters.attach import base_held, count_parameters
-from minilora.adapters.config import RENAMED, LoraConfig
+from minilora.adapters.attach import count_parameters, describe_base
+from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
@@ -89,7 +89,7 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         model = base_of(model, [directory])
         quantize = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
         settings = {**vars(quantize), **vars(read_adapter(directory).config())}
-        parser.set_defaults(model=model, **{RENAMED.get(name, name): value for name, value in settings.items()})
+        parser.set_defaults(model=model, **{FLAG_NAMES.get(name, name): value for name, value in settings.items()})
     use_config(parser, values, str(path))
 
 
@@ -112,7 +112,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     step = run.prepare()
     with closing(Meter()) as meter:
         data = run.read_data(meter.show)
-    plan, memory = run.forecast_memory(data, device)
+    plan, memory = run.fit_to_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
     run.claim(data)
@@ -125,7 +125,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     meter = Meter("held-out" if data.valid is data.test else "validation")
     with disable_adapter(model):
         before, base_samples = _measure(run, model, data, meter, "base model")
-    result = _train(run, model, data, meter)
+    result = _train_until_signal(run, model, data, meter)
     if not result.finished:
         meter.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
@@ -155,7 +155,7 @@ def _dry_run(run: Run, device: torch.device, options: Options) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
     with closing(Meter()) as meter:
         data = run.read_data(meter.show)
-    plan, memory = run.forecast_memory(data, device)
+    plan, memory = run.fit_to_memory(data, device)
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
     _say_notes(run, model, data)
@@ -197,7 +197,7 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
 def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
     adapters = [fetch(run.config.adapter, "adapter")] if run.config.adapter else []
-    say_base(locate(run.config.model, "model"), adapters, base_held(model))
+    say_base(locate(run.config.model, "model"), adapters, describe_base(model))
     longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
     if longest > limit:
         say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
@@ -230,7 +230,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             "gives each its part"
         )
     if steps < FEW_STEPS:
-        say(f"the run has {steps} steps, which teach little; --epochs makes more of them")
+        say(f"the run has few steps ({steps}), which teach little; --epochs gives more")
     for name, rows in data.splits.items():
         if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
@@ -245,7 +245,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
         say(f"--recompute {run.training.recompute}: the fastest way for which there is memory")
 
 
-def _train(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
+def _train_until_signal(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
     """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minilora.adapters.config import RENAMED
+from minilora.adapters.config import FLAG_NAMES
 from minilora.durable import holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, fits
 from minilora.storage import read_json, read_text
@@ -80,7 +80,7 @@ def add_fields(
     groups = {group.title: group for group in parser._action_groups}
     hints = typing.get_type_hints(cls)
     for field in (field for field in dataclasses.fields(cls) if field.name not in but):
-        name, kinds = RENAMED.get(field.name, field.name), _kinds(hints[field.name])
+        name, kinds = FLAG_NAMES.get(field.name, field.name), _kinds(hints[field.name])
         default = field.default_factory() if callable(field.default_factory) else field.default
         text = " ".join(default) if isinstance(default, tuple) else default
         shown = f" (default: {unset})" if unset else "" if default in (None, (), {}) else f" (default: {text})"
@@ -105,7 +105,7 @@ def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return the data class that the flags describe; values from a configuration file are checked by the class."""
     hints, fields = typing.get_type_hints(cls), {}
     for name in (field.name for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
-        value = values[RENAMED.get(name, name)]
+        value = values[FLAG_NAMES.get(name, name)]
         if hints[name] == tuple[str, ...] and isinstance(value, str | list):
             value = (value,) if isinstance(value, str) else tuple(value)
         fields[name] = value
@@ -119,7 +119,7 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Lock the directory to write, and give a temporary one, whose files it gets if the block raises no error.
+    """Lock the output directory and yield a temporary one; its files move to the output if the block succeeds.
 
     Raises:
         ConfigError: there is anything in it.
@@ -128,7 +128,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     is_new = not out.exists()
     with closing(lock(out)):
         try:
-            if holds_files(out):  # what a killed process had staged is in its place now
+            if holds_files(out):  # `lock` has moved files that a killed process had staged into place
                 raise ConfigError(f"{out}: holds files; give another --out")
             with publishing(out) as directory:
                 yield directory

@@ -20,7 +20,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.llama import Recompute
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
-from minilora.models.config import LlamaConfig, read_config_file
+from minilora.models.config import ModelConfig, read_config_file
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
@@ -49,7 +49,7 @@ SETTINGS = """\
 Memory at the peak of fine-tuning on {device} in bfloat16. A batch has {rows} rows of {tokens:,} tokens, all with
 a label; adapters have rank {lora.r} on {lora.target_modules}; QLoRA is nf4 with double quantization, block is
 --recompute block. A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients and two moments.
-working: temporary tensors, such as logits; kept: by the C library and kernels. 1 GB is 10^9 bytes."""
+working: temporary tensors, such as logits; overhead: of the C library and kernels. 1 GB is 10^9 bytes."""
 RANKS = """\
 One rank of {world} holds {held}, and the adapters with gradients and moments.
 In a step of {world} micro-batches it computes one: FLOP of matrix products and attention, and the bytes that it
@@ -167,7 +167,7 @@ def memory_page(options: Options) -> str:
     return "\n".join(lines)
 
 
-def default_plan(config: LlamaConfig, way: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
+def default_plan(config: ModelConfig, way: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
     """Return the plan of a step with a batch of the default size on each rank, all of whose tokens are labelled."""
     is_full = way == "full fine-tune"
     recompute: Recompute = "block" if way.endswith("block") else "none"
@@ -188,14 +188,14 @@ def default_plan(config: LlamaConfig, way: str, device: torch.device, world: int
     )
 
 
-def _configs(name_or_path: str) -> dict[str, LlamaConfig]:
+def _configs(name_or_path: str) -> dict[str, ModelConfig]:
     """Return the config of a model, and those of the `SHAPES`."""
     path = Path(name_or_path)
     path = path if path.exists() else fetch(name_or_path, "model")
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: holds no config.json; need the directory of a model")
     sources = {name: dict(zip(KEYS, sizes, strict=True)) for name, sizes in SHAPES.items()}
-    known = {name: LlamaConfig.from_dict({"model_type": "llama", **source}) for name, source in sources.items()}
+    known = {name: ModelConfig.from_dict({"model_type": "llama", **source}) for name, source in sources.items()}
     return {str(path): read_config_file(path / "config.json"), **known}
 
 

@@ -23,12 +23,12 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load_language_model
-from minilora.cli.write import Writing, add_writing_flags, columns, write
+from minilora.cli.write import GenerationConfig, add_generation_flags, columns, generate_text
 from minilora.errors import ConfigError, DataError, option
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
-from minilora.runs.data import use_prompt_style
+from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
 from minilora.storage import read_text
@@ -78,12 +78,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="continue the prompt without the chat template, and let control tokens in it act as such "
         "(default: as in the adapter's training, otherwise with the template if the model has one)",
     )
-    add_writing_flags(parser, max_new_tokens=64)
+    add_generation_flags(parser, max_new_tokens=64)
     add_fields(parser, Output, "output")
 
 
 def run(options: Options) -> int:
-    output, writing = from_flags(Output, options), from_flags(Writing, options)
+    output, writing = from_flags(Output, options), from_flags(GenerationConfig, options)
     if output.compare_base and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
     if output.samples > 1 and writing.temperature == 0:
@@ -98,7 +98,7 @@ def run(options: Options) -> int:
             print(line, flush=True)
         return 0
     try:
-        texts = write(model, tokenizer, prompts, writing, partial(print, end="", flush=True))
+        texts = generate_text(model, tokenizer, prompts, writing, partial(print, end="", flush=True))
     except KeyboardInterrupt:
         print()
         raise
@@ -196,7 +196,7 @@ def _answers(
     tokenizer: Tokenizer,
     rows: Sequence[Row],
     prompts: Sequence[list[int]],
-    writing: Writing,
+    writing: GenerationConfig,
     output: Output,
 ) -> Iterator[Fields]:
     """Yield each row with its generated text, once for each sample. The n-th text has the seed `writing.seed` + n."""
@@ -207,9 +207,9 @@ def _answers(
         answers = [row.fields | ({"sample": n} if output.samples > 1 else {}) for row, _, n in part]
         if output.compare_base:
             with disable_adapter(model):
-                bases = write(model, tokenizer, *batch)
+                bases = generate_text(model, tokenizer, *batch)
             answers = [{**answer, "base": base} for answer, base in zip(answers, bases, strict=True)]
-        for answer, text in zip(answers, write(model, tokenizer, *batch), strict=True):
+        for answer, text in zip(answers, generate_text(model, tokenizer, *batch), strict=True):
             yield {**answer, "text": text}
 
 

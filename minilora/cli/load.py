@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters.attach import base_held
+from minilora.adapters.attach import describe_base
+from minilora.adapters.config import flag
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, classes_of, vocabulary_of
 from minilora.cli import Options, say
@@ -95,7 +96,7 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
     grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
-    say_base(found.base, found.adapters, base_held(model))
+    say_base(found.base, found.adapters, describe_base(model))
     return model, tokenizer
 
 
@@ -167,7 +168,7 @@ def _quantization(options: Options, base: Path, adapters: Sequence[Path]) -> Qua
     given = {name: options[name] for name in fields if options[name] is not None}
     recorded = None if options["quantize"] == "none" else recorded_quantization(base, adapters)
     config = dataclasses.replace(recorded or QuantizeConfig(), **given)
-    if config.quantize == "none" and (idle := [f"--{name.replace('_', '-')}" for name in given if name != "quantize"]):
+    if config.quantize == "none" and (idle := [flag(name) for name in given if name != "quantize"]):
         raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4, too")
     return config
 
@@ -185,7 +186,7 @@ def recorded_quantization(base: Path, adapters: Sequence[Path]) -> QuantizeConfi
 
 
 def say_base(base: Location, adapters: Sequence[Path], held: Mapping[str, Any]) -> None:
-    """Say how the base is quantized, as `base_held` describes it, and which adapters were trained on another base."""
+    """Say how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
     if held["quantize"] != "none":
         say(f"the base model is {describe_in_words(held)}")
     for path in adapters:

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from minilora.adapters.attach import base_held
-from minilora.adapters.combine import CombineConfig, Cut
+from minilora.adapters.attach import describe_base
+from minilora.adapters.combine import CombineConfig, LowRank
+from minilora.adapters.config import flag
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options
@@ -98,7 +99,7 @@ def _write_adapter(options: Options, weights: Sequence[float], config: CombineCo
     """Write the adapters as one, and describe what was written."""
     unset = {"target": None, "quantize": None, "double_quant": None, "quantize_skip": None, "dtype": "auto"}
     if idle := [name for name, value in {**unset, "device": "auto"}.items() if options[name] != value]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        flags = ", ".join(map(flag, idle))
         raise ConfigError(f"{flags}: without effect on --as-adapter, which needs no model")
     paths = [fetch(name, "adapter") for name in options["adapter"]]
     cuts = combine_directories(paths, weights, out, config, base_of(options["model"], paths))
@@ -147,10 +148,10 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], 
 
 def _held(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
     """Return how the base model is held if it is quantized like this."""
-    return base_held(load_for(found.unit, found.labels, found.base.path, "auto", "meta", quantize))
+    return describe_base(load_for(found.unit, found.labels, found.base.path, "auto", "meta", quantize))
 
 
-def _print_truncation(cuts: Mapping[str, Cut]) -> None:
+def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
     """Print the error of the SVD that truncated the combination, if one did."""
     deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     if deviation.overall is not None:

@@ -75,7 +75,7 @@ class TextStream:
 
 
 @dataclass(frozen=True)
-class Writing:
+class GenerationConfig:
     """Settings of text generation, which `minilora.generate` checks."""
 
     max_new_tokens: int
@@ -87,21 +87,21 @@ class Writing:
     seed: int = option(0, "seed of the sampling")
 
 
-def add_writing_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the flags of `Writing`, with the command's own default of --max-new-tokens."""
     group = parser.add_argument_group("generation")
     limit = f"maximum number of tokens to generate (default: {max_new_tokens})"
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=limit)
     stop = "end the text before this string; repeat the flag for several"
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=stop)
-    add_fields(parser, Writing, "generation", but=("max_new_tokens", "stop"))
+    add_fields(parser, GenerationConfig, "generation", but=("max_new_tokens", "stop"))
 
 
-def write(
+def generate_text(
     model: Llama,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
-    writing: Writing,
+    writing: GenerationConfig,
     show: Callable[[str], object] | None = None,
 ) -> list[str]:
     """Return the text that the model generates after each prompt. `show` is called with each settled piece."""

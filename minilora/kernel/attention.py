@@ -25,7 +25,7 @@ from minilora.definition import kernel
 MAX_BATCH = 16  # matrices in one batched product; with only 3, one of two threads would be idle part of the time
 # If the longest document has this many tokens, blocks are faster than torch's kernel in float32 on a CPU.
 BLOCK_MIN_TOKENS, BLOCK_MAX_TOKENS = 512, 2048
-Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], int | None], Tensor]
 
 
 @kernel(of=llama.causal_attention)
@@ -41,7 +41,7 @@ def causal_attention(
     return select_kernel(q, key_lengths, window)(q, k, v, lengths, key_lengths, window)
 
 
-def select_kernel(q: Tensor, key_lengths: Sequence[int], window: int | None) -> Kernel:
+def select_kernel(q: Tensor, key_lengths: Sequence[int], window: int | None) -> AttentionFunction:
     """Return the fastest of the three kernels below for a device, a dtype and lengths.
 
     On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of ten on 2 threads, with
@@ -150,13 +150,13 @@ def _equal_neighbours(lengths: Sequence[int], key_lengths: Sequence[int], limit:
         first = last
 
 
-def block_size(dtype: torch.dtype) -> int:
+def query_block_size(dtype: torch.dtype) -> int:
     """Return the queries of a block: the fastest of 64, 96, 128, 192 and 256 in the cases of `select_kernel`."""
     return 128 if dtype == torch.bfloat16 else 64
 
 
 def _blocks(q: Tensor, k: Tensor, group: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows of about `block_size` queries, in blocks of nearly equal size, and the keys that one of them sees.
+    """Yield the rows of about `query_block_size` queries, in blocks of nearly equal size, and the keys that one sees.
 
     The last query is at the position of the last key.
 
@@ -165,7 +165,7 @@ def _blocks(q: Tensor, k: Tensor, group: int, window: int | None) -> Iterator[tu
     [(134, 0, 77), (268, 0, 144), (400, 45, 210)]
     """
     n, m = q.size(1) // group, k.size(1)
-    size = -(-n // max(1, round(n / block_size(q.dtype))))
+    size = -(-n // max(1, round(n / query_block_size(q.dtype))))
     for first in range(0, n, size):
         last, past = min(first + size, n), m - n
         begin = 0 if window is None else max(0, past + first - window + 1)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora import lora
 from minilora.definition import kernel, no_autocast
-from minilora.nf4 import Layout, NF4Linear, Packed, unpack
+from minilora.nf4 import Layout, NF4Linear, Packed, dequantize_weight
 
 TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
 
@@ -89,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
         dx = None
         if needs_dx:
-            weight = unpack(Packed(*parts), ctx.layout, dy.dtype) if ctx.layout else parts[0].to(dy.dtype)
+            weight = dequantize_weight(Packed(*parts), ctx.layout, dy.dtype) if ctx.layout else parts[0].to(dy.dtype)
             dx = (dy @ weight).addmm_(h, lora_A.to(dy.dtype))
         x = x.to(dy.dtype) if needs_dW or needs_dA else x
         dW = dy.T @ x if needs_dW else None

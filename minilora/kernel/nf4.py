@@ -142,5 +142,5 @@ class _NF4Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx, _, needs_db, *_ = ctx.needs_input_grad
-        dx = dy @ nf4.unpack(nf4.Packed(*ctx.saved_tensors), ctx.layout, dy.dtype) if needs_dx else None
+        dx = dy @ nf4.dequantize_weight(nf4.Packed(*ctx.saved_tensors), ctx.layout, dy.dtype) if needs_dx else None
         return dx, None, dy.sum(0) if needs_db else None, *(None,) * 5

@@ -29,7 +29,7 @@ from minilora.models.bitsandbytes import (
     shortest_names,
     stored_tensors,
 )
-from minilora.models.config import LlamaConfig, class_name, read_config_file
+from minilora.models.config import ModelConfig, class_name, read_config_file
 from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
@@ -77,7 +77,7 @@ def load_model(
     config = read_config(location.path)
     if config.unit is not None:
         raise ConfigError(f"{location.path}: is a classifier, which load_classifier reads, and no language model")
-    model = fill(skeleton(config), location, dtype, usable_device(device), quantize)
+    model = load_weights(skeleton(config), location, dtype, usable_device(device), quantize)
     model.tie_weights()
     return model
 
@@ -100,7 +100,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def fill(
+def load_weights(
     model: M,
     location: Location,
     dtype: torch.dtype | str,
@@ -130,14 +130,15 @@ def stored_weights(
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     config = QuantizeConfig.of(quantize)
-    chosen = _chosen(directory, model, packed, config)
+    _check_packed(directory, model, packed, config)
+    chosen = set() if packed else _weights_to_quantize(model, config)
     for name, _ in model.named_parameters():
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
             continue
-        file, dtype = files[name], files[name].dtype(name)
-        if dtype not in DTYPES.values():
-            raise FormatError(f"{file.path}: {name} is {dtype}; supported are {sorted(DTYPES)}")
+        file, stored = files[name], files[name].dtype(name)
+        if stored not in DTYPES.values():
+            raise FormatError(f"{file.path}: {name} is {stored}; supported are {sorted(DTYPES)}")
         if name in chosen:
             try:
                 yield name, NF4Linear.quantize(file.read(name).to(device), None, config.double_quant, target)
@@ -208,7 +209,7 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     return DTYPES[name]
 
 
-def read_config(directory: Path) -> LlamaConfig:
+def read_config(directory: Path) -> ModelConfig:
     """Read a config.json; if it names no dtype, its `source` gets that of the embedding.
 
     Raises:
@@ -256,25 +257,32 @@ def _check_names(
         raise FormatError(f"{directory}: the tensors do not fit config.json:{listed(problems)}")
 
 
-def _chosen(
+def _weights_to_quantize(model: Llama | Classifier, config: QuantizeConfig) -> set[str]:
+    """Return the names of the weights to quantize."""
+    names = {f"{path}.weight" for path in config.chosen(list(_linears(model)))} - {f"{model.head}.weight"}
+    if config.quantize != "none" and not names:
+        raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
+    return names
+
+
+def _check_packed(
     directory: Path, model: Llama | Classifier, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
-) -> set[str]:
-    """Return the names of the weights to quantize: none, if they are packed already, which must be as asked."""
+) -> None:
+    """Check that packed weights are as config.json says and, unless the config is "none", as asked."""
     if is_four_bit(model.config.source) != bool(packed):
         raise FormatError(
             f"{directory}: config.json and the tensors disagree: quantization_config is "
             f"{model.config.source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
         )
+    if not packed or config.quantize == "none":
+        return
     linears = list(_linears(model))
-    chosen = config.chosen(linears)
-    if not packed:
-        names = {f"{path}.weight" for path in chosen} - {f"{model.head}.weight"}
-        if config.quantize != "none" and not names:
-            raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
-        return names
     kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
     is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
-    dense, skipped = {path for path in linears if f"{path}.weight" not in packed}, set(linears) - set(chosen)
+    dense, skipped = (
+        {path for path in linears if f"{path}.weight" not in packed},
+        set(linears) - set(config.chosen(linears)),
+    )
     different: dict[str, tuple[Any, Any]] = {}
     if kinds != {config.quantize}:
         different["quantize"] = "/".join(sorted(kinds)), config.quantize
@@ -282,10 +290,9 @@ def _chosen(
         different["double_quant"] = True, False
     if config.quantize_skip and not skipped <= dense <= skipped | {model.head}:  # the head may be packed or not
         different["quantize_skip"] = shortest_names(list(dense - {model.head}), linears), list(config.quantize_skip)
-    if different and config.quantize != "none":
+    if different:
         listed = "; ".join(f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked) in different.items())
         raise ConfigError(f"{directory}: is quantized already, but differently: {listed}; 'none' loads it as it is")
-    return set()
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -302,7 +309,7 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
     return weights
 
 
-def skeleton(config: LlamaConfig) -> Llama:
+def skeleton(config: ModelConfig) -> Llama:
     """Build a model without storage."""
     with torch.device("meta"):
         return Llama(config)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError, check_types
 from minilora.llama import Decoder, Llama, pad, unpad
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
-from minilora.models.checkpoint import fill, init_weights, load_model, read_config, skeleton, usable_device
-from minilora.models.config import CLASSIFIERS, UNITS, LlamaConfig, Unit, class_name
+from minilora.models.checkpoint import init_weights, load_model, load_weights, read_config, skeleton, usable_device
+from minilora.models.config import CLASSIFIERS, UNITS, ModelConfig, Unit, class_name
 from minilora.models.hub import locate
 from minilora.storage import GROWTH
 
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
     head = "score"
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         assert config.unit is not None
         self.config, self.name_or_path = config, ""
@@ -80,7 +80,7 @@ def load_classifier(
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     if config.unit is None and (unit is None or not labels):
-        raise ConfigError(f"{location.path}: is no classifier; name unit and labels to put a new head on its trunk")
+        raise ConfigError(f"{location.path}: is not a classifier; give unit and labels to put a new head on it")
     if config.unit and (unit not in (None, config.unit) or not set(labels) <= set(config.labels)):
         found = f"gives each {config.unit} one of {list(config.labels)}"
         asked = f"gives each {unit or config.unit} one of {list(labels)}"
@@ -88,7 +88,7 @@ def load_classifier(
     model = skeleton_for(unit or config.unit, labels, config)
     assert isinstance(model, Classifier)
     if config.unit:
-        return fill(model, location, dtype, usable_device(device), quantize)
+        return load_weights(model, location, dtype, usable_device(device), quantize)
     base = load_model(location.name, dtype, device, quantize)
     model.model, model.name_or_path = base.model, base.name_or_path
     draw_head(model, seed)
@@ -116,7 +116,7 @@ def load_for(
     return load_classifier(name_or_path, unit, labels, dtype, device, quantize, seed)
 
 
-def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) -> Llama | Classifier:
+def skeleton_for(unit: Unit | None, labels: Sequence[str], config: ModelConfig) -> Llama | Classifier:
     """Build what `load_for` loads, without storage, from the config of a language model or of a classifier."""
     if unit is None:
         return skeleton(config)
@@ -124,7 +124,7 @@ def skeleton_for(unit: Unit | None, labels: Sequence[str], config: LlamaConfig) 
         return Classifier(config if config.unit else classifier_config(config, unit, labels))
 
 
-def classifier_config(config: LlamaConfig, unit: Unit, labels: Sequence[str]) -> LlamaConfig:
+def classifier_config(config: ModelConfig, unit: Unit, labels: Sequence[str]) -> ModelConfig:
     """Return the config of a language model as that of a classifier."""
     if len(labels) < 2 or len(set(labels)) != len(labels):  # transformers reads one label as a regression
         raise ConfigError(f"labels: found {list(labels)!r:.80}, need at least two different ones")

@@ -163,11 +163,11 @@ CLASSIFIERS: dict[str, Unit] = {"ForSequenceClassification": "sequence", "ForTok
 UNITS: dict[str | None, Unit] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}  # PEFT's task_type -> what gets a class
 
 
-class LlamaConfig(llama.LlamaConfig):
+class ModelConfig(llama.LlamaConfig):
     """One decoder of any of the families."""
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
+    def from_dict(cls, source: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json` of transformers 4 or 5.
 
         Raises:
@@ -230,10 +230,10 @@ class LlamaConfig(llama.LlamaConfig):
         raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
 
 
-def read_config_file(path: Path) -> LlamaConfig:
+def read_config_file(path: Path) -> ModelConfig:
     """Read a config.json by itself; an error of `LlamaConfig.from_dict` names it."""
     try:
-        return LlamaConfig.from_dict(read_json(path))
+        return ModelConfig.from_dict(read_json(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -25,7 +25,7 @@ from minilora.errors import ConfigError, ShapeError, TrainingError, check_types
 from minilora.llama import Llama, LlamaConfig, causal_attention
 from minilora.models.config import ScaledRope
 
-OnToken = Callable[[int, int], bool | None]
+OnToken = Callable[[int, int], bool | None]  # (row, token) -> True to end the row
 
 
 # What threads do with a model, since its mode is one for all of them. A model is in here only while a block runs.
@@ -96,8 +96,8 @@ class KVCache:
         self.lengths = [0] * documents
         self._windows, self._rope = set(config.windows), config.rope
 
-    def held(self, document: int, length: int) -> int:
-        """Return how many tokens of a document of this length are cached; none, if their rotation has changed."""
+    def reuse(self, document: int, length: int) -> int:
+        """Return how many cached tokens of a document of this length hold; none if their rotation changes with it."""
         if isinstance(self._rope, ScaledRope) and self._rope.changes(self.lengths[document], length):
             self.lengths[document] = 0
         return self.lengths[document]
@@ -217,7 +217,7 @@ def generate(
         while running:
             feed: list[list[int]] = [[] for _ in documents]
             for row in running:
-                feed[row] = documents[row][cache.held(row, len(documents[row])) :]
+                feed[row] = documents[row][cache.reuse(row, len(documents[row])) :]
             logits = _next_logits(model, feed, cache)
             texts, drawn = [documents[row] for row in running], [generators[row] for row in running]
             chosen = _choose(logits, texts, drawn, temperature, top_p, top_k, repetition_penalty)

@@ -27,7 +27,7 @@ from minilora.models.checkpoint import read_config, resolve_dtype, usable_device
 from minilora.models.classifier import Classifier, draw_head, load_for
 from minilora.models.config import Unit
 from minilora.models.hub import locate
-from minilora.nf4 import BLOCK_SIZE, NF4Linear, Packed, pack, quantize, quantize_absmax, unpack
+from minilora.nf4 import BLOCK_SIZE, NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax, quantize_weight
 from minilora.storage import TensorFile, tensor_files
 
 Rows = Callable[[int], slice]  # of a tensor's number of rows, those to read
@@ -115,7 +115,7 @@ def whole_weight(module: nn.Module) -> Tensor:
     """Return the weight of a layer with the rows of all ranks, dequantized if packed; every rank must call it."""
     if isinstance(module, NF4Linear):
         parts: list[Any] = [None if part is None else whole(part) for part in module.parts]
-        return unpack(Packed(*parts), module.layout, module.dtype)
+        return dequantize_weight(Packed(*parts), module.layout, module.dtype)
     return whole(module.get_parameter("weight"))
 
 
@@ -148,7 +148,7 @@ def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile]
     dense, device, is_double = files[weight].read(weight), module.packed.device, module.scales is not None
     try:
         if module.packed.dim() == 1:  # rows end within blocks
-            return Packed(*map(cut, pack(dense.to(device), is_double), module.parts))
+            return Packed(*map(cut, quantize_weight(dense.to(device), is_double), module.parts))
         packed, absmax = quantize_rows(dense, rows(len(dense)), device)
         rest = quantize_absmax(absmax.view(-1)) if is_double else (absmax, None, None)
     except TrainingError as error:

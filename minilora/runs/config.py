@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from minilora.adapters.config import RENAMED, LoraConfig
+from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
 from minilora.adapters.layout import read_adapter
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import UNITS, LlamaConfig
+from minilora.models.config import UNITS, ModelConfig
 from minilora.models.hub import fetch
 from minilora.storage import BUILTIN
 
@@ -198,7 +198,7 @@ class RunConfig:
 
 
 def check_settings(
-    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: LlamaConfig
+    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: ModelConfig
 ) -> None:
     """Check the settings of a run against each other, against its base model, and against the adapter to start from.
 
@@ -217,18 +217,17 @@ def check_settings(
         raise ConfigError("--general-data: without effect on a classifier; leave it out")
     if quantization.quantize == "none" and quantization != QuantizeConfig():
         idle = [field.name for field in fields(QuantizeConfig) if getattr(quantization, field.name) != field.default]
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ConfigError(f"{flags}: without effect; give --quantize nf4, too")
+        raise ConfigError(f"{', '.join(map(flag, idle))}: without effect; give --quantize nf4, too")
     if run.adapter is not None:
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
         own = read_adapter(fetch(run.adapter, "adapter")).config()
-        for name, flag in _differing(lora, own):
-            bad.append(f"{flag} {getattr(lora, name)!r:.80} (it has {getattr(own, name)!r:.80})")
+        for name in _differing(lora, own):
+            bad.append(f"{flag(name)} {getattr(lora, name)!r:.80} (it has {getattr(own, name)!r:.80})")
         if bad:
             raise ConfigError(f"--adapter {run.adapter}: leave out what it decides itself: {', '.join(bad)}")
     if not is_full:
         return
-    idle = [flag for name, flag in _differing(lora, LoraConfig()) if name != "task_type"]
+    idle = [flag(name) for name in _differing(lora, LoraConfig()) if name != "task_type"]
     idle += ["--loraplus-lr-ratio"] if training.loraplus_lr_ratio is not None else []
     bad = [f"{', '.join(sorted(idle))}: without effect, since there is no adapter"] if idle else []
     if quantization.quantize != "none" or base.source.get("quantization_config"):
@@ -241,10 +240,9 @@ def check_settings(
         raise ConfigError("--method full: " + "; ".join(bad))
 
 
-def _differing(lora: LoraConfig, other: LoraConfig) -> list[tuple[str, str]]:
-    """Return the names of the fields in which two configs differ, each with its flag."""
-    names = [field.name for field in fields(LoraConfig) if getattr(lora, field.name) != getattr(other, field.name)]
-    return [(name, f"--{RENAMED.get(name, name).replace('_', '-')}") for name in names]
+def _differing(lora: LoraConfig, other: LoraConfig) -> list[str]:
+    """Return the names of the fields in which two configs differ."""
+    return [field.name for field in fields(LoraConfig) if getattr(lora, field.name) != getattr(other, field.name)]
 
 
 def resolve(
@@ -252,7 +250,7 @@ def resolve(
 ) -> dict[str, Any]:
     """Return all settings by the names of their flags."""
     values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(reading), **asdict(training)}
-    return {RENAMED.get(name, name): value for name, value in values.items()}
+    return {FLAG_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def default_settings() -> dict[str, Any]:

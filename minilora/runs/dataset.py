@@ -39,9 +39,9 @@ from minilora.runs.formats import Row
 from minilora.storage import BAD_ROWS, read_json
 
 T = TypeVar("T")
-NUMBER = np.dtype("<i4")
+INT32 = np.dtype("<i4")
 ROW = np.dtype(
-    [("begin", "<i8"), *((name, NUMBER) for name in ("length", "labelled", "largest", "file", "line"))]
+    [("begin", "<i8"), *((name, INT32) for name in ("length", "labelled", "largest", "file", "line"))]
 )  # largest: of the ids in it; file: an index; line: -1 if the source of the row names none
 ARRAYS = ("tokens", "labels", "rows")
 PART = 500  # rows that are encoded at a time
@@ -107,8 +107,8 @@ class Dataset(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(self.rows[index])
         begin, length, _, _, file, line = self.rows[index].item()
-        span = slice(begin * NUMBER.itemsize, (begin + length) * NUMBER.itemsize)
-        tokens, labels = (np.frombuffer(held[span], NUMBER).tolist() for held in (self.tokens, self.labels))
+        span = slice(begin * INT32.itemsize, (begin + length) * INT32.itemsize)
+        tokens, labels = (np.frombuffer(held[span], INT32).tolist() for held in (self.tokens, self.labels))
         return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""), self.shift)
 
     def take(self, rows: NDArray[Any]) -> Dataset:
@@ -130,7 +130,7 @@ def sizes_of(examples: Sequence[Example]) -> NDArray[Any]:
     """Return the numbers of tokens and of learned labels of each example, (rows, 2)."""
     if isinstance(examples, Dataset):
         return np.column_stack([examples.rows["length"], examples.rows["labelled"]])
-    return np.array([(len(each.tokens), each.labelled) for each in examples], NUMBER).reshape(-1, 2)
+    return np.array([(len(each.tokens), each.labelled) for each in examples], INT32).reshape(-1, 2)
 
 
 class Encoder(Protocol):
@@ -195,7 +195,7 @@ def encode_part(rows: Sequence[Row], encode: Encoder) -> Part:
         kept.append((len(tokens), len(cut.tokens), labelled, largest, files.setdefault(file, len(files)), line))
         tokens += cut.tokens
         labels += cut.labels
-    arrays = np.array(tokens, NUMBER).tobytes(), np.array(labels, NUMBER).tobytes(), np.array(kept, ROW)
+    arrays = np.array(tokens, INT32).tobytes(), np.array(labels, INT32).tobytes(), np.array(kept, ROW)
     return Part(*arrays, tuple(files), counts, bad, rows[0].source, rows[-1].source)
 
 
@@ -256,7 +256,7 @@ def build_dataset(
                 part.rows["file"] = np.array([files.setdefault(f, len(files)) for f in part.files])[part.rows["file"]]
             for sink, content in zip(sinks, (part.tokens, part.labels, part.rows.tobytes()), strict=True):
                 sink.write(content)
-            first, size = first or part.first, size + len(part.tokens) // NUMBER.itemsize
+            first, size = first or part.first, size + len(part.tokens) // INT32.itemsize
             counts += part.counts
             bad += part.bad
             if len(bad) > BAD_ROWS:
@@ -283,7 +283,7 @@ def open_dataset(directory: Path) -> Dataset:
     return Dataset(tokens, labels, np.fromfile(directory / "rows.bin", ROW), **values)
 
 
-def keep_dataset(folder: Path, key: str, write: Callable[[Path], Any]) -> Dataset:
+def cached_dataset(folder: Path, key: str, write: Callable[[Path], Any]) -> Dataset:
     """Open the data set that a folder, or the same one of a run beside it, keeps under a key; or write it there.
 
     A directory that is not as it was written is not used. Of several ranks, the first decides and writes.

@@ -1,6 +1,6 @@
 """Held-out loss, accuracy among choices or classes, F1, exact match, and drift on general text.
 
-Batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
+Except for generated text, batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
 """
 
 from __future__ import annotations

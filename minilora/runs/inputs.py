@@ -25,8 +25,8 @@ from minilora.models.config import Unit
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.data import ClassEncoder, TextEncoder, encode_classes, encode_rows, find_labels, use_prompt_style
-from minilora.runs.dataset import Dataset, Encoder, build_dataset, keep_dataset
+from minilora.runs.dataset import Dataset, Encoder, build_dataset, cached_dataset
+from minilora.runs.encoders import ClassEncoder, TextEncoder, encode_classes, encode_rows, find_labels, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.formats import Row
 from minilora.storage import ASSETS, BAD_ROWS, BUILTIN, JSON_VALUES, LINE_BYTES, check_link, read_chunks
@@ -35,7 +35,7 @@ LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 HELD_OUT = {*SPLITS["valid"], *SPLITS["test"], "dev", "eval"}
 LARGE = 2**25  # bytes of files from which on their rows are encoded by several processes and kept on the disk
-KEPT_VERSION = 1  # of what is kept; a change of how rows are encoded needs another number
+CACHE_VERSION = 1  # of what is kept; a change of how rows are encoded needs another number
 
 
 def load_dataset(
@@ -76,8 +76,8 @@ class Data:
 
     tokenizer: Tokenizer
     train: Dataset
-    valid: Dataset
-    test: Dataset
+    valid: Dataset  # evaluated during training: `held_out` of `train`
+    test: Dataset  # measured before and after
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = field(default_factory=Dataset)
@@ -97,13 +97,13 @@ def load_data(
     training: TrainConfig,
     unit: Unit | None = None,
     labels: tuple[str, ...] = (),
-    held_out: str | None = None,
+    eval_data: str | None = None,
     folder: Path | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Data:
     """Read and tokenize training, validation and test rows; the tokenizer gets their prompt style.
 
-    The test rows are those of `held_out`, if it is given. Without a test file, a share of the training rows is held
+    The test rows are those of `eval_data`, if it is given. Without a test file, a share of the training rows is held
     out, and another one for validation if the run selects the best adapter. With a `unit` rows have classes, by default
     all labels of the training rows. Rows of large files are kept in `folder`, if it is given, and `show` is called with
     lines on the progress.
@@ -115,10 +115,10 @@ def load_data(
     files = _find_files(names)
     if len(names) > 1 and (found := [path for path in files["train"] if is_named_held_out(path)]):
         raise DataError(f"{found[0]}: --data would train on it; give it as --eval-data, or under another name")
-    if held_out is not None:
+    if eval_data is not None:
         if "test" in files:
-            raise DataError(f"{held_out}: --data has a test split, {files['test'][0]}; leave --eval-data out")
-        files["test"] = find_eval_files(held_out)
+            raise DataError(f"{eval_data}: --data has a test split, {files['test'][0]}; leave --eval-data out")
+        files["test"] = find_eval_files(eval_data)
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
     if unit is None:
@@ -158,7 +158,7 @@ def _encode(paths: Sequence[Path], encode: Encoder, folder: Path | None, show: C
     if folder is None or sum(path.stat().st_size for path in paths) < LARGE:
         return build_dataset(stream_rows(*paths), encode)
     versions = [importlib.metadata.version(name) for name in ("minilora", "tokenizers", "jinja2")]
-    parts = [KEPT_VERSION, versions, encode.key, [(str(path), sha256_of(path)) for path in paths]]
+    parts = [CACHE_VERSION, versions, encode.key, [(str(path), sha256_of(path)) for path in paths]]
 
     def write(directory: Path) -> None:
         lines = {str(path): count_lines(path) for path in paths}
@@ -170,7 +170,7 @@ def _encode(paths: Sequence[Path], encode: Encoder, folder: Path | None, show: C
 
         build_dataset(stream_rows(*paths), encode, directory, report)
 
-    return keep_dataset(folder, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), write)
+    return cached_dataset(folder, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), write)
 
 
 def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Dataset:

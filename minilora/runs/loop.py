@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.attach import base_held
+from minilora.adapters.attach import describe_base
 from minilora.adapters.config import LoraConfig
 from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
@@ -36,7 +36,7 @@ from minilora.runs.objective import (
     rate_of_step,
     trained_parameters,
 )
-from minilora.runs.seeded import MicroBatch, Steps, plan_steps, seeded, set_dropout_step
+from minilora.runs.seeded import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
 from minilora.runs.sizes import Plan
 from minilora.storage import is_finite
 from minilora.training import Loss, total_norm, train_step
@@ -126,7 +126,7 @@ def train(
             config = replace(config, recompute="none")  # a given loss recomputes by itself
     objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
-    run = _Run(model, build_optimizer(model, config), objective, dataset, steps, config)
+    run = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder, state = None if checkpoint_dir is None else Path(checkpoint_dir), checkpoints.State()
     if folder is not None and any(is_sharded(p) for p in trained_parameters(run.optimizer).values()):
         raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
@@ -141,7 +141,7 @@ def train(
                 stack.enter_context(returned_memory())
             if config.compile:
                 stack.enter_context(compiled(model, loss is not None))
-            return _train(run, state, on_step or (lambda record: None), held_out, folder)
+            return _run_steps(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
             parameter.grad = None
@@ -159,7 +159,7 @@ def _with_fitting_recompute(
         model.config,
         lora,
         config,
-        QuantizeConfig("none" if base_held(model)["quantize"] == "none" else "nf4"),
+        QuantizeConfig("none" if describe_base(model)["quantize"] == "none" else "nf4"),
         weight.dtype,
         weight.device,
         sizes_of(dataset),
@@ -172,14 +172,14 @@ def _with_fitting_recompute(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Job:
     """A run: what all of its steps share."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
-    steps: Steps
+    steps: StepPlan
     config: TrainConfig
 
     def batches(self, step: int) -> list[MicroBatch]:
@@ -196,8 +196,8 @@ class _Run:
         return (total, number) if batch.is_counted else (0 * total, 0)
 
 
-def _train(
-    run: _Run, state: checkpoints.State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None
+def _run_steps(
+    run: _Job, state: checkpoints.State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None
 ) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
     model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
@@ -249,17 +249,17 @@ def _train(
     return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
 
 
-def _check_ranks(run: _Run, step: int) -> None:
+def _check_ranks(run: _Job, step: int) -> None:
     """Check that all ranks hold the same parameters, and give all the first one's buffers, as those of a batch norm."""
     trained = trained_parameters(run.optimizer)
     world.check_equal([*trained.values()], f"step {step}")
     world.broadcast_(tensor for name, tensor in checkpoints.trained_tensors(run.model).items() if name not in trained)
 
 
-def _step(run: _Run, step: int, batches: list[MicroBatch]) -> tuple[Record, list[MicroBatch]]:
+def _step(run: _Job, step: int, batches: list[MicroBatch]) -> tuple[Record, list[MicroBatch]]:
     """Make one optimizer step; return its record, and the micro-batches of the next step.
 
-    The device is waited for once, when everything is queued and the next micro-batches are on their way.
+    It waits for the device once, after the step and the copies of the next micro-batches are queued.
     """
     model, config, trained = run.model, run.config, trained_parameters(run.optimizer)
     now = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -306,7 +306,7 @@ def _add_over_ranks(tensors: list[Tensor], count: int) -> int:
     return int(world.sum_over_ranks(count)[0])
 
 
-def _first_nonfinite(run: _Run, step: int, batches: Sequence[MicroBatch]) -> str:
+def _first_nonfinite(run: _Job, step: int, batches: Sequence[MicroBatch]) -> str:
     """Compute a step again, and return where its first number that is not finite is, and of which rows."""
     config, model = run.config, run.model
     eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
@@ -318,6 +318,6 @@ def _first_nonfinite(run: _Run, step: int, batches: Sequence[MicroBatch]) -> str
     return f"first bad: {where}; rows: {_sources(run, step)}"
 
 
-def _sources(run: _Run, step: int) -> str:
+def _sources(run: _Job, step: int) -> str:
     """Return where the rows of a step are from."""
     return ", ".join(str(getattr(run.dataset[row], "source", row)) for rows in run.steps[step] for row in rows)

@@ -1,8 +1,8 @@
 """The machine that a run computes on: memory that is used, free and kept, and the number of threads.
 
-A step frees all memory that it allocated, and the next allocates the same again. glibc returns large blocks to the
-system at once, which clears each page before it is used again: of a step of SmolLM2 on a CPU that took a tenth to a
-quarter. So a run keeps its freed memory (`kept_memory`).
+A step frees the memory that it allocated, and the next one allocates it again. glibc returns large freed blocks to the
+system, which zeroes them before they are used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps
+its freed memory (`kept_memory`).
 
 At the end of each matrix product the threads wait for the slowest one. Where products are tiny, or other programs keep
 the cores busy, one thread is often faster than all of them (`choose_threads`).

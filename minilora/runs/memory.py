@@ -19,10 +19,10 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from minilora.adapters.config import LoraConfig
-from minilora.adapters.parts import init_from_weight
+from minilora.adapters.config import LoraConfig, flag
+from minilora.adapters.parts import is_from_weight
 from minilora.errors import TrainingError
-from minilora.kernel.attention import MAX_BATCH, block_attention, block_size, fused_attention, select_kernel
+from minilora.kernel.attention import MAX_BATCH, block_attention, fused_attention, query_block_size, select_kernel
 from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.lora import tile_size
 from minilora.llama import Recompute
@@ -57,7 +57,7 @@ class Forecast:
     # layer with a dequantized weight, or an evaluation, which needs no activations. Of a base that is sharded also the
     # weights of two blocks: the one that is computed, and the next.
     working: int
-    kept: int  # what the C library, oneDNN and kernels hold besides tensors
+    overhead: int  # what the C library, oneDNN and kernels hold besides tensors
 
     @property
     def peak(self) -> int:
@@ -77,7 +77,7 @@ def forecast(plan: Plan) -> Forecast:
     factors, others, ranks = trained_sizes(lora, shapes, config.tie_word_embeddings)
     gradients = WIDE * sum(factors + others)
     adapters = (lora is not None) * gradients
-    if lora is not None and init_from_weight(lora.init_lora_weights):
+    if lora is not None and is_from_weight(lora.init_lora_weights):
         adapters += WIDE * sum(factors)  # the start, which is subtracted
     adapters += (training.keep == "best") * gradients
 
@@ -103,17 +103,17 @@ def forecast(plan: Plan) -> Forecast:
     holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
     holes += working * bool(np.ptp(plan.rows, axis=0)[0])
     holes *= not is_sharded  # then memory is given back at once
-    kept = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
+    overhead = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
         plan.device.type == "cpu"
     )
-    return Forecast(base.held, adapters, gradients, 2 * gradients, activations, working, kept)
+    return Forecast(base.held, adapters, gradients, 2 * gradients, activations, working, overhead)
 
 
 def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
     """Return what oneDNN keeps of the products of all micro-batches, but for those of the first, in `LIBRARIES`."""
     if plan.dtype != torch.bfloat16:
         return 0
-    steps, size = plan_steps(np.asarray(plan.rows)[:, 0], plan.training), block_size(plan.dtype)
+    steps, size = plan_steps(np.asarray(plan.rows)[:, 0], plan.training), query_block_size(plan.dtype)
     linears = {shape for name, shape in shapes.items() if len(shape) == 2 and name.startswith("model.layers.")}
     outputs, inputs = ({*sizes} for sizes in zip(*linears, strict=True))
     # x Wᵀ and dy W of each shape; x Aᵀ, h A and hᵀ x of each width of x; u Bᵀ, dy B and dyᵀ u of each width of y.
@@ -151,7 +151,7 @@ def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again
     swiglu = again - done + max(gates, linear - terms["mlp gate and up"])
     T = max(lengths)
     together = min(max(1, MAX_BATCH // config.num_key_value_heads), lengths.count(T))
-    scores = together * H * min(T, block_size(plan.dtype)) * T
+    scores = together * H * min(T, query_block_size(plan.dtype)) * T
     mlp = sum(size for name, size in terms.items() if name.startswith("mlp"))
     attention = again - mlp + d * (N * (D + 2 * H * config.head_dim) + 3 * scores)  # dy and do; P, dP and dS
     return tied + max(norm, swiglu, attention)
@@ -180,7 +180,7 @@ def layer_terms(
 
     def branches(*names: str) -> int:
         """Count u = s·A x of each adapter, and what DoRA scales, for the gradient of its magnitude."""
-        own, times = [path for path, r in adapted.items() if path.startswith(names) and r], 1 + init_from_weight(init)
+        own, times = [path for path, r in adapted.items() if path.startswith(names) and r], 1 + is_from_weight(init)
         return d * sum(times * adapted[path] + lora.use_dora * shapes[f"{prefix}{path}.weight"][0] for path in own)
 
     terms = {
@@ -241,7 +241,7 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
     name = "batch_size" if training.batch_tokens is None else "batch_tokens"
     size = training.batch_tokens or min(training.batch_size, len(plan.rows))
     changes: dict[str, Any] = {name: (size + 1) // 2, "gradient_accumulation_steps": more}
-    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changes.items())
+    flags = " ".join(f"{flag(key)} {value}" for key, value in changes.items())
     is_same = training.batch_tokens is None and size % 2 == 0
     cost = "the gradient is the same" if is_same else "a step has about as many tokens"
     yield flags, replace(plan, training=replace(training, **changes)), cost

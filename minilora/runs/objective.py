@@ -1,4 +1,4 @@
-"""What a run minimises, Σ of losses / their number over all rows of a step, and the rate of each parameter.
+"""The training objective, Σ of losses / their number over all rows of a step; the optimizer and its rates.
 
 The default is the loss of tokens, for the decoders of this package. A loss that is given is a function of any module
 and of a list of rows of any kind.

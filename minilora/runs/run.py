@@ -32,7 +32,7 @@ from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.layout import classes_of
 from minilora.definition import is_plain
 from minilora.durable import (
-    KEPT,
+    CACHE_DIR,
     MANIFEST,
     append_line,
     holds_files,
@@ -66,7 +66,7 @@ from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan, Shard
 from minilora.storage import MODEL_FILES, read_json, read_text
 
-HASHED = ("out", "model", "adapter", "data", "eval_data")  # whose contents are compared, wherever they lie now
+HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
@@ -168,7 +168,7 @@ class Run:
         return Earlier(starts, data, checkpoint, damaged)
 
     def claim(self, data: Data) -> None:
-        """Create and lock the directory of a new run; check that one that is there has this data and may be as long."""
+        """Lock the directory of a new run; of a resumed one, check that data and length still fit."""
         world.from_first(lambda: self._claim(data))
 
     def _claim(self, data: Data) -> None:
@@ -197,7 +197,7 @@ class Run:
         tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
         labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
         names, held_out = self.config.data, self.config.eval_data
-        kept = self.out / KEPT
+        kept = self.out / CACHE_DIR
         data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out, kept, show)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
@@ -212,8 +212,8 @@ class Run:
         tokenizer, template = load_tokenizer(path if has_own else self.config.model), path / "chat_template.jinja"
         return tokenizer.with_template(read_text(template)) if template.is_file() else tokenizer
 
-    def forecast_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
-        """Forecast the memory of the run on a device; auto of `--recompute` and `--shard` becomes what fits into it."""
+    def fit_to_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
+        """Resolve auto of `--recompute` and `--shard`, for all later calls, to what fits into the device's memory."""
         config = self.base_config
         plan = Plan(
             replace(config, vocab_size=max(config.vocab_size, self._vocabulary(data))),

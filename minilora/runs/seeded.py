@@ -37,7 +37,7 @@ class MicroBatch(NamedTuple):
     is_counted: bool  # or else another rank has it, too
 
 
-class Steps:
+class StepPlan:
     """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes."""
 
     def __init__(self, lengths: Numbers, rows: NDArray[np.int32], sizes: Numbers, counts: Numbers):
@@ -62,7 +62,7 @@ class Steps:
         return self.rows[self.ends[index] : self.ends[index + 1]].tolist()
 
 
-def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> Steps:
+def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> StepPlan:
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
@@ -89,7 +89,7 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
         total += steps
         if total == max_steps:
             break
-    return Steps(lengths, *(np.concatenate(parts) for parts in (rows, sizes, counts)))
+    return StepPlan(lengths, *(np.concatenate(parts) for parts in (rows, sizes, counts)))
 
 
 def _micro_batches(lengths: Numbers, config: TrainConfig, epoch: int) -> tuple[Numbers, Numbers]:

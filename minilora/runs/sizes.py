@@ -40,7 +40,7 @@ GROUPS = (
     ("mlp.down",),
 )
 Shapes = dict[str, tuple[int, ...]]
-Rows = tuple[int, int]  # of a tensor: how many there are, and bytes of one
+RowBytes = tuple[int, int]  # of a tensor: how many there are, and bytes of one
 Shard = Literal["none", "base"]
 
 
@@ -123,7 +123,7 @@ def packed_names(config: LlamaConfig, quantization: QuantizeConfig, shapes: Shap
     return chosen, quantization.double_quant
 
 
-def packed_rows(shape: tuple[int, ...], double_quant: bool) -> list[Rows]:
+def packed_rows(shape: tuple[int, ...], double_quant: bool) -> list[RowBytes]:
     """Return the rows of the tensors of a weight in four bits: codes, absmaxes, and with double quantization theirs.
 
     Codes and absmaxes have the weight's rows if these are whole blocks; all else is flat.
@@ -170,7 +170,7 @@ def base_bytes(
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """What one rank does in a step."""
 
     flop: int  # of matrix products and attention
@@ -186,13 +186,13 @@ class Step:
         are complete only after the backward pass, so their sum overlaps with nothing. All ranks are as fast, and
         have micro-batches of one size; latency is not counted.
 
-        >>> Step(flop=600, reduced=10, gathered=20).seconds(gemm_rate=100, bandwidth=5)
+        >>> StepCost(flop=600, reduced=10, gathered=20).seconds(gemm_rate=100, bandwidth=5)
         8.0
         """
         return max(self.flop / gemm_rate, self.gathered / bandwidth) + self.reduced / bandwidth
 
 
-def forecast_step(plan: Plan) -> Step:
+def forecast_step(plan: Plan) -> StepCost:
     """Compute what a rank does in a step that has all its micro-batches, the largest of the run.
 
     FLOP = g · `batch_flop`;    reduced = 2 (N-1)/N · 4 P;    gathered = g · 2 (N-1)/N · S
@@ -206,7 +206,7 @@ def forecast_step(plan: Plan) -> Step:
     factors, others, ranks = trained_sizes(plan.lora, shapes, config.tie_word_embeddings)
     S = sum(base_bytes(config, plan.quantization, plan.dtype, shapes, N).blocks) if plan.shard == "base" else 0
     reduced = 2 * (N - 1) * WIDE * sum(factors + others) // N
-    return Step(g * batch_flop(plan, shapes, ranks), reduced, g * 2 * (N - 1) * S // N)
+    return StepCost(g * batch_flop(plan, shapes, ranks), reduced, g * 2 * (N - 1) * S // N)
 
 
 def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:

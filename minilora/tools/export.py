@@ -19,11 +19,11 @@ from torch import Tensor
 
 from minilora.adapter import PREFIX
 from minilora.adapters.layout import (
-    BRINGS,
-    INFORMATION,
+    FIELD_OF_TENSOR,
+    IGNORED_FIELDS,
     PEFT_DEFAULTS,
     PLAIN_INITS,
-    READ,
+    READ_FIELDS,
     WEIGHTS_FILE,
     Stored,
     factor_name,
@@ -59,7 +59,7 @@ def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     """
     places = {name: parse_tensor_name(name) for name in shapes}
     found = {field for field in FOLDED | NOT_PLAIN if values.get(field) not in (None, False, "none", [], {})}
-    found |= {BRINGS[key] for _, key in places.values() if key in BRINGS}
+    found |= {FIELD_OF_TENSOR[key] for _, key in places.values() if key in FIELD_OF_TENSOR}
     if any(not module for module, _ in places.values()) and not found & {"modules_to_save", "bias"}:
         found.add("modules_to_save")
     if any("lora_embedding_" in name for name in places):
@@ -69,7 +69,8 @@ def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     effects = {name: effect for name, effect in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
     if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
         effects["init_lora_weights"] = f"{init!r:.60} changes the base's weights at the start"
-    unknown = [key for key in values if key not in READ | INFORMATION and PEFT_DEFAULTS.get(key) != values[key]]
+    known = READ_FIELDS | IGNORED_FIELDS
+    unknown = [key for key in values if key not in known and PEFT_DEFAULTS.get(key) != values[key]]
     return effects | {key: f"{values[key]!r:.60}" for key in unknown if values[key]}
 
 
@@ -89,7 +90,7 @@ def export_adapter(path: str | Path, out: str | Path) -> int:
         raise ConfigError(
             f"{stored.path} has no plain form:\n  "
             + "\n  ".join(reasons)
-            + "\nevery reader takes the model that minilora merge writes"
+            + "\n`minilora merge` writes a model, which every reader can load"
         )
     rank, tensors = plain_tensors(stored)
     write_adapter(Path(out), {**stored.values, **PLAIN, "r": rank, "lora_alpha": rank}, tensors, file.metadata)

@@ -28,7 +28,7 @@ from minilora.models.checkpoint import EMBEDDING, HEAD, read_config
 from minilora.models.classifier import grow_vocabulary, load_for
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.tokenizer import Tokenizer
-from minilora.nf4 import unpack
+from minilora.nf4 import dequantize_weight
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import default_settings
 from minilora.runs.reports import read_records
@@ -223,7 +223,7 @@ def _base_weight(base: Mapping[str, TensorFile], packed: Mapping[str, list[str]]
     if name == HEAD and HEAD not in base:  # tied
         name = EMBEDDING
     if name in packed:
-        return unpack(*read_packed(base, packed[name], torch.device("cpu")), torch.float32)
+        return dequantize_weight(*read_packed(base, packed[name], torch.device("cpu")), torch.float32)
     tensor = base[name].read(name) if name in base else None
     return None if tensor is None or tensor.dtype not in ADAPTER_DTYPES or tensor.dim() < 2 else tensor.flatten(1)
 

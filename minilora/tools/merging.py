@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers, set_adapter
-from minilora.adapters.attach import base_held
+from minilora.adapters.attach import describe_base
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import (
     CONFIG_FILE,
-    REPEATED,
+    DETERMINISTIC_INITS,
     WEIGHTS_FILE,
     classes_of,
     parse_tensor_name,
@@ -50,7 +50,7 @@ from minilora.models.checkpoint import (
 from minilora.models.classifier import Classifier, grow_vocabulary, grown, load_for, skeleton_for
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
-from minilora.nf4 import NF4Linear, pack, unpack
+from minilora.nf4 import NF4Linear, dequantize_weight, quantize_weight
 from minilora.storage import SHARD_BYTES, TensorFile, read_json
 
 CHUNK = 2**16  # elements of a weight that are converted to float64 at a time, so that they stay in the cache
@@ -121,7 +121,7 @@ def merge_directory(
         base.load(base.trained)  # raises its errors before anything is written
     held = base.load(base.quantize)
     layers = _load_adapters(base, paths)
-    kind = base_held(held)["quantize"]
+    kind = describe_base(held)["quantize"]
     if target is None:
         target = "original" if kind == "none" else "dequantized"
     _check(base, target, kind)
@@ -239,7 +239,7 @@ def _load_adapters(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWr
 def _needed_modules(adapter: Path) -> set[str]:
     """Return the paths of the modules whose weights are needed to read an adapter."""
     found = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
-    is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in REPEATED
+    is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in DETERMINISTIC_INITS
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
@@ -263,7 +263,7 @@ def _merged_weights(
         merged = _merge_layer(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
         if more := merged.keys() - weights.keys():
             raise ConfigError(
-                f"{path}: the adapters add {sorted(more)}, which a {base.config.model_type} has no place for"
+                f"{path}: the adapters add {sorted(more)}, but a {base.config.model_type} has no such parameter"
             )
         for key, (weight, trained) in weights.items():
             result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
@@ -299,7 +299,7 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
     """Quantize the weight as the example is quantized, if it is."""
     if not isinstance(example, NF4Linear):
         return weight
-    parts = pack(weight, example.scales is not None, example.layout.block_size)
+    parts = quantize_weight(weight, example.scales is not None, example.layout.block_size)
     return NF4Linear(parts, example.layout, None, example.dtype)
 
 
@@ -309,9 +309,10 @@ def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tupl
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
     now, before = (
-        layer.as_matrix(unpack(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()).cpu()
+        dequantize_weight(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()
         for w in (merged, trained)
     )
+    now, before = layer.as_matrix(now).cpu(), layer.as_matrix(before).cpu()
     error = effect = 0.0
     rows = max(1, CHUNK // now.size(1))
     for begin in range(0, now.size(0), rows):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ, WEIGHTS_FILE
+from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ_FIELDS, WEIGHTS_FILE
 from minilora.testing.compare import MATHS, PARITY, assert_parity
 from tests.files import edit, save_file
 from tests.models import examples, perturb_, seeds, tiny_model, token_ids
@@ -351,9 +351,9 @@ def test_a_field_of_a_later_version_is_accepted_if_it_says_nothing_and_else_refu
 def test_every_field_that_peft_writes_is_known_and_written_alike(tmp_path):
     saved_by_peft(tmp_path, task_type="CAUSAL_LM")
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert written.keys() - {"base_model_name_or_path"} == (PEFT_DEFAULTS.keys() | READ | {"target_modules"})
+    assert written.keys() - {"base_model_name_or_path"} == (PEFT_DEFAULTS.keys() | READ_FIELDS | {"target_modules"})
     for key, value in PEFT_DEFAULTS.items():
-        assert key in READ or written[key] == value
+        assert key in READ_FIELDS or written[key] == value
     ours = loaded(tmp_path)
     ml.save_adapter(ours, tmp_path / "again")
     assert json.loads((tmp_path / "again" / CONFIG_FILE).read_text()) == {

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.data import use_prompt_style
+from minilora.runs.encoders import use_prompt_style
 from tests.text import CHATML, CLOSE, SPECIAL, conversation, write_tokenizer
 
 pytestmark = pytest.mark.parity

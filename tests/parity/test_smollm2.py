@@ -18,7 +18,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.cli import main
 from minilora.data import collate
-from minilora.runs.data import encode_rows
+from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import held_out_loss
 from minilora.runs.formats import Row
 from minilora.runs.inputs import find_splits

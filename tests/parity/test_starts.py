@@ -11,7 +11,7 @@ from torch import nn
 
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.from_data import GAMMA, data_factors, redistributed
-from minilora.adapters.initialize import embedding_factors, initial_factors, loftq_factors, moved_factors
+from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors, loftq_factors
 from minilora.lora import AdapterLinear, lora_scale
 from minilora.testing.compare import assert_parity
 from tests.models import fill_, randn
@@ -115,7 +115,7 @@ def test_what_moves_out_of_the_weight_is_the_same(kind, path):
     theirs = theirs_model(kind)
     weight = Parallel().get_submodule(path).weight.detach()
     scale = lora_scale(R, ALPHA)
-    ours = moved_factors(kind, weight, R, scale, torch.Generator().manual_seed(0))
+    ours = factors_from_weight(kind, weight, R, scale, torch.Generator().manual_seed(0))
     assert_same_but_for_signs(ours, theirs_factors(theirs, path))
     residual = theirs.base_model.model.get_submodule(path).base_layer.weight
     assert_parity(weight - scale * ours[1] @ ours[0], residual, ALLOWED)

@@ -9,7 +9,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers, base_modules
 from minilora.adapters.attach import find_target_modules, head_path
 from minilora.adapters.config import is_target
-from minilora.adapters.parts import kind_of, targets
+from minilora.adapters.parts import find_targets, kind_of
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS
 from tests.test_lora_config import MEANT, NOT_MEANT, named
@@ -58,7 +58,7 @@ def test_names_layers_and_exclusions_mean_what_they_mean_to_peft(path, fields):
 
 
 def ours_chosen(model, **fields):
-    return set(targets(base_modules(model), ml.LoraConfig(**fields), head_path(model)))
+    return set(find_targets(base_modules(model), ml.LoraConfig(**fields), head_path(model)))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mamba"}))

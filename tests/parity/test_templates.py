@@ -16,7 +16,7 @@ from minilora import DataError
 from minilora.data import IGNORE_INDEX
 from minilora.models import template as ours_module
 from minilora.models.template import ChatTemplate
-from minilora.runs.data import encode_rows
+from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
 from minilora.storage import ASSETS
 

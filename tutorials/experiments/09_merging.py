@@ -21,7 +21,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers, replace_modules
 from minilora.data import collate
 from minilora.lora import dense_linear, lora_delta
-from minilora.nf4 import pack, unpack
+from minilora.nf4 import dequantize_weight, quantize_weight
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
@@ -84,7 +84,10 @@ def merge(layers: dict[str, Any], target: str, originals: dict[str, Tensor]) -> 
             return {path: layer.merged_weight(originals[path]) for path, layer in layers.items()}
         merged = {path: layer.merged_weight() for path, layer in layers.items()}
         if target == "requantized":
-            return {path: unpack(pack(W), layers[path].base.layout, W.dtype) for path, W in merged.items()}
+            packed = {path: quantize_weight(W) for path, W in merged.items()}
+            return {
+                path: dequantize_weight(packed[path], layers[path].base.layout, W.dtype) for path, W in merged.items()
+            }
         return merged
 
 
