@@ -125,7 +125,7 @@ def test_a_language_model_gives_its_trunk_and_the_seed_the_head(unit, family, tm
     assert bias is None if unit == "sequence" else not bias.any()
 
 
-NO_CLASSIFIER = "is no classifier; name unit and labels"
+NO_CLASSIFIER = "is not a classifier; give unit and labels"
 ANOTHER = "gives each sequence one of ['bad', 'good', 'so so']; asked for is one that gives each"
 
 
