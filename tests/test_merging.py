@@ -145,7 +145,7 @@ def test_a_bias_that_the_model_has_no_place_for_is_refused_by_name(things):
     model = ml.load_model(things / "base")
     ml.attach(model, ml.LoraConfig(target_modules=("up_proj",), lora_bias=True))
     ml.save_adapter(model, things / "bias")
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj: the adapters add \['bias'\], but a llama has no such parameter"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj: the adapters add \['bias'\], but a llama"):
         merge(things, adapter="bias")
     assert not holds_files(things / "out")
 
