@@ -103,23 +103,20 @@ def settle(directory: Path) -> None:
     staged = directory / STAGED
     if staged.is_symlink() or not staged.is_dir():  # a link from outside could lead to the files of others
         return
-    with _one_at_a_time(directory):
+    if sys.platform == "win32":  # where there are no locks, and directories cannot be opened
         _settle(directory, staged)
-
-
-@contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Wait until no other process settles the directory: a slower one would remove the configs that are in place."""
-    handle = None
-    with suppress(OSError):  # Windows cannot open directories; a file system without locks
-        handle = os.open(directory, os.O_RDONLY)
-        if sys.platform != "win32":
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        return
     try:
-        yield
+        handle = os.open(staged, os.O_RDONLY)
+    except FileNotFoundError:  # another process has settled it
+        return
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)  # a slower process would remove the configs that are in place
+        if staged.is_dir() and os.path.samestat(os.fstat(handle), os.stat(staged)):  # else it is another one's
+            _settle(directory, staged)
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def _settle(directory: Path, staged: Path) -> None:

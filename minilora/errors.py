@@ -47,7 +47,11 @@ class ShapeError(MiniloraError, ValueError):
 
 
 class TrainingError(MiniloraError, RuntimeError):
-    """A run or a computation cannot go on: a number is not finite, or another process or thread is at work."""
+    """A run or a computation cannot go on.
+
+    A number is not finite, a directory or checkpoint belongs to another run, nothing can be trained, or another process
+    or thread is at work.
+    """
 
 
 def printable(text: str) -> str:
@@ -108,7 +112,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)
     if origin is typing.Literal:
-        return any(value == part and type(value) is type(part) for part in parts)
+        return any(type(value) is type(part) and value == part for part in parts)
     if origin is tuple:
         return isinstance(value, list | tuple | set | frozenset) and all(fits(element, parts[0]) for element in value)
     if origin is Sequence and isinstance(value, list | tuple):

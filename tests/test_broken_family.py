@@ -94,6 +94,8 @@ def test_an_inner_block_has_the_say_and_the_outer_one_after_it():
     with ml.merged(model), pytest.raises(ml.TargetError, match="the model has no adapter"):
         ml.set_adapter(model, "b")
     assert torch.equal(model(IDS), outputs["a"])
+    ml.set_adapter(model, "b")
+    assert torch.equal(model(IDS), outputs["b"])
     ml.set_adapter(model, ["a", "b"])
     with ml.disable_adapter(model):
         ml.delete_adapter(model, "a")

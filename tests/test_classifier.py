@@ -87,7 +87,7 @@ def test_what_was_saved_loads_bit_for_bit_with_its_labels(unit, family, tmp_path
     assert (loaded.unit, loaded.labels, loaded.name_or_path) == (unit, tuple(LABELS), str(tmp_path))
     assert not loaded.training
     ml.attach(loaded, ml.LoraConfig(r=2))  # all linears; the head in full, without being told that it is a classifier
-    assert "score" in linear_layers(model)
+    assert "score" in linear_layers(loaded)
     assert isinstance(loaded.score, TrainedCopy)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import runpy
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import cli
 from minilora.adapters.config import INITS
+from minilora.cli import evaluate
 from minilora.cli.flags import ELSEWHERE, FLAG_NAMES, from_flags, names_of, use_config
 from minilora.runs import inputs
 from minilora.runs.config import RunConfig
@@ -60,7 +62,7 @@ def finetune_parser():
     return cli.command_parser("finetune")
 
 
-def flag(field):
+def flag_name(field):
     return FLAG_NAMES.get(field.name, field.name)
 
 
@@ -81,7 +83,7 @@ def as_words(config, spell=lambda name: "--" + name.replace("_", "-")):
     """Every field of a configuration as a flag; one that is None or empty is left out."""
     words = []
     for field in dataclasses.fields(config):
-        name, value = spell(flag(field)), getattr(config, field.name)
+        name, value = spell(flag_name(field)), getattr(config, field.name)
         if isinstance(value, bool) and typing.get_type_hints(type(config))[field.name] is bool:
             words.append(name if value else name.replace("--", "--no-", 1))
         elif field.name == "data":
@@ -175,7 +177,7 @@ def test_every_flag_has_the_help_and_the_default_of_its_field():
     for cls in CLASSES:
         assert value_of(cls) == cls()
         for field in dataclasses.fields(cls):
-            name, default = flag(field), getattr(cls(), field.name)
+            name, default = flag_name(field), getattr(cls(), field.name)
             text = " ".join(default) if isinstance(default, tuple) else default
             shown = f" (default: {text})" if default not in (None, (), {}) else ""
             assert helps[name] == field.metadata["help"] + shown
@@ -284,7 +286,7 @@ def resolved(path, *words):
 
 
 def flat(*configs):
-    return {flag(f): getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
+    return {flag_name(f): getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
 
 
 def as_toml(values):
@@ -420,6 +422,11 @@ def test_eval_prints_one_json_object_with_what_the_library_measures(directory, r
     assert json.loads(run("eval", *words, "--data=data").out)["metric"] == "nll"
 
 
+def test_a_value_that_is_not_finite_is_null(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *_: math.nan)
+    assert json.loads(run("eval", "--model=model", "--data=data").out)["value"] is None
+
+
 def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_others(directory, run, tmp_path):
     file = run("eval", "--model=model", "--data=data/train.jsonl").out
     shutil.copy(directory / "data" / "train.jsonl", tmp_path / "valid.jsonl")
@@ -459,17 +466,20 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("generate --model=model --prompt=Hi --device=meta", "device 'meta' cannot be used here; need auto, cpu,"),
         ("generate --adapter=nowhere --prompt=a", "nowhere: no such directory"),
-        ("generate --model= --prompt=a", "--model or --adapter is empty; leave it out, or name something"),
+        ("generate --model= --prompt=a", "--model is empty; leave it out, or name something"),
+        ("finetune --model=model --data=", "data is empty; leave it out, or name something"),
+        ("finetune --model=model --data=data --out=", "out is empty; leave it out, or name something"),
+        ("eval --model=model --data=", "the name is empty; leave it out, or name something"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
         ("merge --adapter=adapter --out=many.jsonl", "many.jsonl: is a file"),
-        ("eval --data=data --adapter=", "--model or --adapter is empty; leave it out, or name something"),
+        ("eval --data=data --adapter=", "the name is empty; leave it out, or name something"),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
         ("eval --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
     ):
         out, err = run(*words.split(), status=1)
         assert out == ""
         assert err.startswith("minilora: ")
-        assert phrase in err
+        assert phrase in err, words
         assert err.count("\n") == 1
     assert everything(directory) == before
 

@@ -26,7 +26,7 @@ def test_temporary_files_of_other_programs_are_files_and_stay(tmp_path):
 
 def test_a_directory_is_settled_by_one_process_at_a_time(tmp_path):
     (tmp_path / STAGED).mkdir()
-    handle = os.open(tmp_path, os.O_RDONLY)
+    handle = os.open(tmp_path / STAGED, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(settle, tmp_path)

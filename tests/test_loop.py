@@ -167,10 +167,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(seed, has_dro
 @few
 @given(families, st.sampled_from([torch.float32, torch.bfloat16]), bases)
 def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter(family, dtype, base):
-    """And every bit of an adapter that acts, but is not trained."""
+    """And every bit of another adapter, which acts but is not trained."""
     model = base(tiny_model(family, dtype=dtype))
     for name in ("kept", "trained"):
         ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6), name=name)
+    ml.set_adapter(model, ["kept", "trained"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = {name for name in before if ".trained.lora_" in name}
     learned = set()

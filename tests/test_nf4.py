@@ -300,7 +300,10 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
     before = [None if part is None else part.clone() for part in layer.parts]
     layer.to(dtype)
     assert all(new is old or torch.equal(new, old) for new, old in zip(layer.parts, before, strict=True))
-    assert layer.bias.dtype == layer.weight.dtype == layer(torch.ones(1, 64)).dtype == dtype
+    y = layer(x := torch.ones(1, 64, requires_grad=True))
+    assert layer.bias.dtype == layer.weight.dtype == y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself

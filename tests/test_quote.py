@@ -68,7 +68,8 @@ def sentencepiece(legacy=False):
 def unigram():
     """Its vocabulary holds the control tokens, and text could lead to them."""
     pieces = [("<unk>", 0.0), *((name, -1.0) for name in SPECIAL), *((f"<0x{b:02X}>", -9.0) for b in range(256))]
-    pieces += [(piece, -3.0 - len(piece) / 9) for piece in ["▁", "▁the", "the", "cat", *"abcdehiklmnorstu<>|_\n"]]
+    words = ["▁", "▁the", "the", "cat", "\ufffd", *"abcdehiklmnorstu<>|_\n"]
+    pieces += [(piece, -3.0 - len(piece) / 9) for piece in words]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = AS_LLAMA

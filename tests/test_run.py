@@ -67,6 +67,7 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
         except SystemExit as error:
             status = error.code
     assert signal.getsignal(number) is before
+    assert status == 128 + number
     return status
 
 

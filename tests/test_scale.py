@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
-from benchmarks import results
+from benchmarks import results, work
 from benchmarks import scale as script
 from minilora import cli
 from minilora.cli import forecast as pages
@@ -214,6 +214,16 @@ def test_a_window_leaves_out_what_is_farther_back():
     assert flop[1] == flop[2]
     pairs = sum(min(t, T) - min(t, 5) for t in range(1, T + 1))
     assert flop[1] - flop[0] == 14 * 4 * config.num_attention_heads * config.head_dim * pairs
+
+
+def test_flop_are_those_of_the_benchmarks_but_for_what_these_round():
+    """The benchmarks count T²/2 pairs, and the gradient of the first block's input."""
+    config, lora = ModelConfig.from_dict(work.SMOLLM2), ml.LoraConfig(r=work.RANK)
+    D, K = config.hidden_size, config.num_key_value_heads * config.head_dim
+    found = forecast_step(replace(plan(config, lora), rows=[(T, T - 1)])).flop
+    theirs = work.training_flops(work.SMOLLM2, [([1] * T, [1] * T)])
+    first = 2 * T * (D * (D + 2 * K) + 3 * work.RANK * D)
+    assert found == theirs + config.num_hidden_layers * 7 * D * T - first
 
 
 # --- the pages ---

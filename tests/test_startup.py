@@ -22,9 +22,10 @@ for words in json.loads(sys.argv[1]):
 print("needless:", [name for name in ("torch", "numpy", "tokenizers", "jinja2") if name in sys.modules])
 """
 TRAINING = """
-import sys, minilora
+import sys, minilora, minilora.testing
 minilora.train
-print("needless:", [name for name in ("jinja2", "tokenizers", "minilora.cli") if name in sys.modules])
+needless = ("jinja2", "tokenizers", "hypothesis", "minilora.cli")
+print("needless:", [name for name in needless if name in sys.modules])
 """
 TRAIN = "import minilora\n{}\nfrom minilora import train\nprint(minilora.train is train, train)"
 NAME = "import minilora\nprint(minilora.{})"

@@ -58,10 +58,12 @@ def test_a_trace_holds_functions_and_moves_of_the_package_alone(toy):
 
 def test_the_figures_of_this_package_are_those_of_a_step_and_a_run(monkeypatch):
     monkeypatch.setattr(structure, "trace_run", lambda: "")  # the run takes a minute
-    monkeypatch.setattr(structure, "import_statements", cache(structure.import_statements))
+    statements = structure.import_statements
+    monkeypatch.setattr(structure, "import_statements", cache(lambda path: [*statements(path)]))
     modules = modules_of(structure.PACKAGE)
     assert closure(["errors"], modules) == {"errors"}
     shown = dict(figures(modules))
     assert int(shown["a step of training"].split()[0]) > 10
     assert int(shown["the same without kernels"].split()[-2]) <= 8  # files
     assert f"{len(modules)} modules" in shown["the package"]
+    assert int(shown["lines of it that are imports"].replace(",", "")) > 5 * len(modules)

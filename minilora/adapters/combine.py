@@ -82,7 +82,8 @@ class CombineConfig:
     )
     density: float | None = option(None, "share of the numbers to keep, for types that drop")
     majority_sign_method: Literal["total", "frequency"] = option(
-        "total", "how ties elects a sign: by the sum of the values (total), or by the majority of signs (frequency)"
+        "total",
+        "how the type ties elects the sign of a number: by the sum (total) or the majority of signs (frequency)",
     )
     seed: int = option(0, "seed for what dare drops")
 

@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     """Write one adapter as a directory that PEFT, vLLM and `load_adapter` read.
 
     `base_model_name_or_path` is the model's `name_or_path`, if it has one, and `revision` the commit of a model from
-    the hub. The metadata of the tensors' file records how the base's weights are held, dense or quantized, and the
+    the hub. The metadata of the tensors' file records how the base's weights are stored, dense or quantized, and the
     `labels` of a classifier. An adapter that began as a part of the weights is written as a plain one of twice the
     rank.
 
@@ -115,7 +115,8 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
     if config.trainable_token_indices and embedding is None:
         found = f"trainable_token_indices: found {config.trainable_token_indices}"
         raise _contradiction(stored, [f"{found}, and there are no rows"])
-    specs, misfits, odds = build_specs(modules, config, _blank_specs(held, modules, config), embedding), [], []
+    specs = build_specs(modules, config, _blank_specs(held, modules, config), embedding)
+    mismatches, contradictions = list[str](), list[str]()
     own = held.pop("", {})
     for path, spec in specs.items():
         if spec.kind is TrainedCopy:
@@ -123,10 +124,10 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
         else:
             tensors = held.pop(path, {})
         copied = tensors.pop("weight", None) if issubclass(spec.kind, AdapterLinear) else None
-        misfits += _mismatches(path, spec, tensors, modules[path], copied)
-        odds += _contradictions(path, spec, tensors, config)
+        mismatches += _mismatches(path, spec, tensors, modules[path], copied)
+        contradictions += _contradictions(path, spec, tensors, config)
         # PEFT takes the word for True on other layers
-        if spec.kind in LINEARS and init in DETERMINISTIC_INITS and not misfits:
+        if spec.kind in LINEARS and init in DETERMINISTIC_INITS and not mismatches:
             if isinstance(modules[path], NF4Linear):
                 raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
             weight = spec.kind(modules[path], path).as_matrix(whole_weight(modules[path]))
@@ -134,16 +135,16 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)
     missing = [path for path in held if kind_of(modules.get(path)) is None]
-    misfits += [f"{path}: the model has no such layer" for path in missing]
-    misfits += [
+    mismatches += [f"{path}: the model has no such layer" for path in missing]
+    mismatches += [
         f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing
     ]
-    if misfits:
+    if mismatches:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(misfits, most=2)}")
-    if odds:
-        raise _contradiction(stored, odds)
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(mismatches, most=2)}")
+    if contradictions:
+        raise _contradiction(stored, contradictions)
     return config, specs
 
 
@@ -248,9 +249,7 @@ def _blank_specs(
 def _mismatches(
     path: str, spec: AdapterSpec, held: Mapping[str, Tensor], module: Any, copied: Tensor | None
 ) -> list[str]:
-    """Return what does not fit the model: wrong shapes, unknown tensors, or another base weight, of which a file may
-    hold a copy.
-    """
+    """Return what does not fit the model; `copied` is the file's copy of the base weight, if it has one."""
     shapes = {key: tuple(tensor.shape) for key, tensor in held.items()}
     needed = {key: tuple(tensor.shape) for key, tensor in spec.tensors.items()}
     wrong = [key for key in shapes if key in needed and shapes[key] != needed[key]]
@@ -258,8 +257,10 @@ def _mismatches(
     if issubclass(spec.kind, AdapterLinear) and {"lora_A", "lora_B"} & {*wrong}:
         factors = f"A {shapes['lora_A']} and B {shapes['lora_B']}"
         found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(module.weight.shape)}"]
-    if copied is not None and not torch.equal(copied.to(module.weight.device, module.weight.dtype), module.weight):
-        found.append(f"{path}.base_layer.weight is not the weight of this model")
+    if copied is not None:
+        weight = module.weight
+        if not torch.equal(copied.to(weight.device, weight.dtype), weight):
+            found.append(f"{path}.base_layer.weight is not the weight of this model")
     unknown = [key for key in held if key not in needed and key not in ("magnitude", "lora_bias")]
     return found + [f"{path}.{key}: is no part of an adapter that the config describes" for key in unknown]
 
@@ -276,5 +277,5 @@ def _contradictions(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], co
     ]
 
 
-def _contradiction(stored: Stored, odds: Sequence[str]) -> FormatError:
-    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(odds, most=2)}")
+def _contradiction(stored: Stored, contradictions: Sequence[str]) -> FormatError:
+    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(contradictions, most=2)}")

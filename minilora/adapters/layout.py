@@ -67,7 +67,7 @@ DETERMINISTIC_INITS = ("pissa", "olora")  # those whose part of the weights can 
 FIELD_OF_TENSOR = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_token_indices", "bias": "bias"}
 
 DUPLICATE_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
-TENSOR_ENDINGS = {  # key in `build_adapter` -> end of the tensor's name, in older files with the adapter's
+TENSOR_ENDINGS = {  # key in `build_adapter` -> end of the tensor's name; older files have the adapter's in it
     "lora_A": r"lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?",
     "lora_B": r"lora_B(?:\.[^.]+)?\.weight|lora_embedding_B(?:\.[^.]+)?",
     "lora_bias": r"lora_B(?:\.[^.]+)?\.bias",
@@ -275,7 +275,7 @@ def _metadata(file: TensorFile, key: str, parse: Callable[[Any], T | None], need
 
 
 def parse_quantization(value: Any) -> dict[str, Any] | None:
-    """Return how a base was held, with the keys that `describe_base` has; None if it is not understood."""
+    """Return how a base was quantized, with the keys that `describe_base` has; None if it is not understood."""
     if value == {"quantize": "none"}:
         return {"quantize": "none"}
     found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}

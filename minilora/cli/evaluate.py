@@ -19,6 +19,7 @@ from minilora.cli import Options, say, say_bad
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import add_model_flags, find, load, read_run
 from minilora.cli.write import cells, fit, padded
+from minilora.durable import without_nan
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.classifier import Classifier
@@ -80,7 +81,7 @@ def run(options: Options) -> int:
     if examples.bad:
         counts["bad"] = len(examples.bad)
         say_bad("", examples.bad)
-    print(json.dumps({"metric": metric, **measured, **counts}))
+    print(json.dumps(without_nan({"metric": metric, **measured, **counts})))
     return 0
 
 

@@ -195,7 +195,7 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
 
 
 def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
-    """Say how the base is held, what is unusual about the rows, and which recomputation was chosen."""
+    """Say how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
     adapters = [fetch(run.config.adapter, "adapter")] if run.config.adapter else []
     say_base(locate(run.config.model, "model"), adapters, describe_base(model))
     longest, limit = data.train.lengths.max(), model.config.max_position_embeddings

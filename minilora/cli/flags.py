@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minilora.adapters.config import FLAG_NAMES
+from minilora.adapters.config import FLAG_NAMES, flag
 from minilora.durable import holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, fits
 from minilora.storage import read_json, read_text
@@ -98,7 +98,7 @@ def add_fields(
         group = field.metadata.get("group", title)
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{name.replace('_', '-')}", **options)
+        groups[group].add_argument(flag(field.name), **options)
 
 
 def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:

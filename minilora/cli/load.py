@@ -62,8 +62,8 @@ class Found:
 
 def find(options: Options) -> Found:
     """Find the model and the adapters that the flags name, and download them if necessary."""
-    if "" in (options["model"], *options["adapter"]):
-        raise ConfigError("--model or --adapter is empty; leave it out, or name something")
+    if options["model"] == "":
+        raise ConfigError("--model is empty; leave it out, or name something")
     paths = tuple(fetch(name, "adapter") for name in options["adapter"])
     name = base_of(options["model"], paths)
     try:
@@ -83,7 +83,7 @@ def find(options: Options) -> Found:
 
 
 def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]:
-    """Load the model, its adapters, as "adapter0", "adapter1", … of which the last is active, and the tokenizer.
+    """Load the model, the tokenizer and the adapters, which are called "adapter0", "adapter1", …; the last is active.
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
@@ -178,24 +178,24 @@ def recorded_quantization(base: Path, adapters: Sequence[Path]) -> QuantizeConfi
 
     None if no adapter does, if it was fp4, which is read but not made here, or if the base is a 4-bit checkpoint.
     """
-    held = next((held for held in map(base_quantization, adapters) if held is not None), None)
-    if held is None or held["quantize"] == "fp4" or is_four_bit(read_json(base / "config.json")):
+    quantization = next(filter(None, map(base_quantization, adapters)), None)
+    if quantization is None or quantization["quantize"] == "fp4" or is_four_bit(read_json(base / "config.json")):
         return None
     names = {field.name for field in dataclasses.fields(QuantizeConfig)}
-    return QuantizeConfig(**{name: value for name, value in held.items() if name in names})
+    return QuantizeConfig(**{name: value for name, value in quantization.items() if name in names})
 
 
-def say_base(base: Location, adapters: Sequence[Path], held: Mapping[str, Any]) -> None:
+def say_base(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> None:
     """Say how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
-    if held["quantize"] != "none":
-        say(f"the base model is {describe_in_words(held)}")
+    if quantization["quantize"] != "none":
+        say(f"the base model is {describe_in_words(quantization)}")
     for path in adapters:
         recorded = base_model_of(path)
         if recorded and not _is_named(base, recorded):
             say(f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}")
-        if not was_trained_on(held, path):
+        if not was_trained_on(quantization, path):
             trained = describe_in_words(base_quantization(path) or {})
-            say(f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(held)}")
+            say(f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(quantization)}")
 
 
 def _is_named(base: Location, recorded: str) -> bool:
@@ -220,6 +220,6 @@ def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
             )
 
 
-def was_trained_on(held: Mapping[str, Any], adapter: Path) -> bool:
+def was_trained_on(quantization: Mapping[str, Any], adapter: Path) -> bool:
     """Return whether an adapter was trained on a base quantized like this, or does not record it."""
-    return all(held.get(key) == value for key, value in (base_quantization(adapter) or {}).items())
+    return all(quantization.get(key) == value for key, value in (base_quantization(adapter) or {}).items())

@@ -114,10 +114,10 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     target, found, device = options["target"], find(options), pick_device(options["device"])
     if combined is None:  # with weights, what is merged already may be added to or subtracted
         check_not_merged(found.base, found.adapters)
-    held = _held(found, QuantizeConfig() if target == "original" else found.quantize)
-    say_base(found.base, found.adapters, held)
+    quantization = _describe(found, QuantizeConfig() if target == "original" else found.quantize)
+    say_base(found.base, found.adapters, quantization)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
-    is_known = all(was_trained_on(_held(found, trained), path) for path in found.adapters)
+    is_known = all(was_trained_on(_describe(found, trained), path) for path in found.adapters)
     deviation = merge_directory(
         found.base.path,
         [combined] if combined else found.adapters,
@@ -146,8 +146,8 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], 
     write_json(out / "config.json", {**values, MERGED: [entry for entry in held.values() if entry["weight"]]})
 
 
-def _held(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
-    """Return how the base model is held if it is quantized like this."""
+def _describe(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
+    """Describe the base model as it is if it is quantized like this."""
     return describe_base(load_for(found.unit, found.labels, found.base.path, "auto", "meta", quantize))
 
 

@@ -88,7 +88,7 @@ class GenerationConfig:
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Add the flags of `Writing`, with the command's own default of --max-new-tokens."""
+    """Add the flags of `GenerationConfig`, with the command's own default of --max-new-tokens."""
     group = parser.add_argument_group("generation")
     limit = f"maximum number of tokens to generate (default: {max_new_tokens})"
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=limit)

@@ -35,7 +35,7 @@ Target = Literal["original", "dequantized", "requantized"]  # what adapters are 
 @document_fields
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How the weights of a base model are held."""
+    """How the weights of a base model are stored."""
 
     quantize: Quantize = option("none", "quantize the base model's linears to 4 bits, all but the head")
     double_quant: bool = option(True, "quantize the scales, too: 4.127 bits a weight instead of 4.5")
@@ -223,17 +223,17 @@ def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.d
 
     Dense linears are named, unless that is only `lm_head`, which transformers leaves dense by itself.
     """
-    held = describe(linears, head)
-    if held["quantize"] == "none":
+    quantization = describe(linears, head)
+    if quantization["quantize"] == "none":
         return None
-    dense = [*held["quantize_skip"], *([] if isinstance(linears[head], NF4Linear) else [head])]
+    dense = [*quantization["quantize_skip"], *([] if isinstance(linears[head], NF4Linear) else [head])]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
         "bnb_4bit_compute_dtype": dtype_name(dtype),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": held["quantize"],
-        "bnb_4bit_use_double_quant": held["double_quant"],
+        "bnb_4bit_quant_type": quantization["quantize"],
+        "bnb_4bit_use_double_quant": quantization["double_quant"],
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": None if dense == ["lm_head"] else dense,
@@ -245,7 +245,7 @@ def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.d
 
 
 def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
-    """Describe how a model's linears (path -> linear) are held, by the names of the flags.
+    """Describe how a model's linears (path -> linear) are stored, with the names of the flags as keys.
 
     The head is mentioned only if it is packed, which other tools do.
     """
@@ -254,30 +254,30 @@ def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
         return {"quantize": "none"}
     others = [path for path in linears if path != head]
     dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
-    held: dict[str, Any] = {
+    quantization: dict[str, Any] = {
         "quantize": min(linear.layout.quant_type for linear in packed),
         "double_quant": all(linear.scales is not None for linear in packed),
         "block_size": max(linear.layout.block_size for linear in packed),
         "quantize_skip": shortest_names(dense, others),
     }
     if head is not None and isinstance(packed_head := linears.get(head), NF4Linear):
-        held["head"] = packed_head.layout.quant_type
-    return held
+        quantization["head"] = packed_head.layout.quant_type
+    return quantization
 
 
-def describe_in_words(held: Mapping[str, Any]) -> str:
+def describe_in_words(quantization: Mapping[str, Any]) -> str:
     """Return in words what `describe` returns.
 
     >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
     'nf4 with double quantization but for down_proj'
     """
-    if held["quantize"] == "none":
+    if quantization["quantize"] == "none":
         return "not quantized"
-    dense = held.get("quantize_skip") or []
-    words = f"{held['quantize']}{' (the head too)' if held.get('head') else ''}"
-    words += f" {'with' if held.get('double_quant') else 'without'} double quantization"
-    if held.get("block_size") != BLOCK_SIZE:
-        words += f" in blocks of {held.get('block_size')}"
+    dense = quantization.get("quantize_skip") or []
+    words = f"{quantization['quantize']}{' (the head too)' if quantization.get('head') else ''}"
+    words += f" {'with' if quantization.get('double_quant') else 'without'} double quantization"
+    if quantization.get("block_size") != BLOCK_SIZE:
+        words += f" in blocks of {quantization.get('block_size')}"
     return words + (f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}" if dense else "")
 
 

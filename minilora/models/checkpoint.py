@@ -61,15 +61,15 @@ def load_model(
             or "org/name@revision"; the model's `name_or_path` names its commit. A 4-bit model of bitsandbytes is loaded
             as it is.
         dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
-            4-bit weights are dequantized to it, all other weights are held in it.
+            4-bit weights are dequantized to it, all other weights are stored in it.
         device: the device of the model.
-        quantize: "nf4" or a `QuantizeConfig`: hold the linears in four bits. A 4-bit model must be held as the config
-            asks; its defaults ask for nothing, so the model may skip modules and do without double quantization.
+        quantize: "nf4" or a `QuantizeConfig`: store the linears in four bits. A 4-bit model must be stored as the
+            config asks; its defaults ask for nothing: it may skip modules and do without double quantization.
 
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
-        ConfigError: a model that is not supported (see `LlamaConfig.from_dict`), an unknown dtype, or a device that
+        ConfigError: a model that is not supported (see `ModelConfig.from_dict`), an unknown dtype, or a device that
             cannot be used; the model is quantized already, and not as `quantize` asks.
     """
     check_types(load_model, locals())
@@ -279,10 +279,8 @@ def _check_packed(
     linears = list(_linears(model))
     kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
     is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
-    dense, skipped = (
-        {path for path in linears if f"{path}.weight" not in packed},
-        set(linears) - set(config.chosen(linears)),
-    )
+    dense = {path for path in linears if f"{path}.weight" not in packed}
+    skipped = set(linears) - set(config.chosen(linears))
     different: dict[str, tuple[Any, Any]] = {}
     if kinds != {config.quantize}:
         different["quantize"] = "/".join(sorted(kinds)), config.quantize

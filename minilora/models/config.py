@@ -231,7 +231,7 @@ class ModelConfig(llama.LlamaConfig):
 
 
 def read_config_file(path: Path) -> ModelConfig:
-    """Read a config.json by itself; an error of `LlamaConfig.from_dict` names it."""
+    """Read a config.json by itself; an error of `ModelConfig.from_dict` names it."""
     try:
         return ModelConfig.from_dict(read_json(path))
     except ConfigError as error:

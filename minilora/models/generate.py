@@ -78,7 +78,7 @@ class KVCache:
     They are two tensors that are allocated once; new rows are written in place, and attention reads views. Each call
     gives the number of new tokens of each document, 0 for one that has ended. With `dynamic` and `longrope` the
     rotation of all tokens changes when a document outgrows a length (`ScaledRope.changes`); then its tokens have to be
-    given again (`held`).
+    given again (`reuse`).
 
     Attributes:
         lengths: the number of cached tokens of each document.

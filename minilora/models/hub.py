@@ -66,6 +66,8 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
             that minilora reads.
     """
     name, path = str(name_or_path), Path(name_or_path)
+    if not name:
+        raise FormatError("the name is empty; leave it out, or name something")
     if name == BUILTIN and kind in BUILTINS:
         return Location(BUILTINS[kind], name)
     if path.is_dir() or (kind == "dataset" and path.exists()):

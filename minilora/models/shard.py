@@ -30,7 +30,7 @@ from minilora.models.hub import locate
 from minilora.nf4 import BLOCK_SIZE, NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax, quantize_weight
 from minilora.storage import TensorFile, tensor_files
 
-Rows = Callable[[int], slice]  # of a tensor's number of rows, those to read
+RowSlice = Callable[[int], slice]  # of a tensor's number of rows, those to read
 
 
 def load_sharded(
@@ -124,7 +124,7 @@ def held_bytes(model: nn.Module) -> int:
     return sum(local(parameter).nbytes for parameter in model.parameters())
 
 
-def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows: Rows) -> dict[str, Tensor]:
+def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows: RowSlice) -> dict[str, Tensor]:
     """Return these rows of a module's own parameters by name, as views of files where nothing is to be computed.
 
     A tied or new head is in no file.
@@ -137,7 +137,7 @@ def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows:
     return found
 
 
-def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile], rows: Rows) -> Packed:
+def _packed_rows(module: NF4Linear, weight: str, files: Mapping[str, TensorFile], rows: RowSlice) -> Packed:
     """Return these rows of a packed weight, which is stored so, or dense."""
 
     def cut(part: Any, like: Any) -> Any:

@@ -35,7 +35,7 @@ LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 HELD_OUT = {*SPLITS["valid"], *SPLITS["test"], "dev", "eval"}
 LARGE = 2**25  # bytes of files from which on their rows are encoded by several processes and kept on the disk
-CACHE_VERSION = 1  # of what is kept; a change of how rows are encoded needs another number
+CACHE_VERSION = 1  # raise it when the encoding of rows changes
 
 
 def load_dataset(

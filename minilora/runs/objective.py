@@ -107,7 +107,8 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
 def check_examples(model: Any, examples: Sequence[Example]) -> None:
     """Raise a `DataError` if an example has not a label for each token, or a token that the model does not have.
 
-    Labels of another number would shift those of the next examples; of an unknown token, a GPU would name no place.
+    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
+    place.
     """
     size = model.model.embed_tokens.num_embeddings
     if isinstance(examples, Dataset):

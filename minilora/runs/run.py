@@ -93,9 +93,9 @@ class Run:
         # Names are located at once, so that those of repositories get the commit and mean the same later.
         data = tuple(locate(name, "dataset").name for name in run.data)
         general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
-        held_out = run.eval_data and locate(run.eval_data, "dataset").name
+        eval_data = run.eval_data and locate(run.eval_data, "dataset").name
         model, adapter = locate(run.model, "model").name, run.adapter and locate(run.adapter, "adapter").name
-        run = replace(run, model=model, adapter=adapter, data=data, eval_data=held_out, general_data=general)
+        run = replace(run, model=model, adapter=adapter, data=data, eval_data=eval_data, general_data=general)
         self.config, self.quantization, self.lora = run, quantization, lora
         self.reading, self.training = reading, training
         self.resolved = resolve(run, quantization, lora, reading, training)
@@ -112,7 +112,7 @@ class Run:
         check_settings(run, quantization, lora, training, self.base_config)
 
     def prepare(self) -> int:
-        """Check that the directory is new or holds this run, which it locks then; return the step to resume from.
+        """Check that the directory is new, or holds this run and can be locked; return the step to resume from.
 
         A finished run may be made longer, see `check_extension`.
         """
@@ -196,9 +196,9 @@ class Run:
         """
         tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
         labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
-        names, held_out = self.config.data, self.config.eval_data
-        kept = self.out / CACHE_DIR
-        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, held_out, kept, show)
+        names, eval_data = self.config.data, self.config.eval_data
+        cache = self.out / CACHE_DIR
+        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, eval_data, cache, show)
         if self.unit is None:
             data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
         return data
@@ -307,7 +307,8 @@ class Run:
             self.board = TensorBoard(self.out / "tensorboard", step)
         metrics = self.out / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
-        write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= step))
+        left = [without_nan(record) for record in records if record["step"] <= step]
+        write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in left))
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""

@@ -26,7 +26,7 @@ from minilora.runs.config import TrainConfig
 Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
 MAX_STEPS = 1_000_000
-SEEDS = 1_000_003  # larger than the number of epochs, so that no two runs share the order of one
+SEEDS = 1_000_003  # larger than the number of epochs: pairs of a seed and an epoch have different states
 
 
 class MicroBatch(NamedTuple):
