@@ -81,5 +81,5 @@ def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, tmp_path, capsys):
     hub.status = 403
     assert main(["push", str(run), "me/mine"]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("minilora: me/mine: the hub refuses: ")
+    assert message.startswith("minilora: me/mine: not uploaded: ")
     assert len(message.splitlines()) == 1

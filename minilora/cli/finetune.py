@@ -211,7 +211,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     if 0 < len(data.test) < FEW_ROWS:
         rows_are = "row is" if len(data.test) == 1 else "rows are"
         say(
-            f"{len(data.test)} {rows_are} held out, too few for their loss to say much; "
+            f"{len(data.test)} {rows_are} held out, too few for their loss or accuracy to say much; "
             "--eval-split or --eval-data gives more"
         )
     if data.train.touching > data.train.completions / 2:
@@ -230,7 +230,7 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
             "gives each its part"
         )
     if steps < FEW_STEPS:
-        say(f"the run has few steps ({steps}), which teach little; --epochs gives more")
+        say(f"the run has few steps ({steps}), which may teach little; --epochs gives more")
     for name, rows in data.splits.items():
         if rows.truncated:
             say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")

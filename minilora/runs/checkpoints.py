@@ -230,9 +230,9 @@ def check_extension(directory: Path, total: int, config: TrainConfig, run: str |
     is_extra = config.selects and step in lengths and step % (config.eval_steps or 1)
     if step > total or rates[0] != rates[1] or is_extra:
         raise TrainingError(
-            f"{directory}: step {step} of {lengths[0]} is not that of a run of {total} steps. A constant rate "
-            "(--lr-scheduler constant; --warmup-steps 0, or at least 1) lets a run be made longer; otherwise begin a "
-            "new run with --adapter, from the result of this one"
+            f"{directory}: step {step} of {lengths[0]} is not that of a run of {total} steps, whose learning rates "
+            "would be others; give the old --epochs and --max-steps. With a constant rate (--lr-scheduler constant; "
+            "--warmup-steps 0, or at least 1) a run can be made longer. A new run with --adapter goes on from a result"
         )
 
 

@@ -44,7 +44,7 @@ def push_to_hub(path: str | Path, name: str, private: bool = True) -> str:
         The address of the commit.
 
     Raises:
-        ConfigError: the directory holds no adapter and no model, the name is not "org/name", or the hub refuses.
+        ConfigError: the directory holds no adapter and no model, the name is not "org/name", or it cannot be uploaded.
     """
     check_types(push_to_hub, locals())
     import huggingface_hub  # here, because it is slow to import
@@ -61,7 +61,7 @@ def push_to_hub(path: str | Path, name: str, private: bool = True) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         return str(api.create_commit(name, operations, commit_message="Upload with minilora").commit_url)
     except Exception as error:  # the hub's own, and those of the HTTP library that its version uses
-        raise ConfigError(f"{name}: the hub refuses: {reason_of(error)}") from error
+        raise ConfigError(f"{name}: not uploaded: {reason_of(error)}") from error
 
 
 def model_card(directory: Path, name: str) -> str:
