@@ -113,7 +113,10 @@ def settle(directory: Path) -> None:
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)  # a slower process would remove the configs that are in place
-        if staged.is_dir() and os.path.samestat(os.fstat(handle), os.stat(staged)):  # else it is another one's
+        is_same = False
+        with suppress(FileNotFoundError):  # another process has settled it meanwhile
+            is_same = os.path.samestat(os.fstat(handle), os.stat(staged))  # else it is another one's
+        if is_same:
             _settle(directory, staged)
     finally:
         os.close(handle)
@@ -190,7 +193,7 @@ def make_directory(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a directory, if it exists."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

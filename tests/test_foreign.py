@@ -1,6 +1,7 @@
 """Training by a loss that is given: any module, any rows."""
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -275,3 +276,10 @@ def test_a_loss_that_counts_nothing_or_is_not_finite_and_training_without_gradie
         run(rows=rows)
     with torch.no_grad(), pytest.raises(ml.TrainingError, match="no_grad"):
         run()
+
+
+def test_a_buffer_that_is_not_finite_cannot_be_skipped():
+    model, rows = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), [torch.full((2,), math.inf), torch.ones(2)]
+    config = ml.TrainConfig(batch_size=2, on_nonfinite="skip")
+    with pytest.raises(ml.TrainingError, match="step 1: loss nan"):
+        ml.train(model, rows, config, loss=lambda model, rows: (model(torch.stack(rows)).sum(), len(rows)))

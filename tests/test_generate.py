@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.models.generate import KVCache, _next_logits, penalize, probabilities
+from minilora.models.generate import KVCache, _next_logits, evaluating, penalize, probabilities
 from minilora.testing.compare import assert_maths, assert_precision
 from tests.models import SIZES, examples, families, long, randn, randomize_adapters_, seeds, tiny_model, token_ids
 
@@ -97,6 +97,24 @@ def test_a_part_that_was_evaluating_before_generation_is_so_afterwards():
     modes = [module.training for module in model.modules()]
     ml.generate(model, [[1, 2]], 1)
     assert [module.training for module in model.modules()] == modes
+
+
+class Merging(torch.nn.Linear):
+    """As loralib's layers: evaluation merges what training has apart."""
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight += float(self.training and not mode) - float(mode and not self.training)
+        return super().train(mode)
+
+
+def test_a_layer_that_merges_in_evaluation_is_apart_afterwards():
+    model = torch.nn.Sequential(Merging(2, 2, dtype=torch.float64))
+    before = model[0].weight.detach().clone()
+    with evaluating(model), evaluating(model):
+        assert_maths(model[0].weight, before + 1)
+    assert_maths(model[0].weight, before)
+    assert model[0].training
 
 
 # --- sampling ---

@@ -71,6 +71,9 @@ def test_a_run_that_chooses_by_evaluations_does_not_choose_by_the_rows_it_is_jud
     assert sizes(load(tmp_path, directory, training, eval_split=0.2)) == (8, 2, 4)
     (tmp_path / "test.jsonl").rename(tmp_path / "valid.jsonl")
     assert sizes(load(tmp_path, directory, training, eval_split=0.2)) == (8, 4, 2)
+    assert sizes(load(directory / "rows.jsonl", directory, training, eval_split=0.9)) == (1, 2, 20)
+    with pytest.raises(ml.DataError, match="need held-out rows"):
+        load(directory / "rows.jsonl", directory, training, eval_split=0)
 
 
 def test_several_files_are_joined_and_each_is_named_with_its_digest(directory, tmp_path):

@@ -81,7 +81,8 @@ class Chat:
         paths = options["adapter"]
         names = [Path(path).resolve().name for path in paths]
         is_clear = len({NONE, *names}) == len(names) + 1
-        self._adapters = {name: f"adapter{i}" for i, name in enumerate(names if is_clear else paths)}
+        names = names if is_clear else [f"./{path}" if path == NONE else path for path in paths]
+        self._adapters = {name: f"adapter{i}" for i, name in enumerate(names)}
         self._system = trained["config"].get("system") if options["system"] is None else options["system"]
         self.turns: list[Message] = []
         self.adapter, self.replies = NONE, 0

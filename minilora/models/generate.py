@@ -31,7 +31,7 @@ OnToken = Callable[[int, int], bool | None]  # (row, token) -> True to end the r
 # What threads do with a model, since its mode is one for all of them. A model is in here only while a block runs.
 _LOCK = threading.Lock()
 _TRAINING: dict[nn.Module, int] = {}  # the thread
-_EVALUATING: dict[nn.Module, tuple[int, list[nn.Module]]] = {}  # how many blocks, and what was in training before
+_EVALUATING: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # how many blocks, and the modes before
 
 
 @contextmanager
@@ -43,20 +43,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with _LOCK:
         if _TRAINING.get(model, threading.get_ident()) != threading.get_ident():
             raise TrainingError("another thread trains this model; evaluate a copy of it, or wait")
-        count, trained = _EVALUATING.get(model) or (0, [module for module in model.modules() if module.training])
-        _EVALUATING[model] = count + 1, trained
+        count, modes = _EVALUATING.get(model) or (0, [(module, module.training) for module in model.modules()])
+        _EVALUATING[model] = count + 1, modes
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         with _LOCK:
-            count, trained = _EVALUATING.pop(model)
+            count, modes = _EVALUATING.pop(model)
             if count > 1:
-                _EVALUATING[model] = count - 1, trained
-                trained = []
-            for module in trained:
-                module.training = True
+                _EVALUATING[model] = count - 1, modes
+                modes = []
+            for module, mode in modes:  # the outer ones first
+                if module.training != mode:
+                    module.train(mode)  # which a module may override, to merge and unmerge weights
 
 
 @contextmanager

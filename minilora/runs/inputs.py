@@ -131,14 +131,18 @@ def load_data(
     needed = ["test"] if "valid" not in encoded else []
     if training.selects:  # rows that select the adapter cannot also measure it
         needed = ["test", "valid"]
-    for split in (split for split in needed if split not in encoded):
+    missing = [split for split in needed if split not in encoded]
+    for i, split in enumerate(missing):
         whole = encoded["train"]
-        if reading.eval_split and len(whole) > 1:
+        room = len(whole) - len(missing) + i  # a row stays to train on, and one for each split that follows
+        if reading.eval_split and room > 0:
             shuffled = whole.rows[_shuffled(len(whole), training.seed)]
-            held = max(1, int(reading.eval_split * len(shuffled)))
+            held = min(max(1, int(reading.eval_split * len(shuffled))), room)
             encoded["train"], encoded[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
     test = encoded.get("test") or encoded.get("valid") or Dataset()
     valid = encoded.get("valid") or test
+    if training.selects and not valid:
+        raise DataError("keep best and early_stopping need held-out rows: see --eval-split and --eval-data")
     choices = None if unit else find_choices(encoded["train"], test)
     return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files), labels=labels)
 

@@ -290,7 +290,9 @@ def _step(run: _Job, step: int, batches: list[MicroBatch]) -> tuple[Record, list
     }
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         problem = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; {_first_nonfinite(run, step, batches)}"
-        if config.on_nonfinite == "stop" or not math.isfinite(weight):  # skipping steps does not repair weights
+        state = checkpoints.trained_tensors(model).values()  # weights, and buffers such as those of a batch norm
+        is_beyond_repair = world.any_rank(not all(map(is_finite, state)))
+        if config.on_nonfinite == "stop" or is_beyond_repair:
             raise TrainingError(f"{problem}. The weights are those of before the step; {ADVICE}")
         return record | {"loss": None, "grad_norm": None, "skipped": problem}, upcoming
     if not (math.isfinite(weight) and math.isfinite(moment)):

@@ -140,10 +140,12 @@ class Run:
         try:
             before, inputs, data = (dict(record[key]) for key in ("config", "inputs_sha256", "data_sha256"))
             starts = tuple(record["starts"])
-            was_plain, time, _, _ = (starts[0][key] for key in ("plain", "time", "dtype", "threads"))
-            datetime.fromisoformat(time)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            need = "config, starts, data_sha256 and inputs_sha256"
+            was_plain, time, _, threads = (starts[0][key] for key in ("plain", "time", "dtype", "threads"))
+            datetime.fromisoformat(time).astimezone()
+            if type(threads) is not int or not 0 < threads < 2**31:
+                raise ValueError(f"threads is {threads!r}")
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
             raise FormatError(f"{path}: need {need}; give another --out") from error
         now = json.loads(json.dumps(self.resolved))
         is_extended = checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
