@@ -191,7 +191,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(RunConfig, vars(self))
         for name in ("model", "data", "out", "adapter", "eval_data", "general_data"):
-            if "" in (value := getattr(self, name), *(value if name == "data" else ())):
+            value = getattr(self, name)
+            if "" in (value if isinstance(value, tuple) else (value,)):
                 raise ConfigError(f"RunConfig: {name} is empty; leave it out, or name something")
         if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")

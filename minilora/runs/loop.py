@@ -173,7 +173,7 @@ def _with_fitting_recompute(
 
 @dataclass(frozen=True)
 class _Job:
-    """A run: what all of its steps share."""
+    """What all steps of a run share."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
