@@ -208,7 +208,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
-    """Read an adapter that `save_lora` wrote, attach it and activate it alone; after a FormatError it is still attached."""
+    """Read an adapter that `save_lora` wrote, attach it and activate it alone; a FormatError leaves it attached."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     stored = load_file(Path(path) / "adapter_model.safetensors")
     if more := [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(key)]:
