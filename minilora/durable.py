@@ -27,13 +27,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError, TrainingError
-from minilora.storage import INDEX, JSON_BYTES, open_file, parse_json
+from minilora.storage import INDEX, read_json
 
 if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
 
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
 CACHE_DIR = ".data"  # the folder in which a run keeps its encoded rows
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a link could lead to the files of others
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp, too
 
 
@@ -154,9 +155,7 @@ def _write_manifest(directory: Path, obsolete: Collection[str] = (), beside: Seq
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the entries of a directory's manifest by name; raise a `FormatError` if it is missing or damaged."""
     path = directory / MANIFEST
-    with open_file(path, JSON_BYTES) as file:
-        value = parse_json(file.read(), str(path))
-    files = value.get("files") if isinstance(value, dict) else None
+    files = read_json(path).get("files")
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         raise FormatError(f'{path}: is no manifest: need {{"files": …}}, an object of plain file names')
     return files
@@ -243,7 +242,8 @@ def lock(out: Path) -> TextIO:
     path = out / ".lock"
     try:
         make_directory(out)
-        file = path.open("a+", encoding="utf-8")
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
+        file = os.fdopen(handle, "a+", encoding="utf-8")
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:

@@ -151,7 +151,7 @@ def write_lines(path, rows):
 
 def load(path, tokenizer, folder, training=None, show=None, **reading):
     reading = ml.DataConfig(**{"eval_split": 0.2, **reading})
-    return load_data([str(path)], tokenizer, reading, training or ml.TrainConfig(), None, (), None, folder, show)
+    return load_data([str(path)], tokenizer, reading, training or ml.TrainConfig(), folder=folder, show=show)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from minilora.durable import MANIFEST, STAGED, append_line, holds_files, lock, publishing, settle
+from minilora.errors import TrainingError
 
 fcntl = pytest.importorskip("fcntl", reason="without it, there is no lock")
 
@@ -22,6 +23,15 @@ def test_temporary_files_of_other_programs_are_files_and_stay(tmp_path):
     with publishing(tmp_path / ".q.tmp") as directory:
         (directory / "config.json").write_text("{}")
     assert (tmp_path / ".q.tmp" / MANIFEST).is_file()
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "letter.txt")
+    with pytest.raises(TrainingError, match=r"run: cannot be written"):
+        lock(tmp_path / "run")
+    assert (tmp_path / "letter.txt").read_text() == "mine"
 
 
 def test_a_directory_is_settled_by_one_process_at_a_time(tmp_path):

@@ -19,7 +19,8 @@ def load(path, directory, training=None, unit=None, labels=(), **reading):
     training = training or ml.TrainConfig()
     paths = path if isinstance(path, list) else [path]
     tokenizer = ml.load_tokenizer(directory / "model")
-    return load_data([str(path) for path in paths], tokenizer, ml.DataConfig(**reading), training, unit, labels)
+    config = ml.DataConfig(**reading)
+    return load_data([str(path) for path in paths], tokenizer, config, training, unit=unit, labels=labels)
 
 
 def sizes(data):

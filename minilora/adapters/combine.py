@@ -44,11 +44,11 @@ CombinationType = Literal[
 EXACT = ("cat", "svd")  # the sum itself, and its best approximation; all others change what is summed
 NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot be added
     "use_dora": "m/‖W + ΔW‖ multiplies the whole weight, so it is no sum of updates",
-    "modules_to_save": "a module trained in full stands in place of the base's, and only one can",
+    "modules_to_save": "a module trained in full stands in place of the base's",
     "task_type": "the head of a classifier is trained in full, and only one can stand there",
-    "bias": "a trained bias stands in place of the base's, and only one can",
+    "bias": "a trained bias stands in place of the base's",
     "lora_bias": "a bias is no update of low rank",
-    "trainable_token_indices": "trained rows stand in place of the base's, and only one can",
+    "trainable_token_indices": "trained rows stand in place of the base's",
     "target_parameters": "one matrix holds the updates of many experts",
 }
 

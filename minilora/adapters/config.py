@@ -28,7 +28,7 @@ INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
 NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
-RANDOM_SVD_INIT = r"pissa_niter_\d+"  # and the number of its power iterations
+RANDOM_SVD_INIT = r"pissa_niter_(\d+)"  # and the number of its power iterations
 FLAG_NAMES = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ class LoraConfig:
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}")
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
-        if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self._token_lists()):
+        if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):
             need = "need ids from 0, each once, or module names with such ids"
             bad.append(f"trainable_token_indices is {self.trainable_token_indices!r}, {need}")
         if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
@@ -131,9 +131,10 @@ class LoraConfig:
     @property
     def vocabulary(self) -> int:
         """Return how many rows an embedding needs for `trainable_token_indices`; 0 if there are none."""
-        return max((token + 1 for ids in self._token_lists() for token in ids), default=0)
+        return max((token + 1 for ids in self.token_lists() for token in ids), default=0)
 
-    def _token_lists(self) -> list[tuple[int, ...]]:
+    def token_lists(self) -> list[tuple[int, ...]]:
+        """Return the ids in `trainable_token_indices`, a tuple for each module."""
         tokens = self.trainable_token_indices
         if isinstance(tokens, Mapping):
             return [*tokens.values()]

@@ -95,12 +95,12 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
             named, with both shapes.
     """
     check_types(load_adapter, locals())
-    config, specs = stored_specs(read_adapter(fetch(path, "adapter")), base_modules(model))
+    config, specs = stored_specs(model, path)
     inject_adapter(model, config, name, specs, None, trainable)
 
 
-def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
-    """Return the adapter's config, and its specs by path for a model of these modules.
+def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
+    """Return the config of a stored adapter, and its specs for a model by path.
 
     The file must hold exactly the tensors that the config asks for, in the shapes that the model needs.
 
@@ -108,6 +108,7 @@ def stored_specs(stored: Stored, modules: Mapping[str, Any]) -> tuple[LoraConfig
         FormatError: config and tensors contradict each other.
         TargetError: the model has no such modules, or others in shape; the first two are named, with both shapes.
     """
+    stored, modules = read_adapter(fetch(name_or_path, "adapter")), base_modules(model)
     held = _by_module(stored, modules)
     config, init = stored.config(_ranks(held, modules)), stored.values.get("init_lora_weights")
     config = replace(config, modules_to_save=_saved(held.get("", {}), config.modules_to_save))
@@ -168,7 +169,7 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         "rank_pattern": _pattern(None if started else config.rank_pattern, ranks, times * config.r),
         "alpha_pattern": _pattern(None if started else config.alpha_pattern, alphas, growth * config.lora_alpha),
         "fan_in_fan_out": any(isinstance(layer, AdapterConv1D) for layer in low_rank.values()),
-        "modules_to_save": _ends(whole, modules) or None,
+        "modules_to_save": shortest_names(whole, modules, as_text=True) or None,  # as PEFT compares them
     }
 
 
@@ -177,13 +178,6 @@ def _pattern(pattern: Mapping[str, T] | None, values: Mapping[str, T], default: 
     if pattern is not None and all(map(is_name, pattern)):
         return dict(pattern)
     return {f"^{where}": value for where, value in values.items() if value != default}
-
-
-def _ends(chosen: list[str], modules: list[str]) -> list[str]:
-    """Return last names for some of the modules (paths), or the paths: to PEFT "norm" also means "input_layernorm"."""
-    names = {path.rpartition(".")[2] for path in chosen}
-    meant = {path for path in modules if path.endswith(tuple(names))}
-    return sorted(names) if meant == set(chosen) else sorted(chosen)
 
 
 def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minilora.adapters.config import RANDOM_SVD_INIT
 from minilora.errors import ConfigError, TrainingError
 from minilora.nf4 import Layout, NF4Linear, quantize_weight
 
@@ -131,7 +132,7 @@ def factors_from_weight(
         return _own(R[:r]), _own(Q[:, :r])
     if kind == "pissa":
         return balanced(*torch.linalg.svd(W, full_matrices=False), r=r, scale=scale)
-    if found := re.fullmatch(r"pissa_niter_(\d+)", kind):
+    if found := re.fullmatch(RANDOM_SVD_INIT, kind):
         return balanced(*randomized_svd(W, r, int(found[1]), generator), r=r, scale=scale)
     raise ConfigError(f"init_lora_weights is {kind!r}, accepted are 'pissa', 'pissa_niter_N' and 'olora'")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,8 +31,9 @@ from minilora.durable import MANIFEST, publishing, verify, write_json, write_ten
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.models.config import UNITS, Unit
 from minilora.models.hub import fetch, with_revision
+from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json
+from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json, read_text
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED_WRAPPER = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
@@ -179,6 +180,22 @@ def vocabulary_of(path: str | Path) -> int:
     return Stored(directory, read_values(directory), {}).config().vocabulary
 
 
+def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
+    """Return the tokenizer of a model, or of the first adapter with tokens of its own, or None if there is none.
+
+    Its chat template is the first one that an adapter has.
+    """
+    own_tokens = (path for path in adapters if vocabulary_of(path) and (path / "tokenizer.json").is_file())
+    tokenizer, template = find_tokenizer(next(own_tokens, model)), read_template(adapters)
+    return tokenizer.with_template(template) if tokenizer and template else tokenizer
+
+
+def read_template(adapters: Sequence[Path]) -> str | None:
+    """Return the first chat template in the directories of adapters."""
+    paths = (path / "chat_template.jinja" for path in adapters)
+    return next((read_text(path) for path in paths if path.exists()), None)
+
+
 def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
     """Return what the adapter of a classifier gives a class to, and the names of the classes; None and () for others.
 
@@ -223,14 +240,19 @@ def fields_of(config: LoraConfig) -> dict[str, Any]:
     return {name: None if value == () else value for name, value in values.items()} | {"init_lora_weights": init}
 
 
+def unknown_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not read, and whose value is neither PEFT's default nor empty."""
+    known = READ_FIELDS | IGNORED_FIELDS
+    return {k: value for k, value in values.items() if k not in known and value and value != PEFT_DEFAULTS.get(k)}
+
+
 def read_values(directory: Path) -> dict[str, Any]:
     """Read the JSON; raise a FormatError that names all unsupported keys whose value is neither PEFT's nor empty."""
     path = directory / CONFIG_FILE
     values = read_json(path)
     bad = [
         f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
-        for key, value in values.items()
-        if key not in READ_FIELDS | IGNORED_FIELDS and value and value != PEFT_DEFAULTS.get(key)
+        for key, value in unknown_fields(values).items()
     ]
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init):

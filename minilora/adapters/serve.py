@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers, base_modules, layers_of, require_layers
+from minilora.adapter import adapter_layers, layers_of, require_layers
 from minilora.adapters.attach import merged
 from minilora.adapters.files import stored_specs
 from minilora.adapters.layers import Stacked, get_base_layer
-from minilora.adapters.layout import read_adapter
 from minilora.adapters.parts import build_adapter, has_hooks
 from minilora.errors import ShapeError, TargetError, check_types
 from minilora.lora import AdapterLinear, LoraAdapter
-from minilora.models.hub import fetch
 from minilora.nf4 import NF4Linear
 
 Group = tuple[tuple[str, ...], Tensor]  # adapters, and the indices of the rows that they act on
@@ -162,7 +160,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, name: str = "default") -
     """
     check_types(hotswap_adapter, locals())
     layers = layers_of(model, name)
-    config, specs = stored_specs(read_adapter(fetch(path, "adapter")), base_modules(model))
+    config, specs = stored_specs(model, path)
     ours, theirs = {w: type(layer) for w, layer in layers.items()}, {w: spec.kind for w, spec in specs.items()}
     if different := sorted(where for where in ours | theirs if ours.get(where) != theirs.get(where)):
         raise TargetError(f"{path}: adapter {name!r} of the model is another one: they differ in {different[:5]}")

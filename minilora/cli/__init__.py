@@ -107,7 +107,7 @@ def parse(words: Sequence[str]) -> Options:
         prepare(parser, words[1:])
     options, more = parser.parse_known_args(words[1:])
     if more:
-        parser.error(f"unexpected argument {more[0]!r}; join several values of a flag with commas")
+        parser.error(f"unexpected argument {more[0]!r}; join several values of a flag with commas; repeat --adapter")
     return vars(options)
 
 
@@ -180,9 +180,9 @@ def _dashed(word: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
-def say_bad(kind: str, bad: Sequence[str]) -> None:
-    """Print the number of rows of a kind that were skipped, and the reasons for the first five."""
-    say("\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5])))
+def skipped_rows(kind: str, bad: Sequence[str]) -> str:
+    """Return a message with the number of rows of a kind that were skipped, and the reasons for the first five."""
+    return "\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5]))
 
 
 def say(text: str) -> None:

@@ -77,7 +77,7 @@ class Chat:
                 f"{self.model.name_or_path}: the model has no chat template; "
                 "use `minilora generate --raw` to continue text with it"
             )
-        self._writing = from_flags(GenerationConfig, options)
+        self._generation = from_flags(GenerationConfig, options)
         paths = options["adapter"]
         names = [Path(path).resolve().name for path in paths]
         is_clear = len({NONE, *names}) == len(names) + 1
@@ -102,9 +102,9 @@ class Chat:
             pieces.append(piece)
             print(piece, end="", flush=True)
 
-        writing = replace(self._writing, seed=self._writing.seed + self.replies)
+        generation = replace(self._generation, seed=self._generation.seed + self.replies)
         with suppress(KeyboardInterrupt):
-            generate_text(self.model, self._tokenizer, [ids], writing, show)
+            generate_text(self.model, self._tokenizer, [ids], generation, show)
         print(flush=True)
         self.replies += 1
         if pieces:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +83,7 @@ class Extraction:
     share: float  # of ‖W₁ - W₀‖², summed over the parameters that both models have, that is not adapted
 
     def __str__(self) -> str:
-        text = (
-            f"truncation error, relative to the change of the adapted weights: {self.deviation.overall:.2g}; "
-            f"worst {self.deviation.worst:.2g} in {self.deviation.layer}"
-        )
+        text = self.deviation.truncation("the change of the adapted weights")
         if self.left_out:
             more = " …" if len(self.left_out) > 3 else ""
             text += (
@@ -122,15 +119,17 @@ def extract_directory(
         FormatError: a model cannot be read, or a weight is not finite.
     """
     before, after = fetch(base, "model"), fetch(tuned, "model")
-    model = load_model(base, device="meta")
-    modules, unpaired = base_modules(model), _unpaired(before, after)
+    model, bare = load_model(base, device="meta"), [skeleton(read_config(directory)) for directory in (before, after)]
+    modules = base_modules(model)
     chosen = find_targets(modules, config, head_path(model))
-    paired = _shapes(before).keys() - unpaired
+    first, second = ({name: p.shape for name, p in each.named_parameters()} for each in bare)  # without a tied head
+    unpaired = [name for name in first | second if first.get(name) != second.get(name)]
+    paired = first.keys() - unpaired
     if lacking := [path for path in chosen if f"{path}.weight" not in paired]:
         raise TargetError(f"{before}, {after}: {lacking[:5]}: need a weight of its own and of one shape in both models")
     cuts: dict[str, LowRank] = {}
     others = dict.fromkeys(unpaired, 0.0)
-    for name, delta in _differences(before, after, paired, torch.device(device)):
+    for name, delta in _differences((before, after), bare, paired, torch.device(device)):
         path = name.removesuffix(".weight")
         if path in chosen:
             matrix = delta.T if kind_of(modules[path]) is AdapterEmbedding else delta
@@ -145,32 +144,21 @@ def extract_directory(
     return Extraction(deviation, tuple(others), outside / (inside + outside))
 
 
-def _shapes(directory: Path) -> dict[str, torch.Size]:
-    """Map each parameter to its shape; a tied head has none of its own."""
-    return {name: parameter.shape for name, parameter in skeleton(read_config(directory)).named_parameters()}
-
-
-def _unpaired(before: Path, after: Path) -> list[str]:
-    """List the parameters that only one model has, or that differ in shape."""
-    first, second = _shapes(before), _shapes(after)
-    return [name for name in first | second if first.get(name) != second.get(name)]
-
-
 def _differences(
-    before: Path, after: Path, names: Collection[str], device: torch.device
+    directories: tuple[Path, Path], models: Sequence[Llama], names: Collection[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each parameter that differs, and W₁ - W₀, in float32 at least."""
-    configs = [read_config(directory) for directory in (before, after)]
-    dtypes = [resolve_dtype(stored_dtype(config.source), config.source, device) for config in configs]
+    """Yield the name of each parameter that differs, and W₁ - W₀, in float32 at least; the models have no storage."""
+    sources = [model.config.source for model in models]
+    dtypes = [resolve_dtype(stored_dtype(source), source, device) for source in sources]
     wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
     first, second = (
-        ((name, weight) for name, weight in stored_weights(path, skeleton(config), wide, device, None) if name in names)
-        for path, config in zip((before, after), configs, strict=True)
+        ((name, weight) for name, weight in stored_weights(path, model, wide, device, None) if name in names)
+        for path, model in zip(directories, models, strict=True)
     )
     for (name, start), (_, end) in zip(first, second, strict=True):
         delta = dense(end) - dense(start)
         if not delta.isfinite().all():
-            raise FormatError(f"{before}, {after}: {name} has numbers that are not finite")
+            raise FormatError(f"{', '.join(map(str, directories))}: {name} has numbers that are not finite")
         if delta.any():
             yield name, delta
 

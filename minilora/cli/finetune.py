@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,16 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
-from minilora.cli import SIGNALLED, Options, say, say_bad
+from minilora.cli import SIGNALLED, Options, say, skipped_rows
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.forecast import memory_lines, preview
-from minilora.cli.load import base_of, check_not_merged, recorded_quantization, say_base
+from minilora.cli.load import base_notes, base_of, check_not_merged, recorded_quantization
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import stored_dtype
 from minilora.models.classifier import Classifier
-from minilora.models.hub import fetch, locate
+from minilora.models.hub import fetch
 from minilora.runs import world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.dataset import Dataset
@@ -102,8 +102,7 @@ def run(options: Options) -> int:
             from_flags(DataConfig, options),
             from_flags(TrainConfig, options),
         )
-        if run.config.adapter:
-            check_not_merged(locate(run.config.model, "model"), [fetch(run.config.adapter, "adapter")])
+        check_not_merged(run.base, run.adapters)
         with closing(run):
             return _dry_run(run, device, options) if options["dry_run"] else _finetune(run, device, options)
 
@@ -158,7 +157,8 @@ def _dry_run(run: Run, device: torch.device, options: Options) -> int:
     plan, memory = run.fit_to_memory(data, device)
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
-    _say_notes(run, model, data)
+    for note in _notes(run, model, data):
+        say(note)
     print(preview(data, run.training, count_parameters(model)))
     print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
     if not options["force"]:
@@ -182,7 +182,8 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
         f"batches of {run.training.batch_size}, learning rate {run.training.learning_rate:g}\n"
         f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
     )
-    _say_notes(run, model, data)
+    for note in _notes(run, model, data):
+        say(note)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
     for found in run.earlier.damaged:
@@ -194,28 +195,27 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
         say(f"starting again at step 0: {'no other checkpoint is left' if run.earlier.damaged else stopped}")
 
 
-def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
-    """Say how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
-    adapters = [fetch(run.config.adapter, "adapter")] if run.config.adapter else []
-    say_base(locate(run.config.model, "model"), adapters, describe_base(model))
+def _notes(run: Run, model: Llama | Classifier, data: Data) -> Iterator[str]:
+    """Yield how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
+    yield from base_notes(run.base, run.adapters, describe_base(model))
     longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
     if longest > limit:
-        say(f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length")
-    if run.reading.prompt_style != "auto" and not data.train.conversations:
-        say("no training row is a conversation, so --prompt-style has no effect")
+        yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
+    if run.data_config.prompt_style != "auto" and not data.train.conversations:
+        yield "no training row is a conversation, so --prompt-style has no effect"
     elif data.train.completions and data.tokenizer.template:
-        say(
+        yield (
             f"{data.train.completions} training rows are a plain prompt and completion, which do not go through the "
             "model's chat template; rows of `messages` do"
         )
     if 0 < len(data.test) < FEW_ROWS:
         rows_are = "row is" if len(data.test) == 1 else "rows are"
-        say(
+        yield (
             f"{len(data.test)} {rows_are} held out, too few for their loss or accuracy to say much; "
             "--eval-split or --eval-data gives more"
         )
     if data.train.touching > data.train.completions / 2:
-        say(
+        yield (
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
         )
@@ -223,26 +223,26 @@ def _say_notes(run: Run, model: Llama | Classifier, data: Data) -> None:
     parts = run.training.gradient_accumulation_steps
     if world.size() > 1:
         held = "a part" if run.shard == "base" else "the whole"
-        say(f"{world.size()} processes, each with {held} of the base; micro-batches of a step: {parts}")
+        yield f"{world.size()} processes, each with {held} of the base; micro-batches of a step: {parts}"
     if parts < world.size():
-        say(
+        yield (
             "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
             "gives each its part"
         )
     if steps < FEW_STEPS:
-        say(f"the run has few steps ({steps}), which may teach little; --epochs gives more")
+        yield f"the run has few steps ({steps}), which may teach little; --epochs gives more"
     for name, rows in data.splits.items():
         if rows.truncated:
-            say(f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left")
+            yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
         if rows.quoted:
-            say(
+            yield (
                 f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
                 "--allow-special makes them act"
             )
         if rows.bad:
-            say_bad(f"{name} ", rows.bad)
+            yield skipped_rows(f"{name} ", rows.bad)
     if run.resolved["recompute"] == "auto":
-        say(f"--recompute {run.training.recompute}: the fastest way for which there is memory")
+        yield f"--recompute {run.training.recompute}: the fastest way for which there is memory"
 
 
 def _train_until_signal(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:

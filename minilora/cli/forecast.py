@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -190,8 +189,7 @@ def default_plan(config: ModelConfig, way: str, device: torch.device, world: int
 
 def _configs(name_or_path: str) -> dict[str, ModelConfig]:
     """Return the config of a model, and those of the `SHAPES`."""
-    path = Path(name_or_path)
-    path = path if path.exists() else fetch(name_or_path, "model")
+    path = fetch(name_or_path, "model")
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: holds no config.json; need the directory of a model")
     sources = {name: dict(zip(KEYS, sizes, strict=True)) for name, sizes in SHAPES.items()}

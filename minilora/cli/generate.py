@@ -83,22 +83,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    output, writing = from_flags(Output, options), from_flags(GenerationConfig, options)
+    output, generation = from_flags(Output, options), from_flags(GenerationConfig, options)
     if output.compare_base and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
-    if output.samples > 1 and writing.temperature == 0:
+    if output.samples > 1 and generation.temperature == 0:
         say("at temperature 0 all samples of a prompt are the same; use a --temperature above 0")
     rows = read_prompts(options)
     model, tokenizer, trained = load_language_model(options)
     prompts = encode_prompts(rows, tokenizer, trained, options)
     is_json = output.json or options["prompts"] is not None or len(rows) > 1
     if is_json or output.compare_base or output.samples > 1:
-        for answer in _answers(model, tokenizer, rows, prompts, writing, output):
+        for answer in _answers(model, tokenizer, rows, prompts, generation, output):
             line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options)
             print(line, flush=True)
         return 0
     try:
-        texts = generate_text(model, tokenizer, prompts, writing, partial(print, end="", flush=True))
+        texts = generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
     except KeyboardInterrupt:
         print()
         raise
@@ -196,14 +196,14 @@ def _answers(
     tokenizer: Tokenizer,
     rows: Sequence[Row],
     prompts: Sequence[list[int]],
-    writing: GenerationConfig,
+    generation: GenerationConfig,
     output: Output,
 ) -> Iterator[Fields]:
-    """Yield each row with its generated text, once for each sample. The n-th text has the seed `writing.seed` + n."""
+    """Yield each row with its generated text, once for each sample; the n-th has the seed `generation.seed` + n."""
     asked = [(row, ids, n) for row, ids in zip(rows, prompts, strict=True) for n in range(1, output.samples + 1)]
     for begin in range(0, len(asked), output.batch_size):
         part = asked[begin : begin + output.batch_size]
-        batch = [ids for _, ids, _ in part], replace(writing, seed=writing.seed + begin)
+        batch = [ids for _, ids, _ in part], replace(generation, seed=generation.seed + begin)
         answers = [row.fields | ({"sample": n} if output.samples > 1 else {}) for row, _, n in part]
         if output.compare_base:
             with disable_adapter(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ from typing import Any
 from minilora.adapters.attach import describe_base
 from minilora.adapters.config import flag
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, classes_of, vocabulary_of
+from minilora.adapters.layout import (
+    WEIGHTS_FILE,
+    base_model_of,
+    base_quantization,
+    classes_of,
+    tokenizer_of,
+    vocabulary_of,
+)
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields
 from minilora.durable import sha256_of
@@ -23,8 +30,8 @@ from minilora.models.checkpoint import pick_device, read_config
 from minilora.models.classifier import Classifier, grow_vocabulary, load_for
 from minilora.models.config import Unit
 from minilora.models.hub import Location, fetch, locate, unpinned
-from minilora.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from minilora.storage import BUILTIN, read_json, read_text
+from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.storage import BUILTIN, read_json
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 
@@ -73,13 +80,8 @@ def find(options: Options) -> Found:
             raise
         note = f"the adapter {options['adapter'][0]} names it as its base model; --model names another"
         raise FormatError(f"{error} ({note})") from error
-    beside = paths or (base.path,)
-    own_tokens = (path for path in paths if vocabulary_of(path) and (path / "tokenizer.json").is_file())
-    tokenizer, template = find_tokenizer(next(own_tokens, base.name)), read_template(beside)
-    if tokenizer and template:
-        tokenizer = tokenizer.with_template(template)
-    quantize = _quantization(options, base.path, paths)
-    return Found(base, paths, quantize, tokenizer, read_run(beside), *_classes(base.path, paths))
+    quantize, tokenizer = _quantization(options, base.path, paths), tokenizer_of(base.name, paths)
+    return Found(base, paths, quantize, tokenizer, read_run(paths or [base.path]), *_classes(base.path, paths))
 
 
 def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]:
@@ -96,7 +98,8 @@ def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]
     grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
-    say_base(found.base, found.adapters, describe_base(model))
+    for note in base_notes(found.base, found.adapters, describe_base(model)):
+        say(note)
     return model, tokenizer
 
 
@@ -127,28 +130,18 @@ def base_of(model: str | None, adapters: Sequence[Path]) -> str:
     return bases[0]
 
 
-def read_template(directories: Sequence[Path]) -> str | None:
-    """Return the first chat template in one of the directories."""
-    path = _first_file(directories, "chat_template.jinja")
-    return read_text(path) if path else None
-
-
 def read_run(directories: Sequence[Path]) -> dict[str, Any]:
     """Return the first `run.json` in one of the directories; at least {"config": {}}.
 
     Raises:
         FormatError: its configuration is malformed.
     """
-    path = _first_file(directories, "run.json")
+    path = next((path / "run.json" for path in directories if (path / "run.json").exists()), None)
     values = {"config": {}, **(read_json(path) if path else {})}
     config = values["config"]
     if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
         raise FormatError(f"{path}: config: found {config!r:.60}, need an object, and text as its 'system'")
     return values
-
-
-def _first_file(directories: Sequence[Path], name: str) -> Path | None:
-    return next((path / name for path in directories if (path / name).exists()), None)
 
 
 def _classes(base: Path, adapters: Sequence[Path]) -> tuple[Unit | None, tuple[str, ...]]:
@@ -185,17 +178,17 @@ def recorded_quantization(base: Path, adapters: Sequence[Path]) -> QuantizeConfi
     return QuantizeConfig(**{name: value for name, value in quantization.items() if name in names})
 
 
-def say_base(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> None:
-    """Say how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
+def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
     if quantization["quantize"] != "none":
-        say(f"the base model is {describe_in_words(quantization)}")
+        yield f"the base model is {describe_in_words(quantization)}"
     for path in adapters:
         recorded = base_model_of(path)
         if recorded and not _is_named(base, recorded):
-            say(f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}")
+            yield f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}"
         if not was_trained_on(quantization, path):
             trained = describe_in_words(base_quantization(path) or {})
-            say(f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(quantization)}")
+            yield f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(quantization)}"
 
 
 def _is_named(base: Location, recorded: str) -> bool:

@@ -20,20 +20,19 @@ from typing import Any, get_args
 from minilora.adapters.attach import describe_base
 from minilora.adapters.combine import CombineConfig, LowRank
 from minilora.adapters.config import flag
-from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.adapters.layout import WEIGHTS_FILE, read_template
 from minilora.adapters.weighted import combine_directories
-from minilora.cli import Options
+from minilora.cli import Options, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.cli.load import (
     MERGED,
     Found,
     add_model_flags,
+    base_notes,
     base_of,
     check_not_merged,
     find,
-    read_template,
     recorded_quantization,
-    say_base,
     was_trained_on,
 )
 from minilora.durable import sha256_of, write_json, write_text
@@ -115,9 +114,11 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     if combined is None:  # with weights, what is merged already may be added to or subtracted
         check_not_merged(found.base, found.adapters)
     quantization = _describe(found, QuantizeConfig() if target == "original" else found.quantize)
-    say_base(found.base, found.adapters, quantization)
+    for note in base_notes(found.base, found.adapters, quantization):
+        say(note)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
-    is_known = all(was_trained_on(_describe(found, trained), path) for path in found.adapters)
+    described = _describe(found, trained)
+    is_known = all(was_trained_on(described, path) for path in found.adapters)
     deviation = merge_directory(
         found.base.path,
         [combined] if combined else found.adapters,
@@ -155,10 +156,7 @@ def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
     """Print the error of the SVD that truncated the combination, if one did."""
     deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     if deviation.overall is not None:
-        print(
-            f"truncation error, relative to the combined update: {deviation.overall:.2g}; "
-            f"worst {deviation.worst:.2g} in {deviation.layer}"
-        )
+        print(deviation.truncation("the combined update"))
 
 
 def _describe_error(

@@ -101,11 +101,11 @@ def generate_text(
     model: Llama,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
-    writing: GenerationConfig,
+    generation: GenerationConfig,
     show: Callable[[str], object] | None = None,
 ) -> list[str]:
     """Return the text that the model generates after each prompt. `show` is called with each settled piece."""
-    settings = asdict(writing)
+    settings = asdict(generation)
     stops = settings.pop("stop")
     streams = [TextStream(tokenizer, stops) for _ in prompts]
     texts = [""] * len(prompts)
@@ -119,7 +119,7 @@ def generate_text(
         append(row, streams[row].add(token))
         return streams[row].is_stopped
 
-    with merged_if_faster(model, writing.max_new_tokens):
+    with merged_if_faster(model, generation.max_new_tokens):
         generate(model, prompts, stop_ids=tokenizer.stop_ids, on_token=on_token, **settings)
     for row, stream in enumerate(streams):
         append(row, stream.finish())

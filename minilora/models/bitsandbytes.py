@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
 from minilora.nf4 import BLOCK_SIZE, BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
-from minilora.storage import TensorFile, is_finite
+from minilora.storage import TensorFile, is_finite, parse_json
 
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
@@ -64,10 +64,13 @@ class QuantizeConfig:
         return [path for path in linears if not any(_names(entry, path) for entry in self.quantize_skip)]
 
 
-def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return short names of some modules (paths): the last components if no other module has them, else the paths."""
+def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool = False) -> list[str]:
+    """Return short names of some modules (paths): the last components if no other module has them, else the paths.
+
+    Compared `as_text`, "norm" also means "input_layernorm".
+    """
     endings = {path.rpartition(".")[2] for path in chosen}
-    meant = {path for path in modules if path.rpartition(".")[2] in endings}
+    meant = {p for p in modules if p.rpartition(".")[2] in endings or (as_text and p.endswith(tuple(endings)))}
     return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 
@@ -124,10 +127,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     stored = file.read(name)
     if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
         raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
-    try:
-        state = json.loads(bytes(stored.flatten().tolist()))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.path}: {name} is not JSON ({error})") from error
+    state = parse_json(bytes(stored.flatten().tolist()), f"{file.path}: {name}")
     if not isinstance(state, dict):
         raise FormatError(f"{file.path}: {name} is not a JSON object")
     values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]

@@ -35,14 +35,12 @@ from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
 from minilora.durable import flush, remove, replacing, sha256_of, verify, write_json, write_tensors
 from minilora.errors import FormatError, TrainingError, fits
-from minilora.models.hub import fetch
-from minilora.models.tokenizer import CONFIGS
-from minilora.runs.config import RunConfig, TrainConfig
+from minilora.models import tokenizer
+from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.objective import rate_of_step, trained_parameters
 from minilora.storage import TensorFile, read_json
 
-TOKENIZER = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed
 PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
 
@@ -280,14 +278,12 @@ def _as_json(value: Any) -> Any:
     return type(value).__qualname__
 
 
-def hash_inputs(run: RunConfig, prompt_style: str) -> dict[str, str]:
+def hash_inputs(base: Path, adapters: Sequence[Path], prompt_style: str) -> dict[str, str]:
     """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
-    base = fetch(run.model, "model")
     paths = {f"model/{path.name}": path for path in sorted(base.glob("*.safetensors"))}
-    paths |= {f"model/{name}": base / name for name in ("config.json", *TOKENIZER)}
-    if run.adapter is not None:
-        adapter = fetch(run.adapter, "adapter")
-        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER)}
+    paths |= {f"model/{name}": base / name for name in ("config.json", *tokenizer.FILES)}
+    for adapter in adapters:
+        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *tokenizer.FILES)}
     if prompt_style.endswith(".jinja"):
         paths["prompt_style"] = Path(prompt_style)
     return {name: hash_of(path) for name, path in paths.items() if path.is_file()}

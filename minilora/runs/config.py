@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from minilora.adapters.layout import read_adapter
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import UNITS, ModelConfig
-from minilora.models.hub import fetch
+from minilora.models.hub import fetch, locate
 from minilora.storage import BUILTIN
 
 TrainOn = Literal["completion", "assistant", "all"]
@@ -197,6 +197,18 @@ class RunConfig:
         if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
 
+    def located(self) -> RunConfig:
+        """Return the config with the commit of each repository in its name, so that it means the same later."""
+        is_general = self.general_data != "none"
+        return replace(
+            self,
+            model=locate(self.model, "model").name,
+            adapter=self.adapter and locate(self.adapter, "adapter").name,
+            data=tuple(locate(name, "dataset").name for name in self.data),
+            eval_data=self.eval_data and locate(self.eval_data, "dataset").name,
+            general_data=locate(self.general_data, "dataset").name if is_general else "none",
+        )
+
 
 def check_settings(
     run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: ModelConfig
@@ -247,10 +259,10 @@ def _differing(lora: LoraConfig, other: LoraConfig) -> list[str]:
 
 
 def resolve(
-    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig
+    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, data_config: DataConfig, training: TrainConfig
 ) -> dict[str, Any]:
     """Return all settings by the names of their flags."""
-    values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(reading), **asdict(training)}
+    values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(data_config), **asdict(training)}
     return {FLAG_NAMES.get(name, name): value for name, value in values.items()}
 
 

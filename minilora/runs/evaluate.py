@@ -22,13 +22,14 @@ from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import sizes_of
+from minilora.runs.encoders import OPEN
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.seeded import Rows
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
-MARK = "\ufdd4"  # a noncharacter, which is in no text
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
@@ -188,7 +189,7 @@ def _batches(
 ) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's batches for an evaluation, and whether each counts."""
     check_examples(model, examples)
-    groups = eval_groups([len(example.tokens) for example in examples])
+    groups = eval_groups(sizes_of(examples)[:, 0])
     for rows, counts in _dealt(groups, len(examples), progress):
         yield collate([examples[row] for row in rows], next(model.parameters()).device), counts
 
@@ -226,7 +227,7 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        groups = eval_groups([len(example.tokens) * copies for example in examples])
+        groups = eval_groups(copies * sizes_of(examples)[:, 0])
         for rows, counts in _dealt(groups, len(examples), progress):
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
@@ -281,9 +282,9 @@ def _last_message(prompt: Sequence[int], tokenizer: Tokenizer) -> str | None:
 
     What the template writes before and after a message is seen where messages of one mark are rendered.
     """
-    turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
+    turns = [{"role": role, "content": OPEN} for role in ("user", "assistant", "user")]
     try:
-        first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(MARK)
+        first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(OPEN)
     except (DataError, ValueError):  # there is no template, or it writes a message twice
         return None
     same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))

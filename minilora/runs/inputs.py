@@ -93,8 +93,9 @@ class Data:
 def load_data(
     names: Sequence[str],
     tokenizer: Tokenizer,
-    reading: DataConfig,
+    data_config: DataConfig,
     training: TrainConfig,
+    *,
     unit: Unit | None = None,
     labels: tuple[str, ...] = (),
     eval_data: str | None = None,
@@ -122,11 +123,11 @@ def load_data(
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
     if unit is None:
-        tokenizer = use_prompt_style(tokenizer, reading.prompt_style, stream_rows(*files["train"]))
-        encode: Encoder = TextEncoder(tokenizer, reading)
+        tokenizer = use_prompt_style(tokenizer, data_config.prompt_style, stream_rows(*files["train"]))
+        encode: Encoder = TextEncoder(tokenizer, data_config)
     else:
-        labels = labels or find_labels(stream_rows(*files["train"]), unit, reading)
-        encode = ClassEncoder(tokenizer, reading, unit, labels)
+        labels = labels or find_labels(stream_rows(*files["train"]), unit, data_config)
+        encode = ClassEncoder(tokenizer, data_config, unit, labels)
     encoded = {split: _encode(paths, encode, folder, show) for split, paths in files.items()}
     needed = ["test"] if "valid" not in encoded else []
     if training.selects:  # rows that select the adapter cannot also measure it
@@ -135,9 +136,9 @@ def load_data(
     for i, split in enumerate(missing):
         whole = encoded["train"]
         room = len(whole) - len(missing) + i  # a row stays to train on, and one for each split that follows
-        if reading.eval_split and room > 0:
+        if data_config.eval_split and room > 0:
             shuffled = whole.rows[_shuffled(len(whole), training.seed)]
-            held = min(max(1, int(reading.eval_split * len(shuffled))), room)
+            held = min(max(1, int(data_config.eval_split * len(shuffled))), room)
             encoded["train"], encoded[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
     test = encoded.get("test") or encoded.get("valid") or Dataset()
     valid = encoded.get("valid") or test
@@ -177,13 +178,13 @@ def _encode(paths: Sequence[Path], encode: Encoder, folder: Path | None, show: C
     return cached_dataset(folder, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), write)
 
 
-def load_general(name: str, tokenizer: Tokenizer, reading: DataConfig) -> Dataset:
+def load_general(name: str, tokenizer: Tokenizer, data_config: DataConfig) -> Dataset:
     """Read and tokenize general text, with a label on every token; "none" is an empty data set."""
     if name == "none":
         return Dataset()
     path = ASSETS / "data" / "general.jsonl" if name == BUILTIN else name
     rows = read_eval_rows(path)
-    return encode_rows(rows, tokenizer, replace(reading, train_on="all", system=None, text_field="text"))
+    return encode_rows(rows, tokenizer, replace(data_config, train_on="all", system=None, text_field="text"))
 
 
 def _find_files(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:

@@ -93,7 +93,7 @@ def forecast(plan: Plan) -> Forecast:
     head = _head_bytes(plan, M, ranks.get("score" if plan.classes else "lm_head") == 0)
     is_sharded = plan.shard == "base" and plan.world > 1
     base = base_bytes(config, plan.quantization, plan.dtype, shapes, plan.world if is_sharded else 1)
-    layer = _layer_bytes(plan, ranks, terms, sum(terms.values()) - saved, base.dense)
+    layer = _layer_bytes(plan, lengths, ranks, terms, sum(terms.values()) - saved, base.dense)
     n = max((int(np.asarray(split)[rows].sum()) for split in plan.evaluated for rows in eval_groups(split)), default=0)
     evaluation = base.dense + 3 * d * n * (D + F) + DRIFT_COPIES * WIDE * min(n, DRIFT_TOKENS) * V
     sent = gradients * (plan.world > 1)  # the buffer in which the ranks' gradients are added
@@ -134,9 +134,11 @@ def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
     return d * (2 * labelled * D + 2 * rows * V + rows * D) + total + cast + max(probabilities, d * rows * D + total)
 
 
-def _layer_bytes(plan: Plan, ranks: dict[str, int], terms: dict[str, int], again: int, dense: int) -> int:
+def _layer_bytes(
+    plan: Plan, lengths: list[int], ranks: dict[str, int], terms: dict[str, int], again: int, dense: int
+) -> int:
     """Return the peak of the gradients within the last layer, with a `dense` weight and what is computed `again`."""
-    config, lora, d, lengths = plan.config, plan.lora, plan.dtype.itemsize, plan.batch()[0]
+    config, lora, d = plan.config, plan.lora, plan.dtype.itemsize
     N, D, F, H = sum(lengths), config.hidden_size, config.intermediate_size, config.num_attention_heads
     tied = (lora is None and config.tie_word_embeddings) * WIDE * config.vocab_size * D  # the head's gradient is kept
     norm = N * D * (d + 3 * WIDE)  # dy of the last norm, and in float32 its input, that one's gradient, their product

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -25,7 +24,7 @@ from minilora.errors import FormatError
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
-from minilora.storage import RECORDS_BYTES, read_text
+from minilora.storage import RECORDS_BYTES, parse_json, read_text
 
 BAR = 12  # characters
 SCALARS = {  # keys of a record, and their names in TensorBoard
@@ -178,10 +177,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
+        record = parse_json(line, f"{path}, line {number}")
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise FormatError(f"{path}, line {number}: need an object with a whole number as 'step'")
         records.append(record)

@@ -29,7 +29,7 @@ from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.from_data import FROM_DATA
-from minilora.adapters.layout import classes_of
+from minilora.adapters.layout import classes_of, tokenizer_of
 from minilora.definition import is_plain
 from minilora.durable import (
     CACHE_DIR,
@@ -64,7 +64,7 @@ from minilora.runs.objective import start_losses
 from minilora.runs.reports import TensorBoard, read_records
 from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan, Shard
-from minilora.storage import MODEL_FILES, read_json, read_text
+from minilora.storage import MODEL_FILES, read_json
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
@@ -88,21 +88,22 @@ class Run:
     """
 
     def __init__(
-        self, run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, reading: DataConfig, training: TrainConfig
+        self,
+        run: RunConfig,
+        quantization: QuantizeConfig,
+        lora: LoraConfig,
+        data_config: DataConfig,
+        training: TrainConfig,
     ):
-        # Names are located at once, so that those of repositories get the commit and mean the same later.
-        data = tuple(locate(name, "dataset").name for name in run.data)
-        general = run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name
-        eval_data = run.eval_data and locate(run.eval_data, "dataset").name
-        model, adapter = locate(run.model, "model").name, run.adapter and locate(run.adapter, "adapter").name
-        run = replace(run, model=model, adapter=adapter, data=data, eval_data=eval_data, general_data=general)
+        run = run.located()
         self.config, self.quantization, self.lora = run, quantization, lora
-        self.reading, self.training = reading, training
-        self.resolved = resolve(run, quantization, lora, reading, training)
+        self.data_config, self.training = data_config, training
+        self.resolved = resolve(run, quantization, lora, data_config, training)
         self.out, self.is_full = Path(run.out), run.method == "full"
         self.dtype = "float32" if self.is_full else run.dtype
-        self.base_config = read_config(locate(run.model, "model").path)
-        self.unit = UNITS.get(lora.task_type)
+        self.base = locate(run.model, "model")
+        self.adapters = [fetch(run.adapter, "adapter")] if run.adapter else []
+        self.base_config, self.unit = read_config(self.base.path), UNITS.get(lora.task_type)
         self.began = world.broadcast(datetime.now(UTC).replace(microsecond=0))  # a chat template may write the date
         self.earlier = Earlier()
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
@@ -116,7 +117,7 @@ class Run:
 
         A finished run may be made longer, see `check_extension`.
         """
-        self.inputs = checkpoints.hash_inputs(self.config, self.reading.prompt_style)
+        self.inputs = checkpoints.hash_inputs(self.base.path, self.adapters, self.data_config.prompt_style)
         found = world.all_gather(self.inputs)
         if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
             raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
@@ -196,23 +197,23 @@ class Run:
         The rows of large files are kept encoded in the directory, also for other runs in directories beside it; `show`
         is called with lines on the progress.
         """
-        tokenizer = self._load_tokenizer().with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        labels = self.base_config.labels if self.config.adapter is None else classes_of(self.config.adapter)[1]
-        names, eval_data = self.config.data, self.config.eval_data
-        cache = self.out / CACHE_DIR
-        data = load_data(names, tokenizer, self.reading, self.training, self.unit, labels, eval_data, cache, show)
+        tokenizer = tokenizer_of(self.config.model, self.adapters) or load_tokenizer(self.config.model)
+        tokenizer = tokenizer.with_tokens(self.config.add_tokens).at(self.began.astimezone())
+        labels = classes_of(self.adapters[0])[1] if self.adapters else self.base_config.labels
+        data = load_data(
+            self.config.data,
+            tokenizer,
+            self.data_config,
+            self.training,
+            unit=self.unit,
+            labels=labels,
+            eval_data=self.config.eval_data,
+            folder=self.out / CACHE_DIR,
+            show=show,
+        )
         if self.unit is None:
-            data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.reading))
+            data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.data_config))
         return data
-
-    def _load_tokenizer(self) -> Tokenizer:
-        """Load the tokenizer of the model, or of an adapter with tokens of its own, with the adapter's template."""
-        if self.config.adapter is None:
-            return load_tokenizer(self.config.model)
-        path = fetch(self.config.adapter, "adapter")
-        has_own = self.lora.vocabulary and (path / "tokenizer.json").is_file()
-        tokenizer, template = load_tokenizer(path if has_own else self.config.model), path / "chat_template.jinja"
-        return tokenizer.with_template(read_text(template)) if template.is_file() else tokenizer
 
     def fit_to_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
         """Resolve auto of `--recompute` and `--shard`, for all later calls, to what fits into the device's memory."""

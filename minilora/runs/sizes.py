@@ -107,9 +107,8 @@ def trained_sizes(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[
     adapted = {f"{path}.bias" for path in ranks}
     biases = {name for name in shapes if name.endswith(".bias") and (lora.bias == "all" or name in adapted)}
     others += [math.prod(shapes[name]) for name in {*whole, *(biases if lora.bias != "none" else ())}]
-    tokens = lora.trainable_token_indices or ()
-    ids = [token for each in tokens.values() for token in each] if isinstance(tokens, Mapping) else tokens
-    others += [len(ids) * shapes[f"{EMBEDDING_PATH}.weight"][1]] if ids else []
+    rows = sum(map(len, lora.token_lists()))
+    others += [rows * shapes[f"{EMBEDDING_PATH}.weight"][1]] if rows else []
     return factors, others, ranks | {name.removesuffix(".weight"): 0 for name in whole}
 
 

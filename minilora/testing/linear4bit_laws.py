@@ -51,16 +51,14 @@ def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 
 def gradients(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     layer, _ = build(make, case)
-    x = tensor(case.x, case.dtype).requires_grad_()
-    backward(layer, x, tensor(case.dy, case.dtype))
-    actual = torch.zeros_like(x) if x.grad is None else x.grad
+    x, _ = backward(layer, case)
 
     def mistakes() -> dict[str, Array]:
         found = {cause: case.dy @ weight for cause, weight in wrong_weights(case).items()}
         right = case.dx.value
         return found | {"no gradient reaches x": 0 * right, "the gradient has the wrong sign": -right}
 
-    yield Comparison("dx", actual, case.dx, mistakes)
+    yield Comparison("dx", x.grad, case.dx, mistakes)
 
 
 def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -75,8 +73,7 @@ def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
         if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b.dtype), b)
     }
     before = {name: as_array(each.data).copy() for name, each in kept.items()}
-    x = tensor(case.x, case.dtype).requires_grad_()
-    backward(layer, x, tensor(case.dy, case.dtype))
+    x, _ = backward(layer, case)
     for name, each in kept.items():
         yield Comparison(f"the gradient of {name}", 0.0 if each.grad is None else 1.0, np.asarray(0.0))
         if each.grad is not None:

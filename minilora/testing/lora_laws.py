@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,8 +160,7 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
-    x = tensor(case.x, case.dtype).requires_grad_()
-    y = backward(built.layer, x, tensor(case.dy, case.dtype))
+    x, y = backward(built.layer, case)
     mistakes = wrong_gradients(case)
     for name, expected in case.gradients.items():
         if name == "magnitude" and not case.has_magnitude:
@@ -173,15 +172,17 @@ def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         )
 
 
-def backward(layer: Any, x: Tensor, dy: Tensor) -> Tensor:
-    """Run a forward and a backward pass of Σ dy·y, and return y."""
+def backward(layer: Any, case: Any) -> tuple[Tensor, Tensor]:
+    """Run a forward and a backward pass of Σ dy·y; return x, whose gradient is 0 where there is none, and y."""
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: it has no gradients")
+    x = tensor(case.x, case.dtype).requires_grad_()
     y = layer(x)
     if not y.requires_grad:
         raise AssertionError("the layer's output has no gradient")
-    y.backward(dy.to(y.dtype))
-    return cast(Tensor, y)
+    y.backward(tensor(case.dy, case.dtype).to(y.dtype))
+    x.grad = torch.zeros_like(x) if x.grad is None else x.grad
+    return x, y
 
 
 def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -198,9 +199,8 @@ def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = build(make, case)
     set_mode(built.layer, training=True)
-    x = tensor(case.x, case.dtype).requires_grad_()
     base = {name: built.tensor(name) for name in ("W", "b") if name in built.given}
-    backward(built.layer, x, tensor(case.dy, case.dtype))
+    x, _ = backward(built.layer, case)
     parameters = list(built.layer.parameters()) if hasattr(built.layer, "parameters") else []
     for parameter in {id(p): p for p in (*parameters, *built.given.values())}.values():
         if parameter.grad is not None:

@@ -75,16 +75,11 @@ def codes(case: NF4Weight, what: str, found: Array) -> Comparison:
     return Comparison(what, found, case.codes, mistakes, case.describe)
 
 
-def nearest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+def nearest(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
     packed, _ = quantized(pair, case)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
-    yield codes(case, "codes", certain(as_codes(packed, case.W.size), case.codes, case.admissible))
-
-
-def exact_codes(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, _ = quantized(pair, case)
-    yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
-    yield codes(case, "codes", as_codes(packed, case.W.size))
+    found = as_codes(packed, case.W.size)
+    yield codes(case, "codes", found if is_exact else certain(found, case.codes, case.admissible))
 
 
 def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -94,7 +89,7 @@ def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     _, absmax = quantized(pair, case)
-    yield from exact_codes(pair, case)
+    yield from nearest(pair, case, is_exact=True)
     yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
     weight = dequantized(pair, case, *stored(case))
     yield form("the dequantized weight", weight, (case.rows, case.columns), "float32")
@@ -258,7 +253,7 @@ _NF4 = (
         "ties",
         "a number midway between two levels gets the lower one, its neighbours the nearest",
         functools.partial(weights, "ties"),
-        exact_codes,
+        functools.partial(nearest, is_exact=True),
     ),
     (
         "absmax",

@@ -10,7 +10,7 @@ is rounded once, to float32, and not at all if s is a power of two, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.adapter import PREFIX
+from minilora.adapters.combine import NOT_ADDED
 from minilora.adapters.layout import (
     FIELD_OF_TENSOR,
-    IGNORED_FIELDS,
-    PEFT_DEFAULTS,
     PLAIN_INITS,
-    READ_FIELDS,
     WEIGHTS_FILE,
     Stored,
     factor_name,
     parse_tensor_name,
     read_adapter,
+    unknown_fields,
     write_adapter,
 )
 from minilora.errors import ConfigError
@@ -41,14 +40,7 @@ FOLDED = {
     "alpha_pattern": "modules have a lora_alpha of their own",
 }
 KEPT = {"embeddings": "A and B of an embedding", "convolutions": "A and B of a convolution"}
-NOT_PLAIN = {
-    "use_dora": "the magnitude m/‖W + ΔW‖ multiplies the whole weight",
-    "modules_to_save": "copies of modules that were trained in full",
-    "bias": "trained biases of the base",
-    "lora_bias": "a bias of lora_B",
-    "trainable_token_indices": "trained rows of an embedding",
-    "target_parameters": "A and B of experts that are stacked in one parameter",
-}
+NOT_PLAIN = {field: why for field, why in NOT_ADDED.items() if field != "task_type"}
 PLAIN = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
 
 
@@ -69,9 +61,7 @@ def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     effects = {name: effect for name, effect in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
     if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
         effects["init_lora_weights"] = f"{init!r:.60} changes the base's weights at the start"
-    known = READ_FIELDS | IGNORED_FIELDS
-    unknown = [key for key in values if key not in known and PEFT_DEFAULTS.get(key) != values[key]]
-    return effects | {key: f"{values[key]!r:.60}" for key in unknown if values[key]}
+    return effects | {key: f"{value!r:.60}" for key, value in unknown_fields(values).items()}
 
 
 def export_adapter(path: str | Path, out: str | Path) -> int:
@@ -92,13 +82,13 @@ def export_adapter(path: str | Path, out: str | Path) -> int:
             + "\n  ".join(reasons)
             + "\n`minilora merge` writes a model, which every reader can load"
         )
-    rank, tensors = plain_tensors(stored)
+    rank, tensors = plain_tensors(stored, file.shapes)
     write_adapter(Path(out), {**stored.values, **PLAIN, "r": rank, "lora_alpha": rank}, tensors, file.metadata)
     return rank
 
 
-def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
-    """Return the largest rank, and the tensors by their names in PEFT's file, all A and B of this rank and scale 1.
+def plain_tensors(stored: Stored, names: Iterable[str]) -> tuple[int, dict[str, Tensor]]:
+    """Return the largest rank, and the tensors of these names in PEFT's file, all A and B of this rank and scale 1.
 
     Raises:
         ConfigError: a convolution in groups has a smaller rank; its A and B differ in rank and cannot be padded.
@@ -108,7 +98,7 @@ def plain_tensors(stored: Stored) -> tuple[int, dict[str, Tensor]]:
     rank, tensors = max(ranks.values()), {}
     if uneven := [where for where, r in ranks.items() if r != rank and factors[where].lora_B.size(1) != r]:
         raise ConfigError(f"{uneven[0]}: a convolution in groups cannot be padded to the rank {rank} of others")
-    for name in TensorFile(stored.path / WEIGHTS_FILE).shapes:
+    for name in names:
         where, key = parse_tensor_name(name)
         tensor = stored.tensors[where][key]
         if key == "weight":
