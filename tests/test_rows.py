@@ -54,54 +54,6 @@ def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_k
     assert list(stream_rows(path)) == [Row(row, f"{path}:{line}") for row, line in zip(rows, lines, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("content", "line", "message"),
-    [
-        (b'{"a": 1}\n\n\n{"a": 1} {"a": 1}', 4, "not JSON: Extra data at column 10"),
-        (b'[{"a": 1},\n {\n"a"\n: }]', 4, "not JSON"),
-        (b'[,\n{"a": 1}]', 2, "not JSON: before this, a comma"),
-        (b'[{"a": 1}\n', 2, "not JSON: before this, a comma or bracket"),
-        (b'[{"a": 1},\n 5]', 2, "found 5, need a JSON object"),
-        (b'[{"a": 1},\n {"a": "\xe9"}]', 2, "byte 0xe9"),
-        (b"[[1]]", 1, "found [1], need a JSON object"),
-        (b"\nnull", 2, "found None, need a JSON object"),
-        (b'\n\n{"a": ' + b"[" * 100_000, 3, "nested too deeply"),
-    ],
-)
-def test_an_error_in_a_file_is_named_with_its_line(tmp_path, content, line, message):
-    """Further ones lie in tests/golden/broken."""
-    path = tmp_path / "rows.json"
-    path.write_bytes(content)
-    try:
-        refusal = next(f"{row.source}: {row.problem}" for row in list(stream_rows(path)) if row.problem)
-    except ml.DataError as error:
-        refusal = str(error)
-    assert refusal.startswith(f"{path}:{line}: {message}")
-
-
-def test_a_bad_line_leaves_the_others_alone(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a"\n\xff\n5\n{"a": 2}\n')
-    rows = list(stream_rows(path))
-    assert [row.fields for row in rows if not row.problem] == [{"a": 1}, {"a": 2}]
-    assert [row.source for row in rows] == [f"{path}:{line}" for line in range(1, 6)]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        *((content, "there are no rows") for content in (b"", b"\n \n", b"[]", b" [\n]\n", b"\xef\xbb\xbf")),
-        *((mark + '{"a": 1}'.encode("utf-16-le"), "found UTF-16, need UTF-8") for mark in (b"\xff\xfe", b"\xfe\xff")),
-    ],
-)
-def test_a_file_without_rows_or_in_utf_16_is_refused(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ml.DataError, match=message) as error:
-        list(stream_rows(path))
-    assert str(error.value).startswith(f"{path}: ")
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_lines_are_counted_across_the_parts_that_a_file_is_read_in(tmp_path, monkeypatch, size):
     monkeypatch.setattr(storage, "CHUNK", size)
