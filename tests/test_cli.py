@@ -75,7 +75,7 @@ def as_text(value):
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -166,6 +166,10 @@ run_configs = st.builds(
 
 
 @given(run_configs | lora_configs() | data_configs | train_configs(), st.booleans())
+@example(ml.LoraConfig(target_modules=("q", "v"), layers_to_transform=(1, 3), layers_pattern=("h", "layers")), True)
+@example(ml.LoraConfig(use_dora=True, use_rslora=True, modules_to_save=("a", "b"), trainable_token_indices=(5,)), True)
+@example(ml.LoraConfig(lora_bias=True, bias="all", init_lora_weights=False, trainable_token_indices={"a": (3,)}), True)
+@example(ml.LoraConfig(target_parameters=("up", "down"), exclude_modules=r".*\.0\..*", task_type="SEQ_CLS"), True)
 def test_every_field_is_a_flag_in_two_spellings_and_survives_the_command_line(config, has_dashes):
     words = as_words(config, (lambda name: "--" + name.replace("_", "-")) if has_dashes else (lambda name: f"--{name}"))
     assert value_of(type(config), words) == config
