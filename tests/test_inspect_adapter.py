@@ -18,7 +18,9 @@ from minilora.storage import read_json
 from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
 from minilora.tools.export import FOLDED, KEPT, export_adapter
 from minilora.tools.inspect import adapter_facts, delta_norm, inspect_path, norm
+from tests.adapters import Conv1D
 from tests.files import edit, save_file, saved, write_base
+from tests.golden.make_adapters import FOLDER, base_of
 from tests.models import examples, families, long, randn, scales, seeds, sizes, tiny_model
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -311,38 +313,16 @@ def test_whatever_tensors_and_fields_there_are_each_is_told_once(tmp_path_factor
 # --- against PEFT ---
 
 
-@pytest.mark.parity
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 4}},
-        {"use_dora": True},
-        {"bias": "lora_only"},
-        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "embed_tokens"]},
-    ],
-)
-def test_an_adapter_that_peft_wrote_has_the_deltas_that_peft_computes(tmp_path, base, config):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 21, **config})
-    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and "magnitude" not in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    model.save_pretrained(tmp_path)
-    found = by_module(tmp_path, base)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-    assert found.keys() == layers.keys()
-    for module, layer in layers.items():
-        assert found[module]["scale"] == layer.scaling["default"]
-        before = layer.base_layer.weight.detach().clone()
-        layer.merge()
-        change = layer.base_layer.weight.detach() - before
-        assert_number(found[module]["delta_norm"], change.norm(), assert_parity)
-        assert_number(found[module]["base_norm"], before.norm(), assert_parity)
-    assert not adapter_facts(tmp_path, base)["problems"]
+@pytest.mark.parametrize("case", ["all-linear-rslora", "patterns", "head", "dora", "biases", "modules-to-save"])
+def test_the_norms_of_an_adapter_that_peft_wrote_are_those_of_what_merging_it_changes(tmp_path, case):
+    """`test_golden` compares the merged model with PEFT's."""
+    model, before = (base_of(case, Conv1D) for _ in range(2))
+    ml.save_model(model, tmp_path)
+    ml.load_adapter(model.double(), FOLDER / case)
+    ml.merge(model)
+    facts = by_module(FOLDER / case, tmp_path)
+    assert facts
+    for module, each in facts.items():
+        old, new = (linear_layers(kept)[module].weight.detach() for kept in (before, model))
+        assert_number(each["delta_norm"], (new - old).norm(), assert_parity)
+        assert_number(each["base_norm"], old.norm(), assert_parity)
