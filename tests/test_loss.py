@@ -6,12 +6,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig, llama
-from minilora.adapters.parts import build_adapter
+from minilora import LoraConfig, attach, llama
 from minilora.errors import TrainingError
 from minilora.kernel import llama as loss
 from minilora.kernel.llama import head_chunk
-from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import document_lengths, fill_, of_kernels, randn, seeds, sizes, small_tiles, tiny_model, token_ids
@@ -24,33 +22,38 @@ def _small_chunks(monkeypatch):
     small_tiles(monkeypatch, 20)
 
 
-HEADS = ("plain", "bias", "frozen", "adapted", "four bits", "adapted four bits")
+ADAPTED = {
+    "adapted": {"target_modules": ("head",)},
+    "adapted four bits": {"target_modules": ("head",)},
+    "trained in full": {"modules_to_save": ("head",)},
+    "tied to trained rows": {"trainable_token_indices": {"embedding": (1, 0)}},
+}
+HEADS = ("plain", "bias", "frozen", "four bits", *ADAPTED)
 
 
 def make_head(kind, seed, D, V):
     """A head of each kind that may be trained, and two that are not."""
-    head = nn.Linear(D, V, bias=kind == "bias" or "adapted" in kind).double()
+    head = nn.Linear(D, V, bias=kind == "bias" or kind in ADAPTED).double()
     fill_(head, seed)
     if kind not in ("plain", "bias"):
         head.requires_grad_(False)
     if "four bits" in kind:
         head = NF4Linear.quantize(head.weight, head.bias)
-    if "adapted" not in kind:
+    if kind not in ADAPTED:
         return head
-    adapted = AdapterLinear(head, "lm_head")
-    factors = {"lora_A": randn(seed + 1, 2, D), "lora_B": randn(seed + 2, V, 2)}
-    adapted.add_adapter(
-        "default", build_adapter(adapted, LoraConfig(r=2, lora_alpha=7), factors), LoraConfig(r=2, lora_alpha=7)
-    )
-    adapted.active = ("default",)
-    return adapted
+    model = nn.ModuleDict({"embedding": nn.Embedding(V, D), "head": head})
+    if "tied" in kind:
+        model["embedding"].weight = head.weight
+    attach(model, LoraConfig(**{"r": 2, "lora_alpha": 7, "target_modules": (), **ADAPTED[kind]}), dtype=torch.float64)
+    fill_(nn.ParameterList(p for p in model.parameters() if p.requires_grad), seed + 1)
+    return model["head"]
 
 
 @st.composite
-def heads(draw):
+def heads(draw, *kinds):
     """Hidden states of up to 9 labelled tokens, and a head."""
     seed, n, D, V = draw(seeds), draw(sizes), draw(sizes), draw(st.integers(2, 9))
-    head = make_head(draw(st.sampled_from(HEADS)), seed + 3, D, V)
+    head = make_head(draw(st.sampled_from(kinds or HEADS)), seed + 3, D, V)
     return randn(seed + 2, n, D).requires_grad_(), token_ids(seed, n, high=V), head
 
 
@@ -61,10 +64,11 @@ def assert_gradients_of_full_logits(case, inputs, upstream=1.0):
         assert_maths(our, expected)
 
 
-@given(heads(), st.sampled_from([0.25, 7.0]), st.booleans())
-def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(case, upstream, is_frozen):
+@pytest.mark.parametrize("kind", HEADS)
+@given(st.data(), st.sampled_from([0.25, 7.0]), st.booleans())
+def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(kind, data, upstream, is_frozen):
     """Also the head alone, where the hidden states are frozen."""
-    hidden, labels, head = case
+    hidden, labels, head = case = data.draw(heads(kind))
     trained = [p for p in head.parameters() if p.requires_grad]
     assume(trained or not is_frozen)
     if is_frozen:

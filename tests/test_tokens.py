@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora import llama
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import Rows, TokenRows
 from minilora.testing.compare import assert_maths
@@ -120,22 +119,6 @@ def test_nothing_of_the_size_of_the_vocabulary_is_made_or_kept(family):
     x = randn(0, 2, D, dtype=torch.float32).requires_grad_()
     _, most, _ = allocated(lambda: model.lm_head(x).sum().backward())
     assert most < 4 * V * D / 2  # a few times the logits of two tokens
-
-
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_the_loss_of_labelled_tokens_is_that_of_full_logits(recompute):
-    model = with_rows()
-    rows(model).data.copy_(randn(1, 3, 24))
-    labels = token_ids(5, 14)
-
-    def gradient(loss):
-        hidden = model.model(torch.tensor([*ROWS, *IDS.flatten()[3:].tolist()]), [7, 7], recompute=recompute)
-        return torch.autograd.grad(loss(hidden), rows(model))[0]
-
-    assert_maths(
-        gradient(lambda hidden: llama.cross_entropy(hidden, labels, model.lm_head)),
-        gradient(lambda hidden: F.cross_entropy(model.lm_head(hidden), labels, reduction="sum")),
-    )
 
 
 def test_merging_writes_the_rows_into_embedding_and_head_and_ties_them_again():
