@@ -193,33 +193,6 @@ def test_a_row_of_zeros_stays_a_number_under_dora():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_every_field_of_another_type_is_named():
-    for fields in (
-        {"target_modules": [1], "exclude_modules": [None], "modules_to_save": {"a": 1}, "target_parameters": 1.5},
-        {"target_modules": 3, "layers_pattern": [[]], "layers_to_transform": ["1"], "rank_pattern": None},
-        {"layers_to_transform": 1.5, "alpha_pattern": [1]},
-        {"lora_alpha": 10**400},
-    ):
-        with pytest.raises(ml.ConfigError) as error:
-            LoraConfig(**fields)
-        assert [field for field in fields if f"{field} is " not in str(error.value)] == []
-
-
-def test_a_file_without_matrices_is_refused(tmp_path):
-    for tensors, message in (
-        ({}, "holds no tensors"),
-        ({"lora_A": torch.zeros(()), "lora_B": torch.zeros(4, 2)}, "need a matrix"),
-        ({"lora_A": torch.zeros(2, 4), "lora_B": torch.zeros(2)}, "need a matrix"),
-    ):
-        write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
-        names = {f"base_model.model.block.0.{key}.weight": tensor for key, tensor in tensors.items()}
-        write_tensors(tmp_path / "adapter_model.safetensors", names)
-        model = Tied()
-        with pytest.raises(ml.FormatError, match=message):
-            ml.load_adapter(model, tmp_path)
-        assert all(p.requires_grad for p in model.parameters())
-
-
 SUMS = {"cat": {}, "svd": {}, "ties_svd": {"density": 0.5}}
 
 
@@ -283,15 +256,6 @@ def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path, monkeypatch):
     ml.load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(IDS), outputs["a"])
     assert len(opened) <= 3
-
-
-@pytest.mark.parametrize("kind", ["pissa", "olora", "pissa_niter_2"])
-def test_a_weight_that_is_not_finite_has_no_decomposition(kind):
-    model = Tied()
-    with torch.no_grad():
-        model.block[0].weight[0, 0] = float("nan")
-    with pytest.raises(ml.TrainingError, match="not finite"):
-        ml.attach(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=kind))
 
 
 def test_rows_of_an_encoder_of_pytorch_have_each_their_own_adapter():

@@ -256,13 +256,21 @@ NOT_IN_THE_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("key", NOT_IN_THE_TENSORS)
-def test_a_config_that_asks_for_more_is_refused_by_key(tmp_path, key):
-    saved(tmp_path)
-    for value in NOT_IN_THE_TENSORS[key]:
+@pytest.mark.parametrize(
+    ("case", "key", "values"),
+    [
+        *(("LoRA", key, values) for key, values in NOT_IN_THE_TENSORS.items()),
+        ("DoRA", "use_dora", (False,)),
+        ("DoRA", "bias", ("lora_only", "all")),
+        ("a bias of B", "lora_bias", (False,)),
+    ],
+)
+def test_a_config_that_does_not_go_with_its_tensors_is_refused_by_key(tmp_path, case, key, values):
+    ml.save_adapter(with_adapter(case), tmp_path)
+    for value in values:
         edit(tmp_path, **{key: value})
         with pytest.raises(ml.FormatError, match=rf"{CONFIG_FILE}(.|\n)*{key}"):
-            loaded(tmp_path)
+            loaded(tmp_path, WHOLE, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, CONFIG_FILE])
@@ -301,7 +309,13 @@ HOSTILE = {
     "a factor that is NaN": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t * torch.nan), "lora_A.*not finite"),
     "a magnitude too short": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[1:]), "magnitude"),
     "a magnitude of a column": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[:, None]), "q_proj"),
-    "a factor that is a number": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t.sum()), r"q_proj.lora_A.*\(\)"),
+    "a factor that is a number": (
+        "DoRA",
+        shaped("q_proj.lora_A.weight", lambda t: t.sum()),
+        r"A.* \(\), need a matrix",
+    ),
+    "a factor that is a column": ("DoRA", shaped("q_proj.lora_B.weight", lambda t: t[:, 0]), r"B.* \(40,\), need a"),
+    "no tensors": ("LoRA", lambda name, tensor: (), "holds no tensors"),
     "factors of no rank": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t[:0]), r"q_proj.lora_A.*\(0, "),
     "one magnitude missing": ("DoRA", renamed("1.self_attn.q_proj.lora_magnitude_vector", "1.x.y"), "1.x.y"),
     "a bias of B too long": ("a bias of B", shaped("q_proj.lora_B.bias", lambda t: t.repeat(2)), "q_proj.*lora_bias"),

@@ -178,10 +178,12 @@ def test_factors_of_a_bfloat16_weight_are_as_good_as_in_float32_and_keep_nothing
 
 
 @pytest.mark.parametrize("kind", [*MOVED, "loftq"])
-def test_a_rank_that_a_weight_has_not_is_refused(kind):
+def test_a_rank_that_a_weight_has_not_is_refused_and_a_weight_that_is_not_finite(kind):
     make = loftq_factors if kind == "loftq" else lambda *sizes: factors_from_weight(kind, *sizes, generator())
     with pytest.raises(ConfigError, match=f"{kind} can give a weight of 4 x 9 at most rank 4; found r = 5"):
         make(randn(0, 4, 9), 5, 2.0)
+    with pytest.raises(TrainingError, match="not finite"):
+        make(randn(0, 4, 9) * float("nan"), 2, 2.0)
 
 
 @given(seeds, st.integers(1, 40), st.integers(2, 20), sizes, scales)
@@ -205,8 +207,3 @@ def test_loftq_s_base_computes_in_the_weight_s_dtype_with_its_bias_and_what_that
     assert base.dtype == base.layout.dtype == torch.bfloat16
     assert torch.equal(base.bias, bias)
     assert relative(base.weight + 2.0 * lora_B @ lora_A, weight, 2e-6) < 1
-
-
-def test_loftq_refuses_weights_that_are_not_finite():
-    with pytest.raises(TrainingError, match="not finite"):
-        loftq_factors(randn(0, 4, 8) * float("nan"), 2, 2.0)
