@@ -9,19 +9,17 @@ class Targets(NamedTuple):
 
     Attributes:
         linears: `target_modules`, all linears of attention and MLP.
-        peft: what PEFT takes if nothing is said; () if it then refuses.
         parameters: `target_parameters` for the experts of a mixture, which are no linears.
         leave: linears of the layers that are better left alone; `find_target_modules` says why.
     """
 
     linears: tuple[str, ...]
-    peft: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
 
 
-def _of(linears: str, peft: str = "", parameters: str = "", leave: str = "") -> Targets:
-    return Targets(*(tuple(names.split()) for names in (linears, peft, parameters, leave)))
+def _of(linears: str, parameters: str = "", leave: str = "") -> Targets:
+    return Targets(*(tuple(names.split()) for names in (linears, parameters, leave)))
 
 
 _ATTENTION, _EXPERTS = "q_proj k_proj v_proj o_proj", "experts.gate_up_proj experts.down_proj"
@@ -31,29 +29,18 @@ _NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
 _BART = "q_proj k_proj v_proj out_proj fc1 fc2"
 
 TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules are called as in transformers 5
-    "bert": _of(_BERT, "query value"),
-    "bloom": _of(_NEOX, "query_key_value"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3"), _of(_LLAMA)),
+    **dict.fromkeys(("bert", "roberta"), _of(_BERT)),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _of(_NEOX)),
+    **dict.fromkeys(("opt", "whisper"), _of(_BART)),
     "distilbert": _of("q_lin k_lin v_lin out_lin lin1 lin2"),
-    "falcon": _of(_NEOX, "query_key_value"),
-    "gemma": _of(_LLAMA, "q_proj v_proj"),
-    "gemma2": _of(_LLAMA, "q_proj v_proj"),
-    "gemma3_text": _of(_LLAMA, "q_proj v_proj"),
-    "gpt2": _of("c_attn c_proj c_fc", "c_attn"),
-    "gpt_neox": _of(_NEOX, "query_key_value"),
-    "gptj": _of("q_proj k_proj v_proj out_proj fc_in fc_out", "q_proj v_proj"),
-    "llama": _of(_LLAMA, "q_proj v_proj"),
+    "gpt2": _of("c_attn c_proj c_fc"),
+    "gptj": _of("q_proj k_proj v_proj out_proj fc_in fc_out"),
     "mamba": _of("in_proj", leave="x_proj dt_proj out_proj"),
-    "mistral": _of(_LLAMA, "q_proj v_proj"),
-    "mixtral": _of(_ATTENTION, "q_proj v_proj", parameters=_EXPERTS),
-    "opt": _of(_BART, "q_proj v_proj"),
-    "phi": _of("q_proj k_proj v_proj dense fc1 fc2", "q_proj v_proj fc1 fc2"),
+    "mixtral": _of(_ATTENTION, _EXPERTS),
+    "phi": _of("q_proj k_proj v_proj dense fc1 fc2"),
     "phi3": _of("qkv_proj o_proj gate_up_proj down_proj"),
-    "qwen2": _of(_LLAMA, "q_proj v_proj"),
-    "qwen2_moe": _of(_LLAMA, parameters=_EXPERTS, leave="shared_expert_gate"),
-    "qwen3": _of(_LLAMA, "q_proj v_proj"),
-    "roberta": _of(_BERT, "query value"),
-    "smollm3": _of(_LLAMA),
-    "t5": _of("q k v o wi wo", "q v"),
+    "qwen2_moe": _of(_LLAMA, _EXPERTS, leave="shared_expert_gate"),
+    "t5": _of("q k v o wi wo"),
     "vit": _of("q_proj k_proj v_proj o_proj fc1 fc2"),
-    "whisper": _of(_BART),
 }

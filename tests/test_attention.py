@@ -20,7 +20,6 @@ from tests.test_llama import attention_inputs, wide
 
 windows = st.none() | st.integers(1, 6)
 VARLEN = "torch.nn.attention.varlen"  # where older versions of torch have nothing
-kernels = pytest.mark.parametrize("kernel", [block_attention, fused_attention, varlen_attention, causal_attention])
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,10 @@ def dense_attention(q, k, v, lengths, key_lengths, window):
     return torch.cat(outputs)
 
 
-@kernels
+@pytest.mark.parametrize(
+    "kernel",
+    [block_attention, fused_attention, varlen_attention, causal_attention, causal_attention.function],
+)
 @given(attention_inputs(), windows)
 def test_attention_equals_the_loops(kernel, case, window):
     q, k, v, lengths, key_lengths = case

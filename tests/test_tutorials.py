@@ -66,10 +66,7 @@ MISTAKES = {
         ("np.log(sizes)", "sizes"),
         ("np.log(ranks)", "ranks"),
         ("alpha / r**power", "alpha / power**r"),
-        (
-            "power, _ = np.polyfit(np.log(ranks), np.log(sizes), 1)",
-            "power = np.log(sizes[-1] / sizes[0]) / np.log(ranks[-1] / ranks[0])",
-        ),
+        ("np.log(ranks), np.log(sizes)", "np.log(ranks)[[0, -1]], np.log(sizes)[[0, -1]]"),
     ],
     "05": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
@@ -85,10 +82,7 @@ MISTAKES = {
         ("found[name] = r + (cost <= left)", "found[name] = r + (cost <= left)\n        left *= cost <= left"),
     ],
     "06": [
-        (
-            "return [*encoding.ids, end]",
-            "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*encoding.ids, end]",
-        ),
+        ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
         ("[*labels, end]", "[*labels, -100]"),
         ("    return input_ids, targets", "    targets[targets == pad] = -100\n    return input_ids, targets"),
         ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
@@ -96,10 +90,7 @@ MISTAKES = {
         ("    total = F", "    logits, targets = logits[:, :-1], targets[:, 1:]\n    total = F"),
         ("(targets != -100).sum()", "targets.numel()"),
         ('reduction="sum"', 'reduction="mean"'),
-        (
-            "sum(total for total, _ in parts) / sum(count for _, count in parts)",
-            "sum(total / count for total, count in parts) / len(parts)",
-        ),
+        ("    return sum", "    parts = [(total / count, 1) for total, count in parts]\n    return sum"),
     ],
     "07": [
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
@@ -134,10 +125,7 @@ MISTAKES = {
         ("(B.double() @ A.double())", "(B @ A).double()"),
         ("store(exact).double() - exact", "store(exact).double() - store(W.double()).double() - delta"),
         ("s * (B.double() @ A.double())", "B.mul_(s).double() @ A.double()"),
-        (
-            "return (error",
-            "return sum(merge_error([each], store) for each in layers) / len(layers) if layers[1:] else (error",
-        ),
+        ("return (", "return sum(merge_error([one], store) for one in layers) / len(layers) if layers[1:] else ("),
     ],
     "10": [
         ("return low", "return high"),
