@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, settings
 
 import minilora as ml
-from tests.runs import runner
+from tests.runs import runner, write_inputs
 from tests.text import write_tokenizer
 
 collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need the extra `parity`
@@ -66,7 +66,13 @@ def tokenizer(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    """A model and rows, see `tests.runs.write_inputs`, where a module has no `directory` of its own."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 @pytest.fixture
 def run(directory, capsys, monkeypatch):
-    """A function that runs a command in the module's `directory`; see `tests.runs.runner`."""
+    """A function that runs a command in `directory`; see `tests.runs.runner`."""
     return runner(directory, capsys, monkeypatch)

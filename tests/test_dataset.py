@@ -30,7 +30,7 @@ from minilora.runs.objective import check_examples
 from minilora.runs.seeded import plan_steps
 from tests.models import long, tiny_model
 from tests.ranks import CONTEXT
-from tests.runs import contents, everything, finetune, interrupt, runner, write_inputs, write_rows
+from tests.runs import contents, everything, finetune, interrupt, runner, write_rows
 from tests.text import BOS, CHATML, CLOSE, conversation
 
 LABELS = ("no", "yes")
@@ -393,11 +393,6 @@ def test_rows_that_were_read_do_not_stay_in_memory(tmp_path):
 
 
 # --- runs ---
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("dataset"))
 
 
 def test_a_run_on_files_ends_in_the_same_bytes_also_if_it_is_stopped(directory, tmp_path, monkeypatch):

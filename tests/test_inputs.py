@@ -6,13 +6,8 @@ import pytest
 import minilora as ml
 from minilora.runs.inputs import load_data, load_general
 from minilora.storage import ASSETS, BUILTIN
-from tests.runs import write_inputs, write_rows
+from tests.runs import write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def load(path, directory, training=None, unit=None, labels=(), **reading):

@@ -37,7 +37,7 @@ from minilora.runs.sizes import Plan, parameter_shapes, trained_sizes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.ranks import in_process
-from tests.runs import SETTINGS, words, write_inputs
+from tests.runs import SETTINGS, words
 from tests.training import random_rows
 
 CPU = torch.device("cpu")
@@ -239,11 +239,6 @@ def test_the_memory_of_other_models_is_not_forecast():
 
     with pytest.raises(ml.TrainingError, match="for minilora's own decoders; name a way"):
         ml.train(Other(), random_rows(0, 2), ml.TrainConfig(max_steps=1, recompute="auto"))
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("memory"))
 
 
 def finetune(directory, out, *flags, **changes):

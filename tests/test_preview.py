@@ -11,13 +11,8 @@ from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
 from minilora.runs.seeded import plan_steps
 from tests.models import tiny_model
-from tests.runs import runner, write_inputs
+from tests.runs import runner
 from tests.text import CHATML, CLOSE, OPEN, write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("preview"))
 
 
 @pytest.fixture

@@ -39,15 +39,11 @@ STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an 
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp("things"))
-
-
-@pytest.fixture(scope="module")
-def whole(directory):
+def whole(directory, tmp_path_factory):
     """A run that never stopped."""
-    assert finetune(directory, directory / "whole", save_total_limit=99) == 0
-    return directory / "whole"
+    out = tmp_path_factory.mktemp("whole")
+    assert finetune(directory, out, save_total_limit=99) == 0
+    return out
 
 
 def assert_resumed(out, whole, *started):

@@ -22,9 +22,9 @@ BOTH = pytest.mark.parametrize("is_power_lost", [False, True], ids=["killed", "p
 
 
 @pytest.fixture(scope="module")
-def finished(inputs):
-    assert finetune(inputs, inputs / "run", save_total_limit=99, samples=0) == 0
-    return inputs
+def finished(directory):
+    assert finetune(directory, directory / "run", save_total_limit=99, samples=0) == 0
+    return directory
 
 
 def log_of(directory, write):
@@ -113,16 +113,16 @@ def test_of_checkpoints_the_newest_whole_one_is_that_of_its_step_and_a_saved_one
 
 
 @pytest.mark.parametrize(("is_power_lost", "every"), [(False, 9), (True, 25), *long((False, 1), (True, 1))])
-def test_a_run_ends_in_the_same_bytes_whatever_the_crash_left(tmp_path, inputs, every, is_power_lost):
+def test_a_run_ends_in_the_same_bytes_whatever_the_crash_left(tmp_path, directory, every, is_power_lost):
     options = {"max_steps": 4, "save_total_limit": 1, "samples": 0}
-    assert finetune(inputs, tmp_path / "whole", **options) == 0
-    before, log = log_of(tmp_path / "run", lambda: finetune(inputs, tmp_path / "run", **options))
+    assert finetune(directory, tmp_path / "whole", **options) == 0
+    before, log = log_of(tmp_path / "run", lambda: finetune(directory, tmp_path / "run", **options))
     count = 0
     for i, (label, state) in enumerate(crashes(before, log, is_power_lost)):
         if i % every:
             continue
         out, count = put(state, tmp_path / "state"), count + 1
-        status = finetune(inputs, out, **options)
+        status = finetune(directory, out, **options)
         assert status == 0 or (out / "summary.json").is_file(), label  # the latter: a finished run is refused
         assert contents(out) == contents(tmp_path / "whole"), label
         assert steps(out) == [1, 2, 3, 4], label

@@ -36,13 +36,13 @@ KINDS = {
 SHORT = {**dict.fromkeys(KINDS, 1), "lora": 3}  # kills of each kind
 
 
-def command(inputs, out, **changes):
+def command(directory, out, **changes):
     data = {}
     if changes.get("task"):
-        data["data"] = inputs / "classes.jsonl"
+        data["data"] = directory / "classes.jsonl"
         rows = [{"text": "the cat" if i % 2 else "the sea town", "label": "ab"[i % 2]} for i in range(23)]
         data["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return words(inputs, out, **{"max_steps": STEPS, "save_steps": INTERVAL, **data, **changes})
+    return words(directory, out, **{"max_steps": STEPS, "save_steps": INTERVAL, **data, **changes})
 
 
 def start(words, errors=os.devnull, file_bytes=None):
@@ -89,14 +89,14 @@ def leftovers(out):
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
+def whole(directory, tmp_path_factory):
     """A function: the result of a run of a kind that was never killed, and the seconds that it took."""
     found = {}
 
     def make(kind):
         if kind not in found:
             out, began = tmp_path_factory.mktemp("whole") / "out", time.monotonic()
-            assert wait(start(command(inputs, out, **KINDS[kind]))) == 0
+            assert wait(start(command(directory, out, **KINDS[kind]))) == 0
             found[kind] = result(out), time.monotonic() - began
         return found[kind]
 
@@ -104,21 +104,21 @@ def whole(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "count"), [*SHORT.items(), *long(*((kind, 40) for kind in KINDS))])
-def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(inputs, whole, tmp_path, kind, count):
+def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(directory, whole, tmp_path, kind, count):
     expected, seconds = whole(kind)
     draw, moments = random.Random(f"{kind}{count}"), []
     for i in range(count):
         out, status = tmp_path / f"{i}", 0
         while status != -signal.SIGKILL:  # on busy cores the run may be over before it is killed
             shutil.rmtree(out, ignore_errors=True)
-            process, step = start(command(inputs, out / "run", **KINDS[kind])), draw.randrange(STEPS + 1)
+            process, step = start(command(directory, out / "run", **KINDS[kind])), draw.randrange(STEPS + 1)
             while steps_made(out / "run") < step and process.is_alive():
                 time.sleep(0.001)
             time.sleep(draw.random() * seconds * (INTERVAL / STEPS if step else 0.5))  # steps are written down in pairs
             kill(process)
             status = wait(process)
         done = steps_made(out / "run")
-        status = wait(start(command(inputs, out / "run", **KINDS[kind])))
+        status = wait(start(command(directory, out / "run", **KINDS[kind])))
         assert status == 0 or (out / "run" / "summary.json").is_file()  # the latter: it was finished when it was killed
         assert result(out / "run") == expected
         assert steps(out / "run") == list(range(1, STEPS + 1))
@@ -131,13 +131,13 @@ def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(inpu
 
 
 @pytest.mark.parametrize("seed", [*range(2), *long(*range(2, 40))])
-def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(inputs, whole, tmp_path, seed):
+def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(directory, whole, tmp_path, seed):
     expected, seconds = whole("lora")
     draw, out = random.Random(seed), tmp_path / "run"
     number = draw.choice([signal.SIGINT, signal.SIGTERM])
     status = 0
     while status == 0:
-        process = start(command(inputs, out))
+        process = start(command(directory, out))
         time.sleep(draw.random() * seconds)
         kill(process, number)
         if draw.random() < 0.3:
@@ -147,14 +147,14 @@ def test_a_signal_ends_a_run_with_its_number_and_nothing_is_lost(inputs, whole, 
     assert status != 1 or (out / "summary.json").is_file()
     assert not leftovers(tmp_path)
     if status != 1:
-        assert wait(start(command(inputs, out))) == 0
+        assert wait(start(command(directory, out))) == 0
     assert result(out) == expected
 
 
 @pytest.mark.parametrize("size", [300, 2000, 9000, *long(1000, 4000, 6000, 12000, 20000)])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_path, size):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(directory, tmp_path, size):
     out, errors = tmp_path / "run", tmp_path / "errors"
-    status = wait(start(command(inputs, out), errors, size))
+    status = wait(start(command(directory, out), errors, size))
     if status == 0:
         return  # no file was as large
     last = errors.read_text().splitlines()[-1]
@@ -162,17 +162,17 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_path,
     assert "make room on the disk" in last
     assert not leftovers(tmp_path)
     assert newest_step(out / "checkpoints") % INTERVAL == 0
-    assert wait(start(command(inputs, out))) == 0
+    assert wait(start(command(directory, out))) == 0
 
 
-def test_a_directory_that_is_read_only_is_one_line(capsys, inputs):
-    assert cli.main(command(inputs, Path("/sys/kernel/run"))) == 1
+def test_a_directory_that_is_read_only_is_one_line(capsys, directory):
+    assert cli.main(command(directory, Path("/sys/kernel/run"))) == 1
     assert "/sys/kernel/run: cannot be written" in capsys.readouterr().err
     assert cli.main(["export", "--adapter=nowhere", "--out=/sys/kernel/run"]) == 1
     assert "/sys/kernel/run: cannot be written" in capsys.readouterr().err
 
 
-def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_path, monkeypatch, capsys):
+def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(directory, tmp_path, monkeypatch, capsys):
     report = Meter.__call__
 
     def exhaust(meter, record):
@@ -182,13 +182,13 @@ def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(Meter, "__call__", exhaust)
-        assert cli.main(command(inputs, tmp_path / "run")) == 1
+        assert cli.main(command(directory, tmp_path / "run")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("minilora: out of memory: ")
     assert "smaller batches" in last
     assert newest_step(tmp_path / "run" / "checkpoints") == 4
     assert not leftovers(tmp_path)
-    assert cli.main(command(inputs, tmp_path / "run")) == 0
+    assert cli.main(command(directory, tmp_path / "run")) == 0
 
 
 # --- two at once ---
@@ -196,15 +196,15 @@ def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(inputs, tmp_
 
 @pytest.mark.parametrize("seed", [0, *long(*range(1, 20))])
 @pytest.mark.parametrize("what", ["new run", "stopped run", "merge", "quantize"])
-def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(inputs, tmp_path, what, seed):
+def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(directory, tmp_path, what, seed):
     out, errors = tmp_path / "out", [tmp_path / "a", tmp_path / "b"]
     if what == "merge":
-        assert finetune(inputs, tmp_path / "adapter", max_steps=1) == 0
-        words = ["merge", f"--model={inputs / 'model'}", f"--adapter={tmp_path / 'adapter'}", f"--out={out}"]
+        assert finetune(directory, tmp_path / "adapter", max_steps=1) == 0
+        words = ["merge", f"--model={directory / 'model'}", f"--adapter={tmp_path / 'adapter'}", f"--out={out}"]
     elif what == "quantize":
-        words = ["quantize", f"--model={inputs / 'model'}", f"--out={out}"]
+        words = ["quantize", f"--model={directory / 'model'}", f"--out={out}"]
     else:
-        words = command(inputs, out)
+        words = command(directory, out)
         if what == "stopped run":
             stopped = start(words)
             while not newest_step(out / "checkpoints"):

@@ -28,8 +28,8 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 CHANGES = {"max_steps": 60, "save_steps": 5, "samples": 0, "lr_scheduler": "constant", "warmup_steps": 0}
 
 
-def launch(inputs, out, *options):
-    command = [*LAUNCH, *options, "-m", "minilora", *map(str, words(inputs, out, **CHANGES))]
+def launch(directory, out, *options):
+    command = [*LAUNCH, *options, "-m", "minilora", *map(str, words(directory, out, **CHANGES))]
     # a store that is not shared, or a second start would meet the addresses of the first (PyTorch issue 135712)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(said(out), "w") as errors:
@@ -60,15 +60,15 @@ def after(step, out, launcher):
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
+def whole(directory, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert launch(inputs, out).wait() == 0
+    assert launch(directory, out).wait() == 0
     return {name: (out / name).read_bytes() for name in ADAPTER}
 
 
-def test_a_killed_rank_ends_the_run_which_torchrun_starts_again(inputs, whole, tmp_path):
+def test_a_killed_rank_ends_the_run_which_torchrun_starts_again(directory, whole, tmp_path):
     out = tmp_path / "out"
-    launcher = launch(inputs, out, "--max-restarts=1")
+    launcher = launch(directory, out, "--max-restarts=1")
     after(10, out, launcher)
     os.kill(worker(launcher, 1), signal.SIGKILL)
     began = time.monotonic()
@@ -81,9 +81,9 @@ def test_a_killed_rank_ends_the_run_which_torchrun_starts_again(inputs, whole, t
 
 
 @pytest.mark.parametrize("rank", [1, *long(0)])
-def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(rank, inputs, whole, tmp_path):
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(rank, directory, whole, tmp_path):
     out = tmp_path / "out"
-    launcher = launch(inputs, out)
+    launcher = launch(directory, out)
     after(10, out, launcher)
     os.kill(worker(launcher, rank), signal.SIGTERM)
     assert launcher.wait() == 1
@@ -91,7 +91,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(rank, inputs, whole, 
     assert newest_step(out / "checkpoints") == stopped < 60
     assert not (out / "summary.json").exists()
     assert f"stopped after step {stopped} of 60" in said(out).read_text()
-    assert launch(inputs, out).wait() == 0
+    assert launch(directory, out).wait() == 0
     assert {name: (out / name).read_bytes() for name in ADAPTER} == whole
 
 
@@ -104,12 +104,12 @@ def losses(out):
     return torch.tensor([record.get("loss", record.get("eval_loss")) for record in metrics(out)], dtype=torch.float64)
 
 
-def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(inputs, tmp_path):
+def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(directory, tmp_path):
     one, two, again, four, back = (tmp_path / name for name in ("one", "two", "again", "four", "back"))
     changes = {"save_total_limit": 9, "save_steps": 2, "eval_steps": 4, "samples": 1, "lr_scheduler": "cosine"}
 
     def command(out, **more):
-        return words(inputs, out, **changes, **more)
+        return words(directory, out, **changes, **more)
 
     assert commands(command(one)) == [0]
     assert on_launched(2, commands, command(two)) == [[0], [0]]
@@ -129,14 +129,14 @@ def test_a_run_of_several_ranks_writes_one_adapter_and_resumes_with_any_number(i
     assert [(start["ranks"], start["shard"]) for start in record["starts"]] == [(2, "none"), (4, "base"), (1, "none")]
 
 
-def with_another_model(inputs, other, out):
-    model = other if os.environ["RANK"] == "1" else inputs / "model"
-    return commands(words(inputs, out, model=model))
+def with_another_model(directory, other, out):
+    model = other if os.environ["RANK"] == "1" else directory / "model"
+    return commands(words(directory, out, model=model))
 
 
-def test_a_rank_with_another_base_stops_all(inputs, tmp_path):
+def test_a_rank_with_another_base_stops_all(directory, tmp_path):
     write_inputs(tmp_path)
     weights = TensorFile(tmp_path / "model" / "model.safetensors")
     write_tensors(weights.path, {name: 2 * weights.read(name).clone() for name in weights.shapes})
-    assert on_launched(2, with_another_model, inputs, tmp_path / "model", tmp_path / "out") == [[1], [1]]
+    assert on_launched(2, with_another_model, directory, tmp_path / "model", tmp_path / "out") == [[1], [1]]
     assert not (tmp_path / "out").exists()
