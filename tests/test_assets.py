@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,15 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"train": 1600, "valid": 400, "test": 800}
 
 
-def load_script(name):
-    """A file of scripts/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+def load_script(path):
+    """A file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where data classes look for their module
     spec.loader.exec_module(module)
     return module
 
 
-make_data = load_script("make_data")
+make_data = load_script(ROOT / "scripts" / "make_data.py")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.runs import loop
 from minilora.runs.checkpoints import checkpoints, trained_adapters
-from tests.models import examples, long, tiny_model
+from tests.models import default_dtype, examples, long, tiny_model
 from tests.training import adapted, as_written, contents, copy_checkpoint, newest_step, random_rows, stop_after, weights
 
 # 9 rows make 5 micro-batches, the last one of a single row; 3 steps an epoch, the last one of a single micro-batch.
@@ -360,9 +360,6 @@ def test_a_state_with_a_number_of_another_kind_or_step_is_refused_by_its_name(wh
 
 def test_a_run_goes_on_whatever_the_default_dtype_is(whole, tmp_path):
     copy_checkpoint(whole, 2, tmp_path)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         run(tmp_path)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert contents(tmp_path) == contents(whole)

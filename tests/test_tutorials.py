@@ -1,6 +1,5 @@
 """The tutorials come out as they stand, their form is kept, and their exercises can be failed."""
 
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli import parse
+from tests.test_assets import load_script
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
@@ -152,16 +152,8 @@ MISTAKES = {
 }
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where data classes look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
 run, exercises, devil = (
-    load(path) for path in (TUTORIALS / "run.py", TUTORIALS / "exercises/check.py", ROOT / "scripts/devil.py")
+    load_script(path) for path in (TUTORIALS / "run.py", TUTORIALS / "exercises/check.py", ROOT / "scripts/devil.py")
 )
 
 
