@@ -21,7 +21,7 @@ def saved(directory, family="llama", seed=0, **config):
     return model
 
 
-def write_adapter(model, directory, seed, **config):
+def write_adapter(model, directory, seed=0, **config):
     """Give a model an adapter of random numbers, and save it."""
     ml.attach(model, ml.LoraConfig(**config), seed=seed)
     randomize_adapters_(model, seed)

@@ -19,7 +19,8 @@ from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
 from minilora.runs.inputs import load_data
 from minilora.runs.reports import Meter
-from tests.models import randomize_adapters_, tiny_model
+from tests.files import write_adapter
+from tests.models import tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
 
 QUICK = ("--general-data=none", "--force")  # what takes longer than training a tiny model: general text, a forecast
@@ -117,12 +118,8 @@ def write_chat_models(directory):
     for name, options in (("model", {}), ("chat", {"template": CHATML, "eos": CLOSE, "post": "bos"})):
         tokenizer = write_tokenizer(directory / name, **options)
         sizes = {"vocab_size": 400, "num_hidden_layers": 2, "max_position_embeddings": 256}
-        model = tiny_model(seed=1, dtype=torch.float32, **sizes)
-        ml.save_model(model, directory / name, tokenizer)
-        model = ml.load_model(directory / name)
-        ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
-        randomize_adapters_(model)
-        ml.save_adapter(model, directory / f"{name}-adapter")
+        ml.save_model(tiny_model(seed=1, dtype=torch.float32, **sizes), directory / name, tokenizer)
+        write_adapter(ml.load_model(directory / name), directory / f"{name}-adapter", r=3, lora_alpha=6)
     return directory
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import minilora as ml
 from minilora.cli.chat import CHAT_HELP
-from tests.models import long, randomize_adapters_
+from tests.files import write_adapter
+from tests.models import long
 from tests.runs import interrupt_generation, type_in, write_chat_models
 from tests.text import CHATML, CLOSE, OPEN
 
@@ -23,10 +24,7 @@ NEW = 6
 def directory(tmp_path_factory):
     """The chat model has two adapters."""
     directory = write_chat_models(tmp_path_factory.mktemp("chat"))
-    model = ml.load_model(directory / "chat")
-    ml.attach(model, ml.LoraConfig(r=2))
-    randomize_adapters_(model, seed=5)
-    ml.save_adapter(model, directory / "other" / "second")
+    write_adapter(ml.load_model(directory / "chat"), directory / "other" / "second", seed=5, r=2)
     return directory
 
 

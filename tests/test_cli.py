@@ -31,8 +31,8 @@ from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, h
 from minilora.runs.inputs import stream_rows
 from minilora.runs.reports import Meter
 from minilora.storage import ASSETS
-from tests.files import edit
-from tests.models import long, randomize_adapters_, tiny_model
+from tests.files import edit, write_adapter
+from tests.models import long, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, runner, write_rows
 from tests.text import write_tokenizer
 from tests.training import adapted, random_rows
@@ -44,10 +44,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("things")
     model = tiny_model(dtype=torch.float32, vocab_size=400, num_hidden_layers=2)
     ml.save_model(model, directory / "model", write_tokenizer(directory / "model"))
-    model = ml.load_model(directory / "model")
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6))
-    randomize_adapters_(model)
-    ml.save_adapter(model, directory / "adapter")
+    write_adapter(ml.load_model(directory / "model"), directory / "adapter", r=3, lora_alpha=6)
     (directory / "data").mkdir()
     for name, count in (("train", 9), ("test", 16)):
         write_rows(directory / "data" / f"{name}.jsonl", count)
@@ -441,8 +438,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
 
 def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_otherwise(directory, run, tmp_path):
     model = ml.load_model(directory / "model")
-    ml.attach(model, ml.LoraConfig(r=2))
-    ml.save_adapter(model, tmp_path)
+    write_adapter(model, tmp_path, r=2)
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train_on": "all", "max_length": 7, "seed": 3}}))
     rows, tokenizer = list(stream_rows(directory / "data" / "test.jsonl")), ml.load_tokenizer(directory / "model")
     for flags, reading in (((), {"train_on": "all", "max_length": 7}), (("--train-on=completion",), {"max_length": 7})):

@@ -21,8 +21,8 @@ from minilora.models.hub import Location
 from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Deviation
-from tests.files import edit, same_state
-from tests.models import long, perturb_, randn, randomize_adapters_, tiny_model
+from tests.files import edit, same_state, write_adapter
+from tests.models import long, perturb_, randn, tiny_model
 from tests.runs import runner
 from tests.text import CHATML, CLOSE, write_tokenizer
 
@@ -38,10 +38,8 @@ def directory(tmp_path_factory):
     for seed, (name, config) in enumerate(
         {"a": {"r": 3}, "b": {"r": 2, "target_modules": targets}, "dora": {}}.items()
     ):
-        model = ml.load_model(directory / "model")
-        ml.attach(model, ml.LoraConfig(**{"lora_alpha": 6, "use_dora": name == "dora", **config}), seed=seed)
-        randomize_adapters_(model, seed)
-        ml.save_adapter(model, directory / name)
+        config |= {"lora_alpha": 6, "use_dora": name == "dora"}
+        write_adapter(ml.load_model(directory / "model"), directory / name, seed, **config)
     (directory / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }} ?")
     model = ml.load_model(directory / "model")
     with torch.no_grad():

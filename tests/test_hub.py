@@ -15,8 +15,9 @@ from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.durable import MANIFEST
 from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
 from minilora.storage import ASSETS, BUILTIN
+from tests.files import write_adapter
 from tests.hub import commit_of, serving
-from tests.models import randomize_adapters_, tiny_model, token_ids
+from tests.models import tiny_model, token_ids
 
 IDS = token_ids(3, 2, 7)
 TOKENIZER = {name: (ASSETS / "model" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
@@ -57,9 +58,7 @@ def adapter(hub, tmp_path, models):
     """The repository "org/adapter" of an adapter for `models["main"]`; the model with it."""
     model = models["main"]
     model.name_or_path = f"org/tiny@{commit_of('org/tinymain')}"
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21))
-    randomize_adapters_(model)
-    ml.save_adapter(model, tmp_path / "adapter")
+    write_adapter(model, tmp_path / "adapter", r=3, lora_alpha=21)
     beside = {"chat_template.jinja": b"{{ messages }}", "run.json": b"{}", **TOKENIZER}  # how it wants to be asked
     hub.add("org/adapter", with_unwanted({**files_of(tmp_path / "adapter"), **beside}))
     return model
@@ -128,8 +127,7 @@ def test_data_are_the_data_files_at_the_top(hub):
 
 def test_the_base_and_its_commit_are_written_with_the_adapter_and_found_again(hub, models, tmp_path):
     model = ml.load_model("org/tiny@v1.0")
-    ml.attach(model, ml.LoraConfig())
-    ml.save_adapter(model, tmp_path / "out")
+    write_adapter(model, tmp_path / "out")
     config = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", commit_of("org/tinyv1.0"))
     assert base_model_of(tmp_path / "out") == model.name_or_path
