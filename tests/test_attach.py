@@ -15,20 +15,11 @@ from minilora.models.config import ModelConfig
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, maths
 from tests import models
+from tests.files import same_state
 from tests.models import CONFIGS, WHOLE, bases, four_bit, randomize_adapters_, scales, seeds, tiny_model, token_ids
 
 families = st.sampled_from(sorted(models.FAMILIES))
 IDS = token_ids(3, 2, 7)
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(model, before):
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def kinds_of(model):
@@ -46,12 +37,12 @@ def adapted(family="llama", scale=7.0, seed=0, base=lambda model: model, **confi
 @given(families, seeds, scales, bases)
 def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
     model = base(tiny_model(family, seed=seed))
-    before, kinds = bits(model), kinds_of(model)
+    before, kinds = copy.deepcopy(model), kinds_of(model)
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3))
     randomize_adapters_(model)
     model(IDS)
     ml.detach(model)
-    assert_same_bits(model, before)
+    same_state(model, before)
     assert kinds_of(model) == kinds
 
 
@@ -59,7 +50,7 @@ def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
 def trained_once(request):
     """A model after some steps of training, what it was before, and what it computed then."""
     model = tiny_model(WHOLE, num_hidden_layers=2)
-    before, logits, kinds = bits(model), model(IDS), kinds_of(model)
+    before, logits, kinds = copy.deepcopy(model), model(IDS), kinds_of(model)
     ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 21, **CONFIGS[request.param]}), dtype=torch.float64)
     models.train_a_little(model.train(), IDS, steps=2)
     return model.eval(), before, logits, kinds
@@ -77,19 +68,19 @@ def test_training_leaves_every_bit_of_the_base_which_acts_where_no_adapter_does(
     with ml.disable_adapter(model):
         assert torch.equal(model(IDS), logits)
     ml.detach(model)
-    assert_same_bits(model, before)
+    same_state(model, before)
     assert torch.equal(model(IDS), logits)
     assert kinds_of(model) == kinds
 
 
 def test_merging_keeps_the_logits_and_comes_back_to_every_bit_or_leaves_no_adapter(trained):
     model, _, base_logits, kinds = trained
-    state, logits, modules = bits(model), model(IDS), list(model.modules())
+    state, logits, modules = copy.deepcopy(model), model(IDS), list(model.modules())
     with merged(model):
         assert not any(layer.active for layer in adapter_layers(model).values())
         assert_maths(model(IDS), logits)
     assert list(model.modules()) == modules
-    assert_same_bits(model, state)
+    same_state(model, state)
     assert torch.equal(model(IDS), logits)
     ml.merge(model)
     assert not adapter_layers(model)
@@ -107,7 +98,7 @@ def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     ml.set_adapter(model, "default")
     assert torch.equal(model(IDS), logits)
     delete_adapter(model, "default")
-    assert_same_bits(model, before)
+    same_state(model, before)
     assert not adapter_layers(model)
 
 
@@ -281,10 +272,10 @@ def test_what_one_module_cannot_have_at_once_is_refused_and_changes_nothing(firs
     model = tiny_model(WHOLE)
     if first:
         ml.attach(model, ml.LoraConfig(r=2, **first))
-    before = bits(model)
+    before = copy.deepcopy(model)
     with pytest.raises((ml.ConfigError, ml.TargetError), match=said):
         ml.attach(model, ml.LoraConfig(r=2, **config), name="second")
-    assert_same_bits(model, before)
+    same_state(model, before)
 
 
 def test_start_values_that_are_made_from_weights_have_their_shapes_without_them():
@@ -304,10 +295,10 @@ def test_a_merge_that_overflows_is_refused_by_name_and_changes_nothing(fold):
     ml.attach(model, ml.LoraConfig(r=3))
     for factor in list(adapter_layers(model).values())[-1].adapters["default"].factors():
         factor.data.fill_(200)
-    before = bits(model)
+    before = copy.deepcopy(model)
     with pytest.raises(ml.TrainingError, match=r"layers\.3\.mlp\.down_proj: merged, it has numbers that are not"):
         fold(model)
-    assert_same_bits(model, before)
+    same_state(model, before)
 
 
 def test_what_is_not_there_is_an_error_that_says_what_is_and_so_is_a_name_that_cannot_be_a_module_s():

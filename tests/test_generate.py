@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
 from minilora.models.generate import KVCache, _next_logits, evaluating, penalize, probabilities
 from minilora.testing.compare import assert_maths, assert_precision
+from tests import models
 from tests.models import SIZES, examples, families, long, randn, randomize_adapters_, seeds, tiny_model, token_ids
 
 V = SIZES["vocab_size"]
@@ -302,31 +302,16 @@ def test_what_is_no_batch_of_the_models_tokens_is_refused():
             ml.generate(model, input_ids)
 
 
-class Transfers(TorchDispatchMode):
-    """The operations, and whether each has to do with two devices."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        self.seen.append((func._schema.name, len({tensor.device for tensor in tensors}) > 1))
-        return result
-
-
 def test_nothing_is_sent_to_a_device_that_is_at_work():
     """Or the sender would wait until all of its work is done."""
     model = tiny_model().to("meta")
     cache = KVCache(model.config, 2, 9, torch.float64, torch.device("meta"))
-    with Transfers() as transfers:
+    with models.Operations() as operations:
         _next_logits(model, [[1, 2, 3], [4, 5]], cache)
-    names = [name for name, _ in transfers.seen]
-    at_work = transfers.seen[names.index("aten::mm") :]
-    assert len(at_work) > 100
-    assert not [name for name, is_sent in at_work if is_sent]
-    assert any(is_sent for _, is_sent in transfers.seen)
+    names = [func._schema.name for func, *_ in operations.seen]
+    devices = [{x.device for x in tree_leaves(seen) if isinstance(x, torch.Tensor)} for seen in operations.seen]
+    sent = [i for i in range(len(names)) if len(devices[i]) > 1]
+    assert max(sent) < names.index("aten::mm") < len(names) - 100
 
 
 @given(

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora as ml
 from minilora import training
@@ -18,6 +17,7 @@ from minilora.runs.config import COUNTS
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.objective import rate_of_step
 from minilora.testing.compare import assert_maths
+from tests import models
 from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, randn, seeds, tiny_model, token_ids
 from tests.training import (
     adapted,
@@ -422,20 +422,19 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_chan
 # --- how it is computed ---
 
 
-class Questions(TorchDispatchMode):
-    """The operations that wait for a device because their result, or its shape, is needed."""
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 
-    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+def questions(work):
+    """The operations of some work that wait for a device because their result, or its shape, is needed."""
+    found = []
+    with models.Operations() as operations:
+        work()
+    for func, args, _ in operations.seen:
         name = func._schema.name.removeprefix("aten::").partition(".")[0]
         has_mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
-        self.asked += [name] if has_mask or name.startswith(self.ASKING) else []
-        return func(*args, **(kwargs or {}))
+        found += [name] if has_mask or name.startswith(ASKING) else []
+    return found
 
 
 @pytest.mark.parametrize("family", ["smollm3-window", *long("llama", "mistral")])
@@ -444,12 +443,8 @@ def test_within_a_step_nothing_is_asked_of_the_device(family, base):
     """But once, at the end: `tolist` of one tensor."""
     model, rows = adapted(family, torch.float32, base=base, lora_dropout=0.3, use_dora=True), random_rows(18, 4)
     config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, recompute="block")
-    with Questions() as questions:
-        ml.train(model, rows, config)
-    assert questions.asked == []
-    with Questions() as questions:
-        bool(torch.ones(3)[torch.ones(3) > 0].sum())
-    assert questions.asked == ["index", "_local_scalar_dense"]
+    assert questions(lambda: ml.train(model, rows, config)) == []
+    assert questions(lambda: bool(torch.ones(3)[torch.ones(3) > 0].sum())) == ["index", "_local_scalar_dense"]
 
 
 compiled = pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
@@ -30,7 +29,7 @@ from minilora.runs.memory import amount, forecast
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.sizes import BLOCKS, Plan, base_bytes, forecast_step, parameter_shapes
 from minilora.training import train_step
-from tests.models import WHOLE, four_bit, long, tiny_config, tiny_model
+from tests.models import WHOLE, Operations, four_bit, long, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -98,19 +97,6 @@ def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_it
 # --- bytes on the wire ---
 
 
-class Gathered(TorchDispatchMode):
-    """Bytes that all-gathers have received, the rank's own included."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.c10d._allgather_base_.default:
-            self.total += args[0].nbytes
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def ranks():
     """A group of four ranks of which there is one: what it sends goes nowhere."""
@@ -130,12 +116,14 @@ def test_the_weights_that_are_gathered_are_those_that_fsdp_gathers(ranks, quanti
     fully_shard(model.model, mesh=mesh, ignored_params=rest)
     model.requires_grad_(False)
     model.model.embed_tokens.requires_grad_(True)  # so that there is a backward pass through all blocks
-    with Gathered() as gathered:
+    with Operations() as operations:
         loss = model.model(torch.ones(T, dtype=torch.long), [T], recompute=recompute).sum()
         loss.backward()
     planned = plan(model.config, ml.LoraConfig(), quantize, world=ranks, shard="base", recompute=recompute)
     planned = replace(planned, quantization=QuantizeConfig(quantize, double_quant=False))
-    assert forecast_step(planned).gathered * ranks == gathered.total * (ranks - 1)
+    gather = torch.ops.c10d._allgather_base_.default
+    received = sum(args[0].nbytes for func, args, _ in operations.seen if func is gather)  # the rank's own included
+    assert forecast_step(planned).gathered * ranks == received * (ranks - 1)
 
 
 def ring(sizes):
