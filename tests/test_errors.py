@@ -33,14 +33,9 @@ def arguments():
 @pytest.mark.parametrize(("function", "name"), list(arguments()))
 def test_an_argument_of_the_wrong_type_is_named(function, name):
     others = [each for each, p in inspect.signature(function).parameters.items() if p.default is p.empty]
-    with pytest.raises(ml.ConfigError, match=rf"{function.__name__}: .*{name} is <object object.*, need \w"):
-        with_context(function(**dict.fromkeys([*others, name], UNLIKE)))
-
-
-def with_context(result):
-    """A context manager checks its arguments when it is entered."""
-    with result:
-        pass
+    said = rf"{function.__name__}: .*{name} is <object object.*, need \w"
+    with pytest.raises(ml.ConfigError, match=said), function(**dict.fromkeys([*others, name], UNLIKE)):
+        pass  # a context manager checks its arguments when it is entered
 
 
 def test_a_field_of_the_wrong_type_is_named():

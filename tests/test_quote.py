@@ -126,13 +126,10 @@ def tokenizer(tmp_path_factory):
     return make
 
 
-def control_ids(tokenizer):
-    return {tokenizer.token_id(name) for name in SPECIAL}
-
-
 def acting(tokenizer, ids):
     """The control tokens among token ids, in their order."""
-    return [token for token in ids if token in control_ids(tokenizer)]
+    control = {tokenizer.token_id(name) for name in SPECIAL}
+    return [token for token in ids if token in control]
 
 
 kinds = st.sampled_from(sorted(KINDS))

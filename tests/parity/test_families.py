@@ -46,12 +46,6 @@ OF_LLAMA = {
     "regex": {"target_modules": r".*layers\.[1]\..*(up|o)_proj"},
     "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
     "layers": {"target_modules": ["v_proj", "down_proj"], "layers_to_transform": [0], "layers_pattern": ["layers"]},
-    "adapted head": {"target_modules": ["lm_head", "q_proj"]},
-    "patterns": {
-        "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {r"layers\.[1]\.self_attn\.q_proj": 5, "v_proj": 2},
-        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 4, "q_proj": 9},
-    },
 }
 CONFIGS |= {what: (["llama"], lambda family, fields=fields: fields) for what, fields in OF_LLAMA.items()}
 CASES = [(family, what) for what, (families, _) in CONFIGS.items() for family in sorted(families)]
