@@ -200,7 +200,7 @@ MISTAKES = {
         "nf4.py",
         "codes[0::2] << 4 | codes[1::2]",
         "codes[0::2] | codes[1::2] << 4",
-        "--plain test_nf4.py::test_codes_lie_in_bytes_as_the_oracle_packs_them",
+        f"{NF4}[nf4-layout-plain]",
     ),
     "law 7: absmaxes are rounded as on CUDA": Mistake(
         "nf4.py",
