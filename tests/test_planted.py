@@ -137,13 +137,13 @@ MISTAKES = {
         "lora.py",
         "for adapter in others:",
         "for adapter in ():",
-        "test_lora.py::test_adapters_add_by_concatenating_ranks[kernels]",
+        f"{FORWARD}[linear-kernels]",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
         "kernel/lora.py",
         "h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)",
         "h = dy @ lora_B.to(dy.dtype)",
-        "test_lora.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none[kernels]",
+        f"{GRADIENTS}[linear-kernels]",
     ),
     "law 5: the gradient of x is that of the base alone": Mistake(
         "kernel/lora.py", "(dy @ weight).addmm_(h, lora_A.to(dy.dtype))", "dy @ weight", f"{EQUAL}[lora_linear]"
@@ -267,7 +267,7 @@ MISTAKES = {
         "runs/seeded.py",
         ".bernoulli_(1 - p, generator=generator)",
         ".bernoulli_(1 - p)",
-        "test_lora.py::test_dropout_is_a_function_of_its_key",
+        "test_lora.py::test_dropout_draws_from_the_random_state_of_pytorch_only_without_a_step",
     ),
     "law 9: the prompts of a batch draw from one generator": Mistake(
         "models/generate.py",
