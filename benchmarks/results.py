@@ -211,9 +211,8 @@ def _gigabytes(count: float) -> str:
 ABLATION = (
     "Seconds of a step and peak memory with one trick off, over those with everything on, in each round; below, "
     "everything off at once, but for *head rows*, which the definition has, too. Off, kernels leave the call to the "
-    "plain function that they stand for; *kept memory*: the C library gives freed memory back to the system; *cast "
-    "copies*: A and B are cast where they are used; *early stop*: a block is computed again to its end; *head rows*: "
-    "the head sees all rows. Where a work makes no use of a trick there is no figure."
+    "plain function that they stand for; *kept memory*: the C library gives freed memory back to the system; *head "
+    "rows*: the head sees all rows. Where a work makes no use of a trick there is no figure."
 )
 COMPARISON = (
     *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer", "required", "met"),

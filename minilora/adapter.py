@@ -147,14 +147,13 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Compute as the base model does inside the block."""
     check_types(disable_adapter, locals())
-    layers = list(adapter_layers(model).values())
-    before = [(layer.active, layer.mixed) for layer in layers]
+    before = [(layer, layer.active, layer.mixed) for layer in adapter_layers(model).values()]
     try:
-        for layer in layers:
+        for layer, _, _ in before:
             layer.active, layer.mixed = (), None
         yield
     finally:
-        for layer, (active, mixed) in zip(layers, before, strict=True):
+        for layer, active, mixed in before:
             layer.active, layer.mixed = tuple(name for name in active if name in layer.configs), mixed
 
 
@@ -186,12 +185,13 @@ def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter of linear layers with one rank and one scale, in PEFT's layout."""
-    directory, tensors = Path(path), lora_tensors(model, name)
-    layers = {path: layer.adapters[name] for path, layer in layers_of(model, name).items()}
+    """Write an adapter of all linear layers of some names, with one rank and one scale, in PEFT's layout."""
+    layers = {where: layer.adapters[name] for where, layer in layers_of(model, name).items()}
+    targets = {where.rpartition(".")[2] for where in layers}
     is_plain = all(type(each) is LoraAdapter and each.bias is each.lora_bias is None for each in layers.values())
-    if not is_plain or len({(len(each.lora_A), each.scale) for each in layers.values()}) > 1:
-        raise TargetError(f"{name}: is more than A and B of one rank and one scale; write it with `ml.save_adapter`")
+    is_plain &= len({(len(each.lora_A), each.scale) for each in layers.values()}) == 1
+    if not is_plain or {where for where in base_modules(model) if where.rpartition(".")[2] in targets} != layers.keys():
+        raise TargetError(f"{name}: need one rank and scale on all linears of some names; see `ml.save_adapter`")
     adapter = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
@@ -200,11 +200,12 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
         "lora_alpha": adapter.scale * len(adapter.lora_A),
         "lora_dropout": adapter.dropout.p,
         "use_dora": adapter.magnitude is not None,
-        "target_modules": sorted({where.rpartition(".")[2] for where in layers}),
+        "target_modules": sorted(targets),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({key: t.contiguous() for key, t in tensors.items()}, directory / "adapter_model.safetensors")
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    Path(path).mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.contiguous() for key, tensor in lora_tensors(model, name).items()}
+    save_file(tensors, Path(path) / "adapter_model.safetensors")
+    (Path(path) / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:

@@ -88,8 +88,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     """
     if block_size not in BLOCK_SIZES:
         raise ConfigError(f"block_size is {block_size}, need a power of two from 32 to 4096")
-    flat = weight.detach().reshape(-1).float()
-    n = flat.numel()
+    flat, n = weight.detach().reshape(-1).float(), weight.numel()
     blocks = F.pad(flat, (0, -n % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
     if not (absmax.is_meta or absmax.isfinite().all()):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, TargetError, attach
-from minilora.lora import AdapterLinear, LoraAdapter, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
+from minilora.lora import AdapterLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import SeededDropout, hash_seed
 from minilora.testing import reference
@@ -129,16 +129,6 @@ def keyed(p, key):
     return dropout
 
 
-@given(seeds, keys, keys, st.sampled_from([0.1, 0.5]))
-def test_dropout_is_a_function_of_its_key(seed, key, other, p):
-    x = randn(seed, 9, 40)
-    state = torch.random.get_rng_state()
-    first, again = (keyed(p, key)(x) for _ in range(2))
-    assert torch.equal(first, again)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert key == other or not torch.equal(first, keyed(p, other)(x))
-
-
 @given(keys, st.sampled_from([0.1, 0.3, 0.5]))
 def test_dropout_keeps_a_share_of_1_minus_p_scaled_up_by_as_much(key, p):
     n = 20_000
@@ -148,7 +138,7 @@ def test_dropout_keeps_a_share_of_1_minus_p_scaled_up_by_as_much(key, p):
     assert abs((x == 0).double().mean().item() - p) < 6 * sigma
 
 
-def test_dropout_without_a_step_draws_from_the_random_state_of_pytorch():
+def test_dropout_draws_from_the_random_state_of_pytorch_only_without_a_step():
     layer, x = make_layer(0, 4, 4, [2], 2.0).train(), randn(3, 5, 4)
     layer.adapters["adapter0"].dropout = nn.Dropout(0.5)
     torch.manual_seed(5)
@@ -157,23 +147,10 @@ def test_dropout_without_a_step_draws_from_the_random_state_of_pytorch():
     assert torch.equal(layer(x), first)
     assert not torch.equal(second, first)
     layer.adapters["adapter0"].dropout = keyed(0.5, "0/0")
+    state = torch.get_rng_state()
     assert torch.equal(layer(x), layer(x))
+    assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(layer(x), layer.eval()(x))
-
-
-@either
-@given(seeds, sizes, sizes, sizes, scales)
-def test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none(seed, inner, outer, r, scale):
-    layer = make_layer(seed, inner, outer, [r], scale)
-    x, dy = randn(seed + 50, 5, inner), randn(seed + 51, 5, outer)
-    layer(x).backward(dy)
-    adapter = layer.adapters["adapter0"]
-    arrays = (tensor.detach().numpy() for tensor in (x, dy, adapter.lora_A, adapter.lora_B))
-    dA, dB = reference.lora_gradients(*arrays, scale)
-    assert_maths(adapter.lora_A.grad, dA)
-    assert_maths(adapter.lora_B.grad, dB)
-    assert layer.base.weight.grad is None
-    assert layer.base.bias.grad is None
 
 
 @either
@@ -189,21 +166,6 @@ def test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed(seed, inner,
     adapter, expected = layer.adapters["new"], reference.dora_gradients(x.detach().numpy(), dy.numpy(), *numbers(layer))
     for parameter, gradient in zip((adapter.lora_A, adapter.lora_B, adapter.magnitude), expected, strict=True):
         assert_maths(parameter.grad, gradient)
-
-
-@either
-@given(seeds, sizes, sizes, sizes, sizes, scales, scales)
-def test_adapters_add_by_concatenating_ranks(seed, inner, outer, r1, r2, s1, s2):
-    layer, both = make_layer(seed, inner, outer, [r1], s1), make_layer(seed, inner, outer, [], 2.0)
-    add(layer, "second", seed + 7, r2, s2)
-    first, second = layer.adapters.values()
-    lora_A = torch.cat([first.lora_A, second.lora_A]).detach()
-    lora_B = torch.cat([s1 * first.lora_B, s2 * second.lora_B], dim=1).detach()
-    both.add_adapter("sum", LoraAdapter({"lora_A": lora_A, "lora_B": lora_B}, scale=1.0))
-    both.active = ("sum",)
-    x = randn(seed + 50, 5, inner)
-    assert_maths(layer(x), both(x))
-    assert_maths(layer.merged_weight(), both.merged_weight())
 
 
 @given(seeds, sizes, sizes, sizes, scales, lows, lows)

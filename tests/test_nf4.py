@@ -21,11 +21,10 @@ from minilora.nf4 import (
     quantize_weight,
 )
 from minilora.testing import reference
-from minilora.testing.compare import assert_maths, assert_parity
+from minilora.testing.compare import assert_parity
 from tests.golden.make_quantized import FILE, SMALL
 from tests.models import compile_with, default_dtype, either, long, randn, randomize_adapters_, seeds, small_tiles
 
-BOUND = 0.151904  # of the absmax: half the widest gap between levels, that between -1 and the next
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
 block_sizes = st.sampled_from([32, 64, 128])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -90,13 +89,6 @@ def test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounde
     count = math.prod(size)
     expected = reference.nf4_dequantize(bytes(packed.tolist()), absmax.numpy(), count, 64)
     assert torch.equal(found.view(-1), torch.from_numpy(expected).to(torch.float32).to(dtype))
-
-
-@given(st.sampled_from([0, 15]), st.lists(st.integers(0, 15), max_size=9))
-def test_codes_lie_in_bytes_as_the_oracle_packs_them(largest, others):
-    codes = [*others, largest]  # the absmax is 1, so that each level is its own quotient
-    weight = torch.tensor([LEVELS[code] for code in codes])
-    assert bytes(quantize(weight)[0].tolist()) == reference.nf4_pack(codes)
 
 
 @given(sizes, seeds, st.sampled_from([128, 256, 384]))
@@ -165,29 +157,11 @@ def test_ends_of_blocks_midpoints_zeros_and_constants_are_those_of_bitsandbytes(
     assert_same([part for part in found if part is not None], [frozen[part] for part in names])
 
 
-def some_absmaxes(count, seed, size=1.0):
-    return size * torch.rand(count, generator=torch.Generator().manual_seed(seed))
-
-
 def test_the_second_levels_are_256_from_below_minus_one_to_one_with_zero_in_the_middle():
     assert (DYNAMIC_MAP - torch.from_numpy(reference.absmax_levels())).abs().max() < 2**-24
     assert len(DYNAMIC_MAP.unique()) == 256
     assert (DYNAMIC_MAP[127], DYNAMIC_MAP[-1]) == (0, 1)
     assert torch.equal(-DYNAMIC_MAP[:127].flip(0), DYNAMIC_MAP[128:-1])
-
-
-@given(sizes, seeds)
-def test_an_error_with_double_quantization_is_at_most_that_without_and_that_of_the_absmax(size, seed):
-    weight = make(size, seed)
-    packed, absmax = quantize(weight)
-    codes, scales, offset = quantize_absmax(absmax)
-    coarse = dequantize_absmax(codes, scales, offset)
-    step = max(DYNAMIC_MAP.diff().max().item(), 2 * (1 + DYNAMIC_MAP[0].item()))  # there is no -1
-    step += 2**-15  # a place of 65,536
-    assert ((coarse - absmax).abs() <= step / 2 * scales.repeat_interleave(256)[: len(absmax)] + 2**-20).all()
-    error = (dequantize(packed, coarse, size, torch.float32) - weight).abs().view(-1)
-    allowed = BOUND * absmax + (coarse - absmax).abs() + 2**-24
-    assert (error <= spread(allowed, weight.numel(), 64)).all()
 
 
 def test_the_mean_squared_error_of_even_weights_is_the_integral_over_the_levels():
@@ -230,37 +204,8 @@ def test_a_block_size_that_bitsandbytes_has_not_is_refused(block_size):
         quantize(torch.ones(64), block_size)
 
 
-linear_sizes = st.tuples(st.integers(1, 9), st.sampled_from([1, 7, 32, 64, 96, 128]))
-leading = st.lists(st.integers(1, 3), max_size=2)
-
-
-def make_linear(size, seed, has_bias=True, **options):
-    weight, bias = randn(seed, *size), randn(seed + 1, size[0]) if has_bias else None
-    return NF4Linear.quantize(weight, bias, **options), weight, bias
-
-
-def unpacked(weight, double_quant, dtype):
-    packed, absmax = quantize(weight)
-    absmax = dequantize_absmax(*quantize_absmax(absmax)) if double_quant else absmax
-    return dequantize(packed, absmax, weight.shape, dtype)
-
-
-@either
-@given(linear_sizes, leading, seeds, st.booleans(), st.booleans(), st.booleans())
-def test_the_linear_computes_and_learns_as_the_dequantized_weight(size, leading, seed, has_bias, double_quant, frozen):
-    """Its bias may be trained, with x and without."""
-    layer, weight, bias = make_linear(size, seed, has_bias, double_quant=double_quant)
-    x = randn(seed + 2, *leading, size[1]).requires_grad_(not frozen)
-    expected = unpacked(weight, double_quant, weight.dtype)
-    assert torch.equal(layer.weight, expected)
-    own, other = ([x] if each is None else [x, each.requires_grad_()] for each in (layer.bias, bias))
-    ours, theirs = layer(x), F.linear(x, expected, bias)
-    assert_maths(ours, theirs)
-    dy = randn(seed + 3, *theirs.shape)
-    results = ((y, [leaf for leaf in leaves if leaf.requires_grad]) for y, leaves in ((ours, own), (theirs, other)))
-    gradients = [torch.autograd.grad(y, leaves, dy) for y, leaves in results if leaves]
-    for our, their in zip(*gradients, strict=True) if gradients else ():
-        assert_maths(our, their)
+def make_linear(size, seed, **options):
+    return NF4Linear.quantize(randn(seed, *size), randn(seed + 1, size[0]), **options)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
@@ -275,15 +220,16 @@ def test_one_weight_acts_both_ways_whatever_the_dtype_that_it_was_stored_in(stor
 
 
 def test_no_gradient_is_made_of_an_x_that_needs_none(monkeypatch):
-    layer, *_ = make_linear((4, 64), 9)
+    layer = make_linear((4, 64), 9)
     layer.bias.requires_grad_()
     y = layer(torch.ones(2, 64, dtype=torch.float64))
     monkeypatch.setattr(nf4, "dequantize_weight", None)  # W is not needed again
     y.sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 2))
 
 
 def test_nothing_is_trained_and_nothing_dense_is_stored():
-    layer, *_ = make_linear((256, 64), 1)
+    layer = make_linear((256, 64), 1)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert not list(layer.buffers())
     assert all(parameter.dim() for parameter in layer.parameters())  # FSDP refuses scalars
@@ -296,7 +242,7 @@ def test_nothing_is_trained_and_nothing_dense_is_stored():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_stored(dtype, double_quant):
-    layer, *_ = make_linear((4, 64), 6, double_quant=double_quant, dtype=torch.float32)
+    layer = make_linear((4, 64), 6, double_quant=double_quant, dtype=torch.float32)
     before = [None if part is None else part.clone() for part in layer.parts]
     layer.to(dtype)
     assert all(new is old or torch.equal(new, old) for new, old in zip(layer.parts, before, strict=True))
@@ -310,7 +256,7 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
 @pytest.mark.parametrize("backend", long("aot_eager", "inductor"))
 def test_compiling_changes_nothing_and_breaks_no_graph(backend, monkeypatch):
     compile_with(monkeypatch, backend)
-    layer, *_ = make_linear((48, 96), 7, dtype=torch.float32)
+    layer = make_linear((48, 96), 7, dtype=torch.float32)
     model = torch.nn.Sequential(layer)
     ml.attach(model, ml.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
     randomize_adapters_(model)

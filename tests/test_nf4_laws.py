@@ -1,5 +1,7 @@
 """The laws of 4-bit weights: correct implementations pass, and planted mistakes fail by name."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,14 @@ from minilora.testing import (
     check_linear4bit,
     check_nf4,
     laws,
+    mutants_nf4,
     nf4_mistakes,
     on_numpy,
     parametrize_laws,
     reference,
 )
+from minilora.testing.implementations import Linear4bit, nf4_quantize, pack, unpack
+from minilora.testing.mutants_nf4 import halves_exchanged
 from tests.models import either, matrix
 
 LEVELS, FP4 = torch.tensor(nf4.LEVELS), torch.tensor(nf4.FP4_LEVELS)
@@ -51,34 +56,6 @@ def test_ours_keeps_the_laws_of_4_bit_linears(law):
     law.check(make_linear)
 
 
-# --- other correct implementations ---
-
-
-def plain_quantize(W, block_size, levels=LEVELS, scale=None, round_to=None):
-    """NF4 by division and argmin, as one would write it; `scale` and `round_to` plant mistakes."""
-    flat = W.float().reshape(-1)
-    padded = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
-    absmax = padded.abs().amax(1) if scale is None else scale(padded)
-    x = (padded / absmax.clamp(min=1e-38)[:, None]).view(-1)[: len(flat)]
-    codes = (x[:, None] - levels).abs().argmin(1) if round_to is None else round_to(x)
-    return plain_pack(codes), absmax
-
-
-def plain_pack(codes):
-    codes = F.pad(codes, (0, len(codes) % 2))
-    return (codes[0::2] * 16 + codes[1::2]).to(torch.uint8)
-
-
-def plain_dequantize(packed, absmax, shape, block_size, levels=LEVELS):
-    codes = torch.stack([packed // 16, packed % 16], 1).view(-1).long()
-    n = torch.Size(shape).numel()
-    return (levels[codes[:n]] * absmax.repeat_interleave(block_size)[:n]).reshape(shape)
-
-
-def test_a_plain_implementation_by_division_and_argmin_passes():
-    check_nf4(plain_quantize, plain_dequantize)
-
-
 def test_numpy_passes():
     def with_numpy(W, block_size):
         codes, absmax = reference.nf4_quantize(W, block_size)
@@ -94,94 +71,72 @@ def test_numpy_passes():
     ]
 
 
-def direct(absmax):
-    """Double quantization without bitsandbytes' table."""
-    offset = absmax.mean()
-    blocks = F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
-    scales = blocks.abs().amax(1)
-    x = (blocks / scales.clamp(min=1e-38)[:, None]).view(-1)[: len(absmax)]
-    return (x[:, None] - nf4.DYNAMIC_MAP).abs().argmin(1).to(torch.uint8), scales, offset
-
-
-def test_double_quantization_without_a_table_passes():
-    check_double_quant(direct, dequantize_absmax)
-
-
-def plain_linear(W, b, weight=None, bias=None):
-    """A 4-bit linear; `weight` and `bias` plant mistakes."""
-    packed, absmax = plain_quantize(W, 64)
-    W_hat = dequantize(packed, absmax, W.shape, 64).to(W.dtype)
-    W_hat = W_hat if weight is None else weight(W, W_hat).to(W.dtype)
-    b = b if b is None or bias is None else bias(b)
-    return lambda x: F.linear(x, W_hat, b)
-
-
-def test_a_plain_linear_passes():
-    check_linear4bit(plain_linear)
-
-
 # --- planted mistakes ---
 
 
-def swapped(packed):
-    return (packed >> 4) | (packed << 4)
+def nearest(levels):
+    return lambda x: (x[..., None] - levels).abs().argmin(-1)
+
+
+def quantize_with(**changes):
+    """Return a correct `quantize` with another absmax or code."""
+    return functools.partial(mutants_nf4.nf4(**changes), None)
+
+
+def dequantize_with(levels):
+    """Return a correct `dequantize` with other levels."""
+
+    def read(packed, absmax, shape, block_size):
+        values = levels[unpack(packed)[: shape[0] * shape[1]]]
+        return (values * absmax.repeat_interleave(block_size)[: len(values)]).view(shape)
+
+    return read
 
 
 def by(axis):
     def scaled(W, block_size):
         absmax = W.abs().amax(axis, keepdim=True)
         x = (W / absmax.clamp(min=1e-38)).reshape(-1)
-        return plain_pack((x[:, None] - LEVELS).abs().argmin(1)), absmax.reshape(-1)
+        return pack(nearest(LEVELS)(x)), absmax.reshape(-1)
 
     return scaled
 
 
 def restart(W, block_size):
-    rows = [plain_quantize(row, block_size) for row in W]
-    codes = torch.cat([torch.stack([p >> 4, p & 15], 1).view(-1)[: W.shape[1]] for p, _ in rows])
-    return plain_pack(codes), torch.cat([absmax for _, absmax in rows])
-
-
-def floor(x):
-    return torch.bucketize(x, LEVELS, right=True) - 1
+    packed, absmax = zip(*(nf4_quantize(row, block_size) for row in W), strict=True)
+    return pack(torch.cat([unpack(row)[: W.shape[1]] for row in packed])), torch.cat(absmax)
 
 
 QUANTIZE = {
-    "the two nibbles of a byte are swapped": lambda W, bs: (swapped(quantize(W, bs)[0]), quantize(W, bs)[1]),
-    "the levels are those of FP4": lambda W, bs: plain_quantize(W, bs, FP4),
-    "the codes are those of a uniform Int4, -8 … 7": lambda W, bs: plain_quantize(W, bs, UNIFORM),
-    "the levels are 16 even steps from -1 to 1": lambda W, bs: plain_quantize(W, bs, torch.linspace(-1, 1, 16)),
+    "the two nibbles of a byte are swapped": lambda W, bs: (halves_exchanged(quantize(W, bs)[0]), quantize(W, bs)[1]),
+    "the levels are those of FP4": quantize_with(code=nearest(FP4)),
+    "the codes are those of a uniform Int4, -8 … 7": quantize_with(code=nearest(UNIFORM)),
+    "the levels are 16 even steps from -1 to 1": quantize_with(code=nearest(torch.linspace(-1, 1, 16))),
     "the absmax is that of a row instead of a block": by(1),
     "the absmax is that of a column instead of a block": by(0),
     "the absmax is that of the whole weight instead of a block": by((0, 1)),
     "blocks begin anew at each row": restart,
-    "blocks have 128 weights instead of 64": lambda W, bs: plain_quantize(W, 2 * bs),
-    "blocks have 64 weights, whatever block_size is": lambda W, bs: plain_quantize(W, 64),
+    "blocks have 128 weights instead of 64": lambda W, bs: nf4_quantize(W, 2 * bs),
+    "blocks have 64 weights, whatever block_size is": lambda W, bs: quantize(W, 64),
     "the sign is lost": lambda W, bs: quantize(W.abs(), bs),
     "the sign is changed": lambda W, bs: quantize(-W, bs),
-    "the codebook is off by one: codes are one too low": lambda W, bs: plain_quantize(
-        W, bs, round_to=lambda x: ((x[:, None] - LEVELS).abs().argmin(1) - 1) % 16
+    "the codebook is off by one: codes are one too low": quantize_with(code=lambda x: (nearest(LEVELS)(x) - 1) % 16),
+    "codes are rounded down instead of to the nearest level": quantize_with(
+        code=lambda x: torch.bucketize(x, LEVELS, right=True) - 1
     ),
-    "codes are rounded down instead of to the nearest level": lambda W, bs: plain_quantize(W, bs, round_to=floor),
-    "a tie gets the upper level": lambda W, bs: plain_quantize(
-        W, bs, round_to=lambda x: torch.bucketize(x, nf4.midpoints(LEVELS), right=True)
-    ),
-    "the absmax is the largest w instead of the largest |w|": lambda W, bs: plain_quantize(
-        W, bs, scale=lambda blocks: blocks.amax(1)
-    ),
+    "a tie gets the upper level": quantize_with(code=lambda x: torch.bucketize(x, nf4.midpoints(LEVELS), right=True)),
+    "the absmax is the largest w instead of the largest |w|": quantize_with(absmax=lambda blocks: blocks.amax(1)),
     "codes are in the order of the columns: the weight is transposed": lambda W, bs: quantize(W.T.contiguous(), bs),
     "1/absmax is stored": lambda W, bs: (quantize(W, bs)[0], 1 / quantize(W, bs)[1]),
 }
 
 
 DEQUANTIZE = {
-    "the two nibbles of a byte are swapped": lambda p, a, s, bs: dequantize(swapped(p), a, s, bs),
-    "the levels are those of FP4": lambda p, a, s, bs: plain_dequantize(p, a, s, bs, FP4),
-    "the codes are those of a uniform Int4, -8 … 7": lambda p, a, s, bs: plain_dequantize(p, a, s, bs, UNIFORM),
-    "the levels are in falling order": lambda p, a, s, bs: plain_dequantize(p, a, s, bs, LEVELS.flip(0)),
-    "the codebook is off by one: levels are one too high": lambda p, a, s, bs: plain_dequantize(
-        p, a, s, bs, LEVELS.roll(-1)
-    ),
+    "the two nibbles of a byte are swapped": lambda p, a, s, bs: dequantize(halves_exchanged(p), a, s, bs),
+    "the levels are those of FP4": dequantize_with(FP4),
+    "the codes are those of a uniform Int4, -8 … 7": dequantize_with(UNIFORM),
+    "the levels are in falling order": dequantize_with(LEVELS.flip(0)),
+    "the codebook is off by one: levels are one too high": dequantize_with(LEVELS.roll(-1)),
     "the sign is lost": lambda *given: dequantize(*given).abs(),
     "the absmax is not multiplied": lambda p, a, s, bs: dequantize(p, torch.ones_like(a), s, bs),
     "one absmax is used for all": lambda p, a, s, bs: dequantize(p, a[:1].expand(len(a)), s, bs),
@@ -199,29 +154,21 @@ def test_a_midpoint_that_is_two_units_off_fails(midpoint, to):
     for _ in range(2):
         bounds[midpoint] = torch.nextafter(bounds[midpoint], torch.tensor(to))
     with pytest.raises(CheckFailure):
-        laws("nf4")["ties"].check(
-            (lambda W, bs: plain_quantize(W, bs, round_to=lambda x: torch.bucketize(x, bounds)), dequantize)
-        )
-
-
-def halving(W, block_size):
-    result = quantize(W, block_size)
-    W /= 2
-    return result
+        laws("nf4")["ties"].check((quantize_with(code=lambda x: torch.bucketize(x, bounds)), dequantize))
 
 
 def test_the_order_of_storage_instead_of_that_of_the_rows_fails():
-    def storage(W, block_size):
-        return quantize(torch.as_strided(W, (W.numel(),), (1,)), block_size)
-
     with pytest.raises(CheckFailure, match="transposed view") as failure:
-        check_nf4(storage, dequantize)
+        check_nf4(functools.partial(mutants_nf4.in_order_of_memory, quantize), dequantize)
     assert "codes are in the order of the columns: the weight is transposed" in failure.value.causes
 
 
 UNNAMED = {
     "an epsilon": (lambda W, bs: (quantize(W, bs)[0], quantize(W, bs)[1] + 1e-8), "absmax: wrong"),
-    "a weight that is changed in place": (halving, "W, which is only read"),
+    "a weight that is changed in place": (
+        functools.partial(mutants_nf4.normalized_in_place, quantize),
+        "W, which is only read",
+    ),
     "a column": (lambda W, bs: (quantize(W, bs)[0].view(-1, 1), quantize(W, bs)[1]), "dtype and shape"),
     "int32": (lambda W, bs: (quantize(W, bs)[0].int(), quantize(W, bs)[1]), "dtype and shape"),
     "a float64 absmax": (lambda W, bs: (quantize(W, bs)[0], quantize(W, bs)[1].double()), "dtype and shape"),
@@ -235,43 +182,25 @@ def test_a_mistake_without_a_name_fails_with_what_is_wrong(mistake):
         check_nf4(wrong, dequantize)
 
 
-def with_offset(offset, scale=None, levels=nf4.DYNAMIC_MAP, size=256, subtract=True):
-    def mistaken(absmax):
-        mean = offset(absmax)
-        rest = absmax - mean if subtract else absmax
-        blocks = F.pad(rest, (0, -len(rest) % size)).view(-1, size)
-        scales = blocks.abs().amax(1) if scale is None else scale(blocks)
-        x = (blocks / scales.clamp(min=1e-38)[:, None]).view(-1)[: len(absmax)]
-        return (x[:, None] - levels).abs().argmin(1).to(torch.uint8), scales, mean
-
-    return mistaken
-
-
-def mean(absmax):
-    return absmax.mean()
+def absmaxes_with(**changes):
+    """Return a correct `quantize` of absmaxes with another offset, scale or code."""
+    return functools.partial(mutants_nf4.double_quant(**changes), None)
 
 
 DOUBLE = {
-    "the offset is omitted instead of the mean": with_offset(lambda a: a.new_zeros(())),
-    "the offset is the smallest instead of the mean": with_offset(lambda a: a.min()),
-    "the offset is the median instead of the mean": with_offset(lambda a: a.quantile(0.5)),
-    "the scale is the largest absmax: the offset is not subtracted": with_offset(mean, subtract=False),
-    "the scales are dropped": with_offset(mean, scale=lambda blocks: torch.ones(len(blocks))),
-    "one scale is used for all absmaxes": with_offset(
-        mean, scale=lambda blocks: blocks.abs().max().expand(len(blocks))
+    "the offset is omitted instead of the mean": absmaxes_with(offset=lambda a: a.new_zeros(())),
+    "the offset is the smallest instead of the mean": absmaxes_with(offset=torch.min),
+    "the offset is the median instead of the mean": absmaxes_with(offset=lambda a: a.quantile(0.5)),
+    "the scale is the largest absmax: the offset is not subtracted": lambda a: (
+        *absmaxes_with(offset=lambda a: a.new_zeros(()))(a)[:2],
+        a.mean(),
     ),
-    "the levels are even steps from -1 to 1": with_offset(mean, levels=torch.linspace(-1, 1, 256)),
+    "the scales are dropped": absmaxes_with(scale=lambda blocks: torch.ones(len(blocks))),
+    "one scale is used for all absmaxes": absmaxes_with(scale=lambda blocks: blocks.abs().max().expand(len(blocks))),
+    "the levels are even steps from -1 to 1": absmaxes_with(code=nearest(torch.linspace(-1, 1, 256))),
     "the codebook is off by one": lambda a: (quantize_absmax(a)[0] + 1, *quantize_absmax(a)[1:]),
-    "the sign is lost": lambda a: (nearest_absmax(a), *quantize_absmax(a)[1:]),
+    "the sign is lost": absmaxes_with(code=lambda x: nearest(nf4.DYNAMIC_MAP)(x.abs())),
 }
-
-
-def nearest_absmax(absmax):
-    _, scales, offset = quantize_absmax(absmax)
-    x = (absmax - offset).abs() / scales.repeat_interleave(256)[: len(absmax)].clamp(min=1e-38)
-    return (x[:, None] - nf4.DYNAMIC_MAP).abs().argmin(1).to(torch.uint8)
-
-
 DOUBLE_BACK = {
     "the offset is omitted": lambda c, s, o: dequantize_absmax(c, s, 0 * o),
     "the offset is subtracted": lambda c, s, o: dequantize_absmax(c, s, -o),
@@ -290,24 +219,27 @@ def without_offset(W, b, double_quant):
     return layer
 
 
+def linear_with(weight):
+    """Return a linear that computes with `weight(W)`."""
+    return lambda W, b: functools.partial(F.linear, weight=weight(W).to(W.dtype), bias=b)
+
+
 LINEAR = {
-    "the dense weight is used instead of the quantized one": lambda W, b: plain_linear(W, b, lambda W, q: W),
-    "the absmax is not multiplied": lambda W, b: plain_linear(
-        W, b, lambda W, q: dequantize(quantize(W)[0], torch.ones(-(-W.numel() // 64)), W.shape, 64)
+    "the dense weight is used instead of the quantized one": linear_with(lambda W: W),
+    "the absmax is not multiplied": linear_with(
+        lambda W: dequantize(quantize(W)[0], torch.ones(-(-W.numel() // 64)), W.shape, 64)
     ),
-    "the two nibbles of a byte are swapped": lambda W, b: plain_linear(
-        W, b, lambda W, q: dequantize(swapped(quantize(W)[0]), quantize(W)[1], W.shape, 64)
+    "the two nibbles of a byte are swapped": linear_with(
+        lambda W: dequantize(halves_exchanged(quantize(W)[0]), quantize(W)[1], W.shape, 64)
     ),
-    "blocks have 128 weights instead of 64": lambda W, b: plain_linear(
-        W, b, lambda W, q: dequantize(*quantize(W, 128), W.shape, 128)
-    ),
-    "the weight is transposed": lambda W, b: plain_linear(W, b, lambda W, q: q.reshape(W.T.shape).T),
-    "the bias is missing": lambda W, b: plain_linear(W, None),
-    "the bias is added twice": lambda W, b: plain_linear(W, b, bias=lambda b: 2 * b),
+    "blocks have 128 weights instead of 64": lambda W, b: Linear4bit(W, b, 128),
+    "the weight is transposed": linear_with(lambda W: dequantize(*quantize(W), W.T.shape, 64).T),
+    "the bias is missing": lambda W, b: Linear4bit(W, None),
+    "the bias is added twice": lambda W, b: Linear4bit(W, None if b is None else 2 * b),
     "double quantization is ignored": lambda W, b, double_quant: make_linear(W, b),
     "the offset is omitted": without_offset,
-    "blocks begin anew at each row": lambda W, b: plain_linear(
-        W, b, lambda W, q: torch.stack([dequantize(*quantize(row, 64), row.shape, 64) for row in W])
+    "blocks begin anew at each row": linear_with(
+        lambda W: torch.stack([dequantize(*quantize(row, 64), row.shape, 64) for row in W])
     ),
 }
 
@@ -329,26 +261,9 @@ def test_a_planted_mistake_fails_by_name(name):
     assert name.partition(": ")[2] in failure.value.causes
 
 
-class DenseGradient(torch.autograd.Function):
-    """y = x Ŵᵀ, and dx = dy W."""
-
-    @staticmethod
-    def forward(ctx, x, W, W_hat):
-        ctx.save_for_backward(W)
-        return x @ W_hat.T
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy @ ctx.saved_tensors[0], None, None
-
-
 def test_the_gradient_of_the_dense_weight_fails_by_name():
-    def make(W, b):
-        W_hat = dequantize(*quantize(W), W.shape, 64).to(W.dtype)
-        return lambda x: DenseGradient.apply(x, W, W_hat) + (0 if b is None else b)
-
     with pytest.raises(CheckFailure, match="dx: wrong") as failure:
-        check_linear4bit(make)
+        check_linear4bit(functools.partial(mutants_nf4.gradient_of_the_dense_weight, Linear4bit))
     assert failure.value.causes == ("the dense weight is used instead of the quantized one",)
 
 
@@ -374,7 +289,7 @@ def test_a_trained_absmax_fails():
 
 def test_each_law_about_gradients_is_left_out_for_numpy():
     def make(W, b):
-        layer = plain_linear(torch.from_numpy(W), None if b is None else torch.from_numpy(b))
+        layer = Linear4bit(torch.from_numpy(W), None if b is None else torch.from_numpy(b))
         return lambda x: layer(torch.from_numpy(x)).numpy()
 
     names = {report.law for report in check_linear4bit(on_numpy(make)) if report.comparisons}
@@ -418,8 +333,8 @@ def test_a_pair_in_the_wrong_order_has_a_wrong_form_and_no_other_cause():
 
 def test_a_wrong_code_is_told_with_what_was_rounded():
     def with_midpoints(right):
-        round_to = lambda x: torch.bucketize(x, nf4.midpoints(LEVELS) + (0 if right else 3e-8), right=right)  # noqa: E731
-        return (lambda W, bs: plain_quantize(W, bs, round_to=round_to), dequantize)
+        bounds = nf4.midpoints(LEVELS) + (0 if right else 3e-8)
+        return quantize_with(code=lambda x: torch.bucketize(x, bounds, right=right)), dequantize
 
     for right, place in ((True, "the midpoint"), (False, "just above the midpoint")):
         with pytest.raises(

@@ -137,13 +137,13 @@ MISTAKES = {
         "lora.py",
         "for adapter in others:",
         "for adapter in ():",
-        "test_lora.py::test_adapters_add_by_concatenating_ranks[kernels]",
+        f"{FORWARD}[linear-kernels]",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
         "kernel/lora.py",
         "h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)",
         "h = dy @ lora_B.to(dy.dtype)",
-        "test_lora.py::test_gradients_follow_from_that_of_the_weight_and_the_base_gets_none[kernels]",
+        f"{GRADIENTS}[linear-kernels]",
     ),
     "law 5: the gradient of x is that of the base alone": Mistake(
         "kernel/lora.py", "(dy @ weight).addmm_(h, lora_A.to(dy.dtype))", "dy @ weight", f"{EQUAL}[lora_linear]"
@@ -200,7 +200,7 @@ MISTAKES = {
         "nf4.py",
         "codes[0::2] << 4 | codes[1::2]",
         "codes[0::2] | codes[1::2] << 4",
-        "--plain test_nf4.py::test_codes_lie_in_bytes_as_the_oracle_packs_them",
+        f"{NF4}[nf4-layout-plain]",
     ),
     "law 7: absmaxes are rounded as on CUDA": Mistake(
         "nf4.py",
@@ -267,7 +267,7 @@ MISTAKES = {
         "runs/seeded.py",
         ".bernoulli_(1 - p, generator=generator)",
         ".bernoulli_(1 - p)",
-        "test_lora.py::test_dropout_is_a_function_of_its_key",
+        "test_lora.py::test_dropout_draws_from_the_random_state_of_pytorch_only_without_a_step",
     ),
     "law 9: the prompts of a batch draw from one generator": Mistake(
         "models/generate.py",

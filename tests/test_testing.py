@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import floats
@@ -29,16 +30,19 @@ from minilora.testing import (
     parametrize_laws,
 )
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters
+from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
 from minilora.testing.laws import Comparison, Law
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mutants import MUTANTS
+from minilora.testing.mutants_dora import adapted, factor, plus_bias
+from minilora.testing.mutants_lora import alpha_is, around, base, drop
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
 from tests.models import long, randn
 
 FOLDER = Path(testing.__file__).parent
 DTYPES = tuple(UNITS)
 RIGHT = {"lora": LoRALayer, "dora": DoRALayer, "adapter_sum": add_adapters}
+HALF = alpha_is(lambda alpha, r: alpha / 2)(LoRALayer)
 
 
 def causes_of(law, implementation):
@@ -47,50 +51,19 @@ def causes_of(law, implementation):
     return caught.value.causes
 
 
-class Plain(nn.Module):
-    """A LoRA or DoRA layer as one writes it in twenty lines."""
-
-    def __init__(self, W, b, A, B, alpha, dropout=0.0, use_rslora=False, use_dora=False, magnitude=None):
-        super().__init__()
-        self.register_buffer("W", W)
-        self.b, self.scale = b, alpha / (len(A) ** 0.5 if use_rslora else len(A))
-        self.lora_A, self.lora_B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().clone())
-        self.dropout = nn.Dropout(dropout)
-        self.magnitude = (
-            nn.Parameter((W.norm(dim=1) if magnitude is None else magnitude).detach()) if use_dora else None
-        )
-
-    def forward(self, x):
-        y = x @ self.W.T + self.scale * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-        if self.magnitude is not None:
-            norm = (self.W + self.scale * self.lora_B @ self.lora_A).norm(dim=1).detach()
-            y = self.magnitude / norm * y
-        return y if self.b is None else y + self.b
+def planted(kind, name):
+    """Return a correct implementation with a mistake of the catalogue."""
+    return next(each.plant for each in MUTANTS if (each.kind, each.name) == (kind, name))(RIGHT[kind])
 
 
-@parametrize_laws("lora", "dora")
-def test_a_plain_layer_keeps_every_law(law):
-    assert 0 <= law.check(Plain).ratio <= 1
+def test_a_merge_with_a_magnitude_and_a_sum_given_as_factors_pass():
+    def concatenated(adapters, weights):
+        A = torch.cat([A for A, _, _ in adapters])
+        return A, torch.cat([w * s * B for w, (_, B, s) in zip(weights, adapters, strict=True)], dim=1), 1.0
 
-
-@pytest.mark.long
-@parametrize_laws("rslora")
-def test_a_plain_layer_keeps_the_laws_of_rslora(law):
-    assert 0 <= law.check(Plain).ratio <= 1
-
-
-def test_merging_and_sums_keep_their_laws():
-    check_merge(lambda W, A, B, scale: W + scale * B @ A)
-    check_merge(lambda W, A, B, s, m: m[:, None] * torch.nn.functional.normalize(W + s * B @ A, dim=1, eps=0), True)
-    check_adapter_sum(
-        lambda adapters, weights: sum(w * s * B @ A for w, (A, B, s) in zip(weights, adapters, strict=True))
-    )
+    check_merge(lambda W, A, B, s: merge(W, A, B, s))
+    check_merge(lambda W, A, B, s, m: merge(W, A, B, s, m), use_dora=True)
     check_adapter_sum(concatenated)
-
-
-def concatenated(adapters, weights):
-    A = torch.cat([A for A, _, _ in adapters])
-    return A, torch.cat([w * s * B for w, (_, B, s) in zip(weights, adapters, strict=True)], dim=1), 1.0
 
 
 def test_numpy_layers_are_checked_too():
@@ -103,9 +76,7 @@ def test_numpy_layers_are_checked_too():
 
 
 def test_a_failure_names_the_place_the_bound_the_smallest_case_the_cause_and_how_to_repeat_it():
-    def broken(W, b, A, B, alpha):
-        return Plain(W, b, A, B, alpha * len(A) ** 2)
-
+    broken = alpha_is(lambda alpha, r: alpha * r * r)(LoRALayer)
     with pytest.raises(CheckFailure) as caught:
         check_lora_linear(broken)
     failure = caught.value
@@ -128,19 +99,17 @@ def test_an_exception_and_a_wrong_shape_are_failures_like_others():
         check_lora_linear(lambda W, b, A, B, alpha: {}["missing"])
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(CheckFailure, match="the shape is"):
-        check_lora_linear(lambda W, b, A, B, alpha: lambda x: Plain(W, b, A, B, alpha)(x)[..., :0])
+        check_lora_linear(around(lambda self, x: self(x)[..., :0])(LoRALayer))
 
 
 def test_a_known_deviation_must_be_there_still():
     wrong = parametrize_laws("lora", known={"lora-forward": "the bias is added twice"})
     right = next(law for law in wrong.args[1] if law.name == "forward")
-    assert right.check(lambda W, b, A, B, alpha: Plain(W, None if b is None else 2 * b, A, B, alpha)).ratio == float(
-        "inf"
-    )
+    assert right.check(planted("lora", "the bias is added twice")).ratio == float("inf")
     with pytest.raises(CheckFailure, match="no longer there"):
-        right.check(Plain)
+        right.check(LoRALayer)
     with pytest.raises(CheckFailure, match="the update is missing"):  # another mistake than the known one
-        right.check(lambda W, b, A, B, alpha: Plain(W, b, A, 0 * B, alpha))
+        right.check(planted("lora", "the given B is replaced by zeros"))
     with pytest.raises(ValueError, match="no law 'lora-forwards'"):
         parametrize_laws("lora", known={"lora-forwards": ""})
     with pytest.raises(ValueError, match="no laws of 'lorra'"):
@@ -148,10 +117,9 @@ def test_a_known_deviation_must_be_there_still():
 
 
 def test_gradients_alone_can_be_checked():
-    assert check_gradients(Plain, "rslora").law == "rslora-gradients"
-    detached = type("Detached", (Plain,), {"forward": lambda self, x: Plain.forward(self, x).detach() + 0 * x.sum()})
+    assert check_gradients(LoRALayer, "rslora").law == "rslora-gradients"
     with pytest.raises(CheckFailure, match="no gradient reaches"):
-        check_gradients(detached)
+        check_gradients(around(lambda self, x: self(x).detach() + 0 * x.sum())(LoRALayer))
 
 
 @given(
@@ -164,7 +132,7 @@ def test_gradients_alone_can_be_checked():
 )
 def test_a_drawn_case_raises_no_false_alarm(case):
     for name in ("forward", "identity", "merge", "gradients", "scale", "sums", "frozen"):
-        laws(case.method)[name].check(Plain, case)
+        laws(case.method)[name].check(RIGHT[case.method], case)
 
 
 @given(adapted_linears(dtypes=("float64", "float32"), weights=WEIGHT_KINDS))
@@ -193,7 +161,7 @@ def test_the_bounded_value_is_that_of_the_loops(case):
 def test_a_float64_result_that_went_through_float32_is_named():
     with pytest.raises(CheckFailure, match=r"of float32.s size"):
         check_lora_linear(
-            lambda W, b, A, B, alpha: Plain(W, b, A.float().to(A), ((1.1 * B).float().double() / 1.1).to(B), alpha)
+            lambda W, b, A, B, alpha: LoRALayer(W, b, A.float().to(A), ((1.1 * B).float().double() / 1.1).to(B), alpha)
         )
 
 
@@ -227,8 +195,7 @@ def test_an_exponential_may_be_a_power_of_two(v):
     ],
 )
 def test_a_planted_mistake_is_named_as_what_it_is(kind, mutant, law, cause):
-    plant = next(each.plant for each in MUTANTS if (each.kind, each.name) == (kind, mutant))
-    (found,) = causes_of(laws(kind)[law], plant(RIGHT[kind]))
+    (found,) = causes_of(laws(kind)[law], planted(kind, mutant))
     assert found.startswith(cause)
 
 
@@ -245,7 +212,7 @@ class Holder(nn.Module):
 
 
 def hidden(W, b, A, B, alpha):
-    layer = Plain(W, b, A, B, alpha)
+    layer = LoRALayer(W, b, A, B, alpha)
     return lambda x: layer(x)
 
 
@@ -262,7 +229,7 @@ def test_what_is_no_array_is_a_failure_and_no_accident(result):
     with pytest.raises(CheckFailure, match=f"found {type(result).__name__}, expected an array"):
         check_lora_linear(lambda W, b, A, B, alpha: lambda x: result)
     with pytest.raises(CheckFailure, match="found tuple, expected an array"):
-        check_lora_linear(lambda W, b, A, B, alpha: lambda x: (Plain(W, b, A, B, alpha)(x), None))
+        check_lora_linear(around(lambda self, x: (self(x), None))(LoRALayer))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -283,7 +250,7 @@ def test_a_divisor_that_may_be_0_leaves_no_bound_and_no_warning():
 @pytest.mark.parametrize("divisor", [lambda A: len(A) + 1, lambda A: A.shape[1]], ids=["r + 1", "in"])
 @pytest.mark.parametrize("name", ["forward", *long("scale", "sums", "shapes")])
 def test_a_mistake_that_explains_a_few_cases_is_not_named(divisor, name):
-    causes = causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha * len(A) / divisor(A)))
+    causes = causes_of(laws("lora")[name], lambda W, b, A, B, alpha: LoRALayer(W, b, A, B, alpha * len(A) / divisor(A)))
     assert not any("scale is" in cause or "twice" in cause for cause in causes)
 
 
@@ -296,98 +263,91 @@ def test_many_possible_causes_are_counted_and_not_listed():
     assert caught.value.causes == tuple(mistakes)
 
 
-class Drifting(Plain):
-    def forward(self, x):
-        self.W = self.W + 0.01
-        return super().forward(x)
-
-
 def test_a_weight_that_changes_is_not_taken_for_dropout():
-    assert causes_of(laws("lora")["dropout"], Drifting) == ()
+    def drifting(self, x):
+        self.W = self.W + 0.01
+        return self(x)
+
+    assert causes_of(laws("lora")["dropout"], around(drifting)(LoRALayer)) == ()
 
 
 def test_a_magnitude_that_starts_at_1_is_named():
     def make_layer(W, b, A, B, alpha, use_dora=True, magnitude=None):
-        return Plain(W, b, A, B, alpha, use_dora=True, magnitude=W.new_ones(len(W)) if magnitude is None else magnitude)
+        return DoRALayer(W, b, A, B, alpha, magnitude=W.new_ones(len(W)) if magnitude is None else magnitude)
 
     assert [each[:26] for each in causes_of(laws("dora")["start"], make_layer)] == ["the magnitude starts at 1 "]
     with pytest.raises(CheckFailure, match="dora-forward: y: wrong"):
-        check_dora_linear(lambda *tensors, use_dora=True: Plain(*tensors))
+        check_dora_linear(lambda *tensors, use_dora=True: LoRALayer(*tensors))
 
 
-class Behind(Plain):
-    def forward(self, x):
-        p, self.dropout.p = self.dropout.p, 0.0
-        y = super().forward(x)
-        self.dropout.p = p
-        h = x @ self.lora_A.T
-        return y + self.scale * (self.dropout(h) - h) @ self.lora_B.T
+@around
+def behind(self, x):
+    return base(self, x) + self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
 
 
-class Rest(Plain):
+@around
+def rest(self, x):
     """DoRA in PEFT's form: y = x Wᵀ + b + (c - 1)·x' Wᵀ + c·s·(x' Aᵀ) Bᵀ, x' the input after dropout."""
-
-    def forward(self, x):
-        V = self.W + self.scale * self.lora_B @ self.lora_A
-        c = self.magnitude / V.norm(dim=1).detach()
-        return torch.nn.functional.linear(x, self.W, self.b) + self.dropout(x) @ (c[:, None] * V - self.W).T
+    change = factor(self)[:, None] * adapted(self) - self.lora.W
+    return plus_bias(self, base(self.lora, x) + F.linear(drop(self.lora, x), change))
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "cause"),
+    ("kind", "plant", "cause"),
     [
-        ("lora", Behind, "dropout acts behind A instead of in front of it"),
-        ("dora", Rest, "dropout acts on (m/‖W + s·B A‖ - 1)·x Wᵀ, too"),
+        ("lora", behind, "dropout acts behind A instead of in front of it"),
+        ("dora", rest, "dropout acts on (m/‖W + s·B A‖ - 1)·x Wᵀ, too"),
     ],
 )
-def test_dropout_at_a_wrong_place_is_named_by_the_variance(kind, layer, cause):
+def test_dropout_at_a_wrong_place_is_named_by_the_variance(kind, plant, cause):
     with pytest.raises(CheckFailure, match="the variance of y over dropout masks: wrong") as caught:
-        laws(kind)["dropout"].check(layer)
+        laws(kind)["dropout"].check(plant(RIGHT[kind]))
     assert caught.value.causes == (cause,)
 
 
 def test_a_wrong_gradient_is_said_to_be_that_of_evaluation_mode():
     with pytest.raises(CheckFailure, match="the gradient of A, in evaluation mode: wrong"):
-        check_gradients(next(each.plant for each in MUTANTS if each.name == "A gets no gradient")(LoRALayer))
+        check_gradients(planted("lora", "A gets no gradient"))
 
 
 def test_one_factor_of_the_update_or_of_the_result_is_named():
     half = "the update is 0.5 times the right one"
     for name in ("forward", "merge"):
-        assert causes_of(laws("lora")[name], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2)) == (half,)
+        assert causes_of(laws("lora")[name], HALF) == (half,)
     assert causes_of(laws("merge")["weight"], lambda W, A, B, s: W + 0.5 * s * B @ A) == (half,)
     assert causes_of(laws("merge")["weight"], lambda W, A, B, s: 3 * (W + s * B @ A)) == ()
-    uneven = causes_of(laws("lora")["forward"], lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / (1 + A.shape[1])))
-    assert uneven == ()
+    assert not causes_of(
+        laws("lora")["forward"], lambda W, b, A, B, alpha: LoRALayer(W, b, A, B, alpha / (1 + A.shape[1]))
+    )
 
 
 def test_results_in_16_bits_are_named():
     cause = causes_of(laws("merge")["weight"], lambda W, A, B, s: (W + s * B @ A).bfloat16())
     assert cause == ("every number found is a bfloat16",)
-    cause = causes_of(laws("lora")["forward"], lambda W, b, A, B, alpha: lambda x: Plain(W, b, A, B, alpha)(x).half())
+    cause = causes_of(laws("lora")["forward"], around(lambda self, x: self(x).half())(LoRALayer))
     assert cause == ("every number found is a float16",)
 
 
 def test_a_check_says_which_laws_the_case_breaks_and_keeps():
     with pytest.raises(CheckFailure) as caught:
-        check_lora_linear(lambda W, b, A, B, alpha: Plain(W, b, A, B, alpha / 2))
+        check_lora_linear(HALF)
     *_, broken, kept = str(caught.value).partition("\n  to repeat:")[0].splitlines()
     assert broken.startswith("  this case also breaks: lora-shapes, lora-merge, ")
     assert kept == "  this case keeps: lora-identity, lora-frozen"
     with pytest.raises(CheckFailure, match="also breaks: lora-shapes, lora-identity, "):
-        check_lora_linear(lambda W, b, A, B, alpha: lambda x: 2 * Plain(W, b, A, B, alpha)(x))
+        check_lora_linear(around(lambda self, x: 2 * self(x))(LoRALayer))
 
 
 def test_a_known_deviation_is_what_was_found_and_none_of_the_law_s_words():
     law = next(law for law in parametrize_laws("lora", known={"lora-dropout": "mean of y"}).args[1] if law.known)
     with pytest.raises(CheckFailure, match="the variance of y"):
-        law.check(Behind)
+        law.check(behind(LoRALayer))
     for text in ("dropout", "keeps the mean", ""):
         with pytest.raises(ValueError, match="in the law's own words"):
             parametrize_laws("lora", known={"lora-dropout": text})
     law = replace(law, known="smallest failing case")  # in the message, but nothing that was found
     with pytest.raises(CheckFailure, match="the variance of y"):
-        law.check(Behind)
+        law.check(behind(LoRALayer))
 
 
 def test_misuse_is_told():
@@ -397,7 +357,7 @@ def test_misuse_is_told():
     with pytest.raises(TypeError, match="adapt each of a pair"):
         on_numpy((max, min))
     with pytest.raises(ValueError, match="name the kinds"):
-        check(Plain)
+        check(LoRALayer)
     for kind in {law.kind for law in laws().values()}:
         assert kind in laws.__doc__
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -236,12 +236,10 @@ def _watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tenso
     def hook(path: str) -> Callable[..., Tensor | None]:
         return lambda module, inputs, named, y: see(path, inputs[0] if inputs else next(iter(named.values())), y)
 
-    handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(hook(path), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_product(sums: dict[str, Tensor], path: str, left: Tensor, right: Tensor) -> None:

@@ -232,17 +232,22 @@ def _notes(run: Run, model: Llama | Classifier, data: Data) -> Iterator[str]:
     if steps < FEW_STEPS:
         yield f"the run has few steps ({steps}), which may teach little; --epochs gives more"
     for name, rows in data.splits.items():
-        if rows.truncated:
-            yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
-        if rows.quoted:
-            yield (
-                f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
-                "--allow-special makes them act"
-            )
-        if rows.bad:
-            yield skipped_rows(f"{name} ", rows.bad)
+        yield from _row_notes(name, rows)
     if run.resolved["recompute"] == "auto":
         yield f"--recompute {run.training.recompute}: the fastest way for which there is memory"
+
+
+def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
+    """Yield how many rows of a split were cut, quote control tokens, or were skipped."""
+    if rows.truncated:
+        yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
+    if rows.quoted:
+        yield (
+            f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
+            "--allow-special makes them act"
+        )
+    if rows.bad:
+        yield skipped_rows(f"{name} ", rows.bad)
 
 
 def _train_until_signal(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:

@@ -118,12 +118,10 @@ def train(
         check_token_loss(model, dataset, held_out)
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
-    if config.recompute == "auto":
-        lora = next(iter(adapters.values()), None)
-        if loss is None:
-            config = _with_fitting_recompute(model, dataset, held_out, config, lora)
-        else:
-            config = replace(config, recompute="none")  # a given loss recomputes by itself
+    if config.recompute == "auto" and loss is None:
+        config = _with_fitting_recompute(model, dataset, held_out, config, next(iter(adapters.values()), None))
+    elif config.recompute == "auto":
+        config = replace(config, recompute="none")  # a given loss recomputes by itself
     objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
     run = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
@@ -200,15 +198,8 @@ def _run_steps(
     run: _Job, state: checkpoints.State, on_step: OnStep, held_out: Sequence[Any], folder: Path | None
 ) -> TrainResult:
     """Run all steps that are left after the newest checkpoint; see `train`."""
-    model, config, total, best = run.model, run.config, len(run.steps), dict[str, Tensor]()
-    newest, damaged = world.from_first(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
-    if folder is not None and newest is not None:
-        checkpoints.check_extension(newest, total, config, state.run)
-        state, best = checkpoints.load_checkpoint(newest, model, run.optimizer, state.run)
-        if config.keep == "best" and state.best_step and not best:
-            raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
-        if world.is_first():
-            checkpoints.prune(folder, state.step, config.save_total_limit)
+    model, config, total = run.model, run.config, len(run.steps)
+    state, best, damaged = _resume(run, state, folder)
     _check_ranks(run, state.step)
     state.total_steps = total
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
@@ -247,6 +238,22 @@ def _run_steps(
         checkpoints.restore(model, best)
         kept = state.best_step
     return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
+
+
+def _resume(
+    run: _Job, state: checkpoints.State, folder: Path | None
+) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
+    """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
+    newest, damaged = world.from_first(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
+    if folder is None or newest is None:
+        return state, {}, damaged
+    checkpoints.check_extension(newest, len(run.steps), run.config, state.run)
+    state, best = checkpoints.load_checkpoint(newest, run.model, run.optimizer, state.run)
+    if run.config.keep == "best" and state.best_step and not best:
+        raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
+    if world.is_first():
+        checkpoints.prune(folder, state.step, run.config.save_total_limit)
+    return state, best, damaged
 
 
 def _check_ranks(run: _Job, step: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -170,12 +171,10 @@ def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             bad.append(path)
 
-    handles = [module.register_forward_hook(partial(watch, path)) for path, module in model.named_modules()]
-    try:
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(watch, path)))
         compute()
-    finally:
-        for handle in handles:
-            handle.remove()
     if bad:
         return f"output of {bad[0]}"
     gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)

@@ -1,4 +1,4 @@
-"""Reports of a run: progress on standard error, metrics.jsonl read as curves, and records for TensorBoard.
+"""Reports of a run: progress on standard error, metrics.jsonl and run.json as they are read, records for TensorBoard.
 
 {"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      a line of metrics.jsonl for a step
 {"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation
@@ -15,16 +15,16 @@ import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from minilora.errors import FormatError
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
-from minilora.storage import RECORDS_BYTES, parse_json, read_text
+from minilora.storage import RECORDS_BYTES, parse_json, read_json, read_text
 
 BAR = 12  # characters
 SCALARS = {  # keys of a record, and their names in TensorBoard
@@ -182,6 +182,31 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise FormatError(f"{path}, line {number}: need an object with a whole number as 'step'")
         records.append(record)
     return records
+
+
+class RunRecord(NamedTuple):
+    """What run.json says of a run."""
+
+    config: dict[str, Any]  # all settings, by the names of their flags
+    inputs_sha256: dict[str, str]  # of the files that it starts from, by name
+    data_sha256: dict[str, str]
+    starts: tuple[dict[str, Any], ...]  # the first and those that resumed it, as `Run.start` describes them
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """Read a run.json; raise a FormatError if it lacks what resuming the run needs."""
+    record = read_json(path)
+    try:
+        config, inputs, data = (dict(record[key]) for key in ("config", "inputs_sha256", "data_sha256"))
+        starts = tuple(record["starts"])
+        _, started, _, threads = (starts[0][key] for key in ("plain", "time", "dtype", "threads"))
+        datetime.fromisoformat(started).astimezone()
+        if type(threads) is not int or not 0 < threads < 2**31:
+            raise ValueError(f"threads is {threads!r}")
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
+        raise FormatError(f"{path}: need {need}; give another --out") from error
+    return RunRecord(config, inputs, data, starts)
 
 
 def smooth(curve: Curve) -> Curve:

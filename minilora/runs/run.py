@@ -43,7 +43,7 @@ from minilora.durable import (
     write_json,
     write_text,
 )
-from minilora.errors import ConfigError, FormatError, TrainingError
+from minilora.errors import ConfigError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import read_config, resolve_dtype, save_model
@@ -61,10 +61,10 @@ from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, choose_plan
 from minilora.runs.objective import start_losses
-from minilora.runs.reports import TensorBoard, read_records
+from minilora.runs.reports import TensorBoard, read_records, read_run_record
 from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan, Shard
-from minilora.storage import MODEL_FILES, read_json
+from minilora.storage import MODEL_FILES
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
@@ -137,18 +137,8 @@ class Run:
             raise TrainingError(f"{self.out}: has files, but not of a run; give another --out")
         self.lock_file = lock(self.out)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.out / "checkpoints")
-        record = read_json(path)
-        try:
-            before, inputs, data = (dict(record[key]) for key in ("config", "inputs_sha256", "data_sha256"))
-            starts = tuple(record["starts"])
-            was_plain, time, _, threads = (starts[0][key] for key in ("plain", "time", "dtype", "threads"))
-            datetime.fromisoformat(time).astimezone()
-            if type(threads) is not int or not 0 < threads < 2**31:
-                raise ValueError(f"threads is {threads!r}")
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
-            raise FormatError(f"{path}: need {need}; give another --out") from error
-        now = json.loads(json.dumps(self.resolved))
+        record = read_run_record(path)
+        before, now = record.config, json.loads(json.dumps(self.resolved))
         is_extended = checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
         if (self.out / "summary.json").is_file() and not is_extended:
             start = "model further, give --model" if self.is_full else "adapter further, add --adapter"
@@ -165,10 +155,11 @@ class Run:
         if different := [key for key in now if key not in free and before.get(key) != now[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
-        if was_plain != is_plain():
+        if record.starts[0]["plain"] != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
-        checkpoints.check_same(f"{self.out}: files of the base, the adapter or the template", inputs, self.inputs)
-        return Earlier(starts, data, checkpoint, damaged)
+        what = f"{self.out}: files of the base, the adapter or the template"
+        checkpoints.check_same(what, record.inputs_sha256, self.inputs)
+        return Earlier(record.starts, record.data_sha256, checkpoint, damaged)
 
     def claim(self, data: Data) -> None:
         """Lock the directory of a new run; of a resumed one, check that data and length still fit."""
