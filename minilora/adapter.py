@@ -191,7 +191,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
     is_plain = all(type(each) is LoraAdapter and each.bias is each.lora_bias is None for each in layers.values())
     is_plain &= len({(len(each.lora_A), each.scale) for each in layers.values()}) == 1
     if not is_plain or {where for where in base_modules(model) if where.rpartition(".")[2] in targets} != layers.keys():
-        raise TargetError(f"{name}: need one rank and scale on all linears of some names; see `ml.save_adapter`")
+        raise TargetError(f"{name}: need one rank and scale on all modules of some names; see `ml.save_adapter`")
     adapter = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",

@@ -366,6 +366,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_the_model_stays_as_it_i
     with pytest.raises(ml.MiniloraError, match=rf"(?s){named}"):
         ml.load_adapter(model, tmp_path)
     assert not adapter_layers(model)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in base.parameters()]
     assert torch.equal(model(IDS), base(IDS))
 
 

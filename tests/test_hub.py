@@ -14,6 +14,7 @@ import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.durable import MANIFEST
 from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
+from minilora.runs.config import RunConfig
 from minilora.storage import ASSETS, BUILTIN
 from tests.files import write_adapter
 from tests.hub import commit_of, serving
@@ -123,6 +124,14 @@ def test_data_are_the_data_files_at_the_top(hub):
         hub.add(f"datasets/{name}", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})
         assert files_of(fetch(name, "dataset")) == rows
         assert locate(name, "dataset").name == f"{name}@{commit_of(f'datasets/{name}main')}"
+
+
+def test_every_name_in_the_settings_of_a_run_has_its_commit(hub, models, adapter):
+    hub.add("datasets/org/rows", {"train.jsonl": b"{}"})
+    names = {"model": "org/tiny", "adapter": "org/adapter"}
+    names |= {"eval_data": "org/rows", "general_data": "org/rows", "data": ("org/rows",)}
+    found = vars(RunConfig(**names).located())
+    assert all("@" in (found[name] if name != "data" else found[name][0]) for name in names)
 
 
 def test_the_base_and_its_commit_are_written_with_the_adapter_and_found_again(hub, models, tmp_path):

@@ -171,6 +171,17 @@ def test_all_bad_values_are_told_at_once():
         assert words in str(error.value)
 
 
+def test_every_field_of_another_type_is_named():
+    for fields in (
+        {"target_modules": [1], "exclude_modules": [None], "modules_to_save": {"a": 1}, "target_parameters": 1.5},
+        {"target_modules": 3, "layers_pattern": [[]], "layers_to_transform": ["1"], "rank_pattern": None},
+        {"layers_to_transform": 1.5, "alpha_pattern": [1]},
+    ):
+        with pytest.raises(ConfigError) as error:
+            LoraConfig(**fields)
+        assert [field for field in fields if f"{field} is " not in str(error.value)] == []
+
+
 @pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"target_modules": ["q"], "layers_pattern": ["h"]}])
 def test_fields_that_need_each_other(fields):
     with pytest.raises(ConfigError, match="needs"):

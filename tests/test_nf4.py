@@ -26,7 +26,6 @@ from tests.golden.make_quantized import FILE, SMALL
 from tests.models import compile_with, default_dtype, either, long, randn, randomize_adapters_, seeds, small_tiles
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
-block_sizes = st.sampled_from([32, 64, 128])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 kinds = st.sampled_from(["normal", "zero block", "constant", "outlier", "denormal", "midpoints"])
 

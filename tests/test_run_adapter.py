@@ -48,6 +48,8 @@ def test_a_run_begins_with_the_numbers_of_the_adapter_and_has_its_settings(direc
     ml.train(model, ml.load_dataset(directory / "more.jsonl", tokenizer), settings)
     ml.save_adapter(model, tmp_path / "expected")
     assert contents(tmp_path / "run") == contents(tmp_path / "expected")
+    hashed = json.loads((tmp_path / "run" / "run.json").read_text())["inputs_sha256"]
+    assert {"model/model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= {*hashed}
     found = config(tmp_path / "run")
     assert (found["model"], found["adapter"]) == (str(directory / "model"), str(directory / "first"))
     assert [found[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora")] == [3, 6, 0.2, True]

@@ -202,7 +202,7 @@ def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
     with pytest.raises(ml.FormatError, match=r"sets \['use_rslora', 'rank_pattern'\]"):
         adapter.load_lora(tiny_model(), tmp_path)
     ml.attach(some := tiny_model(), ml.LoraConfig(r=2, target_modules=["layers.0.mlp.up_proj"]))
-    with pytest.raises(ml.TargetError, match="on all linears of some names"):
+    with pytest.raises(ml.TargetError, match="on all modules of some names"):
         adapter.save_lora(some, tmp_path)
     edit(tmp_path, use_rslora=False, rank_pattern={})
     with pytest.raises(ml.FormatError, match=r"layers\.0\.self_attn\.v_proj\.lora_A"):

@@ -191,9 +191,9 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
 
 
 def read_template(adapters: Sequence[Path]) -> str | None:
-    """Return the first chat template in the directories of adapters."""
+    """Return the first chat template in the directories of adapters; an empty one is none."""
     paths = (path / "chat_template.jinja" for path in adapters)
-    return next((read_text(path) for path in paths if path.exists()), None)
+    return next(filter(None, (read_text(path) for path in paths if path.exists())), None)
 
 
 def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
@@ -243,7 +243,8 @@ def fields_of(config: LoraConfig) -> dict[str, Any]:
 def unknown_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that are not read, and whose value is neither PEFT's default nor empty."""
     known = READ_FIELDS | IGNORED_FIELDS
-    return {k: value for k, value in values.items() if k not in known and value and value != PEFT_DEFAULTS.get(k)}
+    unknown = {key: value for key, value in values.items() if key not in known and value}
+    return {key: value for key, value in unknown.items() if value != PEFT_DEFAULTS.get(key)}
 
 
 def read_values(directory: Path) -> dict[str, Any]:

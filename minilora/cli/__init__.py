@@ -107,7 +107,11 @@ def parse(words: Sequence[str]) -> Options:
         prepare(parser, words[1:])
     options, more = parser.parse_known_args(words[1:])
     if more:
-        parser.error(f"unexpected argument {more[0]!r}; join several values of a flag with commas; repeat --adapter")
+        repeated = [
+            action.option_strings[0] for action in parser._actions if isinstance(action, argparse._AppendAction)
+        ]
+        advice = f", or repeat the flag ({', '.join(repeated)})" if repeated else ""
+        parser.error(f"unexpected argument {more[0]!r}; join several values of a flag with commas{advice}")
     return vars(options)
 
 
@@ -180,7 +184,7 @@ def _dashed(word: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
-def skipped_rows(kind: str, bad: Sequence[str]) -> str:
+def describe_skipped(kind: str, bad: Sequence[str]) -> str:
     """Return a message with the number of rows of a kind that were skipped, and the reasons for the first five."""
     return "\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5]))
 

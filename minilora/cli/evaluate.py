@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.cli import Options, say, skipped_rows
+from minilora.cli import Options, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import add_model_flags, find, load, read_run
 from minilora.cli.write import cells, fit, padded
@@ -80,7 +80,7 @@ def run(options: Options) -> int:
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
     if examples.bad:
         counts["bad"] = len(examples.bad)
-        say(skipped_rows("", examples.bad))
+        say(describe_skipped("", examples.bad))
     print(json.dumps(without_nan({"metric": metric, **measured, **counts})))
     return 0
 

@@ -83,7 +83,7 @@ class Extraction:
     share: float  # of ‖W₁ - W₀‖², summed over the parameters that both models have, that is not adapted
 
     def __str__(self) -> str:
-        text = self.deviation.truncation("the change of the adapted weights")
+        text = self.deviation.describe_truncation("the change of the adapted weights")
         if self.left_out:
             more = " …" if len(self.left_out) > 3 else ""
             text += (
@@ -119,12 +119,11 @@ def extract_directory(
         FormatError: a model cannot be read, or a weight is not finite.
     """
     before, after = fetch(base, "model"), fetch(tuned, "model")
-    model, bare = load_model(base, device="meta"), [skeleton(read_config(directory)) for directory in (before, after)]
+    model = load_model(base, device="meta")
     modules = base_modules(model)
     chosen = find_targets(modules, config, head_path(model))
-    first, second = ({name: p.shape for name, p in each.named_parameters()} for each in bare)  # without a tied head
-    unpaired = [name for name in first | second if first.get(name) != second.get(name)]
-    paired = first.keys() - unpaired
+    bare = [skeleton(read_config(directory)) for directory in (before, after)]
+    paired, unpaired = _pairs(*bare)
     if lacking := [path for path in chosen if f"{path}.weight" not in paired]:
         raise TargetError(f"{before}, {after}: {lacking[:5]}: need a weight of its own and of one shape in both models")
     cuts: dict[str, LowRank] = {}
@@ -142,6 +141,13 @@ def extract_directory(
     inside, outside = sum(cut.total for cut in cuts.values()), sum(others.values())
     deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     return Extraction(deviation, tuple(others), outside / (inside + outside))
+
+
+def _pairs(first: Llama, second: Llama) -> tuple[set[str], list[str]]:
+    """Return the names of the parameters that both models have in one shape, and of all others."""
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (first, second)]
+    unpaired = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+    return {*shapes[0]}.difference(unpaired), unpaired
 
 
 def _differences(

@@ -25,7 +25,7 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
-from minilora.cli import SIGNALLED, Options, say, skipped_rows
+from minilora.cli import SIGNALLED, Options, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.forecast import memory_lines, preview
 from minilora.cli.load import base_notes, base_of, check_not_merged, recorded_quantization
@@ -247,7 +247,7 @@ def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
             "--allow-special makes them act"
         )
     if rows.bad:
-        yield skipped_rows(f"{name} ", rows.bad)
+        yield describe_skipped(f"{name} ", rows.bad)
 
 
 def _train_until_signal(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:

@@ -80,7 +80,8 @@ def find(options: Options) -> Found:
             raise
         note = f"the adapter {options['adapter'][0]} names it as its base model; --model names another"
         raise FormatError(f"{error} ({note})") from error
-    quantize, tokenizer = _quantization(options, base.path, paths), tokenizer_of(base.name, paths)
+    quantize = _quantization(options, base.path, paths)
+    tokenizer = tokenizer_of(base.name, paths)
     return Found(base, paths, quantize, tokenizer, read_run(paths or [base.path]), *_classes(base.path, paths))
 
 

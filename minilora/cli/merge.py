@@ -156,7 +156,7 @@ def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
     """Print the error of the SVD that truncated the combination, if one did."""
     deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     if deviation.overall is not None:
-        print(deviation.truncation("the combined update"))
+        print(deviation.describe_truncation("the combined update"))
 
 
 def _describe_error(

@@ -70,7 +70,8 @@ def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool 
     Compared `as_text`, "norm" also means "input_layernorm".
     """
     endings = {path.rpartition(".")[2] for path in chosen}
-    meant = {p for p in modules if p.rpartition(".")[2] in endings or (as_text and p.endswith(tuple(endings)))}
+    compared = tuple(endings if as_text else (f".{name}" for name in endings))
+    meant = {path for path in modules if f".{path}".endswith(compared)}
     return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 

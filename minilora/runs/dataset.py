@@ -126,6 +126,11 @@ class Dataset(Sequence[Example]):
         return self.rows["labelled"].astype(np.int64)
 
 
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the number of tokens of each example."""
+    return examples.lengths if isinstance(examples, Dataset) else np.array([len(each.tokens) for each in examples], int)
+
+
 def sizes_of(examples: Sequence[Example]) -> NDArray[Any]:
     """Return the numbers of tokens and of learned labels of each example, (rows, 2)."""
     if isinstance(examples, Dataset):

@@ -22,7 +22,7 @@ from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import sizes_of
+from minilora.runs.dataset import lengths_of
 from minilora.runs.encoders import OPEN
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.seeded import Rows
@@ -189,7 +189,7 @@ def _batches(
 ) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's batches for an evaluation, and whether each counts."""
     check_examples(model, examples)
-    groups = eval_groups(sizes_of(examples)[:, 0])
+    groups = eval_groups(lengths_of(examples))
     for rows, counts in _dealt(groups, len(examples), progress):
         yield collate([examples[row] for row in rows], next(model.parameters()).device), counts
 
@@ -227,7 +227,7 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        groups = eval_groups(copies * sizes_of(examples)[:, 0])
+        groups = eval_groups(copies * lengths_of(examples))
         for rows, counts in _dealt(groups, len(examples), progress):
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):

@@ -23,7 +23,7 @@ from minilora.models.generate import exclusive_training
 from minilora.models.shard import held_bytes, is_sharded
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import sizes_of
+from minilora.runs.dataset import lengths_of, sizes_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.machine import compiled, kept_memory, peak_memory_bytes, release_memory, returned_memory
 from minilora.runs.memory import choose_plan
@@ -161,7 +161,7 @@ def _with_fitting_recompute(
         weight.dtype,
         weight.device,
         sizes_of(dataset),
-        [sizes_of(held_out)[:, 0]],
+        [lengths_of(held_out)],
         len(model.labels) if isinstance(model, Classifier) else 0,
         world.size(),
         "base" if any(map(is_sharded, model.parameters())) else "none",

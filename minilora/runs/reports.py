@@ -1,4 +1,4 @@
-"""Reports of a run: progress on standard error, metrics.jsonl and run.json as they are read, records for TensorBoard.
+"""Reports of a run: progress on standard error, reading metrics.jsonl and run.json, and records for TensorBoard.
 
 {"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      a line of metrics.jsonl for a step
 {"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation

@@ -264,15 +264,6 @@ def absmax_quantize(absmax: Array, offset: float | None = None) -> tuple[Array, 
     return *_nearest_levels([float(a) - offset for a in absmax], 256, absmax_levels().tolist()), offset
 
 
-def absmax_dequantize(codes: Sequence[int], scales: Array, offset: float) -> Array:
-    """absmax = level · scale + offset, one by one.
-
-    Shapes: codes (b), scales (⌈b/256⌉), offset -> (b)
-    """
-    levels = absmax_levels()
-    return np.array([levels[code] * float(scales[i // 256]) + offset for i, code in enumerate(codes)])
-
-
 def _nearest_levels(numbers: Iterable[float], block_size: int, levels: Sequence[float]) -> tuple[Array, Array]:
     """Return the code of each number, and the scale, the largest |number|, of each block."""
     numbers, codes, scales = list(numbers), [], []
