@@ -92,7 +92,7 @@ def train_step(
     norm = total_norm(gradients)
     is_finite = total.isfinite() & norm.isfinite()
     if max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: as it is
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: not at all
     if optimizer.defaults.get("fused") and norm.device.type != "mps":  # its kernel skips the step, without waiting
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         optimizer.step()

@@ -537,7 +537,7 @@ def test_on_a_terminal_progress_rewrites_one_line(capsys, monkeypatch):
     text = shown(capsys, monkeypatch, True, [record(step) for step in range(1, 101)])
     assert text.count("\r\x1b[K") == 101  # and one that clears the line
     assert text.count("\n") == 1
-    assert "step 51/100  ━━━━━━──────  loss 0.5000  9 tokens/s  0:00:49 left  1.1 GB" in text
+    assert "step 51/100  ━━━━━━──────  loss 0.5000  9 tokens/s  0:00:49 left  peak 1.1 GB" in text
 
 
 def test_training_from_python_prints_progress_only_if_it_is_told_to(capsys):

@@ -89,7 +89,7 @@ def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(dry_run, d
 
 
 SEAM = "no white space between prompt and completion"
-TEMPLATE = "plain prompt and completion, which do not go through the model's chat template"
+TEMPLATE = "plain prompt and completion, for which the model's chat template is not used"
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,8 @@ def _notes(run: Run, model: Llama | Classifier, data: Data) -> Iterator[str]:
         yield "no training row is a conversation, so --prompt-style has no effect"
     elif data.train.completions and data.tokenizer.template:
         yield (
-            f"{data.train.completions} training rows are a plain prompt and completion, which do not go through the "
-            "model's chat template; rows of `messages` do"
+            f"{data.train.completions} training rows are a plain prompt and completion, for which the model's chat "
+            "template is not used; write them as `messages` to use it"
         )
     if 0 < len(data.test) < FEW_ROWS:
         rows_are = "row is" if len(data.test) == 1 else "rows are"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -180,9 +179,9 @@ def compiled(model: Any, is_whole: bool) -> Iterator[None]:
 
 
 MAX_PARAMETERS = 200_000_000  # a larger model has large products, for which all threads are faster
-MAX_TOKENS = 512  # of the rows that are timed
-MAX_SECONDS = 2.0  # after which, in one step or in all rounds together, no further round follows
-ROUNDS = 5
+MAX_TOKENS = 256  # of the rows that are timed
+MAX_SECONDS = 2.0  # of all rounds together, after which no further one follows
+ROUNDS = 10
 
 
 def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> int | None:
@@ -219,7 +218,10 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
 
 
 def fastest_thread_count(step: Callable[[], None], choices: Sequence[int]) -> int:
-    """Return the number of threads with the smallest median time of a step; the last choice if a step takes long."""
+    """Return the number of threads whose slowest step was the fastest.
+
+    Beside other programs, several threads are fast in most steps, and many times slower where one has to wait its turn.
+    """
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
@@ -227,12 +229,11 @@ def fastest_thread_count(step: Callable[[], None], choices: Sequence[int]) -> in
         step()
         return perf_counter() - began
 
-    if seconds(choices[-1]) > MAX_SECONDS:  # not counted: the first step also prepares the kernels
-        return choices[-1]
+    seconds(choices[0])  # not counted: the first step also prepares the kernels
     times: dict[int, list[float]] = {threads: [] for threads in choices}
     for _ in range(ROUNDS):
         for threads in choices:
             times[threads].append(seconds(threads))
         if sum(map(sum, times.values())) > MAX_SECONDS:
             break
-    return min(choices, key=lambda threads: statistics.median(times[threads]))
+    return min(choices, key=lambda threads: max(times[threads]))

@@ -72,7 +72,7 @@ class Meter:
         bar = f"{'━' * filled}{'─' * (BAR - filled)}  " if self.is_terminal else ""
         self.show(
             f"step {record['step']}/{record['total_steps']}  {bar}loss {record['loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left  {amount(record['peak_memory_bytes'])}",
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left  peak {amount(record['peak_memory_bytes'])}",
             is_last=not remaining,
         )
 

@@ -117,7 +117,7 @@ def test_an_adapter_without_a_manifest_is_one_of_another_tool_and_is_loaded(tmp_
         ("{", "not JSON"),
         ("[" * 2_000_000, "not JSON"),
         (" " * 17_000_000, "at most 16,777,216 are accepted"),
-        ("[]", "is no manifest"),
+        ("[]", "found a JSON list, need an object"),
         ('{"files": ["adapter_config.json"]}', "is no manifest"),
         ('{"files": {"../adapter_config.json": null}}', "is no manifest"),
     ],
