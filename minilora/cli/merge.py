@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -114,7 +114,7 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     if combined is None:  # with weights, what is merged already may be added to or subtracted
         check_not_merged(found.base, found.adapters)
     quantization = _describe(found, QuantizeConfig() if target == "original" else found.quantize)
-    for note in base_notes(found.base, found.adapters, quantization):
+    for note in (*base_notes(found.base, found.adapters, quantization), *_prompt_notes(found)):
         say(note)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
     described = _describe(found, trained)
@@ -145,6 +145,14 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], 
         total = held.get(digest, {}).get("weight", 0) + weight
         held[digest] = {"name": Path(name).name, "sha256": digest, "weight": round(total, 9)}
     write_json(out / "config.json", {**values, MERGED: [entry for entry in held.values() if entry["weight"]]})
+
+
+def _prompt_notes(found: Found) -> Iterator[str]:
+    """Yield with which flags the merged model is asked as its adapter was: no file of a model says so."""
+    if found.run.get("prompts") == "plain" and found.tokenizer and found.tokenizer.template:
+        yield "the adapter was trained on plain prompts: ask the merged model with --raw, without its chat template"
+    elif system := found.run["config"].get("system"):
+        yield f"the adapter was trained with a system prompt: ask the merged model with --system {system!r:.80}"
 
 
 def _describe(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
