@@ -188,9 +188,9 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
     """Write an adapter of all linear layers of some names, with one rank and one scale, in PEFT's layout."""
     layers = {where: layer.adapters[name] for where, layer in layers_of(model, name).items()}
     targets = {where.rpartition(".")[2] for where in layers}
-    is_plain = all(type(each) is LoraAdapter and each.bias is each.lora_bias is None for each in layers.values())
-    is_plain &= len({(len(each.lora_A), each.scale) for each in layers.values()}) == 1
-    if not is_plain or {where for where in base_modules(model) if where.rpartition(".")[2] in targets} != layers.keys():
+    is_lora = all(type(each) is LoraAdapter and each.bias is each.lora_bias is None for each in layers.values())
+    is_even = is_lora and len({(len(each.lora_A), each.scale) for each in layers.values()}) == 1
+    if not is_even or {where for where in base_modules(model) if where.rpartition(".")[2] in targets} != layers.keys():
         raise TargetError(f"{name}: need one rank and scale on all modules of some names; see `ml.save_adapter`")
     adapter = next(iter(layers.values()))
     config = {

@@ -209,7 +209,10 @@ def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
         adapter.load_lora(tiny_model(), tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"lora_bias": True}, {"bias": "lora_only"}])
+OTHERS = [{"init_lora_weights": "pissa"}, {"lora_bias": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}]
+
+
+@pytest.mark.parametrize("options", OTHERS)
 def test_the_page_of_adapters_writes_no_file_that_lacks_a_part(options, tmp_path):
     model = tiny_model(dtype=torch.float32, attention_bias=True)
     ml.attach(model, ml.LoraConfig(r=2, target_modules=["q_proj"], **options))

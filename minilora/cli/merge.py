@@ -151,8 +151,8 @@ def _prompt_notes(found: Found) -> Iterator[str]:
     """Yield with which flags the merged model is asked as its adapter was: no file of a model says so."""
     if found.run.get("prompts") == "plain" and found.tokenizer and found.tokenizer.template:
         yield "the adapter was trained on plain prompts: ask the merged model with --raw, without its chat template"
-    elif system := found.run["config"].get("system"):
-        yield f"the adapter was trained with a system prompt: ask the merged model with --system {system!r:.80}"
+    elif found.run["config"].get("system"):
+        yield "the adapter was trained with a system prompt, in its run.json: give it to the merged model by --system"
 
 
 def _describe(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STRFTIME = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")  # a template that writes the date
 State = tuple[Path, dict[str, str], dict[str, dict[str, Any]], datetime | None]
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -68,7 +68,7 @@ class Tokenizer:
     def __init__(self, directory: Path):
         texts = {
             name: read_text(directory / name, TOKENIZER_BYTES if name == "tokenizer.json" else JSON_BYTES)
-            for name in FILES
+            for name in TOKENIZER_FILES
             if (directory / name).exists()
         }
         if "tokenizer.json" not in texts:

@@ -35,7 +35,7 @@ from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
 from minilora.durable import flush, remove, replacing, sha256_of, verify, write_json, write_tensors
 from minilora.errors import FormatError, TrainingError, fits
-from minilora.models.tokenizer import FILES
+from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.objective import rate_of_step, trained_parameters
@@ -281,9 +281,9 @@ def _as_json(value: Any) -> Any:
 def hash_inputs(base: Path, adapters: Sequence[Path], prompt_style: str) -> dict[str, str]:
     """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
     paths = {f"model/{path.name}": path for path in sorted(base.glob("*.safetensors"))}
-    paths |= {f"model/{name}": base / name for name in ("config.json", *FILES)}
+    paths |= {f"model/{name}": base / name for name in ("config.json", *TOKENIZER_FILES)}
     for adapter in adapters:
-        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *FILES)}
+        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)}
     if prompt_style.endswith(".jinja"):
         paths["prompt_style"] = Path(prompt_style)
     return {name: hash_of(path) for name, path in paths.items() if path.is_file()}

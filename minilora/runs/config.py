@@ -199,14 +199,14 @@ class RunConfig:
 
     def located(self) -> RunConfig:
         """Return the config with the commit of each repository in its name, so that it means the same later."""
-        is_general = self.general_data != "none"
+        has_general = self.general_data != "none"
         return replace(
             self,
             model=locate(self.model, "model").name,
             adapter=self.adapter and locate(self.adapter, "adapter").name,
             data=tuple(locate(name, "dataset").name for name in self.data),
             eval_data=self.eval_data and locate(self.eval_data, "dataset").name,
-            general_data=locate(self.general_data, "dataset").name if is_general else "none",
+            general_data=locate(self.general_data, "dataset").name if has_general else "none",
         )
 
 

@@ -23,13 +23,13 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of
-from minilora.runs.encoders import OPEN
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.seeded import Rows
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
+MARK = "\ufdd4"  # a noncharacter, which is in no text
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
@@ -282,9 +282,9 @@ def _last_message(prompt: Sequence[int], tokenizer: Tokenizer) -> str | None:
 
     What the template writes before and after a message is seen where messages of one mark are rendered.
     """
-    turns = [{"role": role, "content": OPEN} for role in ("user", "assistant", "user")]
+    turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
     try:
-        first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(OPEN)
+        first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(MARK)
     except (DataError, ValueError):  # there is no template, or it writes a message twice
         return None
     same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))
