@@ -69,6 +69,11 @@ def listed(problems: Sequence[str], most: int = 10) -> str:
     return "".join(f"\n  {problem:.300}" for problem in [*problems[:most], *more])
 
 
+def in_recipe(name: str) -> str:
+    """Return where a feature that is a recipe is found, for the end of a message."""
+    return f"it is a recipe: see recipes/{name}.py in minilora's repository"
+
+
 def check_types(owner: Any, values: Mapping[str, object]) -> None:
     """Raise a `ConfigError` that names each value which does not fit its annotation.
 
