@@ -248,7 +248,7 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
         encoded({"messages": conversation([("a", "b")])}, tokenizer())
 
 
-# --- rows that cannot be used; tests/golden/broken has more of them ---
+# --- rows that cannot be used; test_broken.py has more of them ---
 
 
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
