@@ -21,7 +21,7 @@ def train_config(work: Training, steps: int) -> ml.TrainConfig:
         batch_size=work.batch_size,
         max_steps=steps,
         max_grad_norm=MAX_GRAD_NORM,
-        recompute="block" if work.recompute else "none",
+        gradient_checkpointing="block" if work.recompute else "none",
     )
 
 

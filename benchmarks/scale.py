@@ -60,7 +60,8 @@ class Case:
     def words(self, folder: Path, out: Path) -> list[str]:
         """Return the command."""
         given = {"model": folder / "model", "data": folder / "rows.jsonl", "out": out, "device": "cpu"}
-        given |= {"dtype": self.dtype, "quantize": self.quantize, "recompute": "block", "general-data": "none"}
+        given |= {"dtype": self.dtype, "quantize": self.quantize, "general-data": "none"}
+        given |= {"gradient-checkpointing": "block"}
         given |= {"text-field": "text", "max-length": TOKENS, "batch-size": 1, "eval-split": 0, "save-steps": 0}
         given |= {"gradient-accumulation-steps": MICRO_BATCHES, "max-steps": STEPS}
         given |= {"shard": self.shard} if self.shard != "none" else {}
@@ -68,7 +69,7 @@ class Case:
 
     def plan(self, world: int) -> Plan:
         training = ml.TrainConfig(
-            batch_size=1, recompute="block", gradient_accumulation_steps=MICRO_BATCHES, max_steps=STEPS
+            batch_size=1, gradient_checkpointing="block", gradient_accumulation_steps=MICRO_BATCHES, max_steps=STEPS
         )
         rows = [(TOKENS, TOKENS - 1)] * MICRO_BATCHES
         dtype, quantization = getattr(torch, self.dtype), ml.QuantizeConfig(self.quantize)

@@ -35,7 +35,7 @@ from minilora.definition import definition
 from minilora.errors import ConfigError, FormatError, ShapeError
 
 CosSin = tuple[Tensor, Tensor]
-Recompute = Literal["none", "mlp", "block"]  # what the backward pass computes again: nothing, MLPs, whole blocks
+Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again: nothing, MLPs, whole blocks
 
 
 @dataclass(frozen=True)
@@ -230,10 +230,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any, recompute: Recompute) -> Tensor:
+    def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any, checkpointing: str) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), documents, rotation, cache)
         feed_forward = self.feed_forward
-        return x + (checkpoint(feed_forward, x, use_reentrant=False) if recompute == "mlp" else feed_forward(x))
+        return x + (checkpoint(feed_forward, x, use_reentrant=False) if checkpointing == "mlp" else feed_forward(x))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
@@ -252,11 +252,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, tokens: Tensor, lengths: Sequence[int], cache: Any = None, recompute: Recompute = "none"
+        self, tokens: Tensor, lengths: Sequence[int], cache: Any = None, checkpointing: Checkpointing = "none"
     ) -> Tensor:
         """Compute the hidden states after the last norm.
 
-        `recompute` trades time for memory in training: the backward pass computes the MLPs ("mlp") or whole blocks
+        `checkpointing` trades time for memory in training: the backward pass computes the MLPs ("mlp") or whole blocks
         ("block") again. `cache` holds keys and values of earlier tokens (`minilora.models.generate`).
 
         Shapes: tokens (N), lengths sum N -> (N, D)
@@ -269,9 +269,9 @@ class Decoder(nn.Module):
         past = cache.lengths if cache is not None else [0] * len(lengths)
         spans = [range(first, first + new) for first, new in zip(past, lengths, strict=True) if new]
         cos, sin = (table.to(x.dtype) for table in self.config.rope.rotation(spans, x.device))
-        rest = ([len(span) for span in spans], (cos, sin), cache, recompute)
+        rest = ([len(span) for span in spans], (cos, sin), cache, checkpointing)
         for block in self.layers:
-            x = checkpoint(block, x, *rest, use_reentrant=False) if recompute == "block" else block(x, *rest)
+            x = checkpoint(block, x, *rest, use_reentrant=False) if checkpointing == "block" else block(x, *rest)
         if cache is not None:
             cache.end()
         return self.norm(x)

@@ -26,15 +26,15 @@ from torch.optim import Optimizer
 
 from minilora.data import Batch
 from minilora.errors import DataError
-from minilora.llama import Recompute, cross_entropy
+from minilora.llama import Checkpointing, cross_entropy
 
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> the sum of losses, and their number
 NORM_CHUNK = 65536  # numbers of a partial norm: one float32 sum of 134 million squares is off by 3 %
 
 
-def token_loss(model: Any, batch: Batch, recompute: Recompute = "none") -> tuple[Tensor, int]:
+def token_loss(model: Any, batch: Batch, checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
     """Sum -log p(token | before) over the labelled tokens of a batch; return it with their number."""
-    hidden = model.model(batch.tokens, batch.lengths, recompute=recompute)
+    hidden = model.model(batch.tokens, batch.lengths, checkpointing=checkpointing)
     hidden = hidden.index_select(0, batch.places)  # the head sees only what predicts a label
     return cross_entropy(hidden, batch.labels, model.get_output_embeddings()), len(batch.labels)
 

@@ -216,6 +216,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         # a flag that there is not, also one of another tool
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; did you mean --learning-rate?\n"),
+        (["finetune", "--recompute", "mlp"], "--recompute is unknown; did you mean --gradient-checkpointing?\n"),
         (["finetune", "--lora_rank", "1"], "--lora-rank is unknown; did you mean --lora-r?\n"),
         (["finetune", "--output-dir", "1"], "--output-dir is unknown; did you mean --out?\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),

@@ -246,10 +246,10 @@ def test_lora_ga_through_recomputed_layers_is_the_same(reentrant):
     assert_alike(data_factors("lora_ga", model, *targets(model), losses, generator()), start("lora_ga", model))
 
 
-@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
-def test_lora_ga_sees_every_linear_of_our_decoder_through_its_own_backward_passes(recompute):
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+def test_lora_ga_sees_every_linear_of_our_decoder_through_its_own_backward_passes(checkpointing):
     def loss(model, tokens):
-        return llama.cross_entropy(model.model(tokens, [4, 6], recompute=recompute), tokens, model.lm_head)
+        return llama.cross_entropy(model.model(tokens, [4, 6], checkpointing=checkpointing), tokens, model.lm_head)
 
     model, rows = tiny_model(num_hidden_layers=2), [token_ids(i, 10) for i in range(3)]
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}

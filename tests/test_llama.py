@@ -192,19 +192,19 @@ def test_a_rotation_changes_where_its_table_does(family):
 
 
 @families
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_recomputation_changes_no_bit_of_logits_and_gradients(family, recompute):
+@pytest.mark.parametrize("checkpointing", ["mlp", "block"])
+def test_recomputation_changes_no_bit_of_logits_and_gradients(family, checkpointing):
     model, lengths = tiny_model(family), [3, 17]
     tokens, labels = token_ids(1, 20), token_ids(2, 20)
 
     def outcome(mode):
-        hidden = model.model(tokens, lengths, recompute=mode)
+        hidden = model.model(tokens, lengths, checkpointing=mode)
         loss = llama.cross_entropy(hidden, labels, model.lm_head)
         return hidden, *torch.autograd.grad(loss, list(model.parameters()))
 
     kept = outcome("none")
     assert all(gradient.any() for gradient in kept)
-    assert all(map(torch.equal, outcome(recompute), kept))
+    assert all(map(torch.equal, outcome(checkpointing), kept))
 
 
 @families
@@ -225,8 +225,8 @@ def test_under_autocast_logits_and_gradients_are_as_good_as_those_of_a_model_in_
         assert_precision(actual, narrow, exact)
 
 
-@pytest.mark.parametrize(("recompute", "attention", "mlp"), [("none", 1, 1), ("mlp", 1, 2), ("block", 2, 2)])
-def test_the_backward_pass_computes_again_what_recompute_names(recompute, attention, mlp):
+@pytest.mark.parametrize(("checkpointing", "attention", "mlp"), [("none", 1, 1), ("mlp", 1, 2), ("block", 2, 2)])
+def test_the_backward_pass_computes_again_what_checkpointing_names(checkpointing, attention, mlp):
     model, runs = tiny_model(), {"self_attn": 0, "mlp": 0}
 
     def count(name):
@@ -234,16 +234,16 @@ def test_the_backward_pass_computes_again_what_recompute_names(recompute, attent
 
     for name in runs:
         getattr(model.model.layers[1], name).register_forward_pre_hook(lambda *_, name=name: count(name))
-    model.model(token_ids(0, 5), [5], recompute=recompute).sum().backward()
+    model.model(token_ids(0, 5), [5], checkpointing=checkpointing).sum().backward()
     assert runs == {"self_attn": attention, "mlp": mlp}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 @pytest.mark.parametrize(
-    ("recompute", "backend"),
+    ("checkpointing", "backend"),
     [("block", "eager"), *models.long(*((mode, "aot_eager") for mode in ("none", "mlp", "block")))],
 )
-def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(recompute, backend):
+def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(checkpointing, backend):
     """By default only captured as a graph: the compiler takes long, also for one layer."""
     torch.compiler.reset()
     model = tiny_model("mistral", dtype=torch.float32, num_hidden_layers=1)
@@ -251,7 +251,7 @@ def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(recompute, bac
     for lengths in ([13, 7], [6, 6, 9])[: 1 if backend == "eager" else 2]:
         results = []
         for trunk in (model.model, compiled):
-            hidden = trunk(token_ids(0, sum(lengths)), lengths, recompute=recompute)
+            hidden = trunk(token_ids(0, sum(lengths)), lengths, checkpointing=checkpointing)
             results.append([hidden, *torch.autograd.grad(hidden.square().sum(), parameters)])
         for eager, ours in zip(*results, strict=True):
             assert_parity(ours, eager)

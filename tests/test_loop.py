@@ -71,13 +71,13 @@ def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(seed, batch_siz
 
 
 @pytest.mark.parametrize(
-    ("recompute", "base"), [("mlp", four_bit), ("block", dense), *long(("mlp", dense), ("block", four_bit))]
+    ("checkpointing", "base"), [("mlp", four_bit), ("block", dense), *long(("mlp", dense), ("block", four_bit))]
 )
-def test_computing_again_changes_no_bit_and_draws_the_same_masks_of_dropout(recompute, base):
+def test_computing_again_changes_no_bit_and_draws_the_same_masks_of_dropout(checkpointing, base):
     rows, config = random_rows(9, 6), {"batch_size": 2, "learning_rate": 0.01}
     kept, again, without = (small(dtype=torch.float32, base=base, lora_dropout=p) for p in (0.4, 0.4, 0))
     ml.train(kept, rows, ml.TrainConfig(**config))
-    ml.train(again, rows, ml.TrainConfig(**config, recompute=recompute))
+    ml.train(again, rows, ml.TrainConfig(**config, gradient_checkpointing=checkpointing))
     ml.train(without, rows, ml.TrainConfig(**config))
     assert torch.equal(weights(kept), weights(again))
     assert not torch.equal(weights(kept), weights(without))
@@ -447,7 +447,7 @@ def questions(work):
 def test_within_a_step_nothing_is_asked_of_the_device(family, base):
     """But once, at the end: `tolist` of one tensor."""
     model, rows = adapted(family, torch.float32, base=base, lora_dropout=0.3, use_dora=True), random_rows(18, 4)
-    config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, recompute="block")
+    config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, gradient_checkpointing="block")
     assert questions(lambda: ml.train(model, rows, config)) == []
     assert questions(lambda: bool(torch.ones(3)[torch.ones(3) > 0].sum())) == ["index", "_local_scalar_dense"]
 
@@ -473,7 +473,7 @@ def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_befo
     mlp.compile(backend="eager")
     own = mlp._compiled_call_impl
     model.model.norm.register_forward_pre_hook(lambda *_: seen.append(mlp._compiled_call_impl is not own))
-    config = {"batch_size": 2, "gradient_accumulation_steps": 2, "recompute": "mlp"}
+    config = {"batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": "mlp"}
     record, found = one_step(model, rows, **config, compile=True)
     assert seen == [True] * 2
     assert mlp._compiled_call_impl is own

@@ -129,7 +129,7 @@ adapters = st.builds(
     st.floats(0.2, 1),
 )
 def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_of_a_step(
-    config, lora, quantize, dtype, recompute, lengths, share
+    config, lora, quantize, dtype, checkpointing, lengths, share
 ):
     """With tiles and chunks of rows as small beside the model as they are beside a real one."""
     dtype, quantize = (torch.float32, "none") if lora is None else (dtype, quantize)
@@ -145,7 +145,7 @@ def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_o
         patch.setattr(tiles, "TILE", 2**14)
         for module in (loss, memory):
             patch.setattr(module, "HEAD_LOGITS", 2**18)
-        planned = plan(config, lora, lengths, labelled, quantize, dtype, recompute=recompute)
+        planned = plan(config, lora, lengths, labelled, quantize, dtype, gradient_checkpointing=checkpointing)
         taken = live_bytes(model, planned.training, lengths, labelled)
         found = forecast(planned)
         assert abs((found.peak - found.overhead) / taken - 1) <= 0.05, found
@@ -209,16 +209,18 @@ def test_in_bfloat16_on_a_cpu_the_products_of_each_further_size_are_kept_up_to_a
 
 @pytest.mark.parametrize("way", WAYS)
 def test_auto_is_the_fastest_way_that_fits(way, monkeypatch):
-    auto = plan(tiny_config(), ml.LoraConfig(), [100] * 4, 100, recompute="auto")
-    peaks = [forecast(replace(auto, training=replace(auto.training, recompute=each))).peak for each in WAYS]
+    auto = plan(tiny_config(), ml.LoraConfig(), [100] * 4, 100, gradient_checkpointing="auto")
+    peaks = [
+        forecast(replace(auto, training=replace(auto.training, gradient_checkpointing=each))).peak for each in WAYS
+    ]
     assert peaks == sorted(peaks, reverse=True)
     free = peaks[WAYS.index(way)]
     for held in (0, free // 3):
         monkeypatch.setattr(memory, "free_memory_bytes", lambda device, held=held: free - held)
         chosen, found = choose_plan(auto, "none", held)
-        assert (chosen.training.recompute, found.peak) == (way, free)
+        assert (chosen.training.gradient_checkpointing, found.peak) == (way, free)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
-    assert choose_plan(auto, "none")[0].training.recompute == "none"
+    assert choose_plan(auto, "none")[0].training.gradient_checkpointing == "none"
 
 
 @pytest.mark.parametrize(("free", "way"), [(None, "none"), (0, "block")])
@@ -226,8 +228,8 @@ def test_a_run_computes_again_what_auto_chose(free, way, monkeypatch):
     model, seen = tiny_model(dtype=torch.float32), []
     ml.attach(model, ml.LoraConfig(r=3))
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
-    model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["recompute"]), with_kwargs=True)
-    ml.train(model, random_rows(0, 9), ml.TrainConfig(batch_size=2, max_steps=1, recompute="auto"))
+    model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["checkpointing"]), with_kwargs=True)
+    ml.train(model, random_rows(0, 9), ml.TrainConfig(batch_size=2, max_steps=1, gradient_checkpointing="auto"))
     assert seen[-1] == way
 
 
@@ -238,7 +240,7 @@ def test_the_memory_of_other_models_is_not_forecast():
             self.model = tiny_model(dtype=torch.float32).model
 
     with pytest.raises(ml.TrainingError, match="for minilora's own decoders; name a way"):
-        ml.train(Other(), random_rows(0, 2), ml.TrainConfig(max_steps=1, recompute="auto"))
+        ml.train(Other(), random_rows(0, 2), ml.TrainConfig(max_steps=1, gradient_checkpointing="auto"))
 
 
 def finetune(directory, out, *flags, **changes):
@@ -272,10 +274,14 @@ def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out(direc
     error, (wanted, found) = capsys.readouterr().err, planned(directory, tmp_path / "out", batch_size=20)
     assert f"needs {amount(found.peak)} of memory, and 1.2 kB are free" in error
     flags = re.findall(r"^  (.*) brings it to", error, re.MULTILINE)
-    assert flags == ["--batch-size 10 --gradient-accumulation-steps 2", "--recompute block", "--quantize nf4"]
+    assert flags == [
+        "--batch-size 10 --gradient-accumulation-steps 2",
+        "--gradient-checkpointing block",
+        "--quantize nf4",
+    ]
     for changed in (
         replace(wanted, training=replace(wanted.training, batch_size=10, gradient_accumulation_steps=2)),
-        replace(wanted, training=replace(wanted.training, recompute="block")),
+        replace(wanted, training=replace(wanted.training, gradient_checkpointing="block")),
         replace(wanted, quantization=QuantizeConfig("nf4")),
     ):
         assert (peak := forecast(changed).peak) < found.peak
@@ -296,13 +302,16 @@ def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, monkeypatch, fre
 
 
 def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
-    needed = planned(directory, tmp_path / "out", max_steps=1, recompute="mlp")[1].peak
+    needed = planned(directory, tmp_path / "out", max_steps=1, gradient_checkpointing="mlp")[1].peak
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: needed)
     for flags in (["--dry-run"], []):
-        assert finetune(directory, tmp_path / "out", *flags, max_steps=1, recompute="auto") == 0
-        assert "--recompute mlp: " in capsys.readouterr().err
+        assert finetune(directory, tmp_path / "out", *flags, max_steps=1, gradient_checkpointing="auto") == 0
+        assert "--gradient-checkpointing mlp: " in capsys.readouterr().err
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (record["config"]["recompute"], record["starts"][0]["recompute"]) == ("auto", "mlp")
+    assert (record["config"]["gradient_checkpointing"], record["starts"][0]["gradient_checkpointing"]) == (
+        "auto",
+        "mlp",
+    )
 
 
 def test_a_config_json_is_enough_for_a_page_with_four_known_sizes(tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_run_json_says_which_settings_versions_and_data_and_every_start(director
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     hashes = {f"model/{name}": hashlib.sha256((directory / "model" / name).read_bytes()).hexdigest() for name in names}
     assert record["inputs_sha256"] == hashes
-    names = {"time", "step", "device", "dtype", "recompute", "threads", "plain", "ranks", "shard"}
+    names = {"time", "step", "device", "dtype", "gradient_checkpointing", "threads", "plain", "ranks", "shard"}
     assert [set(start) for start in record["starts"]] == [names]
 
 

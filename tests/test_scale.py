@@ -87,7 +87,8 @@ def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_it
     expected = replace(one, weights=base.held, working=one.working + 2 * max(base.blocks))
     assert forecast(sharded) == expected
     recomputed = [
-        forecast(replace(each, training=replace(each.training, recompute="block"))) for each in (one_plan, sharded)
+        forecast(replace(each, training=replace(each.training, gradient_checkpointing="block")))
+        for each in (one_plan, sharded)
     ]
     assert recomputed[1].overhead < recomputed[0].overhead  # there are no holes
     assert base.held < one.weights
@@ -106,8 +107,8 @@ def ranks():
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_the_weights_that_are_gathered_are_those_that_fsdp_gathers(ranks, quantize, recompute):
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_the_weights_that_are_gathered_are_those_that_fsdp_gathers(ranks, quantize, checkpointing):
     model = model_of(quantize, torch.float32)
     mesh = distributed.init_device_mesh("cpu", (ranks,))
     for block in model.model.layers.requires_grad_(False):
@@ -117,9 +118,11 @@ def test_the_weights_that_are_gathered_are_those_that_fsdp_gathers(ranks, quanti
     model.requires_grad_(False)
     model.model.embed_tokens.requires_grad_(True)  # so that there is a backward pass through all blocks
     with Operations() as operations:
-        loss = model.model(torch.ones(T, dtype=torch.long), [T], recompute=recompute).sum()
+        loss = model.model(torch.ones(T, dtype=torch.long), [T], checkpointing=checkpointing).sum()
         loss.backward()
-    planned = plan(model.config, ml.LoraConfig(), quantize, world=ranks, shard="base", recompute=recompute)
+    planned = plan(
+        model.config, ml.LoraConfig(), quantize, world=ranks, shard="base", gradient_checkpointing=checkpointing
+    )
     planned = replace(planned, quantization=QuantizeConfig(quantize, double_quant=False))
     gather = torch.ops.c10d._allgather_base_.default
     received = sum(args[0].nbytes for func, args, _ in operations.seen if func is gather)  # the rank's own included
@@ -182,17 +185,17 @@ def test_flop_are_those_that_a_plain_step_counts(name):
     assert forecast_step(plan(model.config, lora)).flop == expected
 
 
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["mlp", "block"])
 @pytest.mark.parametrize("name", ["none", "all", "values"])
-def test_what_is_recomputed_counts_again(name, recompute):
+def test_what_is_recomputed_counts_again(name, checkpointing):
     model, lora = tiny_model(dtype=torch.float32), ADAPTERS[name]
-    config, training = model.config, TrainConfig(batch_size=1, recompute=recompute)
+    config, training = model.config, TrainConfig(batch_size=1, gradient_checkpointing=checkpointing)
     if lora is not None:
         ml.attach(model, lora)
     # Without the kernel, the last product, u Bᵀ, is not recomputed, as nothing needs it.
     last = (name == "all") * 2 * T * 4 * config.hidden_size * config.num_hidden_layers
-    expected = counted(model, training) + last + attention_flop(config, recompute == "block", [1] * 4)
-    assert forecast_step(plan(config, lora, recompute=recompute)).flop == expected
+    expected = counted(model, training) + last + attention_flop(config, checkpointing == "block", [1] * 4)
+    assert forecast_step(plan(config, lora, gradient_checkpointing=checkpointing)).flop == expected
 
 
 def test_a_window_leaves_out_what_is_farther_back():

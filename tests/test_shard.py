@@ -42,14 +42,14 @@ def adapted(model, **config):
     return model
 
 
-def gradient(model, rows, recompute):
+def gradient(model, rows, checkpointing):
     """Of the sum over some rows, one after the other; a row is the dropout step of its index."""
     model.train()
     for parameter in trained(model).values():
         parameter.grad = torch.zeros_like(parameter)
     for index, row in rows:
         set_dropout_step(model, 0, index)
-        token_loss(model, collate([row], CPU), recompute)[0].backward()
+        token_loss(model, collate([row], CPU), checkpointing)[0].backward()
     set_dropout_step(model, None)
     model.eval()
     return gradients(model)
@@ -58,7 +58,7 @@ def gradient(model, rows, recompute):
 def losses_of(model):
     """The losses of some steps of a run."""
     found = []
-    config = ml.TrainConfig(max_steps=STEPS, batch_size=2, gradient_accumulation_steps=2, recompute="mlp")
+    config = ml.TrainConfig(max_steps=STEPS, batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing="mlp")
     ml.train(model, random_rows(5, 12), config, lambda record: found.append(record["loss"]))
     return number(found)
 
@@ -138,12 +138,12 @@ def check_gradients(cases):
         asked = [each for each in asked if not (each[2] == "nf4" and each[1] in DENSE_ONLY)]
         asked += [("few rows", "DoRA", "dense"), ("qwen3", "DoRA", "dense")]
     for index, (family, name, held) in enumerate(asked):
-        recompute, how = ways[index % len(ways)]
-        described, pair = cases.of(family, name, held, recompute, how.__name__), (family, held)
+        checkpointing, how = ways[index % len(ways)]
+        described, pair = cases.of(family, name, held, checkpointing, how.__name__), (family, held)
         with described, how(), cases.adapted(*pair, **CONFIGS[name]) as (one, divided):
-            found = gradient(divided, rows[cases.rank :: cases.size], recompute)
+            found = gradient(divided, rows[cases.rank :: cases.size], checkpointing)
             distributed.all_reduce(found)
-            assert_parity(found, gradient(one, rows, recompute), 1e-10)
+            assert_parity(found, gradient(one, rows, checkpointing), 1e-10)
 
 
 def check_training(cases, expected):

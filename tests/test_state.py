@@ -60,14 +60,19 @@ def test_a_run_resumed_after_any_step_ends_in_the_same_bytes(whole, tmp_path, st
     st.booleans(),
     st.lists(st.integers(1, STEPS), max_size=4, unique=True).map(sorted),
 )
-def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(tmp_path_factory, dtype, recompute, packs, stops):
+def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(tmp_path_factory, dtype, checkpointing, packs, stops):
     def model():
         built = plain(dtype=dtype)
         ml.attach(built, ml.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.3))
         return built
 
     one, pieces = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("pieces")
-    config = {"recompute": recompute, "save_steps": None, "batch_tokens": 20 if packs else None, "max_steps": STEPS}
+    config = {
+        "gradient_checkpointing": checkpointing,
+        "save_steps": None,
+        "batch_tokens": 20 if packs else None,
+        "max_steps": STEPS,
+    }
     expected, _ = run(one, model(), **config)
     for stop in stops:
         run(pieces, model(), on_step=stop_after(stop), **config)
@@ -95,7 +100,13 @@ def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have
 
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):
     copy_checkpoint(whole, 2, tmp_path)
-    other = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 7, "recompute": "block"}
+    other = {
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "eval_steps": 3,
+        "logging_steps": 7,
+        "gradient_checkpointing": "block",
+    }
     run(tmp_path, **other)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
     assert contents(tmp_path) == contents(whole)

@@ -233,8 +233,9 @@ def _notes(run: Run, model: Llama | Classifier, data: Data) -> Iterator[str]:
         yield f"the run has few steps ({steps}), which may teach little; --epochs gives more"
     for name, rows in data.splits.items():
         yield from _row_notes(name, rows)
-    if run.resolved["recompute"] == "auto":
-        yield f"--recompute {run.training.recompute}: the fastest way for which there is memory"
+    if run.resolved["gradient_checkpointing"] == "auto":
+        way = run.training.gradient_checkpointing
+        yield f"--gradient-checkpointing {way}: the fastest way for which there is memory"
 
 
 def _row_notes(name: str, rows: Dataset) -> Iterator[str]:

@@ -35,7 +35,7 @@ NAMES_ELSEWHERE = {
     "epochs": "num_train_epochs",
     "max_steps": "iters",
     "train_on": "completion_only_loss assistant_only_loss mask_prompt",
-    "recompute": "gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
+    "gradient_checkpointing": "recompute grad_checkpoint enable_activation_checkpointing",
     "batch_tokens": "packing sample_packing packed",
     "sort_window": "group_by_length train_sampling_strategy",
     "prompt_style": "template chat_template",

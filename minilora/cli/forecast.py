@@ -16,7 +16,7 @@ from minilora.adapters.config import LoraConfig
 from minilora.cli import Options
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError, FormatError
-from minilora.llama import Recompute
+from minilora.llama import Checkpointing
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
 from minilora.models.config import ModelConfig, read_config_file
@@ -47,8 +47,8 @@ WAYS = ("full fine-tune", "LoRA 16-bit", "LoRA, block", "QLoRA", "QLoRA, block")
 SETTINGS = """\
 Memory at the peak of fine-tuning on {device} in bfloat16. A batch has {rows} rows of {tokens:,} tokens, all with
 a label; adapters have rank {lora.r} on {lora.target_modules}; QLoRA is nf4 with double quantization, block is
---recompute block. A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients and two moments.
-working: temporary tensors, such as logits; overhead: of the C library and kernels. 1 GB is 10^9 bytes."""
+--gradient-checkpointing block. A full fine-tune is in float32 and takes 16 bytes a parameter: weights, gradients and
+two moments. working: temporary tensors, such as logits; overhead: of the C library and kernels. 1 GB is 10^9 bytes."""
 RANKS = """\
 One rank of {world} holds {held}, and the adapters with gradients and moments.
 In a step of {world} micro-batches it computes one: FLOP of matrix products and attention, and the bytes that it
@@ -169,8 +169,8 @@ def memory_page(options: Options) -> str:
 def default_plan(config: ModelConfig, way: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
     """Return the plan of a step with a batch of the default size on each rank, all of whose tokens are labelled."""
     is_full = way == "full fine-tune"
-    recompute: Recompute = "block" if way.endswith("block") else "none"
-    training = TrainConfig(recompute=recompute, gradient_accumulation_steps=world)
+    checkpointing: Checkpointing = "block" if way.endswith("block") else "none"
+    training = TrainConfig(gradient_checkpointing=checkpointing, gradient_accumulation_steps=world)
     rows = [(DataConfig().max_length,) * 2] * training.batch_size
     quantization = QuantizeConfig("nf4" if way.startswith("QLoRA") else "none")
     dtype = torch.float32 if is_full else torch.bfloat16

@@ -188,7 +188,7 @@ def step(device: torch.device, W: Tensor, micro_batches: Sequence[tuple[Tensor, 
         batches.append(Batch(x.to(device).flatten(0, 1), batch.lengths, batch.places, batch.labels))
     model: Any = SimpleNamespace(
         train=lambda: None,
-        model=lambda hidden, lengths, recompute: hidden,
+        model=lambda hidden, lengths, checkpointing: hidden,
         get_output_embeddings=lambda: head,
     )
     train_step(model, adamw(head.parameters()), batches, max_grad_norm=0)

@@ -239,7 +239,8 @@ def bookkeeping(config: TrainConfig) -> set[str]:
 
     On the number of steps they may depend, which `check_extension` finds out.
     """
-    names = {"save_steps", "save_total_limit", "logging_steps", "recompute", "epochs", "max_steps", "on_nonfinite"}
+    names = {"save_steps", "save_total_limit", "logging_steps", "epochs", "max_steps"}
+    names |= {"gradient_checkpointing", "on_nonfinite"}
     return names | (set() if config.selects else {"eval_steps"})
 
 

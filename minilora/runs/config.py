@@ -93,7 +93,7 @@ class TrainConfig:
     sort_window: int = option(
         1, "sort this many of the shuffled rows by length at a time: less padding where a loss pads"
     )
-    recompute: Literal["none", "mlp", "block", "auto"] = option(
+    gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )
     on_nonfinite: Literal["stop", "skip"] = option(

@@ -118,10 +118,10 @@ def train(
         check_token_loss(model, dataset, held_out)
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
-    if config.recompute == "auto" and loss is None:
-        config = _with_fitting_recompute(model, dataset, held_out, config, next(iter(adapters.values()), None))
-    elif config.recompute == "auto":
-        config = replace(config, recompute="none")  # a given loss recomputes by itself
+    if config.gradient_checkpointing == "auto" and loss is None:
+        config = _with_fitting_checkpointing(model, dataset, held_out, config, next(iter(adapters.values()), None))
+    elif config.gradient_checkpointing == "auto":
+        config = replace(config, gradient_checkpointing="none")  # a given loss recomputes by itself
     objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
     run = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
@@ -146,12 +146,14 @@ def train(
         set_dropout_step(model, None)
 
 
-def _with_fitting_recompute(
+def _with_fitting_checkpointing(
     model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
 ) -> TrainConfig:
     """Choose the recomputation with which the run fits into memory, beside the loaded model."""
     if not isinstance(model, Llama | Classifier):
-        raise TrainingError(f"{type(model).__name__}: recompute 'auto' is for minilora's own decoders; name a way")
+        raise TrainingError(
+            f"{type(model).__name__}: gradient_checkpointing 'auto' is for minilora's own decoders; name a way"
+        )
     weight = model.model.embed_tokens.weight
     plan = Plan(
         model.config,

@@ -25,7 +25,7 @@ from minilora.errors import TrainingError
 from minilora.kernel.attention import MAX_BATCH, block_attention, fused_attention, query_block_size, select_kernel
 from minilora.kernel.llama import HEAD_LOGITS
 from minilora.kernel.lora import tile_size
-from minilora.llama import Recompute
+from minilora.llama import Checkpointing
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import resolve_dtype
 from minilora.runs import world
@@ -88,7 +88,7 @@ def forecast(plan: Plan) -> Forecast:
         terms, learns = layer_terms(plan, shapes, ranks, i, lengths, learns)
         x = d * N * D * learns
         attention = sum(size for name, size in terms.items() if not name.startswith("mlp"))
-        saved = {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.recompute]
+        saved = {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.gradient_checkpointing]
         activations += saved
     head = _head_bytes(plan, M, ranks.get("score" if plan.classes else "lm_head") == 0)
     is_sharded = plan.shard == "base" and plan.world > 1
@@ -100,7 +100,8 @@ def forecast(plan: Plan) -> Forecast:
     working = max(head, layer, evaluation - activations, sent - activations) + is_sharded * 2 * max(base.blocks)
     # With recomputation, the few tensors that are kept fragment the memory that the next layer needs, in 16 bits a
     # quarter as often as in float32; and where batches differ in size, one does not fit where the last one was.
-    holes = config.num_hidden_layers * d * N * (D + F) * (training.recompute != "none") // (1 if d == WIDE else 4)
+    is_checkpointed = training.gradient_checkpointing != "none"
+    holes = config.num_hidden_layers * d * N * (D + F) * is_checkpointed // (1 if d == WIDE else 4)
     holes += working * bool(np.ptp(plan.rows, axis=0)[0])
     holes *= not is_sharded  # then memory is given back at once
     overhead = int(FRAGMENTS * activations) + (LIBRARIES + holes + _compiled_bytes(plan, shapes)) * (
@@ -208,10 +209,12 @@ def choose_plan(plan: Plan, shard: str, held: int = 0) -> tuple[Plan, Forecast]:
 
     `held` are bytes of the forecast that are in use already, such as those of a loaded model.
     """
-    way = plan.training.recompute
+    way = plan.training.gradient_checkpointing
     shards: Sequence[Any] = get_args(Shard) if shard == "auto" else (shard,)
-    for chosen_shard, recompute in product(shards, get_args(Recompute) if way == "auto" else (way,)):  # fastest first
-        chosen = replace(plan, shard=chosen_shard, training=replace(plan.training, recompute=recompute))
+    ways = get_args(Checkpointing) if way == "auto" else (way,)
+    for chosen_shard, chosen_way in product(shards, ways):  # fastest first
+        training = replace(plan.training, gradient_checkpointing=chosen_way)
+        chosen = replace(plan, shard=chosen_shard, training=training)
         found = forecast(chosen)
         if _fits(chosen, found, held):
             break
@@ -249,8 +252,9 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, Plan, str]]:
     yield flags, replace(plan, training=replace(training, **changes)), cost
     if plan.world > 1 and plan.shard == "none" and plan.lora is not None:
         yield "--shard base", replace(plan, shard="base"), "its blocks are sent in every micro-batch"
-    if training.recompute != "block":
-        yield "--recompute block", replace(plan, training=replace(training, recompute="block")), "it takes longer"
+    if training.gradient_checkpointing != "block":
+        recomputed = replace(plan, training=replace(training, gradient_checkpointing="block"))
+        yield "--gradient-checkpointing block", recomputed, "it takes longer"
     if plan.lora is None:
         adapted = replace(plan, lora=LoraConfig(), dtype=resolve_dtype("auto", plan.config.source, plan.device))
         yield "--method lora", adapted, "an adapter is trained, and the weights stay as they are"

@@ -51,8 +51,8 @@ class Objective:
     def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
         """Return the sum of the losses of a batch, and how many there are."""
         if self.loss is None:
-            assert self.config.recompute != "auto"  # which a run replaces before its first step
-            return token_loss(model, batch, self.config.recompute)
+            assert self.config.gradient_checkpointing != "auto"  # which a run replaces before its first step
+            return token_loss(model, batch, self.config.gradient_checkpointing)
         found = self.loss(model, batch)
         is_pair = isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor)
         if not is_pair or found[0].numel() != 1 or not _is_count(found[1]):

@@ -207,7 +207,7 @@ class Run:
         return data
 
     def fit_to_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
-        """Resolve auto of `--recompute` and `--shard`, for all later calls, to what fits into the device's memory."""
+        """Resolve auto of `--gradient-checkpointing` and `--shard`, for all later calls, to what fits into memory."""
         config = self.base_config
         plan = Plan(
             replace(config, vocab_size=max(config.vocab_size, self._vocabulary(data))),
@@ -279,7 +279,7 @@ class Run:
             "step": step,
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "recompute": self.training.recompute,
+            "gradient_checkpointing": self.training.gradient_checkpointing,
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
             "ranks": world.size(),

@@ -220,7 +220,7 @@ def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:
     twice, but for a last linear without an adapter, of whose output nothing is needed. Of DoRA, the norms of weights
     are not counted.
     """
-    config, recompute, (lengths, M) = plan.config, plan.training.recompute, plan.batch()
+    config, checkpointing, (lengths, M) = plan.config, plan.training.gradient_checkpointing, plan.batch()
     learns, total, T = embedding_learns(plan.lora, ranks), 0, sum(lengths)
     matrices: dict[str, list[str]] = {}  # the names of each block's
     for name, shape in shapes.items():
@@ -237,7 +237,7 @@ def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:
         for group in GROUPS:
             starts = tuple(f"{BLOCKS}{i}.{part}" for part in group)
             names = [name for name in matrices[f"{i}"] if name.startswith(starts)]
-            again = recompute == "block" or (recompute == "mlp" and group[0].startswith("mlp"))
+            again = checkpointing == "block" or (checkpointing == "mlp" and group[0].startswith("mlp"))
             total += sum(linear(name, T, again) for name in names)
             learns = learns or any(name.removesuffix(".weight") in ranks for name in names)
             if group == GROUPS[0]:

@@ -21,7 +21,7 @@ from minilora.runs.memory import forecast
 from minilora.runs.sizes import Plan
 
 OUT = Path(__file__).with_suffix(".json")
-WAYS = {  # dtype, quantize, recompute
+WAYS = {  # dtype, quantize, checkpointing
     "full": ("float32", "none", "none"),
     "LoRA": ("bfloat16", "none", "none"),
     "QLoRA": ("bfloat16", "nf4", "none"),
@@ -32,13 +32,13 @@ ROWS, TOKENS, STEPS = 4, 512, 3
 
 def measure(way: str) -> dict[str, Any]:
     """Train some steps, and return the forecast's terms and the measured peak, in bytes."""
-    dtype, quantize, recompute = WAYS[way]
+    dtype, quantize, checkpointing = WAYS[way]
     model = ml.load_model("smollm2", dtype, quantize=None if quantize == "none" else quantize)
     lora = None if way == "full" else ml.LoraConfig(r=16)
     if lora is not None:
         ml.attach(model, lora)
     rows = [ml.Example([1] * TOKENS, [1] * TOKENS)] * ROWS
-    training = ml.TrainConfig(batch_size=ROWS, epochs=STEPS, recompute=recompute)
+    training = ml.TrainConfig(batch_size=ROWS, epochs=STEPS, gradient_checkpointing=checkpointing)
     plan = Plan(
         model.config,
         lora,
