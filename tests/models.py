@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -216,18 +213,6 @@ def small_tiles(patch: Any, numbers: int) -> None:
 def examples(share: float) -> settings:
     """Draw a share of the profile's number of examples, at least two: for a test whose example is a whole run."""
     return settings(max_examples=max(2, round(share * settings.default.max_examples)))
-
-
-def compile_with(patch: pytest.MonkeyPatch, backend: str) -> None:
-    """Let `nn.Module.compile` use this backend of PyTorch; skip where the one that writes C++ cannot work."""
-    if backend == "inductor":
-        capability = torch.backends.cpu.get_cpu_capability()
-        if shutil.which("g++") is None or capability == "DEFAULT":
-            pytest.skip("inductor needs g++ and a processor with vector instructions")
-        # Its cache is not keyed by ATEN_CPU_CAPABILITY: code that was compiled for another one gives nan.
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/minilora-inductor-{capability}")
-    torch.compiler.reset()  # what another test has compiled would be compiled again for other sizes
-    patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
 
 
 def long(*values: Any) -> list[Any]:

@@ -123,7 +123,7 @@ def test_dropout_is_keyed_and_tends_to_nothing_as_p_does(kind, use_dora, seed):
 
     def trained(p, key):
         adapter.dropout = SeededDropout(p)
-        adapter.dropout.seed = torch.tensor(hash_seed(key))
+        adapter.dropout.seed = hash_seed(key)
         return layer.train()(case.x)
 
     assert torch.equal(trained(0.5, "0/0"), trained(0.5, "0/0"))
@@ -139,7 +139,7 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
     add(layer, "new", 1, 2, 7.0, use_dora)
     adapter, ids, p = layer.adapters["new"], torch.arange(50), 0.5
     adapter.dropout = SeededDropout(p)
-    adapter.dropout.seed = torch.tensor(hash_seed("0/0"))
+    adapter.dropout.seed = hash_seed("0/0")
     whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T
     k = layer.magnitude_ratio(adapter, layer.base.weight) if use_dora else 1
     y = layer.train()(ids)

@@ -18,7 +18,7 @@ from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.objective import rate_of_step
 from minilora.testing.compare import assert_maths, assert_parity
 from tests import models
-from tests.models import FAMILIES, bases, compile_with, examples, four_bit, long, randn, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, bases, examples, four_bit, long, randn, seeds, tiny_model, token_ids
 from tests.training import (
     adapted,
     assert_same_gradient,
@@ -450,53 +450,6 @@ def test_within_a_step_nothing_is_asked_of_the_device(family, base):
     config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, gradient_checkpointing="block")
     assert questions(lambda: ml.train(model, rows, config)) == []
     assert questions(lambda: bool(torch.ones(3)[torch.ones(3) > 0].sum())) == ["index", "_local_scalar_dense"]
-
-
-compiled = pytest.mark.parametrize(
-    ("backend", "lora"),
-    [
-        ("eager", {}),
-        *long(("aot_eager", {}), *(("inductor", lora) for lora in ({}, {"use_dora": True}, {"lora_dropout": 0.5}))),
-    ],
-)
-
-
-@pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
-@compiled
-def test_what_is_compiled_gives_the_same_gradients_computes_again_and_is_as_before_afterwards(
-    backend, lora, monkeypatch
-):
-    """In batches of two sizes."""
-    compile_with(monkeypatch, backend)
-    rows, model, seen = random_rows(17, 3), small(**lora), []
-    mlp = model.model.layers[0].mlp
-    mlp.compile(backend="eager")
-    own = mlp._compiled_call_impl
-    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(mlp._compiled_call_impl is not own))
-    config = {"batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": "mlp"}
-    record, found = one_step(model, rows, **config, compile=True)
-    assert seen == [True] * 2
-    assert mlp._compiled_call_impl is own
-    plain, expected = one_step(small(**lora), rows, **config)
-    assert_maths(number(record["loss"]), number(plain["loss"]))
-    assert_same_gradient(found, expected)
-    phrase = break_loss(model)  # compiled modules have no hooks that find it
-    with pytest.raises(ml.TrainingError, match=phrase):
-        one_step(model, rows, compile=True)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # of PyTorch, in its own compiler
-@compiled
-def test_layers_and_steps_share_what_is_compiled(backend, lora, monkeypatch):
-    """Norm and MLP, each for one size and for any: graphs of the forward pass, none of them broken."""
-    compile_with(monkeypatch, backend)
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    ml.train(small(**lora), random_rows(17, 9), ml.TrainConfig(batch_size=2, compile=True))
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 6
 
 
 # --- the configuration ---

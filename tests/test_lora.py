@@ -125,7 +125,7 @@ def test_under_autocast_the_norm_is_what_it_is_without_and_without_numbers_it_ha
 
 def keyed(p, key):
     dropout = SeededDropout(p)
-    dropout.seed = torch.tensor(hash_seed(key))
+    dropout.seed = hash_seed(key)
     return dropout
 
 

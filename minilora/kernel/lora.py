@@ -20,10 +20,8 @@ TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB 
 def tile_rows(x: Tensor) -> int:
     """Return the rows to work on at a time.
 
-    On a CPU they fit its cache. On other devices, few kernel launches matter more; compiled code gets all rows.
+    On a CPU they fit its cache. On other devices, few kernel launches matter more.
     """
-    if torch.compiler.is_compiling():
-        return max(1, x.size(0))
     return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
 
 
@@ -37,7 +35,7 @@ def lora_linear(
     x: Tensor, base: lora.Linear, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """See `lora.lora_linear`. The update is added to x Wᵀ in place, and its gradient to dy W."""
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < lora_A.numel():
+    if not torch.is_grad_enabled() and x.numel() < lora_A.numel():
         # In a step of generation x is smaller than A and B, and it is cast in their place.
         wide = torch.promote_types(x.dtype, lora_A.dtype)
         update = F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))

@@ -99,7 +99,6 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "at a loss or gradient that is not finite: stop, or skip the step and go on"
     )
-    compile: bool = option(False, "compile norms and MLPs with torch.compile")
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
     eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)

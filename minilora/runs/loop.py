@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of, sizes_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.machine import compiled, kept_memory, peak_memory_bytes, release_memory, returned_memory
+from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory, returned_memory
 from minilora.runs.memory import choose_plan
 from minilora.runs.objective import (
     UNKNOWN,
@@ -137,8 +137,6 @@ def train(
             stack.enter_context(exclusive_training(model))
             if any(map(is_sharded, model.parameters())):
                 stack.enter_context(returned_memory())
-            if config.compile:
-                stack.enter_context(compiled(model, loss is not None))
             return _run_steps(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
@@ -319,11 +317,8 @@ def _add_over_ranks(tensors: list[Tensor], count: int) -> int:
 
 def _first_nonfinite(run: _Job, step: int, batches: Sequence[MicroBatch]) -> str:
     """Compute a step again, and return where its first number that is not finite is, and of which rows."""
-    config, model = run.config, run.model
-    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-    with eager:  # compiled modules run no hooks
-        again = seeded(model, batches, config.seed)
-        found = world.all_gather(first_bad_module(model, lambda: [run.loss(model, batch) for batch in again]))
+    again = seeded(run.model, batches, run.config.seed)
+    found = world.all_gather(first_bad_module(run.model, lambda: [run.loss(run.model, batch) for batch in again]))
     # Another rank may have the bad rows. Gradients are sums over all ranks by now.
     where = min(found, key=lambda place: (place == UNKNOWN, place.startswith("gradient")))
     return f"first bad: {where}; rows: {_sources(run, step)}"

@@ -159,25 +159,6 @@ def _set(options: dict[int, int]) -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-@contextmanager
-def compiled(model: Any, is_whole: bool) -> Iterator[None]:
-    """Compile the model as a whole, or the norms and MLPs of its layers, for as long as the block lasts.
-
-    Attention depends on the lengths of documents, and would be compiled again for each.
-    """
-    modules: list[Any] = [model]
-    if not is_whole:
-        modules = [part for block in model.model.layers for part in block.children() if part is not block.self_attn]
-    before = [module._compiled_call_impl for module in modules]  # what `compile` sets; there is no public way back
-    for module in modules:
-        module.compile()
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            module._compiled_call_impl = own
-
-
 MAX_PARAMETERS = 200_000_000  # a larger model has large products, for which all threads are faster
 MAX_TOKENS = 256  # of the rows that are timed
 MAX_SECONDS = 2.0  # of all rounds together, after which no further one follows

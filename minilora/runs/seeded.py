@@ -132,26 +132,18 @@ class SeededDropout(nn.Module):
     No global random state is read or changed, so recomputing a layer or resuming a run draws the same mask.
     """
 
-    seed: Tensor  # a tensor, so that a compiled layer takes it as an input
+    seed: int
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * _mask(x.detach(), self.p, self.seed) / (1 - self.p) if self.training else x
-
-
-@torch.library.custom_op("minilora::dropout_mask", mutates_args=(), schema="(Tensor x, float p, Tensor seed) -> Tensor")
-def _mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Draw which numbers of x stay. A custom operator, because torch.compile cannot trace a generator."""
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
-
-
-@_mask.register_fake
-def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.bool)
+        if not self.training:
+            return x
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p, generator=generator)
+        return x * mask / (1 - self.p)
 
 
 def hash_seed(key: str) -> int:
@@ -172,7 +164,7 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                 if isinstance(dropout, SeededDropout) != (seed is not None):
                     dropout = (nn.Dropout if seed is None else SeededDropout)(p).train(adapter.training)
                 if seed is not None:
-                    dropout.seed = torch.tensor(hash_seed(f"{seed}/{step}/{layer.path}/{name}"))
+                    dropout.seed = hash_seed(f"{seed}/{step}/{layer.path}/{name}")
                 adapter.dropout = dropout
 
 
