@@ -41,7 +41,7 @@ COMMANDS = {
     "verify": "check the files of a run, an adapter or a model against their hashes",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
     "selftest": "check the laws of LoRA on this machine, kernels included",
-    "plot": "plot loss, evaluation loss, learning rate and gradient norm of runs",
+    "plot": "plot loss and evaluations of runs",
 }
 MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them
     "finetune": "model data eval_data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size "

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -139,38 +136,6 @@ def beginning(text: str, most: int = 42) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A curve: the values of one key of the metrics, and their steps."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """A run's curves, with a point for each step; `eval_loss` with one for each evaluation."""
-
-    loss: Curve
-    learning_rate: Curve
-    grad_norm: Curve
-    eval_loss: Curve
-
-
-def read_metrics(run: Path) -> Metrics:
-    """Read the curves of a run's directory."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file; the directory of a run has one")
-    records = read_records(path)
-    if not records:
-        raise FormatError(f"{path}: holds no step yet")
-    return Metrics(**{key: _curve(records, key) for key in Metrics.__dataclass_fields__})
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the objects in a metrics.jsonl. A last line that was cut off by a crash is left out."""
     lines, records = read_text(path, RECORDS_BYTES).splitlines(keepends=True), []
@@ -207,25 +172,6 @@ def read_run_record(path: Path) -> RunRecord:
         need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
         raise FormatError(f"{path}: need {need}; give another --out") from error
     return RunRecord(config, inputs, data, starts)
-
-
-def smooth(curve: Curve) -> Curve:
-    """Compute the mean over a window around each point, a twentieth of the curve; below 40 points it changes nothing.
-
-    At the beginning, where a loss falls steeply, the window narrows to the point itself; at the end it is cut off.
-
-    >>> smooth(Curve(tuple(range(40)), (8.0, 2.0, 5.0) + (5.0,) * 37)).values[:4]
-    (8.0, 5.0, 4.0, 5.0)
-    """
-    half = len(curve) // 40
-    windows = (curve.values[i - min(i, half) : i + min(i, half) + 1] for i in range(len(curve)))
-    return Curve(curve.steps, tuple(math.fsum(window) / len(window) for window in windows))
-
-
-def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
-    """Return the values of a key that can be drawn: finite numbers."""
-    points = [(r["step"], r[key]) for r in records if type(r.get(key)) in (int, float) and math.isfinite(r[key])]
-    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
 class TensorBoard:
