@@ -304,7 +304,7 @@ second half learned; *long*, one document of 4,096. `smollm2` has 135 M paramete
 with 4 layers, of random weights.
 
 - **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults; `gradient_checkpointing="block"`
-  where it says *recompute*. It generates within `ml.merged_if_faster`, as `minilora generate` does, the merge
+  where it says *recompute*. It generates within `ml.merged`, as `minilora generate` does, the merge
   included each time.
 - **peft**: transformers and PEFT in a plain loop: batches padded to their longest row, with a mask; base in the
   work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped

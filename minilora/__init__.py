@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
+from minilora.errors import in_recipe
+
 __version__ = "0.2.0"
 _ELSEWHERE = {  # names in PEFT, transformers and TRL, and what to use here
     "AutoModelForCausalLM": "ml.load_model",
@@ -21,6 +23,7 @@ _ELSEWHERE = {  # names in PEFT, transformers and TRL, and what to use here
     "get_peft_model": "ml.attach",
     "prepare_model_for_kbit_training": 'ml.load_model(name, quantize="nf4")',
 }
+_IN_RECIPES = {"mixed_batch": "adapter_per_row"}
 
 if TYPE_CHECKING:
     from minilora.public import *  # noqa: F403 - which names they are, it says itself
@@ -34,6 +37,8 @@ else:
             if name == "__all__" or name in public.__all__:
                 return getattr(public, name)
         advice = f"; use {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+        if name in _IN_RECIPES:
+            advice = f"; {in_recipe(_IN_RECIPES[name])}"
         raise AttributeError(f"module 'minilora' has no attribute {name!r}{advice}")
 
     def __dir__():

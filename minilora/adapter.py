@@ -147,14 +147,14 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Compute as the base model does inside the block."""
     check_types(disable_adapter, locals())
-    before = [(layer, layer.active, layer.mixed) for layer in adapter_layers(model).values()]
+    before = [(layer, layer.active) for layer in adapter_layers(model).values()]
     try:
-        for layer, _, _ in before:
-            layer.active, layer.mixed = (), None
+        for layer, _ in before:
+            layer.active = ()
         yield
     finally:
-        for layer, active, mixed in before:
-            layer.active, layer.mixed = tuple(name for name in active if name in layer.configs), mixed
+        for layer, active in before:
+            layer.active = tuple(name for name in active if name in layer.configs)
 
 
 def detach(model: nn.Module) -> None:

@@ -120,7 +120,7 @@ class LoraAdapter(nn.Module):
 class AdapterWrapper(nn.Module, ABC):
     """Base class of modules that wrap a module of the model and hold its adapters by name (abstract).
 
-    `active` names the adapters in use, in order. If `mixed` is set, each row of a batch uses an adapter of its own.
+    `active` names the adapters in use, in order.
     """
 
     def __init__(self, base: nn.Module, path: str):
@@ -130,7 +130,6 @@ class AdapterWrapper(nn.Module, ABC):
         self.adapters: Any = nn.ModuleDict()
         self.configs: dict[str, Any] = {}  # that each adapter was made from, or None
         self.active: tuple[str, ...] = ()
-        self.mixed: Any = None
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -189,8 +188,6 @@ class AdapterLinear(AdapterWrapper):
 
         For each adapter in turn y ← y + s·B A x, with DoRA y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖; m does not scale b.
         """
-        if self.mixed is not None:  # set by `adapters.serve.mixed_batch`
-            return self.mixed.forward(self, x)
         if not self.active:
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
@@ -240,9 +237,9 @@ class AdapterLinear(AdapterWrapper):
                 merged = self.magnitude_ratio(adapter, weight.to(wide)).to(wide).unsqueeze(1) * merged
         return self.from_matrix(merged).to(weight.dtype) if adapters else weight
 
-    def merged_bias(self, names: Sequence[str] | None = None) -> Tensor | None:
+    def merged_bias(self) -> Tensor | None:
         """Return b, or what an adapter trained in its place, plus s·b_B of each B that has a bias: (out), or None."""
-        adapters = [self.adapters[name] for name in (self.active if names is None else names)]
+        adapters = [self.adapters[name] for name in self.active]
         bias = next((each.bias for each in adapters if each.bias is not None), getattr(self.base, "bias", None))
         for added in (each.scale * each.lora_bias for each in adapters if each.lora_bias is not None):
             bias = added if bias is None else bias + added

@@ -6,7 +6,6 @@ from minilora.adapters.attach import attach, count_parameters, delete_adapter, f
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
-from minilora.adapters.serve import hotswap_adapter, merged_if_faster, mixed_batch
 from minilora.adapters.weighted import combine_adapters
 from minilora.data import Example
 from minilora.definition import kernels, plain
@@ -51,7 +50,6 @@ __all__ = [
     "find_target_modules",
     "generate",
     "grow_vocabulary",
-    "hotswap_adapter",
     "kernels",
     "load_adapter",
     "load_classes",
@@ -61,8 +59,6 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merged",
-    "merged_if_faster",
-    "mixed_batch",
     "plain",
     "push_to_hub",
     "save_adapter",

@@ -25,8 +25,8 @@ PARTS = {
         load_model save_model load_classifier load_tokenizer Tokenizer grow_vocabulary generate QuantizeConfig
     """,
     "Adapters": """
-        LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter hotswap_adapter
-        set_adapter disable_adapter mixed_batch merge merged merged_if_faster
+        LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter
+        set_adapter disable_adapter merge merged
         combine_adapters CombineConfig count_parameters push_to_hub
     """,
     "Data and training": """

@@ -13,7 +13,7 @@ from minilora.adapters.attach import delete_adapter, linear_layers, merged
 from minilora.llama import Llama
 from minilora.models.config import ModelConfig
 from minilora.nf4 import NF4Linear
-from minilora.testing.compare import assert_maths, maths
+from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests import models
 from tests.files import same_state
 from tests.models import CONFIGS, WHOLE, bases, four_bit, randomize_adapters_, scales, seeds, tiny_model, token_ids
@@ -88,6 +88,67 @@ def test_merging_keeps_the_logits_and_comes_back_to_every_bit_or_leaves_no_adapt
     assert kinds_of(model) == kinds
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert maths(model(IDS), base_logits) > 1e6
+
+
+@pytest.mark.parametrize("base", [lambda model: model, four_bit])
+def test_what_was_merged_for_a_while_comes_back_to_the_bit_also_after_an_interruption(base):
+    model = adapted(base=base, use_dora=True)
+    before, layers, expected = copy.deepcopy(model), adapter_layers(model), model(IDS)
+
+    def write():
+        with merged(model):
+            assert not adapter_layers(model)
+            assert_maths(model(IDS), expected)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert adapter_layers(model) == layers
+    assert torch.equal(model(IDS), expected)
+    same_state(model, before)
+
+
+@models.examples(0.4)
+@given(seeds)
+def test_merged_weights_are_as_precise_as_applied_adapters_in_bfloat16(seed):
+    ids, logits = token_ids(seed, 8, 20), {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = tiny_model(seed=seed, dtype=torch.bfloat16).to(dtype)
+        ml.attach(model, ml.LoraConfig(r=4, lora_alpha=8), dtype=torch.float32, seed=seed)
+        models.perturb_(model, seed)
+        with torch.no_grad():
+            logits[dtype] = model(ids)
+            with merged(model):
+                folded = model(ids)
+    assert_precision(folded, logits[torch.bfloat16], logits[torch.float64])
+
+
+def test_switching_moves_no_number_and_deleting_leaves_the_others():
+    kinds = {
+        "linears": ml.LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
+        "dora": ml.LoraConfig(r=3, lora_alpha=2, use_dora=True, use_rslora=True),
+        "lora_bias": ml.LoraConfig(r=1, lora_alpha=3, target_modules=("v_proj", "up_proj"), lora_bias=True),
+    }
+    model, logits = tiny_model(WHOLE, num_hidden_layers=2), {}
+    base = model(IDS)
+    for seed, (kind, config) in enumerate(kinds.items()):
+        ml.attach(model, config, kind, seed=seed, dtype=torch.float64)
+        models.perturb_(model, seed)
+    held = {name: p.data_ptr() for name, p in model.named_parameters()}
+    for kind in kinds:
+        ml.set_adapter(model, kind)
+        logits[kind] = model(IDS)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
+    ml.set_adapter(model, ["dora", "lora_bias"])
+    delete_adapter(model, "linears")
+    assert {name for layer in adapter_layers(model).values() for name in layer.configs} == {"dora", "lora_bias"}
+    for kind in ("dora", "lora_bias"):
+        ml.set_adapter(model, kind)
+        assert torch.equal(model(IDS), logits[kind])
+    delete_adapter(model, "dora")
+    delete_adapter(model, "lora_bias")
+    assert not adapter_layers(model)
+    assert torch.equal(model(IDS), base)
 
 
 def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):

@@ -83,13 +83,6 @@ LINEAR = LoraConfig(r=2, target_modules=["0"])
 
 def test_an_inner_block_has_the_say_and_the_outer_one_after_it():
     model, outputs = _adapted(a=LINEAR, b=LINEAR)
-    with ml.mixed_batch(model, ["a", "b"]):
-        with ml.mixed_batch(model, ["b", "a"]):
-            assert_maths(model(IDS)[0], outputs["b"][0])
-        assert_maths(model(IDS)[0], outputs["a"][0])
-        with ml.disable_adapter(model):
-            assert torch.equal(model(IDS), Tied()(IDS))
-        assert_maths(model(IDS)[1], outputs["b"][1])
     ml.set_adapter(model, "a")
     with ml.merged(model), pytest.raises(ml.TargetError, match="the model has no adapter"):
         ml.set_adapter(model, "b")
@@ -256,20 +249,6 @@ def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path, monkeypatch):
     ml.load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(IDS), outputs["a"])
     assert len(opened) <= 3
-
-
-def test_rows_of_an_encoder_of_pytorch_have_each_their_own_adapter():
-    """Its fast path reads the weights of its linears, and does not call them."""
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64), 1)
-    x, outputs = randn(0, 2, 3, 8), []
-    for seed, name in enumerate(("a", "b"), start=1):
-        ml.attach(model, LoraConfig(r=2), name, dtype=torch.float64)
-        _fill_(model, seed)
-        outputs.append(model.eval()(x.clone().requires_grad_()))
-    with ml.mixed_batch(model, ["a", "b"]), torch.no_grad():
-        mixed = model(x)
-    assert_maths(mixed, torch.stack((outputs[0][0], outputs[1][1])))
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_modules_that_peft_saves_by_the_end_of_a_name_are_loaded(tmp_path):

@@ -7,16 +7,17 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
 
 import minilora as ml
 from minilora.cli.generate import encode_prompt
-from minilora.cli.write import cells, columns, wrap
+from minilora.cli.write import MERGE_TOKENS, cells, columns, is_faster_merged, wrap
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row
-from tests.models import long
+from tests.models import four_bit, long, tiny_model
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
 from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, write_tokenizer
@@ -448,3 +449,17 @@ def test_ctrl_c_ends_the_text_and_the_command(directory, monkeypatch, capsys):
     out, err = run("generate", "--model=model", "--prompt=the cat", status=130)
     assert written(directory, "the cat", max_new_tokens=3).startswith(out.removesuffix("\n"))
     assert err == "stopped\n"
+
+
+@pytest.mark.parametrize("make", [lambda model: model, four_bit])
+def test_active_adapters_are_merged_for_many_tokens_unless_the_weights_are_large(make):
+    model = make(tiny_model())
+    assert not is_faster_merged(model, MERGE_TOKENS)
+    ml.attach(model, ml.LoraConfig(r=2))
+    assert is_faster_merged(model, MERGE_TOKENS)
+    assert not is_faster_merged(model, MERGE_TOKENS - 1)
+    with ml.disable_adapter(model):
+        assert not is_faster_merged(model, MERGE_TOKENS)
+    large = nn.Sequential(*(nn.Linear(2**14, out, device="meta") for out in (2**14, 3)))  # one of them has a gibibyte
+    ml.attach(large, ml.LoraConfig(r=1, target_modules=["0", "1"]))
+    assert not is_faster_merged(large, MERGE_TOKENS)

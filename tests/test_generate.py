@@ -15,7 +15,7 @@ from minilora import ConfigError, ShapeError
 from minilora.models.generate import KVCache, _next_logits, evaluating, penalize, probabilities
 from minilora.testing.compare import assert_maths, assert_precision
 from tests import models
-from tests.models import SIZES, examples, families, long, randn, randomize_adapters_, seeds, tiny_model, token_ids
+from tests.models import SIZES, examples, families, long, randn, seeds, tiny_model, token_ids
 
 V = SIZES["vocab_size"]
 few = examples(0.2)
@@ -62,23 +62,6 @@ def test_a_row_that_has_ended_is_computed_no_more(seed, lengths, stop_ids):
     calls = [min(len(new) + 1, NEW) for new in written]  # the last one of some gives the token that ends them
     given = [length if n == 0 else 1 for length, end in zip(lengths, calls, strict=True) for n in range(end)]
     assert sum(counts) == sum(given)
-
-
-@pytest.mark.parametrize("family", [*long("llama", "llama-dynamic"), "mistral"])
-@few
-@given(seeds, st.lists(st.sampled_from([None, "linears", "head"]), min_size=1, max_size=4), st.data())
-def test_rows_have_each_their_adapter_also_when_some_have_ended(family, seed, names, data):
-    model = tiny_model(family, seed)
-    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=3), "linears", dtype=torch.float64)
-    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=5, target_modules=["lm_head"]), "head", dtype=torch.float64)
-    randomize_adapters_(model, seed)
-    prompts = prompts_of(seed, data.draw(st.lists(st.integers(1, 9), min_size=len(names), max_size=len(names))))
-    settings = {"stop_ids": data.draw(st.sets(st.integers(0, V - 1), max_size=9))}
-    with ml.mixed_batch(model, names):
-        mixed = ml.generate(model, prompts, NEW, **settings)
-    for name, prompt, new in zip(names, prompts, mixed, strict=True):
-        ml.set_adapter(model, [name] if name else [])
-        assert new == ml.generate(model, [prompt], NEW, **settings)[0]
 
 
 def test_generation_makes_no_gradients_and_no_changes_and_continues_equal_prompts_in_different_ways():

@@ -178,7 +178,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Fold the active adapters into the weights inside the block.
 
     The model computes as fast as without adapters, and holds the adapted weights twice. Afterwards it is bit for bit as
-    it was: the bases were kept, and nothing is subtracted. Adapters that were attached inside the block are lost.
+    it was: the bases were kept, and nothing is subtracted. Adapters that were attached inside the block are lost. No
+    other thread may use the model meanwhile.
 
     Raises:
         TargetError: there is no adapter, or a wrapper has hooks.

@@ -49,21 +49,15 @@ class TrainedCopy(AdapterWrapper):
         return {key: p for key, p in self.adapters[name].named_parameters() if key in self.own[name]}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the active copy, or the base; in a mixed batch the first argument and the result are tensors of rows."""
-        if self.mixed is None and self.active:
-            return self._call_copy(self.active[-1], *args, **kwargs)
-        y = self.base(*args, **kwargs)
-        for names, rows in self.mixed.groups(args[0]) if self.mixed is not None else ():
-            for name in (name for name in names if name in self.configs):
-                y = y.index_copy(0, rows, self._call_copy(name, args[0][rows], *args[1:], **kwargs))
-        return y
+        """Call the active copy, or the base."""
+        if not self.active:
+            return self.base(*args, **kwargs)
+        name = self.active[-1]
+        shared = dict(get_base_layer(self.base).named_parameters())
+        return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
 
     def merged(self) -> nn.Module:
         return shallow_copy(self.current(), self._in_dtype_of_base(self.active[-1]))
-
-    def _call_copy(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        shared = dict(get_base_layer(self.base).named_parameters())
-        return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
 
     def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
         base = get_base_layer(self.base)
@@ -121,15 +115,8 @@ class TokenRows(AdapterWrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map indices (...) -> (..., D) as an embedding, or (..., D) -> (..., V) as a head."""
-        y = self.base(x)
-        if self.mixed is None:
-            return self._replace_rows(x, y, self.active)
-        for names, rows in self.mixed.groups(x):
-            y = y.index_copy(0, rows, self._replace_rows(x[rows], y[rows], names))
-        return y
-
-    def _replace_rows(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
-        for adapter in (self.adapters[name] for name in names if name in self.configs):
+        y: Tensor = self.base(x)
+        for adapter in (self.adapters[name] for name in self.active):
             if isinstance(get_base_layer(self.base), nn.Linear):
                 bias = None if self.base.bias is None else self.base.bias[adapter.ids].to(x.dtype)
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))

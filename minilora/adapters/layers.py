@@ -232,9 +232,7 @@ class AdapterParameters(AdapterWrapper):
         return changed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with the changed parameters; a call has one set of them, so no batch can be mixed."""
-        if self.mixed is not None:
-            raise TargetError(f"{self.path}: target_parameters cannot be mixed in one batch")
+        """Call the module with the changed parameters."""
         return functional_call(self.base, self.changed_parameters(), args, kwargs)
 
     def merged(self) -> nn.Module:

@@ -16,7 +16,6 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
-from minilora.adapters.serve import hotswap_adapter
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import PARITY, assert_parity, assert_precision, relative
 from tests.files import save_file
@@ -34,7 +33,6 @@ from tests.parity.test_family import (
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
-hotswap = pytest.importorskip("peft.utils.hotswap")
 
 IDS = token_ids(3, 2, 7)
 REVERSED = {"self_attn.q_proj": 3, "layers.0.self_attn.q_proj": 1}
@@ -79,28 +77,6 @@ def test_overlapping_patterns_survive_the_file(tmp_path):
     ml.save_adapter(ours, tmp_path / "ours")
     assert scales(loaded(tmp_path / "ours")) == scales(ours)
     assert layer_of(theirs_loading(tmp_path / "ours")).scaling["default"] == 3 / 3
-
-
-def test_a_swapped_adapter_has_the_scales_of_its_patterns(tmp_path):
-    fields = {"rank_pattern": {"q_proj": 6}}
-    saved_by_peft(tmp_path, **fields)
-    theirs = theirs_attached(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"])
-    hotswap.hotswap_adapter(theirs, tmp_path, adapter_name="default", torch_device="cpu")
-    expected = theirs_loading(tmp_path)
-    assert (layer_of(theirs).scaling["default"], layer_of(expected).scaling["default"]) == (21 / 3, 21 / 6)
-    ours = with_adapter(seed=5, **fields)
-    hotswap_adapter(ours, tmp_path)
-    assert_parity(logits(ours), logits(expected))
-
-
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_all_that_an_adapter_has_is_swapped(fields, tmp_path):
-    theirs = saved_by_peft(tmp_path, **fields)
-    with pytest.raises(KeyError):
-        hotswap.hotswap_adapter(copy.deepcopy(theirs), tmp_path, adapter_name="default", torch_device="cpu")
-    ours = with_adapter(seed=5, **fields)
-    hotswap_adapter(ours, tmp_path)
-    assert_parity(logits(ours), logits(theirs))
 
 
 def test_a_float32_adapter_keeps_its_digits_on_a_bfloat16_base(tmp_path):
