@@ -21,6 +21,7 @@ from minilora.runs.inputs import load_classes, load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.reports import Meter
 from minilora.runs.seeded import set_dropout_step
+from minilora.runs.tracking import Tracker
 from minilora.tools.publish import push_to_hub
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ShapeError",
     "TargetError",
     "Tokenizer",
+    "Tracker",
     "TrainConfig",
     "TrainResult",
     "TrainingError",

@@ -30,7 +30,8 @@ PARTS = {
         combine_adapters CombineConfig count_parameters push_to_hub
     """,
     "Data and training": """
-        load_dataset load_classes Dataset Example DataConfig train TrainConfig TrainResult Meter set_dropout_step
+        load_dataset load_classes Dataset Example DataConfig train TrainConfig TrainResult Meter Tracker
+        set_dropout_step
     """,
     "Kernels": "plain kernels",
     "Errors": "MiniloraError ConfigError DataError FormatError ShapeError TargetError TrainingError",

@@ -53,7 +53,7 @@ ADVICE = {  # for flags of these tools that have no counterpart among the flags
     **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
     "do_sample": "use a --temperature above 0",
     **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
-    **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "there is none; use --report tensorboard"),
+    **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "use --report wandb"),
     **dict.fromkeys(("compile", "torch_compile"), "there is none: compiling did not make a step faster"),
     "logging_dir": "there is none: --report tensorboard writes to the directory of --out",
     **dict.fromkeys(

@@ -180,8 +180,8 @@ class RunConfig:
     add_tokens: tuple[str, ...] = option(
         (), "new tokens of the tokenizer; their embeddings are trained with the adapter", "data"
     )
-    report: Literal["none", "tensorboard"] = option(
-        "none", "also write the metrics for tensorboard, into OUT/tensorboard", WATCHING
+    report: Literal["none", "tensorboard", "trackio", "wandb"] = option(
+        "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", WATCHING
     )
     samples: int = option(
         2, "held-out prompts to answer at each evaluation and, by base and result, at the end", WATCHING
@@ -223,8 +223,8 @@ def check_settings(
     if base.unit not in (None, unit):
         wanted = next(name for name, unit in UNITS.items() if unit == base.unit)
         raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
-    if run.report == "tensorboard" and find_spec("tensorboard") is None:
-        raise ConfigError("--report tensorboard needs the package tensorboard: pip install 'minilora[tensorboard]'")
+    if run.report != "none" and find_spec(run.report) is None:
+        raise ConfigError(f"--report {run.report} needs the package {run.report}: pip install {run.report}")
     if unit and run.general_data not in (BUILTIN, "none"):
         raise ConfigError("--general-data: without effect on a classifier; leave it out")
     if quantization.quantize == "none" and quantization != QuantizeConfig():

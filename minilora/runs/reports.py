@@ -1,4 +1,4 @@
-"""Reports of a run: progress on standard error, reading metrics.jsonl and run.json, and records for TensorBoard.
+"""Reports of a run: progress on standard error; reading metrics.jsonl and run.json.
 
 {"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      a line of metrics.jsonl for a step
 {"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation
@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import unicodedata
 from datetime import datetime, timedelta
@@ -24,13 +23,6 @@ from minilora.runs.memory import amount
 from minilora.storage import RECORDS_BYTES, parse_json, read_json, read_text
 
 BAR = 12  # characters
-SCALARS = {  # keys of a record, and their names in TensorBoard
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "tokens_per_second": "train/tokens_per_second",
-    "eval_loss": "eval/loss",
-}
 
 
 class Meter:
@@ -172,31 +164,3 @@ def read_run_record(path: Path) -> RunRecord:
         need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
         raise FormatError(f"{path}: need {need}; give another --out") from error
     return RunRecord(config, inputs, data, starts)
-
-
-class TensorBoard:
-    """Write each record of a run into a directory for `tensorboard --logdir`, at once, so that a crash loses none.
-
-    Event files of earlier starts stay in it; what they hold of steps after `step`, from which the run is resumed, is no
-    longer shown.
-    """
-
-    def __init__(self, directory: Path, step: int = 0):
-        from torch.utils.tensorboard import SummaryWriter  # the extra `tensorboard`; see `check_settings`
-
-        self.writer = SummaryWriter(str(directory), purge_step=step + 1)
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        """Write a record's numbers as scalars, and each {"prompt", "text"} of its "samples" as a text."""
-        step = record["step"]
-        for key, tag in SCALARS.items():
-            if record.get(key) is not None:  # as in a step that was skipped
-                self.writer.add_scalar(tag, record[key], step)
-        for i, sample in enumerate(record.get("samples", ()), start=1):
-            # every line is indented, blank ones, too, so that nothing acts as markup
-            blocks = {name: textwrap.indent(sample[name], "    ", lambda line: True) for name in ("prompt", "text")}
-            self.writer.add_text(f"samples/{i}", "\n\n".join(f"{name}:\n\n{b}" for name, b in blocks.items()), step)
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()

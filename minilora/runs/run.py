@@ -61,9 +61,10 @@ from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, choose_plan
 from minilora.runs.objective import start_losses
-from minilora.runs.reports import TensorBoard, read_records, read_run_record
+from minilora.runs.reports import read_records, read_run_record
 from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan, Shard
+from minilora.runs.tracking import Tracker
 from minilora.storage import MODEL_FILES
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
@@ -108,7 +109,7 @@ class Run:
         self.earlier = Earlier()
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
         self.shard: Shard = "none"
-        self.board: TensorBoard | None = None
+        self.tracker: Tracker | None = None
         self.lock_file: TextIO | None = None
         check_settings(run, quantization, lora, training, self.base_config)
 
@@ -178,7 +179,7 @@ class Run:
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory."""
-        for file in (self.board, self.lock_file):
+        for file in (self.tracker, self.lock_file):
             if file:
                 file.close()
 
@@ -297,8 +298,8 @@ class Run:
             "starts": [*self.earlier.starts, start],
         }
         write_json(self.out / "run.json", record)
-        if self.config.report == "tensorboard":
-            self.board = TensorBoard(self.out / "tensorboard", step)
+        if self.config.report != "none":
+            self.tracker = Tracker(self.config.report, self.out, self.resolved, step)
         metrics = self.out / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
         left = [without_nan(record) for record in records if record["step"] <= step]
@@ -307,9 +308,10 @@ class Run:
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
         if world.is_first() and ("eval_loss" in record or record["step"] % self.training.logging_steps == 0):
-            append_line(self.out / "metrics.jsonl", {k: v for k, v in record.items() if k != "total_steps"})
-            if self.board:
-                self.board(record)
+            line = {key: value for key, value in record.items() if key != "total_steps"}
+            append_line(self.out / "metrics.jsonl", line)
+            if self.tracker:
+                self.tracker(line)
 
     def finish(
         self,
