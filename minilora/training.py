@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minilora.data import Batch
+from minilora.definition import definition
 from minilora.errors import DataError
 from minilora.llama import Checkpointing, cross_entropy
 
@@ -59,7 +60,7 @@ def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
 class Step(NamedTuple):  # reading its tensors waits for the device
     loss: Tensor
     grad_norm: Tensor  # before clipping
-    labelled: int  # losses that were counted
+    num_losses: int  # that the mean is over
 
 
 def train_step(
@@ -68,41 +69,59 @@ def train_step(
     batches: Iterable[Any],
     loss: Loss = token_loss,
     max_grad_norm: float = 1.0,
-    reduce: Callable[[list[Tensor], int], int] = lambda tensors, count: count,
 ) -> Step:
-    """Make one optimizer step on the mean loss of some micro-batches.
+    """Make one optimizer step on the mean loss of some micro-batches."""
+    total, count = accumulate(model, optimizer, batches, loss)
+    return update(optimizer, total, count, max_grad_norm)
 
-    The gradient is clipped to `max_grad_norm`, unless that is 0. If it is not finite, the weights stay unchanged. Where
-    processes share a step, `reduce` sums tensors over them in place, and returns the sum of their counts.
+
+def accumulate(model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], loss: Loss) -> tuple[Tensor, int]:
+    """Add up the losses of micro-batches, and their gradients in `grad` of the optimizer's parameters.
+
+    Returns the sum of the losses, and their number.
     """
     model.train()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # not None, where the loss does not use a parameter
+        parameter.grad = torch.zeros_like(parameter)  # not None, where the loss does not use it
     total, count = torch.zeros((), device=parameters[0].device), 0
     for batch in batches:
         part, number = loss(model, batch)
         part.backward()  # adds to the gradients
         total, count = total + part.detach().sum(), count + number
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    count = reduce([*gradients, total], count)
+    return total, count
+
+
+@definition
+def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float) -> Step:
+    """Divide the sum of losses and its gradients by their number, clip the gradients, and step.
+
+    g ← g · min(1, max_grad_norm / ‖g‖), ‖g‖ over all parameters; with 0 for `max_grad_norm` g stays as it is. If the
+    loss or the norm is not finite, the parameters stay unchanged.
+
+    Raises:
+        DataError: there are no losses.
+    """
     if not count:
         raise DataError("the loss counts nothing in the rows of a step")
-    torch._foreach_div_([*gradients, total], count)
-    norm = total_norm(gradients)
-    is_finite = total.isfinite() & norm.isfinite()
-    if max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: not at all
-    if optimizer.defaults.get("fused") and norm.device.type != "mps":  # its kernel skips the step, without waiting
-        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    parameters = parameters_of(optimizer)
+    for parameter in parameters:
+        parameter.grad /= count
+    mean, norm = total / count, total_norm([parameter.grad for parameter in parameters])
+    if mean.isfinite() and norm.isfinite():
+        if max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         optimizer.step()
-    elif is_finite:
-        optimizer.step()
-    return Step(total, norm, count)
+    return Step(mean, norm, count)
 
 
-def total_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
-    """Compute the norm of all numbers of some tensors, of which all or none are sharded."""
-    split = [[t] if hasattr(t, "full_tensor") else t.flatten().split(NORM_CHUNK) for t in tensors]
-    norm: Any = torch.nn.utils.get_total_norm([part for parts in split for part in parts], p)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def parameters_of(optimizer: Optimizer) -> list[Any]:
+    """Return the parameters that an optimizer steps, of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@definition
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute the norm of all numbers of some tensors, √Σ x², from those of chunks."""
+    chunks = [chunk for tensor in tensors for chunk in tensor.flatten().split(NORM_CHUNK)]
+    return torch.nn.utils.get_total_norm(chunks)

@@ -175,8 +175,15 @@ def cross_entropy(c):
     c.call = call
 
 
+def total_norm(c):
+    """Of tensors that are whole; those that FSDP divides are in test_shard.py."""
+    for _ in range(c.of(1, 3)):
+        c.leaf(*c.rows(), c.size(40), is_fixed=True)
+    c.call = lambda function, *leaves: function(leaves)
+
+
 DIFFERENTIABLE = [lora_linear, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
-EXACT = [quantize, dequantize]
+EXACT = [quantize, dequantize, total_norm]
 TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm)}
 each = pytest.mark.parametrize("name", TABLE)
 each_differentiable = pytest.mark.parametrize("name", [case.__name__ for case in DIFFERENTIABLE])
@@ -222,7 +229,7 @@ def assert_exact(ours, theirs):
 
 
 def test_every_kernel_is_in_the_table():
-    assert sorted(TABLE) == sorted(ml.kernels())
+    assert sorted([*TABLE, "update"]) == sorted(ml.kernels())  # update: test_loop.py
 
 
 @each

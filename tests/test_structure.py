@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minilora"
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 PAGES = ("nf4", "lora", "llama", "adapter", "data", "training")  # the order in which they may import each other
-PAGES_LINES = 1300  # of all six, at most
+PAGES_LINES = 1420  # of all six, at most
 ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 
 # part, a folder or file -> the parts that it may import besides itself, `errors` and `definition`

@@ -20,7 +20,7 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.classifier import Classifier
 from minilora.models.generate import exclusive_training
-from minilora.models.shard import held_bytes, is_sharded
+from minilora.models.shard import held_bytes, is_sharded, whole
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of, sizes_of
@@ -39,7 +39,7 @@ from minilora.runs.objective import (
 from minilora.runs.seeded import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
 from minilora.runs.sizes import Plan
 from minilora.storage import is_finite
-from minilora.training import Loss, total_norm, train_step
+from minilora.training import Loss, accumulate, parameters_of, total_norm, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
@@ -276,14 +276,14 @@ def _step(run: _Job, step: int, batches: list[MicroBatch]) -> tuple[Record, list
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     own_tokens = run.objective.tokens([batch.rows for batch in batches if batch.is_counted])
-    done = train_step(
-        model, run.optimizer, seeded(model, batches, config.seed), run.loss, config.max_grad_norm, _add_over_ranks
-    )
-    tokens, unknown = world.sum_over_ranks(own_tokens or 0, own_tokens is None)
+    total, count = accumulate(model, run.optimizer, seeded(model, batches, config.seed), run.loss)
+    world.all_reduce_([*(parameter.grad for parameter in parameters_of(run.optimizer)), total])
+    count, tokens, unknown = map(int, world.sum_over_ranks(count, own_tokens or 0, own_tokens is None))
+    done = update(run.optimizer, total, count, config.max_grad_norm)
     weight_norm = total_norm([p.detach() for p in trained.values()])
     states = {name: run.optimizer.state[p] for name, p in trained.items()}  # infinite squares would stop learning
     moments = {f"the second moment of {name}": held["exp_avg_sq"] for name, held in states.items() if held}
-    largest_moment = total_norm([*moments.values()], math.inf).to(weight_norm)
+    largest_moment = whole(torch.nn.utils.get_total_norm([*moments.values()], math.inf)).to(weight_norm)
     upcoming = run.batches(step + 1)
     norms = torch.stack([done.loss, done.grad_norm, weight_norm, largest_moment])
     loss, grad_norm, weight, moment = norms.tolist()  # waits for the device
@@ -292,7 +292,7 @@ def _step(run: _Job, step: int, batches: list[MicroBatch]) -> tuple[Record, list
         "loss": loss,
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "tokens": done.labelled if unknown else int(tokens),
+        "tokens": count if unknown else tokens,
         "peak_memory_bytes": peak_memory_bytes(norms.device),
     }
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -307,12 +307,6 @@ def _step(run: _Job, step: int, batches: list[MicroBatch]) -> tuple[Record, list
         bad = next((name for name, tensor in tensors if not is_finite(tensor)), "the norm of the weights")
         raise TrainingError(f"step {step + 1}: {bad} is not finite after it; rows: {_sources(run, step)}; {ADVICE}")
     return record, upcoming
-
-
-def _add_over_ranks(tensors: list[Tensor], count: int) -> int:
-    """Sum the gradients and the loss over the ranks in place; return the sum of their counts."""
-    world.all_reduce_(tensors)
-    return int(world.sum_over_ranks(count)[0])
 
 
 def _first_nonfinite(run: _Job, step: int, batches: Sequence[MicroBatch]) -> str:

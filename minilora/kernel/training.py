@@ -1,0 +1,40 @@
+"""The end of a step without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from minilora import training
+from minilora.definition import kernel
+from minilora.training import Step, parameters_of
+
+
+@kernel(of=training.update)
+def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float) -> Step:
+    """Let the fused optimizer find out on the device whether to step: it reads `found_inf`."""
+    if not count or not optimizer.defaults.get("fused") or total.device.type == "mps":  # where it is not read
+        return training.update.function(optimizer, total, count, max_grad_norm)
+    parameters = parameters_of(optimizer)
+    gradients = [parameter.grad for parameter in parameters]
+    torch._foreach_div_([*gradients, total], count)
+    norm = training.total_norm(gradients)
+    is_finite = total.isfinite() & norm.isfinite()
+    if max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: not at all
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return Step(total, norm, count)
+
+
+@kernel(of=training.total_norm)
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute the norm of tensors that FSDP has divided among processes, of which each holds only its rows."""
+    if not all(hasattr(tensor, "full_tensor") for tensor in tensors):
+        return training.total_norm.function(tensors)
+    norm: Any = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor()
