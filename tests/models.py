@@ -96,7 +96,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "PiSSA by DoRA": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
     "randomized PiSSA": {"init_lora_weights": "pissa_niter_2", "rank_pattern": {"o_proj": 2}},
-    "OLoRA": {"init_lora_weights": "olora", "alpha_pattern": {"o_proj": 5}},
 }
 
 

@@ -11,12 +11,23 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter, linear_layers, merged
 from minilora.llama import Llama
+from minilora.lora import LoraAdapter
 from minilora.models.config import ModelConfig
-from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests import models
 from tests.files import same_state
-from tests.models import CONFIGS, WHOLE, bases, four_bit, randomize_adapters_, scales, seeds, tiny_model, token_ids
+from tests.models import (
+    CONFIGS,
+    WHOLE,
+    bases,
+    four_bit,
+    randn,
+    randomize_adapters_,
+    scales,
+    seeds,
+    tiny_model,
+    token_ids,
+)
 
 families = st.sampled_from(sorted(models.FAMILIES))
 IDS = token_ids(3, 2, 7)
@@ -161,18 +172,6 @@ def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     delete_adapter(model, "default")
     same_state(model, before)
     assert not adapter_layers(model)
-
-
-def test_loftq_puts_four_bits_in_the_place_of_dense_weights_and_makes_up_for_them():
-    model = tiny_model(WHOLE, dtype=torch.float32)
-    before = model(IDS)
-    ml.attach(model, ml.LoraConfig(r=8, lora_alpha=24, init_lora_weights="loftq"))
-    assert {type(layer.base) for layer in adapter_layers(model).values()} == {NF4Linear}
-    with ml.disable_adapter(model):
-        rounded = model(IDS)
-    assert 0 < (model(IDS) - before).norm() < 0.8 * (rounded - before).norm()
-    ml.detach(model)
-    assert torch.equal(model(IDS), rounded)
 
 
 @models.examples(0.2)
@@ -322,20 +321,55 @@ def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_save
 
 
 @pytest.mark.parametrize(
-    ("first", "config", "said"),
+    ("config", "said"),
     [
-        ({}, {"target_modules": ("embed_tokens",), "lora_bias": True}, "embed_tokens: lora_bias is not for embeddings"),
-        ({}, {"target_parameters": ("up_proj.weight",), "target_modules": (), "bias": "all"}, "its bias cannot be"),
-        ({"target_modules": ("up_proj",)}, {"init_lora_weights": "loftq"}, "its weight cannot be replaced"),
+        ({"target_modules": ("embed_tokens",), "lora_bias": True}, "embed_tokens: lora_bias is not for embeddings"),
+        ({"target_parameters": ("up_proj.weight",), "target_modules": (), "bias": "all"}, "its bias cannot be"),
     ],
 )
-def test_what_one_module_cannot_have_at_once_is_refused_and_changes_nothing(first, config, said):
+def test_what_one_module_cannot_have_at_once_is_refused_and_changes_nothing(config, said):
     model = tiny_model(WHOLE)
-    if first:
-        ml.attach(model, ml.LoraConfig(r=2, **first))
     before = copy.deepcopy(model)
     with pytest.raises((ml.ConfigError, ml.TargetError), match=said):
         ml.attach(model, ml.LoraConfig(r=2, **config), name="second")
+    same_state(model, before)
+
+
+@given(seeds, scales, bases, st.booleans(), st.booleans())
+def test_factors_that_are_given_are_a_part_of_the_weight_that_will_be_trained(seed, scale, base, has_b, use_dora):
+    """Where B is 0 the adapter is a plain one; modules without given factors start as the config says."""
+    model, path = base(tiny_model(seed=seed)), "model.layers.0.mlp.up_proj"
+    before, logits = copy.deepcopy(model), model(IDS)
+    A, B = randn(seed, 3, 24), randn(seed + 1, 40, 3) * has_b
+    config = ml.LoraConfig(r=3, lora_alpha=3 * scale, use_dora=use_dora)
+    ml.attach(model, config, dtype=torch.float64, start={path: (A, B)})
+    assert_maths(model(IDS), logits)
+    layers = adapter_layers(model)
+    adapter = layers[path].adapters["default"]
+    assert torch.equal(adapter.lora_A, A)
+    assert torch.equal(adapter.lora_B, B)
+    assert (type(adapter) is LoraAdapter) != has_b
+    assert all(type(layers[other].adapters["default"]) is LoraAdapter for other in layers.keys() - {path})
+    with torch.no_grad():
+        adapter.lora_B.add_(1)
+    if not use_dora:
+        assert_maths(layers[path].merged_weight(), layers[path].base.weight + scale * torch.ones_like(B) @ A)
+    ml.detach(model)
+    same_state(model, before)
+
+
+@pytest.mark.parametrize(
+    ("path", "shapes", "said"),
+    [
+        ("lm_head", ((3, 24), (61, 3)), r"start: \['lm_head'\] are not among the modules that get an adapter"),
+        ("model.layers.0.mlp.up_proj", ((2, 24), (40, 2)), r"up_proj: start has A \(2, 24\) .*, need A \(3, 24\)"),
+    ],
+)
+def test_factors_that_fit_no_module_are_refused_and_change_nothing(path, shapes, said):
+    model = tiny_model()
+    before = copy.deepcopy(model)
+    with pytest.raises((ml.TargetError, ml.ShapeError), match=said):
+        ml.attach(model, ml.LoraConfig(r=3), start={path: [torch.ones(shape) for shape in shapes]})
     same_state(model, before)
 
 

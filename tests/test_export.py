@@ -141,15 +141,14 @@ def test_what_no_a_and_b_can_say_is_refused_by_name_with_the_way_out(tmp_path, f
     assert not (tmp_path / "plain").exists()
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_that_lies_in_the_base_is_refused_unless_it_is_converted(tmp_path, init):
-    model, _ = exported(tmp_path, init_lora_weights=init, target_modules=("q_proj",))
+def test_a_start_that_lies_in_the_base_is_refused_unless_it_is_converted(tmp_path):
+    model, _ = exported(tmp_path, init_lora_weights="pissa", target_modules=("q_proj",))
     again = tiny_model(dtype=torch.float32)
     ml.load_adapter(again, tmp_path / "plain")  # saving has made it plain
     ids = torch.arange(9)[None]
     assert_parity(again(ids), model(ids))
-    edit(tmp_path / "first", init_lora_weights=init)
-    with pytest.raises(ml.ConfigError, match=init):
+    edit(tmp_path / "first", init_lora_weights="pissa")
+    with pytest.raises(ml.ConfigError, match="pissa"):
         export_adapter(tmp_path / "first", tmp_path / "other")
 
 

@@ -117,10 +117,9 @@ def numbers_of_a_file(model):
     return sum(factors ** (kind in ("lora_A", "lora_B")) * p.numel() for kind, p in trained)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_what_began_as_a_part_of_the_weights_is_a_plain_adapter_of_twice_the_rank(tmp_path, init):
+def test_what_began_as_a_part_of_the_weights_is_a_plain_adapter_of_twice_the_rank(tmp_path):
     model = tiny_model(dtype=torch.float32)
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, init_lora_weights=init))
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, init_lora_weights="pissa"))
     train_a_little(model, IDS)
     ml.save_adapter(model, tmp_path)
     values, tensors = json.loads((tmp_path / CONFIG_FILE).read_text()), tensors_of(tmp_path)
@@ -245,7 +244,7 @@ NOT_IN_THE_TENSORS = {
     "modules_to_save": (["lm_head"], "lm_head", [r"lm_.*"]),
     "trainable_token_indices": ([3, 4], [-1], {"embed_tokens": "3"}),
     "target_parameters": ([r"up_proj\.(weight)"], "up_proj.weight"),
-    "init_lora_weights": ("pissa_niter_4", "corda"),
+    "init_lora_weights": ("pissa_niter_4", "corda", "lora_ga", "loftq"),
     "alpha_pattern": ({r"([a-z0-9_.]+)+!": 3},),
     "rank_pattern": (["q_proj"],),
     "r": ("many",),
@@ -379,6 +378,13 @@ def test_rows_of_other_tokens_than_the_config_s_are_refused(tmp_path, wanted):
     edit(tmp_path, trainable_token_indices=wanted)
     with pytest.raises(ml.MiniloraError, match=r"embed_tokens|trainable_token_indices"):
         ml.load_adapter(small_model(), tmp_path)
+
+
+@pytest.mark.parametrize("init", [False, "orthogonal", "eva"])
+def test_start_values_that_leave_the_weights_alone_do_not_matter_to_a_loaded_adapter(tmp_path, init):
+    model = saved(tmp_path)
+    edit(tmp_path, init_lora_weights=init, eva_config={"rho": 2.0} if init == "eva" else None)
+    assert torch.equal(loaded(tmp_path)(IDS), model(IDS))
 
 
 def test_where_only_some_layers_have_a_start_each_is_written_with_its_own_rank_and_scale(tmp_path):

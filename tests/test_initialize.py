@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
 from minilora.adapter import attach_lora, lora_tensors
 from minilora.adapters import initialize
-from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors, loftq_factors
-from minilora.nf4 import NF4Linear
+from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
 from minilora.testing.compare import assert_maths, relative
 from tests.models import best_of_rank, default_dtype, generator, randn, scales, seeds, sizes, tiny_model
 
@@ -177,33 +176,9 @@ def test_factors_of_a_bfloat16_weight_are_as_good_as_in_float32_and_keep_nothing
         assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
 
-@pytest.mark.parametrize("kind", [*MOVED, "loftq"])
+@pytest.mark.parametrize("kind", MOVED)
 def test_a_rank_that_a_weight_has_not_is_refused_and_a_weight_that_is_not_finite(kind):
-    make = loftq_factors if kind == "loftq" else lambda *sizes: factors_from_weight(kind, *sizes, generator())
     with pytest.raises(ConfigError, match=f"{kind} can give a weight of 4 x 9 at most rank 4; found r = 5"):
-        make(randn(0, 4, 9), 5, 2.0)
+        factors_from_weight(kind, randn(0, 4, 9), 5, 2.0, generator())
     with pytest.raises(TrainingError, match="not finite"):
-        make(randn(0, 4, 9) * float("nan"), 2, 2.0)
-
-
-@given(seeds, st.integers(1, 40), st.integers(2, 20), sizes, scales)
-def test_loftq_leaves_of_the_rounding_only_what_its_rank_cannot_say(seed, inner, outer, r, scale):
-    assume(r <= min(inner, outer))
-    weight = randn(seed, outer, inner)
-    lora_A, lora_B, base = loftq_factors(weight, r, scale)
-    Q = NF4Linear.quantize(weight)
-    assert torch.equal(base.weight, Q.weight)
-    rounding = weight - Q.weight
-    best, S = best_of_rank(rounding, r)
-    assert_maths(scale * lora_B @ lora_A, best)
-    left = torch.linalg.matrix_norm(rounding - scale * lora_B @ lora_A).item()
-    assert left <= torch.linalg.matrix_norm(rounding).item()
-    assert left == pytest.approx(np.linalg.norm(S[r:]), rel=1e-9, abs=1e-9 * S[0])
-
-
-def test_loftq_s_base_computes_in_the_weight_s_dtype_with_its_bias_and_what_that_rounds_is_made_good():
-    weight, bias = randn(0, 24, 64, dtype=torch.bfloat16), randn(1, 24, dtype=torch.bfloat16)
-    lora_A, lora_B, base = loftq_factors(weight, 24, 2.0, bias=bias)
-    assert base.dtype == base.layout.dtype == torch.bfloat16
-    assert torch.equal(base.bias, bias)
-    assert relative(base.weight + 2.0 * lora_B @ lora_A, weight, 2e-6) < 1
+        factors_from_weight(kind, randn(0, 4, 9) * float("nan"), 2, 2.0, generator())

@@ -151,7 +151,7 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
 @matrix(
     5,
     dtype=(torch.float32, torch.bfloat16),
-    init=(True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"),
+    init=(True, "gaussian", "orthogonal", "pissa", "pissa_niter_2"),
     kind=LAYERS,
     use_dora=(False, True),
     _kernels=KERNELS,
@@ -178,7 +178,7 @@ def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, 
     assert any(factor.grad.any() for factor in (adapter.lora_A, adapter.lora_B))
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora", "loftq", True])
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", True])
 def test_start_values_and_a_rank_that_a_convolution_in_groups_cannot_have_are_refused(init):
     model = nn.ModuleDict({"layer": place("conv2d", 0, 4, 4, groups=2).layer.base})
     r, said = (3, "2 groups needs a rank that they divide, found r 3") if init is True else (2, init)

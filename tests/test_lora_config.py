@@ -1,10 +1,12 @@
 import dataclasses
+import re
 import time
 
 import pytest
 
 from minilora import ConfigError, LoraConfig, TargetError
 from minilora.adapters.config import is_target, select_parameters, select_saved, select_targets
+from minilora.errors import in_recipe
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]
@@ -169,6 +171,13 @@ def test_all_bad_values_are_told_at_once():
     named = ("r is 0", "lora_alpha is -1", "lora_dropout is 1.0", "'pizza'", "rank_pattern['('] is 0", "regular")
     for words in (*named, "trainable_token_indices is (-1,)", "alpha_pattern['up'] is 1000"):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "olora", "loftq"])
+def test_start_values_that_are_recipes_are_refused_with_the_recipe_s_place(init):
+    recipe = "starts_from_weights" if init in ("olora", "loftq") else "starts_from_data"
+    with pytest.raises(ConfigError, match=rf"accepted are \[True, .*; {re.escape(in_recipe(recipe))}$"):
+        LoraConfig(init_lora_weights=init)
 
 
 def test_every_field_of_another_type_is_named():

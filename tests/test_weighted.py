@@ -22,7 +22,7 @@ from tests.files import edit, save_file, write_adapter
 from tests.models import four_bit, randn, seeds, tiny_model
 
 weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
-starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa", "olora"])
+starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa"])
 
 
 def add(model, name, seed=1, **config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from minilora import adapter
 from minilora.adapter import activate, adapter_layers, base_modules, layers_of, replace_modules, require_layers, walk
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
-from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.initialize import initial_factors
 from minilora.adapters.parts import (
     LINEARS,
@@ -24,7 +23,6 @@ from minilora.adapters.parts import (
     build_adapter,
     build_specs,
     check_specs,
-    data_specs,
     find_targets,
     has_hooks,
     low_rank_spec,
@@ -46,11 +44,11 @@ def attach(
     name: str = "default",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    losses: Iterable[Tensor] = (),
+    start: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
 
-    The new adapter changes nothing until it is trained, except with the start values False and "loftq".
+    The new adapter changes nothing until it is trained, except with the start values False.
 
     Args:
         model: any module; its modules are replaced in place.
@@ -58,20 +56,23 @@ def attach(
         name: the adapter's name; several can be attached under different names.
         seed: of the generator that draws start values.
         dtype: of the new parameters.
-        losses: losses of the model, for start values from data; each is computed when it is asked for.
+        start: path of a module -> the A and B that it starts with, instead of those of `init_lora_weights`; s·B A is
+            taken as a part of the weight, and subtracted from it.
 
     Raises:
-        TargetError: nothing matches a part of `config` (see `select_targets`), or the name cannot be used.
+        TargetError: nothing matches a part of `config` (see `select_targets`), the name cannot be used, or `start` has
+            a path that `config` does not select.
         ConfigError: a layer cannot have these start values.
+        ShapeError: an A or a B of `start` does not fit its module and rank.
     """
     check_types(attach, locals())
     config = replace(config, task_type=config.task_type or getattr(model, "task_type", None))
     modules, generator = base_modules(model), torch.Generator().manual_seed(seed)
     paths = find_targets(modules, config, head_path(model))
-    if config.init_lora_weights in FROM_DATA and not any(p.is_meta for p in model.parameters()):
-        config, factors = data_specs(model, modules, paths, config, losses, generator)
-    else:
-        factors = {path: low_rank_spec(modules[path], path, config, generator) for path in paths}
+    start = start or {}
+    if unknown := sorted(start.keys() - set(paths)):
+        raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
+    factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
     draw = functools.partial(initial_factors, config.init_lora_weights, generator=generator)
     factors |= parameter_specs(modules, config, draw)
     specs = build_specs(modules, config, factors, _path_of(model, "get_input_embeddings"))
@@ -105,7 +106,7 @@ def inject_adapter(
     for path, spec in specs.items():
         if (path, spec.kind) not in known:  # low-rank adapters wrap the base itself, other kinds wrap those
             inner = modules[path] if issubclass(spec.kind, AdapterLinear) else outermost[path]
-            known[path, spec.kind] = spec.kind(spec.base or inner, path)
+            known[path, spec.kind] = spec.kind(inner, path)
             substitutes.append((inner, known[path, spec.kind]))
     replace_modules(model, substitutes)
     for path, spec in sorted(specs.items(), key=lambda item: not item[1].tensors):  # those that share tensors come last

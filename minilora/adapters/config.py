@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError, answers, check_types, document_fields, option
+from minilora.errors import ConfigError, TargetError, answers, check_types, document_fields, in_recipe, option
 from minilora.lora import lora_scale
 
 Bias = Literal["none", "all", "lora_only"]
@@ -24,7 +24,11 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
     "QUESTION_ANS": ("qa_outputs",),
 }
 TASK_HELP = "what the model is for: to write text, or to give a class to texts (SEQ_CLS) or to words (TOKEN_CLS)"
-INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
+INITS = (True, False, "gaussian", "orthogonal", "pissa")
+RECIPES = {  # start values that are recipes
+    **dict.fromkeys(("eva", "corda", "lora_ga"), "starts_from_data"),
+    **dict.fromkeys(("olora", "loftq"), "starts_from_weights"),
+}
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
 NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
@@ -68,9 +72,7 @@ class LoraConfig:
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = option(False, "learn the norm of each row of the weight separately (DoRA)")
     init_lora_weights: bool | str = option(
-        True,
-        "start values: true, gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq from the "
-        "weights; eva, corda or lora_ga from the data",
+        True, "start values: true, gaussian or orthogonal; pissa or pissa_niter_N from the weights"
     )
     bias: Bias = option("none", "train biases, too: all; or lora_only, those of the adapted modules")
     lora_bias: bool = option(False, "give B a bias")
@@ -108,7 +110,8 @@ class LoraConfig:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
         init = self.init_lora_weights
         if init not in INITS and not (isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init)):
-            bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}")
+            elsewhere = f"; {in_recipe(RECIPES[init])}" if init in RECIPES else ""
+            bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}{elsewhere}")
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
         if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):

@@ -2,7 +2,7 @@
 
 With B A = 0 a new adapter changes nothing. If B = 0, A must be nonzero, or no gradient reaches B.
 
-PiSSA and OLoRA move the main part of W into the factors; the rest stays frozen:
+PiSSA moves the main part of W into the factors; the rest stays frozen:
 
     W = W_res + s·B₀ A₀,   y = W_res x + s·B A x
 
@@ -15,7 +15,6 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
     [Rethink]  datta0.github.io/posts/rethink-lora-init
     [PiSSA]    Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs
     [OLoRA]    Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
-    [LoftQ]    Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models
     [Halko]    Halko et al. 2011, Finding Structure with Randomness
 """
 
@@ -30,7 +29,6 @@ from torch import Tensor
 
 from minilora.adapters.config import RANDOM_SVD_INIT
 from minilora.errors import ConfigError, TrainingError
-from minilora.nf4 import Layout, NF4Linear, quantize_weight
 
 OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 
@@ -113,7 +111,7 @@ def factors_from_weight(
 
     "pissa":         s·B A = U_r S_r V_rᵀ, the best of rank r, shared evenly (`balanced`)  [PiSSA eq. 2-4]
     "pissa_niter_N": the same by a randomized SVD with N power iterations (`randomized_svd`)
-    "olora":         B A = Q_r R_r of W = Q R, columns of B orthonormal  [OLoRA alg. 1]
+    "olora":         B A = Q_r R_r of W = Q R, columns of B orthonormal  [OLoRA alg. 1], for files that PEFT wrote
 
     OLoRA's B A is not divided by s, so s times Q_r R_r is subtracted from W, as in PEFT.
 
@@ -135,26 +133,6 @@ def factors_from_weight(
     if found := re.fullmatch(RANDOM_SVD_INIT, kind):
         return balanced(*randomized_svd(W, r, int(found[1]), generator), r=r, scale=scale)
     raise ConfigError(f"init_lora_weights is {kind!r}, accepted are 'pissa', 'pissa_niter_N' and 'olora'")
-
-
-def loftq_factors(weight: Tensor, r: int, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor, NF4Linear]:
-    """Return A, B and the base Q in four bits with double quantization, such that Q + s·B A is near W  [LoftQ alg. 1].
-
-    Q = nf4(W), then s·B A = the best approximation of rank r to W - Q. The paper may repeat both steps; like PEFT, this
-    takes them once.
-
-    Shapes: weight (out, in), bias (out) -> (r, in), (out, r)
-    Dtype: float32, or the weight's if it is wider; the base computes in that of the weight
-    Raises:
-        ConfigError: W has no rank of r.
-        TrainingError: a weight is not finite.
-    """
-    check_rank("loftq", weight.shape, r)
-    W = wide(weight)
-    layout = Layout((W.size(0), W.size(1)), weight.dtype)
-    base = NF4Linear(quantize_weight(W, double_quant=True), layout, bias, weight.dtype)
-    lora_A, lora_B = balanced(*torch.linalg.svd(W - base.weight, full_matrices=False), r=r, scale=scale)
-    return lora_A, lora_B, base
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, *, r: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
 from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
-from minilora.adapters.from_data import data_factors, redistributed
-from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors, loftq_factors
+from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
 from minilora.adapters.layers import (
     CONVOLUTIONS,
     AdapterConv,
@@ -23,9 +22,9 @@ from minilora.adapters.layers import (
     shallow_copy,
     stacked_shapes,
 )
-from minilora.errors import ConfigError, TargetError
+from minilora.errors import ConfigError, ShapeError, TargetError
 from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm
-from minilora.models.shard import is_sharded, whole, whole_weight
+from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
 LINEARS = (AdapterLinear, AdapterConv1D)
@@ -41,12 +40,10 @@ class AdapterSpec(NamedTuple):
     Attributes:
         kind: the class of the wrapper around the module.
         tensors: the tensors that `build_adapter` takes; `attach` copies those that belong to the model.
-        base: a replacement for the module itself, or None.
     """
 
     kind: type[AdapterWrapper]
     tensors: dict[str, Tensor]
-    base: nn.Module | None = None
 
 
 class InitSubtractedAdapter(LoraAdapter):
@@ -126,7 +123,7 @@ def adaptable(modules: Mapping[str, Any]) -> dict[str, type[AdapterLinear]]:
 
 def is_from_weight(init: bool | str) -> bool:
     """Return whether the start values are a part of W, which is subtracted from it."""
-    return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
+    return isinstance(init, str) and init.startswith("pissa")
 
 
 def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
@@ -143,25 +140,25 @@ def target_parameter_names(modules: Mapping[str, Any], config: LoraConfig) -> li
     return select_parameters([f"{path}.{name}".lstrip(".") for path, name in held], config)
 
 
-def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator) -> AdapterSpec:
-    """Return the spec of a new low-rank adapter of one module, with start values drawn or made from its weight."""
+def low_rank_spec(
+    module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator, start: Sequence[Tensor] | None = None
+) -> AdapterSpec:
+    """Return the spec of a new low-rank adapter of one module; `start` are A and B that are given."""
     kind, init, r, scale = kind_of(module), config.init_lora_weights, config.rank(path), config.scale(path)
     assert kind is not None
     shape_A, shape_B = kind.shapes(module, r)
-    base = None
+    is_part_of_weight = is_from_weight(init)
     if config.lora_bias and kind is AdapterEmbedding:
         raise ConfigError(f"{path}: lora_bias is not for embeddings")
-    if isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
+    if start is not None:
+        lora_A, lora_B = start
+        if (lora_A.shape, lora_B.shape) != (shape_A, shape_B):
+            found = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+            raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
+        is_part_of_weight = bool(lora_A.any() and lora_B.any())
+    elif isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
         lora_A, lora_B = initial_factors(True, shape_A, shape_B, generator)
-    elif init == "loftq":
-        if type(module) is not nn.Linear:
-            raise ConfigError(
-                f"{path}: loftq quantizes a dense linear itself, found {type(module).__name__}; leave --quantize out"
-            )
-        if is_sharded(module.weight):
-            raise ConfigError(f"{path}: loftq replaces the weight, which is divided among ranks; give --shard none")
-        lora_A, lora_B, base = loftq_factors(module.weight, r, scale, bias=module.bias)
-    elif is_from_weight(init):
+    elif is_part_of_weight:
         if shape_B[1] != r:
             raise ConfigError(f"{path}: init_lora_weights {init!r} is not defined for a convolution in groups")
         layer = kind(module, path)
@@ -171,37 +168,12 @@ def low_rank_spec(module: nn.Module, path: str, config: LoraConfig, generator: t
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
     else:
         lora_A, lora_B = initial_factors(init, shape_A, shape_B, generator)
-    more = {"lora_bias": torch.zeros(shape_B[0])} if config.lora_bias else {}
-    return AdapterSpec(kind, _start_values(init, lora_A, lora_B) | more, base)
-
-
-def data_specs(
-    model: nn.Module,
-    modules: Mapping[str, Any],
-    paths: Sequence[str],
-    config: LoraConfig,
-    losses: Iterable[Tensor],
-    generator: torch.Generator,
-) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
-    """Return the config and the specs of a new adapter whose start values, and with EVA ranks, come from data."""
-    init = str(config.init_lora_weights)
-    layers: dict[str, AdapterLinear] = {}
-    for path in paths:
-        kind = kind_of(modules[path])
-        if kind is None or kind not in LINEARS:
-            name = type(modules[path]).__name__
-            raise ConfigError(f"{path}: init_lora_weights {init!r} is for linears, found {name}")
-        layers[path] = kind(modules[path], path)
-    factors = data_factors(init, model, layers, config, losses, generator)
-    if init == "eva":
-        config = redistributed(config, {path: len(lora_A) for path, (lora_A, _) in factors.items()})
-    return config, {path: AdapterSpec(type(layers[path]), _start_values(init, *pair)) for path, pair in factors.items()}
-
-
-def _start_values(init: bool | str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
-    """Return A and B and, where they are a part of W, copies of them as the start that is subtracted."""
-    start = {"start_A": lora_A, "start_B": lora_B} if is_from_weight(init) else {}
-    return {"lora_A": lora_A, "lora_B": lora_B, **start}
+    tensors = {"lora_A": lora_A, "lora_B": lora_B}
+    if is_part_of_weight:
+        tensors |= {"start_A": lora_A, "start_B": lora_B}
+    if config.lora_bias:
+        tensors["lora_bias"] = torch.zeros(shape_B[0])
+    return AdapterSpec(kind, tensors)
 
 
 def parameter_specs(
@@ -299,11 +271,8 @@ def check_specs(
     model = modules[""]
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
-    adapted = {layer.path for layer in layers}
     for path, spec in specs.items():
         module = modules[path]
-        if spec.base is not None and path in adapted:
-            raise TargetError(f"{path}: has an adapter already, so its weight cannot be replaced")
         is_own = has_hooks(module) or "forward" in module.__dict__
         if is_own and issubclass(spec.kind, AdapterLinear) and spec.kind is not AdapterEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")

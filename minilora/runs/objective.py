@@ -28,10 +28,9 @@ from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
-from minilora.runs.seeded import Rows, groups, plan_steps
+from minilora.runs.seeded import Rows, groups
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
-START_ROWS = 256  # enough to see directions
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
 UNKNOWN = "the loss itself"  # where no module's output and no gradient is at fault
 EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in PEFT
@@ -121,23 +120,6 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
         learned = [label for label in example.labels if label != IGNORE_INDEX] if example.shift else []
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
-
-
-def start_losses(model: Any, dataset: Sequence[Example], config: TrainConfig) -> Iterator[Tensor]:
-    """Yield the mean losses of a run's first micro-batches, up to `START_ROWS` rows: start values are made from them.
-
-    Each is computed when it is asked for.
-    """
-    check_examples(model, dataset)
-    objective, rows = Objective(config), 0
-    device = next(model.parameters()).device
-    for step in plan_steps(objective.lengths(dataset), config):
-        for batch in step:
-            if rows >= START_ROWS:
-                return
-            total, count = objective(model, objective.batch([dataset[row] for row in batch], device))
-            yield total / count
-            rows += len(batch)
 
 
 def eval_groups(lengths: Sequence[int] | NDArray[Any]) -> Iterator[Rows]:

@@ -28,7 +28,6 @@ import torch
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
-from minilora.adapters.from_data import FROM_DATA
 from minilora.adapters.layout import classes_of, tokenizer_of
 from minilora.definition import is_plain
 from minilora.durable import (
@@ -60,7 +59,6 @@ from minilora.runs.inputs import Data, load_data, load_general
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, choose_plan
-from minilora.runs.objective import start_losses
 from minilora.runs.reports import read_records, read_run_record
 from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan, Shard
@@ -151,8 +149,6 @@ class Run:
         free = checkpoints.bookkeeping(self.training) | {*FREE, *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
             free.add("prompt_style")
-        if self.lora.init_lora_weights in FROM_DATA:
-            free -= {"epochs", "max_steps"}  # the start values are made of rows of all steps
         if different := [key for key in now if key not in free and before.get(key) != now[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
@@ -238,8 +234,7 @@ class Run:
         if self.config.adapter is not None:
             load_adapter(model, self.config.adapter, trainable=True)
         elif not self.is_full:
-            losses = start_losses(model, data.train, self.training)
-            attach(model, self.adapter_config(data), seed=self.training.seed, losses=losses)
+            attach(model, self.adapter_config(data), seed=self.training.seed)
             # decompositions may differ in a bit between devices
             world.broadcast_(checkpoints.trained_tensors(model).values())
 

@@ -1,0 +1,276 @@
+"""EVA, CorDA and LoRA-GA as their papers define them, and as PEFT computes them where it is right."""
+
+import copy
+import dataclasses
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+import minilora as ml
+from minilora.adapter import adapter_layers
+from minilora.adapters.initialize import factors_from_weight
+from minilora.data import collate
+from minilora.testing.compare import assert_parity, relative
+from minilora.training import token_loss
+from recipes.starts_from_data import GAMMA, corda, eva, lora_ga
+from tests.models import WHOLE, best_of_rank, examples, fill_, four_bit, generator, randn, scales, seeds, tiny_model
+from tests.training import random_rows
+
+LINEARS = ("wide", "narrow", "other")
+R, ALPHA = 4, 12
+NEAR = 1e-5  # of what float32 decompositions amplify
+
+
+class Parallel(nn.Module):
+    """Layers that see the same input, or what a fixed matrix makes of it: of mean zero, if the input's is."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.wide, self.narrow, self.other = nn.Linear(12, 20), nn.Linear(12, 8), nn.Linear(12, 15, bias=False)
+        fill_(self, seed)
+        self.turn = 0.6 ** torch.arange(12) * randn(5, 12, 12, dtype=torch.float32)
+
+    def forward(self, x):
+        return torch.cat((self.wide(x), self.narrow(x), self.other(x @ self.turn)), dim=-1).tanh()
+
+    def loss(self, x):
+        return self(x).square().mean()
+
+    def losses(self, data):
+        return (self.loss(x) for x in data)
+
+    def inputs(self, data):
+        x = torch.cat(data)
+        return {"wide": x, "narrow": x, "other": x @ self.turn}
+
+
+def data(seed=0):
+    """Four batches, each of mean zero, along some directions more than along others."""
+    spread = 0.8 ** torch.arange(12, dtype=torch.float32)
+    halves = [spread * randn(seed + i, 40, 12, dtype=torch.float32) for i in range(4)]
+    return [torch.cat((half, -half)) for half in halves]
+
+
+def config_of(r=R, alpha=ALPHA, **fields):
+    return ml.LoraConfig(r=r, lora_alpha=alpha, target_modules=LINEARS, **fields)
+
+
+def best(matrix, r):
+    return best_of_rank(matrix, r)[0]
+
+
+@examples(0.3)
+@given(seeds)
+def test_eva_s_a_are_the_right_singular_vectors_of_all_inputs_and_b_is_zero(seed):
+    model = Parallel(seed)
+    _, start = eva(model, config_of(r=3), model.losses(data(seed)))
+    for path, X in model.inputs(data(seed)).items():
+        lora_A, lora_B = start[path]
+        V = np.linalg.svd(X.double().numpy())[2][: len(lora_A)]
+        signs = np.sign((lora_A.numpy() * V).sum(1, keepdims=True))
+        assert relative(lora_A, signs * V, NEAR) < 1
+        assert lora_B.shape == (model.get_submodule(path).out_features, len(lora_A))
+        assert not lora_B.any()
+
+
+def test_eva_s_ranks_go_where_a_direction_has_the_largest_share_of_its_layer():
+    model = Parallel()
+    config, start = eva(model, config_of(), model.losses(data()))
+    shares = {}
+    for path, X in model.inputs(data()).items():
+        values = np.linalg.svd(X.double().numpy(), compute_uv=False) ** 2
+        shares[path] = values / values.sum()
+    ranks = {path: len(lora_A) for path, (lora_A, _) in start.items()}
+    assert sum(ranks.values()) == R * len(LINEARS)
+    assert max(ranks.values()) <= 2 * R
+    taken = min(shares[path][r - 1] for path, r in ranks.items())
+    assert taken >= max(shares[path][r] for path, r in ranks.items() if r < 2 * R)
+    assert {path: config.rank(path) for path in ranks} == ranks
+    assert {config.scale(path) for path in ranks} == {ALPHA / R}
+
+
+def test_a_layer_that_gets_no_rank_is_left_out_and_another_gets_what_it_had():
+    model = nn.ModuleDict({"up": nn.Linear(7, 9), "down": nn.Linear(9, 8)})
+    inputs = torch.eye(7), torch.eye(9)[[0, 4]]  # shares of 1/7 and of 1/2
+    losses = (model["up"](x).sum() + model["down"](z).sum() for x, z in [inputs])
+    config, start = eva(model, ml.LoraConfig(r=1, target_modules=("up", "down")), losses)
+    assert config.target_modules == ("down",)
+    assert config.rank("down") == len(start["down"][0]) == 2
+
+
+@examples(0.3)
+@given(seeds, scales)
+def test_corda_s_b_a_is_the_first_part_of_the_weight_as_inputs_weigh_it(seed, scale):
+    model = Parallel(seed)
+    start = corda(model, config_of(alpha=R * scale), model.losses(data(seed)))
+    for path, X in model.inputs(data(seed)).items():
+        C = (X.T.double() @ X.double()).numpy()
+        C += 0.01 * np.trace(C) / len(C) * np.eye(len(C))
+        lora_A, lora_B = start[path]
+        W = model.get_submodule(path).weight.detach().double().numpy()
+        assert relative(scale * lora_B @ lora_A, best(W @ C, R) @ np.linalg.inv(C), NEAR) < 1
+
+
+@examples(0.3)
+@given(seeds, scales)
+def test_corda_of_inputs_alike_in_all_directions_moves_what_pissa_moves(seed, scale):
+    model = Parallel(seed)
+    lora_A, lora_B = corda(model, config_of(alpha=R * scale), model.losses([30 * torch.eye(12)]))["wide"]
+    pissa_A, pissa_B = factors_from_weight("pissa", model.wide.weight, R, scale, generator())
+    assert relative(lora_B @ lora_A, pissa_B @ pissa_A, NEAR) < 1
+
+
+@examples(0.3)
+@given(seeds, scales)
+def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight(seed, scale):
+    model = Parallel(seed)
+    sum(model.losses(data(seed))).backward()
+    gradients = {path: model.get_submodule(path).weight.grad.clone() for path in LINEARS}
+    model.zero_grad()
+    start = lora_ga(model, config_of(alpha=R * scale), model.losses(data(seed)))
+    for path, G in gradients.items():
+        lora_A, lora_B = start[path]
+        dA, dB = scale * lora_B.T @ G, scale * G @ lora_A.T  # law 5
+        zeta = len(G) ** 0.25 / 4
+        assert relative(scale * (dB @ lora_A + lora_B @ dA), (scale * zeta) ** 2 * best(G, 2 * R), 100 * NEAR) < 1
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+KINDS = {
+    "eva": eva,
+    "corda": lambda *arguments: (arguments[1], corda(*arguments)),
+    "lora_ga": lambda *arguments: (arguments[1], lora_ga(*arguments)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
+    model, rows = tiny_model(WHOLE, dtype=torch.float32), random_rows(2, 6)
+    batches = [collate([row], torch.device("cpu")) for row in rows]
+    before, ids = model.state_dict(), batches[0].tokens[None]
+    logits = model(ids)
+    config, start = KINDS[kind](model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, b)[0] for b in batches))
+    ml.attach(model, config, start=start)
+    layers = adapter_layers(model)
+    assert layers.keys() == start.keys()
+    assert all(
+        torch.equal(layers[path].adapters["default"].lora_A.float(), A.float()) for path, (A, _) in start.items()
+    )
+    assert relative(model(ids), logits, NEAR) < 1
+    ml.train(model, rows, ml.TrainConfig(max_steps=3, learning_rate=0.01))
+    trained = model(ids)
+    assert relative(trained, logits, NEAR) > 1
+    ml.save_adapter(model, tmp_path)
+    ml.detach(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    ml.load_adapter(model, tmp_path)
+    assert relative(model(ids), trained, NEAR) < 1
+
+
+@pytest.mark.parametrize("kind", ["eva", "corda"])
+def test_weights_in_four_bits_start_as_the_dense_ones_that_they_stand_for(kind):
+    packed = four_bit(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)))
+    dense = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
+    for linear, base in ((dense[0], packed[0]), (dense[2], packed[2])):
+        linear.weight.data, linear.bias.data = base.weight, base.bias.data
+    starts = [
+        KINDS[kind](model, ml.LoraConfig(r=2, target_modules=("0", "2")), (model(x).sum() for x in data()))[1]
+        for model in (packed, dense)
+    ]
+    for path, factors in starts[0].items():
+        assert all(
+            relative(one.abs(), other.abs(), NEAR) < 1 for one, other in zip(factors, starts[1][path], strict=True)
+        )
+
+
+@pytest.mark.parametrize("kind", ["eva", "corda"])
+def test_losses_that_were_computed_before_are_refused(kind):
+    model = Parallel()
+    with pytest.raises(ml.TrainingError, match=r"no input reached \['narrow', 'other', 'wide'\]"):
+        KINDS[kind](model, config_of(), list(model.losses(data())))
+
+
+def theirs(peft, init, **more):
+    fields = {"r": R, "lora_alpha": ALPHA, "target_modules": list(LINEARS), "init_lora_weights": init}
+    return peft.LoraConfig(**fields, **more)
+
+
+def theirs_factors(model, path):
+    layer = model.base_model.model.get_submodule(path)
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+ALLOWED = 1e-4  # singular vectors amplify float32's rounding by the inverse of their values' gaps
+
+
+def assert_same_but_for_signs(ours, theirs):
+    """A row of A and a column of B may both be turned round."""
+    signs = (ours[0] * theirs[0]).sum(1).sign()
+    assert_parity(signs.unsqueeze(1) * ours[0], theirs[0], ALLOWED)
+    assert_parity(ours[1] * signs, theirs[1], ALLOWED)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_eva_of_inputs_of_mean_zero_has_peft_s_directions_ranks_and_alphas():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Parallel(), theirs(peft, "eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.9999)))
+    others = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize_lora_eva_weights(model, [torch.cat(data())], forward_fn=lambda model, x: model(x), **others)
+    ours = Parallel()
+    config, start = eva(ours, config_of(), ours.losses(data()))
+    for path, (lora_A, lora_B) in start.items():
+        assert_same_but_for_signs((lora_A.float(), lora_B), theirs_factors(model, path))
+    their_config = model.peft_config["default"]
+    assert set(config.target_modules) == set(their_config.target_modules)
+    for path in start:
+        assert config.rank(path) == their_config.rank_pattern.get(path, R)
+        assert config.alpha(path) == their_config.alpha_pattern.get(path, ALPHA)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_corda_moves_the_part_of_the_weight_that_peft_moves(monkeypatch):
+    """How A and B share it differs: theirs depends on the largest input of a batch and on the rows in it."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setitem(sys.modules, "attr", dataclasses)  # whose `dataclass` PEFT wants, of a package it may lack
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model, config, whole = Parallel(), theirs(peft, "corda", corda_config=CordaConfig()), torch.cat(data())
+    preprocess_corda(model, config, run_model=lambda: model(whole))
+    peft_model, ours = peft.get_peft_model(model, config), Parallel()
+    for path, (lora_A, lora_B) in corda(ours, config_of(), ours.losses(data())).items():
+        A, B = theirs_factors(peft_model, path)
+        assert_parity((lora_B @ lora_A).float(), B @ A, ALLOWED)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_lora_ga_has_peft_s_directions_and_the_published_sizes():
+    """Theirs multiplies B by the singular values of the gradient and leaves the stable scale out of A."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    torch.manual_seed(0)
+    model, config = Parallel(), theirs(peft, "lora_ga", lora_ga_config=peft.LoraGAConfig())
+    gradients = {}
+
+    def step():
+        for x in data():
+            model.loss(x).backward()
+        gradients.update({path: model.get_submodule(path).weight.grad.clone() for path in LINEARS})
+
+    preprocess_loraga(model, config, step)
+    peft_model, ours = peft.get_peft_model(copy.deepcopy(model), config), Parallel()
+    for path, (lora_A, lora_B) in lora_ga(ours, config_of(), ours.losses(data())).items():
+        A, B = theirs_factors(peft_model, path)
+        S = torch.linalg.svdvals(gradients[path] / len(data()))[R : 2 * R]
+        zeta = lora_B.size(0) ** 0.25 / math.sqrt(GAMMA)
+        assert_parity((lora_A * A).sum(1, keepdim=True).sign() * lora_A / zeta, A, ALLOWED)
+        assert_parity((lora_B * B).sum(0).sign() * lora_B * S, B, ALLOWED)
