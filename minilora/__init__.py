@@ -22,6 +22,7 @@ _ELSEWHERE = {  # names in PEFT, transformers and TRL, and what to use here
     "TrainingArguments": "ml.TrainConfig",
     "get_peft_model": "ml.attach",
     "prepare_model_for_kbit_training": 'ml.load_model(name, quantize="nf4")',
+    "push_to_hub": "`minilora push`",
 }
 _IN_RECIPES = {"mixed_batch": "adapter_per_row"}
 

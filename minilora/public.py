@@ -22,7 +22,6 @@ from minilora.runs.loop import TrainResult, train
 from minilora.runs.reports import Meter
 from minilora.runs.seeded import set_dropout_step
 from minilora.runs.tracking import Tracker
-from minilora.tools.publish import push_to_hub
 
 __all__ = [
     "CombineConfig",
@@ -62,7 +61,6 @@ __all__ = [
     "merge",
     "merged",
     "plain",
-    "push_to_hub",
     "save_adapter",
     "save_model",
     "set_adapter",

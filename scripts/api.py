@@ -27,7 +27,7 @@ PARTS = {
     "Adapters": """
         LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter
         set_adapter disable_adapter merge merged
-        combine_adapters CombineConfig count_parameters push_to_hub
+        combine_adapters CombineConfig count_parameters
     """,
     "Data and training": """
         load_dataset load_classes Dataset Example DataConfig train TrainConfig TrainResult Meter Tracker

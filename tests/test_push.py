@@ -7,8 +7,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli import main
-from minilora.errors import ConfigError
-from minilora.tools.publish import model_card
+from minilora.cli.push import model_card
 from tests.hub import COMMIT, serving
 from tests.models import tiny_model
 
@@ -25,8 +24,9 @@ def run(tmp_path):
     model = tiny_model()
     ml.attach(model, ml.LoraConfig(r=3))
     ml.save_adapter(model, tmp_path)
-    config = {"model": f"org/base@{COMMIT}", "lora_r": 3, "learning_rate": 1e-3, "quantize": "none", "use_dora": False}
-    (tmp_path / "run.json").write_text(json.dumps({"config": config, "data_sha256": {"rows.jsonl": "abc"}}))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "org/base", "revision": COMMIT}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     scores = {"before": {"loss": 2.5, "accuracy": None}, "after": {"loss": 1.25, "accuracy": None}}
     (tmp_path / "summary.json").write_text(json.dumps({**scores, "steps": 7, "tokens": 1234}))
     (tmp_path / "checkpoints").mkdir()
@@ -62,24 +62,30 @@ def test_a_run_is_pushed_in_one_commit_with_its_card_and_without_its_checkpoints
     assert visibility(json.loads(hub.posted[0][1])) in ("public", False)
 
 
-def test_the_card_has_base_data_settings_results_and_how_to_load_it(run):
+def test_the_card_has_base_results_and_how_to_load_it_and_a_dry_run_shows_it(hub, run, capsys):
+    assert main(["push", str(run), "me/mine", "--dry-run"]) == 0
+    card = capsys.readouterr().out
+    assert card == model_card(run, "me/mine")
+    assert card.startswith("---\nlibrary_name: peft\ntags: [minilora]\nbase_model: org/base\n---\n")
+    assert "- before: held-out loss 2.5, accuracy None\n- after: held-out loss 1.25, accuracy None\n" in card
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/mine")' in card
+    assert not hub.posted
+    for file in ("adapter_config.json", "summary.json"):
+        (run / file).unlink()
+    (run / "config.json").write_text("{}")
     card = model_card(run, "me/mine")
-    assert "| base | 2.5000 | - |\n| result | 1.2500 | - |" in card
-    assert "- `lora_r`: 3\n- `learning_rate`: 0.001\n" in card
-    assert "- `rows.jsonl`: `abc`" in card
-    assert "PeftModel.from_pretrained" in card
-    assert "minilora generate --adapter me/mine" in card
-    assert "use_dora" not in card
+    assert 'AutoModelForCausalLM.from_pretrained("me/mine")' in card
+    assert "base_model" not in card
 
 
-def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, tmp_path, capsys):
-    for name in ("mine", "minilora/builtin", "me/mine@main"):
-        with pytest.raises(ConfigError):
-            ml.push_to_hub(run, name)
-    with pytest.raises(ConfigError):
-        ml.push_to_hub(tmp_path / "checkpoints", "me/mine")
+def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, capsys):
     hub.status = 403
-    assert main(["push", str(run), "me/mine"]) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("minilora: me/mine: not uploaded: ")
-    assert len(message.splitlines()) == 1
+    for path, name, said in (
+        (run / "checkpoints", "me/mine", "holds no adapter_config.json and no config.json; need an adapter or a model"),
+        (run, "me/mine@main", "not uploaded: "),
+        (run, "me/mine", "me/mine: not uploaded: "),
+    ):
+        assert main(["push", str(path), name]) == 1
+        message = capsys.readouterr().err
+        assert said in message
+        assert len(message.splitlines()) == 1
