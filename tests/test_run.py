@@ -229,12 +229,26 @@ def refused(capsys, directory):
     return check
 
 
-def test_a_finished_run_is_never_overwritten(refused, whole):
+def test_a_finished_run_is_never_overwritten(refused, directory, whole, tmp_path):
     further = f"give another --out; to train its adapter further, add --adapter {whole}"
-    refused(whole, f"holds a finished run; {further}", save_total_limit=99)
-    refused(whole, "holds a finished run", learning_rate=0.5)
+    refused(whole, f"holds a finished run with other settings (lora_r was 3 and is 4); {further}", lora_r=4)
+    refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5)
+    refused(whole, "--resume never was given", resume="never")
+    refused(whole, "the data changed since the run began", data=runs.write_rows(tmp_path / "rows.jsonl", 24))
     refused(whole, "not that of a run of 15 steps", epochs=3)
     refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)
+
+
+def test_the_command_of_a_finished_run_has_nothing_left_to_do(directory, whole, capsys):
+    before = runs.everything(whole)
+    assert finetune(directory, whole, save_total_limit=99) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"{whole}: holds this run, which is finished, so nothing is left to do; give another --out; "
+        f"to train its adapter further, add --adapter {whole}\n"
+    )
+    assert runs.everything(whole) == before
 
 
 def hold_lock(directory, connection):

@@ -104,9 +104,9 @@ def test_what_all_weights_cannot_be_trained_with_is_refused(directory, tmp_path,
 def test_a_finished_run_names_its_model_as_what_to_start_from_and_no_run_changes_its_method(
     directory, whole, tmp_path, capsys
 ):
-    assert finetune(directory, whole) == 1
+    assert finetune(directory, whole) == 0
     further = f"give another --out; to train its model further, give --model {whole}"
-    assert f"holds a finished run; {further}" in capsys.readouterr().err
+    assert f"nothing is left to do; {further}" in capsys.readouterr().err
     before = runs.everything(unfinished(whole, tmp_path, step=4))
     assert finetune(directory, tmp_path, method="lora") == 1
     assert "method was 'full' and is 'lora'" in capsys.readouterr().err

@@ -115,6 +115,9 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     if not options["force"]:
         check_memory(plan, memory)
     run.claim(data)
+    if run.earlier.is_finished:
+        say(f"{run.out}: holds this run, which is finished, so nothing is left to do; {run.further}")
+        return 0
     if world.is_first() and not options["force"]:
         check_room(run.out, memory)
     model = run.load_base(data, device)

@@ -78,6 +78,7 @@ class Earlier:
     data_sha256: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Path | None = None  # the newest that is whole, from which the run resumes
     damaged: tuple[str, ...] = ()  # what is wrong with newer ones
+    is_finished: bool = False
 
 
 class Run:
@@ -139,11 +140,7 @@ class Run:
         record = read_run_record(path)
         before, now = record.config, json.loads(json.dumps(self.resolved))
         is_extended = checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
-        if (self.out / "summary.json").is_file() and not is_extended:
-            start = "model further, give --model" if self.is_full else "adapter further, add --adapter"
-            raise TrainingError(
-                f"{self.out}: holds a finished run; give another --out; to train its {start} {self.out}"
-            )
+        is_finished = (self.out / "summary.json").is_file() and not is_extended
         if self.config.resume == "never":
             raise TrainingError(f"{self.out}: holds a run, and --resume never was given; give another --out")
         free = checkpoints.bookkeeping(self.training) | {*FREE, *HASHED}
@@ -151,12 +148,19 @@ class Run:
             free.add("prompt_style")
         if different := [key for key in now if key not in free and before.get(key) != now[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
-            raise TrainingError(f"{self.out}: holds a run with other settings ({changes}); give another --out")
+            what, advice = ("a finished run", self.further) if is_finished else ("a run", "give another --out")
+            raise TrainingError(f"{self.out}: holds {what} with other settings ({changes}); {advice}")
         if record.starts[0]["plain"] != is_plain():
             raise TrainingError(f"{self.out}: the run began {'without' if is_plain() else 'with'} --plain; do the same")
         what = f"{self.out}: files of the base, the adapter or the template"
         checkpoints.check_same(what, record.inputs_sha256, self.inputs)
-        return Earlier(record.starts, record.data_sha256, checkpoint, damaged)
+        return Earlier(record.starts, record.data_sha256, checkpoint, damaged, is_finished)
+
+    @property
+    def further(self) -> str:
+        """Return how to go on where the run is finished."""
+        start = "model further, give --model" if self.is_full else "adapter further, add --adapter"
+        return f"give another --out; to train its {start} {self.out}"
 
     def claim(self, data: Data) -> None:
         """Lock the directory of a new run; of a resumed one, check that data and length still fit."""
