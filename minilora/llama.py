@@ -261,8 +261,8 @@ class Decoder(nn.Module):
 
         Shapes: tokens (N), lengths sum N -> (N, D)
         """
-        if any(length < 0 for length in lengths) or not sum(lengths) == tokens.numel() > 0:
-            raise ShapeError(f"lengths {list(lengths)} do not describe {tokens.numel()} tokens")
+        if any(length < 0 for length in lengths) or not tokens.shape == (sum(lengths),) != (0,):
+            raise ShapeError(f"lengths {list(lengths)} do not describe tokens {tuple(tokens.shape)}")
         if cache is not None:
             cache.begin(lengths)
         x = self.embed_tokens(tokens)

@@ -123,9 +123,9 @@ def write_chat_models(directory):
     return directory
 
 
-def inputs(directory, rows="rows.jsonl", **reading):
-    tokenizer = ml.load_tokenizer(directory / "model")
-    return load_data([str(directory / rows)], tokenizer, ml.DataConfig(**reading), ml.TrainConfig())
+def inputs(directory, rows="rows.jsonl", eval_split=0.05, **reading):
+    tokenizer, path = ml.load_tokenizer(directory / "model"), str(directory / rows)
+    return load_data([path], tokenizer, ml.DataConfig(**reading), ml.TrainConfig(), eval_split=eval_split)
 
 
 def metrics(out):

@@ -133,6 +133,11 @@ def test_the_plan_of_arrays_is_that_of_lists(lengths, batches, length, budget, w
     assert found.tokens.tolist() == [sum(lengths[row] for row in rows) for rows in flat]
 
 
+@pytest.mark.parametrize("epochs", [1e-10, 5e-324])
+def test_a_run_has_at_least_one_step(epochs):
+    assert len(plan_steps([1] * 4, ml.TrainConfig(epochs=epochs))) == 1
+
+
 @given(seeds)
 def test_another_seed_and_another_epoch_have_another_order(seed):
     orders = [

@@ -127,6 +127,8 @@ def train_configs(draw):
             values[name] = draw(st.booleans())
         elif float in kinds:
             values[name] = draw(st.floats(1e-6, 1e3))
+            if name == "warmup_steps" and values[name] > 1:
+                values[name] = round(values[name])
         else:
             values[name] = draw((st.none() if type(None) in kinds else st.nothing()) | st.integers(1, 10**6))
     if values["keep"] == "best" or values["early_stopping"]:
@@ -143,7 +145,6 @@ data_configs = st.builds(
     text_field=st.none() | st.just("body"),
     allow_special=st.booleans(),
     skip_bad_rows=st.booleans(),
-    eval_split=st.floats(0, 0.99),
 )
 quantize_configs = st.builds(
     ml.QuantizeConfig,
@@ -155,6 +156,7 @@ run_configs = st.builds(
     RunConfig,
     **dict.fromkeys(("model", "general_data", "out", "device"), st.text("ab /.-", min_size=1)),
     data=st.lists(st.text("ab /.", min_size=1), min_size=1, max_size=3).map(tuple),
+    eval_split=st.floats(0, 0.99),
     report=st.sampled_from(["none", "tensorboard", "trackio", "wandb"]),
     samples=st.integers(0, 9),
     dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
@@ -237,7 +239,11 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--seed=1", "--seed", "1"], "--seed is given twice"),
-        (["finetune", "--target-modules", "q_proj", "v_proj"], "unexpected argument 'v_proj'; join several values"),
+        (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj'; --target-modules takes one value; quote one"),
+        (["finetune", "--use-dora", "True"], "'True'; --use-dora takes no value; it is --use-dora or --no-use-dora"),
+        (["finetune", "--dry-run", "--lora-r=4", "True"], "unexpected argument 'True'; --lora-r takes one value"),
+        (["generate", "--prompt", "the", "cat"], "unexpected argument 'cat'; repeat --prompt before each value, and q"),
+        (["generate", "the"], "unexpected argument 'the'; a value follows its flag"),
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),
         (["inspect"], "usage: minilora inspect PATH [flags]"),
         (["eval"], "usage: minilora eval --data DATA [flags]"),

@@ -149,9 +149,9 @@ def write_lines(path, rows):
     return path
 
 
-def load(path, tokenizer, folder, training=None, show=None, **reading):
-    reading = ml.DataConfig(**{"eval_split": 0.2, **reading})
-    return load_data([str(path)], tokenizer, reading, training or ml.TrainConfig(), folder=folder, show=show)
+def load(path, tokenizer, folder, training=None, show=None, eval_split=0.2, **reading):
+    options = {"eval_split": eval_split, "folder": folder, "show": show}
+    return load_data([str(path)], tokenizer, ml.DataConfig(**reading), training or ml.TrainConfig(), **options)
 
 
 @pytest.fixture

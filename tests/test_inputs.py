@@ -10,12 +10,12 @@ from tests.runs import write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
 
-def load(path, directory, training=None, unit=None, labels=(), **reading):
+def load(path, directory, training=None, unit=None, labels=(), eval_split=0.05, **reading):
     training = training or ml.TrainConfig()
     paths = path if isinstance(path, list) else [path]
     tokenizer = ml.load_tokenizer(directory / "model")
-    config = ml.DataConfig(**reading)
-    return load_data([str(path) for path in paths], tokenizer, config, training, unit=unit, labels=labels)
+    options = {"unit": unit, "labels": labels, "eval_split": eval_split}
+    return load_data([str(path) for path in paths], tokenizer, ml.DataConfig(**reading), training, **options)
 
 
 def sizes(data):

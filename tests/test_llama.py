@@ -288,8 +288,10 @@ def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_th
         with pytest.raises(ShapeError, match=r"2 numbers in 1..4"):
             model(token_ids(0, 2, 4), lengths)
     for lengths in ([], [4], [2, 4], [6, -1]):
-        with pytest.raises(ShapeError, match="5 tokens"):
+        with pytest.raises(ShapeError, match=r"do not describe tokens \(5,\)"):
             model.model(token_ids(0, 5), lengths)
+    with pytest.raises(ShapeError, match=r"lengths \[5\] do not describe tokens \(1, 5\)"):
+        model.model(token_ids(0, 1, 5), [5])
 
 
 def test_the_families_of_the_default_suite_have_every_switch_and_all_together_every_rotation():

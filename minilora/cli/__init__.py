@@ -107,12 +107,21 @@ def parse(words: Sequence[str]) -> Options:
         prepare(parser, words[1:])
     options, more = parser.parse_known_args(words[1:])
     if more:
-        repeated = [
-            action.option_strings[0] for action in parser._actions if isinstance(action, argparse._AppendAction)
-        ]
-        advice = f", or repeat the flag ({', '.join(repeated)})" if repeated else ""
-        parser.error(f"unexpected argument {more[0]!r}; join several values of a flag with commas{advice}")
+        before = [word.partition("=")[0] for word in words[1 : words.index(more[0])] if word.startswith("--")]
+        parser.error(f"unexpected argument {more[0]!r}; {_values_of(parser, before[-1] if before else None)}")
     return vars(options)
+
+
+def _values_of(parser: argparse.ArgumentParser, name: str | None) -> str:
+    """Return how values are given to the flag that stands before an unexpected one."""
+    if name is None:
+        return "a value follows its flag"
+    action = parser._option_string_actions[name]
+    if action.nargs == 0:
+        return f"{name} takes no value; it is {' or '.join(action.option_strings)}"
+    if isinstance(action, argparse._AppendAction):
+        return f"repeat {name} before each value, and quote a value that has spaces"
+    return f"{name} takes one value; quote one that has spaces, and join the parts of a list with commas"
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:

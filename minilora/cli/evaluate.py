@@ -49,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "exact-match: how often the right answer is generated; accuracy: how often a classifier is right "
         "(default: accuracy for classifiers, otherwise nll)",
     )
-    add_fields(parser, DataConfig, "data", but=("eval_split",))
+    add_fields(parser, DataConfig, "data")
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def run(options: Options) -> int:
     if metric not in metrics:
         kind = "classifier" if found.unit else "language model"
         raise ConfigError(f"--metric {metric}: this is a {kind}, whose metrics are {', '.join(metrics)}")
-    config = from_flags(DataConfig, {"eval_split": 0.0, **options})
+    config = from_flags(DataConfig, options)
     rows = read_eval_rows(options["data"])
     model, tokenizer = load(options, found)
     if isinstance(model, Classifier):

@@ -24,13 +24,14 @@ COUNTS = (
 )
 
 
+@answers(eval_split="slice the data set: rows[n:] to learn from, rows[:n] for the held_out of ml.train")
 @document_fields
 @dataclass(frozen=True)
 class DataConfig:
     """Configure how rows of data become tokens and labels.
 
     Raises:
-        ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
+        ConfigError: values of the wrong type, all of them in one message; or a value that cannot work.
     """
 
     max_length: int = option(1024, "maximum tokens of a row; longer rows are cut")
@@ -44,24 +45,16 @@ class DataConfig:
     text_field: str | None = option(None, "learn the text in this field of every row, and nothing else")
     allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
     skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
-    eval_split: float = option(
-        0.05, "share of the training rows to hold out, if no rows are held out by --data or --eval-data"
-    )
 
     def __post_init__(self) -> None:
         check_types(DataConfig, vars(self))
-        bad = []
         if self.max_length < 1:
-            bad.append(f"max_length is {self.max_length!r}, need a whole number of at least 1")
-        if not 0 <= self.eval_split < 1:
-            bad.append(f"eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
-        if bad:
-            raise ConfigError("DataConfig: " + "; ".join(bad))
+            raise ConfigError(f"DataConfig: max_length is {self.max_length!r}, need a whole number of at least 1")
 
     @property
     def key(self) -> str:
-        """Return what tokens and labels follow from: all but `eval_split`."""
-        return json.dumps({name: value for name, value in asdict(self).items() if name != "eval_split"})
+        """Return what tokens and labels follow from."""
+        return json.dumps(asdict(self))
 
 
 @answers(
@@ -123,7 +116,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 bad.append(f"{name} is {value!r}, need a whole number of at least 1")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        if not 0 <= self.warmup_steps < 1 and (self.warmup_steps < 1 or self.warmup_steps % 1):
+            bad.append(f"warmup_steps is {self.warmup_steps!r}, need a whole number, or a share of at least 0 below 1")
+        for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 bad.append(f"{name} is {value!r}, need a finite number of at least 0")
         for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
@@ -155,6 +150,9 @@ class RunConfig:
         "or a hub id",
     )
     eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id, as for --data", "data")
+    eval_split: float = option(
+        0.05, "share of the training rows to hold out, if no rows are held out by --data or --eval-data", "data"
+    )
     out: str = option("minilora-run", "directory of the run")
     adapter: str | None = option(
         None,
@@ -193,6 +191,8 @@ class RunConfig:
             value = getattr(self, name)
             if "" in (value if isinstance(value, tuple) else (value,)):
                 raise ConfigError(f"RunConfig: {name} is empty; leave it out, or name something")
+        if not 0 <= self.eval_split < 1:
+            raise ConfigError(f"RunConfig: eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
         if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
 

@@ -99,15 +99,16 @@ def load_data(
     unit: Unit | None = None,
     labels: tuple[str, ...] = (),
     eval_data: str | None = None,
+    eval_split: float = 0.0,
     folder: Path | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Data:
     """Read and tokenize training, validation and test rows; the tokenizer gets their prompt style.
 
-    The test rows are those of `eval_data`, if it is given. Without a test file, a share of the training rows is held
-    out, and another one for validation if the run selects the best adapter. With a `unit` rows have classes, by default
-    all labels of the training rows. Rows of large files are kept in `folder`, if it is given, and `show` is called with
-    lines on the progress.
+    The test rows are those of `eval_data`, if it is given. Without a test file, the share `eval_split` of the training
+    rows is held out, and another one for validation if the run selects the best adapter. With a `unit` rows have
+    classes, by default all labels of the training rows. Rows of large files are kept in `folder`, if it is given, and
+    `show` is called with lines on the progress.
 
     Raises:
         DataError: a row cannot be used; there is no training file; one of several files has the name of a split; or
@@ -136,9 +137,9 @@ def load_data(
     for i, split in enumerate(missing):
         whole = encoded["train"]
         room = len(whole) - len(missing) + i  # a row stays to train on, and one for each split that follows
-        if data_config.eval_split and room > 0:
+        if eval_split and room > 0:
             shuffled = whole.rows[_shuffled(len(whole), training.seed)]
-            held = min(max(1, int(data_config.eval_split * len(shuffled))), room)
+            held = min(max(1, int(eval_split * len(shuffled))), room)
             encoded["train"], encoded[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
     test = encoded.get("test") or encoded.get("valid") or Dataset()
     valid = encoded.get("valid") or test

@@ -97,15 +97,15 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
             "give loss=, a function (model, rows) -> (sum, count)"
         )
+    for rows in (dataset, held_out):
+        check_examples(model, rows)
     examples = () if isinstance(dataset, Dataset) else dataset  # those of a `Dataset` have labels
     if blank := [example.source for example in examples if not example.labelled]:
         raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
-    for rows in (dataset, held_out):
-        check_examples(model, rows)
 
 
 def check_examples(model: Any, examples: Sequence[Example]) -> None:
-    """Raise a `DataError` if an example has not a label for each token, or a token that the model does not have.
+    """Raise a `DataError` if a row is no example, has not a label for each token, or a token that the model has not.
 
     A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
     place.
@@ -114,6 +114,8 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     if isinstance(examples, Dataset):
         examples = examples.take(examples.rows[examples.rows["largest"] >= size])
     for example in examples:
+        if not isinstance(example, Example):
+            raise DataError(f"found the row {example!r:.60}, need an Example, as load_dataset makes them, or loss=")
         T, found = len(example.tokens), len(example.labels)
         if found != T:
             raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")

@@ -200,6 +200,7 @@ class Run:
             unit=self.unit,
             labels=labels,
             eval_data=self.config.eval_data,
+            eval_split=self.config.eval_split,
             folder=self.out / CACHE_DIR,
             show=show,
         )

@@ -66,8 +66,9 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
-    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps. With `sort_window`, that many rows
-    of the permutation at a time are sorted by length before it is cut, and the micro-batches are shuffled.
+    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps; a run has at least one. With
+    `sort_window`, that many rows of the permutation at a time are sorted by length before it is cut, and the
+    micro-batches are shuffled.
 
     Raises:
         ConfigError: there are more than `MAX_STEPS` steps.
@@ -82,7 +83,7 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
         if (max_steps or epochs * whole) > MAX_STEPS:
             raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
         share = round(min(1.0, epochs - epoch) * whole, 9)  # 1.1 - 1 is a little more than 0.1
-        steps = math.ceil(share) if max_steps is None else min(whole, max_steps - total)
+        steps = max(1 - total, math.ceil(share)) if max_steps is None else min(whole, max_steps - total)
         rows.append(order.astype(np.int32))
         sizes.append(own)
         counts.append(np.minimum(accumulated, len(own) - accumulated * np.arange(steps)))
