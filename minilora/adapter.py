@@ -60,7 +60,7 @@ def require_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
     """Return the wrappers, the outer ones first. Raise a TargetError if there is none, or no adapter of a name."""
     layers = list(adapter_layers(model).values())
     if not layers:
-        raise TargetError("the model has no adapter")
+        raise TargetError("the model has no adapter, or it is merged")
     known = {name for layer in layers for name in layer.configs}
     if unknown := [name for name in names if name not in known]:
         raise TargetError(f"no adapter is called {unknown[0]!r}; the model has {sorted(known)}")
@@ -145,9 +145,9 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Compute as the base model does inside the block."""
+    """Compute as the base model does inside the block; raise a TargetError if the model has no adapter."""
     check_types(disable_adapter, locals())
-    before = [(layer, layer.active) for layer in adapter_layers(model).values()]
+    before = [(layer, layer.active) for layer in require_layers(model)]
     try:
         for layer, _ in before:
             layer.active = ()

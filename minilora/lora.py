@@ -186,7 +186,8 @@ class AdapterLinear(AdapterWrapper):
     def forward(self, x: Tensor) -> Tensor:
         """Return merged_weight() x + merged_bias(), without forming the merged weight.
 
-        For each adapter in turn y ← y + s·B A x, with DoRA y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖; m does not scale b.
+        For each adapter in turn y ← y + s·B A x, with DoRA y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖. m does not scale b,
+        which is added last: there a new adapter of DoRA may change the last bit.
         """
         if not self.active:
             return self.base(x)

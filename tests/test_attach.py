@@ -1,3 +1,4 @@
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -246,6 +247,34 @@ def test_adapters_switch_combine_and_rest():
     assert torch.equal(model(IDS), both)
     outcomes = [first, second, alone, both]
     assert not any(torch.equal(a, b) for i, a in enumerate(outcomes) for b in outcomes[:i])
+
+
+def test_adapters_that_are_active_together_act_in_the_order_in_which_they_are_named():
+    model = tiny_model()
+    for name in ("first", "second"):
+        ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, use_dora=True), name=name, dtype=torch.float64)
+    randomize_adapters_(model, 3)
+    layer = next(iter(adapter_layers(model).values()))
+    W = layer.base.weight
+    outputs = []
+    for names in (("first", "second"), ("second", "first")):
+        ml.set_adapter(model, names)
+        merged = W
+        for adapter in (layer.adapters[name] for name in names):
+            delta = adapter.scale * adapter.lora_B @ adapter.lora_A
+            merged = adapter.magnitude[:, None] * (merged + delta) / (W + delta).norm(dim=1, keepdim=True)
+        assert_maths(layer.merged_weight(), merged)
+        x = models.randn(4, 5, W.size(1))
+        assert_maths(layer(x), x @ merged.T)
+        outputs.append(model(IDS))
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1
+
+
+def test_without_an_adapter_or_while_it_is_merged_disabling_it_is_refused():
+    model = adapted()
+    for without in (lambda: merged(model), lambda: contextlib.nullcontext(ml.detach(model))):
+        with without(), pytest.raises(ml.TargetError, match="has no adapter, or it is merged"):
+            ml.disable_adapter(model).__enter__()
 
 
 def test_an_error_inside_disable_adapter_still_brings_the_adapter_back():

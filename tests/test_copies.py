@@ -145,10 +145,12 @@ def test_one_adapter_changes_a_module_in_one_way():
     [
         (("layers.1.mlp",), four_bit, r"layers\.1\.mlp has packed weights, which cannot be trained"),
         (("empty",), lambda model: model, "empty has no parameters"),
+        (("held",), lambda model: model, "held is a container, which has no forward; name what it holds"),
     ],
 )
 def test_what_cannot_be_trained_in_full_is_refused(names, base, why):
-    model = nn.ModuleDict({"model": base(base_model()), "empty": nn.ReLU()})
+    held = nn.ModuleList([nn.Linear(2, 2)])
+    model = nn.ModuleDict({"model": base(base_model()), "empty": nn.ReLU(), "held": held})
     with pytest.raises(ml.TargetError, match=why):
         ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), modules_to_save=names))
     assert not adapter_layers(model)

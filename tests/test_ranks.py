@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import minilora as ml
 from minilora.adapter import adapter_layers
@@ -160,6 +160,27 @@ def test_a_model_that_its_owner_replicates_or_shards_trains_through_loss():
     for found in on_ranks(2, foreign_all):
         for each in found:
             assert_parity(each, expected, SAME)
+
+
+def train_head(kind):
+    """Outputs before and after a step of a model whose last module is trained in full."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model.load_state_dict({name: torch.linspace(-1, 1, p.numel()).view_as(p) for name, p in model.named_parameters()})
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], modules_to_save=["2"], bias="lora_only"))
+    if kind == "views":  # the older FSDP, in which parameters are views of one flat tensor
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer, x = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1), randn(0, 4, 6).float()
+    before = model(x)
+    before.square().sum().backward()
+    optimizer.step()
+    return torch.stack([before, model(x)]).detach().double()
+
+
+def test_a_module_that_is_trained_in_full_is_so_in_an_fsdp_that_keeps_views():
+    expected = train_head("plain")
+    assert not torch.equal(*expected)
+    for found in on_ranks(2, train_head, "views"):
+        assert_parity(found, expected, 1e-5)
 
 
 def averages(folder):

@@ -48,7 +48,8 @@ def attach(
 ) -> None:
     """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
 
-    The new adapter changes nothing until it is trained, except with the start values False.
+    The new adapter changes nothing until it is trained, except with the start values False. DoRA adds a bias after its
+    factor, which is 1 then: there the last bit may differ.
 
     Args:
         model: any module; its modules are replaced in place.

@@ -10,6 +10,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ class TrainedCopy(AdapterWrapper):
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)
-        self.own: dict[str, set[str]] = {}  # the names of the parameters that each adapter trains
+        # FSDP replaces parameters by plain tensors meanwhile, so they are looked up by their names.
+        self._names = {key for key, _ in get_base_layer(base).named_parameters()}
+        self.own: dict[str, set[str]] = {}  # of these, those that each adapter trains
 
     def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
         super().add_adapter(name, adapter, config)
@@ -52,16 +55,16 @@ class TrainedCopy(AdapterWrapper):
         """Call the active copy, or the base."""
         if not self.active:
             return self.base(*args, **kwargs)
-        name = self.active[-1]
-        shared = dict(get_base_layer(self.base).named_parameters())
+        name, base = self.active[-1], get_base_layer(self.base)
+        shared = {key: attrgetter(key)(base) for key in self._names - self.own[name]}
         return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
 
     def merged(self) -> nn.Module:
         return shallow_copy(self.current(), self._in_dtype_of_base(self.active[-1]))
 
     def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
-        base = get_base_layer(self.base)
-        return {key: own.to(base.get_parameter(key).dtype) for key, own in self.peft_tensors(name).items()}
+        base, copy = get_base_layer(self.base), self.adapters[name]
+        return {key: attrgetter(key)(copy).to(attrgetter(key)(base).dtype) for key in self.own[name]}
 
 
 class Rows(nn.Module):

@@ -203,6 +203,8 @@ def build_specs(
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
             what = "packed weights, which cannot be trained" if held else "no parameters"
             raise TargetError(f"modules_to_save: {path} has {what}")
+        if type(modules[path]).forward is nn.Module.forward:
+            raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
         full[path] = AdapterSpec(TrainedCopy, held)
     rows = _token_specs(modules, config, embedding)
     if twice := sorted(path for path, count in Counter([*factors, *full, *rows]).items() if count > 1):

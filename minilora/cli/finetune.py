@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     _start(run, model, data, step, options["config"])
     made = "model" if run.is_full else "adapter"
     meter = Meter("held-out" if data.valid is data.test else "validation")
-    with disable_adapter(model):
+    with nullcontext() if run.is_full else disable_adapter(model):
         before, base_samples = _measure(run, model, data, meter, "base model")
     result = _train_until_signal(run, model, data, meter)
     if not result.finished:

@@ -6,7 +6,9 @@ Except for generated text, batches are dealt out to the ranks of a run, and each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise, takewhile
 from typing import Any
 
@@ -163,16 +165,17 @@ def measure_drift(
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
     The base is the model without its adapters, unless one is given.
     """
-    base = model if base is None else base
+    as_base: Callable[[], Any] = nullcontext if base else partial(disable_adapter, model)
+    base = base or model
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for batch, counts in _batches(model, examples, progress):
-            with disable_adapter(base):
+            with as_base():
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
             chunks = zip(batch.places.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
             for chunk, labels in chunks:
-                with disable_adapter(base):
+                with as_base():
                     log_p = _log_probabilities(base.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))
                 targets = labels.unsqueeze(-1)
