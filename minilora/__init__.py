@@ -12,7 +12,7 @@ from minilora.errors import in_recipe
 __version__ = "0.2.0"
 _ELSEWHERE = {  # names in PEFT, transformers and TRL, and what to use here
     "AutoModelForCausalLM": "ml.load_model",
-    "AutoModelForSequenceClassification": "ml.load_classifier",
+    "AutoModelForSequenceClassification": "recipes/classify_texts.py in minilora's repository",
     "AutoTokenizer": "ml.load_tokenizer",
     "BitsAndBytesConfig": "ml.QuantizeConfig",
     "LoraModel": "ml.attach",

@@ -29,12 +29,11 @@ class Example:
     tokens: list[int]
     labels: list[int]
     source: str = ""  # where it was read
-    shift: int = 1  # labels[i] is predicted at token i - shift: 1 for text, 0 for classes
 
     @property
     def labelled(self) -> int:
         """How many labels are learned. The first token of a text is never predicted, so it does not count."""
-        return sum(label != IGNORE_INDEX for label in self.labels[self.shift :])
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -80,7 +79,7 @@ def collate(examples: Iterable[Example], device: torch.device) -> Batch:
     tokens, targets, lengths = list[int](), list[int](), list[int]()
     for example in examples:
         tokens += example.tokens
-        targets += [*example.labels[example.shift :], *[IGNORE_INDEX] * example.shift]
+        targets += [*example.labels[1:], IGNORE_INDEX]
         lengths.append(len(example.tokens))
     places = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
     is_pinned = device.type == "cuda"

@@ -278,8 +278,6 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    head, task_type = "lm_head", "CAUSAL_LM"
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config, self.name_or_path = config, ""

@@ -12,12 +12,12 @@ from minilora.definition import kernels, plain
 from minilora.errors import ConfigError, DataError, FormatError, MiniloraError, ShapeError, TargetError, TrainingError
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, save_model
-from minilora.models.classifier import grow_vocabulary, load_classifier
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.dataset import Dataset
-from minilora.runs.inputs import load_classes, load_dataset
+from minilora.runs.inputs import load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.reports import Meter
 from minilora.runs.seeded import set_dropout_step
@@ -50,17 +50,15 @@ __all__ = [
     "disable_adapter",
     "find_target_modules",
     "generate",
-    "grow_vocabulary",
     "kernels",
     "load_adapter",
-    "load_classes",
-    "load_classifier",
     "load_dataset",
     "load_model",
     "load_tokenizer",
     "merge",
     "merged",
     "plain",
+    "resize_token_embeddings",
     "save_adapter",
     "save_model",
     "set_adapter",

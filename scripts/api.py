@@ -22,7 +22,7 @@ this page from the docstrings.
 """
 PARTS = {
     "Models and tokenizers": """
-        load_model save_model load_classifier load_tokenizer Tokenizer grow_vocabulary generate QuantizeConfig
+        load_model save_model load_tokenizer Tokenizer resize_token_embeddings generate QuantizeConfig
     """,
     "Adapters": """
         LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter
@@ -30,7 +30,7 @@ PARTS = {
         combine_adapters CombineConfig count_parameters
     """,
     "Data and training": """
-        load_dataset load_classes Dataset Example DataConfig train TrainConfig TrainResult Meter Tracker
+        load_dataset Dataset Example DataConfig train TrainConfig TrainResult Meter Tracker
         set_dropout_step
     """,
     "Kernels": "plain kernels",

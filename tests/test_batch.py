@@ -1,4 +1,3 @@
-from dataclasses import replace
 from itertools import pairwise
 from math import ceil
 
@@ -154,18 +153,18 @@ def test_more_steps_than_a_plan_can_hold_are_refused_at_once(changes):
         plan_steps([1] * 20, ml.TrainConfig(**changes))
 
 
-@given(st.lists(examples(), min_size=1, max_size=5), st.sampled_from([0, 1]))
-def test_a_batch_is_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(rows, shift):
-    """A token of a text predicts the one after it, with shift 1; a class belongs to its own token, with shift 0."""
-    batch = collate([replace(row, shift=shift) for row in rows], torch.device("cpu"))
+@given(st.lists(examples(), min_size=1, max_size=5))
+def test_a_batch_is_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(rows):
+    """A token predicts the one after it."""
+    batch = collate(rows, torch.device("cpu"))
     targets = []
     position = 0
     for row, length in zip(rows, batch.lengths, strict=True):
         for i in range(length):
             assert batch.tokens[position] == row.tokens[i]
-            targets.append(row.labels[i + shift] if i + shift < length else IGNORE_INDEX)
+            targets.append(row.labels[i + 1] if i + 1 < length else IGNORE_INDEX)
             position += 1
     assert position == len(batch.tokens) == len(targets)
     assert batch.places.tolist() == [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
     assert batch.labels.tolist() == [target for target in targets if target != IGNORE_INDEX]
-    assert len(batch.labels) == sum(replace(row, shift=shift).labelled for row in rows)
+    assert len(batch.labels) == sum(row.labelled for row in rows)

@@ -168,7 +168,7 @@ run_configs = st.builds(
 @example(ml.LoraConfig(target_modules=("q", "v"), layers_to_transform=(1, 3), layers_pattern=("h", "layers")), True)
 @example(ml.LoraConfig(use_dora=True, use_rslora=True, modules_to_save=("a", "b"), trainable_token_indices=(5,)), True)
 @example(ml.LoraConfig(lora_bias=True, bias="all", init_lora_weights=False, trainable_token_indices={"a": (3,)}), True)
-@example(ml.LoraConfig(target_parameters=("up", "down"), exclude_modules=r".*\.0\..*", task_type="SEQ_CLS"), True)
+@example(ml.LoraConfig(target_parameters=("up", "down"), exclude_modules=r".*\.0\..*"), True)
 def test_every_field_is_a_flag_in_two_spellings_and_survives_the_command_line(config, has_dashes):
     words = as_words(config, (lambda name: "--" + name.replace("_", "-")) if has_dashes else (lambda name: f"--{name}"))
     assert value_of(type(config), words) == config
@@ -179,7 +179,7 @@ def test_every_flag_has_the_help_and_the_default_of_its_field():
     page, helps = parser.format_help(), {action.dest: action.help for action in parser._actions}
     for cls in CLASSES:
         assert value_of(cls) == cls()
-        for field in dataclasses.fields(cls):
+        for field in (field for field in dataclasses.fields(cls) if field.name != "task_type"):
             name, default = flag_name(field), getattr(cls(), field.name)
             text = " ".join(default) if isinstance(default, tuple) else default
             shown = f" (default: {text})" if default not in (None, (), {}) else ""
@@ -210,7 +210,6 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--layers-to-transform", "x"], "found 'x', need numbers joined with commas"),
         (["finetune", "--trainable-token-indices", "x"], "found 'x', need numbers joined with commas or a JSON object"),
         (["finetune", "--trainable-token-indices", "{"], "found '{', need numbers joined with commas or a JSON object"),
-        (["finetune", "--task", "X"], "argument --task: "),
         (["finetune", "--use-rslora=yes"], "argument --use-rslora"),
         # a command that there is not
         (["fintune", "--model=a"], "'fintune' is no command; did you mean 'finetune'?\n"),
@@ -228,6 +227,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
                 "--bf16 --fp16": "use --dtype float32 or bfloat16",
                 "--val-data --validation-data": "did you mean --eval-data?",
                 "--grad-accum --gradient-accumulation": "did you mean --gradient-accumulation-steps?",
+                "--task --task-type": "it is a recipe: see recipes/classify_texts.py in minilora's repository",
                 "--optim --optimizer": "there is none: the optimizer is AdamW",
                 "--wandb --wandb-project": "use --report wandb",
                 "--logging-dir": "there is none: --report tensorboard writes to the directory of --out",
@@ -294,7 +294,8 @@ def resolved(path, *words):
 
 
 def flat(*configs):
-    return {flag_name(f): getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
+    found = {flag_name(f): getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
+    return {name: value for name, value in found.items() if name != "task_type"}  # which is no flag
 
 
 def as_toml(values):
@@ -491,6 +492,27 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
     assert everything(directory) == before
 
 
+def test_classifiers_are_refused_with_the_recipe(directory, run, tmp_path):
+    model = ml.load_model(directory / "model")
+    write_adapter(model, tmp_path / "adapter", r=3, task_type="SEQ_CLS")
+    shutil.copytree(directory / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForTokenClassification"]}))
+    adapter, classifier = f"--adapter={tmp_path / 'adapter'}", f"--model={path.parent}"
+    for words in (
+        ["generate", adapter, "--prompt=a"],
+        ["eval", adapter, "--data=data"],
+        ["merge", adapter, f"--out={tmp_path / 'out'}"],
+        ["finetune", adapter, "--data=data", f"--out={tmp_path / 'out'}"],
+        ["generate", classifier, "--prompt=a"],
+        ["finetune", classifier, "--data=data", f"--out={tmp_path / 'out'}"],
+        ["quantize", classifier, f"--out={tmp_path / 'out'}"],
+    ):
+        said = run(*words, status=1).err
+        assert said.endswith("it is a recipe: see recipes/classify_texts.py in minilora's repository\n"), words
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_names_no_base_needs_model(directory, run, tmp_path):
     edit(shutil.copytree(directory / "adapter", tmp_path / "adapter"), base_model_name_or_path=None)
     said = run("generate", f"--adapter={tmp_path / 'adapter'}", "--prompt=a", status=1).err
@@ -514,7 +536,7 @@ def test_that_nobody_reads_on_is_no_error_in_a_shell():
 
 
 def test_python_m_minilora_is_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["minilora", "eval", "--model", "nowhere", "--data", "x"])
+    monkeypatch.setattr(sys, "argv", ["minilora", "generate", "--model", "nowhere", "--prompt", "x"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("minilora", run_name="__main__")
     assert end.value.code == 1

@@ -255,8 +255,14 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text": "a", "label": "b"}, "text, label: a class is learned with --task SEQ_CLS"),
-        ({"tokens": ["a"], "labels": ["b"]}, "tokens, labels: classes are learned with --task TOKEN_CLS"),
+        (
+            {"text": "a", "label": "b"},
+            "text, label: the text alone is learned with --text-field text; a class: it is a",
+        ),
+        (
+            {"tokens": ["a"], "labels": ["b"]},
+            "tokens, labels: classes of words: it is a recipe: see recipes/classify_tokens.py",
+        ),
         ({"messages": conversation([("a\udfff", "b")])}, "messages[0].content: found U+DFFF"),
         ({"messages": conversation([("a", "")])}, "messages[1].content: it is empty"),
         (

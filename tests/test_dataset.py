@@ -22,7 +22,7 @@ from minilora.durable import CACHE_DIR, MANIFEST
 from minilora.runs import dataset, inputs
 from minilora.runs.checkpoints import fingerprint
 from minilora.runs.dataset import ROW, Dataset, build_dataset, open_dataset
-from minilora.runs.encoders import ClassEncoder, TextEncoder
+from minilora.runs.encoders import TextEncoder
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row
 from minilora.runs.inputs import load_data
@@ -33,7 +33,6 @@ from tests.ranks import CONTEXT
 from tests.runs import contents, everything, finetune, interrupt, runner, write_rows
 from tests.text import BOS, CHATML, CLOSE, conversation
 
-LABELS = ("no", "yes")
 ROWS = [  # plain, a conversation, cut, without a label that is left, with a control token, bad in two ways, and others
     {"prompt": "the", "completion": " cat"},
     {"messages": conversation([("what?", "the sea"), ("and?", "the town")])},
@@ -44,12 +43,6 @@ ROWS = [  # plain, a conversation, cut, without a label that is left, with a con
     {"text": "the town by the sea"},
     {"messages": conversation([("what?", "")])},
     {"instruction": "say", "input": "it", "output": "it"},
-]
-CLASSES = [
-    {"text": "the cat", "tokens": ["the", "cat"], "labels": ["no", "yes"], "label": "yes"},
-    {"text": "the " * 30, "tokens": ["the"] * 30, "labels": ["no"] * 30, "label": "no"},
-    {"text": "the", "tokens": ["the"], "labels": ["perhaps"], "label": "perhaps"},
-    {"text": f"the {BOS}", "tokens": ["the", BOS], "labels": ["no", "no"], "label": 1},
 ]
 
 
@@ -99,12 +92,10 @@ def one_by_one(rows, encode):
 
 
 def encoder(tokenizer, kind, **options):
-    if kind in ("sequence", "token"):
-        return ClassEncoder(tokenizer(), ml.DataConfig(**options), kind, LABELS), CLASSES
     return TextEncoder(tokenizer(template=CHATML, eos=CLOSE), ml.DataConfig(train_on=kind, **options)), ROWS
 
 
-@pytest.mark.parametrize("kind", ["completion", "assistant", "all", "sequence", "token"])
+@pytest.mark.parametrize("kind", ["completion", "assistant", "all"])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_rows_and_counts_are_those_of_the_rows_encoded_one_by_one(
     tmp_path, tokenizer, monkeypatch, inline, kind, is_kept
@@ -122,7 +113,7 @@ def test_rows_and_counts_are_those_of_the_rows_encoded_one_by_one(
     assert all(counts[name] for name in ("truncated", "bad", "quoted"))
     assert found.lengths.tolist() == [len(example.tokens) for example in kept]
     assert found.labelled.tolist() == [example.labelled for example in kept]
-    assert found.rows["largest"].tolist() == [max(e.tokens + (e.labels if e.shift else [])) for e in kept]
+    assert found.rows["largest"].tolist() == [max(e.tokens + e.labels) for e in kept]
     assert repr(found).startswith(f"Dataset({len(kept)} rows, {sum(len(e.tokens) for e in kept)} tokens, ")
 
 
@@ -347,7 +338,7 @@ def peak_of(compute):
 class Constant:
     """An encoder that takes no time."""
 
-    config, shift, key = ml.DataConfig(), 1, ""
+    config, key = ml.DataConfig(), ""
 
     def __call__(self, row):
         return ml.Example([7] * 40, [IGNORE_INDEX] * 20 + [7] * 20, row.source), ["completions"]

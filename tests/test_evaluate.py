@@ -1,7 +1,6 @@
 import copy
 import math
 import random
-from fractions import Fraction
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.models.generate import generate
 from minilora.runs import evaluate, objective
-from minilora.runs.evaluate import answer_of, choice_accuracy, evaluate_classes, held_out_loss, measure_drift, prompt_of
+from minilora.runs.evaluate import answer_of, choice_accuracy, held_out_loss, measure_drift, prompt_of
 from minilora.testing.compare import assert_maths
 from tests.models import examples, seeds, tiny_model
-from tests.test_classifier import tiny_classifier
 from tests.training import adapted, number, plain_loss, random_rows
 
 few = examples(0.5)
@@ -201,80 +199,10 @@ def test_measuring_and_generating_leave_the_mode_as_it_was(is_training):
     assert all(module.training == is_training for module in model.modules())
 
 
-# --- classes ---
-
-
-def class_rows(seed, count):
-    """Rows of random tokens, each of which has a class of three, or none."""
-    draw = random.Random(seed)
-    found = []
-    for i in range(count):
-        length = draw.randint(1, 9)
-        labels = draw.choices([0, 1, 2, IGNORE_INDEX], k=length)
-        labels[-1] = draw.randint(0, 2)
-        found.append(ml.Example(draw.choices(range(61), k=length), labels, f"row {i}", shift=0))
-    return found
-
-
-@few
-@given(seeds, budgets, st.integers(1, 6))
-def test_a_classifier_is_measured_token_by_token_and_its_loss_is_that_of_held_out_text(seed, budget, count):
-    model, rows = tiny_classifier("token", seed=seed), class_rows(seed, count)
-    found = measured(budget, evaluate_classes, model, rows)
-    counts, loss = [[0] * 3 for _ in range(3)], []
-    for row in rows:
-        for scores, label in zip(model(torch.tensor([row.tokens]))[0].tolist(), row.labels, strict=True):
-            if label != IGNORE_INDEX:
-                counts[label][scores.index(max(scores))] += 1
-                loss.append(math.log(math.fsum(math.exp(score - scores[label]) for score in scores)))
-    assert found.class_scores == evaluate.class_scores(counts, model.labels)
-    assert_maths(number(found.loss), number(math.fsum(loss) / len(loss)))
-    assert_maths(number(measured(budget, held_out_loss, model, rows)), number(found.loss))
-    assert found.accuracy == found.record()["accuracy"] == sum(counts[i][i] for i in range(3)) / len(loss)
-
-
-def share(found, of):
-    """The share of `of` which is `found`, as a fraction; 0 of none is 0."""
-    return Fraction(sum(map(found, of)), len(of)) if of else Fraction(0)
-
-
-def is_close(found, expected):
-    """Are all numbers the exact fractions, up to the rounding of a few operations?"""
-    close = (abs(Fraction(found[key]) - value) <= Fraction(1, 10**14) for key, value in expected.items())
-    return found.keys() == expected.keys() and all(close)
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30), st.permutations(range(4)))
-@example([(0, 1)], range(4))  # of class 1 there is none, class 0 is not predicted, of the others neither
-@example([(0, 0), (1, 0)], range(4))
-def test_the_scores_of_classes_are_those_counted_pair_by_pair_in_any_order_of_the_labels(pairs, order):
-    counts = [[pairs.count((i, j)) for j in order] for i in order]
-    found = evaluate.class_scores(counts, [str(i) for i in order])
-    assert found["confusion"] == counts
-    expected, f1 = {"accuracy": share(lambda pair: pair[0] == pair[1], pairs)}, {}
-    for i in range(4):
-        precision = share(lambda pair: pair[0] == pair[1], [pair for pair in pairs if pair[1] == i])
-        recall = share(lambda pair: pair[0] == pair[1], [pair for pair in pairs if pair[0] == i])
-        f1[i] = 2 * precision * recall / (precision + recall or 1)
-        count = sum(true == i for true, _ in pairs)
-        scores = {"precision": precision, "recall": recall, "f1": f1[i], "count": count}
-        assert is_close(found["classes"][str(i)], scores)
-    seen = {i for pair in pairs for i in pair}
-    expected["macro_f1"] = sum(f1[i] for i in seen) / len(seen)
-    expected["weighted_f1"] = sum(f1[true] for true, _ in pairs) / len(pairs)
-    assert is_close({key: found[key] for key in expected}, expected)
-
-
-def test_without_rows_a_classifier_has_no_scores():
-    found = evaluate_classes(tiny_classifier("token"), [])
-    assert (found.loss, found.accuracy, found.record()) == (None, None, {"loss": None, "accuracy": None})
-
-
-@pytest.mark.parametrize("function", [held_out_loss, measure_drift, evaluate_classes])
+@pytest.mark.parametrize("function", [held_out_loss, measure_drift])
 def test_progress_counts_the_rows_that_are_done_up_to_all_of_them(function):
-    has_classes, told = function is evaluate_classes, []
-    model, rows = (tiny_classifier("token"), class_rows(3, 7)) if has_classes else (adapted(), random_rows(3, 7))
-    measured(20, function, model, rows, lambda done, total: told.append((done, total)))
+    told = []
+    measured(20, function, adapted(), random_rows(3, 7), lambda done, total: told.append((done, total)))
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert len(told) > 1
     assert told[-1] == (7, 7)

@@ -10,12 +10,12 @@ from tests.runs import write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
 
-def load(path, directory, training=None, unit=None, labels=(), eval_split=0.05, **reading):
+def load(path, directory, training=None, eval_split=0.05, **reading):
     training = training or ml.TrainConfig()
     paths = path if isinstance(path, list) else [path]
     tokenizer = ml.load_tokenizer(directory / "model")
-    options = {"unit": unit, "labels": labels, "eval_split": eval_split}
-    return load_data([str(path) for path in paths], tokenizer, ml.DataConfig(**reading), training, **options)
+    config = ml.DataConfig(**reading)
+    return load_data([str(path) for path in paths], tokenizer, config, training, eval_split=eval_split)
 
 
 def sizes(data):
@@ -100,20 +100,3 @@ def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(
     chat = write_tokenizer(tmp_path / "chat", template=CHATML, eos=CLOSE)
     data = load_data([str(tmp_path / "rows.jsonl")], chat, ml.DataConfig(), ml.TrainConfig())
     assert data.tokenizer.template.source == CHATML
-
-
-def test_labels_are_those_of_the_training_rows_and_of_those_that_are_held_out_of_them(directory, tmp_path):
-    labels = ["d", "b", "a", "c"]
-    write_lines(tmp_path / "train.jsonl", [{"text": "the cat", "label": label} for label in labels])
-    data = load(tmp_path, directory, unit="sequence", eval_split=0.5)
-    assert data.labels == ("a", "b", "c", "d")
-    assert (sizes(data), data.choices) == ((2, 2, 2), None)
-    assert sorted(row.labels[-1] for row in [*data.train, *data.test]) == [0, 1, 2, 3]
-    write_lines(tmp_path / "test.jsonl", [{"text": "the cat", "label": "e"}])
-    with pytest.raises(ml.DataError, match=r"test\.jsonl:1: label: found 'e'"):
-        load(tmp_path, directory, unit="sequence")
-    (tmp_path / "test.jsonl").unlink()
-    write_lines(tmp_path / "train.jsonl", [{"tokens": ["the", "cat"], "labels": ["b", "a"]}] * 2)
-    data = load(tmp_path, directory, unit="token", labels=("b", "c", "a"))  # which are known, and keep their order
-    assert data.labels == ("b", "c", "a")
-    assert [label for label in data.train[0].labels if label >= 0] == [0, 2]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import minilora as ml
 from minilora import cli
 from minilora.cli import forecast as pages
-from minilora.data import IGNORE_INDEX, Example, collate
+from minilora.data import Batch
 from minilora.kernel import llama as loss
 from minilora.kernel import lora as tiles
 from minilora.llama import Llama
@@ -84,17 +84,16 @@ class Live(TorchDispatchMode):
 def live_bytes(model, config, lengths, labelled):
     """The most bytes of tensors that live in a step that is not the first."""
     optimizer, objective = build_optimizer(model, config), Objective(config)
-    labels = torch.full((sum(lengths),), IGNORE_INDEX)
-    labels[:labelled] = 1
-    rows = [Example([1] * len(part), part.tolist(), shift=0) for part in labels.split(lengths)]
+    ones = torch.ones(sum(lengths), dtype=torch.int64)
+    batch = Batch(ones, lengths, torch.arange(labelled), ones[:labelled])
     set_dropout_step(model, 0)
-    train_step(model, optimizer, [collate(rows, CPU)], objective)
+    train_step(model, optimizer, [batch], objective)
     optimizer.zero_grad()
     with Live() as live:
         moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
         for tensor in (*model.parameters(), *model.buffers(), *moments):
             live.hold(tensor.untyped_storage())
-        train_step(model, optimizer, [collate(rows, CPU)], objective)
+        train_step(model, optimizer, [batch], objective)
     return live.most
 
 

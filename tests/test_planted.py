@@ -93,8 +93,8 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 8: a row's last token predicts the next row": Mistake(
         "data.py",
-        "*[IGNORE_INDEX] * example.shift",
-        "*examples[0].tokens[:1] * example.shift",
+        "labels[1:], IGNORE_INDEX]",
+        "labels[1:], examples[0].tokens[0]]",
         "test_loop.py::test_rows_packed_by_any_budget_of_tokens_give_the_same_gradient",
     ),
     "law 9: documents see each other": Mistake(

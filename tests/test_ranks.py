@@ -13,12 +13,11 @@ from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
 from minilora.nf4 import NF4Linear
 from minilora.runs import objective, world
-from minilora.runs.evaluate import choice_accuracy, evaluate_classes, held_out_loss, measure_drift
+from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_drift
 from minilora.runs.seeded import plan_steps
 from minilora.testing.compare import assert_parity
 from tests.models import four_bit, long, randn, randomize_adapters_
 from tests.ranks import on_ranks
-from tests.test_classifier import tiny_classifier
 from tests.training import adapted, gradients, random_rows, weights
 
 ROWS = random_rows(0, 23)  # with 3 rows in a micro-batch and 3 of these in a step, the last step of an epoch is short
@@ -113,21 +112,19 @@ def scores():
     """All measures of an evaluation whose rows make several forward passes."""
     draw, answers = random_rows(1, 9), [(7,), (9, 3), (9, 4)]
     chosen = [ml.Example([i, i + 1, *a], [-100, -100, *a]) for i in range(7) for a in answers]
-    classes = [ml.Example([1 + i, 2, 3] * (1 + i), [-100] * (2 + 3 * i) + [i % 3], shift=0) for i in range(9)]
-    model, classifier = adapted(layers=1), tiny_classifier("sequence")
+    model = adapted(layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective, "EVAL_TOKENS", 30)
-        found, drift = evaluate_classes(classifier, classes), measure_drift(model, draw)
-        numbers = [held_out_loss(model, draw), choice_accuracy(model, chosen, answers), found.loss, found.accuracy]
-    return torch.tensor([*numbers, drift.before, drift.after, drift.kl], dtype=torch.float64), found.class_scores
+        drift = measure_drift(model, draw)
+        numbers = [held_out_loss(model, draw), choice_accuracy(model, chosen, answers)]
+    return torch.tensor([*numbers, drift.before, drift.after, drift.kl], dtype=torch.float64)
 
 
 def test_an_evaluation_is_shared_and_scores_all_rows():
-    numbers, classes = scores()
-    for ours, our_classes in on_ranks(2, scores):
+    numbers = scores()
+    for ours in on_ranks(2, scores):
         for one, several in zip(numbers, ours, strict=True):
             assert_parity(several, one, SAME)
-        assert our_classes == classes
 
 
 def foreign(kind):

@@ -104,18 +104,8 @@ def test_tokens_and_template_of_the_adapter_are_kept(directory, tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     model = ml.load_model(directory / "model")
-    ml.grow_vocabulary(model, 401)
+    ml.resize_token_embeddings(model, 401)
     ml.load_adapter(model, tmp_path / "b")
-
-
-def test_a_classifier_keeps_its_classes(directory, tmp_path):
-    for name, labels in {"first": "abc", "more": "cb"}.items():
-        rows = [{"text": f"the {label}", "label": label} for label in labels * 3]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = {"data": tmp_path / "first.jsonl", "max_steps": 1}
-    assert finetune(directory, tmp_path / "a", task="SEQ_CLS", **rows) == 0
-    assert go_on(tmp_path, tmp_path / "b", adapter="a", max_steps=1, eval_split=0.3) == 0
-    assert list(summary(tmp_path / "b")["after"]["classes"]) == ["a", "b", "c"]
 
 
 def test_the_base_is_quantized_as_it_was_unless_told_otherwise(directory, tmp_path, capsys):

@@ -21,7 +21,7 @@ from benchmarks import scale as script
 from minilora import cli
 from minilora.cli import forecast as pages
 from minilora.cli.flags import names_of
-from minilora.data import IGNORE_INDEX, Example, collate
+from minilora.data import Batch
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import ModelConfig
 from minilora.runs.config import TrainConfig
@@ -161,8 +161,8 @@ def test_a_rank_has_a_share_of_the_micro_batches_rounded_up():
 
 def counted(model, training):
     """FLOP of matrix products of a step of the plain definitions; attention is one operation, which does not count."""
-    labels = [IGNORE_INDEX] * (T - M) + [1] * M
-    optimizer, batch = build_optimizer(model, training), collate([Example([1] * T, labels, shift=0)], CPU)
+    ones = torch.ones(T, dtype=torch.int64)
+    optimizer, batch = build_optimizer(model, training), Batch(ones, [T], torch.arange(T - M, T), ones[:M])
     with ml.plain(), FlopCounterMode(display=False) as counter:
         train_step(model, optimizer, [batch], Objective(training))
     return counter.get_flop_counts()["Global"][torch.ops.aten.mm]

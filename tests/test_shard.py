@@ -13,7 +13,6 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.classifier import grow_vocabulary, load_classifier
 from minilora.models.shard import held_bytes, load_sharded, local, own_rows, whole
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_drift
@@ -85,7 +84,7 @@ class Cases:
         if (family, held) not in self.loaded:
             directory = self.folder / family
             one = ml.load_model(directory, "float64", quantize=HELD[held])
-            divided = load_sharded(None, (), directory, "float64", "cpu", HELD[held])
+            divided = load_sharded(directory, "float64", "cpu", HELD[held])
             self.loaded[family, held] = one, divided
         return self.loaded[family, held]
 
@@ -123,7 +122,7 @@ def check_bad_weight(cases):
     """A number that is not finite in the rows of one process is found by all; none waits for another."""
     for path in ("mlp.up_proj", "mlp.down_proj"):
         with cases.of("not finite", path), pytest.raises(ml.FormatError, match=f"{path}.weight: .* not finite"):
-            load_sharded(None, (), cases.folder / f"bad {path}", "float64", "cpu", "nf4")
+            load_sharded(cases.folder / f"bad {path}", "float64", "cpu", "nf4")
 
 
 def check_gradients(cases):
@@ -162,7 +161,7 @@ def check_memory(cases):
             blocks = held_bytes(one.model.layers)
 
             def load(held=held):
-                return load_sharded(None, (), file.parent, "float32", "cpu", HELD[held])
+                return load_sharded(file.parent, "float32", "cpu", HELD[held])
 
             load()  # the first imports and prepares
             with pytest.MonkeyPatch.context() as patch:
@@ -212,25 +211,16 @@ def check_files(cases):
             ml.detach(divided)
 
 
-def check_heads(cases):
-    """New tokens, and classifiers with a new head."""
-    ids, directory = token_ids(0, 2, 5), cases.folder / WHOLE
+def check_new_tokens(cases):
+    directory = cases.folder / WHOLE
     with cases.of("new tokens"):
-        pair = [ml.load_model(directory, "float64"), load_sharded(None, (), directory, "float64", "cpu", None)]
+        pair = [ml.load_model(directory, "float64"), load_sharded(directory, "float64", "cpu", None)]
         for model in pair:
-            grow_vocabulary(model, 64)
+            ml.resize_token_embeddings(model, 64)
             adapted(model, trainable_token_indices=(61, 63))
         rows = list(enumerate(random_rows(3, 2, vocabulary=64)))
         one, divided = (gradient(model, rows, "none") for model in pair)
         assert_maths(divided, one)
-    for unit, held in (("sequence", "nf4"), ("token", "dense")):
-        with cases.of("classifier", unit):
-            labels = ("a", "b", "c")
-            one = load_classifier(directory, unit, labels, "float64", "cpu", HELD[held], seed=3)
-            divided = load_sharded(unit, labels, directory, "float64", "cpu", HELD[held], seed=3)
-            for model in (one, divided):
-                ml.attach(model, ml.LoraConfig(r=2, modules_to_save=("score",)), dtype=torch.float64)
-            assert_maths(divided(ids), one(ids))
 
 
 def work(folder, is_long, expected):
@@ -243,7 +233,7 @@ def work(folder, is_long, expected):
     check_training(cases, expected)
     check_evaluation(cases)
     if is_long:
-        for check in (check_memory, check_files, check_heads):
+        for check in (check_memory, check_files, check_new_tokens):
             check(cases)
     return cases.failures
 

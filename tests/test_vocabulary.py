@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import ConfigError, LoraConfig, attach, load_model, load_tokenizer, save_model
-from minilora.models.classifier import grow_vocabulary
+from minilora import (
+    ConfigError,
+    LoraConfig,
+    attach,
+    load_model,
+    load_tokenizer,
+    resize_token_embeddings,
+    save_model,
+)
 from minilora.nf4 import NF4Linear
 from minilora.storage import BUILTIN
 from minilora.testing.compare import assert_maths
@@ -36,7 +43,7 @@ def test_new_tokens_act_in_any_text_and_leave_the_others_as_they_were(tmp_path):
 def test_a_new_row_is_the_mean_and_the_old_logits_stay(family):
     model, tokens = tiny_model(family), token_ids(3, 2, 5)
     before, weights = model(tokens), [w.clone() for w in (model.model.embed_tokens.weight, model.lm_head.weight)]
-    grow_vocabulary(model, V + 3)
+    resize_token_embeddings(model, V + 3)
     after = model(tokens)
     assert_maths(after[..., :V], before)
     for weight, old in zip((model.model.embed_tokens.weight, model.lm_head.weight), weights, strict=True):
@@ -45,13 +52,13 @@ def test_a_new_row_is_the_mean_and_the_old_logits_stay(family):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "qwen2")
     assert model(token_ids(4, 1, 6, high=V + 3)).shape == (1, 6, V + 3)
     weight = model.model.embed_tokens.weight
-    grow_vocabulary(model, V + 3)  # for which there is room
+    resize_token_embeddings(model, V + 3)  # for which there is room
     assert model.model.embed_tokens.weight is weight
 
 
 def test_a_grown_model_is_saved_and_loaded(tmp_path):
     model, tokens = tiny_model("qwen2", dtype=torch.float32), token_ids(3, 2, 5, high=V + 3)
-    grow_vocabulary(model, V + 3)
+    resize_token_embeddings(model, V + 3)
     save_model(model, tmp_path)
     assert torch.equal(load_model(tmp_path)(tokens), model(tokens))
 
@@ -60,9 +67,9 @@ def test_adapted_and_packed_ones_are_refused():
     model = tiny_model()
     attach(model, LoraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(ConfigError, match="AdapterEmbedding"):
-        grow_vocabulary(model, V + 1)
+        resize_token_embeddings(model, V + 1)
     model = tiny_model()
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
     with pytest.raises(ConfigError, match="NF4Linear"):
-        grow_vocabulary(model, V + 1)
+        resize_token_embeddings(model, V + 1)
     assert isinstance(model.model.embed_tokens, nn.Embedding)

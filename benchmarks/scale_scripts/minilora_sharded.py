@@ -11,7 +11,7 @@ from minilora.models.shard import load_sharded
 
 dtype, losses = sys.argv[1], []
 distributed.init_process_group("gloo")
-model = load_sharded(None, (), "model", dtype, "cpu", None)
+model = load_sharded("model", dtype, "cpu", None)
 ml.load_adapter(model, "adapter", trainable=True)
 rows = [ml.Example(tokens, tokens) for tokens in json.loads(Path("rows.json").read_text())]
 settings = {"lr_scheduler": "constant", "warmup_steps": 0, "batch_size": 2, "gradient_accumulation_steps": 2}

@@ -29,6 +29,7 @@ from minilora.adapters.parts import (
     parameter_specs,
 )
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
+from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, Linear
 from minilora.models.bitsandbytes import describe
 from minilora.models.shard import is_sharded
@@ -53,7 +54,7 @@ def attach(
 
     Args:
         model: any module; its modules are replaced in place.
-        config: rank, scale, targets and start values; without a `task_type`, that of the model is used.
+        config: rank, scale, targets and start values; without a `task_type`, a `Llama` has "CAUSAL_LM".
         name: the adapter's name; several can be attached under different names.
         seed: of the generator that draws start values.
         dtype: of the new parameters.
@@ -67,7 +68,8 @@ def attach(
         ShapeError: an A or a B of `start` does not fit its module and rank.
     """
     check_types(attach, locals())
-    config = replace(config, task_type=config.task_type or getattr(model, "task_type", None))
+    if config.task_type is None and isinstance(model, Llama):
+        config = replace(config, task_type="CAUSAL_LM")
     modules, generator = base_modules(model), torch.Generator().manual_seed(seed)
     paths = find_targets(modules, config, head_path(model))
     start = start or {}

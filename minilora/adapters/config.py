@@ -23,7 +23,6 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("score", "classifier", "pre_classifier", "classification_head")),
     "QUESTION_ANS": ("qa_outputs",),
 }
-TASK_HELP = "what the model is for: to write text, or to give a class to texts (SEQ_CLS) or to words (TOKEN_CLS)"
 INITS = (True, False, "gaussian", "orthogonal", "pissa")
 RECIPES = {  # start values that are recipes
     **dict.fromkeys(("eva", "corda", "lora_ga"), "starts_from_data"),
@@ -33,7 +32,7 @@ PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expres
 NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
 RANDOM_SVD_INIT = r"pissa_niter_(\d+)"  # and the number of its power iterations
-FLAG_NAMES = {"r": "lora_r", "task_type": "task"}  # fields whose flag has another name: r alone says too little
+FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
 
 
@@ -83,7 +82,9 @@ class LoraConfig:
     target_parameters: tuple[str, ...] = option(
         (), "parameters to adapt that are not a module's weight, as of fused experts"
     )
-    task_type: Task | None = option(None, TASK_HELP)
+    task_type: Task | None = option(
+        None, "what the model is for; a head that its name implies, such as a classifier's, is trained in full"
+    )
 
     def __post_init__(self) -> None:
         for name in NAME_FIELDS:

@@ -25,11 +25,10 @@ from minilora.adapters.layout import (
     CONFIG_FILE,
     DETERMINISTIC_INITS,
     FIELD_OF_TENSOR,
-    LABELS_METADATA,
     NESTED_WRAPPER,
     WEIGHTS_FILE,
     Stored,
-    class_names,
+    check_language_task,
     fields_of,
     is_name,
     read_adapter,
@@ -46,6 +45,7 @@ from minilora.adapters.parts import (
     target_parameter_names,
 )
 from minilora.errors import ConfigError, FormatError, TargetError, check_types, listed
+from minilora.llama import Llama
 from minilora.lora import AdapterLinear, AdapterWrapper, Shape
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
@@ -59,9 +59,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     """Write one adapter as a directory that PEFT, vLLM and `load_adapter` read.
 
     `base_model_name_or_path` is the model's `name_or_path`, if it has one, and `revision` the commit of a model from
-    the hub. The metadata of the tensors' file records how the base's weights are stored, dense or quantized, and the
-    `labels` of a classifier. An adapter that began as a part of the weights is written as a plain one of twice the
-    rank.
+    the hub. The metadata of the tensors' file records how the base's weights are stored, dense or quantized. An adapter
+    that began as a part of the weights is written as a plain one of twice the rank.
 
     Raises:
         TargetError: the model has no adapter of that name.
@@ -72,8 +71,6 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(next(iter(layers.values())).configs[name], name, layers, list(base_modules(model)))
     metadata = {BASE_METADATA: json.dumps(describe_base(model))}
-    if labels := class_names(getattr(model, "labels", None)):
-        metadata[LABELS_METADATA] = json.dumps(labels)
     write_adapter(Path(path), fields, lora_tensors(model, name), metadata)
 
 
@@ -91,6 +88,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     Raises:
         FormatError: a file of the adapter is missing or malformed, or the config asks for something that is not
             supported.
+        ConfigError: it is a classifier's, and the model a `Llama`.
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
@@ -106,11 +104,14 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
 
     Raises:
         FormatError: config and tensors contradict each other.
+        ConfigError: a classifier's adapter on a `Llama`.
         TargetError: the model has no such modules, or others in shape; the first two are named, with both shapes.
     """
     stored, modules = read_adapter(fetch(name_or_path, "adapter")), base_modules(model)
     held = _by_module(stored, modules)
     config, init = stored.config(_ranks(held, modules)), stored.values.get("init_lora_weights")
+    if isinstance(model, Llama):
+        check_language_task(stored.path, config)
     config = replace(config, modules_to_save=_saved(held.get("", {}), config.modules_to_save))
     embedding = next((path for path in held if "rows" in held[path]), None)
     if config.trainable_token_indices and embedding is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,10 +26,9 @@ from torch import Tensor
 
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
-from minilora.adapters.config import RANDOM_SVD_INIT, LoraConfig
+from minilora.adapters.config import HEADS, RANDOM_SVD_INIT, LoraConfig
 from minilora.durable import MANIFEST, publishing, verify, write_json, write_tensors
-from minilora.errors import ConfigError, FormatError, TrainingError, listed
-from minilora.models.config import UNITS, Unit
+from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.models.hub import fetch, with_revision
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
@@ -38,7 +37,7 @@ from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json, read_t
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NESTED_WRAPPER = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BASE_METADATA, LABELS_METADATA = "base_quantization", "labels"  # in the metadata of the weights' file
+BASE_METADATA = "base_quantization"  # in the metadata of the weights' file
 T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
@@ -196,26 +195,22 @@ def read_template(adapters: Sequence[Path]) -> str | None:
     return next(filter(None, (read_text(path) for path in paths if path.exists())), None)
 
 
-def classes_of(path: str | Path) -> tuple[Unit | None, tuple[str, ...]]:
-    """Return what the adapter of a classifier gives a class to, and the names of the classes; None and () for others.
-
-    PEFT does not write the names; they are LABEL_0, LABEL_1, … then, as in transformers.
-    """
-    directory = fetch(path, "adapter")
-    unit = UNITS.get(str(read_json(directory / CONFIG_FILE).get("task_type")))
-    if unit is None:
-        return None, ()
-    file, head = TensorFile(directory / WEIGHTS_FILE), f"{PREFIX}score.weight"
-    if head not in file.shapes:
-        raise FormatError(f"{file.path}: there is no {head}, the head of a classifier")
-    names = _metadata(file, LABELS_METADATA, class_names, "names of classes")
-    return unit, names or tuple(f"LABEL_{i}" for i in range(file.shapes[head][0]))
+def check_language_task(path: Path, config: LoraConfig) -> None:
+    """Raise a `ConfigError` if an adapter has a head of its own, which a language model has no place for."""
+    if config.task_type in HEADS:
+        raise ConfigError(f"{path}: task_type is {config.task_type}, not CAUSAL_LM; {in_recipe('classify_texts')}")
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:
     """Return `describe_base` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
     file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
-    return _metadata(file, BASE_METADATA, parse_quantization, "how a base is quantized")
+    if BASE_METADATA not in file.metadata:
+        return None
+    text = file.metadata[BASE_METADATA]
+    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if (found := parse_quantization(json.loads(text))) is not None:
+            return found
+    raise FormatError(f"{file.path}: metadata {BASE_METADATA}: found {text!r:.80}, need how a base is quantized")
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
@@ -279,22 +274,6 @@ def is_name(key: str) -> bool:
     `^` in front means "from the start"; PEFT itself writes `.*\\.` there, for the experts of Mixtral.
     """
     return re.fullmatch(r"(\^|\.\*\\\.)?[\w.-]+", key) is not None
-
-
-def class_names(found: Any) -> tuple[str, ...] | None:
-    """Return the names of classes; None if these are none."""
-    is_names = isinstance(found, list | tuple) and len(found) > 1 and all(isinstance(label, str) for label in found)
-    return tuple(found) if is_names else None
-
-
-def _metadata(file: TensorFile, key: str, parse: Callable[[Any], T | None], need: str) -> T | None:
-    """Return `parse` of a JSON value in a file's metadata, None if there is none; raise a FormatError if it fails."""
-    if key not in file.metadata:
-        return None
-    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        if (found := parse(json.loads(file.metadata[key]))) is not None:
-            return found
-    raise FormatError(f"{file.path}: metadata {key}: found {file.metadata[key]!r:.80}, need {need}")
 
 
 def parse_quantization(value: Any) -> dict[str, Any] | None:

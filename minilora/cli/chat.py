@@ -19,7 +19,7 @@ from pathlib import Path
 from minilora.adapter import set_adapter
 from minilora.cli import Options, say
 from minilora.cli.flags import from_flags
-from minilora.cli.load import add_model_flags, load_language_model
+from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.template import Message
@@ -71,7 +71,7 @@ class Chat:
     """
 
     def __init__(self, options: Options):
-        self.model, self._tokenizer, trained = load_language_model(options)
+        self.model, self._tokenizer, trained = load(options)
         if self._tokenizer.template is None:
             raise ConfigError(
                 f"{self.model.name_or_path}: the model has no chat template; "

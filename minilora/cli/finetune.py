@@ -33,7 +33,6 @@ from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import stored_dtype
-from minilora.models.classifier import Classifier
 from minilora.models.hub import fetch
 from minilora.runs import world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
@@ -54,7 +53,7 @@ FEW_STEPS, FEW_ROWS = 50, 10
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, RunConfig, "files and device")
     add_fields(parser, QuantizeConfig, "quantization")
-    add_fields(parser, LoraConfig, "adapter")
+    add_fields(parser, LoraConfig, "adapter", but=("task_type",))
     add_fields(parser, DataConfig, "data")
     add_fields(parser, TrainConfig, "training")
     parser.add_argument(
@@ -139,7 +138,7 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     after, samples = _measure(run, model, data, meter, made)
     drift = None
-    if data.general and isinstance(model, Llama):
+    if data.general:
         base: Any = run.load_base(data, device) if run.is_full else None
         drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
     meter.close()
@@ -169,7 +168,7 @@ def _dry_run(run: Run, device: torch.device, options: Options) -> int:
     return 0
 
 
-def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: Path | None) -> None:
+def _start(run: Run, model: Llama, data: Data, step: int, config: Path | None) -> None:
     """Record the start, and say what the run begins with."""
     available, weight, count = torch.get_num_threads(), model.model.embed_tokens.weight, count_parameters(model)
     if threads := run.set_threads(model, data):
@@ -198,7 +197,7 @@ def _start(run: Run, model: Llama | Classifier, data: Data, step: int, config: P
         say(f"starting again at step 0: {'no other checkpoint is left' if run.earlier.damaged else stopped}")
 
 
-def _notes(run: Run, model: Llama | Classifier, data: Data) -> Iterator[str]:
+def _notes(run: Run, model: Llama, data: Data) -> Iterator[str]:
     """Yield how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
     yield from base_notes(run.base, run.adapters, describe_base(model))
     longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
@@ -254,11 +253,11 @@ def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
         yield describe_skipped(f"{name} ", rows.bad)
 
 
-def _train_until_signal(run: Run, model: Llama | Classifier, data: Data, meter: Meter) -> TrainResult:
+def _train_until_signal(run: Run, model: Llama, data: Data, meter: Meter) -> TrainResult:
     """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
-        if "eval_loss" in record and isinstance(model, Llama):
+        if "eval_loss" in record:
             record = {**record, "samples": _samples(run, model, data, data.valid)}
         stops = meter(record)
         run.log(record)
@@ -272,26 +271,22 @@ def _train_until_signal(run: Run, model: Llama | Classifier, data: Data, meter: 
             signal.signal(number, handler)
 
 
-def _measure(
-    run: Run, model: Llama | Classifier, data: Data, meter: Meter, name: str
-) -> tuple[Scores, list[dict[str, str]]]:
+def _measure(run: Run, model: Llama, data: Data, meter: Meter, name: str) -> tuple[Scores, list[dict[str, str]]]:
     """Evaluate a model on the held-out rows, and let it answer the first of them."""
     scores = evaluate(model, data.test, data.choices, partial(meter.rows, f"measuring the {name}"))
     return scores, _samples(run, model, data, data.test)
 
 
-def _samples(run: Run, model: Llama | Classifier, data: Data, rows: Dataset) -> list[dict[str, str]]:
-    """Return the first held-out prompts with the model's answers; none of a classifier."""
-    return write_samples(model, data.tokenizer, rows[: run.config.samples]) if isinstance(model, Llama) else []
+def _samples(run: Run, model: Llama, data: Data, rows: Dataset) -> list[dict[str, str]]:
+    """Return the first held-out prompts with the model's answers."""
+    return write_samples(model, data.tokenizer, rows[: run.config.samples])
 
 
 def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:
-    columns = {"accuracy": "accuracy", "macro_f1": "macro F1"}
-    shown = {key: title for key, title in columns.items() if after.record().get(key) is not None}
-    lines = [f"{'':<10}{'held-out loss':>15}" + "".join(f"{title:>12}" for title in shown.values())]
+    lines = [f"{'':<10}{'held-out loss':>15}" + ("" if after.accuracy is None else f"{'accuracy':>12}")]
     for name, scores in {"base": before, made: after}.items():
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
-        lines.append(f"{name:<10}{loss:>15}" + "".join(f"{scores.record()[key]:>12.4f}" for key in shown))
+        lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if drift:
         lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
     return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from minilora.adapters.config import FLAG_NAMES, flag
 from minilora.durable import holds_files, lock, publishing, remove
-from minilora.errors import ConfigError, fits
+from minilora.errors import ConfigError, fits, in_recipe
 from minilora.storage import read_json, read_text
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ NAMES_ELSEWHERE = {
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # for flags of these tools that have no counterpart among the flags
     **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
+    **dict.fromkeys(("task", "task_type"), in_recipe("classify_texts")),
     "do_sample": "use a --temperature above 0",
     **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
     **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "use --report wandb"),
@@ -103,9 +104,13 @@ def add_fields(
 
 
 def from_flags(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Return the data class that the flags describe; values from a configuration file are checked by the class."""
+    """Return the data class that the flags describe; values from a configuration file are checked by the class.
+
+    A field without a flag keeps its default.
+    """
     hints, fields = typing.get_type_hints(cls), {}
-    for name in (field.name for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
+    names = (field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    for name in (name for name in names if FLAG_NAMES.get(name, name) in values):
         value = values[FLAG_NAMES.get(name, name)]
         if hints[name] == tuple[str, ...] and isinstance(value, str | list):
             value = (value,) if isinstance(value, str) else tuple(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import get_args
 
@@ -65,7 +65,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     shown = data.train[:ROWS]
     rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
-        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end, data.labels)}")
+        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
     steps = plan_steps(data.train.lengths, config)
     rows_seen, tokens, labels = len(steps.rows), steps.tokens.sum(), data.train.labelled[steps.rows].sum()
     at_most = "at most " if config.early_stopping else ""
@@ -81,22 +81,16 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     return "\n".join([*rows, "", *table, "", *totals])
 
 
-def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str, classes: Sequence[str] = ()) -> str:
-    """Return the text of an example, control tokens included, with marks around learned tokens, or their `classes`.
+def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+    """Return the text of an example, control tokens included, with marks around learned tokens.
 
     A stretch is what it adds to the decoded text: decoded alone, it could lose the space that it begins with.
     """
-
-    def stretch_of(place: int) -> int:
-        """Return 0 for tokens that are not learned, 1 for learned ones, and a number of its own for each class."""
-        return (example.labels[place] != IGNORE_INDEX) * (place + 1 if classes else 1)
-
-    text, done = "", ""
-    for is_learned, places in groupby(range(len(example.tokens)), stretch_of):
-        last = max(places)
-        so_far = tokenizer.decode(example.tokens[: last + 1], skip_special_tokens=False)
-        label = f" = {classes[example.labels[last]]}" if is_learned and classes else ""
-        stretch = visible(so_far[len(done) :] + label)
+    text, done, count = "", "", 0
+    for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):
+        count += len(list(labels))
+        so_far = tokenizer.decode(example.tokens[:count], skip_special_tokens=False)
+        stretch = visible(so_far[len(done) :])
         text += f"{begin}{stretch}{end}" if is_learned else stretch
         done = so_far
     return text

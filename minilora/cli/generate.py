@@ -22,7 +22,7 @@ from typing import Any, Literal
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load_language_model
+from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, columns, generate_text
 from minilora.errors import ConfigError, DataError, option
 from minilora.llama import Llama
@@ -89,7 +89,7 @@ def run(options: Options) -> int:
     if output.samples > 1 and generation.temperature == 0:
         say("at temperature 0 all samples of a prompt are the same; use a --temperature above 0")
     rows = read_prompts(options)
-    model, tokenizer, trained = load_language_model(options)
+    model, tokenizer, trained = load(options)
     prompts = encode_prompts(rows, tokenizer, trained, options)
     is_json = output.json or options["prompts"] is not None or len(rows) > 1
     if is_json or output.compare_base or output.samples > 1:

@@ -16,7 +16,6 @@ from minilora.adapters.layout import (
     WEIGHTS_FILE,
     base_model_of,
     base_quantization,
-    classes_of,
     tokenizer_of,
     vocabulary_of,
 )
@@ -26,11 +25,10 @@ from minilora.durable import sha256_of
 from minilora.errors import ConfigError, FormatError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
-from minilora.models.checkpoint import pick_device, read_config
-from minilora.models.classifier import Classifier, grow_vocabulary, load_for
-from minilora.models.config import Unit
+from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.models.vocabulary import resize_token_embeddings
 from minilora.storage import BUILTIN, read_json
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
@@ -63,8 +61,6 @@ class Found:
     quantize: QuantizeConfig
     tokenizer: Tokenizer | None  # None if the model has none; it can be merged without
     run: Mapping[str, Any]  # the `run.json` beside the adapters or the model, with a "config" in any case
-    unit: Unit | None  # what a classifier assigns a class to; None for a language model
-    labels: tuple[str, ...]  # the names of the classes
 
 
 def find(options: Options) -> Found:
@@ -82,40 +78,27 @@ def find(options: Options) -> Found:
         raise FormatError(f"{error} ({note})") from error
     quantize = _quantization(options, base.path, paths)
     tokenizer = tokenizer_of(base.name, paths)
-    return Found(base, paths, quantize, tokenizer, read_run(paths or [base.path]), *_classes(base.path, paths))
+    return Found(base, paths, quantize, tokenizer, read_run(paths or [base.path]))
 
 
-def load(options: Options, found: Found) -> tuple[Llama | Classifier, Tokenizer]:
-    """Load the model, the tokenizer and the adapters, which are called "adapter0", "adapter1", …; the last is active.
+def load(options: Options) -> tuple[Llama, Tokenizer, Mapping[str, Any]]:
+    """Find and load the model and the adapters, and return it with its tokenizer and `Found.run`.
+
+    The adapters are called "adapter0", "adapter1", …; the last is active.
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
-        ConfigError: an adapter is merged into the model already.
+        ConfigError: an adapter is merged into the model already; or as for `load_model` and `load_adapter`.
     """
+    found = find(options)
     check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
-    device = pick_device(options["device"])
-    model = load_for(found.unit, found.labels, found.base.name, options["dtype"], device, found.quantize)
-    grow_vocabulary(model, max(map(vocabulary_of, found.adapters), default=0))
+    model = load_model(found.base.name, options["dtype"], pick_device(options["device"]), found.quantize)
+    resize_token_embeddings(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")
     for note in base_notes(found.base, found.adapters, describe_base(model)):
         say(note)
-    return model, tokenizer
-
-
-def load_language_model(options: Options) -> tuple[Llama, Tokenizer, Mapping[str, Any]]:
-    """Find and load a language model, and return it with its tokenizer and `Found.run`.
-
-    Raises:
-        ConfigError: it is a classifier.
-    """
-    found = find(options)
-    if found.unit is not None:
-        name = (*options["adapter"], found.base.name)[0]
-        raise ConfigError(f"{name}: is a classifier, which `minilora eval` measures")
-    model, tokenizer = load(options, found)
-    assert isinstance(model, Llama)
     return model, tokenizer, found.run
 
 
@@ -143,17 +126,6 @@ def read_run(directories: Sequence[Path]) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
         raise FormatError(f"{path}: config: found {config!r:.60}, need an object, and text as its 'system'")
     return values
-
-
-def _classes(base: Path, adapters: Sequence[Path]) -> tuple[Unit | None, tuple[str, ...]]:
-    """Return `unit` and `labels` of the adapters, or without adapters of the model."""
-    if not adapters:
-        config = read_config(base)
-        return config.unit, config.labels
-    found = [classes_of(path) for path in adapters]
-    if len({unit for unit, _ in found}) > 1:
-        raise ConfigError(f"{', '.join(map(str, adapters))}: are for different tasks; name adapters of one task")
-    return found[0]
 
 
 def _quantization(options: Options, base: Path, adapters: Sequence[Path]) -> QuantizeConfig:

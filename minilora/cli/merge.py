@@ -38,8 +38,7 @@ from minilora.cli.load import (
 from minilora.durable import sha256_of, write_json, write_text
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, Target
-from minilora.models.checkpoint import pick_device
-from minilora.models.classifier import load_for
+from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
 from minilora.storage import read_json
 from minilora.tools.merging import Deviation, merge_directory
@@ -157,7 +156,7 @@ def _prompt_notes(found: Found) -> Iterator[str]:
 
 def _describe(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
     """Describe the base model as it is if it is quantized like this."""
-    return describe_base(load_for(found.unit, found.labels, found.base.path, "auto", "meta", quantize))
+    return describe_base(load_model(found.base.path, "auto", "meta", quantize))
 
 
 def _print_truncation(cuts: Mapping[str, LowRank]) -> None:

@@ -15,8 +15,15 @@ from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
-from minilora.models.checkpoint import pick_device, read_config, save_model, stored_dtype, stored_weights
-from minilora.models.classifier import load_for, skeleton_for
+from minilora.models.checkpoint import (
+    load_model,
+    pick_device,
+    read_config,
+    save_model,
+    skeleton,
+    stored_dtype,
+    stored_weights,
+)
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
 from minilora.storage import BUILTIN, tensor_files
@@ -41,8 +48,8 @@ def run(options: Options) -> int:
     if is_four_bit(read.source):
         raise ConfigError(f"{location.name}: is quantized already")
     dtype = stored_dtype(read.source)
-    model = load_for(read.unit, (), location.path, dtype, "meta", config)
-    weights = stored_weights(location.path, skeleton_for(read.unit, (), read), dtype, device, config)
+    model = load_model(location.path, dtype, "meta", config)
+    weights = stored_weights(location.path, skeleton(read), dtype, device, config)
     with new_directory(options["out"]) as out:
         save_model(model, out, find_tokenizer(location.name), weights=weights)
         size = _describe_size(out)

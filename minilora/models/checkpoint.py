@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,21 +30,17 @@ from minilora.models.bitsandbytes import (
     stored_tensors,
 )
 from minilora.models.config import ModelConfig, class_name, read_config_file
-from minilora.models.hub import Location, locate
+from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
 from minilora.storage import MODEL_FILES, SHARD_BYTES, TensorFile, tensor_files
 
-if TYPE_CHECKING:
-    from minilora.models.classifier import Classifier
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-HEAD, EMBEDDING = f"{Llama.head}.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NOT_COPIED = {  # of a config.json: what is written anew, and names of code to download and run
     *("dtype", "torch_dtype", "quantization_config"),
     *("auto_map", "custom_pipelines", "_attn_implementation_internal"),
 }
-M = TypeVar("M", "Llama", "Classifier")
 
 
 @answers(device_map="use device", torch_dtype="use dtype", load_in_4bit='use quantize="nf4"')
@@ -75,11 +71,12 @@ def load_model(
     check_types(load_model, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
-    if config.unit is not None:
-        raise ConfigError(f"{location.path}: is a classifier, which load_classifier reads, and no language model")
-    model = load_weights(skeleton(config), location, dtype, usable_device(device), quantize)
+    model = skeleton(config)
+    for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize):
+        assign(model, name, weight)
     model.tie_weights()
-    return model
+    model.name_or_path = location.name
+    return model.eval()
 
 
 def usable_device(device: torch.device | str | int) -> torch.device:
@@ -100,23 +97,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_weights(
-    model: M,
-    location: Location,
-    dtype: torch.dtype | str,
-    device: torch.device,
-    quantize: QuantizeConfig | Quantize | None,
-) -> M:
-    """Read the weights of a skeleton from its directory; errors are those of `load_model`."""
-    for name, weight in stored_weights(location.path, model, dtype, device, quantize):
-        assign(model, name, weight)
-    model.name_or_path = location.name
-    return model.eval()
-
-
 def stored_weights(
     directory: Path,
-    model: Llama | Classifier,
+    model: Llama,
     dtype: torch.dtype | str,
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
@@ -161,7 +144,7 @@ def save_model(
     so that it is tied no longer. A model that is there is replaced as a whole.
 
     Args:
-        model: a `Llama` or a `Classifier`.
+        model: a `Llama`.
         path: the directory.
         tokenizer: its files are written beside the model.
         shard_bytes: the maximum size of a file.
@@ -174,7 +157,7 @@ def save_model(
     """
     check_types(save_model, locals())
     if not isinstance(getattr(model, "config", None), llama.LlamaConfig):
-        raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama or a Classifier")
+        raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama")
     path, own = Path(path), _weights(model)
     with torch.device("meta"):
         bare = type(model)(model.config)
@@ -183,10 +166,9 @@ def save_model(
     embedding = model.model.embed_tokens.weight
     source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
-    if isinstance(model, Llama):
-        source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
+    source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
-    if quantization := quantization_config(_linears(model), model.head, embedding.dtype):
+    if quantization := quantization_config(_linears(model), "lm_head", embedding.dtype):
         source["quantization_config"] = quantization
     with publishing(path, MODEL_FILES) as directory:
         write_shards(directory, itertools.starmap(stored_tensors, weights or own.items()), shard_bytes)
@@ -237,7 +219,7 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _check_names(
-    directory: Path, model: Llama | Classifier, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
+    directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
     expected, linears = {name: tuple(p.shape) for name, p in model.state_dict().items()}, _linears(model)
     problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in files]
@@ -257,17 +239,15 @@ def _check_names(
         raise FormatError(f"{directory}: the tensors do not fit config.json:{listed(problems)}")
 
 
-def _weights_to_quantize(model: Llama | Classifier, config: QuantizeConfig) -> set[str]:
+def _weights_to_quantize(model: Llama, config: QuantizeConfig) -> set[str]:
     """Return the names of the weights to quantize."""
-    names = {f"{path}.weight" for path in config.chosen(list(_linears(model)))} - {f"{model.head}.weight"}
+    names = {f"{path}.weight" for path in config.chosen(list(_linears(model)))} - {HEAD}
     if config.quantize != "none" and not names:
         raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
     return names
 
 
-def _check_packed(
-    directory: Path, model: Llama | Classifier, packed: Mapping[str, Sequence[str]], config: QuantizeConfig
-) -> None:
+def _check_packed(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], config: QuantizeConfig) -> None:
     """Check that packed weights are as config.json says and, unless the config is "none", as asked."""
     if is_four_bit(model.config.source) != bool(packed):
         raise FormatError(
@@ -286,8 +266,8 @@ def _check_packed(
         different["quantize"] = "/".join(sorted(kinds)), config.quantize
     if is_double and not config.double_quant:
         different["double_quant"] = True, False
-    if config.quantize_skip and not skipped <= dense <= skipped | {model.head}:  # the head may be packed or not
-        different["quantize_skip"] = shortest_names(list(dense - {model.head}), linears), list(config.quantize_skip)
+    if config.quantize_skip and not skipped <= dense <= skipped | {"lm_head"}:  # the head may be packed or not
+        different["quantize_skip"] = shortest_names(list(dense - {"lm_head"}), linears), list(config.quantize_skip)
     if different:
         listed = "; ".join(f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked) in different.items())
         raise ConfigError(f"{directory}: is quantized already, but differently: {listed}; 'none' loads it as it is")

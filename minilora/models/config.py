@@ -22,13 +22,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minilora import llama
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, in_recipe
 from minilora.llama import Rope
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.storage import COUNT, FLOAT, SIZES, read_json
@@ -158,9 +158,6 @@ OPTIONAL = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
     *("sliding_window", "max_window_layers", "no_rope_layer_interval"),
 )
-Unit = Literal["sequence", "token"]  # what a classifier gives a class to
-CLASSIFIERS: dict[str, Unit] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
-UNITS: dict[str | None, Unit] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}  # PEFT's task_type -> what gets a class
 
 
 class ModelConfig(llama.LlamaConfig):
@@ -171,12 +168,15 @@ class ModelConfig(llama.LlamaConfig):
         """Read a `config.json` of transformers 4 or 5.
 
         Raises:
-            ConfigError: another `model_type`, an activation other than silu, an unsupported quantization, missing or
-                impossible numbers; all of them in one message.
+            ConfigError: another `model_type`, a classifier, an activation other than silu, an unsupported quantization,
+                missing or impossible numbers; the last three in one message.
         """
         family = source.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
             raise ConfigError(f"model_type {family!r:.80} is not supported; supported are {sorted(FAMILIES)}")
+        architectures = source.get("architectures")
+        if "Classification" in str(architectures):
+            raise ConfigError(f"architectures {architectures!r:.80}: is a classifier; {in_recipe('classify_texts')}")
         values = COMMON | FAMILIES[family]
         values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
         _check(values)
@@ -207,27 +207,6 @@ class ModelConfig(llama.LlamaConfig):
         if config.rope.width + config.rope.width % 2 > head_dim:
             raise ConfigError(f"head_dim {head_dim} is odd, but its coordinates turn in pairs")
         return config
-
-    @property
-    def unit(self) -> Unit | None:
-        """What a classifier gives a class to, by the name of transformers' class; None for a language model."""
-        names = self.source.get("architectures")
-        listed = [str(name) for name in names] if isinstance(names, list) else []
-        return next((unit for ending, unit in CLASSIFIERS.items() for name in listed if name.endswith(ending)), None)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's classes; transformers does not write LABEL_0, LABEL_1."""
-        if self.unit is None:
-            return ()
-        named = self.source.get("id2label")
-        if named is None:
-            return ("LABEL_0", "LABEL_1")
-        if isinstance(named, Mapping) and set(named) == set(map(str, range(len(named)))):
-            labels = tuple(named[str(i)] for i in range(len(named)))
-            if all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels) > 1:
-                return labels
-        raise ConfigError(f'id2label: found {named!r:.80}, need at least two different names: {{"0": …, "1": …}}')
 
 
 def read_config_file(path: Path) -> ModelConfig:

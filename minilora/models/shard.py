@@ -13,7 +13,7 @@ head is called outside the decoder. Adapters are attached afterwards, so they ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ from torch import Tensor, distributed, nn
 from minilora.errors import FormatError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, map_packed, packed_weights
-from minilora.models.checkpoint import read_config, resolve_dtype, usable_device
-from minilora.models.classifier import Classifier, draw_head, load_for
-from minilora.models.config import Unit
+from minilora.models.checkpoint import load_model, read_config, resolve_dtype, usable_device
 from minilora.models.hub import locate
 from minilora.nf4 import BLOCK_SIZE, NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax, quantize_weight
 from minilora.storage import TensorFile, tensor_files
@@ -34,15 +32,12 @@ RowSlice = Callable[[int], slice]  # of a tensor's number of rows, those to read
 
 
 def load_sharded(
-    unit: Unit | None,
-    labels: Sequence[str],
     name_or_path: str | Path,
     dtype: torch.dtype | str,
     device: torch.device | str,
     quantization: QuantizeConfig | Quantize | None,
-    seed: int = 0,
-) -> Llama | Classifier:
-    """Load what `load_for` loads, with the decoder's blocks divided among all ranks, and frozen.
+) -> Llama:
+    """Load what `load_model` loads, with the decoder's blocks divided among all ranks, and frozen.
 
     Every rank must call it. A rank reads its own rows of the files and quantizes them to the bytes that one process
     would have. Peak memory is what the rank holds, and its rows of one tensor.
@@ -52,11 +47,10 @@ def load_sharded(
     """
     location, device = locate(name_or_path, "model"), usable_device(device)
     target = resolve_dtype(dtype, read_config(location.path).source, device)
-    model = load_for(unit, labels, location.name, target, "meta", quantization, seed)
+    model = load_model(location.name, target, "meta", quantization)
     shard_blocks(model, device)
-    decoder, head, files = model.model, model.get_submodule(model.head), tensor_files(location.path)
-    is_tied = isinstance(model, Llama) and model.config.tie_word_embeddings
-    replicated = [decoder.embed_tokens, decoder.norm, *([] if is_tied else [head])]
+    decoder, files = model.model, tensor_files(location.path)
+    replicated = [decoder.embed_tokens, decoder.norm, *([] if model.config.tie_word_embeddings else [model.lm_head])]
     for module in (*decoder.layers, *replicated):
         module.to_empty(device=device)
     paths = {module: path for path, module in model.named_modules()}
@@ -64,14 +58,11 @@ def load_sharded(
         rows = slice if module in replicated else own_rows
         for name, tensor in _stored(module, paths[module], files, rows).items():
             local(module.get_parameter(name)).data.copy_(tensor)
-    if isinstance(model, Llama):
-        model.tie_weights()
-    elif f"{model.head}.weight" not in files:
-        draw_head(model, seed)
+    model.tie_weights()
     return model
 
 
-def shard_blocks(model: Llama | Classifier, device: torch.device) -> None:
+def shard_blocks(model: Llama, device: torch.device) -> None:
     """Freeze a model without adapters, and divide the parameters of its decoder's blocks among all ranks.
 
     The decoder itself becomes the root, which has no parameters of its own to divide.
@@ -127,7 +118,7 @@ def held_bytes(model: nn.Module) -> int:
 def _stored(module: nn.Module, path: str, files: Mapping[str, TensorFile], rows: RowSlice) -> dict[str, Tensor]:
     """Return these rows of a module's own parameters by name, as views of files where nothing is to be computed.
 
-    A tied or new head is in no file.
+    A tied head is in no file.
     """
     parts = _packed_rows(module, f"{path}.weight", files, rows)._asdict() if isinstance(module, NF4Linear) else {}
     found = {name: part for name, part in parts.items() if part is not None}

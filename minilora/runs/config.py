@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
-from minilora.adapters.layout import read_adapter
+from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import UNITS, ModelConfig
+from minilora.models.config import ModelConfig
 from minilora.models.hub import fetch, locate
 from minilora.storage import BUILTIN
 
@@ -217,29 +217,24 @@ def check_settings(
     Raises:
         ConfigError: settings contradict each other, or would have no effect.
     """
-    task, unit, is_full = lora.task_type, UNITS.get(lora.task_type), run.method == "full"
-    if task not in (None, "CAUSAL_LM", *UNITS):
-        raise ConfigError(f"--task {task}: accepted are CAUSAL_LM, {', '.join(map(str, UNITS))}")
-    if base.unit not in (None, unit):
-        wanted = next(name for name, unit in UNITS.items() if unit == base.unit)
-        raise ConfigError(f"{run.model}: is a classifier; give --task {wanted}")
+    is_full = run.method == "full"
     if run.report != "none" and find_spec(run.report) is None:
         raise ConfigError(f"--report {run.report} needs the package {run.report}: pip install {run.report}")
-    if unit and run.general_data not in (BUILTIN, "none"):
-        raise ConfigError("--general-data: without effect on a classifier; leave it out")
     if quantization.quantize == "none" and quantization != QuantizeConfig():
         idle = [field.name for field in fields(QuantizeConfig) if getattr(quantization, field.name) != field.default]
         raise ConfigError(f"{', '.join(map(flag, idle))}: without effect; give --quantize nf4, too")
     if run.adapter is not None:
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
-        own = read_adapter(fetch(run.adapter, "adapter")).config()
+        directory = fetch(run.adapter, "adapter")
+        own = read_adapter(directory).config()
+        check_language_task(directory, own)
         for name in _differing(lora, own):
             bad.append(f"{flag(name)} {getattr(lora, name)!r:.80} (it has {getattr(own, name)!r:.80})")
         if bad:
             raise ConfigError(f"--adapter {run.adapter}: leave out what it decides itself: {', '.join(bad)}")
     if not is_full:
         return
-    idle = [flag(name) for name in _differing(lora, LoraConfig()) if name != "task_type"]
+    idle = [flag(name) for name in _differing(lora, LoraConfig())]
     idle += ["--loraplus-lr-ratio"] if training.loraplus_lr_ratio is not None else []
     bad = [f"{', '.join(sorted(idle))}: without effect, since there is no adapter"] if idle else []
     if quantization.quantize != "none" or base.source.get("quantization_config"):
@@ -262,6 +257,7 @@ def resolve(
 ) -> dict[str, Any]:
     """Return all settings by the names of their flags."""
     values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(data_config), **asdict(training)}
+    del values["task_type"]  # no flag: a run trains language models
     return {FLAG_NAMES.get(name, name): value for name, value in values.items()}
 
 

@@ -81,7 +81,6 @@ class Dataset(Sequence[Example]):
     labels: bytes | MappedFile = b""
     rows: NDArray[Any] = field(default_factory=lambda: np.empty(0, ROW))
     files: tuple[str, ...] = ()
-    shift: int = 1
     digest: str = ""
     truncated: int = 0
     unlabelled: int = 0
@@ -109,11 +108,11 @@ class Dataset(Sequence[Example]):
         begin, length, _, _, file, line = self.rows[index].item()
         span = slice(begin * INT32.itemsize, (begin + length) * INT32.itemsize)
         tokens, labels = (np.frombuffer(held[span], INT32).tolist() for held in (self.tokens, self.labels))
-        return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""), self.shift)
+        return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""))
 
     def take(self, rows: NDArray[Any]) -> Dataset:
         """Return a data set of some of the `rows`, in their order, without the counts."""
-        return Dataset(self.tokens, self.labels, rows, self.files, self.shift, self.digest)
+        return Dataset(self.tokens, self.labels, rows, self.files, self.digest)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -141,13 +140,11 @@ def sizes_of(examples: Sequence[Example]) -> NDArray[Any]:
 class Encoder(Protocol):
     """A function of a row that returns an example, and the names of the counts of `Dataset` that it adds to.
 
-    `shift` is that of the examples; `key` is what they follow from, besides the rows.
+    `key` is what the examples follow from, besides the rows.
     """
 
     @property
     def config(self) -> DataConfig: ...
-    @property
-    def shift(self) -> int: ...
     @property
     def key(self) -> str: ...
     def __call__(self, row: Row) -> tuple[Example, Iterable[str]]: ...
@@ -196,7 +193,7 @@ def encode_part(rows: Sequence[Row], encode: Encoder) -> Part:
             counts["unlabelled"] += 1
             continue
         file, line = _split(whole.source)
-        largest = max([*cut.tokens, *(cut.labels if encode.shift else ())])
+        largest = max(*cut.tokens, *cut.labels)
         kept.append((len(tokens), len(cut.tokens), labelled, largest, files.setdefault(file, len(files)), line))
         tokens += cut.tokens
         labels += cut.labels
@@ -272,7 +269,7 @@ def build_dataset(
             total, limit = counts["unlabelled"] + len(bad), encode.config.max_length
             skipped = f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else ""
             raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
-        values: dict[str, Any] = {"files": tuple(files), "shift": encode.shift, "bad": tuple(bad), **counts}
+        values: dict[str, Any] = {"files": tuple(files), "bad": tuple(bad), **counts}
         if directory is None:
             tokens, labels, found = (sink.getvalue() for sink in sinks)
             return Dataset(tokens, labels, np.frombuffer(found, ROW), **values)

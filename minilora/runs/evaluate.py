@@ -1,4 +1,4 @@
-"""Held-out loss, accuracy among choices or classes, F1, exact match, and drift on general text.
+"""Held-out loss, accuracy among choices, exact match, and drift on general text.
 
 Except for generated text, batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise, takewhile
 from typing import Any
@@ -19,7 +19,6 @@ from minilora.adapter import disable_adapter
 from minilora.data import IGNORE_INDEX, Batch, Example, collate
 from minilora.errors import DataError
 from minilora.llama import Llama
-from minilora.models.classifier import Classifier
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
@@ -51,14 +50,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's held-out loss, and its accuracy where the data has choices or classes; None where there are none."""
+    """A model's held-out loss, and its accuracy where the data has choices; None where there are none."""
 
     loss: float | None
     accuracy: float | None
-    class_scores: dict[str, Any] = field(default_factory=dict)  # all of a classifier, by the function of that name
-
-    def record(self) -> dict[str, Any]:
-        return {"loss": self.loss, "accuracy": self.accuracy, **self.class_scores}
 
 
 def prompt_of(example: Example) -> list[int]:
@@ -72,17 +67,15 @@ def answer_of(example: Example) -> tuple[int, ...]:
 
 
 def evaluate(
-    model: Llama | Classifier,
+    model: Llama,
     examples: Sequence[Example],
     choices: Sequence[Choice] | None,
     progress: Callable[[str], Progress] = lambda name: _ignore,
 ) -> Scores:
-    """Return the loss and the accuracy of a model: among its classes, or among `choices` if there are any.
+    """Return the loss of a model, and its accuracy among `choices` if there are any.
 
     `progress` is called with the name of each pass over the examples, and returns what follows that pass.
     """
-    if isinstance(model, Classifier):
-        return evaluate_classes(model, examples, progress("loss and accuracy"))
     if not examples:
         return Scores(None, None)
     loss = held_out_loss(model, examples, progress("loss"))
@@ -91,7 +84,7 @@ def evaluate(
     return Scores(loss, choice_accuracy(model, examples, choices, progress("accuracy")))
 
 
-def held_out_loss(model: Llama | Classifier, examples: Sequence[Example], progress: Progress = _ignore) -> float:
+def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> float:
     """Return Σ -log p over all labelled tokens / their number.
 
     Raises:
@@ -117,44 +110,6 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     if not count:
         raise DataError("the loss counts nothing in the held-out rows")
     return total / count
-
-
-def evaluate_classes(model: Classifier, examples: Sequence[Example], progress: Progress = _ignore) -> Scores:
-    """Return loss and scores of a classifier, which predicts the class with the highest logit."""
-    C, total = len(model.labels), 0.0
-    confusion = torch.zeros(C * C, dtype=torch.int64)
-    with evaluating(model):
-        for batch, counts in _batches(model, examples, progress):
-            logits = model.score(model.model(batch.tokens, batch.lengths)[batch.places])
-            total -= counts * _log_probabilities(logits).gather(-1, batch.labels.unsqueeze(-1)).sum().item()
-            confusion += counts * (C * batch.labels + logits.argmax(-1)).cpu().bincount(minlength=C * C)
-    total, *found = world.sum_over_ranks(total, *confusion.tolist())
-    if not any(found):
-        return Scores(None, None)
-    scores = class_scores(torch.tensor(found).long().view(C, C).tolist(), model.labels)
-    return Scores(total / sum(found), scores["accuracy"], scores)
-
-
-def class_scores(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
-    """Compute the scores of a classifier from its confusion matrix: n_ij examples of class i are predicted as class j.
-
-        precision_i = n_ii / Σ_j n_ji    recall_i = n_ii / Σ_j n_ij    F1_i = 2 n_ii / (Σ_j n_ij + Σ_j n_ji)
-
-    0 / 0 counts as 0. Macro F1 is the mean over the classes that occur or are predicted, weighted F1 that over the
-    examples.
-    """
-    n = torch.tensor(confusion, dtype=torch.float64)
-    correct, counts, predicted = n.diag(), n.sum(1), n.sum(0)
-    f1 = (2 * correct / (counts + predicted)).nan_to_num()
-    columns = (correct / predicted).nan_to_num(), (correct / counts).nan_to_num(), f1, counts.long()
-    classes = zip(labels, *(column.tolist() for column in columns), strict=True)
-    return {
-        "accuracy": (correct.sum() / n.sum()).item(),
-        "macro_f1": f1[counts + predicted > 0].mean().item(),
-        "weighted_f1": (counts @ f1 / n.sum()).item(),
-        "classes": {label: dict(zip(("precision", "recall", "f1", "count"), c, strict=True)) for label, *c in classes},
-        "confusion": [list(row) for row in confusion],
-    }
 
 
 def measure_drift(
@@ -187,9 +142,7 @@ def measure_drift(
     return Drift(*(total / number for total in totals))
 
 
-def _batches(
-    model: Llama | Classifier, examples: Sequence[Example], progress: Progress = _ignore
-) -> Iterator[tuple[Batch, bool]]:
+def _batches(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's batches for an evaluation, and whether each counts."""
     check_examples(model, examples)
     groups = eval_groups(lengths_of(examples))

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minilora.errors import DataError
+from minilora.errors import DataError, in_recipe
 from minilora.runs.config import DataConfig
 
 Fields = dict[str, Any]
@@ -131,11 +131,11 @@ def _prompt_completion(fields: Fields, config: DataConfig) -> PromptCompletion:
     elif "text" in fields:
         if "label" in fields:
             raise DataError(
-                "text, label: a class is learned with --task SEQ_CLS, the text alone with --text-field text"
+                f"text, label: the text alone is learned with --text-field text; a class: {in_recipe('classify_texts')}"
             )
         parsed = PromptCompletion("", check_text(fields["text"], "text", is_target=True))
     elif "tokens" in fields and "labels" in fields:
-        raise DataError("tokens, labels: classes are learned with --task TOKEN_CLS")
+        raise DataError(f"tokens, labels: classes of words: {in_recipe('classify_tokens')}")
     else:
         preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
         raise DataError(f"keys {sorted(fields)} are of no known shape; known are {FORMATS}{preference}")

@@ -21,12 +21,11 @@ from typing import Any
 
 from minilora.durable import sha256_of
 from minilora.errors import DataError, check_types
-from minilora.models.config import Unit
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.dataset import Dataset, Encoder, build_dataset, cached_dataset
-from minilora.runs.encoders import ClassEncoder, TextEncoder, encode_classes, encode_rows, find_labels, use_prompt_style
+from minilora.runs.encoders import TextEncoder, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.formats import Row
 from minilora.storage import ASSETS, BAD_ROWS, BUILTIN, JSON_VALUES, LINE_BYTES, check_link, read_chunks
@@ -52,24 +51,6 @@ def load_dataset(
     return encode_rows(stream_rows(*paths), tokenizer, config)
 
 
-def load_classes(
-    path: str | Path | Sequence[str | Path],
-    tokenizer: Tokenizer,
-    unit: Unit,
-    config: DataConfig | None = None,
-    labels: Sequence[str] = (),
-) -> tuple[Dataset, tuple[str, ...]]:
-    """Read and tokenize rows with classes, as `load_dataset` does; return them with their labels.
-
-    Raises:
-        DataError: a row cannot be used, or has none of the `labels`, if any are given; a file without rows.
-    """
-    check_types(load_classes, locals())
-    config, paths = config or DataConfig(), _find_files(path)["train"]
-    labels = tuple(labels) or find_labels(stream_rows(*paths), unit, config)
-    return encode_classes(stream_rows(*paths), tokenizer, config, unit, labels), labels
-
-
 @dataclass(frozen=True)
 class Data:
     """A run's tokenized rows: to train on, to evaluate during it (valid) and after it (test), and general text."""
@@ -81,7 +62,6 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = field(default_factory=Dataset)
-    labels: tuple[str, ...] = ()  # of a classifier
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -96,8 +76,6 @@ def load_data(
     data_config: DataConfig,
     training: TrainConfig,
     *,
-    unit: Unit | None = None,
-    labels: tuple[str, ...] = (),
     eval_data: str | None = None,
     eval_split: float = 0.0,
     folder: Path | None = None,
@@ -106,9 +84,8 @@ def load_data(
     """Read and tokenize training, validation and test rows; the tokenizer gets their prompt style.
 
     The test rows are those of `eval_data`, if it is given. Without a test file, the share `eval_split` of the training
-    rows is held out, and another one for validation if the run selects the best adapter. With a `unit` rows have
-    classes, by default all labels of the training rows. Rows of large files are kept in `folder`, if it is given, and
-    `show` is called with lines on the progress.
+    rows is held out, and another one for validation if the run selects the best adapter. Rows of large files are kept
+    in `folder`, if it is given, and `show` is called with lines on the progress.
 
     Raises:
         DataError: a row cannot be used; there is no training file; one of several files has the name of a split; or
@@ -123,12 +100,8 @@ def load_data(
         files["test"] = find_eval_files(eval_data)
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
-    if unit is None:
-        tokenizer = use_prompt_style(tokenizer, data_config.prompt_style, stream_rows(*files["train"]))
-        encode: Encoder = TextEncoder(tokenizer, data_config)
-    else:
-        labels = labels or find_labels(stream_rows(*files["train"]), unit, data_config)
-        encode = ClassEncoder(tokenizer, data_config, unit, labels)
+    tokenizer = use_prompt_style(tokenizer, data_config.prompt_style, stream_rows(*files["train"]))
+    encode = TextEncoder(tokenizer, data_config)
     encoded = {split: _encode(paths, encode, folder, show) for split, paths in files.items()}
     needed = ["test"] if "valid" not in encoded else []
     if training.selects:  # rows that select the adapter cannot also measure it
@@ -145,8 +118,8 @@ def load_data(
     valid = encoded.get("valid") or test
     if training.selects and not valid:
         raise DataError("keep best and early_stopping need held-out rows: see --eval-split and --eval-data")
-    choices = None if unit else find_choices(encoded["train"], test)
-    return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files), labels=labels)
+    choices = find_choices(encoded["train"], test)
+    return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files))
 
 
 def _shuffled(count: int, seed: int) -> array[int]:

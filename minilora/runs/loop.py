@@ -18,7 +18,6 @@ from minilora.adapters.config import LoraConfig
 from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.classifier import Classifier
 from minilora.models.generate import exclusive_training
 from minilora.models.shard import held_bytes, is_sharded, whole
 from minilora.runs import checkpoints, world
@@ -85,7 +84,7 @@ def train(
     `DistributedDataParallel` or FSDP is one of any module, for which `loss` is given.
 
     Args:
-        model: a `Llama` or `Classifier`; with `loss`, any module.
+        model: a `Llama`; with `loss`, any module.
         dataset: what `load_dataset` returns; with `loss`, rows of any kind.
         config: by default `TrainConfig()`.
         on_step: called with a record after each step and each evaluation; if it returns True, on any rank, the run
@@ -148,7 +147,7 @@ def _with_fitting_checkpointing(
     model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
 ) -> TrainConfig:
     """Choose the recomputation with which the run fits into memory, beside the loaded model."""
-    if not isinstance(model, Llama | Classifier):
+    if not isinstance(model, Llama):
         raise TrainingError(
             f"{type(model).__name__}: gradient_checkpointing 'auto' is for minilora's own decoders; name a way"
         )
@@ -162,7 +161,6 @@ def _with_fitting_checkpointing(
         weight.device,
         sizes_of(dataset),
         [lengths_of(held_out)],
-        len(model.labels) if isinstance(model, Classifier) else 0,
         world.size(),
         "base" if any(map(is_sharded, model.parameters())) else "none",
     )

@@ -72,8 +72,8 @@ def forecast(plan: Plan) -> Forecast:
     """
     config, lora, training, d = plan.config, plan.lora, plan.training, plan.dtype.itemsize
     lengths, M = plan.batch()
-    N, D, F, V = sum(lengths), config.hidden_size, config.intermediate_size, plan.classes or config.vocab_size
-    shapes = parameter_shapes(config, plan.classes)
+    N, D, F, V = sum(lengths), config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes = parameter_shapes(config)
     factors, others, ranks = trained_sizes(lora, shapes, config.tie_word_embeddings)
     gradients = WIDE * sum(factors + others)
     adapters = (lora is not None) * gradients
@@ -90,7 +90,7 @@ def forecast(plan: Plan) -> Forecast:
         attention = sum(size for name, size in terms.items() if not name.startswith("mlp"))
         saved = {"none": sum(terms.values()), "mlp": attention + x, "block": x}[training.gradient_checkpointing]
         activations += saved
-    head = _head_bytes(plan, M, ranks.get("score" if plan.classes else "lm_head") == 0)
+    head = _head_bytes(plan, M, ranks.get("lm_head") == 0)
     is_sharded = plan.shard == "base" and plan.world > 1
     base = base_bytes(config, plan.quantization, plan.dtype, shapes, plan.world if is_sharded else 1)
     layer = _layer_bytes(plan, lengths, ranks, terms, sum(terms.values()) - saved, base.dense)
@@ -125,7 +125,7 @@ def _compiled_bytes(plan: Plan, shapes: Shapes) -> int:
 
 def _head_bytes(plan: Plan, labelled: int, is_trained: bool) -> int:
     """Return the peak of the loss: labelled rows and their gradient, the logits of a chunk of rows and theirs."""
-    d, D, V = plan.dtype.itemsize, plan.config.hidden_size, plan.classes or plan.config.vocab_size
+    d, D, V = plan.dtype.itemsize, plan.config.hidden_size, plan.config.vocab_size
     rows = min(labelled, max(1, HEAD_LOGITS // V))
     tile = tile_size(plan.device)
     copies = 1 if d == WIDE else 2  # of logits in float32: 16 bits are cast before the softmax

@@ -119,7 +119,7 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
         T, found = len(example.tokens), len(example.labels)
         if found != T:
             raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")
-        learned = [label for label in example.labels if label != IGNORE_INDEX] if example.shift else []
+        learned = [label for label in example.labels if label != IGNORE_INDEX]
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 

@@ -28,7 +28,7 @@ import torch
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
-from minilora.adapters.layout import classes_of, tokenizer_of
+from minilora.adapters.layout import tokenizer_of
 from minilora.definition import is_plain
 from minilora.durable import (
     CACHE_DIR,
@@ -45,12 +45,11 @@ from minilora.durable import (
 from minilora.errors import ConfigError, TrainingError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.checkpoint import read_config, resolve_dtype, save_model
-from minilora.models.classifier import Classifier, grow_vocabulary, load_for
-from minilora.models.config import UNITS
+from minilora.models.checkpoint import load_model, read_config, resolve_dtype, save_model
 from minilora.models.hub import fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import checkpoints, world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.dataset import sizes_of
@@ -103,7 +102,7 @@ class Run:
         self.dtype = "float32" if self.is_full else run.dtype
         self.base = locate(run.model, "model")
         self.adapters = [fetch(run.adapter, "adapter")] if run.adapter else []
-        self.base_config, self.unit = read_config(self.base.path), UNITS.get(lora.task_type)
+        self.base_config = read_config(self.base.path)
         self.began = world.broadcast(datetime.now(UTC).replace(microsecond=0))  # a chat template may write the date
         self.earlier = Earlier()
         self.inputs: dict[str, str] = {}  # hashes of the base and other files
@@ -191,22 +190,17 @@ class Run:
         """
         tokenizer = tokenizer_of(self.config.model, self.adapters) or load_tokenizer(self.config.model)
         tokenizer = tokenizer.with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        labels = classes_of(self.adapters[0])[1] if self.adapters else self.base_config.labels
         data = load_data(
             self.config.data,
             tokenizer,
             self.data_config,
             self.training,
-            unit=self.unit,
-            labels=labels,
             eval_data=self.config.eval_data,
             eval_split=self.config.eval_split,
             folder=self.out / CACHE_DIR,
             show=show,
         )
-        if self.unit is None:
-            data = replace(data, general=load_general(self.config.general_data, data.tokenizer, self.data_config))
-        return data
+        return replace(data, general=load_general(self.config.general_data, data.tokenizer, self.data_config))
 
     def fit_to_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
         """Resolve auto of `--gradient-checkpointing` and `--shard`, for all later calls, to what fits into memory."""
@@ -220,21 +214,20 @@ class Run:
             device,
             sizes_of(data.train),
             [split.lengths for split in (data.valid, data.test, data.general)],
-            len(config.labels if config.unit else data.labels),
             world.size(),
         )
         plan, found = choose_plan(plan, "none" if self.is_full or world.size() == 1 else self.config.shard)
         self.training, self.shard = plan.training, plan.shard
         return plan, found
 
-    def load_base(self, data: Data, device: torch.device | str) -> Llama | Classifier:
-        """Load the base model, quantized as it is read, with a head for the data's classes and rows for new tokens."""
-        seed, load = self.training.seed, load_for if self.shard == "none" or device == "meta" else load_sharded
-        model = load(self.unit, data.labels, self.config.model, self.dtype, device, self.quantization, seed)
-        grow_vocabulary(model, self._vocabulary(data))
+    def load_base(self, data: Data, device: torch.device | str) -> Llama:
+        """Load the base model, quantized as it is read, with rows for new tokens."""
+        load = load_model if self.shard == "none" or device == "meta" else load_sharded
+        model = load(self.config.model, self.dtype, device, self.quantization)
+        resize_token_embeddings(model, self._vocabulary(data))
         return model
 
-    def attach_adapter(self, model: Llama | Classifier, data: Data) -> None:
+    def attach_adapter(self, model: Llama, data: Data) -> None:
         """Attach a new adapter, or the one to start from, unless all weights are trained."""
         if self.config.adapter is not None:
             load_adapter(model, self.config.adapter, trainable=True)
@@ -257,7 +250,7 @@ class Run:
         """Return the number of embedding rows that new tokens need, or those of an adapter to start from."""
         return max([-1, *self._new_tokens(data)]) + 1 if self.config.adapter is None else self.lora.vocabulary
 
-    def set_threads(self, model: Llama | Classifier, data: Data) -> int | None:
+    def set_threads(self, model: Llama, data: Data) -> int | None:
         """Set the faster number of threads (see `choose_threads`); return it, or None if it was not measured.
 
         A resumed run keeps the number that it began with, because another one may round differently. Of several ranks
@@ -272,7 +265,7 @@ class Run:
             torch.set_num_threads(first["threads"])
         return None
 
-    def start(self, model: Llama | Classifier, data: Data, step: int) -> None:
+    def start(self, model: Llama, data: Data, step: int) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
         weight = model.model.embed_tokens.weight
         start = {
@@ -315,7 +308,7 @@ class Run:
 
     def finish(
         self,
-        model: Llama | Classifier,
+        model: Llama,
         tokenizer: Tokenizer,
         result: TrainResult,
         before: Scores,
@@ -324,8 +317,8 @@ class Run:
     ) -> None:
         """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
         summary = {
-            "before": before.record(),
-            "after": after.record(),
+            "before": asdict(before),
+            "after": asdict(after),
             "general": asdict(drift) if drift else None,
             "steps": result.steps,
             "kept_step": result.kept,

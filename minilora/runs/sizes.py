@@ -56,7 +56,6 @@ class Plan:
     device: torch.device
     rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
     evaluated: Sequence[Sequence[int] | NDArray[Any]] = ()  # tokens of each row of every split that is evaluated
-    classes: int = 0  # of a classifier; 0 for a language model
     world: int = 1  # number of ranks; the forecast is that of one
     shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
 
@@ -67,7 +66,7 @@ class Plan:
         return rows[:, 0].tolist(), int(rows[:, 1].sum())
 
 
-def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
+def parameter_shapes(config: LlamaConfig) -> Shapes:
     """Return the names and shapes of a decoder's parameters, including the head's also where it is tied.
 
     Its blocks are alike, so only one is built.
@@ -75,11 +74,11 @@ def parameter_shapes(config: LlamaConfig, classes: int = 0) -> Shapes:
     with torch.device("meta"):
         short = Decoder(replace(config, num_hidden_layers=1))
         block = {name: tuple(p.shape) for name, p in short.layers[0].named_parameters()}
-    head, size = ("score", classes) if classes else ("lm_head", config.vocab_size)
     shapes: Shapes = {f"{EMBEDDING_PATH}.weight": tuple(short.embed_tokens.weight.shape)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"{BLOCKS}{i}.{name}": shape for name, shape in block.items()}
-    return {**shapes, "model.norm.weight": (config.hidden_size,), f"{head}.weight": (size, config.hidden_size)}
+    D, V = config.hidden_size, config.vocab_size
+    return {**shapes, "model.norm.weight": (D,), "lm_head.weight": (V, D)}
 
 
 def embedding_learns(lora: LoraConfig | None, ranks: Mapping[str, int]) -> bool:
@@ -201,7 +200,7 @@ def forecast_step(plan: Plan) -> StepCost:
     """
     config, N = plan.config, plan.world
     g = -(-plan.training.gradient_accumulation_steps // N)
-    shapes = parameter_shapes(config, plan.classes)
+    shapes = parameter_shapes(config)
     factors, others, ranks = trained_sizes(plan.lora, shapes, config.tie_word_embeddings)
     S = sum(base_bytes(config, plan.quantization, plan.dtype, shapes, N).blocks) if plan.shard == "base" else 0
     reduced = 2 * (N - 1) * WIDE * sum(factors + others) // N
@@ -243,7 +242,7 @@ def batch_flop(plan: Plan, shapes: Shapes, ranks: Mapping[str, int]) -> int:
             if group == GROUPS[0]:
                 pairs = sum(_pairs(length, window or length) for length in lengths)
                 total += config.num_attention_heads * config.head_dim * pairs * (4 + 4 * again + 10 * learns)
-    return total + linear("score.weight" if plan.classes else "lm_head.weight", M, False)
+    return total + linear("lm_head.weight", M, False)
 
 
 def _pairs(length: int, window: int) -> int:

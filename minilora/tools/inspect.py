@@ -16,7 +16,6 @@ from minilora.adapters.layout import (
     WEIGHTS_FILE,
     Stored,
     base_model_of,
-    classes_of,
     parse_tensor_name,
     read_adapter,
     vocabulary_of,
@@ -24,10 +23,10 @@ from minilora.adapters.layout import (
 from minilora.errors import FormatError, MiniloraError
 from minilora.lora import dora_norm, lora_delta
 from minilora.models.bitsandbytes import packed_weights, read_layout, read_packed
-from minilora.models.checkpoint import EMBEDDING, HEAD, read_config
-from minilora.models.classifier import grow_vocabulary, load_for
+from minilora.models.checkpoint import EMBEDDING, HEAD, load_model
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.tokenizer import Tokenizer
+from minilora.models.vocabulary import resize_token_embeddings
 from minilora.nf4 import dequantize_weight
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import default_settings
@@ -109,7 +108,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
         tokenizer = {"problem": str(error)}
     problems = []
     try:  # on the device "meta", loading checks the same and reads no weight
-        load_for(read_config(directory).unit, (), directory, "auto", "meta", None)
+        load_model(directory, device="meta")
     except MiniloraError as error:
         problems = _problems(error)
     return {
@@ -182,8 +181,8 @@ def _problems(error: MiniloraError) -> list[str]:
 def _try_loading(directory: Path, base: Path) -> None:
     """Load an adapter onto its base, without the weights of the base unless the adapter has copies to compare."""
     has_copies = any(parse_tensor_name(name)[1] == "weight" for name in TensorFile(directory / WEIGHTS_FILE).shapes)
-    model = load_for(*classes_of(directory), base, "auto", "cpu" if has_copies else "meta", None)
-    grow_vocabulary(model, vocabulary_of(directory))
+    model = load_model(base, device="cpu" if has_copies else "meta")
+    resize_token_embeddings(model, vocabulary_of(directory))
     load_adapter(model, directory)
 
 

@@ -29,7 +29,6 @@ from minilora.adapters.layout import (
     CONFIG_FILE,
     DETERMINISTIC_INITS,
     WEIGHTS_FILE,
-    classes_of,
     parse_tensor_name,
     vocabulary_of,
 )
@@ -41,15 +40,17 @@ from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
     assign,
+    load_model,
     read_config,
     resolve_dtype,
     save_model,
+    skeleton,
     stored_dtype,
     stored_weights,
 )
-from minilora.models.classifier import Classifier, grow_vocabulary, grown, load_for, skeleton_for
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
+from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, dequantize_weight, quantize_weight
 from minilora.storage import SHARD_BYTES, TensorFile, read_json
 
@@ -131,7 +132,7 @@ def merge_directory(
         target = "original" if kind == "none" else "dequantized"
     _check(base, target, kind)
     model = held if target == "requantized" else base.bare().to(base.dtype)
-    if isinstance(model, Llama) and _unties(base, layers):
+    if _unties(base, layers):
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # no longer tied
     squares: dict[str, tuple[float, float]] = {}
     save_model(model, out, tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
@@ -139,11 +140,7 @@ def merge_directory(
 
 
 class _Base:
-    """A model directory whose weights are read one at a time, into `dtype` on `device`.
-
-    `unit` and `labels` come from the adapters and are those of a classifier. If the directory is a language model, its
-    head is skipped, and the new head is zero until that of the adapters replaces it.
-    """
+    """A model directory whose weights are read one at a time, into `dtype` on `device`."""
 
     def __init__(
         self,
@@ -161,33 +158,27 @@ class _Base:
         source = self.config.source
         self.rows = max(map(vocabulary_of, adapters), default=0)  # that the adapters' tokens need of the embedding
         self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
-        self.unit, self.labels = classes_of(adapters[0]) if adapters else (None, ())
 
-    def load(self, quantize: QuantizeConfig) -> Llama | Classifier:
+    def load(self, quantize: QuantizeConfig) -> Llama:
         """Load the model without its weights, quantized like this."""
-        model = load_for(self.unit, self.labels, self.directory, self.dtype, "meta", quantize)
-        grow_vocabulary(model, self.rows)
+        model = load_model(self.directory, self.dtype, "meta", quantize)
+        resize_token_embeddings(model, self.rows)
         return model
 
-    def bare(self) -> Llama | Classifier:
+    def bare(self) -> Llama:
         """Build the model with names and shapes only, all of it dense."""
-        model = skeleton_for(self.unit, self.labels, self.config)
-        grow_vocabulary(model, self.rows)
+        model = skeleton(self.config)
+        resize_token_embeddings(model, self.rows)
         return model
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
         """Yield names and weights; with `has_head`, also the weight of a tied head, by the head's name."""
-        bare, is_new = skeleton_for(self.config.unit, (), self.config), self.unit != self.config.unit
-        for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
-            if is_new and name == HEAD:
-                continue
+        for name, weight in stored_weights(self.directory, skeleton(self.config), self.dtype, self.device, quantize):
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
             yield name, weight
             if name == EMBEDDING and has_head and self.config.tie_word_embeddings:
                 yield HEAD, weight
-        for name, parameter in self.bare().get_output_embeddings().named_parameters() if is_new else ():
-            yield f"{Classifier.head}.{name}", torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
 
     def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
         """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
@@ -252,7 +243,7 @@ def _unties(base: _Base, layers: Mapping[str, AdapterWrapper]) -> bool:
     """Return whether merging turns a tied embedding and head into two weights."""
     ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
     is_adapted = any(isinstance(end, AdapterLinear | TrainedCopy) for end in ends)
-    return base.unit is None and base.config.tie_word_embeddings and is_adapted
+    return base.config.tie_word_embeddings and is_adapted
 
 
 def _merged_weights(

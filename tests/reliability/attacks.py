@@ -66,7 +66,6 @@ def _model() -> Any:
 
 LONG = {"rope_type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
 RAMP = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
-LABELS = {str(i): "" for i in range(99_999)}
 # What config.json states, one key at a time.
 CONFIGS: dict[str, dict[str, Any]] = {
     "a billion layers": {"num_hidden_layers": 10**9},
@@ -92,7 +91,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "equal ends of a ramp": {"rope_scaling": RAMP},
     "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
     "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
-    "99,999 labels": {"architectures": ["LlamaForSequenceClassification"], "id2label": LABELS},
 }
 
 
@@ -138,7 +136,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def use_adapter(directory: Path, quantize: Any = None) -> None:
     model = ml.load_model(directory / "base", quantize=quantize)
-    ml.grow_vocabulary(model, vocabulary_of(directory / "adapter"))
+    ml.resize_token_embeddings(model, vocabulary_of(directory / "adapter"))
     ml.load_adapter(model, directory / "adapter")
 
 

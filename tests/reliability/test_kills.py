@@ -1,7 +1,6 @@
 """Runs that are killed at any moment, or stopped by signals, a full disk or a lack of memory, and resumed."""
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -31,18 +30,12 @@ KINDS = {
     "packed": {"batch_tokens": 40, "gradient_accumulation_steps": 3},
     "best": {"eval_steps": 3, "keep": "best"},
     "bfloat16": {"dtype": "bfloat16"},
-    "classifier": {"task": "SEQ_CLS"},
 }
 SHORT = {**dict.fromkeys(KINDS, 1), "lora": 3}  # kills of each kind
 
 
 def command(directory, out, **changes):
-    data = {}
-    if changes.get("task"):
-        data["data"] = directory / "classes.jsonl"
-        rows = [{"text": "the cat" if i % 2 else "the sea town", "label": "ab"[i % 2]} for i in range(23)]
-        data["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return words(directory, out, **{"max_steps": STEPS, "save_steps": INTERVAL, **data, **changes})
+    return words(directory, out, **{"max_steps": STEPS, "save_steps": INTERVAL, **changes})
 
 
 def start(words, errors=os.devnull, file_bytes=None):
