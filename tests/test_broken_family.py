@@ -186,10 +186,7 @@ def test_a_row_of_zeros_stays_a_number_under_dora():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-SUMS = {"cat": {}, "svd": {}, "ties_svd": {"density": 0.5}}
-
-
-@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
     model, _ = _adapted(a=LINEAR, b=LINEAR)
     with torch.no_grad():
@@ -197,7 +194,7 @@ def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
             if name.endswith("a.lora_B"):
                 parameter.fill_(1e37)
     with pytest.raises(ml.MiniloraError, match=r"not finite|overflows"):
-        ml.combine_adapters(model, {"a": 1e6, "b": 1}, "sum", ml.CombineConfig(kind, **SUMS[kind]))
+        ml.combine_adapters(model, {"a": 1e6, "b": 1}, "sum", ml.CombineConfig(kind))
 
 
 def test_what_does_not_fit_into_memory_is_told(tmp_path, capsys):

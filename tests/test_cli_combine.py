@@ -153,11 +153,11 @@ def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory
 
 
 def test_a_combination_is_merged_as_the_adapter_that_it_makes(directory, run, tmp_path):
-    flags = ["--combination-type=ties_svd", "--svd-rank=2", "--density=0.5", "--majority-sign-method=frequency"]
+    flags = ["--combination-type=svd", "--svd-rank=2"]
     both = ["--adapter=a:0.7", "--adapter=b:0.3"]
     printed = run("merge", *both, *flags, f"--out={tmp_path / 'merged'}")
-    config = CombineConfig("ties_svd", 2, None, 0.5, "frequency")
-    cuts = combine_directories([directory / "a", directory / "b"], [0.7, 0.3], tmp_path / "adapter", config)
+    parts = [directory / "a", directory / "b"]
+    cuts = combine_directories(parts, [0.7, 0.3], tmp_path / "adapter", CombineConfig("svd", 2))
     expected = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     assert printed[0] == (
         f"truncation error, relative to the combined update: {expected.overall:.2g}; "
@@ -205,7 +205,6 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_
         (["--adapter=dora:0.5"], "dora: cannot be combined with other adapters, or weighed:\n  use_dora: "),
         (["--adapter=dora", "--adapter=a", "--as-adapter"], "dora: cannot be combined"),
         (["--adapter=a:0.5", "--svd-rank=3"], "svd_rank: without effect; 'cat' cuts nothing"),
-        (["--adapter=a", "--combination-type=ties"], "density: 'ties' needs one"),
         (["--adapter=a", "--adapter=b", "--combination-type=linear"], "'linear' needs adapters of one rank"),
         (["--adapter=a", "--as-adapter", "--target=original"], "--target: without effect on --as-adapter"),
         (["--adapter=a", "--as-adapter", "--dtype=float32", "--quantize-skip=up"], "--quantize-skip, --dtype: without"),

@@ -11,16 +11,22 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, LoraConfig, ShapeError
-from minilora.adapters.combine import CombinationType, CombineConfig, Factors, best_factors, check_additive, combine
+from minilora.adapters.combine import (
+    IN_RECIPE,
+    CombinationType,
+    CombineConfig,
+    Factors,
+    best_factors,
+    check_additive,
+    combine,
+)
+from minilora.errors import in_recipe
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, relative
 from tests.models import best_of_rank, randn, scales, seeds, sizes
 
 TYPES = get_args(CombinationType)
-ON_FACTORS = [kind for kind in TYPES if kind not in ("cat", "svd") and not kind.endswith("_svd")]
-ON_DELTAS = [kind for kind in TYPES if kind.endswith("_svd")]
 weights = st.sampled_from([-2.0, -1.0, -0.3, 0.3, 0.7, 3.0])
-densities = st.sampled_from([0.2, 0.5, 0.9])
 several = st.lists(st.tuples(sizes, scales, weights), min_size=1, max_size=4)
 
 
@@ -42,10 +48,6 @@ def weighted_sum(parts, weights):
 def one_module(parts, weights, kind="cat", **options):
     """The combination of adapters of a single module."""
     return combine([{"m": part} for part in parts], weights, CombineConfig(kind, **options))["m"]
-
-
-def options_of(kind, density=0.5):
-    return {} if kind in ("cat", "svd", "linear") else {"density": density}
 
 
 def product(cut):
@@ -71,19 +73,18 @@ def test_adapters_add_by_concatenating_ranks(seed, outer, inner, drawn):
 @given(seed=seeds, outer=sizes, inner=sizes, r=sizes, scale=scales)
 def test_a_weight_of_minus_one_takes_an_adapter_away(kind, seed, outer, inner, r, scale):
     (part,) = draw_factors(seed, outer, inner, [r], [scale])
-    plus, minus = (one_module([part], [w], kind, **options_of(kind)) for w in (1, -1))
+    plus, minus = (one_module([part], [w], kind) for w in (1, -1))
     assert_maths(product(minus), -product(plus))
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_module_that_some_adapters_have_is_that_of_those_alone(kind):
     first, second, third = draw_factors(5, 6, 7, [3, 3, 3], [2.0, 0.5, 7.0])
-    config = CombineConfig(kind, **options_of(kind, density=1.0))
-    found = combine([{"a": first, "b": second}, {"b": third, "c": first}], [0.7, -0.3], config)
+    found = combine([{"a": first, "b": second}, {"b": third, "c": first}], [0.7, -0.3], CombineConfig(kind))
     assert list(found) == ["a", "b", "c"]
     expected = {"a": ([first], [0.7]), "b": ([second, third], [0.7, -0.3]), "c": ([first], [-0.3])}
     for path, (parts, w) in expected.items():
-        assert_maths(product(found[path]), product(one_module(parts, w, kind, **options_of(kind, 1.0))))
+        assert_maths(product(found[path]), product(one_module(parts, w, kind)))
 
 
 @given(seeds, sizes, sizes, st.integers(1, 12))
@@ -150,94 +151,22 @@ def test_an_update_of_zeros_is_cut_to_rank_1():
     assert found.factors.lora_A.shape == (1, 5)
 
 
-def brute_force(kind, tensors, w, density, method):
-    """Number by number, as the papers tell it."""
-    tensors = [tensor.copy() for tensor in tensors]
-    if kind.startswith(("ties", "magnitude")):
-        for tensor in tensors:
-            order = sorted(range(tensor.size), key=lambda i: -abs(tensor.flat[i]))
-            for i in order[int(density * tensor.size) :]:
-                tensor.flat[i] = 0
-    mixed = np.zeros_like(tensors[0])
-    for i in range(mixed.size):
-        numbers = [tensor.flat[i] for tensor in tensors]
-        if "ties" in kind:
-            vote = math.fsum(numbers) if method == "total" else sum(np.sign(number) for number in numbers)
-            chosen = [j for j, n in enumerate(numbers) if (n > 0 and vote >= 0) or (n < 0 and vote < 0)]
-            mixed.flat[i] = sum(w[j] * numbers[j] for j in chosen) / max(1, len(chosen))
-        else:
-            mixed.flat[i] = sum(weight * number for weight, number in zip(w, numbers, strict=True))
-    return mixed
-
-
-methods = st.sampled_from(["total", "frequency"])
-
-
-@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
-@given(seed=seeds, outer=sizes, inner=sizes, r=sizes, drawn=several, density=densities, method=methods)
-def test_types_on_factors_are_those_of_brute_force(kind, seed, outer, inner, r, drawn, density, method):
+@given(seeds, sizes, sizes, sizes, several)
+def test_linear_adds_the_as_and_the_bs(seed, outer, inner, r, drawn):
     _, scale, w = zip(*drawn, strict=True)
     parts = draw_factors(seed, outer, inner, [r] * len(w), scale)
-    found = one_module(parts, w, kind, majority_sign_method=method, **options_of(kind, density)).factors
-    roots = [abs(weight * s) ** 0.5 for weight, s in zip(w, scale, strict=True)]
-    signed = [root if weight > 0 else -root for root, weight in zip(roots, w, strict=True)]
-    assert_maths(found.lora_A, brute_force(kind, [part.lora_A.numpy() for part in parts], signed, density, method))
-    assert_maths(found.lora_B, brute_force(kind, [part.lora_B.numpy() for part in parts], roots, density, method))
-
-
-@pytest.mark.parametrize("kind", ["ties_svd", "magnitude_prune_svd"])
-@given(seed=seeds, outer=sizes, inner=sizes, drawn=several, density=densities, method=methods)
-def test_types_on_updates_are_the_cut_of_brute_force(kind, seed, outer, inner, drawn, density, method):
-    ranks, scale, w = zip(*drawn, strict=True)
-    parts = draw_factors(seed, outer, inner, ranks, scale)
-    found = one_module(parts, w, kind, svd_rank=9, density=density, majority_sign_method=method)
-    assert_maths(product(found), brute_force(kind, [delta(part).numpy() for part in parts], w, density, method))
-
-
-@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
-@given(seed=seeds, density=densities)
-def test_dare_drops_a_share_and_makes_up_for_it(kind, seed, density):
-    n = 20_000
-    part = Factors(torch.ones(1, n).double(), torch.ones(3, 1).double(), 4.0)
-    dropped = one_module([part], [1], kind, density=density, seed=seed).factors.lora_A
-    assert_maths(dropped.unique(), [0.0, 2 / density])
-    sigma = (density * (1 - density) / n) ** 0.5
-    assert abs((dropped != 0).double().mean().item() - density) < 6 * sigma
-
-
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind.startswith("dare")])
-def test_what_dare_drops_is_said_by_the_seed_alone(kind):
-    parts = draw_factors(3, 8, 9, [4, 4], [2.0, 0.5])
-    state = torch.random.get_rng_state()
-    first, again, other = (one_module(parts, [1, 2], kind, density=0.5, seed=seed).factors for seed in (1, 1, 2))
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert torch.equal(first.lora_A, again.lora_A)
-    assert torch.equal(first.lora_B, again.lora_B)
-    assert not torch.equal(first.lora_A, other.lora_A)
-
-
-@pytest.mark.parametrize("kind", ["dare_linear_svd", "dare_ties_svd"])
-def test_dare_on_updates_with_nothing_dropped_is_the_sum_or_that_of_ties(kind):
-    parts = draw_factors(3, 8, 9, [4, 2], [2.0, 0.5])
-    found = one_module(parts, [0.7, -0.3], kind, density=1.0, svd_rank=8)
-    same = "svd" if kind == "dare_linear_svd" else "ties_svd"
-    options = {} if same == "svd" else {"density": 1.0}
-    assert_maths(product(found), product(one_module(parts, [0.7, -0.3], same, svd_rank=8, **options)))
-
-
-@pytest.mark.parametrize("kind", ON_DELTAS)
-def test_what_a_cut_loses_of_a_changed_sum_is_told(kind):
-    parts = draw_factors(3, 8, 9, [2, 2], [2.0, 0.5])
-    whole, cut = (one_module(parts, [0.7, 0.3], kind, density=0.5, svd_rank=rank) for rank in (8, 3))
-    assert whole.lost <= 1e-20 * whole.total
-    assert_told(cut, (product(whole) - product(cut)).square().sum(), product(whole).square().sum())
+    found = one_module(parts, w, "linear").factors
+    shares = [weight * s for weight, s in zip(w, scale, strict=True)]
+    pairs = list(zip(shares, parts, strict=True))
+    assert_maths(found.lora_A, sum(np.sign(share) * abs(share) ** 0.5 * part.lora_A for share, part in pairs))
+    assert_maths(found.lora_B, sum(abs(share) ** 0.5 * part.lora_B for share, part in pairs))
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_factors_of_convolutions_are_combined_as_the_matrices_that_they_are(kind):
     flat = draw_factors(3, 6, 18, [2, 2], [2.0, 0.5])
     parts = [Factors(A.view(2, 2, 3, 3), B.view(6, 2, 1, 1), s) for A, B, s in flat]
-    found, expected = (one_module(each, [0.7, -0.3], kind, **options_of(kind)).factors for each in (parts, flat))
+    found, expected = (one_module(each, [0.7, -0.3], kind).factors for each in (parts, flat))
     r = expected.lora_A.size(0)
     assert found.lora_A.shape == (r, 2, 3, 3)
     assert found.lora_B.shape == (6, r, 1, 1)
@@ -249,26 +178,24 @@ def test_factors_of_convolutions_are_combined_as_the_matrices_that_they_are(kind
 def test_low_precision_is_widened_before_anything_is_multiplied(kind):
     parts = [Factors(A.bfloat16(), B.bfloat16(), s) for A, B, s in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
     wide = [Factors(A.double(), B.double(), s) for A, B, s in parts]
-    found, exact = (one_module(each, [0.7, -0.3], kind, **options_of(kind)).factors for each in (parts, wide))
+    found, exact = (one_module(each, [0.7, -0.3], kind).factors for each in (parts, wide))
     assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
-    if not kind.startswith("dare"):  # which draws otherwise in another dtype
-        ours = found.lora_B.double() @ found.lora_A.double()
-        assert relative(ours, exact.lora_B @ exact.lora_A, 1e-5) <= 1
+    ours = found.lora_B.double() @ found.lora_A.double()
+    assert relative(ours, exact.lora_B @ exact.lora_A, 1e-5) <= 1
 
 
 def test_what_went_in_is_as_it_was():
     parts = draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])
     before = [(A.clone(), B.clone()) for A, B, _ in parts]
     for kind in TYPES:
-        one_module(parts, [0.7, -0.3], kind, **options_of(kind))
+        one_module(parts, [0.7, -0.3], kind)
     assert all(torch.equal(A, C) and torch.equal(B, D) for (A, B, _), (C, D) in zip(parts, before, strict=True))
 
 
-@pytest.mark.parametrize("kind", ON_FACTORS)
-def test_types_on_factors_need_one_rank_and_say_what_does_not(kind):
+def test_linear_needs_one_rank_and_says_what_does_not():
     parts = draw_factors(3, 6, 7, [2, 3], [2.0, 0.5])
-    with pytest.raises(ShapeError, match=rf"m: '{kind}' needs adapters of one rank, found A \(2, 7\).*cat and"):
-        one_module(parts, [1, 1], kind, **options_of(kind))
+    with pytest.raises(ShapeError, match=r"m: 'linear' needs adapters of one rank, found A \(2, 7\).*cat and"):
+        one_module(parts, [1, 1], "linear")
 
 
 def test_adapters_of_another_size_are_refused_by_name():
@@ -292,14 +219,10 @@ def test_each_adapter_needs_a_weight_that_is_a_number(w):
     [
         ({"combination_type": "sum"}, r"combination_type is 'sum', need one of \['cat'"),
         ({"svd_rank": 4}, "svd_rank: without effect; 'cat' cuts nothing"),
-        ({"combination_type": "ties", "density": 0.5, "svd_energy": 0.5}, "svd_energy: without effect; 'ties'"),
+        ({"combination_type": "linear", "svd_energy": 0.5}, "svd_energy: without effect; 'linear'"),
         ({"combination_type": "svd", "svd_rank": 0}, "svd_rank is 0"),
         ({"combination_type": "svd", "svd_energy": 1.5}, "svd_energy is 1.5, need a number above 0, at most 1"),
-        ({"combination_type": "ties"}, "density: 'ties' needs one"),
-        ({"combination_type": "linear", "density": 0.5}, "density: 'linear' drops nothing"),
-        ({"combination_type": "dare_ties", "density": 0.0}, "density is 0.0, need a number above 0"),
-        ({"combination_type": "dare_ties", "density": 0.5, "seed": 2**64}, f"seed is {2**64}"),
-        ({"majority_sign_method": "mean"}, "majority_sign_method is 'mean'"),
+        *(({"combination_type": kind}, f"{kind}'; {in_recipe('ties_and_dare')}$") for kind in IN_RECIPE),
     ],
 )
 def test_options_that_cannot_work_or_do_nothing_are_refused(options, phrase):

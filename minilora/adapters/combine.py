@@ -8,8 +8,6 @@ The result has scale 1 (alpha = r without rsLoRA), whatever the scales of the ad
 
     [LoRA]  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
     [EY]    Eckart & Young 1936, The Approximation of One Matrix by Another of Lower Rank
-    [TIES]  Yadav et al. 2023, TIES-Merging: Resolving Interference When Merging Models
-    [DARE]  Yu et al. 2023, Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch
 """
 
 from __future__ import annotations
@@ -24,24 +22,19 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.config import HEADS, LoraConfig, Task
-from minilora.errors import ConfigError, ShapeError, TrainingError, check_types, document_fields, option
-from minilora.lora import lora_delta
+from minilora.errors import (
+    ConfigError,
+    ShapeError,
+    TrainingError,
+    check_types,
+    document_fields,
+    in_recipe,
+    option,
+)
 from minilora.storage import WEIGHT
 
-CombinationType = Literal[
-    "cat",
-    "svd",
-    "linear",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-]
-EXACT = ("cat", "svd")  # the sum itself, and its best approximation; all others change what is summed
+CombinationType = Literal["cat", "svd", "linear"]
+IN_RECIPE = ("ties", "dare", "magnitude_prune")  # PEFT's other types begin like this
 NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot be added
     "use_dora": "m/‖W + ΔW‖ multiplies the whole weight, so it is no sum of updates",
     "modules_to_save": "a module trained in full stands in place of the base's",
@@ -58,62 +51,36 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot 
 class CombineConfig:
     """How adapters are combined. Names of fields and types are those of PEFT's `add_weighted_adapter`.
 
-        cat              the exact sum; its rank is the sum of the ranks
-        svd              the sum, cut to a rank or to a share of its energy
-        linear           A = Σ ±√|w s|·Aᵢ and B = Σ √|w s|·Bᵢ; not the sum: B A also has Bᵢ Aⱼ of different adapters
-        magnitude_prune  as linear, with the largest numbers of each adapter only
-        ties             the same; then of each number the mean over the adapters that agree with the elected sign
-        dare_linear      as linear, with random numbers of each adapter, scaled up
-        dare_ties        the same, with the elected signs of ties
-
-    A type with `_svd` does to the updates ΔW, one module at a time, what the type without it does to A and to B, and
-    cuts the result.
+        cat     the exact sum; its rank is the sum of the ranks
+        svd     the sum, cut to a rank or to a share of its energy
+        linear  A = Σ ±√|w s|·Aᵢ and B = Σ √|w s|·Bᵢ; not the sum: B A also has Bᵢ Aⱼ of different adapters
 
     Raises:
         ConfigError: a value has the wrong type, cannot work or has no effect; all of them in one message.
     """
 
     combination_type: CombinationType = option(
-        "cat", "cat is the exact sum, svd the sum cut to a rank; ties, dare_… and magnitude_prune drop parts"
+        "cat", "cat is the exact sum, svd the sum cut to a rank, linear adds the As and the Bs"
     )
-    svd_rank: int | None = option(None, "rank to cut to, for types with svd (default: the largest of the adapters)")
+    svd_rank: int | None = option(None, "rank to cut to, for svd (default: the largest of the adapters)")
     svd_energy: float | None = option(
         None, "or: cut each module to the smallest rank that keeps this share of the squared singular values"
     )
-    density: float | None = option(None, "share of the numbers to keep, for types that drop")
-    majority_sign_method: Literal["total", "frequency"] = option(
-        "total",
-        "how the type ties elects the sign of a number: by the sum (total) or the majority of signs (frequency)",
-    )
-    seed: int = option(0, "seed for what dare drops")
 
     def __post_init__(self) -> None:
+        if str(self.combination_type).startswith(IN_RECIPE):
+            raise ConfigError(f"combination_type is {self.combination_type!r}; {in_recipe('ties_and_dare')}")
         check_types(type(self), vars(self))
         bad = []
         for name in ("svd_rank", "svd_energy"):
-            if getattr(self, name) is not None and not self.uses_svd:
-                bad.append(f"{name}: without effect; {self.combination_type!r} cuts nothing, give a type in svd")
+            if getattr(self, name) is not None and self.combination_type != "svd":
+                bad.append(f"{name}: without effect; {self.combination_type!r} cuts nothing, give svd")
         if self.svd_rank is not None and self.svd_rank < 1:
             bad.append(f"svd_rank is {self.svd_rank!r}, need a whole number of at least 1")
-        if self.is_sparse != (self.density is not None):
-            bad.append(f"density: {self.combination_type!r} " + ("needs one" if self.is_sparse else "drops nothing"))
-        for name in ("svd_energy", "density"):
-            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                bad.append(f"{name} is {value!r}, need a number above 0, at most 1")
-        if not 0 <= self.seed < 2**63:
-            bad.append(f"seed is {self.seed!r}, need a whole number from 0 to below 2⁶³")
+        if self.svd_energy is not None and not 0 < self.svd_energy <= 1:
+            bad.append(f"svd_energy is {self.svd_energy!r}, need a number above 0, at most 1")
         if bad:
             raise ConfigError("CombineConfig: " + "; ".join(bad))
-
-    @property
-    def uses_svd(self) -> bool:
-        """Return whether the result is cut by a singular value decomposition."""
-        return self.combination_type.endswith("svd")
-
-    @property
-    def is_sparse(self) -> bool:
-        """Return whether the type drops numbers before it sums."""
-        return self.combination_type not in (*EXACT, "linear")
 
 
 class Factors(NamedTuple):
@@ -151,38 +118,32 @@ def combine(
     if not any(adapters) or len(adapters) != len(weights) or not all(abs(w) <= WEIGHT for w in weights):
         need = f"need a finite weight, at most {WEIGHT:,.0f}, for each of the {len(adapters)} adapters"
         raise ConfigError(f"{need}, found {list(weights)}")
-    generator = torch.Generator().manual_seed(config.seed)
     combined = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter):
         pairs = [(adapter[path], w) for adapter, w in zip(adapters, weights, strict=True) if path in adapter]
         parts, its_weights = zip(*pairs, strict=True)
-        cut = combined[path] = _combine(_checked(path, parts, config), its_weights, config, generator)
+        cut = combined[path] = _combine(_checked(path, parts, config), its_weights, config)
         if not all(bool(factor.isfinite().all()) for factor in cut.factors[:2]):
             raise ConfigError(f"{path}: the result overflows {cut.factors.lora_A.dtype} with the weights {its_weights}")
     return combined
 
 
-def _combine(
-    parts: Sequence[Factors], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
-) -> LowRank:
+def _combine(parts: Sequence[Factors], weights: Sequence[float], config: CombineConfig) -> LowRank:
     """Combine the adapters of one module."""
     tails = [factor.shape[2:] for factor in parts[0][:2]]
     flat = [Factors(A.flatten(1), B.flatten(1), s) for A, B, s in parts]
-    largest = None if config.svd_energy else max(part.lora_A.size(0) for part in parts)
-    rank = config.svd_rank or largest
-    if config.combination_type in EXACT:
-        found = concatenate(flat, weights)
-        cut = truncate(found, rank, config.svd_energy) if config.uses_svd else LowRank(found)
-    elif config.uses_svd:
-        delta = weighted_sum([lora_delta(*part) for part in flat], weights, config, generator)
-        cut = best_factors(delta, rank, config.svd_energy)
-    else:
+    if config.combination_type == "linear":
         shares = [weight * part.scale for part, weight in zip(flat, weights, strict=True)]
         roots = [math.sqrt(abs(share)) for share in shares]
-        signed = list(map(math.copysign, roots, shares))
-        lora_A = weighted_sum([part.lora_A for part in flat], signed, config, generator)
-        lora_B = weighted_sum([part.lora_B for part in flat], roots, config, generator)
+        signed = map(math.copysign, roots, shares)
+        lora_A = torch.stack([root * part.lora_A for root, part in zip(signed, flat, strict=True)]).sum(0)
+        lora_B = torch.stack([root * part.lora_B for root, part in zip(roots, flat, strict=True)]).sum(0)
         cut = LowRank(Factors(lora_A, lora_B))
+    else:
+        cut = LowRank(concatenate(flat, weights))
+    if config.combination_type == "svd":
+        largest = None if config.svd_energy else max(part.lora_A.size(0) for part in parts)
+        cut = truncate(cut.factors, config.svd_rank or largest, config.svd_energy)
     lora_A, lora_B = (factor.unflatten(1, (-1, *t)) for factor, t in zip(cut.factors[:2], tails, strict=True))
     return cut._replace(factors=Factors(lora_A, lora_B))
 
@@ -231,41 +192,6 @@ def best_factors(delta: Tensor, rank: int | None = None, energy: float | None = 
     return LowRank(factors, squares[rank:].sum().item(), kept[-1].item())
 
 
-def weighted_sum(
-    tensors: Sequence[Tensor], weights: Sequence[float], config: CombineConfig, generator: torch.Generator
-) -> Tensor:
-    """Compute Σ wᵢ·Tᵢ over what the type of the combination keeps of each Tᵢ  [TIES alg. 1, DARE §3].
-
-    The ties types elect a sign for each number, that of Σ Tᵢ or of Σ sign Tᵢ, and take the mean over the wᵢ·Tᵢ whose Tᵢ
-    has it. Weights do not vote, as in PEFT, so a negative weight subtracts the numbers that agree.
-    """
-    method = config.combination_type.removesuffix("_svd")
-    if config.density is not None and method.startswith("dare"):
-        tensors = [drop(tensor, config.density, generator) for tensor in tensors]
-    elif config.density is not None:
-        tensors = [keep_largest(tensor, config.density) for tensor in tensors]
-    weighted = [weight * tensor for tensor, weight in zip(tensors, weights, strict=True)]
-    if not method.endswith("ties"):
-        return torch.stack(weighted).sum(0)
-    signs = torch.stack([tensor.sign() for tensor in tensors])
-    votes = signs if config.majority_sign_method == "frequency" else torch.stack(list(tensors))
-    elected = signs == torch.where(votes.sum(0) >= 0, 1, -1)
-    return (torch.stack(weighted) * elected).sum(0) / elected.sum(0).clamp(min=1)
-
-
-def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """Keep the ⌊density·n⌋ numbers of largest magnitude and set the others to 0  [TIES alg. 1]."""
-    flat = tensor.flatten()
-    chosen = flat.abs().topk(int(density * flat.numel())).indices
-    return torch.zeros_like(flat).index_copy(0, chosen, flat[chosen]).view_as(tensor)
-
-
-def drop(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Return T ∘ mask / density, mask ~ Bernoulli(density), whose mean is T  [DARE §3]."""
-    keep = torch.bernoulli(torch.full_like(tensor, density, device="cpu"), generator=generator)
-    return tensor * keep.to(tensor.device) / density
-
-
 def check_additive(name: str, config: LoraConfig) -> None:
     """Raise a ConfigError unless an adapter consists of updates ΔW = s·B A alone; it names what else there is."""
     none = (False, (), None, "none", *(task for task in get_args(Task) if task not in HEADS))
@@ -280,9 +206,8 @@ def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list
     found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
     if len(shapes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
         raise ShapeError(f"{path}: the adapters do not fit together: {found}")
-    if not (config.uses_svd or config.combination_type == "cat") and len({A.size(0) for A, _, _ in parts}) > 1:
-        kind = config.combination_type
-        raise ShapeError(f"{path}: {kind!r} needs adapters of one rank, found {found}; cat and svd types take any")
+    if config.combination_type == "linear" and len({A.size(0) for A, _, _ in parts}) > 1:
+        raise ShapeError(f"{path}: 'linear' needs adapters of one rank, found {found}; cat and svd take any")
     wide = _wide(*(factor for part in parts for factor in part[:2]))
     return [Factors(A.detach().to(wide), B.detach().to(wide), s) for A, B, s in parts]
 

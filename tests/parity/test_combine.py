@@ -17,10 +17,7 @@ pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
 
 WIDTHS = {"first": (12, 9), "second": (7, 12), "third": (8, 7)}  # module -> (out, in)
-PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-SVD = ("svd", *(f"{kind}_svd" for kind in PRUNED))
-TIES = ("ties", "ties_svd", "dare_ties", "dare_ties_svd")
-TYPES = ("cat", "linear", *PRUNED, *SVD)
+TYPES = ("cat", "linear", "svd")
 
 
 def theirs_model(configs, base=None):
@@ -62,7 +59,6 @@ def config(r=3, lora_alpha=7, target_modules=tuple(WIDTHS), **options):
 
 
 TWO = {"A": config(), "B": config(lora_alpha=2)}
-THREE = {**TWO, "C": config(lora_alpha=20)}
 FIRST = config(lora_alpha=2, target_modules=("first",))
 SECOND = config(lora_alpha=2, target_modules=("second", "first"))
 OF_OTHER_RANKS = {"A": config(r=2, rank_pattern={"first": 4}), "B": SECOND}
@@ -70,22 +66,18 @@ OF_OTHER_MODULES = {"A": config(target_modules=("first", "third")), "B": FIRST}
 CASES = {  # adapters, their weights, types and options
     "two": (TWO, [0.7, 0.3], TYPES, {}),
     "a negative weight": (TWO, [2.0, -0.5], TYPES, {}),
-    "signs by frequency": (THREE, [0.7, 0.3, 1.2], TIES, {"majority_sign_method": "frequency"}),
     "other ranks": (OF_OTHER_RANKS, [0.7, 0.3], ["cat"], {}),
-    "other ranks, cut": (OF_OTHER_RANKS, [0.7, 0.3], SVD, {"svd_rank": 4}),
-    "other modules": (OF_OTHER_MODULES, [0.7, 0.3], ["linear", *PRUNED], {}),
+    "other ranks, cut": (OF_OTHER_RANKS, [0.7, 0.3], ["svd"], {"svd_rank": 4}),
+    "other modules": (OF_OTHER_MODULES, [0.7, 0.3], ["linear"], {}),
 }
 
 
 @pytest.mark.parametrize(("case", "kind"), [(case, kind) for case, (_, _, kinds, _) in CASES.items() for kind in kinds])
-def test_every_type_makes_what_peft_makes(monkeypatch, case, kind):
+def test_every_type_makes_what_peft_makes(case, kind):
     configs, weights, _, options = CASES[case]
-    options = {**options, **({"density": 0.6} if kind.startswith(PRUNED) else {})}
-    model, generator, bernoulli = theirs_model(configs), torch.Generator().manual_seed(5), torch.bernoulli
-    monkeypatch.setattr(torch, "bernoulli", lambda input: bernoulli(input, generator=generator))  # their drops are ours
+    model = theirs_model(configs)
     model.add_weighted_adapter(list(configs), weights, "sum", kind, **options)
-    monkeypatch.undo()
-    ours = combine([factors(model, name) for name in configs], weights, CombineConfig(kind, seed=5, **options))
+    ours = combine([factors(model, name) for name in configs], weights, CombineConfig(kind, **options))
     theirs = {path: layer.get_delta_weight("sum") for path, layer in layers(model).items() if "sum" in layer.lora_A}
     assert ours.keys() == theirs.keys()
     for path, expected in theirs.items():
