@@ -197,7 +197,7 @@ class AdapterLinear(AdapterWrapper):
         y = self.apply_magnitude(self.lora_forward(x, None if has_dora else bias, first), first)  # one kernel
         for adapter in others:
             y = self.apply_magnitude(y + self.lora_update(x, adapter), adapter)
-        return y + self.broadcast_to_output(bias).to(y.dtype) if has_dora and bias is not None else y
+        return y + bias.to(y.dtype) if has_dora and bias is not None else y
 
     def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
         """Return W x + b + s·B A x."""
@@ -217,12 +217,12 @@ class AdapterLinear(AdapterWrapper):
         """Return m ⊙ y / ‖W + s·B A‖, or y if the adapter has no magnitude."""
         if adapter.magnitude is None:
             return y
-        return (self.broadcast_to_output(self.magnitude_ratio(adapter, self.base.weight)) * y).to(y.dtype)
+        return (self.magnitude_ratio(adapter, self.base.weight) * y).to(y.dtype)
 
     def magnitude_ratio(self, adapter: LoraAdapter, weight: Tensor) -> Tensor:
         """Return m / ‖W + s·B A‖, (out)."""
-        norm = dora_norm(self.as_matrix(weight), *self.as_matrices(*adapter.factors()), adapter.scale)
-        return adapter.magnitude.flatten() / norm
+        ratio: Tensor = adapter.magnitude / dora_norm(self.as_matrix(weight), *adapter.factors(), adapter.scale)
+        return ratio
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return what the active adapters make of the base's weight, or of a given one, rounded once to its dtype."""
@@ -231,7 +231,7 @@ class AdapterLinear(AdapterWrapper):
         wide = functools.reduce(torch.promote_types, (weight.dtype, torch.float32, *(a.lora_A.dtype for a in adapters)))
         merged = self.as_matrix(weight).to(wide)
         for adapter in adapters:
-            A, B = (factor.to(wide) for factor in self.as_matrices(*adapter.factors()))
+            A, B = (factor.to(wide) for factor in adapter.factors())
             with no_autocast(weight.device.type):
                 merged = merged + lora_delta(A, B, adapter.scale)
             if adapter.magnitude is not None:
@@ -265,7 +265,7 @@ class AdapterLinear(AdapterWrapper):
         tensors = dict(adapter.named_parameters()) | dict(zip(("lora_A", "lora_B"), adapter.factors(), strict=True))
         return {self.PEFT_NAMES[key]: tensor for key, tensor in tensors.items()}
 
-    # The identity for a linear; embeddings and convolutions override these five (`adapters.layers`).
+    # The identity for a linear; other layers override these three (`adapters.layers`).
     @staticmethod
     def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
         """Return the shapes of A and of B for an adapter of a base."""
@@ -278,14 +278,6 @@ class AdapterLinear(AdapterWrapper):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Return W (out, in) in the form of the base's weight."""
         return matrix
-
-    def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and B as matrices (r, in) and (out, r)."""
-        return lora_A, lora_B
-
-    def broadcast_to_output(self, values: Tensor) -> Tensor:
-        """Return a number for each output, (out), in a shape that multiplies y."""
-        return values
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

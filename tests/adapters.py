@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora import LoraConfig
-from minilora.adapters.layers import AdapterConv, AdapterConv1D, AdapterEmbedding
+from minilora.adapters.layers import AdapterConv1D, AdapterEmbedding
 from minilora.adapters.parts import build_adapter
 from minilora.lora import AdapterLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing import reference
-from tests import reference_model
 from tests.models import fill_, randn, scales, seeds, token_ids
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-LAYERS = ("linear", "nf4", "nf4 double", "Conv1D", "embedding", "conv1d", "conv2d", "conv3d")
-SIZE = 5  # of a convolution's input, along each side
+LAYERS = ("linear", "nf4", "nf4 double", "Conv1D", "embedding")
 
 
 class Conv1D(nn.Module):
@@ -58,10 +55,9 @@ def place(
     outer: int = 4,
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
-    groups: int = 1,
     **options: Any,
 ) -> Place:
-    """`inner` and `outer` are channels of each group of a convolution; `options` are PyTorch's."""
+    """`options` are PyTorch's."""
     if kind == "Conv1D":
         base = filled(Conv1D(outer, inner), seed, dtype)
         return Place(AdapterConv1D(base, "layer"), Conv1D(outer, inner), randn(seed + 50, 2, 3, inner, dtype=dtype))
@@ -69,12 +65,6 @@ def place(
         base = filled(nn.Embedding(inner, outer, **options), seed, dtype)
         plain = nn.Embedding(inner, outer, **options)
         return Place(AdapterEmbedding(base, "layer"), plain, token_ids(seed, 3, 5, high=inner))
-    if kind.startswith("conv"):
-        sides = int(kind[4])
-        C, K, options = inner * groups, outer * groups, {"kernel_size": 2, "bias": bias, **options}
-        base = filled(CONVOLUTIONS[sides](C, K, groups=groups, **options), seed, dtype)
-        x = randn(seed + 50, 2, C, *(SIZE for _ in range(sides)), dtype=dtype)
-        return Place(AdapterConv(base, "layer"), CONVOLUTIONS[sides](C, K, **options), x)
     base = filled(nn.Linear(inner, outer, bias), seed, dtype)
     if kind != "linear":
         base = NF4Linear.quantize(base.weight, base.bias, double_quant=kind == "nf4 double")
@@ -82,10 +72,9 @@ def place(
     return Place(AdapterLinear(base, "layer"), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
 
 
-def many_kinds(groups: int = 1, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """An embedding, linears and a convolution; it is never run."""
-    convolution = nn.Conv2d(4, 6, 3, groups=groups)
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), convolution, nn.Linear(6, 5)).to(dtype)
+def many_kinds(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """An embedding, linears and a Conv1D."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), Conv1D(7, 6), nn.Linear(7, 5)).to(dtype)
     fill_(model, 0)
     return model
 
@@ -111,10 +100,10 @@ def add(
     """Give a layer an adapter of random numbers, and let it act after those that it has; what cannot be, is not."""
     shape_A, shape_B = layer.shapes(layer.base, r)
     tensors = {"lora_A": randn(seed + 1, *shape_A), "lora_B": randn(seed + 2, *shape_B)}
-    if has_start and getattr(layer.base, "groups", 1) == 1:
+    if has_start:
         tensors |= {"start_A": randn(seed + 3, *shape_A), "start_B": randn(seed + 4, *shape_B)}
     if use_dora:
-        tensors["magnitude"] = randn(seed + 5, *(shape_B[:1] if len(shape_B) == 2 else (1, *shape_B[:1], *shape_B[2:])))
+        tensors["magnitude"] = randn(seed + 5, shape_B[0])
     if lora_bias and not use_dora and not isinstance(layer, AdapterEmbedding):
         tensors["lora_bias"] = randn(seed + 6, shape_B[0])
     if bias and layer.base._parameters.get("bias") is not None:
@@ -130,33 +119,25 @@ def add_built(layer: AdapterLinear, name: str, config: LoraConfig, tensors: dict
 
 
 sizes = st.integers(1, 4)
-padding_modes = st.sampled_from(["zeros", "reflect", "replicate", "circular"])
 
 
 @st.composite
 def places(draw: Any, kinds: tuple[str, ...] = LAYERS) -> Place:
     """A base of any kind, in float64."""
-    kind, seed, options = draw(st.sampled_from(kinds)), draw(seeds), {}
-    if kind.startswith("conv"):
-        options["groups"] = draw(st.integers(1, 3))
-        options["kernel_size"] = draw(st.tuples(*(st.integers(1, 3),) * int(kind[4])))
-        options["dilation"], options["padding_mode"] = draw(st.integers(1, 2)), draw(padding_modes)
-        options["padding"] = draw(st.sampled_from([0, 1, 2, "same", "valid"]))
-        options["stride"] = 1 if options["padding"] == "same" else draw(st.integers(1, 2))
+    kind, seed = draw(st.sampled_from(kinds)), draw(seeds)
     inner = draw(sizes) + (kind == "embedding")
-    return place(kind, seed, inner, draw(sizes), draw(st.booleans()), **options)
+    return place(kind, seed, inner, draw(sizes), draw(st.booleans()))
 
 
 @st.composite
 def adapted(draw: Any, kinds: tuple[str, ...] = LAYERS) -> Place:
     """Such a base with one to three active adapters, each LoRA or DoRA, with or without a start and biases."""
     found = draw(places(kinds))
-    groups, number = getattr(found.layer.base, "groups", 1), draw(st.integers(1, 3))
+    number = draw(st.integers(1, 3))
     biased = draw(st.integers(0, 3))  # the one that trains the base's bias, if it is there
     for i in range(number):
         flags = {name: draw(st.booleans()) for name in ("use_dora", "has_start", "lora_bias")}
-        r = groups * draw(sizes)
-        add(found.layer, f"adapter{i}", draw(seeds), r, draw(scales), bias=i == biased, **flags)
+        add(found.layer, f"adapter{i}", draw(seeds), draw(sizes), draw(scales), bias=i == biased, **flags)
     return found
 
 
@@ -173,10 +154,10 @@ def merged_by_loops(layer: AdapterLinear) -> tuple[reference.Array, reference.Ar
             pairs.append((adapter.start_A, adapter.start_B, -adapter.scale))
         left, own = matrix, weight
         for lora_A, lora_B, scale in pairs:
-            thin = _array(lora_A).reshape(len(lora_A), -1), _matrix(layer, lora_B, is_factor=True)
-            left, own = (reference.lora_merged_weight(each, *thin, scale) for each in (left, own))
+            factors = _array(lora_A), _array(lora_B)
+            left, own = (reference.lora_merged_weight(each, *factors, scale) for each in (left, own))
         is_dora = adapter.magnitude is not None
-        matrix = reference.dora_stretched(left, own, _array(adapter.magnitude).ravel()) if is_dora else left
+        matrix = reference.dora_stretched(left, own, _array(adapter.magnitude)) if is_dora else left
         if adapter.lora_bias is not None:
             added = adapter.scale * _array(adapter.lora_bias)
             bias = added if bias is None else bias + added
@@ -188,25 +169,14 @@ def applied_by_loops(layer: AdapterLinear, x: Tensor) -> reference.Array:
     matrix, bias = merged_by_loops(layer)
     if isinstance(layer, AdapterEmbedding):
         return np.array([matrix[:, index] for index in x.flatten().tolist()]).reshape(*x.shape, -1)
-    if not isinstance(layer, AdapterConv):
-        rows = x.double().reshape(-1, x.size(-1)).numpy()
-        y = np.array([[np.dot(weights, row) for weights in matrix] for row in rows]).reshape(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    base, sides = layer.base, range(len(layer.base.kernel_size))
-    if base.padding == "same":
-        pads = [(base.dilation[i] * (base.kernel_size[i] - 1)) for i in sides]
-        padding = [(pad // 2, pad - pad // 2) for pad in pads]
-    else:
-        padding = [(0, 0) if base.padding == "valid" else (base.padding[i],) * 2 for i in sides]
-    whole = matrix.reshape(len(matrix), base.in_channels, *base.kernel_size)
-    return reference_model.convolution(_array(x), whole, bias, base.stride, padding, base.dilation, base.padding_mode)
+    rows = x.double().reshape(-1, x.size(-1)).numpy()
+    y = np.array([[np.dot(weights, row) for weights in matrix] for row in rows]).reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
-def _matrix(layer: AdapterLinear, weight: Tensor, is_factor: bool = False) -> reference.Array:
+def _matrix(layer: AdapterLinear, weight: Tensor) -> reference.Array:
     array = _array(weight)
-    if isinstance(layer, AdapterConv):
-        return reference_model.ungrouped(array, layer.base.groups).reshape(len(array), -1)
-    return array.T if isinstance(layer, AdapterConv1D | AdapterEmbedding) and not is_factor else array
+    return array.T if isinstance(layer, AdapterConv1D | AdapterEmbedding) else array
 
 
 def _array(tensor: Tensor | None) -> Any:

@@ -89,8 +89,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "the embedding adapted": {"target_modules": ("embed_tokens", "q_proj")},
     "the embedding adapted by DoRA": {"target_modules": ("embed_tokens",), "use_dora": True},
     "the tied head adapted": {"target_modules": ("lm_head", "q_proj")},
-    "a parameter": {"target_parameters": ("mlp.up_proj.weight",), "target_modules": ("q_proj",)},
-    "only parameters": {"target_parameters": ("up_proj.weight", "o_proj.weight"), "target_modules": ()},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "PiSSA": {"init_lora_weights": "pissa"},

@@ -9,20 +9,18 @@ class Targets(NamedTuple):
 
     Attributes:
         linears: `target_modules`, all linears of attention and MLP.
-        parameters: `target_parameters` for the experts of a mixture, which are no linears.
         leave: linears of the layers that are better left alone; `find_target_modules` says why.
     """
 
     linears: tuple[str, ...]
-    parameters: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
 
 
-def _of(linears: str, parameters: str = "", leave: str = "") -> Targets:
-    return Targets(*(tuple(names.split()) for names in (linears, parameters, leave)))
+def _of(linears: str, leave: str = "") -> Targets:
+    return Targets(tuple(linears.split()), tuple(leave.split()))
 
 
-_ATTENTION, _EXPERTS = "q_proj k_proj v_proj o_proj", "experts.gate_up_proj experts.down_proj"
+_ATTENTION = "q_proj k_proj v_proj o_proj"
 _LLAMA = f"{_ATTENTION} gate_proj up_proj down_proj"
 _BERT = "query key value intermediate.dense output.dense"  # output.dense is also the end of attention.output.dense
 _NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
@@ -37,10 +35,10 @@ TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules ar
     "gpt2": _of("c_attn c_proj c_fc"),
     "gptj": _of("q_proj k_proj v_proj out_proj fc_in fc_out"),
     "mamba": _of("in_proj", leave="x_proj dt_proj out_proj"),
-    "mixtral": _of(_ATTENTION, _EXPERTS),
+    "mixtral": _of(_ATTENTION),
     "phi": _of("q_proj k_proj v_proj dense fc1 fc2"),
     "phi3": _of("qkv_proj o_proj gate_up_proj down_proj"),
-    "qwen2_moe": _of(_LLAMA, _EXPERTS, leave="shared_expert_gate"),
+    "qwen2_moe": _of(_LLAMA, leave="shared_expert_gate"),
     "t5": _of("q k v o wi wo"),
     "vit": _of("q_proj k_proj v_proj o_proj fc1 fc2"),
 }

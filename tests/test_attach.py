@@ -353,7 +353,6 @@ def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_save
     ("config", "said"),
     [
         ({"target_modules": ("embed_tokens",), "lora_bias": True}, "embed_tokens: lora_bias is not for embeddings"),
-        ({"target_parameters": ("up_proj.weight",), "target_modules": (), "bias": "all"}, "its bias cannot be"),
     ],
 )
 def test_what_one_module_cannot_have_at_once_is_refused_and_changes_nothing(config, said):

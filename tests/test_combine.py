@@ -163,18 +163,6 @@ def test_linear_adds_the_as_and_the_bs(seed, outer, inner, r, drawn):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_factors_of_convolutions_are_combined_as_the_matrices_that_they_are(kind):
-    flat = draw_factors(3, 6, 18, [2, 2], [2.0, 0.5])
-    parts = [Factors(A.view(2, 2, 3, 3), B.view(6, 2, 1, 1), s) for A, B, s in flat]
-    found, expected = (one_module(each, [0.7, -0.3], kind).factors for each in (parts, flat))
-    r = expected.lora_A.size(0)
-    assert found.lora_A.shape == (r, 2, 3, 3)
-    assert found.lora_B.shape == (6, r, 1, 1)
-    assert torch.equal(found.lora_A.flatten(1), expected.lora_A)
-    assert torch.equal(found.lora_B.flatten(1), expected.lora_B)
-
-
-@pytest.mark.parametrize("kind", TYPES)
 def test_low_precision_is_widened_before_anything_is_multiplied(kind):
     parts = [Factors(A.bfloat16(), B.bfloat16(), s) for A, B, s in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
     wide = [Factors(A.double(), B.double(), s) for A, B, s in parts]
@@ -239,7 +227,6 @@ def test_options_that_cannot_work_or_do_nothing_are_refused(options, phrase):
         ({"bias": "lora_only"}, "bias: a trained bias"),
         ({"lora_bias": True}, "lora_bias: a bias is no update"),
         ({"trainable_token_indices": (3,)}, "trainable_token_indices: trained rows"),
-        ({"target_modules": (), "target_parameters": ("up",)}, "target_parameters: one matrix holds"),
     ],
 )
 def test_what_does_not_add_is_refused_by_name_with_the_reason(changes, phrase):

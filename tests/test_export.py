@@ -17,7 +17,7 @@ from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
 from minilora.tools.export import FOLDED, KEPT, NOT_PLAIN, export_adapter
 from tests.files import edit, save_file, saved
-from tests.models import WHOLE, examples, randn, scales, seeds, tiny_model
+from tests.models import WHOLE, examples, scales, seeds, tiny_model
 from tests.runs import everything
 
 MORE = [{}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 5, "down_proj": 2}}, {"alpha_pattern": {"up_proj": 0.7}}]
@@ -107,22 +107,12 @@ def test_the_page_of_readers_names_every_feature():
     assert not [name for name in [*FOLDED, *KEPT, *NOT_PLAIN, "init_lora_weights"] if f"`{name}`" not in page]
 
 
-class Stack(torch.nn.Module):
-    """Two experts in one tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = torch.nn.Module()
-        self.experts.w = torch.nn.Parameter(randn(0, 2, 5, 4, dtype=torch.float32))
-
-
 VALUES = {
     "use_dora": True,
     "bias": "lora_only",
     "lora_bias": True,
     "modules_to_save": ("lm_head",),
     "trainable_token_indices": (3, 5),
-    "target_parameters": ("experts.w",),
 }
 
 
@@ -130,11 +120,10 @@ VALUES = {
 @pytest.mark.parametrize("is_said", [True, False])
 def test_what_no_a_and_b_can_say_is_refused_by_name_with_the_way_out(tmp_path, field, is_said):
     """Also where the config keeps silent about what the tensors hold."""
-    is_stack = field == "target_parameters"
-    model = Stack() if is_stack else tiny_model(WHOLE, dtype=torch.float32)
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=() if is_stack else ("q_proj",), **{field: VALUES[field]}))
+    model = tiny_model(WHOLE, dtype=torch.float32)
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",), **{field: VALUES[field]}))
     ml.save_adapter(model, tmp_path / "first")
-    if not is_said and not is_stack:
+    if not is_said:
         edit(tmp_path / "first", **{field: None})
     with pytest.raises(ml.ConfigError, match=rf"no plain form(.|\n)*{field}(.|\n)*minilora merge"):
         export_adapter(tmp_path / "first", tmp_path / "plain")
@@ -150,18 +139,6 @@ def test_a_start_that_lies_in_the_base_is_refused_unless_it_is_converted(tmp_pat
     edit(tmp_path / "first", init_lora_weights="pissa")
     with pytest.raises(ml.ConfigError, match="pissa"):
         export_adapter(tmp_path / "first", tmp_path / "other")
-
-
-@pytest.mark.parametrize("rank", [3, 5])
-def test_a_convolution_in_groups_takes_no_zeros(tmp_path, rank):
-    model = torch.nn.ModuleDict({"a": torch.nn.Conv1d(4, 4, 3, groups=2), "b": torch.nn.Conv1d(4, 6, 1)})
-    ml.attach(model, ml.LoraConfig(r=4, target_modules=("a", "b"), rank_pattern={"b": rank}))
-    ml.save_adapter(model, tmp_path / "first")
-    if rank < 4:
-        assert export_adapter(tmp_path / "first", tmp_path / "plain") == 4
-    else:
-        with pytest.raises(ml.ConfigError, match=r"^a: "):
-            export_adapter(tmp_path / "first", tmp_path / "plain")
 
 
 def test_the_command_writes_it_and_never_over_files(tmp_path, capsys):

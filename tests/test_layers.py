@@ -8,13 +8,11 @@ from hypothesis import given
 from torch import nn
 
 from minilora import ConfigError, LoraConfig, attach
-from minilora.adapters.layers import AdapterConv
 from minilora.runs.seeded import SeededDropout, hash_seed
 from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
 from tests.models import KERNELS, either, examples, matrix, randn, scales, seeds
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # PyTorch's, of its own copy
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 each_class = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 
@@ -54,7 +52,7 @@ def test_gradients_are_those_of_the_merged_weight_applied(case):
 def test_forward_and_merged_weight_equal_the_loops(case):
     layer, merged = case.layer, case.layer.merged_weight()
     matrix, bias = merged_by_loops(layer)
-    assert_maths(merged.flatten(1) if isinstance(layer, AdapterConv) else layer.as_matrix(merged), matrix)
+    assert_maths(layer.as_matrix(merged), matrix)
     assert (layer.merged_bias() is None) == (bias is None)
     if bias is not None:
         assert_maths(layer.merged_bias(), bias)
@@ -87,8 +85,7 @@ def test_the_merged_weight_of_a_bfloat16_base_is_rounded_once(kind, use_dora, se
     merged = layer.merged_weight()
     assert merged.dtype == torch.bfloat16
     exact = torch.from_numpy(matrix)
-    merged = merged.flatten(1) if isinstance(layer, AdapterConv) else layer.as_matrix(merged)
-    assert_precision(merged, exact.bfloat16(), exact)
+    assert_precision(layer.as_matrix(merged), exact.bfloat16(), exact)
 
 
 @each_class
@@ -176,11 +173,3 @@ def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, 
         assert_precision(y, base, applied_by_loops(case.layer, case.x))
     y.sum().backward()
     assert any(factor.grad.any() for factor in (adapter.lora_A, adapter.lora_B))
-
-
-@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", True])
-def test_start_values_and_a_rank_that_a_convolution_in_groups_cannot_have_are_refused(init):
-    model = nn.ModuleDict({"layer": place("conv2d", 0, 4, 4, groups=2).layer.base})
-    r, said = (3, "2 groups needs a rank that they divide, found r 3") if init is True else (2, init)
-    with pytest.raises(ConfigError, match=said):
-        attach(model, LoraConfig(r=r, target_modules=("layer",), init_lora_weights=init))

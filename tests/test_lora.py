@@ -263,8 +263,7 @@ def test_the_magnitude_begins_as_the_norm_of_the_rows_in_float32(kind, dtype):
     magnitude, (matrix, _) = layer.adapters["new"].magnitude, merged_by_loops(layer)
     assert magnitude.dtype == torch.float32
     exact = torch.from_numpy((matrix**2).sum(1) ** 0.5)
-    assert_precision(magnitude.flatten(), exact.float(), exact)
-    assert magnitude.shape == ((shape_B[0],) if len(shape_B) == 2 else (1, shape_B[0], *shape_B[2:]))
+    assert_precision(magnitude, exact.float(), exact)
 
 
 @either

@@ -1,18 +1,16 @@
-import dataclasses
 import re
 import time
 
 import pytest
 
 from minilora import ConfigError, LoraConfig, TargetError
-from minilora.adapters.config import is_target, select_parameters, select_saved, select_targets
+from minilora.adapters.config import is_target, select_saved, select_targets
 from minilora.errors import in_recipe
 
 LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up")]
 LINEARS += ["model.experts.1.layers.0.up", "lm_head"]
 Q_PROJS = [path for path in LINEARS if path.endswith("q_proj")]
-OTHERS = ["model.embed_tokens", "model.stem.0"]
-PARAMETERS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(12) for name in ("gate_up_proj", "down_proj")]
+EMBEDDINGS = ["model.embed_tokens", "model.stem.0"]
 MODULES = ["", "model", "model.layers", "model.layers.0", "head", "head_norm", "lm_head"]
 MODULES += ["classifier", "classifier.out_proj"]
 
@@ -64,7 +62,7 @@ NOT_MEANT = [
 
 
 def chosen(linears=LINEARS, **fields):
-    return select_targets(linears, LoraConfig(**fields), head="lm_head", others=OTHERS)
+    return select_targets(linears, LoraConfig(**fields), head="lm_head", embeddings=EMBEDDINGS)
 
 
 def named(targets, layers, pattern):
@@ -97,8 +95,8 @@ RULES = {
         {"target_modules": ["model.layers.1.mlp.up", "model.layers.2.mlp.up"], "layers_to_transform": [2]},
         ["model.layers.2.mlp.up"],
     ),
-    "what all-linear leaves alone, by name": ({"target_modules": ["embed_tokens", "stem.0"]}, OTHERS),
-    "the same by regex": ({"target_modules": r".*embed.*|.*\.1\.mlp\..*"}, ["model.layers.1.mlp.up", OTHERS[0]]),
+    "what all-linear leaves alone, by name": ({"target_modules": ["embed_tokens", "stem.0"]}, EMBEDDINGS),
+    "the same by regex": ({"target_modules": r".*embed.*|.*\.1\.mlp\..*"}, ["model.layers.1.mlp.up", EMBEDDINGS[0]]),
     "nothing that is trained in full, nor below it": (
         {"modules_to_save": ["model.layers", "lm_head"]},
         ["model.experts.1.layers.0.up"],
@@ -110,7 +108,6 @@ RULES = {
     ),
     "any classifier of another model": ({"linears": ["up", "score"]}, ["up", "score"]),
     "nothing, if that is asked for": ({"target_modules": [], "modules_to_save": ["head"]}, []),
-    "nothing, if there are parameters to adapt": ({"target_modules": None, "target_parameters": ["down"]}, []),
     "nothing, if there are tokens to train": ({"target_modules": (), "trainable_token_indices": [1]}, []),
 }
 
@@ -182,7 +179,7 @@ def test_start_values_that_are_recipes_are_refused_with_the_recipe_s_place(init)
 
 def test_every_field_of_another_type_is_named():
     for fields in (
-        {"target_modules": [1], "exclude_modules": [None], "modules_to_save": {"a": 1}, "target_parameters": 1.5},
+        {"target_modules": [1], "exclude_modules": [None], "modules_to_save": {"a": 1}},
         {"target_modules": 3, "layers_pattern": [[]], "layers_to_transform": ["1"], "rank_pattern": None},
         {"layers_to_transform": 1.5, "alpha_pattern": [1]},
     ):
@@ -202,9 +199,6 @@ def test_fields_that_need_each_other(fields):
     [
         {"lora_bias": True, "use_dora": True},
         {"lora_bias": True, "init_lora_weights": "gaussian"},
-        {"target_parameters": ["up"], "use_dora": True},
-        {"target_parameters": ["up"], "lora_bias": True},
-        {"target_parameters": ["up"], "lora_dropout": 0.1},
     ],
 )
 def test_fields_that_exclude_each_other(fields):
@@ -238,26 +232,3 @@ def test_the_head_of_a_classifier_is_trained_in_full():
 def test_an_entry_that_is_nowhere_is_an_error_that_lists_what_there_is():
     with pytest.raises(TargetError, match=r"\['heads'\].*'classifier', 'head', 'head_norm'"):
         select_saved(MODULES, LoraConfig(modules_to_save=["head", "heads"]))
-    with pytest.raises(TargetError, match=r"\['up_proj'\].*\['experts.down_proj', 'experts.gate_up_proj'\]"):
-        select_parameters(PARAMETERS, LoraConfig(target_parameters=["down_proj", "up_proj"]))
-
-
-def test_target_parameters_are_full_names_or_the_ends_of_them():
-    config = LoraConfig(target_parameters=["experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"])
-    found = select_parameters(PARAMETERS, config)
-    assert found == [PARAMETERS[0], PARAMETERS[2], PARAMETERS[3], *PARAMETERS[4::2]]
-    saved = dataclasses.replace(config, modules_to_save=["model.layers.0.mlp"])
-    assert select_parameters(PARAMETERS, saved) == found[1:]
-
-
-def test_patterns_hold_for_parameters_too():
-    config = LoraConfig(target_modules=["q_proj"], target_parameters=["down_proj"], rank_pattern={"down_proj": 3})
-    assert select_targets(LINEARS, config, parameters=select_parameters(PARAMETERS, config)) == LINEARS[:36:3]
-    assert config.rank(PARAMETERS[1]) == 3
-    with pytest.raises(TargetError, match="no adapted module matches rank_pattern 'down_proj'"):
-        select_targets(LINEARS, config)
-
-
-def test_a_parameter_is_not_adapted_twice():
-    with pytest.raises(TargetError, match=r"model.layers.1.mlp.up.weight is in target_parameters and its module in"):
-        select_targets(LINEARS, LoraConfig(), parameters=["model.layers.1.mlp.up.weight"])

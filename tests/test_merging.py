@@ -111,7 +111,6 @@ KINDS = {
     "head": {"modules_to_save": ("lm_head",)},
     "rows": {"trainable_token_indices": (3, 60)},
     "embedding": {"target_modules": ("embed_tokens", "up_proj")},
-    "parameters": {"target_modules": (), "target_parameters": ("down_proj.weight",)},
     "both ends": {"target_modules": ("embed_tokens", "lm_head")},
 }
 

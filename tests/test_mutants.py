@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from minilora import llama, nf4
 from minilora.data import IGNORE_INDEX
@@ -49,15 +48,6 @@ def test_a_mistake_of_a_layer_exceeds_the_bound_in_some_case(method, dtype, use_
 def test_a_mistake_of_attention(mistake):
     assert maths(causal_attention(Q, KEYS, VALUES, *WHERE, window=2), ATTENTION) <= 1
     assert maths(WRONG_ATTENTION[mistake], ATTENTION) > 10
-
-
-def test_a_group_of_a_convolution_that_sees_another_one_s_channels():
-    x, weight = randn(8, 2, 4, 5).numpy(), randn(9, 6, 2, 3).numpy()
-    numbers = {"stride": [1], "padding": [(1, 1)], "dilation": [1]}
-    right = F.conv1d(torch.from_numpy(x), torch.from_numpy(weight), padding=1, groups=2)
-    whole = reference_model.ungrouped(weight, 2)
-    assert maths(right, reference_model.convolution(x, whole, None, **numbers)) <= 1
-    assert maths(right, reference_model.convolution(x, whole[:, [2, 3, 0, 1]], None, **numbers)) > 10
 
 
 def test_norm_over_the_wrong_axis_or_without_eps():

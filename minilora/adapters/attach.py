@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,6 @@ from minilora import adapter
 from minilora.adapter import activate, adapter_layers, base_modules, layers_of, replace_modules, require_layers, walk
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TokenRows
-from minilora.adapters.initialize import initial_factors
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
@@ -26,7 +24,6 @@ from minilora.adapters.parts import (
     find_targets,
     has_hooks,
     low_rank_spec,
-    parameter_specs,
 )
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
@@ -76,8 +73,6 @@ def attach(
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
-    draw = functools.partial(initial_factors, config.init_lora_weights, generator=generator)
-    factors |= parameter_specs(modules, config, draw)
     specs = build_specs(modules, config, factors, _path_of(model, "get_input_embeddings"))
     inject_adapter(model, config, name, specs, dtype, trainable=True)
 

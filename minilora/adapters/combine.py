@@ -42,7 +42,6 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot 
     "bias": "a trained bias stands in place of the base's",
     "lora_bias": "a bias is no update of low rank",
     "trainable_token_indices": "trained rows stand in place of the base's",
-    "target_parameters": "one matrix holds the updates of many experts",
 }
 
 

@@ -29,7 +29,7 @@ RECIPES = {  # start values that are recipes
     **dict.fromkeys(("olora", "loftq"), "starts_from_weights"),
 }
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
-NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save", "target_parameters")
+NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
 RANDOM_SVD_INIT = r"pissa_niter_(\d+)"  # and the number of its power iterations
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
@@ -47,6 +47,7 @@ def flag(name: str) -> str:
     dropout="use lora_dropout",
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
     fan_in_fan_out="it follows from the layer's class; leave it out",
+    target_parameters=in_recipe("experts"),
 )
 @document_fields
 @dataclass(frozen=True)
@@ -78,9 +79,6 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(
         None, "tokens whose embeddings are trained: ids, or JSON of module names and ids"
-    )
-    target_parameters: tuple[str, ...] = option(
-        (), "parameters to adapt that are not a module's weight, as of fused experts"
     )
     task_type: Task | None = option(
         None, "what the model is for; a head that its name implies, such as a classifier's, is trained in full"
@@ -118,8 +116,6 @@ class LoraConfig:
         if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):
             need = "need ids from 0, each once, or module names with such ids"
             bad.append(f"trainable_token_indices is {self.trainable_token_indices!r}, {need}")
-        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
-            bad.append("target_parameters go with neither use_dora, lora_bias nor lora_dropout")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             bad.append("layers_to_transform needs target_modules to be a list of names, such as q_proj,v_proj")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -161,8 +157,7 @@ def select_targets(
     linears: Sequence[str],
     config: LoraConfig,
     head: str | None = None,
-    others: Sequence[str] = (),
-    parameters: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
 ) -> list[str]:
     """Return the paths of the modules that `config` adapts.
 
@@ -170,27 +165,21 @@ def select_targets(
         linears: paths that "all-linear" matches, such as "model.layers.0.self_attn.q_proj".
         config: the names.
         head: path of the output head, which "all-linear" leaves out.
-        others: paths of modules that are adapted only if named: embeddings and convolutions.
-        parameters: the result of `select_parameters`; patterns match these, too.
+        embeddings: paths of embeddings, which are adapted only if named.
 
     Raises:
         TargetError: nothing matches, or an entry of `target_modules`, `exclude_modules`, `layers_to_transform`,
             `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
     """
-    paths = [*linears, *others]
+    paths = [*linears, *embeddings]
     if _is_all_linear(config):
         chosen = [path for path in linears if path != head and not _is_excluded(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
-    problems = _problems(paths, [*chosen, *parameters], config)
-    does_more = config.target_parameters or config.modules_to_save or config.trainable_token_indices
+    problems = _problems(paths, chosen, config)
+    does_more = config.modules_to_save or config.trainable_token_indices
     if not chosen and (config.target_modules or not does_more):
         problems.append("target_modules, exclude_modules and modules_to_save leave nothing to adapt")
-    problems += [
-        f"{name} is in target_parameters and its module in target_modules"
-        for name in parameters
-        if name.rpartition(".")[0] in chosen
-    ]
     if problems:
         raise TargetError(f"{'; '.join(problems)}. The model's modules that can be adapted end in {_endings(paths)}")
     return chosen
@@ -209,14 +198,6 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
         raise TargetError(f"no module matches modules_to_save {unknown}. The model's modules end in {there}")
     saved = [path for path in paths if matches(config.modules_to_save + _heads(config), path)]
     return [path for path in saved if not any(path.startswith(f"{other}.") for other in saved)]
-
-
-def select_parameters(names: Sequence[str], config: LoraConfig) -> list[str]:
-    """Return the parameters (full names) that `target_parameters` matches: by name, or by its end after a dot."""
-    if unknown := _unmatched(config.target_parameters, names):
-        there = sorted({".".join(name.split(".")[-2:]) for name in names})
-        raise TargetError(f"no parameter matches target_parameters {unknown}. The model's parameters end in {there}")
-    return [name for name in names if matches(config.target_parameters, name) and not _is_saved(name, config)]
 
 
 def is_target(path: str, config: LoraConfig) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from minilora.adapters.attach import describe_base, inject_adapter
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.initialize import factors_from_weight
-from minilora.adapters.layers import AdapterConv1D, AdapterParameters, experts_of
+from minilora.adapters.layers import AdapterConv1D
 from minilora.adapters.layout import (
     BASE_METADATA,
     CONFIG_FILE,
     DETERMINISTIC_INITS,
     FIELD_OF_TENSOR,
-    NESTED_WRAPPER,
     WEIGHTS_FILE,
     Stored,
     check_language_task,
@@ -34,19 +32,10 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
-from minilora.adapters.parts import (
-    LINEARS,
-    AdapterSpec,
-    InitSubtractedAdapter,
-    build_specs,
-    kind_of,
-    magnitude_shape,
-    parameter_specs,
-    target_parameter_names,
-)
-from minilora.errors import ConfigError, FormatError, TargetError, check_types, listed
+from minilora.adapters.parts import CONVOLUTIONS, LINEARS, AdapterSpec, InitSubtractedAdapter, build_specs, kind_of
+from minilora.errors import FormatError, TargetError, check_types, in_recipe, listed
 from minilora.llama import Llama
-from minilora.lora import AdapterLinear, AdapterWrapper, Shape
+from minilora.lora import AdapterLinear, AdapterWrapper
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.models.shard import whole_weight
@@ -108,8 +97,8 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
         TargetError: the model has no such modules, or others in shape; the first two are named, with both shapes.
     """
     stored, modules = read_adapter(fetch(name_or_path, "adapter")), base_modules(model)
-    held = _by_module(stored, modules)
-    config, init = stored.config(_ranks(held, modules)), stored.values.get("init_lora_weights")
+    held = {where: dict(tensors) for where, tensors in stored.tensors.items()}
+    config, init = stored.config(), stored.values.get("init_lora_weights")
     if isinstance(model, Llama):
         check_language_task(stored.path, config)
     config = replace(config, modules_to_save=_saved(held.get("", {}), config.modules_to_save))
@@ -137,6 +126,8 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)
     missing = [path for path in held if kind_of(modules.get(path)) is None]
+    if convolutions := [path for path in missing if isinstance(modules.get(path), CONVOLUTIONS)]:
+        raise TargetError(f"{stored.path}: {convolutions[0]}: is a convolution; {in_recipe('convolutions')}")
     mismatches += [f"{path}: the model has no such layer" for path in missing]
     mismatches += [
         f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing
@@ -153,13 +144,11 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
 def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
     """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
     low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLinear)}
-    stacked = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterParameters)}
     started = {where for where, layer in low_rank.items() if isinstance(layer.adapters[name], InitSubtractedAdapter)}
     times = 2 if started else 1
     growth = math.sqrt(times) if config.use_rslora else times
-    names = [*low_rank, *(f"{where}.{key}" for where, layer in stacked.items() for key in layer.adapters[name])]
-    ranks = {each: config.rank(each) * (times if each in started else 1) for each in names}
-    alphas = {each: config.alpha(each) * (growth if each in started else 1) for each in names}
+    ranks = {each: config.rank(each) * (times if each in started else 1) for each in low_rank}
+    alphas = {each: config.alpha(each) * (growth if each in started else 1) for each in low_rank}
     copies = [where for where, layer in layers.items() if isinstance(layer, TrainedCopy)]
     whole = [where for where in copies if layers[where].peft_tensors(name).keys() != {"bias"}]
     return {
@@ -193,51 +182,21 @@ def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
     return (*dict.fromkeys(paths), *(entry for entry in entries if not any(path.endswith(entry) for path in paths)))
 
 
-def _by_module(stored: Stored, modules: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Return path -> key of `build_adapter` -> tensor; the path of the model's own parameters is ""."""
-    held = {where: dict(tensors) for where, tensors in stored.tensors.items()}
-    wrappers: Counter[str] = Counter()
-    for name in reversed(target_parameter_names(modules, stored.config({}))):
-        path, _, last = name.rpartition(".")
-        for key, tensor in held.pop(path + wrappers[path] * NESTED_WRAPPER, {}).items():
-            held.setdefault(path, {})[f"{last}.{key}"] = tensor
-        wrappers[path] += 1
-    return held
-
-
-def _ranks(held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any]) -> dict[str, int]:
-    """Return the rank of each A, by the path of its module or the full name of its parameter."""
-    ranks = {}
-    for path, key in ((path, key) for path, tensors in held.items() for key in tensors if path):
-        last, _, factor = key.rpartition(".")
-        if factor == "lora_A":
-            experts = experts_of(modules[path].get_parameter(last)) if last else 1
-            ranks[f"{path}.{last}".rstrip(".")] = held[path][key].size(0) // experts
-    return ranks
-
-
 def _blank_specs(
     held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any], config: LoraConfig
 ) -> dict[str, AdapterSpec]:
     """Return the low-rank specs that the config asks for, with tensors on the device "meta"."""
-
-    def blank(*shapes: Shape) -> list[Tensor]:
-        return [torch.empty(shape, device="meta") for shape in shapes]
-
-    specs = parameter_specs(modules, config, blank)
+    specs: dict[str, AdapterSpec] = {}
     for path, tensors in held.items():
         if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
             continue
-        try:
-            shape_A, shape_B = kind.shapes(modules[path], config.rank(path))
-        except ConfigError as error:
-            raise TargetError(f"{path}: {error}") from error
+        shape_A, shape_B = kind.shapes(modules[path], config.rank(path))
         has_bias = "bias" in tensors and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
         shapes = {"lora_A": shape_A, "lora_B": shape_B}
-        shapes |= {"magnitude": magnitude_shape(shape_B), "lora_bias": shape_B[:1], "bias": shape_B[:1]}
+        shapes |= dict.fromkeys(("magnitude", "lora_bias", "bias"), shape_B[:1])
         keys = [key for key in kind.PEFT_NAMES if asked.get(key, True)]
-        specs[path] = AdapterSpec(kind, dict(zip(keys, blank(*(shapes[key] for key in keys)), strict=True)))
+        specs[path] = AdapterSpec(kind, {key: torch.empty(shapes[key], device="meta") for key in keys})
     return specs
 
 
@@ -265,9 +224,8 @@ def _mismatches(
 
 def _contradictions(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
     """Return the contradictions between what the config says is trained and what the file has."""
-    if spec.kind is AdapterParameters or (spec.kind is TrainedCopy and spec.tensors.keys() != {"bias"}):
-        field = "target_parameters" if spec.kind is AdapterParameters else "modules_to_save"
-        return [f"{field}: means {path}, of which there is no {key}" for key in spec.tensors if key not in held]
+    if spec.kind is TrainedCopy and spec.tensors.keys() != {"bias"}:
+        return [f"modules_to_save: means {path}, of which there is no {key}" for key in spec.tensors if key not in held]
     return [
         f"{field}: found {getattr(config, field)!r}, and {path} has {'a' if key in held else 'no'} {key}"
         for key, field in FIELD_OF_TENSOR.items()

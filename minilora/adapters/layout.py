@@ -35,7 +35,6 @@ from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
 from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json, read_text
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-NESTED_WRAPPER = ".base_layer"  # of PEFT's wrappers around one module, one for each of its parameters
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_METADATA = "base_quantization"  # in the metadata of the weights' file
 T = TypeVar("T")
@@ -94,10 +93,9 @@ class Stored:
     values: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
 
-    def config(self, ranks: Mapping[str, int] | None = None) -> LoraConfig:
-        """Return the config of the adapter with these ranks (path -> r), by default those of its A."""
-        if ranks is None:
-            ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
+    def config(self) -> LoraConfig:
+        """Return the config of the adapter, with the ranks that its A have."""
+        ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
         values = self.values
         init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
         given = {key: values[key] for key in READ_FIELDS & values.keys() if values[key] or key in PEFT_FALLBACKS}
@@ -246,16 +244,19 @@ def read_values(directory: Path) -> dict[str, Any]:
     """Read the JSON; raise a FormatError that names all unsupported keys whose value is neither PEFT's nor empty."""
     path = directory / CONFIG_FILE
     values = read_json(path)
+    unknown = unknown_fields(values)
+    if parameters := unknown.get("target_parameters"):
+        raise FormatError(f"{path}: target_parameters: found {parameters!r:.80}; {in_recipe('experts')}")
     bad = [
         f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
-        for key, value in unknown_fields(values).items()
+        for key, value in unknown.items()
     ]
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init):
         bad.append(f"init_lora_weights: found {init!r}, a decomposition that was drawn and cannot be repeated")
     elif init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights")
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"):
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         names, kind = values.get(key) or (), dict if key.endswith("pattern") else list
         if not isinstance(names, kind | tuple) or len(names) > MAX_NAMES:
             need = "an object with" if kind is dict else "a list of"

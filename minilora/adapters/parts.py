@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.config import LoraConfig, matches, select_parameters, select_saved, select_targets
+from minilora.adapters.config import LoraConfig, is_target, matches, select_saved, select_targets
 from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
 from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
-from minilora.adapters.layers import (
-    CONVOLUTIONS,
-    AdapterConv,
-    AdapterConv1D,
-    AdapterEmbedding,
-    AdapterParameters,
-    get_base_layer,
-    shallow_copy,
-    stacked_shapes,
-)
-from minilora.errors import ConfigError, ShapeError, TargetError
-from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape, dora_norm
+from minilora.adapters.layers import AdapterConv1D, AdapterEmbedding, get_base_layer, shallow_copy
+from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
+from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, dora_norm
 from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEARS = (AdapterLinear, AdapterConv1D)
 FOREIGN: Mapping[tuple[str, str], type[AdapterLinear]] = {  # transformers' classes that compute a plain linear
     ("transformers.pytorch_utils", "Conv1D"): AdapterConv1D,
@@ -72,24 +64,17 @@ def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[st
         if config.use_dora and "magnitude" not in tensors:
             tensors = {**tensors, "magnitude": _initial_magnitude(layer, *kind(tensors, scale).factors(), scale)}
         return kind(tensors, scale, config.lora_dropout)
-    if isinstance(layer, AdapterParameters):
-        return layer.build(config, tensors)
     if isinstance(layer, TokenRows):
         return Rows(tensors["ids"].tolist(), tensors["rows"])
     return shallow_copy(get_base_layer(layer), tensors)
 
 
 def _initial_magnitude(layer: AdapterLinear, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    weight, shape = layer.as_matrix(whole_weight(layer.base)), magnitude_shape(lora_B.shape)
+    weight = layer.as_matrix(whole_weight(layer.base))
     if weight.is_meta:
-        return torch.ones(shape, dtype=lora_A.dtype)
-    factors = layer.as_matrices(lora_A.detach().to(weight.device), lora_B.detach().to(weight.device))
-    return dora_norm(weight, *factors, scale).reshape(shape).to(lora_A.dtype)
-
-
-def magnitude_shape(shape_B: Shape) -> Shape:
-    """Return the shape that PEFT has for DoRA's m: (out), of a convolution (1, out, 1, …)."""
-    return shape_B[:1] if len(shape_B) == 2 else (1, shape_B[0], *shape_B[2:])
+        return torch.ones(len(lora_B), dtype=lora_A.dtype)
+    lora_A, lora_B = (factor.detach().to(weight.device) for factor in (lora_A, lora_B))
+    return dora_norm(weight, lora_A, lora_B, scale).to(lora_A.dtype)
 
 
 def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
@@ -102,23 +87,19 @@ def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
         return AdapterLinear
     if type(module) is nn.Embedding:
         return AdapterEmbedding if module.max_norm is None else None  # which changes the weight in each call
-    if type(module) in CONVOLUTIONS:
-        return AdapterConv
     return FOREIGN.get((type(module).__module__, type(module).__name__))
 
 
 def adaptable(modules: Mapping[str, Any]) -> dict[str, type[AdapterLinear]]:
-    """Return the wrapper classes of the modules that can have low-rank adapters, by path.
+    """Return the wrapper classes of the modules that can have low-rank adapters, by path."""
+    kinds = {path: kind_of(module) for path, module in modules.items() if path and is_called(path, modules)}
+    return {path: kind for path, kind in kinds.items() if kind is not None}
 
-    All of a Mamba mixer but its `in_proj` is left out: fused kernels read the other weights without calling modules.
-    """
-    found = {}
-    for path, module in modules.items():
-        parent, _, name = path.rpartition(".")
-        is_read_by_kernels = {"A_log", "D"} <= modules[parent]._parameters.keys() and name != "in_proj"
-        if path and (kind := kind_of(module)) is not None and not is_read_by_kernels:
-            found[path] = kind
-    return found
+
+def is_called(path: str, modules: Mapping[str, Any]) -> bool:
+    """Return whether a module is called; of a Mamba mixer only `in_proj` is: fused kernels read the other weights."""
+    parent, _, name = path.rpartition(".")
+    return name == "in_proj" or not {"A_log", "D"} <= modules[parent]._parameters.keys()
 
 
 def is_from_weight(init: bool | str) -> bool:
@@ -129,15 +110,12 @@ def is_from_weight(init: bool | str) -> bool:
 def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
     """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
     kinds = adaptable(modules)
+    for path, module in modules.items():
+        if isinstance(module, CONVOLUTIONS) and is_called(path, modules) and is_target(path, config):
+            raise TargetError(f"{path}: is a convolution; {in_recipe('convolutions')}")
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
-    others = [path for path, kind in kinds.items() if kind not in LINEARS]
-    return select_targets(linears, config, head, others, target_parameter_names(modules, config))
-
-
-def target_parameter_names(modules: Mapping[str, Any], config: LoraConfig) -> list[str]:
-    """Return the full names of the parameters that `target_parameters` matches."""
-    held = [(path, name) for path, module in modules.items() for name, p in module._parameters.items() if p is not None]
-    return select_parameters([f"{path}.{name}".lstrip(".") for path, name in held], config)
+    embeddings = [path for path, kind in kinds.items() if kind not in LINEARS]
+    return select_targets(linears, config, head, embeddings)
 
 
 def low_rank_spec(
@@ -159,11 +137,8 @@ def low_rank_spec(
     elif isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
         lora_A, lora_B = initial_factors(True, shape_A, shape_B, generator)
     elif is_part_of_weight:
-        if shape_B[1] != r:
-            raise ConfigError(f"{path}: init_lora_weights {init!r} is not defined for a convolution in groups")
         layer = kind(module, path)
         lora_A, lora_B = factors_from_weight(str(init), layer.as_matrix(whole_weight(module)), r, scale, generator)
-        lora_A, lora_B = lora_A.view(shape_A), lora_B.view(shape_B)
     elif kind is AdapterEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
     else:
@@ -174,19 +149,6 @@ def low_rank_spec(
     if config.lora_bias:
         tensors["lora_bias"] = torch.zeros(shape_B[0])
     return AdapterSpec(kind, tensors)
-
-
-def parameter_specs(
-    modules: Mapping[str, Any], config: LoraConfig, draw: Callable[[Shape, Shape], Sequence[Tensor]]
-) -> dict[str, AdapterSpec]:
-    """Return the specs of `target_parameters`; `draw` makes A and B of the given shapes."""
-    specs: dict[str, AdapterSpec] = {}
-    for name in target_parameter_names(modules, config):
-        path, _, last = name.rpartition(".")
-        lora_A, lora_B = draw(*stacked_shapes(modules[path], name, config.rank(name)))
-        spec = specs.setdefault(path, AdapterSpec(AdapterParameters, {}))
-        spec.tensors.update({f"{last}.lora_A": lora_A, f"{last}.lora_B": lora_B})
-    return specs
 
 
 def build_specs(
@@ -253,8 +215,6 @@ def _with_biases(
         bias, spec = module._parameters.get("bias"), specs.get(path)
         if bias is None:
             continue
-        if spec and spec.kind is AdapterParameters:
-            raise TargetError(f"{path}: is in target_parameters, so its bias cannot be trained, too")
         if spec and spec.kind is TokenRows and config.bias == "all":
             raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
         if spec and issubclass(spec.kind, AdapterLinear):
@@ -280,10 +240,7 @@ def check_specs(
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
     places = [(layer.path, type(layer)) for layer in layers] + [(path, spec.kind) for path, spec in specs.items()]
     copied = {path for path, kind in places if kind is TrainedCopy}
-    in_parameters = {path for path, kind in places if kind is AdapterParameters}
-    for path, kind in places:
-        if path in in_parameters and kind is not AdapterParameters:
-            raise TargetError(f"{path}: target_parameters go with no other adapter of the same module")
+    for path, _ in places:
         if outer := [where for where in copied if path.startswith(f"{where}.")]:
             raise TargetError(
                 f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minilora.adapters.config import LoraConfig, select_parameters, select_saved, select_targets
+from minilora.adapters.config import LoraConfig, select_saved, select_targets
 from minilora.llama import Decoder, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -93,10 +93,8 @@ def trained_sizes(lora: LoraConfig | None, shapes: Shapes, tied: bool) -> tuple[
         own = [math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")]
         return [], own, dict.fromkeys(linears, 0)
     linears.remove(EMBEDDING_PATH)
-    parameters = select_parameters(list(shapes), lora)
-    ranks = {path: lora.rank(path) for path in select_targets(linears, lora, linears[-1], [EMBEDDING_PATH], parameters)}
+    ranks = {path: lora.rank(path) for path in select_targets(linears, lora, linears[-1], [EMBEDDING_PATH])}
     sizes = {path: (lora.rank(path), *shapes[f"{path}.weight"]) for path in ranks}
-    sizes |= {name: (lora.rank(name), *shapes[name]) for name in parameters}
     factors = [r * n for r, *widths in sizes.values() for n in widths]
     outputs = [shapes[f"{path}.weight"][path == EMBEDDING_PATH] for path in ranks]  # (in, out)
     others = outputs * (lora.use_dora + lora.lora_bias)

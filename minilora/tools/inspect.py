@@ -125,7 +125,7 @@ def adapter_facts(directory: Path, base: Path | None = None) -> dict[str, Any]:
     """Describe an adapter, alone or on the model in the directory `base`; "problems" is why minilora does not load it.
 
     "features" is what other readers may ignore or refuse (see `tools.export`). "modules" are those with an A and a B,
-    and how much they change; there are none if the adapter cannot be read, or adapts stacked experts.
+    and how much they change; there are none if the adapter cannot be read.
 
     Raises:
         FormatError: a file is missing or damaged.
@@ -193,8 +193,6 @@ def _module_facts(stored: Stored, base: Mapping[str, TensorFile]) -> list[dict[s
         FormatError: the config or a 4-bit weight of the base is malformed.
     """
     config, packed, facts = stored.config(), packed_weights(base), []
-    if config.target_parameters:  # A and B hold all experts, and only the base tells how many
-        return []
     for module, held in sorted(stored.tensors.items()):
         if "lora_A" not in held:
             continue

@@ -325,10 +325,10 @@ def _float64_rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
     rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
     for name in layer.active:
         adapter = layer.adapters[name]
-        lora_A, lora_B = layer.as_matrices(*adapter.factors())
+        lora_A, lora_B = adapter.factors()
         tensors = {"lora_A": lora_A, "lora_B": lora_B[part]}
         if adapter.magnitude is not None:
-            tensors["magnitude"] = adapter.magnitude.flatten()[part]
+            tensors["magnitude"] = adapter.magnitude[part]
         wide = {key: tensor.detach().cpu().double() for key, tensor in tensors.items()}
         rows.add_adapter(name, LoraAdapter(wide, adapter.scale))
     rows.active = layer.active

@@ -23,17 +23,6 @@ FOLDER = Path(__file__).parent / "adapters"
 IDS = token_ids(3, 2, 7)
 
 
-class Experts(nn.Module):
-    """x ↦ Σₑ tanh(x upₑᵀ) downₑᵀ."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Parameter(torch.empty(3, 5, 6)), nn.Parameter(torch.empty(3, 6, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.unsqueeze(-3).matmul(self.up.mT).tanh() @ self.down.mT).sum(-3)
-
-
 class Layers(nn.Module):
     """One of each layer that no decoder of ours has.
 
@@ -43,15 +32,11 @@ class Layers(nn.Module):
 
     def __init__(self, conv1d: Callable[[int, int], nn.Module]):
         super().__init__()
-        self.embed, self.experts, self.mix = nn.Embedding(61, 6), Experts(), conv1d(8, 6)
-        self.scan, self.pairs = nn.Conv1d(8, 6, 3, padding=1), nn.Conv1d(6, 4, 1, groups=2)
-        self.head = nn.Linear(4, 9)
+        self.embed, self.mix, self.head = nn.Embedding(61, 6), conv1d(8, 6), nn.Linear(8, 9)
         fill_(self, 0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = self.mix(x + self.experts(x)).tanh()
-        return self.head(self.pairs(self.scan(x.mT).tanh()).mT.tanh())
+        return self.head(self.mix(self.embed(ids)).tanh())
 
 
 BIASED = ("llama-bias-tied-wide-heads", {"num_hidden_layers": 2, "tie_word_embeddings": False})
@@ -78,9 +63,8 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any]] | None, dict[str, Any]]] = {
     "token-rows": (TIED, {"target_modules": ["v_proj"], "trainable_token_indices": [45, 2, 18]}),
     "pissa": (BIASED, {"target_modules": ["k_proj", "up_proj"], "init_lora_weights": "pissa"}),
     "olora": (BIASED, {"target_modules": ["k_proj", "up_proj"], "init_lora_weights": "olora"}),
-    "layers": (None, {"target_modules": ["embed", "mix", "scan", "pairs"], "bias": "lora_only"}),
-    "layers-dora": (None, {"target_modules": ["embed", "mix", "scan"], "use_dora": True}),
-    "parameters": (None, {"target_modules": ["head"], "target_parameters": ["experts.up", "experts.down"]}),
+    "layers": (None, {"target_modules": ["embed", "mix"], "bias": "lora_only"}),
+    "layers-dora": (None, {"target_modules": ["embed", "mix"], "use_dora": True}),
 }
 
 

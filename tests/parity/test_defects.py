@@ -293,19 +293,3 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path):
         written.append([file.read_bytes() for file in files])
     assert all(files == written[0] for files in written)
     assert json.loads(written[0][0])["target_modules"] == sorted(names)
-
-
-def test_the_norm_of_a_grouped_convolution_is_that_of_its_weight():
-    """PEFT makes the sum as if B had the rows of one group and twice its columns."""
-    base, x = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), randn(1, 2, 4, 9, dtype=torch.float32)
-    fill_(base, 0)
-    fields = {"r": 2, "lora_alpha": 14, "target_modules": ["0"], "use_dora": True}
-    ours, theirs = attached(copy.deepcopy(base), **fields), theirs_attached(base, **fields)
-    fill_(ours[0].adapters, 1)
-    for name, part in (("lora_A", "lora_A"), ("lora_B", "lora_B"), ("magnitude", "lora_magnitude_vector")):
-        weight = getattr(layer_of(theirs, "0"), part)["default"].weight
-        weight.data.copy_(getattr(ours[0].adapters["default"], name))
-    lengths = torch.linalg.vector_norm(ours[0].merged_weight().flatten(1), dim=1)
-    assert_parity(lengths, ours[0].adapters["default"].magnitude.abs().flatten())
-    assert_parity(ours(x), ours[0].merged()(x))
-    assert relative(theirs(x), ours(x), PARITY) > 1000

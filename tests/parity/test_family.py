@@ -84,8 +84,8 @@ def families(draw, patterns, moved):
     def some(*values):
         return draw(st.sampled_from(values))
 
-    kind = some("lora", "lora", "dora", "dora", "lora_bias", "parameters")
-    init = True if kind in ("lora_bias", "parameters") else some(True, False, "gaussian", "orthogonal", *moved)
+    kind = some("lora", "dora", "lora_bias")
+    init = True if kind == "lora_bias" else some(True, False, "gaussian", "orthogonal", *moved)
     others = [] if init in MOVED else ["lm_head"]
     if init is True and kind != "lora_bias":
         others += ["embed_tokens"]
@@ -101,14 +101,11 @@ def families(draw, patterns, moved):
         "use_rslora": draw(st.booleans()),
         "use_dora": kind == "dora",
         "init_lora_weights": init,
-        "bias": "none" if kind == "parameters" else some("none", "all", "lora_only"),
+        "bias": some("none", "all", "lora_only"),
         "lora_bias": kind == "lora_bias",
         "modules_to_save": saved or None,
         "trainable_token_indices": some(None, [3, 1], {"embed_tokens": [7, 60, 2]}) if has_rows else None,
-        "target_parameters": ["v_proj.weight"] if kind == "parameters" else None,
     }
-    if kind == "parameters":
-        fields["rank_pattern"] = {**fields["rank_pattern"], **some({}, {"v_proj.weight": 4})}
     return fields, draw(st.booleans()), torch.float32 if init in MOVED else some(torch.float32, torch.float64)
 
 
@@ -161,11 +158,6 @@ REFUSED = {  # by both
     "bias of B, DoRA": ({"lora_bias": True, "use_dora": True}, "lora_bias"),
     "bias of B, start": ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias"),
     "bias of B, embedding": ({"lora_bias": True, "target_modules": ["embed_tokens"]}, "lora_bias"),
-    "parameter, DoRA": ({"target_parameters": ["v_proj.weight"], "use_dora": True}, "use_dora"),
-    "parameter, bias of B": ({"target_parameters": ["v_proj.weight"], "lora_bias": True}, "lora_bias"),
-    "parameter, dropout": ({"target_parameters": ["v_proj.weight"], "lora_dropout": 0.1}, "lora_dropout"),
-    "parameter, module": ({"target_parameters": ["q_proj.weight"]}, "q_proj.weight is in target_parameters"),
-    "parameter, vector": ({"target_parameters": ["norm.weight"]}, "model.norm.weight: is (24,)"),
     "odd orthogonal": ({"init_lora_weights": "orthogonal", "r": 3}, "even rank"),
     "no such start": ({"init_lora_weights": "nonsense"}, "init_lora_weights is 'nonsense'"),
     "nothing": ({"target_modules": ["q"]}, "no module that can be adapted matches target_modules 'q'"),
@@ -197,7 +189,6 @@ def test_what_peft_refuses_is_refused_by_name(fields, said):
 ONLY_OURS = {  # what PEFT takes and computes something else with, or silently not what was asked for
     "start of an embedding": ({"target_modules": ["embed_tokens"], "init_lora_weights": "gaussian"}, False, "embed"),
     "no such start": ({"target_modules": ["embed_tokens"], "init_lora_weights": "nonsense"}, False, "nonsense"),
-    "bias beside a parameter": ({"target_parameters": ["v_proj.weight"], "bias": "lora_only"}, False, "bias"),
     "rows, whole": ({"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}, False, "embed_tokens"),
     "rows and the tied head": ({"target_modules": ["lm_head"], "trainable_token_indices": [1]}, True, "lm_head"),
     "name of no module": ({"target_modules": ["q_proj", "query"]}, False, "'query'.*q_proj"),

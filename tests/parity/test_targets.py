@@ -84,8 +84,6 @@ def test_every_linear_can_be_adapted_and_the_table_has_what_the_model_has(family
     model, row = family_model(family), TARGETS[family]
     assert all(kind_of(module) for module in base_modules(model).values() if isinstance(module, nn.Linear))
     assert find_target_modules(model) == sorted(row.linears)
-    names = [name for name, _ in model.named_parameters()]
-    assert all(any(name.endswith(f".{entry}") for name in names) for entry in row.parameters)
     adapted = ours_chosen(model, target_modules=row.linears)
     rest = {
         path
