@@ -24,6 +24,7 @@ from minilora import cli
 from minilora.adapters.config import INITS
 from minilora.cli import evaluate
 from minilora.cli.flags import ELSEWHERE, FLAG_NAMES, from_flags, names_of, use_config
+from minilora.errors import in_recipe
 from minilora.runs import inputs
 from minilora.runs.config import RunConfig
 from minilora.runs.encoders import encode_rows
@@ -214,6 +215,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         # a command that there is not
         (["fintune", "--model=a"], "'fintune' is no command; did you mean 'finetune'?\n"),
         (["frobnicate"], "'frobnicate' is no command; there are finetune, generate, chat, "),
+        (["extract", "--base=a"], f"'extract' is no command; {in_recipe('extract')}\n"),
         # a flag that there is not, also one of another tool
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; did you mean --learning-rate?\n"),

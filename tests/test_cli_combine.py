@@ -1,4 +1,4 @@
-"""minilora merge with weights, and minilora extract: what is written and what is said."""
+"""minilora merge with weights: what is written and what is said."""
 
 import math
 import shutil
@@ -13,7 +13,6 @@ from minilora import cli
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
-from minilora.cli.extract import extract_directory
 from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
 from minilora.durable import MANIFEST
@@ -263,61 +262,6 @@ def test_a_model_of_the_hub_is_known_by_its_commit_where_one_is_recorded():
         assert not _is_named(location, recorded), recorded
 
 
-# --- extract ---
-
-
-def test_an_adapter_that_was_merged_is_extracted_again(run, tmp_path):
-    run("merge", "--adapter=b", f"--out={tmp_path / 'merged'}")
-    words = ["--base=model", f"--tuned={tmp_path / 'merged'}", "--lora-r=2", f"--out={tmp_path / 'adapter'}"]
-    first, second = run("extract", *words)
-    error = float(first.split(": ")[1].split(";")[0])
-    assert first.startswith("truncation error, relative to the change of the adapted weights: ")
-    assert error < 1e-5
-    assert second == f"adapter written to {tmp_path / 'adapter'}"
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {2}
-    assert_writes_the_same(run, tmp_path / "adapter", tmp_path / "merged")
-
-
-@pytest.mark.parametrize(
-    ("flags", "config", "energy"),
-    [
-        (["--lora-r=4"], {"r": 4}, None),
-        (["--lora-r=20", "--svd-energy=0.5"], {"r": 20}, 0.5),
-        (['--rank-pattern={"up_proj": 3}', "--target-modules=up_proj,q_proj"], {"rank_pattern": {"up_proj": 3}}, None),
-    ],
-)
-def test_extract_tells_the_error_of_the_cut_and_what_is_left_out(directory, run, tmp_path, flags, config, energy):
-    words = ["--base=model", "--tuned=tuned", f"--out={tmp_path / 'out'}"]
-    first, second, _ = run("extract", *words, *flags)
-    expected = extract_directory(
-        directory / "model", directory / "tuned", tmp_path / "expected", ml.LoraConfig(**config), energy
-    )
-    deviation = expected.deviation
-    assert first.endswith(f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}")
-    assert deviation.overall > 0.1
-    assert second == (
-        f"not in the adapter: 5 other weights that differ, with {expected.share:.0%} of the squared change of all: "
-        "model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight, "
-        "model.layers.1.input_layernorm.weight …"
-    )
-    assert same_tensors(*(tmp_path / name / "adapter_model.safetensors" for name in ("out", "expected")))
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHATML
-
-
-def test_what_cannot_be_extracted_is_refused_before_anything_is_written(run, tmp_path):
-    for words, phrase in (
-        (["--tuned=model"], "are equal in all selected modules"),
-        (["--tuned=tuned", "--svd-energy=1.5"], "svd_energy is 1.5, need a number above 0"),
-        (["--tuned=tuned", "--target-modules=nothing"], "no module that can be adapted matches target_modules"),
-        (["--tuned=nowhere"], "nowhere: no such directory"),
-        (["--tuned=tuned", "--out=a"], "a: holds files; give another --out"),
-    ):
-        out = [] if "--out=a" in words else [f"--out={tmp_path / 'out'}"]
-        assert phrase in run("extract", "--base=model", *words, *out, status=1)
-        assert not (tmp_path / "out").exists()
-
-
 def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):
     model = tiny_model(dtype=torch.float32, num_hidden_layers=1)
     ml.save_model(model, tmp_path / "model")
@@ -328,7 +272,6 @@ def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):
     run("merge", *chosen, f"--out={out / 'merged'}")
     run("quantize", chosen[0], f"--out={out / 'packed'}")
     run("export", chosen[1], f"--out={out / 'plain'}")
-    run("extract", "--base", tmp_path / "model", "--tuned", out / "merged", "--lora-r=2", f"--out={out / 'found'}")
-    assert sorted(path.name for path in out.iterdir()) == ["found", "merged", "packed", "plain"]
+    assert sorted(path.name for path in out.iterdir()) == ["merged", "packed", "plain"]
     assert not list(out.glob("*/tokenizer.json"))
     assert "model: there is no tokenizer.json" in run("generate", *chosen, "--prompt=a", status=1)

@@ -22,7 +22,7 @@ from typing import Any
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import MiniloraError, printable
+from minilora.errors import MiniloraError, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -33,7 +33,6 @@ COMMANDS = {
     "generate": "generate text from prompts",
     "chat": "chat with a model",
     "merge": "merge adapters into a model's weights and save the model",
-    "extract": "save the difference between two models as an adapter",
     "export": "save an adapter in a plain form that more tools can read",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
@@ -96,6 +95,8 @@ def parse(words: Sequence[str]) -> Options:
         if not words[0].startswith("-"):
             near = difflib.get_close_matches(words[0], COMMANDS, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            if words[0] == "extract":
+                advice = in_recipe("extract")
             overview.error(f"{words[0]!r} is no command; {advice}")
         overview.parse_args(words)  # ends the program
     parser = command_parser(words[0])

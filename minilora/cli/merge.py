@@ -163,7 +163,8 @@ def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
     """Print the error of the SVD that truncated the combination, if one did."""
     deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     if deviation.overall is not None:
-        print(deviation.describe_truncation("the combined update"))
+        found = f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
+        print(f"truncation error, relative to the combined update: {found}")
 
 
 def _describe_error(

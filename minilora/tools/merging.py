@@ -81,11 +81,6 @@ class Deviation:
         worst = max(ratios, key=ratios.__getitem__)
         return cls(math.sqrt(error / effect), ratios[worst], worst)
 
-    def describe_truncation(self, change: str) -> str:
-        """Describe the deviation as that of a truncated SVD of a change."""
-        found = f"{self.overall:.2g}; worst {self.worst:.2g} in {self.layer}"
-        return f"truncation error, relative to {change}: {found}"
-
 
 def merge_directory(
     name_or_path: str | Path,
