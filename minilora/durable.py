@@ -33,7 +33,6 @@ if sys.platform != "win32":  # which has no such module, and there is no lock
     import fcntl
 
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
-CACHE_DIR = ".data"  # the folder in which a run keeps its encoded rows
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a link could lead to the files of others
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp, too
 
@@ -216,11 +215,9 @@ def flush(path: Path) -> None:
 
 
 def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to holds anything other than a lock, encoded rows and temporary files."""
+    """Return whether a directory to write to holds anything other than a lock and temporary files."""
     _check_directory(out)
-    return out.exists() and any(
-        path.name not in (".lock", CACHE_DIR) and not TEMPORARY.fullmatch(path.name) for path in out.iterdir()
-    )
+    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
 
 
 def _check_directory(out: Path) -> None:
@@ -263,7 +260,7 @@ def lock(out: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     settle(out)
-    for left in (path for folder in (out, out / "checkpoints", out / CACHE_DIR) for path in folder.glob(".*.tmp")):
+    for left in (path for folder in (out, out / "checkpoints") for path in folder.glob(".*.tmp")):
         if TEMPORARY.fullmatch(left.name):
             remove(left)
     return file

@@ -17,8 +17,8 @@ from minilora.durable import MANIFEST
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
-from minilora.runs.inputs import load_data
 from minilora.runs.reports import Meter
+from minilora.runs.run import Run
 from tests.files import write_adapter
 from tests.models import tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
@@ -123,9 +123,12 @@ def write_chat_models(directory):
     return directory
 
 
-def inputs(directory, rows="rows.jsonl", eval_split=0.05, **reading):
-    tokenizer, path = ml.load_tokenizer(directory / "model"), str(directory / rows)
-    return load_data([path], tokenizer, ml.DataConfig(**reading), ml.TrainConfig(), eval_split=eval_split)
+def inputs(directory, *rows, model="model", training=None, eval_split=0.05, **reading):
+    """The data of a run on a model and rows in `directory`."""
+    paths = tuple(str(directory / path) for path in rows or ("rows.jsonl",))
+    run = RunConfig(model=str(directory / model), data=paths, general_data="none", eval_split=eval_split)
+    settings = (ml.QuantizeConfig(), ml.LoraConfig(), ml.DataConfig(**reading), training or ml.TrainConfig())
+    return Run(run, *settings).read_data()
 
 
 def metrics(out):

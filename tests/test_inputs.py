@@ -4,18 +4,14 @@ import json
 import pytest
 
 import minilora as ml
-from minilora.runs.inputs import load_data, load_general
+from minilora.runs.inputs import load_general
 from minilora.storage import ASSETS, BUILTIN
-from tests.runs import write_rows
-from tests.text import CHATML, CLOSE, write_tokenizer
+from tests.runs import inputs, write_chat_models, write_rows
+from tests.text import CHATML
 
 
-def load(path, directory, training=None, eval_split=0.05, **reading):
-    training = training or ml.TrainConfig()
-    paths = path if isinstance(path, list) else [path]
-    tokenizer = ml.load_tokenizer(directory / "model")
-    config = ml.DataConfig(**reading)
-    return load_data([str(path) for path in paths], tokenizer, config, training, eval_split=eval_split)
+def load(path, directory, training=None, **reading):
+    return inputs(directory, *(path if isinstance(path, list) else [path]), training=training, **reading)
 
 
 def sizes(data):
@@ -97,6 +93,5 @@ def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(
     tokenizer = load(tmp_path / "rows.jsonl", directory).tokenizer
     assert "### Instruction:\nSay it." in tokenizer.render([{"role": "user", "content": "Say it."}])
     assert load(directory / "rows.jsonl", directory).tokenizer.template is None
-    chat = write_tokenizer(tmp_path / "chat", template=CHATML, eos=CLOSE)
-    data = load_data([str(tmp_path / "rows.jsonl")], chat, ml.DataConfig(), ml.TrainConfig())
-    assert data.tokenizer.template.source == CHATML
+    write_chat_models(tmp_path)
+    assert inputs(tmp_path, model="chat").tokenizer.template.source == CHATML

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora import storage
 from minilora.runs.formats import Row
-from minilora.runs.inputs import count_lines, find_splits, is_named_held_out, stream_rows
+from minilora.runs.inputs import find_splits, is_named_held_out, stream_rows
 from minilora.storage import ASSETS, BUILTIN
 from tests.text import texts
 
@@ -52,16 +51,6 @@ def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_k
     content = mark + text.encode()
     path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
     assert list(stream_rows(path)) == [Row(row, f"{path}:{line}") for row, line in zip(rows, lines, strict=True)]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_lines_are_counted_across_the_parts_that_a_file_is_read_in(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(storage, "CHUNK", size)
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": "instruction"}\n\n{}')
-    assert count_lines(path) == 3
-    path.write_bytes(b"{}\n{}\n")
-    assert count_lines(path) == 2
 
 
 def touch(directory, *names):

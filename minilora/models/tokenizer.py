@@ -11,7 +11,6 @@ and then a name, can still be made to write one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
     from minilora.models.template import Message, Tools
 
-STRFTIME = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")  # a template that writes the date
-State = tuple[Path, dict[str, str], dict[str, dict[str, Any]], datetime | None]
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
 
@@ -79,13 +76,6 @@ class Tokenizer:
         configs = {name: read_json(directory / name) for name in names}
         self._build(directory / "tokenizer.json", texts, configs, None)
 
-    def __getstate__(self) -> State:
-        """Return what a copy is made of, also one in another process."""
-        return self._path, self._texts, self._configs, self._now
-
-    def __setstate__(self, state: State) -> None:
-        self._build(*state)
-
     def _build(
         self, path: Path, texts: dict[str, str], configs: dict[str, dict[str, Any]], now: datetime | None
     ) -> None:
@@ -111,16 +101,6 @@ class Tokenizer:
         other = object.__new__(Tokenizer)
         other._build(self._path, self._texts | texts, self._configs, now)
         return other
-
-    @property
-    def key(self) -> str:
-        """A hash of what tokens follow from: of the tokenizer, its template, and the date if the template writes it."""
-        source = self.template.source if self.template else ""
-        forms, now = STRFTIME.findall(source), self._now or datetime.now()
-        is_known = len(forms) == source.count("strftime_now(")
-        dates = [now.strftime(form) for form in forms] if is_known else now.isoformat()
-        parts = [self._texts, self.special_tokens, self.eos_id, source, dates]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()

@@ -249,16 +249,15 @@ def fingerprint(
 ) -> str:
     """Return a hash of the settings, of the configs of trained adapters, and of the rows (see `_as_json`).
 
-    Of rows that are kept in files it is one of the hashes of the files, and of where in them each row lies.
+    Of a `Dataset` it is one of its arrays, and of where in them each row lies.
     """
     idle = bookkeeping(config)
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):
-        if isinstance(rows, Dataset) and rows.digest:
-            digest.update(rows.digest.encode())
-            for name in ("begin", "length"):
-                digest.update(rows.rows[name].tobytes())
+        if isinstance(rows, Dataset):
+            for part in (rows.tokens, rows.labels, rows.rows["begin"].copy(), rows.rows["length"].copy()):
+                digest.update(part.data)
             continue
         for i in range(len(rows)):
             digest.update(json.dumps(rows[i], default=_as_json).encode())

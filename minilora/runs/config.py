@@ -51,11 +51,6 @@ class DataConfig:
         if self.max_length < 1:
             raise ConfigError(f"DataConfig: max_length is {self.max_length!r}, need a whole number of at least 1")
 
-    @property
-    def key(self) -> str:
-        """Return what tokens and labels follow from."""
-        return json.dumps(asdict(self))
-
 
 @answers(
     lr="use learning_rate",

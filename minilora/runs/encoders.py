@@ -7,8 +7,9 @@ would be wrong where one token holds the end of the prompt and the beginning of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,41 +24,36 @@ from minilora.storage import ASSETS, read_text
 OPEN, CLOSE = "\ufdd4", "\ufdd5"  # noncharacters that mark answers where the template has no marks
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """Tokenize a row and label what is learned of it; see `dataset.Encoder`."""
+def encode_rows(
+    rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig, show: Callable[[str], None] | None = None
+) -> Dataset:
+    """Tokenize and label every row; `show` is called with lines on the progress.
 
-    tokenizer: Tokenizer
-    config: DataConfig
-
-    @property
-    def key(self) -> str:
-        return f"{self.tokenizer.key} {self.config.key}"
-
-    def __call__(self, row: Row) -> tuple[Example, Iterable[str]]:
-        tokenizer, config = self.tokenizer, self.config
-        parsed, is_quoted = _parse(row, tokenizer, config)
-        counts = ["quoted"] if is_quoted else []
-        if isinstance(parsed, PromptCompletion):
-            if parsed.prompt:
-                counts.append("completions")
-                if not (parsed.prompt[-1].isspace() or parsed.completion[:1].isspace()):
-                    counts.append("touching")
-            tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
-        else:
-            counts.append("conversations")
-            text, learned = render_conversation(parsed, tokenizer, config.train_on)
-            tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
-            labels = label_tokens(tokens, spans, learned)
-        example = Example(tokens, labels, row.source)
-        if not example.labelled:
-            raise DataError("nothing to learn: no token of an answer can be predicted")
-        return example, counts
+    Raises:
+        DataError: as for `build_dataset`.
+    """
+    return build_dataset(rows, partial(label_row, tokenizer=tokenizer, config=config), config, show)
 
 
-def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> Dataset:
-    """Tokenize and label every row; raise a `DataError` if one cannot be used, or no label is left."""
-    return build_dataset(rows, TextEncoder(tokenizer, config))
+def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Example, list[str]]:
+    """Tokenize a row and label what is learned of it; return also names of counts of `Dataset`."""
+    parsed, is_quoted = _parse(row, tokenizer, config)
+    counts = ["quoted"] if is_quoted else []
+    if isinstance(parsed, PromptCompletion):
+        if parsed.prompt:
+            counts.append("completions")
+            if not (parsed.prompt[-1].isspace() or parsed.completion[:1].isspace()):
+                counts.append("touching")
+        tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
+    else:
+        counts.append("conversations")
+        text, learned = render_conversation(parsed, tokenizer, config.train_on)
+        tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
+        labels = label_tokens(tokens, spans, learned)
+    example = Example(tokens, labels, row.source)
+    if not example.labelled:
+        raise DataError("nothing to learn: no token of an answer can be predicted")
+    return example, counts
 
 
 def _parse(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[PromptCompletion | Conversation, bool]:

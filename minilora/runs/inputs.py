@@ -7,8 +7,6 @@ A file holds a JSON array of objects or one object a line, distinguished by its 
 from __future__ import annotations
 
 import codecs
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import random
@@ -24,17 +22,15 @@ from minilora.errors import DataError, check_types
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.dataset import Dataset, Encoder, build_dataset, cached_dataset
-from minilora.runs.encoders import TextEncoder, encode_rows, use_prompt_style
-from minilora.runs.evaluate import Choice, find_choices
+from minilora.runs.dataset import Dataset
+from minilora.runs.encoders import encode_rows, use_prompt_style
+from minilora.runs.evaluate import Choice
 from minilora.runs.formats import Row
 from minilora.storage import ASSETS, BAD_ROWS, BUILTIN, JSON_VALUES, LINE_BYTES, check_link, read_chunks
 
 LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 HELD_OUT = {*SPLITS["valid"], *SPLITS["test"], "dev", "eval"}
-LARGE = 2**25  # bytes of files from which on their rows are encoded by several processes and kept on the disk
-CACHE_VERSION = 1  # raise it when the encoding of rows changes
 
 
 def load_dataset(
@@ -46,7 +42,7 @@ def load_dataset(
         DataError: a row cannot be used (with file and line); a file without rows.
     """
     check_types(load_dataset, locals())
-    config, paths = config or DataConfig(), _find_files(path)["train"]
+    config, paths = config or DataConfig(), _training_files(path)["train"]
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths))
     return encode_rows(stream_rows(*paths), tokenizer, config)
 
@@ -70,28 +66,14 @@ class Data:
         return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
 
 
-def load_data(
-    names: Sequence[str],
-    tokenizer: Tokenizer,
-    data_config: DataConfig,
-    training: TrainConfig,
-    *,
-    eval_data: str | None = None,
-    eval_split: float = 0.0,
-    folder: Path | None = None,
-    show: Callable[[str], None] | None = None,
-) -> Data:
-    """Read and tokenize training, validation and test rows; the tokenizer gets their prompt style.
-
-    The test rows are those of `eval_data`, if it is given. Without a test file, the share `eval_split` of the training
-    rows is held out, and another one for validation if the run selects the best adapter. Rows of large files are kept
-    in `folder`, if it is given, and `show` is called with lines on the progress.
+def find_files(names: Sequence[str], eval_data: str | None = None) -> dict[str, list[Path]]:
+    """Return the files of a run by split; those of `eval_data` are the test split.
 
     Raises:
-        DataError: a row cannot be used; there is no training file; one of several files has the name of a split; or
-            there are two test splits.
+        DataError: there is no training file; one of several files has the name of a split; or there are two test
+            splits, or one that is trained on.
     """
-    files = _find_files(names)
+    files = _training_files(names)
     if len(names) > 1 and (found := [path for path in files["train"] if is_named_held_out(path)]):
         raise DataError(f"{found[0]}: --data would train on it; give it as --eval-data, or under another name")
     if eval_data is not None:
@@ -100,26 +82,45 @@ def load_data(
         files["test"] = find_eval_files(eval_data)
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in --data and in --eval-data; rows that are trained on are not held out")
-    tokenizer = use_prompt_style(tokenizer, data_config.prompt_style, stream_rows(*files["train"]))
-    encode = TextEncoder(tokenizer, data_config)
-    encoded = {split: _encode(paths, encode, folder, show) for split, paths in files.items()}
-    needed = ["test"] if "valid" not in encoded else []
+    return files
+
+
+def encode_files(
+    files: Mapping[str, Sequence[Path]],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Dataset]:
+    """Read and tokenize the rows of each split; `show` is called with lines on the progress."""
+    return {split: encode_rows(stream_rows(*paths), tokenizer, config, show) for split, paths in files.items()}
+
+
+def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig) -> dict[str, Dataset]:
+    """Return the splits "train", "valid" and "test", for which a `share` of the training rows is held out if needed.
+
+    Without test rows, rows are held out to measure the result; if the run selects the best adapter, others are to
+    select it. Splits that the run does not tell apart are the same object.
+
+    Raises:
+        DataError: the run selects the best adapter, and there are no rows to do it with.
+    """
+    splits = dict(splits)
+    needed = ["test"] if "valid" not in splits else []
     if training.selects:  # rows that select the adapter cannot also measure it
         needed = ["test", "valid"]
-    missing = [split for split in needed if split not in encoded]
+    missing = [split for split in needed if split not in splits]
     for i, split in enumerate(missing):
-        whole = encoded["train"]
+        whole = splits["train"]
         room = len(whole) - len(missing) + i  # a row stays to train on, and one for each split that follows
-        if eval_split and room > 0:
+        if share and room > 0:
             shuffled = whole.rows[_shuffled(len(whole), training.seed)]
-            held = min(max(1, int(eval_split * len(shuffled))), room)
-            encoded["train"], encoded[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
-    test = encoded.get("test") or encoded.get("valid") or Dataset()
-    valid = encoded.get("valid") or test
+            held = min(max(1, int(share * len(shuffled))), room)
+            splits["train"], splits[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
+    test = splits.get("test") or splits.get("valid") or Dataset()
+    valid = splits.get("valid") or test
     if training.selects and not valid:
         raise DataError("keep best and early_stopping need held-out rows: see --eval-split and --eval-data")
-    choices = find_choices(encoded["train"], test)
-    return Data(tokenizer, encoded["train"], valid, test, choices, _hash_files(files))
+    return {"train": splits["train"], "valid": valid, "test": test}
 
 
 def _shuffled(count: int, seed: int) -> array[int]:
@@ -132,26 +133,6 @@ def _shuffled(count: int, seed: int) -> array[int]:
     return found
 
 
-def _encode(paths: Sequence[Path], encode: Encoder, folder: Path | None, show: Callable[[str], None] | None) -> Dataset:
-    """Encode the rows of files; keep those of large ones in the folder, or reuse those that it has."""
-    if folder is None or sum(path.stat().st_size for path in paths) < LARGE:
-        return build_dataset(stream_rows(*paths), encode)
-    versions = [importlib.metadata.version(name) for name in ("minilora", "tokenizers", "jinja2")]
-    parts = [CACHE_VERSION, versions, encode.key, [(str(path), sha256_of(path)) for path in paths]]
-
-    def write(directory: Path) -> None:
-        lines = {str(path): count_lines(path) for path in paths}
-
-        def report(source: str) -> None:
-            path, _, line = source.rpartition(":")
-            if show:
-                show(f"encoding {path}: {int(line):,} of {lines[path]:,} lines")
-
-        build_dataset(stream_rows(*paths), encode, directory, report)
-
-    return cached_dataset(folder, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), write)
-
-
 def load_general(name: str, tokenizer: Tokenizer, data_config: DataConfig) -> Dataset:
     """Read and tokenize general text, with a label on every token; "none" is an empty data set."""
     if name == "none":
@@ -161,7 +142,7 @@ def load_general(name: str, tokenizer: Tokenizer, data_config: DataConfig) -> Da
     return encode_rows(rows, tokenizer, replace(data_config, train_on="all", system=None, text_field="text"))
 
 
-def _find_files(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
+def _training_files(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
     """Return the files of a data set by split; raise a DataError if there are none to train on."""
     files = find_splits(names)
     if "train" not in files:
@@ -170,7 +151,7 @@ def _find_files(names: str | Path | Sequence[str | Path]) -> dict[str, list[Path
     return files
 
 
-def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+def hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     """Return SHA-256 by file name, or by path where names repeat."""
     paths = [path for found in files.values() for path in found]
     is_distinct = len({path.name for path in paths}) == len(paths)
@@ -247,14 +228,6 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
                 raise DataError(f"{row.source}: this and {BAD_ROWS:,} before it are not rows; need {LAYOUTS}")
         if is_empty:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
-
-
-def count_lines(path: Path) -> int:
-    """Count the lines of a file, the last one also where no newline ends it."""
-    count, last = 0, b"\n"
-    for last in read_chunks(path):
-        count += last.count(b"\n")
-    return count + (last[-1:] != b"\n")
 
 
 def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:

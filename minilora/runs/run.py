@@ -31,7 +31,6 @@ from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.layout import tokenizer_of
 from minilora.definition import is_plain
 from minilora.durable import (
-    CACHE_DIR,
     MANIFEST,
     append_line,
     holds_files,
@@ -53,8 +52,9 @@ from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import checkpoints, world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig, check_settings, resolve
 from minilora.runs.dataset import sizes_of
-from minilora.runs.evaluate import Drift, Scores
-from minilora.runs.inputs import Data, load_data, load_general
+from minilora.runs.encoders import use_prompt_style
+from minilora.runs.evaluate import Drift, Scores, find_choices
+from minilora.runs.inputs import Data, encode_files, find_files, hash_files, hold_out, load_general, stream_rows
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import choose_threads, peak_memory_bytes
 from minilora.runs.memory import Forecast, choose_plan
@@ -185,22 +185,17 @@ class Run:
     def read_data(self, show: Callable[[str], None] | None = None) -> Data:
         """Read the rows of all splits and encode them as the model's tokenizer and the settings say.
 
-        The rows of large files are kept encoded in the directory, also for other runs in directories beside it; `show`
-        is called with lines on the progress.
+        `show` is called with lines on the progress.
         """
         tokenizer = tokenizer_of(self.config.model, self.adapters) or load_tokenizer(self.config.model)
         tokenizer = tokenizer.with_tokens(self.config.add_tokens).at(self.began.astimezone())
-        data = load_data(
-            self.config.data,
-            tokenizer,
-            self.data_config,
-            self.training,
-            eval_data=self.config.eval_data,
-            eval_split=self.config.eval_split,
-            folder=self.out / CACHE_DIR,
-            show=show,
-        )
-        return replace(data, general=load_general(self.config.general_data, data.tokenizer, self.data_config))
+        files = find_files(self.config.data, self.config.eval_data)
+        tokenizer = use_prompt_style(tokenizer, self.data_config.prompt_style, stream_rows(*files["train"]))
+        encoded = encode_files(files, tokenizer, self.data_config, show)
+        splits = hold_out(encoded, self.config.eval_split, self.training)
+        general = load_general(self.config.general_data, tokenizer, self.data_config)
+        choices = find_choices(splits["train"], splits["test"])
+        return Data(tokenizer, **splits, choices=choices, files=hash_files(files), general=general)
 
     def fit_to_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
         """Resolve auto of `--gradient-checkpointing` and `--shard`, for all later calls, to what fits into memory."""
