@@ -10,9 +10,8 @@ import torch
 import minilora as ml
 from benchmarks.ours import train_config
 from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of, labelled
-from minilora.llama import Llama
-from minilora.models.checkpoint import init_weights
-from minilora.models.config import ModelConfig
+from minilora.models.checkpoint import build_model, init_weights
+from minilora.models.config import parse_config
 from minilora.runs.memory import forecast
 from minilora.runs.seeded import plan_steps
 from minilora.runs.sizes import Plan
@@ -20,7 +19,7 @@ from minilora.runs.sizes import Plan
 
 def random_model(config: dict[str, Any], directory: Path) -> None:
     """A model directory with random weights, in bfloat16, and some tokenizer, without which TRL does not start."""
-    model = Llama(ModelConfig.from_dict(config))
+    model = build_model(parse_config(config))
     init_weights(model, torch.Generator().manual_seed(0))
     ml.save_model(model.to(torch.bfloat16), directory, ml.load_tokenizer("minilora/builtin"))
 
@@ -53,5 +52,5 @@ def forecast_bytes(task: Task) -> int:
     quantization = ml.QuantizeConfig("nf4" if work.method == "qlora" else "none")
     rows = [(len(tokens), labelled([(tokens, labels)])) for tokens, labels in task.rows]
     lora, dtype = adapter_config(work.method == "dora"), getattr(torch, work.dtype)
-    config_json = ModelConfig.from_dict(config_of(task.model))
+    config_json = parse_config(config_of(task.model))
     return forecast(Plan(config_json, lora, config, quantization, dtype, torch.device(task.device), rows)).peak

@@ -31,7 +31,7 @@ from benchmarks import results
 from benchmarks.make import random_model
 from benchmarks.work import LLAMA_1B
 from minilora.cli.forecast import KEYS, SHAPES, default_plan
-from minilora.models.config import ModelConfig
+from minilora.models.config import parse_config
 from minilora.runs.memory import amount, forecast
 from minilora.runs.sizes import Plan, Shard, forecast_step
 
@@ -73,7 +73,7 @@ class Case:
         )
         rows = [(TOKENS, TOKENS - 1)] * MICRO_BATCHES
         dtype, quantization = getattr(torch, self.dtype), ml.QuantizeConfig(self.quantize)
-        cpu, config = torch.device("cpu"), ModelConfig.from_dict(MODEL)
+        cpu, config = torch.device("cpu"), parse_config(MODEL)
         return Plan(config, ml.LoraConfig(), training, quantization, dtype, cpu, rows, world=world, shard=self.shard)
 
 
@@ -87,7 +87,7 @@ CASES = (
 
 def plan_on_paper(size: str, way: str, world: int, shard: Shard) -> Plan:
     """Return the plan of a known size, on any GPU."""
-    config = ModelConfig.from_dict({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
+    config = parse_config({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
     return default_plan(config, way, torch.device("meta"), world, shard)
 
 

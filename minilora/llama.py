@@ -20,7 +20,8 @@ laid end to end as one tensor of N tokens, and `lengths` says where each ends; o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -35,30 +36,49 @@ from minilora.definition import definition
 from minilora.errors import ConfigError, FormatError, ShapeError
 
 CosSin = tuple[Tensor, Tensor]
+BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # the number is that of the layer
 Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again: nothing, MLPs, whole blocks
+
+
+def rope_frequencies(width: int, theta: float) -> Tensor:
+    """Compute how far each pair of the numbers of a head turns per position.
+
+    f_i = θ^(-2i/R)  [RoPE eq. 15], (R/2)
+    """
+    pairs = torch.arange(0, width, 2, device="cpu").float()  # also where "meta" is the default device
+    return 1.0 / theta ** (pairs / width)
+
+
+def llama3_frequencies(width: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Compute the frequencies of Llama 3.1 and later, which read further than the length they were trained on.
+
+    Pairs that turn often within the trained length L keep their frequency, slow ones turn `factor` times slower, and
+    in between f_i ← (1 - ρ) f_i / factor + ρ f_i,  ρ = (L f_i / 2π - low) / (high - low)  [Llama 3.1's code].
+    """
+    f = rope_frequencies(width, theta)
+    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    rho = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - rho) * f / scaling["factor"] + rho * f
 
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary position embedding of a model: pair i of a head turns by position · θ^(-2i/R)  [RoPE eq. 15]."""
+    """The rotary position embedding: pair i of a head turns by position · frequencies[i]  [RoPE §3.2]."""
 
-    width: int  # R, how many numbers of a head are rotated
-    theta: float
+    frequencies: tuple[float, ...]  # (R/2), float32
 
-    def frequencies(self, length: int) -> Tensor:
-        """Return the angle of each pair per position, (R/2); scaled variants depend on the document's `length`."""
-        return 1.0 / self.theta ** (torch.arange(0, self.width, 2).float() / self.width)
-
-    def rotation(self, spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
-        angles = [torch.outer(torch.arange(s.start, s.stop).float(), self.frequencies(s.stop)) for s in spans]
-        on_device = torch.cat(angles).to(device, non_blocking=device.type == "cuda")
+    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
+        """Compute cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
+        positions = torch.cat([torch.arange(span.start, span.stop) for span in spans]).float()
+        angles = torch.outer(positions, torch.tensor(self.frequencies, dtype=torch.float32))
+        on_device = angles.to(device, non_blocking=device.type == "cuda")
         return on_device.cos(), on_device.sin()
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a model and what distinguishes its family, by the names of `config.json` where it has them."""
+    """The sizes of a model, by the names of `config.json` where it has them."""
 
     source: Mapping[str, Any]  # the JSON object that it was read from
     model_type: str
@@ -72,27 +92,39 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    rope: Rope
+    rope: Any  # a `Rope`, or what has its method `rotation`
     windows: tuple[int | None, ...]  # how far each layer looks back; None: all the way
-    rotated: tuple[bool, ...]  # whether the q and k of each layer are rotated
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    is_fused: bool = False  # q, k and v are one matrix, and so are gate and up
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
-        """Read the `config.json` of a plain Llama; `minilora.models.config` reads those of all families."""
-        kind, scaling = source.get("model_type"), source.get("rope_scaling") or source.get("rope_parameters") or {}
-        if kind != "llama" or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise ConfigError(f"need a Llama without scaling of its rotary embedding, found {kind!r}, {scaling}")
-        heads, layers = source["num_attention_heads"], source["num_hidden_layers"]
-        defaults = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}
-        given = {field.name: source[field.name] for field in fields(cls) if source.get(field.name) is not None}
-        found = {"tie_word_embeddings": False, **defaults, **given}
-        rope = Rope(found["head_dim"], scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0)
-        return cls(**found, source=source, rope=rope, windows=(None,) * layers, rotated=(True,) * layers)
+        """Read the `config.json` of a Llama; `minilora.models.config` reads those of all families."""
+        scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if source.get("model_type") != "llama" or kind not in ("default", "llama3"):
+            raise ConfigError(f"need a Llama, found {source.get('model_type')!r} with {scaling}")
+        heads = source["num_attention_heads"]
+        defaults = {
+            "num_key_value_heads": heads,
+            "head_dim": source["hidden_size"] // heads,
+            "tie_word_embeddings": False,
+        }
+        names = [field.name for field in fields(cls)]
+        found = defaults | {name: source[name] for name in names if source.get(name) is not None}
+        theta = scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0
+        frequencies = rope_frequencies(found["head_dim"], theta)
+        if kind == "llama3":
+            frequencies = llama3_frequencies(found["head_dim"], theta, scaling)
+        return cls(
+            **found,
+            source=source,
+            rope=Rope(tuple(frequencies.tolist())),
+            windows=(None,) * source["num_hidden_layers"],
+            qkv_bias=bool(source.get("attention_bias")),
+            o_bias=bool(source.get("attention_bias")),
+        )
 
 
 @definition
@@ -177,61 +209,58 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Documents:
+    """Documents laid end to end, each of which attends to itself; in generation, a cache stands in its place."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = [length for length in lengths if length]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        return causal_attention(q, k, v, self.lengths, self.lengths, window)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        D, E, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        D, E = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim, self.widths = layer, E, [H * E, K * E, K * E]
-        self.window, self.is_rotated, self.is_fused = config.windows[layer], config.rotated[layer], config.is_fused
-        if self.is_fused:
-            self.qkv_proj = nn.Linear(D, sum(self.widths), bias=bias)
-        else:
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, width, bias=bias) for width in self.widths)
+        self.head_dim, self.window = E, config.windows[layer]
+        self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
-        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any) -> Tensor:
-        if self.is_fused:
-            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (N, H, E), (N, K, E), (N, K, E)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.is_rotated:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast v has 16 bits, norms and rotation 32
-        if cache is not None:
-            return self.o_proj(cache.attend(self.layer, q, k, v, self.window).flatten(1))
-        return self.o_proj(causal_attention(q, k, v, documents, documents, self.window).flatten(1))
+    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, heads)  # (N, H, E)
+        k = self.k_proj(x).unflatten(-1, heads)  # (N, K, E)
+        v = self.v_proj(x).unflatten(-1, heads)  # (N, K, E)
+        q = rotate(q, *rotation).to(v.dtype)  # under autocast v has 16 bits, the rotation 32
+        k = rotate(k, *rotation).to(v.dtype)
+        return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.is_fused = config.is_fused
-        if self.is_fused:
-            self.gate_up_proj = nn.Linear(D, 2 * width, bias=bias)
-        else:
-            self.gate_proj, self.up_proj = nn.Linear(D, width, bias=bias), nn.Linear(D, width, bias=bias)
+        self.gate_proj = nn.Linear(D, width, bias=bias)
+        self.up_proj = nn.Linear(D, width, bias=bias)
         self.down_proj = nn.Linear(width, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig, attention: nn.Module, mlp: nn.Module):
         super().__init__()
-        self.self_attn, self.mlp = Attention(config, layer), MLP(config)
+        self.self_attn, self.mlp = attention, mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, documents: list[int], rotation: CosSin, cache: Any, checkpointing: str) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), documents, rotation, cache)
+    def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
         feed_forward = self.feed_forward
         return x + (checkpoint(feed_forward, x, use_reentrant=False) if checkpointing == "mlp" else feed_forward(x))
 
@@ -239,16 +268,21 @@ class Block(nn.Module):
         return self.mlp(self.post_attention_layernorm(x))
 
 
+def llama_block(config: LlamaConfig, layer: int) -> nn.Module:
+    """Build a block of a Llama; that of another family is built in its file in `models/`."""
+    return Block(config, Attention(config, layer), MLP(config))
+
+
 class Decoder(nn.Module):
     """The decoder without its head: tokens laid end to end in, hidden states out."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, build_block: BuildBlock = llama_block):
         super().__init__()
         self.config = config
         # Zeros, because drawing an embedding's start values on "meta" loads PyTorch's compiler, 80 MB.
         zeros = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(build_block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -263,25 +297,21 @@ class Decoder(nn.Module):
         """
         if any(length < 0 for length in lengths) or not tokens.shape == (sum(lengths),) != (0,):
             raise ShapeError(f"lengths {list(lengths)} do not describe tokens {tuple(tokens.shape)}")
-        if cache is not None:
-            cache.begin(lengths)
+        documents = Documents(lengths) if cache is None else cache
+        spans = [range(length) for length in lengths] if cache is None else cache.begin(lengths)
         x = self.embed_tokens(tokens)
-        past = cache.lengths if cache is not None else [0] * len(lengths)
-        spans = [range(first, first + new) for first, new in zip(past, lengths, strict=True) if new]
         cos, sin = (table.to(x.dtype) for table in self.config.rope.rotation(spans, x.device))
-        rest = ([len(span) for span in spans], (cos, sin), cache, checkpointing)
+        rest = ((cos, sin), documents, checkpointing)
         for block in self.layers:
             x = checkpoint(block, x, *rest, use_reentrant=False) if checkpointing == "block" else block(x, *rest)
-        if cache is not None:
-            cache.end()
         return self.norm(x)
 
 
 class Llama(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, build_block: BuildBlock = llama_block):
         super().__init__()
         self.config, self.name_or_path = config, ""
-        self.model = Decoder(config)
+        self.model = Decoder(config, build_block)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -318,10 +348,11 @@ def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
 
 
 def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """Read a plain Llama: `config.json` and one or several safetensors files, by name and strictly."""
+    """Read a Llama: `config.json` and one or several safetensors files, by name and strictly."""
     directory = Path(directory)
+    source = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
+        model = Llama(LlamaConfig.from_dict(source))
     index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

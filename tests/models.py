@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
 from minilora.kernel import lora as tiles
-from minilora.llama import Llama
-from minilora.models.config import ModelConfig
+from minilora.llama import Llama, LlamaConfig
+from minilora.models.checkpoint import build_model
+from minilora.models.config import parse_config
 from minilora.nf4 import NF4Linear
 from minilora.runs.seeded import set_dropout_step
 
@@ -114,13 +115,13 @@ families = by_family(*MOST_DIFFERENT)
 layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
 
 
-def tiny_config(family: str = "llama", **changes: Any) -> ModelConfig:
-    return ModelConfig.from_dict({**SIZES, **FAMILIES[family], **changes})
+def tiny_config(family: str = "llama", **changes: Any) -> LlamaConfig:
+    return parse_config({**SIZES, **FAMILIES[family], **changes})
 
 
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Llama:
     """A random model; norms and biases are drawn too, so that they matter."""
-    model = Llama(tiny_config(family, **changes)).to(dtype).eval()
+    model = build_model(tiny_config(family, **changes)).to(dtype).eval()
     model.tie_weights()
     fill_(model, seed)
     return model

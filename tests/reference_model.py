@@ -160,8 +160,8 @@ def decoder_logits(
 
     Args:
         tensors: what a checkpoint holds, name -> array.
-        config: has num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, windows and
-            rotated (an entry a layer) and rope (see `rope_frequencies`).
+        config: has num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, windows (an
+            entry a layer), and source, the config.json.
         tokens: the document.
         rotation: cos and sin to use, (N, R/2) each; those of `rope_table` if not given.
 
@@ -195,10 +195,18 @@ def _attention(part: Mapping[str, Array], config: Any, layer: int, x: Array, cos
     if "self_attn.q_norm.weight" in part:
         q = rms_norm(q, part["self_attn.q_norm.weight"], config.rms_norm_eps)
         k = rms_norm(k, part["self_attn.k_norm.weight"], config.rms_norm_eps)
-    if config.rotated[layer]:
+    if _is_rotated(config.source, layer):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     heads = causal_attention(q, k, v, [len(x)], [len(x)], config.windows[layer])
     return _project(part, "self_attn.o_proj", heads.reshape(len(x), H * E))
+
+
+def _is_rotated(source: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer rotates q and k: in SmolLM3 those listed, or all except every fourth."""
+    if source["model_type"] != "smollm3":
+        return True
+    listed, interval = source.get("no_rope_layers"), source.get("no_rope_layer_interval") or 4
+    return bool(listed[layer]) if listed is not None else (layer + 1) % interval > 0
 
 
 def _mlp(part: Mapping[str, Array], x: Array) -> Array:

@@ -11,9 +11,9 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter, linear_layers, merged
-from minilora.llama import Llama
 from minilora.lora import LoraAdapter
-from minilora.models.config import ModelConfig
+from minilora.models.checkpoint import build_model
+from minilora.models.config import parse_config
 from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests import models
 from tests.files import same_state
@@ -221,7 +221,7 @@ def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
     with torch.device("meta"):
-        model = Llama(ModelConfig.from_dict({"model_type": "llama", **sizes, **heads}))
+        model = build_model(parse_config({"model_type": "llama", **sizes, **heads}))
     ml.attach(model, ml.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")))
     assert ml.count_parameters(model) == (3_407_872, 1_239_222_272)
 
@@ -403,7 +403,7 @@ def test_factors_that_fit_no_module_are_refused_and_change_nothing(path, shapes,
 
 def test_start_values_that_are_made_from_weights_have_their_shapes_without_them():
     with torch.device("meta"):
-        blank = Llama(models.tiny_config())
+        blank = build_model(models.tiny_config())
     full = tiny_model()
     for model in (blank, full):
         ml.attach(model, ml.LoraConfig(r=3, init_lora_weights="pissa", use_dora=True))

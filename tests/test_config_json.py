@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError
-from minilora.models.config import FAMILIES, ModelConfig
+from minilora.llama import Rope, rope_frequencies
+from minilora.models.config import FAMILIES, parse_config
+from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import LLAMA3, SIZES, examples, tiny_config
 
@@ -22,63 +24,63 @@ MINIMAL = dict(zip(REQUIRED, (7, 64, 10, 30, 32), strict=True))
 
 
 def read(**source):
-    return ModelConfig.from_dict(source)
+    return parse_config(source)
 
 
 def meaning(config):
-    """A config without the text that it was read from, and without names of keys that two spellings do not share."""
+    """A config without the text that it was read from; of its rotation, the table at short and long documents."""
     fields = {name: value for name, value in vars(config).items() if name not in ("source", "rope")}
-    rope = {name: value for name, value in vars(config.rope).items() if name != "scaling"}
-    numbers = {key: value for key, value in config.rope.scaling.items() if key in ALL_KINDS[config.rope.kind]}
-    return fields | rope | {"numbers": numbers}
+    spans = [range(n - 1, n) for n in (5, 40, 3000, 200_000)]
+    tables = [table.tolist() for span in spans for table in config.rope.rotation([span], torch.device("cpu"))]
+    return fields | {"rope": tables}
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rope_scaling_beside_rope_theta_means_what_rope_parameters_do(family, kind):
     common, numbers = {"model_type": family, "head_dim": 6}, ALL_KINDS[kind]
-    new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77.0, **numbers})
-    assert (new.rope.kind, new.rope.theta) == (kind, 77.0)
+    new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77_000.0, **numbers})
+    plain = tiny_config(**common, rope_parameters={"rope_type": "default", "rope_theta": 77_000.0})
+    assert (meaning(new) == meaning(plain)) == (kind == "default")
+    assert meaning(new) != meaning(tiny_config(**common, rope_parameters={"rope_type": kind, **numbers}))
     for key in ("type", "rope_type"):
-        old = tiny_config(**common, rope_scaling={key: kind, **numbers}, rope_theta=77.0)
+        old = tiny_config(**common, rope_scaling={key: kind, **numbers}, rope_theta=77_000.0)
         assert meaning(new) == meaning(old)
 
 
 def test_longrope_has_two_older_names_in_phi3_alone():
     for old in ("su", "yarn"):
-        assert tiny_config("phi3", rope_scaling={"type": old, **ALL_KINDS["longrope"]}).rope.kind == "longrope"
+        configs = [tiny_config("phi3", rope_scaling={"type": t, **ALL_KINDS["longrope"]}) for t in (old, "longrope")]
+        assert meaning(configs[0]) == meaning(configs[1])
     with pytest.raises(ConfigError, match="'yarn' is not supported"):
         tiny_config("llama", rope_scaling={"type": "yarn", "factor": 2.0})
 
 
-SMOLLM3 = {"tie_word_embeddings": True, "rotated": (True, True, True, False) * 7 + (True, True)}
-PHI3 = {"rms_norm_eps": 1e-5, "is_fused": True}
 DEFAULTS = {
-    "llama": {"num_key_value_heads": 32, "rope.max_length": 2048},
-    "mistral": {"num_key_value_heads": 8, "rope.max_length": 131072, "windows": (4096,) * 30},
-    "qwen2": {"num_key_value_heads": 32, "rope.max_length": 32768, "qkv_bias": True},
-    "qwen3": {"num_key_value_heads": 32, "rope.max_length": 32768, "head_dim": 128, "qk_norm": True},
-    "smollm3": {"num_key_value_heads": 4, "rope.max_length": 32768, "rope.theta": 2e6, **SMOLLM3},
-    "phi3": {"num_key_value_heads": 32, "rope.max_length": 4096, "rope.trained_length": 4096, **PHI3},
+    "llama": {"num_key_value_heads": 32, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "windows": (4096,) * 30},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "qkv_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "theta": 2e6, "tie_word_embeddings": True},
+    "phi3": {"num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 }
 COMMON = {
     "head_dim": 2,
     "rms_norm_eps": 1e-6,
-    "rope.theta": 10_000.0,
-    "rope.kind": "default",
-    "rope.max_length": 2048,
+    "theta": 10_000.0,
+    "max_position_embeddings": 2048,
     "windows": (None,) * 30,
-    "rotated": (True,) * 30,
-    **dict.fromkeys(("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "is_fused"), False),
+    **dict.fromkeys(("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"), False),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_key_that_is_left_out_or_null_has_the_value_of_its_family(family):
     config = read(model_type=family, **MINIMAL)
-    found = vars(config) | {f"rope.{name}": value for name, value in vars(config.rope).items()}
     expected = COMMON | DEFAULTS[family]
-    assert {name: found[name] for name in expected} == expected
+    theta = expected.pop("theta")
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.rope == Rope(tuple(rope_frequencies(config.head_dim, theta).tolist()))
     keys = ("num_key_value_heads", "rope_scaling", "rope_parameters", "layer_types", "no_rope_layers")
     nulls = read(model_type=family, **MINIMAL, **dict.fromkeys(keys))
     assert nulls.num_key_value_heads == 32  # transformers: null is as many as there are heads, in every family
@@ -116,17 +118,18 @@ def test_smollm3_slides_as_its_layer_types_say_or_where_it_does_not_rotate():
     assert tiny_config("smollm3", layer_types=types, sliding_window=3).windows == (3, None, 3, None)
     asked = {"use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1, 0, 0, 1, 0]}
     config = tiny_config("smollm3", **asked)
-    assert config.rotated == (True, False, False, True)
+    assert rotated_layers(config.source) == [True, False, False, True]
     assert config.windows == (None, 3, 3, None)
     for interval in (1, 2, 3):  # every so many layers one is not rotated
-        expected = tuple(i % interval != 0 for i in range(1, 5))
-        assert tiny_config("smollm3", no_rope_layer_interval=interval).rotated == expected
+        config = tiny_config("smollm3", no_rope_layer_interval=interval)
+        assert rotated_layers(config.source) == [i % interval != 0 for i in range(1, 5)]
+    assert rotated_layers(read(model_type="smollm3", **MINIMAL).source) == [True, True, True, False] * 7 + [True, True]
 
 
 def test_a_part_of_each_head_is_rotated():
     for key in ["partial_rotary_factor", "rope_parameters"]:
         value = 0.34 if key == "partial_rotary_factor" else {"rope_type": "default", "partial_rotary_factor": 0.34}
-        assert tiny_config("phi3", **{key: value}).rope.width == 2
+        assert len(tiny_config("phi3", **{key: value}).rope.frequencies) == 1
 
 
 def test_another_model_type_is_refused_with_those_that_are_supported():
@@ -153,7 +156,7 @@ def test_every_key_that_cannot_work_is_named_in_one_message():
     assert str(error.value).count("\n") == len(bad)
     for missing in REQUIRED:
         with pytest.raises(ConfigError, match=f"{missing}: found None"):
-            ModelConfig.from_dict({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != missing}})
+            parse_config({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != missing}})
     for act in ("silu", "swish"):
         assert tiny_config("llama", hidden_act=act)
 
@@ -193,7 +196,7 @@ def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is
     (rope if is_nested else source)[key] = value
     refusal = key
     try:
-        ModelConfig.from_dict({"rope_parameters": rope} | source).rope.rotation([range(20)], torch.device("cpu"))
+        parse_config({"rope_parameters": rope} | source).rope.rotation([range(20)], torch.device("cpu"))
     except ConfigError as error:
         refusal = str(error).replace("rope type", "type")
     assert key.removeprefix("rope_") in refusal

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minilora import ShapeError, llama
-from minilora.llama import Llama
-from minilora.models.checkpoint import init_weights
+from minilora.models.checkpoint import build_model, init_weights
+from minilora.models.config import FAMILIES
 from minilora.models.generate import KVCache
+from minilora.models.rotary import NUMBERS, LengthRope
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests import models, reference_model
@@ -169,7 +170,8 @@ def pieces(draw):
 @given(seeds, pieces())
 def test_a_cache_changes_no_logits_however_the_documents_are_split(family, seed, calls):
     model, lengths = tiny_model(family, seed), [sum(column) for column in zip(*calls, strict=True)]
-    assert not model.config.rope.changes(1, max(lengths))  # or the cache would have to be filled anew: test_generate.py
+    rope = model.config.rope
+    assert not (isinstance(rope, LengthRope) and rope.changes(1, max(lengths)))  # see test_generate.py
     documents = token_ids(seed, sum(lengths)).split(lengths)
     cache = KVCache(model.config, len(lengths), max(lengths), torch.float64, CPU)
     rest, logits = [list(document) for document in documents], [[] for _ in documents]
@@ -180,15 +182,6 @@ def test_a_cache_changes_no_logits_however_the_documents_are_split(family, seed,
     assert cache.lengths == lengths
     for ours, alone in zip(logits, own_logits(model, torch.cat(documents), lengths), strict=True):
         assert_maths(torch.cat(ours), alone)
-
-
-@pytest.mark.parametrize("family", ["llama-dynamic", "phi3-longrope"])
-def test_a_rotation_changes_where_its_table_does(family):
-    rope = tiny_config(family).rope
-    for before in range(2, 30):
-        cos, _ = rope.rotation([range(before)], CPU)
-        for after in range(before, 30):
-            assert rope.changes(before, after) != torch.equal(rope.rotation([range(after)], CPU)[0][:before], cos)
 
 
 @families
@@ -265,7 +258,7 @@ def test_a_tied_head_is_the_embedding():
 
 def test_weights_are_drawn_by_the_generator_alone():
     def draw(seed):
-        model = Llama(tiny_config())
+        model = build_model(tiny_config())
         init_weights(model, torch.Generator().manual_seed(seed))
         return model.state_dict()
 
@@ -296,11 +289,15 @@ def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_th
 
 def test_the_families_of_the_default_suite_have_every_switch_and_all_together_every_rotation():
     configs = [tiny_config(family) for family in models.MOST_DIFFERENT]
-    for switch in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "is_fused", "tie_word_embeddings"):
+    for switch in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
         assert {getattr(config, switch) for config in configs} == {True, False}, switch
-    assert {all(config.rotated) for config in configs} == {True, False}
+    structures = {FAMILIES[config.model_type].build_block for config in configs}
+    assert structures == {family.build_block for family in FAMILIES.values()}
     width = models.SIZES["hidden_size"]
     assert {config.head_dim * config.num_attention_heads == width for config in configs} == {True, False}
     assert {window is None for config in configs for window in config.windows} == {True, False}
-    kinds = {tiny_config(family).rope.kind for family in models.FAMILIES}
-    assert kinds == {"default", "linear", "dynamic", "llama3", "longrope"}
+    scalings = [
+        config.source.get("rope_parameters") or config.source.get("rope_scaling") or {}
+        for config in map(tiny_config, models.FAMILIES)
+    ]
+    assert {scaling.get("rope_type", scaling.get("type", "default")) for scaling in scalings} == {*NUMBERS}

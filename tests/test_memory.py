@@ -22,9 +22,9 @@ from minilora.cli import forecast as pages
 from minilora.data import Batch
 from minilora.kernel import llama as loss
 from minilora.kernel import lora as tiles
-from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import ModelConfig
+from minilora.models.checkpoint import build_model
+from minilora.models.config import parse_config
 from minilora.runs import machine as host
 from minilora.runs import memory
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
@@ -133,7 +133,7 @@ def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_o
     """With tiles and chunks of rows as small beside the model as they are beside a real one."""
     dtype, quantize = (torch.float32, "none") if lora is None else (dtype, quantize)
     labelled = max(1, int(share * sum(lengths)))
-    model = Llama(config).to(dtype)
+    model = build_model(config).to(dtype)
     model.tie_weights()
     fill_(model, 0)
     if quantize == "nf4":
@@ -175,7 +175,7 @@ def test_weights_in_four_bits_are_those_of_the_packed_model(double_quant):
 
 def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter_and_keep_best_four_more():
     config = tiny_config()
-    count = sum(p.numel() for p in Llama(config).parameters())
+    count = sum(p.numel() for p in build_model(config).parameters())
     found, best = forecast(plan(config)), forecast(plan(config, keep="best", eval_steps=1))
     assert found.weights + found.gradients + found.moments == pytest.approx(16 * count, rel=0.05)
     assert best.peak - found.peak == 4 * count
@@ -320,7 +320,7 @@ def test_a_config_json_is_enough_for_a_page_with_four_known_sizes(tmp_path, caps
     page = capsys.readouterr().out
     assert "4 rows of 1,024 tokens" in page
     assert max(map(len, page.splitlines())) <= 120
-    found = forecast(pages.default_plan(ModelConfig.from_dict(source), "LoRA 16-bit", CPU))
+    found = forecast(pages.default_plan(parse_config(source), "LoRA 16-bit", CPU))
     cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
     assert re.split(r"  +", cells) == [amount(value) for value in (*vars(found).values(), found.peak)]
     for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9, 811.6), strict=True):

@@ -16,7 +16,7 @@ from minilora import ConfigError, FormatError
 from minilora.adapters.attach import linear_layers
 from minilora.durable import write_json
 from minilora.models.bitsandbytes import QuantizeConfig, describe, packed_tensors, packed_weights, read_packed
-from minilora.models.checkpoint import skeleton, stored_weights
+from minilora.models.checkpoint import build_on_meta, stored_weights
 from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_absmax
 from minilora.storage import SHARD_BYTES, TensorFile, read_json
 from minilora.testing.compare import PARITY, assert_parity, relative
@@ -307,7 +307,7 @@ def test_while_loading_nothing_is_held_but_the_4_bit_model_and_one_dense_tensor(
 def test_weights_are_read_when_they_are_asked_for_and_written_when_a_file_is_full(tmp_path):
     directory = write_base(tmp_path / "dense", **LARGE)
     source = ml.load_model(directory)
-    meta = skeleton(source.config)
+    meta = build_on_meta(source.config)
     size, one = 4 * 512 * 512, 4 * 512 * 1024
 
     def copy():

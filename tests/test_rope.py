@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies and tables against the published formulas, and what a config must give."""
 
 import math
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, llama
-from minilora.models.config import ROPE_KEYS, ScaledRope
+from minilora.models.rotary import NUMBERS, LengthRope, build_rope
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests import reference_model
 
@@ -18,7 +18,7 @@ document_lengths = st.integers(2, 100)
 
 
 @st.composite
-def ropes(draw, kinds=tuple(ROPE_KEYS)):
+def ropes(draw, kinds=tuple(NUMBERS)):
     """A rotation of any kind; documents of `document_lengths` are shorter and longer than what it was trained on."""
     kind, width, trained = draw(st.sampled_from(kinds)), draw(st.integers(3, 32)), draw(st.integers(4, 64))
     factors = st.lists(st.floats(1, 40), min_size=(width + 1) // 2, max_size=(width + 1) // 2)
@@ -30,14 +30,23 @@ def ropes(draw, kinds=tuple(ROPE_KEYS)):
         "short_factor": draw(factors),
         "long_factor": draw(factors),
     }
-    return ScaledRope(
+    return SimpleNamespace(
         width=width,
         theta=draw(st.sampled_from([10.0, 500.0, 10_000.0, 1e6])),
         kind=kind,
-        scaling={key: numbers[key] for key in ROPE_KEYS[kind]},
+        scaling={key: numbers[key] for key in NUMBERS[kind]},
         trained_length=trained,
         max_length=trained * draw(st.sampled_from([1, 2, 8])),
     )
+
+
+def built(rope, **changes):
+    return build_rope(**{**vars(rope), **changes})
+
+
+def frequencies(rope, length):
+    """How far each pair turns a position in a document of a length."""
+    return rope.frequencies(length) if isinstance(rope, LengthRope) else torch.tensor(rope.frequencies)
 
 
 def plain_frequencies(rope, length):
@@ -64,43 +73,54 @@ def plain_frequencies(rope, length):
 @given(ropes(), document_lengths)
 def test_frequencies_are_the_published_ones_as_precisely_as_plain_float32(rope, length):
     exact = torch.from_numpy(reference_model.rope_frequencies(rope, length))
-    ours, plain = rope.frequencies(length), plain_frequencies(rope, length)
+    ours, plain = frequencies(built(rope), length), plain_frequencies(rope, length)
     assert ours.dtype == torch.float32
     assert_precision((ours / exact).float(), plain / exact, torch.ones_like(exact))  # relative: slow pairs count too
 
 
 @given(ropes(), st.integers(2, 5000))
 def test_tables_are_cosine_and_sine_of_position_times_frequency(rope, length):
-    angles = torch.arange(length).double().unsqueeze(1) * rope.frequencies(length).double()
-    plain = torch.arange(length).float().unsqueeze(1) * rope.frequencies(length)
-    for ours, turn in zip(rope.rotation([range(length)], CPU), (torch.cos, torch.sin), strict=True):
-        assert ours.dtype == torch.float32
-        assert_precision(ours, rope.amplitude * turn(plain), rope.amplitude * turn(angles))
+    ours = built(rope)
+    plain = torch.arange(length).float().unsqueeze(1) * frequencies(ours, length)
+    angles = torch.arange(length).double().unsqueeze(1) * frequencies(ours, length).double()
+    amplitude = getattr(ours, "amplitude", 1.0)
+    for table, turn in zip(ours.rotation([range(length)], CPU), (torch.cos, torch.sin), strict=True):
+        assert table.dtype == torch.float32
+        assert_precision(table, amplitude * turn(plain), amplitude * turn(angles))
 
 
 @given(ropes(kinds=["longrope"]), st.sampled_from([None, 1.0, 2.5]), st.none() | st.sampled_from([0.5, 1.0, 6.0]))
 def test_longrope_alone_stretches_its_tables_by_the_root_of_the_growth_in_logarithms(rope, attention_factor, factor):
-    for kind in ROPE_KEYS.keys() - {"longrope"}:
-        numbers = {key: 2.0 + i for i, key in enumerate(ROPE_KEYS[kind])}
-        assert replace(rope, kind=kind, scaling=numbers).amplitude == 1
-    scaling = {**rope.scaling, "attention_factor": attention_factor, "factor": factor}
-    rope = replace(rope, scaling=scaling)
+    for kind in NUMBERS.keys() - {"longrope"}:
+        numbers = {key: 2.0 + i for i, key in enumerate(NUMBERS[kind])}
+        cos, _ = built(rope, kind=kind, scaling=numbers).rotation([range(1)], CPU)
+        assert torch.equal(cos, torch.ones_like(cos))
+    rope.scaling |= {"attention_factor": attention_factor, "factor": factor}
     cos, _ = reference_model.rope_table(rope, 1)  # the cosine of 0, stretched
-    assert_maths(torch.tensor(rope.amplitude, dtype=torch.float64), cos[0, 0])
+    assert_maths(torch.tensor(built(rope).amplitude, dtype=torch.float64), cos[0, 0])
 
 
 @given(ropes(kinds=["default"]), document_lengths)
 def test_the_default_kind_is_the_rotation_of_a_plain_llama(rope, length):
-    plain = llama.Rope(rope.width, rope.theta)
-    assert all(map(torch.equal, plain.rotation([range(length)], CPU), rope.rotation([range(length)], CPU)))
+    plain = llama.Rope(tuple(llama.rope_frequencies(rope.width, rope.theta).tolist()))
+    assert all(map(torch.equal, plain.rotation([range(length)], CPU), built(rope).rotation([range(length)], CPU)))
+
+
+@given(ropes(kinds=["dynamic", "longrope"]), document_lengths, document_lengths)
+def test_a_rotation_changes_where_its_table_does(rope, before, longer):
+    ours, after = built(rope), before + longer
+    (cos, sin), (cos_after, sin_after) = (ours.rotation([range(n)], CPU) for n in (before, after))
+    is_equal = torch.equal(cos, cos_after[:before]) and torch.equal(sin, sin_after[:before])
+    assert ours.changes(before, after) != is_equal
 
 
 @given(ropes(kinds=["dynamic"]), st.floats(0, 1))
 def test_dynamic_changes_nothing_up_to_the_longest_trained_document(rope, share):
-    default = replace(rope, kind="default", scaling={})
+    ours, default = built(rope), built(rope, kind="default", scaling={})
     length = max(1, int(share * rope.max_length))
-    assert torch.equal(rope.frequencies(length), default.frequencies(length))
-    assert not torch.equal(rope.frequencies(rope.max_length + 1), default.frequencies(rope.max_length + 1))
+    assert torch.equal(frequencies(ours, length), frequencies(default, length))
+    beyond = rope.max_length + 1
+    assert not torch.equal(frequencies(ours, beyond), frequencies(default, beyond))
 
 
 @given(ropes(kinds=["longrope"]))
@@ -108,15 +128,15 @@ def test_longrope_takes_its_long_factors_beyond_the_trained_length(rope):
     plain = rope.theta ** (torch.arange(0, rope.width, 2).double() / -rope.width)
     for length, stretch in ((rope.trained_length, "short_factor"), (rope.trained_length + 1, "long_factor")):
         factors = torch.tensor(rope.scaling[stretch]).double()
-        assert_parity(rope.frequencies(length) * factors / plain, torch.ones_like(plain))
+        assert_parity(frequencies(built(rope), length) * factors / plain, torch.ones_like(plain))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, keys in ROPE_KEYS.items() if keys])
+@pytest.mark.parametrize("kind", [kind for kind, keys in NUMBERS.items() if keys])
 def test_every_number_that_a_kind_lacks_or_that_cannot_work_is_named(kind):
     for value in (None, "2", 0, -1.0, True, float("inf"), [], {}):
         with pytest.raises(ConfigError) as error:
-            ScaledRope(8, 1e4, kind, dict.fromkeys(ROPE_KEYS[kind], value), 16, 16)
-        for key in ROPE_KEYS[kind]:
+            build_rope(kind, 8, 1e4, dict.fromkeys(NUMBERS[kind], value), 16, 16)
+        for key in NUMBERS[kind]:
             assert (repr(key) if value is None else f"{key}: found {value!r}") in str(error.value)
 
 
@@ -124,8 +144,8 @@ def test_what_a_kind_cannot_do_is_refused():
     for wrong in ("short_factor", "long_factor"):
         scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
         with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
-            ScaledRope(8, 1e4, "longrope", scaling, 16, 16)
+            build_rope("longrope", 8, 1e4, scaling, 16, 16)
     with pytest.raises(ConfigError, match="only 2 coordinates of a head turn"):
-        ScaledRope(2, 1e4, "dynamic", {"factor": 2.0}, 16, 16)
+        build_rope("dynamic", 2, 1e4, {"factor": 2.0}, 16, 16)
     with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
-        ScaledRope(8, 1e4, "yarn", {"factor": 2.0}, 16, 16)
+        build_rope("yarn", 8, 1e4, {"factor": 2.0}, 16, 16)

@@ -23,7 +23,7 @@ from minilora.cli import forecast as pages
 from minilora.cli.flags import names_of
 from minilora.data import Batch
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import ModelConfig
+from minilora.models.config import parse_config
 from minilora.runs.config import TrainConfig
 from minilora.runs.memory import amount, forecast
 from minilora.runs.objective import Objective, build_optimizer
@@ -209,7 +209,7 @@ def test_a_window_leaves_out_what_is_farther_back():
 
 def test_flop_are_those_of_the_benchmarks_but_for_what_these_round():
     """The benchmarks count T²/2 pairs, and the gradient of the first block's input."""
-    config, lora = ModelConfig.from_dict(work.SMOLLM2), ml.LoraConfig(r=work.RANK)
+    config, lora = parse_config(work.SMOLLM2), ml.LoraConfig(r=work.RANK)
     D, K = config.hidden_size, config.num_key_value_heads * config.head_dim
     found = forecast_step(replace(plan(config, lora), rows=[(T, T - 1)])).flop
     theirs = work.training_flops(work.SMOLLM2, [([1] * T, [1] * T)])
@@ -244,7 +244,7 @@ def test_inspect_shows_the_terms_of_a_rank_and_of_its_step(directory, capsys):
     assert cli.main(["inspect", str(directory), *flags]) == 0
     page = capsys.readouterr().out
     assert max(map(len, page.splitlines())) <= 120
-    config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    config = parse_config(json.loads((directory / "config.json").read_text()))
     held, steps = rows_of(page, "weights"), rows_of(page, "FLOP")
     for way in pages.WAYS[1:]:  # a full fine-tune has no frozen base
         planned = pages.default_plan(config, way, pages.pick_device("auto"), 4, "base")
@@ -279,7 +279,7 @@ def test_a_gpu_is_forecast_where_there_is_none(directory, capsys):
     assert cli.main(["inspect", str(directory), "--memory", "--device", "cuda"]) == 0
     page = capsys.readouterr().out
     assert "on cuda in bfloat16" in page
-    config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    config = parse_config(json.loads((directory / "config.json").read_text()))
     plans = [pages.default_plan(config, "QLoRA, block", device) for device in (torch.device("meta"), CPU)]
     kept = [forecast(plan).overhead for plan in plans]
     assert kept[0] < kept[1]

@@ -16,10 +16,10 @@ from minilora.adapters.config import LoraConfig
 from minilora.cli import Options
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError, FormatError
-from minilora.llama import Checkpointing
+from minilora.llama import Checkpointing, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
-from minilora.models.config import ModelConfig, read_config_file
+from minilora.models.config import parse_config, read_config_file
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
@@ -160,7 +160,7 @@ def memory_page(options: Options) -> str:
     return "\n".join(lines)
 
 
-def default_plan(config: ModelConfig, way: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
+def default_plan(config: LlamaConfig, way: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
     """Return the plan of a step with a batch of the default size on each rank, all of whose tokens are labelled."""
     is_full = way == "full fine-tune"
     checkpointing: Checkpointing = "block" if way.endswith("block") else "none"
@@ -181,13 +181,13 @@ def default_plan(config: ModelConfig, way: str, device: torch.device, world: int
     )
 
 
-def _configs(name_or_path: str) -> dict[str, ModelConfig]:
+def _configs(name_or_path: str) -> dict[str, LlamaConfig]:
     """Return the config of a model, and those of the `SHAPES`."""
     path = fetch(name_or_path, "model")
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: holds no config.json; need the directory of a model")
     sources = {name: dict(zip(KEYS, sizes, strict=True)) for name, sizes in SHAPES.items()}
-    known = {name: ModelConfig.from_dict({"model_type": "llama", **source}) for name, source in sources.items()}
+    known = {name: parse_config({"model_type": "llama", **source}) for name, source in sources.items()}
     return {str(path): read_config_file(path / "config.json"), **known}
 
 

@@ -16,11 +16,11 @@ from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
 from minilora.models.checkpoint import (
+    build_on_meta,
     load_model,
     pick_device,
     read_config,
     save_model,
-    skeleton,
     stored_dtype,
     stored_weights,
 )
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
         raise ConfigError(f"{location.name}: is quantized already")
     dtype = stored_dtype(read.source)
     model = load_model(location.path, dtype, "meta", config)
-    weights = stored_weights(location.path, skeleton(read), dtype, device, config)
+    weights = stored_weights(location.path, build_on_meta(read), dtype, device, config)
     with new_directory(options["out"]) as out:
         save_model(model, out, find_tokenizer(location.name), weights=weights)
         size = _describe_size(out)

@@ -29,7 +29,7 @@ from minilora.models.bitsandbytes import (
     shortest_names,
     stored_tensors,
 )
-from minilora.models.config import ModelConfig, class_name, read_config_file
+from minilora.models.config import FAMILIES, read_config_file
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
@@ -65,13 +65,13 @@ def load_model(
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
-        ConfigError: a model that is not supported (see `ModelConfig.from_dict`), an unknown dtype, or a device that
+        ConfigError: a model that is not supported (see `parse_config`), an unknown dtype, or a device that
             cannot be used; the model is quantized already, and not as `quantize` asks.
     """
     check_types(load_model, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
-    model = skeleton(config)
+    model = build_on_meta(config)
     for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize):
         assign(model, name, weight)
     model.tie_weights()
@@ -104,7 +104,7 @@ def stored_weights(
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield the names of a skeleton's parameters and their weights in a directory, without a tied head.
+    """Yield the names of the parameters of a model on "meta", and their weights in a directory, without a tied head.
 
     Arguments and errors are those of `load_model`.
     """
@@ -159,12 +159,11 @@ def save_model(
     if not isinstance(getattr(model, "config", None), llama.LlamaConfig):
         raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama")
     path, own = Path(path), _weights(model)
-    with torch.device("meta"):
-        bare = type(model)(model.config)
+    bare = build_on_meta(model.config)
     if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
     embedding = model.model.embed_tokens.weight
-    source = {"architectures": [f"{class_name(model.config.model_type)}ForCausalLM"], **model.config.source}
+    source = {"architectures": [f"{FAMILIES[model.config.model_type].name}ForCausalLM"], **model.config.source}
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
@@ -191,7 +190,7 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     return DTYPES[name]
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_config(directory: Path) -> llama.LlamaConfig:
     """Read a config.json; if it names no dtype, its `source` gets that of the embedding.
 
     Raises:
@@ -287,10 +286,15 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
     return weights
 
 
-def skeleton(config: ModelConfig) -> Llama:
+def build_model(config: llama.LlamaConfig) -> Llama:
+    """Build a model of any of the families, with weights that are to be loaded or drawn."""
+    return Llama(config, FAMILIES[config.model_type].build_block)
+
+
+def build_on_meta(config: llama.LlamaConfig) -> Llama:
     """Build a model without storage."""
     with torch.device("meta"):
-        return Llama(config)
+        return build_model(config)
 
 
 def init_weights(model: nn.Module, generator: torch.Generator) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, ShapeError, TrainingError, check_types
 from minilora.llama import Llama, LlamaConfig, causal_attention
-from minilora.models.config import ScaledRope
+from minilora.models.rotary import LengthRope
 
 OnToken = Callable[[int, int], bool | None]  # (row, token) -> True to end the row
 
@@ -78,7 +78,7 @@ class KVCache:
 
     They are two tensors that are allocated once; new rows are written in place, and attention reads views. Each call
     gives the number of new tokens of each document, 0 for one that has ended. With `dynamic` and `longrope` the
-    rotation of all tokens changes when a document outgrows a length (`ScaledRope.changes`); then its tokens have to be
+    rotation of all tokens changes when a document outgrows a length (`LengthRope.changes`); then its tokens have to be
     given again (`reuse`).
 
     Attributes:
@@ -99,25 +99,30 @@ class KVCache:
 
     def reuse(self, document: int, length: int) -> int:
         """Return how many cached tokens of a document of this length hold; none if their rotation changes with it."""
-        if isinstance(self._rope, ScaledRope) and self._rope.changes(self.lengths[document], length):
+        if isinstance(self._rope, LengthRope) and self._rope.changes(self.lengths[document], length):
             self.lengths[document] = 0
         return self.lengths[document]
 
-    def begin(self, lengths: Sequence[int]) -> None:
-        """Begin a call with these numbers of new tokens, and compute what all layers share."""
-        self._new = list(lengths)
-        self._totals = [before + new for before, new in zip(self.lengths, lengths, strict=True)]
-        held = enumerate(zip(self.lengths, self._totals, strict=True))
-        places = [(document, position) for document, span in held for position in range(*span)]
+    def begin(self, lengths: Sequence[int]) -> list[range]:
+        """Begin a call with these numbers of new tokens, and return their positions in each document.
+
+        What all layers share is computed here. The layers then call `attend` in order.
+        """
+        spans = [range(before, before + new) for before, new in zip(self.lengths, lengths, strict=True)]
+        self._new, self._layer = list(lengths), 0
+        self.lengths = [span.stop for span in spans]
+        places = [(document, position) for document, span in enumerate(spans) for position in span]
         self._documents, self._positions = torch.tensor(places, device=self.keys.device).unbind(1)
         self._views = {window: self._common_view(window) for window in self._windows if max(lengths) == 1}
+        return [span for span in spans if span]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Cache the new keys and values, and compute the attention of the queries.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Cache the next layer's new keys and values, and compute the attention of its queries.
 
         Shapes: q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E)
         """
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[self._layer], self.values[self._layer]
+        self._layer += 1
         keys[self._documents, :, self._positions] = k.to(keys.dtype)
         values[self._documents, :, self._positions] = v.to(values.dtype)
         if view := self._views.get(window):
@@ -125,17 +130,13 @@ class KVCache:
             queries = q.new_zeros(len(self._new), *q.shape[1:]).index_copy(0, self._documents, q)
             return decode_attention(queries, keys[:, :, seen], values[:, :, seen], bias)[self._documents]
         parts, end = [], 0
-        for document, (new, total) in enumerate(zip(self._new, self._totals, strict=True)):
+        for document, (new, total) in enumerate(zip(self._new, self.lengths, strict=True)):
             if new:
                 first = 0 if window is None else max(0, total - new + 1 - window)  # the furthest that a query looks
                 k, v = (rows[document, :, first:total].transpose(0, 1) for rows in (keys, values))  # (S, K, E)
                 end += new
                 parts.append(causal_attention(q[end - new : end], k, v, [new], [total - first], window))
         return torch.cat(parts)
-
-    def end(self) -> None:
-        """End a call after the last layer."""
-        self.lengths = self._totals
 
     def _common_view(self, window: int | None) -> tuple[slice, Tensor | None] | None:
         """Return the keys that one query of each document sees, and a bias of -inf where one sees less than all.
@@ -146,7 +147,7 @@ class KVCache:
 
         Shapes: -> bias (B, 1, 1, S)
         """
-        spans = [(0 if window is None else max(0, total - window), total) for total in self._totals]
+        spans = [(0 if window is None else max(0, total - window), total) for total in self.lengths]
         running = [span for span, new in zip(spans, self._new, strict=True) if new]
         begin, end = min(first for first, _ in running), max(total for _, total in running)
         if len(spans) * (end - begin) > 2 * sum(total - first for first, total in running):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
 from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
+from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import ModelConfig
 from minilora.models.hub import fetch, locate
 from minilora.storage import BUILTIN
 
@@ -205,7 +205,7 @@ class RunConfig:
 
 
 def check_settings(
-    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: ModelConfig
+    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: LlamaConfig
 ) -> None:
     """Check the settings of a run against each other, against its base model, and against the adapter to start from.
 

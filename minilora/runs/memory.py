@@ -83,7 +83,7 @@ def forecast(plan: Plan) -> Forecast:
 
     learns = embedding_learns(lora, ranks)
     # The input of the last norm; tokens, places and labels; cos and sin.
-    activations = N * (d * D + WIDE) + 8 * (N + 2 * M) + d * N * config.rope.width
+    activations = N * (d * D + WIDE) + 8 * (N + 2 * M) + d * N * config.head_dim
     for i in range(config.num_hidden_layers):
         terms, learns = layer_terms(plan, shapes, ranks, i, lengths, learns)
         x = d * N * D * learns
@@ -146,11 +146,15 @@ def _layer_bytes(
     done = terms["mlp product"] + terms["mlp down branch"]  # what the backward pass has freed
     gates = 3 * d * N * F  # dy, dgate and dup
     if lora is not None and lora.lora_dropout:  # in the forward pass, W x beside the update and their sum
-        gates = max(gates, 4 * d * N * F * config.is_fused, done + 2 * d * N * (F + D))  # or the product with the mask
+        gates = max(
+            gates, 4 * d * N * F * (config.model_type == "phi3"), done + 2 * d * N * (F + D)
+        )  # or the product with the mask
     linear = d * N * (2 * F + D) + dense  # dgate, dup and dx
     if lora is not None and lora.use_dora:  # dup in float32 with its products with m/c and y, and dgate
         has_up = f"model.layers.{config.num_hidden_layers - 1}.mlp.up_proj" in ranks
-        linear = max(linear, N * (3 * WIDE * F + (3 * WIDE * F if config.is_fused else d * (F if has_up else D))))
+        linear = max(
+            linear, N * (3 * WIDE * F + (3 * WIDE * F if (config.model_type == "phi3") else d * (F if has_up else D)))
+        )
     swiglu = again - done + max(gates, linear - terms["mlp gate and up"])
     T = max(lengths)
     together = min(max(1, MAX_BATCH // config.num_key_value_heads), lengths.count(T))
@@ -190,7 +194,7 @@ def layer_terms(
         "attention norm": learns * (d * D + WIDE),  # its input, and 1/ρ
         "attention inputs": inputs("self_attn.q", "self_attn.k", "self_attn.v"),
         "attention branches": branches("self_attn"),
-        "q and k norms": attends * config.qk_norm * (d * E + WIDE) * (H + K),
+        "q and k norms": attends * (config.model_type == "qwen3") * (d * E + WIDE) * (H + K),
         "q, k, v": attends * d * E * (H + 2 * keys),
         "fused attention": attends * (kernel is not block_attention) * (d * E + WIDE) * H,  # its output, and Σ exp
         "attention output": inputs("self_attn.o"),

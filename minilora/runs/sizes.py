@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from minilora.adapters.config import LoraConfig, select_saved, select_targets
-from minilora.llama import Decoder, LlamaConfig
+from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.checkpoint import build_model
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from minilora.runs.config import TrainConfig
 from minilora.runs.seeded import plan_steps
@@ -72,7 +73,7 @@ def parameter_shapes(config: LlamaConfig) -> Shapes:
     Its blocks are alike, so only one is built.
     """
     with torch.device("meta"):
-        short = Decoder(replace(config, num_hidden_layers=1))
+        short = build_model(replace(config, num_hidden_layers=1)).model
         block = {name: tuple(p.shape) for name, p in short.layers[0].named_parameters()}
     shapes: Shapes = {f"{EMBEDDING_PATH}.weight": tuple(short.embed_tokens.weight.shape)}
     for i in range(config.num_hidden_layers):

@@ -40,11 +40,11 @@ from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
     assign,
+    build_on_meta,
     load_model,
     read_config,
     resolve_dtype,
     save_model,
-    skeleton,
     stored_dtype,
     stored_weights,
 )
@@ -162,13 +162,14 @@ class _Base:
 
     def bare(self) -> Llama:
         """Build the model with names and shapes only, all of it dense."""
-        model = skeleton(self.config)
+        model = build_on_meta(self.config)
         resize_token_embeddings(model, self.rows)
         return model
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
         """Yield names and weights; with `has_head`, also the weight of a tied head, by the head's name."""
-        for name, weight in stored_weights(self.directory, skeleton(self.config), self.dtype, self.device, quantize):
+        bare = build_on_meta(self.config)
+        for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
             yield name, weight

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.models.config import FAMILIES as TYPES
-from minilora.models.config import ModelConfig
+from minilora.models.config import parse_config
 from minilora.models.generate import penalize, probabilities
 from minilora.testing.compare import assert_parity
 from tests.models import FAMILIES, examples, randn, seeds, tiny_model, token_ids
@@ -117,4 +117,4 @@ def test_greedy_text_with_a_repetition_penalty_is_equal(seed, penalty):
 def test_a_key_that_is_left_out_means_the_same_to_both(family):
     sizes = {**MINIMAL, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     theirs = transformers.AutoConfig.for_model(family, **sizes).to_dict()
-    assert meaning(ModelConfig.from_dict(theirs)) == meaning(ModelConfig.from_dict({"model_type": family, **sizes}))
+    assert meaning(parse_config(theirs)) == meaning(parse_config({"model_type": family, **sizes}))

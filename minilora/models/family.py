@@ -1,0 +1,53 @@
+"""What a family of models is, beside the Llama of `minilora.llama`: a reader of its config.json, and its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minilora.errors import ConfigError
+from minilora.llama import BuildBlock, llama_block
+
+Values = Mapping[str, Any]  # of a config.json, with the family's defaults for missing keys
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, by the `model_type` of their config.json.
+
+    Args:
+        name: the prefix of the names of transformers' classes.
+        defaults: the values that transformers gives to missing keys.
+        fields: (values) -> the fields of a `LlamaConfig` in which the family differs, by name.
+        build_block: builds a block of the decoder; in the family's own file if its structure differs from Llama's.
+    """
+
+    name: str
+    defaults: Values
+    fields: Callable[[Values], dict[str, Any]]
+    build_block: BuildBlock = llama_block
+
+
+def attention_biases(values: Values) -> dict[str, Any]:
+    """Return the fields for `attention_bias`: q, k, v and o have biases, or none of them has."""
+    has_bias = bool(values.get("attention_bias"))
+    return {"qkv_bias": has_bias, "o_bias": has_bias}
+
+
+def equal_windows(values: Values) -> dict[str, Any]:
+    """Return the field for a window that is the same in every layer."""
+    return {"windows": (values.get("sliding_window"),) * values["num_hidden_layers"]}
+
+
+def some_windows(values: Values, slides: Sequence[bool]) -> dict[str, Any]:
+    """Return the field for a window in some layers."""
+    if len(slides) != values["num_hidden_layers"]:
+        raise ConfigError(f"layer_types has {len(slides)} entries; the model has {values['num_hidden_layers']} layers")
+    return {"windows": tuple(values.get("sliding_window") if slide else None for slide in slides)}
+
+
+def sliding_layers(values: Values) -> list[bool] | None:
+    """Return which layers have a window, by `layer_types`; None if the config has none."""
+    types = values.get("layer_types")
+    return None if types is None else [kind == "sliding_attention" for kind in types]

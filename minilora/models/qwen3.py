@@ -1,0 +1,63 @@
+"""Qwen3: a Llama whose heads have an RMSNorm of q and one of k, with weights for one head, before the rotation.
+
+    q_h ← rotate(rms_norm(q_h)),  k_h ← rotate(rms_norm(k_h))        [Qwen3 Technical Report 2025, §2]
+
+`head_dim` is a number of its own. As in Qwen2, the layers from `max_window_layers` on, or those that `layer_types`
+names, have a window if `use_sliding_window` says so; here biases are read from `attention_bias`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.llama import MLP, Block, CosSin, LlamaConfig, RMSNorm, rotate
+from minilora.models.family import Family, Values, attention_biases, sliding_layers, some_windows
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window = E, config.windows[layer]
+        self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps)
+        self.k_norm = RMSNorm(E, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
+        v = self.v_proj(x).unflatten(-1, heads)
+        q, k = rotate(q, *rotation).to(v.dtype), rotate(k, *rotation).to(v.dtype)
+        return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
+
+
+def build_block(config: LlamaConfig, layer: int) -> nn.Module:
+    return Block(config, Qwen3Attention(config, layer), MLP(config))
+
+
+def windows(values: Values) -> dict[str, Any]:
+    """Return the field `windows` of Qwen2 and Qwen3."""
+    layers, first = values["num_hidden_layers"], values.get("max_window_layers")
+    if not values.get("use_sliding_window"):
+        return some_windows(values, [False] * layers)
+    slides = sliding_layers(values)
+    if slides is None:
+        slides = [i >= (28 if first is None else first) for i in range(layers)]
+    return some_windows(values, slides)
+
+
+DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
+QWEN2 = Family("Qwen2", DEFAULTS, lambda values: {"qkv_bias": True, **windows(values)})
+QWEN3 = Family(
+    "Qwen3",
+    {**DEFAULTS, "head_dim": 128},
+    lambda values: attention_biases(values) | windows(values),
+    build_block,
+)

@@ -1,0 +1,166 @@
+"""How models rotate contexts longer than those they were trained on: the kinds of `rope_scaling` in a `config.json`.
+
+    default   f_i = θ^(-2i/R)                               Su et al. 2021, RoFormer, eq. 15
+    linear    f_i / factor                                  Chen et al. 2023, Position Interpolation, eq. 4
+    dynamic   θ grows with documents beyond a length        "NTK-aware" scaling, 2023
+    llama3    low frequencies / factor, high ones kept      Llama 3.1's reference code
+    longrope  f_i / a factor of each pair, one for short    Ding et al. 2024, LongRoPE, eq. 3 and §3.3
+              and one for long documents
+
+Pair i of a head turns by position · f_i. The frequencies of `dynamic` and `longrope` depend on the length n of the
+document, so all its tokens are rotated anew when it outgrows a length.
+
+    N  tokens of all spans    R  rotated width of a head
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.errors import ConfigError
+from minilora.llama import CosSin, Rope, llama3_frequencies, rope_frequencies
+from minilora.storage import FLOAT
+
+Scaling = Mapping[str, Any]
+NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+OPTIONAL_NUMBERS = {
+    "llama3": ("original_max_position_embeddings",),
+    "longrope": ("original_max_position_embeddings", "factor", "attention_factor"),
+}
+
+
+@dataclass(frozen=True)
+class LengthRope:
+    """A rotation whose frequencies depend on the length of the document, in place of a `llama.Rope`."""
+
+    frequencies: Callable[[int], Tensor]  # of a document of that length, (R/2)
+    amplitude: float = 1.0  # of cos and sin
+
+    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
+        """Compute cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
+        angles = [torch.outer(torch.arange(s.start, s.stop).float(), self.frequencies(s.stop)) for s in spans]
+        on_device = torch.cat(angles).to(device, non_blocking=device.type == "cuda")
+        return self.amplitude * on_device.cos(), self.amplitude * on_device.sin()
+
+    def changes(self, before: int, after: int) -> bool:
+        """Return whether the angles of a document's tokens change if it grows from one length to another."""
+        return not torch.equal(self.frequencies(before), self.frequencies(after))
+
+
+def build_rope(
+    kind: str, width: int, theta: float, scaling: Scaling, trained_length: int, max_length: int
+) -> Rope | LengthRope:
+    """Build the rotation of a config.
+
+    Args:
+        kind: a key of `NUMBERS`.
+        width: R.
+        theta: θ, `rope_theta`.
+        scaling: the numbers of the kind.
+        trained_length: the length that scaling starts from.
+        max_length: `max_position_embeddings`.
+
+    Raises:
+        ConfigError: an unknown kind, or numbers that are missing or cannot work, all in one message.
+    """
+    _check(kind, width, scaling, trained_length)
+    if kind == "dynamic":
+        return LengthRope(partial(dynamic_frequencies, width, theta, scaling["factor"], max_length))
+    if kind == "longrope":
+        amplitude = longrope_amplitude(scaling, trained_length, max_length)
+        return LengthRope(partial(longrope_frequencies, width, theta, scaling, trained_length), amplitude)
+    frequencies = rope_frequencies(width, theta)
+    if kind == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif kind == "llama3":
+        numbers = {**scaling, "original_max_position_embeddings": trained_length}
+        frequencies = llama3_frequencies(width, theta, numbers)
+    return Rope(tuple(frequencies.tolist()))
+
+
+def read_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
+    """Build the rotation of a config.json, whose missing keys have values, for R = `width`.
+
+    Raises:
+        ConfigError: as for `build_rope`; or the head is too narrow for the last pair.
+    """
+    if width + width % 2 > values["head_dim"]:
+        raise ConfigError(f"head_dim {values['head_dim']} is odd, but its coordinates turn in pairs")
+    scaling = values["rope_scaling"]
+    longest = values["max_position_embeddings"]
+    return build_rope(
+        kind=scaling.get("rope_type") or scaling.get("type") or "default",
+        width=width,
+        theta=float(values["rope_theta"]),
+        scaling=scaling,
+        trained_length=values.get("original_max_position_embeddings")
+        or scaling.get("original_max_position_embeddings")
+        or longest,
+        max_length=longest,
+    )
+
+
+def dynamic_frequencies(width: int, theta: float, factor: float, max_length: int, length: int) -> Tensor:
+    """Compute the frequencies of a document of n tokens with a larger base, beyond L = `max_length`.
+
+    θ ← θ (factor·n/L - (factor - 1))^(R/(R - 2))
+    """
+    growth = factor * max(length, max_length) / max_length - (factor - 1)
+    return rope_frequencies(width, theta * growth ** (width / (width - 2)))
+
+
+def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: int, length: int) -> Tensor:
+    """Divide each frequency by its factor for short documents or, beyond the trained length, for long ones."""
+    name = "long_factor" if length > trained_length else "short_factor"
+    pairs = torch.arange(0, width, 2).float() / width
+    return 1.0 / (torch.tensor(scaling[name], dtype=torch.float32) * theta**pairs)
+
+
+def longrope_amplitude(scaling: Scaling, trained_length: int, max_length: int) -> float:
+    """Compute the factor of cos and sin, √(1 + ln s / ln L), where the context grew s times from L tokens."""
+    if (given := scaling.get("attention_factor")) is not None:
+        return float(given)
+    growth = scaling.get("factor") or max_length / trained_length
+    return 1.0 if growth <= 1.0 else math.sqrt(1 + math.log(growth) / math.log(trained_length))
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a value is a number above 0 that float32 can hold, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
+
+
+def _check(kind: str, width: int, scaling: Scaling, trained_length: int) -> None:
+    if not isinstance(kind, str) or kind not in NUMBERS:
+        raise ConfigError(f"rope type {kind!r:.80} is not supported; supported are {sorted(NUMBERS)}")
+    if missing := [key for key in NUMBERS[kind] if scaling.get(key) is None]:
+        raise ConfigError(f"rope type {kind!r:.80} needs {missing}; the config has {sorted(scaling)}")
+    bad, pairs = [], (width + 1) // 2
+    for key in (*NUMBERS[kind], *OPTIONAL_NUMBERS.get(kind, ())):
+        value = scaling.get(key)
+        if key in ("short_factor", "long_factor"):
+            if not (isinstance(value, list | tuple) and len(value) == pairs and all(map(is_positive, value))):
+                bad.append(f"{key}: found {value!r:.80}, need a list of {pairs} numbers, one a pair")
+        elif value is not None and not is_positive(value):
+            bad.append(f"{key}: found {value!r:.80}, need a number above 0")
+    if kind == "longrope" and trained_length < 2:  # its logarithm divides
+        bad.append(f"original_max_position_embeddings: found {trained_length!r}, need at least 2")
+    if kind == "llama3" and not bad and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        bad.append(f"low_freq_factor: found {low!r}, need less than high_freq_factor, {high!r}")
+    if kind == "dynamic" and width <= 2:
+        bad.append(f"only {width} coordinates of a head turn, and it needs more than 2")
+    if bad:
+        raise ConfigError(f"rope type {kind!r:.80}: " + "; ".join(bad))

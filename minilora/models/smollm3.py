@@ -1,0 +1,80 @@
+"""SmolLM3: a Llama in which every fourth layer does not rotate q and k  [NoPE: Yang et al. 2025, Rope to Nope].
+
+`no_rope_layers` lists the layers, where 1 means, despite its name, that a layer rotates; without it
+`no_rope_layer_interval` counts them. Windows are those of `layer_types` or, if `use_sliding_window` asks for them, of
+the layers that do not rotate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError
+from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig
+from minilora.models.family import Family, Values, attention_biases, sliding_layers, some_windows
+
+
+class UnrotatedAttention(nn.Module):
+    """The attention of a Llama without positions: a token sees which others come before it, and not how far."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window = E, config.windows[layer]
+        self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
+
+    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, heads)
+        k = self.k_proj(x).unflatten(-1, heads)
+        v = self.v_proj(x).unflatten(-1, heads)
+        return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
+
+
+def build_block(config: LlamaConfig, layer: int) -> nn.Module:
+    attention = Attention if rotated_layers(config.source)[layer] else UnrotatedAttention
+    return Block(config, attention(config, layer), MLP(config))
+
+
+def rotated_layers(values: Values) -> list[bool]:
+    """Return which layers rotate q and k.
+
+    Raises:
+        ConfigError: `no_rope_layers` has too few entries.
+    """
+    layers, listed = values["num_hidden_layers"], values.get("no_rope_layers")
+    if listed is None:
+        interval = values.get("no_rope_layer_interval") or 4
+        return [(i + 1) % interval != 0 for i in range(layers)]
+    if len(listed) < layers:
+        raise ConfigError(f"no_rope_layers has {len(listed)} entries; the model has {layers} layers")
+    return [bool(entry) for entry in listed[:layers]]
+
+
+def fields(values: Values) -> dict[str, Any]:
+    rotated, listed = rotated_layers(values), sliding_layers(values)
+    if listed is not None:
+        slides = listed
+    else:
+        slides = [bool(values.get("use_sliding_window")) and not turns for turns in rotated]
+    has_bias = bool(values.get("mlp_bias"))
+    return {"mlp_bias": has_bias, **attention_biases(values), **some_windows(values, slides)}
+
+
+SMOLLM3 = Family(
+    "SmolLM3",
+    {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    fields,
+    build_block,
+)
