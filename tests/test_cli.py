@@ -216,6 +216,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["fintune", "--model=a"], "'fintune' is no command; did you mean 'finetune'?\n"),
         (["frobnicate"], "'frobnicate' is no command; there are finetune, generate, chat, "),
         (["extract", "--base=a"], f"'extract' is no command; {in_recipe('extract')}\n"),
+        (["verify", "run"], "'verify' is no command; use 'inspect', which also compares files with their hashes\n"),
         # a flag that there is not, also one of another tool
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; did you mean --learning-rate?\n"),

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save, save_file
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
-from minilora.cli import inspect
+from minilora.cli import inspect, main
 from minilora.cli.inspect import fold
-from minilora.durable import write_json
+from minilora.durable import MANIFEST, write_json
 from minilora.storage import INDEX, read_json
 from minilora.tools.inspect import inspect_path, model_facts, run_facts
 from tests.files import saved, write_base
@@ -33,9 +33,9 @@ names = st.lists(words, min_size=1, max_size=4).map(".".join)
 def page(capsys):
     """What the command prints for a path."""
 
-    def run(path, model=None, **options):
+    def run(path, model=None, status=0, **options):
         named = {"path": str(path), "model": model and str(model), "memory": False, "json": False}
-        assert inspect.run({**named, **options}) == 0
+        assert inspect.run({**named, **options}) == status
         return capsys.readouterr().out
 
     return run
@@ -200,6 +200,7 @@ def test_shards_hold_together_what_one_file_holds(tmp_path, base):
 )
 def test_a_model_that_minilora_does_not_run_is_told_with_the_reason(copied, change, page):
     write_json(copied / "config.json", read_json(copied / "config.json") | change)
+    (copied / MANIFEST).unlink()
     assert next(iter(change)) in " ".join(model_facts(copied)["problems"])
     with pytest.raises(ml.MiniloraError):
         ml.load_model(copied)
@@ -240,6 +241,20 @@ def test_a_run_tells_its_settings_and_how_far_it_is_and_damage_names_file_and_pl
             run_facts(run)
 
 
+def test_files_are_compared_with_their_manifests_also_those_of_checkpoints(run, page, capsys):
+    saved(run)
+    assert re.search("^  problems +none$", page(run), re.MULTILINE)
+    checkpoint = run / "checkpoints" / "step-000002"
+    for path in (checkpoint / WEIGHTS_FILE, checkpoint / CONFIG_FILE, run / CONFIG_FILE):
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"lora", b"LORA"))
+        assert main(["inspect", str(run)]) == 1
+        assert f"{path.parent}: not as it was written: {path.name}; " in capsys.readouterr().out
+        path.write_bytes(before)
+    (checkpoint / WEIGHTS_FILE).unlink()
+    assert main(["inspect", str(run)]) == 1
+
+
 # --- pages and JSON ---
 
 
@@ -249,7 +264,7 @@ def test_json_tells_what_the_files_of_a_run_that_is_an_adapter_and_a_model_hold(
     write_json(run / "summary.json", {"after": {"loss": 2.5}})
     assert re.search(r"^  summary\.after\.loss +2\.5$", page(run), re.MULTILINE)
     told = json.loads(page(run, base, json=True))
-    assert list(told) == ["run", "adapter", "model"]
+    assert list(told) == ["run", "adapter", "model", "manifest"]
     for kind, file in (("adapter", WEIGHTS_FILE), ("model", "model.safetensors")):
         held = {name: [list(t.shape), t.nbytes] for name, t in load_file(run / file).items()}
         assert {name: [t["shape"], t["bytes"]] for name, t in told[kind]["tensors"].items()} == held
@@ -315,7 +330,7 @@ def test_whatever_a_json_file_holds_it_is_told_or_refused(all_in_one, file, data
     path.write_text(json.dumps(json.loads(before or "{}") | values))
     for as_json in (False, True):
         with contextlib.suppress(ml.MiniloraError):
-            assert inspect.run({"path": str(all_in_one), "model": None, "memory": False, "json": as_json}) == 0
+            assert inspect.run({"path": str(all_in_one), "model": None, "memory": False, "json": as_json}) in (0, 1)
     path.unlink() if before is None else path.write_text(before)
 
 

@@ -36,12 +36,12 @@ COMMANDS = {
     "export": "save an adapter in a plain form that more tools can read",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
-    "inspect": "show the contents of a model, an adapter, a run or a safetensors file",
-    "verify": "check the files of a run, an adapter or a model against their hashes",
+    "inspect": "show what a model, an adapter, a run or a safetensors file holds, and whether it is as it was written",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
+GONE = {"extract": in_recipe("extract"), "verify": "use 'inspect', which also compares files with their hashes"}
 MAIN_FLAGS = {  # what --help shows of commands with many flags; --help-all shows all of them
     "finetune": "model data eval_data out resume quantize lora_r lora_alpha target_modules learning_rate batch_size "
     "epochs max_steps dry_run"
@@ -95,9 +95,7 @@ def parse(words: Sequence[str]) -> Options:
         if not words[0].startswith("-"):
             near = difflib.get_close_matches(words[0], COMMANDS, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-            if words[0] == "extract":
-                advice = in_recipe("extract")
-            overview.error(f"{words[0]!r} is no command; {advice}")
+            overview.error(f"{words[0]!r} is no command; {GONE.get(words[0], advice)}")
         overview.parse_args(words)  # ends the program
     parser = command_parser(words[0])
     if words[0] in MAIN_FLAGS and {"-h", "--help"} & {*words}:
@@ -139,7 +137,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
     if name in MAIN_FLAGS:
         parser.add_argument("--help-all", action="help", dest="help", help="show all flags and exit")
     module.add_flags(parser)
-    if name not in ("inspect", "plot", "verify"):
+    if name not in ("inspect", "plot"):
         parser.add_argument("--plain", action="store_true", help="use the plain definitions instead of the kernels")
     needed = [action for action in parser._actions if action.required]
     names = [" ".join([*action.option_strings, str(action.metavar or action.dest.upper())]) for action in needed]

@@ -1,5 +1,9 @@
 """Show what a model, an adapter, a run or a safetensors file holds.
 
+The files of a directory and of its checkpoints are compared with their sizes
+and SHA-256 in the manifest; if one is not as it was written, the exit status
+is 1.
+
 Of an adapter, it also names the features that other readers may ignore or
 refuse. In the table of its modules, norm is the Frobenius norm of the change
 of a weight, and norm/base is relative to the weight itself. Modules or tensors
@@ -41,7 +45,7 @@ def run(options: Options) -> int:
         return 0
     found = inspect_path(options["path"], options["model"])
     print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
-    return 0
+    return int("manifest" in found and bool(found["manifest"]["problems"]))
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:
@@ -51,10 +55,10 @@ def page(kind: str, facts: Mapping[str, Any]) -> str:
         shown["base"] = facts["base"] or "not here: see --model"
         shown["config"] = {key: value for key, value in facts["config"].items() if PEFT_DEFAULTS.get(key) != value}
         tables.append(_module_rows(shown.pop("modules")))
-    if kind != "run":
+    if "tensors" in facts:
         tables.append(_tensor_rows(facts["tensors"]))
         shown["tensors"] = _total(list(facts["tensors"].values()))
-    else:
+    if kind == "run":
         shown.pop("config", None)  # the settings are those that differ from the defaults
     path = shown.pop("path")
     values = [each for key, value in shown.items() for each in _flatten(key, value)]

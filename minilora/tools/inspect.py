@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from minilora.adapters.layout import (
     read_adapter,
     vocabulary_of,
 )
+from minilora.durable import MANIFEST, read_manifest, settle, verify
 from minilora.errors import FormatError, MiniloraError
 from minilora.lora import dora_norm, lora_delta
 from minilora.models.bitsandbytes import packed_weights, read_layout, read_packed
@@ -38,7 +39,8 @@ from minilora.tools.export import features
 def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[str, Any]]:
     """Describe a path or a hub id as "run", "adapter", "model" or "file"; a finished run is an adapter too.
 
-    `model` is the base of an adapter, instead of the one that the adapter names.
+    "manifest" says whether the files are as they were written, if there is one. `model` is the base of an adapter,
+    instead of the one that the adapter names.
 
     Raises:
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
@@ -50,6 +52,7 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
         file = TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
+    settle(path)
     facts = {}
     if (path / "run.json").exists():
         facts["run"] = run_facts(path)
@@ -59,7 +62,20 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
         facts["model"] = model_facts(path)
     if not facts:
         raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
-    return facts
+    written = [each for each in (path, *checkpoints(path / "checkpoints")) if (each / MANIFEST).is_file()]
+    return {**facts, "manifest": manifest_facts(path, written)} if written else facts
+
+
+def manifest_facts(directory: Path, written: Sequence[Path]) -> dict[str, Any]:
+    """Count the files in the manifests of directories, of a run and its checkpoints; "problems" are what differs."""
+    count, problems = 0, []
+    for each in written:
+        try:
+            verify(each)
+            count += len(read_manifest(each))
+        except FormatError as error:
+            problems.append(str(error))
+    return {"path": str(directory), "files": count, "problems": problems}
 
 
 def run_facts(directory: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_a_run_ends_in_the_same_bytes_whatever_the_crash_left(tmp_path, director
         assert steps(out) == [1, 2, 3, 4], label
         assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}, label
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"], label
-        assert cli.main(["verify", str(out)]) == 0, label
+        assert cli.main(["inspect", str(out)]) == 0, label
     print(f"{len(log)} operations, {count} states resumed")
 
 

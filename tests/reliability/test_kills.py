@@ -116,7 +116,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_one_that_never_was(dire
         assert result(out / "run") == expected
         assert steps(out / "run") == list(range(1, STEPS + 1))
         assert not leftovers(out)
-        assert cli.main(["verify", str(out / "run")]) == 0
+        assert cli.main(["inspect", str(out / "run")]) == 0
         if len(starts(out / "run")) > 1:
             assert done - starts(out / "run")[-1] <= INTERVAL
             moments.append(done)
