@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.definition import definition
+
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -67,23 +69,23 @@ class Batch:
 
     tokens: Tensor  # (N)
     lengths: list[int]  # of the rows, sum N
-    places: Tensor  # (M), positions at which a label is predicted
+    label_positions: Tensor  # (M), where a label is predicted
     labels: Tensor  # (M), the label at each
 
 
+@definition
 def collate(examples: Iterable[Example], device: torch.device) -> Batch:
-    """Lay examples end to end. A text's last token predicts nothing: no label crosses a document boundary.
-
-    For a GPU the tensors are built in pinned memory and copied asynchronously.
-    """
+    """Lay examples end to end. Their last tokens predict nothing: no label crosses a boundary."""
     tokens, targets, lengths = list[int](), list[int](), list[int]()
     for example in examples:
         tokens += example.tokens
-        targets += [*example.labels[1:], IGNORE_INDEX]
+        targets += [*example.labels[1:], IGNORE_INDEX]  # the target of a token is the next one
         lengths.append(len(example.tokens))
-    places = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
-    is_pinned = device.type == "cuda"
-    numbers = (tokens, places, [targets[i] for i in places])
-    tensors = (torch.tensor(each, dtype=torch.int64, pin_memory=is_pinned) for each in numbers)
-    on_device, where, labels = (each.to(device, non_blocking=is_pinned) for each in tensors)
-    return Batch(on_device, lengths, where, labels)
+    positions = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
+    labels = [targets[i] for i in positions]
+    return Batch(
+        torch.tensor(tokens, device=device),
+        lengths,
+        torch.tensor(positions, dtype=torch.int64, device=device),
+        torch.tensor(labels, dtype=torch.int64, device=device),
+    )

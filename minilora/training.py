@@ -36,7 +36,7 @@ NORM_CHUNK = 65536  # numbers of a partial norm: one float32 sum of 134 million 
 def token_loss(model: Any, batch: Batch, checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
     """Sum -log p(token | before) over the labelled tokens of a batch; return it with their number."""
     hidden = model.model(batch.tokens, batch.lengths, checkpointing=checkpointing)
-    hidden = hidden.index_select(0, batch.places)  # the head sees only what predicts a label
+    hidden = hidden.index_select(0, batch.label_positions)  # the head sees only what predicts a label
     return cross_entropy(hidden, batch.labels, model.get_output_embeddings()), len(batch.labels)
 
 

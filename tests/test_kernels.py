@@ -229,7 +229,7 @@ def assert_exact(ours, theirs):
 
 
 def test_every_kernel_is_in_the_table():
-    assert sorted([*TABLE, "update"]) == sorted(ml.kernels())  # update: test_loop.py
+    assert sorted([*TABLE, "collate", "update"]) == sorted(ml.kernels())  # see test_batch.py, test_loop.py
 
 
 @each

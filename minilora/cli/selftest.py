@@ -175,7 +175,7 @@ def four_bits(device: torch.device) -> dict[str, Any]:
 def loss(device: torch.device, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of logits in the place of hidden states."""
     batch = collate([Example([0] * len(row), row) for row in labels.tolist()], device)
-    rows = logits.to(device).flatten(0, 1).index_select(0, batch.places)
+    rows = logits.to(device).flatten(0, 1).index_select(0, batch.label_positions)
     return llama.cross_entropy(rows, batch.labels, nn.Identity()) / len(batch.labels)
 
 
@@ -185,7 +185,7 @@ def step(device: torch.device, W: Tensor, micro_batches: Sequence[tuple[Tensor, 
     head.weight.data.copy_(W)
     for x, labels in micro_batches:
         batch = collate([Example([0] * len(row), row) for row in labels.tolist()], device)
-        batches.append(Batch(x.to(device).flatten(0, 1), batch.lengths, batch.places, batch.labels))
+        batches.append(Batch(x.to(device).flatten(0, 1), batch.lengths, batch.label_positions, batch.labels))
     model: Any = SimpleNamespace(
         train=lambda: None,
         model=lambda hidden, lengths, checkpointing: hidden,

@@ -128,7 +128,7 @@ def measure_drift(
             with as_base():
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
-            chunks = zip(batch.places.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
+            chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
             for chunk, labels in chunks:
                 with as_base():
                     log_p = _log_probabilities(base.lm_head(expected[chunk]))

@@ -79,7 +79,7 @@ def rows():
 
 def theirs_loss(model, batch):
     """The sum over labelled tokens, each row run by itself."""
-    total, targets = 0.0, torch.full_like(batch.tokens, -100).index_put((batch.places,), batch.labels)
+    total, targets = 0.0, torch.full_like(batch.tokens, -100).index_put((batch.label_positions,), batch.labels)
     for tokens, wanted in zip(batch.tokens.split(batch.lengths), targets.split(batch.lengths), strict=True):
         logits = model(tokens[None]).logits[0]
         total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")

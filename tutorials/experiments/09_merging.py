@@ -43,7 +43,7 @@ def log_probabilities(model: Any, rows: Sequence[Any]) -> list[tuple[Tensor, Ten
     with torch.no_grad():
         for begin in range(0, len(rows), 16):
             batch = collate(rows[begin : begin + 16], torch.device("cpu"))
-            logits = model.lm_head(model.model(batch.tokens, batch.lengths)[batch.places])
+            logits = model.lm_head(model.model(batch.tokens, batch.lengths)[batch.label_positions])
             found.append((logits.float().log_softmax(-1), batch.labels))
     return found
 
