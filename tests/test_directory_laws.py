@@ -111,9 +111,9 @@ MAGNITUDE, ROWS = f"{Q}.lora_magnitude_vector", f"{EMBEDDING}.token_adapter.trai
 TENSORS = {  # config of the adapter, change of its tensors, the law that finds it, parts of the message
     "nan": ({}, replaced(f"{Q}.lora_A.weight", lambda A: A / 0 * 0), "values", ["q_proj.lora_A", "72 numbers", "none"]),
     "integers": ({}, replaced(f"{Q}.lora_A.weight", torch.Tensor.long), "values", ["lora_A.weight: found I64", "BF16"]),
-    "no prefix": ({}, renamed(PREFIX, ""), "names", ["model.layers.0", f"begin with {PREFIX}", "the prefix is"]),
-    "adapter's name": ({}, renamed(".weight", ".default.weight"), "names", ["lora_A.default.weight", "the adapter"]),
-    "magnitude's name": (DORA, renamed("vector", "vector.weight"), "names", ["cause: the name of the adapter, or .w"]),
+    "no prefix": ({}, renamed(PREFIX, ""), "names", ["model.layers.0", f"begin with {PREFIX}", "only warns"]),
+    "adapter's name": ({}, renamed(".weight", ".default.weight"), "names", ["lora_A.default.weight: is nothing"]),
+    "magnitude's name": (DORA, renamed("vector", "vector.weight"), "names", ["vector.weight: is nothing"]),
     "weight of the model": ({}, added(f"{NORM}.weight", 24), "names", ["model.norm.weight: is nothing"]),
     "bias of the model": ({"bias": "lora_only"}, added(f"{UP}.bias", 40), "names", ["up_proj.bias: is nothing"]),
     "no B": ({}, without(f"{Q}.lora_B.weight"), "pairs", [f"{Q}.lora_A.weight: found no lora_B.weight beside it"]),
@@ -123,8 +123,8 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
     "no tensors": ({}, lambda tensors: {}, "pairs", ["found no tensor"]),
     "rank": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[:, :2]), "shapes", ["B (40, 2), accepted are A (3, in)"]),
     "vector": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[0]), "shapes", ["B (3,), accepted are two matrices"]),
-    "transposed": ({}, transposed, "shapes", ["cause: A and B are transposed or exchanged", "A (24, 3)"]),
-    "exchanged": ({}, exchanged, "shapes", ["cause: A and B are transposed or exchanged", "A (40, 3)"]),
+    "transposed": ({}, transposed, "shapes", ["found A (24, 3)"]),
+    "exchanged": ({}, exchanged, "shapes", ["found A (40, 3)"]),
     "no magnitude": (DORA, without(MAGNITUDE), "dora", ["found none, accepted is (40,) since use_dora is true"]),
     "magnitude of inputs": (DORA, replaced(MAGNITUDE, lambda m: m[:24]), "dora", ["found (24,), accepted is (40,)"]),
     "magnitude in vain": ({}, added(MAGNITUDE, 40), "dora", ["found (40,), accepted is none"]),
@@ -134,8 +134,13 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
     "no head": ({"modules_to_save": ("lm_head",)}, without(f"{HEAD}.weight"), "modules_to_save", ["found 'lm_head'"]),
     "rows": ({"trainable_token_indices": (7, 2)}, replaced(ROWS, lambda rows: rows[1:]), "rows", ["found [7, 2]"]),
     "other modules": ({}, renamed("q_proj", "query"), "targets", ["self_attn.query too", "found 'q_proj', accepted"]),
-    "start": ({}, zero, "trained", ["found B = 0 in every module", "cause: the adapter is not trained"]),
-    "zero A": (EMBEDDED, replaced(f"{EMBEDDING}.lora_embedding_A", torch.zeros_like), "trained", ["not trained"]),
+    "start": ({}, zero, "trained", ["found A or B = 0 in every module"]),
+    "zero A": (
+        EMBEDDED,
+        replaced(f"{EMBEDDING}.lora_embedding_A", torch.zeros_like),
+        "trained",
+        ["as before training"],
+    ),
 }
 
 
@@ -177,7 +182,11 @@ FIELDS = {
     "expression of ranks": ("config", {"rank_pattern": {"(q_proj": 3}}, "rank_pattern: found {'(q_proj': 3}"),
     "alpha of 0": ("config", {"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: found {'q_proj': 0}"),
     "rank": ("shapes", {"r": 4}, "accepted are A (4, in) and B (out, 4) since r is 4"),
-    "rank of a pattern": ("shapes", {"rank_pattern": {"q_proj": 2}}, "since rank_pattern['q_proj'] is 2"),
+    "rank of a pattern": (
+        "shapes",
+        {"rank_pattern": {"q_proj": 2}},
+        "since rank_pattern['q_proj'], the first key that matches, is 2",
+    ),
     "alpha of nothing": ("patterns", {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: found 'k_proj', accepted is"),
     "rank of nothing": ("patterns", {"rank_pattern": {"roj": 2}}, "rank_pattern: found 'roj', accepted is what"),
     "DoRA": ("dora", {"use_dora": True}, "found none, accepted is (40,) since use_dora is true"),
@@ -202,7 +211,7 @@ def test_a_pattern_whose_keys_were_sorted_is_found_and_explained(tmp_path):
     """As PEFT 0.21 writes it: the adapter then has other ranks when it is loaded."""
     saved(tmp_path, target_modules=("q_proj",), rank_pattern={"self_attn.q_proj": 8, "q_proj": 2})
     edit(tmp_path, rank_pattern={"q_proj": 2, "self_attn.q_proj": 8})
-    assert_found(tmp_path, "shapes", ["since rank_pattern['q_proj'] is 2", "cause: the order of rank_pattern's keys"])
+    assert_found(tmp_path, "shapes", ["since rank_pattern['q_proj'], the first key that matches, is 2"])
 
 
 BROKEN = {

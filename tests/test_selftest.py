@@ -41,12 +41,12 @@ def test_every_law_holds_on_this_machine(dtype, step, monkeypatch, capsys):
 
 def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypatch, capsys):
     own = lora.lora_linear
-    monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, scale**2))
+    monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, 1.0))
     monkeypatch.setattr("minilora.cli.selftest.kernel_calls", lambda device, dtype: {})
     monkeypatch.setattr("minilora.cli.selftest.laws", lambda *kinds: {"forward": laws("lora")["forward"]})
     assert main(["selftest", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
-    assert "likely cause: the scale is applied twice" in printed
+    assert "likely cause: the scale is missing" in printed
     row = next(line for line in printed.splitlines() if line.startswith("lora-forward"))
     assert row.split()[2:] == ["inf", "BROKEN"]
     assert float(row.split()[1]) <= 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from minilora.testing.compare import Array
-from minilora.testing.laws import Claim, Law
+from minilora.testing.laws import Comparison, Law, claim
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Chat:
 Render = Callable[[list[dict[str, str]]], tuple[Sequence[str], Sequence[bool]]]
 
 
-def chat_mask(render: Render, case: Chat) -> Iterator[Claim]:
+def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
     messages = case.messages
     tokens, flags = render(messages)
     changed = f"found {messages} after the call; accepted is what was given" if messages != case.messages else ""
-    yield Claim("messages, which are only read,", changed)
+    yield claim("messages, which are only read,", changed)
     counts = f"found {len(flags)} labels for {len(tokens)} tokens; accepted is one for each"
-    yield Claim("the number of labels", "" if len(flags) == len(tokens) else counts)
+    yield claim("the number of labels", "" if len(flags) == len(tokens) else counts)
     spans = find_messages(render, case, "".join(tokens))
     lost = f"found {''.join(tokens)!r}; accepted is every message's text, whole or without white space around, in order"
-    yield Claim("the text", "" if spans else lost)
+    yield claim("the text", "" if spans else lost)
     if spans and len(flags) == len(tokens):
         yield mask_claim(tokens, np.array([bool(flag) for flag in flags]), spans, case)
 
@@ -69,67 +69,48 @@ def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]
     return spans if end == len(text) else []
 
 
-class Expected(NamedTuple):
-    """What each token of a rendered conversation is, (tokens) of booleans; a token may be several."""
+def right_labels(
+    tokens: Sequence[str], flags: Sequence[bool] | Array, spans: Sequence[tuple[int, int]], case: Chat
+) -> tuple[Array, int]:
+    """Return the labels that are right, and how many replies have an end token.
 
-    reply: Array
-    closing: Array  # the end token after a reply: that of the first character that is not white space
-    header: Array  # between a reply and the end token of the message before it
-    others: Array  # of what the user or the system says, and the end tokens after it
-    either: Array  # may be learned or not: white space beside an end token, the end of a header and a reply in one
-
-
-def expect(tokens: Sequence[str], spans: Sequence[tuple[int, int]], roles: Sequence[str]) -> Expected:
-    """Return what the tokens are, given where the contents of the messages are in the text."""
+    The end token is that of the first character after a reply that is not white space. Where both labels are right, it
+    is that of `flags`: of white space beside an end token, and of a token with the ends of a header and the beginning
+    of a reply.
+    """
     text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
     begins = ends - [len(token) for token in tokens]
     is_blank = np.array([not token.strip() for token in tokens])
-    found = Expected(*(np.zeros(len(tokens), dtype=bool) for _ in Expected._fields))
-    is_reply = [role == "assistant" for role in roles]
+    reply, closing, either = (np.zeros(len(tokens), dtype=bool) for _ in range(3))
     for i, (begin, end) in enumerate(spans):
-        until = spans[i + 1][0] if i + 1 < len(spans) else len(text)
-        mark = end + len(text[end:until]) - len(text[end:until].lstrip())
-        closing = (begins <= mark) & (mark < ends) & (mark < until)
-        own = found.reply if is_reply[i] else found.others
-        own[:] |= (begins < end) & (ends > begin) & (begins < ends)
-        found.others[:] |= closing & (not is_reply[i])
-        if is_reply[i]:
-            found.closing[:] |= closing
-            found.either[:] |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
-        if is_reply[i + 1 : i + 2] == [True]:
-            found.header[:] |= (begins >= end) & (ends <= until) & ~closing
-    found.either[:] = (found.either & ~found.closing) | (begins == ends)
-    return found
+        if case.turns[i][0] == "assistant":
+            until = spans[i + 1][0] if i + 1 < len(spans) else len(text)
+            mark = end + len(text[end:until]) - len(text[end:until].lstrip())
+            reply |= (begins < end) & (ends > begin)
+            closing |= (begins <= mark) & (mark < ends) & (mark < until)
+            either |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
+    either = (either & ~closing) | (begins == ends)
+    return np.where(either, flags, reply | closing), int(closing.sum())
 
 
-def mask_claim(tokens: Sequence[str], flags: Array, spans: Sequence[tuple[int, int]], case: Chat) -> Claim:
+def mask_claim(tokens: Sequence[str], flags: Array, spans: Sequence[tuple[int, int]], case: Chat) -> Comparison:
     """Compare the labels of a conversation with the right ones."""
-    roles = [role for role, _ in case.turns]
-    found, replies = expect(tokens, spans, roles), roles.count("assistant")
-    strict = found.reply | found.closing
-    right = np.where(found.either, flags, strict)
-    if (right == flags).all() and found.closing.sum() == replies:
-        return Claim("the labelled text")
-    extra, missing = flags & ~right, right & ~flags
-    number = np.cumsum(found.closing) - found.closing  # of the reply that a token belongs to or comes before
-    causes = {
-        "no end token stands after a reply": found.closing.sum() < replies,
-        "nothing is learned": not flags.any(),
-        "everything is learned": flags.all(),
-        "the mask is one token late": (flags[1:] == strict[:-1]).all() and not flags[0],
-        "the mask is one token early": (flags[:-1] == strict[1:]).all() and not flags[-1],
-        "only the last reply is learned": replies > 1 and (flags == right & (number >= replies - 1)).all(),
-        "only the first reply is learned": replies > 1 and (flags == right & (number < 1)).all(),
-    }
-    if not any(causes.values()):
-        causes = {
-            "the end token after a reply is not learned": (missing & found.closing).any(),
-            "a part of a reply is not learned": (missing & found.reply & ~found.closing).any(),
-            "tokens of the user or of the system are learned": (extra & found.others).any(),
-            "the header in front of a reply is learned": (extra & found.header).any(),
-        }
+    right, closings = right_labels(tokens, flags, spans, case)
+    if closings < sum(role == "assistant" for role, _ in case.turns):
+        return claim("the labelled text", f"found {''.join(tokens)!r}; accepted is an end token after each reply")
     shown = f"learned are    {marked(tokens, flags)}\n  accepted are   {marked(tokens, right)}"
-    return Claim("the labelled text", shown, frozenset(cause for cause, is_true in causes.items() if is_true))
+    return claim("the labelled text", "" if (right == flags).all() else shown)
+
+
+def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> Render:
+    """Return a mistake of the catalogue, made in a rendering that has the right labels."""
+
+    def corrected(messages: list[dict[str, str]]) -> tuple[Sequence[str], Sequence[bool]]:
+        tokens, flags = render(messages)
+        own = Chat(tuple((message["role"], message["content"]) for message in messages))
+        return tokens, right_labels(tokens, flags, find_messages(render, own, "".join(tokens)), own)[0].tolist()
+
+    return functools.partial(mistake, render=corrected)
 
 
 def marked(tokens: Sequence[str], flags: Array) -> str:
@@ -157,11 +138,9 @@ CONVERSATIONS = {
     "white_space": (*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
     "unicode": (("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
 }
+_law = functools.partial(Law, "chat_mask", statement=STATEMENT, compare=chat_mask, like=in_its_template)
 LAWS = (
-    *(
-        Law("chat_mask", name, STATEMENT, functools.partial(chats, *conversations), chat_mask)
-        for name, conversations in CONVERSATIONS.items()
-    ),
-    Law("chat_mask", "two_replies", STATEMENT, lambda: [Chat((*Chat().turns, ("assistant", "No, night.")))], chat_mask),
-    Law("chat_mask", "system", STATEMENT, functools.partial(chats, HELLO, LONGER, system="Be brief."), chat_mask),
+    *(_law(name, cases=functools.partial(chats, *conversations)) for name, conversations in CONVERSATIONS.items()),
+    _law("two_replies", cases=lambda: [Chat((*Chat().turns, ("assistant", "No, night.")))]),
+    _law("system", cases=functools.partial(chats, HELLO, LONGER, system="Be brief.")),
 )

@@ -1,4 +1,4 @@
-"""Cases of the laws of the loss over labelled tokens: inputs drawn from a seed, right results, and known wrong ones."""
+"""Cases of the laws of the loss over labelled tokens: inputs drawn from a seed, and right results with their bounds."""
 
 from __future__ import annotations
 
@@ -23,94 +23,11 @@ class Places:
     row: Array  # the number of its row
     group: Array  # and of its micro-batch
 
-    def shifted(self, shift: int) -> Array:
-        """Return the label `shift` positions further in the same row; -100 beyond its ends."""
-        found = np.full_like(self.labels, IGNORED)
-        for row in set(self.row.tolist()):
-            own = np.flatnonzero(self.row == row)
-            to, source = own[max(0, -shift) : len(own) - max(0, shift)], own[max(0, shift) : len(own) + min(0, shift)]
-            found[to] = self.labels[source]
-        return found
-
     @property
-    def right(self) -> tuple[Array, Array]:
-        """The label that each position predicts, and its weight in the loss: 1/N or 0."""
-        targets = self.shifted(1)
-        learned = targets != IGNORED
-        return targets, learned / max(1, learned.sum())
-
-    def wrong(self) -> dict[str, tuple[Array, Array]]:
-        """Return targets and weights that known mistakes have in place of the right ones; not all differ from them."""
-        targets, weights = self.right
-        learned = (targets != IGNORED).astype(float)
-        n, positions, rows = max(1.0, learned.sum()), len(targets), self.row.max() + 1
-        inner = np.diff(self.row, append=rows) == 0  # not the last position of its row
-        found = {
-            "the sum of the losses is not divided": (targets, learned),
-            "the sum is divided by the number of labels twice": (targets, learned / n**2),
-            "the sum is divided by all positions instead of the labels": (targets, learned / positions),
-            "the sum is divided by all positions but the last of each row": (targets, learned / max(1, inner.sum())),
-            "the sum is divided by the number of rows": (targets, learned / rows),
-            "the labels are counted before the shift: the first of a row counts": (
-                targets,
-                learned / max(1, (self.labels != IGNORED).sum()),
-            ),
-            "positions without a label, such as padding, are counted with token 0": (
-                np.where(inner, np.maximum(targets, 0), IGNORED),
-                inner / max(1, inner.sum()),
-            ),
-            "token 0 is taken for padding and not learned": _mean(np.where(targets == 0, IGNORED, targets)),
-            "the loss has the wrong sign": (targets, -weights),
-            "it is the mean of the means of the rows": (targets, self._of_means(targets, self.row, rows)),
-            "it is the mean of the means of the rows that have labels": (targets, self._of_means(targets, self.row)),
-            "nothing is shifted: logits at t are compared with the label at t": _mean(self.labels),
-            "the shift is made twice: logits at t predict the label at t + 2": _mean(self.shifted(2)),
-            "the shift goes the wrong way: logits at t predict the label at t - 1": _mean(self.shifted(-1)),
-            "the labels are rolled: the last position of a row predicts its first label": _mean(
-                np.where(inner, targets, self.labels[np.searchsorted(self.row, self.row)])
-            ),
-            "the rows are shifted as one: the last position of a row predicts the first label of the next": _mean(
-                np.append(self.labels[1:], IGNORED)
-            ),
-        }
-        for shift, name, lost in ((0, "late", "first"), (2, "early", "last")):
-            cause = f"the label mask is one position {name}: the {lost} token of each labelled stretch is lost"
-            is_kept = (self.shifted(shift) != IGNORED) & inner
-            kept = np.where(is_kept, targets, IGNORED)
-            found[cause] = _mean(kept)
-            found[f"{cause}, but still counted"] = kept, (kept != IGNORED) / n
-            found[f"{cause}, and -100 is taken for token 0"] = _mean(np.where(is_kept, np.maximum(targets, 0), IGNORED))
-        return found | (self._wrong_accumulations() if self.group.any() else {})
-
-    def _wrong_accumulations(self) -> dict[str, tuple[Array, Array]]:
-        targets, weights = self.right
-        learned, groups = (targets != IGNORED).astype(float), self.group.max() + 1
-        first, last = (self.group == g for g in (0, groups - 1))
-        means = self._of_means(targets, self.group, groups)
-        found = {
-            "it is the mean of the means of the micro-batches": means,
-            "it is the mean of the means of the micro-batches that have labels": self._of_means(targets, self.group),
-            "the means of the micro-batches are added": means * groups,
-            "it is divided by the number of micro-batches, too": weights / groups,
-            "it is divided by the number of micro-batches twice": means / groups,
-            "the sum is divided by the number of micro-batches instead of the labels": learned / groups,
-            "the sum is divided by the labels of the last micro-batch": learned / max(1, learned[last].sum()),
-            "the sum is divided by the labels of the first micro-batch": learned / max(1, learned[first].sum()),
-            "the gradient is that of the last micro-batch only": self._of_means(targets, self.group, 1) * last,
-            "the gradient is that of the last micro-batch only, divided by all labels": weights * last,
-            "the gradient is that of the first micro-batch only": self._of_means(targets, self.group, 1) * first,
-        }
-        return {cause: (targets, weight) for cause, weight in found.items()}
-
-    def _of_means(self, targets: Array, part: Array, parts: int | None = None) -> Array:
-        """Return the weights of a mean of means over parts: all, or those that have labels."""
-        learned = targets != IGNORED
-        counts = np.bincount(part, learned)
-        return learned / np.maximum(1, counts)[part] / (parts or max(1, (counts > 0).sum()))
-
-
-def _mean(targets: Array) -> tuple[Array, Array]:
-    return targets, (targets != IGNORED) / max(1, (targets != IGNORED).sum())
+    def targets(self) -> Array:
+        """The label that each position predicts, that of the next one in its row; -100 at the end of a row."""
+        is_inner = np.diff(self.row, append=-1) == 0
+        return np.where(is_inner, np.roll(self.labels, -1), IGNORED)
 
 
 def places(groups: tuple[tuple[str, ...], ...], tokens: Array) -> Places:
@@ -122,21 +39,6 @@ def places(groups: tuple[tuple[str, ...], ...], tokens: Array) -> Places:
         np.repeat(np.arange(len(rows)), [len(row) for _, row in rows]),
         np.repeat([group for group, _ in rows], [len(row) for _, row in rows]),
     )
-
-
-def losses(logits: Array, targets: Array) -> Array:
-    """-log p(target) at each position, 0 where there is none; for mistakes: `reference` has the right ones."""
-    most = logits.max(-1)
-    log_sum = np.log(np.exp(logits - most[:, None]).sum(-1)) + most
-    return np.where(targets == IGNORED, 0, log_sum - logits[np.arange(len(logits)), np.maximum(targets, 0)])
-
-
-def loss_gradients(logits: Array, targets: Array, weights: Array) -> Array:
-    """weight · (softmax - onehot) at each position."""
-    shares = np.exp(logits - logits.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    shares[np.arange(len(logits)), np.maximum(targets, 0)] -= 1
-    return np.asarray(weights)[:, None] * shares
 
 
 @dataclass(frozen=True)
@@ -193,23 +95,12 @@ class MaskedLogits:
     @property
     def is_predicted(self) -> Array:
         """Whether the logits at each position predict a label, (B, T)."""
-        return self.places.shifted(1).reshape(self.tokens.shape) != IGNORED
+        return self.places.targets.reshape(self.tokens.shape) != IGNORED
 
     @property
     def _predicted(self) -> tuple[Bounded, Array]:
         chosen = self.is_predicted
-        return Bounded.exact(self.logits[chosen], self.dtype), self.places.shifted(1).reshape(chosen.shape)[chosen]
-
-    def wrong_losses(self) -> dict[str, Array]:
-        flat = self.logits.reshape(-1, self.vocabulary)
-        found = {cause: weights @ losses(flat, targets) for cause, (targets, weights) in self.places.wrong().items()}
-        overflow = "exp overflows, or the logarithm is that of a probability of 0: use log_softmax"
-        return found | {overflow: np.asarray(np.inf)}
-
-    def wrong_gradients(self) -> dict[str, Array]:
-        flat, table = self.logits.reshape(-1, self.vocabulary), self.places.wrong()
-        found = {cause: loss_gradients(flat, targets, weights) for cause, (targets, weights) in table.items()}
-        return {cause: gradient.reshape(self.logits.shape) for cause, gradient in found.items()}
+        return Bounded.exact(self.logits[chosen], self.dtype), self.places.targets.reshape(chosen.shape)[chosen]
 
     def changed(self, rows: tuple[str, ...] | None = None, **arrays: Array) -> MaskedLogits:
         """Return the case with other labels and arrays."""
@@ -260,7 +151,7 @@ class MicroBatches:
     @cached_property
     def gradient(self) -> Bounded:
         """dL/dW = 1/N Σ (softmax - onehot) xᵀ, of sums divided at last or of means multiplied by their shares."""
-        targets, _ = self.places.right
+        targets = self.places.targets
         is_learned = targets != IGNORED
         x, W = Bounded.exact(self.x[is_learned], self.dtype), Bounded.exact(self.W, self.dtype)
         z, n = x @ W.T, max(1, int(is_learned.sum()))
@@ -268,13 +159,3 @@ class MicroBatches:
         bound = (slopes / n * n / n).T @ x
         exact = accumulated_gradient(self.W, list(self.batches()))
         return Bounded(exact, bound.widened((slopes.T @ x) / n).error, self.dtype)
-
-    def wrong_gradients(self, groups: Groups = ()) -> dict[str, Array]:
-        logits, found = self.x @ self.W.T, self.places
-        if groups:
-            group_of = {row: group for group, rows in enumerate(groups) for row in rows}
-            found = replace(found, group=np.array([group_of[row] for row in found.row.tolist()]))
-        return {
-            cause: loss_gradients(logits, targets, weights).T @ self.x
-            for cause, (targets, weights) in found.wrong().items()
-        }

@@ -16,7 +16,7 @@ from torch import Tensor
 from minilora.testing.cases import rounded, tensor
 from minilora.testing.compare import Array, as_array
 from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
-from minilora.testing.laws import Claim, Comparison, Law, NotApplicable
+from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 
 LossFn = Callable[[Tensor, Tensor], Any]
 
@@ -50,13 +50,8 @@ def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     result.backward()
     actual = torch.zeros_like(logits) if logits.grad is None else logits.grad
     case = computed(case, result)
-    chosen, known = case.is_predicted, case.wrong_gradients
-    yield Comparison(
-        "the gradient of logits",
-        as_array(actual)[chosen],
-        case.gradient[chosen],
-        lambda: {cause: wrong[chosen] for cause, wrong in known().items()},
-    )
+    chosen = case.is_predicted
+    yield Comparison("the gradient of logits", as_array(actual)[chosen], case.gradient[chosen])
     rest = as_array(actual)[~chosen]
     yield Comparison("the gradient of logits in front of a label of -100", rest, np.zeros_like(rest))
 
@@ -77,7 +72,7 @@ def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
 def same(loss_fn: LossFn, changed: MaskedLogits, case: MaskedLogits, what: str) -> Comparison:
     """Compare the loss of a changed case with the right one of the case itself."""
     actual = loss_fn(*tensors(changed))
-    return Comparison(what, actual, computed(case, actual).loss, computed(changed, actual).wrong_losses)
+    return Comparison(what, actual, computed(case, actual).loss)
 
 
 def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
@@ -103,7 +98,7 @@ def padding(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     yield same(loss_fn, turned, case, "the loss of rows in another order")
 
 
-def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Claim]:
+def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     try:
         found = float(as_array(loss_fn(*tensors(case))))
     except NotApplicable:
@@ -111,7 +106,7 @@ def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Claim]:
     except Exception:  # an error is as right as nan
         found = math.nan
     problem = "" if found == 0 or math.isnan(found) else f"found {found:g}; accepted are 0, nan and an error"
-    yield Claim("the loss without labels", problem)
+    yield claim("the loss without labels", problem)
 
 
 # --- accumulation ---
@@ -121,7 +116,7 @@ StepFn = Callable[[Tensor, list[tuple[Tensor, Tensor]]], Any]
 
 def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
     W = tensor(case.W, case.dtype)
-    yield Comparison("dW", step_fn(W, micro_batches(case)), case.gradient, case.wrong_gradients)
+    yield Comparison("dW", step_fn(W, micro_batches(case)), case.gradient)
     yield Comparison("W, which is only read", W, case.W)
 
 
@@ -135,8 +130,7 @@ def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
     }
     for what, groups in ways.items():
         actual = step_fn(tensor(case.W, case.dtype), micro_batches(case, groups))
-        mistakes = functools.partial(case.wrong_gradients, groups)
-        yield Comparison(f"dW of {what}", actual, case.gradient, mistakes)
+        yield Comparison(f"dW of {what}", actual, case.gradient)
 
 
 def micro_batches(case: MicroBatches, groups: Groups = ()) -> list[tuple[Tensor, Tensor]]:

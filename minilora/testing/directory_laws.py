@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from minilora.testing.laws import Claim, Law, NotApplicable
+from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 FACTORS = {  # key -> the end of the tensor's name
@@ -37,7 +37,7 @@ FACTORS = {  # key -> the end of the tensor's name
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
 SHOWN = 10  # problems of one law
-Problems = Iterator[tuple[str, str]]  # what is wrong, and the likely cause or ""
+Problems = Iterator[str]  # what is wrong
 Shape = tuple[int, ...]
 
 
@@ -110,21 +110,21 @@ def is_target(where: str, target: str | list[str]) -> bool:
 def files(path: Path) -> Problems:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            yield f"{name}: found no such file in {path}; accepted is a directory with {CONFIG} and {WEIGHTS}", ""
+            yield f"{name}: found no such file in {path}; accepted is a directory with {CONFIG} and {WEIGHTS}"
     if (path / "adapter_model.bin").exists():
-        yield f"adapter_model.bin: found, accepted is {WEIGHTS} alone: loading the other one can run code", ""
+        yield f"adapter_model.bin: found, accepted is {WEIGHTS} alone: loading the other one can run code"
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         try:
             read(path)
         except Exception as error:
-            yield f"{path}: found files that cannot be read ({error}); accepted are JSON and safetensors", ""
+            yield f"{path}: found files that cannot be read ({error}); accepted are JSON and safetensors"
 
 
 def config(adapter: Adapter) -> Problems:
     for key, (default, is_right, need) in FIELDS.items():
         value = adapter.config.get(key, default)
         if not is_right(value):
-            yield f"{CONFIG}: {key}: found {value!r:.60}, accepted is {need}", ""
+            yield f"{CONFIG}: {key}: found {value!r:.60}, accepted is {need}"
 
 
 def values(adapter: Adapter) -> Problems:
@@ -132,22 +132,20 @@ def values(adapter: Adapter) -> Problems:
         for name in file.keys():  # noqa: SIM118  no dict
             dtype = file.get_slice(name).get_dtype()
             if dtype not in ("F64", "F32", "F16", "BF16"):
-                yield f"{WEIGHTS}: {name}: found {dtype}, accepted are F64, F32, F16, BF16", ""
+                yield f"{WEIGHTS}: {name}: found {dtype}, accepted are F64, F32, F16, BF16"
             elif not (is_finite := file.get_tensor(name).isfinite()).all():
-                yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none", ""
+                yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none"
 
 
 def names(adapter: Adapter) -> Problems:
     for name in adapter.strange:
-        cause = "the prefix is missing: PEFT keeps its start values and only warns"
-        yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}", cause * ("lora_" in name)
+        yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}; PEFT passes over others and only warns"
     is_saved = (*EMBEDDINGS, *[".bias"] * (adapter.config.get("bias", "none") == "all"))
     for name in adapter.others:
         is_factor, is_whole = ".lora_" in name, any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
         if is_factor or not (is_whole or name.endswith(is_saved)):
-            cause = "the name of the adapter, or .weight, is in the tensors' names, as in a model's state_dict()"
             found = f"{WEIGHTS}: {PREFIX}{name}: is nothing that {CONFIG} describes"
-            yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save", cause * is_factor
+            yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save"
 
 
 def pairs(adapter: Adapter) -> Problems:
@@ -156,27 +154,26 @@ def pairs(adapter: Adapter) -> Problems:
         needed |= dict.fromkeys(("B's bias", "magnitude", "diagonal", "base weight", "base bias"), "A")
         for key, other in needed.items():
             if key in own and other not in own and f"embedding {other}" not in own:
-                yield f"{stored(where, key)}: found no {FACTORS[other]} beside it, accepted are both", ""
+                yield f"{stored(where, key)}: found no {FACTORS[other]} beside it, accepted are both"
     if not adapter.parts and not adapter.others:
-        yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors", ""
+        yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
 
 
 def shapes(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
     for where, (A, B) in adapter.factors.items():
         key = first_match(ranks, where)
-        r, source = (adapter.config["r"], "r") if key is None else (ranks[key], f"rank_pattern[{key!r}]")
+        r, source = adapter.config["r"], "r is"
+        if key is not None:
+            r, source = ranks[key], f"rank_pattern[{key!r}], the first key that matches, is"
         if len(A) != len(B) or len(A) < 2:
-            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels", ""
+            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels"
             continue
         is_stacked = bool(adapter.listed("target_parameters")) and A[0] == B[-1] and A[0] % r == 0  # r an expert
         is_grouped = (len(A) > 2 or adapter.config.get("use_bdlora")) and r % B[1] == 0
         if not is_stacked and (A[0] != r or (B[1] != r and not is_grouped)):
-            cause = "A and B are transposed or exchanged" if len(A) == 2 and A[-1] == r == B[0] else ""
-            if any(rank == A[0] and first_match([other], where) for other, rank in ranks.items()):
-                cause = "the order of rank_pattern's keys was changed: of several that match, the first counts"
-            need = f"accepted are A ({r}, in) and B (out, {r}) since {source} is {r}"
-            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, {need}", cause
+            need = f"accepted are A ({r}, in) and B (out, {r}) since {source} {r}"
+            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, {need}"
 
 
 def patterns(adapter: Adapter) -> Problems:
@@ -184,7 +181,7 @@ def patterns(adapter: Adapter) -> Problems:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in adapter.config.get(field) or {}:
             if not any(first_match([key], where) for where in known):
-                yield f"{CONFIG}: {field}: found {key!r}, {matching(adapter)}", ""
+                yield f"{CONFIG}: {field}: found {key!r}, {matching(adapter)}"
 
 
 def dora(adapter: Adapter) -> Problems:
@@ -195,7 +192,7 @@ def biases(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if "base bias" in own and adapter.config.get("bias", "none") == "none":
             found = f"{stored(where, 'base bias')}: found {own['base bias']}"
-            yield f"{found}, accepted is none since bias is 'none'", ""
+            yield f"{found}, accepted is none since bias is 'none'"
     yield from optional(adapter, "B's bias", "lora_bias", lambda B: B[:1])
 
 
@@ -205,7 +202,7 @@ def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Sh
         found, right = adapter.parts[where].get(key), shape(B) if adapter.config.get(field) else None
         if found != right:
             said = f"since {field} is {str(right is not None).lower()}"
-            yield f"{stored(where, key)}: found {found or 'none'}, accepted is {right or 'none'} {said}", ""
+            yield f"{stored(where, key)}: found {found or 'none'}, accepted is {right or 'none'} {said}"
 
 
 def whole_modules(adapter: Adapter) -> Problems:
@@ -215,7 +212,7 @@ def whole_modules(adapter: Adapter) -> Problems:
     if set(HEADS) <= set(entries) and not set(HEADS) <= set(lacking):
         lacking = [entry for entry in lacking if entry not in HEADS]
     for entry in lacking:
-        yield f"{CONFIG}: modules_to_save: found {entry!r}, accepted are modules whose tensors are in {WEIGHTS}", ""
+        yield f"{CONFIG}: modules_to_save: found {entry!r}, accepted are modules whose tensors are in {WEIGHTS}"
 
 
 def rows(adapter: Adapter) -> Problems:
@@ -225,7 +222,7 @@ def rows(adapter: Adapter) -> Problems:
     if sorted(shape[0] for shape in found.values()) != counts:
         shown = {where: list(shape) for where, shape in found.items()} or "none"
         need = f"accepted are as many rows in {WEIGHTS} as tokens; the shapes there: {shown}"
-        yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}", ""
+        yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}"
 
 
 def targets(adapter: Adapter) -> Problems:
@@ -238,10 +235,10 @@ def targets(adapter: Adapter) -> Problems:
         ways = (is_target(path, target or []) for path in (where, outer))
         if not any(ways) and not any(is_target(outer, [entry]) or not entry for entry in parameters):
             need = f"accepted is what matches all modules of {WEIGHTS}, {where} too"
-            yield f"{CONFIG}: target_modules: found {target!r:.80}, {need}", ""
+            yield f"{CONFIG}: target_modules: found {target!r:.80}, {need}"
     for entry in [] if isinstance(target, str) else target or []:
         if not any(is_target(path.partition(".base_layer")[0], [entry]) for path in adapted):
-            yield f"{CONFIG}: target_modules: found {entry!r}, {matching(adapter)}", ""
+            yield f"{CONFIG}: target_modules: found {entry!r}, {matching(adapter)}"
 
 
 def trained(adapter: Adapter) -> Problems:
@@ -251,7 +248,7 @@ def trained(adapter: Adapter) -> Problems:
             if len(factors) == 2 and all(file.get_tensor(name).any() for name in factors):
                 return
     if adapter.factors:
-        yield f"{WEIGHTS}: found B = 0 in every module, accepted is one that is not 0", "the adapter is not trained"
+        yield f"{WEIGHTS}: found A or B = 0 in every module, as before training, accepted is one where neither is 0"
 
 
 def stored(where: str, key: str) -> str:
@@ -311,7 +308,7 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default,
 def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problems]) -> Law:
     """Return a law whose claim lists all problems that are found."""
 
-    def compare(path: str | Path, case: None) -> Iterator[Claim]:
+    def compare(path: str | Path, case: None) -> Iterator[Comparison]:
         directory: Any = Path(path)
         if name != "files":
             try:
@@ -319,9 +316,8 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
             except Exception as error:
                 raise NotApplicable(f"the files cannot be read: {error}") from error
         found = list(problems(directory))
-        causes = frozenset(cause for _, cause in found if cause)
-        shown = [problem for problem, _ in found[:SHOWN]] + [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
-        yield Claim(what, "\n  ".join(shown), causes)
+        shown = found[:SHOWN] + [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
+        yield claim(what, "\n  ".join(shown))
 
     return Law("adapter_directory", name, statement, lambda: [None], compare)
 

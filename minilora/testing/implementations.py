@@ -1,6 +1,6 @@
 """Correct implementations in plain PyTorch, one of each kind that can be checked, as short as a user would write them.
 
-They share no code with the rest of minilora but two tables of levels. Mistakes are planted in them (see `mutants.py`).
+They share no code with the rest of minilora except two tables of levels. `catalogue` has them with mistakes.
 
     N  rows    in, out  features    r  rank    B  batch    T  tokens    D  width    V  vocabulary
 
@@ -15,9 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,22 +146,22 @@ def double_dequantize(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
 
 class Linear4bit(nn.Module):
-    """A 4-bit linear layer: y = x Wᵀ + b, where W is stored as NF4 and dequantized in each call."""
+    """A 4-bit linear layer: y = x Wᵀ + b, where W is stored as NF4 in blocks of 64 and dequantized in each call."""
 
     packed: Tensor
     absmax: Tensor
     b: Tensor | None
 
-    def __init__(self, W: Tensor, b: Tensor | None, block_size: int = 64):
+    def __init__(self, W: Tensor, b: Tensor | None, double_quant: bool = False):
         super().__init__()
-        packed, absmax = nf4_quantize(W, block_size)
+        packed, absmax = nf4_quantize(W, 64)
         self.register_buffer("packed", packed)
-        self.register_buffer("absmax", absmax)
+        self.register_buffer("absmax", double_dequantize(*double_quantize(absmax)) if double_quant else absmax)
         self.register_buffer("b", b)
-        self.shape, self.block_size = W.shape, block_size
+        self.shape = W.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, nf4_dequantize(self.packed, self.absmax, self.shape, self.block_size).to(x.dtype), self.b)
+        return F.linear(x, nf4_dequantize(self.packed, self.absmax, self.shape, 64).to(x.dtype), self.b)
 
 
 def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -194,22 +192,3 @@ def render_chat(messages: Sequence[Mapping[str, str]]) -> tuple[list[str], list[
         tokens += [f"<|{message['role']}|>", *content]
         is_label += [False, *[message["role"] == "assistant"] * len(content)]
     return tokens, is_label
-
-
-def adapter_files() -> dict[str, dict[str, Any]]:
-    """Return what the two files of an adapter hold: rank 4 on q_proj (6 to 8 features), rank 2 on v_proj (6 to 5)."""
-    config = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "rank_pattern": {"v_proj": 2},
-        "target_modules": ["q_proj", "v_proj"],
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    draw, tensors = np.random.default_rng(0), {}
-    for name, r, out in (("q_proj", 4, 8), ("v_proj", 2, 5)):
-        path = f"base_model.model.model.layers.0.self_attn.{name}"
-        tensors[f"{path}.lora_A.weight"] = draw.standard_normal((r, 6), dtype=np.float32)
-        tensors[f"{path}.lora_B.weight"] = draw.standard_normal((out, r), dtype=np.float32)
-    return {"config": config, "tensors": tensors}

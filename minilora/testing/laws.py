@@ -6,23 +6,23 @@ called.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any
 
 import numpy as np
+import torch
 
-from minilora.testing.cases import rounded
-from minilora.testing.compare import UNITS, Array, Bounded, Worst, as_array, worst
+from minilora.testing.catalogue import CATALOGUE
+from minilora.testing.compare import GRADIENT_PARITY, Array, Bounded, as_array, worst
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-ROUNDED = "the error is of float32's size: something is rounded to float32, or an ε is added"
-COARSER = UNITS["float32"] / UNITS["float64"]
 PAIRS = ("nf4", "double_quant")  # kinds of which two functions are checked together
-NAMED = 2  # causes in a message; where more fit, none is likely
-FAR = 5.0  # bounds between the right result and that of a mistake which is named
+Tried = tuple[Any, list[Any]]  # a case and its comparisons
+TRIED = 10  # failing cases at most in which mistakes of the catalogue are tried, from small to large
+RANDOM = torch.Generator().manual_seed(0).get_state()
 
 
 class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, as pytest shows it
@@ -32,7 +32,7 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
         found: what was wrong and the likely causes, without the name of the law and its statement.
-        causes: known mistakes that explain most failing cases, more than half; several if they cannot be told apart.
+        causes: mistakes of the catalogue that have the same result in most failing cases.
     """
 
     def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = (), found: str = ""):
@@ -51,49 +51,48 @@ class Comparison:
     what: str  # its name, such as "dA"
     actual: Any  # an array, or an exception that was raised in its place
     expected: Bounded | Array  # without a bound, bits must be equal
-    mistakes: Callable[[], Mapping[str, Array]] = dict  # returns known wrong values, by what was done wrong
     describe: Callable[[tuple[int, ...]], str] = lambda index: ""  # returns the input at an index, in words
-    base: Array | None = None  # what the result is without the update, if it has one
 
-    def worst(self) -> Worst:
-        found = worst(self.actual, self.expected)
+    def __post_init__(self) -> None:
+        if not isinstance(self.actual, Exception):
+            try:
+                object.__setattr__(self, "actual", as_array(self.actual).copy())  # the implementation may change it
+            except AssertionError as error:
+                object.__setattr__(self, "actual", error)
+
+    @property
+    def right(self) -> Array:
+        return self.expected.value if isinstance(self.expected, Bounded) else as_array(self.expected)
+
+    @functools.cached_property
+    def verdict(self) -> tuple[float, str]:
+        """How much of its bound the worst number uses, and what was found there."""
+        try:
+            if isinstance(self.actual, Exception):
+                raise self.actual
+            found = worst(self.actual, self.expected)
+        except Exception as error:  # of the implementation, whatever it is, or a wrong shape
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            return float("inf"), f"{kind}{error}"
         where = self.describe(found.index) if found.ratio > 1 else ""
-        return replace(found, where=f"{where}: " * bool(where))
+        return found.ratio, str(replace(found, where=f"{where}: " * bool(where)))
 
-    def causes(self) -> dict[str, bool]:
-        """Return the mistakes that differ from the right result, and whether the wrong one is theirs."""
-        if isinstance(self.actual, Exception):
-            return {}
-        right = self.expected if isinstance(self.expected, Bounded) else Bounded.exact(self.expected)
-        with np.errstate(all="ignore"):
-            mistakes = {cause: as_array(wrong) for cause, wrong in self.mistakes().items()}
-        coarse = right.error * COARSER
-        is_sharp = right.dtype == "float64" and coarse.max(initial=0.0) < 1e-3 * abs(right.value).max(initial=0.0)
-        if is_sharp and worst(self.actual, right.value, coarse).ratio <= 1:
-            return {ROUNDED: True}
-        candidates = {cause: wrong for cause, wrong in mistakes.items() if wrong.shape == right.value.shape}
-        return {
-            cause: worst(self.actual, wrong, 4 * right.error).ratio <= 1
-            for cause, wrong in candidates.items()
-            if worst(wrong, right).ratio > FAR
-        }
+    def is_like(self, found: Any) -> bool:
+        """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""
+        if isinstance(self.actual, Exception) or isinstance(found, Exception):
+            return isinstance(found, AssertionError) and repr(self.actual) == repr(found)
+        if self.actual.shape != found.shape:
+            return False
+        ours, theirs = (np.nan_to_num(each, nan=np.inf, posinf=np.inf) for each in (self.actual, found))
+        allowed = GRADIENT_PARITY * abs(ours).max(where=np.isfinite(ours), initial=0.0)
+        if isinstance(self.expected, Bounded) and self.expected.error.shape == found.shape:
+            allowed = allowed + 4 * self.expected.error
+        return worst(ours, theirs, allowed).ratio <= 1
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A statement about an implementation that is true or not, where there is no number to compare."""
-
-    what: str  # what it is about, such as "the labelled text"
-    problem: str = ""  # what was found, and what is accepted; "" if the claim is true
-    likely: frozenset[str] = frozenset()  # known mistakes that have this result
-    actual: ClassVar[None] = None
-
-    def worst(self) -> Worst:
-        assert not self.problem, self.problem
-        return Worst(0.0, (), 0.0, 0.0, 0.0)
-
-    def causes(self) -> dict[str, bool]:
-        return dict.fromkeys(self.likely, True)
+def claim(what: str, problem: str) -> Comparison:
+    """Return a statement about an implementation that is true or not: `problem` is what was found, or ""."""
+    return Comparison(what, AssertionError(problem) if problem else 0.0, np.asarray(0.0))
 
 
 @dataclass(frozen=True)
@@ -115,13 +114,16 @@ class Report:
         return f"{self.law:16} {used:>5}  {self.statement}"
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A comparison that failed, of one case."""
+def like(implementation: Any, wrong: Any, case: Any) -> Any:
+    """Return a mistake of the catalogue as something that takes the options that an implementation takes."""
+    if isinstance(wrong, tuple):
+        return wrong
 
-    case: object
-    comparison: Comparison | Claim
-    text: str  # of the worst number, or of the exception
+    @functools.wraps(implementation, updated=())
+    def call(*arguments: Any, **options: Any) -> Any:
+        return wrong(*arguments, **accepted(wrong, **options))
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Law:
     name: str  # unique in its kind
     statement: str  # the law in words
     cases: Callable[[], Iterable[Any]]  # from small to large; of what takes no input, such as files, None alone
-    compare: Callable[[Any, Any], Iterator[Comparison | Claim]]  # (implementation, case) -> comparisons
+    compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
+    like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
     skip: Callable[[str], Any] | None = None  # is told why the law does not apply, such as `pytest.skip`
 
@@ -165,110 +168,78 @@ class Law:
             raise CheckFailure(f"{self.id}: the known deviation {self.known!r} is no longer there", self.id, case)
         return report
 
+    def keeps(self, implementation: Any, case: Any) -> bool:
+        """Return whether an implementation keeps the law in one case."""
+        return all(each.verdict[0] <= 1 for each in self._comparisons(implementation, case))
+
     def _check(self, implementation: Any, case: Any) -> Report:
-        ratio, count, failures = 0.0, 0, list[Failure]()
         cases = list(self.cases()) if case is None else [case]
-        for each in cases:
-            for comparison in self._comparisons(implementation, each):
-                count += 1
-                try:
-                    if isinstance(comparison.actual, Exception):
-                        raise comparison.actual
-                    found = comparison.worst()
-                    ratio, text = max(ratio, found.ratio), str(found)
-                    is_right = found.ratio <= 1
-                except Exception as error:  # of the implementation, whatever it is, or a wrong shape
-                    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-                    is_right, text = False, f"{kind}{error}"
-                    comparison = replace(comparison, actual=error) if isinstance(comparison, Comparison) else comparison
-                if not is_right:
-                    failures.append(Failure(each, comparison, text))
-        if failures:
-            self._fail(failures, len({id(failure.case) for failure in failures}), len(cases))
-        return Report(self.id, self.statement, ratio, count)
+        found = [(each, self._comparisons(implementation, each)) for each in cases]
+        failing = [(each, own) for each, own in found if any(one.verdict[0] > 1 for one in own)]
+        if failing:
+            raise self._failure(implementation, failing, len(cases))
+        ratios = [one.verdict[0] for _, own in found for one in own]
+        return Report(self.id, self.statement, max(ratios, default=0.0), len(ratios))
 
-    def _comparisons(self, implementation: Any, case: Any) -> Iterator[Comparison | Claim]:
-        try:
-            yield from self.compare(implementation, case)
-        except (NotApplicable, CheckFailure):
-            raise
-        except Exception as error:
-            yield Comparison("the call", error, Bounded.exact(0.0))
+    def _comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(RANDOM)  # so that a mistake draws the same masks as an implementation
+            try:
+                for comparison in self.compare(implementation, case):
+                    found.append(comparison)
+            except NotApplicable:
+                raise
+            except Exception as error:
+                found.append(Comparison("the call", error, np.asarray(0.0)))
+        return found
 
-    def _fail(self, failures: list[Failure], failing: int, cases: int) -> NoReturn:
-        first = failures[0]
-        causes, alternatives = explanations(failures)
-        causes = causes or patterns([failure.comparison for failure in failures])
-        has_case = first.case is not None
-        likely = [f"  likely cause: {cause}" for cause in causes]
-        if alternatives > NAMED:
-            likely = [f"  {alternatives} known mistakes have this result: see `causes` of this failure"]
-        what = f"{first.comparison.what}: wrong"
+    def _failure(self, implementation: Any, failing: list[Tried], cases: int) -> CheckFailure:
+        case, comparisons = failing[0]
+        first = next(each for each in comparisons if each.verdict[0] > 1)
+        mistakes, some = CATALOGUE.get(self.kind, {}).items(), failing[:: 1 + len(failing) // TRIED]
+        causes = tuple(name for name, mistake in mistakes if self._explains(mistake, implementation, some))
+        what, text = f"{first.what}: wrong", first.verdict[1]
+        has_case = case is not None
         lines = [
-            f"{self.id}: {what}" + f" in {failing} of {cases} cases" * has_case,
+            f"{self.id}: {what}" + f" in {len(failing)} of {cases} cases" * has_case,
             f"  law: {self.statement}",
-            *[f"  smallest failing case: {first.case}"] * has_case,
-            f"  {first.text}",
-            *likely,
+            *[f"  smallest failing case: {case}"] * has_case,
+            f"  {text}",
+            *(f"  likely cause: {cause}" for cause in causes),
         ]
-        found = "\n".join([what, first.text, *causes])
         if has_case:
             lines += [
                 "  to repeat:",
-                f"    from minilora.testing import {type(first.case).__name__}, laws",
-                f"    case = {short_repr(first.case)}",
+                f"    from minilora.testing import {type(case).__name__}, laws",
+                f"    case = {short_repr(case)}",
                 f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
             ]
-        raised = first.comparison.actual if isinstance(first.comparison.actual, Exception) else None
-        raise CheckFailure("\n".join(lines), self.id, first.case, tuple(causes), found) from raised
+        failure = CheckFailure("\n".join(lines), self.id, case, causes, "\n".join([what, text, *causes]))
+        failure.__cause__ = first.actual if isinstance(first.actual, Exception) else None
+        return failure
+
+    def _explains(self, mistake: Any, implementation: Any, failing: list[Tried]) -> bool:
+        """Return whether a mistake has the same result in most failing cases, which is far from right in one."""
+        misses, is_far = 0, False
+        for case, ours in failing:
+            try:
+                theirs = self._comparisons(self.like(implementation, mistake, case), case)
+            except NotApplicable:
+                return False
+            is_like = len(ours) == len(theirs)
+            is_like = is_like and all(a.is_like(b.actual) for a, b in zip(ours, theirs, strict=True))
+            is_far = is_far or (is_like and not all(each.is_like(each.right) for each in theirs))
+            misses += not is_like
+            if 2 * misses >= len(failing):
+                return False
+        return is_far
 
 
 def short_repr(case: Any) -> str:
     """Return the call that makes a case, without arguments that have their default."""
     given = [(f.name, getattr(case, f.name)) for f in fields(case) if f.repr and getattr(case, f.name) != f.default]
     return f"{type(case).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
-
-
-def explanations(failures: list[Failure]) -> tuple[list[str], int]:
-    """Return the known mistakes that explain most failing cases, more than half, and how many explain one result.
-
-    Exceptions are not explained.
-    """
-    cases, votes = dict[int, list[dict[str, bool]]](), Counter[str]()
-    for failure in failures:
-        cases.setdefault(id(failure.case), []).append(failure.comparison.causes())
-    for found in cases.values():  # of one case: what explains a comparison, and is not refuted by another
-        votes.update({cause for each in found for cause in each if all(other.get(cause, True) for other in found)})
-    most = max([len(cases) // 2 + 1, *votes.values()])
-    causes = [cause for cause in sorted(votes) if votes[cause] == (len(cases) if cause == ROUNDED else most)]
-    return causes, max(len({*causes} & {*each}) for found in cases.values() for each in found)
-
-
-def patterns(wrong: list[Any]) -> list[str]:
-    """Return what all wrong results have in common: they are 16-bit numbers, or one multiple of the right ones."""
-    for each in wrong:
-        if isinstance(each.actual, Exception) or not isinstance(getattr(each, "expected", None), Bounded):
-            return []
-    bases = [0.0 if each.base is None else each.base for each in wrong]
-    numbers = [
-        np.array(np.broadcast_arrays(as_array(each.actual), each.expected.value, each.expected.error, base))
-        for each, base in zip(wrong, bases, strict=True)
-    ]
-    found, right, error, base = np.concatenate([each.reshape(4, -1) for each in numbers], axis=1)
-    if all(each.expected.dtype in ("float32", "float64") for each in wrong) and found.any():
-        for dtype in ("bfloat16", "float16"):
-            if np.array_equal(found, rounded(found, dtype)) and not np.array_equal(right, rounded(right, dtype)):
-                return [f"every number found is a {dtype}"]
-    with np.errstate(all="ignore"):
-        share = (right - base) / error**2
-        factor = float((share * (found - base)).sum() / (share * (right - base)).sum())
-        is_multiple = (abs(base + factor * (right - base) - found) <= 4 * max(1, abs(factor)) * error).all()
-    is_far = (abs(found - right) > 100 * error).any()  # else any factor near 1 fits
-    if not is_multiple or not is_far or found.size < 3:
-        return []
-    what = "the result" if wrong[0].base is None else "the update"
-    binary = " (log₂, not ln)" if abs(factor * np.log(2) - 1) < 1e-6 else ""
-    return [f"{what} is {factor:.6g} times the right one{binary}"]
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_what_peft_saves_passes(case, tmp_path):
 def test_a_pattern_that_peft_sorts_a_target_that_it_passes_over_and_a_new_adapter_are_found(tmp_path):
     """The model has rank 8, and PEFT itself cannot load what it saved."""
     saved(tmp_path, llama, rank_pattern={"self_attn.q_proj": 8, "q_proj": 2})
-    with pytest.raises(CheckFailure, match="cause: the order of rank_pattern's keys was changed"):
+    with pytest.raises(CheckFailure, match=", the first key that matches, is"):
         check_adapter_directory(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(llama(), tmp_path)
@@ -110,7 +110,7 @@ def test_a_pattern_that_peft_sorts_a_target_that_it_passes_over_and_a_new_adapte
     with pytest.raises(CheckFailure, match="target_modules: found 'query', accepted is what matches a module"):
         check_adapter_directory(tmp_path)
     peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(CheckFailure, match="cause: the adapter is not trained"):
+    with pytest.raises(CheckFailure, match="as before training"):
         check_adapter_directory(tmp_path)
 
 
@@ -118,5 +118,5 @@ def test_the_loss_of_transformers_passes():
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     check_loss_masking(lambda logits, labels: ForCausalLMLoss(logits, labels, logits.size(-1)))
-    with pytest.raises(CheckFailure, match="cause: the sum is divided by all positions instead of the labels"):
+    with pytest.raises(CheckFailure, match="cause: the sum is divided by all positions"):
         check_loss_masking(lambda z, y: ForCausalLMLoss(z, y, z.size(-1), num_items_in_batch=torch.tensor(y.numel())))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parity
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 
-RAGGED = "each row is taken for whole blocks, ⌊in/64⌋ of them"  # by its kernel, where rows end within a block
+RAGGED = "each row is taken for ⌊in/block_size⌋ whole blocks"  # by its kernel, where rows end within a block
 
 
 @parametrize_laws("nf4")

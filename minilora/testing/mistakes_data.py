@@ -1,0 +1,194 @@
+"""Mistakes in masked losses, in accumulated gradients and in chat masks: see `catalogue`.
+
+The threads in comments are those where a mistake was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora.testing.implementations import accumulated_gradient, loss_sum, masked_loss, render_chat
+
+IGNORE = -100
+
+# --- the masked loss, of logits and labels ---
+
+
+def count(labels: Tensor) -> Tensor:
+    """Return how many labels are predicted: that of a row's first token is not."""
+    return (labels[:, 1:] != IGNORE).sum()
+
+
+def mean_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    rows = [masked_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels)) if count(labels[i : i + 1])]
+    return torch.stack(rows).mean()
+
+
+def first_label_lost(logits: Tensor, labels: Tensor) -> Tensor:
+    is_label = labels != IGNORE
+    return masked_loss(logits, labels.masked_fill(is_label & (is_label.cumsum(1) == 1), IGNORE))
+
+
+def overflowing(logits: Tensor, labels: Tensor) -> Tensor:
+    return masked_loss(logits - logits.exp().sum(-1, keepdim=True).log(), labels)
+
+
+def with_gradient_of_the_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    total = loss_sum(logits, labels)
+    return total + (masked_loss(logits, labels) - total).detach()
+
+
+LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logits at t are compared with the label at t": lambda logits, labels: F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten()
+    ),
+    "logits at t are compared with the label at t + 2": lambda logits, labels: masked_loss(  # wdndev/tiny-llm-zh#10
+        logits[:, :-1], labels[:, 1:]
+    ),
+    "the last position of a row predicts the first label of the next": lambda logits, labels: masked_loss(
+        logits.flatten(0, 1)[None], labels.flatten()[None]
+    ),
+    "the first label of a row is not learned": first_label_lost,  # NVIDIA-NeMo/Speech#6409
+    "positions without a label are learned as token 0": lambda logits, labels: masked_loss(logits, labels.clamp(min=0)),
+    "token 0 is taken for padding": lambda logits, labels: masked_loss(  # NVIDIA-NeMo/Megatron-Bridge#4660
+        logits, labels.masked_fill(labels == 0, IGNORE)
+    ),
+    "the sum is not divided": loss_sum,
+    "the sum is divided by all positions": lambda logits, labels: loss_sum(logits, labels) / labels.numel(),
+    "the labels are counted before the shift": lambda logits, labels: (
+        loss_sum(logits, labels) / (labels != IGNORE).sum()
+    ),
+    "it is the mean of the means of the rows": mean_of_rows,
+    "exp overflows: the maximum is not subtracted": overflowing,
+    "the gradient is that of the sum": with_gradient_of_the_sum,
+}
+
+# --- accumulation ---
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
+    """Return the mean of the micro-batches' own gradients; those without labels are left out."""
+    gradients = [accumulated_gradient(W, [batch]) for batch in micro_batches if count(batch[1])]
+    return torch.stack(gradients).mean(0)
+
+
+def sum_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
+    return torch.stack([accumulated_gradient(W, [batch]) for batch in micro_batches if count(batch[1])]).sum(0)
+
+
+def counted_before_the_shift(W: Tensor, micro_batches: Batches) -> Tensor:
+    counted = sum((labels != IGNORE).sum() for _, labels in micro_batches)
+    return accumulated_gradient(W, micro_batches) * sum(count(labels) for _, labels in micro_batches) / counted
+
+
+def nan_without_labels(W: Tensor, micro_batches: Batches) -> Tensor:
+    counts = torch.stack([count(labels) for _, labels in micro_batches])
+    return accumulated_gradient(W, micro_batches) * (counts / counts).mean()
+
+
+def clipped_each(W: Tensor, micro_batches: Batches) -> Tensor:
+    counts = [count(labels) for _, labels in micro_batches]
+    sums = [n * accumulated_gradient(W, [batch]) for n, batch in zip(counts, micro_batches, strict=True) if n]
+    return torch.stack([gradient / gradient.norm().clamp(min=1) for gradient in sums]).sum(0) / sum(counts)
+
+
+def weight_stepped(W: Tensor, micro_batches: Batches) -> Tensor:
+    gradient = accumulated_gradient(W, micro_batches)
+    W.sub_(0.1 * gradient)
+    return gradient
+
+
+ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
+    "it is the mean of the means of the micro-batches": mean_of_means,  # huggingface/transformers#34191
+    "the means of the micro-batches are added": sum_of_means,
+    "the labels are counted before the shift": counted_before_the_shift,
+    "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
+    "the last of an odd number of micro-batches is left out": lambda W, batches: accumulated_gradient(
+        W, batches[: len(batches) // 2 * 2] or batches
+    ),  # ml-explore/mlx-lm#1413
+    "a micro-batch without labels makes NaN": nan_without_labels,
+    "each micro-batch is clipped to norm 1": clipped_each,
+    "the weight that was given is changed": weight_stepped,
+}
+
+# --- the chat mask: `render` is a correct one ---
+
+Messages = Sequence[Mapping[str, str]]
+Rendered = tuple[Sequence[str], Sequence[bool]]
+Spans = list[tuple[int, int]]
+Render = Callable[..., Rendered]
+
+
+def spans_of(mask: Sequence[bool]) -> Spans:
+    """Return begin and end of each run of labelled tokens."""
+    edges = [i for i in range(len(mask) + 1) if (i > 0 and mask[i - 1]) != (i < len(mask) and mask[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def with_mask(change: Callable[[Sequence[str], Sequence[bool]], Iterable[bool]]) -> Render:
+    """Return a rendering that labels `change(tokens, correct mask)`."""
+
+    def wrong(messages: Messages, render: Render = render_chat) -> Rendered:
+        tokens, mask = render(messages)
+        return tokens, list(change(tokens, list(mask)))
+
+    return wrong
+
+
+def with_spans(change: Callable[[Spans], Spans]) -> Render:
+    """Return a rendering that labels `change(correct spans)`."""
+
+    def changed(tokens: Sequence[str], mask: Sequence[bool]) -> list[bool]:
+        spans = change(spans_of(mask))
+        return [any(begin <= i < end for begin, end in spans) for i in range(len(tokens))]
+
+    return with_mask(changed)
+
+
+def found_by_its_text(tokens: Sequence[str], mask: Sequence[bool]) -> list[bool]:
+    found = [False] * len(mask)
+    for begin, end in spans_of(mask):
+        length = end - begin - 1  # without the end token
+        first = next(i for i in range(begin + 1) if tokens[i : i + length] == tokens[begin : begin + length])
+        first = first if length else begin
+        found[first : first + length + 1] = [True] * (length + 1)
+    return found
+
+
+def second_reply_lost(messages: Messages, render: Render = render_chat) -> Rendered:
+    tokens, mask = render(messages)
+    roles = ["", *(message["role"] for message in messages)]
+    previous = [before for before, role in pairwise(roles) if role == "assistant"]
+    lost = [span for span, before in zip(spans_of(mask), previous, strict=False) if before == "assistant"]
+    return tokens, [flag and not any(begin <= i < end for begin, end in lost) for i, flag in enumerate(mask)]
+
+
+def system_learned(messages: Messages, render: Render = render_chat) -> Rendered:
+    tokens, mask = render(messages)
+    learned = len(render(messages[:1])[0]) if messages and messages[0]["role"] == "system" else 0
+    return tokens, [True] * learned + list(mask[learned:])
+
+
+CHAT_MASK: Mapping[str, Render] = {
+    "everything is learned": with_mask(lambda tokens, mask: [True] * len(mask)),
+    "only the last reply is learned": with_spans(lambda spans: spans[-1:]),
+    "only the first reply is learned": with_spans(lambda spans: spans[:1]),
+    "the second of two replies in a row is not learned": second_reply_lost,  # huggingface/trl#3224
+    "the end token after a reply is not learned": with_spans(  # verl-project/verl#535
+        lambda spans: [(begin, end - 1) for begin, end in spans]
+    ),
+    "the end token of an empty reply is not learned": with_spans(
+        lambda spans: [(begin, end) for begin, end in spans if end > begin + 1]
+    ),
+    "the token in front of a reply is learned": with_spans(lambda spans: [(begin - 1, end) for begin, end in spans]),
+    "the mask is one token late": with_mask(lambda tokens, mask: [False, *mask[:-1]]),  # zai-org/ChatGLM3#184
+    "a reply is found by its text, even in the question": with_mask(found_by_its_text),
+    "the system message is learned": system_learned,
+}

@@ -1,0 +1,245 @@
+"""Mistakes in NF4, in double quantization and in the 4-bit linear: see `catalogue`.
+
+Those of NF4 and of double quantization are pairs (quantize, dequantize). The threads and libraries in comments are
+those where a mistake was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.testing.implementations import (
+    DYNAMIC_MAP,
+    LEVELS,
+    SMALLEST,
+    Linear4bit,
+    double_dequantize,
+    double_quantize,
+    nf4_dequantize,
+    nf4_quantize,
+    pack,
+    unpack,
+)
+from minilora.testing.mistakes_layers import Wrong, with_formula
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+# --- NF4 ---
+
+FP4_LEVELS = torch.tensor([s * level / 12 for s in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)])
+
+
+def quantize_with(
+    absmax: Callable[[Tensor], Tensor] = lambda blocks: blocks.abs().amax(1),
+    code: Callable[[Tensor], Tensor] = lambda scaled: torch.bucketize(scaled, (LEVELS[1:] + LEVELS[:-1]) / 2),
+) -> Callable[..., Any]:
+    """Return `nf4_quantize` with another absmax or another choice of codes."""
+
+    def quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        flat = W.detach().float().flatten()
+        blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+        scales = absmax(blocks)
+        codes = code(blocks / scales.clamp(min=SMALLEST)[:, None])
+        return pack(codes.flatten()[: len(flat)].clamp(0, 15)), scales
+
+    return quantize
+
+
+def exchanged(packed: Tensor) -> Tensor:
+    return packed << 4 | packed >> 4
+
+
+def quantize_low_half_first(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    packed, absmax = nf4_quantize(W, block_size)
+    return exchanged(packed), absmax
+
+
+def dequantize_low_half_first(packed: Tensor, *rest: Any) -> Tensor:
+    return nf4_dequantize(exchanged(packed), *rest)
+
+
+def dequantize_fp4(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+    scale = nf4_dequantize(torch.full_like(packed, 255), absmax, shape, block_size)
+    return FP4_LEVELS[unpack(packed)[: scale.numel()]].view(*shape) * scale
+
+
+def quantize_rows(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    padded = F.pad(W, (0, -W.shape[1] % block_size))
+    packed, absmax = nf4_quantize(padded, block_size)
+    return pack(unpack(packed).view(len(W), -1)[:, : W.shape[1]].flatten()), absmax
+
+
+def dequantize_by(blocks_in: Callable[[int, int], int]) -> Callable[..., Tensor]:
+    """Return a dequantization that takes each row for `blocks_in(its length, block_size)` blocks of its own."""
+
+    def dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+        levels = nf4_dequantize(packed, torch.ones(1), shape, 2 * len(packed))
+        row, column = torch.arange(shape[0])[:, None], torch.arange(shape[1])
+        block = row * blocks_in(shape[1], block_size) + column // block_size
+        return levels * absmax[block.clamp(max=len(absmax) - 1)]
+
+    return dequantize
+
+
+dequantize_whole_blocks = dequantize_by(lambda length, block_size: length // block_size)
+
+
+def quantize_in_order_of_memory(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return nf4_quantize(W if W.is_contiguous() else W.T.reshape(W.shape), block_size)
+
+
+def quantize_in_float16(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    packed, absmax = nf4_quantize(W, block_size)
+    return packed, absmax.half().float()
+
+
+def quantize_in_place(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    result = nf4_quantize(W, block_size)
+    W.div_(W.abs().max())
+    return result
+
+
+NF4: Mapping[str, Pair] = {
+    "the two codes of a byte are exchanged": (quantize_low_half_first, dequantize_low_half_first),
+    "dequantize takes the low half of a byte first": (nf4_quantize, dequantize_low_half_first),
+    "the levels are those of FP4": (
+        quantize_with(code=lambda scaled: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
+        dequantize_fp4,
+    ),
+    "codes are rounded down instead of to the nearest level": (
+        quantize_with(code=lambda scaled: torch.bucketize(scaled, LEVELS, right=True) - 1),
+        nf4_dequantize,
+    ),
+    "a tie gets the upper level": (
+        quantize_with(code=lambda scaled: torch.bucketize(scaled, (LEVELS[1:] + LEVELS[:-1]) / 2, right=True)),
+        nf4_dequantize,
+    ),
+    "the absmax is the largest w instead of the largest |w|": (
+        quantize_with(absmax=lambda blocks: blocks.amax(1)),
+        nf4_dequantize,
+    ),
+    "the absmax is stored in float16": (quantize_in_float16, nf4_dequantize),
+    "blocks begin anew in each row": (
+        quantize_rows,
+        dequantize_by(lambda length, block_size: -(-length // block_size)),
+    ),
+    "each row is taken for ⌊in/block_size⌋ whole blocks": (  # bitsandbytes 0.50.2 on AVX512
+        nf4_quantize,
+        dequantize_whole_blocks,
+    ),
+    "blocks have 64 weights, whatever block_size is": (
+        lambda W, block_size: nf4_quantize(W, 64),
+        nf4_dequantize,
+    ),
+    "a transposed weight is read in the order of memory": (quantize_in_order_of_memory, nf4_dequantize),
+    "the weight that was given is changed": (quantize_in_place, nf4_dequantize),
+}
+
+# --- double quantization ---
+
+
+def absmaxes_with(
+    offset: Callable[[Tensor], Tensor] = torch.mean,
+    scale: Callable[[Tensor], Tensor] = lambda blocks: blocks.abs().amax(1),
+    levels: Tensor = DYNAMIC_MAP,
+) -> Callable[..., Any]:
+    """Return `double_quantize` with another offset, another scale or other levels."""
+
+    def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = F.pad(absmax - offset(absmax), (0, -len(absmax) % 256)).view(-1, 256)
+        scales = scale(blocks)
+        scaled = blocks / scales.clamp(min=SMALLEST)[:, None]
+        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+        return codes.flatten()[: len(absmax)].to(torch.uint8), scales, offset(absmax)
+
+    return quantize
+
+
+def quantize_absmax_in_place(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    result = double_quantize(absmax)
+    absmax.sub_(absmax.mean())
+    return result
+
+
+def dequantize_even_levels(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
+    return EVEN_LEVELS[codes.int()] * scales.repeat_interleave(256)[: len(codes)] + offset
+
+
+EVEN_LEVELS = torch.linspace(-1, 1, 256)
+DOUBLE_QUANT: Mapping[str, Pair] = {
+    "the offset is 0 instead of the mean": (
+        absmaxes_with(offset=lambda absmax: absmax.new_zeros(())),
+        double_dequantize,
+    ),
+    "the offset is not added": (
+        double_quantize,
+        lambda codes, scales, offset: double_dequantize(codes, scales, 0 * offset),
+    ),
+    "the scale is the largest absmax - offset, without its absolute value": (
+        absmaxes_with(scale=lambda blocks: blocks.amax(1)),
+        double_dequantize,
+    ),
+    "one scale is used for all absmaxes": (
+        absmaxes_with(scale=lambda blocks: blocks.abs().max()[None]),
+        lambda codes, scales, offset: double_dequantize(codes, scales[:1].expand(-(-len(codes) // 256)), offset),
+    ),
+    "the levels are even steps from -1 to 1": (absmaxes_with(levels=EVEN_LEVELS), dequantize_even_levels),
+    "the absmaxes that were given are changed": (  # bitsandbytes-foundation/bitsandbytes#1863
+        quantize_absmax_in_place,
+        double_dequantize,
+    ),
+}
+
+# --- the 4-bit linear ---
+
+
+def with_its_own_gradient(self: Linear4bit, x: Tensor) -> Tensor:
+    """Compute with the 4-bit weight, and pass the gradient of the weight before it was quantized."""
+    W = self.get_buffer("dense")
+    return self(x).detach() + F.linear(x, W) - F.linear(x, W).detach()
+
+
+def with_whole_blocks(self: Linear4bit, x: Tensor) -> Tensor:
+    W = dequantize_whole_blocks(self.packed, self.absmax, self.shape, 64)
+    return F.linear(x, W.to(x.dtype), self.b)
+
+
+def keeping_dense(W: Tensor, b: Tensor | None, double_quant: bool = False) -> Wrong:
+    layer = Linear4bit(W, b, double_quant)
+    layer.register_buffer("dense", W)
+    return Wrong(layer, with_its_own_gradient)
+
+
+def trained_copy(W: Tensor, b: Tensor | None, double_quant: bool = False) -> Wrong:
+    weight = nn.Parameter(W.detach().clone())
+    wrong = Wrong(Linear4bit(W, b, double_quant), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
+    wrong.register_parameter("weight", weight)
+    return wrong
+
+
+def rounded_in_evaluation(self: Linear4bit, x: Tensor) -> Tensor:
+    self.absmax = self.absmax if self.training else self.absmax.bfloat16().float()
+    return self(x)
+
+
+LINEAR4BIT: Mapping[str, Callable[..., Any]] = {
+    "the bias is missing": lambda W, b, double_quant=False: Linear4bit(W, None, double_quant),
+    "the weight is not quantized": lambda W, b: lambda x: F.linear(x, W, b),
+    "each row is taken for ⌊in/block_size⌋ whole blocks": with_formula(  # bitsandbytes 0.50.2 on AVX512
+        Linear4bit, with_whole_blocks
+    ),
+    "double quantization is ignored": lambda W, b, double_quant=False: Linear4bit(W, b),
+    "the input gets no gradient": with_formula(  # bitsandbytes 0.50.2 on AVX512
+        Linear4bit, lambda self, x: self(x.detach())
+    ),
+    "the gradient is that of the weight before it was quantized": keeping_dense,
+    "a dense copy of the weight is trained": trained_copy,
+    "an evaluation rounds the absmaxes to bfloat16": with_formula(  # bitsandbytes 0.50.2 on AVX512
+        Linear4bit, rounded_in_evaluation
+    ),
+}

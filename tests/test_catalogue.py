@@ -1,0 +1,62 @@
+"""Each mistake of the catalogue is refused and named, each law refuses one, and what they are made of passes."""
+
+from contextlib import suppress
+
+import pytest
+
+from minilora.testing import CheckFailure, NotApplicable, implementations, laws
+from minilora.testing.catalogue import CATALOGUE
+
+CORRECT = {
+    "lora": implementations.LoRALayer,
+    "rslora": implementations.LoRALayer,
+    "dora": implementations.DoRALayer,
+    "merge": implementations.merge,
+    "merge_dora": implementations.merge,
+    "adapter_sum": implementations.add_adapters,
+    "nf4": (implementations.nf4_quantize, implementations.nf4_dequantize),
+    "double_quant": (implementations.double_quantize, implementations.double_dequantize),
+    "linear4bit": implementations.Linear4bit,
+    "loss_masking": implementations.masked_loss,
+    "accumulation": implementations.accumulated_gradient,
+    "chat_mask": implementations.render_chat,
+}
+ALSO = {"lora": ("rslora",), "merge": ("merge_dora",)}  # kinds that have the same mistakes
+MISTAKES = [
+    pytest.param(kind, name, id=f"{kind}: {name}", marks=() if i % 8 == 0 else pytest.mark.long)
+    for kind in CATALOGUE
+    if kind not in ("rslora", "merge_dora")
+    for i, name in enumerate(CATALOGUE[kind])
+]
+
+
+@pytest.mark.parametrize("kind", CORRECT)
+def test_the_right_implementation_keeps_every_law(kind):
+    for law in laws(kind).values():
+        with suppress(NotApplicable):
+            assert law.check(CORRECT[kind]).ratio <= 1
+
+
+@pytest.mark.parametrize(("kind", "name"), MISTAKES)
+def test_a_mistake_is_refused_and_named(kind, name):
+    for law in laws(kind, *ALSO.get(kind, ())).values():
+        try:
+            law.check(CATALOGUE[kind][name])
+        except NotApplicable:
+            continue
+        except CheckFailure as failure:
+            if name in failure.causes:
+                return
+    pytest.fail("no law refuses it by name")
+
+
+def refuses(law, mistake):
+    try:
+        return not all(law.keeps(mistake, case) for case in law.cases())
+    except NotApplicable:
+        return False
+
+
+@pytest.mark.parametrize("law", [law for law in laws().values() if law.kind in CATALOGUE], ids=lambda law: law.id)
+def test_a_law_refuses_a_mistake(law):
+    assert any(refuses(law, mistake) for mistake in CATALOGUE[law.kind].values())
