@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from minilora.errors import in_recipe
 
 __version__ = "0.2.0"
-_ELSEWHERE = {  # names in PEFT, transformers and TRL, and what to use here
+_ELSEWHERE = {  # names in PEFT, transformers, TRL and earlier versions, and what to use here
     "AutoModelForCausalLM": "ml.load_model",
     "AutoModelForSequenceClassification": "recipes/classify_texts.py in minilora's repository",
     "AutoTokenizer": "ml.load_tokenizer",
     "BitsAndBytesConfig": "ml.QuantizeConfig",
     "LoraModel": "ml.attach",
+    "Meter": "ml.ProgressBar",
     "PeftModel": "ml.load_adapter",
     "SFTConfig": "ml.TrainConfig",
     "SFTTrainer": "ml.train",

@@ -19,7 +19,7 @@ from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import load_dataset
 from minilora.runs.loop import TrainResult, train
-from minilora.runs.reports import Meter
+from minilora.runs.reports import ProgressBar
 from minilora.runs.seeded import set_dropout_step
 from minilora.runs.tracking import Tracker
 
@@ -32,8 +32,8 @@ __all__ = [
     "Example",
     "FormatError",
     "LoraConfig",
-    "Meter",
     "MiniloraError",
+    "ProgressBar",
     "QuantizeConfig",
     "ShapeError",
     "TargetError",

@@ -11,7 +11,7 @@ the adapter is one of PEFT, which puts it on `AutoModelForSequenceClassification
     model = Classifier(ml.load_model("path/to/model"), labels=["animal", "plant"])
     ml.attach(model, ml.LoraConfig(modules_to_save=("score",), task_type="SEQ_CLS"))
     rows = read_rows("train.jsonl", tokenizer, model.labels)  # a line: {"text": "a young cat", "label": "animal"}
-    ml.train(model, rows, ml.TrainConfig(learning_rate=1e-3, epochs=3), ml.Meter(), loss=class_loss)
+    ml.train(model, rows, ml.TrainConfig(learning_rate=1e-3, epochs=3), ml.ProgressBar(), loss=class_loss)
     ml.save_adapter(model, "out")  # ml.load_adapter(model, "out") puts it on a model made like this one
     print(measure(model, read_rows("test.jsonl", tokenizer, model.labels)))
     print(predict(model, tokenizer, ["an old oak"]))

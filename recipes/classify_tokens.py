@@ -10,7 +10,7 @@ The other tokens of a word, [CLS], [SEP] and the padding have no label [Devlin e
     model = AutoModelForTokenClassification.from_pretrained("bert-base-cased", id2label={0: "O", 1: "animal"})
     ml.attach(model, ml.LoraConfig(target_modules="all-linear", modules_to_save=["classifier"], task_type="TOKEN_CLS"))
     rows = read_rows("train.jsonl", tokenizer, model)  # a line: {"tokens": ["a", "cat"], "labels": ["O", "animal"]}
-    ml.train(model, rows, ml.TrainConfig(learning_rate=1e-3, epochs=3), ml.Meter(), loss=class_loss)
+    ml.train(model, rows, ml.TrainConfig(learning_rate=1e-3, epochs=3), ml.ProgressBar(), loss=class_loss)
     ml.save_adapter(model, "out")  # ml.load_adapter(model, "out") puts it on a model loaded like this one
     print(measure(model, read_rows("test.jsonl", tokenizer, model)))
     print(predict(model, tokenizer, ["an", "old", "oak"]))

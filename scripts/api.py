@@ -30,7 +30,7 @@ PARTS = {
         combine_adapters CombineConfig count_parameters
     """,
     "Data and training": """
-        load_dataset Dataset Example DataConfig train TrainConfig TrainResult Meter Tracker
+        load_dataset Dataset Example DataConfig train TrainConfig TrainResult ProgressBar Tracker
         set_dropout_step
     """,
     "Kernels": "plain kernels",

@@ -17,7 +17,7 @@ from minilora.durable import MANIFEST
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig
-from minilora.runs.reports import Meter
+from minilora.runs.reports import ProgressBar
 from minilora.runs.run import Run
 from tests.files import write_adapter
 from tests.models import tiny_model
@@ -149,14 +149,14 @@ def starts(out):
 
 def interrupt(monkeypatch, step, times=1, number=signal.SIGINT):
     """Press Ctrl-C, or send another signal, while this step is being reported."""
-    report = Meter.__call__
+    report = ProgressBar.__call__
 
-    def press(meter, record):
+    def press(bar, record):
         for _ in range(times if record["step"] == step else 0):
             signal.raise_signal(number)
-        return report(meter, record)
+        return report(bar, record)
 
-    monkeypatch.setattr(Meter, "__call__", press)
+    monkeypatch.setattr(ProgressBar, "__call__", press)
 
 
 def interrupt_generation(monkeypatch, call):

@@ -42,7 +42,7 @@ from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import check_memory, check_room
-from minilora.runs.reports import Meter, beginning, ending
+from minilora.runs.reports import ProgressBar, beginning, ending
 from minilora.runs.run import Run
 from minilora.runs.seeded import plan_steps
 from minilora.storage import ASSETS, BUILTIN, read_json
@@ -108,8 +108,8 @@ def run(options: Options) -> int:
 
 def _finetune(run: Run, device: torch.device, options: Options) -> int:
     step = run.prepare()
-    with closing(Meter()) as meter:
-        data = run.read_data(meter.show)
+    with closing(ProgressBar()) as bar:
+        data = run.read_data(bar.show)
     plan, memory = run.fit_to_memory(data, device)
     if not options["force"]:
         check_memory(plan, memory)
@@ -123,25 +123,25 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
     run.attach_adapter(model, data)
     _start(run, model, data, step, options["config"])
     made = "model" if run.is_full else "adapter"
-    meter = Meter("held-out" if data.valid is data.test else "validation")
+    bar = ProgressBar("held-out" if data.valid is data.test else "validation")
     with nullcontext() if run.is_full else disable_adapter(model):
-        before, base_samples = _measure(run, model, data, meter, "base model")
-    result = _train_until_signal(run, model, data, meter)
+        before, base_samples = _measure(run, model, data, bar, "base model")
+    result = _train_until_signal(run, model, data, bar)
     if not result.finished:
-        meter.close()
+        bar.close()
         say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
         world.barrier()  # the first rank has said so before another one ends
-        return SIGNALLED + (meter.stopped_by or signal.SIGTERM)  # which another rank got
+        return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    after, samples = _measure(run, model, data, meter, made)
+    after, samples = _measure(run, model, data, bar, made)
     drift = None
     if data.general:
         base: Any = run.load_base(data, device) if run.is_full else None
-        drift = measure_drift(model, data.general, meter.rows("measuring general text"), base)
-    meter.close()
+        drift = measure_drift(model, data.general, bar.rows("measuring general text"), base)
+    bar.close()
     if world.is_first():
         run.finish(model, data.tokenizer, result, before, after, drift)
     print(_table(made, result, before, after, drift), flush=True)
@@ -154,8 +154,8 @@ def _finetune(run: Run, device: torch.device, options: Options) -> int:
 
 def _dry_run(run: Run, device: torch.device, options: Options) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
-    with closing(Meter()) as meter:
-        data = run.read_data(meter.show)
+    with closing(ProgressBar()) as bar:
+        data = run.read_data(bar.show)
     plan, memory = run.fit_to_memory(data, device)
     model = run.load_base(data, "meta")
     run.attach_adapter(model, data)
@@ -253,17 +253,17 @@ def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
         yield describe_skipped(f"{name} ", rows.bad)
 
 
-def _train_until_signal(run: Run, model: Llama, data: Data, meter: Meter) -> TrainResult:
+def _train_until_signal(run: Run, model: Llama, data: Data, bar: ProgressBar) -> TrainResult:
     """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record:
             record = {**record, "samples": _samples(run, model, data, data.valid)}
-        stops = meter(record)
+        stops = bar(record)
         run.log(record)
         return stops
 
-    previous = {number: signal.signal(number, meter.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, bar.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return train(model, data.train, run.training, on_step, data.valid, run.out / "checkpoints")
     finally:
@@ -271,9 +271,9 @@ def _train_until_signal(run: Run, model: Llama, data: Data, meter: Meter) -> Tra
             signal.signal(number, handler)
 
 
-def _measure(run: Run, model: Llama, data: Data, meter: Meter, name: str) -> tuple[Scores, list[dict[str, str]]]:
+def _measure(run: Run, model: Llama, data: Data, bar: ProgressBar, name: str) -> tuple[Scores, list[dict[str, str]]]:
     """Evaluate a model on the held-out rows, and let it answer the first of them."""
-    scores = evaluate(model, data.test, data.choices, partial(meter.rows, f"measuring the {name}"))
+    scores = evaluate(model, data.test, data.choices, partial(bar.rows, f"measuring the {name}"))
     return scores, _samples(run, model, data, data.test)
 
 

@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-import time
 import unicodedata
-from datetime import datetime, timedelta
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
+
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minilora.errors import FormatError
 from minilora.runs.evaluate import Progress
@@ -22,11 +23,21 @@ from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 from minilora.storage import RECORDS_BYTES, parse_json, read_json, read_text
 
-BAR = 12  # characters
+BAR = " {n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}"
 
 
-class Meter:
-    """Print progress to standard error: one line that is rewritten on a terminal, else a line every few seconds.
+class _Lines:
+    """Standard error that is no terminal: each state of a bar is a line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None: ...
+
+
+class ProgressBar:
+    """Show progress on standard error by tqdm: a bar on a terminal, else a line every few seconds.
 
     It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
 
@@ -38,57 +49,55 @@ class Meter:
     def __init__(self, evaluated: str = "held-out", every: float = 5.0):
         self.evaluated = evaluated
         self.every = every
-        self.is_terminal = sys.stderr.isatty()
         self.stopped_by: int | None = None  # the number of a signal
-        self.last = -every
-        self.first: tuple[float, int] | None = None
+        self._what = ""  # that the bar shows
+        self._bar: tqdm[Any] | None = None
 
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
-            self._show_evaluation(record)
+            self._keep_evaluation(record)
         elif "skipped" in record:
             self.keep(f"skipped {record['skipped']}")
         else:
-            self._show_step(record)
+            memory = amount(record["peak_memory_bytes"])
+            about = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, peak {memory}"
+            self.show("step", record["step"], record["total_steps"], about)
         return self.stopped_by is not None
-
-    def _show_step(self, record: Record) -> None:
-        now = time.monotonic()
-        began, first_step = self.first = self.first or (now, record["step"])
-        done, remaining = record["step"] - first_step, record["total_steps"] - record["step"]
-        left = f"{timedelta(seconds=round((now - began) / done * remaining))}" if done else "?"
-        filled = BAR * record["step"] // record["total_steps"]
-        bar = f"{'━' * filled}{'─' * (BAR - filled)}  " if self.is_terminal else ""
-        self.show(
-            f"step {record['step']}/{record['total_steps']}  {bar}loss {record['loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left  peak {amount(record['peak_memory_bytes'])}",
-            is_last=not remaining,
-        )
 
     def rows(self, *what: str) -> Progress:
         """Return a callback that reports the progress of an evaluation."""
-        self.last = time.monotonic()
+        return partial(self.show, f"{', '.join(what)}: row")
 
-        def report(done: int, total: int) -> None:
-            self.show(f"{', '.join(what)}: {done:,} of {total:,} rows")
-
-        return report
-
-    def show(self, text: str, is_last: bool = False) -> None:
-        """Print a line that the next one overwrites; without a terminal, one every few seconds."""
-        now = time.monotonic()
-        if self.is_terminal:
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
-            print(f"\r\x1b[K{text[:width]}", end="\n" if is_last else "", file=sys.stderr, flush=True)
-        elif is_last or now - self.last >= self.every:
-            self.last = now
-            print(text, file=sys.stderr, flush=True)
+    def show(self, what: str, done: int = 0, total: int | None = None, about: str = "") -> None:
+        """Show what is done, and how much of it; the line of something else is replaced."""
+        if self._bar is None or self._what != what:
+            self.close()
+            self._what = what
+            file, interval = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), self.every)
+            self._bar = tqdm(
+                desc=what,
+                total=total,
+                initial=done,
+                postfix=about,
+                bar_format="{desc}" + (BAR if total else ""),
+                leave=what == "step",
+                delay=interval if total and what != "step" else 0,  # an evaluation that is short is not shown
+                file=file,
+                mininterval=interval,
+                miniters=1,  # the clock decides alone
+            )
+        self._bar.set_postfix_str(about, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
 
     def keep(self, text: str) -> None:
         """Print a line that stays."""
-        print(("\r\x1b[K" if self.is_terminal else "") + text, file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, file=sys.stderr, flush=True)
 
-    def _show_evaluation(self, record: Record) -> None:
+    def _keep_evaluation(self, record: Record) -> None:
         step = record["step"]
         best = record["best_step"]
         note = ", the lowest so far" if best == step else f", lowest at step {best}" if best else ""
@@ -106,9 +115,10 @@ class Meter:
         self.keep("finishing this step; a second signal stops at once")
 
     def close(self) -> None:
-        """Clear the line that would be overwritten next."""
-        if self.is_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        """End the line that would be overwritten next."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def visible(text: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minilora import cli
-from minilora.runs.reports import Meter
+from minilora.runs.reports import ProgressBar
 from tests.models import long
 from tests.ranks import start_process
 from tests.runs import ADAPTER, FULL, finetune, starts, steps, words
@@ -164,15 +164,15 @@ def test_a_directory_that_is_read_only_is_one_line(capsys, directory):
 
 
 def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(directory, tmp_path, monkeypatch, capsys):
-    report = Meter.__call__
+    report = ProgressBar.__call__
 
-    def exhaust(meter, record):
+    def exhaust(bar, record):
         if record["step"] == 5:
             torch.empty(2**55)
-        return report(meter, record)
+        return report(bar, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Meter, "__call__", exhaust)
+        patch.setattr(ProgressBar, "__call__", exhaust)
         assert cli.main(command(directory, tmp_path / "run")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("minilora: out of memory: ")

@@ -10,7 +10,7 @@ import minilora as ml
 from minilora.data import collate
 from minilora.durable import append_line
 from minilora.runs import loop
-from minilora.runs.reports import Meter, read_records
+from minilora.runs.reports import ProgressBar, read_records
 from minilora.runs.seeded import plan_steps
 from minilora.training import token_loss
 from tests.models import tiny_model
@@ -129,7 +129,7 @@ def test_a_gradient_whose_square_overflows_stops_the_run_before_it_stops_learnin
 
 def test_a_skipped_step_is_said_and_recorded_as_json(tmp_path, capsys):
     record = {"step": 2, "loss": None, "grad_norm": None, "learning_rate": 0.1, "skipped": "loss nan", "tokens": 3}
-    assert Meter()({**record, "total_steps": 3, "tokens_per_second": 1.0}) is False
+    assert ProgressBar()({**record, "total_steps": 3, "tokens_per_second": 1.0}) is False
     assert "skipped loss nan" in capsys.readouterr().err
     append_line(tmp_path / "metrics.jsonl", {"step": 1, "loss": 1.5, "learning_rate": 0.1, "grad_norm": 1.0})
     append_line(tmp_path / "metrics.jsonl", record)
