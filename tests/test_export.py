@@ -13,9 +13,10 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.cli import main
+from minilora.cli.export import export_adapter
 from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
-from minilora.tools.export import FOLDED, KEPT, NOT_PLAIN, export_adapter
+from minilora.tools.inspect import FOLDED, KEPT, NOT_PLAIN
 from tests.files import edit, save_file, saved
 from tests.models import WHOLE, examples, scales, seeds, tiny_model
 from tests.runs import everything
@@ -116,7 +117,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("field", NOT_PLAIN)
+@pytest.mark.parametrize("field", VALUES)
 @pytest.mark.parametrize("is_said", [True, False])
 def test_what_no_a_and_b_can_say_is_refused_by_name_with_the_way_out(tmp_path, field, is_said):
     """Also where the config keeps silent about what the tensors hold."""
@@ -125,9 +126,18 @@ def test_what_no_a_and_b_can_say_is_refused_by_name_with_the_way_out(tmp_path, f
     ml.save_adapter(model, tmp_path / "first")
     if not is_said:
         edit(tmp_path / "first", **{field: None})
-    with pytest.raises(ml.ConfigError, match=rf"no plain form(.|\n)*{field}(.|\n)*minilora merge"):
+    with pytest.raises(ml.ConfigError, match=rf"no plain form; use `minilora merge`:(.|\n)*{field}"):
         export_adapter(tmp_path / "first", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_factors_of_a_convolution_are_refused(tmp_path):
+    assert NOT_PLAIN.keys() == {*VALUES, "convolutions"}
+    saved(tmp_path / "first", target_modules=("q_proj",))
+    tensors = load_file(tmp_path / "first" / WEIGHTS_FILE)
+    save_file({name: tensor[..., None] for name, tensor in tensors.items()}, tmp_path / "first" / WEIGHTS_FILE)
+    with pytest.raises(ml.ConfigError, match="convolutions: A and B of a convolution"):
+        export_adapter(tmp_path / "first", tmp_path / "plain")
 
 
 def test_a_start_that_lies_in_the_base_is_refused_unless_it_is_converted(tmp_path):

@@ -13,11 +13,11 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
+from minilora.cli.export import export_adapter
 from minilora.durable import write_json
 from minilora.storage import read_json
 from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
-from minilora.tools.export import FOLDED, KEPT, export_adapter
-from minilora.tools.inspect import adapter_facts, delta_norm, inspect_path, norm
+from minilora.tools.inspect import FOLDED, KEPT, adapter_facts, delta_norm, inspect_path, norm
 from tests.adapters import Conv1D
 from tests.files import edit, save_file, saved, write_base
 from tests.golden.make_adapters import FOLDER, base_of

@@ -26,6 +26,7 @@ from minilora.errors import (
     ConfigError,
     ShapeError,
     TrainingError,
+    answers,
     check_types,
     document_fields,
     in_recipe,
@@ -45,6 +46,7 @@ NOT_ADDED = {  # fields of a LoraConfig, and why adapters that have them cannot 
 }
 
 
+@answers(density=in_recipe("ties_and_dare"), majority_sign_method=in_recipe("ties_and_dare"))
 @document_fields
 @dataclass(frozen=True)
 class CombineConfig:
@@ -85,7 +87,7 @@ class CombineConfig:
 class Factors(NamedTuple):
     """The factors of an adapter at one module: ΔW = scale · lora_B lora_A.
 
-    Shapes: lora_A (r, in), lora_B (out, r); of a convolution (r, in, k, …), (out, r, 1, …)
+    Shapes: lora_A (r, in), lora_B (out, r)
     """
 
     lora_A: Tensor
@@ -111,7 +113,7 @@ def combine(
     Raises:
         ConfigError: there is not one finite weight for each adapter, or the result is not finite.
         TrainingError: an update to cut is not finite.
-        ShapeError: the adapters of a module do not fit together.
+        ShapeError: the adapters of a module do not fit together, or are no matrices, as those of a convolution.
     """
     config = config or CombineConfig()
     if not any(adapters) or len(adapters) != len(weights) or not all(abs(w) <= WEIGHT for w in weights):
@@ -129,22 +131,18 @@ def combine(
 
 def _combine(parts: Sequence[Factors], weights: Sequence[float], config: CombineConfig) -> LowRank:
     """Combine the adapters of one module."""
-    tails = [factor.shape[2:] for factor in parts[0][:2]]
-    flat = [Factors(A.flatten(1), B.flatten(1), s) for A, B, s in parts]
     if config.combination_type == "linear":
-        shares = [weight * part.scale for part, weight in zip(flat, weights, strict=True)]
+        shares = [weight * part.scale for part, weight in zip(parts, weights, strict=True)]
         roots = [math.sqrt(abs(share)) for share in shares]
         signed = map(math.copysign, roots, shares)
-        lora_A = torch.stack([root * part.lora_A for root, part in zip(signed, flat, strict=True)]).sum(0)
-        lora_B = torch.stack([root * part.lora_B for root, part in zip(roots, flat, strict=True)]).sum(0)
-        cut = LowRank(Factors(lora_A, lora_B))
-    else:
-        cut = LowRank(concatenate(flat, weights))
-    if config.combination_type == "svd":
-        largest = None if config.svd_energy else max(part.lora_A.size(0) for part in parts)
-        cut = truncate(cut.factors, config.svd_rank or largest, config.svd_energy)
-    lora_A, lora_B = (factor.unflatten(1, (-1, *t)) for factor, t in zip(cut.factors[:2], tails, strict=True))
-    return cut._replace(factors=Factors(lora_A, lora_B))
+        lora_A = torch.stack([root * part.lora_A for root, part in zip(signed, parts, strict=True)]).sum(0)
+        lora_B = torch.stack([root * part.lora_B for root, part in zip(roots, parts, strict=True)]).sum(0)
+        return LowRank(Factors(lora_A, lora_B))
+    found = concatenate(parts, weights)
+    if config.combination_type == "cat":
+        return LowRank(found)
+    largest = None if config.svd_energy else max(part.lora_A.size(0) for part in parts)
+    return truncate(found, config.svd_rank or largest, config.svd_energy)
 
 
 def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -201,8 +199,10 @@ def check_additive(name: str, config: LoraConfig) -> None:
 
 def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list[Factors]:
     """Check the shapes of a module's adapters, and return them in their widest dtype, float32 at least."""
-    shapes = {(*A.shape[1:], *B.shape[:1], *B.shape[2:]) for A, B, _ in parts}
+    shapes = {(A.shape[1:], B.shape[:1]) for A, B, _ in parts}
     found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
+    if any((A.dim(), B.dim()) != (2, 2) for A, B, _ in parts):
+        raise ShapeError(f"{path}: need matrices, found {found}")
     if len(shapes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
         raise ShapeError(f"{path}: the adapters do not fit together: {found}")
     if config.combination_type == "linear" and len({A.size(0) for A, _, _ in parts}) > 1:

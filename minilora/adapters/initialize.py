@@ -20,7 +20,6 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -38,22 +37,18 @@ def initial_factors(
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    True:         A ~ U(-1/√fan, 1/√fan), PyTorch's own start of a layer ([He] with slope √5); B = 0
+    True:         A ~ U(-1/√in, 1/√in), PyTorch's own start of a layer ([He] with slope √5); B = 0
     "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
     "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
     False:        A and B both as PyTorch starts them, for tests
 
-    fan is the number of inputs of one output: for a convolution, those under its kernel.
-
-    Shapes: shape_A (r, in, ...), shape_B (out, r, ...) -> shape_A, shape_B
+    Shapes: shape_A (r, in), shape_B (out, r) -> shape_A, shape_B
     Raises:
-        ConfigError: another kind, or orthogonal factors of an odd rank or a convolution in groups.
+        ConfigError: another kind, or orthogonal factors of an odd rank.
     """
     if kind == "orthogonal":
-        lora_A, lora_B = _orthogonal_factors(shape_A[0], math.prod(shape_A[1:]), math.prod(shape_B), generator)
-        if shape_B[0] != lora_B.size(0):
-            raise ConfigError("init_lora_weights 'orthogonal' is not defined for a convolution in groups")
-        return lora_A.view(*shape_A), lora_B.view(*shape_B)
+        (r, inner), (out, _) = shape_A, shape_B
+        return _orthogonal_factors(r, inner, out, generator)
     if kind == "gaussian":
         return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
     if not isinstance(kind, bool):
@@ -78,7 +73,7 @@ def embedding_factors(
 
 
 def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    bound = math.prod(shape[1:]) ** -0.5
+    bound = shape[1] ** -0.5
     return _zeros(shape).uniform_(-bound, bound, generator=generator)
 
 
@@ -86,12 +81,12 @@ def _zeros(shape: Sequence[int]) -> Tensor:
     return torch.zeros(*shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
 
 
-def _orthogonal_factors(r: int, fan: int, size_B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _orthogonal_factors(r: int, inner: int, out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw A = Q₁ᵀ X / 10, B = Y Q₂ / 10, so that B A = Y (Q₂ Q₁ᵀ) X / 100 = 0  [Rethink].
 
     X, Y ~ N(0, 1); Q₁ are the even rows of an orthogonal matrix, Q₂ the odd ones. All in float64, rounded once.
 
-    Shapes: -> (r, fan), (size_B / r, r)
+    Shapes: -> (r, in), (out, r)
     """
     if r % 2:
         raise ConfigError(f"init_lora_weights is 'orthogonal', which needs an even rank; found {r}")
@@ -100,7 +95,7 @@ def _orthogonal_factors(r: int, fan: int, size_B: int, generator: torch.Generato
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     Q = torch.linalg.qr(draw(r, r)).Q
-    lora_A, lora_B = Q[0::2].T @ draw(r // 2, fan) / 10, draw(size_B // r, r // 2) @ Q[1::2] / 10
+    lora_A, lora_B = Q[0::2].T @ draw(r // 2, inner) / 10, draw(out, r // 2) @ Q[1::2] / 10
     return lora_A.float(), lora_B.float()
 
 
@@ -109,7 +104,7 @@ def factors_from_weight(
 ) -> tuple[Tensor, Tensor]:
     """Return A₀ and B₀, the part s·B₀ A₀ of W that will be trained.
 
-    "pissa":         s·B A = U_r S_r V_rᵀ, the best of rank r, shared evenly (`balanced`)  [PiSSA eq. 2-4]
+    "pissa":         s·B A = U_r S_r V_rᵀ, the best of rank r: A = √(S_r/s) V_rᵀ, B = U_r √(S_r/s)  [PiSSA eq. 2-4]
     "pissa_niter_N": the same by a randomized SVD with N power iterations (`randomized_svd`)
     "olora":         B A = Q_r R_r of W = Q R, columns of B orthonormal  [OLoRA alg. 1], for files that PEFT wrote
 
@@ -121,25 +116,22 @@ def factors_from_weight(
         ConfigError: another kind, or W has no rank of r.
         TrainingError: W is not finite.
     """
-    check_rank(kind, weight.shape, r)
-    W = wide(weight)
+    out, inner = weight.shape
+    if r > min(out, inner):
+        most = f"{kind} can give a weight of {out} x {inner} at most rank {min(out, inner)}"
+        raise ConfigError(f"{most}; found r = {r}: set rank_pattern, or exclude the module")
+    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if not W.is_meta and not W.isfinite().all():
         raise TrainingError(f"{kind}: a weight of {tuple(W.shape)} holds numbers that are not finite")
     if kind == "olora":
         Q, R = torch.linalg.qr(W)
         return _own(R[:r]), _own(Q[:, :r])
     if kind == "pissa":
-        return balanced(*torch.linalg.svd(W, full_matrices=False), r=r, scale=scale)
-    if found := re.fullmatch(RANDOM_SVD_INIT, kind):
-        return balanced(*randomized_svd(W, r, int(found[1]), generator), r=r, scale=scale)
-    raise ConfigError(f"init_lora_weights is {kind!r}, accepted are 'pissa', 'pissa_niter_N' and 'olora'")
-
-
-def balanced(U: Tensor, S: Tensor, Vh: Tensor, *, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return A = √(S_r/s) V_rᵀ and B = U_r √(S_r/s), so that s·B A = U_r S_r V_rᵀ  [PiSSA eq. 2, 3].
-
-    Shapes: U (out, k), S (k), Vh (k, in), k ≥ r -> (r, in), (out, r)
-    """
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    elif found := re.fullmatch(RANDOM_SVD_INIT, kind):
+        U, S, Vh = randomized_svd(W, r, int(found[1]), generator)
+    else:
+        raise ConfigError(f"init_lora_weights is {kind!r}, accepted are 'pissa', 'pissa_niter_N' and 'olora'")
     root = (S[:r] / scale).sqrt()
     return _own(root.unsqueeze(1) * Vh[:r]), _own(U[:, :r] * root)
 
@@ -161,20 +153,6 @@ def randomized_svd(M: Tensor, r: int, iterations: int, generator: torch.Generato
         Q = torch.linalg.qr(M @ Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
     return Q @ U, S, Vh
-
-
-def check_rank(what: str, shape: Sequence[int], r: int, times: int = 1) -> None:
-    """Raise a ConfigError if a weight of this shape has fewer than `times` · r singular values."""
-    if times * r > min(shape):
-        raise ConfigError(
-            f"{what} can give a weight of {shape[0]} x {shape[1]} at most rank {min(shape) // times}; found r = {r}: "
-            "set rank_pattern, or exclude the module"
-        )
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32 at least, without a gradient."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _own(factor: Tensor) -> Tensor:

@@ -10,10 +10,17 @@ Example:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+import torch.nn.functional as F
+
+from minilora.adapters.layout import WEIGHTS_FILE, factor_name, parse_tensor_name, read_adapter, write_adapter
 from minilora.cli import Options
 from minilora.cli.flags import add_out, new_directory
-from minilora.tools.export import export_adapter
+from minilora.errors import ConfigError, listed
+from minilora.models.hub import fetch
+from minilora.storage import TensorFile
+from minilora.tools.inspect import FOLDED, KEPT, features
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,3 +33,28 @@ def run(options: Options) -> int:
         rank = export_adapter(options["adapter"], out)
     print(f"plain adapter of rank {rank} written to {options['out']}")
     return 0
+
+
+def export_adapter(path: str | Path, out: Path) -> int:
+    """Write B ← s·B, A and B padded with zeros to the largest rank, which is returned, and α = r: α/r·B A = s·B A.
+
+    A is not rounded, and B once, to float32:  |ΔW′ - ΔW| ≤ 2⁻²⁴·|s|·|B| |A|, element by element.
+    """
+    stored = read_adapter(fetch(path, "adapter"))
+    file = TensorFile(stored.path / WEIGHTS_FILE)
+    found = features(stored.values, file.shapes)
+    if reasons := [f"{name}: {why}" for name, why in found.items() if name not in FOLDED | KEPT]:
+        raise ConfigError(f"{stored.path} has no plain form; use `minilora merge`:{listed(reasons)}")
+    factors, tensors = stored.factors(), {}
+    rank = max(len(lora_A) for lora_A, _, _ in factors.values())
+    for name in file.shapes:
+        where, key = parse_tensor_name(name)
+        tensor, scale = stored.tensors[where][key], factors[where].scale
+        if key == "lora_A":
+            tensor = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
+        elif key == "lora_B":  # in float64, or s would be rounded too
+            tensor = F.pad((scale * tensor.double()).to(tensor.dtype), (0, rank - tensor.size(1)))
+        tensors[name if key == "weight" else factor_name(where, key, "lora_embedding_" in name)] = tensor
+    plain = {"r": rank, "lora_alpha": rank, "init_lora_weights": True, "use_rslora": False}
+    write_adapter(out, stored.values | plain | {"rank_pattern": {}, "alpha_pattern": {}}, tensors, file.metadata)
+    return rank

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.adapters.combine import NOT_ADDED
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import (
     ADAPTER_DTYPES,
     CONFIG_FILE,
+    FIELD_OF_TENSOR,
+    PLAIN_INITS,
     WEIGHTS_FILE,
     Stored,
     base_model_of,
     parse_tensor_name,
     read_adapter,
+    unknown_fields,
     vocabulary_of,
 )
 from minilora.durable import MANIFEST, read_manifest, settle, verify
@@ -33,7 +37,15 @@ from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import default_settings
 from minilora.runs.reports import read_records
 from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json, tensor_files
-from minilora.tools.export import features
+
+FOLDED = {  # what `minilora export` folds into B
+    "use_rslora": "the scale is lora_alpha / √r",
+    "rank_pattern": "modules have ranks of their own",
+    "alpha_pattern": "modules have a lora_alpha of their own",
+}
+KEPT = {"embeddings": "A and B of an embedding"}
+NOT_PLAIN = {field: why for field, why in NOT_ADDED.items() if field != "task_type"}
+NOT_PLAIN["convolutions"] = "A and B of a convolution"
 
 
 def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[str, Any]]:
@@ -140,7 +152,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
 def adapter_facts(directory: Path, base: Path | None = None) -> dict[str, Any]:
     """Describe an adapter, alone or on the model in the directory `base`; "problems" is why minilora does not load it.
 
-    "features" is what other readers may ignore or refuse (see `tools.export`). "modules" are those with an A and a B,
+    "features" is what other readers may ignore or refuse (see `features`). "modules" are those with an A and a B,
     and how much they change; there are none if the adapter cannot be read.
 
     Raises:
@@ -263,3 +275,23 @@ def delta_norm(A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None, wei
 def norm(matrix: Tensor) -> float:
     """Return the Frobenius norm, summed in float64."""
     return torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+
+
+def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the features of an adapter beyond A and B of linears with one scale α/r, each with its effect.
+
+    `values` is its adapter_config.json, `shapes` has the shapes of its tensors by their names in the file.
+    """
+    places = {name: parse_tensor_name(name) for name in shapes}
+    found = {field for field in FOLDED | NOT_PLAIN if values.get(field) not in (None, False, "none", [], {})}
+    found |= {FIELD_OF_TENSOR[key] for _, key in places.values() if key in FIELD_OF_TENSOR}
+    if any(not module for module, _ in places.values()) and not found & {"modules_to_save", "bias"}:
+        found.add("modules_to_save")
+    if any("lora_embedding_" in name for name in places):
+        found.add("embeddings")
+    if any(key == "lora_A" and len(shapes[name]) > 2 for name, (_, key) in places.items()):
+        found.add("convolutions")
+    effects = {name: effect for name, effect in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
+    if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
+        effects["init_lora_weights"] = f"{init!r:.60} changes the base's weights at the start"
+    return effects | {key: f"{value!r:.60}" for key, value in unknown_fields(values).items()}
