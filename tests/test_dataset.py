@@ -132,13 +132,13 @@ def test_a_token_that_the_model_does_not_have_is_found_in_arrays_too(tokenizer, 
         check_examples(tiny_model(vocab_size=largest), data)
 
 
-def test_choices_are_those_of_all_splits_and_none_where_a_row_has_no_prompt():
+def test_there_are_no_choices_where_a_row_has_no_prompt():
     def row(prompt, answer):
         return ml.Example([*prompt, answer], [*[IGNORE_INDEX] * len(prompt), answer])
 
     few = [row([1], 5), row([1, 2], 6)] * 5
-    assert find_choices(few[:3], few[3:]) == [(5,), (6,)]
-    assert find_choices(few, [row([], 5)]) is None
+    assert find_choices(few) == [(5,), (6,)]
+    assert find_choices([*few, row([], 5)]) is None
 
 
 # --- memory ---

@@ -11,7 +11,9 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.models.generate import generate
 from minilora.runs import evaluate, objective
+from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import answer_of, choice_accuracy, held_out_loss, measure_drift, prompt_of
+from minilora.runs.formats import Row
 from minilora.testing.compare import assert_maths
 from tests.models import examples, seeds, tiny_model
 from tests.training import adapted, number, plain_loss, random_rows
@@ -83,9 +85,13 @@ def test_a_new_adapter_drifts_nowhere():
     assert found.kl == 0
 
 
-def test_an_exact_match_needs_a_prompt(tokenizer):
+@pytest.mark.parametrize("post", ["none", "bos"])
+def test_an_exact_match_needs_a_prompt_of_more_than_the_tokenizer_adds(tokenizer, post):
+    tokenizer = tokenizer(post=post)
+    rows = encode_rows([Row({"text": "the cat"}, "a.jsonl:3")], tokenizer, ml.DataConfig())
+    assert prompt_of(rows[0]) == tokenizer.encode("")
     with pytest.raises(ml.DataError, match=r"a\.jsonl:3: exact match needs a prompt"):
-        evaluate.exact_match(tiny_model(), [ml.Example([1, 2], [1, 2], "a.jsonl:3")], tokenizer)
+        evaluate.exact_match(tiny_model(), rows, tokenizer)
 
 
 # --- choices ---
@@ -150,6 +156,19 @@ def test_the_average_counts_and_not_the_rarest_answer():
     assert evaluate.find_choices(rows[1:]) is None
 
 
+def test_a_row_that_is_cut_in_its_answer_is_no_choice_and_counts_for_no_accuracy(tokenizer):
+    tokenizer, model = tokenizer(), tiny_model(vocab_size=400)
+    rows = [Row({"prompt": f"{i}?", "completion": " yes" if i % 3 else " no"}) for i in range(9)]
+    cut = Row({"prompt": "the cat? " * 20, "completion": " yes"})
+    limit = len(tokenizer.encode("the cat? " * 20 + " yes")) - 1
+    encoded = [encode_rows(each, tokenizer, ml.DataConfig(max_length=limit)) for each in (rows, [*rows, cut])]
+    assert (len(encoded[1]), encoded[1].truncated) == (10, 1)
+    choices = evaluate.find_choices(encoded[0])
+    assert len(choices) == 2
+    assert evaluate.find_choices(encoded[1]) == choices
+    assert choice_accuracy(model, encoded[1], choices) == choice_accuracy(model, encoded[0], choices)
+
+
 # --- exact match ---
 
 
@@ -165,8 +184,9 @@ def greedy(model, prompt, stop, limit):
 
 
 @few
-@given(seeds)
-def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed):
+@given(seeds, st.sampled_from([1, 2, 8]))
+def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed, batch_size):
+    """An end token is no part of it, also where the tokenizer does not mark it as special."""
     tokenizer, draw = copy.copy(tokenizer()), random.Random(seed)
     model = tiny_model(vocab_size=400, num_hidden_layers=1)
     prompts = [[draw.randrange(4, 400) for _ in range(3)] for _ in range(4)]
@@ -177,16 +197,21 @@ def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokeniz
     answers = [greedy(model, prompt, tokenizer.stop_ids, 4) or [5] for prompt in prompts]
     answers[1] = [*answers[1][:-1], 399 - answers[1][-1]]
     space = tokenizer.encode(" ")
-    rows = [row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    rows.append(row(prompts[0], [*space, *answers[0], *space]))  # white space at the ends does not count
+    asked = list(zip(prompts, answers, strict=True))
+    asked.append((prompts[0], [*space, *answers[0], *space]))  # white space at the ends does not count
     right = [
-        tokenizer.decode(greedy(model, prompt_of(r), tokenizer.stop_ids, len(answer_of(r)) + 1)).strip()
-        == tokenizer.decode(answer_of(r)).strip()
-        for r in rows
+        tokenizer.decode(greedy(model, prompt, tokenizer.stop_ids, len(answer) + 1)).strip()
+        == tokenizer.decode(answer).strip()
+        for prompt, answer in asked
     ]
     assert right[0]
     assert right[-1]
-    assert evaluate.exact_match(model, rows, tokenizer) == sum(right) / len(rows)
+    rows, shown = [row(prompt, [*answer, *tokenizer.stop_ids]) for prompt, answer in asked], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "BATCH_SIZE", batch_size)
+        assert evaluate.exact_match(model, rows, tokenizer, lambda *done: shown.append(done)) == sum(right) / len(rows)
+    assert shown[-1] == (5, 5)
+    assert len(shown) == -(-5 // batch_size)
 
 
 @pytest.mark.parametrize("is_training", [True, False])

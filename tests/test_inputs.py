@@ -36,6 +36,13 @@ def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory
     assert first.valid == first.test
 
 
+def test_choices_are_answers_of_held_out_rows_alone(directory, tmp_path):
+    for name, choices in (("train", ["yes", "no", "perhaps"]), ("test", ["yes", "no"])):
+        write_rows(tmp_path / f"{name}.jsonl", 23, choices)
+    assert len(load(tmp_path / "train.jsonl", directory, eval_split=0.9).choices) == 3
+    assert len(load(tmp_path, directory).choices) == 2
+
+
 def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path):
     for name, count in (("train", 9), ("valid", 5), ("test", 4)):
         write_rows(tmp_path / f"{name}.jsonl", count)

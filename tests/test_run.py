@@ -107,7 +107,7 @@ def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_
     ml.load_adapter(model, whole)
     assert_parity(number(found["after"]["loss"]), number(held_out_loss(model, data.test)))
     assert found["after"]["loss"] < found["before"]["loss"]
-    assert {found[when]["accuracy"] for when in ("before", "after")} <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert found["before"]["accuracy"] is found["after"]["accuracy"] is None  # of 4 rows with 2 answers
     assert (found["steps"], found["tokens"]) == (STEPS, sum(record["tokens"] for record in metrics(whole)))
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 0

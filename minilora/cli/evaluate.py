@@ -12,10 +12,13 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 
+from minilora.adapters.attach import merged
 from minilora.cli import Options, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import add_model_flags, load, read_run
+from minilora.cli.write import is_faster_merged
 from minilora.durable import without_nan
 from minilora.errors import ConfigError
 from minilora.llama import Llama
@@ -24,8 +27,9 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
-from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.evaluate import BATCH_SIZE, Progress, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import read_eval_rows
+from minilora.runs.reports import ProgressBar
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +59,8 @@ def run(options: Options) -> int:
     rows = read_eval_rows(options["data"])
     model, tokenizer, _ = load(options)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
-    value = _measure(model, tokenizer, examples, options["metric"], options["data"])
+    with closing(ProgressBar()) as bar:
+        value = _measure(model, tokenizer, examples, options, bar.rows(options["metric"]))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
     if examples.bad:
         counts["bad"] = len(examples.bad)
@@ -64,12 +69,16 @@ def run(options: Options) -> int:
     return 0
 
 
-def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, metric: str, names: Sequence[str]) -> float:
+def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Options, progress: Progress) -> float:
     """Compute a metric."""
-    if metric == "nll":
-        return held_out_loss(model, examples)
-    if metric == "exact-match":
-        return exact_match(model, examples, tokenizer)
+    if options["metric"] == "nll":
+        return held_out_loss(model, examples, progress)
+    if options["metric"] == "exact-match":
+        steps = int(examples.labelled.sum()) // BATCH_SIZE
+        with merged(model) if is_faster_merged(model, steps) else nullcontext():
+            return exact_match(model, examples, tokenizer, progress)
     if choices := find_choices(examples):
-        return choice_accuracy(model, examples, choices)
-    raise ConfigError(f"{', '.join(names)}: --metric choice needs rows with few distinct answers, each given often")
+        return choice_accuracy(model, examples, choices, progress)
+    raise ConfigError(
+        f"{', '.join(options['data'])}: --metric choice needs rows with few distinct answers, each given often"
+    )

@@ -22,9 +22,9 @@ from minilora.runs.formats import Row
 from minilora.storage import BAD_ROWS
 
 INT32 = np.dtype(np.int32)
-# Where a row lies in the tokens, how many of its labels are learned, its largest id, the index of its file, and the
-# line; -1 if the source of the row names none.
-ROW = np.dtype([(name, np.int64) for name in ("begin", "length", "labelled", "largest", "file", "line")])
+# Where a row lies in the tokens, how many of its labels are learned and how many were cut off, its largest id, the
+# index of its file, and the line; -1 if the source of the row names none.
+ROW = np.dtype([(name, np.int64) for name in ("begin", "length", "labelled", "lost", "largest", "file", "line")])
 IN_MEMORY = 2**26  # bytes of the tokens, and of the labels, that are held in memory
 SHOWN = 10_000  # rows from one line on the progress to the next
 Encode = Callable[[Row], tuple[Example, Iterable[str]]]  # returns also names of counts of `Dataset` that are one more
@@ -69,13 +69,18 @@ class Dataset(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Dataset:
         if isinstance(index, slice):
             return self.take(self.rows[index])
-        begin, length, _, _, file, line = self.rows[index].item()
+        begin, length, _, _, _, file, line = self.rows[index].item()
         tokens, labels = (held[begin : begin + length].tolist() for held in (self.tokens, self.labels))
         return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""))
 
     def take(self, rows: NDArray[Any]) -> Dataset:
         """Return a data set of some of the `rows`, in their order, without the counts."""
         return Dataset(self.tokens, self.labels, rows, self.files)
+
+    @property
+    def uncut(self) -> Dataset:
+        """The rows of which no label was cut off."""
+        return self.take(self.rows[self.rows["lost"] == 0])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -118,7 +123,7 @@ def build_dataset(
             if show and number % SHOWN == 0:
                 show(f"encoding {row.source}")
             try:
-                example = _encode(row, encode, config.max_length, counts)
+                example, lost = _encode(row, encode, config.max_length, counts)
             except DataError as error:
                 bad.append(f"{row.source}: {error}")
                 if not config.skip_bad_rows or len(bad) > BAD_ROWS:
@@ -129,7 +134,7 @@ def build_dataset(
                 continue
             file, line = _split(example.source)
             length, largest = len(example.tokens), max(example.tokens)
-            places.extend((begin, length, example.labelled, largest, files.setdefault(file, len(files)), line))
+            places.extend((begin, length, example.labelled, lost, largest, files.setdefault(file, len(files)), line))
             begin += length
             tokens.write(np.array(example.tokens, INT32).tobytes())
             labels.write(np.array(example.labels, INT32).tobytes())
@@ -141,16 +146,17 @@ def build_dataset(
     return Dataset(**values, rows=np.frombuffer(places, ROW), files=tuple(files), bad=tuple(bad))
 
 
-def _encode(row: Row, encode: Encode, limit: int, counts: Counter[str]) -> Example:
-    """Encode a row, cut it, and count what was done to it."""
+def _encode(row: Row, encode: Encode, limit: int, counts: Counter[str]) -> tuple[Example, int]:
+    """Encode a row, cut it, and count what was done to it; return also how many labels were cut off."""
     if row.problem:
         raise DataError(row.problem)
     whole, names = encode(row)
     cut = replace(whole, tokens=whole.tokens[:limit], labels=whole.labels[:limit])
     counts.update(names)
+    lost = whole.labelled - cut.labelled
     if len(whole.tokens) > limit:
-        counts.update(truncated=1, lost=whole.labelled - cut.labelled)
-    return cut
+        counts.update(truncated=1, lost=lost)
+    return cut, lost
 
 
 def _as_array(file: SpooledTemporaryFile[bytes]) -> NDArray[np.int32]:

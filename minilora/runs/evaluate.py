@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise, takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import lengths_of
+from minilora.runs.dataset import Dataset, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.seeded import Rows
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
+BATCH_SIZE = 8  # prompts that are answered at a time
 MARK = "\ufdd4"  # a noncharacter, which is in no text
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
@@ -157,18 +158,22 @@ def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[t
         progress(rows[-1] + 1, total)
 
 
-def find_choices(*splits: Sequence[Example]) -> list[Choice] | None:
+def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
     """Return the distinct answers if they are few: at most 64, each four times on average; else None.
 
-    None as well if an example has no prompt, since then there is nothing to choose by.
+    None as well if an example has no prompt, since then there is nothing to choose by. Answers that were cut are none.
     """
-    answers = set[Choice]()
-    for example in chain(*splits):
+    answers, examples = set[Choice](), _uncut(examples)
+    for example in examples:
         answers.add(answer_of(example))
         if len(answers) > MAX_CHOICES or not prompt_of(example):
             return None
-    is_few = 1 < len(answers) <= sum(map(len, splits)) // 4
+    is_few = 1 < len(answers) <= len(examples) // 4
     return sorted(answers) if is_few else None
+
+
+def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
+    return examples.uncut if isinstance(examples, Dataset) else examples
 
 
 def choice_accuracy(
@@ -176,8 +181,9 @@ def choice_accuracy(
 ) -> float:
     """Return the share of examples whose answer is the most likely of the `choices` after the prompt.
 
-    The ending that all choices share, such as a closing token, is left off.
+    The ending that all choices share, such as a closing token, is left off. Examples whose answer was cut do not count.
     """
+    examples = _uncut(examples)
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
     copies = len({answer[:-1] for answer in answers})
@@ -208,15 +214,22 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
         yield [sum(logs[answer[:-1]][j, token].item() for j, token in enumerate(answer)) for answer in answers]
 
 
-def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer) -> float:
+def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer, progress: Progress = _ignore) -> float:
     """Return the share of examples whose answer the model generates, greedily, except for white space at its ends."""
-    correct = 0
+    added = tokenizer.encode("")  # around every text, such as BOS, which is no prompt
     for example in examples:
-        if not prompt_of(example):
+        if (prompt := prompt_of(example)) == added[: len(prompt)]:
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-        room = len(answer_of(example)) + 1
-        written = generate(model, [prompt_of(example)], max_new_tokens=room, stop_ids=tokenizer.stop_ids)[0]
-        correct += tokenizer.decode(written).strip() == tokenizer.decode(answer_of(example)).strip()
+    correct = 0
+    for begin in range(0, len(examples), BATCH_SIZE):
+        part = examples[begin : begin + BATCH_SIZE]
+        answers = [list(takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(each))) for each in part]
+        room = max(map(len, answers)) + 1
+        written = generate(model, map(prompt_of, part), max_new_tokens=room, stop_ids=tokenizer.stop_ids)
+        for answer, text in zip(answers, written, strict=True):
+            own = text[: len(answer) + 1]  # what it would be alone
+            correct += tokenizer.decode(own).strip() == tokenizer.decode(answer).strip()
+        progress(begin + len(part), len(examples))
     return correct / len(examples)
 
 

@@ -194,7 +194,7 @@ class Run:
         encoded = encode_files(files, tokenizer, self.data_config, show)
         splits = hold_out(encoded, self.config.eval_split, self.training)
         general = load_general(self.config.general_data, tokenizer, self.data_config)
-        choices = find_choices(splits["train"], splits["test"])
+        choices = find_choices(splits["test"])
         return Data(tokenizer, **splits, choices=choices, files=hash_files(files), general=general)
 
     def fit_to_memory(self, data: Data, device: torch.device) -> tuple[Plan, Forecast]:
