@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
@@ -86,6 +87,20 @@ def check_types(owner: Any, values: Mapping[str, object]) -> None:
     if bad:
         wrong = (f"{name} is {value!r:.80}, need {in_words(hints[name])}" for name, value in bad)
         raise ConfigError(f"{owner.__name__}: {'; '.join(wrong)}")
+    for name, value in values.items():
+        check_utf8(f"{owner.__name__}: {name}", *(value if isinstance(value, list | tuple) else (value,)))
+
+
+def check_utf8(what: str, *values: object) -> None:
+    """Raise a `ConfigError` if one of the values is text or a path that cannot be written in UTF-8.
+
+    Names of files that are in another encoding have lone surrogates in Python, which neither JSON nor safetensors take.
+    """
+    for value in values:
+        if isinstance(value, str | Path) and re.search("[\ud800-\udfff]", str(value)):
+            raise ConfigError(
+                f"{what} is {str(value)!r:.300}, which is not UTF-8; rename the file, or convert the text"
+            )
 
 
 def answers(**advice: str) -> Callable[[F], F]:

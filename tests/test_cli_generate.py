@@ -410,7 +410,7 @@ def test_what_cannot_work_is_told_in_one_line(refused):
         (["--prompt=-", "--prompt=-"], "standard input can be one prompt"),
         (["--prompt=a", "--stop="], "a stop string is empty"),
         (["--prompt=a", "--top-p=2"], "top_p 2.0"),
-        (["--prompt=\udcff"], "--prompt: prompt: found U+DCFF, which is not a character"),
+        (["--prompt=\udcff"], r"an argument is '--prompt=\udcff', which is not UTF-8"),
         (["--prompts=none.jsonl"], "none.jsonl"),
     ):
         assert phrase in refused(*words)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import minilora as ml
 from minilora.errors import fits, in_words
@@ -36,6 +37,22 @@ def test_an_argument_of_the_wrong_type_is_named(function, name):
     said = rf"{function.__name__}: .*{name} is <object object.*, need \w"
     with pytest.raises(ml.ConfigError, match=said), function(**dict.fromkeys([*others, name], UNLIKE)):
         pass  # a context manager checks its arguments when it is entered
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [
+        (ml.load_model, {"name_or_path": Path("caf\udce9")}),
+        (ml.load_dataset, {"path": ["rows.jsonl", "caf\udce9"], "tokenizer": object.__new__(ml.Tokenizer)}),
+        (ml.attach, {"model": nn.Linear(2, 2), "config": ml.LoraConfig(), "name": "caf\udce9"}),
+        (RunConfig, {"out": "caf\udce9"}),
+        (ml.DataConfig, {"system": "caf\udce9"}),
+    ],
+)
+def test_text_and_paths_in_another_encoding_than_utf_8_are_refused_by_name(function, values):
+    said = rf"{function.__name__}: \w+ is 'caf\\udce9', which is not UTF-8; rename the file, or convert the text"
+    with pytest.raises(ml.ConfigError, match=said):
+        function(**values)
 
 
 def test_a_field_of_the_wrong_type_is_named():

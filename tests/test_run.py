@@ -239,6 +239,20 @@ def test_a_finished_run_is_never_overwritten(refused, directory, whole, tmp_path
     refused(whole, "learning_rate was 0.01 and is 0.5", learning_rate=0.5, epochs=3)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+@pytest.mark.parametrize("place", ["model", "data", "out", "file"])
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line_before_anything_is_written(directory, tmp_path, capsys, place):
+    named = tmp_path / "caf\udce9.jsonl"
+    named.write_bytes((directory / "rows.jsonl").read_bytes())
+    given = {"data": tmp_path} if place == "file" else {place: named}
+    assert finetune(directory, **{"out": tmp_path / "out", "max_steps": 1, **given}) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("minilora: a")
+    assert captured.err.endswith(r"caf\udce9.jsonl', which is not UTF-8; rename the file, or convert the text" + "\n")
+    assert list(tmp_path.iterdir()) == [named]
+
+
 def test_the_command_of_a_finished_run_has_nothing_left_to_do(directory, whole, capsys):
     before = runs.everything(whole)
     assert finetune(directory, whole, save_total_limit=99) == 0

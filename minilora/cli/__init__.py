@@ -22,7 +22,7 @@ from typing import Any
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import MiniloraError, in_recipe, printable
+from minilora.errors import MiniloraError, check_utf8, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (MiniloraError, OSError, UnicodeDecodeError) as error:  # the last: of standard input
+    except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input
         is_full = re.search("No space left|[Qq]uota exceeded|File too large", str(error))
         say(f"minilora: {error}{'; make room on the disk, and repeat the command' * bool(is_full)}")
         return 1
@@ -89,6 +89,7 @@ def parse(words: Sequence[str]) -> Options:
     Flags may be spelled with underscores instead of dashes. An unknown command or flag ends the program, as in
     argparse.
     """
+    check_utf8("an argument", *words)
     words = [_dashed(word) for word in words] or ["--help"]
     if words[0] not in COMMANDS:
         overview = _overview()

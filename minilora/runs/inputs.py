@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.durable import sha256_of
-from minilora.errors import DataError, check_types
+from minilora.errors import DataError, check_types, check_utf8
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainConfig
@@ -179,6 +179,7 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     files = sorted(file for file in named if file.is_file())
     for file in files:
         check_link(file)
+        check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
             if split in found:
