@@ -104,7 +104,7 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     """
     if not count:
         raise DataError("the loss counts nothing in the rows of a step")
-    parameters = parameters_of(optimizer)
+    parameters = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad /= count
     mean, norm = total / count, total_norm([parameter.grad for parameter in parameters])
