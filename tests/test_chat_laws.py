@@ -5,7 +5,7 @@ import re
 import pytest
 
 from minilora.data import IGNORE_INDEX, label_tokens
-from minilora.runs.encoders import render_conversation
+from minilora.runs.conversations import render_conversation
 from minilora.runs.formats import Conversation
 from minilora.testing import Chat, CheckFailure, check_chat_mask, laws
 from minilora.testing.catalogue import CATALOGUE
@@ -32,7 +32,7 @@ def test_our_masks_pass(template, use_regex, tokenizer):
     chosen = tokenizer(use_regex=use_regex).with_template(template)
 
     def render(messages):
-        text, learned = render_conversation(Conversation(messages), chosen, "assistant")
+        text, learned, _ = render_conversation(Conversation(messages), chosen, "assistant")
         ids, spans = chosen.encode_spans(text, add_special_tokens=False)
         is_label = [label != IGNORE_INDEX for label in label_tokens(ids, spans, learned)]
         done, tokens = 0, []

@@ -193,20 +193,6 @@ def test_an_adapter_is_asked_with_the_system_prompt_of_its_training_unless_one_s
     assert command(*ask, "--raw", model="chat") == written(directory, "the sea", model="chat") + "\n"
 
 
-ASKED = [({"prompts": "plain"}, "--raw"), ({"config": {"system": "be kind"}}, "--system=be kind")]
-
-
-@pytest.mark.parametrize(("trained_with", "flag"), ASKED)
-def test_a_merge_says_how_the_merged_model_is_asked_as_the_adapter_was(
-    directory, capsys, monkeypatch, trained, tmp_path, trained_with, flag
-):
-    run, ask = runner(directory, capsys, monkeypatch), ("generate", "--prompt=the sea", "--max-new-tokens=8")
-    adapter, merged = f"--adapter={trained(**trained_with)}", tmp_path / "merged"
-    _, told = run("merge", "--model=chat", adapter, f"--out={merged}")
-    assert flag.partition("=")[0] in told
-    assert run(*ask, f"--model={merged}", flag)[0] == run(*ask, "--model=chat", adapter)[0]
-
-
 def test_a_configuration_beside_an_adapter_that_is_none_is_told(refused, trained):
     for config in (5, {"system": ["a"]}):
         run = trained(config=config)

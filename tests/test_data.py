@@ -91,27 +91,29 @@ OF_ALL = NUMBERED.replace("{{ loop.index }}", "{{ loop.index }} of {{ messages |
     "{{ messages | length + 1 }}", "{{ messages | length + 1 }} of {{ messages | length + 1 }}"
 )
 KIND = "{% if messages[0].role != 'system' %}Be kind.{% endif %}"
-WRITTEN = {  # template -> how it writes the beginning, and the header and the content of message i of n
+WRITTEN = {  # template -> how it writes the beginning, and the header and the content of message i
     "chatml": (CHATML, "", "{role}", str),
     "marked": (MARKED, "", "{role}", str),
     "default system": (DEFAULT_SYSTEM, f"{OPEN}system\nBe kind.{CLOSE}\n", "{role}", str),
     "trimming": (CHATML.replace("m.content", "m.content | trim"), "", "{role}", str.strip),
     "numbered": (NUMBERED, "", "{role} {i}", str),
-    "numbered of all": (OF_ALL, "", "{role} {i} of {n}", str),
-    "numbered of all, trimming": (OF_ALL.replace("m.content", "m.content | trim"), "", "{role} {i} of {n}", str.strip),
-    "default system, of all": (KIND + OF_ALL, "Be kind.", "{role} {i} of {n}", str),
+    "default system, numbered": (KIND + NUMBERED, "Be kind.", "{role} {i}", str),
 }
 
 
 def pieces_written(name, messages, train_on):
-    """The text of a conversation by one of the templates above, piece by piece, and which ones are learned."""
+    """The text of a conversation by one of the templates above, piece by piece, and which ones are learned.
+
+    Nothing follows the last answer, and nothing asks for one before the first question.
+    """
     _, begin, header, content = WRITTEN[name]
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     is_all = train_on == "all"
     pieces = [(begin if messages[0]["role"] != "system" else "", is_all)]
-    for i, message in enumerate(messages):
-        is_turn = message["role"] == "assistant" and (train_on == "assistant" or i == last)
-        written = header.format(role=message["role"], i=i + 1, n=len(messages))
+    for i, message in enumerate(messages if is_all else messages[: last + 1]):
+        is_turn = message["role"] == "assistant" and (train_on == "assistant" or i == last) and i > first
+        written = header.format(role=message["role"], i=i + 1)
         pieces += [(f"{OPEN}{written}\n", is_all), (f"{content(message['content'])}{CLOSE}\n", is_all or is_turn)]
     return pieces
 
@@ -131,7 +133,7 @@ with_tools = st.lists(
     st.booleans(),
     st.sampled_from(sorted(POST_PROCESSORS)),
 )
-@example("numbered of all", "assistant", None, [("a", "a", [("a", "a")]), ("a", "a a", [])], None, True, "none")
+@example("numbered", "assistant", None, [("a", "a", [("a", "a")]), ("a", "a a", [])], None, True, "none")
 @example("default system", "assistant", None, [("a", "b", []), ("c", "d", [])], None, False, "none")
 @example("default system", "assistant", "e", [("a", "b", [])], None, False, "none")
 @example("marked", "completion", None, [("a", "b", []), ("c", "d", [("e", "f")])], "Be brief.", True, "bos")
@@ -184,12 +186,12 @@ def test_what_a_template_adds_to_the_last_answer_alone_is_learned_with_it(tokeni
 
 
 REWRITING = {  # how the content is written, the fields of the first answer, how the last one is written
-    "cut": ("{{ m.content if loop.last else m.content[:1] }}", {"content": "bcd"}, "ghi"),
+    "cut": ("{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}", {"content": "bcd"}, "ghi"),
     "left out": ("{{ m.content if loop.last or m.role == 'user' }}", {"content": "bcd"}, "ghi"),
     "twice": ("{{ m.content }}{{ m.content if m.role == 'assistant' and not loop.last }}", {"content": "bcd"}, "ghi"),
     "thoughts": (
         "{% if m.thinking and loop.last %}{{ m.thinking }}{% endif %}{{ m.content }}",
-        {"content": "bcd", "thinking": "e"},
+        {"content": "bcd", "thinking": "xyz"},
         "ghi",
     ),
     "closed": ("{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}", {"content": "bcd"}, "ghi!"),
@@ -212,6 +214,13 @@ def test_an_earlier_answer_that_a_template_rewrites_is_refused_for_assistant_but
     assert sum(learned(found)) == len(answer_of(found))
 
 
+@pytest.mark.parametrize("train_on", ["completion", "assistant"])
+def test_an_answer_is_refused_where_what_asks_for_it_is_rewritten_once_it_is_there(tokenizer, train_on):
+    chosen = tokenizer(template=OF_ALL, eos=CLOSE)
+    with pytest.raises(ml.DataError, match="does not begin the last answer as it asks for one"):
+        encoded({"messages": conversation([("a", "b")])}, chosen, train_on)
+
+
 def test_a_template_may_refuse_conversations_that_break_off(tokenizer):
     refusing = "{{ raise_exception('no question') if messages[-1].role == 'system' }}" + CHATML
     chosen = tokenizer(template=refusing, eos=CLOSE)
@@ -221,14 +230,10 @@ def test_a_template_may_refuse_conversations_that_break_off(tokenizer):
 
 
 def test_what_a_template_leaves_out_is_not_learned_as_nothing(tokenizer):
-    parts_only = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
-    said = conversation([("what?", "the cat")])
-    in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in said]
-    called = [said[0], {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]
-    chosen = tokenizer(template=parts_only, eos=CLOSE)
-    assert encoded({"messages": in_parts}, chosen).labelled
-    with pytest.raises(ml.DataError, match="leaves out what message 0 says"):
-        encoded({"messages": said}, chosen)
+    called = [
+        *conversation([("what?", "a")])[:1],
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
+    ]
     quiet = CHATML.replace("{{ m.content }}", "{{ m.content or '' }}")
     with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
         encoded({"messages": called}, tokenizer(template=quiet, eos=CLOSE))

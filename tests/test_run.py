@@ -72,7 +72,8 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
 
 def test_a_finished_run_holds_the_files_of_the_contract_and_no_others_and_names_its_base(directory, whole):
     names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
-    assert {path.name for path in whole.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json", ".lock"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", ".lock"}
+    assert {path.name for path in whole.iterdir()} == names
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
     base = json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(directory / "model")
@@ -125,7 +126,7 @@ def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score
 
 def test_run_json_says_which_settings_versions_and_data_and_every_start(directory, whole):
     record = json.loads((whole / "run.json").read_text())
-    assert list(record) == ["config", "versions", "data_sha256", "inputs_sha256", "prompts", "starts"]
+    assert list(record) == ["config", "versions", "data_sha256", "inputs_sha256", "starts"]
     assert {name: record["config"][name] for name in runs.SETTINGS} == runs.SETTINGS
     fields = {field.name for cls in runs.CLASSES for field in dataclasses.fields(cls)} - {"task_type"}  # no setting
     assert set(record["config"]) == {FLAG_NAMES.get(name, name) for name in fields}
@@ -600,8 +601,8 @@ def test_a_run_says_how_its_adapter_wants_to_be_asked(directory, tmp_path, is_ch
     row = {"instruction": "Say it.", "output": "It."} if is_chat else {"prompt": "a", "completion": " b"}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
     assert finetune(directory, tmp_path / "out", data=tmp_path / "rows.jsonl", max_steps=1) == 0
-    prompts = json.loads((tmp_path / "out" / "run.json").read_text())["prompts"]
-    assert prompts == ("template" if is_chat else "plain")
+    prompts = json.loads((tmp_path / "out" / "minilora-prompts.json").read_text())
+    assert prompts == {"form": "template" if is_chat else "plain", "system": None}
     assert (tmp_path / "out" / "chat_template.jinja").exists() == is_chat
 
 

@@ -37,7 +37,7 @@ def whole(directory):
 
 def test_the_result_is_a_model_and_no_adapter(directory, whole, capsys):
     names = {"metrics.jsonl", "summary.json", "run.json", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
-    names |= {".lock", MANIFEST}
+    names |= {"minilora-prompts.json", ".lock", MANIFEST}
     assert {path.name for path in whole.iterdir()} == names | {"config.json", "model.safetensors"}
     model, base = (ml.load_model(path, dtype="float32") for path in (whole, directory / "model"))
     assert not adapter_layers(model)

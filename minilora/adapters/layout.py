@@ -30,9 +30,10 @@ from minilora.adapters.config import HEADS, RANDOM_SVD_INIT, LoraConfig
 from minilora.durable import MANIFEST, publishing, verify, write_json, write_tensors
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.models.hub import fetch, with_revision
+from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json, read_text
+from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -180,17 +181,12 @@ def vocabulary_of(path: str | Path) -> int:
 def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
     """Return the tokenizer of a model, or of the first adapter with tokens of its own, or None if there is none.
 
-    Its chat template is the first one that an adapter has.
+    It is asked as the adapters say, if they do.
     """
     own_tokens = (path for path in adapters if vocabulary_of(path) and (path / "tokenizer.json").is_file())
-    tokenizer, template = find_tokenizer(next(own_tokens, model)), read_template(adapters)
-    return tokenizer.with_template(template) if tokenizer and template else tokenizer
-
-
-def read_template(adapters: Sequence[Path]) -> str | None:
-    """Return the first chat template in the directories of adapters; an empty one is none."""
-    paths = (path / "chat_template.jinja" for path in adapters)
-    return next(filter(None, (read_text(path) for path in paths if path.exists())), None)
+    tokenizer = find_tokenizer(next(own_tokens, model))
+    texts = read_prompt_files(*adapters)
+    return tokenizer.with_files(texts) if tokenizer and texts else tokenizer
 
 
 def check_language_task(path: Path, config: LoraConfig) -> None:

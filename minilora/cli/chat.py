@@ -22,7 +22,8 @@ from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
 from minilora.errors import ConfigError, MiniloraError
-from minilora.models.template import Message
+from minilora.runs.conversations import encode_question
+from minilora.runs.formats import Conversation, Fields
 
 NONE = "none"
 CHAT_HELP = """\
@@ -71,7 +72,7 @@ class Chat:
     """
 
     def __init__(self, options: Options):
-        self.model, self._tokenizer, trained = load(options)
+        self.model, self._tokenizer = load(options)
         if self._tokenizer.template is None:
             raise ConfigError(
                 f"{self.model.name_or_path}: the model has no chat template; "
@@ -83,8 +84,11 @@ class Chat:
         is_clear = len({NONE, *names}) == len(names) + 1
         names = names if is_clear else [f"./{path}" if path == NONE else path for path in paths]
         self._adapters = {name: f"adapter{i}" for i, name in enumerate(names)}
-        self._system = trained["config"].get("system") if options["system"] is None else options["system"]
-        self.turns: list[Message] = []
+        prompts = self._tokenizer.prompts
+        self._system = prompts.system if options["system"] is None else options["system"]
+        if prompts.form == "plain":
+            say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
+        self.turns: list[Fields] = []
         self.adapter, self.replies = NONE, 0
         if self._adapters:
             self._use(next(iter(self._adapters)))
@@ -93,7 +97,7 @@ class Chat:
         """Print the reply to a message. Ctrl-C ends the reply; if there is none yet, the message is dropped."""
         turns = [*self.turns, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self._system}] if self._system else []
-        ids = self._tokenizer.encode_chat([*system, *turns], add_generation_prompt=True)
+        ids = encode_question(Conversation([*system, *turns]), self._tokenizer)
         if len(ids) > (limit := self.model.config.max_position_embeddings):
             say(f"the conversation has {len(ids)} tokens, more than the {limit} of the model's training: see /reset")
         pieces: list[str] = []

@@ -9,15 +9,15 @@ Example:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from dataclasses import fields, replace
 
 from minilora.adapters.attach import merged
 from minilora.cli import Options, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
-from minilora.cli.load import add_model_flags, load, read_run
+from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import is_faster_merged
 from minilora.durable import without_nan
 from minilora.errors import ConfigError
@@ -30,6 +30,7 @@ from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import BATCH_SIZE, Progress, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import read_eval_rows
 from minilora.runs.reports import ProgressBar
+from minilora.storage import read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +49,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Make the settings that the adapter's rows were read with the defaults."""
-    adapters = [fetch(name, "adapter") for name in parser.parse_known_args(words)[0].adapter]
-    trained, fields = read_run(adapters)["config"], {field.name for field in dataclasses.fields(DataConfig)}
-    use_config(parser, {name: trained[name] for name in fields & names_of(parser) & {*trained}}, "run.json")
+    """Make the settings that the adapter's rows were read with the defaults; its prompts are in files of their own."""
+    paths = [fetch(name, "adapter") / "run.json" for name in parser.parse_known_args(words)[0].adapter]
+    trained = next((read_json(path).get("config") for path in paths if path.exists()), None)
+    names = {field.name for field in fields(DataConfig)} & names_of(parser) - {"prompt_style", "system"}
+    found = {name: trained[name] for name in names & {*trained}} if isinstance(trained, dict) else {}
+    use_config(parser, found, "run.json")
 
 
 def run(options: Options) -> int:
     config = from_flags(DataConfig, options)
     rows = read_eval_rows(options["data"])
-    model, tokenizer, _ = load(options)
+    model, tokenizer = load(options)
+    config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
     with closing(ProgressBar()) as bar:
         value = _measure(model, tokenizer, examples, options, bar.rows(options["metric"]))

@@ -19,6 +19,7 @@ from minilora.cli import Options
 from minilora.cli.flags import add_out, new_directory
 from minilora.errors import ConfigError, listed
 from minilora.models.hub import fetch
+from minilora.models.prompts import copy_prompt_files
 from minilora.storage import TensorFile
 from minilora.tools.inspect import FOLDED, KEPT, features
 
@@ -57,4 +58,5 @@ def export_adapter(path: str | Path, out: Path) -> int:
         tensors[name if key == "weight" else factor_name(where, key, "lora_embedding_" in name)] = tensor
     plain = {"r": rank, "lora_alpha": rank, "init_lora_weights": True, "use_rslora": False}
     write_adapter(out, stored.values | plain | {"rank_pattern": {}, "alpha_pattern": {}}, tensors, file.metadata)
+    copy_prompt_files([stored.path], out)
     return rank

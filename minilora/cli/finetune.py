@@ -34,6 +34,7 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
+from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
 from minilora.runs.config import DataConfig, RunConfig, TrainConfig
 from minilora.runs.dataset import Dataset
@@ -87,7 +88,8 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         directory = fetch(adapter, "adapter")
         model = base_of(model, [directory])
         quantize = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
-        settings = {**vars(quantize), **vars(read_adapter(directory).config())}
+        prompts = Prompts.parse(read_prompt_files(directory).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
+        settings = {**vars(quantize), **vars(read_adapter(directory).config()), "system": prompts.system}
         parser.set_defaults(model=model, **{FLAG_NAMES.get(name, name): value for name, value in settings.items()})
     use_config(parser, values, str(path))
 
@@ -248,6 +250,11 @@ def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
         yield (
             f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
             "--allow-special makes them act"
+        )
+    if rows.moved:
+        yield (
+            f"in {rows.moved} {name} rows the chat template writes other text before an answer than where it asks for "
+            "one; the answer is learned after the text that asks for it"
         )
     if rows.bad:
         yield describe_skipped(f"{name} ", rows.bad)

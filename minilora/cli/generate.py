@@ -13,11 +13,11 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, say
@@ -28,6 +28,7 @@ from minilora.errors import ConfigError, DataError, option
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
+from minilora.runs.conversations import encode_question
 from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
@@ -89,8 +90,8 @@ def run(options: Options) -> int:
     if output.samples > 1 and generation.temperature == 0:
         say("at temperature 0 all samples of a prompt are the same; use a --temperature above 0")
     rows = read_prompts(options)
-    model, tokenizer, trained = load(options)
-    prompts = encode_prompts(rows, tokenizer, trained, options)
+    model, tokenizer = load(options)
+    prompts = encode_prompts(rows, tokenizer, options)
     is_json = output.json or options["prompts"] is not None or len(rows) > 1
     if is_json or output.compare_base or output.samples > 1:
         for answer in _answers(model, tokenizer, rows, prompts, generation, output):
@@ -137,15 +138,13 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def encode_prompts(
-    rows: Sequence[Row], tokenizer: Tokenizer, trained: Mapping[str, Any], options: Options
-) -> list[list[int]]:
+def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) -> list[list[int]]:
     """Return the token ids of the prompts, in the form that the flags ask for, or else that of the training."""
     if options["raw"]:
         return [encode_prompt(row, tokenizer, None, "raw") for row in rows]
-    is_plain = trained.get("prompts") == "plain" and options["raw"] is None
+    is_plain = tokenizer.prompts.form == "plain" and options["raw"] is None
     mode: Mode = "plain" if is_plain else "chat"
-    system = trained["config"].get("system") if options["system"] is None else options["system"]
+    system = tokenizer.prompts.system if options["system"] is None else options["system"]
     tokenizer = use_prompt_style(tokenizer, "auto", rows)
     return [encode_prompt(row, tokenizer, system, mode) for row in rows]
 
@@ -175,7 +174,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, mode: Mode
         elif mode == "raw":
             raise DataError("a conversation needs the chat template, which --raw leaves out")
         else:
-            ids = tokenizer.encode_chat(parsed.messages, add_generation_prompt=True, tools=parsed.tools)
+            ids = encode_question(parsed, tokenizer)
         if not ids:
             raise DataError("the prompt is empty")
     except DataError as error:

@@ -54,13 +54,12 @@ def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False
 
 @dataclass(frozen=True)
 class Found:
-    """The model and the adapters that the flags name, and how to load and prompt them."""
+    """The model and the adapters that the flags name, and how to load them."""
 
     base: Location
     adapters: tuple[Path, ...]
     quantize: QuantizeConfig
     tokenizer: Tokenizer | None  # None if the model has none; it can be merged without
-    run: Mapping[str, Any]  # the `run.json` beside the adapters or the model, with a "config" in any case
 
 
 def find(options: Options) -> Found:
@@ -77,12 +76,11 @@ def find(options: Options) -> Found:
         note = f"the adapter {options['adapter'][0]} names it as its base model; --model names another"
         raise FormatError(f"{error} ({note})") from error
     quantize = _quantization(options, base.path, paths)
-    tokenizer = tokenizer_of(base.name, paths)
-    return Found(base, paths, quantize, tokenizer, read_run(paths or [base.path]))
+    return Found(base, paths, quantize, tokenizer_of(base.name, paths))
 
 
-def load(options: Options) -> tuple[Llama, Tokenizer, Mapping[str, Any]]:
-    """Find and load the model and the adapters, and return it with its tokenizer and `Found.run`.
+def load(options: Options) -> tuple[Llama, Tokenizer]:
+    """Find and load the model and the adapters, and return it with its tokenizer.
 
     The adapters are called "adapter0", "adapter1", …; the last is active.
 
@@ -99,7 +97,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer, Mapping[str, Any]]:
         load_adapter(model, path, f"adapter{i}")
     for note in base_notes(found.base, found.adapters, describe_base(model)):
         say(note)
-    return model, tokenizer, found.run
+    return model, tokenizer
 
 
 def base_of(model: str | None, adapters: Sequence[Path]) -> str:
@@ -112,20 +110,6 @@ def base_of(model: str | None, adapters: Sequence[Path]) -> str:
     if any(base != bases[0] for base in bases):
         raise ConfigError(f"the adapters name different base models, {bases}; give --model")
     return bases[0]
-
-
-def read_run(directories: Sequence[Path]) -> dict[str, Any]:
-    """Return the first `run.json` in one of the directories; at least {"config": {}}.
-
-    Raises:
-        FormatError: its configuration is malformed.
-    """
-    path = next((path / "run.json" for path in directories if (path / "run.json").exists()), None)
-    values = {"config": {}, **(read_json(path) if path else {})}
-    config = values["config"]
-    if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
-        raise FormatError(f"{path}: config: found {config!r:.60}, need an object, and text as its 'system'")
-    return values
 
 
 def _quantization(options: Options, base: Path, adapters: Sequence[Path]) -> QuantizeConfig:

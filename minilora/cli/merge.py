@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from minilora.adapters.attach import describe_base
 from minilora.adapters.combine import CombineConfig, LowRank
 from minilora.adapters.config import flag
-from minilora.adapters.layout import WEIGHTS_FILE, read_template
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_directories
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
@@ -35,11 +35,12 @@ from minilora.cli.load import (
     recorded_quantization,
     was_trained_on,
 )
-from minilora.durable import sha256_of, write_json, write_text
+from minilora.durable import sha256_of, write_json
 from minilora.errors import ConfigError
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
+from minilora.models.prompts import copy_prompt_files
 from minilora.storage import read_json
 from minilora.tools.merging import Deviation, merge_directory
 
@@ -101,8 +102,7 @@ def _write_adapter(options: Options, weights: Sequence[float], config: CombineCo
         raise ConfigError(f"{flags}: without effect on --as-adapter, which needs no model")
     paths = [fetch(name, "adapter") for name in options["adapter"]]
     cuts = combine_directories(paths, weights, out, config, base_of(options["model"], paths))
-    if template := read_template(paths):
-        write_text(out / "chat_template.jinja", template)
+    copy_prompt_files(paths, out)
     _print_truncation(cuts)
     return f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())}"
 
@@ -113,7 +113,7 @@ def _write_model(options: Options, weights: Sequence[float], combined: Path | No
     if combined is None:  # with weights, what is merged already may be added to or subtracted
         check_not_merged(found.base, found.adapters)
     quantization = _describe(found, QuantizeConfig() if target == "original" else found.quantize)
-    for note in (*base_notes(found.base, found.adapters, quantization), *_prompt_notes(found)):
+    for note in base_notes(found.base, found.adapters, quantization):
         say(note)
     trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
     described = _describe(found, trained)
@@ -144,14 +144,6 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], 
         total = held.get(digest, {}).get("weight", 0) + weight
         held[digest] = {"name": Path(name).name, "sha256": digest, "weight": round(total, 9)}
     write_json(out / "config.json", {**values, MERGED: [entry for entry in held.values() if entry["weight"]]})
-
-
-def _prompt_notes(found: Found) -> Iterator[str]:
-    """Yield with which flags the merged model is asked as its adapter was: no file of a model says so."""
-    if found.run.get("prompts") == "plain" and found.tokenizer and found.tokenizer.template:
-        yield "the adapter was trained on plain prompts: ask the merged model with --raw, without its chat template"
-    elif found.run["config"].get("system"):
-        yield "the adapter was trained with a system prompt, in its run.json: give it to the merged model by --system"
 
 
 def _describe(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:

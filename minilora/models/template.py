@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from minilora.errors import DataError, FormatError
+from minilora.models.prompts import REASONING
 
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
@@ -31,6 +32,7 @@ TEMPLATE_LIMIT = 64_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
 FORMAT_LIMIT = 256  # characters of strftime_now's format
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
+PROBE = "\ufdd6"
 LIMIT, LIMIT_PER_CHARACTER = 20_000_000, 2000  # cost of a rendering: in all, and more for each character it is given
 STEP, INTEGER_BITS = 100, 256  # cost of reading a value, besides its size; size of the largest integer
 # operations that are random, quadratic in time, or as large as a number in a text
@@ -44,7 +46,6 @@ READ = (
     *(nodes.Add, nodes.Sub, nodes.Div, nodes.FloorDiv),
 )
 IS_MARKED = "is marked"  # a variable that no template can name
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's reasoning is passed under
 
 
 class ChatTemplate:
@@ -74,7 +75,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
         """Return the conversation as text."""
-        return self._run(messages, add_generation_prompt, tools, is_marked=False)
+        return self._run(self.adapt(messages), add_generation_prompt, tools, is_marked=False)
 
     def render_spans(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the spans [begin, end) of the template's outermost `generation` blocks.
@@ -90,7 +91,7 @@ class ChatTemplate:
         if re.search(f"[{BEGIN}{END}]", json.dumps([messages, tools], ensure_ascii=False, default=str)):
             raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
         text, spans, depth, begin = "", [], 0, 0
-        for piece in re.split(f"([{BEGIN}{END}])", self._run(messages, False, tools, is_marked=True)):
+        for piece in re.split(f"([{BEGIN}{END}])", self._run(self.adapt(messages), False, tools, is_marked=True)):
             if piece == BEGIN:
                 begin, depth = begin if depth else len(text), depth + 1
             elif piece == END:
@@ -99,6 +100,32 @@ class ChatTemplate:
             else:
                 text += piece
         return text, spans
+
+    def adapt(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages with each content as text, or as a list of parts for a template that takes no text."""
+        return [self._adapt(message) if isinstance(message, Mapping) else message for message in messages]
+
+    def _adapt(self, message: Message) -> Message:
+        content = message.get("content")
+        if isinstance(content, str) and not self._takes_text:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list) and self._takes_text:
+            texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            if all(isinstance(text, str) for text in texts):
+                return {**message, "content": "".join(map(str, texts))}
+        return message
+
+    @functools.cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template writes a content that is text; those of models that see may take parts alone."""
+
+        def is_written(content: Any) -> bool:
+            try:
+                return PROBE in self._run([{"role": "user", "content": content}], False, None, is_marked=False)
+            except DataError:
+                return False
+
+        return is_written(PROBE) or not is_written([{"type": "text", "text": PROBE}])
 
     def _run(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools, is_marked: bool) -> str:
         given = {"messages": _normalized(messages), "tools": tools, "documents": None}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from minilora.durable import write_text
 from minilora.errors import ConfigError, DataError, FormatError, check_types
 from minilora.models.hub import fetch
+from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.models.tokenizer_json import checked, no_panic
 from minilora.storage import JSON_BYTES, TOKENIZER_BYTES, read_json, read_text
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from minilora.models.template import Message, Tools
 
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
+TOKENIZER_FILES = ("tokenizer.json", *PROMPT_FILES, *CONFIGS)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -60,18 +61,18 @@ class Tokenizer:
         eos_id: the token that closes an answer, or None.
         stop_ids: all tokens that end a generation.
         template: the chat template, or None.
+        prompts: the prompts that the model was trained on.
     """
 
     def __init__(self, directory: Path):
         texts = {
             name: read_text(directory / name, TOKENIZER_BYTES if name == "tokenizer.json" else JSON_BYTES)
-            for name in TOKENIZER_FILES
+            for name in ("tokenizer.json", *CONFIGS)
             if (directory / name).exists()
         }
         if "tokenizer.json" not in texts:
             raise FormatError(f"{directory}: there is no tokenizer.json")
-        if not texts.get("chat_template.jinja"):  # then that of tokenizer_config.json counts
-            texts.pop("chat_template.jinja", None)
+        texts |= read_prompt_files(directory)
         names = [name for name in (*CONFIGS, "config.json") if (directory / name).exists()]
         configs = {name: read_json(directory / name) for name in names}
         self._build(directory / "tokenizer.json", texts, configs, None)
@@ -90,6 +91,7 @@ class Tokenizer:
         named = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_id = named if named is not None else next(iter(stops), None)
         self.stop_ids = {*stops, *_ids(self.eos_id)}
+        self.prompts = Prompts.parse(self._texts.get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
         self.template = None
         if template := self._texts.get("chat_template.jinja", _default_template(config.get("chat_template"))):
             from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
@@ -127,7 +129,11 @@ class Tokenizer:
 
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""
-        return self._copy({"chat_template.jinja": source}, self._now)
+        return self.with_files({"chat_template.jinja": source})
+
+    def with_files(self, texts: Mapping[str, str]) -> Tokenizer:
+        """Return the same tokenizer with other `PROMPT_FILES`, which it is saved with."""
+        return self._copy(dict(texts), self._now)
 
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """Return the same tokenizer with new tokens, whose ids follow the others. They act in any text.
@@ -183,9 +189,11 @@ class Tokenizer:
             raise DataError("the model has no chat template, so conversations cannot be rendered")
         return self.template.render(messages, add_generation_prompt, tools)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, names: Collection[str] = TOKENIZER_FILES) -> None:
         """Write the files that the tokenizer was read from, without what names code of a repository, `auto_map`."""
         for name, text in self._texts.items():
+            if name not in names:
+                continue
             if name in CONFIGS and "auto_map" in (values := json.loads(text)):
                 text = json.dumps({key: value for key, value in values.items() if key != "auto_map"}, indent=2)
             write_text(directory / name, text)
@@ -227,6 +235,8 @@ class ControlTokens:
         self._source = source
         added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
         self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
+        self._whole_words = {token.content for token in added if token.single_word}
+        self._original = backend
         first = "".join(sorted({re.escape(name[0]) for name in self._names}))
         self._begins = re.compile(f"[{first}]" if first else "(?!)")  # (?!) never matches
         whole = "|".join(map(re.escape, self._names)) or "(?!)"  # the longest first
@@ -267,6 +277,8 @@ class ControlTokens:
         origin: list[int] = []
         position = 0
         for found in self._whole_or_mark.finditer(text):
+            if found[0] in self._whole_words and not self._acts(text, *found.span()):
+                continue
             pieces.append(text[position : found.start()])
             origin += range(position, found.start())
             position = found.end()
@@ -274,6 +286,12 @@ class ControlTokens:
                 pieces.append(RENAMED + found[0])
                 origin += [found.start(), *range(*found.span())]
         return "".join([*pieces, text[position:]]), [*origin, *range(position, len(text) + 1)]
+
+    def _acts(self, text: str, begin: int, end: int) -> bool:
+        """Return whether a name in quoted text is a token, though it is one only as a whole word, between these two."""
+        before, after = text[:begin][-2:].replace(QUOTE, "")[-1:], text[end : end + 1]
+        found = self._original.encode(before + text[begin:end] + after, add_special_tokens=False)
+        return self._original.token_to_id(text[begin:end]) in found.ids
 
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:

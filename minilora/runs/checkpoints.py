@@ -6,6 +6,8 @@
                             state.json               the step, and counts so far
                             adapter_config.json, adapter_model.safetensors
                                                      if one adapter is trained: that adapter in PEFT's layout
+                            chat_template.jinja, minilora-prompts.json
+                                                     beside it: those of the run's directory
                             minilora-manifest.json   sizes and hashes of all these
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state is saved. A directory
@@ -35,6 +37,7 @@ from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
 from minilora.durable import flush, remove, replacing, sha256_of, verify, write_json, write_tensors
 from minilora.errors import FormatError, TrainingError, fits
+from minilora.models.prompts import copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
@@ -119,6 +122,7 @@ def save_checkpoint(
         adapters = trained_adapters(model)
         if len(adapters) == 1:
             save_adapter(model, directory, next(iter(adapters)))
+            copy_prompt_files([folder.parent], directory)
         write_tensors(directory / "trained.safetensors", trained_tensors(model))
         write_tensors(directory / "optimizer.safetensors", moments)
         if best:

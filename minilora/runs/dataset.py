@@ -36,7 +36,8 @@ class Dataset(Sequence[Example]):
 
     `truncated` rows were cut to `max_length`, which removed `lost` labels; `unlabelled` rows had none left and were
     dropped, as were rows that cannot be used: `bad` has an error message for each. `conversations` are rows rendered
-    by a chat template, `completions` those of a prompt and a completion as plain text, of which `touching` have no
+    by a chat template, `moved` those of them whose answer follows other text than in the conversation as the template
+    alone writes it; `completions` are those of a prompt and a completion as plain text, of which `touching` have no
     white space between the two; `quoted` are rows whose control tokens are encoded as plain text.
 
     `tokens` and `labels` are those of all rows, end to end; `rows` says where those of each row lie.
@@ -51,6 +52,7 @@ class Dataset(Sequence[Example]):
     lost: int = 0
     bad: tuple[str, ...] = ()
     conversations: int = 0
+    moved: int = 0
     completions: int = 0
     touching: int = 0
     quoted: int = 0

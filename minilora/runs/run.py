@@ -46,6 +46,7 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, read_config, resolve_dtype, save_model
 from minilora.models.hub import fetch, locate
+from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.models.shard import load_sharded
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
@@ -282,10 +283,12 @@ class Run:
             "versions": {**versions, "python": platform.python_version()},
             "data_sha256": data.files,
             "inputs_sha256": self.inputs,
-            "prompts": "template" if data.train.conversations else "plain",  # how to prompt the adapter
             "starts": [*self.earlier.starts, start],
         }
         write_json(self.out / "run.json", record)
+        data.tokenizer.save(self.out, ["chat_template.jinja"])
+        prompts = Prompts("template" if data.train.conversations else "plain", self.data_config.system)
+        write_text(self.out / PROMPTS_FILE, prompts.to_json())
         if self.config.report != "none":
             self.tracker = Tracker(self.config.report, self.out, self.resolved, step)
         metrics = self.out / "metrics.jsonl"
@@ -328,4 +331,5 @@ class Run:
             else:
                 save_adapter(model, directory)
             tokenizer.save(directory)
+            copy_prompt_files([self.out], directory)
             write_json(directory / "summary.json", without_nan(summary))

@@ -17,8 +17,8 @@ import torch
 
 import minilora as ml
 from minilora.adapters.layout import WEIGHTS_FILE
-from minilora.cli.load import read_run
 from minilora.models.hub import BUILTINS
+from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer
 from minilora.storage import TensorFile
 from minilora.tools.inspect import inspect_path
@@ -161,7 +161,7 @@ def use_tokenizer(directory: Path) -> None:
 
 def use_run(directory: Path) -> None:
     inspect_path(str(directory))
-    read_run([directory])
+    read_prompt_files(directory)
 
 
 def use_tensors(path: Path) -> None:

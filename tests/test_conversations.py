@@ -1,0 +1,218 @@
+"""A model is asked with the text that its answers were learned after, whatever the chat template is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora.cli.generate import encode_prompt
+from minilora.data import IGNORE_INDEX
+from minilora.runs.encoders import encode_rows
+from minilora.runs.evaluate import answer_of, prompt_of
+from minilora.runs.formats import Row
+from tests.chat_templates import FAMILIES, GEMMA, GLM4, LLAMA3, MISTRAL, NEMOTRON, PARTS_ONLY, PHI3, QWEN3, R1
+from tests.models import examples
+from tests.text import CHATML, CLOSE, EOS, conversation, encoded
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": {"where": "sea"}}}
+QUESTION = {"role": "user", "content": "what?"}
+
+
+def as_parts(messages):
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def texts_of(messages, tokenizer, train_on="completion", **fields):
+    """The text before the first label, and that of the labels after it."""
+    found = encoded({"messages": messages, **fields}, tokenizer, train_on)
+    return [tokenizer.decode(part, skip_special_tokens=False) for part in (prompt_of(found), answer_of(found))]
+
+
+def answer(text, **fields):
+    return {"role": "assistant", "content": text, **fields}
+
+
+words = st.sampled_from(["the cat", "by the sea", " two\nlines\n", "naïve 漢字", "<b>", "a"])
+thoughts = st.none() | st.sampled_from(["hm", "the sea?\nno"])
+
+
+@st.composite
+def rows(draw):
+    """Rows of messages, some with a system prompt, tools that are called, thoughts in both places, and parts."""
+    has_tools = draw(st.booleans())
+    messages = [{"role": "system", "content": "Be brief."}] if draw(st.booleans()) else []
+    for i in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": f"question{i} {draw(words)}"})
+        if has_tools and draw(st.booleans()):
+            messages.append({"role": "assistant", "content": None, "tool_calls": [CALL]})
+            messages.append({"role": "tool", "content": f'found{i} "{draw(words)}"', "tool_call_id": "call00000"})
+        thought, place = draw(thoughts), draw(st.booleans())
+        said = f"answer{i} {draw(words)}"
+        messages.append(
+            answer(said)
+            if thought is None
+            else answer(said, reasoning_content=thought)
+            if place
+            else answer(f"<think>\n{thought}\n</think>\n\n{said}")
+        )
+    if draw(st.booleans()):
+        messages = [m if m.get("content") is None else as_parts([m])[0] for m in messages]
+    return {"messages": messages, "tools": [TOOL] if has_tools else None}
+
+
+def check(row, tokenizer):
+    """Each answer that is learned follows the tokens that ask for it; how many are learned. Or an error says why."""
+    learned = 0
+    for train_on in ("completion", "assistant"):
+        try:
+            found = encoded(row, tokenizer, train_on)
+        except ml.DataError:
+            continue
+        turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        for i in turns if train_on == "assistant" else turns[-1:]:
+            asked = encode_prompt(Row({**row, "messages": row["messages"][:i]}), tokenizer, None, "chat")
+            assert found.tokens[: len(asked)] == asked
+            assert found.labels[len(asked)] != IGNORE_INDEX == found.labels[len(asked) - 1]
+            learned += 1
+    return learned
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@examples(5)
+@given(rows())
+def test_what_is_asked_is_what_every_answer_was_learned_after_or_an_error_says_why(tokenizer, family, row):
+    check(row, tokenizer(template=FAMILIES[family]))
+
+
+def test_no_token_of_a_conversation_holds_the_end_of_what_asks_and_the_beginning_of_the_answer(tokenizer):
+    chosen = tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}", use_regex=False)
+    assert len(chosen.encode("the cat")) == 1
+    assert check({"messages": conversation([("the ", "cat")])}, chosen) == 2
+    found = encoded({"messages": conversation([("the ", "cat")])}, chosen)
+    assert found.tokens == chosen.encode("the ") + chosen.encode("cat")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_learns_a_plain_conversation_with_nothing_but_the_answer_after_what_asks(tokenizer, family):
+    chosen = tokenizer(template=FAMILIES[family])
+    assert check({"messages": conversation([("what?", "the cat"), ("where?", "sat")])}, chosen) >= 1
+    asked, learned = texts_of(conversation([("what?", "the cat")]), chosen)
+    assert ("what?" in asked, "the cat" in learned, "what?" in learned) == (True, True, False)
+
+
+# --- content in parts ---
+
+
+@pytest.mark.parametrize(
+    "template", [LLAMA3, CHATML, PHI3, GLM4, PARTS_ONLY], ids=["trim", "print", "+", "both", "only"]
+)
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_parts_and_text_are_the_same_to_a_template_that_takes_one_of_them(tokenizer, template, train_on):
+    chosen, messages = tokenizer(template=template), conversation([("what?", "good day")], "Be brief.")
+    found = encoded({"messages": as_parts(messages)}, chosen, train_on)
+    assert found == encoded({"messages": messages}, chosen, train_on)
+    assert "'type'" not in chosen.decode(found.tokens)
+    halves = [*messages[:2], answer([{"type": "text", "text": text} for text in ("good", " day")])]
+    assert template == PARTS_ONLY or encoded({"messages": halves}, chosen, train_on) == found
+
+
+# --- what a template leaves out, or puts elsewhere where it asks ---
+
+
+def test_a_system_prompt_is_learned_where_asking_puts_it(tokenizer):
+    chosen = tokenizer(template=MISTRAL, eos=EOS)
+    asked, learned = texts_of(conversation([("a", "b"), ("what?", "the cat")], "Be brief."), chosen)
+    assert asked.endswith("[INST] a[/INST] b<|end|>[INST] Be brief.\n\nwhat?[/INST]")
+    assert learned == f" the cat{EOS}"
+
+
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+LOOK = answer("", tool_calls=[CALL])
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+@pytest.mark.parametrize(
+    ("template", "messages", "fields", "left_out"),
+    [
+        (CHATML, [QUESTION], {"tools": [TOOL]}, "the tools"),
+        (R1, [QUESTION, LOOK, {"role": "tool", "content": "rain"}], {}, "message 2 says, of role tool"),
+        (NO_SYSTEM, [{"role": "system", "content": "Be brief."}, QUESTION], {}, "message 0 says, of role system"),
+    ],
+    ids=["tools", "what tools return", "system prompt"],
+)
+def test_what_a_template_leaves_out_is_an_error_in_training_and_in_asking(
+    tokenizer, template, messages, fields, left_out, train_on
+):
+    chosen = tokenizer(template=template)
+    with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}.*--prompt-style"):
+        encoded({"messages": [*messages, answer("it rains")], **fields}, chosen, train_on)
+    with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}"):
+        encode_prompt(Row({"messages": messages, **fields}), chosen, None, "chat")
+
+
+def test_what_is_written_as_json_is_not_left_out(tokenizer):
+    messages = [QUESTION, answer("", tool_calls=[CALL]), {"role": "tool", "content": 'the "sea"\n'}, answer("There.")]
+    asked, learned = texts_of(messages, tokenizer(template=MISTRAL, eos=EOS), tools=[TOOL])
+    assert r"the \"sea\"\n" in asked
+    assert learned == f" There.{EOS}"
+
+
+@pytest.mark.parametrize("template", [CHATML, GEMMA, PARTS_ONLY])
+@pytest.mark.parametrize("field", ["reasoning", "thinking", "reasoning_content"])
+def test_thoughts_of_the_learned_answer_that_a_template_leaves_out_are_an_error(tokenizer, template, field):
+    with pytest.raises(ml.DataError, match="leaves out what message 1 says, or its thoughts"):
+        encoded({"messages": [QUESTION, answer("b", **{field: "hm"})]}, tokenizer(template=template))
+
+
+# --- thoughts that asking begins ---
+
+
+@pytest.mark.parametrize(
+    ("message", "learned"),
+    [
+        (answer("the cat"), "</think>\n\nthe cat"),
+        (answer("the cat", reasoning_content="hm"), "hm\n</think>\n\nthe cat"),
+        (answer("<think>\nhm\n</think>\n\nthe cat"), "hm\n</think>\n\nthe cat"),
+    ],
+)
+def test_thoughts_that_asking_begins_are_learned_and_ended(tokenizer, message, learned):
+    chosen = tokenizer(template=R1, eos=EOS)
+    assert texts_of([QUESTION, message], chosen) == ["<|begin|><｜User｜>what?<｜Assistant｜><think>\n", learned + EOS]
+
+
+def test_a_template_that_writes_the_end_of_thoughts_itself_is_followed(tokenizer):
+    asked, learned = texts_of([QUESTION, answer("the cat")], tokenizer(template=NEMOTRON, eos=CLOSE))
+    assert (asked[-8:], learned) == ("<think>\n", f"</think>the cat{CLOSE}\n")
+    asked, learned = texts_of([QUESTION, answer("the cat")], tokenizer(template=QWEN3, eos=CLOSE))
+    assert (asked[-10:], learned) == ("assistant\n", f"<think>\n\n</think>\n\nthe cat{CLOSE}\n")
+
+
+def test_rows_whose_answers_follow_other_text_than_the_template_writes_are_counted(tokenizer):
+    rows = [Row({"messages": conversation([("a", "b")], system)}) for system in (None, "Be brief.", "Be kind.")]
+    for template, moved in ((R1, 3), (MISTRAL, 2), (QWEN3, 0), (PHI3, 0)):
+        assert encode_rows(rows, tokenizer(template=template), ml.DataConfig()).moved == moved
+
+
+# --- marks of the template ---
+
+APART = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %} -- "
+    "{% generation %}{{ m.thinking }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+)
+FIRST_ONLY = APART.replace("m.role == 'assistant'", "loop.index == 2")
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant"])
+def test_all_blocks_that_a_template_marks_of_an_answer_are_learned(tokenizer, train_on):
+    messages = [QUESTION, answer("the cat", thinking="hm")]
+    found = encoded({"messages": messages}, tokenizer(template=APART, eos=CLOSE), train_on)
+    labels = [label for label in found.labels if label != IGNORE_INDEX]
+    assert tokenizer(template=APART, eos=CLOSE).decode(labels) == "the cathm"
+
+
+def test_the_last_answer_is_learned_where_a_template_marks_an_earlier_one_alone(tokenizer):
+    messages = [*conversation([("a", "b")]), QUESTION, answer("the cat")]
+    chosen = tokenizer(template=FIRST_ONLY.replace("m.thinking", "''"), eos=CLOSE)
+    assert texts_of(messages, chosen)[1] == f"the cat{CLOSE}\n"
