@@ -104,6 +104,7 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     """
     if not count:
         raise DataError("the loss counts nothing in the rows of a step")
+    # A hook may have taken a gradient away.
     parameters = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad /= count

@@ -99,14 +99,14 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 9: documents see each other": Mistake(
         "llama.py",
-        "causal_attention(q, k, v, documents, documents, self.window)",
-        "causal_attention(q, k, v, [len(q)], [len(q)], self.window)",
+        "causal_attention(q, k, v, self.lengths, self.lengths, window)",
+        "causal_attention(q, k, v, [len(q)], [len(q)], window)",
         "test_llama.py::test_documents_beside_each_other_do_not_see_each_other",
     ),
     "law 9: the cache forgets where it was": Mistake(
-        "llama.py",
-        "range(first, first + new)",
-        "range(new)",
+        "models/generate.py",
+        "spans = [range(before, before + new) for",
+        "spans = [range(new) for",
         "test_llama.py::test_a_cache_changes_no_logits_however_the_documents_are_split",
     ),
     "law 10: an adapter of twice the rank acts by half": Mistake(
