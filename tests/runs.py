@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+from datetime import datetime
 
 import torch
 
@@ -16,9 +17,9 @@ from minilora import cli
 from minilora.durable import MANIFEST
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.config import RunConfig
+from minilora.runs.config import RunConfig, Settings
+from minilora.runs.inputs import read_data
 from minilora.runs.reports import ProgressBar
-from minilora.runs.run import Run
 from tests.files import write_adapter
 from tests.models import tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer
@@ -127,8 +128,8 @@ def inputs(directory, *rows, model="model", training=None, eval_split=0.05, **re
     """The data of a run on a model and rows in `directory`."""
     paths = tuple(str(directory / path) for path in rows or ("rows.jsonl",))
     run = RunConfig(model=str(directory / model), data=paths, general_data="none", eval_split=eval_split)
-    settings = (ml.QuantizeConfig(), ml.LoraConfig(), ml.DataConfig(**reading), training or ml.TrainConfig())
-    return Run(run, *settings).read_data()
+    settings = Settings(run, data=ml.DataConfig(**reading), training=training or ml.TrainConfig())
+    return read_data(settings, (), datetime.now())
 
 
 def metrics(out):

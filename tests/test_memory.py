@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -27,11 +28,12 @@ from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.runs import machine as host
 from minilora.runs import memory
-from minilora.runs.config import DataConfig, RunConfig, TrainConfig
+from minilora.runs.config import RunConfig, Settings, TrainConfig
+from minilora.runs.inputs import read_data
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes, peak_memory_bytes
 from minilora.runs.memory import amount, choose_plan, forecast
 from minilora.runs.objective import Objective, build_optimizer
-from minilora.runs.run import Run
+from minilora.runs.plan import find_base, plan_run
 from minilora.runs.seeded import set_dropout_step
 from minilora.runs.sizes import Plan, parameter_shapes, trained_sizes
 from minilora.training import train_step
@@ -251,10 +253,9 @@ def finetune(directory, out, *flags, **changes):
 def planned(directory, out, **training):
     """The plan of that command, and its forecast."""
     where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), out=str(out), device="cpu")
-    run = Run(
-        replace(where, general_data="none"), QuantizeConfig(), ml.LoraConfig(), DataConfig(), TrainConfig(**training)
-    )
-    return run.fit_to_memory(run.read_data(), CPU)
+    settings = Settings(replace(where, general_data="none"), training=TrainConfig(**training))
+    base = find_base(settings)
+    return plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), "auto", CPU)
 
 
 def test_a_dry_run_tells_each_term_beside_what_is_free(directory, tmp_path, capsys):

@@ -17,15 +17,16 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.config import FLAG_NAMES
+from minilora.cli import finetune as command
 from minilora.durable import lock
 from minilora.models import checkpoint, template
 from minilora.runs import checkpoints as checkpoints_of_run
 from minilora.runs import memory
 from minilora.runs.checkpoints import checkpoints
+from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_drift, prompt_of, write_samples
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
-from minilora.runs.run import PACKAGES, Run
 from minilora.storage import TensorFile
 from minilora.testing.compare import assert_parity
 from tests import runs
@@ -287,15 +288,15 @@ def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(
 
 
 def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
-    read_data = Run.read_data
+    read_data = command.read_data
 
-    def read_late(run, show):
+    def read_late(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "read_data", read_data)
+            patch.setattr(command, "read_data", read_data)
             assert finetune(directory, tmp_path, max_steps=1) == 0
-        return read_data(run, show)
+        return read_data(*arguments)
 
-    monkeypatch.setattr(Run, "read_data", read_late)
+    monkeypatch.setattr(command, "read_data", read_late)
     assert finetune(directory, tmp_path, max_steps=1) == 1
     assert "another process has written there meanwhile" in capsys.readouterr().err
 
@@ -309,7 +310,7 @@ def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, mo
     ],
 )
 def test_what_is_no_place_for_a_run_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, out, phrase):
-    monkeypatch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(command, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("all of it")
     refused(tmp_path / out, f"{tmp_path / out}: {phrase}", unchanged=tmp_path)
@@ -325,7 +326,7 @@ def test_a_disk_without_room_for_what_is_written_is_refused_before_the_model_is_
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
     with monkeypatch.context() as patch:
         patch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=written // 2))
-        patch.setattr(Run, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+        patch.setattr(command, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
         assert finetune(directory, tmp_path / "full", **config) == 1
     assert "the result and a checkpoint take" in capsys.readouterr().err
     with monkeypatch.context() as patch:

@@ -12,23 +12,26 @@ Example:
 from __future__ import annotations
 
 import argparse
+import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from minilora.adapter import disable_adapter
-from minilora.adapters.attach import count_parameters, describe_base
+from minilora.adapters.attach import count_parameters
 from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
-from minilora.cli import SIGNALLED, Options, describe_skipped, say
+from minilora.cli import SIGNALLED, Options, say
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
 from minilora.cli.forecast import memory_lines, preview
-from minilora.cli.load import base_notes, base_of, check_not_merged, recorded_quantization
+from minilora.cli.load import base_of, check_not_merged, recorded_quantization
+from minilora.cli.notes import run_notes
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -36,19 +39,18 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
-from minilora.runs.config import DataConfig, RunConfig, TrainConfig
+from minilora.runs.checkpoints import hash_inputs
+from minilora.runs.config import DataConfig, RunConfig, Settings, TrainConfig
 from minilora.runs.dataset import Dataset
+from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
-from minilora.runs.inputs import Data
+from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.machine import free_memory_bytes, held_memory_bytes
-from minilora.runs.memory import check_memory, check_room
+from minilora.runs.machine import choose_threads, free_memory_bytes, held_memory_bytes
+from minilora.runs.memory import Forecast, check_memory, check_room
+from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
-from minilora.runs.run import Run
-from minilora.runs.seeded import plan_steps
 from minilora.storage import ASSETS, BUILTIN, read_json
-
-FEW_STEPS, FEW_ROWS = 50, 10
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,205 +97,175 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: Options) -> int:
-    with world.joined(options["device"]) as device:
-        run = Run(
-            from_flags(RunConfig, options),
+    """Fine-tune, call by call as in the diagram of docs/architecture.md."""
+    is_dry, now = options["dry_run"], datetime.now(UTC).replace(microsecond=0)
+    with world.joined(options["device"]) as device, ExitStack() as stack:
+        settings = Settings(
+            from_flags(RunConfig, options).located(),
             from_flags(QuantizeConfig, options),
             from_flags(LoraConfig, options),
             from_flags(DataConfig, options),
             from_flags(TrainConfig, options),
         )
-        check_not_merged(run.base, run.adapters)
-        with closing(run):
-            return _dry_run(run, device, options) if options["dry_run"] else _finetune(run, device, options)
-
-
-def _finetune(run: Run, device: torch.device, options: Options) -> int:
-    step = run.prepare()
-    with closing(ProgressBar()) as bar:
-        data = run.read_data(bar.show)
-    plan, memory = run.fit_to_memory(data, device)
-    if not options["force"]:
-        check_memory(plan, memory)
-    run.claim(data)
-    if run.earlier.is_finished:
-        say(f"{run.out}: holds this run, which is finished, so nothing is left to do; {run.further}")
-        return 0
-    if world.is_first() and not options["force"]:
-        check_room(run.out, memory)
-    model = run.load_base(data, device)
-    run.attach_adapter(model, data)
-    _start(run, model, data, step, options["config"])
-    made = "model" if run.is_full else "adapter"
-    bar = ProgressBar("held-out" if data.valid is data.test else "validation")
-    with nullcontext() if run.is_full else disable_adapter(model):
-        before, base_samples = _measure(run, model, data, bar, "base model")
-    result = _train_until_signal(run, model, data, bar)
-    if not result.finished:
+        directory = stack.enter_context(closing(RunDirectory(settings)))
+        base = find_base(settings)
+        check_not_merged(base.location, base.adapters)
+        inputs = {} if is_dry else hash_inputs(base.location.path, base.adapters, settings.data.prompt_style)
+        earlier = Earlier() if is_dry else directory.open(inputs)
+        first = earlier.starts[0] if earlier.starts else {"time": now.isoformat(), "dtype": settings.dtype}
+        began = world.broadcast(datetime.fromisoformat(first["time"]))  # a chat template may write the date
+        with closing(ProgressBar()) as bar:
+            data = read_data(settings, base.adapters, began, bar.show)
+        dtype = first["dtype"] if settings.dtype == "auto" else settings.dtype  # auto differs between machines
+        plan, memory = plan_run(settings, base, data, dtype, device)
+        run = Run(settings, base, inputs, earlier, began, data, plan)
+        if is_dry:
+            return _dry_run(run, memory, options["force"])
+        if not options["force"]:
+            check_memory(plan, memory)
+        directory.claim(run)
+        if earlier.is_finished:
+            say(f"{directory.path}: holds this run, which is finished, so nothing is left to do; {directory.further}")
+            return 0
+        if world.is_first() and not options["force"]:
+            check_room(directory.path, memory)
+        model = load_base(plan, base, device)
+        attach_adapter(model, plan, base)
+        _choose_threads(run, model)
+        directory.start(run, model)
+        _describe(run, model, options["config"])
+        bar = ProgressBar("held-out" if data.valid is data.test else "validation")
+        with nullcontext() if settings.is_full else disable_adapter(model):
+            before = _measure(run, model, bar, "base model")
+        result = _train_until_signal(run, directory, model, bar)
+        if not result.finished:
+            return _stop(result, bar)
+        after = _measure(run, model, bar, run.made)
+        drift = None
+        if data.general:
+            reference = load_base(plan, base, device) if settings.is_full else None
+            drift = measure_drift(model, data.general, bar.rows("measuring general text"), reference)
         bar.close()
-        say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
-        world.barrier()  # the first rank has said so before another one ends
-        return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
-    if result.steps < result.total_steps:
-        say(f"stopped early: no new lowest loss in {run.training.early_stopping} evaluations")
-    if result.kept != result.steps:
-        say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    after, samples = _measure(run, model, data, bar, made)
-    drift = None
-    if data.general:
-        base: Any = run.load_base(data, device) if run.is_full else None
-        drift = measure_drift(model, data.general, bar.rows("measuring general text"), base)
-    bar.close()
-    if world.is_first():
-        run.finish(model, data.tokenizer, result, before, after, drift)
-    print(_table(made, result, before, after, drift), flush=True)
-    for old, new in zip(base_samples, samples, strict=True):
-        lines = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in {"base": old, made: new}.items()]
-        say("\n".join([ending(old["prompt"], 60), *lines]))
-    print(f"{made} written to {run.out}")
-    return 0
+        directory.finish(run, model, result, before.scores, after.scores, drift)
+        _report(run, result, before, after, drift)
+        print(f"{run.made} written to {directory.path}")
+        return 0
 
 
-def _dry_run(run: Run, device: torch.device, options: Options) -> int:
+class Measured(NamedTuple):
+    """What a model does with the held-out rows."""
+
+    scores: Scores
+    samples: list[dict[str, str]]
+
+
+def _dry_run(run: Run, memory: Forecast, force: bool) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
-    with closing(ProgressBar()) as bar:
-        data = run.read_data(bar.show)
-    plan, memory = run.fit_to_memory(data, device)
-    model = run.load_base(data, "meta")
-    run.attach_adapter(model, data)
-    for note in _notes(run, model, data):
+    model = load_base(run.plan, run.base, "meta")
+    attach_adapter(model, run.plan, run.base)
+    for note in run_notes(run, model):
         say(note)
-    print(preview(data, run.training, count_parameters(model)))
-    print(memory_lines(memory, held_memory_bytes(plan.device), free_memory_bytes(plan.device)))
-    if not options["force"]:
-        check_memory(plan, memory)
+    print(preview(run.data, run.plan.training, count_parameters(model)))
+    print(memory_lines(memory, held_memory_bytes(run.plan.device), free_memory_bytes(run.plan.device)))
+    if not force:
+        check_memory(run.plan, memory)
     return 0
 
 
-def _start(run: Run, model: Llama, data: Data, step: int, config: Path | None) -> None:
-    """Record the start, and say what the run begins with."""
-    available, weight, count = torch.get_num_threads(), model.model.embed_tokens.weight, count_parameters(model)
-    if threads := run.set_threads(model, data):
+def _choose_threads(run: Run, model: Llama) -> None:
+    """Set the faster number of threads. A resumed run keeps its first one, since another one may round differently."""
+    if world.size() > 1:
+        return
+    if run.earlier.starts:
+        first = run.earlier.starts[0]
+        if first.get("ranks", 1) == 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(first["threads"])
+        return
+    available = torch.get_num_threads()
+    if threads := choose_threads(model, run.data.train, run.plan.training):
         say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
-    if world.is_first():
-        run.start(model, data, step)
-    stored, reason = stored_dtype(run.base_config.source), ""
-    if run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
+
+
+def _describe(run: Run, model: Llama, config: Path | None) -> None:
+    """Say what the run begins with."""
+    weight, count, data = model.model.embed_tokens.weight, count_parameters(model), run.data
+    training, stored, reason = run.plan.training, stored_dtype(run.base.config.source), ""
+    if run.settings.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
         reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
-        f"batches of {run.training.batch_size}, learning rate {run.training.learning_rate:g}\n"
+        f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
         f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
     )
-    for note in _notes(run, model, data):
+    for note in run_notes(run, model):
         say(note)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
     for found in run.earlier.damaged:
         say(f"skipped a damaged checkpoint: {found}")
-    if step:
-        say(f"resuming from step {step}")
+    if run.earlier.step:
+        say(f"resuming from step {run.earlier.step}")
     elif run.earlier.starts:
         stopped = "the run was stopped before its first checkpoint"
         say(f"starting again at step 0: {'no other checkpoint is left' if run.earlier.damaged else stopped}")
 
 
-def _notes(run: Run, model: Llama, data: Data) -> Iterator[str]:
-    """Yield how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
-    yield from base_notes(run.base, run.adapters, describe_base(model))
-    longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
-    if longest > limit:
-        yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
-    if run.data_config.prompt_style != "auto" and not data.train.conversations:
-        yield "no training row is a conversation, so --prompt-style has no effect"
-    elif data.train.completions and data.tokenizer.template:
-        yield (
-            f"{data.train.completions} training rows are a plain prompt and completion, for which the model's chat "
-            "template is not used; write them as `messages` to use it"
-        )
-    if 0 < len(data.test) < FEW_ROWS:
-        rows_are = "row is" if len(data.test) == 1 else "rows are"
-        yield (
-            f"{len(data.test)} {rows_are} held out, too few for their loss or accuracy to say much; "
-            "--eval-split or --eval-data gives more"
-        )
-    if data.train.touching > data.train.completions / 2:
-        yield (
-            f"{data.train.touching} training rows have no white space between prompt and completion; "
-            "end the prompts, or begin the completions, with a space or a line end"
-        )
-    steps = len(plan_steps(data.train.lengths, run.training))
-    parts = run.training.gradient_accumulation_steps
-    if world.size() > 1:
-        held = "a part" if run.shard == "base" else "the whole"
-        yield f"{world.size()} processes, each with {held} of the base; micro-batches of a step: {parts}"
-    if parts < world.size():
-        yield (
-            "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
-            "gives each its part"
-        )
-    if steps < FEW_STEPS:
-        yield f"the run has few steps ({steps}), which may teach little; --epochs gives more"
-    for name, rows in data.splits.items():
-        yield from _row_notes(name, rows)
-    if run.resolved["gradient_checkpointing"] == "auto":
-        way = run.training.gradient_checkpointing
-        yield f"--gradient-checkpointing {way}: the fastest way for which there is memory"
-
-
-def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
-    """Yield how many rows of a split were cut, quote control tokens, or were skipped."""
-    if rows.truncated:
-        yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
-    if rows.quoted:
-        yield (
-            f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
-            "--allow-special makes them act"
-        )
-    if rows.moved:
-        yield (
-            f"in {rows.moved} {name} rows the chat template writes other text before an answer than where it asks for "
-            "one; the answer is learned after the text that asks for it"
-        )
-    if rows.bad:
-        yield describe_skipped(f"{name} ", rows.bad)
-
-
-def _train_until_signal(run: Run, model: Llama, data: Data, bar: ProgressBar) -> TrainResult:
+def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: ProgressBar) -> TrainResult:
     """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record:
-            record = {**record, "samples": _samples(run, model, data, data.valid)}
+            record = {**record, "samples": _samples(run, model, run.data.valid)}
         stops = bar(record)
-        run.log(record)
+        directory.log(record)
         return stops
 
     previous = {number: signal.signal(number, bar.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return train(model, data.train, run.training, on_step, data.valid, run.out / "checkpoints")
+        folder = directory.path / "checkpoints"
+        return train(model, run.data.train, run.plan.training, on_step, run.data.valid, folder)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _measure(run: Run, model: Llama, data: Data, bar: ProgressBar, name: str) -> tuple[Scores, list[dict[str, str]]]:
+def _stop(result: TrainResult, bar: ProgressBar) -> int:
+    """Say how to go on with a run that a signal has stopped, and return the status."""
+    bar.close()
+    say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
+    world.barrier()  # the first rank has said so before another one ends
+    return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
+
+
+def _measure(run: Run, model: Llama, bar: ProgressBar, name: str) -> Measured:
     """Evaluate a model on the held-out rows, and let it answer the first of them."""
-    scores = evaluate(model, data.test, data.choices, partial(bar.rows, f"measuring the {name}"))
-    return scores, _samples(run, model, data, data.test)
+    scores = evaluate(model, run.data.test, run.data.choices, partial(bar.rows, f"measuring the {name}"))
+    return Measured(scores, _samples(run, model, run.data.test))
 
 
-def _samples(run: Run, model: Llama, data: Data, rows: Dataset) -> list[dict[str, str]]:
+def _samples(run: Run, model: Llama, rows: Dataset) -> list[dict[str, str]]:
     """Return the first held-out prompts with the model's answers."""
-    return write_samples(model, data.tokenizer, rows[: run.config.samples])
+    return write_samples(model, run.data.tokenizer, rows[: run.settings.run.samples])
 
 
-def _table(made: str, result: TrainResult, before: Scores, after: Scores, drift: Drift | None) -> str:
-    lines = [f"{'':<10}{'held-out loss':>15}" + ("" if after.accuracy is None else f"{'accuracy':>12}")]
-    for name, scores in {"base": before, made: after}.items():
+def _report(run: Run, result: TrainResult, before: Measured, after: Measured, drift: Drift | None) -> None:
+    """Print what the run has changed: a table, and some answers before and after."""
+    made = run.made
+    if result.steps < result.total_steps:
+        say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
+    if result.kept != result.steps:
+        say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
+    has_accuracy = after.scores.accuracy is not None
+    lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
+    for name, scores in {"base": before.scores, made: after.scores}.items():
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if drift:
         lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
-    return "\n".join([*lines, f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s"])
+    lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
+    print("\n".join(lines), flush=True)
+    for old, new in zip(before.samples, after.samples, strict=True):
+        answers = {"base": old, made: new}.items()
+        shown = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in answers]
+        say("\n".join([ending(old["prompt"], 60), *shown]))

@@ -204,15 +204,43 @@ class RunConfig:
         )
 
 
-def check_settings(
-    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, training: TrainConfig, base: LlamaConfig
-) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, as they are asked for."""
+
+    run: RunConfig = RunConfig()
+    quantization: QuantizeConfig = QuantizeConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    training: TrainConfig = TrainConfig()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained, and no adapter."""
+        return self.run.method == "full"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the base: all weights are trained in float32."""
+        return "float32" if self.is_full else self.run.dtype
+
+    @property
+    def by_flag(self) -> dict[str, Any]:
+        """The settings by the names of their flags, as run.json has them."""
+        values: dict[str, Any] = {}
+        for config in (self.run, self.quantization, self.lora, self.data, self.training):
+            values |= asdict(config)
+        del values["task_type"]  # no flag: a run trains language models
+        return json.loads(json.dumps({FLAG_NAMES.get(name, name): value for name, value in values.items()}))
+
+
+def check_settings(settings: Settings, base: LlamaConfig) -> None:
     """Check the settings of a run against each other, against its base model, and against the adapter to start from.
 
     Raises:
         ConfigError: settings contradict each other, or would have no effect.
     """
-    is_full = run.method == "full"
+    run, quantization, lora, is_full = settings.run, settings.quantization, settings.lora, settings.is_full
     if run.report != "none" and find_spec(run.report) is None:
         raise ConfigError(f"--report {run.report} needs the package {run.report}: pip install {run.report}")
     if quantization.quantize == "none" and quantization != QuantizeConfig():
@@ -230,7 +258,7 @@ def check_settings(
     if not is_full:
         return
     idle = [flag(name) for name in _differing(lora, LoraConfig())]
-    idle += ["--loraplus-lr-ratio"] if training.loraplus_lr_ratio is not None else []
+    idle += ["--loraplus-lr-ratio"] if settings.training.loraplus_lr_ratio is not None else []
     bad = [f"{', '.join(sorted(idle))}: without effect, since there is no adapter"] if idle else []
     if quantization.quantize != "none" or base.source.get("quantization_config"):
         bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
@@ -245,18 +273,3 @@ def check_settings(
 def _differing(lora: LoraConfig, other: LoraConfig) -> list[str]:
     """Return the names of the fields in which two configs differ."""
     return [field.name for field in fields(LoraConfig) if getattr(lora, field.name) != getattr(other, field.name)]
-
-
-def resolve(
-    run: RunConfig, quantization: QuantizeConfig, lora: LoraConfig, data_config: DataConfig, training: TrainConfig
-) -> dict[str, Any]:
-    """Return all settings by the names of their flags."""
-    values = {**asdict(run), **asdict(quantization), **asdict(lora), **asdict(data_config), **asdict(training)}
-    del values["task_type"]  # no flag: a run trains language models
-    return {FLAG_NAMES.get(name, name): value for name, value in values.items()}
-
-
-def default_settings() -> dict[str, Any]:
-    """Return the defaults of all settings, as in run.json."""
-    defaults = resolve(RunConfig(), QuantizeConfig(), LoraConfig(), DataConfig(), TrainConfig())
-    return json.loads(json.dumps(defaults))

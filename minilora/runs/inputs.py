@@ -14,17 +14,19 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from minilora.adapters.layout import tokenizer_of
 from minilora.durable import sha256_of
 from minilora.errors import DataError, check_types, check_utf8
 from minilora.models.hub import DATA_ENDINGS, fetch
-from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import DataConfig, TrainConfig
+from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.runs.config import DataConfig, Settings, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
-from minilora.runs.evaluate import Choice
+from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.formats import Row
 from minilora.storage import ASSETS, BAD_ROWS, BUILTIN, JSON_VALUES, LINE_BYTES, check_link, read_chunks
 
@@ -64,6 +66,34 @@ class Data:
         """Return the splits that have rows, by name, without the validation split where it is the test split."""
         found = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
         return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
+
+
+def read_data(
+    settings: Settings,
+    adapters: Sequence[Path],
+    began: datetime,
+    show: Callable[[str], None] | None = None,
+) -> Data:
+    """Read the rows of all splits and encode them as the model's tokenizer and the settings say.
+
+    Args:
+        settings: of the run.
+        adapters: the adapter to start from, whose tokenizer comes first.
+        began: the first start of the run, for templates that write the date.
+        show: called with lines on the progress.
+
+    Raises:
+        DataError: a row cannot be used (with file and line), or there are no rows to train on.
+    """
+    run, config = settings.run, settings.data
+    tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)
+    tokenizer = tokenizer.with_tokens(run.add_tokens).at(began.astimezone())
+    files = find_files(run.data, run.eval_data)
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*files["train"]))
+    splits = hold_out(encode_files(files, tokenizer, config, show), run.eval_split, settings.training)
+    general = load_general(run.general_data, tokenizer, config)
+    choices = find_choices(splits["test"])
+    return Data(tokenizer, **splits, choices=choices, files=hash_files(files), general=general)
 
 
 def find_files(names: Sequence[str], eval_data: str | None = None) -> dict[str, list[Path]]:

@@ -34,7 +34,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.nf4 import dequantize_weight
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.config import default_settings
+from minilora.runs.config import Settings
 from minilora.runs.reports import read_records
 from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json, tensor_files
 
@@ -98,7 +98,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
     Raises:
         FormatError: a file is damaged.
     """
-    record, defaults = read_json(directory / "run.json"), default_settings()
+    record, defaults = read_json(directory / "run.json"), Settings().by_flag
     settings = record.get("config")
     if isinstance(settings, dict):
         settings = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}

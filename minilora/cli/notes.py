@@ -1,0 +1,77 @@
+"""What is unusual about a run: notes that finetune prints before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from minilora.adapters.attach import describe_base
+from minilora.cli import describe_skipped
+from minilora.cli.load import base_notes
+from minilora.llama import Llama
+from minilora.runs import world
+from minilora.runs.dataset import Dataset
+from minilora.runs.directory import Run
+from minilora.runs.seeded import plan_steps
+
+FEW_STEPS, FEW_ROWS = 50, 10
+
+
+def run_notes(run: Run, model: Llama) -> Iterator[str]:
+    """Yield how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
+    data, training = run.data, run.plan.training
+    yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
+    longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
+    if longest > limit:
+        yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
+    if run.settings.data.prompt_style != "auto" and not data.train.conversations:
+        yield "no training row is a conversation, so --prompt-style has no effect"
+    elif data.train.completions and data.tokenizer.template:
+        yield (
+            f"{data.train.completions} training rows are a plain prompt and completion, for which the model's chat "
+            "template is not used; write them as `messages` to use it"
+        )
+    if 0 < len(data.test) < FEW_ROWS:
+        rows_are = "row is" if len(data.test) == 1 else "rows are"
+        yield (
+            f"{len(data.test)} {rows_are} held out, too few for their loss or accuracy to say much; "
+            "--eval-split or --eval-data gives more"
+        )
+    if data.train.touching > data.train.completions / 2:
+        yield (
+            f"{data.train.touching} training rows have no white space between prompt and completion; "
+            "end the prompts, or begin the completions, with a space or a line end"
+        )
+    steps = len(plan_steps(data.train.lengths, training))
+    parts = training.gradient_accumulation_steps
+    if world.size() > 1:
+        held = "a part" if run.plan.shard == "base" else "the whole"
+        yield f"{world.size()} processes, each with {held} of the base; micro-batches of a step: {parts}"
+    if parts < world.size():
+        yield (
+            "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
+            "gives each its part"
+        )
+    if steps < FEW_STEPS:
+        yield f"the run has few steps ({steps}), which may teach little; --epochs gives more"
+    for name, rows in data.splits.items():
+        yield from _row_notes(name, rows)
+    if run.settings.training.gradient_checkpointing == "auto":
+        yield f"--gradient-checkpointing {training.gradient_checkpointing}: the fastest way for which there is memory"
+
+
+def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
+    """Yield how many rows of a split were cut, quote control tokens, or were skipped."""
+    if rows.truncated:
+        yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
+    if rows.quoted:
+        yield (
+            f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
+            "--allow-special makes them act"
+        )
+    if rows.moved:
+        yield (
+            f"in {rows.moved} {name} rows the chat template writes other text before an answer than where it asks for "
+            "one; the answer is learned after the text that asks for it"
+        )
+    if rows.bad:
+        yield describe_skipped(f"{name} ", rows.bad)

@@ -1,0 +1,250 @@
+"""The directory of a fine-tuning run.
+
+OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout; or, with --method full,
+    config.json  model….safetensors                  the whole model
+    metrics.jsonl                                    a JSON object a step
+    summary.json                                     before, after, totals
+    run.json                                         the resolved configuration, versions, data, every start
+    minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
+    checkpoints/                                     from which the run can be resumed
+    tokenizer.json …                                 the tokenizer's files
+    .lock                                            the process that is at work there, or was the last one
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from minilora.adapters.files import save_adapter
+from minilora.definition import is_plain
+from minilora.durable import (
+    MANIFEST,
+    append_line,
+    holds_files,
+    lock,
+    publishing,
+    remove,
+    without_nan,
+    write_json,
+    write_text,
+)
+from minilora.errors import TrainingError
+from minilora.llama import Llama
+from minilora.models.checkpoint import save_model
+from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
+from minilora.runs import checkpoints, world
+from minilora.runs.config import Settings
+from minilora.runs.evaluate import Drift, Scores
+from minilora.runs.inputs import Data
+from minilora.runs.loop import Record, TrainResult
+from minilora.runs.machine import peak_memory_bytes
+from minilora.runs.plan import Base
+from minilora.runs.reports import read_records, read_run_record
+from minilora.runs.seeded import plan_steps
+from minilora.runs.sizes import Plan
+from minilora.runs.tracking import Tracker
+from minilora.storage import MODEL_FILES
+
+HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
+FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
+PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a directory holds of the earlier starts of a run; nothing of a new one."""
+
+    starts: tuple[dict[str, Any], ...] = ()  # as run.json has them
+    data_sha256: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Path | None = None  # the newest that is whole, from which the run resumes
+    damaged: tuple[str, ...] = ()  # what is wrong with newer ones
+    is_finished: bool = False
+
+    @property
+    def step(self) -> int:
+        """The step from which the run goes on."""
+        return checkpoints.step_of(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to start.
+
+    `settings` are what it is asked for, `plan` is what it does; `began` is the time of its first start.
+    """
+
+    settings: Settings
+    base: Base
+    inputs: Mapping[str, str]  # name -> hash of the base, the adapter and the template
+    earlier: Earlier
+    began: datetime
+    data: Data
+    plan: Plan
+
+    @property
+    def made(self) -> str:
+        """What the run makes."""
+        return "model" if self.settings.is_full else "adapter"
+
+
+class RunDirectory:
+    """The directory of a run, which locks, records and finishes it. Of several ranks the first one writes.
+
+    Args:
+        settings: the run's.
+    """
+
+    def __init__(self, settings: Settings):
+        self.path = Path(settings.run.out)
+        self._settings = settings
+        self._lock: TextIO | None = None
+        self._tracker: Tracker | None = None
+
+    @property
+    def further(self) -> str:
+        """How to go on where the run is finished."""
+        start = "model further, give --model" if self._settings.is_full else "adapter further, add --adapter"
+        return f"give another --out; to train its {start} {self.path}"
+
+    def open(self, inputs: Mapping[str, str]) -> Earlier:
+        """Lock a directory that holds this run, and return what its earlier starts left.
+
+        Raises:
+            TrainingError: it holds another run, or files of something else; a process is at work there; or the ranks
+                have different inputs.
+        """
+        found = world.all_gather(inputs)
+        if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
+            raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
+        return world.from_first(lambda: self._read_earlier(inputs))
+
+    def _read_earlier(self, inputs: Mapping[str, str]) -> Earlier:
+        if not holds_files(self.path):
+            return Earlier()
+        path, now = self.path / "run.json", self._settings.by_flag
+        if not path.is_file():
+            raise TrainingError(f"{self.path}: has files, but not of a run; give another --out")
+        self._lock = lock(self.path)
+        checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
+        record = read_run_record(path)
+        before = record.config
+        is_extended = checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
+        is_finished = (self.path / "summary.json").is_file() and not is_extended
+        if self._settings.run.resume == "never":
+            raise TrainingError(f"{self.path}: holds a run, and --resume never was given; give another --out")
+        free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
+        if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
+            free.add("prompt_style")
+        if different := [key for key in now if key not in free and before.get(key) != now[key]]:
+            changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
+            what, advice = ("a finished run", self.further) if is_finished else ("a run", "give another --out")
+            raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); {advice}")
+        if record.starts[0]["plain"] != is_plain():
+            with_it = "without" if is_plain() else "with"
+            raise TrainingError(f"{self.path}: the run began {with_it} --plain; do the same")
+        checkpoints.check_same(
+            f"{self.path}: files of the base, the adapter or the template", record.inputs_sha256, inputs
+        )
+        return Earlier(record.starts, record.data_sha256, checkpoint, damaged, is_finished)
+
+    def claim(self, run: Run) -> None:
+        """Lock the directory of a new run; of a resumed one, check that data and length still fit."""
+        world.from_first(lambda: self._claim(run))
+
+    def _claim(self, run: Run) -> None:
+        if run.earlier.starts:
+            checkpoints.check_same(f"{self.path}: the data", run.earlier.data_sha256, run.data.files)
+        if run.earlier.checkpoint:
+            total = len(plan_steps(run.data.train.lengths, run.plan.training))
+            checkpoints.check_extension(run.earlier.checkpoint, total, run.plan.training)
+        if self._lock is None:
+            self._lock = lock(self.path)
+            if holds_files(self.path):
+                raise TrainingError(f"{self.path}: another process has written there meanwhile; give another --out")
+
+    def start(self, run: Run, model: Llama) -> None:
+        """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
+        if not world.is_first():
+            return
+        weight = model.model.embed_tokens.weight
+        start = {
+            "time": (datetime.now(UTC).replace(microsecond=0) if run.earlier.starts else run.began).isoformat(),
+            "step": run.earlier.step,
+            "device": str(weight.device),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "gradient_checkpointing": run.plan.training.gradient_checkpointing,
+            "threads": torch.get_num_threads(),
+            "plain": is_plain(),
+            "ranks": world.size(),
+            "shard": run.plan.shard,
+        }
+        for name in (MANIFEST, "summary.json"):  # of a finished run that is made longer
+            remove(self.path / name)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        record = {
+            "config": self._settings.by_flag,
+            "versions": {**versions, "python": platform.python_version()},
+            "data_sha256": run.data.files,
+            "inputs_sha256": run.inputs,
+            "starts": [*run.earlier.starts, start],
+        }
+        write_json(self.path / "run.json", record)
+        run.data.tokenizer.save(self.path, ["chat_template.jinja"])
+        prompts = Prompts("template" if run.data.train.conversations else "plain", self._settings.data.system)
+        write_text(self.path / PROMPTS_FILE, prompts.to_json())
+        if self._settings.run.report != "none":
+            self._tracker = Tracker(self._settings.run.report, self.path, self._settings.by_flag, run.earlier.step)
+        metrics = self.path / "metrics.jsonl"
+        records = read_records(metrics) if metrics.is_file() else []
+        left = [without_nan(record) for record in records if record["step"] <= run.earlier.step]
+        write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in left))
+
+    def log(self, record: Record) -> None:
+        """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
+        every = self._settings.training.logging_steps
+        if world.is_first() and ("eval_loss" in record or record["step"] % every == 0):
+            line = {key: value for key, value in record.items() if key != "total_steps"}
+            append_line(self.path / "metrics.jsonl", line)
+            if self._tracker:
+                self._tracker(line)
+
+    def finish(
+        self, run: Run, model: Llama, result: TrainResult, before: Scores, after: Scores, drift: Drift | None
+    ) -> None:
+        """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
+        if not world.is_first():
+            return
+        summary = {
+            "before": asdict(before),
+            "after": asdict(after),
+            "general": asdict(drift) if drift else None,
+            "steps": result.steps,
+            "kept_step": result.kept,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
+        }
+        obsolete = MODEL_FILES if self._settings.is_full else ()
+        with publishing(self.path, obsolete, beside=("run.json", "metrics.jsonl")) as directory:
+            if self._settings.is_full:
+                save_model(model, directory)
+            else:
+                save_adapter(model, directory)
+            run.data.tokenizer.save(directory)
+            copy_prompt_files([self.path], directory)
+            write_json(directory / "summary.json", without_nan(summary))
+
+    def close(self) -> None:
+        """Close the files that are open, so that another process may use the directory."""
+        for file in (self._tracker, self._lock):
+            if file:
+                file.close()

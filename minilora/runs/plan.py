@@ -1,0 +1,98 @@
+"""From what a run is asked for to what it does: its base model, its adapter, and what fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from minilora.adapters.attach import attach
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import load_adapter
+from minilora.errors import ConfigError
+from minilora.llama import Llama, LlamaConfig
+from minilora.models.checkpoint import load_model, read_config, resolve_dtype
+from minilora.models.hub import Location, fetch, locate
+from minilora.models.shard import load_sharded
+from minilora.models.tokenizer import Tokenizer
+from minilora.models.vocabulary import resize_token_embeddings
+from minilora.runs import checkpoints, world
+from minilora.runs.config import Settings, check_settings
+from minilora.runs.dataset import sizes_of
+from minilora.runs.inputs import Data
+from minilora.runs.memory import Forecast, choose_plan
+from minilora.runs.sizes import Plan
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model and the adapters, one at most, that a run starts from."""
+
+    location: Location
+    adapters: tuple[Path, ...]
+    config: LlamaConfig
+
+
+def find_base(settings: Settings) -> Base:
+    """Find the model and the adapter that the settings name, and check the settings against them.
+
+    Raises:
+        FormatError: there is no such model or adapter.
+        ConfigError: settings contradict each other, the model or the adapter.
+    """
+    location = locate(settings.run.model, "model")
+    adapters = () if settings.run.adapter is None else (fetch(settings.run.adapter, "adapter"),)
+    base = Base(location, adapters, read_config(location.path))
+    check_settings(settings, base.config)
+    return base
+
+
+def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> tuple[Plan, Forecast]:
+    """Return what a run does, and its memory: "auto" for checkpointing and sharding becomes what fits."""
+    is_full, ranks = settings.is_full, world.size()
+    new_tokens = _ids(settings.run.add_tokens, data.tokenizer)
+    needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else settings.lora.vocabulary
+    asked = Plan(
+        replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
+        None if is_full else _with_tokens(settings.lora, new_tokens),
+        settings.training,
+        settings.quantization,
+        resolve_dtype(dtype, base.config.source, device),
+        device,
+        sizes_of(data.train),
+        [split.lengths for split in (data.valid, data.test, data.general)],
+        ranks,
+    )
+    return choose_plan(asked, "none" if is_full or ranks == 1 else settings.run.shard)
+
+
+def load_base(plan: Plan, base: Base, device: torch.device | str) -> Llama:
+    """Load the base model, quantized as it is read, with rows for new tokens; "meta" gives it no storage."""
+    load = load_model if plan.shard == "none" or device == "meta" else load_sharded
+    model = load(base.location.name, plan.dtype, device, plan.quantization)
+    resize_token_embeddings(model, plan.config.vocab_size)
+    return model
+
+
+def attach_adapter(model: Llama, plan: Plan, base: Base) -> None:
+    """Attach a new adapter, or the one to start from, unless all weights are trained."""
+    if base.adapters:
+        load_adapter(model, base.adapters[0], trainable=True)
+    elif plan.lora is not None:
+        attach(model, plan.lora, seed=plan.training.seed)
+        # decompositions may differ in a bit between devices
+        world.broadcast_(checkpoints.trained_tensors(model).values())
+
+
+def _ids(texts: tuple[str, ...], tokenizer: Tokenizer) -> list[int]:
+    return [token for text in texts if (token := tokenizer.token_id(text)) is not None]
+
+
+def _with_tokens(lora: LoraConfig, new: list[int]) -> LoraConfig:
+    """Return the adapter's config, with the rows of new tokens among those that are trained."""
+    wanted = lora.trainable_token_indices
+    if new and isinstance(wanted, Mapping):
+        raise ConfigError("--add-tokens needs --trainable-token-indices to be ids, or left out")
+    return replace(lora, trainable_token_indices=(*(wanted or ()), *new)) if new else lora
