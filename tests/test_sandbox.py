@@ -36,8 +36,6 @@ ESCAPES = [
     "{{ (''|attr('__class__')).x }}",
     "{{ ''['__class__'].x }}",
     "{{ (messages|map(attribute='__class__')|first).x }}",
-    "{{ namespace(__class__=1) }}",
-    "{{ namespace({'_x': 1}) }}",
     "{{ messages.append(1) }}",
     "{{ messages.clear() }}",
     "{{ messages[0].update({}) }}",
@@ -145,7 +143,7 @@ BOMBS = {
         "{{ ('a' * 10000).replace('', 'b' * 10000) }}",
         "{{ ('a' * 10000) | replace(new='b' * 10000, old='') }}",
         "{{ ('b' * 10000).join('a' * 10000) }}",
-        "{{ ('a' * 10000).translate({97: 'b' * 10000}) }}",
+        "{{ ('a' * 10000).translate({97: 'b' * 5000}) }}",
         "{{ dict.fromkeys(range(9999), 'a' * 99999) | tojson }}",
     ],
     "doubling": [
@@ -155,21 +153,10 @@ BOMBS = {
         repeated("n.x * n.x", "3"),
         repeated("n.x * 2 ** 1000", "1", 9999),
     ],
-    "holding twice": [
-        repeated("[n.x, n.x]", "[]") + "{{ n.x }}",
-        repeated("(n.x, n.x)", "()") + "{{ {n.x: 1} }}",
-        repeated("{'a': n.x, 'b': n.x}.values()", "{}") + "{{ n.x }}",
-        repeated("dict.fromkeys(range(9), n.x)", "{}") + "{{ n.x }}",
-        repeated("[n.x]", "[]", 900) + "{{ n.x | tojson(indent=4) }}",
-        repeated("[n.x, n.x]", "[]", 40)
-        + repeated("[n.x, n.x]", "[]", 40).replace("n", "m")
-        + "{% if n.x == m.x %}{% endif %}",
-    ],
     "loops": [
         forever(""),
         forever("a"),
         "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-        MANY + "{% for x in many * 9 %}{% set y = many | sort %}{% endfor %}",
         "{% for i in range(99999) | map('string') | map('center', 99999) %}{% endfor %}",
         LARGE + "{% for c in large %}{% for d in large %}{% endfor %}{% endfor %}",
         LARGE + "{% for c in large recursive %}{% if loop.first %}{{ loop(large) }}{% endif %}{% endfor %}",
@@ -181,12 +168,9 @@ BOMBS = {
     ],
     "reading": [
         LARGE + forever("{% if large == large ~ 'c' %}{% endif %}"),
-        LARGE + forever("{% set x = large[1:] %}"),
         LARGE + forever("{% set x = large.count('x') %}"),
         LARGE + "{{ [large] | map('title') | list }}",
         "{{ ('ab ' * 2000000) | urlencode }}",
-        "{{ ('<a>' * 90000) | striptags }}",
-        "{{ ([[0]] * 40000) | sum(start=[]) }}",
         "{{ ('<a>' * 2000000 | safe).striptags() }}",
         "{{ strftime_now('%c' * 2000000) }}",
     ],
@@ -195,7 +179,7 @@ BOMBS = {
         LARGE + "{{ [large, large, large, large, large, large] }}",
     ],
     "paying with nothing": [
-        "{% for i in range(99999) %}{{ (0 - 9**9) | _paying }}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        "{% for i in range(99999) %}{{ none | _turn(0 - 99999) }}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     ],
 }
 
@@ -206,7 +190,6 @@ SLOW_BOMBS = {  # which take up to a second until they are refused
         forever(IFS),
         forever("{% set x = f() %}", "{% macro f() %}" + IFS + "{% endmacro %}"),
         "{% macro f() %}" + forever("{% set x = caller() %}") + "{% endmacro %}{% call f() %}" + IFS + "{% endcall %}",
-        MANY + forever("{% set x = many | map(attribute='x') | list %}"),
     ],
     "recursion": [
         "{% macro f(n) %}{% if n %}{% set x = f(n - 1) ~ f(n - 1) %}{% endif %}{% endmacro %}{% set x = f(90) %}",
@@ -217,7 +200,7 @@ SLOW_BOMBS = {  # which take up to a second until they are refused
         "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
         "{% set x %}{% for i in range(99999) %}" + "a" * 200000 + "{% endfor %}{% endset %}",
     ],
-    "paying with nothing": [forever("{{ [1] | map('_paying') | list }}")],
+    "paying with nothing": [forever("{{ [1] | map('_turn', 0) | list }}")],
 }
 
 
@@ -269,6 +252,11 @@ def test_threads_do_not_pay_for_each_other():
 def test_a_long_answer_can_be_taken_apart_in_a_loop():
     source = "{% for m in messages %}{% set x = m.content.split('</think>')[-1].strip() %}{{ x }}{% endfor %}"
     assert render(source, [{"role": "assistant", "content": "a</think> " + "b" * 300_000}]) == "b" * 300_000
+
+
+def test_a_macro_may_be_given_two_long_texts():
+    source = "{% macro f(x, y) %}{{ x ~ y }}{% endmacro %}{{ f(messages[0].content, messages[1].content) }}"
+    assert render(source, [{"role": role, "content": "a" * 30_000} for role in ("user", "assistant")]) == "a" * 60_000
 
 
 texts = st.sampled_from(["'a'", "' b '", "'%s'", "messages[0].content", "m.role", "nothing", "'A b'"])

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -19,9 +19,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from minilora.errors import DataError, FormatError
 from minilora.models.prompts import REASONING
@@ -34,17 +32,8 @@ FORMAT_LIMIT = 256  # characters of strftime_now's format
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 PROBE = "\ufdd6"
 LIMIT, LIMIT_PER_CHARACTER = 20_000_000, 2000  # cost of a rendering: in all, and more for each character it is given
-STEP, INTEGER_BITS = 100, 256  # cost of reading a value, besides its size; size of the largest integer
-# operations that are random, quadratic in time, or as large as a number in a text
-REFUSED = frozenset(("**", "format", "format_map", "pprint", "random", "striptags", "sum", "urlize", "wordwrap"))
-SHALLOW = frozenset(  # filters, methods and tests ("is") that do not read what the elements of a container hold
-    "length first last d default items keys values get list map select reject selectattr rejectattr is".split()  # noqa: SIM905
-)
 NODE = 40  # cost of a node of syntax, each time that the loop or macro around it runs
-READ = (
-    *(nodes.Output, nodes.Compare, nodes.Operand, nodes.Concat, nodes.List, nodes.Tuple, nodes.Pair, nodes.Neg),
-    *(nodes.Add, nodes.Sub, nodes.Div, nodes.FloorDiv),
-)
+REFUSED = ("**", "format", "format_map", "random")  # as large as a number in a text says, or not the same twice
 IS_MARKED = "is marked"  # a variable that no template can name
 
 
@@ -190,58 +179,31 @@ def _is_generation(node: nodes.Node) -> bool:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox, with limits on loops, output and the size of integers.
+    """jinja2's immutable sandbox, with a limit on what a rendering costs, which depends on no clock.
 
-    A turn of a loop costs the size of its body, reading a value its size, and an operation the product of its two
-    largest operands, charged before it runs. Costs depend on the template and the conversation, never on a clock.
+    A turn of a loop costs the size of its body. An operation costs the product of its two largest operands, before it
+    runs, and then the size of its result.
     """
 
-    intercepted_binops = frozenset(("*", "%", "**"))
+    intercepted_binops = frozenset(("+", "*", "%", "**"))
 
     def __init__(self, filters: dict[str, Any], functions: dict[str, Any], **options: Any):
         super().__init__(**options)
         self._rendering = threading.local()  # empty while jinja2 compiles, which cannot compute constants then
-        self.filters = {name: self._charged(name, each) for name, each in (self.filters | filters).items()}
-        self.filters["_read"] = self._read
-        self.tests = {name: self._charged("is", test) for name, test in self.tests.items()}
+        filters = self.filters | filters | {"_turn": lambda value, cost: value}
+        self.filters = {name: self._charged(name, function) for name, function in filters.items()}
         self.globals |= functions
-        del self.globals["lipsum"], self.tests["lower"], self.tests["upper"]
+        del self.globals["lipsum"]
 
     def start(self, given: Any) -> None:  # a rendering, in this thread
-        self._rendering.left = math.inf
-        self._rendering.left = LIMIT + LIMIT_PER_CHARACTER * self._size(given)
+        self._rendering.left = LIMIT + LIMIT_PER_CHARACTER * len(str(given))
 
-    def _spend(self, cost: float) -> None:
-        self._rendering.left -= cost
-        if not self._rendering.left >= 0:
-            raise SecurityError("it takes more work or memory than a rendering may")
-
-    def _size(self, value: Any, is_deep: bool = True) -> int:
-        """Charge for reading a value, and return its characters or elements, with what those hold if it `is_deep`."""
-        if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
-            raise SecurityError(f"an integer has more than {INTEGER_BITS} bits")
-        size = len(value) if isinstance(value, Collection) else 1
-        self._spend(STEP + size)
-        if is_deep and isinstance(value, Namespace):  # it can change, and hold itself
-            raise SecurityError("a namespace is read as a whole")
-        if is_deep and isinstance(value, Collection) and not isinstance(value, str | bytes):
-            parts = [*value, *value.values()] if isinstance(value, Mapping) else value
-            size += sum(STEP + self._size(part) for part in parts)
-        return size
-
-    def _read(self, value: Any, cost: float = 0) -> Any:
-        self._spend(abs(cost))  # a template can name this filter, too
-        self._size(value)
-        return value
-
-    def _charge(self, name: str, first: Any, *others: Any) -> None:
-        """Charge for an operation, or for a call of a function, where `first` is None."""
+    def _charge(self, name: str, *operands: Any) -> None:
         if name in REFUSED:
             raise SecurityError(f"{name} is not allowed in a template")
-        sizes = [1, self._size(first, name not in SHALLOW), *map(self._size, others)]
-        sizes += [abs(value) for value in others if isinstance(value, int)]  # a width or a count
-        if first is not None:
-            self._spend(math.prod(sorted(sizes)[-2:]))
+        self._rendering.left -= math.prod(sorted(map(_size, operands))[-2:])
+        if not self._rendering.left >= 0:
+            raise SecurityError("it takes more work or memory than a rendering may")
 
     def _charged(self, name: str, function: Any) -> Any:
         skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # jinja2's own context comes first
@@ -250,43 +212,51 @@ class Sandbox(ImmutableSandboxedEnvironment):
         def charged(*args: Any, **kwargs: Any) -> Any:
             self._charge(name, *args[skipped:], *kwargs.values())
             result = function(*args, **kwargs)
-            return map(self._read, result) if isinstance(result, Iterator) else result
+            self._charge("", result)
+            return result
 
         return charged
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(function, Macro):  # whose body pays
-            given = [value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")]  # jinja2's own
-            self._charge(getattr(function, "__name__", ""), getattr(function, "__self__", None), *args, *given)
-        return super().call(context, function, *args, **kwargs)
+        owner = getattr(function, "__self__", None)
+        operands = [] if owner is None else [owner, *args, *kwargs.values()]  # the body of a macro is charged by itself
+        self._charge(getattr(function, "__name__", ""), *operands)
+        result = super().call(context, function, *args, **kwargs)
+        self._charge("", result)
+        return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        name = "format" if operator == "%" and not isinstance(left, int | float) else operator
-        self._charge(name, *((right, left) if operator == "*" and isinstance(left, int) else (left, right)))
+        if operator != "+" or isinstance(left, Sized):
+            name = "format" if operator == "%" and not isinstance(left, int | float) else operator
+            self._charge(name, left, right)
         return super().call_binop(context, operator, left, right)
+
+    def concat(self, pieces: Iterable[str]) -> str:  # what a macro or a block has written
+        return str(self._charged("", "".join)(list(pieces)))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # dict.update would change its argument
         return not isinstance(obj, type) and super().is_safe_attribute(obj, attr, value)
 
 
+def _size(value: Any) -> float:
+    """Return a number's absolute value, or how many characters or elements a value has, with the text in a list."""
+    if isinstance(value, list | tuple):
+        return len(value) + sum(len(each) for each in value if isinstance(each, str))
+    return abs(value) if isinstance(value, int | float) else len(value) if isinstance(value, Sized) else 1
+
+
 def _metered(tree: nodes.Template) -> nodes.Template:
-    """Pass what jinja2 compiles to plain Python through the sandbox's filter `_read`: operands, and turns of loops."""
-    for node in [*tree.find_all(nodes.Node)]:
-        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block):
-            cost = NODE * len([*node.find_all(nodes.Node)])
-            node.body.insert(0, nodes.ExprStmt(_read(nodes.Const(None), cost)).set_lineno(node.lineno))
-        if isinstance(node, nodes.For):
-            node.test = _read(node.test)
-        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-            node.node = _read(node.node)
-        elif isinstance(node, READ) and getattr(node, "ctx", "load") == "load":
-            for field, value in node.iter_fields():
-                setattr(node, field, [*map(_read, value)] if isinstance(value, list) else _read(value))
+    """Charge for each turn of a loop or macro; `~` becomes the filter `join`, which is charged as all filters are."""
+    node: Any
+    for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
+        cost = [nodes.Const(NODE * len([*node.find_all(nodes.Node)]))]
+        turn = nodes.Filter(nodes.Const(None), "_turn", cost, [], None, None)
+        node.body.insert(0, nodes.ExprStmt(turn).set_lineno(node.lineno))
+        if isinstance(node, nodes.For) and node.test:
+            node.test = nodes.Filter(node.test, "_turn", cost, [], None, None)
+    for node in [*tree.find_all(nodes.Concat)]:
+        node.nodes = [nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None)]
     return tree
-
-
-def _read(node: Any, cost: int = 0) -> Any:
-    return nodes.Filter(node, "_read", [nodes.Const(cost)], [], None, None) if isinstance(node, nodes.Expr) else node
 
 
 def _environment(now: datetime | None) -> Sandbox:

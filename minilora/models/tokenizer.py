@@ -23,7 +23,7 @@ from minilora.durable import write_text
 from minilora.errors import ConfigError, DataError, FormatError, check_types
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
-from minilora.models.tokenizer_json import checked, no_panic
+from minilora.models.tokenizer_json import no_panic, untrimmed
 from minilora.storage import JSON_BYTES, TOKENIZER_BYTES, read_json, read_text
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Tokenizer:
         self, path: Path, texts: dict[str, str], configs: dict[str, dict[str, Any]], now: datetime | None
     ) -> None:
         self._path, self._texts, self._configs, self._now = path, texts, configs, now
-        source = checked(self._texts["tokenizer.json"], str(self._path))
+        source = untrimmed(self._texts["tokenizer.json"], str(self._path))
         with no_panic(str(self._path)):
             self._backend = _backend(source)
             self._control = ControlTokens(source, self._backend)
