@@ -1,8 +1,16 @@
 """The public names of `minilora`. Importing this module registers the kernels."""
 
 import minilora.kernel  # noqa: F401
-from minilora.adapter import detach, disable_adapter, set_adapter
-from minilora.adapters.attach import attach, count_parameters, delete_adapter, find_target_modules, merge, merged
+from minilora.adapter import detach, disable_adapter
+from minilora.adapters.attach import (
+    attach,
+    count_parameters,
+    delete_adapter,
+    find_target_modules,
+    merge,
+    merged,
+    set_adapter,
+)
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter

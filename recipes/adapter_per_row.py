@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import minilora as ml
 from minilora.adapter import adapter_layers, require_layers
 from minilora.llama import Decoder
-from minilora.lora import AdapterLinear, LoraAdapter, lora_update
+from minilora.lora import LoraAdapter, LoraLinear, lora_update
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[N
     layers = adapter_layers(model)
     for path, layer in layers.items():
         for name in set(names) & layer.adapters.keys():
-            if type(layer) is not AdapterLinear or not is_plain(layer.adapters[name]):
+            if type(layer) is not LoraLinear or not is_plain(layer.adapters[name]):
                 raise ml.TargetError(f"{path}: adapter {name!r} is not a plain LoRA of a linear layer")
     rows = Rows(names)
     hooks = [layer.register_forward_hook(rows.add_updates) for layer in layers.values()]

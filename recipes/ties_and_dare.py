@@ -46,7 +46,7 @@ def combine(
             adapter = layer.adapters[each]
             if adapter.magnitude is not None or adapter.bias is not None or adapter.lora_bias is not None:
                 raise ml.ConfigError(f"{each}: is more than the updates s·B A, so it cannot be combined")
-            delta = lora_delta(*adapter.factors(), adapter.scale)
+            delta = lora_delta(adapter.lora_A, adapter.lora_B, adapter.scale)
             kept = drop(delta, density, generator) if dare else keep_largest(delta, density)
             updates.setdefault(path, []).append((kept, weight * kept))
     ml.attach(model, ml.LoraConfig(r=r, lora_alpha=r, target_modules=tuple(updates)), name)

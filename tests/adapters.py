@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora import LoraConfig
-from minilora.adapters.layers import AdapterConv1D, AdapterEmbedding
+from minilora.adapter import add_adapter
+from minilora.adapters.layers import LoraConv1D, LoraEmbedding, LowRankWrapper, factor_shapes
 from minilora.adapters.parts import build_adapter
-from minilora.lora import AdapterLinear
+from minilora.lora import LoraLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing import reference
 from tests.models import fill_, randn, scales, seeds, token_ids
@@ -38,7 +39,7 @@ Conv1D.__module__ = "transformers.pytorch_utils"  # by which it is known
 class Place(NamedTuple):
     """A layer without adapters yet, PyTorch's own layer for what will be merged, and an input."""
 
-    layer: AdapterLinear
+    layer: LowRankWrapper
     plain: nn.Module
     x: Tensor
 
@@ -60,16 +61,16 @@ def place(
     """`options` are PyTorch's."""
     if kind == "Conv1D":
         base = filled(Conv1D(outer, inner), seed, dtype)
-        return Place(AdapterConv1D(base, "layer"), Conv1D(outer, inner), randn(seed + 50, 2, 3, inner, dtype=dtype))
+        return Place(LoraConv1D(base, "layer"), Conv1D(outer, inner), randn(seed + 50, 2, 3, inner, dtype=dtype))
     if kind == "embedding":
         base = filled(nn.Embedding(inner, outer, **options), seed, dtype)
         plain = nn.Embedding(inner, outer, **options)
-        return Place(AdapterEmbedding(base, "layer"), plain, token_ids(seed, 3, 5, high=inner))
+        return Place(LoraEmbedding(base, "layer"), plain, token_ids(seed, 3, 5, high=inner))
     base = filled(nn.Linear(inner, outer, bias), seed, dtype)
     if kind != "linear":
         base = NF4Linear.quantize(base.weight, base.bias, double_quant=kind == "nf4 double")
     plain = nn.Linear(inner, outer, bias)
-    return Place(AdapterLinear(base, "layer"), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
+    return Place(LoraLinear(base, "layer"), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
 
 
 def many_kinds(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -86,7 +87,7 @@ def filled(module: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def add(
-    layer: AdapterLinear,
+    layer: LowRankWrapper,
     name: str,
     seed: int,
     r: int,
@@ -98,13 +99,13 @@ def add(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Give a layer an adapter of random numbers, and let it act after those that it has; what cannot be, is not."""
-    shape_A, shape_B = layer.shapes(layer.base, r)
+    shape_A, shape_B = factor_shapes(layer.base, r)
     tensors = {"lora_A": randn(seed + 1, *shape_A), "lora_B": randn(seed + 2, *shape_B)}
     if has_start:
         tensors |= {"start_A": randn(seed + 3, *shape_A), "start_B": randn(seed + 4, *shape_B)}
     if use_dora:
         tensors["magnitude"] = randn(seed + 5, shape_B[0])
-    if lora_bias and not use_dora and not isinstance(layer, AdapterEmbedding):
+    if lora_bias and not use_dora and not isinstance(layer, LoraEmbedding):
         tensors["lora_bias"] = randn(seed + 6, shape_B[0])
     if bias and layer.base._parameters.get("bias") is not None:
         tensors["bias"] = randn(seed + 7, shape_B[0])
@@ -113,9 +114,14 @@ def add(
     layer.active = (*layer.active, name)
 
 
-def add_built(layer: AdapterLinear, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+def bias_of(layer: LowRankWrapper) -> Tensor | None:
+    """The bias of the merged layer; an embedding has none."""
+    return None if isinstance(layer, LoraEmbedding) else layer.bias
+
+
+def add_built(layer: LowRankWrapper, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     """Give a layer an adapter of these tensors, as `attach` and `load_adapter` do; it does not act yet."""
-    layer.add_adapter(name, build_adapter(layer, config, tensors), config)
+    add_adapter(layer, name, build_adapter(layer, config, tensors))
 
 
 sizes = st.integers(1, 4)
@@ -141,7 +147,7 @@ def adapted(draw: Any, kinds: tuple[str, ...] = LAYERS) -> Place:
     return found
 
 
-def merged_by_loops(layer: AdapterLinear) -> tuple[reference.Array, reference.Array | None]:
+def merged_by_loops(layer: LowRankWrapper) -> tuple[reference.Array, reference.Array | None]:
     """W (out, in) and b with all active adapters, one after the other and number by number."""
     weight = matrix = _matrix(layer, layer.base.weight)
     bias = _array(layer.base._parameters.get("bias"))
@@ -151,7 +157,8 @@ def merged_by_loops(layer: AdapterLinear) -> tuple[reference.Array, reference.Ar
     for adapter in adapters:
         pairs = [(adapter.lora_A, adapter.lora_B, adapter.scale)]
         if hasattr(adapter, "start_A"):
-            pairs.append((adapter.start_A, adapter.start_B, -adapter.scale))
+            trained = adapter.trained["lora_A"], adapter.trained["lora_B"]
+            pairs = [(*trained, adapter.scale), (adapter.start_A, adapter.start_B, -adapter.scale)]
         left, own = matrix, weight
         for lora_A, lora_B, scale in pairs:
             factors = _array(lora_A), _array(lora_B)
@@ -164,19 +171,19 @@ def merged_by_loops(layer: AdapterLinear) -> tuple[reference.Array, reference.Ar
     return matrix, bias
 
 
-def applied_by_loops(layer: AdapterLinear, x: Tensor) -> reference.Array:
+def applied_by_loops(layer: LowRankWrapper, x: Tensor) -> reference.Array:
     """y of all active adapters."""
     matrix, bias = merged_by_loops(layer)
-    if isinstance(layer, AdapterEmbedding):
+    if isinstance(layer, LoraEmbedding):
         return np.array([matrix[:, index] for index in x.flatten().tolist()]).reshape(*x.shape, -1)
     rows = x.double().reshape(-1, x.size(-1)).numpy()
     y = np.array([[np.dot(weights, row) for weights in matrix] for row in rows]).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
-def _matrix(layer: AdapterLinear, weight: Tensor) -> reference.Array:
+def _matrix(layer: LowRankWrapper, weight: Tensor) -> reference.Array:
     array = _array(weight)
-    return array.T if isinstance(layer, AdapterConv1D | AdapterEmbedding) else array
+    return array.T if isinstance(layer, LoraConv1D | LoraEmbedding) else array
 
 
 def _array(tensor: Tensor | None) -> Any:

@@ -148,9 +148,13 @@ def randomize_adapters_(model: torch.nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
-            for adapter in layer.adapters.values():
-                factor = adapter.lora_B
+            for factor in (p for key, p in layer.adapters.named_parameters() if key.endswith("lora_B")):
                 factor.copy_(0.3 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+
+
+def trained_of(adapter: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The trained tensors of an adapter, `lora_A` and the others, also of one that starts as a part of W."""
+    return {name.rpartition(".")[2]: parameter for name, parameter in adapter.named_parameters()}
 
 
 def perturb_(model: torch.nn.Module, seed: int = 0) -> None:

@@ -12,7 +12,18 @@ from minilora.adapters.layout import BASE_METADATA, CONFIG_FILE, WEIGHTS_FILE, b
 from minilora.durable import write_tensors
 from minilora.testing.compare import PARITY, relative
 from tests.files import edit, save_file, saved
-from tests.models import CONFIGS, FAMILIES, WHOLE, examples, scales, seeds, tiny_model, token_ids, train_a_little
+from tests.models import (
+    CONFIGS,
+    FAMILIES,
+    WHOLE,
+    examples,
+    scales,
+    seeds,
+    tiny_model,
+    token_ids,
+    train_a_little,
+    trained_of,
+)
 
 IDS = token_ids(3, 2, 7)
 HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]}
@@ -390,7 +401,7 @@ def test_where_only_some_layers_have_a_start_each_is_written_with_its_own_rank_a
     fields = {"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"q_proj": 2}, "use_rslora": True}
     model = saved(tmp_path, **fields)
     for layer in adapter_layers(model).values():
-        layer.adapters["default"].lora_A.data.add_(0.1)
+        trained_of(layer.adapters["default"])["lora_A"].data.add_(0.1)
     ml.save_adapter(model, tmp_path)
     edit(tmp_path, init_lora_weights="olora")
     model = loaded(tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import adapter_layers
+from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli.export import export_adapter
@@ -41,7 +41,7 @@ def write(directory, model, seed=0, **config):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for place in adapter_layers(model).values():
-            for parameter in (each for name in place.configs for each in place.own_parameters(name)):
+            for parameter in (each for name in place.adapters for each in own_parameters(place, name)):
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     ml.save_adapter(model, directory)
     return model
@@ -91,7 +91,7 @@ def test_each_norm_is_that_of_the_dense_change_and_of_the_base(tmp_path, family,
     assert list(found) == sorted(layers)
     for module, facts in found.items():
         layer, adapter = layers[module], layers[module].adapters["default"]
-        A, B, W = (each.detach().double().numpy() for each in (*adapter.factors(), layer.base.weight))
+        A, B, W = (each.detach().double().numpy() for each in (adapter.lora_A, adapter.lora_B, layer.base.weight))
         merged, check = W + adapter.scale * B @ A, assert_maths
         if config.get("use_dora"):
             merged *= adapter.magnitude.detach().double().numpy()[:, None] / np.linalg.norm(merged, axis=1)[:, None]

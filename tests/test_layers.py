@@ -8,9 +8,11 @@ from hypothesis import given
 from torch import nn
 
 from minilora import ConfigError, LoraConfig, attach
+from minilora.adapter import own_parameters
+from minilora.adapters.layers import as_matrix
 from minilora.runs.seeded import SeededDropout, hash_seed
 from minilora.testing.compare import assert_maths, assert_precision, maths
-from tests.adapters import LAYERS, adapted, add, applied_by_loops, merged_by_loops, place
+from tests.adapters import LAYERS, adapted, add, applied_by_loops, bias_of, merged_by_loops, place
 from tests.models import KERNELS, either, examples, matrix, randn, scales, seeds
 
 each_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -32,14 +34,14 @@ def kinds(test, share=0.5):
 @functools.partial(kinds, share=1)
 def test_forward_is_the_merged_weight_applied(case):
     layer = case.layer
-    assert_maths(layer(case.x), case.applied(layer.merged_weight(), layer.merged_bias()))
+    assert_maths(layer(case.x), case.applied(layer.weight, bias_of(layer)))
 
 
 @kinds
 def test_gradients_are_those_of_the_merged_weight_applied(case):
     layer, x = case.layer, case.x
     inputs = [*layer.adapters.parameters(), *([x.requires_grad_()] if x.is_floating_point() else [])]
-    y, merged = layer(x), case.applied(layer.merged_weight(), layer.merged_bias())
+    y, merged = layer(x), case.applied(layer.weight, bias_of(layer))
     dy = randn(7, *y.shape)
     ours, expected = (torch.autograd.grad(each, inputs, dy, allow_unused=True) for each in (y, merged))
     for our, their in zip(ours, expected, strict=True):
@@ -50,12 +52,12 @@ def test_gradients_are_those_of_the_merged_weight_applied(case):
 
 @kinds
 def test_forward_and_merged_weight_equal_the_loops(case):
-    layer, merged = case.layer, case.layer.merged_weight()
+    layer, merged = case.layer, case.layer.weight
     matrix, bias = merged_by_loops(layer)
-    assert_maths(layer.as_matrix(merged), matrix)
-    assert (layer.merged_bias() is None) == (bias is None)
+    assert_maths(as_matrix(layer.base, merged), matrix)
+    assert (bias_of(layer) is None) == (bias is None)
     if bias is not None:
-        assert_maths(layer.merged_bias(), bias)
+        assert_maths(bias_of(layer), bias)
     assert_maths(layer(case.x), applied_by_loops(layer, case.x))
 
 
@@ -68,7 +70,7 @@ def test_in_low_precision_forward_is_as_good_as_pytorch_with_the_merged_weight(k
     for i in range(10):
         case = place(kind, seed + i, 40, 24, dtype=dtype)
         add(case.layer, "new", seed + i, 8, scale, use_dora, lora_bias=True, dtype=torch.float32)
-        y, plain = case.layer(case.x), case.applied(case.layer.merged_weight(), case.layer.merged_bias())
+        y, plain = case.layer(case.x), case.applied(case.layer.weight, bias_of(case.layer))
         assert y.dtype == dtype
         results.append((y, plain, torch.from_numpy(applied_by_loops(case.layer, case.x))))
     assert_precision(*map(torch.stack, zip(*results, strict=True)))
@@ -82,10 +84,10 @@ def test_the_merged_weight_of_a_bfloat16_base_is_rounded_once(kind, use_dora, se
     layer = place(kind, seed, dtype=torch.bfloat16).layer
     add(layer, "new", seed, 2, scale, use_dora, dtype=torch.float32)
     matrix, _ = merged_by_loops(layer)
-    merged = layer.merged_weight()
+    merged = layer.weight
     assert merged.dtype == torch.bfloat16
     exact = torch.from_numpy(matrix)
-    assert_precision(layer.as_matrix(merged), exact.bfloat16(), exact)
+    assert_precision(as_matrix(layer.base, merged), exact.bfloat16(), exact)
 
 
 @each_class
@@ -96,7 +98,7 @@ def test_the_base_gets_no_gradient_and_is_no_parameter_of_the_adapter(kind, use_
     before = {name: tensor.clone() for name, tensor in case.layer.base.state_dict().items()}
     case.layer(case.x).sum().backward()
     assert all(parameter.grad is None for parameter in case.layer.base.parameters())
-    assert all(parameter.grad.any() for parameter in case.layer.own_parameters("new"))
+    assert all(parameter.grad.any() for parameter in own_parameters(case.layer, "new"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in case.layer.base.state_dict().items())
 
 
@@ -138,7 +140,7 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
     adapter.dropout = SeededDropout(p)
     adapter.dropout.seed = hash_seed("0/0")
     whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T
-    k = layer.magnitude_ratio(adapter, layer.base.weight) if use_dora else 1
+    k = adapter.magnitude_ratio(as_matrix(layer.base, layer.base.weight)) if use_dora else 1
     y = layer.train()(ids)
     is_dropped = torch.tensor([maths(row, k * base) <= 1 for row, base in zip(y, layer.base.weight, strict=True)])
     assert_maths(y[~is_dropped], (k * whole)[~is_dropped])
@@ -168,8 +170,8 @@ def test_a_new_adapter_changes_nothing_and_can_be_trained(kind, use_dora, init, 
     assert all(factor.dtype == torch.float32 for factor in (adapter.lora_A, adapter.lora_B))
     if init in (True, "gaussian") and not use_dora:
         assert torch.equal(y, base)
-        assert torch.equal(model["layer"].merged_weight(), model["layer"].base.weight)
+        assert torch.equal(model["layer"].weight, model["layer"].base.weight)
     else:
         assert_precision(y, base, applied_by_loops(case.layer, case.x))
     y.sum().backward()
-    assert any(factor.grad.any() for factor in (adapter.lora_A, adapter.lora_B))
+    assert any(factor.grad.any() for factor in adapter.parameters() if factor.dim() == 2)

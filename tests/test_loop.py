@@ -294,7 +294,7 @@ def break_loss(model):
 
 def break_weight(model):
     model.model.layers[1].self_attn.q_proj.adapters["default"].lora_A.data[1, 1] = math.inf
-    return "first bad: output of model.layers.1.self_attn.q_proj;"
+    return "first bad: output of model.layers.1.self_attn.q_proj.adapters.default;"
 
 
 def break_embedding(model):

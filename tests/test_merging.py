@@ -16,9 +16,10 @@ import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
+from minilora.adapters.layers import as_matrix
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.durable import holds_files
-from minilora.lora import AdapterLinear
+from minilora.lora import LoraLinear, merge_weight
 from minilora.nf4 import NF4Linear, quantize
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths
@@ -50,9 +51,11 @@ def deltas(base, adapter):
     """ΔW of each linear that an adapter changes, by its path."""
     model = ml.load_model(base)
     ml.load_adapter(model, adapter)
-    shapes = {path: layer.base.weight.shape for path, layer in adapter_layers(model).items()}
-    zeros = {path: torch.zeros(shape, dtype=torch.float64) for path, shape in shapes.items()}
-    return {path: layer.merged_weight(zeros[path]) for path, layer in adapter_layers(model).items()}
+    found = {}
+    for path, layer in adapter_layers(model).items():
+        zeros = as_matrix(layer.base, torch.zeros(layer.base.weight.shape, dtype=torch.float64))
+        found[path] = as_matrix(layer.base, merge_weight(zeros, [layer.adapters[name] for name in layer.active]))
+    return found
 
 
 def merge(things, target=None, quantize=None, base="base", adapter="adapter", out="out", **options):
@@ -277,18 +280,18 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
     for i in range(2):
         kind, weight = data.draw(kinds), randn(seed + i, outer, inner)
         weights.append(NF4Linear.quantize(weight.float(), double_quant=False) if kind == "nf4" else weight.to(kind))
-    layer = AdapterLinear(nn.Linear(inner, outer, device="meta"), "proj")
+    layer = LoraLinear(nn.Linear(inner, outer, device="meta"), "proj")
     for i, r in enumerate(ranks):
         lora_A, lora_B = randn(seed + 2 + i, r, inner), randn(seed + 9 + i, outer, r)
         add_built(layer, f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), {"lora_A": lora_A, "lora_B": lora_B})
-    layer.active = tuple(layer.configs)
+    layer.active = tuple(layer.adapters)
     now, before = map(numbers, weights)
     error = effect = 0.0
     for x in np.eye(inner):
         delta = np.zeros(outer)
         for name in layer.active:
-            lora_A, lora_B = (factor.detach().numpy() for factor in layer.adapters[name].factors())
-            delta += scale * (lora_B @ (lora_A @ x))
+            adapter = layer.adapters[name]
+            delta += scale * (adapter.lora_B.detach().numpy() @ (adapter.lora_A.detach().numpy() @ x))
         error += sum((now @ x - (before @ x + delta)) ** 2)
         effect += sum(delta**2)
     for found, expected in zip(squared_norms(*weights, layer), (error, effect), strict=True):

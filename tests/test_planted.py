@@ -32,7 +32,7 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "lora.py", "A, B = lora_A.to(x.dtype)", "A, B = lora_A.detach().to(x.dtype)", f"{GRADIENTS}[linear-plain]"
     ),
     "law 1: a norm is that of columns": Mistake(
-        "lora.py", "lora_B.to(wide), scale)).norm(dim=1)", "lora_B.to(wide), scale)).norm(dim=0)", NORM
+        "lora.py", "(weight.to(wide) + delta).norm(dim=1)", "(weight.to(wide) + delta).norm(dim=0)", NORM
     ),
     "law 1: a norm has a gradient": Mistake(
         "kernel/lora.py",
@@ -54,8 +54,8 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 4: only the first adapter acts": Mistake(
         "lora.py",
-        "for adapter in others:",
-        "for adapter in ():",
+        "y = y + adapter.update(x)",
+        "pass",
         f"{FORWARD}[linear-kernels]",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(

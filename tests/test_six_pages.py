@@ -118,8 +118,8 @@ def same_adapters(ours, theirs):
     """Equal tensors, scales, dropouts, and what is active and trained."""
     same_state(ours, theirs)
     for our, their in zip(*(adapter.adapter_layers(model).values() for model in (ours, theirs)), strict=True):
-        assert (our.path, our.active, list(our.configs)) == (their.path, their.active, list(their.configs))
-        for name in our.configs:
+        assert (our.path, our.active, list(our.adapters)) == (their.path, their.active, list(their.adapters))
+        for name in our.adapters:
             one, other = our.adapters[name], their.adapters[name]
             assert (one.scale, one.dropout.p, one.training) == (other.scale, other.dropout.p, other.training)
     trained = ({name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs))
@@ -156,7 +156,7 @@ def test_the_page_of_adapters_has_the_package_s_defaults_and_adds_a_second_adapt
     same_adapters(loaded, base)
     adapter.attach_lora(ours, ["q_proj", "v_proj"], r=3, name="two")
     layers = adapter.adapter_layers(ours)
-    assert {path[-6:]: list(layer.configs) for path, layer in layers.items()} == {
+    assert {path[-6:]: list(layer.adapters) for path, layer in layers.items()} == {
         "q_proj": ["default", "two"],
         "v_proj": ["two"],
     }

@@ -66,7 +66,7 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path):
 def test_adapted_and_packed_ones_are_refused():
     model = tiny_model()
     attach(model, LoraConfig(target_modules=["embed_tokens"]))
-    with pytest.raises(ConfigError, match="AdapterEmbedding"):
+    with pytest.raises(ConfigError, match="LoraEmbedding"):
         resize_token_embeddings(model, V + 1)
     model = tiny_model()
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)

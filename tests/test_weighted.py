@@ -11,7 +11,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError
-from minilora.adapter import adapter_layers, layers_of
+from minilora.adapter import adapter_layers, layers_of, own_parameters
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.adapters.weighted import combine_adapters, combine_directories, config_of
@@ -28,8 +28,8 @@ starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa"])
 def add(model, name, seed=1, **config):
     """An adapter with random numbers; a start stays what it is."""
     ml.attach(model, ml.LoraConfig(**{"r": 2, "lora_alpha": 14, **config}), name, seed=seed, dtype=torch.float64)
-    for i, layer in enumerate(layer for layer in adapter_layers(model).values() if name in layer.configs):
-        for j, parameter in enumerate(layer.own_parameters(name)):
+    for i, layer in enumerate(layer for layer in adapter_layers(model).values() if name in layer.adapters):
+        for j, parameter in enumerate(own_parameters(layer, name)):
             with torch.no_grad():
                 parameter.copy_(randn(seed + 7 * i + j, *parameter.shape))
 
@@ -38,8 +38,8 @@ def weights_with(model, *names):
     """Path -> the weight that these adapters make of the base's."""
     found = {}
     for path, layer in adapter_layers(model).items():
-        before, layer.active = layer.active, tuple(name for name in names if name in layer.configs)
-        found[path] = layer.merged_weight().detach().double()
+        before, layer.active = layer.active, tuple(name for name in names if name in layer.adapters)
+        found[path] = layer.weight.detach().double()
         layer.active = before
     return found
 
@@ -106,10 +106,10 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, wei
     model = many_kinds()
     add(model, "first", target_modules=["2"])
     add(model, "more", target_modules=["1"], modules_to_save=["3"])
-    layers = {path: list(layer.configs) for path, layer in adapter_layers(model).items()}
+    layers = {path: list(layer.adapters) for path, layer in adapter_layers(model).items()}
     with pytest.raises(error, match=said):
         combine_adapters(model, weights, name)
-    assert {path: list(layer.configs) for path, layer in adapter_layers(model).items()} == layers
+    assert {path: list(layer.adapters) for path, layer in adapter_layers(model).items()} == layers
 
 
 def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_path():
@@ -118,7 +118,8 @@ def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_p
     add(model, "first", target_modules=("0",))
     combine_adapters(model, {"first": 2.0}, "second")
     adapters = layers_of(model, "second")["0"].adapters
-    first, second = (lora_delta(*adapters[name].factors(), adapters[name].scale) for name in ("first", "second"))
+    held = (adapters[name] for name in ("first", "second"))
+    first, second = (lora_delta(each.lora_A, each.lora_B, each.scale) for each in held)
     assert_maths(second, 2 * first)
 
 
@@ -142,7 +143,7 @@ def two(tmp_path):
 
 
 def merged(model):
-    return {path: layer.merged_weight() for path, layer in adapter_layers(model).items()}
+    return {path: layer.weight for path, layer in adapter_layers(model).items()}
 
 
 @pytest.mark.parametrize("config", [CombineConfig(), CombineConfig("svd", svd_rank=2), CombineConfig("svd", None, 0.9)])

@@ -11,9 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapter import activate, adapter_layers, base_modules, layers_of, replace_modules, require_layers, walk
+from minilora.adapter import (
+    activate,
+    adapter_layers,
+    add_adapter,
+    base_modules,
+    is_finite,
+    layers_of,
+    replace_modules,
+    require_layers,
+    walk,
+)
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import TokenRows
+from minilora.adapters.copies import TokenRows, TrainedCopy
+from minilora.adapters.layers import LowRankWrapper
 from minilora.adapters.parts import (
     LINEARS,
     AdapterSpec,
@@ -27,7 +38,7 @@ from minilora.adapters.parts import (
 )
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
-from minilora.lora import AdapterLinear, AdapterWrapper, Linear
+from minilora.lora import AdapterWrapper, Linear
 from minilora.models.bitsandbytes import describe
 from minilora.models.shard import is_sharded
 from minilora.nf4 import NF4Linear
@@ -95,7 +106,7 @@ def inject_adapter(
     layers, modules = adapter_layers(model), base_modules(model)
     if not name or "." in name or name in dir(nn.ModuleDict()):
         raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
-    if any(name in layer.configs for layer in layers.values()):
+    if any(name in layer.adapters for layer in layers.values()):
         raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
     check_specs(modules, layers.values(), specs)
     known = {(layer.path, type(layer)): layer for layer in layers.values()}
@@ -103,7 +114,7 @@ def inject_adapter(
     substitutes = []
     for path, spec in specs.items():
         if (path, spec.kind) not in known:  # low-rank adapters wrap the base itself, other kinds wrap those
-            inner = modules[path] if issubclass(spec.kind, AdapterLinear) else outermost[path]
+            inner = modules[path] if issubclass(spec.kind, LowRankWrapper) else outermost[path]
             known[path, spec.kind] = spec.kind(inner, path)
             substitutes.append((inner, known[path, spec.kind]))
     replace_modules(model, substitutes)
@@ -113,10 +124,57 @@ def inject_adapter(
             if dtype is not None:
                 dtypes = {key: dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
                 tensors = {key: t.detach().to(dtypes[key], copy=True) for key, t in tensors.items()}
-            layer.add_adapter(name, build_adapter(layer, config, tensors), config)
+            if isinstance(layer, TrainedCopy):
+                layer.add_copy(name, tensors)
+            elif isinstance(layer, TokenRows):
+                layer.add_rows(name, tensors["ids"].tolist(), tensors["rows"])
+            elif isinstance(layer, LowRankWrapper):
+                add_adapter(layer, name, build_adapter(layer, config, tensors))
+            layer.adapters[name].lora_config = config  # see `config_of_adapter`
         elif isinstance(layer, TokenRows):
-            layer.share(name, [other for other in known.values() if isinstance(other, TokenRows)])
+            layer.share_rows(name, [other for other in known.values() if isinstance(other, TokenRows)])
     activate(model, name, trainable)
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Activate these adapters and no others. Which parameters are trainable does not change.
+
+    Raises:
+        TargetError: there is no such adapter, or two of them train the same parameter.
+    """
+    check_types(set_adapter, locals())
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    for layer in require_layers(model, *wanted) if len(wanted) > 1 else ():
+        if len(conflicting := _conflicting_adapters(layer, wanted)) > 1:
+            raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
+    adapter.set_adapter(model, wanted)
+
+
+def _conflicting_adapters(layer: AdapterWrapper, names: Sequence[str]) -> list[str]:
+    """Return those of the adapters that train the same parameter."""
+    held = [name for name in names if name in layer.adapters]
+    if isinstance(layer, TrainedCopy):
+        inner = layer.base.adapters if isinstance(layer.base, AdapterWrapper) else {}
+        return held + [name for name in names if name in inner] if held else []
+    if isinstance(layer, TokenRows):
+        ids = [token for name in held for token in layer.adapters[name].ids.tolist()]
+        return held if len(set(ids)) < len(ids) else []
+    return [name for name in held if layer.adapters[name].bias is not None]
+
+
+def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
+    """Return the config that an adapter was made from.
+
+    Raises:
+        TargetError: there is no such adapter, or it was not made from a config.
+    """
+    adapter = next(iter(layers_of(model, name).values())).adapters[name]
+    config: LoraConfig | None = getattr(adapter, "lora_config", None)
+    if config is None:
+        raise TargetError(
+            f"adapter {name!r} was attached without a LoraConfig; save it by `minilora.adapter.save_lora`"
+        )
+    return config
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -128,9 +186,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_types(delete_adapter, locals())
     layers = list(layers_of(model, name).values())
     for layer in layers:
-        del layer.adapters[name], layer.configs[name]
+        del layer.adapters[name]
         layer.active = tuple(each for each in layer.active if each != name)
-    replace_modules(model, ((layer, layer.base) for layer in reversed(layers) if not layer.configs))
+    replace_modules(model, ((layer, layer.base) for layer in reversed(layers) if not layer.adapters))
 
 
 def merge(model: nn.Module) -> None:
@@ -190,7 +248,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:  # the inner ones first, so that an outer one merges the result
             module = layer.merged() if layer.active else layer.base
-            if layer.active and not all(bool(p.isfinite().all()) for p in module.parameters()):
+            if layer.active and not is_finite(module):
                 raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
             replaced += replace_modules(model, [(layer, module)])
         yield

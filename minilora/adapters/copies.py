@@ -9,7 +9,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapters.layers import get_base_layer, shallow_copy
+from minilora.adapter import add_adapter
+from minilora.adapters.layers import ForwardingWrapper, get_base_layer, shallow_copy
 from minilora.lora import AdapterWrapper
 
 
@@ -35,18 +36,19 @@ class TrainedCopy(AdapterWrapper):
         self._names = {key for key, _ in get_base_layer(base).named_parameters()}
         self.own: dict[str, set[str]] = {}  # of these, those that each adapter trains
 
-    def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
-        super().add_adapter(name, adapter, config)
-        trained = {id(parameter) for parameter in self.own_parameters(name)}
-        self.own[name] = {key for key, p in self.adapters[name].named_parameters() if id(p) in trained}
+    def add_copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add an adapter that trains these parameters."""
+        self.own[name] = {*tensors}
+        add_adapter(self, name, shallow_copy(get_base_layer(self), tensors))
 
-    def current(self) -> nn.Module:
-        return self.adapters[self.active[-1]] if self.active else self.base
-
-    def conflicting_adapters(self, names: Sequence[str]) -> list[str]:
-        inner = self.base.configs if isinstance(self.base, AdapterWrapper) else {}
-        here = [name for name in names if name in self.configs]
-        return here + [name for name in names if name in inner] if here else []
+    def __getattr__(self, name: str) -> Any:
+        """Forward unknown attributes to the module that acts."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name in ("base", "adapters", "active") or name.startswith("__"):
+                raise
+            return getattr(self.adapters[self.active[-1]] if self.active else self.base, name)
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
         return {key: p for key, p in self.adapters[name].named_parameters() if key in self.own[name]}
@@ -60,7 +62,7 @@ class TrainedCopy(AdapterWrapper):
         return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
 
     def merged(self) -> nn.Module:
-        return shallow_copy(self.current(), self._in_dtype_of_base(self.active[-1]))
+        return shallow_copy(get_base_layer(self.base), self._in_dtype_of_base(self.active[-1]))
 
     def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
         base, copy = get_base_layer(self.base), self.adapters[name]
@@ -89,29 +91,25 @@ class Rows(nn.Module):
         return ranked[place] == tokens, self.order[place]
 
 
-class TokenRows(AdapterWrapper):
+class TokenRows(ForwardingWrapper):
     """An embedding, or a module tied to it, some rows of whose weight each adapter replaces (final)."""
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)
         self.shared: set[str] = set()  # the adapters whose rows belong to another wrapper
 
-    def add_adapter(self, name: str, adapter: nn.Module, config: Any = None) -> None:
+    def add_rows(self, name: str, ids: Sequence[int], rows: Tensor) -> None:
+        """Add rows of its own."""
         self.shared.discard(name)
-        super().add_adapter(name, adapter, config)
+        add_adapter(self, name, Rows(ids, rows))
 
-    def share(self, name: str, others: Iterable[TokenRows]) -> None:
+    def share_rows(self, name: str, others: Iterable[TokenRows]) -> None:
         """Add the rows of the embedding that this module is tied to."""
         weight = get_base_layer(self).get_parameter("weight")
-        owners = [other for other in others if name in other.configs and name not in other.shared]
+        owners = [other for other in others if name in other.adapters and name not in other.shared]
         tied = next(other for other in owners if get_base_layer(other).get_parameter("weight") is weight)
-        self.add_adapter(name, tied.adapters[name], tied.configs[name])
+        add_adapter(self, name, tied.adapters[name])
         self.shared.add(name)
-
-    def conflicting_adapters(self, names: Sequence[str]) -> list[str]:
-        held = [name for name in names if name in self.configs]
-        ids = [token for name in held for token in self.adapters[name].ids.tolist()]
-        return held if len(set(ids)) < len(ids) else []
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
         return {} if name in self.shared else {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}

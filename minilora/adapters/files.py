@@ -13,12 +13,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import base_modules, layers_of, lora_tensors
-from minilora.adapters.attach import describe_base, inject_adapter
+from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
+from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.copies import TokenRows, TrainedCopy
 from minilora.adapters.initialize import factors_from_weight
-from minilora.adapters.layers import AdapterConv1D
+from minilora.adapters.layers import (
+    InitSubtractedAdapter,
+    LoraConv1D,
+    LoraEmbedding,
+    LowRankWrapper,
+    as_matrix,
+    factor_shapes,
+)
 from minilora.adapters.layout import (
     BASE_METADATA,
     CONFIG_FILE,
@@ -32,15 +39,16 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
-from minilora.adapters.parts import CONVOLUTIONS, LINEARS, AdapterSpec, InitSubtractedAdapter, build_specs, kind_of
+from minilora.adapters.parts import CONVOLUTIONS, LINEARS, AdapterSpec, build_specs, kind_of
 from minilora.errors import FormatError, TargetError, check_types, in_recipe, listed
 from minilora.llama import Llama
-from minilora.lora import AdapterLinear, AdapterWrapper
+from minilora.lora import AdapterWrapper
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.models.shard import whole_weight
 from minilora.nf4 import NF4Linear
 
+EMBEDDING_NAMES = PEFT_NAMES | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 T = TypeVar("T")
 
 
@@ -58,9 +66,22 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     layers = layers_of(model, name)
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
-    fields |= _fields(next(iter(layers.values())).configs[name], name, layers, list(base_modules(model)))
+    fields |= _fields(config_of_adapter(model, name), name, layers, list(base_modules(model)))
     metadata = {BASE_METADATA: json.dumps(describe_base(model))}
-    write_adapter(Path(path), fields, lora_tensors(model, name), metadata)
+    tensors = {f"{PREFIX}{where}.{key}": t for where in layers for key, t in peft_tensors(layers[where], name).items()}
+    write_adapter(Path(path), fields, tensors, metadata)
+
+
+def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by the ends of their names in PEFT's file, after the module's path."""
+    if isinstance(layer, TrainedCopy | TokenRows):
+        return layer.peft_tensors(name)
+    held = {end: getattr(layer.adapters[name], key) for key, end in _names_of(type(layer)).items()}
+    return {end: tensor for end, tensor in held.items() if tensor is not None}
+
+
+def _names_of(kind: type[AdapterWrapper]) -> Mapping[str, str]:
+    return EMBEDDING_NAMES if kind is LoraEmbedding else PEFT_NAMES
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
@@ -114,14 +135,14 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
             tensors = {key: own.pop(f"{path}.{key}") for key in spec.tensors if f"{path}.{key}" in own}
         else:
             tensors = held.pop(path, {})
-        copied = tensors.pop("weight", None) if issubclass(spec.kind, AdapterLinear) else None
+        copied = tensors.pop("weight", None) if issubclass(spec.kind, LowRankWrapper) else None
         mismatches += _mismatches(path, spec, tensors, modules[path], copied)
         contradictions += _contradictions(path, spec, tensors, config)
         # PEFT takes the word for True on other layers
         if spec.kind in LINEARS and init in DETERMINISTIC_INITS and not mismatches:
             if isinstance(modules[path], NF4Linear):
                 raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
-            weight = spec.kind(modules[path], path).as_matrix(whole_weight(modules[path]))
+            weight = as_matrix(modules[path], whole_weight(modules[path]))
             start = factors_from_weight(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)
@@ -143,14 +164,14 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
 
 def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
     """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
-    low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, AdapterLinear)}
+    low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, LowRankWrapper)}
     started = {where for where, layer in low_rank.items() if isinstance(layer.adapters[name], InitSubtractedAdapter)}
     times = 2 if started else 1
     growth = math.sqrt(times) if config.use_rslora else times
     ranks = {each: config.rank(each) * (times if each in started else 1) for each in low_rank}
     alphas = {each: config.alpha(each) * (growth if each in started else 1) for each in low_rank}
     copies = [where for where, layer in layers.items() if isinstance(layer, TrainedCopy)]
-    whole = [where for where in copies if layers[where].peft_tensors(name).keys() != {"bias"}]
+    whole = [where for where in copies if peft_tensors(layers[where], name).keys() != {"bias"}]
     return {
         **fields_of(config),
         "target_modules": shortest_names(list(low_rank), modules),
@@ -158,7 +179,7 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         "lora_alpha": growth * config.lora_alpha,
         "rank_pattern": _pattern(None if started else config.rank_pattern, ranks, times * config.r),
         "alpha_pattern": _pattern(None if started else config.alpha_pattern, alphas, growth * config.lora_alpha),
-        "fan_in_fan_out": any(isinstance(layer, AdapterConv1D) for layer in low_rank.values()),
+        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in low_rank.values()),
         "modules_to_save": shortest_names(whole, modules, as_text=True) or None,  # as PEFT compares them
     }
 
@@ -190,12 +211,12 @@ def _blank_specs(
     for path, tensors in held.items():
         if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
             continue
-        shape_A, shape_B = kind.shapes(modules[path], config.rank(path))
+        shape_A, shape_B = factor_shapes(modules[path], config.rank(path))
         has_bias = "bias" in tensors and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
-        shapes = {"lora_A": shape_A, "lora_B": shape_B}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": shape_A, "lora_B": shape_B}
         shapes |= dict.fromkeys(("magnitude", "lora_bias", "bias"), shape_B[:1])
-        keys = [key for key in kind.PEFT_NAMES if asked.get(key, True)]
+        keys = [key for key in PEFT_NAMES if asked.get(key, True)]
         specs[path] = AdapterSpec(kind, {key: torch.empty(shapes[key], device="meta") for key in keys})
     return specs
 
@@ -208,7 +229,7 @@ def _mismatches(
     needed = {key: tuple(tensor.shape) for key, tensor in spec.tensors.items()}
     wrong = [key for key in shapes if key in needed and shapes[key] != needed[key]]
     found = [f"{path}.{key}: the adapter has {shapes[key]}, the model needs {needed[key]}" for key in wrong]
-    if issubclass(spec.kind, AdapterLinear) and {"lora_A", "lora_B"} & {*wrong}:
+    if issubclass(spec.kind, LowRankWrapper) and {"lora_A", "lora_B"} & {*wrong}:
         factors = f"A {shapes['lora_A']} and B {shapes['lora_B']}"
         found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(module.weight.shape)}"]
     if copied is not None:

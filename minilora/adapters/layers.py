@@ -1,6 +1,6 @@
-"""Wrappers of other layers that apply a linear map W (out, in).
+"""Low-rank adapters of layers that store Wᵀ, for W (out, in), and adapters that start as a part of W.
 
-transformers' Conv1D   W is stored as (in, out)
+transformers' Conv1D   stores Wᵀ as (in, out)
 embedding              a row of Wᵀ (num, dim) for each index, whose one-hot vector is x
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, Shape
+from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dense_linear, merge_weight
 
 
 def get_base_layer(module: nn.Module) -> nn.Module:
@@ -35,64 +35,107 @@ def shallow_copy(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Modu
     return copied
 
 
-class _OtherLayer(AdapterLinear):
-    """A wrapper whose base is no linear, so that `lora_linear` does not apply (abstract)."""
-
-    def lora_forward(self, x: Tensor, bias: Tensor | None, adapter: LoraAdapter) -> Tensor:
-        return self.base_forward(x, bias) + self.lora_update(x, adapter)
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the weight of a module as W (out, in)."""
+    return weight if isinstance(module, Linear) else weight.T
 
 
-class AdapterConv1D(_OtherLayer):
-    """transformers' Conv1D, a linear layer with W stored as (in, out) (final)."""
+def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of A (r, in) and B (out, r) for a module."""
+    if isinstance(module, Linear):
+        return (r, module.in_features), (module.out_features, r)
+    inner, outer = module.weight.shape
+    return (r, inner), (outer, r)
 
-    @staticmethod
-    def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
-        inner, out = base.weight.shape
-        return (r, inner), (out, r)
 
-    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.base.weight.T, bias)
+class ForwardingWrapper(AdapterWrapper):
+    """A wrapper that models may ask for the attributes of its base (abstract)."""
 
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):
+                raise
+            return getattr(self.base, name)
 
-    def from_matrix(self, matrix: Tensor) -> Tensor:
-        return matrix.T
+
+class LoraConv1D(ForwardingWrapper):
+    """transformers' Conv1D, a linear layer that stores Wᵀ (final)."""
+
+    def as_linear(self) -> LoraLinear:
+        """Return a LoraLinear with the same adapters, whose weight is a view of this one's."""
+        linear = LoraLinear(dense_linear(self.base.weight.T, self.base.bias), self.path)
+        linear.adapters, linear.active = self.adapters, self.active
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.as_linear()(x)
+        return y
 
     def merged(self) -> nn.Module:
-        return shallow_copy(self.base, {"weight": self.merged_weight(), "bias": self.merged_bias()})
+        return shallow_copy(self.base, {"weight": self.weight, "bias": self.bias})
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight, as it is stored."""
+        return self.as_linear().merged_weight().T
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The merged bias."""
+        return self.as_linear().merged_bias()
 
 
-class AdapterEmbedding(_OtherLayer):
+class LoraEmbedding(ForwardingWrapper):
     """An embedding: index i selects column i of W (dim, num) and column i of A (final).
 
     Dropout drops the adapter of an index as a whole, because its one-hot vector has only one number.
     """
 
-    PEFT_NAMES: ClassVar[Mapping[str, str]] = {
-        "lora_A": "lora_embedding_A",
-        "lora_B": "lora_embedding_B",
-        "magnitude": "lora_magnitude_vector",
-    }
-
-    @staticmethod
-    def shapes(base: Any, r: int) -> tuple[Shape, Shape]:
-        return (r, base.num_embeddings), (base.embedding_dim, r)
-
-    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.base(x)
-
-    def lora_update(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
-        lora_A, lora_B = adapter.factors()
-        h = F.embedding(x, lora_A.T, self.base.padding_idx)
-        h = adapter.scale * h * adapter.dropout(torch.ones_like(h[..., :1]))
-        return F.linear(h, lora_B).to(self.base.weight.dtype)
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
-
-    def from_matrix(self, matrix: Tensor) -> Tensor:
-        return matrix.T
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        for adapter in (self.adapters[name] for name in self.active):
+            h = F.embedding(x, adapter.lora_A.T, self.base.padding_idx)
+            h = adapter.scale * h * adapter.dropout(torch.ones_like(h[..., :1]))
+            y = adapter.rescale(y + F.linear(h, adapter.lora_B).to(y.dtype), self.base.weight.T)
+        return y
 
     def merged(self) -> nn.Module:
-        return shallow_copy(self.base, {"weight": self.merged_weight()})
+        return shallow_copy(self.base, {"weight": self.weight})
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight, as it is stored."""
+        return merge_weight(self.base.weight.T, [self.adapters[name] for name in self.active]).T
+
+
+LowRankWrapper = LoraLinear | LoraConv1D | LoraEmbedding
+
+
+class InitSubtractedAdapter(LoraAdapter):
+    """An adapter that starts as a part A₀, B₀ of W, which is subtracted: s·(B A - B₀ A₀), zero at the start (final).
+
+    It is one of twice the rank, [B, -B₀] [A; A₀], whose second half is not trained, and is saved as such. So W stays as
+    it is and is never rounded.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
+        factors = ("lora_A", "lora_B")
+        super().__init__({key: tensor for key, tensor in tensors.items() if key not in factors}, scale, dropout)
+        self.trained = nn.ParameterDict({key: tensors[key] for key in factors})
+        self.register_buffer("start_A", tensors["start_A"])
+        self.register_buffer("start_B", tensors["start_B"])
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """[A; A₀]."""
+        return torch.cat((self.trained["lora_A"], self.start_A))
+
+    @property
+    def lora_B(self) -> Tensor:  # type: ignore[override]
+        """[B, -B₀]."""
+        return torch.cat((self.trained["lora_B"], -self.start_B), dim=1)

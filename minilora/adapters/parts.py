@@ -10,19 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig, is_target, matches, select_saved, select_targets
-from minilora.adapters.copies import Rows, TokenRows, TrainedCopy
+from minilora.adapters.copies import TokenRows, TrainedCopy
 from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
-from minilora.adapters.layers import AdapterConv1D, AdapterEmbedding, get_base_layer, shallow_copy
+from minilora.adapters.layers import (
+    InitSubtractedAdapter,
+    LoraConv1D,
+    LoraEmbedding,
+    LowRankWrapper,
+    as_matrix,
+    factor_shapes,
+)
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
-from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter, dora_norm
+from minilora.lora import AdapterWrapper, LoraAdapter, LoraLinear, dora_norm
 from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEARS = (AdapterLinear, AdapterConv1D)
-FOREIGN: Mapping[tuple[str, str], type[AdapterLinear]] = {  # transformers' classes that compute a plain linear
-    ("transformers.pytorch_utils", "Conv1D"): AdapterConv1D,
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): AdapterLinear,
+LINEARS = (LoraLinear, LoraConv1D)
+FOREIGN: Mapping[tuple[str, str], type[LowRankWrapper]] = {  # transformers' classes that compute a plain linear
+    ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): LoraLinear,
 }
 
 
@@ -38,59 +45,31 @@ class AdapterSpec(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class InitSubtractedAdapter(LoraAdapter):
-    """An adapter that starts as a part A₀, B₀ of W, which is subtracted: s·(B A - B₀ A₀), zero at the start (final).
-
-    So W stays as it is and is never rounded. The adapter is saved as a plain one of twice the rank.
-    """
-
-    start_A: Tensor
-    start_B: Tensor
-
-    def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
-        super().__init__(tensors, scale, dropout)
-        self.register_buffer("start_A", tensors["start_A"])
-        self.register_buffer("start_B", tensors["start_B"])
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return [A; A₀] and [B, -B₀], whose product is B A - B₀ A₀."""
-        return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, -self.start_B), dim=1)
-
-
-def build_adapter(layer: AdapterWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+def build_adapter(layer: LowRankWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraAdapter:
     """Build an adapter of these tensors for a wrapper; DoRA's m, if it is not given, is ‖W + s·B A‖."""
-    if isinstance(layer, AdapterLinear):
-        kind, scale = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter, config.scale(layer.path)
-        if config.use_dora and "magnitude" not in tensors:
-            tensors = {**tensors, "magnitude": _initial_magnitude(layer, *kind(tensors, scale).factors(), scale)}
-        return kind(tensors, scale, config.lora_dropout)
-    if isinstance(layer, TokenRows):
-        return Rows(tensors["ids"].tolist(), tensors["rows"])
-    return shallow_copy(get_base_layer(layer), tensors)
+    kind, scale = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter, config.scale(layer.path)
+    if config.use_dora and "magnitude" not in tensors:
+        new, weight = kind(tensors, scale), as_matrix(layer.base, whole_weight(layer.base))
+        lora_A, lora_B = (factor.detach().to(weight.device) for factor in (new.lora_A, new.lora_B))
+        norm = torch.ones(len(lora_B)) if weight.is_meta else dora_norm(weight, lora_A, lora_B, scale)
+        tensors = {**tensors, "magnitude": norm.to(lora_A.dtype)}
+    return kind(tensors, scale, config.lora_dropout)
 
 
-def _initial_magnitude(layer: AdapterLinear, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    weight = layer.as_matrix(whole_weight(layer.base))
-    if weight.is_meta:
-        return torch.ones(len(lora_B), dtype=lora_A.dtype)
-    lora_A, lora_B = (factor.detach().to(weight.device) for factor in (lora_A, lora_B))
-    return dora_norm(weight, lora_A, lora_B, scale).to(lora_A.dtype)
-
-
-def kind_of(module: nn.Module | None) -> type[AdapterLinear] | None:
+def kind_of(module: nn.Module | None) -> type[LowRankWrapper] | None:
     """Return the wrapper class for low-rank adapters of a module; None for subclasses, which may compute anything."""
     if type(module) is NF4Linear:
-        return AdapterLinear
+        return LoraLinear
     if module is None or "weight" not in module._parameters:  # computed in each call, as by PyTorch's pruning
         return None
     if type(module) is nn.Linear:
-        return AdapterLinear
+        return LoraLinear
     if type(module) is nn.Embedding:
-        return AdapterEmbedding if module.max_norm is None else None  # which changes the weight in each call
+        return LoraEmbedding if module.max_norm is None else None  # which changes the weight in each call
     return FOREIGN.get((type(module).__module__, type(module).__name__))
 
 
-def adaptable(modules: Mapping[str, Any]) -> dict[str, type[AdapterLinear]]:
+def adaptable(modules: Mapping[str, Any]) -> dict[str, type[LowRankWrapper]]:
     """Return the wrapper classes of the modules that can have low-rank adapters, by path."""
     kinds = {path: kind_of(module) for path, module in modules.items() if path and is_called(path, modules)}
     return {path: kind for path, kind in kinds.items() if kind is not None}
@@ -124,9 +103,9 @@ def low_rank_spec(
     """Return the spec of a new low-rank adapter of one module; `start` are A and B that are given."""
     kind, init, r, scale = kind_of(module), config.init_lora_weights, config.rank(path), config.scale(path)
     assert kind is not None
-    shape_A, shape_B = kind.shapes(module, r)
+    shape_A, shape_B = factor_shapes(module, r)
     is_part_of_weight = is_from_weight(init)
-    if config.lora_bias and kind is AdapterEmbedding:
+    if config.lora_bias and kind is LoraEmbedding:
         raise ConfigError(f"{path}: lora_bias is not for embeddings")
     if start is not None:
         lora_A, lora_B = start
@@ -137,9 +116,9 @@ def low_rank_spec(
     elif isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
         lora_A, lora_B = initial_factors(True, shape_A, shape_B, generator)
     elif is_part_of_weight:
-        layer = kind(module, path)
-        lora_A, lora_B = factors_from_weight(str(init), layer.as_matrix(whole_weight(module)), r, scale, generator)
-    elif kind is AdapterEmbedding:
+        weight = as_matrix(module, whole_weight(module))
+        lora_A, lora_B = factors_from_weight(str(init), weight, r, scale, generator)
+    elif kind is LoraEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
     else:
         lora_A, lora_B = initial_factors(init, shape_A, shape_B, generator)
@@ -217,7 +196,7 @@ def _with_biases(
             continue
         if spec and spec.kind is TokenRows and config.bias == "all":
             raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
-        if spec and issubclass(spec.kind, AdapterLinear):
+        if spec and issubclass(spec.kind, LowRankWrapper):
             found[path] = spec._replace(tensors=spec.tensors | {"bias": whole(bias)})
         elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
             found[path] = AdapterSpec(TrainedCopy, {"bias": whole(bias)})
@@ -236,7 +215,7 @@ def check_specs(
     for path, spec in specs.items():
         module = modules[path]
         is_own = has_hooks(module) or "forward" in module.__dict__
-        if is_own and issubclass(spec.kind, AdapterLinear) and spec.kind is not AdapterEmbedding:
+        if is_own and issubclass(spec.kind, LowRankWrapper) and spec.kind is not LoraEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
     places = [(layer.path, type(layer)) for layer in layers] + [(path, spec.kind) for path, spec in specs.items()]
     copied = {path for path, kind in places if kind is TrainedCopy}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from minilora.adapter import layers_of
-from minilora.adapters.attach import inject_adapter
+from minilora.adapters.attach import config_of_adapter, inject_adapter
 from minilora.adapters.combine import CombineConfig, Factors, LowRank, check_additive, combine
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import (
@@ -45,7 +45,7 @@ def combine_adapters(
     """
     check_types(combine_adapters, locals())
     places = {each: layers_of(model, each) for each in weights}
-    configs = {each: next(iter(layers.values())).configs[each] for each, layers in places.items()}
+    configs = {each: config_of_adapter(model, each) for each in weights}
     for each in weights:
         check_additive(each, configs[each])
     parts = [{path: _factors(layer.adapters[n]) for path, layer in layers.items()} for n, layers in places.items()]
@@ -59,7 +59,7 @@ def combine_adapters(
 
 
 def _factors(adapter: LoraAdapter) -> Factors:
-    return Factors(*adapter.factors(), adapter.scale)
+    return Factors(adapter.lora_A, adapter.lora_B, adapter.scale)
 
 
 def config_of(factors: Mapping[str, Factors], like: LoraConfig | None = None) -> LoraConfig:

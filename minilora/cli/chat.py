@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.adapter import set_adapter
+from minilora.adapters.attach import set_adapter
 from minilora.cli import Options, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora import llama, nf4
+from minilora.adapter import add_adapter
 from minilora.adapters.combine import Factors, concatenate
 from minilora.cli import Options
 from minilora.data import Batch, Example, collate
 from minilora.definition import WITH_KERNEL, plain
-from minilora.lora import AdapterLinear, LoraAdapter, dense_linear, lora_scale
+from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
 from minilora.models.checkpoint import pick_device
 from minilora.testing.checks import check_kernel, laws
 from minilora.testing.laws import CheckFailure, Law
@@ -122,8 +123,8 @@ def implementations(device: torch.device) -> dict[str, Any]:
 def adapters(device: torch.device) -> dict[str, Any]:
     def adapted(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *more: Tensor, **p: float) -> Any:
         named = dict(zip(("lora_A", "lora_B", "magnitude"), (A, B, *more), strict=False))
-        layer = AdapterLinear(dense_linear(W, b), "layer").to(device)
-        layer.add_adapter("default", LoraAdapter({name: t.detach().clone() for name, t in named.items()}, scale, **p))
+        layer = LoraLinear(dense_linear(W, b), "layer").to(device)
+        add_adapter(layer, "default", LoraAdapter({name: t.detach().clone() for name, t in named.items()}, scale, **p))
         layer.active = ("default",)
         return layer
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers
+from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
@@ -89,17 +89,17 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def trained_adapters(model: nn.Module) -> dict[str, LoraConfig]:
+def trained_adapters(model: nn.Module) -> dict[str, Any]:
     """Return the configs of the adapters that have trainable parameters, by name; each has to be active."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
-    found: dict[str, LoraConfig] = {}
+    found: dict[str, Any] = {}
     active: set[str] = set()
     for layer in adapter_layers(model).values():
         active |= set(layer.active)
-        for name, config in layer.configs.items():
-            if any(parameter.requires_grad for parameter in layer.own_parameters(name)):
-                found.setdefault(name, config)
+        for name in layer.adapters:
+            if any(parameter.requires_grad for parameter in own_parameters(layer, name)):
+                found.setdefault(name, getattr(layer.adapters[name], "lora_config", None))
     if idle := sorted(found.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
     return found

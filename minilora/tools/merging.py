@@ -21,10 +21,11 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers, set_adapter
-from minilora.adapters.attach import describe_base
+from minilora.adapter import adapter_layers
+from minilora.adapters.attach import describe_base, set_adapter
 from minilora.adapters.copies import TrainedCopy
 from minilora.adapters.files import load_adapter
+from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import (
     CONFIG_FILE,
     DETERMINISTIC_INITS,
@@ -34,7 +35,7 @@ from minilora.adapters.layout import (
 )
 from minilora.errors import ConfigError
 from minilora.llama import Llama
-from minilora.lora import AdapterLinear, AdapterWrapper, LoraAdapter
+from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
@@ -238,7 +239,7 @@ def _needed_modules(adapter: Path) -> set[str]:
 def _unties(base: _Base, layers: Mapping[str, AdapterWrapper]) -> bool:
     """Return whether merging turns a tied embedding and head into two weights."""
     ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
-    is_adapted = any(isinstance(end, AdapterLinear | TrainedCopy) for end in ends)
+    is_adapted = any(isinstance(end, LowRankWrapper | TrainedCopy) for end in ends)
     return base.config.tie_word_embeddings and is_adapted
 
 
@@ -259,7 +260,7 @@ def _merged_weights(
             )
         for key, (weight, trained) in weights.items():
             result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
-            if key == "weight" and isinstance(layer, AdapterLinear):
+            if key == "weight" and isinstance(layer, LowRankWrapper):
                 squares[path] = squared_norms(result, trained, layer)
             yield f"{path}.{key}", result
 
@@ -295,7 +296,7 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
     return NF4Linear(parts, example.layout, None, example.dtype)
 
 
-def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tuple[float, float]:
+def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
     """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights, in float64, a few rows at a time.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
@@ -304,28 +305,25 @@ def squared_norms(merged: Weight, trained: Weight, layer: AdapterLinear) -> tupl
         dequantize_weight(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()
         for w in (merged, trained)
     )
-    now, before = layer.as_matrix(now).cpu(), layer.as_matrix(before).cpu()
+    now, before = as_matrix(layer.base, now).cpu(), as_matrix(layer.base, before).cpu()
     error = effect = 0.0
     rows = max(1, CHUNK // now.size(1))
     for begin in range(0, now.size(0), rows):
         part = slice(begin, begin + rows)
         start = before[part].double()
-        exact = _float64_rows(layer, part).merged_weight(start).detach()
+        exact = merge_weight(start, _float64_rows(layer, part)).detach()
         error += torch.linalg.vector_norm(now[part].double() - exact).item() ** 2
         effect += torch.linalg.vector_norm(exact - start).item() ** 2
     return error, effect
 
 
-def _float64_rows(layer: AdapterLinear, part: slice) -> AdapterLinear:
-    """Return a layer with the active adapters of some rows of W, in float64 on the CPU: some devices lack float64."""
-    rows = AdapterLinear(nn.Linear(1, 1, device="meta"), layer.path)
-    for name in layer.active:
-        adapter = layer.adapters[name]
-        lora_A, lora_B = adapter.factors()
-        tensors = {"lora_A": lora_A, "lora_B": lora_B[part]}
+def _float64_rows(layer: LowRankWrapper, part: slice) -> list[LoraAdapter]:
+    """Return the active adapters of some rows of W, in float64 on the CPU: some devices lack float64."""
+    rows = []
+    for adapter in (layer.adapters[name] for name in layer.active):
+        tensors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B[part]}
         if adapter.magnitude is not None:
             tensors["magnitude"] = adapter.magnitude[part]
         wide = {key: tensor.detach().cpu().double() for key, tensor in tensors.items()}
-        rows.add_adapter(name, LoraAdapter(wide, adapter.scale))
-    rows.active = layer.active
+        rows.append(LoraAdapter(wide, adapter.scale))
     return rows

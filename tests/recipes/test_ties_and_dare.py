@@ -36,7 +36,7 @@ def adapted(seed=0, names="abc"):
 
 def delta(model, path, name):
     adapter = model[int(path)].adapters[name]
-    return lora_delta(*(factor.detach().double() for factor in adapter.factors()), adapter.scale)
+    return lora_delta(*(factor.detach().double() for factor in (adapter.lora_A, adapter.lora_B)), adapter.scale)
 
 
 def brute_force(updates, given, density, elect):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import minilora as ml
 from minilora.adapter import adapter_layers, replace_modules
 from minilora.data import collate
-from minilora.lora import dense_linear, lora_delta
+from minilora.lora import dense_linear, lora_delta, merge_weight
 from minilora.nf4 import dequantize_weight, quantize_weight
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ def compare(layers: dict[str, Any], merged: dict[str, Tensor]) -> dict[str, floa
     same = count = error = effect = scale = 0.0
     for path, layer in layers.items():
         (adapter,) = (layer.adapters[name] for name in layer.active)
-        W, delta = layer.base.weight, lora_delta(*adapter.factors(), adapter.scale).detach()
+        W, delta = layer.base.weight, lora_delta(adapter.lora_A, adapter.lora_B, adapter.scale).detach()
         same += (merged[path] == W).sum().item()
         count += W.numel()
         error += (merged[path].float() - W.float() - delta).square().sum().item()
@@ -81,7 +81,7 @@ def merge(layers: dict[str, Any], target: str, originals: dict[str, Tensor]) -> 
     """Return the weights of a merge in bfloat16, by path; requantized ones dequantized, as they are used."""
     with torch.no_grad():
         if target == "original":
-            return {path: layer.merged_weight(originals[path]) for path, layer in layers.items()}
+            return {path: merge_weight(originals[path], layer.active_adapters()) for path, layer in layers.items()}
         merged = {path: layer.merged_weight() for path, layer in layers.items()}
         if target == "requantized":
             packed = {path: quantize_weight(W) for path, W in merged.items()}
