@@ -80,11 +80,6 @@ class Dataset(Sequence[Example]):
         return Dataset(self.tokens, self.labels, rows, self.files)
 
     @property
-    def uncut(self) -> Dataset:
-        """The rows of which no label was cut off."""
-        return self.take(self.rows[self.rows["lost"] == 0])
-
-    @property
     def lengths(self) -> NDArray[np.int64]:
         """The number of tokens of each row."""
         return self.rows["length"]

@@ -173,7 +173,8 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
 
 
 def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
-    return examples.uncut if isinstance(examples, Dataset) else examples
+    """Return the examples of which no label was cut off."""
+    return examples.take(examples.rows[examples.rows["lost"] == 0]) if isinstance(examples, Dataset) else examples
 
 
 def choice_accuracy(
