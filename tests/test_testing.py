@@ -277,16 +277,6 @@ def test_a_wrong_result_of_no_known_mistake_has_no_cause():
         assert causes_of(laws("lora")[name], HALF) == ()
 
 
-def test_a_check_says_which_laws_the_case_breaks_and_keeps():
-    with pytest.raises(CheckFailure) as caught:
-        check_lora_linear(HALF)
-    *_, broken, kept = str(caught.value).partition("\n  to repeat:")[0].splitlines()
-    assert broken.startswith("  this case also breaks: lora-shapes, lora-merge, ")
-    assert kept == "  this case keeps: lora-identity, lora-frozen"
-    with pytest.raises(CheckFailure, match="also breaks: lora-shapes, lora-identity, "):
-        check_lora_linear(lora(lambda self, x: 2 * self(x)))
-
-
 def test_a_known_deviation_is_what_was_found_and_none_of_the_law_s_words():
     law = next(law for law in parametrize_laws("lora", known={"lora-dropout": "mean of y"}).args[1] if law.known)
     with pytest.raises(CheckFailure, match="the variance of y"):

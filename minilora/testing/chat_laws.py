@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from minilora.testing.compare import Array
 from minilora.testing.laws import Comparison, Law, claim
 
 
@@ -41,7 +40,12 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
     lost = f"found {''.join(tokens)!r}; accepted is every message's text, whole or without white space around, in order"
     yield claim("the text", "" if spans else lost)
     if spans and len(flags) == len(tokens):
-        yield mask_claim(tokens, np.array([bool(flag) for flag in flags]), spans, case)
+        right, closings = right_labels(tokens, flags, spans, case)
+        unclosed = f"found {''.join(tokens)!r}; accepted is an end token after each reply"
+        replies = sum(role == "assistant" for role, _ in case.turns)
+        yield claim("the end tokens", "" if closings == replies else unclosed)
+        shown = f"learned are    {marked(tokens, flags)}\n  accepted are   {marked(tokens, right)}"
+        yield claim("the labelled text", "" if right == [bool(flag) for flag in flags] else shown)
 
 
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
@@ -70,8 +74,8 @@ def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]
 
 
 def right_labels(
-    tokens: Sequence[str], flags: Sequence[bool] | Array, spans: Sequence[tuple[int, int]], case: Chat
-) -> tuple[Array, int]:
+    tokens: Sequence[str], flags: Sequence[bool], spans: Sequence[tuple[int, int]], case: Chat
+) -> tuple[list[bool], int]:
     """Return the labels that are right, and how many replies have an end token.
 
     The end token is that of the first character after a reply that is not white space. Where both labels are right, it
@@ -90,16 +94,7 @@ def right_labels(
             closing |= (begins <= mark) & (mark < ends) & (mark < until)
             either |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
     either = (either & ~closing) | (begins == ends)
-    return np.where(either, flags, reply | closing), int(closing.sum())
-
-
-def mask_claim(tokens: Sequence[str], flags: Array, spans: Sequence[tuple[int, int]], case: Chat) -> Comparison:
-    """Compare the labels of a conversation with the right ones."""
-    right, closings = right_labels(tokens, flags, spans, case)
-    if closings < sum(role == "assistant" for role, _ in case.turns):
-        return claim("the labelled text", f"found {''.join(tokens)!r}; accepted is an end token after each reply")
-    shown = f"learned are    {marked(tokens, flags)}\n  accepted are   {marked(tokens, right)}"
-    return claim("the labelled text", "" if (right == flags).all() else shown)
+    return np.where(either, np.array(flags, dtype=bool), reply | closing).tolist(), int(closing.sum())
 
 
 def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> Render:
@@ -108,12 +103,12 @@ def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> 
     def corrected(messages: list[dict[str, str]]) -> tuple[Sequence[str], Sequence[bool]]:
         tokens, flags = render(messages)
         own = Chat(tuple((message["role"], message["content"]) for message in messages))
-        return tokens, right_labels(tokens, flags, find_messages(render, own, "".join(tokens)), own)[0].tolist()
+        return tokens, right_labels(tokens, flags, find_messages(render, own, "".join(tokens)), own)[0]
 
     return functools.partial(mistake, render=corrected)
 
 
-def marked(tokens: Sequence[str], flags: Array) -> str:
+def marked(tokens: Sequence[str], flags: Sequence[bool]) -> str:
     """Return the text with ⟦ ⟧ around what is learned."""
     pairs = zip(tokens, flags, strict=True)
     return repr("".join(f"⟦{token}⟧" if flag else token for token, flag in pairs).replace("⟧⟦", ""))

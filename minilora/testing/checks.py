@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,27 +103,12 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
     if not kinds:
         raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
     reports = []
-    chosen = list(laws(*kinds).values())
-    for law in chosen:
+    for law in laws(*kinds).values():
         try:
             reports.append(law.check(implementation))
         except NotApplicable as reason:
             reports.append(Report(law.id, f"not checked: {reason}", 0.0, 0))
-        except CheckFailure as failure:
-            others = _others(implementation, failure.case, [each for each in chosen if each is not law])
-            message = str(failure).replace("\n  to repeat:", f"{others}\n  to repeat:")
-            raise CheckFailure(message, law.id, failure.case, failure.causes, failure.found) from failure.__cause__
     return reports
-
-
-def _others(implementation: Any, case: Any, chosen: list[Law]) -> str:
-    """Return a line that says which other laws the case breaks, of those that have it, and which it keeps."""
-    found: dict[str, list[str]] = {"also breaks": [], "keeps": []}
-    for law in chosen if case is not None else ():
-        if case in law.cases():
-            with suppress(NotApplicable):
-                found["keeps" if law.keeps(implementation, case) else "also breaks"].append(law.id)
-    return "".join(f"\n  this case {what}: {', '.join(names)}" for what, names in found.items() if names)
 
 
 def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:

@@ -29,31 +29,17 @@ def mean_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def first_label_lost(logits: Tensor, labels: Tensor) -> Tensor:
-    is_label = labels != IGNORE
-    return masked_loss(logits, labels.masked_fill(is_label & (is_label.cumsum(1) == 1), IGNORE))
-
-
 def overflowing(logits: Tensor, labels: Tensor) -> Tensor:
     return masked_loss(logits - logits.exp().sum(-1, keepdim=True).log(), labels)
-
-
-def with_gradient_of_the_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    total = loss_sum(logits, labels)
-    return total + (masked_loss(logits, labels) - total).detach()
 
 
 LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logits at t are compared with the label at t": lambda logits, labels: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten()
     ),
-    "logits at t are compared with the label at t + 2": lambda logits, labels: masked_loss(  # wdndev/tiny-llm-zh#10
-        logits[:, :-1], labels[:, 1:]
-    ),
     "the last position of a row predicts the first label of the next": lambda logits, labels: masked_loss(
         logits.flatten(0, 1)[None], labels.flatten()[None]
     ),
-    "the first label of a row is not learned": first_label_lost,  # NVIDIA-NeMo/Speech#6409
     "positions without a label are learned as token 0": lambda logits, labels: masked_loss(logits, labels.clamp(min=0)),
     "token 0 is taken for padding": lambda logits, labels: masked_loss(  # NVIDIA-NeMo/Megatron-Bridge#4660
         logits, labels.masked_fill(labels == 0, IGNORE)
@@ -65,7 +51,6 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "it is the mean of the means of the rows": mean_of_rows,
     "exp overflows: the maximum is not subtracted": overflowing,
-    "the gradient is that of the sum": with_gradient_of_the_sum,
 }
 
 # --- accumulation ---
@@ -79,10 +64,6 @@ def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
     return torch.stack(gradients).mean(0)
 
 
-def sum_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
-    return torch.stack([accumulated_gradient(W, [batch]) for batch in micro_batches if count(batch[1])]).sum(0)
-
-
 def counted_before_the_shift(W: Tensor, micro_batches: Batches) -> Tensor:
     counted = sum((labels != IGNORE).sum() for _, labels in micro_batches)
     return accumulated_gradient(W, micro_batches) * sum(count(labels) for _, labels in micro_batches) / counted
@@ -93,12 +74,6 @@ def nan_without_labels(W: Tensor, micro_batches: Batches) -> Tensor:
     return accumulated_gradient(W, micro_batches) * (counts / counts).mean()
 
 
-def clipped_each(W: Tensor, micro_batches: Batches) -> Tensor:
-    counts = [count(labels) for _, labels in micro_batches]
-    sums = [n * accumulated_gradient(W, [batch]) for n, batch in zip(counts, micro_batches, strict=True) if n]
-    return torch.stack([gradient / gradient.norm().clamp(min=1) for gradient in sums]).sum(0) / sum(counts)
-
-
 def weight_stepped(W: Tensor, micro_batches: Batches) -> Tensor:
     gradient = accumulated_gradient(W, micro_batches)
     W.sub_(0.1 * gradient)
@@ -107,14 +82,9 @@ def weight_stepped(W: Tensor, micro_batches: Batches) -> Tensor:
 
 ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
     "it is the mean of the means of the micro-batches": mean_of_means,  # huggingface/transformers#34191
-    "the means of the micro-batches are added": sum_of_means,
     "the labels are counted before the shift": counted_before_the_shift,
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
-    "the last of an odd number of micro-batches is left out": lambda W, batches: accumulated_gradient(
-        W, batches[: len(batches) // 2 * 2] or batches
-    ),  # ml-explore/mlx-lm#1413
     "a micro-batch without labels makes NaN": nan_without_labels,
-    "each micro-batch is clipped to norm 1": clipped_each,
     "the weight that was given is changed": weight_stepped,
 }
 
@@ -179,7 +149,6 @@ def system_learned(messages: Messages, render: Render = render_chat) -> Rendered
 CHAT_MASK: Mapping[str, Render] = {
     "everything is learned": with_mask(lambda tokens, mask: [True] * len(mask)),
     "only the last reply is learned": with_spans(lambda spans: spans[-1:]),
-    "only the first reply is learned": with_spans(lambda spans: spans[:1]),
     "the second of two replies in a row is not learned": second_reply_lost,  # huggingface/trl#3224
     "the end token after a reply is not learned": with_spans(  # verl-project/verl#535
         lambda spans: [(begin, end - 1) for begin, end in spans]

@@ -29,33 +29,41 @@ class Wrong(nn.Module):
         return self.formula(self.layer, x)
 
 
+def like(make: Make, wrong: Make) -> Make:
+    """Return a maker of layers with the signature of another one, so that the same options are passed to it."""
+    return functools.wraps(make, updated=())(functools.partial(wrong))
+
+
 def with_formula(make: Make, formula: Callable[[Any, Tensor], Tensor]) -> Make:
-    """Return a maker of layers like those of `make` that compute another formula."""
-
-    @functools.wraps(make, updated=())
-    def wrong(*tensors: Any, **options: Any) -> Wrong:
-        return Wrong(make(*tensors, **options), formula)
-
-    return wrong
+    """Return a maker of layers that compute another formula."""
+    return like(make, lambda *tensors, **options: Wrong(make(*tensors, **options), formula))
 
 
 def with_arguments(make: Make, change: Callable[..., tuple[Any, ...]]) -> Make:
     """Return a maker that is given `change(W, b, …)` in place of (W, b, …)."""
+    return like(make, lambda *tensors, **options: make(*change(*tensors), **options))
 
-    @functools.wraps(make, updated=())
-    def wrong(*tensors: Any, **options: Any) -> Any:
-        return make(*change(*tensors), **options)
 
-    return wrong
+def without_option(make: Make, name: str) -> Make:
+    """Return a maker that ignores an option."""
+    return like(make, lambda *tensors, **options: make(*tensors, **{key: options[key] for key in {*options} - {name}}))
+
+
+def with_trained_weight(make: Make) -> Make:
+    """Return a maker of layers that train a copy of W, too."""
+
+    def wrong(W: Tensor, *rest: Any, **options: Any) -> Wrong:
+        weight = nn.Parameter(W.detach().clone())
+        layer = Wrong(make(W, *rest, **options), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
+        layer.register_parameter("weight", weight)
+        return layer
+
+    return like(make, wrong)
 
 
 def with_alpha(change: Callable[[float, int], float]) -> Make:
     """Return a maker of LoRA layers that takes `change(alpha, r)` for alpha."""
     return with_arguments(LoRALayer, lambda W, b, A, B, alpha: (W, b, A, B, change(alpha, len(A))))
-
-
-def transposed_if_square(W: Tensor) -> Tensor:
-    return W.T if W.shape[0] == W.shape[1] else W
 
 
 # --- LoRA ---
@@ -76,12 +84,6 @@ def drop(self: LoRALayer, x: Tensor) -> Tensor:
     return F.dropout(x, self.p, self.training)
 
 
-def lora_without_rslora(
-    W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0, use_rslora: bool = False
-) -> LoRALayer:
-    return LoRALayer(W, b, A, B, alpha, dropout)
-
-
 def behind_A(self: LoRALayer, x: Tensor) -> Tensor:
     return base(self, x) + self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
 
@@ -95,31 +97,14 @@ def unscaled_mask(self: LoRALayer, x: Tensor) -> Tensor:
     return base(self, x) + kept * update(self, drop(self, x))
 
 
-def in_bfloat16(self: LoRALayer, x: Tensor) -> Tensor:
-    h = F.linear(x.bfloat16(), self.A.bfloat16())
-    return base(self, x) + self.scale * F.linear(h, self.B.bfloat16()).to(x.dtype)
-
-
 def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
-    return base(self, x) + self.scale * F.linear(drop(self, x), transposed_if_square(self.B @ self.A))
+    product = self.B @ self.A
+    return base(self, x) + self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
 
 
 def unscaled_gradient_of_B(self: LoRALayer, x: Tensor) -> Tensor:
     frozen = self.B.detach()
     return base(self, x) + update(self, drop(self, x), B=frozen + (self.B - frozen) / self.scale)
-
-
-def trained_base(W: Tensor, *rest: Any) -> Wrong:
-    weight = nn.Parameter(W.detach().clone())
-    wrong = Wrong(LoRALayer(W, *rest), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
-    wrong.register_parameter("weight", weight)
-    return wrong
-
-
-def merged_at_once(W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float) -> LoRALayer:
-    layer = LoRALayer(W.clone(), b, A, B, alpha)
-    W.detach().add_(layer.scale * B.detach() @ A.detach())
-    return layer
 
 
 def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
@@ -134,17 +119,14 @@ LORA: Mapping[str, Make] = {
     "the scale is α·r": with_alpha(lambda alpha, r: alpha * r * r),
     "the scale is α: it is not divided by r": with_alpha(lambda alpha, r: alpha * r),  # Blaizzy/mlx-vlm#845
     "the scale is missing": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, len(A), dropout),
-    "the scale is α/r in spite of use_rslora": lora_without_rslora,  # NVIDIA/TensorRT-LLM#1668
+    "the scale is α/r in spite of use_rslora": without_option(LoRALayer, "use_rslora"),  # NVIDIA/TensorRT-LLM#1668
     "the scale is α/√r, rsLoRA's": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, alpha, dropout, True),
     "the update is missing": with_formula(LoRALayer, base),
-    "the update is subtracted": with_alpha(lambda alpha, r: -alpha),
     "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
-    "the update is computed in bfloat16": lora(in_bfloat16),
     "the bias is missing": with_arguments(LoRALayer, lambda W, b, *rest: (W, None, *rest)),
     "the bias is added twice": with_arguments(LoRALayer, lambda W, b, *rest: (W, b if b is None else 2 * b, *rest)),
-    "a square W is transposed": with_arguments(LoRALayer, lambda W, *rest: (transposed_if_square(W), *rest)),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
-    "dropout is never applied": lora(lambda self, x: base(self, x) + update(self, x)),  # meta-pytorch/torchtune#996
+    "dropout is never applied": without_option(LoRALayer, "dropout"),  # meta-pytorch/torchtune#996
     "dropout is applied in evaluation mode": lora(  # karpathy/nanoGPT#240
         lambda self, x: base(self, x) + update(self, F.dropout(x, self.p))
     ),
@@ -154,16 +136,9 @@ LORA: Mapping[str, Make] = {
     "dropout is applied behind A": lora(behind_A),
     "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
     "one dropout mask is used for all rows": lora(one_mask),
-    "dropout changes the input in place": lora(
-        lambda self, x: base(self, x) + update(self, F.dropout(x, self.p, self.training, inplace=True))
-    ),
     "A gets no gradient": lora(lambda self, x: base(self, x) + update(self, drop(self, x), A=self.A.detach())),
     "the gradient of B lacks the scale": lora(unscaled_gradient_of_B),
-    "the input gets no gradient from the update": lora(
-        lambda self, x: base(self, x) + update(self, drop(self, x.detach()))
-    ),
-    "the base weight is trained": trained_base,
-    "the adapter is merged into the weight that was given": merged_at_once,
+    "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
 }
 
@@ -195,10 +170,6 @@ def columns_normalized(self: DoRALayer, x: Tensor) -> Tensor:
     return plus_bias(self, self.m * self.lora(x / adapted(self).norm(dim=0).detach()))
 
 
-def only_base_normalized(self: DoRALayer, x: Tensor) -> Tensor:
-    return plus_bias(self, factor(self) * base(self.lora, x) + update(self.lora, drop(self.lora, x)))
-
-
 def dropout_of_the_difference(self: DoRALayer, x: Tensor) -> Tensor:
     difference = factor(self)[:, None] * adapted(self) - self.lora.W
     return plus_bias(self, base(self.lora, x) + F.linear(drop(self.lora, x), difference))
@@ -219,18 +190,6 @@ def start_at_the_adapted_norm(
     return layer
 
 
-def dora_without_rslora(
-    W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float, use_rslora: bool = False, magnitude: Tensor | None = None
-) -> DoRALayer:
-    return DoRALayer(W, b, A, B, alpha, magnitude=magnitude)
-
-
-def merged_into_the_given_weight(W: Tensor, *rest: Any) -> DoRALayer:
-    layer = DoRALayer(W.clone(), *rest)
-    W.detach().copy_(factor(layer).detach()[:, None] * adapted(layer).detach())
-    return layer
-
-
 DORA: Mapping[str, Make] = {
     "DoRA is LoRA: there is no magnitude and no norm": with_factor(lambda self: torch.ones_like(self.m)),
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
@@ -242,30 +201,20 @@ DORA: Mapping[str, Make] = {
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
     "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, self.lora(x))),
-    "only the base is scaled by m/‖W + s·B A‖": dora(only_base_normalized),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
-    "the scale is α/r in spite of use_rslora": dora_without_rslora,
-    "the merged weight is written into the weight that was given": merged_into_the_given_weight,
+    "the scale is α/r in spite of use_rslora": without_option(DoRALayer, "use_rslora"),
+    "the base weight is trained": with_trained_weight(DoRALayer),
 }
 
 # --- merging, and sums of adapters ---
-
-
-def over_the_norm_of_W(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
-    merged = merge(W, A, B, scale)
-    return merged if magnitude is None else (magnitude / W.norm(dim=1))[:, None] * merged
 
 
 MERGE: Mapping[str, Make] = {
     "the scale is missing": lambda W, A, B, scale, *m: merge(W, A, B, 1.0, *m),
     "the update is subtracted": lambda W, A, B, scale, *m: merge(W, A, B, -scale, *m),
     "the update is added twice": lambda W, A, B, scale, *m: merge(W, A, B, 2 * scale, *m),  # huggingface/peft#3774
-    "a square B A is transposed": lambda W, A, B, *rest: (
-        merge(W, B.T, A.T, *rest) if W.shape[0] == W.shape[1] else merge(W, A, B, *rest)
-    ),  # microsoft/LoRA#61
     "the weight that was given is changed": lambda W, *rest: W.copy_(merge(W.clone(), *rest)),
     "the magnitude is ignored": lambda W, A, B, scale, *m: merge(W, A, B, scale),
-    "the magnitude is divided by the norm of W": over_the_norm_of_W,
 }
 
 Adapters = Sequence[tuple[Tensor, Tensor, float]]
@@ -278,12 +227,6 @@ def factors_added(adapters: Adapters, weights: Sequence[float]) -> Tensor:
     return torch.stack([w * scale * B for (_, B, scale), w in zip(adapters, weights, strict=True)]).sum(0) @ A
 
 
-def factors_scaled_in_place(adapters: Adapters, weights: Sequence[float]) -> Tensor:
-    for (A, _, _), w in zip(adapters, weights, strict=True):
-        A.mul_(w)
-    return add_adapters(adapters, [1.0] * len(weights))
-
-
 ADAPTER_SUM: Mapping[str, Make] = {
     "the weights are ignored": lambda adapters, weights: add_adapters(adapters, [1.0] * len(weights)),
     "the weights lose their sign": lambda adapters, weights: add_adapters(  # huggingface/peft#2796
@@ -292,5 +235,4 @@ ADAPTER_SUM: Mapping[str, Make] = {
     "the weights are applied to A and to B": lambda adapters, weights: add_adapters(adapters, [w * w for w in weights]),
     "the scales are ignored": lambda adapters, weights: add_adapters([(A, B, 1.0) for A, B, _ in adapters], weights),
     "A and B are added separately: (Σ w·s·B)(Σ A)": factors_added,
-    "the factors that were given are changed": factors_scaled_in_place,
 }

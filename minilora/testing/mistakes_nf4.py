@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.testing.implementations import (
     DYNAMIC_MAP,
@@ -25,7 +25,7 @@ from minilora.testing.implementations import (
     pack,
     unpack,
 )
-from minilora.testing.mistakes_layers import Wrong, with_formula
+from minilora.testing.mistakes_layers import with_formula, with_trained_weight
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -68,34 +68,15 @@ def dequantize_fp4(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_s
     return FP4_LEVELS[unpack(packed)[: scale.numel()]].view(*shape) * scale
 
 
-def quantize_rows(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    padded = F.pad(W, (0, -W.shape[1] % block_size))
-    packed, absmax = nf4_quantize(padded, block_size)
-    return pack(unpack(packed).view(len(W), -1)[:, : W.shape[1]].flatten()), absmax
-
-
-def dequantize_by(blocks_in: Callable[[int, int], int]) -> Callable[..., Tensor]:
-    """Return a dequantization that takes each row for `blocks_in(its length, block_size)` blocks of its own."""
-
-    def dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
-        levels = nf4_dequantize(packed, torch.ones(1), shape, 2 * len(packed))
-        row, column = torch.arange(shape[0])[:, None], torch.arange(shape[1])
-        block = row * blocks_in(shape[1], block_size) + column // block_size
-        return levels * absmax[block.clamp(max=len(absmax) - 1)]
-
-    return dequantize
-
-
-dequantize_whole_blocks = dequantize_by(lambda length, block_size: length // block_size)
+def dequantize_whole_blocks(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+    levels = nf4_dequantize(packed, torch.ones(1), shape, 2 * len(packed))
+    row, column = torch.arange(shape[0])[:, None], torch.arange(shape[1])
+    block = row * (shape[1] // block_size) + column // block_size
+    return levels * absmax[block.clamp(max=len(absmax) - 1)]
 
 
 def quantize_in_order_of_memory(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return nf4_quantize(W if W.is_contiguous() else W.T.reshape(W.shape), block_size)
-
-
-def quantize_in_float16(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    packed, absmax = nf4_quantize(W, block_size)
-    return packed, absmax.half().float()
 
 
 def quantize_in_place(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -123,11 +104,6 @@ NF4: Mapping[str, Pair] = {
         quantize_with(absmax=lambda blocks: blocks.amax(1)),
         nf4_dequantize,
     ),
-    "the absmax is stored in float16": (quantize_in_float16, nf4_dequantize),
-    "blocks begin anew in each row": (
-        quantize_rows,
-        dequantize_by(lambda length, block_size: -(-length // block_size)),
-    ),
     "each row is taken for ⌊in/block_size⌋ whole blocks": (  # bitsandbytes 0.50.2 on AVX512
         nf4_quantize,
         dequantize_whole_blocks,
@@ -146,15 +122,14 @@ NF4: Mapping[str, Pair] = {
 def absmaxes_with(
     offset: Callable[[Tensor], Tensor] = torch.mean,
     scale: Callable[[Tensor], Tensor] = lambda blocks: blocks.abs().amax(1),
-    levels: Tensor = DYNAMIC_MAP,
 ) -> Callable[..., Any]:
-    """Return `double_quantize` with another offset, another scale or other levels."""
+    """Return `double_quantize` with another offset or another scale."""
 
     def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         blocks = F.pad(absmax - offset(absmax), (0, -len(absmax) % 256)).view(-1, 256)
         scales = scale(blocks)
         scaled = blocks / scales.clamp(min=SMALLEST)[:, None]
-        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+        codes = torch.bucketize(scaled, (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2)
         return codes.flatten()[: len(absmax)].to(torch.uint8), scales, offset(absmax)
 
     return quantize
@@ -166,11 +141,6 @@ def quantize_absmax_in_place(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
-def dequantize_even_levels(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
-    return EVEN_LEVELS[codes.int()] * scales.repeat_interleave(256)[: len(codes)] + offset
-
-
-EVEN_LEVELS = torch.linspace(-1, 1, 256)
 DOUBLE_QUANT: Mapping[str, Pair] = {
     "the offset is 0 instead of the mean": (
         absmaxes_with(offset=lambda absmax: absmax.new_zeros(())),
@@ -188,7 +158,6 @@ DOUBLE_QUANT: Mapping[str, Pair] = {
         absmaxes_with(scale=lambda blocks: blocks.abs().max()[None]),
         lambda codes, scales, offset: double_dequantize(codes, scales[:1].expand(-(-len(codes) // 256)), offset),
     ),
-    "the levels are even steps from -1 to 1": (absmaxes_with(levels=EVEN_LEVELS), dequantize_even_levels),
     "the absmaxes that were given are changed": (  # bitsandbytes-foundation/bitsandbytes#1863
         quantize_absmax_in_place,
         double_dequantize,
@@ -198,28 +167,9 @@ DOUBLE_QUANT: Mapping[str, Pair] = {
 # --- the 4-bit linear ---
 
 
-def with_its_own_gradient(self: Linear4bit, x: Tensor) -> Tensor:
-    """Compute with the 4-bit weight, and pass the gradient of the weight before it was quantized."""
-    W = self.get_buffer("dense")
-    return self(x).detach() + F.linear(x, W) - F.linear(x, W).detach()
-
-
 def with_whole_blocks(self: Linear4bit, x: Tensor) -> Tensor:
     W = dequantize_whole_blocks(self.packed, self.absmax, self.shape, 64)
     return F.linear(x, W.to(x.dtype), self.b)
-
-
-def keeping_dense(W: Tensor, b: Tensor | None, double_quant: bool = False) -> Wrong:
-    layer = Linear4bit(W, b, double_quant)
-    layer.register_buffer("dense", W)
-    return Wrong(layer, with_its_own_gradient)
-
-
-def trained_copy(W: Tensor, b: Tensor | None, double_quant: bool = False) -> Wrong:
-    weight = nn.Parameter(W.detach().clone())
-    wrong = Wrong(Linear4bit(W, b, double_quant), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
-    wrong.register_parameter("weight", weight)
-    return wrong
 
 
 def rounded_in_evaluation(self: Linear4bit, x: Tensor) -> Tensor:
@@ -237,8 +187,7 @@ LINEAR4BIT: Mapping[str, Callable[..., Any]] = {
     "the input gets no gradient": with_formula(  # bitsandbytes 0.50.2 on AVX512
         Linear4bit, lambda self, x: self(x.detach())
     ),
-    "the gradient is that of the weight before it was quantized": keeping_dense,
-    "a dense copy of the weight is trained": trained_copy,
+    "a dense copy of the weight is trained": with_trained_weight(Linear4bit),
     "an evaluation rounds the absmaxes to bfloat16": with_formula(  # bitsandbytes 0.50.2 on AVX512
         Linear4bit, rounded_in_evaluation
     ),

@@ -107,15 +107,9 @@ class NF4Weight:
         return self.is_small[:, None] | nearly_nearest(self.quotients.reshape(-1, 1) - LEVELS)
 
     def describe(self, index: tuple[int, ...]) -> str:
-        """Return w / absmax of a weight in words, and the midpoint of levels next to it."""
+        """Return w / absmax of a weight in words."""
         w, absmax = self.W.reshape(-1)[index], self.of_each(self.absmax)[index]
-        x = float(np.divide(w, absmax, out=np.zeros(()), where=absmax > 0))
-        k = int(abs(MIDPOINTS - x).argmin())
-        gap = x - MIDPOINTS[k]
-        if abs(gap) > 1e-6:
-            return f"w/absmax is {x:.9g}"
-        side = "the midpoint" if gap == 0 else f"just {'above' if gap > 0 else 'below'} the midpoint"
-        return f"w/absmax is {x:.9g}, {side} of levels {k} and {k + 1}"
+        return f"w/absmax is {float(w / absmax) if absmax else 0.0:.9g}"
 
     @property
     def approximated(self) -> Bounded:
