@@ -12,9 +12,8 @@ from benchmarks.ours import train_config
 from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of, labelled
 from minilora.models.checkpoint import build_model, init_weights
 from minilora.models.config import parse_config
-from minilora.runs.memory import forecast
+from minilora.runs.memory import Plan, forecast
 from minilora.runs.seeded import plan_steps
-from minilora.runs.sizes import Plan
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:

@@ -23,6 +23,7 @@ from minilora.cli import forecast as pages
 from minilora.data import Batch
 from minilora.kernel import llama as loss
 from minilora.kernel import lora as tiles
+from minilora.kernel.attention import OutlinedAttention, causal_attention
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
@@ -31,11 +32,10 @@ from minilora.runs import memory
 from minilora.runs.config import RunConfig, Settings, TrainConfig
 from minilora.runs.inputs import read_data
 from minilora.runs.machine import free_memory_bytes, held_memory_bytes, peak_memory_bytes
-from minilora.runs.memory import amount, choose_plan, forecast
+from minilora.runs.memory import Plan, amount, build_base, choose_plan, forecast, forecast_each
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.plan import find_base, plan_run
 from minilora.runs.seeded import set_dropout_step
-from minilora.runs.sizes import Plan, parameter_shapes, trained_sizes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.ranks import in_process
@@ -143,28 +143,53 @@ def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_o
     if lora is not None:
         ml.attach(model, lora)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE", 2**14)
-        for module in (loss, memory):
-            patch.setattr(module, "HEAD_LOGITS", 2**18)
+        patch.setattr(tiles, "tile_size", lambda device: 2**14)
+        patch.setattr(loss, "HEAD_LOGITS", 2**18)
         planned = plan(config, lora, lengths, labelled, quantize, dtype, gradient_checkpointing=checkpointing)
         taken = live_bytes(model, planned.training, lengths, labelled)
         found = forecast(planned)
         assert abs((found.peak - found.overhead) / taken - 1) <= 0.05, found
 
 
+def attention_bytes(device, attend, dtype, lengths):
+    """Bytes that autograd saves of attention, its inputs and its output included."""
+    q, k, v = (
+        torch.empty(sum(lengths), heads, 16, dtype=dtype, device=device, requires_grad=True) for heads in (4, 2, 2)
+    )
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        note(attend(q, k, v, lengths))
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[5, 9], [40], [600, 7]])
+def test_outlined_attention_keeps_what_attention_keeps(dtype, lengths):
+    real = attention_bytes(CPU, lambda q, k, v, n: causal_attention(q, k, v, n, n), dtype, lengths)
+    outlined = OutlinedAttention(CPU, lengths)
+    assert attention_bytes("meta", lambda q, k, v, n: outlined.attend(q, k, v, None), dtype, lengths) == real
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_names_and_shapes_are_those_of_the_model(family):
+def test_what_is_counted_has_the_names_and_shapes_of_the_model(family):
     model = tiny_model(family)
-    found = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    assert parameter_shapes(model.config) == found
+    built = build_base(plan(model.config))
+    sizes = [{n: p.shape for n, p in each.named_parameters(remove_duplicate=False)} for each in (built, model)]
+    assert sizes[0] == sizes[1]
+    assert all(parameter.is_meta for parameter in built.parameters())
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_what_is_trained_has_as_many_numbers_as_what_attach_adds(name):
+def test_gradients_are_those_of_what_attach_makes_trainable(name):
     model, lora = tiny_model(WHOLE), ml.LoraConfig(**{"r": 3, **CONFIGS[name]})
-    factors, others, _ = trained_sizes(lora, parameter_shapes(model.config), model.config.tie_word_embeddings)
+    found = forecast(plan(model.config, lora))
     ml.attach(model, lora)
-    assert sum(factors + others) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -186,23 +211,6 @@ def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter_and_keep_best_four_mor
 def test_a_long_evaluation_may_take_more_than_a_step():
     short = plan(tiny_config(), ml.LoraConfig())
     assert forecast(replace(short, evaluated=[[64] * 60])).peak > forecast(replace(short, evaluated=[[2]])).peak
-
-
-def test_in_bfloat16_on_a_cpu_the_products_of_each_further_size_are_kept_up_to_a_number(monkeypatch):
-    config = tiny_config()  # four shapes of linears, of which ONEDNN_VERBOSE lists 23 products a step
-
-    def products(lengths, dtype=torch.bfloat16, device=CPU):
-        one = replace(plan(config, ml.LoraConfig(), lengths, dtype=dtype), device=device)
-        one, found = replace(one, training=TrainConfig(batch_size=1)), []
-        for size in (0, 1):
-            monkeypatch.setattr(memory, "PRODUCT", size)
-            found.append(forecast(one).overhead)
-        return found[1] - found[0]
-
-    assert products((300, 300, 300)) == 0
-    assert products((300, 200, 5)) == 2 * 23 + 6 * (2 + 1)  # blocks of 128 queries
-    assert products(range(11, 500)) == memory.CACHED
-    assert products((300, 5), torch.float32) == products((300, 5), device=torch.device("meta")) == 0
 
 
 # --- what fits ---
@@ -258,34 +266,40 @@ def planned(directory, out, **training):
     return plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), "auto", CPU)
 
 
-def test_a_dry_run_tells_each_term_beside_what_is_free(directory, tmp_path, capsys):
-    assert finetune(directory, tmp_path / "out", "--dry-run") == 0
-    page, (_, found) = capsys.readouterr().out, planned(directory, tmp_path / "out")
-    assert "memory: " + ", ".join(f"{name} {amount(getattr(found, name))}" for name in FIELDS) in page
-    assert f"at most {amount(found.peak)} at once" in page
-    unit = page.rsplit(" free", 1)[0].rsplit(" ", 1)[1]
-    assert unit == amount(free_memory_bytes(CPU)).split()[1]
+def cells(row):
+    return re.split(r"  +", row.strip())
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_three_cheapest_ways_out(directory, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp_path, capsys, monkeypatch, way):
+    wanted, _ = planned(directory, tmp_path / "out")
+    found = {each.training.gradient_checkpointing: one for each, one in forecast_each(wanted)}
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: found[way].peak)
+    assert finetune(directory, tmp_path / "out", "--dry-run", "--force") == 0
+    page = capsys.readouterr().out
+    head, *rows = page.split("this run has none\n")[1].splitlines()[:4]
+    assert cells(head) == [*FIELDS, "peak"]
+    for row, (name, one) in zip(rows, found.items(), strict=True):
+        assert cells(row) == [name, *(amount(value) for value in (*vars(one).values(), one.peak))]
+    assert page.rstrip().endswith(f"fits with {', '.join(WAYS[WAYS.index(way) :])}")
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 1234)
     assert finetune(directory, tmp_path / "out", batch_size=20) != 0
     assert not (tmp_path / "out").exists()
     error, (wanted, found) = capsys.readouterr().err, planned(directory, tmp_path / "out", batch_size=20)
     assert f"needs {amount(found.peak)} of memory, and 1.2 kB are free" in error
-    flags = re.findall(r"^  (.*) brings it to", error, re.MULTILINE)
-    assert flags == [
-        "--batch-size 10 --gradient-accumulation-steps 2",
-        "--gradient-checkpointing block",
-        "--quantize nf4",
-    ]
-    for changed in (
-        replace(wanted, training=replace(wanted.training, batch_size=10, gradient_accumulation_steps=2)),
-        replace(wanted, training=replace(wanted.training, gradient_checkpointing="block")),
-        replace(wanted, quantization=QuantizeConfig("nf4")),
-    ):
-        assert (peak := forecast(changed).peak) < found.peak
-        assert f"brings it to {amount(peak)}; " in error
+    for flag, changed in {
+        "--batch-size": replace(wanted, training=replace(wanted.training, batch_size=10)),
+        "--gradient-checkpointing block": replace(
+            wanted, training=replace(wanted.training, gradient_checkpointing="block")
+        ),
+        "--quantize nf4": replace(wanted, quantization=QuantizeConfig("nf4")),
+        "--max-length": replace(wanted, rows=[(1, 1)] * len(wanted.rows)),
+    }.items():
+        assert flag in error
+        assert forecast(changed).peak < found.peak
     assert "--force" in error
     assert finetune(directory, tmp_path / "out", "--dry-run", batch_size=20) != 0
     assert capsys.readouterr().err.endswith(error)
@@ -314,24 +328,33 @@ def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
     )
 
 
-def test_a_config_json_is_enough_for_a_page_with_four_known_sizes(tmp_path, capsys):
+def test_a_config_json_is_enough_for_a_page_with_known_sizes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pages, "SHAPES", {name: pages.SHAPES[name] for name in ("7B", "70B")})
     source = {key: value for key, value in tiny_config().source.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(source))
     assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
     page = capsys.readouterr().out
     assert "4 rows of 1,024 tokens" in page
     assert max(map(len, page.splitlines())) <= 120
-    found = forecast(pages.default_plan(parse_config(source), "LoRA 16-bit", CPU))
-    cells = re.search(r"LoRA 16-bit +(.*)", page)[1]
-    assert re.split(r"  +", cells) == [amount(value) for value in (*vars(found).values(), found.peak)]
-    for name, least in zip(pages.SHAPES, (13.4, 26.0, 137.9, 811.6), strict=True):
+    found = forecast(pages.default_plan(parse_config(source), "LoRA", CPU))
+    row = next(line for line in page.splitlines() if line.startswith("  LoRA  "))
+    assert cells(row)[1:] == [amount(value) for value in (*vars(found).values(), found.peak)]
+    for name, least in zip(pages.SHAPES, (13.4, 137.9), strict=True):
         rows = page.split(f"\n{name}\n")[1].splitlines()[1:6]
-        full, dense, _, packed, _ = (
-            float(row.split(way)[1].split()[0].replace(",", "")) for row, way in zip(rows, pages.WAYS, strict=True)
-        )
+        full, dense, _, packed, _ = (float(cells(row)[1].split()[0].replace(",", "")) for row in rows)
         assert abs(full - 2 * dense) <= 0.2  # each is rounded to a tenth
         assert least <= dense <= least + 0.2
         assert packed < 0.3 * dense
+
+
+@pytest.mark.parametrize("method", sorted(pages.METHODS))
+def test_what_further_blocks_add_is_what_a_whole_model_has(method):
+    wanted = pages.default_plan(tiny_config(num_hidden_layers=5), method, CPU)
+    alike = pages.forecast_alike(wanted, WAYS)
+    for each, whole in forecast_each(wanted):
+        found = alike[each.training.gradient_checkpointing]
+        assert replace(found, overhead=0) == replace(whole, overhead=0)
+        assert abs(found.overhead - whole.overhead) <= 5  # each is rounded
 
 
 def test_a_directory_without_a_config_json_is_refused(tmp_path, capsys):
@@ -364,20 +387,6 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     assert 2**28 <= peak < 2**28 + 2**26
 
 
-def multiply_in_100_sizes():
-    """The bytes that are held after products in bfloat16."""
-    x, weight, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((400, 576), (1536, 576), (400, 1536)))
-    torch.mm(x, weight.T, out=y)
-    before = held_memory_bytes(CPU)
-    for n in range(100, 200):
-        torch.mm(x[:n], weight.T, out=y[:n])
-    return held_memory_bytes(CPU) - before
-
-
-def test_each_size_of_a_product_in_bfloat16_takes_no_more_than_is_forecast():
-    assert in_process(multiply_in_100_sizes) <= 100 * memory.PRODUCT
-
-
 def faults():
     """The pages of 100 MB that are cleared when they are taken."""
     from resource import RUSAGE_SELF, getrusage  # which Windows has not
@@ -390,12 +399,13 @@ def faults():
 def faults_twice():
     """Outside of a run, and while it lasts."""
     outside = faults(), faults()
-    with host.kept_memory():
+    with host.released_memory():
+        host.keep_memory()
         return outside, (faults(), faults())
 
 
 @needs_glibc
-def test_while_a_run_lasts_memory_is_taken_from_the_system_once():
+def test_memory_that_is_kept_is_taken_from_the_system_once():
     outside, kept = in_process(faults_twice)
     assert kept[1] < 0.05 * kept[0]
     assert outside[1] > 0.5 * outside[0]
@@ -411,10 +421,24 @@ def left_of_blocks():
 
 def left_with_a_sharded_base_and_without():
     torch.ones(500_000)
-    with host.kept_memory():
-        with host.returned_memory():
-            returned = left_of_blocks()
+    with host.released_memory():
+        host.return_memory()
+        returned = left_of_blocks()
+        host.keep_memory()
         return returned, left_of_blocks()
+
+
+@pytest.mark.parametrize(("taken", "free", "keeps"), [(100, 300, True), (100, 299, False), (0, 0, True)])
+def test_memory_is_kept_where_there_is_room_for_three_times_what_a_step_takes(monkeypatch, taken, free, keeps):
+    used = {"VmRSS": 70, "VmHWM": 70 + taken}
+    monkeypatch.setattr(host, "_kilobytes", lambda file, field: used[field])
+    monkeypatch.setattr(host, "free_memory_bytes", lambda device: free)
+    assert host.has_room_to_keep() == keeps
+
+
+def test_memory_is_kept_where_nothing_is_known_of_it(monkeypatch):
+    monkeypatch.setattr(host, "free_memory_bytes", lambda device: None)
+    assert host.has_room_to_keep()
 
 
 @needs_glibc

@@ -4,7 +4,7 @@ import re
 import pytest
 
 import minilora as ml
-from minilora.cli.forecast import marked
+from minilora.cli.preview import marked
 from minilora.data import IGNORE_INDEX
 from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows

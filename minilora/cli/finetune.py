@@ -29,9 +29,10 @@ from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, say
 from minilora.cli.flags import add_fields, from_flags, read_config, use_config
-from minilora.cli.forecast import memory_lines, preview
+from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
+from minilora.cli.preview import preview
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -46,7 +47,7 @@ from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.machine import choose_threads, free_memory_bytes, held_memory_bytes
+from minilora.runs.machine import choose_threads
 from minilora.runs.memory import Forecast, check_memory, check_room
 from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
@@ -166,7 +167,7 @@ def _dry_run(run: Run, memory: Forecast, force: bool) -> int:
     for note in run_notes(run, model):
         say(note)
     print(preview(run.data, run.plan.training, count_parameters(model)))
-    print(memory_lines(memory, held_memory_bytes(run.plan.device), free_memory_bytes(run.plan.device)))
+    print(dry_run_lines(run.plan))
     if not force:
         check_memory(run.plan, memory)
     return 0

@@ -47,10 +47,10 @@ from minilora.runs.evaluate import Drift, Scores
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import peak_memory_bytes
+from minilora.runs.memory import Plan
 from minilora.runs.plan import Base
 from minilora.runs.reports import read_records, read_run_record
 from minilora.runs.seeded import plan_steps
-from minilora.runs.sizes import Plan
 from minilora.runs.tracking import Tracker
 from minilora.storage import MODEL_FILES
 

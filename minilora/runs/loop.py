@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,15 @@ from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of, sizes_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.machine import kept_memory, peak_memory_bytes, release_memory, returned_memory
-from minilora.runs.memory import choose_plan
+from minilora.runs.machine import (
+    has_room_to_keep,
+    keep_memory,
+    peak_memory_bytes,
+    release_memory,
+    released_memory,
+    return_memory,
+)
+from minilora.runs.memory import Plan, choose_plan
 from minilora.runs.objective import (
     UNKNOWN,
     Objective,
@@ -36,7 +42,6 @@ from minilora.runs.objective import (
     trained_parameters,
 )
 from minilora.runs.seeded import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
-from minilora.runs.sizes import Plan
 from minilora.storage import is_finite
 from minilora.training import Loss, accumulate, parameters_of, total_norm, update
 
@@ -63,7 +68,7 @@ class TrainResult:
     damaged: tuple[str, ...] = ()
 
 
-@kept_memory()
+@released_memory()
 def train(
     model: nn.Module,
     dataset: Sequence[Any],
@@ -132,10 +137,9 @@ def train(
     if len({*world.all_gather(repr((config, len(dataset), len(held_out), state.run)))}) > 1:
         raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     try:
-        with ExitStack() as stack:
-            stack.enter_context(exclusive_training(model))
+        with exclusive_training(model):
             if any(map(is_sharded, model.parameters())):
-                stack.enter_context(returned_memory())
+                return_memory()
             return _run_steps(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
@@ -212,6 +216,8 @@ def _run_steps(
         record, batches = _step(run, state.step, batches)
         if state.step == first:  # kernels' own buffers of the first step leave holes in the memory
             release_memory()
+            if has_room_to_keep() and not any(map(is_sharded, model.parameters())):
+                keep_memory()
         now, step = time.monotonic(), state.step + 1
         state.step, state.tokens, state.seconds = step, state.tokens + record["tokens"], now - started
         record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}

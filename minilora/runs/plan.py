@@ -22,8 +22,7 @@ from minilora.runs import checkpoints, world
 from minilora.runs.config import Settings, check_settings
 from minilora.runs.dataset import sizes_of
 from minilora.runs.inputs import Data
-from minilora.runs.memory import Forecast, choose_plan
-from minilora.runs.sizes import Plan
+from minilora.runs.memory import Forecast, Plan, choose_plan
 
 
 @dataclass(frozen=True)

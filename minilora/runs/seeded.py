@@ -142,7 +142,7 @@ class SeededDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        generator = torch.Generator(x.device).manual_seed(self.seed)
+        generator = None if x.is_meta else torch.Generator(x.device).manual_seed(self.seed)
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p, generator=generator)
         return x * mask / (1 - self.p)
 
