@@ -10,8 +10,8 @@ from __future__ import annotations
 from itertools import product
 
 import minilora as ml
+from minilora.files import ASSETS, BUILTIN
 from minilora.runs.evaluate import choice_accuracy, find_choices
-from minilora.storage import ASSETS, BUILTIN
 
 SEEDS = (0, 1, 2)
 

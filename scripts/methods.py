@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import minilora as ml
+from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
-from minilora.storage import ASSETS
 
 SEEDS = (0, 1, 2)
 

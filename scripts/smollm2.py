@@ -23,7 +23,7 @@ def build(directory: Path) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # before transformers imports tqdm
     import torch
 
-    from minilora.durable import replacing
+    from minilora.files import replacing
 
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -14,7 +14,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.durable import MANIFEST
+from minilora.files import MANIFEST
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import RunConfig, Settings

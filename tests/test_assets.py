@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from minilora.storage import ASSETS, TensorFile, read_json
+from minilora.files import ASSETS, TensorFile, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"train": 1600, "valid": 400, "test": 800}

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import minilora as ml
-from minilora import LoraConfig, storage
+from minilora import LoraConfig, files
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainedCopy
 from minilora.cli import main
-from minilora.durable import write_json, write_tensors
+from minilora.files import write_json, write_tensors
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import fill_, randn, tiny_model
 from tests.text import write_tokenizer
@@ -241,7 +241,7 @@ def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path, monkeypatch):
     model, outputs = _adapted(a=LINEAR)
     ml.save_adapter(model, tmp_path, "a")
     opened = []
-    monkeypatch.setattr(storage, "safe_open", lambda *args, **more: opened.append(args) or safe_open(*args, **more))
+    monkeypatch.setattr(files, "safe_open", lambda *args, **more: opened.append(args) or safe_open(*args, **more))
     loaded = Tied()
     ml.load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(IDS), outputs["a"])

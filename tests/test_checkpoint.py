@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora as ml
-from minilora import ConfigError, FormatError, LoraConfig, durable
-from minilora.durable import write_json
+from minilora import ConfigError, FormatError, LoraConfig
+from minilora.files import INDEX, read_json, write_json
 from minilora.models import checkpoint
-from minilora.models.checkpoint import DTYPES, resolve_dtype
-from minilora.storage import INDEX, SHARD_BYTES, read_json
+from minilora.models.checkpoint import DTYPES, SHARD_BYTES, resolve_dtype
 from minilora.testing.compare import assert_maths
 from tests.files import SHARD, change, same_state, write_base
 from tests.models import (
@@ -134,9 +133,9 @@ def test_what_is_on_another_device_waits_for_its_file_on_the_cpu(monkeypatch, tm
         written.append({name: tensor.device.type for name, tensor in tensors.items()})
         path.touch()
 
-    monkeypatch.setattr(durable, "write_tensors", write)
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
     with FakeTensorMode():
-        durable.write_shards(tmp_path, groups(), 32)
+        checkpoint.write_shards(tmp_path, groups(), 32)
     assert written == [{"a": "cpu", "b": "cpu"}, {"c": "cpu", "d": "cpu"}, {"e": "cpu"}]
 
 
@@ -289,7 +288,7 @@ def test_a_merged_model_computes_the_same_after_saving_and_loading(family, targe
 
 
 def test_loading_needs_the_memory_of_the_model_and_of_one_tensor(tmp_path):
-    """Of PyTorch's; Python reads the header alone. That nothing stays mapped is a law of test_storage.py."""
+    """Of PyTorch's; Python reads the header alone. That nothing stays mapped is a law of test_safe_files.py."""
     model = tiny_model(dtype=torch.float32, hidden_size=240, intermediate_size=400)
     ml.save_model(model, tmp_path, shard_bytes=1)  # a file that is mapped counts as a whole
     whole, largest = (kind(p.nbytes for p in model.parameters()) for kind in (sum, max))

@@ -24,13 +24,13 @@ from minilora.adapters.config import INITS
 from minilora.cli import evaluate
 from minilora.cli.flags import ELSEWHERE, FLAG_NAMES, from_flags, names_of, use_config
 from minilora.errors import in_recipe
+from minilora.files import ASSETS
 from minilora.runs import inputs
 from minilora.runs.config import RunConfig
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import stream_rows
 from minilora.runs.reports import ProgressBar
-from minilora.storage import ASSETS
 from tests.files import edit, write_adapter
 from tests.models import long, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, runner, write_rows

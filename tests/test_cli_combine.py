@@ -15,9 +15,8 @@ from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
 from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
-from minilora.durable import MANIFEST
+from minilora.files import MANIFEST, read_json
 from minilora.models.hub import Location
-from minilora.storage import read_json
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Deviation
 from tests.files import edit, same_state, write_adapter

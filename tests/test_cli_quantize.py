@@ -14,10 +14,9 @@ from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import BASE_METADATA, base_quantization
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
-from minilora.durable import write_json, write_tensors
+from minilora.files import TensorFile, read_json, write_json, write_tensors
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
-from minilora.storage import TensorFile, read_json
 from minilora.tools.merging import merge_directory
 from tests.files import change, same_state
 from tests.models import WHOLE, long, tiny_model

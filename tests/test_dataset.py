@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora import storage
 from minilora.data import IGNORE_INDEX
 from minilora.runs import dataset, inputs
 from minilora.runs.checkpoints import fingerprint
@@ -154,7 +153,7 @@ def peak_of(compute):
 
 
 def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(storage, "CHUNK", 2**12)
+    monkeypatch.setattr(inputs, "CHUNK", 2**12)
     monkeypatch.setattr(dataset, "IN_MEMORY", 1)
     example = ml.Example([7] * 40, [IGNORE_INDEX] * 20 + [7] * 20, "rows.jsonl:1")
     peaks = []

@@ -14,7 +14,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.cli import main
 from minilora.cli.export import export_adapter
-from minilora.storage import read_json
+from minilora.files import read_json
 from minilora.testing.compare import assert_parity
 from minilora.tools.inspect import FOLDED, KEPT, NOT_PLAIN
 from tests.files import edit, save_file, saved

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.layout import BASE_METADATA, CONFIG_FILE, WEIGHTS_FILE, base_quantization
-from minilora.durable import write_tensors
+from minilora.files import write_tensors
 from minilora.testing.compare import PARITY, relative
 from tests.files import edit, save_file, saved
 from tests.models import (

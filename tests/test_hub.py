@@ -12,10 +12,9 @@ from huggingface_hub import constants
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, base_model_of
-from minilora.durable import MANIFEST
+from minilora.files import ASSETS, BUILTIN, MANIFEST
 from minilora.models.hub import CONFIGS, Location, fetch, locate, unpinned, with_revision
 from minilora.runs.config import RunConfig
-from minilora.storage import ASSETS, BUILTIN
 from tests.files import write_adapter
 from tests.hub import commit_of, serving
 from tests.models import tiny_model, token_ids

@@ -4,8 +4,8 @@ import json
 import pytest
 
 import minilora as ml
+from minilora.files import ASSETS, BUILTIN
 from minilora.runs.inputs import load_general
-from minilora.storage import ASSETS, BUILTIN
 from tests.runs import inputs, write_chat_models, write_rows
 from tests.text import CHATML
 

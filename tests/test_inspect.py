@@ -17,8 +17,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import inspect, main
 from minilora.cli.inspect import fold
-from minilora.durable import MANIFEST, write_json
-from minilora.storage import INDEX, read_json
+from minilora.files import INDEX, MANIFEST, read_json, write_json
 from minilora.tools.inspect import inspect_path, model_facts, run_facts
 from tests.files import saved, write_base
 from tests.models import families

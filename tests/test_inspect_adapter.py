@@ -14,8 +14,7 @@ from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.attach import linear_layers
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli.export import export_adapter
-from minilora.durable import write_json
-from minilora.storage import read_json
+from minilora.files import read_json, write_json
 from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
 from minilora.tools.inspect import FOLDED, KEPT, adapter_facts, delta_norm, inspect_path, norm
 from tests.adapters import Conv1D

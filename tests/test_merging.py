@@ -18,7 +18,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
 from minilora.adapters.layers import as_matrix
 from minilora.adapters.layout import WEIGHTS_FILE
-from minilora.durable import holds_files
+from minilora.files import holds_files, publishing
 from minilora.lora import LoraLinear, merge_weight
 from minilora.nf4 import NF4Linear, quantize
 from minilora.testing import reference
@@ -60,7 +60,8 @@ def deltas(base, adapter):
 
 def merge(things, target=None, quantize=None, base="base", adapter="adapter", out="out", **options):
     """Merge one of these adapters into one of these bases, as a directory."""
-    return merge_directory(things / base, [things / adapter], things / out, target, quantize, **options)
+    with publishing(things / out) as directory:
+        return merge_directory(things / base, [things / adapter], directory, target, quantize, **options)
 
 
 def assert_as_in_memory(things, dtype="auto", quantize=None, base="base", adapter="adapter"):
@@ -102,7 +103,8 @@ def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family,
     second = write_for(base, tmp_path / "second", seed=2, r=2, target_modules=targets)
     asked = NF4 if case == "quantized for the training" else None
     merge_in_memory(base, [first, second], tmp_path / "expected", dtype, asked)
-    merge_directory(base, [first, second], tmp_path / "out", quantize=asked)
+    with publishing(tmp_path / "out") as out:
+        merge_directory(base, [first, second], out, quantize=asked)
     assert everything(tmp_path / "out") == everything(tmp_path / "expected")
     assert (tmp_path / "out/model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
 
@@ -217,7 +219,7 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
     ml.save_model(model, things / "fp4")
     with pytest.raises(ConfigError, match="fp4: the target 'requantized' needs linears held as nf4, found fp4"):
         merge(things, "requantized", base="fp4")
-    assert not (things / "out").exists()
+    assert not holds_files(things / "out")
     assert merge(things, base="fp4").worst < 1e-6
     assert_as_in_memory(things, base="fp4")
 
@@ -341,7 +343,7 @@ def test_a_trained_base_that_cannot_be_had_is_refused_before_anything_is_written
     for base, trained in (("base", replace(asked, quantize_skip=("typo",))), ("packed", asked)):
         with pytest.raises(ConfigError, match="quantize_skip"):
             merge(things, base=base, trained=trained)
-    assert not (things / "out").exists()
+    assert not holds_files(things / "out")
 
 
 def test_a_layer_without_effect_is_not_the_worst_and_an_adapter_without_one_has_no_error(things):
@@ -371,7 +373,7 @@ def test_a_target_that_the_base_does_not_allow_is_refused_before_anything_is_wri
         merge(things, target, base=base)
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge_directory(things / base, [], things / "out")
-    assert not (things / "out").exists()
+    assert not holds_files(things / "out")
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(things):
@@ -401,4 +403,4 @@ def test_a_copy_of_the_base_s_weight_beside_the_adapter_is_compared(tmp_path, is
     else:
         with pytest.raises(TargetError, match=r"lm_head\.base_layer\.weight is not the weight of this model"):
             merge(tmp_path)
-        assert not (tmp_path / "out").exists()
+        assert not holds_files(tmp_path / "out")

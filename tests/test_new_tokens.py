@@ -6,7 +6,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli import main
-from minilora.storage import BUILTIN
+from minilora.files import BUILTIN
 from minilora.tools.merging import merge_directory
 
 NEW = ["<coin>", "Wumpus"]

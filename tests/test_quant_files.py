@@ -14,11 +14,10 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, FormatError
 from minilora.adapters.attach import linear_layers
-from minilora.durable import write_json
+from minilora.files import TensorFile, read_json, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, describe, packed_tensors, packed_weights, read_packed
-from minilora.models.checkpoint import build_on_meta, stored_weights
+from minilora.models.checkpoint import SHARD_BYTES, build_on_meta, stored_weights
 from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_absmax
-from minilora.storage import SHARD_BYTES, TensorFile, read_json
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS

@@ -18,8 +18,8 @@ from minilora import cli
 from minilora.cli import main
 from minilora.cli.flags import names_of
 from minilora.cli.forecast import SHAPES
+from minilora.files import ASSETS, BUILTIN
 from minilora.runs.dataset import Dataset
-from minilora.storage import ASSETS, BUILTIN
 from scripts import api, front, smollm2
 from tests.models import long, tiny_model
 from tests.runs import type_in, write_rows

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
+from minilora.files import ASSETS, BUILTIN
 from minilora.runs.formats import Row
 from minilora.runs.inputs import find_splits, is_named_held_out, stream_rows
-from minilora.storage import ASSETS, BUILTIN
 from tests.text import texts
 
 

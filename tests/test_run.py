@@ -18,7 +18,7 @@ import minilora as ml
 from minilora import cli
 from minilora.adapters.config import FLAG_NAMES
 from minilora.cli import finetune as command
-from minilora.durable import lock
+from minilora.files import TensorFile, lock
 from minilora.models import checkpoint, template
 from minilora.runs import checkpoints as checkpoints_of_run
 from minilora.runs import memory
@@ -27,7 +27,6 @@ from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_drift, prompt_of, write_samples
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
-from minilora.storage import TensorFile
 from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import long
@@ -268,9 +267,9 @@ def test_the_command_of_a_finished_run_has_nothing_left_to_do(directory, whole, 
 
 
 def hold_lock(directory, connection):
-    with lock(directory) as held:
-        connection.send(not held.closed)
-        connection.recv()
+    held = lock(directory)
+    connection.send(held.is_locked)
+    connection.recv()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")

@@ -9,7 +9,7 @@ import minilora as ml
 from minilora import cli
 from minilora.adapter import adapter_layers
 from minilora.cli import INTERRUPTED
-from minilora.durable import MANIFEST
+from minilora.files import MANIFEST
 from minilora.runs.evaluate import held_out_loss, measure_drift
 from minilora.runs.inputs import load_general
 from minilora.testing.compare import assert_parity

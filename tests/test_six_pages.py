@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import adapter, data, llama, training
+from minilora.models.checkpoint import SHARD_BYTES
 from minilora.models.config import parse_config
 from minilora.runs.encoders import use_prompt_style
-from minilora.storage import SHARD_BYTES
 from minilora.testing.compare import assert_parity
 from tests.files import SHARD, change, edit, same_state, saved
 from tests.models import (

@@ -41,7 +41,7 @@ IMPORTS = [  # of each kind some: Python, and how what it prints begins
     ],
     [
         (NAME.format(name), f"<class 'minilora.{name}'>")
-        for name in ("llama.Llama", "errors.ConfigError", "storage.TensorFile")
+        for name in ("llama.Llama", "errors.ConfigError", "files.TensorFile")
     ],
     [
         (AGAIN.format(again), "<function train")

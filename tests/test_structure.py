@@ -25,12 +25,11 @@ ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 
 # part, a folder or file -> the parts that it may import besides itself, `errors` and `definition`
 MAY_IMPORT = {
-    **dict.fromkeys(("errors", "definition", "storage", "testing/", "__init__"), ()),
-    "durable": ("storage",),
+    **dict.fromkeys(("errors", "definition", "files", "testing/", "__init__"), ()),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
     "kernel/": PAGES,  # which only `public` and `runs/memory` import
-    "runs/memory": ("storage", "durable", *PAGES, "kernel/", *ROOMS[:3]),  # counts what kernels keep
-    **{room: ("storage", "durable", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
+    "runs/memory": ("files", *PAGES, "kernel/", *ROOMS[:3]),  # counts what kernels keep
+    **{room: ("files", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
     "cli/selftest": (*PAGES, "models/", "adapters/", "testing/"),
     "public": (*PAGES, *ROOMS[:-1], "kernel/"),
     "__main__": ("cli/",),

@@ -4,9 +4,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import minilora as ml
+from minilora.files import ASSETS
 from minilora.models.checkpoint import read_config
 from minilora.runs.config import RunConfig, check_settings
-from minilora.storage import ASSETS
 from tests import runs
 
 LIBRARIES = ("tensorboard", "trackio", "wandb")

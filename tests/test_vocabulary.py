@@ -13,8 +13,8 @@ from minilora import (
     resize_token_embeddings,
     save_model,
 )
+from minilora.files import BUILTIN
 from minilora.nf4 import NF4Linear
-from minilora.storage import BUILTIN
 from minilora.testing.compare import assert_maths
 from tests.models import SIZES, tiny_model, token_ids
 

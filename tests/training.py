@@ -8,9 +8,8 @@ import shutil
 import torch
 
 import minilora as ml
-from minilora import durable
 from minilora.data import IGNORE_INDEX
-from minilora.durable import MANIFEST
+from minilora.files import MANIFEST, write_manifest
 from minilora.runs.checkpoints import newest_checkpoint, step_of
 from minilora.testing.compare import MATHS, relative
 from tests.models import randomize_adapters_, tiny_model
@@ -100,7 +99,7 @@ def contents(directory, step=6):
 def as_written(directory):
     """Let the manifest of a directory say what is in it now, as if it had been written so."""
     (directory / MANIFEST).unlink()
-    durable._write_manifest(directory)
+    write_manifest(directory)
 
 
 def newest_step(directory):

@@ -32,7 +32,8 @@ from minilora.errors import (
     in_recipe,
     option,
 )
-from minilora.storage import WEIGHT
+
+WEIGHT = 1e6  # the largest of an adapter in a sum
 
 CombinationType = Literal["cat", "svd", "linear"]
 IN_RECIPE = ("ties", "dare", "magnitude_prune")  # PEFT's other types begin like this

@@ -41,6 +41,7 @@ from minilora.adapters.layout import (
 )
 from minilora.adapters.parts import CONVOLUTIONS, LINEARS, AdapterSpec, build_specs, kind_of
 from minilora.errors import FormatError, TargetError, check_types, in_recipe, listed
+from minilora.files import publishing
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper
 from minilora.models.bitsandbytes import shortest_names
@@ -63,13 +64,19 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         TargetError: the model has no adapter of that name.
     """
     check_types(save_adapter, locals())
+    with publishing(Path(path)) as directory:
+        save_adapter_files(model, directory, name)
+
+
+def save_adapter_files(model: nn.Module, directory: Path, name: str = "default") -> None:
+    """Write the files of `save_adapter` into a new directory."""
     layers = layers_of(model, name)
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(config_of_adapter(model, name), name, layers, list(base_modules(model)))
     metadata = {BASE_METADATA: json.dumps(describe_base(model))}
     tensors = {f"{PREFIX}{where}.{key}": t for where in layers for key, t in peft_tensors(layers[where], name).items()}
-    write_adapter(Path(path), fields, tensors, metadata)
+    write_adapter(directory, fields, tensors, metadata)
 
 
 def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:

@@ -27,13 +27,15 @@ from torch import Tensor
 from minilora.adapter import PREFIX
 from minilora.adapters.combine import Factors
 from minilora.adapters.config import HEADS, RANDOM_SVD_INIT, LoraConfig
-from minilora.durable import MANIFEST, publishing, verify, write_json, write_tensors
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
+from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
+from minilora.models.bitsandbytes import is_finite
 from minilora.models.hub import fetch, with_revision
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
-from minilora.storage import MAX_NAMES, TensorFile, is_finite, read_json
+
+MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -158,11 +160,11 @@ def write_adapter(
         TrainingError: a number is not finite, so that `read_adapter` would refuse it.
     """
     if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-        raise TrainingError(f"{directory}: not written, because {bad[0]} has numbers that are not finite")
-    with publishing(directory) as new:
-        write_tensors(new / WEIGHTS_FILE, tensors, metadata)
-        # The patterns inside the fields keep their order: the first key that matches counts.
-        write_json(new / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
+        raise TrainingError(f"the adapter is not written, because {bad[0]} has numbers that are not finite")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
+    # The patterns inside the fields keep their order: the first key that matches counts.
+    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 
 
 def base_model_of(path: str | Path) -> str | None:

@@ -26,9 +26,9 @@ from minilora.adapters.layout import (
 )
 from minilora.adapters.parts import AdapterSpec
 from minilora.errors import ConfigError, check_types
+from minilora.files import TensorFile
 from minilora.lora import LoraAdapter
 from minilora.models.hub import unpinned
-from minilora.storage import TensorFile
 
 
 def combine_adapters(

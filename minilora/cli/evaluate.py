@@ -19,8 +19,8 @@ from minilora.cli import Options, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags, names_of, use_config
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import is_faster_merged
-from minilora.durable import without_nan
 from minilora.errors import ConfigError
+from minilora.files import read_json
 from minilora.llama import Llama
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
@@ -29,8 +29,7 @@ from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import BATCH_SIZE, Progress, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import read_eval_rows
-from minilora.runs.reports import ProgressBar
-from minilora.storage import read_json
+from minilora.runs.reports import ProgressBar, without_nan
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

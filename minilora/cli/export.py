@@ -18,9 +18,9 @@ from minilora.adapters.layout import WEIGHTS_FILE, factor_name, parse_tensor_nam
 from minilora.cli import Options
 from minilora.cli.flags import add_out, new_directory
 from minilora.errors import ConfigError, listed
+from minilora.files import TensorFile
 from minilora.models.hub import fetch
 from minilora.models.prompts import copy_prompt_files
-from minilora.storage import TensorFile
 from minilora.tools.inspect import FOLDED, KEPT, features
 
 

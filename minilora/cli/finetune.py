@@ -34,6 +34,7 @@ from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
+from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import stored_dtype
@@ -51,7 +52,6 @@ from minilora.runs.machine import choose_threads
 from minilora.runs.memory import Forecast, check_memory, check_room
 from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
-from minilora.storage import ASSETS, BUILTIN, read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

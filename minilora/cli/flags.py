@@ -10,14 +10,13 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minilora.adapters.config import FLAG_NAMES, flag
-from minilora.durable import holds_files, lock, publishing, remove
 from minilora.errors import ConfigError, fits, in_recipe
-from minilora.storage import read_json, read_text
+from minilora.files import holds_files, lock, publishing, read_json, read_text, remove
 
 T = TypeVar("T")
 # Flags, and their names in PEFT, TRL, torchtune, litgpt, mlx-lm, axolotl and LLaMA-Factory where these are not similar.
@@ -133,16 +132,17 @@ def new_directory(out: Path) -> Iterator[Path]:
         TrainingError: it cannot be written, or another process is at work there.
     """
     is_new = not out.exists()
-    with closing(lock(out)):
-        try:
-            if holds_files(out):  # `lock` has moved files that a killed process had staged into place
-                raise ConfigError(f"{out}: holds files; give another --out")
-            with publishing(out) as directory:
-                yield directory
-        finally:
-            remove(out / ".lock")
-            if is_new and not any(out.iterdir()):
-                out.rmdir()
+    held = lock(out)
+    try:
+        if holds_files(out):  # `lock` has moved files that a killed process had staged into place
+            raise ConfigError(f"{out}: holds files; give another --out")
+        with publishing(out) as directory:
+            yield directory
+    finally:
+        remove(out / ".lock")
+        held.release()
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
 
 
 def use_config(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> None:

@@ -25,6 +25,7 @@ from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, columns, generate_text
 from minilora.errors import ConfigError, DataError, option
+from minilora.files import read_text
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
@@ -32,7 +33,6 @@ from minilora.runs.conversations import encode_question
 from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
-from minilora.storage import read_text
 
 STDIN = "-"
 Mode = Literal["chat", "plain", "raw"]

@@ -25,7 +25,7 @@ from typing import Any
 from minilora.adapters.layout import PEFT_DEFAULTS
 from minilora.cli import Options, forecast
 from minilora.errors import printable
-from minilora.storage import TensorEntry
+from minilora.files import TensorEntry
 from minilora.tools.inspect import inspect_path
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name

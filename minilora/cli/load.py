@@ -21,15 +21,14 @@ from minilora.adapters.layout import (
 )
 from minilora.cli import Options, say
 from minilora.cli.flags import add_fields
-from minilora.durable import sha256_of
 from minilora.errors import ConfigError, FormatError
+from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
-from minilora.storage import BUILTIN, read_json
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 

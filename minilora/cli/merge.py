@@ -35,13 +35,12 @@ from minilora.cli.load import (
     recorded_quantization,
     was_trained_on,
 )
-from minilora.durable import sha256_of, write_json
 from minilora.errors import ConfigError
+from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import copy_prompt_files
-from minilora.storage import read_json
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minilora.cli import Options
-from minilora.durable import replacing
 from minilora.errors import ConfigError, FormatError
+from minilora.files import replacing
 from minilora.runs.reports import read_records
 
 if TYPE_CHECKING:

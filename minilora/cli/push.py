@@ -10,8 +10,8 @@ from pathlib import Path
 from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.cli import Options
 from minilora.errors import ConfigError
+from minilora.files import BUILTIN, read_json
 from minilora.models.hub import HUB_ID, reason_of
-from minilora.storage import BUILTIN, read_json
 
 SUFFIXES = (".safetensors", ".json", ".jinja")
 

@@ -14,19 +14,19 @@ from pathlib import Path
 from minilora.cli import Options
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
+from minilora.files import BUILTIN, tensor_files
 from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
 from minilora.models.checkpoint import (
     build_on_meta,
     load_model,
     pick_device,
     read_config,
-    save_model,
+    save_model_files,
     stored_dtype,
     stored_weights,
 )
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
-from minilora.storage import BUILTIN, tensor_files
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def run(options: Options) -> int:
     model = load_model(location.path, dtype, "meta", config)
     weights = stored_weights(location.path, build_on_meta(read), dtype, device, config)
     with new_directory(options["out"]) as out:
-        save_model(model, out, find_tokenizer(location.name), weights=weights)
+        save_model_files(model, out, find_tokenizer(location.name), weights=weights)
         size = _describe_size(out)
     print(f"{size}\nmodel written to {options['out']}")
     return 0

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
+from minilora.files import TensorFile, parse_json
 from minilora.nf4 import BLOCK_SIZE, BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
-from minilora.storage import TensorFile, is_finite, parse_json
 
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
@@ -186,6 +186,11 @@ def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packe
     absmax = read(f"{weight}.absmax", blocks, torch.uint8)
     scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
     return Packed(packed, absmax, scales, torch.tensor(nested_offset, dtype=torch.float32, device="cpu")), layout
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without the copy that `isfinite` makes of them."""
+    return not tensor.numel() or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:

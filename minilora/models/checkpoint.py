@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora import llama
-from minilora.durable import publishing, write_json, write_shards
 from minilora.errors import ConfigError, FormatError, TrainingError, answers, check_types, listed
+from minilora.files import INDEX, TensorFile, publishing, tensor_files, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     Quantize,
@@ -33,7 +34,9 @@ from minilora.models.config import FAMILIES, read_config_file
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.storage import MODEL_FILES, SHARD_BYTES, TensorFile, tensor_files
+
+SHARD_BYTES = 5_000_000_000
+MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -136,7 +139,6 @@ def save_model(
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
-    weights: Iterable[tuple[str, Weight]] | None = None,
 ) -> None:
     """Write a directory that transformers and `load_model` read.
 
@@ -148,8 +150,6 @@ def save_model(
         path: the directory.
         tokenizer: its files are written beside the model.
         shard_bytes: the maximum size of a file.
-        weights: the weights of a model on the device "meta", as `stored_weights` gives them; then peak memory is that
-            of one file.
 
     Raises:
         ConfigError: another kind of model, or a model with adapters: merge or detach them first.
@@ -158,7 +158,23 @@ def save_model(
     check_types(save_model, locals())
     if not isinstance(getattr(model, "config", None), llama.LlamaConfig):
         raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama")
-    path, own = Path(path), _weights(model)
+    with publishing(Path(path), MODEL_FILES) as directory:
+        save_model_files(model, directory, tokenizer, shard_bytes)
+
+
+def save_model_files(
+    model: Llama,
+    directory: Path,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    weights: Iterable[tuple[str, Weight]] | None = None,
+) -> None:
+    """Write the files of `save_model` into a new directory.
+
+    `weights` are those of a model on the device "meta", as `stored_weights` gives them; then peak memory is that of one
+    file.
+    """
+    own = _weights(model)
     bare = build_on_meta(model.config)
     if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
@@ -169,11 +185,40 @@ def save_model(
     source["dtype"] = dtype_name(embedding.dtype)
     if quantization := quantization_config(_linears(model), "lm_head", embedding.dtype):
         source["quantization_config"] = quantization
-    with publishing(path, MODEL_FILES) as directory:
-        write_shards(directory, itertools.starmap(stored_tensors, weights or own.items()), shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save(directory)
-        write_json(directory / "config.json", source)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_shards(directory, itertools.starmap(stored_tensors, weights or own.items()), shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    write_json(directory / "config.json", source)
+
+
+def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
+    """Write groups of tensors, in order, into files of at most `limit` bytes; a group is never divided.
+
+    Only one file's tensors are held at a time, on the CPU. Their names follow when their number is known.
+    """
+    written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
+    shard: dict[str, Tensor] = {}
+
+    def write_shard() -> None:
+        write_tensors(directory / f"{len(written)}", shard)
+        written.append({name: tensor.nbytes for name, tensor in shard.items()})
+        shard.clear()
+
+    for group in groups:
+        if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
+            write_shard()
+        shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
+        del group  # which may be on another device, before the next one is made
+    write_shard()
+    n = len(written)
+    files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
+    for i, file in enumerate(files):
+        os.replace(directory / f"{i}", directory / file)
+    if n > 1:
+        weight_map = {name: file for sizes, file in zip(written, files, strict=True) for name in sizes}
+        total = sum(sum(sizes.values()) for sizes in written)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError, in_recipe
+from minilora.files import read_json
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.family import Family, attention_biases, equal_windows
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
-from minilora.models.rotary import is_positive, read_rope
+from minilora.models.rotary import FLOAT, is_positive, read_rope
 from minilora.models.smollm3 import SMOLLM3
-from minilora.storage import COUNT, FLOAT, SIZES, read_json
+
+SIZES = {  # the largest of each key, where the weights do not say
+    **dict.fromkeys(("vocab_size", "intermediate_size"), 2**24),
+    **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
+    "num_hidden_layers": 160,  # Llama 3.1 405B has 126
+}
+COUNT = 2**31 - 1  # the largest other whole number
 
 LLAMA = Family(
     "Llama",

@@ -16,9 +16,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from minilora.durable import settle
 from minilora.errors import FormatError
-from minilora.storage import ASSETS, BUILTIN
+from minilora.files import ASSETS, BUILTIN, finish_commit
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
 DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -71,7 +70,7 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     if name == BUILTIN and kind in BUILTINS:
         return Location(BUILTINS[kind], name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
-        settle(path)
+        finish_commit(path)
         held = [other for other, file in CONFIGS.items() if (path / file).is_file()]
         if kind in CONFIGS and held and kind not in held:
             raise FormatError(f"{path}: holds {CONFIGS[held[0]]} and no {CONFIGS[kind]}; name it as the {held[0]}")

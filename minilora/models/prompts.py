@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minilora.durable import write_text
 from minilora.errors import FormatError
-from minilora.storage import parse_json, read_json, read_text
+from minilora.files import parse_json, read_json, read_text
 
 PROMPTS_FILE = "minilora-prompts.json"
 PROMPT_FILES = ("chat_template.jinja", PROMPTS_FILE)
@@ -56,7 +55,7 @@ def read_prompt_files(*directories: Path) -> dict[str, str]:
 def copy_prompt_files(sources: Iterable[Path], out: Path) -> None:
     """Write `PROMPT_FILES` of directories, each of the first that has it, to another one."""
     for name, text in read_prompt_files(*sources).items():
-        write_text(out / name, text)
+        (out / name).write_text(text, encoding="utf-8")
 
 
 def _read_one(directory: Path) -> dict[str, str]:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from minilora.errors import ConfigError
 from minilora.llama import CosSin, Rope, llama3_frequencies, rope_frequencies
-from minilora.storage import FLOAT
+
+FLOAT = 1e30  # the largest number in config.json that is not whole
 
 Scaling = Mapping[str, Any]
 NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from minilora.errors import FormatError, TrainingError
+from minilora.files import TensorFile, tensor_files
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, map_packed, packed_weights
 from minilora.models.checkpoint import load_model, read_config, resolve_dtype, usable_device
 from minilora.models.hub import locate
 from minilora.nf4 import BLOCK_SIZE, NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax, quantize_weight
-from minilora.storage import TensorFile, tensor_files
 
 RowSlice = Callable[[int], slice]  # of a tensor's number of rows, those to read
 

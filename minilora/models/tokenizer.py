@@ -19,12 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.durable import write_text
 from minilora.errors import ConfigError, DataError, FormatError, check_types
+from minilora.files import JSON_BYTES, read_json, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.models.tokenizer_json import no_panic, untrimmed
-from minilora.storage import JSON_BYTES, TOKENIZER_BYTES, read_json, read_text
+
+TOKENIZER_BYTES = 2**27  # of a tokenizer.json; that of 262,144 tokens has 33 MB
 
 if TYPE_CHECKING:
     import tokenizers
@@ -191,12 +192,13 @@ class Tokenizer:
 
     def save(self, directory: Path, names: Collection[str] = TOKENIZER_FILES) -> None:
         """Write the files that the tokenizer was read from, without what names code of a repository, `auto_map`."""
+        directory.mkdir(parents=True, exist_ok=True)
         for name, text in self._texts.items():
             if name not in names:
                 continue
             if name in CONFIGS and "auto_map" in (values := json.loads(text)):
                 text = json.dumps({key: value for key, value in values.items() if key != "auto_map"}, indent=2)
-            write_text(directory / name, text)
+            (directory / name).write_text(text, encoding="utf-8")
 
 
 def _backend(source: str) -> tokenizers.Tokenizer:

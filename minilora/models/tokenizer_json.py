@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from minilora.errors import FormatError
-from minilora.storage import TOKENIZER_VALUES, parse_json
+from minilora.files import parse_json
+
+TOKENIZER_VALUES = 10**7  # in a tokenizer.json; that of 262,144 tokens has 2.4 million
 
 
 @contextmanager

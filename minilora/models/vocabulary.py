@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError, check_types
 from minilora.llama import Llama
-from minilora.storage import GROWTH
+
+GROWTH = 1024  # rows that the tokens of an adapter may add, beside as many as there are
 
 
 def resize_token_embeddings(model: Llama, size: int) -> None:

@@ -32,17 +32,27 @@ from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.files import save_adapter
+from minilora.adapters.files import save_adapter_files
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
-from minilora.durable import flush, remove, replacing, sha256_of, verify, write_json, write_tensors
 from minilora.errors import FormatError, TrainingError, fits
+from minilora.files import (
+    TensorFile,
+    flush,
+    read_json,
+    remove,
+    replacing,
+    sha256_of,
+    verify,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 from minilora.models.prompts import copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.objective import rate_of_step, trained_parameters
-from minilora.storage import TensorFile, read_json
 
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed
 PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
@@ -118,16 +128,20 @@ def save_checkpoint(
         for name, parameter in trained_parameters(optimizer).items()
         for key, tensor in optimizer.state[parameter].items()
     }
-    with replacing(folder / f"step-{state.step:06d}") as directory:
+    path = folder / f"step-{state.step:06d}"
+    remove(path)  # a damaged one
+    with replacing(path) as directory:
+        directory.mkdir()
         adapters = trained_adapters(model)
         if len(adapters) == 1:
-            save_adapter(model, directory, next(iter(adapters)))
+            save_adapter_files(model, directory, next(iter(adapters)))
             copy_prompt_files([folder.parent], directory)
         write_tensors(directory / "trained.safetensors", trained_tensors(model))
         write_tensors(directory / "optimizer.safetensors", moments)
         if best:
             write_tensors(directory / "best.safetensors", best)
         write_json(directory / "state.json", asdict(state))
+        write_manifest(directory)
     for newer in checkpoints(folder):
         if step_of(newer) > state.step:  # damaged, or the run would have resumed from it
             remove(newer)

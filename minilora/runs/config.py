@@ -11,10 +11,10 @@ from typing import Any, Literal
 from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
 from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
+from minilora.files import BUILTIN
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import fetch, locate
-from minilora.storage import BUILTIN
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page

@@ -19,7 +19,8 @@ from minilora.data import Example
 from minilora.errors import DataError
 from minilora.runs.config import DataConfig
 from minilora.runs.formats import Row
-from minilora.storage import BAD_ROWS
+
+BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 
 INT32 = np.dtype(np.int32)
 # Where a row lies in the tokens, how many of its labels are learned and how many were cut off, its largest id, the

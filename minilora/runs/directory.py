@@ -20,26 +20,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from filelock import BaseFileLock
 
-from minilora.adapters.files import save_adapter
+from minilora.adapters.files import save_adapter_files
 from minilora.definition import is_plain
-from minilora.durable import (
-    MANIFEST,
-    append_line,
-    holds_files,
-    lock,
-    publishing,
-    remove,
-    without_nan,
-    write_json,
-    write_text,
-)
 from minilora.errors import TrainingError
+from minilora.files import MANIFEST, holds_files, lock, publishing, remove, replacing, write_json
 from minilora.llama import Llama
-from minilora.models.checkpoint import save_model
+from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.runs import checkpoints, world
 from minilora.runs.config import Settings
@@ -49,10 +40,9 @@ from minilora.runs.loop import Record, TrainResult
 from minilora.runs.machine import peak_memory_bytes
 from minilora.runs.memory import Plan
 from minilora.runs.plan import Base
-from minilora.runs.reports import read_records, read_run_record
+from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
 from minilora.runs.seeded import plan_steps
 from minilora.runs.tracking import Tracker
-from minilora.storage import MODEL_FILES
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
@@ -106,7 +96,7 @@ class RunDirectory:
     def __init__(self, settings: Settings):
         self.path = Path(settings.run.out)
         self._settings = settings
-        self._lock: TextIO | None = None
+        self._lock: BaseFileLock | None = None
         self._tracker: Tracker | None = None
 
     @property
@@ -197,16 +187,19 @@ class RunDirectory:
             "inputs_sha256": run.inputs,
             "starts": [*run.earlier.starts, start],
         }
-        write_json(self.path / "run.json", record)
+        with replacing(self.path / "run.json") as temporary:
+            write_json(temporary, record)
         run.data.tokenizer.save(self.path, ["chat_template.jinja"])
         prompts = Prompts("template" if run.data.train.conversations else "plain", self._settings.data.system)
-        write_text(self.path / PROMPTS_FILE, prompts.to_json())
+        with replacing(self.path / PROMPTS_FILE) as temporary:
+            temporary.write_text(prompts.to_json(), encoding="utf-8")
         if self._settings.run.report != "none":
             self._tracker = Tracker(self._settings.run.report, self.path, self._settings.by_flag, run.earlier.step)
         metrics = self.path / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
         left = [without_nan(record) for record in records if record["step"] <= run.earlier.step]
-        write_text(metrics, "".join(f"{json.dumps(record)}\n" for record in left))
+        with replacing(metrics) as temporary:
+            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in left), encoding="utf-8")
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
@@ -236,15 +229,16 @@ class RunDirectory:
         obsolete = MODEL_FILES if self._settings.is_full else ()
         with publishing(self.path, obsolete, beside=("run.json", "metrics.jsonl")) as directory:
             if self._settings.is_full:
-                save_model(model, directory)
+                save_model_files(model, directory)
             else:
-                save_adapter(model, directory)
+                save_adapter_files(model, directory)
             run.data.tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
             write_json(directory / "summary.json", without_nan(summary))
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory."""
-        for file in (self._tracker, self._lock):
-            if file:
-                file.close()
+        if self._tracker:
+            self._tracker.close()
+        if self._lock:
+            self._lock.release()

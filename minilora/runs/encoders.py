@@ -16,12 +16,12 @@ from pathlib import Path
 
 from minilora.data import Example, Span, label_tokens
 from minilora.errors import ConfigError, DataError
+from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.conversations import render_conversation
 from minilora.runs.dataset import Dataset, build_dataset
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
-from minilora.storage import ASSETS, read_text
 
 
 def encode_rows(

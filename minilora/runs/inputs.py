@@ -7,10 +7,12 @@ A file holds a JSON array of objects or one object a line, distinguished by its 
 from __future__ import annotations
 
 import codecs
+import gzip
 import itertools
 import json
 import random
 import re
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.durable import sha256_of
-from minilora.errors import DataError, check_types, check_utf8
+from minilora.errors import DataError, FormatError, check_types, check_utf8
+from minilora.files import ASSETS, BUILTIN, JSON_VALUES, check_link, open_file, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.config import DataConfig, Settings, TrainConfig
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import BAD_ROWS, Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.formats import Row
-from minilora.storage import ASSETS, BAD_ROWS, BUILTIN, JSON_VALUES, LINE_BYTES, check_link, read_chunks
+
+LINE_BYTES = 2**23  # of one row; a long book has 2 MB
+CHUNK = 2**20  # bytes that are read at a time
+UNPACKED, UNPACKED_TIMES = 2**20, 50  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20
 
 LAYOUTS = "one JSON object a line, or one array of them"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
@@ -259,6 +264,22 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
                 raise DataError(f"{row.source}: this and {BAD_ROWS:,} before it are not rows; need {LAYOUTS}")
         if is_empty:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file that the user named, decompressed if its name ends in `.gz`."""
+    with open_file(path, is_named=True) as file:
+        unpacked, total = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, 0
+        try:
+            while chunk := unpacked.read(CHUNK):
+                yield chunk
+                total += len(chunk)
+                if total > UNPACKED + UNPACKED_TIMES * file.tell():
+                    raise FormatError(f"{path}: more than {UNPACKED_TIMES} times as large as what it is packed into")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise FormatError(f"{path}: not gzip, or damaged ({error})") from error
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from minilora.adapters.attach import describe_base
 from minilora.adapters.config import LoraConfig
 from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.bitsandbytes import QuantizeConfig, is_finite
 from minilora.models.generate import exclusive_training
 from minilora.models.shard import held_bytes, is_sharded, whole
 from minilora.runs import checkpoints, world
@@ -42,7 +42,6 @@ from minilora.runs.objective import (
     trained_parameters,
 )
 from minilora.runs.seeded import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
-from minilora.storage import is_finite
 from minilora.training import Loss, accumulate, parameters_of, total_norm, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import unicodedata
+from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,10 +20,12 @@ from typing import Any, NamedTuple
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minilora.errors import FormatError
+from minilora.files import parse_json, read_json, read_text
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
-from minilora.storage import RECORDS_BYTES, parse_json, read_json, read_text
+
+RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
 
 BAR = " {n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}"
 
@@ -136,6 +140,17 @@ def beginning(text: str, most: int = 42) -> str:
     """Return the beginning of a text in one line of at most that many characters."""
     text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with null for each number that is not finite: JSON has no such numbers."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,18 @@ from minilora.adapters.layout import (
     unknown_fields,
     vocabulary_of,
 )
-from minilora.durable import MANIFEST, read_manifest, settle, verify
 from minilora.errors import FormatError, MiniloraError
+from minilora.files import (
+    BUILTIN,
+    MANIFEST,
+    TensorEntry,
+    TensorFile,
+    finish_commit,
+    read_json,
+    read_manifest,
+    tensor_files,
+    verify,
+)
 from minilora.lora import dora_norm, lora_delta
 from minilora.models.bitsandbytes import packed_weights, read_layout, read_packed
 from minilora.models.checkpoint import EMBEDDING, HEAD, load_model
@@ -36,7 +46,6 @@ from minilora.nf4 import dequantize_weight
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import Settings
 from minilora.runs.reports import read_records
-from minilora.storage import BUILTIN, TensorEntry, TensorFile, read_json, tensor_files
 
 FOLDED = {  # what `minilora export` folds into B
     "use_rslora": "the scale is lora_alpha / √r",
@@ -64,7 +73,7 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
         file = TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
-    settle(path)
+    finish_commit(path)
     facts = {}
     if (path / "run.json").exists():
         facts["run"] = run_facts(path)

@@ -34,18 +34,20 @@ from minilora.adapters.layout import (
     vocabulary_of,
 )
 from minilora.errors import ConfigError
+from minilora.files import TensorFile, read_json
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
+    SHARD_BYTES,
     assign,
     build_on_meta,
     load_model,
     read_config,
     resolve_dtype,
-    save_model,
+    save_model_files,
     stored_dtype,
     stored_weights,
 )
@@ -53,7 +55,6 @@ from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, dequantize_weight, quantize_weight
-from minilora.storage import SHARD_BYTES, TensorFile, read_json
 
 CHUNK = 2**16  # elements of a weight that are converted to float64 at a time, so that they stay in the cache
 
@@ -131,7 +132,7 @@ def merge_directory(
     if _unties(base, layers):
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # no longer tied
     squares: dict[str, tuple[float, float]] = {}
-    save_model(model, out, tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
+    save_model_files(model, Path(out), tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
     return Deviation.of(squares)
 
 

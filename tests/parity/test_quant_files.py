@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.files import read_json
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.nf4 import NF4Linear, dequantize, quantize
-from minilora.storage import read_json
 from minilora.testing.compare import assert_parity, assert_precision
 from tests.models import tiny_model, token_ids
 

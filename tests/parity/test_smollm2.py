@@ -18,11 +18,11 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.cli import main
 from minilora.data import collate
+from minilora.files import BUILTIN, read_json
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import held_out_loss
 from minilora.runs.formats import Row
 from minilora.runs.inputs import find_splits
-from minilora.storage import BUILTIN, read_json
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity, relative
 from minilora.training import token_loss
 from tests.models import randomize_adapters_

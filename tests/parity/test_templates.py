@@ -15,11 +15,11 @@ import pytest
 import minilora as ml
 from minilora import DataError
 from minilora.data import IGNORE_INDEX
+from minilora.files import ASSETS
 from minilora.models import template as ours_module
 from minilora.models.template import ChatTemplate
 from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
-from minilora.storage import ASSETS
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")

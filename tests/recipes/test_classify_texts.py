@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainedCopy
-from minilora.storage import ASSETS, read_json
+from minilora.files import ASSETS, read_json
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts as recipe
 from tests import reference_model

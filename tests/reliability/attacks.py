@@ -18,12 +18,12 @@ import torch
 import minilora as ml
 from minilora.adapters.layout import vocabulary_of
 from minilora.cli import main as command
+from minilora.files import TensorFile, read_json
 from minilora.models.hub import BUILTINS
 from minilora.models.template import ChatTemplate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.formats import Row
 from minilora.runs.inputs import stream_rows
-from minilora.storage import TensorFile, read_json
 from minilora.tools.inspect import inspect_path
 from minilora.tools.merging import merge_directory
 from tests.files import saved, without_manifests

@@ -17,10 +17,10 @@ import torch
 
 import minilora as ml
 from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.files import TensorFile
 from minilora.models.hub import BUILTINS
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer
-from minilora.storage import TensorFile
 from minilora.tools.inspect import inspect_path
 from tests.files import without_manifests
 from tests.models import tiny_model

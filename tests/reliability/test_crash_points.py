@@ -9,7 +9,7 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.adapters.layout import read_adapter
-from minilora.durable import settle
+from minilora.files import finish_commit
 from minilora.models.hub import locate
 from minilora.runs.checkpoints import checkpoints, newest_checkpoint, step_of
 from tests.models import long, randomize_adapters_
@@ -146,7 +146,7 @@ def commands(directory):
 
 def loads(directory):
     """Whether a directory can be used as a model or an adapter."""
-    settle(directory)
+    finish_commit(directory)
     with contextlib.suppress(ml.FormatError):
         kind = "adapter" if (directory / "adapter_config.json").is_file() else "model"
         path = locate(directory, kind).path

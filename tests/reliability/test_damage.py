@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.durable import MANIFEST
+from minilora.files import MANIFEST
 from minilora.runs.checkpoints import newest_checkpoint, step_of
 from tests.models import long
 from tests.training import adapted, contents, random_rows, stop_after

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.cli import main, say
+from minilora.files import open_file
 from minilora.models.hub import BUILTINS
-from minilora.storage import open_file
 from minilora.tools.inspect import inspect_path
 from tests.files import edit, saved, write_base
 from tests.models import randn

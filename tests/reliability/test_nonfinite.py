@@ -8,9 +8,8 @@ import torch
 
 import minilora as ml
 from minilora.data import collate
-from minilora.durable import append_line
 from minilora.runs import loop
-from minilora.runs.reports import ProgressBar, read_records
+from minilora.runs.reports import ProgressBar, append_line, read_records
 from minilora.runs.seeded import plan_steps
 from minilora.training import token_loss
 from tests.models import tiny_model

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from minilora import cli
-from minilora.durable import write_tensors
-from minilora.storage import TensorFile
+from minilora.files import TensorFile, write_tensors
 from minilora.testing.compare import assert_parity
 from tests.models import long
 from tests.ranks import on_launched

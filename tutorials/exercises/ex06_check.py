@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minilora.data import encode_row
-from minilora.storage import ASSETS
+from minilora.files import ASSETS
 from minilora.testing.reference import masked_loss
 
 END = 0  # of the built-in tokenizer; the pad, too

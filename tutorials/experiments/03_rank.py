@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import minilora as ml
 from minilora.data import collate
+from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices
-from minilora.storage import ASSETS
 from minilora.training import learning_rate, train_step
 
 FILE = Path(__file__).with_suffix(".json")

@@ -21,9 +21,9 @@ import torch
 from record import write_record
 
 import minilora as ml
+from minilora.files import ASSETS
 from minilora.lora import lora_scale
 from minilora.runs.evaluate import held_out_loss
-from minilora.storage import ASSETS
 
 FILE = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2)

@@ -19,9 +19,9 @@ from typing import Any
 from record import write_record
 
 import minilora as ml
+from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_drift
-from minilora.storage import ASSETS
 
 OUT = Path(__file__).with_suffix(".json")
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]

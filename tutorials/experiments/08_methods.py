@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor, nn
 
 import minilora as ml
+from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, measure_drift
 from minilora.runs.loop import Record
-from minilora.storage import ASSETS
 
 SEEDS = (0, 1, 2)
 STEPS, CHECKPOINTS = 100, (25, 50, 75, 100)

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 import minilora as ml
+from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, measure_drift
-from minilora.storage import ASSETS
 
 SEEDS = (0, 1, 2)
 SCALED, SHRUNK = (0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.75)  # c and λ; with λ = 1 nothing is shrunk

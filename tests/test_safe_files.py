@@ -1,9 +1,11 @@
 """Files from outside, which may hold anything, and writing that is whole or not at all."""
 
 import json
+import math
 import os
 import stat
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,9 +16,24 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from minilora import FormatError, durable
-from minilora.durable import append_line, remove, replacing, write_json, write_tensors, write_text
-from minilora.storage import TensorFile, read_json, read_text, shard_names
+from minilora import FormatError, TrainingError, files
+from minilora.files import (
+    MANIFEST,
+    STAGED,
+    TensorFile,
+    finish_commit,
+    holds_files,
+    lock,
+    publishing,
+    read_json,
+    read_text,
+    remove,
+    replacing,
+    shard_names,
+    write_json,
+    write_tensors,
+)
+from minilora.runs.reports import append_line
 from tests.models import randn
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
@@ -180,7 +197,8 @@ def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path,
     with replacing(path) as temporary:
         temporary.mkdir()
         (temporary / "a").write_text("a")
-    # the file, its manifest, their directory; the new name
+        (temporary / "b").write_text("b")
+    # two files, their directory; the new name
     assert events == ["fsync", "fsync", "fsync", "replace", "fsync"]
 
 
@@ -189,6 +207,8 @@ def test_file_modes_follow_the_umask(path):
     for umask in [0o022, 0o027, 0o077]:
         before = os.umask(umask)
         try:
+            for file in path.parent.iterdir():
+                file.unlink()
             write_json(path, {})
             write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
             now = os.umask(umask)
@@ -200,7 +220,8 @@ def test_file_modes_follow_the_umask(path):
 
 def test_json_keeps_its_order_and_letters_missing_directories_are_made_and_lines_are_an_object_each(path):
     path = path / "below" / "a"
-    write_json(path, {"b": "ü—漢", "a": [1.5, None, True]})
+    with replacing(path) as temporary:
+        write_json(temporary, {"b": "ü—漢", "a": [1.5, None, True]})
     assert list(read_json(path).items()) == [("b", "ü—漢"), ("a", [1.5, None, True])]
     assert read_text(path).endswith("}\n")
     assert "ü—漢" in read_text(path)
@@ -247,26 +268,27 @@ def test_remove_leaves_nothing_whatever_there_was(make, path):
 
 def test_a_write_that_cannot_be_done_leaves_nothing_behind(path, monkeypatch):
     tensor = torch.ones(3)
-    with pytest.raises(RuntimeError, match="share memory"):
-        write_tensors(path, {"a": tensor, "b": tensor})
+    with pytest.raises(RuntimeError, match="share memory"), replacing(path) as temporary:
+        write_tensors(temporary, {"a": tensor, "b": tensor})
     monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=SafetensorError("No space left on device")))
-    with pytest.raises(OSError, match=r"file: cannot be written .*No space left"):
-        write_tensors(path, {"a": tensor})
+    with pytest.raises(OSError, match=r"file.*: cannot be written .*No space left"), replacing(path) as temporary:
+        write_tensors(temporary, {"a": tensor})
     assert not list(path.parent.iterdir())
 
 
 def test_files_that_another_writer_has_staged_are_not_thrown_away(tmp_path, monkeypatch):
     """They belong to a directory that has lost its old ones already."""
-    theirs = tmp_path / durable.STAGED / "weights"
+    theirs = tmp_path / STAGED / "weights"
 
-    def settle(directory):  # another process is between the two steps of its own
-        write_text(theirs, "theirs")
+    def finish_commit(directory):  # another process is between the two steps of its own
+        theirs.parent.mkdir()
+        theirs.write_text("theirs")
 
-    monkeypatch.setattr(durable, "settle", settle)
-    with pytest.raises(OSError, match="not empty"), durable.publishing(tmp_path) as directory:
-        write_text(directory / "weights", "ours")
+    monkeypatch.setattr(files, "finish_commit", finish_commit)
+    with pytest.raises(OSError, match="not empty"), publishing(tmp_path) as directory:
+        (directory / "weights").write_text("ours")
     assert theirs.read_text() == "theirs"
-    assert [path.name for path in tmp_path.iterdir()] == [durable.STAGED]
+    assert [path.name for path in tmp_path.iterdir()] == [STAGED]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts what is mapped")
@@ -279,3 +301,43 @@ def test_a_tensor_that_is_let_go_leaves_nothing_mapped_and_no_file_open(path):
     assert Path("/proc/self/maps").read_text().count(str(path)) == 1
     assert not any(str(path) == str(handle.resolve()) for handle in Path("/proc/self/fd").iterdir())
     assert not kept.any()
+
+
+def test_temporary_files_of_other_programs_are_files_and_stay(tmp_path):
+    (tmp_path / ".draft.tmp").mkdir()
+    (tmp_path / ".draft.tmp" / "notes.txt").write_text("mine")
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    assert holds_files(tmp_path)
+    lock(tmp_path).release()
+    assert {path.name for path in tmp_path.glob(".*.tmp")} == {".draft.tmp"}
+    with publishing(tmp_path / ".q.tmp") as directory:
+        (directory / "config.json").write_text("{}")
+    assert (tmp_path / ".q.tmp" / MANIFEST).is_file()
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "letter.txt")
+    with pytest.raises(TrainingError, match=r"run: cannot be written"):
+        lock(tmp_path / "run")
+    assert (tmp_path / "letter.txt").read_text() == "mine"
+
+
+def test_a_directory_is_settled_by_one_process_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="without it, there is no lock")
+    (tmp_path / STAGED).mkdir()
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(finish_commit, tmp_path)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        os.close(handle)
+        waiting.result()
+    assert not (tmp_path / STAGED).exists()
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    append_line(tmp_path / "a", {"loss": math.nan, "samples": [{"score": -math.inf}], "step": 1})
+    assert json.loads((tmp_path / "a").read_text()) == {"loss": None, "samples": [{"score": None}], "step": 1}

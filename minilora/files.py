@@ -1,0 +1,400 @@
+"""Files: reading that a hostile file cannot hurt, and writing that a crash cannot tear.
+
+Memory and time of reading may grow with the bytes of a file, but not with a number that it states: that is compared
+with what is there, or with a limit, before anything is allocated.
+
+All writing is `replacing`: under another name beside it, flushed to the disk (fsync), renamed. `publishing` replaces
+several files of a directory at once: it does this with the directory `.staged` in it, whose rename is the commit, and
+then moves the files to their places (`finish_commit`). A manifest holds size and SHA-256 of each file of a directory,
+or null for a file that must not be there. One process at a time writes a directory (`lock`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minilora.errors import ConfigError, FormatError, TrainingError
+
+BUILTIN = "minilora/builtin"
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {  # by their names in a safetensors file
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX = "model.safetensors.index.json"
+MANIFEST, STAGED = "minilora-manifest.json", ".staged"
+TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
+JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
+JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
+DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
+
+
+def open_file(path: Path, most: int | None = None, is_named: bool = False) -> BufferedReader:
+    """Open a file to read its bytes; `is_named` says that the user named it, and not a directory that it lies in.
+
+    Raises:
+        FormatError: there is no such file; reading it might never end; `check_link` refuses it; or it is too large.
+    """
+    try:
+        if not is_named:
+            check_link(path)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError(f"{path}: cannot be read (it is a directory, a FIFO, a socket or a device)")
+        if most is not None and found.st_size > most:
+            raise FormatError(f"{path}: has {found.st_size:,} bytes; at most {most:,} are accepted")
+        return path.open("rb")
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_link(path: Path) -> None:
+    """Raise a `FormatError` if a file is a link out of its directory, unless to `blobs`, as in the cache of the hub."""
+    if path.is_symlink():
+        try:
+            target, home = path.resolve(), path.parent.resolve()
+        except (OSError, RuntimeError) as error:
+            raise FormatError(f"{path}: is a link to itself") from error
+        if not (target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")):
+            raise FormatError(f"{path}: is a link to {target}, outside its directory, which is not followed")
+
+
+def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
+    """Parse JSON of at most `most` values, or raise a `FormatError` whose message begins with `where`."""
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        if sum(map(text.count, (",", "[", "{"))) > most:
+            raise ValueError(f"more than {most:,} values")
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a surrogate pair, perhaps, which no text may hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not JSON ({error})") from error
+
+
+def read_text(path: Path, most: int = JSON_BYTES, is_named: bool = False) -> str:
+    """Return the text of a UTF-8 file of at most `most` bytes; for `is_named` see `open_file`."""
+    with open_file(path, most, is_named) as file:
+        try:
+            return file.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path}: byte {error.start} is not UTF-8") from error
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path, is_named: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a file."""
+    value = parse_json(read_text(path, is_named=is_named), str(path))
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: found a JSON {type(value).__name__}, need an object")
+    return value
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """The header's entry of a tensor: its dtype as the file spells it (BF16, F32, …), its shape and its size."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+class TensorFile:
+    """A safetensors file, whose header is read at once, and a tensor only when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open_file(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(min(size, JSON_BYTES + 1))
+        if len(text) > JSON_BYTES:
+            raise FormatError(f"{path}: not a safetensors file (a header of {size:,} bytes)")
+        header = parse_json(text, f"{path}: not a safetensors file")
+        try:
+            # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
+            with safe_open(path, framework="numpy"):
+                self._bytes = path.stat().st_size
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            self._spans = {name: [8 + size + at for at in header[name]["data_offsets"]] for name in sorted(header)}
+            self.entries = {
+                name: TensorEntry(header[name]["dtype"], tuple(header[name]["shape"]), end - begin)
+                for name, (begin, end) in self._spans.items()
+            }
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
+            raise FormatError(f"{path}: not a safetensors file ({error})") from error
+        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
+        for name, shape in self.shapes.items():
+            if len(shape) > DIMENSIONS or math.prod(max(size, 1) for size in shape) > ELEMENTS:
+                raise FormatError(f"{path}: {name:.80} has the shape {shape!s:.80}, which no tensor can have")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        stored = self.entries[name].dtype
+        if stored not in DTYPES:
+            raise FormatError(f"{self.path}: {name} cannot be read: it is {stored}; supported are {list(DTYPES)}")
+        return DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as a view of the mapped file: copy it before the file may change.
+
+        The file is mapped for each tensor anew, because one mapping would keep every page that was read in memory.
+        """
+        dtype, (begin, end) = self.dtype(name), self._spans[name]
+        try:
+            content = torch.UntypedStorage.from_file(str(self.path), False, self._bytes)[begin:end]
+        except RuntimeError as error:  # the file cannot be mapped, or has become shorter
+            raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(content).view(dtype).view(self.shapes[name])
+
+
+def shard_names(index_path: Path) -> dict[str, str]:
+    """Return the `weight_map` of a `*.safetensors.index.json`: tensor name -> file name."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{index_path}: key 'weight_map' is missing or not an object")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+            raise FormatError(f"{index_path}: {name!r} is not a plain file name")
+    return weight_map
+
+
+def tensor_files(directory: Path) -> dict[str, TensorFile]:
+    """Return for each tensor of a model directory the file that holds it."""
+    index = directory / INDEX
+    if not index.is_file():
+        file = TensorFile(directory / "model.safetensors")
+        return dict.fromkeys(file.shapes, file)
+    weight_map = shard_names(index)
+    shards = {name: TensorFile(directory / name) for name in sorted(set(weight_map.values()))}
+    if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
+        raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON without changing the order of keys."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # by the user's umask; save_file sets 0600
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # a full disk, for example
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    _sort_metadata(path)
+    path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order changes from call to call of `save_file`."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name for a file or a directory, which is renamed to `path` if the block raises no error."""
+    make_directory(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            flush(written)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a directory for files that will replace those in `directory`, all at once, if the block raises no error.
+
+    Files that match `obsolete` are removed unless they are replaced; the manifest also lists the files `beside`.
+    """
+    with replacing(directory / STAGED) as temporary:  # the rename is refused while another process's files are there
+        temporary.mkdir()
+        yield temporary
+        finish_commit(directory)
+        removed = sorted({path.name for pattern in obsolete for path in directory.glob(pattern)})
+        write_manifest(temporary, removed, [directory / name for name in beside])
+    finish_commit(directory)
+
+
+def finish_commit(directory: Path) -> None:
+    """Move what `publishing` has staged to its place; a process that was killed may not have come to that.
+
+    The old configs go first and the new ones come last: no tool reads a config with tensors that are not its own.
+    """
+    staged = directory / STAGED
+    if staged.is_symlink() or not staged.is_dir():  # a link from outside could lead to the files of others
+        return
+    with _alone_in(directory):  # a slower process would remove the configs that are in place
+        names = {path.name for path in staged.iterdir()} if (staged / MANIFEST).is_file() else set()
+        for name, entry in (read_manifest(staged) if names else {}).items():
+            if entry is None or (name in names and name.endswith("config.json")):
+                (directory / name).unlink(missing_ok=True)
+        for name in sorted(names, key=lambda name: (name == MANIFEST, name.endswith("config.json"))):
+            flush(directory)  # the order holds after a loss of power as well
+            os.replace(staged / name, directory / name)
+        flush(directory)
+        with suppress(OSError):
+            staged.rmdir()
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for a directory; on Windows do not wait."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_manifest(directory: Path, removed: Iterable[str] = (), beside: Iterable[Path] = ()) -> None:
+    """Write the manifest of a directory's files; add files beside it, and names of files that must not be there."""
+    files: dict[str, Any] = dict.fromkeys(removed)
+    files |= {path.name: _entry(path) for path in [*beside, *sorted(directory.iterdir())]}
+    write_json(directory / MANIFEST, {"files": files})
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the entries of a directory's manifest by name; raise a `FormatError` if it is missing or damaged."""
+    path = directory / MANIFEST
+    files = read_json(path).get("files")
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise FormatError(f'{path}: is no manifest: need {{"files": …}}, an object of plain file names')
+    return files
+
+
+def verify(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Raise a `FormatError` if files of a directory, all or those that are named, are not as its manifest says."""
+    files = read_manifest(directory)
+    if bad := [name for name in names or files if _entry(directory / name) != files.get(name, {})]:
+        raise FormatError(
+            f"{directory}: not as it was written: {', '.join(bad)}; after a change on purpose, remove {MANIFEST} there"
+        )
+
+
+def _entry(path: Path) -> dict[str, Any] | None:
+    """Return size and SHA-256 of a file; None if it is not there."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)} if path.is_file() else None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and those above it that are missing, and flush the entry of each."""
+    if not path.exists():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or a directory to the disk, if it exists."""
+    if not path.exists() or (path.is_dir() and os.name == "nt"):
+        return  # Windows cannot open directories
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def holds_files(out: Path) -> bool:
+    """Return whether a directory to write to holds anything other than a lock and temporary files."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a directory as --out")
+    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
+
+
+def lock(out: Path) -> BaseFileLock:
+    """Create a directory, and lock it until the lock is released or the process ends, in whatever way.
+
+    The file `.lock` names the process and its machine. What a writer that was killed left is finished or removed.
+
+    Raises:
+        ConfigError: `out` is a file.
+        TrainingError: the directory cannot be written, or another process has locked it.
+    """
+    holds_files(out)  # or it is a file
+    path = out / ".lock"
+    try:
+        make_directory(out)
+        held = FileLock(path, timeout=0)
+        held.acquire()
+        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout as error:
+        owner = path.read_text(encoding="utf-8") or "another process"
+        raise TrainingError(f"{out}: {owner} is at work there; give another --out") from error
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+    finish_commit(out)
+    for left in (path for folder in (out, out / "checkpoints") for path in folder.glob(".*.tmp")):
+        if TEMPORARY.fullmatch(left.name):
+            remove(left)
+    return held
