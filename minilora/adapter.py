@@ -9,7 +9,7 @@ what else PEFT has is in `minilora.adapters`. Saved adapters have PEFT's layout,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -244,11 +244,11 @@ def is_finite(module: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
-def lora_tensors(layers: Mapping[str, AdapterWrapper], name: str) -> dict[str, torch.Tensor]:
+def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter of linear layers by their names in PEFT's file."""
     return {
         f"{PREFIX}{path}.{PEFT_NAMES[key]}": getattr(layer.adapters[name], key)
-        for path, layer in layers.items()
+        for path, layer in layers_of(model, name).items()
         for key in PEFT_NAMES
         if getattr(layer.adapters[name], key) is not None
     }
@@ -280,7 +280,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
         "target_modules": sorted(targets),
     }
     Path(path).mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.contiguous() for key, tensor in lora_tensors(layers, name).items()}
+    tensors = {key: tensor.contiguous() for key, tensor in lora_tensors(model, name).items()}
     save_file(tensors, Path(path) / "adapter_model.safetensors")
     (Path(path) / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
@@ -304,7 +304,7 @@ def load_lora(
         raise FormatError(f"{path}: {what}")
     numbers = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")}
     attach_lora(model, config["target_modules"], **numbers, name=name)
-    tensors = lora_tensors(layers_of(model, name), name)
+    tensors = lora_tensors(model, name)
     there = {(key, tuple(tensor.shape)) for key, tensor in stored.items()}
     wanted = {(key, tuple(tensor.shape)) for key, tensor in tensors.items()}
     if wrong := sorted(there ^ wanted)[:5]:

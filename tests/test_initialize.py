@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
-from minilora.adapter import attach_lora, layers_of, lora_tensors
+from minilora.adapter import attach_lora, lora_tensors
 from minilora.adapters import initialize
 from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
 from minilora.testing.compare import assert_maths, relative
@@ -82,7 +82,7 @@ def test_the_default_dtype_changes_no_start_value(kind):
         embedding = embedding_factors(kind, 6, 3, 2, generator()) if isinstance(kind, bool) else ()
         model = tiny_model(num_hidden_layers=1)
         attach_lora(model, ["q_proj"], r=2)
-        on_the_page = lora_tensors(layers_of(model, "default"), "default").values()
+        on_the_page = lora_tensors(model, "default").values()
         return [*initial_factors(kind, (2, 5), (4, 2), generator()), *embedding, *on_the_page]
 
     expected = draw()
