@@ -94,6 +94,8 @@ def dequantize(
     """See `nf4.dequantize`. A table gives both levels of a byte; nothing but the result is larger than a tile."""
     n = math.prod(shape)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
+    if weight.is_meta:  # it has no numbers
+        return weight.view(*shape)
     tile = _tile(weight, block_size)
     table = PAIRS[quant_type].to(packed.device, non_blocking=True)
     half = (min(tile, n) + 1) // 2
