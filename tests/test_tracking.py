@@ -6,7 +6,7 @@ import pytest
 import minilora as ml
 from minilora.files import ASSETS
 from minilora.models.checkpoint import read_config
-from minilora.runs.config import RunConfig, check_settings
+from minilora.runs.config import RunConfig, Settings, check_settings
 from tests import runs
 
 LIBRARIES = ("tensorboard", "trackio", "wandb")
@@ -105,9 +105,9 @@ def test_a_record_is_on_the_disk_when_it_was_told(tmp_path):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_without_its_library_the_error_says_before_a_run_what_to_install(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    settings = RunConfig(report=library), ml.QuantizeConfig(), ml.LoraConfig(), ml.TrainConfig()
+    settings = Settings(RunConfig(report=library))
     with pytest.raises(ml.ConfigError, match=f"--report {library} needs the package {library}: pip install {library}"):
-        check_settings(*settings, read_config(ASSETS / "model"))
+        check_settings(settings, read_config(ASSETS / "model"))
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(ModuleNotFoundError, match=library):
         ml.Tracker(library, tmp_path)
