@@ -112,8 +112,8 @@ def answers(**advice: str) -> Callable[[F], F]:
         @functools.wraps(call)
         def checked(*args: Any, **kwargs: Any) -> Any:
             if foreign := sorted(kwargs.keys() & advice.keys()):
-                told = "; ".join(f"no {name!r}: {advice[name]}" for name in foreign)
-                raise TypeError(f"{target.__name__} has {told}")
+                listed = "; ".join(f"no {name!r}: {advice[name]}" for name in foreign)
+                raise TypeError(f"{target.__name__} has {listed}")
             return call(*args, **kwargs)
 
         if isinstance(target, type):

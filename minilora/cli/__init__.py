@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input
         is_full = re.search("No space left|[Qq]uota exceeded|File too large", str(error))
-        say(f"minilora: {error}{'; make room on the disk, and repeat the command' * bool(is_full)}")
+        advice = "; make room on the disk, and repeat the command" if is_full else ""
+        say(f"minilora: {error}{advice}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
@@ -176,7 +177,7 @@ def _show_only(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """End the program if a flag is unknown, with the nearest one as advice, or if a flag is given twice."""
-    from minilora.cli.flags import names_of, nearest  # here, because it imports PyTorch, which the overview need not
+    from minilora.cli.flags import names_of, nearest  # here: it imports PyTorch, which the overview does not need
 
     actions = {spelling: action for action in parser._actions for spelling in action.option_strings}
     given: set[str] = set()

@@ -91,7 +91,7 @@ def memory_page(options: Options) -> str:
         for method, ways in METHODS.items():
             if shard == "none" or method != "full fine-tune":  # which has no frozen base
                 found = forecast_alike(default_plan(config, method, device, world or 1, shard), ways)
-                rows |= {method + ", block" * (way == "block"): each for way, each in found.items()}
+                rows |= {method if way == "none" else f"{method}, {way}": each for way, each in found.items()}
         lines += ["", name, *_table(rows)]
     return "\n".join(lines)
 

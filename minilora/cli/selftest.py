@@ -43,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> int:
     device, threads = pick_device(options["device"]), torch.get_num_threads()
-    print(f"PyTorch {torch.__version__}, {device}, {options['dtype']}, {threads} thread{'s' * (threads > 1)}")
+    plural = "s" if threads > 1 else ""
+    print(f"PyTorch {torch.__version__}, {device}, {options['dtype']}, {threads} thread{plural}")
     print("largest error / derived bound; 1 is the limit")
     print(f"{'law':36} {'definitions':>11} {'kernels':>9}  verdict")
     rows = []

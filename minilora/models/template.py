@@ -242,7 +242,9 @@ def _size(value: Any) -> float:
     """Return a number's absolute value, or how many characters or elements a value has, with the text in a list."""
     if isinstance(value, list | tuple):
         return len(value) + sum(len(each) for each in value if isinstance(each, str))
-    return abs(value) if isinstance(value, int | float) else len(value) if isinstance(value, Sized) else 1
+    if isinstance(value, int | float):
+        return abs(value)
+    return len(value) if isinstance(value, Sized) else 1
 
 
 def _metered(tree: nodes.Template) -> nodes.Template:

@@ -111,4 +111,6 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
     if tokenizer.eos_id is not None and tokenizer.token_id(tokenizer.special_tokens.get("eos_token")) is None:
         closing = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
         begin += f"{{% set eos_token = {json.dumps(closing)} %}}"
-    return tokenizer.with_template(begin + "{% set preamble = true %}" * (style == "alpaca") + source)
+    if style == "alpaca":
+        begin += "{% set preamble = true %}"
+    return tokenizer.with_template(begin + source)

@@ -109,13 +109,15 @@ def forecast_each(plan: Plan, ways: Sequence[Any] = get_args(Checkpointing)) -> 
         attach(model, plan.lora)
     set_dropout_step(model.to("meta").train(), 0)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    adapters = _tensor_bytes(model) - base + gradients * (plan.training.keep == "best")
-    sent = gradients * (plan.world > 1)  # the buffer in which the ranks' gradients are added
+    best = gradients if plan.training.keep == "best" else 0
+    adapters = _tensor_bytes(model) - base + best
+    sent = gradients if plan.world > 1 else 0  # the buffer in which the ranks' gradients are added
+    libraries = LIBRARIES if plan.device.type == "cpu" else 0
     gathered = 2 * shards * max(blocks) if shards > 1 else 0
     for way, kept, working in _measure_step(plan, model, ways):
         chosen = replace(plan, training=replace(plan.training, gradient_checkpointing=way))
         working = max(working, sent - kept, _evaluation_bytes(plan) - kept) + gathered
-        overhead = int(FRAGMENTS * (kept + working)) + LIBRARIES * (plan.device.type == "cpu")
+        overhead = int(FRAGMENTS * (kept + working)) + libraries
         yield chosen, Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
 
 
@@ -178,13 +180,14 @@ def _measure_step(plan: Plan, model: Any, ways: Sequence[Any]) -> Iterator[tuple
 
     last, embedding = measure(loss, known), decoder.embed_tokens.weight
     # The gradient of a tied head waits for that of the embedding.
-    waiting = embedding.nbytes * (embedding.requires_grad and plan.config.tie_word_embeddings)
+    is_waiting = embedding.requires_grad and plan.config.tie_word_embeddings
+    waiting = embedding.nbytes if is_waiting else 0
     for way in ways:
-        kept, working, needs = sum(tensor.nbytes for tensor in inputs), last.kept + last.working, dict[str, Need]()
+        kept, working, needs = sum(tensor.nbytes for tensor in inputs), last.kept + last.working, dict[Any, Need]()
         learns = any(p.requires_grad for p in decoder.embed_tokens.parameters())
         for block, window in zip(decoder.layers, plan.config.windows, strict=True):
-            sizes = [(name, p.shape, p.requires_grad) for name, p in block.named_parameters()]
-            kind = f"{learns} {window} {sizes}"
+            signature = tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
+            kind = learns, window, signature
             if kind not in needs:
                 needs[kind] = measure(partial(run, block, learns, way), known)
             kept, learns = kept + needs[kind].kept, needs[kind].learns

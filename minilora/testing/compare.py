@@ -165,7 +165,7 @@ class Worst:
 
     def __str__(self) -> str:
         place = f"at {list(self.index)}: " if self.index else ""
-        allowed = f", allowed error {self.bound:.3g}, error/bound {self.ratio:.3g}" * (self.bound > 0)
+        allowed = f", allowed error {self.bound:.3g}, error/bound {self.ratio:.3g}" if self.bound > 0 else ""
         return f"{place}{self.where}found {self.actual:.17g}, expected {self.expected:.17g}{allowed}"
 
 

@@ -75,7 +75,7 @@ class Comparison:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             return float("inf"), f"{kind}{error}"
         where = self.describe(found.index) if found.ratio > 1 else ""
-        return found.ratio, str(replace(found, where=f"{where}: " * bool(where)))
+        return found.ratio, str(replace(found, where=f"{where}: " if where else ""))
 
     def is_like(self, found: Any) -> bool:
         """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""
@@ -197,10 +197,12 @@ class Law:
         causes = tuple(name for name, mistake in mistakes if self._explains(mistake, implementation, some))
         what, text = f"{first.what}: wrong", first.verdict[1]
         has_case = case is not None
+        count = f" in {len(failing)} of {cases} cases" if has_case else ""
+        smallest = [f"  smallest failing case: {case}"] if has_case else []
         lines = [
-            f"{self.id}: {what}" + f" in {len(failing)} of {cases} cases" * has_case,
+            f"{self.id}: {what}{count}",
             f"  law: {self.statement}",
-            *[f"  smallest failing case: {case}"] * has_case,
+            *smallest,
             f"  {text}",
             *(f"  likely cause: {cause}" for cause in causes),
         ]
