@@ -88,7 +88,5 @@ def save_convolutions(model: nn.Module, directory: str | Path) -> None:
     first = next(iter(layers.values()))
     config = {"peft_type": "LORA", "r": first.r, "lora_alpha": first.lora_alpha, "target_modules": list(layers)}
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(directory) / "adapter_model.safetensors"
-    )
+    save_file(tensors, Path(directory) / "adapter_model.safetensors")
     (Path(directory) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
