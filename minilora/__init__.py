@@ -28,7 +28,7 @@ _ELSEWHERE = {  # names in PEFT, transformers, TRL and earlier versions, and wha
 _IN_RECIPES = {"mixed_batch": "adapter_per_row"}
 
 if TYPE_CHECKING:
-    from minilora.public import *  # noqa: F403 - which names they are, it says itself
+    from minilora.public import *  # noqa: F403 - its `__all__` names them
 else:
 
     def __getattr__(name):

@@ -182,7 +182,7 @@ def last_name(path: str) -> str:
 
 
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
-    """Activate one adapter alone and freeze everything else; `trainable`: but not the adapter."""
+    """Activate one adapter alone and freeze everything else; with `trainable`, it can be trained."""
     model.requires_grad_(False)
     for layer in layers_of(model, name).values():
         for parameter in own_parameters(layer, name):

@@ -68,7 +68,7 @@ def is_plain() -> bool:
 def plain(*names: str) -> Iterator[None]:
     """Use the definitions instead of these kernels, or of all kernels if none is named, inside the block.
 
-    The switch is global to the process. Call `backward()` inside the block, too: recomputed layers run again there.
+    The switch is global to the process. Call `backward()` inside the block too: recomputed layers run again there.
 
     Raises:
         ConfigError: no kernel has that name.

@@ -1,6 +1,6 @@
 """Errors: one family of exceptions, whose messages name file, key, what was found and what is accepted.
 
-Options, fields of a data class that are flags of the command line, are declared, documented and checked here, too.
+Options, fields of a data class that are flags of the command line, are declared, documented and checked here too.
 """
 
 from __future__ import annotations

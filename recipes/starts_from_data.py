@@ -8,7 +8,7 @@
 
     losses = (token_loss(model, collate(rows, torch.device("cpu")))[0] for rows in batches)
     ml.attach(model, config, start=corda(model, config, losses))  # or lora_ga, which needs dense weights
-    config, start = eva(model, config, losses)                    # EVA redistributes the ranks, too
+    config, start = eva(model, config, losses)                    # EVA redistributes the ranks too
 
     [EVA]      Paischer et al. 2024, Parameter Efficient Fine-tuning via Explained Variance Adaptation
     [CorDA]    Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation of Large Language Models

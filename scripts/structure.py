@@ -34,7 +34,7 @@ def lines(paths: Iterable[Path]) -> int:
 
 
 def import_statements(path: Path) -> Iterator[Any]:
-    """Yield the imports of a file, those within functions, too, but for those under TYPE_CHECKING."""
+    """Yield the imports of a file, those within functions too, except for those under TYPE_CHECKING."""
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
@@ -138,7 +138,7 @@ def figures(modules: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
 
     pages = {name: lines([modules[name]] if name in modules else []) for name in PAGES}
     found = closure(PAGES, modules)
-    for name in {*modules} - {"__init__", "__main__"}:  # before anything is traced: an import calls functions, too
+    for name in {*modules} - {"__init__", "__main__"}:  # before anything is traced: an import calls functions too
         importlib.import_module(f"minilora.{name}".removesuffix(".__init__"))
     statements = [node for path in modules.values() for node in import_statements(path)]
     loose = [name for name in modules if "." not in name and not name.startswith("__")]

@@ -24,7 +24,7 @@ from tests.runs import QUICK, everything, unfinished, write_rows
 from tests.text import write_tokenizer
 
 DOUBLE = "nf4 with double quantization"
-IN_SINGLE = "nf4 without double quantization but for down_proj"
+IN_SINGLE = "nf4 without double quantization except for down_proj"
 HELD_DOUBLE = f"the base model is {DOUBLE}"
 PLAIN, NF4 = ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4")
 SINGLE = ml.QuantizeConfig("nf4", False, ("down_proj",))
@@ -156,7 +156,7 @@ def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run):
         (["--model=nf4", "--quantize-skip=down_proj", "--double-quant"], "--double-quant, --quantize-skip"),
     ):
         for command in (["generate", "--prompt=a"], ["eval", "--data=rows.jsonl"]):
-            assert f"{named}: without effect; give --quantize nf4, too" in run(*command, *words, status=1).err
+            assert f"{named}: without effect; give --quantize nf4 too" in run(*command, *words, status=1).err
 
 
 def test_how_a_base_is_to_be_held_is_compared_with_how_it_lies(run):

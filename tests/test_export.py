@@ -62,7 +62,7 @@ def test_the_change_is_the_same_but_for_one_rounding_of_each_number_of_b(tmp_pat
         bound = 2.0**-24 * abs(s) * (old_B.double().abs() @ old_A.double().abs())
         assert ((B[:, :r].double() - exact).abs() <= 2.0**-24 * exact.abs()).all()
         error = B.double() @ A.double() - exact @ old_A.double()
-        assert (error.abs() <= 1.001 * bound).all()  # float64 rounds the sums, too
+        assert (error.abs() <= 1.001 * bound).all()  # float64 rounds the sums too
 
 
 @pytest.mark.parametrize(

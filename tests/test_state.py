@@ -285,7 +285,7 @@ def test_a_model_of_which_nothing_is_trainable_is_refused():
 
 
 def require(model, *parts):
-    """Let the parameters whose names have one of these parts learn, too; the model."""
+    """Let the parameters whose names have one of these parts learn too; the model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or not {*parts}.isdisjoint(name.split(".")))
     return model

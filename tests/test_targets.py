@@ -30,7 +30,7 @@ def mixer():
 MODELS = {
     "a decoder": (lambda: module(layers=layers(lambda: module(attn=module(q=2), up=2)), head=2), ["q", "up"]),
     "one layer": (lambda: module(layers=nn.ModuleList([module(up=2)]), head=2), ["up"]),
-    "a name that the head has, too": (
+    "a name that the head has too": (
         lambda: module(layers=layers(lambda: module(mlp=module(dense=2))), pooler=module(dense=2)),
         ["mlp.dense"],
     ),

@@ -78,7 +78,7 @@ def test_the_length_is_the_number_of_tokens(chosen, tmp_path):
     assert chosen.token_id("no such token") is chosen.token_id(None) is None
 
 
-spaced = st.text(st.sampled_from("ab  \n\té漢🙂́"), max_size=20)  # an accent that combines, too
+spaced = st.text(st.sampled_from("ab  \n\té漢🙂́"), max_size=20)  # an accent that combines too
 
 
 @example(text=" ", add_special_tokens=True)

@@ -243,7 +243,7 @@ def merged(model: nn.Module) -> Iterator[None]:
         TrainingError: a merged weight is not finite.
     """
     check_types(merged, locals())
-    layers = list(reversed(_mergeable_layers(model)))  # inactive ones, too, or they could be activated
+    layers = list(reversed(_mergeable_layers(model)))  # inactive ones too, or they could be activated
     replaced = []
     try:
         for layer in layers:  # the inner ones first, so that an outer one merges the result

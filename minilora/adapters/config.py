@@ -74,7 +74,7 @@ class LoraConfig:
     init_lora_weights: bool | str = option(
         True, "start values: true, gaussian or orthogonal; pissa or pissa_niter_N from the weights"
     )
-    bias: Bias = option("none", "train biases, too: all; or lora_only, those of the adapted modules")
+    bias: Bias = option("none", "train biases too: all; or lora_only, those of the adapted modules")
     lora_bias: bool = option(False, "give B a bias")
     modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(

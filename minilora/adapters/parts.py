@@ -195,7 +195,7 @@ def _with_biases(
         if bias is None:
             continue
         if spec and spec.kind is TokenRows and config.bias == "all":
-            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained, too")
+            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained too")
         if spec and issubclass(spec.kind, LowRankWrapper):
             found[path] = spec._replace(tensors=spec.tensors | {"bias": whole(bias)})
         elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):

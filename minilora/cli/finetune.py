@@ -64,7 +64,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, without training")
-    parser.add_argument("--force", action="store_true", help="train even if memory or disk space may not suffice")
+    parser.add_argument(
+        "--force", action="store_true", help="train even if memory or disk space is forecast to be too small"
+    )
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -83,7 +85,7 @@ def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     if len(named & {"model", "data"}) == 1:
         lacking = "--data" if "model" in named else "--model"
         raise ConfigError(
-            f"--model and --data go together: give {lacking}, too; {lacking} {BUILTIN} is the built-in one"
+            f"--model and --data go together: give {lacking} too; {lacking} {BUILTIN} is the built-in one"
         )
     if not named & {"model", "data"}:
         use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")

@@ -77,7 +77,7 @@ def memory_page(options: Options) -> str:
     if world is not None and world <= 0:
         raise ConfigError(f"--world must be above 0, found {world}")
     if world is None and shard != "none":
-        raise ConfigError("--shard is that of ranks; give --world, too")
+        raise ConfigError("--shard is that of ranks; give --world too")
     # A GPU that is not here is of an unknown kind; "meta" is no CPU either.
     is_absent = options["device"] == "cuda" and not torch.cuda.is_available()
     device = torch.device("meta") if is_absent else pick_device(options["device"])

@@ -118,7 +118,7 @@ def _quantization(options: Options, base: Path, adapters: Sequence[Path]) -> Qua
     recorded = None if options["quantize"] == "none" else recorded_quantization(base, adapters)
     config = dataclasses.replace(recorded or QuantizeConfig(), **given)
     if config.quantize == "none" and (idle := [flag(name) for name in given if name != "quantize"]):
-        raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4, too")
+        raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4 too")
     return config
 
 

@@ -17,7 +17,7 @@ FEW_STEPS, FEW_ROWS = 50, 10
 
 
 def run_notes(run: Run, model: Llama) -> Iterator[str]:
-    """Yield how the base is quantized, what is unusual about the rows, and which recomputation was chosen."""
+    """Yield how the base is quantized, what is unusual about the rows, and which gradient checkpointing was chosen."""
     data, training = run.data, run.plan.training
     yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
     longest, limit = data.train.lengths.max(), model.config.max_position_embeddings

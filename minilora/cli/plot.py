@@ -27,7 +27,7 @@ WINDOW = 20  # the smoothed line is the mean of a twentieth of the steps
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, which need not be finished")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
     parser.add_argument("--out", type=Path, default=Path("plot.svg"), help="an .svg, .png or .pdf (default: plot.svg)")
 
 

@@ -38,7 +38,7 @@ class QuantizeConfig:
     """How the weights of a base model are stored."""
 
     quantize: Quantize = option("none", "quantize the base model's linears to 4 bits, all but the head")
-    double_quant: bool = option(True, "quantize the scales, too: 4.127 bits a weight instead of 4.5")
+    double_quant: bool = option(True, "quantize the scales too: 4.127 bits a weight instead of 4.5")
     quantize_skip: tuple[str, ...] = option(
         (), "modules that stay dense: paths or parts of them, such as down_proj or layers.0"
     )
@@ -54,7 +54,7 @@ class QuantizeConfig:
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 
     def chosen(self, linears: Sequence[str]) -> list[str]:
-        """Return those of the linears (paths) that are to be quantized."""
+        """Return which of the linears (paths) to quantize."""
         if self.quantize == "none":
             return []
         for entry in self.quantize_skip:
@@ -275,7 +275,7 @@ def describe_in_words(quantization: Mapping[str, Any]) -> str:
     """Return in words what `describe` returns.
 
     >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
-    'nf4 with double quantization but for down_proj'
+    'nf4 with double quantization except for down_proj'
     """
     if quantization["quantize"] == "none":
         return "not quantized"
@@ -284,7 +284,7 @@ def describe_in_words(quantization: Mapping[str, Any]) -> str:
     words += f" {'with' if quantization.get('double_quant') else 'without'} double quantization"
     if quantization.get("block_size") != BLOCK_SIZE:
         words += f" in blocks of {quantization.get('block_size')}"
-    return words + (f" but for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}" if dense else "")
+    return words + (f" except for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}" if dense else "")
 
 
 def is_four_bit(source: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
 PINNED = re.compile(rf"({PART}/{PART})@([0-9a-f]{{40}})", re.ASCII)
 
-# A star matches separators, too: a name with one could lead out of the cache.
+# A star matches separators too: a name with one could lead out of the cache.
 NEVER = ["*/*", "*\\*", "*:*", "consolidated*", "dataset_infos.json"]
 
 
@@ -138,7 +138,7 @@ def reason_of(error: Exception) -> str:
     from huggingface_hub import errors
 
     login = "log in (HF_TOKEN, or `hf auth login`)"
-    if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError, too
+    if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too
         return f"it is gated; accept its terms on its page, and {login}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"there is no such repository; if it is private, {login}"

@@ -3,7 +3,7 @@
 Each rank holds N/R rows of every parameter of a block, dense or in four bits, by PyTorch's `fully_shard`. A block is
 gathered when it is about to compute, the next one meanwhile, and freed afterwards; the backward pass gathers it again.
 The embedding, the last norm and the head stay whole on every rank: they may be trained or tied to each other, and the
-head is called outside the decoder. Adapters are attached afterwards, so they are whole, too, as are their gradients.
+head is called outside the decoder. Adapters are attached afterwards, so they are whole too, as are their gradients.
 
     N, K  shape of a weight    R  ranks
 

@@ -149,7 +149,7 @@ def save_checkpoint(
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
-    """Remove the checkpoints up to a step but for the newest `keep` of them."""
+    """Remove the checkpoints up to a step except for the newest `keep` of them."""
     for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove(old)
     flush(folder)

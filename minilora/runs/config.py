@@ -245,7 +245,7 @@ def check_settings(settings: Settings, base: LlamaConfig) -> None:
         raise ConfigError(f"--report {run.report} needs the package {run.report}: pip install {run.report}")
     if quantization.quantize == "none" and quantization != QuantizeConfig():
         idle = [field.name for field in fields(QuantizeConfig) if getattr(quantization, field.name) != field.default]
-        raise ConfigError(f"{', '.join(map(flag, idle))}: without effect; give --quantize nf4, too")
+        raise ConfigError(f"{', '.join(map(flag, idle))}: without effect; give --quantize nf4 too")
     if run.adapter is not None:
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
         directory = fetch(run.adapter, "adapter")

@@ -92,7 +92,7 @@ def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversa
     own = _optional_text(fields, "system")
     system = own or config.system
     if own and turns[0].role in ("system", "developer"):
-        raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt, too; need one")
+        raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt too; need one")
     if system and turns[0].role not in ("system", "developer"):
         turns = [_Turn({"role": "system", "content": system}, "system"), *turns]
     _check_order(turns)

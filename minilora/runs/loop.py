@@ -149,7 +149,7 @@ def train(
 def _with_fitting_checkpointing(
     model: Any, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, lora: LoraConfig | None
 ) -> TrainConfig:
-    """Choose the recomputation with which the run fits into memory, beside the loaded model."""
+    """Choose the gradient checkpointing with which the run fits into memory, beside the loaded model."""
     if not isinstance(model, Llama):
         raise TrainingError(
             f"{type(model).__name__}: gradient_checkpointing 'auto' is for minilora's own decoders; name a way"

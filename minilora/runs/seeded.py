@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 
     number: int  # step · gradient_accumulation_steps + its place in the step; seeds its dropout
     rows: Any  # as the loss takes them
-    is_counted: bool  # or else another rank has it, too
+    is_counted: bool  # or else another rank has it as well
 
 
 class StepPlan:

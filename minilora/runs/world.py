@@ -59,7 +59,7 @@ def joined(device: str) -> Iterator[torch.device]:
     if joins and device in ("auto", "cuda") and torch.cuda.is_available():
         if (local := int(os.environ.get("LOCAL_RANK", "0"))) >= (count := torch.cuda.device_count()):
             raise ConfigError(f"rank {local} of this machine has no GPU of its own; {count} are there")
-        device = f"cuda:{local}"  # chosen before any call of CUDA: a rank would open a context on GPU 0, too
+        device = f"cuda:{local}"  # chosen before any call of CUDA: a rank would open a context on GPU 0 too
     chosen = pick_device(device)
     with ExitStack() as stack:
         if joins:

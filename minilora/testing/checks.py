@@ -116,7 +116,7 @@ def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) 
 
     Args:
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
-            takes `dropout` or `use_rslora`, too, those are passed. It may hold A and B, or parameters equal to them
+            takes `dropout` or `use_rslora` too, those are passed. It may hold A and B, or parameters equal to them
             or to their transposes. Gradients are taken in evaluation mode.
         use_rslora: check the scale of rsLoRA.
     """
@@ -206,7 +206,7 @@ def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
             rendered text when they are joined, and whether each is learned. It is called with other words in place of
-            the contents, too, by which the contents are found. A template may strip white space around a content.
+            the contents too, by which the contents are found. A template may strip white space around a content.
     """
     return check(render, "chat_mask")
 
@@ -248,7 +248,7 @@ def check_kernel(
         what = "the result" if not i else f"gradient {i}"
         if our.dtype != their.dtype:
             raise CheckFailure(f"{name}: {what} is {our.dtype}, the definition's {their.dtype}", name, None)
-        computed = dtype if i else our.dtype  # the gradient of a wider tensor is computed in that dtype, too
+        computed = dtype if i else our.dtype  # the gradient of a wider tensor is computed in that dtype too
         if dtype == torch.float64:
             used = maths(our, their)
         elif our.dim():

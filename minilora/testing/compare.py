@@ -38,7 +38,7 @@ class Bounded:
     """An array in float64 and, for each number, the largest error of the same computation in `dtype`.
 
     Attributes:
-        value: the result, exact but for rounding in float64, which the bound includes.
+        value: the result, exact except for rounding in float64, which the bound includes.
         error: the bound, of the same shape; infinite where nothing is known, as behind a divisor that may be 0.
         dtype: the name of the dtype under test: float64, float32, float16 or bfloat16.
     """

@@ -262,7 +262,7 @@ def matching(adapter: Adapter) -> str:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1  # not True, which is an int, too
+    return type(value) is int and value >= 1  # not True, which is an int too
 
 
 def _is_alpha(value: Any) -> bool:

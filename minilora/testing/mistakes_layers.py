@@ -50,7 +50,7 @@ def without_option(make: Make, name: str) -> Make:
 
 
 def with_trained_weight(make: Make) -> Make:
-    """Return a maker of layers that train a copy of W, too."""
+    """Return a maker of layers that train a copy of W too."""
 
     def wrong(W: Tensor, *rest: Any, **options: Any) -> Wrong:
         weight = nn.Parameter(W.detach().clone())

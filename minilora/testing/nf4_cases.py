@@ -97,7 +97,7 @@ class NF4Weight:
 
     @property
     def quotients(self) -> Bounded:
-        """Return w · (1/absmax), rounded once more, as midpoints of levels are rounded, too: (n)."""
+        """Return w · (1/absmax), rounded once more, as midpoints of levels are rounded too: (n)."""
         divisor = np.where(self.is_small, 1.0, self.of_each(self.absmax))
         return Bounded.exact(self.W.reshape(-1), "float32") * (Bounded.exact(1.0, "float32") / divisor) * 1
 

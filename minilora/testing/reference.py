@@ -76,7 +76,7 @@ def lora_gradients(x: Array, dy: Array, lora_A: Array, lora_B: Array, scale: flo
 
 
 def dora_stretched(left: Array, own: Array, magnitude: Array) -> Array:
-    """W'[o] = m[o]·L[o] / ‖V[o]‖, row by row, where V = W + s·B A and L is V, too: W' = m·V/‖V‖  [DoRA eq. 5].
+    """W'[o] = m[o]·L[o] / ‖V[o]‖, row by row, where V = W + s·B A and L is V too: W' = m·V/‖V‖  [DoRA eq. 5].
 
     After other adapters L is what those left of W, with s·B A added.
 

@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
 IDS = 3 + token_ids(1, 2, 7, high=37)  # none of them special
 EMBEDDINGS = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5": "embed_tokens"}
-TIED = {("gpt2", "embedding"), ("t5", "embedding")}  # where PEFT's merge changes what shares the weight, too
+TIED = {("gpt2", "embedding"), ("t5", "embedding")}  # where PEFT's merge changes what shares the weight too
 USUAL = FAMILIES.keys() - {"mamba", "mixtral", "distilbert"}  # where "all-linear" is the same to PEFT, see below
 # what is adapted -> the families, and the fields for a family
 CONFIGS = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 SECONDS, MEGABYTES = 2.0, 100  # of processor time and of memory, that a file from outside may take
 SPARE = 2**32  # bytes of address space that the process may take beyond what it has: threads reserve some of it
-PATIENCE = 60  # seconds after which a call counts as hanging, on a machine that does other work, too
+PATIENCE = 60  # seconds after which a call counts as hanging, on a machine that does other work too
 
 Call = tuple[str, Callable[[], object]]
 
