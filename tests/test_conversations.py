@@ -204,6 +204,13 @@ APART = CHATML.replace(
 FIRST_ONLY = APART.replace("m.role == 'assistant'", "loop.index == 2")
 
 
+def test_a_template_that_asks_with_another_header_than_it_writes_is_refused(tokenizer):
+    said = "{{ '\\n\\nBOT: ' if m.role == 'assistant' else '\\nUSER: ' }}{{ m.content }}"
+    other = f"{{% for m in messages %}}{said}{{% endfor %}}{{{{ '\\nBOT:' if add_generation_prompt }}}}"
+    with pytest.raises(ml.DataError, match="does not begin the last answer as it asks for one"):
+        texts_of([QUESTION, answer("a")], tokenizer(template=other))
+
+
 @pytest.mark.parametrize("train_on", ["completion", "assistant"])
 def test_all_blocks_that_a_template_marks_of_an_answer_are_learned(tokenizer, train_on):
     messages = [QUESTION, answer("the cat", thinking="hm")]

@@ -11,6 +11,7 @@ from minilora.cli.load import find
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs.checkpoints import newest_checkpoint
 from minilora.runs.formats import Row
+from tests.models import tiny_model
 from tests.runs import finetune, runner, write_chat_models, write_rows
 from tests.text import CHATML, conversation
 
@@ -119,3 +120,12 @@ def test_a_record_that_is_malformed_is_named(runs, tmp_path, values):
     (adapter / PROMPTS_FILE).write_text(json.dumps(values))
     with pytest.raises(ml.FormatError, match=f"{adapter / PROMPTS_FILE}: found .*, need `form`, one of"):
         asked(adapter=[str(adapter)])
+
+
+def test_checkpoints_of_a_training_in_python_take_nothing_from_the_directory_around_them(tmp_path):
+    (tmp_path / "run.json").write_text("[]")
+    (tmp_path / "chat_template.jinja").write_text("of another program")
+    model = tiny_model()
+    ml.attach(model, ml.LoraConfig(r=1))
+    ml.train(model, [ml.Example([1, 2], [1, 2])], ml.TrainConfig(epochs=1), checkpoint_dir=tmp_path / "steps")
+    assert not read_prompt_files(tmp_path / "steps" / "step-000001")

@@ -48,7 +48,7 @@ from minilora.files import (
     write_manifest,
     write_tensors,
 )
-from minilora.models.prompts import copy_prompt_files
+from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
@@ -135,7 +135,8 @@ def save_checkpoint(
         adapters = trained_adapters(model)
         if len(adapters) == 1:
             save_adapter_files(model, directory, next(iter(adapters)))
-            copy_prompt_files([folder.parent], directory)
+            if (folder.parent / PROMPTS_FILE).exists():  # of the command's run
+                copy_prompt_files([folder.parent], directory)
         write_tensors(directory / "trained.safetensors", trained_tensors(model))
         write_tensors(directory / "optimizer.safetensors", moments)
         if best:

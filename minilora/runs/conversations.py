@@ -141,13 +141,14 @@ def _answer_alone(conversation: Conversation, tokenizer: Tokenizer) -> tuple[str
     same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, probe, strict=False))
     header = "".join(character for character, _ in same)
     bare = bare.removesuffix(tokenizer.special_tokens.get("eos_token", ""))  # with which some close every text
-    if not (header.startswith(bare) and text.startswith(header)):
+    begun, written = asked[len(header) :], probe[len(header) :].partition(OPEN)[0]  # after what both begin with
+    if not (header.startswith(bare) and text.startswith(header)) or (begun.strip() and written.strip()):
         raise DataError(
             "the chat template does not begin the last answer as it asks for one, or asks for one without thoughts; "
             "--prompt-style FILE.jinja takes another template"
         )
     rest, thoughts = text[len(header) :], ""
-    if "<think>" in asked[len(header) :] and "</think>" not in rest:
+    if "<think>" in begun and "</think>" not in rest:
         rest, thoughts = rest.lstrip("\n"), f"{_thoughts(answer)}\n</think>\n\n".lstrip("\n")
     shift = len(thoughts) + len(rest) - len(text)
     return thoughts + rest, [(begin + shift, end + shift) for begin, end in marked]
