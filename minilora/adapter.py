@@ -163,7 +163,8 @@ def attach_lora(
     for path in chosen:
         if path in wrappers and name in wrappers[path].adapters:
             raise TargetError(f"{path} has an adapter {name!r} already")
-    generator, scale = torch.Generator().manual_seed(seed), lora_scale(r, lora_alpha)
+    generator = torch.Generator().manual_seed(seed)
+    scale = lora_scale(r, lora_alpha)
     new = {path: LoraLinear(linears[path], path) for path in chosen if path not in wrappers}
     for path in chosen:
         base: Any = linears[path]

@@ -203,7 +203,8 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -310,7 +311,8 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, build_block: BuildBlock = llama_block):
         super().__init__()
-        self.config, self.name_or_path = config, ""
+        self.config = config
+        self.name_or_path = ""
         self.model = Decoder(config, build_block)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -353,7 +355,8 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
     source = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(source))
-    index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
+    files = ["model.safetensors"]
+    index = directory / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     found = {name: t.to(dtype) for file in files for name, t in load_file(directory / Path(file).name).items()}

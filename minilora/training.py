@@ -60,7 +60,6 @@ def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
 class Step(NamedTuple):  # reading its tensors waits for the device
     loss: Tensor
     grad_norm: Tensor  # before clipping
-    num_losses: int  # that the mean is over
 
 
 def train_step(
@@ -108,12 +107,13 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     parameters = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad /= count
-    mean, norm = total / count, total_norm([parameter.grad for parameter in parameters])
+    mean = total / count
+    norm = total_norm([parameter.grad for parameter in parameters])
     if mean.isfinite() and norm.isfinite():
         if max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         optimizer.step()
-    return Step(mean, norm, count)
+    return Step(mean, norm)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:

@@ -28,7 +28,7 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: not at all
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
     optimizer.step()
-    return Step(total, norm, count)
+    return Step(total, norm)
 
 
 @kernel(of=training.total_norm)

@@ -20,7 +20,8 @@ class Phi3Attention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.widths, self.window = E, [H * E, K * E, K * E], config.windows[layer]
+        self.head_dim, self.window = E, config.windows[layer]
+        self.widths = [H * E, K * E, K * E]
         self.qkv_proj = nn.Linear(D, sum(self.widths), bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
