@@ -165,6 +165,18 @@ def test_thoughts_of_the_learned_answer_that_a_template_leaves_out_are_an_error(
         encoded({"messages": [QUESTION, answer("b", **{field: "hm"})]}, tokenizer(template=template))
 
 
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_tool_calls_of_an_earlier_learned_answer_that_a_template_leaves_out_are_an_error(tokenizer, train_on):
+    messages = [QUESTION, answer("let me look", tool_calls=[CALL]), {"role": "tool", "content": "c"}, answer("d")]
+    with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
+        encoded({"messages": messages}, tokenizer(template=CHATML), train_on)
+
+
+def test_thoughts_that_a_template_leaves_out_where_all_of_a_row_is_learned_are_an_error(tokenizer):
+    with pytest.raises(ml.DataError, match="leaves out what message 1 says, or its thoughts"):
+        encoded({"messages": [QUESTION, answer("b", thinking="hm")]}, tokenizer(template=R1), "all")
+
+
 # --- thoughts that asking begins ---
 
 
@@ -217,6 +229,13 @@ def test_all_blocks_that_a_template_marks_of_an_answer_are_learned(tokenizer, tr
     found = encoded({"messages": messages}, tokenizer(template=APART, eos=CLOSE), train_on)
     labels = [label for label in found.labels if label != IGNORE_INDEX]
     assert tokenizer(template=APART, eos=CLOSE).decode(labels) == "the cathm"
+
+
+def test_empty_blocks_mark_no_end_of_an_answer(tokenizer):
+    empty = CHATML.replace("{{ m.content }}", "{% generation %}{% endgeneration %}{{ m.content }}")
+    found = encoded({"messages": conversation([("a", "b"), ("c", "d")])}, tokenizer(template=empty), "assistant")
+    labels = [label for label in found.labels if label != IGNORE_INDEX]
+    assert tokenizer(template=empty).decode(labels) == "b\nd\n"
 
 
 def test_the_last_answer_is_learned_where_a_template_marks_an_earlier_one_alone(tokenizer):

@@ -56,11 +56,15 @@ def render_conversation(
             "alpaca, instruction or a .jinja file, or use rows of prompt and completion"
         )
     messages, tools = conversation.messages, conversation.tools
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "all":
         text = tokenizer.render(messages, tools=tools)
         _check_complete(text, conversation, tokenizer, is_question=False)
+        for i in answers[:-1]:
+            _check_calls(Conversation(messages[: i + 1], tools), tokenizer)
+        _check_answer(text, Conversation(messages[: answers[-1] + 1], tools), tokenizer)
         return text, [(0, len(text))], False
-    *earlier, last = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+    *earlier, last = answers
     if last == 0:
         raise DataError("no message comes before the answer, so nothing asks for it; --train-on all learns it")
     conversation = Conversation(messages[: last + 1], tools)
@@ -75,13 +79,14 @@ def render_conversation(
     if train_on == "assistant":
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
         for i in reversed([i for i in earlier if i > first]):
+            _check_calls(Conversation(messages[: i + 1], tools), tokenizer)
             learned = [*_earlier_answer(text, marked, conversation, i, learned[0][0], tokenizer), *learned]
     return text, learned, is_moved
 
 
 def _learned_spans(marked: list[Span], begin: int, end: int) -> list[Span]:
     """Return the marked spans of an answer that lies in [begin, end); the first of them begins with the answer."""
-    ends = [(max(first, begin), last) for first, last in marked if begin < last <= end]
+    ends = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
     return [(begin, ends[0][1]), *ends[1:]] if ends else []
 
 
@@ -178,6 +183,12 @@ def _check_answer(text: str, conversation: Conversation, tokenizer: Tokenizer) -
     *before, message = conversation.messages
     if not _is_written(text, message):
         raise DataError(f"the chat template leaves out what message {len(before)} says, or its thoughts{REMEDY}")
+    _check_calls(conversation, tokenizer)
+
+
+def _check_calls(conversation: Conversation, tokenizer: Tokenizer) -> None:
+    """Raise a DataError if the template leaves out the tool calls of the last message."""
+    *before, message = conversation.messages
     if message.get("tool_calls"):
         without = {**message, "tool_calls": None, "content": message.get("content") or ""}
         whole, cut = (tokenizer.render([*before, last], tools=conversation.tools) for last in (message, without))
