@@ -16,7 +16,7 @@ from minilora import ConfigError, FormatError
 from minilora.adapters.attach import linear_layers
 from minilora.files import TensorFile, read_json, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, describe, packed_tensors, packed_weights, read_packed
-from minilora.models.checkpoint import SHARD_BYTES, build_on_meta, stored_weights
+from minilora.models.checkpoint import SHARD_BYTES, build_on_meta, save_model_files, stored_weights
 from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_absmax
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
@@ -308,10 +308,11 @@ def test_weights_are_read_when_they_are_asked_for_and_written_when_a_file_is_ful
     source = ml.load_model(directory)
     meta = build_on_meta(source.config)
     size, one = 4 * 512 * 512, 4 * 512 * 1024
+    (tmp_path / "copy").mkdir()
 
     def copy():
         weights = stored_weights(directory, meta, "float32", CPU, None)
-        ml.save_model(meta, tmp_path / "copy", shard_bytes=2 * size, weights=weights)
+        save_model_files(meta, tmp_path / "copy", shard_bytes=2 * size, weights=weights)
 
     _, peak, _ = allocated(copy, (directory / "model.safetensors").stat().st_size)
     checks = 64  # bytes: the least and the greatest number of a weight, and whether they are finite

@@ -174,7 +174,8 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
             if bad := [token for token in ids if token >= len(weight)]:
                 there = f"{len(weight)}, the rows of {path}, which has none for {len(bad)} tokens"
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
-            own[path] = AdapterSpec(TokenRows, {"ids": torch.tensor(ids), "rows": weight.detach()[list(ids)]})
+            rows = weight.detach()[list(ids)]
+            own[path] = AdapterSpec(TokenRows, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
             shared |= {other: AdapterSpec(TokenRows, {}) for other in tied_modules(modules, modules[path])}
     return shared | own
 

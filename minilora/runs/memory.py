@@ -106,7 +106,8 @@ def forecast_each(plan: Plan, ways: Sequence[Any] = get_args(Checkpointing)) -> 
     if plan.lora is None:
         model.requires_grad_(True)
     else:
-        attach(model, plan.lora)
+        with torch.device("meta"):  # start values would take memory
+            attach(model, plan.lora)
     set_dropout_step(model.to("meta").train(), 0)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     best = gradients if plan.training.keep == "best" else 0
