@@ -12,11 +12,13 @@ import subprocess
 import sys
 import typing
 from itertools import islice
+from threading import Thread
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 import minilora as ml
 from minilora import cli
@@ -569,6 +571,15 @@ def test_on_a_terminal_progress_rewrites_one_line(capsys, monkeypatch):
     assert text.count("\rstep ") == 101  # the last one, as it ends, again
     assert text.count("\n") == 1
     assert re.search(r"\rstep 51/100 █{6}.? +00:49 left, loss 0\.5000, 9 tokens/s, peak 1\.1 GB\r", text)
+
+
+def test_a_process_that_was_killed_while_it_drew_a_bar_stops_no_other():
+    """The lock of tqdm itself is one for all forked processes."""
+    with tqdm.get_lock():
+        thread = Thread(target=ProgressBar(), args=(record(1),), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_training_from_python_prints_progress_only_if_it_is_told_to(capsys):

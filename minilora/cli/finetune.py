@@ -137,7 +137,7 @@ def run(options: Options) -> int:
         _choose_threads(run, model)
         directory.start(run, model)
         _describe(run, model, options["config"])
-        bar = ProgressBar("held-out" if data.valid is data.test else "validation")
+        bar = stack.enter_context(closing(ProgressBar("held-out" if data.valid is data.test else "validation")))
         with nullcontext() if settings.is_full else disable_adapter(model):
             before = _measure(run, model, bar, "base model")
         result = _train_until_signal(run, directory, model, bar)

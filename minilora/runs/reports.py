@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -28,6 +29,12 @@ from minilora.runs.memory import amount
 RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
 
 BAR = " {n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}"
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar of one process: tqdm's own lock is shared with forked ones, and stays locked if one is killed."""
+
+    _lock = RLock()
 
 
 class _Lines:
@@ -78,7 +85,7 @@ class ProgressBar:
             self.close()
             self._what = what
             file, interval = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), self.every)
-            self._bar = tqdm(
+            self._bar = _Bar(
                 desc=what,
                 total=total,
                 initial=done,
