@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minilora.errors import FormatError
-from minilora.files import parse_json, read_json, read_text
+from minilora.files import parse_json, read_text
 
 PROMPTS_FILE = "minilora-prompts.json"
 PROMPT_FILES = ("chat_template.jinja", PROMPTS_FILE)
@@ -63,15 +63,17 @@ def _read_one(directory: Path) -> dict[str, str]:
     texts = {path.name: text for path in paths if path.exists() and (text := read_text(path))}  # an empty one is none
     if PROMPTS_FILE in texts:
         Prompts.parse(texts[PROMPTS_FILE], str(directory / PROMPTS_FILE))
-    elif (directory / "run.json").exists():
-        texts[PROMPTS_FILE] = _prompts_of_run(directory / "run.json").to_json()
+    elif (directory / "run.json").exists() and (prompts := _prompts_of_run(directory / "run.json")):
+        texts[PROMPTS_FILE] = prompts.to_json()
     return texts
 
 
-def _prompts_of_run(path: Path) -> Prompts:
-    """Return the prompts of a run of version 0.2, which recorded them in run.json alone."""
-    values = read_json(path)
-    config = values.get("config", {})
-    if not isinstance(config, dict) or not isinstance(config.get("system"), str | None):
-        raise FormatError(f"{path}: config: found {config!r:.60}, need an object, and text as its 'system'")
+def _prompts_of_run(path: Path) -> Prompts | None:
+    """Return the prompts of a run of version 0.2, which recorded them in run.json alone; None if it is of no run."""
+    values = parse_json(read_text(path), str(path))
+    config = values.get("config", {}) if isinstance(values, dict) else None
+    if not isinstance(config, dict):
+        return None
+    if not isinstance(config.get("system"), str | None):
+        raise FormatError(f"{path}: config: found {config!r:.60}, need text as its 'system'")
     return Prompts("plain" if values.get("prompts") == "plain" else "template", config.get("system"))
