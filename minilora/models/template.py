@@ -79,13 +79,18 @@ class ChatTemplate:
             )
         if re.search(f"[{BEGIN}{END}]", json.dumps([messages, tools], ensure_ascii=False, default=str)):
             raise DataError("a message or a tool holds U+FDD0 or U+FDD1, which are not characters")
-        text, spans, depth, begin = "", [], 0, 0
-        for piece in re.split(f"([{BEGIN}{END}])", self._run(self.adapt(messages), False, tools, is_marked=True)):
+        marked = self._run(self.adapt(messages), False, tools, is_marked=True)
+        text, spans = "", []
+        depth = begin = 0
+        for piece in re.split(f"([{BEGIN}{END}])", marked):
             if piece == BEGIN:
-                begin, depth = begin if depth else len(text), depth + 1
+                if depth == 0:
+                    begin = len(text)
+                depth += 1
             elif piece == END:
                 depth -= 1
-                spans += [] if depth else [(begin, len(text))]
+                if depth == 0:
+                    spans.append((begin, len(text)))
             else:
                 text += piece
         return text, spans

@@ -259,7 +259,9 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
         is_array = first.lstrip()[:1] == b"["
         for row in _parse_array(b"".join(chunks), path) if is_array else _parse_lines(chunks, path):
             yield row
-            is_empty, bad = False, bad + bool(row.problem)
+            is_empty = False
+            if row.problem:
+                bad += 1
             if bad > BAD_ROWS:
                 raise DataError(f"{row.source}: this and {BAD_ROWS:,} before it are not rows; need {LAYOUTS}")
         if is_empty:

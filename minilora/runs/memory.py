@@ -2,9 +2,10 @@
 
 The model is built on the device "meta", which has no storage, with its adapter. Weights, gradients and moments are the
 sizes of its parameters. What a step needs besides is counted while one block of each kind, and the loss, run there
-forward and backward (`runs/live.py`). Only what libraries hold is assumed.
+forward and backward (`runs/live.py`). Only what an evaluation takes, what ranks exchange and what libraries hold is
+estimated.
 
-    N  tokens of a micro-batch    D  hidden_size    F  intermediate_size    V  vocab_size
+    N  tokens of a micro-batch    D  hidden_size
 """
 
 from __future__ import annotations
