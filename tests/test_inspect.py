@@ -26,6 +26,7 @@ from tests.text import CHATML, write_tokenizer
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "BOOL": torch.bool}
 words = st.sampled_from(["a", "b", "0", "1", "2", "10", "01", "9999999999"])
 names = st.lists(words, min_size=1, max_size=4).map(".".join)
+UNSET = {"model": None, "memory": False, "json": False, "world": None, "shard": "none", "device": "auto"}
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def page(capsys):
     """What the command prints for a path."""
 
     def run(path, model=None, status=0, **options):
-        named = {"path": str(path), "model": model and str(model), "memory": False, "json": False}
-        assert inspect.run({**named, **options}) == status
+        named = {"path": str(path), "model": model and str(model)}
+        assert inspect.run({**UNSET, **named, **options}) == status
         return capsys.readouterr().out
 
     return run
@@ -329,7 +330,7 @@ def test_whatever_a_json_file_holds_it_is_told_or_refused(all_in_one, file, data
     path.write_text(json.dumps(json.loads(before or "{}") | values))
     for as_json in (False, True):
         with contextlib.suppress(ml.MiniloraError):
-            assert inspect.run({"path": str(all_in_one), "model": None, "memory": False, "json": as_json}) in (0, 1)
+            assert inspect.run({**UNSET, "path": str(all_in_one), "json": as_json}) in (0, 1)
     path.unlink() if before is None else path.write_text(before)
 
 

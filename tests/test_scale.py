@@ -104,11 +104,17 @@ def test_inspect_shows_the_terms_of_a_rank(directory, capsys, shard, methods):
     [
         (["--shard", "base"], "give --world too"),
         (["--world", "0"], "must be above 0"),
+        (["--json", "--model", "base"], "--model, --json: without effect; leave --memory out"),
     ],
 )
 def test_flags_of_ranks_that_lack_others_or_cannot_be_are_refused(directory, capsys, flags, phrase):
     assert cli.main(["inspect", str(directory), "--memory", *flags]) == 1
     assert phrase in capsys.readouterr().err
+
+
+def test_flags_of_the_forecast_are_refused_without_it(directory, capsys):
+    assert cli.main(["inspect", str(directory), "--world", "2", "--shard", "base", "--device", "cuda"]) == 1
+    assert "--world, --shard, --device: without effect; give --memory too" in capsys.readouterr().err
 
 
 def test_a_gpu_is_forecast_where_there_is_none(directory, capsys):

@@ -22,9 +22,10 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+from minilora.adapters.config import flag
 from minilora.adapters.layout import PEFT_DEFAULTS
 from minilora.cli import Options, forecast
-from minilora.errors import printable
+from minilora.errors import ConfigError, printable
 from minilora.files import TensorEntry
 from minilora.tools.inspect import inspect_path
 
@@ -40,12 +41,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
+    _check_flags(options)
     if options["memory"]:
         print(forecast.memory_page(options))
         return 0
     found = inspect_path(options["path"], options["model"])
     print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
     return int("manifest" in found and bool(found["manifest"]["problems"]))
+
+
+def _check_flags(options: Options) -> None:
+    """Raise a `ConfigError` if a flag has no effect with --memory, or without it."""
+    unset = {"model": None, "json": False} if options["memory"] else {"world": None, "shard": "none", "device": "auto"}
+    if idle := [flag(name) for name, value in unset.items() if options[name] != value]:
+        advice = "leave --memory out" if options["memory"] else "give --memory too"
+        raise ConfigError(f"{', '.join(idle)}: without effect; {advice}")
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:
