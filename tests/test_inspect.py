@@ -334,6 +334,12 @@ def test_whatever_a_json_file_holds_it_is_told_or_refused(all_in_one, file, data
     path.unlink() if before is None else path.write_text(before)
 
 
+def test_tensors_in_the_record_of_a_run_are_values_like_others(run, page):
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "tensors": {"a": 1}}))
+    assert re.search(r"tensors\.a +1\n", page(run))
+
+
 def test_json_that_is_nested_deeply_is_told_or_refused(run, page):
     for depth in (300, 800, 100_000):
         (run / "summary.json").write_text('{"before": ' + "[" * depth + "]" * depth + "}")

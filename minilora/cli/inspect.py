@@ -65,11 +65,11 @@ def page(kind: str, facts: Mapping[str, Any]) -> str:
         shown["base"] = facts["base"] or "not here: see --model"
         shown["config"] = {key: value for key, value in facts["config"].items() if PEFT_DEFAULTS.get(key) != value}
         tables.append(_module_rows(shown.pop("modules")))
-    if "tensors" in facts:
+    if kind == "run":  # which has whatever is in run.json
+        shown.pop("config", None)  # the settings are those that differ from the defaults
+    elif "tensors" in facts:
         tables.append(_tensor_rows(facts["tensors"]))
         shown["tensors"] = _total(list(facts["tensors"].values()))
-    if kind == "run":
-        shown.pop("config", None)  # the settings are those that differ from the defaults
     path = shown.pop("path")
     values = [each for key, value in shown.items() for each in _flatten(key, value)]
     width = max(len(key) for key, _ in values)
