@@ -126,6 +126,21 @@ def test_an_adapter_brings_the_system_prompt_of_its_training(directory, chat, tm
     assert chat("/system", "the cat", flags=[run]).out == lines_of(replies[None])
 
 
+def test_each_adapter_is_asked_as_it_was_trained(directory, chat, tmp_path):
+    replies, flags = {}, []
+    for system in ("be kind", "be brief"):
+        adapter = shutil.copytree(directory / "chat-adapter", tmp_path / system.removeprefix("be "))
+        (adapter / "minilora-prompts.json").write_text(json.dumps({"form": "template", "system": system}))
+        flags.append(f"--adapter={adapter}")
+        talk = Talk(directory, "chat-adapter")
+        talk.messages += [{"role": "system", "content": system}]
+        replies[system] = talk.say("the cat")
+    said = ("the cat", "/reset", "/adapter brief", "the cat")
+    assert chat(*said, flags=flags).out == lines_of(replies["be kind"], replies["be brief"])
+    assert chat(*said, flags=[*flags, "--system=be kind"]).out == lines_of(*[replies["be kind"]] * 2)
+    assert chat("/system be brief", *said, flags=flags).out == lines_of(*[replies["be brief"]] * 2)
+
+
 def test_adapters_go_by_their_directories_names_and_the_first_one_begins(directory, chat):
     flags = ["--adapter=chat-adapter", f"--adapter={directory / 'other' / 'second'}/"]
     replies = {name: Talk(directory, name).say("the cat") for name in (None, "chat-adapter", "other/second")}

@@ -17,11 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.adapters.attach import set_adapter
+from minilora.adapters.layout import tokenizer_of
 from minilora.cli import Options, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
 from minilora.errors import ConfigError, MiniloraError
+from minilora.models.hub import fetch
 from minilora.runs.conversations import encode_question
 from minilora.runs.formats import Conversation, Fields
 
@@ -84,14 +86,14 @@ class Chat:
         is_clear = len({NONE, *names}) == len(names) + 1
         names = names if is_clear else [f"./{path}" if path == NONE else path for path in paths]
         self._adapters = {name: f"adapter{i}" for i, name in enumerate(names)}
-        prompts = self._tokenizer.prompts
-        self._system = prompts.system if options["system"] is None else options["system"]
-        if prompts.form == "plain":
-            say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
+        found = [tokenizer_of(self.model.name_or_path, [fetch(path, "adapter")]) for path in paths if len(paths) > 1]
+        self._tokenizers = {name: own or self._tokenizer for name, own in zip(names, found, strict=False)}
+        self._system, self._is_given = options["system"], options["system"] is not None
         self.turns: list[Fields] = []
         self.adapter, self.replies = NONE, 0
-        if self._adapters:
-            self._use(next(iter(self._adapters)))
+        self._use(next(iter(self._adapters), NONE))
+        if self._tokenizer.prompts.form == "plain":
+            say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
 
     def reply(self, text: str) -> None:
         """Print the reply to a message. Ctrl-C ends the reply; if there is none yet, the message is dropped."""
@@ -125,7 +127,7 @@ class Chat:
                 self.turns = []
                 say("started a new conversation")
             case "/system":
-                self._system = argument
+                self._system, self._is_given = argument, True
                 say(f"system prompt: {self._system or NONE}")
             case "/adapter":
                 if argument:
@@ -144,6 +146,9 @@ class Chat:
         if self._adapters:
             set_adapter(self.model, [] if name == NONE else self._adapters[name])
         self.adapter = name
+        self._tokenizer = self._tokenizers.get(name, self._tokenizer)  # the base is asked as the adapter before it
+        if not self._is_given:
+            self._system = self._tokenizer.prompts.system
 
 
 def _lines(prompt: str) -> Iterator[str]:
