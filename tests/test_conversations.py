@@ -172,6 +172,19 @@ def test_tool_calls_of_an_earlier_learned_answer_that_a_template_leaves_out_are_
         encoded({"messages": messages}, tokenizer(template=CHATML), train_on)
 
 
+def test_a_tool_call_that_a_template_leaves_out_is_an_error_where_there_is_no_content_or_another_call(tokenizer):
+    silent = [QUESTION, answer(None, tool_calls=[CALL])]
+    first_only = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
+    for messages, template in ((silent, PARTS_ONLY), ([QUESTION, answer("a", tool_calls=[CALL] * 2)], first_only)):
+        with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
+            encoded({"messages": messages}, tokenizer(template=template))
+
+
+def test_an_answer_of_empty_parts_is_empty(tokenizer):
+    with pytest.raises(ml.DataError, match=r"messages\[1\].content: it is empty"):
+        encoded({"messages": [QUESTION, *as_parts([answer("")])]}, tokenizer(template=CHATML))
+
+
 def test_thoughts_that_a_template_leaves_out_where_all_of_a_row_is_learned_are_an_error(tokenizer):
     with pytest.raises(ml.DataError, match="leaves out what message 1 says, or its thoughts"):
         encoded({"messages": [QUESTION, answer("b", thinking="hm")]}, tokenizer(template=R1), "all")

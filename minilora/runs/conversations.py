@@ -187,12 +187,15 @@ def _check_answer(text: str, conversation: Conversation, tokenizer: Tokenizer) -
 
 
 def _check_calls(conversation: Conversation, tokenizer: Tokenizer) -> None:
-    """Raise a DataError if the template leaves out the tool calls of the last message."""
+    """Raise a DataError if the template leaves out tool calls of the last message, which other names would show."""
     *before, message = conversation.messages
-    if message.get("tool_calls"):
-        without = {**message, "tool_calls": None, "content": message.get("content") or ""}
-        whole, cut = (tokenizer.render([*before, last], tools=conversation.tools) for last in (message, without))
-        if whole == cut:
+    whole, calls = None, message.get("tool_calls") or []
+    for i, call in enumerate(calls):
+        called = call.get("function", call)
+        other = {**called, "name": f"{called['name']}_"}
+        changed = [*calls[:i], {**call, "function": other} if "function" in call else other, *calls[i + 1 :]]
+        whole = whole or tokenizer.render(conversation.messages, tools=conversation.tools)
+        if whole == tokenizer.render([*before, {**message, "tool_calls": changed}], tools=conversation.tools):
             raise DataError(f"the chat template leaves out the tool calls of message {len(before)}{REMEDY}")
 
 

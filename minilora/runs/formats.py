@@ -226,7 +226,7 @@ def _check_message(turn: _Turn) -> _Turn:
         raise DataError(f"{where}.content: found {content!r:.60}, need text or a list of parts")
     if calls:
         _check_calls(calls, f"{where}.tool_calls")
-    elif role == "assistant" and not content:
+    elif role == "assistant" and not any(part["text"] if isinstance(part, dict) else part for part in content or ()):
         raise DataError(f"{where}.content: {EMPTY}")
     if message.get("weight") not in (None, 1):
         raise DataError(f"{where}.weight: found {message['weight']!r:.60}; only 1 is supported, or the key left out")
