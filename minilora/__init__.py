@@ -12,7 +12,6 @@ from minilora.errors import in_recipe
 __version__ = "0.2.0"
 _ELSEWHERE = {  # names in PEFT, transformers, TRL and earlier versions, and what to use here
     "AutoModelForCausalLM": "ml.load_model",
-    "AutoModelForSequenceClassification": "recipes/classify_texts.py in minilora's repository",
     "AutoTokenizer": "ml.load_tokenizer",
     "BitsAndBytesConfig": "ml.QuantizeConfig",
     "LoraModel": "ml.attach",
@@ -22,10 +21,18 @@ _ELSEWHERE = {  # names in PEFT, transformers, TRL and earlier versions, and wha
     "SFTTrainer": "ml.train",
     "TrainingArguments": "ml.TrainConfig",
     "get_peft_model": "ml.attach",
+    "grow_vocabulary": "ml.resize_token_embeddings",
+    "hotswap_adapter": "ml.set_adapter",
+    "merged_if_faster": "ml.merged",
     "prepare_model_for_kbit_training": 'ml.load_model(name, quantize="nf4")',
     "push_to_hub": "`minilora push`",
 }
-_IN_RECIPES = {"mixed_batch": "adapter_per_row"}
+_IN_RECIPES = {
+    "AutoModelForSequenceClassification": "classify_texts",
+    "AutoModelForTokenClassification": "classify_tokens",
+    "load_classifier": "classify_texts",
+    "mixed_batch": "adapter_per_row",
+}
 
 if TYPE_CHECKING:
     from minilora.public import *  # noqa: F403 - its `__all__` names them

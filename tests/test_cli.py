@@ -232,6 +232,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
                 "--val-data --validation-data": "did you mean --eval-data?",
                 "--grad-accum --gradient-accumulation": "did you mean --gradient-accumulation-steps?",
                 "--task --task-type": "it is a recipe: see recipes/classify_texts.py in minilora's repository",
+                "--target-parameters": "it is a recipe: see recipes/experts.py in minilora's repository",
                 "--optim --optimizer": "there is none: the optimizer is AdamW",
                 "--wandb --wandb-project": "use --report wandb",
                 "--logging-dir": "there is none: --report tensorboard writes to the directory of --out",

@@ -109,12 +109,13 @@ def test_another_name_is_an_attribute_error_that_names_ours_if_it_is_of_another_
         with pytest.raises(AttributeError, match=f"^module 'minilora' has no attribute '{name}'$"):
             getattr(ml, name)
     for name in ml._ELSEWHERE:
-        with pytest.raises(
-            AttributeError, match=rf"no attribute '{name}'; use (ml\.\w+|`minilora \w+`|recipes/)"
-        ) as error:
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}'; use (ml\.\w+|`minilora \w+`)") as error:
             getattr(ml, name)
         for ours, command in re.findall(r"; use (?:ml\.(\w+)|`minilora (\w+)`)", str(error.value)):
             assert ours in public.__all__ or command in COMMANDS
+    for name, recipe in ml._IN_RECIPES.items():
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}'; .*: see recipes/{recipe}\.py"):
+            getattr(ml, name)
 
 
 def test_what_they_make_can_be_copied_and_pickled():

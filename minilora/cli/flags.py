@@ -52,6 +52,7 @@ ADVICE = {  # for flags of these tools that have no counterpart among the flags
     **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
     **dict.fromkeys(("task", "task_type"), in_recipe("classify_texts")),
     **dict.fromkeys(("density", "majority_sign_method"), in_recipe("ties_and_dare")),
+    "target_parameters": in_recipe("experts"),
     "do_sample": "use a --temperature above 0",
     **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
     **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "use --report wandb"),
