@@ -33,7 +33,8 @@ BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them,
 PROBE = "\ufdd6"
 LIMIT, LIMIT_PER_CHARACTER = 20_000_000, 2000  # cost of a rendering: in all, and more for each character it is given
 NODE = 40  # cost of a node of syntax, each time that the loop or macro around it runs
-REFUSED = ("**", "format", "format_map", "random")  # as large as a number in a text says, or not the same twice
+# as large as a number in a text says, many times their input, or not the same twice
+REFUSED = ("**", "format", "format_map", "urlencode", "random")
 IS_MARKED = "is marked"  # a variable that no template can name
 
 
@@ -244,12 +245,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _size(value: Any) -> float:
-    """Return a number's absolute value, or how many characters or elements a value has, with the text in a list."""
-    if isinstance(value, list | tuple):
-        return len(value) + sum(len(each) for each in value if isinstance(each, str))
+    """Return a number's absolute value, or how many characters or elements a value has, with their text; 1 at least."""
+    if isinstance(value, list | tuple | dict):
+        held = value.values() if isinstance(value, dict) else value
+        return 1 + len(value) + sum(len(each) for each in held if isinstance(each, str))
     if isinstance(value, int | float):
-        return abs(value)
-    return len(value) if isinstance(value, Sized) else 1
+        return max(1, abs(value))
+    return max(1, len(value)) if isinstance(value, Sized) else 1
 
 
 def _metered(tree: nodes.Template) -> nodes.Template:
