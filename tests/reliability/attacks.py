@@ -105,7 +105,6 @@ def config_calls(root: Path) -> Iterator[Call]:
         yield f"config.json: {name}: load", partial(use_model, directory)
         if changes.keys() & {"num_hidden_layers", "vocab_size", "hidden_size"}:
             yield f"config.json: {name}: inspect", partial(inspect_path, str(directory))
-            yield f"config.json: {name}: memory", partial(command, ["inspect", str(directory), "--memory"])
     path = root / "text"
     for name, text in {
         "16 MB of lists": '{"a": [' + "[]," * 5_000_000 + "[]]}",
