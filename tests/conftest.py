@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)  # after the selection by markers
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("parity"):
+        if item.get_closest_marker("parity") or item.get_closest_marker("real"):
             item.add_marker(pytest.mark.filterwarnings("default"))  # the peers' own warnings are no failures of ours
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))

@@ -204,7 +204,7 @@ def test_a_merge_outlasts_a_look_at_the_base():
     ours = with_adapter()
     with merged(ours):
         inside = logits(ours)
-        with ml.disable_adapter(ours):
+        with pytest.raises(ml.TargetError, match="or it is merged"), ml.disable_adapter(ours):
             pass
         assert torch.equal(logits(ours), inside)
 
