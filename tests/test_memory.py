@@ -529,3 +529,9 @@ def test_of_a_mac_the_memory_is_told_and_of_the_unknown_nothing(machine, monkeyp
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert free_memory_bytes(CPU) == 3 * 4096
+
+
+def test_the_page_of_memory_is_there_for_a_model_with_two_blocks(tmp_path, capsys):
+    ml.save_model(tiny_model(num_hidden_layers=2, dtype=torch.float32), tmp_path)
+    assert cli.main(["inspect", str(tmp_path), "--memory", "--device", "cpu"]) == 0
+    assert str(tmp_path) in capsys.readouterr().out

@@ -108,6 +108,8 @@ def default_plan(config: LlamaConfig, method: str, device: torch.device, world: 
 def forecast_alike(plan: Plan, ways: Sequence[Checkpointing]) -> dict[str, Forecast]:
     """Forecast a model whose blocks are alike by those with two and three of them: each further one adds as much."""
     config, found = plan.config, dict[str, Forecast]()
+    if config.num_hidden_layers <= 3:
+        return {way: whole for way, (_, whole) in zip(ways, forecast_each(plan, ways), strict=True)}
     two, three = (
         forecast_each(replace(plan, config=replace(config, num_hidden_layers=n, windows=config.windows[:n])), ways)
         for n in (2, 3)
