@@ -92,7 +92,7 @@ class Rows(nn.Module):
 
 
 class TokenRows(ForwardingWrapper):
-    """An embedding, or a module tied to it, some rows of whose weight each adapter replaces (final)."""
+    """An embedding, or a module tied to it, in whose weight each adapter replaces some rows (final)."""
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)

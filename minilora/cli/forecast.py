@@ -97,7 +97,7 @@ def memory_page(options: Options) -> str:
 
 
 def default_plan(config: LlamaConfig, method: str, device: torch.device, world: int = 1, shard: Shard = "none") -> Plan:
-    """Return the plan of a step with a batch of the default size on each rank, all of whose tokens are labelled."""
+    """Return the plan of a step with a batch of the default size on each rank; all its tokens are labelled."""
     is_full, training = method == "full fine-tune", TrainConfig(gradient_accumulation_steps=world)
     rows = [(DataConfig().max_length,) * 2] * training.batch_size
     quantization = QuantizeConfig("nf4" if method == "QLoRA" else "none")
