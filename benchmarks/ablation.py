@@ -14,12 +14,12 @@ from benchmarks import ours, turns
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round
 from benchmarks.work import OURS, Ablation, Task, Training
-from minilora.definition import kernels, plain
+from minilora.definition import WITH_KERNEL, plain
 
 PLAIN = "everything plain"
 HEAD_ROWS = "head rows"  # the head sees labelled rows only; off: every row is labelled, so the losses differ
 OTHERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "kept memory": lambda: patch("minilora.runs.machine._set", lambda options: None),
+    "kept memory": lambda: patch("minilora.runs.system._set", lambda options: None),
     HEAD_ROWS: nullcontext,
 }
 
@@ -29,7 +29,7 @@ def tricks(work: Training) -> list[str]:
     used = {HEAD_ROWS: work.kind == "real"}
     qlora, dora = work.method == "qlora", work.method == "dora"
     words = {"nf4": qlora, "quantize": qlora, "dora": dora}  # in the names of kernels
-    found = [name for name in kernels() if all(is_used for word, is_used in words.items() if word in name)]
+    found = [name for name in WITH_KERNEL if all(is_used for word, is_used in words.items() if word in name)]
     return found + [name for name in OTHERS if used.get(name, True)]
 
 

@@ -13,7 +13,7 @@ from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of
 from minilora.models.checkpoint import build_model, init_weights
 from minilora.models.config import parse_config
 from minilora.runs.memory import Plan, forecast
-from minilora.runs.seeded import plan_steps
+from minilora.runs.sampler import plan_steps
 
 
 def random_model(config: dict[str, Any], directory: Path) -> None:

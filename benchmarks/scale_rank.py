@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from minilora import cli
-from minilora.runs.machine import peak_memory_bytes
+from minilora.runs.system import peak_memory_bytes
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from benchmarks import make, peers
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
 from benchmarks.work import OURS, Operation, Task, Training
-from minilora.runs.machine import keep_memory, released_memory
+from minilora.runs.system import keep_memory, released_memory
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),

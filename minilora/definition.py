@@ -2,7 +2,7 @@
 
 A definition is the plain function. A kernel has the same signature and the same result, and is faster or takes less
 memory. A kernel that has nothing better calls `definition.function`; calling the definition would call the kernel
-again. Kernels are registered when `minilora.kernel` is imported.
+again. Kernels are registered when `minilora.kernels` is imported.
 """
 
 from __future__ import annotations
@@ -54,11 +54,6 @@ def kernel(of: Definition[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return register
 
 
-def kernels() -> list[str]:
-    """List the definitions that have a kernel, by name."""
-    return list(WITH_KERNEL)
-
-
 def is_plain() -> bool:
     """Return whether a block of `plain` disables all kernels."""
     return all(each.disabled for each in WITH_KERNEL.values())
@@ -74,7 +69,7 @@ def plain(*names: str) -> Iterator[None]:
         ConfigError: no kernel has that name.
     """
     if unknown := [name for name in names if name not in WITH_KERNEL]:
-        raise ConfigError(f"plain: no kernel is named {unknown}; there are {kernels()}")
+        raise ConfigError(f"plain: no kernel is named {unknown}; there are {list(WITH_KERNEL)}")
     chosen = [WITH_KERNEL[name] for name in names or WITH_KERNEL]
     for each in chosen:
         each.disabled += 1

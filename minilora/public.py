@@ -1,6 +1,6 @@
 """The public names of `minilora`. Importing this module registers the kernels."""
 
-import minilora.kernel  # noqa: F401
+import minilora.kernels  # noqa: F401
 from minilora.adapter import detach, disable_adapter
 from minilora.adapters.attach import (
     attach,
@@ -16,7 +16,7 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.weighted import combine_adapters
 from minilora.data import Example
-from minilora.definition import kernels, plain
+from minilora.definition import plain
 from minilora.errors import ConfigError, DataError, FormatError, MiniloraError, ShapeError, TargetError, TrainingError
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, save_model
@@ -28,7 +28,7 @@ from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.reports import ProgressBar
-from minilora.runs.seeded import set_dropout_step
+from minilora.runs.sampler import set_dropout_step
 from minilora.runs.tracking import Tracker
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
     "disable_adapter",
     "find_target_modules",
     "generate",
-    "kernels",
     "load_adapter",
     "load_dataset",
     "load_model",

@@ -33,7 +33,7 @@ PARTS = {
         load_dataset Dataset Example DataConfig train TrainConfig TrainResult ProgressBar Tracker
         set_dropout_step
     """,
-    "Kernels": "plain kernels",
+    "Kernels": "plain",
     "Errors": "MiniloraError ConfigError DataError FormatError ShapeError TargetError TrainingError",
 }
 

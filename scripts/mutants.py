@@ -1,6 +1,6 @@
 """Plant random mistakes, one at a time, and count those that the tests notice.
 
-    python scripts/mutants.py --count 300 --seed 18 [--where lora.py kernel adapters] [--only 3 14 15]
+    python scripts/mutants.py --count 300 --seed 18 [--where lora.py kernels adapters] [--only 3 14 15]
 
 A mistake changes one expression, drops one statement, or exchanges the order of an iteration. The tests are those of
 the default suite, without those that compile, that execute the changed line; the quickest come first, and the first
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--where",
         nargs="+",
-        default=[*(f"{page}.py" for page in PAGES), "kernel"],
+        default=[*(f"{page}.py" for page in PAGES), "kernels"],
         help="files and folders of minilora",
     )
     parser.add_argument("--only", type=int, nargs="+", help="numbers of mistakes, as this prints them")

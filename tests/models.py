@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
-from minilora.kernel import lora as tiles
+from minilora.kernels import lora as tiles
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.nf4 import NF4Linear
-from minilora.runs.seeded import set_dropout_step
+from minilora.runs.sampler import set_dropout_step
 
 SIZES = {
     "vocab_size": 61,
@@ -207,7 +207,7 @@ class Operations(TorchDispatchMode):
 
 
 def small_tiles(patch: Any, numbers: int) -> None:
-    """Make `minilora.kernel.lora` take so few at a time, on any number of threads."""
+    """Make `minilora.kernels.lora` take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
-from minilora.kernel import attention
-from minilora.kernel.attention import block_attention, fused_attention, select_kernel, varlen_attention
+from minilora.kernels import attention
+from minilora.kernels.attention import block_attention, fused_attention, select_kernel, varlen_attention
 from minilora.llama import causal_attention
 from minilora.testing.compare import assert_maths
 from tests import reference_model

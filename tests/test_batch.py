@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from benchmarks import work
 from minilora.data import IGNORE_INDEX, collate
-from minilora.runs.seeded import groups, plan_steps
+from minilora.runs.sampler import groups, plan_steps
 from tests.models import examples as many
 from tests.models import seeds
 

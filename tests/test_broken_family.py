@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 import minilora as ml
 from minilora import LoraConfig, files
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.copies import ModulesToSave
 from minilora.cli import main
 from minilora.files import write_json, write_tensors
 from minilora.testing.compare import assert_maths, assert_parity
@@ -261,5 +261,5 @@ def test_modules_that_peft_saves_by_the_end_of_a_name_are_loaded(tmp_path):
     write_tensors(tmp_path / "adapter_model.safetensors", {f"base_model.model.{k}": t for k, t in tensors.items()})
     model = Normed()
     ml.load_adapter(model, tmp_path)
-    copied = {path for path, place in adapter_layers(model).items() if isinstance(place, TrainedCopy)}
+    copied = {path for path, place in adapter_layers(model).items() if isinstance(place, ModulesToSave)}
     assert copied == {"norm", "input_norm"}

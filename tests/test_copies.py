@@ -7,7 +7,7 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter
-from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.copies import ModulesToSave
 from minilora.adapters.files import peft_tensors
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
@@ -28,7 +28,7 @@ def with_copies(*names, dtype=torch.float64, own=torch.float32, **config):
 
 def own(model, name="default"):
     """Path -> what an adapter trains there, of modules in full and biases."""
-    places = {path: place for path, place in adapter_layers(model).items() if isinstance(place, TrainedCopy)}
+    places = {path: place for path, place in adapter_layers(model).items() if isinstance(place, ModulesToSave)}
     return {path: peft_tensors(place, name) for path, place in places.items() if name in place.adapters}
 
 

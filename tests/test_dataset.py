@@ -18,7 +18,7 @@ from minilora.runs.encoders import encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row
 from minilora.runs.objective import check_examples
-from minilora.runs.seeded import plan_steps
+from minilora.runs.sampler import plan_steps
 from tests.models import tiny_model
 from tests.runs import contents, finetune, interrupt, runner, write_rows
 from tests.text import BOS, CHATML, CLOSE, conversation

@@ -12,7 +12,7 @@ from minilora.data import IGNORE_INDEX
 from minilora.models.generate import generate
 from minilora.runs import evaluate, objective
 from minilora.runs.encoders import encode_rows
-from minilora.runs.evaluate import answer_of, choice_accuracy, held_out_loss, measure_drift, prompt_of
+from minilora.runs.evaluate import answer_of, choice_accuracy, held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.formats import Row
 from minilora.testing.compare import assert_maths
 from tests.models import examples, seeds, tiny_model
@@ -51,7 +51,7 @@ def test_evaluation_knows_no_dropout():
     assert_maths(number(held_out_loss(model, rows)), plain_loss(adapted(), rows))
 
 
-# --- drift ---
+# --- forgetting ---
 
 
 def probabilities(model, row):
@@ -67,7 +67,7 @@ def test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelle
     base, model, rows = tiny_model(family), adapted(family), random_rows(seed, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "DRIFT_TOKENS", chunk)
-        found = measured(budget, measure_drift, model, rows)
+        found = measured(budget, measure_forgetting, model, rows)
     divergences = []
     for row in rows:
         for i, (p, q) in enumerate(zip(probabilities(base, row), probabilities(model, row), strict=True)):
@@ -80,7 +80,7 @@ def test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelle
 
 
 def test_a_new_adapter_drifts_nowhere():
-    found = measure_drift(adapted(is_fresh=True), random_rows(1, 3))
+    found = measure_forgetting(adapted(is_fresh=True), random_rows(1, 3))
     assert found.before == found.after
     assert found.kl == 0
 
@@ -224,7 +224,7 @@ def test_measuring_and_generating_leave_the_mode_as_it_was(is_training):
     assert all(module.training == is_training for module in model.modules())
 
 
-@pytest.mark.parametrize("function", [held_out_loss, measure_drift])
+@pytest.mark.parametrize("function", [held_out_loss, measure_forgetting])
 def test_progress_counts_the_rows_that_are_done_up_to_all_of_them(function):
     told = []
     measured(20, function, adapted(), random_rows(3, 7), lambda done, total: told.append((done, total)))

@@ -10,7 +10,7 @@ from torch import nn
 from minilora import ConfigError, LoraConfig, attach
 from minilora.adapter import own_parameters
 from minilora.adapters.layers import as_matrix
-from minilora.runs.seeded import SeededDropout, hash_seed
+from minilora.runs.sampler import SeededDropout, hash_seed
 from minilora.testing.compare import assert_maths, assert_precision, maths
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, bias_of, merged_by_loops, place
 from tests.models import KERNELS, either, examples, matrix, randn, scales, seeds

@@ -15,7 +15,7 @@ from minilora import training
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX
 from minilora.runs.config import COUNTS, RunConfig
-from minilora.runs.evaluate import held_out_loss, measure_drift
+from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.objective import rate_of_step
 from minilora.testing.compare import assert_maths, assert_parity
 from tests import models
@@ -416,7 +416,7 @@ def test_an_example_needs_a_label(labels, message):
 def test_ids_beyond_the_vocabulary_and_missing_labels_are_refused_by_their_source(tokens, labels, message):
     rows = [*random_rows(14, 2), ml.Example(tokens, labels, "rows.jsonl:3")]
     in_held_out = functools.partial(ml.train, dataset=rows[:2])
-    for look in (ml.train, lambda model, rows: in_held_out(model, held_out=rows), held_out_loss, measure_drift):
+    for look in (ml.train, lambda model, rows: in_held_out(model, held_out=rows), held_out_loss, measure_forgetting):
         with pytest.raises(ml.DataError, match=rf"'rows.jsonl:3' {message}"):
             look(small(), rows)
 

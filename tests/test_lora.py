@@ -14,7 +14,7 @@ from minilora.adapter import add_adapter
 from minilora.adapters.layers import factor_shapes
 from minilora.lora import LoraLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update, merge_weight
 from minilora.nf4 import NF4Linear
-from minilora.runs.seeded import SeededDropout, hash_seed
+from minilora.runs.sampler import SeededDropout, hash_seed
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_precision, precision
 from tests.adapters import LAYERS, add, add_built, applied_by_loops, merged_by_loops, place

@@ -8,8 +8,8 @@ from torch import nn
 
 from minilora import LoraConfig, attach, llama
 from minilora.errors import TrainingError
-from minilora.kernel import llama as loss
-from minilora.kernel.llama import head_chunk
+from minilora.kernels import llama as loss
+from minilora.kernels.llama import head_chunk
 from minilora.nf4 import NF4Linear
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import document_lengths, fill_, of_kernels, randn, seeds, sizes, small_tiles, tiny_model, token_ids

@@ -21,21 +21,21 @@ import minilora as ml
 from minilora import cli
 from minilora.cli import forecast as pages
 from minilora.data import Batch
-from minilora.kernel import llama as loss
-from minilora.kernel import lora as tiles
-from minilora.kernel.attention import OutlinedAttention, causal_attention
+from minilora.kernels import llama as loss
+from minilora.kernels import lora as tiles
+from minilora.kernels.attention import OutlinedAttention, causal_attention
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
-from minilora.runs import machine as host
 from minilora.runs import memory
+from minilora.runs import system as host
 from minilora.runs.config import RunConfig, Settings, TrainConfig
 from minilora.runs.inputs import read_data
-from minilora.runs.machine import free_memory_bytes, held_memory_bytes, peak_memory_bytes
 from minilora.runs.memory import Plan, amount, build_base, choose_plan, forecast, forecast_each
 from minilora.runs.objective import Objective, build_optimizer
 from minilora.runs.plan import find_base, plan_run
-from minilora.runs.seeded import set_dropout_step
+from minilora.runs.sampler import set_dropout_step
+from minilora.runs.system import free_memory_bytes, held_memory_bytes, peak_memory_bytes
 from minilora.training import train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.ranks import in_process
@@ -377,7 +377,7 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     """The process that starts this one may have held much more."""
     code = """if True:
         import minilora, torch
-        from minilora.runs.machine import peak_memory_bytes
+        from minilora.runs.system import peak_memory_bytes
         numbers = torch.ones(2**26)
         del numbers
         print(peak_memory_bytes(torch.device("cpu")))"""

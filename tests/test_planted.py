@@ -23,7 +23,7 @@ GRADIENTS = "test_layers.py::test_gradients_are_those_of_the_merged_weight_appli
 OF_DORA = "test_lora.py::test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed"
 MISTAKES = {  # those named after a law run by default, the others in the long form
     "law 1: the update is not scaled": Mistake(
-        "kernel/lora.py", "lora_A.to(x.dtype)).mul_(scale)", "lora_A.to(x.dtype))", f"{FORWARD}[linear-kernels]"
+        "kernels/lora.py", "lora_A.to(x.dtype)).mul_(scale)", "lora_A.to(x.dtype))", f"{FORWARD}[linear-kernels]"
     ),
     "law 1: the update is not scaled, by definition": Mistake(
         "lora.py", "F.linear(scale * F.linear(x, A), B)", "F.linear(F.linear(x, A), B)", f"{FORWARD}[linear-plain]"
@@ -35,7 +35,7 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "lora.py", "(weight.to(wide) + delta).norm(dim=1)", "(weight.to(wide) + delta).norm(dim=0)", NORM
     ),
     "law 1: a norm has a gradient": Mistake(
-        "kernel/lora.py",
+        "kernels/lora.py",
         "with torch.no_grad(), no_autocast",
         "with torch.enable_grad(), no_autocast",
         f"{OF_DORA}[kernels]",
@@ -59,19 +59,19 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         f"{FORWARD}[linear-kernels]",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
-        "kernel/lora.py",
+        "kernels/lora.py",
         "h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)",
         "h = dy @ lora_B.to(dy.dtype)",
         f"{GRADIENTS}[linear-kernels]",
     ),
     "a dense weight is kept for the backward pass": Mistake(
-        "kernel/nf4.py",
+        "kernels/nf4.py",
         "ctx.save_for_backward(*parts)",
         "ctx.save_for_backward(*parts), ctx.save_for_backward(*parts, inputs[1])",
         f"{KEPT}[torch.float64-nf4_linear]",
     ),
     "law 6: of two levels as near the higher one": Mistake(
-        "kernel/nf4.py",
+        "kernels/nf4.py",
         "(x > own.index_select(0, cell))",
         "(x >= own.index_select(0, cell))",
         f"{NF4}[nf4-ties-kernels]",
@@ -116,7 +116,7 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes[PiSSA]",
     ),
     "attention: a query sees the token after it": Mistake(
-        "kernel/attention.py", "hidden.triu(m - n + 1)", "hidden.triu(m - n + 2)", f"{EQUAL}[causal_attention]"
+        "kernels/attention.py", "hidden.triu(m - n + 1)", "hidden.triu(m - n + 2)", f"{EQUAL}[causal_attention]"
     ),
     "a rotation turns the other way": Mistake(
         "llama.py",
@@ -125,7 +125,7 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "test_llama.py::test_rotate_is_a_product_of_complex_numbers",
     ),
     "the gradient of the logits lacks the label": Mistake(
-        "kernel/llama.py", "p.gather(-1, target) - 1", "p.gather(-1, target)", f"{EQUAL}[cross_entropy]"
+        "kernels/llama.py", "p.gather(-1, target) - 1", "p.gather(-1, target)", f"{EQUAL}[cross_entropy]"
     ),
     "the learning rate begins at 0": Mistake(
         "training.py",

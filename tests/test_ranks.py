@@ -13,8 +13,8 @@ from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
 from minilora.nf4 import NF4Linear
 from minilora.runs import objective, world
-from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_drift
-from minilora.runs.seeded import plan_steps
+from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
+from minilora.runs.sampler import plan_steps
 from minilora.testing.compare import assert_parity
 from tests.models import four_bit, long, randn, randomize_adapters_
 from tests.ranks import on_ranks
@@ -75,7 +75,7 @@ def exchanged():
     except MiniloraError as error:
         differing = str(error)
     world.check_equal([torch.zeros(3)], "step 7")
-    dealt = {n: world.deal(list(range(n))) for n in range(6)}
+    dealt = {n: world.split_for_rank(list(range(n))) for n in range(6)}
     return (
         [t.tolist() for t in tensors],
         world.sum_over_ranks(k, 2**53 - 2),
@@ -103,9 +103,9 @@ def test_one_process_is_one_rank():
     x = torch.ones(2)
     world.all_reduce_([x])
     assert x.tolist() == [1, 1]
-    assert (world.size(), world.rank(), world.is_first()) == (1, 0, True)
+    assert (world.size(), world.rank(), world.is_main_process()) == (1, 0, True)
     assert (world.sum_over_ranks(1, 2), world.broadcast("a")) == ([1, 2], "a")
-    assert world.deal([1, 2]) == [(1, True), (2, True)]
+    assert world.split_for_rank([1, 2]) == [(1, True), (2, True)]
 
 
 def scores():
@@ -115,9 +115,9 @@ def scores():
     model = adapted(layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective, "EVAL_TOKENS", 30)
-        drift = measure_drift(model, draw)
+        forgetting = measure_forgetting(model, draw)
         numbers = [held_out_loss(model, draw), choice_accuracy(model, chosen, answers)]
-    return torch.tensor([*numbers, drift.before, drift.after, drift.kl], dtype=torch.float64)
+    return torch.tensor([*numbers, forgetting.before, forgetting.after, forgetting.kl], dtype=torch.float64)
 
 
 def test_an_evaluation_is_shared_and_scores_all_rows():

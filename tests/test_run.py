@@ -24,7 +24,7 @@ from minilora.runs import checkpoints as checkpoints_of_run
 from minilora.runs import memory
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
-from minilora.runs.evaluate import held_out_loss, measure_drift, prompt_of, write_samples
+from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of, write_samples
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
 from minilora.testing.compare import assert_parity
@@ -472,7 +472,7 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
     model = ml.load_model(directory / "model")
     ml.load_adapter(model, tmp_path / "a")
     general = load_general(str(directory / "general.jsonl"), ml.load_tokenizer(directory / "model"), ml.DataConfig())
-    found, expected = summary(tmp_path / "a")["general"], dataclasses.asdict(measure_drift(model, general))
+    found, expected = summary(tmp_path / "a")["general"], dataclasses.asdict(measure_forgetting(model, general))
     assert found.keys() == expected.keys()
     assert_parity(number(list(found.values())), number(list(expected.values())))
     line = f"general text: loss {found['before']:.4f} -> {found['after']:.4f}, KL to the base {found['kl']:.4f}\n"

@@ -10,7 +10,7 @@ from minilora import cli
 from minilora.adapter import adapter_layers
 from minilora.cli import INTERRUPTED
 from minilora.files import MANIFEST
-from minilora.runs.evaluate import held_out_loss, measure_drift
+from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.inputs import load_general
 from minilora.testing.compare import assert_parity
 from tests import runs
@@ -56,17 +56,17 @@ def test_the_summary_measures_the_base_and_the_model_on_the_disk(directory, whol
     model, base = (ml.load_model(path, dtype="float32") for path in (whole, directory / "model"))
     held_out = inputs(directory, eval_split=0.2).test
     general = load_general(str(directory / "general.jsonl"), ml.load_tokenizer(directory / "model"), ml.DataConfig())
-    drift = found["general"]
+    forgetting = found["general"]
     for loss, measured, rows in (
         (found["before"]["loss"], base, held_out),
         (found["after"]["loss"], model, held_out),
-        (drift["before"], base, general),
-        (drift["after"], model, general),
+        (forgetting["before"], base, general),
+        (forgetting["after"], model, general),
     ):
         assert_parity(number(loss), number(held_out_loss(measured, rows)))
     assert found["after"]["loss"] < found["before"]["loss"]
-    assert_parity(number(drift["kl"]), number(measure_drift(model, general, base=base).kl))
-    assert drift["kl"] > 0
+    assert_parity(number(forgetting["kl"]), number(measure_forgetting(model, general, base=base).kl))
+    assert forgetting["kl"] > 0
 
 
 @pytest.mark.parametrize("stop", [3, *long(8)])

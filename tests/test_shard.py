@@ -15,8 +15,8 @@ from minilora.data import IGNORE_INDEX, collate
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.shard import held_bytes, load_sharded, local, own_rows, whole
 from minilora.nf4 import NF4Linear
-from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_drift
-from minilora.runs.seeded import set_dropout_step
+from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
+from minilora.runs.sampler import set_dropout_step
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.training import token_loss
 from tests.files import save_file, write_base
@@ -178,7 +178,7 @@ def check_evaluation(cases):
     measures = {
         "loss": lambda model: held_out_loss(model, rows),
         "accuracy": lambda model: choice_accuracy(model, chosen, choices),
-        "drift": lambda model: measure_drift(model, rows).kl,
+        "forgetting": lambda model: measure_forgetting(model, rows).kl,
     }
     for held in ("dense", "nf4") if cases.is_long else ("nf4",):
         with cases.adapted(WHOLE, held, use_dora=True) as (one, divided):

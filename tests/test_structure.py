@@ -27,11 +27,11 @@ ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 MAY_IMPORT = {
     **dict.fromkeys(("errors", "definition", "files", "testing/", "__init__"), ()),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
-    "kernel/": PAGES,  # which only `public` and `runs/memory` import
-    "runs/memory": ("files", *PAGES, "kernel/", *ROOMS[:3]),  # counts what kernels keep
+    "kernels/": PAGES,  # which only `public` and `runs/memory` import
+    "runs/memory": ("files", *PAGES, "kernels/", *ROOMS[:3]),  # counts what kernels keep
     **{room: ("files", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
     "cli/selftest": (*PAGES, "models/", "adapters/", "testing/"),
-    "public": (*PAGES, *ROOMS[:-1], "kernel/"),
+    "public": (*PAGES, *ROOMS[:-1], "kernels/"),
     "__main__": ("cli/",),
 }
 FIRST_IMPORTS = """

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora.runs import machine as threads
-from minilora.runs.machine import MAX_PARAMETERS, choose_threads
-from minilora.runs.seeded import SeededDropout
+from minilora.runs import system as threads
+from minilora.runs.sampler import SeededDropout
+from minilora.runs.system import MAX_PARAMETERS, choose_threads
 from tests.runs import finetune, interrupt, starts, write_inputs
 from tests.training import adapted, random_rows, trained
 

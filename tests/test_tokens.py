@@ -9,7 +9,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import TokenRows
+from minilora.adapters.copies import TrainableTokens
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, allocated, randn, seeds, tiny_model, token_ids, train_a_little
 
@@ -41,7 +41,7 @@ token_lists = st.lists(st.integers(0, 60), min_size=1, max_size=20, unique=True)
 
 @given(seeds, token_lists)
 def test_rows_act_as_the_whole_matrix_with_them_in_it(seed, ids):
-    place = TokenRows(nn.Embedding(61, 5).double().requires_grad_(False), "embedding")
+    place = TrainableTokens(nn.Embedding(61, 5).double().requires_grad_(False), "embedding")
     place.add_rows("new", ids, randn(seed, len(ids), 5))
     place.active = ("new",)
     x, dy = token_ids(seed + 1, 4, 9), randn(seed + 2, 4, 9, 5)

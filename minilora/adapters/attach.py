@@ -22,10 +22,7 @@ from minilora.adapter import (
     require_layers,
     walk,
 )
-from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import TokenRows, TrainedCopy
-from minilora.adapters.layers import LowRankWrapper
-from minilora.adapters.parts import (
+from minilora.adapters.build import (
     LINEARS,
     AdapterSpec,
     adaptable,
@@ -36,6 +33,9 @@ from minilora.adapters.parts import (
     has_hooks,
     low_rank_spec,
 )
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.copies import ModulesToSave, TrainableTokens
+from minilora.adapters.layers import LowRankWrapper
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear
@@ -124,15 +124,15 @@ def inject_adapter(
             if dtype is not None:
                 dtypes = {key: dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
                 tensors = {key: t.detach().to(dtypes[key], copy=True) for key, t in tensors.items()}
-            if isinstance(layer, TrainedCopy):
+            if isinstance(layer, ModulesToSave):
                 layer.add_copy(name, tensors)
-            elif isinstance(layer, TokenRows):
+            elif isinstance(layer, TrainableTokens):
                 layer.add_rows(name, tensors["ids"].tolist(), tensors["rows"])
             elif isinstance(layer, LowRankWrapper):
                 add_adapter(layer, name, build_adapter(layer, config, tensors))
             layer.adapters[name].lora_config = config  # see `config_of_adapter`
-        elif isinstance(layer, TokenRows):
-            layer.share_rows(name, [other for other in known.values() if isinstance(other, TokenRows)])
+        elif isinstance(layer, TrainableTokens):
+            layer.share_rows(name, [other for other in known.values() if isinstance(other, TrainableTokens)])
     activate(model, name, trainable)
 
 
@@ -153,10 +153,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 def _conflicting_adapters(layer: AdapterWrapper, names: Sequence[str]) -> list[str]:
     """Return those of the adapters that train the same parameter."""
     held = [name for name in names if name in layer.adapters]
-    if isinstance(layer, TrainedCopy):
+    if isinstance(layer, ModulesToSave):
         inner = layer.base.adapters if isinstance(layer.base, AdapterWrapper) else {}
         return held + [name for name in names if name in inner] if held else []
-    if isinstance(layer, TokenRows):
+    if isinstance(layer, TrainableTokens):
         ids = [token for name in held for token in layer.adapters[name].ids.tolist()]
         return held if len(set(ids)) < len(ids) else []
     return [name for name in held if layer.adapters[name].bias is not None]
@@ -261,7 +261,7 @@ def _check_ties(model: Any, tied: list[list[str]], layers: Iterable[AdapterWrapp
     """Raise a TargetError if a merge would untie a head whose input the model scales only where it is tied."""
     config: Any = getattr(model, "config", None)
     scales = getattr(config, "model_type", None) in SCALED_IF_TIED and not hasattr(config, "scale_decoder_outputs")
-    changed = {layer.path for layer in layers if layer.active and not isinstance(layer, TokenRows)}
+    changed = {layer.path for layer in layers if layer.active and not isinstance(layer, TrainableTokens)}
     if scales and (broken := sorted(changed & {path for paths in tied for path in paths})):
         raise TargetError(
             f"{broken[0]}: a merge would untie its weight, which changes what a {config.model_type} model computes; "

@@ -23,7 +23,7 @@ from minilora.adapters.layers import ForwardingWrapper, get_base_layer, shallow_
 from minilora.lora import AdapterWrapper
 
 
-class TrainedCopy(AdapterWrapper):
+class ModulesToSave(AdapterWrapper):
     """A module with a trained copy for each adapter, which replaces it (final).
 
     A copy shares with the base the parameters that are not trained, which are looked up there in each call, because
@@ -91,7 +91,7 @@ class Rows(nn.Module):
         return ranked[place] == tokens, self.order[place]
 
 
-class TokenRows(ForwardingWrapper):
+class TrainableTokens(ForwardingWrapper):
     """An embedding, or a module tied to it, in whose weight each adapter replaces some rows (final)."""
 
     def __init__(self, base: nn.Module, path: str):
@@ -103,7 +103,7 @@ class TokenRows(ForwardingWrapper):
         self.shared.discard(name)
         add_adapter(self, name, Rows(ids, rows))
 
-    def share_rows(self, name: str, others: Iterable[TokenRows]) -> None:
+    def share_rows(self, name: str, others: Iterable[TrainableTokens]) -> None:
         """Add the rows of the embedding that this module is tied to."""
         weight = get_base_layer(self).get_parameter("weight")
         owners = [other for other in others if name in other.adapters and name not in other.shared]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter
+from minilora.adapters.build import CONVOLUTIONS, LINEARS, AdapterSpec, build_specs, kind_of
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import TokenRows, TrainedCopy
+from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import (
     InitSubtractedAdapter,
@@ -39,7 +40,6 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
-from minilora.adapters.parts import CONVOLUTIONS, LINEARS, AdapterSpec, build_specs, kind_of
 from minilora.errors import FormatError, TargetError, check_types, in_recipe, listed
 from minilora.files import publishing
 from minilora.llama import Llama
@@ -81,7 +81,7 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
 
 def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by the ends of their names in PEFT's file, after the module's path."""
-    if isinstance(layer, TrainedCopy | TokenRows):
+    if isinstance(layer, ModulesToSave | TrainableTokens):
         return layer.peft_tensors(name)
     held = {end: getattr(layer.adapters[name], key) for key, end in _names_of(type(layer)).items()}
     return {end: tensor for end, tensor in held.items() if tensor is not None}
@@ -138,7 +138,7 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
     mismatches, contradictions = list[str](), list[str]()
     own = held.pop("", {})
     for path, spec in specs.items():
-        if spec.kind is TrainedCopy:
+        if spec.kind is ModulesToSave:
             tensors = {key: own.pop(f"{path}.{key}") for key in spec.tensors if f"{path}.{key}" in own}
         else:
             tensors = held.pop(path, {})
@@ -177,7 +177,7 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
     growth = math.sqrt(times) if config.use_rslora else times
     ranks = {each: config.rank(each) * (times if each in started else 1) for each in low_rank}
     alphas = {each: config.alpha(each) * (growth if each in started else 1) for each in low_rank}
-    copies = [where for where, layer in layers.items() if isinstance(layer, TrainedCopy)]
+    copies = [where for where, layer in layers.items() if isinstance(layer, ModulesToSave)]
     whole = [where for where in copies if peft_tensors(layers[where], name).keys() != {"bias"}]
     return {
         **fields_of(config),
@@ -252,7 +252,7 @@ def _mismatches(
 
 def _contradictions(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
     """Return the contradictions between what the config says is trained and what the file has."""
-    if spec.kind is TrainedCopy and spec.tensors.keys() != {"bias"}:
+    if spec.kind is ModulesToSave and spec.tensors.keys() != {"bias"}:
         return [f"modules_to_save: means {path}, of which there is no {key}" for key in spec.tensors if key not in held]
     return [
         f"{field}: found {getattr(config, field)!r}, and {path} has {'a' if key in held else 'no'} {key}"

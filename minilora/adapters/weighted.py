@@ -10,6 +10,7 @@ from torch import nn
 
 from minilora.adapter import layers_of
 from minilora.adapters.attach import config_of_adapter, inject_adapter
+from minilora.adapters.build import AdapterSpec
 from minilora.adapters.combine import CombineConfig, Factors, LowRank, check_additive, combine
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import (
@@ -24,7 +25,6 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
-from minilora.adapters.parts import AdapterSpec
 from minilora.errors import ConfigError, check_types
 from minilora.files import TensorFile
 from minilora.lora import LoraAdapter

@@ -45,13 +45,13 @@ from minilora.runs.checkpoints import hash_inputs
 from minilora.runs.config import DataConfig, RunConfig, Settings, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Earlier, Run, RunDirectory
-from minilora.runs.evaluate import Drift, Scores, evaluate, measure_drift, write_samples
+from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.machine import choose_threads
 from minilora.runs.memory import Forecast, check_memory, check_room
 from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
+from minilora.runs.system import choose_threads
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +130,7 @@ def run(options: Options) -> int:
         if earlier.is_finished:
             say(f"{directory.path}: holds this run, which is finished, so nothing is left to do; {directory.further}")
             return 0
-        if world.is_first() and not options["force"]:
+        if world.is_main_process() and not options["force"]:
             check_room(directory.path, memory)
         model = load_base(plan, base, device)
         attach_adapter(model, plan, base)
@@ -144,13 +144,13 @@ def run(options: Options) -> int:
         if not result.finished:
             return _stop(result, bar)
         after = _measure(run, model, bar, run.made)
-        drift = None
+        forgetting = None
         if data.general:
             reference = load_base(plan, base, device) if settings.is_full else None
-            drift = measure_drift(model, data.general, bar.rows("measuring general text"), reference)
+            forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"), reference)
         bar.close()
-        directory.finish(run, model, result, before.scores, after.scores, drift)
-        _report(run, result, before, after, drift)
+        directory.finish(run, model, result, before.scores, after.scores, forgetting)
+        _report(run, result, before, after, forgetting)
         print(f"{run.made} written to {directory.path}")
         return 0
 
@@ -252,7 +252,7 @@ def _samples(run: Run, model: Llama, rows: Dataset) -> list[dict[str, str]]:
     return write_samples(model, run.data.tokenizer, rows[: run.settings.run.samples])
 
 
-def _report(run: Run, result: TrainResult, before: Measured, after: Measured, drift: Drift | None) -> None:
+def _report(run: Run, result: TrainResult, before: Measured, after: Measured, forgetting: Forgetting | None) -> None:
     """Print what the run has changed: a table, and some answers before and after."""
     made = run.made
     if result.steps < result.total_steps:
@@ -264,8 +264,10 @@ def _report(run: Run, result: TrainResult, before: Measured, after: Measured, dr
     for name, scores in {"base": before.scores, made: after.scores}.items():
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
-    if drift:
-        lines.append(f"general text: loss {drift.before:.4f} -> {drift.after:.4f}, KL to the base {drift.kl:.4f}")
+    if forgetting:
+        lines.append(
+            f"general text: loss {forgetting.before:.4f} -> {forgetting.after:.4f}, KL to the base {forgetting.kl:.4f}"
+        )
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     for old, new in zip(before.samples, after.samples, strict=True):

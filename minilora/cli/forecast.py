@@ -18,8 +18,8 @@ from minilora.models.checkpoint import pick_device
 from minilora.models.config import parse_config, read_config_file
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.machine import free_memory_bytes, held_memory_bytes
 from minilora.runs.memory import Forecast, Plan, Shard, amount, fits, forecast_each
+from minilora.runs.system import free_memory_bytes, held_memory_bytes
 
 SIZES = "of a model, from its config.json alone, and of 7B, 13B, 70B and 405B"
 KEYS = (

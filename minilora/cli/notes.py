@@ -11,7 +11,7 @@ from minilora.llama import Llama
 from minilora.runs import world
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Run
-from minilora.runs.seeded import plan_steps
+from minilora.runs.sampler import plan_steps
 
 FEW_STEPS, FEW_ROWS = 50, 10
 

@@ -14,7 +14,7 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import Data
 from minilora.runs.reports import visible
-from minilora.runs.seeded import plan_steps
+from minilora.runs.sampler import plan_steps
 
 ROWS = 3
 MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere

@@ -34,14 +34,14 @@ from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.runs import checkpoints, world
 from minilora.runs.config import Settings
-from minilora.runs.evaluate import Drift, Scores
+from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult
-from minilora.runs.machine import peak_memory_bytes
 from minilora.runs.memory import Plan
 from minilora.runs.plan import Base
 from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
-from minilora.runs.seeded import plan_steps
+from minilora.runs.sampler import plan_steps
+from minilora.runs.system import peak_memory_bytes
 from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
@@ -115,7 +115,7 @@ class RunDirectory:
         found = world.all_gather(inputs)
         if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
             raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
-        return world.from_first(lambda: self._read_earlier(inputs))
+        return world.run_on_rank0(lambda: self._read_earlier(inputs))
 
     def _read_earlier(self, inputs: Mapping[str, str]) -> Earlier:
         if not holds_files(self.path):
@@ -148,7 +148,7 @@ class RunDirectory:
 
     def claim(self, run: Run) -> None:
         """Lock the directory of a new run; of a resumed one, check that data and length still fit."""
-        world.from_first(lambda: self._claim(run))
+        world.run_on_rank0(lambda: self._claim(run))
 
     def _claim(self, run: Run) -> None:
         if run.earlier.starts:
@@ -163,7 +163,7 @@ class RunDirectory:
 
     def start(self, run: Run, model: Llama) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
-        if not world.is_first():
+        if not world.is_main_process():
             return
         weight = model.model.embed_tokens.weight
         start = {
@@ -204,22 +204,22 @@ class RunDirectory:
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
         every = self._settings.training.logging_steps
-        if world.is_first() and ("eval_loss" in record or record["step"] % every == 0):
+        if world.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
             line = {key: value for key, value in record.items() if key != "total_steps"}
             append_line(self.path / "metrics.jsonl", line)
             if self._tracker:
                 self._tracker(line)
 
     def finish(
-        self, run: Run, model: Llama, result: TrainResult, before: Scores, after: Scores, drift: Drift | None
+        self, run: Run, model: Llama, result: TrainResult, before: Scores, after: Scores, forgetting: Forgetting | None
     ) -> None:
         """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
-        if not world.is_first():
+        if not world.is_main_process():
             return
         summary = {
             "before": asdict(before),
             "after": asdict(after),
-            "general": asdict(drift) if drift else None,
+            "general": asdict(forgetting) if forgetting else None,
             "steps": result.steps,
             "kept_step": result.kept,
             "tokens": result.tokens,

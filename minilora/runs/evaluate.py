@@ -1,4 +1,4 @@
-"""Held-out loss, accuracy among choices, exact match, and drift on general text.
+"""Held-out loss, accuracy among choices, exact match, and forgetting on general text.
 
 Except for generated text, batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
 """
@@ -25,7 +25,7 @@ from minilora.runs import world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
-from minilora.runs.seeded import Rows
+from minilora.runs.sampler import Rows
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
@@ -41,8 +41,8 @@ def _ignore(done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """A run's drift: loss on general text of the base and with the adapter, and the divergence between them."""
+class Forgetting:
+    """A run's forgetting: loss on general text of the base and with the adapter, and the divergence between them."""
 
     before: float
     after: float
@@ -113,9 +113,9 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     return total / count
 
 
-def measure_drift(
+def measure_forgetting(
     model: Llama, examples: Sequence[Example], progress: Progress = _ignore, base: Llama | None = None
-) -> Drift:
+) -> Forgetting:
     """Measure on general text how far training has moved a model, with probabilities q, from its base, p.
 
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
@@ -140,7 +140,7 @@ def measure_drift(
                 sums += counts * torch.stack((before, after, kl)).cpu()
             labelled += counts * len(batch.labels)
     *totals, number = world.sum_over_ranks(*sums.tolist(), labelled)
-    return Drift(*(total / number for total in totals))
+    return Forgetting(*(total / number for total in totals))
 
 
 def _batches(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> Iterator[tuple[Batch, bool]]:
@@ -153,7 +153,7 @@ def _batches(model: Llama, examples: Sequence[Example], progress: Progress = _ig
 
 def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[tuple[Rows, bool]]:
     """Yield this rank's groups of rows, and whether each counts; report the progress after each."""
-    for rows, counts in world.deal(list(groups)):
+    for rows, counts in world.split_for_rank(list(groups)):
         yield rows, counts
         progress(rows[-1] + 1, total)
 

@@ -23,14 +23,6 @@ from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of, sizes_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.machine import (
-    has_room_to_keep,
-    keep_memory,
-    peak_memory_bytes,
-    release_memory,
-    released_memory,
-    return_memory,
-)
 from minilora.runs.memory import Plan, choose_plan
 from minilora.runs.objective import (
     UNKNOWN,
@@ -41,7 +33,15 @@ from minilora.runs.objective import (
     rate_of_step,
     trained_parameters,
 )
-from minilora.runs.seeded import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
+from minilora.runs.sampler import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
+from minilora.runs.system import (
+    has_room_to_keep,
+    keep_memory,
+    peak_memory_bytes,
+    release_memory,
+    released_memory,
+    return_memory,
+)
 from minilora.training import Loss, accumulate, parameters_of, total_norm, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
@@ -185,7 +185,7 @@ class _Job:
         """Return the micro-batches of a step that this rank computes; none after the last step."""
         device, first = next(self.model.parameters()).device, step * self.config.gradient_accumulation_steps
         plan = self.steps[step] if step < len(self.steps) else []
-        dealt = world.deal(list(enumerate(plan, first)))
+        dealt = world.split_for_rank(list(enumerate(plan, first)))
         read = ((n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt)
         return [MicroBatch(n, self.objective.batch(rows, device), counts) for n, rows, counts in read]
 
@@ -231,7 +231,7 @@ def _run_steps(
         is_due = is_late or (save_steps and step % save_steps == 0)
         if is_due or stopped or is_done():  # done: what follows training may fail
             _check_ranks(run, step)
-            if folder is not None and world.is_first():
+            if folder is not None and world.is_main_process():
                 checkpoints.save_checkpoint(folder, model, run.optimizer, state, best, config.save_total_limit)
             world.barrier()  # torchrun ends all ranks when one has ended
             saved = time.monotonic()
@@ -247,14 +247,14 @@ def _resume(
     run: _Job, state: checkpoints.State, folder: Path | None
 ) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    newest, damaged = world.from_first(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
+    newest, damaged = world.run_on_rank0(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
     if folder is None or newest is None:
         return state, {}, damaged
     checkpoints.check_extension(newest, len(run.steps), run.config, state.run)
     state, best = checkpoints.load_checkpoint(newest, run.model, run.optimizer, state.run)
     if run.config.keep == "best" and state.best_step and not best:
         raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
-    if world.is_first():
+    if world.is_main_process():
         checkpoints.prune(folder, state.step, run.config.save_total_limit)
     return state, best, damaged
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.errors import TrainingError
-from minilora.kernel.attention import OutlinedAttention
+from minilora.kernels.attention import OutlinedAttention
 from minilora.llama import Checkpointing, Llama, LlamaConfig, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import assign, build_on_meta
@@ -36,12 +36,12 @@ from minilora.runs import world
 from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import DRIFT_TOKENS
 from minilora.runs.live import Need, measure
-from minilora.runs.machine import free_memory_bytes
 from minilora.runs.objective import eval_groups
-from minilora.runs.seeded import plan_steps, set_dropout_step
+from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.system import free_memory_bytes
 
 WIDE = 4  # bytes of a float32
-DRIFT_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_drift`
+FORGETTING_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_forgetting`
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 200_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
@@ -153,7 +153,7 @@ def _evaluation_bytes(plan: Plan) -> int:
     batches = (np.asarray(split)[rows].sum() for split in plan.evaluated for rows in eval_groups(split))
     N, config = max(map(int, batches), default=0), plan.config
     mlp = 3 * plan.dtype.itemsize * N * (config.hidden_size + config.intermediate_size)
-    return mlp + DRIFT_COPIES * WIDE * min(N, DRIFT_TOKENS) * config.vocab_size
+    return mlp + FORGETTING_COPIES * WIDE * min(N, DRIFT_TOKENS) * config.vocab_size
 
 
 def _measure_step(plan: Plan, model: Any, ways: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:

@@ -28,7 +28,7 @@ from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
-from minilora.runs.seeded import Rows, groups
+from minilora.runs.sampler import Rows, groups
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation

@@ -41,7 +41,7 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Return whether this rank is the one that writes files and reports."""
     return rank() == 0
 
@@ -74,14 +74,14 @@ def joined(device: str) -> Iterator[torch.device]:
                 raise ConfigError(f"WORLD_SIZE is set, but {error}; start several processes by torchrun") from error
             stack.callback(dist.destroy_process_group)
             stack.callback(gc.collect)  # of a sharded model, whose hooks would keep the group alive
-        if not is_first():
+        if not is_main_process():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield chosen
 
 
-def deal(items: Sequence[T]) -> list[tuple[T, bool]]:
+def split_for_rank(items: Sequence[T]) -> list[tuple[T, bool]]:
     """Return the items of this rank, and whether each counts: rank k has items k, N + k, 2N + k, …
 
     Ranks have equally many: one that has fewer repeats the last item, which does not count. Where weights are sharded
@@ -140,10 +140,10 @@ def broadcast(value: T) -> T:
     return all_gather(value)[0]
 
 
-def from_first(compute: Callable[[], T]) -> T:
+def run_on_rank0(compute: Callable[[], T]) -> T:
     """Return what the first rank computes; an error of it is raised on every rank."""
     found: Any = None
-    if is_first():
+    if is_main_process():
         try:
             found = compute()
         except (MiniloraError, OSError) as error:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import describe_base, set_adapter
-from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.copies import ModulesToSave
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import (
@@ -225,7 +225,7 @@ def _load_adapters(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWr
     layers = adapter_layers(model)
     for layer in layers.values():
         layer.base.to("meta")
-        if not isinstance(layer, TrainedCopy):  # that shares parameters with its base
+        if not isinstance(layer, ModulesToSave):  # that shares parameters with its base
             layer.adapters.to(base.device)
     return layers
 
@@ -240,7 +240,7 @@ def _needed_modules(adapter: Path) -> set[str]:
 def _unties(base: _Base, layers: Mapping[str, AdapterWrapper]) -> bool:
     """Return whether merging turns a tied embedding and head into two weights."""
     ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
-    is_adapted = any(isinstance(end, LowRankWrapper | TrainedCopy) for end in ends)
+    is_adapted = any(isinstance(end, LowRankWrapper | ModulesToSave) for end in ends)
     return base.config.tie_word_embeddings and is_adapted
 
 
@@ -274,7 +274,7 @@ def _adapted_module(name: str, layers: Mapping[str, AdapterWrapper]) -> str | No
 
 def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge the adapters into the parameters of a module, by name, in the same dtype."""
-    if isinstance(layer, TrainedCopy):
+    if isinstance(layer, ModulesToSave):
         own = layer.peft_tensors(layer.active[-1])
         return {key: own.get(key, weight).to(weight) for key, weight in weights.items()}
     for key, weight in weights.items():

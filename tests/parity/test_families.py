@@ -5,7 +5,7 @@ import torch
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.copies import ModulesToSave
 from minilora.testing.compare import assert_parity
 from tests.models import perturb_, randn, token_ids
 from tests.parity.families import FAMILIES, family_model
@@ -78,7 +78,7 @@ def test_peft_loads_what_we_save_and_chooses_and_trains_the_same(family, what, t
     theirs = peft.PeftModel.from_pretrained(family_model(family), tmp_path)
     assert_parity(logits(ours, family), logits(theirs, family))
     theirs = theirs_with(family, what)
-    low_rank = {path for path, layer in adapter_layers(ours).items() if not isinstance(layer, TrainedCopy)}
+    low_rank = {path for path, layer in adapter_layers(ours).items() if not isinstance(layer, ModulesToSave)}
     chosen = {name.split(".lora_")[0] for name, _ in theirs.named_parameters() if ".lora_" in name}
     assert low_rank == {name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in chosen}
     trainable, total = theirs.get_nb_trainable_parameters()
@@ -127,4 +127,4 @@ def test_what_is_trained_in_full_gets_no_adapter_where_peft_gives_it_one_and_fai
         theirs_with("distilbert", "all-linear")
     layers = adapter_layers(ours_with("distilbert", "all-linear"))
     assert {path for path in layers if "classifier" in path} == {"classifier", "pre_classifier"}
-    assert all(isinstance(layers[path], TrainedCopy) for path in ("classifier", "pre_classifier"))
+    assert all(isinstance(layers[path], ModulesToSave) for path in ("classifier", "pre_classifier"))

@@ -8,8 +8,8 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers, base_modules
 from minilora.adapters.attach import find_target_modules, head_path
+from minilora.adapters.build import find_targets, kind_of
 from minilora.adapters.config import is_target
-from minilora.adapters.parts import find_targets, kind_of
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS
 from tests.test_lora_config import MEANT, NOT_MEANT, named

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import TrainedCopy
+from minilora.adapters.copies import ModulesToSave
 from minilora.files import ASSETS, read_json
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts as recipe
@@ -133,7 +133,7 @@ def adapted(base):
     model = recipe.Classifier(ml.load_model(base), LABELS)
     ml.attach(model, ml.LoraConfig(**CONFIG))
     perturb_(model)
-    assert isinstance(adapter_layers(model)["score"], TrainedCopy)
+    assert isinstance(adapter_layers(model)["score"], ModulesToSave)
     return model
 
 

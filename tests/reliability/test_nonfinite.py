@@ -10,7 +10,7 @@ import minilora as ml
 from minilora.data import collate
 from minilora.runs import loop
 from minilora.runs.reports import ProgressBar, append_line, read_records
-from minilora.runs.seeded import plan_steps
+from minilora.runs.sampler import plan_steps
 from minilora.training import token_loss
 from tests.models import tiny_model
 from tests.training import random_rows

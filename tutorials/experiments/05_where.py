@@ -21,7 +21,7 @@ from record import write_record
 import minilora as ml
 from minilora.files import ASSETS
 from minilora.llama import Llama
-from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_drift
+from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_forgetting
 
 OUT = Path(__file__).with_suffix(".json")
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -49,14 +49,14 @@ def trained(place: str, rate: float, seed: int, steps: int = STEPS) -> Llama:
 def measure(place: str, rate: float, seed: int) -> dict[str, Any]:
     """Train an adapter and measure it."""
     model = trained(place, rate, seed)
-    drift = measure_drift(model, general)
+    forgetting = measure_forgetting(model, general)
     numbers = {
         "valid_loss": held_out_loss(model, valid),
         "loss": held_out_loss(model, test),
         "accuracy": choice_accuracy(model, test, choices),
-        "kl": drift.kl,
-        "general_before": drift.before,
-        "general_after": drift.after,
+        "kl": forgetting.kl,
+        "general_before": forgetting.before,
+        "general_after": forgetting.after,
     }
     key = {"place": place, "rate": rate, "seed": seed, "parameters": ml.count_parameters(model).trainable}
     return key | {name: round(number, 4) for name, number in numbers.items()}

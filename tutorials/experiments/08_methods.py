@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import minilora as ml
 from minilora.files import ASSETS
 from minilora.llama import Llama
-from minilora.runs.evaluate import choice_accuracy, find_choices, measure_drift
+from minilora.runs.evaluate import choice_accuracy, find_choices, measure_forgetting
 from minilora.runs.loop import Record
 
 SEEDS = (0, 1, 2)
@@ -87,7 +87,7 @@ def measure(method: str, rate: float, seed: int) -> dict[str, Any]:
         "seed": seed,
         "valid": choice_accuracy(model, rows("valid"), choices),
         "test": choice_accuracy(model, rows("test"), choices),
-        "kl": measure_drift(model, rows("general"), base=ml.load_model("minilora/builtin")).kl,
+        "kl": measure_forgetting(model, rows("general"), base=ml.load_model("minilora/builtin")).kl,
         "all checkpoints": {kind: correlation(points, kind, *CHECKPOINTS) for kind in ("q_proj", "v_proj")},
         "last checkpoint": {kind: correlation(points, kind, STEPS) for kind in ("q_proj", "v_proj")},
         "points": [(step, float(f"{M:.4g}"), float(f"{D:.4g}")) for step, name, M, D in points if "q_proj" in name],

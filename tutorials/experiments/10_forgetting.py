@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import minilora as ml
 from minilora.files import ASSETS
 from minilora.llama import Llama
-from minilora.runs.evaluate import choice_accuracy, find_choices, measure_drift
+from minilora.runs.evaluate import choice_accuracy, find_choices, measure_forgetting
 
 SEEDS = (0, 1, 2)
 SCALED, SHRUNK = (0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.75)  # c and λ; with λ = 1 nothing is shrunk
@@ -91,7 +91,7 @@ def scores(model: Llama, weights: Mapping[str, Tensor]) -> list[float]:
 
 
 def divergence(model: Llama) -> float:
-    return measure_drift(model, rows("general"), base=base()).kl
+    return measure_forgetting(model, rows("general"), base=base()).kl
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig, is_target, matches, select_saved, select_targets
-from minilora.adapters.copies import TokenRows, TrainedCopy
+from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
 from minilora.adapters.layers import (
     InitSubtractedAdapter,
@@ -146,7 +146,7 @@ def build_specs(
             raise TargetError(f"modules_to_save: {path} has {what}")
         if type(modules[path]).forward is nn.Module.forward:
             raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
-        full[path] = AdapterSpec(TrainedCopy, held)
+        full[path] = AdapterSpec(ModulesToSave, held)
     rows = _token_specs(modules, config, embedding)
     if twice := sorted(path for path, count in Counter([*factors, *full, *rows]).items() if count > 1):
         raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
@@ -175,8 +175,8 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
                 there = f"{len(weight)}, the rows of {path}, which has none for {len(bad)} tokens"
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
             rows = weight.detach()[list(ids)]
-            own[path] = AdapterSpec(TokenRows, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
-            shared |= {other: AdapterSpec(TokenRows, {}) for other in tied_modules(modules, modules[path])}
+            own[path] = AdapterSpec(TrainableTokens, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
+            shared |= {other: AdapterSpec(TrainableTokens, {}) for other in tied_modules(modules, modules[path])}
     return shared | own
 
 
@@ -190,17 +190,17 @@ def _with_biases(
     modules: Mapping[str, Any], specs: Mapping[str, AdapterSpec], config: LoraConfig
 ) -> dict[str, AdapterSpec]:
     """Add trained biases to the specs, of adapted layers or of all modules; each starts as the model's."""
-    found, copies = dict(specs), [path for path, spec in specs.items() if spec.kind is TrainedCopy]
+    found, copies = dict(specs), [path for path, spec in specs.items() if spec.kind is ModulesToSave]
     for path, module in modules.items() if config.bias != "none" else ():
         bias, spec = module._parameters.get("bias"), specs.get(path)
         if bias is None:
             continue
-        if spec and spec.kind is TokenRows and config.bias == "all":
+        if spec and spec.kind is TrainableTokens and config.bias == "all":
             raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained too")
         if spec and issubclass(spec.kind, LowRankWrapper):
             found[path] = spec._replace(tensors=spec.tensors | {"bias": whole(bias)})
         elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
-            found[path] = AdapterSpec(TrainedCopy, {"bias": whole(bias)})
+            found[path] = AdapterSpec(ModulesToSave, {"bias": whole(bias)})
     return found
 
 
@@ -219,7 +219,7 @@ def check_specs(
         if is_own and issubclass(spec.kind, LowRankWrapper) and spec.kind is not LoraEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
     places = [(layer.path, type(layer)) for layer in layers] + [(path, spec.kind) for path, spec in specs.items()]
-    copied = {path for path, kind in places if kind is TrainedCopy}
+    copied = {path for path, kind in places if kind is ModulesToSave}
     for path, _ in places:
         if outer := [where for where in copied if path.startswith(f"{where}.")]:
             raise TargetError(

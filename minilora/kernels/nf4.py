@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from minilora import nf4
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernel.lora import tile_rows
+from minilora.kernels.lora import tile_rows
 
 CELLS = 64  # that [-1, 1] is cut into; they are 0.03 wide, and midpoints are at least 0.08 apart
 

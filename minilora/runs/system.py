@@ -26,7 +26,7 @@ from torch import nn
 
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import Objective, check_token_loss
-from minilora.runs.seeded import plan_steps, set_dropout_step
+from minilora.runs.sampler import plan_steps, set_dropout_step
 
 LINUX = Path("/")  # where /proc and /sys are
 CGROUP_FILES = {  # the limit, what is used, and in memory.stat what of it can be freed

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernel.lora import tile_rows
+from minilora.kernels.lora import tile_rows
 
 
 @kernel(of=llama.rms_norm)
