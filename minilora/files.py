@@ -255,12 +255,18 @@ def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[s
 
     Files that match `obsolete` are removed unless they are replaced; the manifest also lists the files `beside`.
     """
-    with replacing(directory / STAGED) as temporary:  # the rename is refused while another process's files are there
-        temporary.mkdir()
-        yield temporary
-        finish_commit(directory)
-        removed = sorted({path.name for pattern in obsolete for path in directory.glob(pattern)})
-        write_manifest(temporary, removed, [directory / name for name in beside])
+    is_new = not directory.exists()
+    try:
+        with replacing(directory / STAGED) as temporary:  # its rename is refused while another process's files are there
+            temporary.mkdir()
+            yield temporary
+            finish_commit(directory)
+            removed = sorted({path.name for pattern in obsolete for path in directory.glob(pattern)})
+            write_manifest(temporary, removed, [directory / name for name in beside])
+    except BaseException:
+        if is_new and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
     finish_commit(directory)
 
 

@@ -15,6 +15,7 @@ from minilora.adapters.layout import base_model_of
 from minilora.adapters.weighted import combine_directories
 from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
+from minilora.errors import in_recipe
 from minilora.files import MANIFEST, read_json
 from minilora.models.hub import Location
 from minilora.testing.compare import assert_parity
@@ -207,6 +208,8 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_
         (["--adapter=a", "--as-adapter", "--target=original"], "--target: without effect on --as-adapter"),
         (["--adapter=a", "--as-adapter", "--dtype=float32", "--quantize-skip=up"], "--quantize-skip, --dtype: without"),
         (["--adapter=a:0,5"], "a:0,5: no such directory"),
+        (["--adapter=a", "--combination-type=sum"], "combination_type is 'sum', need one of ['cat', 'svd', 'linear']"),
+        *((["--adapter=a", f"--combination-type={kind}"], in_recipe("ties_and_dare")) for kind in ("ties", "dare_svd")),
         (["--as-adapter"], "there is nothing to merge: give --adapter"),
     ):
         assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
@@ -218,6 +221,25 @@ def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run
         both = ["--adapter=a", f"--adapter={elsewhere}", *flags, f"--out={tmp_path / f'out{len(flags)}'}"]
         assert "name different base models" in run("merge", *both, status=1)
         run("merge", "--model=model", *both)
+
+
+def test_adapters_that_were_asked_differently_are_merged_as_the_first_was_and_this_is_said(
+    directory, tmp_path, capsys, monkeypatch
+):
+    said = runner(directory, capsys, monkeypatch)
+    shutil.copytree("b", tmp_path / "b")
+    both = ["--adapter=a", f"--adapter={tmp_path / 'b'}"]
+    flags = ([], ["--as-adapter"])
+    assert "prompts" not in said("merge", *both, f"--out={tmp_path / 'one'}").err  # b records none
+    (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages[0]['content'] }} !")
+    for more in flags:
+        for i, order in enumerate((both, both[::-1])):
+            out = tmp_path / f"out{len(more)}{i}"
+            note = said("merge", *order, *more, f"--out={out}").err
+            first = order[0].removeprefix("--adapter=")
+            assert "trained with different prompts (chat_template.jinja)" in note
+            assert f"those of {first} are kept; to keep another's, name it first" in note
+            assert (out / "chat_template.jinja").read_text()[-1] == "?!"[i]
 
 
 def test_an_adapter_is_not_applied_to_the_model_that_it_is_merged_into(directory, run, tmp_path):

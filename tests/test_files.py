@@ -290,9 +290,18 @@ def test_a_missing_file_is_told_by_name(tmp_path, name):
         loaded(tmp_path)
 
 
-def test_saving_an_adapter_that_is_not_there_is_refused(tmp_path):
+def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
     with pytest.raises(ml.TargetError, match="the model has no adapter"):
-        ml.save_adapter(tiny_model(), tmp_path)
+        ml.save_adapter(tiny_model(), tmp_path / "none")
+    model = with_adapter("LoRA")
+    next(p for p in model.parameters() if p.requires_grad).data[0] = torch.nan
+    with pytest.raises(ml.TrainingError, match="not finite"):
+        ml.save_adapter(model, tmp_path / "nan")
+    ml.detach(model)
+    model.lm_head.weight.data[0] = torch.inf
+    with pytest.raises(ml.TrainingError, match="not finite"):
+        ml.save_model(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def renamed(old, new):

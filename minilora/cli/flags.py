@@ -92,7 +92,7 @@ def add_fields(
         if kinds == (bool,):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kinds[0]) is typing.Literal:
-            options["choices"] = typing.get_args(kinds[0])
+            options["metavar"] = f"{{{','.join(typing.get_args(kinds[0]))}}}"  # which the class checks
         elif kinds == (tuple[str, ...],) and default:
             options |= {"nargs": "+", "metavar": name.upper()}
         else:

@@ -40,7 +40,7 @@ from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
-from minilora.models.prompts import copy_prompt_files
+from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
 from minilora.tools.merging import Deviation, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -67,6 +67,7 @@ def run(options: Options) -> int:
     if not pairs:
         raise ConfigError("there is nothing to merge: give --adapter")
     names, given = zip(*pairs, strict=True)
+    _note_prompts(names)
     options, config = {**options, "adapter": list(names)}, from_flags(CombineConfig, options)
     weights = [1.0 if weight is None else weight for weight in given]
     with new_directory(options["out"]) as out:
@@ -91,6 +92,16 @@ def split_weight(text: str) -> tuple[str, float | None]:
     """
     found = re.fullmatch(rf"(.+):({NUMBER})", text, re.ASCII)
     return (text, None) if found is None or Path(text).exists() else (found[1], float(found[2]))
+
+
+def _note_prompts(names: Sequence[str]) -> None:
+    """Say whose prompts are kept if the adapters were trained with different ones."""
+    texts = {name: read_prompt_files(fetch(name, "adapter")) for name in names}
+    for file in PROMPT_FILES:
+        having = [name for name, held in texts.items() if file in held]
+        if len({texts[name][file] for name in having}) > 1:
+            kept = f"those of {having[0]} are kept; to keep another's, name it first"
+            say(f"the adapters were trained with different prompts ({file}): {kept}")
 
 
 def _write_adapter(options: Options, weights: Sequence[float], config: CombineConfig, out: Path) -> str:
