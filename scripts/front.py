@@ -1,9 +1,9 @@
-"""Write the README's table and pictures of speed and memory, from what the benchmarks measured and a finished run.
+"""Write the tables and pictures of speed and memory, from what the benchmarks measured and a finished run.
 
     python scripts/front.py RUN
 
-RUN is the directory that `minilora finetune` wrote. The table goes between the marks `<!-- peers -->` of README.md and
-docs/results.md, the pictures to docs/figures/ (extra `plot`).
+RUN is the directory that `minilora finetune` wrote. The table of all works goes between the marks `<!-- peers -->` of
+docs/results.md, that of three to README.md, the pictures to docs/figures/ (extra `plot`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ WORKS = {
     "qlora-fixed-recompute": "QLoRA, blocks recomputed",
     "dora-fixed": "DoRA, bfloat16",
 }
+IN_README = ("bf16-fixed", "bf16-real", "qlora-fixed-recompute")
 INK = {"light": ("#1f2328", "#8c959f", "#0969da"), "dark": ("#e6edf3", "#7d8590", "#4493f8")}  # text, PEFT, minilora
 
 
@@ -51,11 +52,11 @@ def peak(side: Measurement) -> float:
     return side.peak_bytes
 
 
-def table(rounds: dict[str, list[Round]]) -> str:
-    """Return the table in Markdown: for each work, minilora's rate and peak memory over PEFT's."""
+def table(rounds: dict[str, list[Round]], works: Collection[str]) -> str:
+    """Return the table in Markdown: for each of these works, minilora's rate and peak memory over PEFT's."""
     rows = (
-        [name, *(results.spread(results.ratio(rounds[work], of, "peft")) for of in (rate, peak))]
-        for work, name in WORKS.items()
+        [WORKS[work], *(results.spread(results.ratio(rounds[work], of, "peft")) for of in (rate, peak))]
+        for work in works
     )
     return results.table(("work", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
 
@@ -108,9 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     run = parser.parse_args(arguments).run
     _, rounds = measured()
-    for name in ("README.md", "docs/results.md"):
+    for name, works in (("README.md", IN_README), ("docs/results.md", WORKS)):
         page = ROOT / name
-        page.write_text(between(page.read_text(encoding="utf-8"), "peers", table(rounds)), encoding="utf-8")
+        new = between(page.read_text(encoding="utf-8"), "peers", table(rounds, works))
+        page.write_text(new, encoding="utf-8")
     for mode in INK:
         draw(run, rounds, mode)
 
