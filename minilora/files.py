@@ -257,7 +257,7 @@ def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[s
     """
     is_new = not directory.exists()
     try:
-        with replacing(directory / STAGED) as temporary:  # its rename is refused while another process's files are there
+        with replacing(directory / STAGED) as temporary:  # no rename onto files of another process
             temporary.mkdir()
             yield temporary
             finish_commit(directory)
