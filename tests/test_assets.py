@@ -1,7 +1,6 @@
 """The built-in model and data: what a benchmark on them may rely on."""
 
 import importlib.util
-import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -116,17 +115,6 @@ def test_the_tokenizer_adds_nothing_and_closes_with_one_token(tokenizer):
     assert tokenizer.get_vocab_size() == 2048
 
 
-def test_a_definition_ends_before_its_first_example():
-    for gloss, expected in (
-        ('a human being; "there was too much for one person to do"', "a human being"),
-        ('cut off; pull up; "he pulled"; "they cut"', "cut off; pull up"),
-        ('a summary list; as in e.g. "a news roundup"', 'a summary list; as in e.g. "a news roundup"'),
-        ('"an example alone"', ""),
-        ("no example; two parts;", "no example; two parts"),
-    ):
-        assert make_data.definition(gloss) == expected
-
-
 def test_near_twins_share_seven_words_in_ten_or_contain_each_other():
     for a, b, expected in (
         ("a red bird of Asia", "Bird, red, of Asia: a", True),  # the same words in another order
@@ -137,58 +125,3 @@ def test_near_twins_share_seven_words_in_ten_or_contain_each_other():
     ):
         a, b = make_data.normalise(a), make_data.normalise(b)
         assert make_data.is_near_twin(a, b) == make_data.is_near_twin(b, a) == expected, a
-
-
-def test_a_synset_is_read_with_its_file_words_and_gloss(tmp_path):
-    lines = [
-        "  1 This software and database is being provided to you  ",
-        "00001740 05 n 02 sea_cow 0 dugong 1 001 @ 00001930 n 0000 | a large sea animal  ",
-        "00002730 44 a 01 asleep(p) 0 000 | not awake  ",
-    ]
-    (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
-    animal, asleep = make_data.read_synsets(tmp_path, "noun")
-    assert animal == ("05", ("sea cow", "dugong"), "a large sea animal")
-    assert asleep.lemmas == ("asleep",)
-    assert make_data.read_licence(tmp_path) == "This software and database is being provided to you\n"
-
-
-def test_a_definition_that_two_files_share_is_no_candidate():
-    nouns = [
-        make_data.Synset("05", ("a",), "a soft thing that grows in water"),
-        make_data.Synset("20", ("b",), "A soft thing, that grows in water"),
-        make_data.Synset("13", ("c",), 'a sweet thing that is eaten cold; "an ice"'),
-        make_data.Synset("13", ("d",), "a sweet thing that is eaten cold"),
-        make_data.Synset("13", ("e",), "too short"),
-    ]
-    found = make_data.candidates(nouns)
-    assert {category: texts for category, texts in found.items() if texts} == {
-        "food": ["a sweet thing that is eaten cold"]
-    }
-
-
-def test_splits_are_drawn_by_the_seed_alone_and_keep_twins_apart():
-    draw = random.Random(1)
-    words = [f"word{i}" for i in range(12)]
-    pool = {label: list({" ".join(draw.sample(words, 6)) for _ in range(400)}) for label in ("x", "y")}
-    pool = {label: sorted(texts) for label, texts in pool.items()}
-    splits = make_data.draw_splits(pool, {"test": 8, "train": 16}, seed=3)
-    assert splits == make_data.draw_splits(pool, {"test": 8, "train": 16}, seed=3)
-    assert splits != make_data.draw_splits(pool, {"test": 8, "train": 16}, seed=4)
-    test, train = ([make_data.normalise(make_data.row_definition(row)) for row in splits[s]] for s in ("test", "train"))
-    assert (len(test), len(train)) == (8, 16)
-    assert not any(make_data.is_near_twin(a, b) for a in train for b in test)
-
-
-def test_pretraining_text_knows_neither_held_out_glosses_nor_categories():
-    held_out = ["a large sea animal"]
-    synsets = [
-        make_data.Synset("05", ("dugong",), 'a large sea animal; "the dugong swam"'),
-        make_data.Synset("05", ("herd",), "a group; A large sea-animal or several"),  # holds it
-        make_data.Synset("06", ("net",), 'a trap; "it caught a large sea animal"'),  # holds it in the example
-        make_data.Synset("05", ("animal",), "sea animal"),  # lies within it
-        make_data.Synset("20", ("seaweed", "kelp"), 'a large plant of the sea; "he ate kelp"'),
-    ]
-    assert list(make_data.pretraining_texts(synsets, held_out)) == [
-        'seaweed, kelp: a large plant of the sea; "he ate kelp"',
-        "Definition: a large plant of the sea\nWord: seaweed, kelp",
-    ]

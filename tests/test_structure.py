@@ -14,7 +14,6 @@ import pytest
 
 import minilora
 from minilora.models.config import FAMILIES
-from scripts import mutants
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minilora"
@@ -120,16 +119,6 @@ def test_the_page_of_architecture_names_every_file_of_the_package_and_no_other()
     assert sorted(name for name in named if name.endswith(".py")) == sorted(written)
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert {name for name in named if name.endswith("/")} == {f"minilora/{name}/" for name in folders}
-
-
-def test_the_script_of_mutants_exchanges_orders_and_runs_the_tests_of_a_line_the_quickest_first():
-    assert set(mutants.PAGES) == set(PAGES)
-    changes = [(ast.unparse(node), made) for node, made, _ in mutants.mistakes(ast.parse("for x in sorted(y): a = b"))]
-    assert changes == [("sorted(y)", "reversed(list(sorted(y)))"), ("sorted(y)", "list(y)")]
-    executed = {"slow": (2.0, {"a.py": [3, 4]}), "quick": (0.5, {"a.py": [4]}), "other": (0.1, {"a.py": [9]})}
-    for lines, expected in (([4], ["quick", "slow"]), ([3], ["slow"]), ([5], ["other", "quick", "slow"])):
-        mistake = mutants.Mistake("a.py", "", "", [range(line, line + 1) for line in lines])
-        assert mutants.tests_of(mistake, executed) == expected
 
 
 def test_the_public_names_are_sorted():

@@ -7,8 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from contextlib import suppress
 from itertools import combinations, product
 from pathlib import Path
@@ -37,117 +35,66 @@ MISTAKES = {
         ("s * (B @ A)", "s * (A.T @ B.T)"),
         ("W = W + s", "W += s"),
         ("W = W + s", "W = W - s"),
-        ("W = W + s * (B @ A)\n    return W", "return W + s * (B @ A)\n    return W"),
     ],
     "02": [
         ("labels[1:]", "labels"),
         ("if label != -100", "if True"),
         ("total / count", "total / len(rows)"),
         ("logits[i]", "logits[i + 1]"),
-        ("                count += 1", "            count += 1"),
-        ("total / count", "total / count if len(rows) == 1 else sum(mean_loss([row]) for row in rows) / len(rows)"),
-        ("log_softmax", "softmax"),
     ],
     "03": [
         ("(sigma[:r] / s)", "sigma[:r]"),
         ("(sigma[:r] / s)", "(sigma[:r] / s**2)"),
         ("(sigma[:r] / s)", "(sigma[:r].sqrt() / s)"),
         ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
-        ("Vt[:r]", "Vt[:, :r].T"),
-        ("sigma[r:].square()", "sigma[r:]"),
-        ("sigma[r:].square()", "sigma[:r].square()"),
-        (".sum().item()", ".sum()"),
     ],
     "04": [
         ("alpha / r**power", "1 / r**power"),
         ("alpha / r**power", "alpha * r**power"),
         ("r**power", "r**0.5"),
         ("r**power", "r"),
-        ("np.log(sizes)", "sizes"),
-        ("np.log(ranks)", "ranks"),
-        ("alpha / r**power", "alpha / power**r"),
-        ("np.log(ranks), np.log(sizes)", "np.log(ranks)[[0, -1]], np.log(sizes)[[0, -1]]"),
     ],
     "05": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
         ("16 * (out + width)", "8 * (out + width)"),
         ("16 * (out + width)", "12 * (out + width)"),
         ("16 * (out + width)", "16 * out * width"),
-        ("math.ceil(n / 2)", "4 * n"),
-        ("math.ceil(n / 2)", "n // 2"),
-        ("math.ceil(blocks / 256) + 1", "math.ceil(blocks / 256)"),
-        ("left // sum(costs.values())", "round(left / sum(costs.values()))"),
-        ("        left -= cost * (cost <= left)\n", ""),
-        ("r + (cost <= left)", "r"),
-        ("found[name] = r + (cost <= left)", "found[name] = r + (cost <= left)\n        left *= cost <= left"),
     ],
     "06": [
         ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
         ("[*labels, end]", "[*labels, -100]"),
         ("    return input_ids, targets", "    targets[targets == pad] = -100\n    return input_ids, targets"),
         ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
-        ("labels[1:] + [-100] * (width - len(labels) + 1)", "labels + [-100] * (width - len(labels))"),
-        ("    total = F", "    logits, targets = logits[:, :-1], targets[:, 1:]\n    total = F"),
-        ("(targets != -100).sum()", "targets.numel()"),
-        ('reduction="sum"', 'reduction="mean"'),
-        ("    return sum", "    parts = [(total / count, 1) for total, count in parts]\n    return sum"),
     ],
     "07": [
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 64\n"),
         ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 4096\n"),
-        ("range(100)", "range(2)"),
-        ("levels[0], levels[7], levels[15] = -1, 0, 1", "levels[7] = 0"),
-        ("x[(cuts[1:] + cuts[:-1]) // 2]", "x[((torch.arange(16) + 0.5) / 16 * len(x)).long()]"),
-        ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
     ],
     "08": [
         ("s * B @ A", "B @ A"),
         ("W + s * B @ A", "W"),
         ("V / V.norm(dim=1, keepdim=True)", "V"),
         ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
-        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)[:, None]"),
-        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=1)"),
-        ("V.norm(dim=1", "W.norm(dim=1"),
-        ("V.norm(dim=1, keepdim=True)", "V.norm()"),
-        ("(x @ direction.T)", "(x @ (W / V.norm(dim=1, keepdim=True)).T)"),
-        (".sum(dim=0)", ".mean(dim=0)"),
-        (".sum(dim=0)", ".sum(dim=0).float()"),
-        (".sum(dim=0)", ".sum(dim=1)"),
     ],
     "09": [
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
         ("(error / effect) ** 0.5", "error / effect"),
         ("exact = W.double() + delta", "exact = store(W.double() + delta).double()"),
-        ("store(exact)", "store(W.double() + store(delta))"),
-        ("(B.double() @ A.double())", "(B @ A).double()"),
-        ("store(exact).double() - exact", "store(exact).double() - store(W.double()).double() - delta"),
-        ("s * (B.double() @ A.double())", "B.mul_(s).double() @ A.double()"),
-        ("return (", "return sum(merge_error([one], store) for one in layers) / len(layers) if layers[1:] else ("),
     ],
     "10": [
         ("return low", "return high"),
         ("    if kl(1.0) <= budget:\n        return 1.0\n", ""),
         ("kl(middle) <= budget", "kl(middle) > budget"),
         ("(low + high) / 2", "min(low + tolerance / 2, high)"),
-        ("> tolerance", "> 20 * tolerance"),
-        ("> tolerance", "> 2 * tolerance"),
-        ("kl(1.0) <= budget", "kl(1.0) < budget"),
-        ("kl(1.0)", "kl(2.0)"),
     ],
     "A1": [
         ("- (policy_rejected", "+ (policy_rejected"),
         ("beta * margin", "margin"),
         ("F.logsigmoid(beta * margin)", "beta * F.logsigmoid(margin)"),
         ("-F.logsigmoid(beta * margin)", "-(beta * margin).sigmoid().log()"),
-        ("reference_chosen.detach()", "reference_chosen"),
-        ("F.logsigmoid(beta * margin)", "F.logsigmoid(beta * margin).mean()"),
-        (" - reference_chosen.detach()", ""),
-        ("(policy_rejected - ", "(policy_rejected.detach() - "),
-        ("-F.logsigmoid(beta * margin)", "F.relu(-beta * margin) + (-beta * margin.abs()).exp().log1p()"),
-        ("beta * margin", "beta * margin.clamp(-1000, 1000)"),
     ],
 }
 
@@ -342,21 +289,12 @@ def test_a_run_writes_outputs_and_figures_and_nothing_else(page):
     assert json.loads(run.stored(page.parent / "figures/line.svg")) == [[0, 1, 1, 2, 2, 4.5]]
 
 
-def test_a_second_run_writes_the_same_but_for_its_time(page, written):
-    run.Chapter(page, check=False).run()
-    assert run.COST.sub("", text_of(page)) == run.COST.sub("", text_of(written / page.name))
-    assert (page.parent / "figures/line.svg").read_bytes() == (written / "figures/line.svg").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("old", "new", "count"),
     [
         ("The end", "The End", 0),
-        ("took 12.3 s", "took 45.6 s", 0),
         ("x is 2", "x is 3", 1),
-        ("x is 2", "x was 2", 1),
         ("```text\nx is 2\n```\n", "", 1),
-        ("4.5", "4.501", 0),
         ("4.5", "4.51", 1),
         ("x = 2", "x = 3", 2),
         ("y = x", "print(x)", 1),
@@ -373,61 +311,6 @@ def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
     assert text_of(page) == changed
 
 
-@pytest.mark.parametrize(("check", "at_once"), [(True, 3), (False, 1)])
-def test_chapters_are_checked_side_by_side_with_a_thread_each_and_written_alone(check, at_once, monkeypatch, capfd):
-    running, most = [], []
-    all_began = threading.Barrier(at_once)
-
-    def chapter(command, env, **_):
-        running.append(command[-1])
-        all_began.wait(timeout=60)
-        time.sleep(0.05)  # another one could begin
-        most.append(len(running))
-        all_began.wait(timeout=60)
-        running.remove(command[-1])
-        time.sleep(0.05 * (command[-1] == "01"))  # the first ends last
-        threads = env and env["OMP_NUM_THREADS"]
-        return subprocess.CompletedProcess(command, -9 * (command[-1] == "03"), f"{command[-1]}: {threads}\n", "")
-
-    monkeypatch.setattr(run.os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(run.subprocess, "run", chapter)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert run.run_each(["01", "02", "03"], check)  # one was killed
-    assert not run.run_each(["01", "02", "04"], check)
-    assert most == [at_once] * 6
-    threads = "1" if check else None
-    assert capfd.readouterr().out == "".join(f"{name}: {threads}\n" for name in ("01", "02", "03", "01", "02", "04"))
-
-
-def test_a_notebook_has_the_cells_with_their_outputs(page):
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("nbclient")
-    run.write_notebook(page)
-    notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.source.splitlines()[0] for cell in cells] == [
-        "x = 2",
-        "%%bash",
-        "from matplotlib import pyplot as plt",
-        "y = x",
-    ]
-    assert cells[0].outputs[0].text == "x is 2\n"
-    assert cells[1].outputs[0].text == "took 12.3 s\n"
-    assert "image/png" in cells[2].outputs[-1].data
-    assert not [cell for cell in notebook.cells if "figures/" in cell.source or "x is 2" in cell.source]
-
-
-def test_a_traceback_names_the_line_of_the_chapter_and_figures_and_images_must_be_as_many(page):
-    text = text_of(page)
-    page.write_text(text.replace("y = x", "y = 1 / 0"), encoding="utf-8")
-    with pytest.raises(ZeroDivisionError) as caught:
-        differences(page)
-    assert text_of(page).splitlines()[caught.traceback[-1].lineno] == "y = 1 / 0"
-    page.write_text(text.replace("![A line that rises]", "[A line that rises]"), encoding="utf-8")
-    with pytest.raises(SystemExit, match="1 figures are open, and 0 images follow"):
-        differences(page)
-
-
 def test_outputs_are_the_same_text_with_nearly_the_same_numbers():
     for old, new, tolerance, equal in (
         ("a  b\n", "a b", None, True),
@@ -436,13 +319,10 @@ def test_outputs_are_the_same_text_with_nearly_the_same_numbers():
         ("1.000", "1.002", 0.01, True),
         ("-1.5", "1.5", None, False),
         ("1,000", "1,001", None, False),
-        ("1,000", "1,001", 0.01, True),
         ("2e-5", "2.001e-5", None, True),
-        ("2e-5", "2e-6", None, False),
         ("16.3 s, 900 tokens/s, 1.2 GB, 1,024.5 MB", "7 s, 1,100 tokens/s, 2 GB, 3.1 MB", None, True),
         ("16 steps", "17 steps", None, False),
         ("[1.0]", "[1.0, 2.0]", None, False),
-        ("", "1", None, False),
     ):
         assert run.same(old, new, tolerance) is equal, (old, new)
 
@@ -473,27 +353,3 @@ def test_the_rows_are_those_of_the_keep_list_split_as_the_script_splits_it():
         words = [[set(answer.lower().split()) for _, answer in split] for split in (one, other)]
         for a, b in product(*words):
             assert len(a & b) < TWIN_JACCARD * len(a | b)
-
-
-def test_a_definition_is_the_prose_of_an_entry_without_etymology_verse_and_commentary():
-    book = f"""\
-ABRUPT, adj.  [Latin] Sudden, like the arrival of a cannon-
-shot -- and
-_so_ on.  Dr. Johnson liked it.
-
-    Verse is indented,
-    And left out.
-                                                                  G.J.
-
-NOWORD.
-
-    Only verse.
-
-LONG, adj.  Short.  {"Very " * devil.MAX_WORDS}long.
-
-ABRUPT, n.  A second entry of the word.
-"""
-    assert devil.definitions(book) == {
-        "ABRUPT": "Sudden, like the arrival of a cannon-shot — and so on. Dr. Johnson liked it.",
-        "LONG": "Short.",
-    }
