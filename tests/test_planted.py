@@ -52,11 +52,11 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "    [p.requires_grad_(p.dim() == 1) for p in model.parameters()]",
         "test_loop.py::test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter",
     ),
-    "law 4: only the first adapter acts": Mistake(
-        "lora.py",
-        "y = y + adapter.update(x)",
-        "pass",
-        f"{FORWARD}[linear-kernels]",
+    "law 4: ranks of A are concatenated in another order than those of B": Mistake(
+        "adapters/combine.py",
+        "torch.cat([part.lora_A for part in parts])",
+        "torch.cat([part.lora_A for part in reversed(parts)])",
+        "test_combine.py::test_adapters_add_by_concatenating_ranks",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
         "kernels/lora.py",
@@ -114,15 +114,6 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         '"lora_alpha": growth * config.lora_alpha',
         '"lora_alpha": config.lora_alpha',
         "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes[PiSSA]",
-    ),
-    "attention: a query sees the token after it": Mistake(
-        "kernels/attention.py", "hidden.triu(m - n + 1)", "hidden.triu(m - n + 2)", f"{EQUAL}[causal_attention]"
-    ),
-    "a rotation turns the other way": Mistake(
-        "llama.py",
-        "(a * cos - b * sin, b * cos + a * sin, rest)",
-        "(a * cos + b * sin, b * cos - a * sin, rest)",
-        "test_llama.py::test_rotate_is_a_product_of_complex_numbers",
     ),
     "the gradient of the logits lacks the label": Mistake(
         "kernels/llama.py", "p.gather(-1, target) - 1", "p.gather(-1, target)", f"{EQUAL}[cross_entropy]"
