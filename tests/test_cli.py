@@ -31,8 +31,8 @@ from minilora.runs import inputs
 from minilora.runs.config import RunConfig
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.runs.inputs import stream_rows
 from minilora.runs.reports import ProgressBar
+from minilora.runs.rows import stream_rows
 from tests.files import edit, write_adapter
 from tests.models import long, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, runner, write_rows

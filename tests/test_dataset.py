@@ -18,6 +18,7 @@ from minilora.runs.encoders import encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row
 from minilora.runs.objective import check_examples
+from minilora.runs.rows import stream_rows
 from minilora.runs.sampler import plan_steps
 from tests.models import tiny_model
 from tests.runs import contents, finetune, interrupt, runner, write_rows
@@ -153,7 +154,7 @@ def peak_of(compute):
 
 
 def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(inputs, "CHUNK", 2**12)
+    monkeypatch.setattr("minilora.runs.rows.CHUNK", 2**12)
     monkeypatch.setattr(dataset, "IN_MEMORY", 1)
     example = ml.Example([7] * 40, [IGNORE_INDEX] * 20 + [7] * 20, "rows.jsonl:1")
     peaks = []
@@ -162,7 +163,7 @@ def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer, m
         path.write_text('{"prompt": "the", "completion": " cat"}\n' * count)
 
         def start(path=path):
-            data = build_dataset(inputs.stream_rows(path), lambda row: (example, ()), ml.DataConfig())
+            data = build_dataset(stream_rows(path), lambda row: (example, ()), ml.DataConfig())
             splits = inputs.hold_out({"train": data}, 0.1, ml.TrainConfig())
             steps = plan_steps(splits["train"].lengths, ml.TrainConfig(batch_size=2))
             fingerprint(splits["train"], splits["test"], ml.TrainConfig(), {})

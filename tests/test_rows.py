@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.files import ASSETS, BUILTIN
 from minilora.runs.formats import Row
-from minilora.runs.inputs import find_splits, is_named_held_out, stream_rows
+from minilora.runs.inputs import find_files, find_splits
+from minilora.runs.rows import stream_rows
 from tests.text import texts
 
 
@@ -75,15 +76,18 @@ def test_a_lone_file_is_the_training_split_by_itself_or_in_a_directory(tmp_path)
     assert find_splits(tmp_path / "directory") == {"train": [tmp_path / "directory" / "some.jsonl"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "is_held_out"),
-    [
-        *((name, True) for name in ("my_val.jsonl", "rows-test.json.gz", "Dev.jsonl", "b.valid.json", "eval2.jsonl")),
-        *((name, False) for name in ("rows.jsonl", "values.jsonl", "my_train.jsonl", "latest.json", "retrieval.jsonl")),
-    ],
-)
-def test_a_word_of_a_files_name_says_that_its_rows_are_held_out(tmp_path, name, is_held_out):
-    assert is_named_held_out(tmp_path / "test" / name) == is_held_out
+HELD_OUT = ("my_val.jsonl", "rows-test.json.gz", "Dev.jsonl", "b.valid.json", "eval2.jsonl")
+NOT_HELD_OUT = ("rows.jsonl", "values.jsonl", "my_train.jsonl", "latest.json", "retrieval.jsonl")
+
+
+def test_of_several_files_none_may_have_held_out_as_a_word_of_its_name(tmp_path):
+    touch(tmp_path, *HELD_OUT, *NOT_HELD_OUT)
+    others = [tmp_path / name for name in NOT_HELD_OUT]
+    assert find_files(others) == {"train": others}
+    for name in HELD_OUT:
+        assert find_files([tmp_path / name]) == {"train": [tmp_path / name]}  # it can mean nothing else
+        with pytest.raises(ml.DataError, match=f"{name}: would be trained on; give it as eval_data"):
+            find_files([*others, tmp_path / name])
 
 
 def test_the_builtin_data_have_all_three_splits():

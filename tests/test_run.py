@@ -430,19 +430,6 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_of_several_files_none_may_have_the_name_of_held_out_rows(capsys, directory, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("my_train", "my_val"):
-        runs.write_rows(tmp_path / f"{name}.jsonl", 9)
-    out, data = tmp_path / "out", ("my_train.jsonl", "my_val.jsonl")
-    command = [*runs.words(directory, out, data=None, max_steps=1), "--data", *data]
-    assert cli.main(command) == 1
-    assert "my_val.jsonl: --data would train on it; give it as --eval-data" in capsys.readouterr().err
-    assert cli.main([*command, "--eval-data=my_val.jsonl"]) == 1
-    assert not out.exists()
-    assert finetune(directory, out, data=data[1], max_steps=1) == 0  # by itself it can mean nothing else
-
-
 # --- what is measured and told ---
 
 
@@ -460,8 +447,8 @@ def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(direct
     for split in ("train", "test"):
         runs.write_rows(tmp_path / f"{split}.jsonl", 5)
     for data, phrase in (
-        (directory / "rows.jsonl", "rows.jsonl: is in --data and in --eval-data"),
-        (tmp_path, f"--data has a test split, {tmp_path}/test.jsonl"),
+        (directory / "rows.jsonl", "rows.jsonl: is in data and in eval_data"),
+        (tmp_path, f"the data have a test split already, {tmp_path}/test.jsonl"),
     ):
         assert finetune(directory, tmp_path / "out", data=data, eval_data=directory / "rows.jsonl") == 1
         assert phrase in capsys.readouterr().err

@@ -23,7 +23,7 @@ from minilora.models.hub import BUILTINS
 from minilora.models.template import ChatTemplate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.formats import Row
-from minilora.runs.inputs import stream_rows
+from minilora.runs.rows import stream_rows
 from minilora.tools.inspect import inspect_path
 from minilora.tools.merging import merge_directory
 from tests.files import saved, without_manifests
