@@ -44,6 +44,11 @@ NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
 FULL = {"method": "full", "learning_rate": 0.003, **NO_ADAPTER}
 
 
+def flags_of(command):
+    """The names of a command's flags, with underscores."""
+    return {action.dest for action in cli.command_parser(command)._actions}
+
+
 def write_rows(path, count, choices=("yes", "no")):
     draw = random.Random(count)
     rows = []

@@ -15,12 +15,12 @@ from benchmarks import results
 from benchmarks import scale as script
 from minilora import cli
 from minilora.cli import forecast as pages
-from minilora.cli.flags import names_of
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import parse_config
 from minilora.runs.config import TrainConfig
 from minilora.runs.memory import Plan, amount, forecast
 from tests.models import WHOLE, four_bit, tiny_config, tiny_model
+from tests.runs import flags_of
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -136,7 +136,7 @@ def test_the_table_of_the_page_is_that_of_the_script():
 
 def test_the_scripts_of_the_page_are_shell_and_give_flags_that_there_are():
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    known = names_of(cli.command_parser("finetune"))
+    known = flags_of("finetune")
     assert len(blocks) == 6
     for block in blocks:
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)

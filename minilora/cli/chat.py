@@ -8,7 +8,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from minilora.adapters.attach import set_adapter
 from minilora.adapters.layout import tokenizer_of
-from minilora.cli import Options, say
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
@@ -37,7 +36,7 @@ CHAT_HELP = """\
 Ctrl-C stops a reply. A message that begins with / needs a space before it."""
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     parser.description = f"{parser.description}\n\n{CHAT_HELP}"
     add_model_flags(parser, many_adapters=True)
     parser.add_argument_group("conversation").add_argument("--system", metavar="TEXT", help="system prompt")

@@ -8,15 +8,15 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
+from typing import Any
 
 from minilora.adapters.attach import merged
-from minilora.cli import Options, describe_skipped, say
-from minilora.cli.flags import add_fields, from_flags, names_of, use_config
+from minilora.cli import Options, Parser, describe_skipped, say
+from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import is_faster_merged
 from minilora.errors import ConfigError
@@ -32,7 +32,7 @@ from minilora.runs.inputs import read_eval_rows
 from minilora.runs.reports import ProgressBar, without_nan
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
     parser.add_argument(
         "--data", required=True, nargs="+", help="files, directories or hub ids; of a directory, the test split is used"
@@ -47,17 +47,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, DataConfig, "data")
 
 
-def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Make the settings that the adapter's rows were read with the defaults; its prompts are in files of their own."""
-    paths = [fetch(name, "adapter") / "run.json" for name in parser.parse_known_args(words)[0].adapter]
-    trained = next((read_json(path).get("config") for path in paths if path.exists()), None)
-    names = {field.name for field in fields(DataConfig)} & names_of(parser) - {"prompt_style", "system"}
-    found = {name: trained[name] for name in names & {*trained}} if isinstance(trained, dict) else {}
-    use_config(parser, found, "run.json")
-
-
 def run(options: Options) -> int:
-    config = from_flags(DataConfig, options)
+    config = from_flags(DataConfig, options, _trained_config(options["adapter"]))
     rows = read_eval_rows(options["data"])
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
@@ -70,6 +61,14 @@ def run(options: Options) -> int:
         say(describe_skipped("", examples.bad))
     print(json.dumps(without_nan({"metric": options["metric"], "value": value, **counts})))
     return 0
+
+
+def _trained_config(adapters: Sequence[str]) -> dict[str, Any]:
+    """Return how the rows of an adapter's training were read; how it is asked is in files of its own."""
+    paths = [fetch(name, "adapter") / "run.json" for name in adapters]
+    config = next((read_json(path).get("config") for path in paths if path.exists()), None)
+    names = {field.name for field in fields(DataConfig)} - {"prompt_style", "system"}
+    return {name: config.get(name) for name in names} if isinstance(config, dict) else {}
 
 
 def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Options, progress: Progress) -> float:

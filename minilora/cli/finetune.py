@@ -11,15 +11,15 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,8 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters
 from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
-from minilora.cli import SIGNALLED, Options, say
-from minilora.cli.flags import add_fields, from_flags, read_config, use_config
+from minilora.cli import SIGNALLED, Options, Parser, say
+from minilora.cli.flags import add_fields, check_names, from_flags, read_config
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
@@ -53,13 +53,25 @@ from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
 from minilora.runs.system import choose_threads
 
+MAIN_FLAGS = (  # what --help shows; --help-all shows all
+    *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
+    *("learning_rate", "batch_size", "epochs", "max_steps"),
+)
+CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
+    RunConfig: "files and device",
+    QuantizeConfig: "quantization",
+    LoraConfig: "adapter",
+    DataConfig: "data",
+    TrainConfig: "training",
+}
+FIELDS = {field.name for config in CONFIGS for field in fields(config)} - {"task_type"}  # it trains language models
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_fields(parser, RunConfig, "files and device")
-    add_fields(parser, QuantizeConfig, "quantization")
-    add_fields(parser, LoraConfig, "adapter", but=("task_type",))
-    add_fields(parser, DataConfig, "data")
-    add_fields(parser, TrainConfig, "training")
+
+def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
+    """Add the flags of these fields, and those that are no settings."""
+    for config, title in CONFIGS.items():
+        add_fields(parser, config, title, but={field.name for field in fields(config)} - {*names})
+    parser.add_argument("--help-all", action="help", help="show all flags and exit")
     parser.add_argument(
         "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
@@ -69,47 +81,56 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Set the values of --config and --adapter as defaults or, without --model and --data, the built-in example's.
+def read_settings(options: Options) -> Settings:
+    """Return the settings that flags give, else --config, else the adapter to continue, or else the built-in example.
 
     Raises:
-        ConfigError: a model without data, or data without a model.
+        ConfigError: a model without data, or data without a model; an unknown key of --config.
     """
-    flags = vars(parser.parse_known_args(words)[0])
-    path = flags["config"]
-    values = read_config(path) if path is not None else {}
-    values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    model, adapter = (flags[name] if name in given else values.get(name) for name in ("model", "adapter"))
-    named = {*given, *values, *(["model"] if adapter else [])}
-    if len(named & {"model", "data"}) == 1:
-        lacking = "--data" if "model" in named else "--model"
+    sources = [options]
+    if options["config"] is not None:
+        values = read_config(options["config"])
+        values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
+        check_names(values, {FLAG_NAMES.get(name, name) for name in FIELDS}, options["config"])
+        sources.append({name.replace("-", "_"): value for name, value in values.items()})
+    model, adapter, data = (
+        next((source[name] for source in sources if source.get(name) is not None), None)
+        for name in ("model", "adapter", "data")
+    )
+    if adapter:
+        sources.append(_settings_of(adapter, model))
+    has_model = model is not None or bool(adapter)
+    if has_model != (data is not None):
+        lacking = "--data" if has_model else "--model"
         raise ConfigError(
             f"--model and --data go together: give {lacking} too; {lacking} {BUILTIN} is the built-in one"
         )
-    if not named & {"model", "data"}:
-        use_config(parser, read_json(ASSETS / "finetune.json"), "finetune.json")
-    if adapter:
-        directory = fetch(adapter, "adapter")
-        model = base_of(model, [directory])
-        quantize = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
-        prompts = Prompts.parse(read_prompt_files(directory).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
-        settings = {**vars(quantize), **vars(read_adapter(directory).config()), "system": prompts.system}
-        parser.set_defaults(model=model, **{FLAG_NAMES.get(name, name): value for name, value in settings.items()})
-    use_config(parser, values, str(path))
+    if not has_model:
+        sources.append(read_json(ASSETS / "finetune.json"))
+    return Settings(*(from_flags(config, *sources) for config in CONFIGS))
+
+
+def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
+    """Return the settings by which an adapter continues its training."""
+    directory = fetch(adapter, "adapter")
+    model = base_of(model, [directory])
+    quantization = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
+    prompts = Prompts.parse(read_prompt_files(directory).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
+    settings = {
+        "model": model,
+        **vars(quantization),
+        **vars(read_adapter(directory).config()),
+        "system": prompts.system,
+    }
+    return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
     is_dry, now = options["dry_run"], datetime.now(UTC).replace(microsecond=0)
     with world.joined(options["device"]) as device, ExitStack() as stack:
-        settings = Settings(
-            from_flags(RunConfig, options).located(),
-            from_flags(QuantizeConfig, options),
-            from_flags(LoraConfig, options),
-            from_flags(DataConfig, options),
-            from_flags(TrainConfig, options),
-        )
+        settings = read_settings(options)
+        settings = replace(settings, run=settings.run.located())
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
         check_not_merged(base.location, base.adapters)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from minilora.adapter import disable_adapter
-from minilora.cli import Options, say
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, columns, generate_text
@@ -56,7 +56,7 @@ class Output:
             raise ConfigError(f"{', '.join(bad)}, need at least 1")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
     group = parser.add_argument_group("prompts")
     one_of = group.add_mutually_exclusive_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from minilora.adapters.layout import (
     tokenizer_of,
     vocabulary_of,
 )
-from minilora.cli import Options, say
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
@@ -33,9 +32,9 @@ from minilora.models.vocabulary import resize_token_embeddings
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 
 
-def add_model_flags(parser: argparse.ArgumentParser, many_adapters: bool = False) -> None:
+def add_model_flags(parser: Parser, many_adapters: bool = False) -> None:
     """Add --model, --adapter, --dtype, --device and the flags of quantization."""
-    group = parser.add_argument_group("model and device")
+    group = parser.group("model and device")
     group.add_argument(
         "--model",
         help="directory of the base model, or org/name[@revision] on the Hugging Face Hub "

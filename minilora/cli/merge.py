@@ -10,7 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from minilora.adapters.combine import CombineConfig, LowRank
 from minilora.adapters.config import flag
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_directories
-from minilora.cli import Options, say
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.cli.load import (
     MERGED,
@@ -47,7 +46,7 @@ NOTABLE = 0.1  # relative error of a merge above which advice is printed
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     add_model_flags(parser, many_adapters=True)
     add_out(parser)
     parser.add_argument(

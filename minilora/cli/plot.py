@@ -6,7 +6,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.cli import Options
+from minilora.cli import Options, Parser
 from minilora.errors import ConfigError, FormatError
 from minilora.files import replacing
 from minilora.runs.reports import read_records
@@ -26,7 +25,7 @@ SUFFIXES = (".svg", ".png", ".pdf")
 WINDOW = 20  # the smoothed line is the mean of a twentieth of the steps
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
     parser.add_argument("--out", type=Path, default=Path("plot.svg"), help="an .svg, .png or .pdf (default: plot.svg)")
 

@@ -8,10 +8,9 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from minilora.cli import Options
+from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, tensor_files
@@ -29,7 +28,7 @@ from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         default=BUILTIN,

@@ -10,7 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from minilora import llama, nf4
 from minilora.adapter import add_adapter
 from minilora.adapters.combine import Factors, concatenate
-from minilora.cli import Options
+from minilora.cli import Options, Parser
 from minilora.data import Batch, Example, collate
 from minilora.definition import WITH_KERNEL, plain
 from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
@@ -35,7 +34,7 @@ from minilora.training import adamw, train_step
 LENGTHS = [5, 1, 9]  # of the documents of one call of attention
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", help="device to check: cpu, cuda, mps (default: auto)")
     dtypes = ("float64", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype to check (default: float32)")

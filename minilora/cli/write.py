@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import nn
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
 from minilora.adapters.layers import get_base_layer
+from minilora.cli import Parser
 from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, option
 from minilora.llama import Llama
@@ -95,9 +95,9 @@ class GenerationConfig:
     seed: int = option(0, "seed of the sampling")
 
 
-def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_generation_flags(parser: Parser, max_new_tokens: int) -> None:
     """Add the flags of `GenerationConfig`, with the command's own default of --max-new-tokens."""
-    group = parser.add_argument_group("generation")
+    group = parser.group("generation")
     limit = f"maximum number of tokens to generate (default: {max_new_tokens})"
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=limit)
     stop = "end the text before this string; repeat the flag for several"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -150,8 +151,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(directory, tmp_pa
     if status == 0:
         return  # no file was as large
     last = errors.read_text().splitlines()[-1]
-    assert last.startswith("minilora: ")
-    assert "make room on the disk" in last
+    assert re.match("minilora: .*(No space left|File too large)", last)
     assert not leftovers(tmp_path)
     assert newest_step(out / "checkpoints") % INTERVAL == 0
     assert wait(start(command(directory, out))) == 0
