@@ -193,13 +193,6 @@ def test_adapters_of_another_size_are_refused_by_name():
             one_module([first, Factors(A, B)], [1, 1])
 
 
-def test_factors_of_a_convolution_are_refused():
-    A, B, _ = draw_factors(3, 6, 7, [2], [2.0])[0]
-    for kind in TYPES:
-        with pytest.raises(ShapeError, match=r"m: need matrices, found A \(2, 7, 1\) and B \(6, 2, 1\)"):
-            one_module([Factors(A[..., None], B[..., None])], [1], kind)
-
-
 @pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf], [1.0, -2e6]])
 def test_each_adapter_needs_a_weight_that_is_a_number(w):
     parts = [{"m": part} for part in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]

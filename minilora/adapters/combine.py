@@ -114,7 +114,7 @@ def combine(
     Raises:
         ConfigError: there is not one finite weight for each adapter, or the result is not finite.
         TrainingError: an update to cut is not finite.
-        ShapeError: the adapters of a module do not fit together, or are no matrices, as those of a convolution.
+        ShapeError: the adapters of a module do not fit together.
     """
     config = config or CombineConfig()
     if not any(adapters) or len(adapters) != len(weights) or not all(abs(w) <= WEIGHT for w in weights):
@@ -202,8 +202,6 @@ def _checked(path: str, parts: Sequence[Factors], config: CombineConfig) -> list
     """Check the shapes of a module's adapters, and return them in their widest dtype, float32 at least."""
     shapes = {(A.shape[1:], B.shape[:1]) for A, B, _ in parts}
     found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
-    if any((A.dim(), B.dim()) != (2, 2) for A, B, _ in parts):
-        raise ShapeError(f"{path}: need matrices, found {found}")
     if len(shapes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
         raise ShapeError(f"{path}: the adapters do not fit together: {found}")
     if config.combination_type == "linear" and len({A.size(0) for A, _, _ in parts}) > 1:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter
-from minilora.adapters.build import CONVOLUTIONS, LINEARS, AdapterSpec, build_specs, kind_of
+from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, kind_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import factors_from_weight
@@ -40,7 +40,7 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
-from minilora.errors import FormatError, TargetError, check_types, in_recipe, listed
+from minilora.errors import FormatError, TargetError, check_types, listed
 from minilora.files import publishing
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper
@@ -154,8 +154,6 @@ def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig
             tensors["start_A"], tensors["start_B"] = start
         specs[path] = spec._replace(tensors=spec.tensors | tensors)
     missing = [path for path in held if kind_of(modules.get(path)) is None]
-    if convolutions := [path for path in missing if isinstance(modules.get(path), CONVOLUTIONS)]:
-        raise TargetError(f"{stored.path}: {convolutions[0]}: is a convolution; {in_recipe('convolutions')}")
     mismatches += [f"{path}: the model has no such layer" for path in missing]
     mismatches += [
         f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing

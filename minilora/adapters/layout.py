@@ -140,8 +140,9 @@ def read_adapter(directory: Path) -> Stored:
         tensor = file.read(name)
         if tensor.dtype not in ADAPTER_DTYPES or not tensor.isfinite().all():
             raise FormatError(f"{file.path}: {name} is {tensor.dtype} or not finite; need finite {ADAPTER_DTYPES}")
-        if key in ("lora_A", "lora_B") and (tensor.dim() < 2 or 0 in tensor.shape):
-            raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty")
+        if key in ("lora_A", "lora_B") and (tensor.dim() != 2 or 0 in tensor.shape):
+            more = f"; if it is of a convolution, {in_recipe('convolutions')}" if tensor.dim() > 2 else ""
+            raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty{more}")
         tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     if not tensors:
         raise FormatError(f"{file.path}: holds no tensors, so it is no adapter")

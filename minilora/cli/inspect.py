@@ -5,9 +5,9 @@ and SHA-256 in the manifest; if one is not as it was written, the exit status
 is 1.
 
 Of an adapter, it also names the features that other readers may ignore or
-refuse. In the table of its modules, norm is the Frobenius norm of the change
-of a weight, and norm/base is relative to the weight itself. Modules or tensors
-whose names differ only in numbers are one row, n is how many there are.
+refuse. In the table of its modules, norm is the Frobenius norm of s·B A.
+Modules or tensors whose names differ only in numbers are one row, n is how
+many there are.
 
 Example:
   minilora inspect run
@@ -35,34 +35,27 @@ LIST_WIDTH = 100  # characters of a list that are shown
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
-    parser.add_argument("--model", help="base model of an adapter (default: the one that it names, if that is here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
     forecast.add_flags(parser)
 
 
 def run(options: Options) -> int:
-    _check_flags(options)
+    idle = {"json": False} if options["memory"] else {"world": None, "shard": "none", "device": "auto"}
+    if given := [flag(name) for name, unset in idle.items() if options[name] != unset]:
+        advice = "leave --memory out" if options["memory"] else "give --memory too"
+        raise ConfigError(f"{', '.join(given)}: without effect; {advice}")
     if options["memory"]:
         print(forecast.memory_page(options))
         return 0
-    found = inspect_path(options["path"], options["model"])
+    found = inspect_path(options["path"])
     print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
     return int("manifest" in found and bool(found["manifest"]["problems"]))
-
-
-def _check_flags(options: Options) -> None:
-    """Raise a `ConfigError` if a flag has no effect with --memory, or without it."""
-    unset = {"model": None, "json": False} if options["memory"] else {"world": None, "shard": "none", "device": "auto"}
-    if idle := [flag(name) for name, value in unset.items() if options[name] != value]:
-        advice = "leave --memory out" if options["memory"] else "give --memory too"
-        raise ConfigError(f"{', '.join(idle)}: without effect; {advice}")
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:
     """Return the facts as text: a line for each value, then the tables of modules and tensors."""
     shown, tables = dict(facts), []
     if kind == "adapter":
-        shown["base"] = facts["base"] or "not here: see --model"
         shown["config"] = {key: value for key, value in facts["config"].items() if PEFT_DEFAULTS.get(key) != value}
         tables.append(_module_rows(shown.pop("modules")))
     if kind == "run":  # which has whatever is in run.json
@@ -115,12 +108,13 @@ def _total(entries: Sequence[TensorEntry]) -> str:
 
 
 def _module_rows(modules: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
-    yield "n", "rank", "scale", "norm", "norm/base", "module"
+    yield "n", "rank", "scale", "norm", "module"
     found = {each["module"]: each for each in modules}
     for label, names in fold({name: (each["rank"], each["scale"]) for name, each in found.items()}):
         rank, scale = found[names[0]]["rank"], found[names[0]]["scale"]
-        norms = (_range([found[name][key] for name in names]) for key in ("delta_norm", "relative_norm"))
-        yield str(len(names)), str(rank), f"{scale:.4g}", *norms, label
+        norms = [found[name]["norm"] for name in names]
+        low, high = f"{min(norms):.2g}", f"{max(norms):.2g}"
+        yield str(len(names)), str(rank), f"{scale:.4g}", low if low == high else f"{low}..{high}", label
 
 
 def _tensor_rows(tensors: Mapping[str, TensorEntry]) -> Iterator[Sequence[str]]:
@@ -128,14 +122,6 @@ def _tensor_rows(tensors: Mapping[str, TensorEntry]) -> Iterator[Sequence[str]]:
     for label, names in fold({name: (entry.dtype, entry.shape) for name, entry in tensors.items()}):
         dtype, shape = tensors[names[0]].dtype, tensors[names[0]].shape
         yield str(len(names)), dtype, "x".join(map(str, shape)) or "scalar", label
-
-
-def _range(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "unknown"
-    low, high = f"{min(known):.2g}", f"{max(known):.2g}"
-    return low if low == high else f"{low}..{high}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.combine import NOT_ADDED
-from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import (
-    ADAPTER_DTYPES,
     CONFIG_FILE,
     FIELD_OF_TENSOR,
     PLAIN_INITS,
     WEIGHTS_FILE,
-    Stored,
-    base_model_of,
     parse_tensor_name,
     read_adapter,
     unknown_fields,
-    vocabulary_of,
 )
 from minilora.errors import FormatError, MiniloraError
 from minilora.files import (
@@ -36,13 +31,10 @@ from minilora.files import (
     tensor_files,
     verify,
 )
-from minilora.lora import dora_norm, lora_delta
-from minilora.models.bitsandbytes import packed_weights, read_layout, read_packed
-from minilora.models.checkpoint import EMBEDDING, HEAD, load_model
+from minilora.models.bitsandbytes import packed_weights, read_layout
+from minilora.models.checkpoint import load_model
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.vocabulary import resize_token_embeddings
-from minilora.nf4 import dequantize_weight
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import Settings
 from minilora.runs.reports import read_records
@@ -54,14 +46,12 @@ FOLDED = {  # what `minilora export` folds into B
 }
 KEPT = {"embeddings": "A and B of an embedding"}
 NOT_PLAIN = {field: why for field, why in NOT_ADDED.items() if field != "task_type"}
-NOT_PLAIN["convolutions"] = "A and B of a convolution"
 
 
-def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[str, Any]]:
+def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Describe a path or a hub id as "run", "adapter", "model" or "file"; a finished run is an adapter too.
 
-    "manifest" says whether the files are as they were written, if there is one. `model` is the base of an adapter,
-    instead of the one that the adapter names.
+    "manifest" says whether the files are as they were written, if there is one.
 
     Raises:
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
@@ -78,7 +68,7 @@ def inspect_path(name_or_path: str, model: str | None = None) -> dict[str, dict[
     if (path / "run.json").exists():
         facts["run"] = run_facts(path)
     if (path / CONFIG_FILE).is_file():
-        facts["adapter"] = adapter_facts(path, _base_of(path, model))
+        facts["adapter"] = adapter_facts(path)
     if (path / "config.json").is_file():
         facts["model"] = model_facts(path)
     if not facts:
@@ -158,11 +148,11 @@ def model_facts(directory: Path) -> dict[str, Any]:
     }
 
 
-def adapter_facts(directory: Path, base: Path | None = None) -> dict[str, Any]:
-    """Describe an adapter, alone or on the model in the directory `base`; "problems" is why minilora does not load it.
+def adapter_facts(directory: Path) -> dict[str, Any]:
+    """Describe an adapter; "problems" is why minilora cannot read it.
 
-    "features" is what other readers may ignore or refuse (see `features`). "modules" are those with an A and a B,
-    and how much they change; there are none if the adapter cannot be read.
+    "features" is what other readers may ignore or refuse (see `features`). "modules" are those with an A and a B, and
+    how much they change: "norm" is ‖s·B A‖. There are none if the adapter cannot be read.
 
     Raises:
         FormatError: a file is missing or damaged.
@@ -170,23 +160,39 @@ def adapter_facts(directory: Path, base: Path | None = None) -> dict[str, Any]:
     values, file, state = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE), {}
     if (directory / "state.json").is_file():
         state = {"step": read_json(directory / "state.json").get("step")}  # of a checkpoint
-    modules, problems = [], []
+    modules: list[dict[str, Any]] = []
+    problems: list[str] = []
     try:
-        modules = _module_facts(read_adapter(directory), tensor_files(base) if base else {})
-        if base is not None:
-            _try_loading(directory, base)
+        stored = read_adapter(directory)
+        config = stored.config()
+        for path, held in sorted(stored.tensors.items()):
+            if "lora_A" in held:
+                rank, scale = len(held["lora_A"]), config.scale(path)
+                norm = update_norm(held["lora_A"], held["lora_B"], scale)
+                modules.append({"module": path, "rank": rank, "scale": scale, "norm": norm})
     except MiniloraError as error:
         problems = _problems(error)
     return {
         "path": str(directory),
         **state,
-        "base": None if base is None else str(base),
         "config": values,
         "tensors": file.entries,
         "modules": modules,
         "features": features(values, file.shapes),
         "problems": problems,
     }
+
+
+def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:
+    """Return the Frobenius norm of s·B A, in float64.
+
+    B A = Q_B R_B (Q_A R_A)ᵀ has the norm of R_B R_Aᵀ, since Q_A and Q_B have orthonormal columns. The shorter
+    tr((BᵀB)(AAᵀ)) loses half of the digits where B and A nearly cancel.
+
+    Shapes: lora_A (r, in), lora_B (out, r) -> a number
+    """
+    right_A, right_B = (torch.linalg.qr(factor.double(), mode="r").R for factor in (lora_A.T, lora_B))
+    return abs(scale) * torch.linalg.matrix_norm(right_B @ right_A.T).item()
 
 
 def _locate(name_or_path: str) -> Path:
@@ -201,89 +207,9 @@ def _locate(name_or_path: str) -> Path:
         return fetch(name_or_path, "adapter")
 
 
-def _base_of(adapter: Path, model: str | None) -> Path | None:
-    """Find the base of an adapter: `model`, else the directory that the adapter names, if it exists."""
-    if model is not None:
-        return _locate(model)
-    named = base_model_of(adapter)
-    is_here = named is not None and (named == BUILTIN or (Path(named) / "config.json").is_file())
-    return fetch(str(named), "model") if is_here else None
-
-
 def _problems(error: MiniloraError) -> list[str]:
     first, *details = (line.strip() for line in str(error).splitlines())
     return details or [first]
-
-
-def _try_loading(directory: Path, base: Path) -> None:
-    """Load an adapter onto its base, without the weights of the base unless the adapter has copies to compare."""
-    has_copies = any(parse_tensor_name(name)[1] == "weight" for name in TensorFile(directory / WEIGHTS_FILE).shapes)
-    model = load_model(base, device="cpu" if has_copies else "meta")
-    resize_token_embeddings(model, vocabulary_of(directory))
-    load_adapter(model, directory)
-
-
-def _module_facts(stored: Stored, base: Mapping[str, TensorFile]) -> list[dict[str, Any]]:
-    """Describe each module with an A and a B; norms are None where they need a base that is not there.
-
-    Raises:
-        FormatError: the config or a 4-bit weight of the base is malformed.
-    """
-    config, packed, facts = stored.config(), packed_weights(base), []
-    for module, held in sorted(stored.tensors.items()):
-        if "lora_A" not in held:
-            continue
-        A, B, weight = held["lora_A"].flatten(1), held["lora_B"].flatten(1), _base_weight(base, packed, module)
-        scale = config.scale(module)
-        if weight is not None and stored.values.get("fan_in_fan_out"):
-            weight = weight.T
-        delta, size = delta_norm(A, B, scale, held.get("magnitude"), weight), None if weight is None else norm(weight)
-        facts.append(
-            {
-                "module": module,
-                "rank": len(A),
-                "scale": scale,
-                "delta_norm": delta,
-                "base_norm": size,
-                "relative_norm": delta / size if delta is not None and size else None,
-            }
-        )
-    return facts
-
-
-def _base_weight(base: Mapping[str, TensorFile], packed: Mapping[str, list[str]], module: str) -> Tensor | None:
-    """Read the weight of a module of the base as a matrix; None if there is none, or its dtype has no norm."""
-    name = f"{module}.weight"
-    if name == HEAD and HEAD not in base:  # tied
-        name = EMBEDDING
-    if name in packed:
-        return dequantize_weight(*read_packed(base, packed[name], torch.device("cpu")), torch.float32)
-    tensor = base[name].read(name) if name in base else None
-    return None if tensor is None or tensor.dtype not in ADAPTER_DTYPES or tensor.dim() < 2 else tensor.flatten(1)
-
-
-def delta_norm(A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None, weight: Tensor | None) -> float | None:
-    """Return ‖ΔW‖, ΔW = s·B A; with DoRA, whose ΔW is m ⊙ (W + s·B A)/‖W + s·B A‖ - W, None without W.
-
-    B A = Q_B R_B (Q_A R_A)ᵀ has the norm of R_B R_Aᵀ, since Q_A and Q_B have orthonormal columns. The shorter
-    tr((BᵀB)(AAᵀ)) loses half of the digits where B and A nearly cancel.
-
-    Shapes: A (r, in), B (out, r), magnitude (out), weight (out, in) -> a number
-    """
-    if len(A) != B.size(1):  # a convolution in groups
-        return None
-    if magnitude is None:
-        R_A, R_B = (torch.linalg.qr(factor.double(), mode="r").R for factor in (A.T, B))
-        return abs(scale) * norm(R_B @ R_A.T)
-    if weight is None or weight.shape != (len(B), A.size(1)) or magnitude.numel() != len(B):
-        return None
-    W, A, B, m = (tensor.float() for tensor in (weight, A, B, magnitude.flatten()))
-    return norm((m / dora_norm(W, A, B, scale))[:, None] * (W + lora_delta(A, B, scale)) - W)
-
-
-def norm(matrix: Tensor) -> float:
-    """Return the Frobenius norm, summed in float64."""
-    return torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
 
 
 def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -298,8 +224,6 @@ def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         found.add("modules_to_save")
     if any("lora_embedding_" in name for name in places):
         found.add("embeddings")
-    if any(key == "lora_A" and len(shapes[name]) > 2 for name, (_, key) in places.items()):
-        found.add("convolutions")
     effects = {name: effect for name, effect in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
     if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
         effects["init_lora_weights"] = f"{init!r:.60} changes the base's weights at the start"

@@ -69,7 +69,7 @@ def test_the_package_names_the_recipe(tmp_path):
     plain = copy.deepcopy(model)
     attach_convolutions(model, ["0"], 2, 14)
     save_convolutions(model, tmp_path)
-    with pytest.raises(ml.TargetError, match=r"0: is a convolution.*recipes/convolutions\.py"):
+    with pytest.raises(ml.FormatError, match=r"0\.lora_A.* of a convolution.*recipes/convolutions\.py"):
         ml.load_adapter(plain, tmp_path)
 
 
