@@ -7,7 +7,7 @@ import pytest
 from minilora.data import IGNORE_INDEX, label_tokens
 from minilora.runs.conversations import render_conversation
 from minilora.runs.formats import Conversation
-from minilora.testing import Chat, CheckFailure, check_chat_mask, laws
+from minilora.testing import CheckFailure, check_chat_mask, laws
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.implementations import END, render_chat
 from minilora.testing.mistakes_data import with_mask
@@ -69,7 +69,6 @@ def without_end(messages):
 
 
 WRONG_TEXTS = {  # the law that finds it, and a part of the message
-    "words elsewhere": ("repeats", MISTAKES["a reply is found by its text, even in the question"], "learned are"),
     "no labels for some tokens": ("turns", lambda m: (render_chat(m)[0], render_chat(m)[1][:-1]), "labels for"),
     "the first messages are lost": ("system", lambda m: render_chat(m[-2:]), "every message's text"),
     "the order of messages": ("turns", lambda m: render_chat(m[::-1]), "learned are|every message's text"),
@@ -84,7 +83,6 @@ WRONG_TEXTS = {  # the law that finds it, and a part of the message
         with_mask(lambda tokens, flags: [f and bool(t.strip()) for t, f in zip(tokens, flags, strict=True)]),
         "learned are",
     ),
-    "empty replies have no end": ("empty", MISTAKES["the end token of an empty reply is not learned"], "learned are"),
 }
 
 
@@ -93,10 +91,3 @@ def test_each_law_of_masks_finds_what_breaks_it(mistake):
     law, render, said = WRONG_TEXTS[mistake]
     with pytest.raises(CheckFailure, match=said):
         laws("chat_mask")[law].check(render)
-
-
-def test_a_case_of_a_conversation_can_be_repeated_from_its_text():
-    with pytest.raises(CheckFailure) as failure:
-        laws("chat_mask")["turns"].check(MISTAKES["everything is learned"])
-    assert failure.value.case == Chat((("user", "Is it day?"), ("assistant", "No, night.")))
-    assert f"case = {failure.value.case!r}" in str(failure.value)

@@ -1,6 +1,5 @@
 """The laws of an adapter's directory: what `save_adapter` writes passes, and each planted mistake is found by name."""
 
-import dataclasses
 import shutil
 
 import pytest
@@ -113,34 +112,21 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
     "integers": ({}, replaced(f"{Q}.lora_A.weight", torch.Tensor.long), "values", ["lora_A.weight: found I64", "BF16"]),
     "no prefix": ({}, renamed(PREFIX, ""), "names", ["model.layers.0", f"begin with {PREFIX}", "only warns"]),
     "adapter's name": ({}, renamed(".weight", ".default.weight"), "names", ["lora_A.default.weight: is nothing"]),
-    "magnitude's name": (DORA, renamed("vector", "vector.weight"), "names", ["vector.weight: is nothing"]),
     "weight of the model": ({}, added(f"{NORM}.weight", 24), "names", ["model.norm.weight: is nothing"]),
-    "bias of the model": ({"bias": "lora_only"}, added(f"{UP}.bias", 40), "names", ["up_proj.bias: is nothing"]),
     "no B": ({}, without(f"{Q}.lora_B.weight"), "pairs", [f"{Q}.lora_A.weight: found no lora_B.weight beside it"]),
-    "no A": ({}, without(f"{Q}.lora_A.weight"), "pairs", [f"{Q}.lora_B.weight: found no lora_A.weight beside it"]),
-    "no B of an embedding": (EMBEDDED, without(f"{EMBEDDING}.lora_embedding_B"), "pairs", ["no lora_embedding_B"]),
     "stray magnitude": (DORA, added(f"{NORM}.lora_magnitude_vector", 24), "pairs", ["vector: found no lora_A.weight"]),
     "no tensors": ({}, lambda tensors: {}, "pairs", ["found no tensor"]),
     "rank": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[:, :2]), "shapes", ["B (40, 2), accepted are A (3, in)"]),
-    "vector": ({}, replaced(f"{Q}.lora_B.weight", lambda B: B[0]), "shapes", ["B (3,), accepted are two matrices"]),
     "transposed": ({}, transposed, "shapes", ["found A (24, 3)"]),
     "exchanged": ({}, exchanged, "shapes", ["found A (40, 3)"]),
     "no magnitude": (DORA, without(MAGNITUDE), "dora", ["found none, accepted is (40,) since use_dora is true"]),
     "magnitude of inputs": (DORA, replaced(MAGNITUDE, lambda m: m[:24]), "dora", ["found (24,), accepted is (40,)"]),
-    "magnitude in vain": ({}, added(MAGNITUDE, 40), "dora", ["found (40,), accepted is none"]),
     "bias in vain": ({}, added(f"{Q}.base_layer.bias", 40), "biases", [f"{Q}.base_layer.bias: found (40,), accepted"]),
-    "B's bias in vain": ({}, added(f"{Q}.lora_B.bias", 40), "biases", ["lora_B.bias: found (40,), accepted is none"]),
     "no bias of B": ({"lora_bias": True}, without(f"{Q}.lora_B.bias"), "biases", ["found none, accepted is (40,)"]),
     "no head": ({"modules_to_save": ("lm_head",)}, without(f"{HEAD}.weight"), "modules_to_save", ["found 'lm_head'"]),
     "rows": ({"trainable_token_indices": (7, 2)}, replaced(ROWS, lambda rows: rows[1:]), "rows", ["found [7, 2]"]),
     "other modules": ({}, renamed("q_proj", "query"), "targets", ["self_attn.query too", "found 'q_proj', accepted"]),
     "start": ({}, zero, "trained", ["found A or B = 0 in every module"]),
-    "zero A": (
-        EMBEDDED,
-        replaced(f"{EMBEDDING}.lora_embedding_A", torch.zeros_like),
-        "trained",
-        ["as before training"],
-    ),
 }
 
 
@@ -162,10 +148,7 @@ def test_a_mistake_in_the_tensors_is_found(mistake, copy, tmp_path):
 
 
 FIELDS = {
-    "peft_type": ("config", {"peft_type": "IA3"}, "peft_type: found 'IA3', accepted is 'LORA'"),
-    "no peft_type": ("config", {"peft_type": None}, "peft_type: found None"),
-    "no r": ("config", {"r": None}, "r: found None, accepted is a whole number of at least 1"),
-    "no alpha": ("config", {"lora_alpha": None}, "lora_alpha: found None"),
+    "no peft_type": ("config", {"peft_type": None}, "peft_type: found None, accepted is 'LORA'"),
     "r of text": ("config", {"r": "3"}, "r: found '3', accepted is a whole number of at least 1"),
     "r of 0": ("config", {"r": 0}, "r: found 0"),
     "r of True": ("config", {"r": True}, "r: found True"),
@@ -177,20 +160,18 @@ FIELDS = {
     "names": ("config", {"target_modules": [1]}, "target_modules: found [1]"),
     "expression": ("config", {"target_modules": "(q_proj"}, "target_modules: found '(q_proj'"),
     "module": ("config", {"modules_to_save": "lm_head"}, "modules_to_save: found 'lm_head', accepted is a list"),
-    "rank of 0": ("config", {"rank_pattern": {"q_proj": 0}}, "rank_pattern: found {'q_proj': 0}"),
     "list of ranks": ("config", {"rank_pattern": ["q_proj"]}, "rank_pattern: found ['q_proj']"),
     "expression of ranks": ("config", {"rank_pattern": {"(q_proj": 3}}, "rank_pattern: found {'(q_proj': 3}"),
     "alpha of 0": ("config", {"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: found {'q_proj': 0}"),
     "rank": ("shapes", {"r": 4}, "accepted are A (4, in) and B (out, 4) since r is 4"),
     "rank of a pattern": (
         "shapes",
-        {"rank_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"q_proj": 2, "self_attn.q_proj": 3}},
         "since rank_pattern['q_proj'], the first key that matches, is 2",
     ),
     "alpha of nothing": ("patterns", {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: found 'k_proj', accepted is"),
-    "rank of nothing": ("patterns", {"rank_pattern": {"roj": 2}}, "rank_pattern: found 'roj', accepted is what"),
+    "part of a name": ("patterns", {"rank_pattern": {"roj": 2}}, "rank_pattern: found 'roj', accepted is what"),
     "DoRA": ("dora", {"use_dora": True}, "found none, accepted is (40,) since use_dora is true"),
-    "bias of B": ("biases", {"lora_bias": True}, "found none, accepted is (40,) since lora_bias is true"),
     "whole module": ("modules_to_save", {"modules_to_save": ["head"]}, "found 'head', accepted are modules whose"),
     "head of no classifier": ("modules_to_save", {"modules_to_save": ["classifier", "score"]}, "found 'classifier'"),
     "tokens": ("rows", {"trainable_token_indices": [1]}, "found [1], accepted are as many rows"),
@@ -207,22 +188,12 @@ def test_a_mistake_in_the_config_is_found(mistake, copy):
     assert_found(copy, law, [said, CONFIG] if law not in ("shapes", "dora", "biases") else [said, WEIGHTS])
 
 
-def test_a_pattern_whose_keys_were_sorted_is_found_and_explained(tmp_path):
-    """As PEFT 0.21 writes it: the adapter then has other ranks when it is loaded."""
-    saved(tmp_path, target_modules=("q_proj",), rank_pattern={"self_attn.q_proj": 8, "q_proj": 2})
-    edit(tmp_path, rank_pattern={"q_proj": 2, "self_attn.q_proj": 8})
-    assert_found(tmp_path, "shapes", ["since rank_pattern['q_proj'], the first key that matches, is 2"])
-
-
 BROKEN = {
     "no config": lambda path: (path / CONFIG).unlink(),
     "no tensors": lambda path: (path / WEIGHTS).unlink(),
-    "no directory": shutil.rmtree,
     "no JSON": lambda path: (path / CONFIG).write_text("{"),
-    "no object": lambda path: (path / CONFIG).write_text("[]"),
     "no safetensors": lambda path: (path / WEIGHTS).write_bytes(b"PK" * 50),
     "cut off": lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1]),
-    "longer than its header says": lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes() + b"1"),
     "a pickle beside": lambda path: (path / "adapter_model.bin").write_bytes(b""),
 }
 
@@ -234,12 +205,3 @@ def test_files_that_cannot_be_read_are_found_by_one_law(mistake, copy):
     if mistake != "a pickle beside":
         with pytest.raises(NotApplicable, match="cannot be read"):
             laws("adapter_directory")["shapes"].check(copy)
-
-
-def test_a_known_deviation_can_be_declared(tmp_path):
-    edit(saved(tmp_path, target_modules=("q_proj",)), target_modules=["q_proj", "query"])
-    law = dataclasses.replace(laws("adapter_directory")["targets"], known="found 'query'")
-    assert "known deviation" in law.check(tmp_path).statement
-    edit(tmp_path, target_modules=["q_proj"])
-    with pytest.raises(CheckFailure, match="no longer there"):
-        law.check(tmp_path)

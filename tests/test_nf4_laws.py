@@ -8,6 +8,7 @@ from minilora import nf4
 from minilora.nf4 import NF4Linear, dequantize_absmax, quantize, quantize_absmax
 from minilora.testing import (
     AbsmaxVector,
+    Chat,
     CheckFailure,
     NF4Weight,
     QuantizedLinear,
@@ -125,7 +126,8 @@ def test_each_law_about_gradients_is_left_out_for_numpy():
 
 
 def test_a_case_is_made_again_by_its_repr():
-    for case in (NF4Weight(3, 70, kind="ties", seed=4), AbsmaxVector(5, "outlier", 2), QuantizedLinear((), 7, 2)):
+    weights = NF4Weight(3, 70, kind="ties", seed=4), AbsmaxVector(5, "outlier", 2), QuantizedLinear((), 7, 2)
+    for case in (*weights, Chat((("user", "a"), ("assistant", "'b'")))):
         assert eval(repr(case), {type(case).__name__: type(case)}) == case
 
 

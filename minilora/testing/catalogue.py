@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from minilora.testing.mistakes_data import ACCUMULATION, CHAT_MASK, LOSS_MASKING
-from minilora.testing.mistakes_layers import ADAPTER_SUM, DORA, LORA, MERGE
+from minilora.testing.mistakes_layers import ADAPTER_SUM, DORA, LORA, MERGE, MERGE_DORA, RSLORA
 from minilora.testing.mistakes_nf4 import DOUBLE_QUANT, LINEAR4BIT, NF4
 
 CATALOGUE: Mapping[str, Mapping[str, Any]] = {
     "lora": LORA,
-    "rslora": LORA,
+    "rslora": RSLORA,
     "dora": DORA,
     "merge": MERGE,
-    "merge_dora": MERGE,
+    "merge_dora": MERGE_DORA,
     "adapter_sum": ADAPTER_SUM,
     "nf4": NF4,
     "double_quant": DOUBLE_QUANT,

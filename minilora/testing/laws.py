@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import unittest
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,7 +20,6 @@ from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import GRADIENT_PARITY, Array, Bounded, as_array, worst
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-PAIRS = ("nf4", "double_quant")  # kinds of which two functions are checked together
 Tried = tuple[Any, list[Any]]  # a case and its comparisons
 TRIED = 10  # failing cases at most in which mistakes of the catalogue are tried, from small to large
 RANDOM = torch.Generator().manual_seed(0).get_state()
@@ -40,7 +40,7 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
         self.law, self.case, self.causes, self.found = law, case, causes, found
 
 
-class NotApplicable(Exception):  # noqa: N818  # no error: an implementation does not have what the law is about
+class NotApplicable(unittest.SkipTest):  # by which pytest skips a test
     """A law does not apply to an implementation, such as that of dropout to one without dropout."""
 
 
@@ -137,7 +137,6 @@ class Law:
     compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
-    skip: Callable[[str], Any] | None = None  # is told why the law does not apply, such as `pytest.skip`
 
     @property
     def id(self) -> str:
@@ -149,35 +148,22 @@ class Law:
         Raises:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
-            TypeError: the implementation is no pair, and two functions are checked together.
         """
-        if self.kind in PAIRS and not (isinstance(implementation, tuple | list) and len(implementation) == 2):
-            raise TypeError(f"{self.kind} is checked with a pair (quantize, dequantize)")
-        try:
-            report = self._check(implementation, case)
-        except NotApplicable as reason:
-            if self.skip is None:
-                raise
-            self.skip(str(reason))
-            return Report(self.id, self.statement, 0.0, 0)
-        except CheckFailure as failure:
-            if self.known and self.known in failure.found:
-                return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
-            raise
-        if self.known:
-            raise CheckFailure(f"{self.id}: the known deviation {self.known!r} is no longer there", self.id, case)
-        return report
-
-    def _check(self, implementation: Any, case: Any) -> Report:
         cases = list(self.cases()) if case is None else [case]
-        found = [(each, self._comparisons(implementation, each)) for each in cases]
+        found = [(each, self.comparisons(implementation, each)) for each in cases]
         failing = [(each, own) for each, own in found if any(one.verdict[0] > 1 for one in own)]
         if failing:
-            raise self._failure(implementation, failing, len(cases))
+            failure = self._failure(implementation, failing, len(cases))
+            if self.known and self.known in failure.found:
+                return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
+            raise failure
+        if self.known:
+            raise CheckFailure(f"{self.id}: the known deviation {self.known!r} is no longer there", self.id, case)
         ratios = [one.verdict[0] for _, own in found for one in own]
         return Report(self.id, self.statement, max(ratios, default=0.0), len(ratios))
 
-    def _comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
+    def comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
+        """Return what an implementation makes of a case beside what it should; an exception is a result as well."""
         found = []
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(RANDOM)  # so that a mistake draws the same masks as an implementation
@@ -222,7 +208,7 @@ class Law:
         misses, is_far = 0, False
         for case, ours in failing:
             try:
-                theirs = self._comparisons(self.like(implementation, mistake, case), case)
+                theirs = self.comparisons(self.like(implementation, mistake, case), case)
             except NotApplicable:
                 return False
             pairs = zip(ours, theirs, strict=False)

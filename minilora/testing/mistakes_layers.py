@@ -115,12 +115,10 @@ def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
     return F.linear(x, self.get_buffer("merged"), self.b)
 
 
-LORA: Mapping[str, Make] = {
+EITHER: Mapping[str, Make] = {
     "the scale is α·r": with_alpha(lambda alpha, r: alpha * r * r),
     "the scale is α: it is not divided by r": with_alpha(lambda alpha, r: alpha * r),  # Blaizzy/mlx-vlm#845
     "the scale is missing": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, len(A), dropout),
-    "the scale is α/r in spite of use_rslora": without_option(LoRALayer, "use_rslora"),  # NVIDIA/TensorRT-LLM#1668
-    "the scale is α/√r, rsLoRA's": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, alpha, dropout, True),
     "the update is missing": with_formula(LoRALayer, base),
     "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
     "the bias is missing": with_arguments(LoRALayer, lambda W, b, *rest: (W, None, *rest)),
@@ -140,6 +138,14 @@ LORA: Mapping[str, Make] = {
     "the gradient of B lacks the scale": lora(unscaled_gradient_of_B),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
+}
+LORA: Mapping[str, Make] = {
+    **EITHER,
+    "the scale is α/√r, rsLoRA's": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, alpha, dropout, True),
+}
+RSLORA: Mapping[str, Make] = {
+    **EITHER,
+    "the scale is α/r in spite of use_rslora": without_option(LoRALayer, "use_rslora"),  # NVIDIA/TensorRT-LLM#1668
 }
 
 # --- DoRA ---
@@ -214,7 +220,10 @@ MERGE: Mapping[str, Make] = {
     "the update is subtracted": lambda W, A, B, scale, *m: merge(W, A, B, -scale, *m),
     "the update is added twice": lambda W, A, B, scale, *m: merge(W, A, B, 2 * scale, *m),  # huggingface/peft#3774
     "the weight that was given is changed": lambda W, *rest: W.copy_(merge(W.clone(), *rest)),
-    "the magnitude is ignored": lambda W, A, B, scale, *m: merge(W, A, B, scale),
+}
+MERGE_DORA: Mapping[str, Make] = {
+    **MERGE,
+    "the magnitude is ignored": lambda W, A, B, scale, magnitude: merge(W, A, B, scale),
 }
 
 Adapters = Sequence[tuple[Tensor, Tensor, float]]
