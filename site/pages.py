@@ -1,0 +1,71 @@
+"""Collect the pages of the site: the Markdown of the checkout, the six pages side by side, and the sources they link.
+
+Sphinx reads them from a folder of the build, in which each page has the path that it has in the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import side_by_side
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+ROOT = Path(__file__).parents[1]
+START = Path("site", "index.md")
+SINGLE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/peers_under_test.md")
+PICTURES = (".svg", ".png")
+CODE_OR_LINK = re.compile(r"^(`{3,}).*?^\1$|(?<=\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*)?(?=\))", re.DOTALL | re.MULTILINE)
+PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
+LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", "": "sh"}
+
+
+def collect(app: Sphinx, config: Config) -> None:
+    """Write all pages below the folder of the build, from which Sphinx then reads (a handler of `config-inited`)."""
+    app.srcdir = Path(app.doctreedir, "pages")
+    paths = [path for folder in ("docs", "tutorials", "recipes") for path in (ROOT / folder).glob("*.md")]
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
+    texts |= {Path(name): (ROOT / name).read_text(encoding="utf-8") for name in (*SINGLE, START)}
+    texts |= {Path("minilora", f"{name}.py"): side_by_side.page(name) for name in side_by_side.PAGES}
+    for path in list(texts):
+        text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", texts[path])
+        texts[path] = CODE_OR_LINK.sub(lambda link, page=path: _link(link, page, texts), text)
+    for path, text in texts.items():
+        target = app.srcdir / _place(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in PICTURES:
+            shutil.copy2(ROOT / path, target)
+        elif not target.exists() or target.read_text(encoding="utf-8") != text:
+            target.write_text(text, encoding="utf-8")  # a page that is as it was is not read again
+
+
+def _link(link: re.Match[str], page: Path, texts: dict[Path, str]) -> str:
+    """Return a link as it is on the site; what it leads to gets a page."""
+    if link[1]:  # code
+        return link[0]
+    target = Path(os.path.normpath(page.parent / link[2]))
+    target = START if target == Path("README.md") else target
+    if target not in texts:
+        texts[target] = "" if target.suffix in PICTURES else _source(target)
+    return os.path.relpath(_place(target), _place(page).parent) + (link[3] or "")
+
+
+def _place(path: Path) -> Path:
+    """Return the place on the site of a file of the checkout."""
+    if path == START:
+        return Path("index.md")
+    return path if path.suffix in (".md", *PICTURES) else Path(f"{path}.md")
+
+
+def _source(path: Path) -> str:
+    """Return a page that shows a file, or the names in a folder."""
+    source = ROOT / path
+    if source.is_dir():
+        names = sorted(each.name for each in source.iterdir() if not each.name.startswith(("_", ".")))
+        text = "\n".join(f"- `{name}`" for name in names)
+    else:
+        text = f"`````{LANGUAGES.get(path.suffix, 'text')}\n{source.read_text(encoding='utf-8')}\n`````"
+    return f"---\norphan: true\n---\n\n# {path}\n\n{text}\n"

@@ -1,0 +1,139 @@
+"""The site builds without a warning, and opens from the disk in a browser: whole, readable, and by itself."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+sphinx = pytest.importorskip("sphinx", reason="needs the extra `site`: pip install -e '.[site]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `site`: pip install -e '.[site]'")
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+WIDTHS = (390, 1400)
+NO_BROWSER = "needs a browser: apt-get install chromium, or CHROMIUM=/path/to/it"
+pytestmark = [pytest.mark.site, pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)]
+
+
+def build(builder: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", builder, str(ROOT / "site"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return build("html", tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # The sandbox of Chromium needs rights that containers do not give.
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened(browser, path: Path, *, width: int = 1400, scheme: str = "light"):
+    """Open a page from the disk; return it, and what it did that it must not do."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    faults = []
+    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else faults.append(request.url)
+    )
+    page.on("requestfailed", lambda request: faults.append(f"missing: {request.url}"))
+    page.goto(path.as_uri())
+    return page, faults
+
+
+def pages(site: Path) -> list[Path]:
+    return sorted(path for path in site.rglob("*.html") if not path.is_relative_to(site / "_static"))
+
+
+def test_every_page_opens_from_the_disk_without_an_error_a_request_or_a_missing_link(site, browser):
+    found = pages(site)
+    assert len(found) > 60
+    page, faults = opened(browser, site / "index.html")
+    missing = []
+    for path in found:
+        page.goto(path.as_uri())
+        # The browser itself resolves where links and pictures lead.
+        links = page.evaluate("[...document.links].map(a => a.href)")
+        missing += [(path.name, link) for link in links if link.startswith("file:") and not leads_somewhere(link)]
+        broken = page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)")
+        missing += [(path.name, image) for image in broken]
+    assert faults == []
+    assert missing == []
+
+
+def leads_somewhere(link: str) -> bool:
+    parts = urlsplit(link)
+    target = Path(unquote(parts.path))
+    if not target.is_file():
+        return False
+    anchor = unquote(parts.fragment)
+    return not anchor or target.suffix != ".html" or f'id="{anchor}"' in target.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_fits_the_width_in_light_and_dark(site, browser, width, scheme):
+    page, _ = opened(browser, site / "index.html", width=width, scheme=scheme)
+    wide = []
+    for path in pages(site):
+        page.goto(path.as_uri())
+        if page.evaluate("document.documentElement.scrollWidth") > width:
+            wide.append(path.name)
+    assert wide == []
+    background, text = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        ".map(color => color.match(/\\d+/g).slice(0, 3).reduce((sum, each) => sum + Number(each), 0))"
+    )
+    assert (background < text) == (scheme == "dark")
+
+
+def test_the_search_finds_double_quantization(site, browser):
+    page, faults = opened(browser, site / "search.html")
+    page.goto(f"{(site / 'search.html').as_uri()}?q=double+quantization")
+    page.wait_for_selector("#search-results li")
+    assert "Four bits" in page.inner_text("#search-results li >> nth=0")
+    assert faults == []
+
+
+def test_a_page_of_the_code_stands_beside_its_notes_with_its_kernel_test_and_chapter(site, browser):
+    page, _ = opened(browser, site / "minilora" / "lora.py.html")
+    row = page.locator(".row", has_text="def lora_linear(").first
+    notes, code = row.locator(".notes"), row.locator(".code")
+    assert notes.bounding_box()["x"] < code.bounding_box()["x"]
+    assert notes.locator("math").count() >= 1
+    assert {"built by hand", "its law"} <= set(notes.locator("a").all_inner_texts())
+    kernel = code.locator("details .highlight")
+    assert not kernel.is_visible()
+    code.locator("summary").click()
+    assert kernel.is_visible()
+
+
+def test_the_pages_hold_every_line_of_the_code(site, browser):
+    for name in ("lora", "nf4", "llama", "adapter", "data", "training"):
+        page, _ = opened(browser, site / "minilora" / f"{name}.py.html")
+        shown = "\n".join(page.locator(".row .code > div.highlight-python pre").all_text_contents())
+        source = (ROOT / "minilora" / f"{name}.py").read_text(encoding="utf-8")
+        for line in source.partition("from __future__")[2].splitlines():
+            if line.strip().startswith(("return ", "def ", "class ", "if ", "for ")) and '"""' not in line:
+                assert line in shown, f"{name}.py: {line}"
+
+
+def test_the_print_version_is_one_page(tmp_path):
+    folder = build("singlehtml", tmp_path)
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert "A LoRA layer in 30 lines" in text
+    assert "Did it forget?" in text
