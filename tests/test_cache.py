@@ -14,23 +14,23 @@ CPU = torch.device("cpu")
 E, WINDOW = 6, 5  # of the tiny mistral
 
 
-def filled(lengths, seed=0, capacity=64, family="mistral", dtype=torch.float64):
+def filled(lengths, seed=0, capacity=64, family="mistral"):
     """A cache that holds so many tokens of each document in its first layer."""
     config = tiny_config(family)
-    cache = KVCache(config, len(lengths), capacity, dtype, CPU)
+    cache = KVCache(config, len(lengths), capacity, CPU)
     add(cache, lengths, seed, config.windows[0])
     return cache
 
 
-def rows(lengths, seed, dtype=torch.float64):
+def rows(lengths, seed):
     """q, k and v of so many new tokens."""
-    return (randn(seed + i, sum(lengths), heads, E, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
+    return (randn(seed + i, sum(lengths), heads, E) for i, heads in enumerate((4, 2, 2)))
 
 
 def add(cache, lengths, seed, window):
     """What the cache answers to so many new tokens of each document."""
     cache.begin(lengths)
-    return cache.attend(*rows(lengths, seed, cache.keys.dtype), window)
+    return cache.attend(*rows(lengths, seed), window)
 
 
 @st.composite
@@ -44,7 +44,7 @@ def calls(draw):
 @given(seeds, calls(), st.sampled_from([None, 1, WINDOW, 99]))
 def test_the_answer_is_causal_attention_over_all_that_was_given(seed, calls, window):
     config = tiny_config("mistral", sliding_window=window)
-    cache = KVCache(config, len(calls[0]), 64, torch.float64, CPU)
+    cache = KVCache(config, len(calls[0]), 64, CPU)
     past = [[torch.empty(0, 2, E, dtype=torch.float64)] * 2 for _ in calls[0]]
     for n, lengths in enumerate(calls):
         q, k, v = rows(lengths, seed + 10 * n)
@@ -62,8 +62,8 @@ def test_the_answer_is_causal_attention_over_all_that_was_given(seed, calls, win
 def test_what_lies_beyond_a_document_is_not_looked_at(seed, lengths):
     clean, littered = filled(lengths), filled(lengths)
     for document, length in enumerate(lengths):
-        for held in (littered.keys, littered.values):
-            held[:, document, :, length:] = 1e6
+        for held in littered.layers[0]:
+            held[document, :, length:] = 1e6
     ones = [1] * len(lengths)
     assert torch.equal(add(littered, ones, seed, WINDOW), add(clean, ones, seed, WINDOW))
 
@@ -71,16 +71,15 @@ def test_what_lies_beyond_a_document_is_not_looked_at(seed, lengths):
 @given(seeds, sizes, st.integers(WINDOW, 20), st.integers(1, 3))
 def test_beyond_a_window_nothing_is_read(seed, documents, length, new):
     clean, littered, news = filled([length] * documents), filled([length] * documents), [new] * documents
-    for held in (littered.keys, littered.values):
+    for held in littered.layers[0]:
         held[..., : length + 1 - WINDOW, :] = torch.nan
     assert torch.equal(add(littered, news, seed, WINDOW), add(clean, news, seed, WINDOW))
 
 
 def test_a_new_cache_holds_no_nan():
     """In a common view it would count 0 times, and still be one."""
-    cache = filled([3, 1])
-    assert not cache.keys[1:].any()
-    assert not cache.values[1:].any()
+    for held in filled([3, 1]).layers[0]:
+        assert not held[:, :, 3:].any()
 
 
 @pytest.mark.parametrize("lengths", [*long([50, 50], [50, 40]), [50, 1, 1]])

@@ -288,7 +288,7 @@ def test_what_is_no_batch_of_the_models_tokens_is_refused():
 def test_nothing_is_sent_to_a_device_that_is_at_work():
     """Or the sender would wait until all of its work is done."""
     model = tiny_model().to("meta")
-    cache = KVCache(model.config, 2, 9, torch.float64, torch.device("meta"))
+    cache = KVCache(model.config, 2, 9, torch.device("meta"))
     with models.Operations() as operations:
         _next_logits(model, [[1, 2, 3], [4, 5]], cache)
     names = [func._schema.name for func, *_ in operations.seen]

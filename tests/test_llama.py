@@ -173,7 +173,7 @@ def test_a_cache_changes_no_logits_however_the_documents_are_split(family, seed,
     rope = model.config.rope
     assert not (isinstance(rope, LengthRope) and rope.changes(1, max(lengths)))  # see test_generate.py
     documents = token_ids(seed, sum(lengths)).split(lengths)
-    cache = KVCache(model.config, len(lengths), max(lengths), torch.float64, CPU)
+    cache = KVCache(model.config, len(lengths), max(lengths), CPU)
     rest, logits = [list(document) for document in documents], [[] for _ in documents]
     for call in calls:
         new = torch.stack([rest[i].pop(0) for i, n in enumerate(call) for _ in range(n)])
@@ -205,7 +205,7 @@ def test_under_autocast_logits_and_gradients_are_as_good_as_those_of_a_model_in_
     lengths, tokens = [3, 17], token_ids(1, 20)
 
     def outcome(dtype, autocast=False):
-        model, cache = tiny_model(family, dtype=dtype), KVCache(tiny_config(family), 2, 17, dtype, CPU)
+        model, cache = tiny_model(family, dtype=dtype), KVCache(tiny_config(family), 2, 17, CPU)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             with torch.no_grad():
                 held = model.lm_head(model.model(tokens, lengths, cache))

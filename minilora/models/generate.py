@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import operator
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -28,61 +27,31 @@ from minilora.models.rotary import LengthRope
 OnToken = Callable[[int, int], bool | None]  # (row, token) -> True to end the row
 
 
-# What threads do with a model, since its mode is one for all of them. A model is in here only while a block runs.
-_LOCK = threading.Lock()
-_TRAINING: dict[nn.Module, int] = {}  # the thread
-_EVALUATING: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # how many blocks, and the modes before
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and dropout, or raise a `TrainingError` if another thread trains the model.
-
-    The mode of each module is restored when the last block of all threads has ended.
-    """
-    with _LOCK:
-        if _TRAINING.get(model, threading.get_ident()) != threading.get_ident():
-            raise TrainingError("another thread trains this model; evaluate a copy of it, or wait")
-        count, modes = _EVALUATING.get(model) or (0, [(module, module.training) for module in model.modules()])
-        _EVALUATING[model] = count + 1, modes
-        model.eval()
+    """Run a block without gradients and dropout, and restore the mode of each module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        with _LOCK:
-            count, modes = _EVALUATING.pop(model)
-            if count > 1:
-                _EVALUATING[model] = count - 1, modes
-                modes = []
-            for module, mode in modes:  # the outer ones first
-                if module.training != mode:
-                    module.train(mode)  # which a module may override, to merge and unmerge weights
-
-
-@contextmanager
-def exclusive_training(model: nn.Module) -> Iterator[None]:
-    """Run a block in which no other thread may use the model, or raise a `TrainingError` if one does."""
-    with _LOCK:
-        if model in _TRAINING or model in _EVALUATING:
-            raise TrainingError("another thread trains or evaluates this model; train a copy of it, or wait")
-        _TRAINING[model] = threading.get_ident()
-    try:
-        yield
-    finally:
-        del _TRAINING[model]
+        for module, mode in modes:  # the outer ones first
+            if module.training != mode:
+                module.train(mode)  # which a module may override, to merge and unmerge weights
 
 
 class KVCache:
     """The cached keys and values of a batch, so that a new token computes one row instead of all.
 
-    They are two tensors that are allocated once; new rows are written in place, and attention reads views. Each call
-    gives the number of new tokens of each document, 0 for one that has ended. With `dynamic` and `longrope` the
+    A layer's are two tensors that are allocated once; new rows are written in place, and attention reads views. Each
+    call gives the number of new tokens of each document, 0 for one that has ended. With `dynamic` and `longrope` the
     rotation of all tokens changes when a document outgrows a length (`LengthRope.changes`); then its tokens have to be
     given again (`reuse`).
 
     Attributes:
         lengths: the number of cached tokens of each document.
+        layers: the keys and the values of each layer that attends, (B, K, capacity, E).
 
     Args:
         config: the model's configuration.
@@ -90,11 +59,10 @@ class KVCache:
         capacity: the maximum length of a document.
     """
 
-    def __init__(self, config: LlamaConfig, documents: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, documents, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # masked rows must be finite: 0 · NaN is NaN
-        self.values = torch.zeros_like(self.keys)
+    def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):
         self.lengths = [0] * documents
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self._capacity, self._device = capacity, device
         self._windows, self._rope = set(config.windows), config.rope
 
     def reuse(self, document: int, length: int) -> int:
@@ -112,7 +80,7 @@ class KVCache:
         self._new, self._layer = list(lengths), 0
         self.lengths = [span.stop for span in spans]
         places = [(document, position) for document, span in enumerate(spans) for position in span]
-        self._documents, self._positions = torch.tensor(places, device=self.keys.device).unbind(1)
+        self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
         self._views = {window: self._common_view(window) for window in self._windows if max(lengths) == 1}
         return [span for span in spans if span]
 
@@ -121,14 +89,17 @@ class KVCache:
 
         Shapes: q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E)
         """
-        keys, values = self.keys[self._layer], self.values[self._layer]
+        if self._layer == len(self.layers):
+            shape = (len(self.lengths), k.size(1), self._capacity, k.size(2))
+            self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))  # masked rows must be finite: 0 · NaN is NaN
+        keys, values = self.layers[self._layer]
         self._layer += 1
-        keys[self._documents, :, self._positions] = k.to(keys.dtype)
-        values[self._documents, :, self._positions] = v.to(values.dtype)
+        keys[self._documents, :, self._positions] = k
+        values[self._documents, :, self._positions] = v
         if view := self._views.get(window):
-            seen, bias = view
+            seen, mask = view
             queries = q.new_zeros(len(self._new), *q.shape[1:]).index_copy(0, self._documents, q)
-            return decode_attention(queries, keys[:, :, seen], values[:, :, seen], bias)[self._documents]
+            return decode_attention(queries, keys[:, :, seen], values[:, :, seen], mask)[self._documents]
         parts, end = [], 0
         for document, (new, total) in enumerate(zip(self._new, self.lengths, strict=True)):
             if new:
@@ -139,13 +110,13 @@ class KVCache:
         return torch.cat(parts)
 
     def _common_view(self, window: int | None) -> tuple[slice, Tensor | None] | None:
-        """Return the keys that one query of each document sees, and a bias of -inf where one sees less than all.
+        """Return the keys that one query of each document sees, and a mask if one sees less than all of them.
 
         Return None if they see less than half. A key in a common product takes about half the time of one in a
         product of its own: with SmolLM2 on a CPU 8 documents of about 100 keys took 3.8 ms a token together and 7.4 one
         by one, of 945 keys 18 and 32.
 
-        Shapes: -> bias (B, 1, 1, S)
+        Shapes: -> mask (B, 1, 1, S)
         """
         spans = [(0 if window is None else max(0, total - window), total) for total in self.lengths]
         running = [span for span, new in zip(spans, self._new, strict=True) if new]
@@ -154,22 +125,21 @@ class KVCache:
             return None
         if all(span == (begin, end) for span in spans):
             return slice(begin, end), None
-        position = torch.arange(begin, end, device=self.keys.device)
-        first, total = torch.tensor(spans, device=self.keys.device).T.unsqueeze(2)
-        hidden = (position < first) | (position >= total)
-        bias = self.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        return slice(begin, end), bias[:, None, None]
+        position = torch.arange(begin, end, device=self._device)
+        first, total = torch.tensor(spans, device=self._device).T.unsqueeze(2)
+        visible = (position >= first) & (position < total)
+        return slice(begin, end), visible[:, None, None]
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute o = softmax(q kᵀ/√E + bias) v for one query of each document; query head h reads key head ⌊h·K/H⌋.
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute o = softmax(q kᵀ/√E) v for one query of each document; query head h reads key head ⌊h·K/H⌋.
 
     The query heads that share keys are rows of one product, so no key is read twice.
 
-    Shapes: q (B, H, E), keys (B, K, S, E), values (B, K, S, E), bias (B, 1, 1, S) -> (B, H, E)
+    Shapes: q (B, H, E), keys (B, K, S, E), values (B, K, S, E), mask (B, 1, 1, S) -> (B, H, E)
     """
     queries = q.unflatten(1, (keys.size(1), -1))  # (B, K, H/K, E)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).flatten(1, 2)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).flatten(1, 2)
 
 
 def generate(
@@ -213,7 +183,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     documents = [list(prompt) for prompt in prompts]
     capacity = max(map(len, documents)) + max_new_tokens
-    cache = KVCache(model.config, len(documents), capacity, weight.dtype, weight.device)
+    cache = KVCache(model.config, len(documents), capacity, weight.device)
     running = list(range(len(documents)))
     with evaluating(model):
         while running:

@@ -17,7 +17,6 @@ from minilora.adapters.config import LoraConfig
 from minilora.errors import DataError, FormatError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, is_finite
-from minilora.models.generate import exclusive_training
 from minilora.models.shard import held_bytes, is_sharded, whole
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
@@ -107,7 +106,7 @@ def train(
             `batch_tokens` with rows without `tokens`.
         FormatError: the newest checkpoint holds other tensors than the run trains.
         TrainingError: nothing is trainable, or an adapter that is not active; a loss, gradient or weight is not finite;
-            a checkpoint belongs to another run; the model needs `loss`; another thread uses the model; a rank does not
+            a checkpoint belongs to another run; the model needs `loss`; a rank does not
             answer, or has trained something else than the first one.
     """
     check_types(train, locals())
@@ -136,10 +135,9 @@ def train(
     if len({*world.all_gather(repr((config, len(dataset), len(held_out), state.run)))}) > 1:
         raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     try:
-        with exclusive_training(model):
-            if any(map(is_sharded, model.parameters())):
-                return_memory()
-            return _run_steps(run, state, on_step or (lambda record: None), held_out, folder)
+        if any(map(is_sharded, model.parameters())):
+            return_memory()
+        return _run_steps(run, state, on_step or (lambda record: None), held_out, folder)
     finally:
         for parameter in trained_parameters(run.optimizer).values():
             parameter.grad = None
