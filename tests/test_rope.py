@@ -41,7 +41,18 @@ def ropes(draw, kinds=tuple(NUMBERS)):
 
 
 def built(rope, **changes):
-    return build_rope(**{**vars(rope), **changes})
+    return build(**{**vars(rope), **changes})
+
+
+def build(kind, width, theta, scaling, trained_length, max_length):
+    values = {
+        "head_dim": width + 1,
+        "rope_theta": theta,
+        "rope_scaling": {"rope_type": kind, **scaling},
+        "original_max_position_embeddings": trained_length,
+        "max_position_embeddings": max_length,
+    }
+    return build_rope(values, width)
 
 
 def frequencies(rope, length):
@@ -135,7 +146,7 @@ def test_longrope_takes_its_long_factors_beyond_the_trained_length(rope):
 def test_every_number_that_a_kind_lacks_or_that_cannot_work_is_named(kind):
     for value in (None, "2", 0, -1.0, True, float("inf"), [], {}):
         with pytest.raises(ConfigError) as error:
-            build_rope(kind, 8, 1e4, dict.fromkeys(NUMBERS[kind], value), 16, 16)
+            build(kind, 8, 1e4, dict.fromkeys(NUMBERS[kind], value), 16, 16)
         for key in NUMBERS[kind]:
             assert (repr(key) if value is None else f"{key}: found {value!r}") in str(error.value)
 
@@ -144,8 +155,8 @@ def test_what_a_kind_cannot_do_is_refused():
     for wrong in ("short_factor", "long_factor"):
         scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
         with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
-            build_rope("longrope", 8, 1e4, scaling, 16, 16)
+            build("longrope", 8, 1e4, scaling, 16, 16)
     with pytest.raises(ConfigError, match="only 2 coordinates of a head turn"):
-        build_rope("dynamic", 2, 1e4, {"factor": 2.0}, 16, 16)
+        build("dynamic", 2, 1e4, {"factor": 2.0}, 16, 16)
     with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
-        build_rope("yarn", 8, 1e4, {"factor": 2.0}, 16, 16)
+        build("yarn", 8, 1e4, {"factor": 2.0}, 16, 16)

@@ -13,7 +13,7 @@ from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.family import Family, attention_biases, equal_windows
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
-from minilora.models.rotary import FLOAT, is_positive, read_rope
+from minilora.models.rotary import FLOAT, build_rope, is_positive
 from minilora.models.smollm3 import SMOLLM3
 
 SIZES = {  # the largest of each key, where the weights do not say
@@ -87,7 +87,9 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         )
     differing = {"windows": (None,) * values["num_hidden_layers"], **family.fields(values)}
     if "rope" not in differing:
-        differing["rope"] = read_rope(values, values["head_dim"])
+        if values["partial_rotary_factor"] != 1:
+            raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
+        differing["rope"] = build_rope(values, values["head_dim"])
     return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED}, **differing)
 
 
@@ -127,10 +129,6 @@ def _check(values: Mapping[str, Any]) -> None:
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
         if not isinstance(values.get(key) or False, bool):
             bad.append(f"{key}: found {values[key]!r:.80}, need true or false")
-    if values["model_type"] != "phi3" and values["partial_rotary_factor"] != 1:
-        bad.append(f"partial_rotary_factor: found {values['partial_rotary_factor']!r:.80}, which only phi3 knows")
-    if values["model_type"] == "mistral" and values.get("layer_types") is not None:
-        bad.append("layer_types: mistral has one window for all layers; a config with layer_types is ministral's")
     if values["hidden_act"] not in ("silu", "swish"):
         bad.append(f"hidden_act: found {values['hidden_act']!r:.80}, supported is 'silu'")
     if values.get("quantization_config") is not None and not is_four_bit(values):

@@ -37,6 +37,8 @@ def attention_biases(values: Values) -> dict[str, Any]:
 
 def equal_windows(values: Values) -> dict[str, Any]:
     """Return the field for a window that is the same in every layer."""
+    if values.get("layer_types") is not None:
+        raise ConfigError("layer_types: the family has one window for all layers")
     return {"windows": (values.get("sliding_window"),) * values["num_hidden_layers"]}
 
 

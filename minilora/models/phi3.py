@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora.llama import Block, CosSin, LlamaConfig, rotate, swiglu
 from minilora.models.family import Family, Values, equal_windows
-from minilora.models.rotary import read_rope
+from minilora.models.rotary import build_rope
 
 
 class Phi3Attention(nn.Module):
@@ -51,7 +51,7 @@ def fields(values: Values) -> dict[str, Any]:
     if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):
         scaling = {**scaling, "rope_type": "longrope"}
     width = int(values["head_dim"] * values["partial_rotary_factor"])
-    return {**equal_windows(values), "rope": read_rope({**values, "rope_scaling": scaling}, width)}
+    return {**equal_windows(values), "rope": build_rope({**values, "rope_scaling": scaling}, width)}
 
 
 PHI3 = Family(

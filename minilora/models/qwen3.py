@@ -12,22 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import MLP, Block, CosSin, LlamaConfig, RMSNorm, rotate
+from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig, RMSNorm, rotate
 from minilora.models.family import Family, Values, attention_biases, sliding_layers, some_windows
 
 
-class Qwen3Attention(nn.Module):
+class Qwen3Attention(Attention):
     def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        D, E = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.window = E, config.windows[layer]
-        self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
-        self.q_norm = RMSNorm(E, config.rms_norm_eps)
-        self.k_norm = RMSNorm(E, config.rms_norm_eps)
+        super().__init__(config, layer)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
         heads = (-1, self.head_dim)
@@ -44,12 +37,12 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
 
 def windows(values: Values) -> dict[str, Any]:
     """Return the field `windows` of Qwen2 and Qwen3."""
-    layers, first = values["num_hidden_layers"], values.get("max_window_layers")
     if not values.get("use_sliding_window"):
-        return some_windows(values, [False] * layers)
+        return {}
     slides = sliding_layers(values)
     if slides is None:
-        slides = [i >= (28 if first is None else first) for i in range(layers)]
+        first = values.get("max_window_layers")
+        slides = [i >= (28 if first is None else first) for i in range(values["num_hidden_layers"])]
     return some_windows(values, slides)
 
 

@@ -61,22 +61,20 @@ class LengthRope:
         return not torch.equal(self.frequencies(before), self.frequencies(after))
 
 
-def build_rope(
-    kind: str, width: int, theta: float, scaling: Scaling, trained_length: int, max_length: int
-) -> Rope | LengthRope:
-    """Build the rotation of a config.
-
-    Args:
-        kind: a key of `NUMBERS`.
-        width: R.
-        theta: θ, `rope_theta`.
-        scaling: the numbers of the kind.
-        trained_length: the length that scaling starts from.
-        max_length: `max_position_embeddings`.
+def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
+    """Build the rotation of R = `width` coordinates of a head; `values` are a config.json with defaults for missing keys.
 
     Raises:
-        ConfigError: an unknown kind, or numbers that are missing or cannot work, all in one message.
+        ConfigError: an unknown kind, or numbers that are missing or cannot work, all in one message; or the head is too
+            narrow for the last pair.
     """
+    if width + width % 2 > values["head_dim"]:
+        raise ConfigError(f"head_dim {values['head_dim']} is odd, but its coordinates turn in pairs")
+    scaling, theta = values["rope_scaling"], float(values["rope_theta"])
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    original = "original_max_position_embeddings"
+    max_length = values["max_position_embeddings"]
+    trained_length = values.get(original) or scaling.get(original) or max_length
     _check(kind, width, scaling, trained_length)
     if kind == "dynamic":
         return LengthRope(partial(dynamic_frequencies, width, theta, scaling["factor"], max_length))
@@ -87,31 +85,8 @@ def build_rope(
     if kind == "linear":
         frequencies = frequencies / scaling["factor"]
     elif kind == "llama3":
-        numbers = {**scaling, "original_max_position_embeddings": trained_length}
-        frequencies = llama3_frequencies(width, theta, numbers)
+        frequencies = llama3_frequencies(width, theta, {**scaling, original: trained_length})
     return Rope(tuple(frequencies.tolist()))
-
-
-def read_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
-    """Build the rotation of a config.json, whose missing keys have values, for R = `width`.
-
-    Raises:
-        ConfigError: as for `build_rope`; or the head is too narrow for the last pair.
-    """
-    if width + width % 2 > values["head_dim"]:
-        raise ConfigError(f"head_dim {values['head_dim']} is odd, but its coordinates turn in pairs")
-    scaling = values["rope_scaling"]
-    longest = values["max_position_embeddings"]
-    return build_rope(
-        kind=scaling.get("rope_type") or scaling.get("type") or "default",
-        width=width,
-        theta=float(values["rope_theta"]),
-        scaling=scaling,
-        trained_length=values.get("original_max_position_embeddings")
-        or scaling.get("original_max_position_embeddings")
-        or longest,
-        max_length=longest,
-    )
 
 
 def dynamic_frequencies(width: int, theta: float, factor: float, max_length: int, length: int) -> Tensor:

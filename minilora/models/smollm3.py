@@ -16,18 +16,8 @@ from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig
 from minilora.models.family import Family, Values, attention_biases, sliding_layers, some_windows
 
 
-class UnrotatedAttention(nn.Module):
-    """The attention of a Llama without positions: a token sees which others come before it, and not how far."""
-
-    def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        D, E = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.window = E, config.windows[layer]
-        self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
+class UnrotatedAttention(Attention):
+    """Attention without positions: a token sees which others come before it, and not how far."""
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
         heads = (-1, self.head_dim)
