@@ -62,7 +62,7 @@ class LengthRope:
 
 
 def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
-    """Build the rotation of R = `width` coordinates of a head; `values` are a config.json with defaults for missing keys.
+    """Build the rotation of R = `width` coordinates of a head, by a config.json whose missing keys have values.
 
     Raises:
         ConfigError: an unknown kind, or numbers that are missing or cannot work, all in one message; or the head is too
