@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class MiniloraError(Exception):
@@ -103,23 +102,20 @@ def check_utf8(what: str, *values: object) -> None:
             )
 
 
-def answers(**advice: str) -> Callable[[F], F]:
-    """Decorate a function or a class so that keyword arguments of other libraries raise a `TypeError` with advice."""
+def answers(**advice: str) -> Callable[[C], C]:
+    """Decorate a class so that keyword arguments of other libraries raise a `TypeError` with advice."""
 
-    def decorate(target: F) -> F:
-        call: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    def decorate(cls: C) -> C:
+        init = cls.__init__  # type: ignore[misc]
 
-        @functools.wraps(call)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
             if foreign := sorted(kwargs.keys() & advice.keys()):
-                listed = "; ".join(f"no {name!r}: {advice[name]}" for name in foreign)
-                raise TypeError(f"{target.__name__} has {listed}")
-            return call(*args, **kwargs)
+                raise TypeError(f"{cls.__name__} has " + "; ".join(f"no {name!r}: {advice[name]}" for name in foreign))
+            init(self, *args, **kwargs)
 
-        if isinstance(target, type):
-            target.__init__ = checked  # type: ignore[misc]
-            return target
-        return checked  # type: ignore[return-value]
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
 
     return decorate
 

@@ -161,7 +161,7 @@ def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run):
 
 def test_how_a_base_is_to_be_held_is_compared_with_how_it_lies(run):
     said = run("generate", "--prompt=a", "--model=nf4", "--quantize=nf4", "--no-double-quant", status=1).err
-    assert "nf4: is quantized already, but differently: double_quant True, asked for is False" in said
+    assert "nf4: is quantized already, as nf4; 'none' loads it as it is" in said
     assert run("generate", "--prompt=a", "--model=nf4", "--quantize=nf4").out
 
 

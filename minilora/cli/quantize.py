@@ -8,13 +8,15 @@ Example:
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
-from minilora.files import BUILTIN, tensor_files
-from minilora.models.bitsandbytes import QuantizeConfig, count_weights, is_four_bit
+from minilora.files import BUILTIN
+from minilora.llama import Llama
+from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import (
     build_on_meta,
     load_model,
@@ -26,6 +28,7 @@ from minilora.models.checkpoint import (
 )
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
+from minilora.nf4 import NF4Linear
 
 
 def add_flags(parser: Parser) -> None:
@@ -51,17 +54,15 @@ def run(options: Options) -> int:
     weights = stored_weights(location.path, build_on_meta(read), dtype, device, config)
     with new_directory(options["out"]) as out:
         save_model_files(model, out, find_tokenizer(location.name), weights=weights)
-        size = _describe_size(out)
+        size = _describe_size(model, out)
     print(f"{size}\nmodel written to {options['out']}")
     return 0
 
 
-def _describe_size(directory: Path) -> str:
-    """Describe the bits per weight of the quantized tensors, and of all files."""
-    files = tensor_files(directory)
-    count = count_weights(files)
-    size = sum(path.stat().st_size for path in {file.path for file in files.values()})
-    return (
-        f"{8 * count.packed_bytes / count.packed:.3f} bits per weight for {count.packed:,} quantized weights; "
-        f"{8 * size / count.weights:.3f} for all {count.weights:,} weights in {size:,} bytes of files"
-    )
+def _describe_size(model: Llama, directory: Path) -> str:
+    """Describe the bits per weight of the quantized linears, and the size of all files."""
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    count = sum(math.prod(linear.layout.shape) for linear in packed)
+    size = sum(part.nbytes for linear in packed for part in linear.parts if part is not None)
+    total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return f"{8 * size / count:.3f} bits per weight for {count:,} quantized weights; {total:,} bytes of files"

@@ -13,11 +13,10 @@ The levels in a file are compared with those of the format, and not used.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,25 +103,6 @@ def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-class Count(NamedTuple):
-    """The number of weights in files, the number of packed ones, and the bytes of those and of their scales."""
-
-    weights: int
-    packed: int
-    packed_bytes: int
-
-
-def count_weights(files: Mapping[str, TensorFile]) -> Count:
-    """Count the weights in files."""
-    found = packed_weights(files)
-    shapes = {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in found.items()}
-    inside = {part for parts in found.values() for part in parts}
-    packed = sum(map(math.prod, shapes.values()))
-    dense = sum(math.prod(file.shapes[name]) for name, file in files.items() if name not in inside)
-    numbers = [part for part in inside if not part.endswith("quant_map") and not STATE.fullmatch(part)]
-    return Count(dense + packed, packed, sum(files[part].entries[part].bytes for part in numbers))
-
-
 def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     """Read the JSON object of a packed weight; return the layout, and the offset of double quantization."""
     stored = file.read(name)
@@ -149,13 +129,6 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
 
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
     """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
-    parts, layout = map_packed(files, names)
-    copies: list[Any] = [None if part is None else part.to(device, copy=True) for part in parts]
-    return Packed(*copies), layout
-
-
-def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packed, Layout]:
-    """Return what `read_packed` does, as views of the files."""
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
     n = layout.shape[0] * layout.shape[1]
@@ -180,12 +153,13 @@ def map_packed(files: Mapping[str, TensorFile], names: list[str]) -> tuple[Packe
 
     packed = read(weight, (n + 1) // 2, torch.uint8)
     check(f"{weight}.quant_map", CODEBOOKS[layout.quant_type])
-    if nested_offset is None:
-        return Packed(packed, read(f"{weight}.absmax", blocks, torch.float32), None, None), layout
-    check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
-    absmax = read(f"{weight}.absmax", blocks, torch.uint8)
-    scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
-    return Packed(packed, absmax, scales, torch.tensor(nested_offset, dtype=torch.float32, device="cpu")), layout
+    absmax = read(f"{weight}.absmax", blocks, torch.float32 if nested_offset is None else torch.uint8)
+    scales = offset = None
+    if nested_offset is not None:
+        check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
+        scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32).to(device, copy=True)
+        offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
+    return Packed(packed.to(device, copy=True), absmax.to(device, copy=True), scales, offset), layout
 
 
 def is_finite(tensor: Tensor) -> bool:

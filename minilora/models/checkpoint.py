@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import llama
-from minilora.errors import ConfigError, FormatError, TrainingError, answers, check_types, listed
+from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
 from minilora.files import INDEX, TensorFile, publishing, tensor_files, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
@@ -27,7 +27,6 @@ from minilora.models.bitsandbytes import (
     quantization_config,
     read_layout,
     read_packed,
-    shortest_names,
     stored_tensors,
 )
 from minilora.models.config import FAMILIES, read_config_file
@@ -46,7 +45,6 @@ NOT_COPIED = {  # of a config.json: what is written anew, and names of code to d
 }
 
 
-@answers(device_map="use device", torch_dtype="use dtype", load_in_4bit='use quantize="nf4"')
 def load_model(
     name_or_path: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -62,14 +60,14 @@ def load_model(
         dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
             4-bit weights are dequantized to it, all other weights are stored in it.
         device: the device of the model.
-        quantize: "nf4" or a `QuantizeConfig`: store the linears in four bits. A 4-bit model must be stored as the
-            config asks; its defaults ask for nothing: it may skip modules and do without double quantization.
+        quantize: "nf4" or a `QuantizeConfig`: store the linears in four bits. A model that is nf4 already is loaded as
+            it is, and other options than the defaults are refused.
 
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
         ConfigError: a model that is not supported (see `parse_config`), an unknown dtype, or a device that
-            cannot be used; the model is quantized already, and not as `quantize` asks.
+            cannot be used; the model is quantized already, and `quantize` asks for something else.
     """
     check_types(load_model, locals())
     location = locate(name_or_path, "model")
@@ -92,12 +90,9 @@ def usable_device(device: torch.device | str | int) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the usable device that a flag names; "auto" is CUDA, else MPS, else the CPU."""
+    """Return the usable device of that name; "auto" is CUDA, else MPS, else the CPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = usable_device(best if name == "auto" else name)
-    if device.type == "meta":
-        raise ConfigError(f"device {name!r} cannot be used here; need auto, cpu, cuda, cuda:N or mps, if it is there")
-    return device
+    return usable_device(best if name == "auto" else name)
 
 
 def stored_weights(
@@ -116,7 +111,7 @@ def stored_weights(
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     config = QuantizeConfig.of(quantize)
-    _check_packed(directory, model, packed, config)
+    _check_packed(directory, model.config.source, packed, config)
     chosen = set() if packed else _weights_to_quantize(model, config)
     for name, _ in model.named_parameters():
         if name in packed:
@@ -291,30 +286,18 @@ def _weights_to_quantize(model: Llama, config: QuantizeConfig) -> set[str]:
     return names
 
 
-def _check_packed(directory: Path, model: Llama, packed: Mapping[str, Sequence[str]], config: QuantizeConfig) -> None:
-    """Check that packed weights are as config.json says and, unless the config is "none", as asked."""
-    if is_four_bit(model.config.source) != bool(packed):
+def _check_packed(
+    directory: Path, source: Mapping[str, Any], packed: Mapping[str, Sequence[str]], config: QuantizeConfig
+) -> None:
+    """Check that packed weights are as config.json says and, unless the config is "none", not to be made otherwise."""
+    if is_four_bit(source) != bool(packed):
         raise FormatError(
             f"{directory}: config.json and the tensors disagree: quantization_config is "
-            f"{model.config.source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
+            f"{source.get('quantization_config')!r:.80}, and {len(packed)} weights are packed"
         )
-    if not packed or config.quantize == "none":
-        return
-    linears = list(_linears(model))
-    kinds = {parts[0].rpartition("__")[2] for parts in packed.values()}
-    is_double = any(part.endswith(".nested_absmax") for parts in packed.values() for part in parts)
-    dense = {path for path in linears if f"{path}.weight" not in packed}
-    skipped = set(linears) - set(config.chosen(linears))
-    different: dict[str, tuple[Any, Any]] = {}
-    if kinds != {config.quantize}:
-        different["quantize"] = "/".join(sorted(kinds)), config.quantize
-    if is_double and not config.double_quant:
-        different["double_quant"] = True, False
-    if config.quantize_skip and not skipped <= dense <= skipped | {"lm_head"}:  # the head may be packed or not
-        different["quantize_skip"] = shortest_names(list(dense - {"lm_head"}), linears), list(config.quantize_skip)
-    if different:
-        listed = "; ".join(f"{key} {found!r}, asked for is {asked!r}" for key, (found, asked) in different.items())
-        raise ConfigError(f"{directory}: is quantized already, but differently: {listed}; 'none' loads it as it is")
+    kinds = sorted({parts[0].rpartition("__")[2] for parts in packed.values()})
+    if packed and config.quantize != "none" and (config != QuantizeConfig("nf4") or kinds != ["nf4"]):
+        raise ConfigError(f"{directory}: is quantized already, as {'/'.join(kinds)}; 'none' loads it as it is")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
