@@ -1,4 +1,4 @@
-"""Write docs/api.md: every public name with its signature and its docstring.
+"""Write docs/api.md: every public name and method with its signature and its docstring.
 
 python scripts/api.py
 """
@@ -57,8 +57,17 @@ def section(title: str, module: ModuleType, prefix: str, names: list[str]) -> It
     """Yield the lines of a part of the page."""
     yield f"## {title}\n"
     for name in names:
-        about = [signature(f"{prefix}.{name}", getattr(module, name)), inspect.getdoc(getattr(module, name)) or ""]
-        yield f"### `{prefix}.{name}`\n\n```text\n" + "\n\n".join(filter(None, about)) + "\n```\n"
+        thing = getattr(module, name)
+        yield entry(f"### `{prefix}.{name}`", f"{prefix}.{name}", thing)
+        for method, function in vars(thing).items() if inspect.isclass(thing) else ():
+            if inspect.isfunction(function) and not method.startswith("_"):
+                yield entry(f"#### `{name}.{method}`", method, function)
+
+
+def entry(heading: str, name: str, thing: Any) -> str:
+    """Return a heading, and below it the signature and the docstring."""
+    about = [signature(name, thing), inspect.getdoc(thing) or ""]
+    return f"{heading}\n\n```text\n" + "\n\n".join(filter(None, about)) + "\n```\n"
 
 
 def signature(name: str, thing: Any) -> str:
@@ -66,7 +75,7 @@ def signature(name: str, thing: Any) -> str:
     if isinstance(thing, type) and issubclass(thing, Exception):
         return ""
     found = inspect.signature(thing)
-    lines = [parameter(each) for each in found.parameters.values()]
+    lines = [parameter(each) for each in found.parameters.values() if each.name != "self"]
     text = f"{name}({', '.join(lines)})"
     if len(text) > 100:
         text = f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
