@@ -13,7 +13,7 @@ from benchmarks import make, peers
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
 from benchmarks.work import OURS, Operation, Task, Training
-from minilora.runs.system import keep_memory, released_memory
+from minilora.runs.system import keep_memory, returned_memory
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
@@ -59,7 +59,7 @@ def measured(task: Task, side: str) -> Measurement:
 
 def train_peft_kept(task: Task) -> Measurement:
     """PEFT's loop, while freed memory is kept as minilora's own keeps it: how much of the difference is that?"""
-    with released_memory():
+    with returned_memory():
         keep_memory()
         return peers.train_peft(task)
 

@@ -13,7 +13,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.shard import held_bytes, load_sharded, local, own_rows, whole
+from minilora.models.shard import load_sharded, local, own_rows, whole
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
 from minilora.runs.sampler import set_dropout_step
@@ -170,6 +170,11 @@ def check_memory(cases):
             offsets = 4 * sum(isinstance(module, NF4Linear) for module in one.modules())  # one number, in one process
             assert abs(held_bytes(divided) - held_bytes(one) + blocks - blocks / cases.size) <= offsets
             assert most <= held_bytes(divided) + 2.01 * largest
+
+
+def held_bytes(model):
+    """The bytes of the parameters that this rank holds."""
+    return sum(local(parameter).nbytes for parameter in model.parameters())
 
 
 def check_evaluation(cases):

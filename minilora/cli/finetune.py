@@ -16,7 +16,6 @@ import signal
 from collections.abc import Collection
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,7 +126,7 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
 
 def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
-    is_dry, now = options["dry_run"], datetime.now(UTC).replace(microsecond=0)
+    is_dry = options["dry_run"]
     with world.joined(options["device"]) as device, ExitStack() as stack:
         settings = read_settings(options)
         settings = replace(settings, run=settings.run.located())
@@ -135,14 +134,11 @@ def run(options: Options) -> int:
         base = find_base(settings)
         check_not_merged(base.location, base.adapters)
         inputs = {} if is_dry else hash_inputs(base.location.path, base.adapters, settings.data.prompt_style)
-        earlier = Earlier() if is_dry else directory.open(inputs)
-        first = earlier.starts[0] if earlier.starts else {"time": now.isoformat(), "dtype": settings.dtype}
-        began = world.broadcast(datetime.fromisoformat(first["time"]))  # a chat template may write the date
+        earlier = Earlier(settings.dtype) if is_dry else directory.open(inputs)
         with closing(ProgressBar()) as bar:
-            data = read_data(settings, base.adapters, began, bar.show)
-        dtype = first["dtype"] if settings.dtype == "auto" else settings.dtype  # auto differs between machines
-        plan, memory = plan_run(settings, base, data, dtype, device)
-        run = Run(settings, base, inputs, earlier, began, data, plan)
+            data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date
+        plan, memory = plan_run(settings, base, data, earlier.dtype, device)
+        run = Run(settings, base, inputs, earlier, data, plan)
         if is_dry:
             return _dry_run(run, memory, options["force"])
         if not options["force"]:

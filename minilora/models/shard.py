@@ -110,8 +110,3 @@ def whole_weight(module: nn.Module) -> Tensor:
         parts: list[Any] = [None if part is None else whole(part) for part in module.parts]
         return dequantize_weight(Packed(*parts), module.layout, module.dtype)
     return whole(module.get_parameter("weight"))
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters that this rank holds."""
-    return sum(local(parameter).nbytes for parameter in model.parameters())

@@ -52,7 +52,7 @@ from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset
-from minilora.runs.objective import rate_of_step, trained_parameters
+from minilora.runs.objective import trained_parameters
 
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed
 PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
@@ -156,12 +156,10 @@ def prune(folder: Path, step: int, keep: int) -> None:
     flush(folder)
 
 
-def read_state(directory: Path, run: str | None = None) -> State:
-    """Read the state of a checkpoint, which has to be of a run with the fingerprint `run`, if that is given."""
+def read_state(directory: Path) -> State:
+    """Read the state of a checkpoint."""
     path = directory / "state.json"
     values, hints = read_json(path), get_type_hints(State)
-    if run is not None and values.get("run") != run:
-        raise TrainingError(f"{directory}: written by a run with other data or settings, so it cannot be resumed here")
     if bad := [name for name, hint in hints.items() if name not in values or not fits(values[name], hint)]:
         raise FormatError(f"{path}: {bad[0]} " + (f"is {values[bad[0]]!r}" if bad[0] in values else "is not there"))
     state = State(**{name: values[name] for name in hints})
@@ -171,13 +169,18 @@ def read_state(directory: Path, run: str | None = None) -> State:
 
 
 def load_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str, total_steps: int
 ) -> tuple[State, dict[str, Tensor]]:
     """Restore the model and the optimizer; return the state, and the weights of the best step.
 
-    If a file is damaged, or holds other tensors than the run trains, the model is left as it was.
+    The checkpoint has to be of a run with the fingerprint `run` and of as many steps. If it is not, if a file is
+    damaged, or holds other tensors than the run trains, the model is left as it was.
     """
-    state = read_state(directory, run)
+    state = read_state(directory)
+    if state.run != run:
+        raise TrainingError(f"{directory}: written by a run with other data or settings, so it cannot be resumed here")
+    if state.total_steps != total_steps:
+        raise TrainingError(f"{directory}: written by a run of {state.total_steps} steps, and this has {total_steps}")
     own = trained_tensors(model)
     trained, best = _read(TensorFile(directory / "trained.safetensors"), own), dict[str, Tensor]()
     if (directory / "best.safetensors").is_file():
@@ -230,36 +233,9 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def check_extension(directory: Path, total: int, config: TrainConfig, run: str | None = None) -> None:
-    """Check that a run of `total` steps goes through this checkpoint, which a run of another length may have written.
-
-    The order of rows is the same in both, but learning rates may follow from the number of steps, and the last step is
-    evaluated in any case.
-
-    Raises:
-        TrainingError: it does not.
-    """
-    state = read_state(directory, run)
-    step, lengths = state.step, (state.total_steps, total)
-    if lengths[0] == total:
-        return
-    rates = [[rate_of_step(i, length, config) for i in range(min(step, total))] for length in lengths]
-    is_extra = config.selects and step in lengths and step % (config.eval_steps or 1)
-    if step > total or rates[0] != rates[1] or is_extra:
-        raise TrainingError(
-            f"{directory}: step {step} of {lengths[0]} is not that of a run of {total} steps, whose learning rates "
-            "would be others; give the old --epochs and --max-steps. With a constant rate (--lr-scheduler constant; "
-            "--warmup-steps 0, or at least 1) a run can be made longer. A new run with --adapter goes on from a result"
-        )
-
-
 def bookkeeping(config: TrainConfig) -> set[str]:
-    """Return the settings that may change between two starts of a run, since its steps so far do not depend on them.
-
-    On the number of steps they may depend, which `check_extension` finds out.
-    """
-    names = {"save_steps", "save_total_limit", "logging_steps", "epochs", "max_steps"}
-    names |= {"gradient_checkpointing", "on_nonfinite"}
+    """Return the settings that may change between two starts of a run, since its weights do not depend on them."""
+    names = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing", "on_nonfinite"}
     return names | (set() if config.selects else {"eval_steps"})
 
 
@@ -270,7 +246,7 @@ def fingerprint(
 
     Of a `Dataset` it is one of its arrays, and of where in them each row lies.
     """
-    idle = bookkeeping(config)
+    idle = bookkeeping(config) | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):

@@ -28,7 +28,7 @@ from filelock import BaseFileLock
 from minilora.adapters.files import save_adapter_files
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
-from minilora.files import MANIFEST, holds_files, lock, publishing, remove, replacing, write_json
+from minilora.files import holds_files, lock, publishing, replacing, write_json
 from minilora.llama import Llama
 from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
@@ -40,7 +40,6 @@ from minilora.runs.loop import Record, TrainResult
 from minilora.runs.memory import Plan
 from minilora.runs.plan import Base
 from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
-from minilora.runs.sampler import plan_steps
 from minilora.runs.system import peak_memory_bytes
 from minilora.runs.tracking import Tracker
 
@@ -51,8 +50,10 @@ PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2",
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a directory holds of the earlier starts of a run; nothing of a new one."""
+    """What a directory holds of the earlier starts of a run; of a new one, what it begins with."""
 
+    dtype: str  # of the base: "auto" differs between machines, so a run keeps that of its first start
+    began: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))  # the first start
     starts: tuple[dict[str, Any], ...] = ()  # as run.json has them
     data_sha256: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Path | None = None  # the newest that is whole, from which the run resumes
@@ -69,14 +70,13 @@ class Earlier:
 class Run:
     """A run that is about to start.
 
-    `settings` are what it is asked for, `plan` is what it does; `began` is the time of its first start.
+    `settings` are what it is asked for, `plan` is what it does.
     """
 
     settings: Settings
     base: Base
     inputs: Mapping[str, str]  # name -> hash of the base, the adapter and the template
     earlier: Earlier
-    began: datetime
     data: Data
     plan: Plan
 
@@ -119,7 +119,7 @@ class RunDirectory:
 
     def _read_earlier(self, inputs: Mapping[str, str]) -> Earlier:
         if not holds_files(self.path):
-            return Earlier()
+            return Earlier(self._settings.dtype)
         path, now = self.path / "run.json", self._settings.by_flag
         if not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; give another --out")
@@ -127,8 +127,7 @@ class RunDirectory:
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
         before = record.config
-        is_extended = checkpoint and any(before.get(key) != now[key] for key in ("epochs", "max_steps"))
-        is_finished = (self.path / "summary.json").is_file() and not is_extended
+        is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
             raise TrainingError(f"{self.path}: holds a run, and --resume never was given; give another --out")
         free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
@@ -144,18 +143,24 @@ class RunDirectory:
         checkpoints.check_same(
             f"{self.path}: files of the base, the adapter or the template", record.inputs_sha256, inputs
         )
-        return Earlier(record.starts, record.data_sha256, checkpoint, damaged, is_finished)
+        first = record.starts[0]
+        return Earlier(
+            first["dtype"] if self._settings.dtype == "auto" else self._settings.dtype,
+            datetime.fromisoformat(first["time"]),
+            record.starts,
+            record.data_sha256,
+            checkpoint,
+            damaged,
+            is_finished,
+        )
 
     def claim(self, run: Run) -> None:
-        """Lock the directory of a new run; of a resumed one, check that data and length still fit."""
+        """Lock the directory of a new run; of a resumed one, check that the data are the same."""
         world.run_on_rank0(lambda: self._claim(run))
 
     def _claim(self, run: Run) -> None:
         if run.earlier.starts:
             checkpoints.check_same(f"{self.path}: the data", run.earlier.data_sha256, run.data.files)
-        if run.earlier.checkpoint:
-            total = len(plan_steps(run.data.train.lengths, run.plan.training))
-            checkpoints.check_extension(run.earlier.checkpoint, total, run.plan.training)
         if self._lock is None:
             self._lock = lock(self.path)
             if holds_files(self.path):
@@ -167,7 +172,7 @@ class RunDirectory:
             return
         weight = model.model.embed_tokens.weight
         start = {
-            "time": (datetime.now(UTC).replace(microsecond=0) if run.earlier.starts else run.began).isoformat(),
+            "time": (datetime.now(UTC).replace(microsecond=0) if run.earlier.starts else run.earlier.began).isoformat(),
             "step": run.earlier.step,
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -177,8 +182,6 @@ class RunDirectory:
             "ranks": world.size(),
             "shard": run.plan.shard,
         }
-        for name in (MANIFEST, "summary.json"):  # of a finished run that is made longer
-            remove(self.path / name)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
             "config": self._settings.by_flag,

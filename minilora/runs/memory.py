@@ -197,25 +197,22 @@ def _measure_step(plan: Plan, model: Any, ways: Sequence[Any]) -> Iterator[tuple
         yield way, kept, working
 
 
-def choose_plan(plan: Plan, shard: str, held: int = 0) -> tuple[Plan, Forecast]:
-    """Replace "auto" of `shard` and of gradient checkpointing by the fastest that fits into memory, else the leanest.
-
-    `held` are bytes of the forecast that are in use already, such as those of a loaded model.
-    """
+def choose_plan(plan: Plan, shard: str) -> tuple[Plan, Forecast]:
+    """Replace "auto" of `shard` and of gradient checkpointing by the fastest that fits, else the leanest."""
     way = plan.training.gradient_checkpointing
     shards: Sequence[Any] = get_args(Shard) if shard == "auto" else (shard,)
     ways = get_args(Checkpointing) if way == "auto" else (way,)
     for each in shards:
         for chosen, found in forecast_each(replace(plan, shard=each), ways):
-            if fits(plan, found, held):
+            if fits(plan, found):
                 return chosen, found
     return chosen, found
 
 
-def fits(plan: Plan, found: Forecast, held: int = 0) -> bool:
+def fits(plan: Plan, found: Forecast) -> bool:
     """Return whether a run fits into the memory of every rank."""
     free = free_memory_bytes(plan.device)
-    return not world.any_rank(free is not None and found.peak > free + held)
+    return not world.any_rank(free is not None and found.peak > free)
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:

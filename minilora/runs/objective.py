@@ -32,7 +32,6 @@ from minilora.runs.sampler import Rows, groups
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
-UNKNOWN = "the loss itself"  # where no module's output and no gradient is at fault
 EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in PEFT
 
 
@@ -146,8 +145,8 @@ def _sizes(rows: Iterable[Any]) -> list[int] | None:
 
 
 @torch.no_grad()
-def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
-    """Run `compute` again and return the first module whose output is not finite, else the first such gradient."""
+def bad_outputs(model: nn.Module, compute: Callable[[], Any]) -> list[str]:
+    """Run `compute` again and return the modules whose outputs are not finite, the first one first."""
     bad: list[str] = []
 
     def watch(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -159,10 +158,7 @@ def first_bad_module(model: nn.Module, compute: Callable[[], Any]) -> str:
         for path, module in model.named_modules():
             hooks.enter_context(module.register_forward_hook(partial(watch, path)))
         compute()
-    if bad:
-        return f"output of {bad[0]}"
-    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return next((f"gradient of {name}" for name, grad in gradients if not grad.isfinite().all()), UNKNOWN)
+    return bad
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -1,8 +1,8 @@
 """The machine that a run computes on: memory that is used, free and kept, and the number of threads.
 
-A step frees the memory that it allocated, and the next one allocates it again. glibc returns large freed blocks to the
-system, which zeroes them before they are used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps
-its freed memory where there is room (`keep_memory`).
+A step frees the memory that it allocated, and the next one allocates it again. The C library returns it to the system,
+which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps its freed
+memory where there is room (`keep_memory`).
 
 At the end of each matrix product the threads wait for the slowest one. Where products are tiny, or other programs keep
 the cores busy, one thread is often faster than all of them (`choose_threads`).
@@ -20,7 +20,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -111,66 +110,44 @@ def _free_in_groups() -> Iterator[int]:
                     yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
 
 
-# Options of glibc's malloc.h. Their values cannot be read, and setting one turns off its automatic adjustment, so
-# afterwards each is left at the largest value that the adjustment would have reached.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-LEFT_AT = {M_TRIM_THRESHOLD: 64 * 2**20, M_MMAP_THRESHOLD: 32 * 2**20, M_MMAP_MAX: 65536}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's malloc.h
 KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
-RETURNING = {**LEFT_AT, M_MMAP_THRESHOLD: 2**20}
+RETURNING = {M_TRIM_THRESHOLD: 64 * 2**20, M_MMAP_MAX: 65536}
+ROOM = 3  # times what a step takes
 
 
 @contextmanager
-def released_memory() -> Iterator[None]:
-    """End what the two functions below begin, and return freed memory to the system, at the end of the block.
-
-    All three apply to the whole process, and do nothing without glibc.
-    """
+def returned_memory() -> Iterator[None]:
+    """Return freed memory to the system at the end of the block, and end `keep_memory`."""
     try:
         yield
     finally:
-        _set(LEFT_AT)
-        release_memory()
+        _set_options(RETURNING)
+        _call_libc("malloc_trim", 0)
 
 
 def keep_memory() -> None:
-    """Keep freed memory in the process from now on."""
-    _set(KEEPING)
+    """Keep memory that is freed from now on in the process, if there is room for three times what a step took.
 
-
-def return_memory() -> None:
-    """Return each freed block of 1 MB or more to the system at once from now on.
-
-    For a base that is sharded. What remains between its gathered blocks would leave holes that the next one does not
-    fit into: with two ranks and 250 million parameters in bfloat16 a rank took 1.05 GB instead of 0.61.
+    For after the first step. Kept memory is in pieces, which larger tensors do not fit into, so it grows: a run with 7
+    billion parameters in four bits peaked at 9.7 to 11.8 GB with it, and at 7.4 GB without.
     """
-    _set(RETURNING)
-
-
-# Memory that is kept is in pieces, which larger tensors do not fit into, so it grows. A run with 7 billion parameters
-# in four bits, with blocks recomputed, peaked at 7.4 GB without and at 9.7 to 11.8 GB with it, and held 4.7 GB of
-# weights, adapter and libraries throughout.
-ROOM = 3
-
-
-def has_room_to_keep() -> bool:
-    """Return whether there is room to keep freed memory, after a step that did not; True where it is unknown.
-
-    What a step takes is at most the difference between the most that the process has used and what it uses now.
-    """
+    _call_libc("malloc_trim", 0)
     free, now = free_memory_bytes(torch.device("cpu")), _kilobytes("proc/self/status", "VmRSS")
-    return free is None or now is None or free >= ROOM * (high_water_bytes() - now)
+    # What a step took is at most the difference between the most that the process has used and what it uses now.
+    if free is None or now is None or free >= ROOM * (high_water_bytes() - now):
+        _set_options(KEEPING)
 
 
-def release_memory() -> None:
-    """Return freed memory to the system; without glibc this does nothing."""
+def _set_options(options: dict[int, int]) -> None:
+    for option, value in options.items():
+        _call_libc("mallopt", option, value)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
+    """Call a function of glibc; without glibc this does nothing."""
     with suppress(AttributeError, OSError, TypeError):  # no such function, no such library, Windows
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _set(options: dict[int, int]) -> None:
-    with suppress(AttributeError, OSError, TypeError):
-        for option, value in options.items():
-            ctypes.CDLL(None).mallopt(option, value)
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 MAX_PARAMETERS = 200_000_000  # a larger model has large products, for which all threads are faster
@@ -193,8 +170,8 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     objective, was_training = Objective(config), model.training
     lengths = objective.lengths(dataset)
     rows = sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row])  # the shortest of a micro-batch
-    few = rows[: max(1, int(np.searchsorted(lengths[rows].cumsum(), MAX_TOKENS, side="right")))]
-    batch = objective.batch([dataset[row] for row in few], device)
+    count = max(1, int((lengths[rows].cumsum() <= MAX_TOKENS).sum()))
+    batch = objective.batch([dataset[row] for row in rows[:count]], device)
 
     def step() -> None:
         loss, _ = objective(model, batch)
