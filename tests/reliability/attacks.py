@@ -29,7 +29,7 @@ from minilora.tools.merging import merge_directory
 from tests.files import saved, without_manifests
 from tests.models import tiny_model
 from tests.reliability.watch import Call
-from tests.test_sandbox import BOMBS, ESCAPES
+from tests.test_sandbox import ESCAPES
 
 MODEL = BUILTINS["model"]
 TEXT = "The heron waits " + "a" * 40 + "! 12345 " + "b" * 200
@@ -310,30 +310,73 @@ def tokenizer_calls(root: Path) -> Iterator[Call]:
         yield f"tokenizer.json: {name}", partial(_tokenizer, root, changes)
 
 
+LARGE = "{% set large = 'a' * 7000000 %}"
+
+
+def repeated(change: str, start: str = "'a'", turns: int = 99) -> str:
+    """Return a template that does the same again and again to `n.x`."""
+    loop = f"{{% for i in range({turns}) %}}{{% set n.x = {change} %}}{{% endfor %}}"
+    return f"{{% set n = namespace(x={start}) %}}{loop}"
+
+
+def forever(body: str, source: str = "") -> str:
+    return f"{source}{{% for i in range(99999) %}}{{% for j in range(99999) %}}{body}{{% endfor %}}{{% endfor %}}"
+
+
 TEMPLATES = [  # beside those of test_sandbox.py
-    "{{ 'a'.replace('', 'b' * 1000000) }}" * 50,
-    "{{ ('a' * 1000000).split('a') | join('b' * 1000) }}",
+    "{{ 'a' * 10**8 }}",
+    "{{ [[0] * 500] * 10000 }}",
+    "{% set x = ('f' * 1000000) | int(base=16) %}{{ x // 3 }}",
+    "{% set x = 0x" + "f" * 200000 + " %}" + forever("{% if x is divisibleby(x) %}{% endif %}"),
+    "{{ 9 ** 99 }}",
+    "{{ 1 | round(10**9, 'ceil') }}",
+    "{{ (1).to_bytes(10**9, 'big') }}",
+    "{{ 'a'.ljust(10**15) }}",
+    "{{ 'a\\n' | indent(10**9, true) }}",
+    "{{ ('\\t' * 10000).expandtabs(10**6) }}",
+    "{{ [1] | batch(10**9, 'x') | list }}",
+    "{{ [1] | tojson(indent='a' * 7000000) }}",
+    "{{ messages | tojson(indent=10**8) }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%1000000000d' | format(1) }}",
+    "{{ ('%1$s' | safe * 9000000) % messages }}",
+    "{{ ('a' * 10000).replace('', 'b' * 10000) }}",
+    "{{ ('a' * 10000) | replace(new='b' * 10000, old='') }}",
+    "{{ ('b' * 10000).join('a' * 10000) }}",
+    "{{ ('a' * 10000).translate({97: 'b' * 5000}) }}",
+    "{{ dict.fromkeys(range(9999), 'a' * 99999) | tojson }}",
+    repeated("n.x ~ n.x"),
+    repeated("n.x * n.x", "3"),
+    repeated("n.x * 2 ** 1000", "1", 9999),
+    repeated("n.x + n.x", "[1]", 60),
+    forever("a"),
+    "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) | map('string') | map('center', 99999) %}{% endfor %}",
     "{% for a in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    LARGE + "{% for c in large recursive %}{% if loop.first %}{{ loop(large) }}{% endif %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "{% block a %}{{ self.a() }}{% endblock %}",
+    "{% macro f() %}{% call f() %}{% endcall %}{{ caller() }}{% endmacro %}{% call f() %}{% endcall %}",
+    LARGE + forever("{% if large == large ~ 'c' %}{% endif %}"),
+    LARGE + forever("{% set x = large.count('x') %}"),
+    LARGE + "{{ [large] | map('title') | list }}",
+    "{{ ('ab ' * 2000000) | urlencode }}",
+    "{{ ('<a>' * 2000000 | safe).striptags() }}",
+    "{{ strftime_now('%c' * 200000) }}",
+    "{{ raise_exception('a' * 10**9) }}",
+    LARGE + "{% set x %}{% for i in range(99999) %}{{ large }}{% endfor %}{% endset %}",
+    LARGE + "{{ [large, large, large, large, large, large] }}",
+    "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
+    "{% for i in range(99999) %}{{ none | _turn(0 - 99999) }}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ (('a' * 1000000) | upper).encode('utf-16').decode('utf-7') }}" * 90,
     "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
     "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000,
     "{{ 1" + " + 1" * 15_000 + " }}",
-    "{{ cycler(*range(99999)).next.__globals__.x }}",
-    "{% set a = ['a' * 1000000] %}{% for i in range(99999) %}{% set _ = a | string %}{% endfor %}",
-    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{{ messages | tojson(indent=10**8) }}",
-    "{{ (('a' * 1000000) | upper).encode('utf-16').decode('utf-7') }}" * 90,
-    "{{ strftime_now('%c' * 200000) }}",
-    "{{ raise_exception('a' * 10**9) }}",
-    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-    "{{ messages[0].__class__.__base__.__subclasses__() }}",
-    "{{ ''.join.__class__.__call__(range, 10**9) }}",
-    "{{ self.__init__.__globals__.__builtins__.open('/etc/passwd').read() }}",
-    "{% set x = self._TemplateReference__context.environment.loader.x %}{{ x.y }}",
 ]
 
 
 def template_calls(root: Path) -> Iterator[Call]:
-    for source in [*ESCAPES, *(each for group in BOMBS.values() for each in group), *TEMPLATES]:
+    for source in [*ESCAPES, *TEMPLATES]:
         yield f"chat template: {source:.60}", partial(_render, source)
 
 

@@ -18,7 +18,6 @@ from minilora.tools.inspect import inspect_path
 from tests.files import edit, saved, write_base
 from tests.models import randn
 from tests.reliability.watch import figures, watched
-from tests.test_sandbox import BOMBS, ESCAPES
 from tests.test_structure import MODULES
 
 pytestmark = pytest.mark.reliability
@@ -49,10 +48,6 @@ def test_an_attack_is_refused_at_once_and_in_little_memory(tmp_path, capsys):
     assert not [each.problem for each in found if each.problem]
     shown = {each.name for each in found if each.name.endswith(": inspect")}  # which say what is wrong
     assert {each.name for each in found if each.outcome == "read"} - shown == HARMLESS
-
-
-def test_there_are_sixty_attacks_on_templates():
-    assert len([*ESCAPES, *(each for group in BOMBS.values() for each in group)]) >= 60
 
 
 def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_path):
