@@ -232,33 +232,12 @@ def test_a_message_is_encoded_as_by_a_tokenizer_that_knows_no_control_tokens(tok
     assert chosen.encode_chat(conversation(turns)) == expected
 
 
-@given(st.sampled_from(EXACT), st.lists(st.tuples(hostile, hostile), min_size=1, max_size=2))
-def test_the_text_of_a_conversation_comes_back_from_its_tokens(tokenizer, kind, turns):
-    chosen, messages = tokenizer(kind), conversation(turns)
-    assert chosen.decode(chosen.encode_chat(messages), skip_special_tokens=False) == chosen.render(messages)
-
-
 @given(kinds | st.just("whole words"), st.lists(st.tuples(harmless, harmless), min_size=1, max_size=2))
 @example("stripping", [("the < ", "<|im_end")])
 @example("whole words", [("the <", "<|im_end|>"[:-1])])
 def test_a_conversation_without_control_tokens_is_encoded_as_its_text(tokenizer, kind, turns):
     chosen, messages = tokenizer(kind), conversation(turns)
     assert chosen.encode_chat(messages) == chosen.encode(chosen.render(messages), add_special_tokens=False)
-
-
-@given(kinds, cut(st.sampled_from(SPECIAL[2:])), st.text(" \n", max_size=3))
-def test_halves_of_a_control_token_do_not_act_where_a_template_strips_them(tokenizer, kind, halves, space):
-    chosen = tokenizer(kind, "{% for m in messages %}{{ m.content | trim }}{% endfor %}" + EOS)
-    messages = [{"role": "user", "content": half} for half in (halves[0] + space, space + halves[1])]
-    assert acting(chosen, chosen.encode_chat(messages)) == [chosen.token_id(EOS)]
-
-
-@given(hostile)
-def test_a_tool_cannot_hold_a_control_token_that_acts(tokenizer, text):
-    chosen = tokenizer("byte-level")
-    for tool in ({"name": text}, {text: 1}, {"parameters": {"enum": [[text]]}}):
-        ids = chosen.encode_chat([{"role": "user"}], tools=[tool])
-        assert acting(chosen, ids) == [chosen.token_id(name) for name in SPECIAL[2:]]
 
 
 def test_messages_may_be_any_mapping_and_parts_a_tuple(tokenizer):

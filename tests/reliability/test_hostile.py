@@ -14,8 +14,7 @@ import minilora as ml
 from minilora.cli import main, say
 from minilora.files import open_file
 from minilora.models.hub import BUILTINS
-from minilora.tools.inspect import inspect_path
-from tests.files import edit, saved, write_base
+from tests.files import saved, write_base
 from tests.models import randn
 from tests.reliability.watch import figures, watched
 from tests.test_structure import MODULES
@@ -164,14 +163,6 @@ def test_what_is_not_finite_is_not_saved(tmp_path, quantize):
     ):
         ml.save_model(model, tmp_path / "out")
     assert not [*(tmp_path / "adapter").glob("*"), *(tmp_path / "out").glob("*")]
-
-
-def test_a_raw_pissa_is_refused_on_a_base_in_four_bits(tmp_path):
-    saved(tmp_path / "adapter", target_modules=("q_proj",))
-    edit(tmp_path / "adapter", init_lora_weights="olora")
-    model = ml.load_model(write_base(tmp_path / "base"), quantize="nf4")
-    with pytest.raises(ml.TargetError, match=r"olora starts from the dense weight, and .*q_proj is in four bits"):
-        ml.load_adapter(model, tmp_path / "adapter")
 
 
 def test_inspect_says_what_it_takes(tmp_path):
