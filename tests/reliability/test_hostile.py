@@ -14,6 +14,7 @@ import minilora as ml
 from minilora.cli import main, say
 from minilora.files import open_file
 from minilora.models.hub import BUILTINS
+from minilora.tools.inspect import inspect_path
 from tests.files import saved, write_base
 from tests.models import randn
 from tests.reliability.watch import figures, watched
