@@ -449,17 +449,13 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
     before = everything(directory)
     for words, phrase in (
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
-        ("finetune --model=model --data=nowhere", "nowhere: no such file or directory; data is a file"),
-        ("finetune --model=model --data=mnay.jsonl", "no such file or directory; did you mean many.jsonl?\n"),
-        ("finetune --model=model/ --data=data/trian.jsonl", "file or directory; did you mean data/train.jsonl?\n"),
-        ("generate --adapter=adpater --prompt=a", "adpater: no such directory; did you mean adapter?\n"),
+        ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
         ("finetune --model=model --data=data --lora-r=0", "r is 0"),
         ("finetune --model=model --data=data --epochs=inf --batch-size=0", "epochs is inf"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
-        ("generate --model=model --prompt=Hi --device=meta", "device 'meta' cannot be used here; need auto, cpu,"),
         ("generate --adapter=nowhere --prompt=a", "nowhere: no such directory"),
         ("generate --model= --prompt=a", "--model is empty; leave it out, or name something"),
         ("finetune --model=model --data=", "data is empty; leave it out, or name something"),

@@ -402,13 +402,10 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_anew(direc
     assert starts(tmp_path) == [0, 0]
 
 
-@pytest.mark.parametrize("step", [0, 4])
-def test_a_run_that_is_not_finished_is_no_adapter_and_its_newest_checkpoint_is_named(whole, tmp_path, capsys, step):
-    unfinished(whole, tmp_path, step=step)
+def test_a_run_that_is_not_finished_is_no_adapter(whole, tmp_path, capsys):
+    unfinished(whole, tmp_path, step=4)
     assert cli.main(["generate", f"--adapter={tmp_path}", "--prompt=a"]) == 1
-    error = capsys.readouterr().err
-    assert f"{tmp_path}: is an unfinished run" in error
-    assert (f"checkpoints/step-{step:06d}" if step else "it has no checkpoint yet") in error
+    assert f"{tmp_path}: is an unfinished run" in capsys.readouterr().err
 
 
 def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):

@@ -11,7 +11,6 @@ Its environment variables apply (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_O
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,13 +35,6 @@ class Location(NamedTuple):
     name: str
 
 
-MEANINGS: dict[Kind, str] = {
-    "model": "no such directory; a model is a directory with config.json, 'minilora/builtin'",
-    "tokenizer": "no such directory; a tokenizer is a directory with tokenizer.json, 'minilora/builtin'",
-    "adapter": "no such directory; an adapter is a directory with adapter_config.json",
-    "dataset": "no such file or directory; data is a file, a directory, 'minilora/builtin'",
-}
-CONFIGS: dict[Kind, str] = {"model": "config.json", "adapter": "adapter_config.json"}
 BUILTINS: dict[Kind, Path] = {"model": ASSETS / "model", "tokenizer": ASSETS / "model", "dataset": ASSETS / "data"}
 NEEDED: dict[Kind, tuple[str, ...]] = {  # of these files, a repository has at least one
     "model": ("*.safetensors",),
@@ -71,22 +63,16 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         return Location(BUILTINS[kind], name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
         finish_commit(path)
-        held = [other for other, file in CONFIGS.items() if (path / file).is_file()]
-        if kind in CONFIGS and held and kind not in held:
-            raise FormatError(f"{path}: holds {CONFIGS[held[0]]} and no {CONFIGS[kind]}; name it as the {held[0]}")
-        if kind == "adapter" and not held and (path / "run.json").is_file():
-            newest = max(path.glob("checkpoints/step-*"), key=lambda each: (len(each.name), each.name), default=None)
-            found = f", or use its newest checkpoint, {newest}" if newest else "; it has no checkpoint yet"
-            raise FormatError(f"{path}: is an unfinished run; repeat its finetune command to resume it{found}")
+        if kind == "adapter" and (path / "run.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise FormatError(
+                f"{path}: is an unfinished run; repeat its finetune command, or name one of its checkpoints"
+            )
         return Location(path, name)
-    is_file = path.exists() or (kind == "dataset" and name.endswith(DATA_ENDINGS))  # maybe a mistyped one
-    hub_id = None if is_file or isinstance(name_or_path, Path) or name == BUILTIN else HUB_ID.fullmatch(name)
-    if hub_id:
-        return _download(hub_id[1], hub_id[2], kind)
-    there = [each.name for each in path.parent.glob("*") if kind == "dataset" or each.is_dir()]
-    if near := difflib.get_close_matches(path.name, there, n=1):
-        raise FormatError(f"{path}: {MEANINGS[kind].partition(';')[0]}; did you mean {path.parent / near[0]}?")
-    raise FormatError(f"{path}: {MEANINGS[kind]}, 'org/name' or 'org/name@revision' of the hub")
+    is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
+    if HUB_ID.fullmatch(name) and not is_path and not (kind == "dataset" and name.endswith(DATA_ENDINGS)):  # mistyped
+        return _download(name, kind)
+    missing = "no such file or directory" if kind == "dataset" else "no such directory"
+    raise FormatError(f"{path}: {missing}, and not 'org/name' or 'org/name@revision' of the Hugging Face Hub")
 
 
 def unpinned(name: str) -> tuple[str, str | None]:
@@ -100,25 +86,25 @@ def with_revision(name: str, revision: str | None) -> str:
     return f"{name}@{revision}" if revision and HUB_ID.fullmatch(name) else name
 
 
-def _download(repository: str, revision: str | None, kind: Kind) -> Location:
+def _download(name: str, kind: Kind) -> Location:
     import huggingface_hub  # here, because it takes long
 
-    what = f"{repository}@{revision}" if revision else repository
+    repository, _, revision = name.partition("@")
     try:
         directory = huggingface_hub.snapshot_download(
             repository,
             repo_type="dataset" if kind == "dataset" else "model",
-            revision=revision,
+            revision=revision or None,
             allow_patterns=[*NEEDED[kind], *(() if kind == "dataset" else ("*.json", "*.jinja"))],
             ignore_patterns=NEVER,
             tqdm_class=_bar(),
         )
     except Exception as error:  # of the hub, or of its HTTP library
-        raise FormatError(f"{what}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
+        raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
     if not any(found for pattern in NEEDED[kind] for found in path.glob(pattern)):
         accepted = " or ".join(NEEDED[kind])
-        raise FormatError(f"{what}: the repository has no {accepted} at its top; other formats are not read")
+        raise FormatError(f"{name}: the repository has no {accepted} at its top; other formats are not read")
     return Location(path, f"{repository}@{path.name}")
 
 
@@ -134,23 +120,5 @@ def _bar() -> type[Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line why something could not be fetched."""
-    from huggingface_hub import errors
-
-    login = "log in (HF_TOKEN, or `hf auth login`)"
-    if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too
-        return f"it is gated; accept its terms on its page, and {login}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no such repository; if it is private, {login}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such revision"
-    if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-        return "it is not in the cache, and HF_HUB_OFFLINE is set"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"it is not in the cache, and the hub cannot be reached ({_line(error.__cause__)})"
-    return _line(error)
-
-
-def _line(error: BaseException | None) -> str:
-    """Return the first line of an error's text, or its kind."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return in one line what the hub, or its HTTP library, says of an error."""
+    return " ".join(str(error).split()) or type(error).__name__
