@@ -10,28 +10,17 @@ from typing import TYPE_CHECKING
 from minilora.errors import in_recipe
 
 __version__ = "0.2.0"
-_ELSEWHERE = {  # names in PEFT, transformers, TRL and earlier versions, and what to use here
-    "AutoModelForCausalLM": "ml.load_model",
-    "AutoTokenizer": "ml.load_tokenizer",
-    "BitsAndBytesConfig": "ml.QuantizeConfig",
-    "LoraModel": "ml.attach",
-    "Meter": "ml.ProgressBar",
-    "PeftModel": "ml.load_adapter",
-    "SFTConfig": "ml.TrainConfig",
-    "SFTTrainer": "ml.train",
-    "TrainingArguments": "ml.TrainConfig",
-    "get_peft_model": "ml.attach",
-    "grow_vocabulary": "ml.resize_token_embeddings",
-    "hotswap_adapter": "ml.set_adapter",
-    "merged_if_faster": "ml.merged",
-    "prepare_model_for_kbit_training": 'ml.load_model(name, quantize="nf4")',
-    "push_to_hub": "`minilora push`",
-}
-_IN_RECIPES = {
-    "AutoModelForSequenceClassification": "classify_texts",
-    "AutoModelForTokenClassification": "classify_tokens",
-    "load_classifier": "classify_texts",
-    "mixed_batch": "adapter_per_row",
+_GONE = {  # names of earlier versions, and of PEFT and TRL, and what to use here
+    "Meter": "use ml.ProgressBar",
+    "PeftModel": "use ml.load_adapter",
+    "SFTTrainer": "use ml.train",
+    "get_peft_model": "use ml.attach",
+    "grow_vocabulary": "use ml.resize_token_embeddings",
+    "hotswap_adapter": "use ml.set_adapter",
+    "load_classifier": in_recipe("classify_texts"),
+    "merged_if_faster": "use ml.merged",
+    "mixed_batch": in_recipe("adapter_per_row"),
+    "push_to_hub": "use `minilora push`",
 }
 
 if TYPE_CHECKING:
@@ -45,9 +34,7 @@ else:
             public = importlib.import_module("minilora.public")
             if name == "__all__" or name in public.__all__:
                 return getattr(public, name)
-        advice = f"; use {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
-        if name in _IN_RECIPES:
-            advice = f"; {in_recipe(_IN_RECIPES[name])}"
+        advice = f"; {_GONE[name]}" if name in _GONE else ""
         raise AttributeError(f"module 'minilora' has no attribute {name!r}{advice}")
 
     def __dir__():
