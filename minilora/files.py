@@ -374,7 +374,7 @@ def flush(path: Path) -> None:
 def holds_files(out: Path) -> bool:
     """Return whether a directory to write to holds anything other than a lock and temporary files."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; give a directory as --out")
+        raise ConfigError(f"{out}: is a file, need a directory")
     return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
 
 
@@ -396,9 +396,9 @@ def lock(out: Path) -> BaseFileLock:
         path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except Timeout as error:
         owner = path.read_text(encoding="utf-8") or "another process"
-        raise TrainingError(f"{out}: {owner} is at work there; give another --out") from error
+        raise TrainingError(f"{out}: {owner} is at work there") from error
     except OSError as error:
-        raise TrainingError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+        raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
     finish_commit(out)
     for left in (path for folder in (out, out / "checkpoints") for path in folder.glob(".*.tmp")):
         if TEMPORARY.fullmatch(left.name):

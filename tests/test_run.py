@@ -293,7 +293,7 @@ def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, mo
     [
         ("other", "has files, but not of a run"),
         ("other/thesis.txt", "is a file; give a directory"),
-        ("other/thesis.txt/out", "cannot be written (Not a directory); give another --out"),
+        ("other/thesis.txt/out", "cannot be written (Not a directory)"),
     ],
 )
 def test_what_is_no_place_for_a_run_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, out, phrase):

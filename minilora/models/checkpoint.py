@@ -260,18 +260,18 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 def _check_names(
     directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
-    expected, linears = {name: tuple(p.shape) for name, p in model.state_dict().items()}, _linears(model)
-    problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in files]
-    parts = {part for parts in packed.values() for part in parts}
-    for name, file in files.items():
-        if name in parts and name not in packed:
-            continue
-        found = read_layout(files[packed[name][0]], packed[name][0])[0].shape if name in packed else file.shapes[name]
+    inside = {part for parts in packed.values() for part in parts}
+    found = {name: file.shapes[name] for name, file in files.items() if name not in inside}
+    found |= {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in packed.items()}
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in found]
+    linears = _linears(model)
+    for name, shape in found.items():
         if name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):  # a table in old Llama files
-                problems.append(f"unexpected: {name} {found}")
-        elif found != expected[name]:
-            problems.append(f"shape: {name} is {found}, the config asks for {expected[name]}")
+                problems.append(f"unexpected: {name} {shape}")
+        elif shape != expected[name]:
+            problems.append(f"shape: {name} is {shape}, the config asks for {expected[name]}")
         elif name in packed and name.removesuffix(".weight") not in linears:
             problems.append(f"packed: {name}, which is no linear's")
     if problems:

@@ -43,13 +43,9 @@ def equal_windows(values: Values) -> dict[str, Any]:
 
 
 def some_windows(values: Values, slides: Sequence[bool]) -> dict[str, Any]:
-    """Return the field for a window in some layers."""
+    """Return the field for a window in some layers: those of `layer_types` or, without it, of `slides`."""
+    if (types := values.get("layer_types")) is not None:
+        slides = [kind == "sliding_attention" for kind in types]
     if len(slides) != values["num_hidden_layers"]:
         raise ConfigError(f"layer_types has {len(slides)} entries; the model has {values['num_hidden_layers']} layers")
     return {"windows": tuple(values.get("sliding_window") if slide else None for slide in slides)}
-
-
-def sliding_layers(values: Values) -> list[bool] | None:
-    """Return which layers have a window, by `layer_types`; None if the config has none."""
-    types = values.get("layer_types")
-    return None if types is None else [kind == "sliding_attention" for kind in types]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig, RMSNorm, rotate
-from minilora.models.family import Family, Values, attention_biases, sliding_layers, some_windows
+from minilora.models.family import Family, Values, attention_biases, some_windows
 
 
 class Qwen3Attention(Attention):
@@ -39,11 +39,8 @@ def windows(values: Values) -> dict[str, Any]:
     """Return the field `windows` of Qwen2 and Qwen3."""
     if not values.get("use_sliding_window"):
         return {}
-    slides = sliding_layers(values)
-    if slides is None:
-        first = values.get("max_window_layers")
-        slides = [i >= (28 if first is None else first) for i in range(values["num_hidden_layers"])]
-    return some_windows(values, slides)
+    first = values.get("max_window_layers")
+    return some_windows(values, [i >= (28 if first is None else first) for i in range(values["num_hidden_layers"])])
 
 
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}

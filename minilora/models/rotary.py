@@ -37,10 +37,6 @@ NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-OPTIONAL_NUMBERS = {
-    "llama3": ("original_max_position_embeddings",),
-    "longrope": ("original_max_position_embeddings", "factor", "attention_factor"),
-}
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def _check(kind: str, width: int, scaling: Scaling, trained_length: int) -> None
     if missing := [key for key in NUMBERS[kind] if scaling.get(key) is None]:
         raise ConfigError(f"rope type {kind!r:.80} needs {missing}; the config has {sorted(scaling)}")
     bad, pairs = [], (width + 1) // 2
-    for key in (*NUMBERS[kind], *OPTIONAL_NUMBERS.get(kind, ())):
+    for key in dict.fromkeys((*NUMBERS[kind], "factor", "attention_factor", "original_max_position_embeddings")):
         value = scaling.get(key)
         if key in ("short_factor", "long_factor"):
             if not (isinstance(value, list | tuple) and len(value) == pairs and all(map(is_positive, value))):

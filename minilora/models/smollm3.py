@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError
 from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig
-from minilora.models.family import Family, Values, attention_biases, sliding_layers, some_windows
+from minilora.models.family import Family, Values, attention_biases, some_windows
 
 
 class UnrotatedAttention(Attention):
@@ -48,11 +48,7 @@ def rotated_layers(values: Values) -> list[bool]:
 
 
 def fields(values: Values) -> dict[str, Any]:
-    rotated, listed = rotated_layers(values), sliding_layers(values)
-    if listed is not None:
-        slides = listed
-    else:
-        slides = [bool(values.get("use_sliding_window")) and not turns for turns in rotated]
+    slides = [bool(values.get("use_sliding_window")) and not rotated for rotated in rotated_layers(values)]
     has_bias = bool(values.get("mlp_bias"))
     return {"mlp_bias": has_bias, **attention_biases(values), **some_windows(values, slides)}
 
