@@ -201,7 +201,7 @@ def test_one_adapter_is_cut_to_another_rank_needs_no_base_and_names_that_of_its_
 
 def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path):
     for words, phrase in (
-        (["--adapter=dora:0.5"], "dora: cannot be combined with other adapters, or weighed:\n  use_dora: "),
+        (["--adapter=dora:0.5"], "dora: cannot be combined with other adapters, or weighed: "),
         (["--adapter=dora", "--adapter=a", "--as-adapter"], "dora: cannot be combined"),
         (["--adapter=a:0.5", "--svd-rank=3"], "svd_rank: without effect; 'cat' cuts nothing"),
         (["--adapter=a", "--adapter=b", "--combination-type=linear"], "'linear' needs adapters of one rank"),

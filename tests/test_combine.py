@@ -1,7 +1,6 @@
 """Adapters combined: against brute force in float64 on the full matrices, which ours never forms where it need not."""
 
 import math
-from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -10,14 +9,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minilora import ConfigError, LoraConfig, ShapeError
+from minilora import ConfigError, ShapeError
 from minilora.adapters.combine import (
     IN_RECIPE,
     CombinationType,
     CombineConfig,
     Factors,
     best_factors,
-    check_additive,
     combine,
 )
 from minilora.errors import in_recipe
@@ -117,24 +115,6 @@ def test_compressing_the_thin_factors_is_the_best_cut_of_their_sum(seed, outer, 
     assert abs(found.lost - sum(sigma[rank:] ** 2)) <= 1e-11 * found.total
 
 
-@given(seeds, sizes, sizes, st.floats(0.01, 1), st.none() | st.integers(1, 9))
-def test_the_rank_of_an_energy_is_the_least_that_keeps_it(seed, outer, inner, energy, limit):
-    wanted = randn(seed, outer, inner)
-    sigma = np.linalg.svd(wanted.numpy(), compute_uv=False)
-    shares = np.cumsum(sigma**2) / np.sum(sigma**2)
-    assume(not np.any(np.abs(shares[:-1] - energy) < 1e-9))
-    least = next((k + 1 for k in range(len(sigma)) if shares[k] >= energy), len(sigma))
-    found = best_factors(wanted, limit, energy)
-    assert found.factors.lora_A.size(0) == min(least, limit or least)
-
-
-def test_an_energy_alone_is_not_cut_to_the_ranks_of_the_adapters():
-    parts = draw_factors(3, 9, 8, [2, 3], [2.0, 0.5])
-    found = one_module(parts, [0.7, 0.3], "svd", svd_energy=1 - 1e-12)
-    assert found.factors.lora_A.size(0) == 5
-    assert one_module(parts, [0.7, 0.3], "svd").factors.lora_A.size(0) == 3
-
-
 def test_cutting_forms_no_matrix_of_the_weight_s_size():
     parts = [Factors(randn(i, 2, 100_000), randn(i, 200_000, 2), 0.5) for i in range(2)]  # 160 GB in full
     found = one_module(parts, [0.7, 0.3], "svd")
@@ -142,13 +122,11 @@ def test_cutting_forms_no_matrix_of_the_weight_s_size():
     assert 0 < found.lost < found.total
 
 
-def test_an_update_of_zeros_is_cut_to_rank_1():
+def test_an_update_of_zeros_stays_one():
     zero = Factors(torch.zeros(3, 5), torch.ones(4, 3))
-    for options in ({"svd_rank": 2}, {"svd_energy": 0.9}):
-        found = one_module([zero, zero], [1, 1], "svd", **options)
-        assert (found.lost, found.total) == (0, 0)
-        assert not product(found).any()
-    assert found.factors.lora_A.shape == (1, 5)
+    found = one_module([zero, zero], [1, 1], "svd", svd_rank=2)
+    assert (found.lost, found.total) == (0, 0)
+    assert not product(found).any()
 
 
 @given(seeds, sizes, sizes, sizes, several)
@@ -193,10 +171,10 @@ def test_adapters_of_another_size_are_refused_by_name():
             one_module([first, Factors(A, B)], [1, 1])
 
 
-@pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf], [1.0, -2e6]])
+@pytest.mark.parametrize("w", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf]])
 def test_each_adapter_needs_a_weight_that_is_a_number(w):
     parts = [{"m": part} for part in draw_factors(3, 6, 7, [2, 2], [2.0, 0.5])]
-    with pytest.raises(ConfigError, match="need a finite weight, at most 1,000,000, for each of the 2 adapters"):
+    with pytest.raises(ConfigError, match="need a finite weight for each of the 2 adapters"):
         combine(parts, w)
     with pytest.raises(ConfigError):
         combine([], [])
@@ -207,9 +185,7 @@ def test_each_adapter_needs_a_weight_that_is_a_number(w):
     [
         ({"combination_type": "sum"}, r"combination_type is 'sum', need one of \['cat'"),
         ({"svd_rank": 4}, "svd_rank: without effect; 'cat' cuts nothing"),
-        ({"combination_type": "linear", "svd_energy": 0.5}, "svd_energy: without effect; 'linear'"),
         ({"combination_type": "svd", "svd_rank": 0}, "svd_rank is 0"),
-        ({"combination_type": "svd", "svd_energy": 1.5}, "svd_energy is 1.5, need a number above 0, at most 1"),
         *(({"combination_type": kind}, f"{kind}'; {in_recipe('ties_and_dare')}$") for kind in IN_RECIPE),
     ],
 )
@@ -221,27 +197,3 @@ def test_options_that_cannot_work_or_do_nothing_are_refused(options, phrase):
 def test_what_drops_numbers_is_a_recipe():
     with pytest.raises(TypeError, match=f"{in_recipe('ties_and_dare')}$"):
         CombineConfig("svd", density=0.5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "phrase"),
-    [
-        ({"use_dora": True}, r"use_dora: .*m/‖W \+ ΔW‖"),
-        ({"modules_to_save": ("lm_head",)}, "modules_to_save: a module trained in full"),
-        ({"task_type": "SEQ_CLS"}, "task_type: the head of a classifier"),
-        ({"bias": "lora_only"}, "bias: a trained bias"),
-        ({"lora_bias": True}, "lora_bias: a bias is no update"),
-        ({"trainable_token_indices": (3,)}, "trainable_token_indices: trained rows"),
-    ],
-)
-def test_what_does_not_add_is_refused_by_name_with_the_reason(changes, phrase):
-    config = LoraConfig(use_rslora=True, rank_pattern={"q": 3})
-    for task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", None):
-        check_additive("first", replace(config, task_type=task))
-    with pytest.raises(ConfigError, match=rf"^first: cannot be combined .*\n.*{phrase}"):
-        check_additive("first", replace(config, **changes))
-
-
-def test_all_reasons_are_told_at_once():
-    with pytest.raises(ConfigError, match=r"(?s)use_dora.*modules_to_save.*bias"):
-        check_additive("first", LoraConfig(use_dora=True, modules_to_save=("head",), bias="all"))

@@ -90,11 +90,13 @@ class Stored:
         path: the directory.
         values: the values of the JSON, checked.
         tensors: path of a module -> key -> tensor, in float32 at least (see `parse_tensor_name`).
+        embeddings: the paths of those that are embeddings.
     """
 
     path: Path
     values: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+    embeddings: frozenset[str] = frozenset()
 
     def config(self) -> LoraConfig:
         """Return the config of the adapter, with the ranks that its A have."""
@@ -149,7 +151,8 @@ def read_adapter(directory: Path) -> Stored:
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
-    return Stored(directory, values, tensors)
+    embeddings = {parse_tensor_name(name)[0] for name in file.shapes if ".lora_embedding_" in name}
+    return Stored(directory, values, tensors, frozenset(embeddings))
 
 
 def write_adapter(

@@ -5,28 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from minilora.adapter import layers_of
 from minilora.adapters.attach import config_of_adapter, inject_adapter
 from minilora.adapters.build import AdapterSpec
-from minilora.adapters.combine import CombineConfig, Factors, LowRank, check_additive, combine
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.combine import CombineConfig, Factors, LowRank, combine
+from minilora.adapters.config import LoraConfig, Task
 from minilora.adapters.layout import (
     BASE_METADATA,
     DETERMINISTIC_INITS,
-    WEIGHTS_FILE,
     Stored,
     base_quantization,
     factor_name,
     fields_of,
-    parse_tensor_name,
     read_adapter,
     write_adapter,
 )
 from minilora.errors import ConfigError, check_types
-from minilora.files import TensorFile
 from minilora.lora import LoraAdapter
 from minilora.models.hub import unpinned
 
@@ -39,37 +37,46 @@ def combine_adapters(
     The new adapter is frozen. Return the new factors and what an SVD has cut off, by path.
 
     Raises:
-        ConfigError: an adapter is more than a sum of updates (`check_additive`), or `config` needs something else.
+        ConfigError: an adapter has more than updates s·B A, which alone can be added.
         ShapeError: adapters of one module do not fit together.
         TargetError: there is no such adapter, or one of the new name already.
     """
     check_types(combine_adapters, locals())
-    places = {each: layers_of(model, each) for each in weights}
-    configs = {each: config_of_adapter(model, each) for each in weights}
-    for each in weights:
-        check_additive(each, configs[each])
-    parts = [{path: _factors(layer.adapters[n]) for path, layer in layers.items()} for n, layers in places.items()]
-    cuts = combine(parts, list(weights.values()), config)
-    factors = {path: cut.factors for path, cut in cuts.items()}
-    kinds = {path: type(layer) for layers in places.values() for path, layer in layers.items()}
-    specs = {path: AdapterSpec(kinds[path], {"lora_A": A, "lora_B": B}) for path, (A, B, _) in factors.items()}
-    dtype = next(iter(factors.values())).lora_A.dtype
-    inject_adapter(model, config_of(factors, configs[next(iter(weights))]), name, specs, dtype, trainable=False)
+    held = {each: layers_of(model, each) for each in weights}
+    task = config_of_adapter(model, next(iter(weights))).task_type if weights else None
+    adapters = [{path: layer.adapters[each] for path, layer in layers.items()} for each, layers in held.items()]
+    for each, parts in zip(held, adapters, strict=True):
+        _check_additive(each, [path for path, adapter in parts.items() if not _is_update(adapter)])
+    factors = [{path: Factors(a.lora_A, a.lora_B, a.scale) for path, a in parts.items()} for parts in adapters]
+    cuts = combine(factors, list(weights.values()), config)
+    kinds = {path: type(layer) for layers in held.values() for path, layer in layers.items()}
+    specs = {}
+    for path, cut in cuts.items():
+        specs[path] = AdapterSpec(kinds[path], {"lora_A": cut.factors.lora_A, "lora_B": cut.factors.lora_B})
+    inject_adapter(model, config_of(cuts, task), name, specs, None, trainable=False)
     return cuts
 
 
-def _factors(adapter: LoraAdapter) -> Factors:
-    return Factors(adapter.lora_A, adapter.lora_B, adapter.scale)
+def _is_update(adapter: nn.Module) -> bool:
+    """Return whether an adapter is an update s·B A and nothing else."""
+    return isinstance(adapter, LoraAdapter) and adapter.magnitude is adapter.bias is adapter.lora_bias is None
 
 
-def config_of(factors: Mapping[str, Factors], like: LoraConfig | None = None) -> LoraConfig:
-    """Return the config of an adapter of scale 1, with alpha = r for each module, and the task of another config."""
-    ranks = {path: lora_A.size(0) for path, (lora_A, _, _) in factors.items()}
+def _check_additive(name: str, others: Sequence[str]) -> None:
+    if others:
+        raise ConfigError(
+            f"{name}: cannot be combined with other adapters, or weighed: it has more than updates s·B A, which alone "
+            f"can be added, such as DoRA's m, biases, or modules and rows that are trained in full: {others[:5]}"
+        )
+
+
+def config_of(cuts: Mapping[str, LowRank], task_type: Task | None) -> LoraConfig:
+    """Return the config of an adapter of scale 1, with alpha = r for each module."""
+    ranks = {path: len(cut.factors.lora_A) for path, cut in cuts.items()}
     r = max(ranks.values())
     others = {f"^{path}": rank for path, rank in ranks.items() if rank != r}
-    task = like.task_type if like else "CAUSAL_LM"
-    targets = tuple(ranks)
-    return LoraConfig(r, r, target_modules=targets, rank_pattern=others, alpha_pattern=others, task_type=task)
+    patterns: dict[str, Any] = {"rank_pattern": others, "alpha_pattern": others}
+    return LoraConfig(r, r, target_modules=tuple(ranks), task_type=task_type, **patterns)
 
 
 def combine_directories(
@@ -89,36 +96,30 @@ def combine_directories(
             with those of its base.
     """
     every = [read_adapter(path) for path in adapters]
-    configs = [_checked_config(stored) for stored in every]
-    cuts = combine([stored.factors() for stored in every], weights, config)
+    cuts = combine([_factors_of(stored) for stored in every], weights, config)
+    new = config_of(cuts, every[0].config().task_type)
     base, revision = unpinned(base_model or "")
-    new = config_of({path: cut.factors for path, cut in cuts.items()}, configs[0])
     fields = fields_of(new) | {"target_modules": list(new.target_modules)}  # full paths: the model is not known
     fields |= {"base_model_name_or_path": base or None, "revision": revision}
     fields["fan_in_fan_out"] = any(stored.values.get("fan_in_fan_out") for stored in every)
+    embeddings = {path for stored in every for path in stored.embeddings}
+    tensors = {}
+    for path, cut in cuts.items():
+        tensors[factor_name(path, "lora_A", path in embeddings)] = cut.factors.lora_A
+        tensors[factor_name(path, "lora_B", path in embeddings)] = cut.factors.lora_B
     held = [base_quantization(path) for path in adapters]
     is_known = held[0] is not None and all(each == held[0] for each in held)
-    names = [name for path in adapters for name in TensorFile(path / WEIGHTS_FILE).shapes]
-    embeddings = {parse_tensor_name(name)[0] for name in names if ".lora_embedding_" in name}
-    tensors = {
-        factor_name(path, key, path in embeddings): getattr(cut.factors, key)
-        for path, cut in cuts.items()
-        for key in ("lora_A", "lora_B")
-    }
     write_adapter(out, fields, tensors, {BASE_METADATA: json.dumps(held[0])} if is_known else {})
     return cuts
 
 
-def _checked_config(stored: Stored) -> LoraConfig:
-    """Return the config of an adapter; raise a ConfigError unless it consists of updates ΔW = s·B A alone."""
-    config = stored.config()
-    check_additive(str(stored.path), config)
+def _factors_of(stored: Stored) -> dict[str, Factors]:
+    """Return A, B and s of a stored adapter by path; raise a ConfigError if it has anything else."""
     if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
         raise ConfigError(
             f"{stored.path}: init_lora_weights is {init!r}, so its numbers hold a part of the base's weights; loaded "
             "with its base and saved again it is a plain adapter"
         )
     others = {path: held.keys() - {"lora_A", "lora_B", "weight"} for path, held in stored.tensors.items()}
-    if strange := [f"{path or 'the model'} {sorted(keys)}" for path, keys in others.items() if keys]:
-        raise ConfigError(f"{stored.path}: holds more than updates of low rank: {strange[:5]}")
-    return config
+    _check_additive(str(stored.path), [f"{path} {sorted(keys)}".strip() for path, keys in others.items() if keys])
+    return stored.factors()

@@ -146,7 +146,8 @@ def adapters(device: torch.device) -> dict[str, Any]:
         return adapted(W, None, *adapter).merged_weight()
 
     def add(adapters: Any, weights: list[float]) -> Factors:
-        return concatenate([Factors(*adapter) for adapter in adapters], weights)
+        parts = zip(adapters, weights, strict=True)
+        return concatenate([Factors(A, B, weight * scale) for (A, B, scale), weight in parts])
 
     return {
         **dict.fromkeys(("lora", "rslora", "dora"), make_layer),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.adapters.combine import NOT_ADDED
 from minilora.adapters.layout import (
     CONFIG_FILE,
     FIELD_OF_TENSOR,
@@ -45,7 +44,13 @@ FOLDED = {  # what `minilora export` folds into B
     "alpha_pattern": "modules have a lora_alpha of their own",
 }
 KEPT = {"embeddings": "A and B of an embedding"}
-NOT_PLAIN = {field: why for field, why in NOT_ADDED.items() if field != "task_type"}
+NOT_PLAIN = {
+    "use_dora": "m/‖W + ΔW‖ multiplies the whole weight",
+    "modules_to_save": "modules trained in full",
+    "bias": "trained biases",
+    "lora_bias": "a bias of B",
+    "trainable_token_indices": "trained rows of the embedding",
+}
 
 
 def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
