@@ -7,7 +7,8 @@ import pytest
 import minilora as ml
 from minilora.cli import main
 from minilora.files import BUILTIN
-from minilora.tools.merging import merge_directory
+from minilora.models.hub import fetch
+from minilora.tools.merging import Merge, merge_directory
 
 NEW = ["<coin>", "Wumpus"]
 ROWS = [
@@ -37,7 +38,7 @@ def test_new_tokens_are_learned_and_found_again(run, capsys):
 
 def test_they_are_merged_as_in_memory(run, tmp_path):
     tokenizer = ml.load_tokenizer(run)
-    merge_directory(BUILTIN, [run], tmp_path / "merged", tokenizer=tokenizer)
+    merge_directory(Merge(fetch(BUILTIN, "model"), [run]), tmp_path / "merged", tokenizer)
     merged = ml.load_model(tmp_path / "merged")
     assert merged.config.vocab_size == len(tokenizer)
     written = ml.generate(merged, [tokenizer.encode(ROWS[1]["prompt"])], max_new_tokens=6)

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from minilora.adapters.attach import describe_base
 from minilora.adapters.combine import CombineConfig, LowRank
@@ -25,14 +25,11 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.cli.load import (
     MERGED,
-    Found,
     add_model_flags,
     base_notes,
     base_of,
     check_not_merged,
     find,
-    recorded_quantization,
-    was_trained_on,
 )
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
@@ -40,7 +37,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
-from minilora.tools.merging import Deviation, merge_directory
+from minilora.tools.merging import Deviation, Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
@@ -69,16 +66,12 @@ def run(options: Options) -> int:
     _note_prompts(names)
     options, config = {**options, "adapter": list(names)}, from_flags(CombineConfig, options)
     weights = [1.0 if weight is None else weight for weight in given]
+    is_plain = config == CombineConfig() and all(weight is None for weight in given)
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
             written = _write_adapter(options, weights, config, out)
-        elif config == CombineConfig() and all(weight is None for weight in given):
-            written = _write_model(options, weights, None, out)
         else:
-            with tempfile.TemporaryDirectory() as scratch:
-                paths = [fetch(name, "adapter") for name in names]
-                _print_truncation(combine_directories(paths, weights, Path(scratch), config))
-                written = _write_model({**options, "adapter": list(map(str, paths))}, weights, Path(scratch), out)
+            written = _write_model(options, weights, None if is_plain else config, out)
     print(f"{written} written to {options['out']}")
     return 0
 
@@ -116,31 +109,28 @@ def _write_adapter(options: Options, weights: Sequence[float], config: CombineCo
     return f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())}"
 
 
-def _write_model(options: Options, weights: Sequence[float], combined: Path | None, out: Path) -> str:
-    """Merge the adapters, or the adapter that they were combined to, and describe the error and what was written."""
-    target, found, device = options["target"], find(options), pick_device(options["device"])
-    if combined is None:  # with weights, what is merged already may be added to or subtracted
+def _write_model(options: Options, weights: Sequence[float], config: CombineConfig | None, out: Path) -> str:
+    """Merge the adapters, with a config the adapter that they combine to, and describe the error and what was written.
+
+    With weights, what is merged already may be added to or subtracted.
+    """
+    target, found = options["target"], find(options)
+    if config is None:
         check_not_merged(found.base, found.adapters)
-    quantization = _describe(found, QuantizeConfig() if target == "original" else found.quantize)
+    quantize = QuantizeConfig() if target == "original" else found.quantize
+    quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
     for note in base_notes(found.base, found.adapters, quantization):
         say(note)
-    trained = recorded_quantization(found.base.path, found.adapters) or found.quantize
-    described = _describe(found, trained)
-    is_known = all(was_trained_on(described, path) for path in found.adapters)
-    deviation = merge_directory(
-        found.base.path,
-        [combined] if combined else found.adapters,
-        out,
-        target,
-        found.quantize,
-        options["dtype"],
-        device,
-        found.tokenizer,
-        trained=trained if is_known else None,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = found.adapters
+        if config is not None:
+            _print_truncation(combine_directories(adapters, weights, Path(scratch), config))
+            adapters = (Path(scratch),)
+        device = pick_device(options["device"])
+        merge = Merge(found.base.path, adapters, target, found.quantize, options["dtype"], device)
+        deviation = merge_directory(merge, out, found.tokenizer)
     _record_adapters(out, options["adapter"], found.adapters, weights)
-    error = _describe_error(deviation, target, found.quantize, trained if is_known else None)
-    return f"{error}\nmerged model"
+    return f"{_describe_error(deviation, merge)}\nmerged model"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
@@ -155,34 +145,24 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], 
     write_json(out / "config.json", {**values, MERGED: [entry for entry in held.values() if entry["weight"]]})
 
 
-def _describe(found: Found, quantize: QuantizeConfig) -> dict[str, Any]:
-    """Describe the base model as it is if it is quantized like this."""
-    return describe_base(load_model(found.base.path, "auto", "meta", quantize))
-
-
 def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
     """Print the error of the SVD that truncated the combination, if one did."""
-    deviation = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
-    if deviation.overall is not None:
-        found = f"{deviation.overall:.2g}; worst {deviation.worst:.2g} in {deviation.layer}"
-        print(f"truncation error, relative to the combined update: {found}")
+    if found := Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()}):
+        error = f"{found.overall:.2g}; worst {found.worst:.2g} in {found.layer}"
+        print(f"truncation error, relative to the combined update: {error}")
 
 
-def _describe_error(
-    deviation: Deviation, target: Target | None, quantize: QuantizeConfig, trained: QuantizeConfig | None
-) -> str:
-    """Describe the error of a merge, and what to do about a large one; `trained` is None if it is not recorded."""
-    if deviation.overall is None or deviation.worst is None:
+def _describe_error(deviation: Deviation | None, merge: Merge) -> str:
+    """Describe the error of a merge, and what to do about a large one."""
+    if deviation is None:
         return "no update of low rank changes a weight, so there is no rounding error to report"
     cause, advice = "rounding", "--dtype float32 rounds less"
-    if trained not in (None, QuantizeConfig() if target == "original" else quantize):
-        cause, advice = "another base than in training", "without --target and --quantize the base is that of training"
-    elif target == "requantized":
+    if merge.target == "original" and merge.quantize.quantize != "none":
+        cause, advice = "another base than in training", "without --target the base is that of training"
+    elif merge.target == "requantized":
         cause, advice = "rounding to four bits", "--target dequantized rounds less"
-    text = (
-        f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect"
-        f"{'' if trained else ' on the base as loaded here'} (worst: {deviation.worst:.1%} in {deviation.layer})"
-    )
+    outputs = f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect"
+    text = f"{outputs} (worst: {deviation.worst:.1%} in {deviation.layer})"
     if deviation.overall > NOTABLE:
         text += f"\nthe loss usually changes far less, which `minilora eval` can measure; {advice}"
     return text

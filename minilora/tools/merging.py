@@ -11,6 +11,7 @@ The *target* decides what W is:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +36,9 @@ from minilora.adapters.layout import (
 )
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
-from minilora.llama import Llama
+from minilora.llama import Llama, LlamaConfig
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
-from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Target, Weight, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
@@ -51,7 +52,6 @@ from minilora.models.checkpoint import (
     stored_dtype,
     stored_weights,
 )
-from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, dequantize_weight, quantize_weight
@@ -60,173 +60,150 @@ CHUNK = 2**16  # elements of a weight that are converted to float64 at a time, s
 
 
 @dataclass(frozen=True)
-class Deviation:
-    """The relative error ‖W′ - (W + ΔW)‖ / ‖ΔW‖ over all adapted layers and in the worst one, W as in training.
+class Merge:
+    """Adapters, all of which are merged into a model on disk.
 
-    For inputs without a preferred direction, E[x xᵀ] = σ²·1, the outputs of a matrix M have the mean square
-    σ²‖M‖² / out. So this is the error of the layers' outputs relative to the adapters' effect, as root mean squares.
-
-    All fields are None if the adapters change nothing; a layer without a change is never the worst.
-    """
-
-    overall: float | None
-    worst: float | None
-    layer: str | None
-
-    @classmethod
-    def of(cls, squares: Mapping[str, tuple[float, float]]) -> Deviation:
-        """Return the deviation for ‖error‖² and ‖ΔW‖² of each layer, by its path."""
-        ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
-        if not ratios:
-            return cls(None, None, None)
-        error, effect = map(sum, zip(*squares.values(), strict=True))
-        worst = max(ratios, key=ratios.__getitem__)
-        return cls(math.sqrt(error / effect), ratios[worst], worst)
-
-
-def merge_directory(
-    name_or_path: str | Path,
-    adapters: Sequence[str | Path],
-    out: str | Path,
-    target: Target | None = None,
-    quantize: QuantizeConfig | Quantize | None = None,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
-    tokenizer: Tokenizer | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    trained: QuantizeConfig | Quantize | None = None,
-) -> Deviation:
-    """Merge adapters into a model on disk, write it, and return how far it is from the trained weights.
-
-    The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
-    "dequantized", without for "original".
-
-    Args:
-        name_or_path: the base model, as `load_model` takes it.
-        adapters: directories or names of the hub, all of which are merged.
-        out: the directory to write.
+    Attributes:
+        model: the directory of the base model.
+        adapters: their directories.
         target: what to merge into; None is "dequantized" if the base is quantized, else "original".
-        quantize: how the base is quantized, as `load_model` takes it.
+        quantize: how the base is quantized, as in the adapters' training.
         dtype: of dense weights; "auto" is the checkpoint's own, even if this machine computes it slowly.
         device: where to compute.
-        tokenizer: its files are written beside the model.
-        shard_bytes: how large a file may be.
-        trained: how the base was quantized in training, if not as `quantize`; the error is relative to that base.
-
-    Raises:
-        ConfigError: no adapter is named, or this base cannot be merged into that target.
-        TrainingError: a merged weight is not finite; no file is left in `out`.
-        FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
     """
-    paths = [fetch(adapter, "adapter") for adapter in adapters]
-    base = _Base(fetch(name_or_path, "model"), dtype, torch.device(device), quantize, trained, paths)
-    if base.trained != base.quantize:
-        base.load(base.trained)  # raises its errors before anything is written
-    held = base.load(base.quantize)
-    layers = _load_adapters(base, paths)
-    kind = describe_base(held)["quantize"]
-    if target is None:
-        target = "original" if kind == "none" else "dequantized"
-    _check(base, target, kind)
-    model = held if target == "requantized" else base.bare().to(base.dtype)
-    if _unties(base, layers):
-        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # no longer tied
-    squares: dict[str, tuple[float, float]] = {}
-    save_model_files(model, Path(out), tokenizer, shard_bytes, _merged_weights(base, layers, target, squares))
-    return Deviation.of(squares)
 
+    model: Path
+    adapters: Sequence[Path]
+    target: Target | None = None
+    quantize: QuantizeConfig = QuantizeConfig()
+    dtype: torch.dtype | str = "auto"
+    device: torch.device = torch.device("cpu")
 
-class _Base:
-    """A model directory whose weights are read one at a time, into `dtype` on `device`."""
+    @functools.cached_property
+    def config(self) -> LlamaConfig:
+        return read_config(self.model)
 
-    def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype | str,
-        device: torch.device,
-        quantize: QuantizeConfig | Quantize | None,
-        trained: QuantizeConfig | Quantize | None,
-        adapters: Sequence[Path],
-    ):
-        self.directory, self.device = directory, device
-        self.quantize = QuantizeConfig.of(quantize)
-        self.trained = self.quantize if trained is None else QuantizeConfig.of(trained)
-        self.config = read_config(directory)
-        source = self.config.source
-        self.rows = max(map(vocabulary_of, adapters), default=0)  # that the adapters' tokens need of the embedding
-        self.dtype = resolve_dtype(stored_dtype(source) if dtype == "auto" else dtype, source, device)
+    @functools.cached_property
+    def rows(self) -> int:
+        """How many rows the adapters' tokens need of the embedding."""
+        return max(map(vocabulary_of, self.adapters), default=0)
 
-    def load(self, quantize: QuantizeConfig) -> Llama:
-        """Load the model without its weights, quantized like this."""
-        model = load_model(self.directory, self.dtype, "meta", quantize)
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        dtype = stored_dtype(self.config.source) if self.dtype == "auto" else self.dtype
+        return resolve_dtype(dtype, self.config.source, self.device)
+
+    def quantized_model(self) -> Llama:
+        """Build the model as it is loaded, without its weights."""
+        model = load_model(self.model, self.weight_dtype, "meta", self.quantize)
         resize_token_embeddings(model, self.rows)
         return model
 
-    def bare(self) -> Llama:
-        """Build the model with names and shapes only, all of it dense."""
+    def dense_model(self) -> Llama:
+        """Build the model without its weights, all of it dense."""
         model = build_on_meta(self.config)
         resize_token_embeddings(model, self.rows)
-        return model
+        return model.to(self.weight_dtype)
 
     def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
-        """Yield names and weights; with `has_head`, also the weight of a tied head, by the head's name."""
+        """Read names and weights, one at a time; with `has_head`, also the weight of a tied head, by the head's name.
+
+        Raises:
+            FormatError, ConfigError: as in `load_model`.
+        """
         bare = build_on_meta(self.config)
-        for name, weight in stored_weights(self.directory, bare, self.dtype, self.device, quantize):
+        for name, weight in stored_weights(self.model, bare, self.weight_dtype, self.device, quantize):
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
             yield name, weight
             if name == EMBEDDING and has_head and self.config.tie_word_embeddings:
                 yield HEAD, weight
 
-    def pairs(self, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
-        """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
-        held = QuantizeConfig("none") if target == "original" else self.quantize
-        if held == self.trained:
-            yield from ((name, weight, weight) for name, weight in self.weights(held, has_head))
-        else:
-            trained = self.weights(self.trained, has_head)
-            for (name, weight), (_, known) in zip(self.weights(held, has_head), trained, strict=True):
-                yield name, weight, known
+
+@dataclass(frozen=True)
+class Deviation:
+    """The relative error ‖W′ - (W + ΔW)‖ / ‖ΔW‖ over all adapted layers and in the worst one, W as in training.
+
+    For inputs without a preferred direction, E[x xᵀ] = σ²·1, the outputs of a matrix M have the mean square
+    σ²‖M‖² / out. So this is the error of the layers' outputs relative to the adapters' effect, as root mean squares.
+    """
+
+    overall: float
+    worst: float
+    layer: str
+
+    @classmethod
+    def of(cls, squares: Mapping[str, tuple[float, float]]) -> Deviation | None:
+        """Return the deviation for ‖error‖² and ‖ΔW‖² of each layer, by its path; None if nothing is changed."""
+        ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
+        if not ratios:
+            return None
+        error, effect = map(sum, zip(*squares.values(), strict=True))
+        worst = max(ratios, key=ratios.__getitem__)
+        return cls(math.sqrt(error / effect), ratios[worst], worst)
 
 
-def _check(base: _Base, target: Target, kind: str) -> None:
-    """Raise an error if a base with linears of this kind cannot be merged into the target."""
+def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None) -> Deviation | None:
+    """Merge, write the model with its tokenizer, and return how far it is from the trained weights.
+
+    The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
+    "dequantized", without for "original".
+
+    Raises:
+        ConfigError: no adapter is named, or this base cannot be merged into that target.
+        TrainingError: a merged weight is not finite; no file is left in `out`.
+        FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
+    """
+    quantized = merge.quantized_model()
+    layers = _load_adapters(merge)
+    target = _target_of(merge, describe_base(quantized)["quantize"])
+    model = quantized if target == "requantized" else merge.dense_model()
+    unties = _unties(merge, layers)
+    if unties:
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    squares: dict[str, tuple[float, float]] = {}
+    weights = _merged_weights(_pairs(merge, target, unties), layers, target, squares)
+    save_model_files(model, out, tokenizer, SHARD_BYTES, weights)
+    return Deviation.of(squares)
+
+
+def _target_of(merge: Merge, kind: str) -> Target:
+    """Return what to merge into, or raise an error if a base with linears of this kind cannot be merged into that."""
+    target = merge.target or ("original" if kind == "none" else "dequantized")
     if target not in get_args(Target):
         raise ConfigError(f"target is {target!r}, accepted are {list(get_args(Target))}")
-    if target == "original" and is_four_bit(base.config.source):
+    if target == "original" and is_four_bit(merge.config.source):
         raise ConfigError(
-            f"{base.directory}: is quantized as {kind}; the target 'original' needs the 16-bit model that it was "
-            "made from, accepted here are 'dequantized' and 'requantized'"
+            f"{merge.model}: is quantized as {kind}; the target 'original' needs the 16-bit model that it was made "
+            "from, accepted here are 'dequantized' and 'requantized'"
         )
     if target == "requantized" and kind != "nf4":
-        raise ConfigError(
-            f"{base.directory}: the target 'requantized' needs linears held as nf4, found {kind}; "
-            + ("give --quantize nf4 or " if kind == "none" else "")
-            + "another target"
-        )
+        raise ConfigError(f"{merge.model}: the target 'requantized' needs linears quantized as nf4, found {kind}")
+    return target
 
 
-def _load_adapters(base: _Base, adapters: Sequence[Path]) -> dict[str, AdapterWrapper]:
+def _load_adapters(merge: Merge) -> dict[str, AdapterWrapper]:
     """Load all adapters onto a model without weights, and return its adapted modules, with all adapters active.
 
     Two kinds of adapters need weights of the base: those with copies of weights by PEFT, which are compared, and those
     that started as a part of the weights.
     """
-    if not adapters:
+    if not merge.adapters:
         raise ConfigError("there is nothing to merge: name an adapter")
-    model, names = base.bare(), [f"adapter{i}" for i in range(len(adapters))]
-    if needed := {f"{path}.weight" for adapter in adapters for path in _needed_modules(adapter)}:
-        for name, weight in base.weights(base.quantize, has_head=True):
+    model = merge.dense_model()
+    names = [f"adapter{i}" for i in range(len(merge.adapters))]
+    if needed := {f"{path}.weight" for adapter in merge.adapters for path in _needed_modules(adapter)}:
+        for name, weight in merge.weights(merge.quantize, has_head=True):
             if name in needed:
                 assign(model, name, weight)
-    for name, path in zip(names, adapters, strict=True):
+    for name, path in zip(names, merge.adapters, strict=True):
         load_adapter(model, path, name)
     set_adapter(model, names)
     layers = adapter_layers(model)
     for layer in layers.values():
         layer.base.to("meta")
         if not isinstance(layer, ModulesToSave):  # that shares parameters with its base
-            layer.adapters.to(base.device)
+            layer.adapters.to(merge.device)
     return layers
 
 
@@ -237,18 +214,31 @@ def _needed_modules(adapter: Path) -> set[str]:
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
-def _unties(base: _Base, layers: Mapping[str, AdapterWrapper]) -> bool:
+def _unties(merge: Merge, layers: Mapping[str, AdapterWrapper]) -> bool:
     """Return whether merging turns a tied embedding and head into two weights."""
     ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
     is_adapted = any(isinstance(end, LowRankWrapper | ModulesToSave) for end in ends)
-    return base.config.tie_word_embeddings and is_adapted
+    return merge.config.tie_word_embeddings and is_adapted
+
+
+def _pairs(merge: Merge, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
+    """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
+    if target == "original" and merge.quantize.quantize != "none":
+        originals = merge.weights(QuantizeConfig(), has_head)
+        for (name, weight), (_, trained) in zip(originals, merge.weights(merge.quantize, has_head), strict=True):
+            yield name, weight, trained
+    else:
+        for name, weight in merge.weights(merge.quantize, has_head):
+            yield name, weight, weight
 
 
 def _merged_weights(
-    base: _Base, layers: Mapping[str, AdapterWrapper], target: Target, squares: dict[str, tuple[float, float]]
+    pairs: Iterator[tuple[str, Weight, Weight]],
+    layers: Mapping[str, AdapterWrapper],
+    target: Target,
+    squares: dict[str, tuple[float, float]],
 ) -> Iterator[tuple[str, Weight]]:
     """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`."""
-    pairs = base.pairs(target, _unties(base, layers))
     for path, group in itertools.groupby(pairs, key=lambda pair: _adapted_module(pair[0], layers)):
         if path is None:
             yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight, _ in group)
@@ -256,9 +246,7 @@ def _merged_weights(
         layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
         merged = _merge_layer(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
         if more := merged.keys() - weights.keys():
-            raise ConfigError(
-                f"{path}: the adapters add {sorted(more)}, but a {base.config.model_type} has no such parameter"
-            )
+            raise ConfigError(f"{path}: the adapters add {sorted(more)}, but the model has no such parameter")
         for key, (weight, trained) in weights.items():
             result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
             if key == "weight" and isinstance(layer, LowRankWrapper):

@@ -5,17 +5,22 @@ import torch
 
 import minilora as ml
 from minilora.testing.compare import assert_parity, assert_precision
-from minilora.tools.merging import merge_directory
+from minilora.tools.merging import Merge, merge_directory
 from tests.models import randomize_adapters_, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
 
+NF4 = ml.QuantizeConfig("nf4")
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 IDS = token_ids(3, 2, 7)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 families = pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+
+
+def merge(things, target, config=NF4, adapter="adapter", out="merged"):
+    merge_directory(Merge(things / "base", [things / adapter], target, config), things / out)
 
 
 @pytest.fixture
@@ -27,7 +32,7 @@ def make(tmp_path):
         model = ml.load_model(tmp_path / "base", dtype, quantize="nf4")
         ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, **config))
         ml.save_adapter(model, tmp_path / "nothing")
-        merge_directory(tmp_path / "base", [tmp_path / "nothing"], tmp_path / "dense", quantize="nf4")
+        merge(tmp_path, "dequantized", adapter="nothing", out="dense")
         randomize_adapters_(model)
         ml.save_adapter(model, tmp_path / "adapter")
         return tmp_path
@@ -39,7 +44,7 @@ def make(tmp_path):
 @families
 def test_peft_s_merge_into_the_weights_that_were_trained_on_is_ours_within_a_rounding(make, family, dtype):
     things = make(family, dtype)
-    merge_directory(things / "base", [things / "adapter"], things / "merged", "dequantized", "nf4")
+    merge(things, "dequantized")
     ours = ml.load_model(things / "merged", dtype).state_dict()
     base = theirs_loaded(things / "dense", dtype)
     before = {name: weight.double() for name, weight in base.state_dict().items()}
@@ -65,7 +70,7 @@ def test_peft_s_merge_into_the_weights_that_were_trained_on_is_ours_within_a_rou
 def test_transformers_opens_a_merged_directory_to_the_logits_of_the_adapted_model(make, family, target):
     targets = ("o_proj", "down_proj", "lm_head")
     things = make(family, torch.float32, target_modules=targets)
-    merge_directory(things / "base", [things / "adapter"], things / "merged", target, "nf4")
+    merge(things, target)
     model = ml.load_model(things / "base", quantize="nf4" if target == "dequantized" else None)
     ml.load_adapter(model, things / "adapter")
     theirs = theirs_loaded(things / "merged", torch.float32)
@@ -78,7 +83,7 @@ def test_transformers_opens_a_requantized_directory_to_our_logits(make, double_q
     bitsandbytes = pytest.importorskip("bitsandbytes")
     things = make("llama", torch.float32)
     config = ml.QuantizeConfig("nf4", double_quant, ("o_proj",))
-    merge_directory(things / "base", [things / "adapter"], things / "merged", "requantized", config)
+    merge(things, "requantized", config)
     theirs = theirs_loaded(things / "merged", torch.float32).train()  # while evaluating it rounds more
     packed = [module for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(packed) == 4 * 6

@@ -25,7 +25,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.formats import Row
 from minilora.runs.rows import stream_rows
 from minilora.tools.inspect import inspect_path
-from minilora.tools.merging import merge_directory
+from minilora.tools.merging import Merge, merge_directory
 from tests.files import saved, without_manifests
 from tests.models import tiny_model
 from tests.reliability.watch import Call
@@ -146,7 +146,7 @@ def adapter_calls(root: Path) -> Iterator[Call]:
         yield f"adapter_config.json: {name}: load", partial(use_adapter, directory)
         yield (
             f"adapter_config.json: {name}: merge",
-            partial(merge_directory, directory / "base", [directory / "adapter"], directory / "merged"),
+            partial(merge_directory, Merge(directory / "base", [directory / "adapter"]), directory / "merged"),
         )
         yield f"adapter_config.json: {name}: inspect", partial(inspect_path, str(directory / "adapter"))
         if changes.get("init_lora_weights"):
