@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ablation, growth, results, turns, work
+from benchmarks import ablation, results, turns, work
 from benchmarks.process import Round
 
 HERE = Path(__file__).parent
@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = {"ablation": [each.name for each in work.ablations()]}
     peers = sorted({peer for each in [*work.trainings(), *work.operations()] for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--model", type=model, help="directory of SmolLM2-135M; without one its shapes, random weights")
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--rounds", type=count, default=3, help="turns of everyone at each work")
+    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of everyone at each work")
     names = [*known, *groups]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=list(known), help=", ".join(names))
     parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
-    parser.add_argument("--out", type=page, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     log, here = args.out.with_suffix(".jsonl"), results.surroundings(torch.device(args.device))
@@ -56,47 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 refused = True
                 print(f"{name}: refused, {error}", flush=True)
     kept = results.kept(log, here)
-    for grown in work.growths():
-        if grown.name in kept:
-            growth.draw(grown, results.as_round(kept[grown.name][-1]), args.out.parent / f"{grown.name}.svg")
     args.out.write_text(results.page(kept, list(known.values())), encoding="utf-8")
     return int(refused)
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def device(text: str) -> str:
-    """One that is there."""
-    try:
-        return str(torch.empty(1, device=text).device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def model(text: str) -> Path:
-    """A directory with a model."""
-    if not (Path(text) / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text} has no config.json")
-    return Path(text)
-
-
-def page(text: str) -> Path:
-    """A file that ends in .md."""
-    if Path(text).suffix != ".md" or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no name of a file that ends in .md")
-    return Path(text)
-
-
 def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence[str] | None) -> Iterator[Round]:
-    """The rounds of a work; a curve takes one."""
-    if isinstance(each, work.Growth):
-        yield growth.measure(each, shop)
-    elif isinstance(each, work.Ablation):
+    """The rounds of a work."""
+    if isinstance(each, work.Ablation):
         yield from ablation.rounds(each, shop, rounds)
     else:
         asked = [peer for peer in each.peers if peers is None or peer in peers]

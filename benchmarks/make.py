@@ -23,15 +23,15 @@ def random_model(config: dict[str, Any], directory: Path) -> None:
     ml.save_model(model.to(torch.bfloat16), directory, ml.load_tokenizer("minilora/builtin"))
 
 
-def adapter_config(dora: bool, rank: int = RANK) -> ml.LoraConfig:
+def adapter_config(dora: bool) -> ml.LoraConfig:
     """On all seven linears of a block."""
-    return ml.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=dora)
+    return ml.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=dora)
 
 
-def adapter(model: Path, directory: Path, dora: bool, rank: int = RANK) -> None:
+def adapter(model: Path, directory: Path, dora: bool) -> None:
     """An adapter that everyone begins with; with B = 0 a mistake in scale or in A would not be seen in the loss."""
     found = ml.load_model(model)
-    ml.attach(found, adapter_config(dora, rank))
+    ml.attach(found, adapter_config(dora))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in found.named_parameters():
         if "lora_B" in name:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 import minilora.public as ml  # all of it now: memory is counted from after the imports
-from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
-from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
+from benchmarks.process import Measurement, Peak, norm_of, python, repeated
+from benchmarks.work import NEW_TOKENS, Task, square_weight
 from minilora.adapters.attach import linear_layers
 from minilora.nf4 import Layout, dequantize_weight, quantize_weight
-
-TINY_CONFIG = ml.LoraConfig(r=8, target_modules=TARGETS)
 
 
 def loaded(task: Task) -> Any:
@@ -34,20 +28,11 @@ def adapted(task: Task) -> Any:
 
 def generate(task: Task) -> Measurement:
     """The result is the sum of the new tokens; in bfloat16 of the first ones, since close calls end otherwise."""
-    return _generated(task, ml.merged)
-
-
-def generate_applied(task: Task) -> Measurement:
-    """The adapter is not merged meanwhile."""
-    return _generated(task, nullcontext)
-
-
-def _generated(task: Task, around: Callable[[Any], AbstractContextManager[Any]]) -> Measurement:
     peak = Peak(task.device)
     model, compared = adapted(task), NEW_TOKENS if task.work.dtype == "float32" else 1
 
     def write(count: int) -> list[list[int]]:
-        with around(model):
+        with ml.merged(model):
             return ml.generate(model, task.prompts, max_new_tokens=count)
 
     amount = NEW_TOKENS * len(task.prompts)
@@ -69,10 +54,6 @@ def import_(task: Task) -> Measurement:
     return repeated(Peak(task.device), python("-c", "from minilora import attach, load_model, train"))
 
 
-def help_(task: Task) -> Measurement:
-    return repeated(Peak(task.device), python("-m", "minilora", "--help"))
-
-
 def merge(task: Task) -> Measurement:
     peak, model = Peak(task.device), adapted(task)
 
@@ -81,53 +62,6 @@ def merge(task: Task) -> Measurement:
         return norm_of(model.parameters())
 
     return repeated(peak, ml.merge, lambda: copy.deepcopy(model), result=result)
-
-
-def save_adapter(task: Task) -> Measurement:
-    peak, model = Peak(task.device), adapted(task)
-    with tempfile.TemporaryDirectory() as folder:
-        return repeated(peak, lambda _: ml.save_adapter(model, folder), result=lambda: size_of(folder))
-
-
-def save_model(task: Task) -> Measurement:
-    peak, model = Peak(task.device), loaded(task)
-    with tempfile.TemporaryDirectory() as folder:
-        return repeated(peak, lambda _: ml.save_model(model, folder), result=lambda: size_of(folder))
-
-
-def with_adapters() -> Any:
-    """A model that has several."""
-    model = tiny_llama()
-    for i in range(ADAPTERS):
-        ml.attach(model, TINY_CONFIG, f"{i}")
-    return model
-
-
-def attach(task: Task) -> Measurement:
-    return repeated(Peak(task.device), lambda model: ml.attach(model, TINY_CONFIG), tiny_llama)
-
-
-def switch(task: Task) -> Measurement:
-    peak, model, names = Peak(task.device), with_adapters(), itertools.cycle(f"{i}" for i in range(ADAPTERS))
-    return repeated(peak, lambda _: ml.set_adapter(model, next(names)))
-
-
-def disable(task: Task) -> Measurement:
-    peak, model = Peak(task.device), with_adapters()
-
-    def do(_: Any) -> None:
-        with ml.disable_adapter(model):
-            pass
-
-    return repeated(peak, do)
-
-
-def load_adapter(task: Task) -> Measurement:
-    peak, model = Peak(task.device), tiny_llama()
-    ml.attach(model, TINY_CONFIG)
-    with tempfile.TemporaryDirectory() as folder:
-        ml.save_adapter(model, folder)
-        return repeated(peak, lambda model: ml.load_adapter(model, folder), tiny_llama)
 
 
 def weights(task: Task) -> list[Tensor]:

@@ -30,8 +30,6 @@ def train(task: Task) -> Measurement:
     work, device = task.work, torch.device(task.device)
     peak = Peak(task.device)
     model = ml.load_model(task.model, work.dtype, device, "nf4" if work.method == "qlora" else None)
-    for i in range(1, task.adapters):
-        ml.load_adapter(model, task.adapter, f"{i}")
     ml.load_adapter(model, task.adapter, trainable=True)
     examples = [ml.Example(tokens, labels) for tokens, labels in task.rows]
     records: list[dict[str, Any]] = []

@@ -2,7 +2,7 @@
 
 Each calls the peer's own code as it is installed, and imports it when it is called. What a peer has no option for, its
 callable does not take. `peer_nf4` has their 4-bit weights, `peer_training` their losses and loops, `peer_data` their
-chat masks and adapter files, `peer_mlx` what is MLX's.
+chat masks and adapter files.
 
     W (out, in)    b (out) or None    A (r, in)    B (out, r)    magnitude (out)
 """
@@ -94,30 +94,6 @@ def total_rank(adapters: Adapters) -> int:
     return min(sum(len(A) for A, _, _ in adapters), A.shape[1], len(B))
 
 
-# --- unsloth ---
-
-
-class FromUnsloth(nn.Module):
-    """PEFT's layer, computed by the `apply_lora_o` that unsloth gives to attention: x (B, T, in), no bias."""
-
-    def __init__(self, layer: Any):
-        super().__init__()
-        self.o_proj = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        from unsloth.kernels.fast_lora import apply_lora_o
-
-        return apply_lora_o(self, x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-
-def unsloth_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0, use_rslora: bool = False
-) -> Any:
-    import unsloth  # noqa: F401  # before PEFT, which it changes
-
-    return FromUnsloth(peft_linear(W, b, A, B, alpha, dropout=dropout, use_rslora=use_rslora))
-
-
 # --- litgpt ---
 
 
@@ -133,42 +109,6 @@ def litgpt_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     layer = litgpt_linear(W, None, A, B, scale * len(A))
     layer.merge()
     return layer.linear.weight
-
-
-# --- loralib ---
-
-
-def loralib_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0, merges: bool = True
-) -> Any:
-    import loralib
-
-    layer = loralib.Linear(W.shape[1], W.shape[0], len(A), alpha, dropout, bias=b is not None, merge_weights=merges)
-    loralib.mark_only_lora_as_trainable(layer)
-    return filled(layer.to(W.dtype), weight=W, bias=b, lora_A=A, lora_B=B)
-
-
-def loralib_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    layer = loralib_linear(W, None, A, B, scale * len(A))
-    layer.eval()  # returns None
-    return layer.weight
-
-
-# --- lora-pytorch ---
-
-
-def lora_pytorch_linear(
-    W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, *, dropout: float = 0.0
-) -> Any:
-    from lora_pytorch import LoRA
-    from lora_pytorch.modules.linear import LinearLoRAModule
-
-    branch = LinearLoRAModule(W.shape[1], W.shape[0], len(A), alpha, dropout, dtype=W.dtype)
-    return LoRA(base(W, b), filled(branch, in_proj=A.T, out_proj=B.T))
-
-
-def lora_pytorch_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    return lora_pytorch_linear(W, None, A, B, scale * len(A)).merge_lora().weight
 
 
 # --- torchtune ---
@@ -203,78 +143,3 @@ def torchtune_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Te
     if magnitude is not None:
         state["layer.magnitude"] = magnitude
     return get_merged_lora_ckpt(state, rank=len(A), alpha=scale * len(A))["layer.weight"]
-
-
-# --- adapters (AdapterHub) ---
-
-
-def adapters_linear(
-    W: Tensor,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-    use_dora: bool = False,
-    magnitude: Tensor | None = None,
-) -> Any:
-    from adapters.composition import Stack
-
-    layer = _adapters_layer(W, b)
-    _adapters_add(layer, "adapter", A, B, alpha, dropout=dropout, use_dora=use_dora, magnitude=magnitude)
-    layer.adapters_config.active_setup = Stack("adapter")
-    for parameter in (layer.weight, layer.bias):  # as `train_adapter` of a model does
-        if parameter is not None:
-            parameter.requires_grad_(False)
-    return layer
-
-
-def _adapters_layer(W: Tensor, b: Tensor | None) -> Any:
-    from adapters import ModelAdaptersConfig
-    from adapters.methods.lora import LoRALinear
-    from transformers import PretrainedConfig
-
-    return LoRALinear.wrap(base(W, b), "selfattn", PretrainedConfig(), ModelAdaptersConfig(), attn_key="q")
-
-
-def _adapters_add(layer: Any, name: str, A: Tensor, B: Tensor, alpha: float, **options: Any) -> None:
-    from adapters import LoRAConfig
-
-    magnitude, dtype = options.pop("magnitude", None), str(A.dtype).removeprefix("torch.")
-    config = LoRAConfig(r=len(A), alpha=alpha, attn_matrices=["q"], dtype=dtype, **options)
-    layer.adapters_config.add(name, config)
-    layer.add_adapter(name, 0)
-    own = {"m__weight": magnitude} if options.get("use_dora") else {}
-    filled(layer.loras[name], lora_A=A, lora_B=B, **own)
-
-
-def adapters_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
-    layer = adapters_linear(W, None, A, B, scale * len(A), use_dora=magnitude is not None, magnitude=magnitude)
-    layer.merge_adapter("adapter")
-    return layer.weight
-
-
-def adapters_sum(combine_strategy: str) -> Callable[[Adapters, Sequence[float]], Tensor]:
-    """Return a sum by the layer's `average_adapter`.
-
-    It takes adapters of one rank and one alpha: ranks are padded with zeros, and scales are multiplied into B.
-    """
-
-    def add(adapters: Adapters, weights: Sequence[float]) -> Tensor:
-        A, B, _ = adapters[0]
-        most = max(len(A) for A, _, _ in adapters)
-        layer, names = _adapters_layer(B.new_zeros(len(B), A.shape[1]), None), []
-        for i, (A, B, scale) in enumerate(adapters):
-            names.append(f"adapter{i}")
-            more = most - len(A)
-            padded = nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B * scale, (0, more))
-            _adapters_add(layer, names[-1], *padded, most)
-        rank = total_rank(adapters) if "svd" in combine_strategy else most
-        config = layer.adapters_config.get(names[0])
-        layer.adapters_config.add("sum", config.replace(r=rank, alpha=rank))
-        layer.average_adapter("sum", dict(zip(names, weights, strict=True)), combine_strategy, svd_rank=rank)
-        result = layer.loras["sum"]
-        return result.scaling * result.delta_w
-
-    return add

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import began, loaded, peft_model
-from benchmarks.process import Measurement, Peak, norm_of, python, repeated, size_of
-from benchmarks.work import ADAPTERS, NEW_TOKENS, TARGETS, Task, square_weight, tiny_llama
+from benchmarks.process import Measurement, Peak, norm_of, python, repeated
+from benchmarks.work import NEW_TOKENS, Task, square_weight
 
 IMPORTS = {
     "torch": "import torch",
@@ -39,9 +37,6 @@ def generate(task: Task) -> Measurement:
     return repeated(peak, lambda _: write(NEW_TOKENS), amount=amount, result=lambda: int(write(compared).sum()))
 
 
-generate_applied = generate
-
-
 def load(task: Task) -> Measurement:
     arguments = f"{str(task.model)!r}, dtype={task.work.dtype!r}, device_map={task.device!r}"
     code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({arguments})"
@@ -56,9 +51,6 @@ def import_(task: Task) -> Measurement:
     return repeated(Peak(task.device), python("-c", IMPORTS[task.side]))
 
 
-help_ = import_
-
-
 def merge(task: Task) -> Measurement:
     peak, model = began(task), peft_model(task)
 
@@ -66,66 +58,6 @@ def merge(task: Task) -> Measurement:
         return norm_of(model.merge_and_unload().parameters())
 
     return repeated(peak, lambda each: each.merge_and_unload(), lambda: copy.deepcopy(model), result=result)
-
-
-def save_adapter(task: Task) -> Measurement:
-    return _save(task, began(task), peft_model(task))
-
-
-def save_model(task: Task) -> Measurement:
-    return _save(task, began(task), loaded(task))
-
-
-def _save(task: Task, peak: Peak, model: Any) -> Measurement:
-    with tempfile.TemporaryDirectory() as folder:
-        return repeated(peak, lambda _: model.save_pretrained(folder), result=lambda: size_of(folder))
-
-
-def tiny_config() -> Any:
-    """Of an adapter on all linears."""
-    import peft
-
-    return peft.LoraConfig(r=8, target_modules=list(TARGETS))
-
-
-def with_adapters() -> Any:
-    """A model that has several."""
-    import peft
-
-    model = peft.get_peft_model(tiny_llama(), tiny_config(), "0")
-    for i in range(1, ADAPTERS):
-        model.add_adapter(f"{i}", tiny_config())
-    return model
-
-
-def attach(task: Task) -> Measurement:
-    import peft
-
-    return repeated(began(task), lambda model: peft.get_peft_model(model, tiny_config()), tiny_llama)
-
-
-def switch(task: Task) -> Measurement:
-    peak, model, names = began(task), with_adapters(), itertools.cycle(f"{i}" for i in range(ADAPTERS))
-    return repeated(peak, lambda _: model.set_adapter(next(names)))
-
-
-def disable(task: Task) -> Measurement:
-    peak, model = began(task), with_adapters()
-
-    def do(_: Any) -> None:
-        with model.disable_adapter():
-            pass
-
-    return repeated(peak, do)
-
-
-def load_adapter(task: Task) -> Measurement:
-    import peft
-
-    peak = began(task)
-    with tempfile.TemporaryDirectory() as folder:
-        peft.get_peft_model(tiny_llama(), tiny_config()).save_pretrained(folder)
-        return repeated(peak, lambda model: peft.PeftModel.from_pretrained(model, folder), tiny_llama)
 
 
 def weights(task: Task) -> list[Tensor]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks import peer_callables as layers
 from benchmarks import peer_data as data
-from benchmarks import peer_mlx as mlx
 from benchmarks import peer_nf4 as nf4
 from benchmarks import peer_training as training
 
@@ -20,14 +19,9 @@ MODULES = {  # distribution -> what must be importable
     "bitsandbytes": "bitsandbytes",
     "transformers": "transformers",
     "trl": "trl",
-    "unsloth": "unsloth",
     "litgpt": "litgpt.lora",
-    "loralib": "loralib",
-    "lora-pytorch": "lora_pytorch",
     "torchtune": "torchtune.modules.peft",
     "torchao": "torchao",
-    "adapters": "adapters.methods.lora",
-    "mlx-lm": "mlx_lm.tuner.lora",
 }
 
 
@@ -61,7 +55,6 @@ def whole_rows(case: Any) -> bool:
 
 FLOAT32 = "computes in float32, and is checked with float32 inputs alone"
 ROUNDED = "rounds the weights to float32"
-EMPTY = "an x of no tokens is an error"
 AO = "a format of its own: absmax is always quantized, to int8; levels have four digits"
 
 PEERS = (
@@ -134,18 +127,10 @@ PEERS = (
             ("phi3", "its template writes an end of text after the last reply, which is learned, too"),
         )
     ),
-    Entry("unsloth", "lora", layers.unsloth_linear, "apply_lora_o, no bias", EMPTY, without_bias),
-    Entry("unsloth", "rslora", layers.unsloth_linear, "apply_lora_o, no bias", EMPTY, without_bias),
-    Entry("unsloth", "accumulation", training.unsloth_accumulation, "SFTTrainer.train, changed", FLOAT32, in_float32),
     Entry("litgpt", "lora", layers.litgpt_linear, "LoRALinear"),
     Entry("litgpt", "merge", layers.litgpt_merge, "LoRALinear.merge"),
     Entry("litgpt", "loss_masking", training.litgpt_loss, "chunked_cross_entropy"),
     Entry("litgpt", "accumulation", training.litgpt_accumulation, "finetune.lora.fit", FLOAT32, in_float32),
-    Entry("loralib", "lora", layers.loralib_linear, "Linear", "in evaluation mode B A is merged into W"),
-    Entry("loralib", "lora", partial(layers.loralib_linear, merges=False), "Linear, merge_weights=False"),
-    Entry("loralib", "merge", layers.loralib_merge, "Linear.eval"),
-    Entry("lora-pytorch", "lora", layers.lora_pytorch_linear, "LoRA", "it says that alpha/r is in A's start values"),
-    Entry("lora-pytorch", "merge", layers.lora_pytorch_merge, "merge_lora", "as its layer"),
     Entry("torchtune", "lora", layers.torchtune_linear, "LoRALinear"),
     Entry("torchtune", "dora", layers.torchtune_linear, "DoRALinear"),
     Entry("torchtune", "dora", layers.torchtune_linear, "DoRALinear, no bias", "", without_bias),
@@ -180,48 +165,4 @@ PEERS = (
         "torchao", "nf4", (nf4.torchao_quantize, nf4.torchao_dequantize), "NF4Tensor, whole blocks", AO, whole_blocks
     ),
     Entry("torchao", "linear4bit", nf4.torchao_linear, "linear_nf4, whole blocks", AO, whole_rows),
-    Entry("adapters", "lora", layers.adapters_linear, "LoRALinear"),
-    Entry(
-        "adapters",
-        "dora",
-        layers.adapters_linear,
-        "LoRALinear, use_dora",
-        "the bias is scaled, too, and the norm has a gradient",
-    ),
-    Entry("adapters", "merge", layers.adapters_merge, "merge_adapter"),
-    Entry("adapters", "merge_dora", layers.adapters_merge, "merge_adapter, use_dora"),
-    Entry(
-        "adapters",
-        "adapter_sum",
-        layers.adapters_sum("linear"),
-        'average_adapter, "linear"',
-        "A and B are each summed with the weights",
-    ),
-    Entry(
-        "adapters",
-        "adapter_sum",
-        layers.adapters_sum("lora_delta_w_svd"),
-        'average_adapter, "lora_delta_w_svd"',
-        "of rounding errors, those of a singular value decomposition are no part of the bound",
-    ),
-    Entry("mlx-lm", "lora", mlx.mlx_linear, "LoRALinear"),
-    Entry("mlx-lm", "dora", mlx.mlx_linear, "DoRALinear", "computes the magnitude of a new layer in float32"),
-    Entry("mlx-lm", "merge", mlx.mlx_merge, "LoRALinear.fuse"),
-    Entry("mlx-lm", "merge_dora", mlx.mlx_merge, "DoRALinear.fuse"),
-    Entry(
-        "mlx-lm",
-        "loss_masking",
-        mlx.mlx_loss,
-        "default_loss",
-        "the token after a row's last one, a pad, is learned: ml-explore/mlx-lm#1697",
-        in_float32,
-    ),
-    Entry("mlx-lm", "accumulation", mlx.mlx_accumulation, "train", "checked with float32 inputs alone", in_float32),
-    Entry(
-        "mlx-lm",
-        "chat_mask",
-        mlx.mlx_mask,
-        "ChatDataset, mask_prompt",
-        "the last message is the completion, all others are the prompt",
-    ),
 )

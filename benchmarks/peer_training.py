@@ -79,12 +79,6 @@ def trl_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
     return _by_trainer(SFTTrainer, SFTConfig, W, micro_batches)
 
 
-def unsloth_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
-    import unsloth  # noqa: F401  # changes TRL's trainer
-
-    return trl_accumulation(W, micro_batches)
-
-
 def _by_trainer(trainer_type: Any, arguments: Any, W: Tensor, micro_batches: MicroBatches) -> Tensor:
     from transformers import TrainerCallback
 

@@ -90,7 +90,7 @@ def check_here(peers: Sequence[str]) -> dict[str, Any]:
 
 
 def _versions() -> str:
-    names = ("torch", "numpy", "transformers", "torchao", "mlx")
+    names = ("torch", "numpy", "transformers", "torchao")
     found = [each.metadata["Name"] for each in importlib.metadata.distributions()]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names if name in found]
     return f"Python {platform.python_version()}, {', '.join(versions)}"

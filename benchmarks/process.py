@@ -148,11 +148,6 @@ def norm_of(tensors: Iterable[Tensor]) -> float:
     return sum(float(tensor.detach().double().square().sum()) for tensor in tensors) ** 0.5
 
 
-def size_of(folder: str | Path) -> int:
-    """Bytes of its tensors' files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
 def python(*arguments: str) -> Callable[[Any], None]:
     """The work of running Python with some arguments."""
 

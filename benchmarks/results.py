@@ -18,22 +18,8 @@ from typing import Any
 import torch
 
 import minilora
-from benchmarks import growth
 from benchmarks.process import Measurement, Round
-from benchmarks.work import (
-    ALPHA,
-    OURS,
-    RANK,
-    REPEATS,
-    STEPS,
-    WARM_UP,
-    Ablation,
-    Bound,
-    Growth,
-    Operation,
-    Training,
-    Work,
-)
+from benchmarks.work import ALPHA, OURS, RANK, REPEATS, STEPS, WARM_UP, Ablation, Operation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
@@ -111,11 +97,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f}{several}"
 
 
-def verdict(values: Sequence[float], bound: Bound | None) -> tuple[str, str]:
-    """What is required of the median, and whether it is so."""
-    return ("", "") if bound is None else (str(bound), "yes" if bound.is_met(statistics.median(values)) else "**no**")
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
@@ -125,12 +106,10 @@ def comparison(work: Training, rounds: Sequence[Round]) -> list[list[str]]:
     """A row for each peer of a work: rate and peak, ours, theirs, and ours over theirs."""
     found = []
     for peer in _peers(rounds):
-        bounds = (work.rate, work.memory) if peer == work.peers[0] else (None, None)
         row = [work.name, peer]
-        for value, amount, bound in zip((_rate, _peak), (_tokens, _gigabytes), bounds, strict=True):
+        for value, amount in ((_rate, _tokens), (_peak, _gigabytes)):
             sides = [[value(each.sides[side]) for each in rounds if peer in each.sides] for side in (OURS, peer)]
-            ratios = ratio(rounds, value, peer)
-            row += [*(amount(statistics.median(side)) for side in sides), spread(ratios), *verdict(ratios, bound)]
+            row += [*(amount(statistics.median(side)) for side in sides), spread(ratio(rounds, value, peer))]
         found.append(row)
     return found
 
@@ -140,12 +119,9 @@ def operation(work: Operation, rounds: Sequence[Round]) -> list[list[str]]:
     found = []
     for peer in _peers(rounds):
         sides = [[_rate(each.sides[side]) for each in rounds if peer in each.sides] for side in (OURS, peer)]
-        ratios = ratio(rounds, _rate, peer)
         amount = _tokens if work.prompts else _seconds
-        bounds = verdict(ratios, work.rate if peer == work.peers[0] else None)
-        found.append(
-            [work.name, work.what, peer, *(amount(statistics.median(side)) for side in sides), spread(ratios), *bounds]
-        )
+        times = spread(ratio(rounds, _rate, peer))
+        found.append([work.name, work.what, peer, *(amount(statistics.median(side)) for side in sides), times])
     return found
 
 
@@ -164,7 +140,7 @@ def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
     shares = [flops / peak for flops, peak in zip(reached, peaks, strict=True)]
     told = [each.sides[OURS].peak_bytes / each.forecast_bytes for each in rounds]
     gigaflops = [f"{statistics.median(values) / 1e9:,.0f}" for values in (reached, peaks)]
-    return [work.name, *gigaflops, spread(shares), *verdict(shares, work.utilisation), spread(told)]
+    return [work.name, *gigaflops, spread(shares), spread(told)]
 
 
 def checks(work: Training | Operation, rounds: Sequence[Round]) -> Iterable[list[str]]:
@@ -215,21 +191,16 @@ ABLATION = (
     "rows*: the head sees all rows. Where a work makes no use of a trick there is no figure."
 )
 COMPARISON = (
-    *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer", "required", "met"),
-    *("peak GB: minilora", "peer", "minilora over peer", "required", "met"),
+    *("work", "peer", "tokens/s: minilora", "peer", "minilora over peer"),
+    *("peak GB: minilora", "peer", "minilora over peer"),
 )
-MACHINE = (
-    *("work", "GFLOP/s reached", "peak of matrix products", "share", "required", "met"),
-    "peak memory over forecast",
-)
-OPERATIONS = ("work", "what", "peer", "minilora", "peer", "times as fast", "required", "met")
+MACHINE = ("work", "GFLOP/s reached", "peak of matrix products", "share", "peak memory over forecast")
+OPERATIONS = ("work", "what", "peer", "minilora", "peer", "times as fast")
 CHECKS = ("work", "number", "of everyone", "may differ by this share")
 
 
 def spoken(work: Work, rounds: Sequence[Round]) -> str:
     """What is known of a work so far, in a line."""
-    if isinstance(work, Growth):
-        return f"{work.name}: {growth.sentences(work, rounds[-1])}"
     if isinstance(work, Ablation):
         shown = "; ".join(f"{side} {time}, {memory}" for side, time, memory in without([(work, rounds)]))
         return f"{work.name}: time and peak memory without {shown}"
@@ -254,10 +225,6 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     parts.append("## Beside the machine\n\n" + table(MACHINE, [utilisation(*each) for each in training]))
     parts.append("## What is done at once\n\n" + table(OPERATIONS, [row for each in once for row in operation(*each)]))
     parts.append("## The same work\n\n" + table(CHECKS, [row for each in [*training, *once] for row in checks(*each)]))
-    parts.append("## Growth")
-    for each, measured in shown:
-        if isinstance(each, Growth):
-            parts.append(f"![{each.name}]({each.name}.svg)\n\n{growth.sentences(each, measured[-1])}")
     ablations = [(each, measured) for each, measured in shown if isinstance(each, Ablation)]
     if ablations:
         head = ["without", *(f"{each.training}: {what}" for each, _ in ablations for what in ("time", "memory"))]

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -28,9 +28,9 @@ import minilora as ml
 from benchmarks import results
 from benchmarks.make import random_model
 from benchmarks.work import LLAMA_1B
-from minilora.cli.forecast import KEYS, SHAPES, default_plan, forecast_alike
+from minilora.cli.forecast import KEYS, SHAPES, default_plan
 from minilora.models.config import parse_config
-from minilora.runs.memory import Plan, Shard, amount, forecast
+from minilora.runs.memory import Plan, Shard, amount, forecast, forecast_each
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 FITS = (("7B", 2, 24), ("70B", 8, 24), ("405B", 16, 80))  # ranks, and GB of each
@@ -86,7 +86,7 @@ def fits() -> Iterator[list[str]]:
         for method in ("LoRA", "QLoRA"):
             for shard in get_args(Shard):
                 plan = default_plan(config, method, torch.device("meta"), N, shard)  # any GPU
-                found = forecast_alike(plan, ("block",))["block"]
+                ((_, found),) = forecast_each(plan, ("block",))
                 trained = found.adapters + found.gradients + found.moments
                 terms = (found.weights, trained, found.activations, found.working + found.overhead, found.peak)
                 yield [
@@ -108,20 +108,17 @@ def check() -> Iterator[list[str]]:
         for case in CASES:
             for N in PROCESSES:
                 run = folder / f"{case.name} {case.shard} {N}"
-                peak = max(found["peak"] for found in launch(N, folder, case.words(folder, run)))
+                launch(N, ["-m", "minilora", *case.words(folder, run)])
+                peak = json.loads((run / "summary.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
                 memory = forecast(case.plan(N)).peak
                 of_memory = (amount(peak), amount(memory), f"{memory / peak:.2f}")
                 yield [case.name, case.shard, f"{N}", *of_memory, f"{step_seconds(run):.2f}"]
 
 
-def launch(
-    N: int, folder: Path, words: Sequence[str] = (), module: str = "benchmarks.scale_rank", threads: int = 1
-) -> list[dict[str, Any]]:
-    """Start N processes, and return what each has measured."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{N}"]
-    command = [*torchrun, "-m", module, str(folder), *words]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}, stdout=subprocess.DEVNULL, check=True)
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(N)]
+def launch(N: int, words: Sequence[str], threads: int = 1) -> None:
+    """Start N processes of a module or script by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{N}", *words]
+    subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}, stdout=subprocess.DEVNULL, check=True)
 
 
 def step_seconds(run: Path) -> float:

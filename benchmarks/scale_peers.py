@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -85,9 +84,8 @@ def prepare(folder: Path, model: Path, rows: Sequence[Row]) -> None:
 
 def turn(side: Side, folder: Path, dtype: str) -> Turn:
     """Start a side's processes; the loss of a step is the mean of theirs, which have equally many tokens."""
-    found: list[dict[str, Any]] = launch(
-        side.processes, folder, [str(side.path), dtype], "benchmarks.scale_side", side.threads
-    )
+    launch(side.processes, ["-m", "benchmarks.scale_side", str(folder), str(side.path), dtype], side.threads)
+    found = [json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in range(side.processes)]
     losses = [statistics.mean(each) for each in zip(*(rank["losses"] for rank in found), strict=True)]
     seconds = [max(each) for each in zip(*(rank["seconds"] for rank in found), strict=True)]
     return Turn({"loss": losses[0], "last loss": losses[-1]}, seconds, [rank["peak"] for rank in found])

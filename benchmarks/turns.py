@@ -78,19 +78,11 @@ class Workshop:
             self.models[name] = self.folder / name
         return self.models[name]
 
-    def layers(self, count: int) -> str:
-        """The name of a model of SmolLM2's sizes, but for its number of layers."""
-        name = f"{count} layers"
-        if name not in self.models:
-            make.random_model({**works.SMOLLM2, "num_hidden_layers": count}, self.folder / name)
-            self.models[name] = self.folder / name
-        return name
-
-    def adapter(self, model: str, dora: bool = False, rank: int = works.RANK) -> Path:
+    def adapter(self, model: str, dora: bool) -> Path:
         """An adapter of a model."""
-        path = self.folder / f"{model}-{'dora' if dora else 'lora'}-{rank}"
+        path = self.folder / f"{model}-{'dora' if dora else 'lora'}"
         if not path.exists():
-            make.adapter(self.model(model), path, dora, rank)
+            make.adapter(self.model(model), path, dora)
         return path
 
     def task(self, work: Training | Operation, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:

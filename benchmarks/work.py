@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE_INDEX = -100
 RANK, ALPHA = 16, 32
@@ -26,9 +26,6 @@ LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
 WARM_UP, STEPS = 2, 5
 REPEATS = 7  # of what is done at once
 NEW_TOKENS = 128
-ADAPTERS = 8  # that a model has which switches between them
-TINY_LAYERS = 32  # of a model whose linears are tiny, so that what is timed is the work on modules, not on numbers
-LINEARS = 7 * TINY_LAYERS
 SMOLLM2 = {  # SmolLM2-135M
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -62,22 +59,8 @@ Row = tuple[list[int], list[int]]  # tokens, labels
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What a number is required to be."""
-
-    word: Literal["at least", "at most"]
-    limit: float
-
-    def is_met(self, value: float) -> bool:
-        return value >= self.limit if self.word == "at least" else value <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.word} {self.limit:g}"
-
-
-@dataclass(frozen=True)
 class Training:
-    """Steps of AdamW on an adapter; what is required holds beside the first of the peers."""
+    """Steps of AdamW on an adapter."""
 
     name: str
     dtype: str
@@ -85,9 +68,6 @@ class Training:
     method: Method = "lora"
     recompute: bool = False
     model: str = "smollm2"
-    rate: Bound | None = None  # ours over the peer's, in tokens a second
-    memory: Bound | None = None
-    utilisation: Bound | None = None
     peers: tuple[str, ...] = ("peft",)
 
     @property
@@ -107,27 +87,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Operation:
-    """What is done at once, not in steps; what is required holds beside the first of the peers."""
+    """What is done at once, not in steps."""
 
     name: str
     does: str  # the function of each side
     what: str
     peers: tuple[str, ...] = ("peft",)
     dtype: str = "bfloat16"
-    rate: Bound | None = None  # the peer's time over ours
     bounds: dict[str, float] = field(default_factory=dict)  # how far results may be apart, relative to the peer's
     prompts: tuple[int, ...] = ()  # of which lengths
     model: str = "smollm2"
     method: Method = "lora"
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Steps of training while one size grows, and everything else stays."""
-
-    name: str
-    size: Literal["tokens", "rank", "layers", "adapters"]
-    points: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -138,7 +108,7 @@ class Ablation:
     training: str
 
 
-Work = Training | Operation | Growth | Ablation
+Work = Training | Operation | Ablation
 
 
 @dataclass(frozen=True)
@@ -152,30 +122,28 @@ class Task:
     rows: Sequence[Row] = ()
     batches: Sequence[list[Row]] = ()  # the same rows, as minilora's loop takes them in turn
     warm_up: int = 0
-    adapters: int = 1  # that are loaded; one of them is trained
     prompts: Sequence[list[int]] = ()
     side: str = OURS
 
 
 def trainings() -> list[Training]:
-    """All works of training; those with bounds first."""
-    least, most = (lambda limit: Bound("at least", limit)), (lambda limit: Bound("at most", limit))
+    """All works of training; the first seven are those of the README."""
     everyone = ("peft", "peft-kept", "trl", "trl-best", "litgpt")
     bf16, fp32 = "bfloat16", "float32"
     return [
-        Training("bf16-fixed", bf16, "fixed", "lora", False, "smollm2", least(1.7), most(0.5), least(0.48), everyone),
-        Training("bf16-fixed-recompute", bf16, "fixed", recompute=True, rate=least(1.5), memory=most(0.55)),
-        Training("bf16-real", bf16, "real", rate=least(2.7), memory=most(0.3), peers=everyone),
-        Training("fp32-fixed", fp32, "fixed", rate=least(1.15), memory=most(0.75)),
-        Training("fp32-real", fp32, "real", rate=least(2.2), memory=most(0.4)),
-        Training("qlora-fixed-recompute", bf16, "fixed", "qlora", True, rate=least(1.5), memory=most(0.55)),
-        Training("dora-fixed", bf16, "fixed", "dora", rate=least(1.7), memory=most(0.45)),
+        Training("bf16-fixed", bf16, "fixed", peers=everyone),
+        Training("bf16-fixed-recompute", bf16, "fixed", recompute=True),
+        Training("bf16-real", bf16, "real", peers=everyone),
+        Training("fp32-fixed", fp32, "fixed"),
+        Training("fp32-real", fp32, "real"),
+        Training("qlora-fixed-recompute", bf16, "fixed", "qlora", recompute=True),
+        Training("dora-fixed", bf16, "fixed", "dora"),
         Training("bf16-real-recompute", bf16, "real", recompute=True),
         Training("fp32-fixed-recompute", fp32, "fixed", recompute=True),
         Training("dora-fixed-recompute", bf16, "fixed", "dora", recompute=True),
         Training("bf16-long", bf16, "long"),
         Training("bf16-long-recompute", bf16, "long", recompute=True),
-        Training("qlora-fixed", bf16, "fixed", "qlora", rate=least(0.87), peers=("lora", "peft")),
+        Training("qlora-fixed", bf16, "fixed", "qlora", peers=("lora", "peft")),
         Training("qlora-real", bf16, "real", "qlora"),
         Training("dora-real", bf16, "real", "dora"),
         Training("llama1b-bf16-fixed", bf16, "fixed", model="llama1b"),
@@ -186,40 +154,22 @@ def trainings() -> list[Training]:
 
 def operations() -> list[Operation]:
     """All that is done at once."""
-    least, same, close = (lambda limit: Bound("at least", limit)), {"result": 0.0}, {"result": 1e-4}
+    same, close = {"result": 0.0}, {"result": 1e-4}
     bnb = ("bitsandbytes-pytorch", "bitsandbytes")
     several, fp32 = tuple(range(16, 129, 16)), "float32"
     return [
         Operation("generate", "generate", "128 tokens after 32", prompts=(32,), bounds=same),
-        Operation("generate-applied", "generate_applied", "the adapter not merged", prompts=(32,), bounds=same),
-        Operation("generate-fp32", "generate", "in float32, as are the next", dtype=fp32, prompts=(32,), bounds=same),
+        Operation("generate-fp32", "generate", "in float32, as is the next", dtype=fp32, prompts=(32,), bounds=same),
         Operation("generate-batch", "generate", "8 prompts of 16 to 128", dtype=fp32, prompts=several, bounds=same),
-        Operation("load", "load", "SmolLM2 in bfloat16, python -c 'import …; load'", rate=least(2), bounds=close),
+        Operation("load", "load", "SmolLM2 in bfloat16, python -c 'import …; load'", bounds=close),
         Operation("load-again", "load_again", "by a program that has loaded it before", bounds=close),
         Operation("load-nf4", "load_again", "the same into four bits", method="qlora"),
-        Operation("import", "import_", "python -c 'import …'", ("torch", "transformers", "peft"), rate=least(1 / 1.2)),
-        Operation("help", "help_", "minilora --help, beside python -c 'import torch'", ("torch",)),
+        Operation("import", "import_", "python -c 'import …'", ("torch", "transformers", "peft")),
         Operation("merge", "merge", "an adapter on 210 linears folded into them", bounds=close),
-        Operation("save-adapter", "save_adapter", "its files", bounds={"result": 0.01}),
-        Operation("save-model", "save_model", "the model's files", bounds={"result": 0.01}),
-        Operation("attach", "attach", f"an adapter to {LINEARS} linears", rate=least(1)),
-        Operation("switch", "switch", f"to the next of {ADAPTERS} adapters of {LINEARS} linears", rate=least(5)),
-        Operation("disable", "disable", "no adapter for the length of an empty block", rate=least(5)),
-        Operation("load-adapter", "load_adapter", f"the files of an adapter of {LINEARS} linears"),
-        Operation("quantize", "quantize", "SmolLM2's linears, double", ("bitsandbytes",), rate=least(4), bounds=close),
+        Operation("quantize", "quantize", "SmolLM2's linears, double", ("bitsandbytes",), bounds=close),
         Operation("dequantize", "dequantize", "SmolLM2's linears", bnb, bounds=close),
-        Operation("dequantize-2048", "dequantize", "a weight of 2048 x 2048", bnb, rate=least(10), bounds=close),
-        Operation("dequantize-4096", "dequantize", "a weight of 4096 x 4096", bnb, rate=least(10), bounds=close),
-    ]
-
-
-def growths() -> list[Growth]:
-    """What grows: tokens of one document; else there are 1,024 of them."""
-    return [
-        Growth("growth-tokens", "tokens", (256, 512, 1024, 2048, 4096, 8192)),
-        Growth("growth-rank", "rank", (4, 16, 64, 256)),
-        Growth("growth-layers", "layers", (2, 8, 16, 32)),
-        Growth("growth-adapters", "adapters", (1, 4, 16, 64)),
+        Operation("dequantize-2048", "dequantize", "a weight of 2048 x 2048", bnb, bounds=close),
+        Operation("dequantize-4096", "dequantize", "a weight of 4096 x 4096", bnb, bounds=close),
     ]
 
 
@@ -231,7 +181,7 @@ def ablations() -> list[Ablation]:
 
 def works() -> list[Work]:
     """Everything that is measured."""
-    return [*trainings(), *operations(), *growths(), *ablations()]
+    return [*trainings(), *operations(), *ablations()]
 
 
 def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
@@ -259,14 +209,6 @@ def prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
 def square_weight(side: int, device: str) -> Tensor:
     """Of a linear such as larger models have, in bfloat16."""
     return torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-
-
-def tiny_llama() -> nn.Module:
-    """A model of transformers with many small linears."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": TINY_LAYERS}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
 
 
 def labelled(batch: Sequence[Row]) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 import torch
@@ -48,10 +47,12 @@ RANKS = "One rank of {world} holds {held}, and the adapters with gradients and m
 def dry_run_lines(plan: Plan) -> str:
     """Return what `--dry-run` prints: the forecast with each kind of gradient checkpointing, and what fits."""
     free, held = free_memory_bytes(plan.device), held_memory_bytes(plan.device)
-    found = {each.training.gradient_checkpointing: (each, one) for each, one in forecast_each(plan)}
-    lines = [f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"]
-    lines += _table({way: one for way, (_, one) in found.items()})
-    which = [way for way, (each, one) in found.items() if fits(each, one)]
+    found = {each.training.gradient_checkpointing: one for each, one in forecast_each(plan)}
+    lines = [
+        f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}",
+        *_table(found),
+    ]
+    which = [way for way, one in found.items() if fits(plan, one)]
     besides = f", besides {amount(held)} that the process holds already" if held else ""
     room = "unknown" if free is None else f"{amount(free)} free"
     return "\n".join([*lines, f"  {room}{besides}: fits with {', '.join(which) or 'none of them'}"])
@@ -90,8 +91,9 @@ def memory_page(options: Options) -> str:
         rows: dict[str, Forecast] = {}
         for method, ways in METHODS.items():
             if shard == "none" or method != "full fine-tune":  # which has no frozen base
-                found = forecast_alike(default_plan(config, method, device, world or 1, shard), ways)
-                rows |= {method if way == "none" else f"{method}, {way}": each for way, each in found.items()}
+                for plan, found in forecast_each(default_plan(config, method, device, world or 1, shard), ways):
+                    way = plan.training.gradient_checkpointing
+                    rows[method if way == "none" else f"{method}, {way}"] = found
         lines += ["", name, *_table(rows)]
     return "\n".join(lines)
 
@@ -103,22 +105,6 @@ def default_plan(config: LlamaConfig, method: str, device: torch.device, world: 
     quantization = QuantizeConfig("nf4" if method == "QLoRA" else "none")
     dtype, lora = (torch.float32, None) if is_full else (torch.bfloat16, LoraConfig())
     return Plan(config, lora, training, quantization, dtype, device, rows, world=world, shard=shard)
-
-
-def forecast_alike(plan: Plan, ways: Sequence[Checkpointing]) -> dict[str, Forecast]:
-    """Forecast a model whose blocks are alike by those with two and three of them: each further one adds as much."""
-    config, found = plan.config, dict[str, Forecast]()
-    if config.num_hidden_layers <= 3:
-        return {way: whole for way, (_, whole) in zip(ways, forecast_each(plan, ways), strict=True)}
-    two, three = (
-        forecast_each(replace(plan, config=replace(config, num_hidden_layers=n, windows=config.windows[:n])), ways)
-        for n in (2, 3)
-    )
-    for way, (_, first), (_, second) in zip(ways, two, three, strict=True):
-        terms = {term: (size, getattr(second, term) - size) for term, size in vars(first).items()}
-        further = config.num_hidden_layers - 2
-        found[way] = Forecast(**{term: size + further * more for term, (size, more) in terms.items()})
-    return found
 
 
 def _configs(name_or_path: str) -> dict[str, LlamaConfig]:
