@@ -31,11 +31,10 @@ def test_every_law_holds_on_this_machine(dtype, step, monkeypatch, capsys):
     assert "BROKEN" not in printed
     assert "largest error / derived bound; 1 is the limit" in printed
     last = printed.splitlines()[-1]
-    assert re.fullmatch(r"\d+ laws and 4 kernels hold; not run here: 16-bit, adapter_directory, chat_mask", last)
+    others = "accumulation, adapter_directory, chat_mask, loss_masking"
+    assert re.fullmatch(rf"\d+ laws and 4 kernels hold; not run here: {others}", last)
     assert ("nf4-nearest (float32)" in printed) == (dtype != "float32")
-    assert f"{dtype}, {torch.get_num_threads()} thread" in printed
-    assert ", 1 threads" not in printed
-    for law in ("lora-gradients", "dora-forward", "nf4-nearest", "loss_masking-value", "accumulation-value"):
+    for law in ("lora-gradients", "dora-forward", "nf4-nearest"):
         assert law in printed
 
 

@@ -47,11 +47,9 @@ RANKS = "One rank of {world} holds {held}, and the adapters with gradients and m
 def dry_run_lines(plan: Plan) -> str:
     """Return what `--dry-run` prints: the forecast with each kind of gradient checkpointing, and what fits."""
     free, held = free_memory_bytes(plan.device), held_memory_bytes(plan.device)
-    found = {each.training.gradient_checkpointing: one for each, one in forecast_each(plan)}
-    lines = [
-        f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}",
-        *_table(found),
-    ]
+    found: dict[str, Forecast] = {each.training.gradient_checkpointing: one for each, one in forecast_each(plan)}
+    lines = [f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"]
+    lines += _table(found)
     which = [way for way, one in found.items() if fits(plan, one)]
     besides = f", besides {amount(held)} that the process holds already" if held else ""
     room = "unknown" if free is None else f"{amount(free)} free"
