@@ -75,10 +75,6 @@ def sharegpt(*turns):
     return {"conversations": [{"from": who, "value": value} for who, value in turns]}
 
 
-def history(*pairs):
-    return {"instruction": "a", "output": "b", "history": list(pairs)}
-
-
 ROWS = [  # where the mistake is, and the row
     ("keys []", {}),
     ("keys ['prompt']", {"prompt": "a"}),
@@ -98,10 +94,7 @@ ROWS = [  # where the mistake is, and the row
     ("output", {"instruction": "a", "output": ""}),
     ("instruction", {"instruction": ["a"], "output": "b"}),
     ("input", {"instruction": "a", "input": {"b": 1}, "output": "c"}),
-    ("history", {"instruction": "a", "output": "b", "history": "c"}),
-    ("history", history(["c", "d", "e"])),
-    ("history[0][1]", history(["c", 5])),
-    ("history[1][1]", history(["c", "d"], ["e", ""])),
+    ("history", {"instruction": "a", "output": "b", "history": [["c", "d"]]}),
     ("messages", {"messages": "a"}),
     ("messages", messages()),
     ("messages[0]", messages("a", "b")),

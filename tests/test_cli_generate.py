@@ -225,7 +225,7 @@ def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_a
     tokenizer, turns, own, system, tools, extra, has_template
 ):
     turns[-1] = turns[-1][0], f"a{turns[-1][1]}"  # no token spans the seam
-    *rows, last = formats(conversation(turns, own))
+    *rows, last = formats(conversation(turns if has_template else turns[-1:], own))
     rows = [{**row, "tools": tools} for row in (*rows, {**last, "input": extra})] if has_template else [last]
     chosen = use_prompt_style(tokenizer(template=WITH_TOOLS if has_template else None), "auto", [Row(last)])
     for fields in rows:

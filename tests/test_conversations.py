@@ -117,6 +117,17 @@ def test_parts_and_text_are_the_same_to_a_template_that_takes_one_of_them(tokeni
     assert template == PARTS_ONLY or encoded({"messages": halves}, chosen, train_on) == found
 
 
+DEMANDING = "{{ raise_exception('begin with a system message') if messages[0].role != 'system' }}"
+
+
+def test_a_template_that_takes_parts_alone_may_demand_a_system_message(tokenizer):
+    chosen = tokenizer(template=DEMANDING + PARTS_ONLY)
+    expected = encoded({"messages": conversation([("a", "b")], "c")}, tokenizer(template=PARTS_ONLY))
+    assert encoded({"messages": conversation([("a", "b")], "c")}, chosen) == expected
+    with pytest.raises(ml.DataError, match="begin with a system message"):
+        encoded({"messages": conversation([("a", "b")])}, chosen)
+
+
 # --- what a template leaves out, or puts elsewhere where it asks ---
 
 
@@ -136,7 +147,12 @@ LOOK = answer("", tool_calls=[CALL])
     ("template", "messages", "fields", "left_out"),
     [
         (CHATML, [QUESTION], {"tools": [TOOL]}, "the tools"),
-        (R1, [QUESTION, LOOK, {"role": "tool", "content": "rain"}], {}, "message 2 says, of role tool"),
+        (
+            R1,
+            [QUESTION, LOOK, {"role": "tool", "content": "rain"}],
+            {},
+            "(message 2 says, of role tool|the tool calls of message 1)",
+        ),
         (NO_SYSTEM, [{"role": "system", "content": "Be brief."}, QUESTION], {}, "message 0 says, of role system"),
     ],
     ids=["tools", "what tools return", "system prompt"],
@@ -145,7 +161,7 @@ def test_what_a_template_leaves_out_is_an_error_in_training_and_in_asking(
     tokenizer, template, messages, fields, left_out, train_on
 ):
     chosen = tokenizer(template=template)
-    with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}.*--prompt-style"):
+    with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}.*prompt_style"):
         encoded({"messages": [*messages, answer("it rains")], **fields}, chosen, train_on)
     with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}"):
         encode_prompt(Row({"messages": messages, **fields}), chosen, None, "chat")
@@ -217,6 +233,17 @@ def test_rows_whose_answers_follow_other_text_than_the_template_writes_are_count
     rows = [Row({"messages": conversation([("a", "b")], system)}) for system in (None, "Be brief.", "Be kind.")]
     for template, moved in ((R1, 3), (MISTRAL, 2), (QWEN3, 0), (PHI3, 0)):
         assert encode_rows(rows, tokenizer(template=template), ml.DataConfig()).moved == moved
+
+
+# --- where an answer ends ---
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+@pytest.mark.parametrize("begin", ["", DEMANDING])
+def test_a_template_that_asks_for_the_next_answer_after_each_is_refused(tokenizer, begin, train_on):
+    always = begin + LLAMA3.replace("{% if add_generation_prompt %}", "{% if true %}")  # as that of Command A
+    with pytest.raises(ml.DataError, match="ends a conversation as it asks for an answer"):
+        encoded({"messages": conversation([("a", "b")], "c")}, tokenizer(template=always), train_on)
 
 
 # --- marks of the template ---

@@ -207,7 +207,7 @@ def test_an_earlier_answer_that_a_template_rewrites_is_refused_for_assistant_but
     chosen = tokenizer(template=template, eos=CLOSE)
     question, _, *rest = conversation([("a", "b"), ("f", "ghi")])
     row = {"messages": [question, {"role": "assistant", **answer}, *rest]}
-    with pytest.raises(ml.DataError, match=r"here:7: .*message 1, .*differently.*--train-on completion"):
+    with pytest.raises(ml.DataError, match=r"here:7: .*message 1, .*differently.*train_on completion"):
         encoded(row, chosen, "assistant", "here:7")
     found = encoded(row, chosen)
     assert chosen.decode(answer_of(found), skip_special_tokens=False) == f"{last}{CLOSE}\n"
@@ -262,7 +262,7 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
     [
         (
             {"text": "a", "label": "b"},
-            "text, label: the text alone is learned with --text-field text; a class: it is a",
+            "text, label: text_field text learns the text alone; classes: it is a recipe",
         ),
         (
             {"tokens": ["a"], "labels": ["b"]},

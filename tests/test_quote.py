@@ -265,7 +265,7 @@ def rows_with(a, b, c, d, halves):
     called = json.dumps({"name": b, "arguments": {c: d}})
     turns = [("human", a), ("function_call", called), ("observation", c), ("gpt", b)]
     yield "sharegpt", {"conversations": [{"from": who, "value": value} for who, value in turns], "system": d}
-    yield "alpaca", {"instruction": a, "input": d, "output": b, "history": [[c, d]], "system": c}
+    yield "alpaca", {"instruction": a, "input": d, "output": b, "system": c}
     yield "lists", {"prompt": [question], "completion": [answer]}
     yield "passage", {"prompt": left, "completion": right or b}
     yield "text", {"text": a}

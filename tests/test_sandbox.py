@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from minilora import MiniloraError
-from minilora.models import template as module
-from minilora.models.template import ChatTemplate, Sandbox, _metered
+from minilora.models import sandbox as module
+from minilora.models.sandbox import Sandbox
+from minilora.models.template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -162,8 +163,8 @@ def test_what_is_written_is_what_jinja2_writes(form, first, second):
         expected = plain.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         with pytest.raises(type(error)):
-            ours.parse(source)
+            ours.template(source)
         return
     ours.start(USER)
-    found = outcome(ours.from_string(_metered(ours.parse(source))))
+    found = outcome(ours.template(source))
     assert found == outcome(expected) or found is SecurityError

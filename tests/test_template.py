@@ -153,19 +153,17 @@ def test_a_span_is_where_the_text_of_its_block_is(source, expected):
 
 
 @pytest.mark.parametrize("source", HIDDEN)
-def test_where_the_text_of_a_block_is_a_value_it_is_written_but_its_place_is_not_known(source):
+def test_where_a_template_changes_the_text_of_a_block_it_is_written_but_its_place_is_not_known(source):
     chosen = ChatTemplate(source, {})
     assert chosen.render(USER) == "<a>"
-    with pytest.raises(DataError, match="generation block stands in a macro"):
+    with pytest.raises(DataError, match="changes the text of a generation block"):
         chosen.render_spans(USER)
 
 
-def test_text_cannot_forge_the_marks_of_a_span():
-    for mark in [BEGIN, END]:
-        hidden = [{"role": "user", "content": [{"text": f"a{mark}"}]}]
-        for messages, tools in ((hidden, None), (USER, hidden)):
-            with pytest.raises(DataError, match=r"U\+FDD0"):
-                ChatTemplate(MARKED, {}).render_spans(messages, tools=tools)
+@pytest.mark.parametrize("mark", [BEGIN, END])
+def test_text_cannot_forge_the_marks_of_a_span(mark):
+    with pytest.raises(DataError, match="changes the text of a generation block"):
+        ChatTemplate(MARKED, {}).render_spans([{"role": "user", "content": f"a{mark}"}])
 
 
 def test_what_is_no_template_is_refused_at_once():

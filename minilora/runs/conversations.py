@@ -2,25 +2,26 @@
 
     text that asks for the answer (`ask`)  +  the answer and the end of its turn, as the template writes them
 
-A model is trained on this text and asked with its first part, so that both are the same. What a conversation says and
-the template leaves out is an error.
+A model is trained on this text and asked with its first part, so that both are the same.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from minilora.data import Span
 from minilora.errors import DataError
-from minilora.models.prompts import REASONING
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import TrainOn
 from minilora.runs.formats import Conversation, Fields
+from minilora.runs.omissions import check_answer, check_calls, check_context, is_written, thoughts_of
 
-OPEN, CLOSE = "\ufdd4", "\ufdd5"  # noncharacters, which no text holds
-REMEDY = "; remove it, or take a template with a place for it: --prompt-style FILE.jinja"
+if TYPE_CHECKING:  # jinja2 is imported for models with a template alone
+    from minilora.models.template import ChatTemplate, Tools
+
+ANSWER = "\ufdd4"  # a noncharacter, which no text holds
 
 
 def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
@@ -29,9 +30,8 @@ def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
     Raises:
         DataError: the template leaves out what a message says, or the tools.
     """
-    messages, tools = conversation.messages, conversation.tools
-    text = tokenizer.render(messages, add_generation_prompt=True, tools=tools)
-    _check_complete(text, conversation, tokenizer, is_question=True)
+    text = tokenizer.render(conversation.messages, add_generation_prompt=True, tools=conversation.tools)
+    check_context(text, conversation, tokenizer, is_question=True)
     return text
 
 
@@ -49,170 +49,111 @@ def render_conversation(
     Returns the text, the spans of it that are trained on, and whether the template alone would write other text before
     the last answer than where it asks for one. An answer ends with its turn, or where the template marks its end. An
     answer before the first question is not learned, because nothing asks for it.
+
+    Raises:
+        DataError: there is no template; it leaves out what is said; or the answers cannot be found in its text.
     """
-    if tokenizer.template is None:
-        raise DataError(
-            "a conversation needs a chat template, and the model has none: take an instruct model, give --prompt-style "
-            "alpaca, instruction or a .jinja file, or use rows of prompt and completion"
-        )
+    template = _template_of(tokenizer)
     messages, tools = conversation.messages, conversation.tools
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    *earlier, last = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     if train_on == "all":
-        text = tokenizer.render(messages, tools=tools)
-        _check_complete(text, conversation, tokenizer, is_question=False)
-        for i in answers[:-1]:
-            _check_calls(Conversation(messages[: i + 1], tools), tokenizer)
-        _check_answer(text, Conversation(messages[: answers[-1] + 1], tools), tokenizer)
+        text = template.render(messages, tools=tools)
+        check_context(text, conversation, tokenizer, is_question=False)
+        check_answer(text, messages[last], last)
         return text, [(0, len(text))], False
-    *earlier, last = answers
     if last == 0:
-        raise DataError("no message comes before the answer, so nothing asks for it; --train-on all learns it")
+        raise DataError("no message comes before the answer, so nothing asks for it; train_on all learns it")
+    first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
+    earlier = [i for i in earlier if i > first_question and train_on == "assistant"]
     conversation = Conversation(messages[: last + 1], tools)
+    check_calls(conversation, [*earlier, last], tokenizer)
+
     asked = ask(Conversation(messages[:last], tools), tokenizer)
-    text, marked = tokenizer.template.render_spans(conversation.messages, tools)
+    text, marked = template.render_spans(conversation.messages, tools)
     is_moved = not text.startswith(asked)
     if is_moved:
-        answer, marked = _answer_alone(conversation, tokenizer)
+        answer, marked = _answer_alone(conversation, template)
         text, marked = asked + answer, [(len(asked) + begin, len(asked) + end) for begin, end in marked]
-    learned = _learned_spans(marked, len(asked), len(text)) or [(len(asked), len(text))]
-    _check_answer(text[len(asked) :], conversation, tokenizer)
-    if train_on == "assistant":
-        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
-        for i in reversed([i for i in earlier if i > first]):
-            _check_calls(Conversation(messages[: i + 1], tools), tokenizer)
-            learned = [*_earlier_answer(text, marked, conversation, i, learned[0][0], tokenizer), *learned]
+    check_answer(text[len(asked) :], messages[last], last)
+    learned = _marked_spans(marked, len(asked), len(text)) or [(len(asked), len(text))]
+    for i in reversed(earlier):
+        learned = [*_earlier_answer(text, marked, conversation, i, learned[0][0], tokenizer), *learned]
     return text, learned, is_moved
 
 
-def _learned_spans(marked: list[Span], begin: int, end: int) -> list[Span]:
-    """Return the marked spans of an answer that lies in [begin, end); the first of them begins with the answer."""
-    ends = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
-    return [(begin, ends[0][1]), *ends[1:]] if ends else []
+def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    if tokenizer.template is None:
+        raise DataError(
+            "a conversation needs a chat template, and the model has none: take an instruct model, give prompt_style "
+            "alpaca, instruction or a .jinja file, or use rows of prompt and completion"
+        )
+    if tokenizer.template.always_asks:
+        raise DataError(
+            "the chat template ends a conversation as it asks for an answer, so an answer's end is not known; give as "
+            "prompt_style a .jinja file that heeds add_generation_prompt"
+        )
+    return tokenizer.template
+
+
+def _marked_spans(marked: Sequence[Span], begin: int, end: int) -> list[Span]:
+    """Return what the template marks of an answer that lies in [begin, end); the first span begins with the answer."""
+    found = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
+    return [(begin, found[0][1]), *found[1:]] if found else []
 
 
 def _earlier_answer(
-    text: str, marked: list[Span], conversation: Conversation, i: int, following: int, tokenizer: Tokenizer
+    text: str, marked: Sequence[Span], conversation: Conversation, i: int, following: int, tokenizer: Tokenizer
 ) -> list[Span]:
-    """Return the spans of answer i, which ends before the place `following`."""
-    asked = tokenizer.render(conversation.messages[:i], add_generation_prompt=True, tools=conversation.tools)
+    """Return the spans of answer i, which ends before the place `following`.
+
+    It begins where the text that asks for it ends. It ends where the template marks that, or else as it does where it
+    is the last: with what the text from its begin on has in common with the end of the conversation up to it. That is
+    the whole turn, or without its thoughts where the template drops those of earlier answers.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    asked = tokenizer.render(messages[:i], add_generation_prompt=True, tools=tools)
     begin = len(asked)
+    spans = _marked_spans(marked, begin, following)
     if text.startswith(asked):
-        spans = _learned_spans(marked, begin, following)
-        end = spans[-1][1] if spans else _end_of_turn(text, conversation, i, tokenizer)
-        if end and _is_written(text[begin:end], conversation.messages[i]):
-            return spans or [(begin, end)]
+        endings = _endings(messages[: i + 1], tools, begin, tokenizer)
+        for turn in [text[begin : spans[-1][1]]] if spans else endings:
+            if text.startswith(turn, begin) and is_written(turn, messages[i]):
+                return spans or [(begin, begin + len(turn))]
     raise DataError(
         f"the chat template renders message {i}, or those before it, differently once others follow, or does not begin "
-        "an answer as it asks for one, so its tokens cannot be found; --train-on completion learns the last answer only"
+        "an answer as it asks for one, so its tokens cannot be found; train_on completion learns the last answer only"
     )
 
 
-def _end_of_turn(text: str, conversation: Conversation, i: int, tokenizer: Tokenizer) -> int | None:
-    """Return where turn i of a rendered conversation ends, if the template does not mark it; None if it is not found.
-
-    The messages up to it are rendered as a prefix of the text; where they are not, a mark behind the answer shows it.
-    """
-
-    def render(messages: Sequence[Fields]) -> str:
-        return tokenizer.render(messages, tools=conversation.tools)
-
-    messages, content = conversation.messages, conversation.messages[i].get("content")
-    through = render(messages[: i + 1])
-    for prefix in (through, through.removesuffix(tokenizer.special_tokens.get("eos_token", ""))):
-        if text.startswith(prefix):  # phi3's template closes the whole text, not the turn, with the end token
-            return len(prefix)
-    for core in (content, content.rstrip()) if isinstance(content, str) else ():  # many templates strip
-        marked = {**messages[i], "content": core + CLOSE}
-        answer, _, rest = render([*messages[:i], marked, *messages[i + 1 :]]).partition(CLOSE)
-        closing = render([*messages[:i], marked]).rpartition(CLOSE)[2]
-        if answer + rest == text and rest.startswith(closing):
-            return len(answer + closing)
-    return None
+def _endings(messages: Sequence[Fields], tools: Tools, begin: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield what a rendered conversation ends with, from `begin` on and shorter and shorter."""
+    whole = tokenizer.render(messages, tools=tools)
+    for text in (whole, whole.removesuffix(tokenizer.special_tokens.get("eos_token", ""))):  # which phi3 writes once
+        yield from (text[i:] for i in range(begin, len(text)))
 
 
-def _answer_alone(conversation: Conversation, tokenizer: Tokenizer) -> tuple[str, list[Span]]:
+def _answer_alone(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
     """Return the last answer as it follows the text that asks for it, and the spans of it that the template marks.
 
     Some templates write other text before an answer than where they ask for one: Mistral's without the system prompt,
     R1's without `<think>`. The answer is found after its question alone; thoughts that were begun are ended.
     """
     *before, answer = conversation.messages
+    tools = conversation.tools
     question = [message for message in before if message["role"] == "user"][-1:] or before[-1:]
-    render, tools = tokenizer.render, conversation.tools
-    asked, bare = render(question, add_generation_prompt=True, tools=tools), render(question, tools=tools)
-    probe = render([*question, {"role": "assistant", "content": OPEN}], tools=tools)
-    assert tokenizer.template is not None
-    text, marked = tokenizer.template.render_spans([*question, answer], tools)
+    text, marked = template.render_spans([*question, answer], tools)
+    asked = template.render(question, add_generation_prompt=True, tools=tools)
+    probe = template.render([*question, {"role": "assistant", "content": ANSWER}], tools=tools)
     same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, probe, strict=False))
-    header = "".join(character for character, _ in same)
-    bare = bare.removesuffix(tokenizer.special_tokens.get("eos_token", ""))  # with which some close every text
-    begun, written = asked[len(header) :], probe[len(header) :].partition(OPEN)[0]  # after what both begin with
-    if not (header.startswith(bare) and text.startswith(header)) or (begun.strip() and written.strip()):
+    header = asked[: len(list(same))]
+    begun, written = asked[len(header) :], probe[len(header) :].partition(ANSWER)[0]  # after what both begin with
+    if not text.startswith(header) or (begun.strip() and written.strip()):
         raise DataError(
             "the chat template does not begin the last answer as it asks for one, or asks for one without thoughts; "
-            "--prompt-style FILE.jinja takes another template"
+            "give another one as prompt_style"
         )
     rest, thoughts = text[len(header) :], ""
     if "<think>" in begun and "</think>" not in rest:
-        rest, thoughts = rest.lstrip("\n"), f"{_thoughts(answer)}\n</think>\n\n".lstrip("\n")
+        rest, thoughts = rest.lstrip("\n"), f"{thoughts_of(answer)}\n</think>\n\n".lstrip("\n")
     shift = len(thoughts) + len(rest) - len(text)
     return thoughts + rest, [(begin + shift, end + shift) for begin, end in marked]
-
-
-def _content(message: Fields) -> str:
-    """Return the content of a message as text."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _thoughts(message: Fields) -> str:
-    """Return what an answer says as its reasoning, in a field or in its content; "" if it has none."""
-    fields = (message.get(key) for key in REASONING)
-    content = _content(message).rpartition("</think>")[0].rpartition("<think>")[2]
-    return next((text for text in fields if isinstance(text, str) and text.strip()), content).strip()
-
-
-def _is_written(text: str, message: Fields) -> bool:
-    """Return whether a text has all that an answer says, its thoughts as well."""
-    parts = [*re.split("</?think>", _content(message)), _thoughts(message)]
-    return all(part.strip() in text for part in parts)
-
-
-def _check_answer(text: str, conversation: Conversation, tokenizer: Tokenizer) -> None:
-    """Raise a DataError if the template leaves out what the last message says, or its tool calls."""
-    *before, message = conversation.messages
-    if not _is_written(text, message):
-        raise DataError(f"the chat template leaves out what message {len(before)} says, or its thoughts{REMEDY}")
-    _check_calls(conversation, tokenizer)
-
-
-def _check_calls(conversation: Conversation, tokenizer: Tokenizer) -> None:
-    """Raise a DataError if the template leaves out tool calls of the last message, which other names would show."""
-    *before, message = conversation.messages
-    whole, calls = None, message.get("tool_calls") or []
-    for i, call in enumerate(calls):
-        called = call.get("function", call)
-        other = {**called, "name": f"{called['name']}_"}
-        changed = [*calls[:i], {**call, "function": other} if "function" in call else other, *calls[i + 1 :]]
-        whole = whole or tokenizer.render(conversation.messages, tools=conversation.tools)
-        if whole == tokenizer.render([*before, {**message, "tool_calls": changed}], tools=conversation.tools):
-            raise DataError(f"the chat template leaves out the tool calls of message {len(before)}{REMEDY}")
-
-
-def _check_complete(text: str, conversation: Conversation, tokenizer: Tokenizer, is_question: bool) -> None:
-    """Raise a DataError if the template leaves out what a message says, which marks in their place show, or the tools.
-
-    Thoughts may be left out, and in a question what was answered earlier.
-    """
-    messages, tools = conversation.messages, conversation.tools
-    marked = list(messages)
-    for i, message in enumerate(messages):
-        if message.get("content") and not (is_question and message["role"] == "assistant"):
-            texts = {"content", "instruction"} & message.keys()  # an Alpaca row has its question in both
-            marked[i] = {**message, **dict.fromkeys(texts, f"{OPEN}{i}{CLOSE}")}
-    shown = tokenizer.render(marked, is_question, tools)
-    for i, message in enumerate(messages):
-        if marked[i] is not message and f"{OPEN}{i}{CLOSE}" not in shown:
-            raise DataError(f"the chat template leaves out what message {i} says, of role {message['role']}{REMEDY}")
-    if tools and tokenizer.render(messages, is_question) == text:
-        raise DataError(f"the chat template leaves out the tools{REMEDY}")

@@ -1,5 +1,11 @@
 """Tokenize rows, and label the tokens that are trained on.
 
+    rows.stream_rows                    a line of a file as fields
+    formats.parse_row                   prompt and completion, or a conversation
+    conversations.render_conversation   its text, and the spans of it that are learned
+    tokenizer.encode_spans              tokens, and the characters that each stands for
+    data.label_tokens                   the label of each token
+
 Targets are spans of characters, which the tokenizer's offsets map to tokens. To count the tokens of the prompt alone
 would be wrong where one token holds the end of the prompt and the beginning of the answer. Only a conversation is cut
 there, because it is always asked for its answer with the same tokens.
@@ -21,7 +27,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.conversations import render_conversation
 from minilora.runs.dataset import Dataset, build_dataset
-from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
+from minilora.runs.formats import PromptCompletion, Row, parse_row
 
 
 def encode_rows(
@@ -37,8 +43,15 @@ def encode_rows(
 
 def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Example, list[str]]:
     """Tokenize a row and label what is learned of it; return also names of counts of `Dataset`."""
-    parsed, is_quoted = _parse(row, tokenizer, config)
-    counts = ["quoted"] if is_quoted else []
+    parsed = parse_row(row.fields, config)
+    if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
+        closing = tokenizer.special_tokens.get("eos_token", "")
+        parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
+    counts = []
+    if not config.allow_special:
+        quoted = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
+        counts += ["quoted"] if quoted != parsed else []
+        parsed = quoted
     if isinstance(parsed, PromptCompletion):
         if parsed.prompt:
             counts.append("completions")
@@ -54,18 +67,6 @@ def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Examp
     if not example.labelled:
         raise DataError("nothing to learn: no token of an answer can be predicted")
     return example, counts
-
-
-def _parse(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[PromptCompletion | Conversation, bool]:
-    """Parse a row and quote the control tokens in it, unless they are allowed; return also whether there were any."""
-    parsed = parse_row(row.fields, config)
-    if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
-        closing = tokenizer.special_tokens.get("eos_token", "")
-        parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
-    if config.allow_special:
-        return parsed, False
-    quoted = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
-    return quoted, quoted != parsed
 
 
 def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

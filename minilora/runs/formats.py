@@ -2,7 +2,7 @@
 
     {"messages": [{"role": …, "content": …}, …]}        a conversation (OpenAI); tools beside it
     {"conversations": [{"from": …, "value": …}, …]}     a conversation (ShareGPT); tools beside it
-    {"instruction": …, "input": …, "output": …}         an instruction and its answer (Alpaca); history beside it
+    {"instruction": …, "input": …, "output": …}         an instruction and its answer (Alpaca)
     {"prompt": …, "completion": …}                      plain text; or a conversation in two lists of messages (TRL)
     {"text": …}                                         plain text, all of it a completion
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from minilora.errors import DataError, in_recipe
 from minilora.runs.config import DataConfig
 
 Fields = dict[str, Any]
-FORMATS = "messages; conversations; instruction and output; prompt and completion; text"
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -82,25 +81,16 @@ class _Turn:
 
 def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Recognise the format of a row and check its fields."""
+    _check_unicode(fields, "")
     if config.text_field is not None:
-        _check_no_system(config.system)
-        name = config.text_field
-        return PromptCompletion("", check_text(fields.get(name), name, is_target=True))
-    turns = _parse_turns(fields)
-    if turns is None:
-        return _prompt_completion(fields, config)
+        _check_no_system("", config)
+        return PromptCompletion("", check_text(fields.get(config.text_field), config.text_field, is_target=True))
+    parsed = _format_of(fields)(fields)
     own = _optional_text(fields, "system")
-    system = own or config.system
-    if own and turns[0].role in ("system", "developer"):
-        raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt too; need one")
-    if system and turns[0].role not in ("system", "developer"):
-        turns = [_Turn({"role": "system", "content": system}, "system"), *turns]
-    _check_order(turns)
-    for turn in turns:
-        _check_unicode(turn.message, turn.where)
-    if not any(turn.role == "assistant" for turn in turns):
-        raise DataError(f"{turns[0].where.partition('[')[0]}: no message has role 'assistant': nothing to learn")
-    return Conversation([turn.message for turn in turns], _tools(fields))
+    if isinstance(parsed, PromptCompletion):
+        _check_no_system(own, config)
+        return parsed
+    return _as_conversation(parsed, own, _tools(fields), config)
 
 
 def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
@@ -122,46 +112,90 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
     return Conversation(parsed.messages[:-1], parsed.tools)
 
 
-def _prompt_completion(fields: Fields, config: DataConfig) -> PromptCompletion:
-    if "prompt" in fields and "completion" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, list) != isinstance(completion, list):
-            raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
-        parsed = PromptCompletion(check_text(prompt, "prompt"), check_text(completion, "completion", is_target=True))
-    elif "text" in fields:
-        if "label" in fields:
-            raise DataError(
-                f"text, label: the text alone is learned with --text-field text; a class: {in_recipe('classify_texts')}"
-            )
-        parsed = PromptCompletion("", check_text(fields["text"], "text", is_target=True))
-    elif "tokens" in fields and "labels" in fields:
+def _format_of(fields: Fields) -> Format:
+    for keys, read in FORMATS.items():
+        if fields.keys() >= {*keys}:
+            return read
+    if "tokens" in fields and "labels" in fields:
         raise DataError(f"tokens, labels: classes of words: {in_recipe('classify_tokens')}")
-    else:
-        preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
-        raise DataError(f"keys {sorted(fields)} are of no known shape; known are {FORMATS}{preference}")
-    _check_no_system(_optional_text(fields, "system") or config.system)
-    return parsed
+    known = "; ".join(" and ".join(keys) for keys in FORMATS)
+    preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
+    raise DataError(f"keys {sorted(fields)} are of no known shape; known are {known}{preference}")
 
 
-def _check_no_system(system: str | None) -> None:
-    if system:
-        raise DataError(f"system: found {system!r:.60}, but plain text has no place for a system prompt")
+def _check_no_system(own: str, config: DataConfig) -> None:
+    """Raise a DataError if there is a system prompt, in the row or for all rows, for plain text."""
+    if own or config.system:
+        remedy = "" if own else "; it was given, or recorded with the adapter: an empty system prompt leaves it out"
+        raise DataError(
+            f"system: found {own or config.system!r:.60}, but plain text has no place for a system prompt{remedy}"
+        )
 
 
-def _parse_turns(fields: Fields) -> list[_Turn] | None:
-    """Return the checked turns of a conversation; None if the row is plain text."""
-    if "messages" in fields:
-        return list(map(_check_message, _entries(fields, "messages")))
-    if "conversations" in fields:
-        return list(map(_from_sharegpt, _entries(fields, "conversations")))
-    if "instruction" in fields and "output" in fields:
-        return _from_alpaca(fields)
-    if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
-        prompt, completion = (list(map(_check_message, _entries(fields, key))) for key in ("prompt", "completion"))
-        if (found := [turn.role for turn in completion]) != ["assistant"]:
-            raise DataError(f"completion: found roles {found}, need one 'assistant'; more are for `messages`")
-        return [*prompt, *completion]
-    return None
+def _as_conversation(turns: list[_Turn], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
+    """Put the system prompt, the row's `own` or that of all rows, before the turns, and check their order."""
+    has_system, system = turns[0].role in ("system", "developer"), own or config.system
+    if own and has_system:
+        raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt too; need one")
+    if system and not has_system:
+        turns = [_Turn({"role": "system", "content": system}, "system"), *turns]
+    _check_order(turns)
+    if not any(turn.role == "assistant" for turn in turns):
+        raise DataError(f"{turns[0].where.partition('[')[0]}: no message has role 'assistant': nothing to learn")
+    return Conversation([turn.message for turn in turns], tools)
+
+
+# --- the formats; each returns plain text or the checked turns of a conversation ---
+
+
+def _from_messages(fields: Fields) -> list[_Turn]:
+    return [_check_message(turn) for turn in _entries(fields, "messages")]
+
+
+def _from_sharegpt(fields: Fields) -> list[_Turn]:
+    return [_sharegpt_turn(turn) for turn in _entries(fields, "conversations")]
+
+
+def _from_alpaca(fields: Fields) -> list[_Turn]:
+    """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
+    if fields.get("history"):
+        raise DataError("history: earlier turns are read from `messages` or `conversations` alone")
+    instruction, extra = check_text(fields["instruction"], "instruction"), _optional_text(fields, "input")
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
+    answered = {"role": "assistant", "content": check_text(fields["output"], "output", is_target=True)}
+    return [_Turn(asked, "instruction"), _Turn(answered, "output")]
+
+
+def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[_Turn]:
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
+    if not isinstance(prompt, list):
+        return PromptCompletion(check_text(prompt, "prompt"), check_text(completion, "completion", is_target=True))
+    turns = [_check_message(turn) for key in ("prompt", "completion") for turn in _entries(fields, key)]
+    if len(completion) != 1 or turns[-1].role != "assistant":
+        raise DataError("completion: need one message of role 'assistant'; more are for `messages`")
+    return turns
+
+
+def _from_text(fields: Fields) -> PromptCompletion:
+    if "label" in fields:
+        raise DataError(f"text, label: text_field text learns the text alone; classes: {in_recipe('classify_texts')}")
+    return PromptCompletion("", check_text(fields["text"], "text", is_target=True))
+
+
+Format = Callable[[Fields], PromptCompletion | list[_Turn]]
+FORMATS: dict[tuple[str, ...], Format] = {  # the fields that a format is recognised by, the first that fits
+    ("messages",): _from_messages,
+    ("conversations",): _from_sharegpt,
+    ("instruction", "output"): _from_alpaca,
+    ("prompt", "completion"): _from_prompt_completion,
+    ("text",): _from_text,
+}
+
+
+# --- what they share ---
 
 
 def _entries(fields: Fields, key: str) -> Iterable[_Turn]:
@@ -174,25 +208,7 @@ def _entries(fields: Fields, key: str) -> Iterable[_Turn]:
         yield _Turn(value, f"{key}[{i}]")
 
 
-def _from_alpaca(fields: Fields) -> list[_Turn]:
-    """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
-    history = fields.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError(f"history: found {history!r:.60}, need a list of pairs of question and answer")
-    turns = []
-    for i, pair in enumerate(history):
-        for j, role in enumerate(("user", "assistant")):
-            where = f"history[{i}][{j}]"
-            content = check_text(pair[j], where, is_target=role == "assistant")
-            turns.append(_Turn({"role": role, "content": content}, where))
-    instruction, extra = check_text(fields["instruction"], "instruction"), _optional_text(fields, "input")
-    question = f"{instruction}\n\n{extra}" if extra else instruction
-    asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
-    answered = {"role": "assistant", "content": check_text(fields["output"], "output", is_target=True)}
-    return [*turns, _Turn(asked, "instruction"), _Turn(answered, "output")]
-
-
-def _from_sharegpt(turn: _Turn) -> _Turn:
+def _sharegpt_turn(turn: _Turn) -> _Turn:
     """Convert an entry of `conversations` to a message; in some files it has the keys of a message already."""
     entry, where = turn.message, turn.where
     if "from" not in entry and "role" in entry:
@@ -258,15 +274,16 @@ def _tools(fields: Fields) -> list[Any] | None:
         tools = _from_json(tools, "tools") or None
     if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
         raise DataError(f"tools: found {tools!r:.60}, need a list of objects")
-    _check_unicode(tools, "tools")
     return tools
 
 
 def _from_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: found {text!r:.60}, need JSON") from error
+    _check_unicode(value, where)
+    return value
 
 
 def _optional_text(fields: Fields, key: str) -> str:
@@ -280,7 +297,6 @@ def check_text(value: Any, where: str, is_target: bool = False) -> str:
         raise DataError(f"{where}: found {value!r:.60}, need text")
     if is_target and not value:
         raise DataError(f"{where}: {EMPTY}")
-    _check_unicode(value, where)
     return value
 
 
@@ -288,13 +304,12 @@ def _check_unicode(value: Any, where: str, depth: int = 0) -> None:
     """Refuse lone surrogates, and the noncharacters that minilora uses as marks, in any nested text."""
     if depth > MAX_DEPTH:
         raise DataError(f"{where:.60}: nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        if found := re.search("[\ud800-\udfff\ufdd0-\ufdef]", value):
-            raise DataError(f"{where}: found U+{ord(found[0]):04X}, which is not a character")
-    elif isinstance(value, dict):
+    if isinstance(value, str) and (found := re.search("[\ud800-\udfff\ufdd0-\ufdef]", value)):
+        raise DataError(f"{where}: found U+{ord(found[0]):04X}, which is not a character")
+    if isinstance(value, dict):
         for key, entry in value.items():
             _check_unicode(key, where)
-            _check_unicode(entry, f"{where}.{key}", depth + 1)
-    elif isinstance(value, list):
+            _check_unicode(entry, f"{where}.{key}" if where else key, depth + 1)
+    if isinstance(value, list):
         for i, entry in enumerate(value):
             _check_unicode(entry, f"{where}[{i}]", depth + 1)

@@ -187,7 +187,7 @@ JSONS: dict[str, Callable[[Path], object]] = {
 ROWS: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": "f"}]},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"},
-    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]},
+    {"instruction": "a", "input": "b", "output": "c"},
     {"prompt": "a", "completion": " b"},
     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
     {"text": "a"},
