@@ -109,7 +109,12 @@ NORM, UP = f"{PREFIX}model.norm", f"{PREFIX}model.layers.0.mlp.up_proj"
 MAGNITUDE, ROWS = f"{Q}.lora_magnitude_vector", f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
 TENSORS = {  # config of the adapter, change of its tensors, the law that finds it, parts of the message
     "nan": ({}, replaced(f"{Q}.lora_A.weight", lambda A: A / 0 * 0), "values", ["q_proj.lora_A", "72 numbers", "none"]),
-    "integers": ({}, replaced(f"{Q}.lora_A.weight", torch.Tensor.long), "values", ["lora_A.weight: found I64", "BF16"]),
+    "integers": (
+        {},
+        replaced(f"{Q}.lora_A.weight", torch.Tensor.long),
+        "values",
+        ["lora_A.weight: found torch.int64"],
+    ),
     "no prefix": ({}, renamed(PREFIX, ""), "names", ["model.layers.0", f"begin with {PREFIX}", "only warns"]),
     "adapter's name": ({}, renamed(".weight", ".default.weight"), "names", ["lora_A.default.weight: is nothing"]),
     "weight of the model": ({}, added(f"{NORM}.weight", 24), "names", ["model.norm.weight: is nothing"]),

@@ -13,11 +13,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 
@@ -29,36 +32,50 @@ FACTORS = {  # key -> the end of the tensor's name
     "embedding B": "lora_embedding_B",
     "B's bias": "lora_B.bias",
     "magnitude": "lora_magnitude_vector",
-    "diagonal": "lora_diag",  # KaSA's
     "base weight": "base_layer.weight",
     "base bias": "base_layer.bias",
     "rows": "token_adapter.trainable_tokens_delta",
 }
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
-SHOWN = 10  # problems of one law
+SHOWN = 10  # problems of one law at most
 Problems = Iterator[str]  # what is wrong
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's config, and the shapes of its tensors."""
+    """An adapter's config and tensors."""
 
-    path: Path
     config: dict[str, Any]
-    parts: dict[str, dict[str, Shape]]  # path of an adapted module -> key of `FACTORS` -> shape
-    others: tuple[str, ...]  # the names of tensors of the model itself, without the prefix
-    strange: tuple[str, ...]  # the names of tensors without the prefix that all have
+    tensors: dict[str, Tensor]
+
+    @cached_property
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each adapted module, by its path and the key of `FACTORS`."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            key = key_of(name)
+            if key is not None and name.startswith(PREFIX):
+                where = name.removeprefix(PREFIX).removesuffix(f".{FACTORS[key]}")
+                found.setdefault(where, {})[key] = tensor
+        return found
 
     @property
-    def factors(self) -> dict[str, tuple[Shape, Shape]]:
-        """The shapes of A and B by path, where both are there."""
-        pairs = {
-            path: (own.get("A") or own.get("embedding A"), own.get("B") or own.get("embedding B"))
-            for path, own in self.parts.items()
-        }
-        return {path: (A, B) for path, (A, B) in pairs.items() if A and B}
+    def others(self) -> list[str]:
+        """The names, without the prefix, of tensors that are no part of an adapted module."""
+        names = (name.removeprefix(PREFIX) for name in self.tensors if name.startswith(PREFIX))
+        return [name for name in names if key_of(name) is None]
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B by path, where both are there."""
+        found = {}
+        for path, own in self.parts.items():
+            for kind in ("", "embedding "):
+                if f"{kind}A" in own and f"{kind}B" in own:
+                    found[path] = own[f"{kind}A"], own[f"{kind}B"]
+        return found
 
     def listed(self, key: str) -> list[str]:
         """Return a list of names in the config, which may be null."""
@@ -67,24 +84,16 @@ class Adapter:
 
 
 def read(path: Path) -> Adapter:
-    """Read config and header, or raise an exception if a file is missing or malformed."""
+    """Read both files, or raise an exception if one is missing or malformed."""
     config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG}: found {config!r:.40}, accepted is an object")
-    with safe_open(path / WEIGHTS, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
-    parts: dict[str, dict[str, Shape]] = {}
-    others, strange = [], []
-    for name, shape in shapes.items():
-        key = next((key for key, end in FACTORS.items() if name.endswith(f".{end}")), None)
-        if not name.startswith(PREFIX):
-            strange.append(name)
-        elif key is None:
-            others.append(name.removeprefix(PREFIX))
-        else:
-            where = name.removeprefix(PREFIX).removesuffix(f".{FACTORS[key]}")
-            parts.setdefault(where, {})[key] = shape
-    return Adapter(path, config, parts, tuple(others), tuple(strange))
+    return Adapter(config, load_file(path / WEIGHTS))
+
+
+def key_of(name: str) -> str | None:
+    """Return the key of `FACTORS` that a tensor's name ends with."""
+    return next((key for key, end in FACTORS.items() if name.endswith(f".{end}")), None)
 
 
 def meant(name: str, entry: str) -> bool:
@@ -128,32 +137,32 @@ def config(adapter: Adapter) -> Problems:
 
 
 def values(adapter: Adapter) -> Problems:
-    with safe_open(adapter.path / WEIGHTS, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  no dict
-            dtype = file.get_slice(name).get_dtype()
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                yield f"{WEIGHTS}: {name}: found {dtype}, accepted are F64, F32, F16, BF16"
-            elif not (is_finite := file.get_tensor(name).isfinite()).all():
-                yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none"
+    for name, tensor in adapter.tensors.items():
+        if not tensor.is_floating_point():
+            yield f"{WEIGHTS}: {name}: found {tensor.dtype}, accepted are floating-point numbers"
+        elif not (is_finite := tensor.isfinite()).all():
+            yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none"
 
 
 def names(adapter: Adapter) -> Problems:
-    for name in adapter.strange:
-        yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}; PEFT passes over others and only warns"
+    for name in adapter.tensors:
+        if not name.startswith(PREFIX):
+            yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}; PEFT only warns of others"
     is_saved = (*EMBEDDINGS, *[".bias"] * (adapter.config.get("bias", "none") == "all"))
     for name in adapter.others:
-        is_factor, is_whole = ".lora_" in name, any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
-        if is_factor or not (is_whole or name.endswith(is_saved)):
+        is_whole = any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
+        if ".lora_" in name or not (is_whole or name.endswith(is_saved)):
             found = f"{WEIGHTS}: {PREFIX}{name}: is nothing that {CONFIG} describes"
             yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save"
 
 
 def pairs(adapter: Adapter) -> Problems:
+    needed = {"A": "B", "B": "A", "embedding A": "embedding B", "embedding B": "embedding A"}
+    needed |= dict.fromkeys(("B's bias", "magnitude", "base weight", "base bias"), "A")
     for where, own in adapter.parts.items():
-        needed = {"A": "B", "B": "A", "embedding A": "embedding B", "embedding B": "embedding A"}
-        needed |= dict.fromkeys(("B's bias", "magnitude", "diagonal", "base weight", "base bias"), "A")
-        for key, other in needed.items():
-            if key in own and other not in own and f"embedding {other}" not in own:
+        for key in own:
+            other = needed.get(key)
+            if other is not None and other not in own and f"embedding {other}" not in own:
                 yield f"{stored(where, key)}: found no {FACTORS[other]} beside it, accepted are both"
     if not adapter.parts and not adapter.others:
         yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
@@ -161,8 +170,8 @@ def pairs(adapter: Adapter) -> Problems:
 
 def shapes(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
-    for where, (A, B) in adapter.factors.items():
-        key = first_match(ranks, where)
+    for where, (lora_A, lora_B) in adapter.factors.items():
+        A, B, key = tuple(lora_A.shape), tuple(lora_B.shape), first_match(ranks, where)
         r, source = adapter.config["r"], "r is"
         if key is not None:
             r, source = ranks[key], f"rank_pattern[{key!r}], the first key that matches, is"
@@ -170,7 +179,7 @@ def shapes(adapter: Adapter) -> Problems:
             yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels"
             continue
         is_stacked = bool(adapter.listed("target_parameters")) and A[0] == B[-1] and A[0] % r == 0  # r an expert
-        is_grouped = (len(A) > 2 or adapter.config.get("use_bdlora")) and r % B[1] == 0
+        is_grouped = len(A) > 2 and r % B[1] == 0
         if not is_stacked and (A[0] != r or (B[1] != r and not is_grouped)):
             need = f"accepted are A ({r}, in) and B (out, {r}) since {source} {r}"
             yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, {need}"
@@ -191,15 +200,16 @@ def dora(adapter: Adapter) -> Problems:
 def biases(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if "base bias" in own and adapter.config.get("bias", "none") == "none":
-            found = f"{stored(where, 'base bias')}: found {own['base bias']}"
+            found = f"{stored(where, 'base bias')}: found {tuple(own['base bias'].shape)}"
             yield f"{found}, accepted is none since bias is 'none'"
     yield from optional(adapter, "B's bias", "lora_bias", lambda B: B[:1])
 
 
 def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Shape]) -> Problems:
     """Yield the modules in which an optional tensor is missing, has a wrong shape, or is there without its field."""
-    for where, (_, B) in adapter.factors.items():
-        found, right = adapter.parts[where].get(key), shape(B) if adapter.config.get(field) else None
+    for where, (_, lora_B) in adapter.factors.items():
+        found = tuple(adapter.parts[where][key].shape) if key in adapter.parts[where] else None
+        right = shape(tuple(lora_B.shape)) if adapter.config.get(field) else None
         if found != right:
             said = f"since {field} is {str(right is not None).lower()}"
             yield f"{stored(where, key)}: found {found or 'none'}, accepted is {right or 'none'} {said}"
@@ -217,11 +227,10 @@ def whole_modules(adapter: Adapter) -> Problems:
 
 def rows(adapter: Adapter) -> Problems:
     asked = adapter.config.get("trainable_token_indices") or {}
-    found = {where: own["rows"] for where, own in adapter.parts.items() if "rows" in own}
-    counts = sorted(map(len, asked.values())) if isinstance(asked, dict) else [len(asked)]
-    if sorted(shape[0] for shape in found.values()) != counts:
-        shown = {where: list(shape) for where, shape in found.items()} or "none"
-        need = f"accepted are as many rows in {WEIGHTS} as tokens; the shapes there: {shown}"
+    found = {where: len(own["rows"]) for where, own in adapter.parts.items() if "rows" in own}
+    counts = map(len, asked.values()) if isinstance(asked, dict) else [len(asked)]
+    if sorted(found.values()) != sorted(counts):
+        need = f"accepted are as many rows in {WEIGHTS} as tokens; there are {found or 'none'}"
         yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}"
 
 
@@ -242,12 +251,7 @@ def targets(adapter: Adapter) -> Problems:
 
 
 def trained(adapter: Adapter) -> Problems:
-    with safe_open(adapter.path / WEIGHTS, "pt") as file:
-        for where, own in adapter.parts.items():
-            factors = [f"{PREFIX}{where}.{FACTORS[key]}" for key in own if key.endswith(("A", "B"))]
-            if len(factors) == 2 and all(file.get_tensor(name).any() for name in factors):
-                return
-    if adapter.factors:
+    if adapter.factors and not any(A.any() and B.any() for A, B in adapter.factors.values()):
         yield f"{WEIGHTS}: found A or B = 0 in every module, as before training, accepted is one where neither is 0"
 
 
@@ -276,10 +280,9 @@ def _is_pattern(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_regex(value: str) -> bool:
-    try:
+    with suppress(re.error):
         return bool(re.compile(value))
-    except re.error:
-        return False
+    return False
 
 
 def _is_names(value: Any) -> bool:
@@ -316,8 +319,7 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
             except Exception as error:
                 raise NotApplicable(f"the files cannot be read: {error}") from error
         found = list(problems(directory))
-        shown = found[:SHOWN] + [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
-        yield claim(what, "\n  ".join(shown))
+        yield claim(what, "\n  ".join(found[:SHOWN]))
 
     return Law("adapter_directory", name, statement, lambda: [None], compare)
 
