@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,30 +16,14 @@ from minilora.testing.reference import IGNORED, accumulated_gradient, masked_los
 Groups = tuple[tuple[int, ...], ...]  # numbers of rows in micro-batches; () is as they are
 
 
-@dataclass(frozen=True)
-class Places:
-    """The positions of all rows laid end to end, (P)."""
-
-    labels: Array  # the label at each, -100 where nothing is learned
-    row: Array  # the number of its row
-    group: Array  # and of its micro-batch
-
-    @property
-    def targets(self) -> Array:
-        """The label that each position predicts, that of the next one in its row; -100 at the end of a row."""
-        is_inner = np.diff(self.row, append=-1) == 0
-        return np.where(is_inner, np.roll(self.labels, -1), IGNORED)
+def labels_of(row: str, tokens: Array) -> Array:
+    """Return the labels of a row, in which "x" is a token with a label and "." one without: (T) -> (T)."""
+    return np.where([character == "x" for character in row], tokens, IGNORED)
 
 
-def places(groups: tuple[tuple[str, ...], ...], tokens: Array) -> Places:
-    """Return the positions of micro-batches of rows, in which "x" is a label and "." is none."""
-    rows = [(group, row) for group, rows in enumerate(groups) for row in rows]
-    is_label = np.array([character == "x" for _, row in rows for character in row])
-    return Places(
-        np.where(is_label, tokens, IGNORED),
-        np.repeat(np.arange(len(rows)), [len(row) for _, row in rows]),
-        np.repeat([group for group, _ in rows], [len(row) for _, row in rows]),
-    )
+def targets_of(labels: Array) -> Array:
+    """Return the label that each position predicts, the next one; -100 at the end of a row: (..., T) -> (..., T)."""
+    return np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -69,11 +54,12 @@ class MaskedLogits:
 
     @property
     def labels(self) -> Array:
-        return self.places.labels.reshape(self.tokens.shape)
+        return np.array([labels_of(row, tokens) for row, tokens in zip(self.rows, self.tokens, strict=True)])
 
     @property
-    def places(self) -> Places:
-        return places((self.rows,), self.tokens.ravel())
+    def is_predicted(self) -> Array:
+        """Whether the logits at each position predict a label, (B, T)."""
+        return targets_of(self.labels) != IGNORED
 
     @cached_property
     def loss(self) -> Bounded:
@@ -93,14 +79,9 @@ class MaskedLogits:
         return Bounded(masked_loss_gradient(self.logits, self.labels), error, self.dtype)
 
     @property
-    def is_predicted(self) -> Array:
-        """Whether the logits at each position predict a label, (B, T)."""
-        return self.places.targets.reshape(self.tokens.shape) != IGNORED
-
-    @property
     def _predicted(self) -> tuple[Bounded, Array]:
         chosen = self.is_predicted
-        return Bounded.exact(self.logits[chosen], self.dtype), self.places.targets.reshape(chosen.shape)[chosen]
+        return Bounded.exact(self.logits[chosen], self.dtype), targets_of(self.labels)[chosen]
 
     def changed(self, rows: tuple[str, ...] | None = None, **arrays: Array) -> MaskedLogits:
         """Return the case with other labels and arrays."""
@@ -123,37 +104,36 @@ class MicroBatches:
         return f"micro-batches {rows} (x: a label, .: -100), W {(self.vocabulary, self.width)}, {self.dtype}"
 
     @cached_property
-    def arrays(self) -> dict[str, Array]:
-        """W, and x and tokens of all positions laid end to end."""
-        rng, count = np.random.default_rng(self.seed), sum(len(row) for rows in self.groups for row in rows)
-        W, x = rng.standard_normal((self.vocabulary, self.width)), rng.standard_normal((count, self.width))
-        tokens = rng.integers(0, self.vocabulary, count)
-        return {"W": rounded(W, self.dtype), "x": rounded(x, self.dtype), "tokens": tokens}
+    def _drawn(self) -> tuple[Array, list[tuple[Array, Array]]]:
+        """W, and x (T, D) and labels (T) of each row."""
+        rng = np.random.default_rng(self.seed)
+        texts = [row for rows in self.groups for row in rows]
+        ends = np.cumsum([len(text) for text in texts])
+        W = rng.standard_normal((self.vocabulary, self.width))
+        x = rounded(rng.standard_normal((ends[-1], self.width)), self.dtype)
+        tokens = rng.integers(0, self.vocabulary, ends[-1])
+        labels = map(labels_of, texts, np.split(tokens, ends[:-1]))
+        return rounded(W, self.dtype), list(zip(np.split(x, ends[:-1]), labels, strict=True))
 
-    W = property(lambda self: self.arrays["W"])
-    x = property(lambda self: self.arrays["x"])
-
-    @property
-    def places(self) -> Places:
-        return places(self.groups, self.arrays["tokens"])
+    W = property(lambda self: self._drawn[0])
 
     def batches(self, groups: Groups = ()) -> Iterator[tuple[Array, Array]]:
         """Yield x (B, T, D) and labels (B, T) of micro-batches; shorter rows are padded at their ends."""
-        found, numbers = self.places, self.places.row
-        for rows in groups or [sorted({*numbers[found.group == g].tolist()}) for g in range(len(self.groups))]:
-            length = max(int((numbers == row).sum()) for row in rows)
-            x, labels = np.zeros((len(rows), length, self.width)), np.full((len(rows), length), IGNORED)
-            for to, row in enumerate(rows):
-                own = numbers == row
-                x[to, : own.sum()], labels[to, : own.sum()] = self.x[own], found.labels[own]
-            yield x, labels
+        ends = itertools.accumulate(map(len, self.groups), initial=0)
+        for chosen in groups or itertools.starmap(range, itertools.pairwise(ends)):
+            rows = [self._drawn[1][i] for i in chosen]
+            length = max(len(labels) for _, labels in rows)
+            x = [np.pad(own, ((0, length - len(own)), (0, 0))) for own, _ in rows]
+            labels = [np.pad(own, (0, length - len(own)), constant_values=IGNORED) for _, own in rows]
+            yield np.array(x), np.array(labels)
 
     @cached_property
     def gradient(self) -> Bounded:
         """dL/dW = 1/N Σ (softmax - onehot) xᵀ, of sums divided at last or of means multiplied by their shares."""
-        targets = self.places.targets
+        targets = np.concatenate([targets_of(labels) for _, labels in self._drawn[1]])
         is_learned = targets != IGNORED
-        x, W = Bounded.exact(self.x[is_learned], self.dtype), Bounded.exact(self.W, self.dtype)
+        inputs = np.concatenate([x for x, _ in self._drawn[1]])[is_learned]
+        x, W = Bounded.exact(inputs, self.dtype), Bounded.exact(self.W, self.dtype)
         z, n = x @ W.T, max(1, int(is_learned.sum()))
         slopes = (z - z.log_sum_exp().reshape(-1, 1)).exp() - np.eye(self.vocabulary)[targets[is_learned]]
         bound = (slopes / n * n / n).T @ x
