@@ -19,7 +19,7 @@ from minilora.cli import main
 from minilora.cli.forecast import SHAPES
 from minilora.files import ASSETS, BUILTIN
 from minilora.runs.dataset import Dataset
-from scripts import api, front, smollm2
+from scripts import api, front
 from tests.models import long, tiny_model
 from tests.runs import flags_of, type_in, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
@@ -67,13 +67,6 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeyp
         program, *words = shlex.split(command, comments=True)
         assert program == "minilora"
         assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"
-
-
-def test_the_script_that_makes_a_model_names_the_extra_that_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
-    with pytest.raises(SystemExit, match=r"needs the extra `parity`: pip install -e '\.\[parity\]'"):
-        smollm2.build(tmp_path / "smollm2")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

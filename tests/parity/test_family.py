@@ -153,66 +153,6 @@ def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
 
 
 BIASED = {"target_modules": ["q_proj"], "bias": "lora_only"}
-REFUSED = {  # by both
-    "rank": ({"r": 0}, "r is 0"),
-    "bias of B, DoRA": ({"lora_bias": True, "use_dora": True}, "lora_bias"),
-    "bias of B, start": ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias"),
-    "bias of B, embedding": ({"lora_bias": True, "target_modules": ["embed_tokens"]}, "lora_bias"),
-    "odd orthogonal": ({"init_lora_weights": "orthogonal", "r": 3}, "even rank"),
-    "no such start": ({"init_lora_weights": "nonsense"}, "init_lora_weights is 'nonsense'"),
-    "nothing": ({"target_modules": ["q"]}, "no module that can be adapted matches target_modules 'q'"),
-    "layers of an expression": ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform"),
-    "pattern without layers": ({"layers_pattern": ["layers"]}, "layers_pattern needs layers_to_transform"),
-    "rows, module": ({"target_modules": ["embed_tokens"], "trainable_token_indices": [1]}, "embed_tokens: "),
-    "rows, whole": (
-        {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"embed_tokens": [1]}},
-        "embed_tokens: ",
-    ),
-    "rows that there are not": ({"trainable_token_indices": [61]}, "61"),
-    "bias": ({"bias": "some"}, "bias is 'some'"),
-    "norm": ({"target_modules": ["norm"]}, "no module that can be adapted matches target_modules 'norm'"),
-}
-
-
-@pytest.mark.parametrize(("fields", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_peft_refuses_is_refused_by_name(fields, said):
-    fields = {"target_modules": ["q_proj"], **fields}
-    with pytest.raises(Exception):  # noqa: B017, PT011  PEFT has many kinds
-        theirs_attached(**fields)
-    model = ours_of()
-    with pytest.raises(ml.MiniloraError) as error:
-        ml.attach(model, ml.LoraConfig(**fields))
-    assert said in str(error.value)
-    assert_parity(logits(model), logits(ours_of()))
-
-
-ONLY_OURS = {  # what PEFT takes and computes something else with, or silently not what was asked for
-    "start of an embedding": ({"target_modules": ["embed_tokens"], "init_lora_weights": "gaussian"}, False, "embed"),
-    "no such start": ({"target_modules": ["embed_tokens"], "init_lora_weights": "nonsense"}, False, "nonsense"),
-    "rows, whole": ({"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}, False, "embed_tokens"),
-    "rows and the tied head": ({"target_modules": ["lm_head"], "trainable_token_indices": [1]}, True, "lm_head"),
-    "name of no module": ({"target_modules": ["q_proj", "query"]}, False, "'query'.*q_proj"),
-}
-
-
-@pytest.mark.parametrize(("fields", "is_tied", "said"), ONLY_OURS.values(), ids=ONLY_OURS)
-def test_what_peft_takes_and_is_refused_here(fields, is_tied, said):
-    fields = {"target_modules": ["q_proj"], **fields}
-    theirs_attached(theirs_of(is_tied), **fields)
-    with pytest.raises(ml.MiniloraError, match=said):
-        ml.attach(ours_of(is_tied), ml.LoraConfig(**fields))
-
-
-def test_weights_in_float64_are_decomposed_where_peft_refuses(tmp_path):
-    fields = {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "lora_alpha": 3}
-    with pytest.raises(TypeError, match="float"):
-        theirs_attached(theirs_of(dtype=torch.float64), **fields)
-    ours = ours_of(dtype=torch.float64)
-    ml.attach(ours, ml.LoraConfig(**fields), dtype=torch.float64)
-    assert_parity(logits(ours), logits(ours_of(dtype=torch.float64)), MATHS)
-    perturb_(ours, 0)
-    ml.save_adapter(ours, tmp_path)
-    assert_parity(logits(ours), logits(theirs_loading(tmp_path, theirs_of(dtype=torch.float64))), MATHS)
 
 
 def test_several_adapters_may_train_biases_where_peft_takes_one():
