@@ -10,7 +10,7 @@ import functools
 import inspect
 import unittest
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,6 @@ class Comparison:
     what: str  # its name, such as "dA"
     actual: Any  # an array, or an exception that was raised in its place
     expected: Bounded | Array  # without a bound, bits must be equal
-    describe: Callable[[tuple[int, ...]], str] = lambda index: ""  # returns the input at an index, in words
 
     def __post_init__(self) -> None:
         if not isinstance(self.actual, Exception):
@@ -74,8 +73,7 @@ class Comparison:
         except Exception as error:  # of the implementation, whatever it is, or a wrong shape
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             return float("inf"), f"{kind}{error}"
-        where = self.describe(found.index) if found.ratio > 1 else ""
-        return found.ratio, str(replace(found, where=f"{where}: " if where else ""))
+        return found.ratio, str(found)
 
     def is_like(self, found: Any) -> bool:
         """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""

@@ -106,11 +106,6 @@ class NF4Weight:
         """Return whether rounding may choose a code, the nearest or one nearly as near: (n, 16)."""
         return self.is_small[:, None] | nearly_nearest(self.quotients.reshape(-1, 1) - LEVELS)
 
-    def describe(self, index: tuple[int, ...]) -> str:
-        """Return w / absmax of a weight in words."""
-        w, absmax = self.W.reshape(-1)[index], self.of_each(self.absmax)[index]
-        return f"w/absmax is {float(w / absmax) if absmax else 0.0:.9g}"
-
     @property
     def approximated(self) -> Bounded:
         """Return W with the bound of the error that quantization makes: half the widest gap, and roundings.
