@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,16 +230,8 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
 
 
 def read_config(directory: Path) -> llama.LlamaConfig:
-    """Read a config.json; if it names no dtype, its `source` gets that of the embedding.
-
-    Raises:
-        FormatError: it asks for more layers than the files hold, which would be built before they are missed.
-    """
-    path = directory / "config.json"
-    config, files = read_config_file(path), tensor_files(directory)
-    layers = {found[1] for name in files if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    if config.num_hidden_layers > len(layers):
-        raise FormatError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, the files hold {len(layers)}")
+    """Read a config.json; if it names no dtype, its `source` gets that of the embedding."""
+    config, files = read_config_file(directory / "config.json"), tensor_files(directory)
     if config.source.get("dtype") or config.source.get("torch_dtype") or EMBEDDING not in files:
         return config
     return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].dtype(EMBEDDING))})

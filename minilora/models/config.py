@@ -16,13 +16,15 @@ from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.rotary import FLOAT, build_rope, is_positive
 from minilora.models.smollm3 import SMOLLM3
 
-SIZES = {  # the largest of each key, where the weights do not say
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LARGEST = {  # whole numbers above 0, and the largest that is accepted: weights may not say that it is too large
     **dict.fromkeys(("vocab_size", "intermediate_size"), 2**24),
     **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
     "num_hidden_layers": 160,  # Llama 3.1 405B has 126
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31 - 1),
+    **dict.fromkeys(("max_window_layers", "no_rope_layer_interval"), 2**31 - 1),
 }
-COUNT = 2**31 - 1  # the largest other whole number
 
 LLAMA = Family(
     "Llama",
@@ -49,15 +51,10 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COPIED = (
     *REQUIRED,
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("model_type", "rms_norm_eps", "tie_word_embeddings"),
-)
-OPTIONAL = (
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
-    *("sliding_window", "max_window_layers", "no_rope_layer_interval"),
 )
 
 
@@ -113,12 +110,10 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
 def _check(values: Mapping[str, Any]) -> None:
     """Raise a `ConfigError` that names every key with an impossible value."""
     bad = []
-    for key in (*REQUIRED, *OPTIONAL):
-        value = values.get(key)
-        if value is None and key not in REQUIRED:
-            continue
-        least, most = 0 if key == "max_window_layers" else 1, SIZES.get(key, COUNT)  # 0: every layer has a window
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    for key, most in LARGEST.items():
+        value, least = values.get(key), 0 if key == "max_window_layers" else 1  # 0: every layer has a window
+        is_right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        if not is_right and (value is not None or key in REQUIRED):
             bad.append(f"{key}: found {value!r:.80}, need a whole number from {least} to {most}")
     for key, highest in (("rms_norm_eps", FLOAT), ("rope_theta", FLOAT), ("partial_rotary_factor", 1.0)):
         if not is_positive(values[key]) or values[key] > highest:
