@@ -1,9 +1,6 @@
 """Names that mean repositories of the hub, against a server of this machine that speaks what is needed of its API."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -254,18 +251,3 @@ def test_what_was_fetched_once_is_there_without_a_network(hub, models, monkeypat
     assert locate("org/tiny", "model") == locate(online.name, "model") == online
     ml.load_model("org/tiny")
     ml.load_tokenizer("org/tiny")
-
-
-@pytest.mark.long
-def test_the_hub_s_own_environment_says_where_it_is_and_where_its_cache_is(hub, models, tmp_path):
-    """In a process of its own, since `huggingface_hub` reads it once. Nothing is imported before it is needed."""
-    code = """
-import sys, minilora.models.hub
-assert "huggingface_hub" not in sys.modules
-print(minilora.models.hub.locate("org/tiny", "model").name)
-"""
-    environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-W", "error", "-c", code]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (found.stdout, found.stderr) == (f"org/tiny@{commit_of('org/tinymain')}\n", "")
-    assert list((tmp_path / "home").rglob("model.safetensors"))

@@ -27,7 +27,6 @@ from minilora.files import (
     publishing,
     read_json,
     read_text,
-    remove,
     replacing,
     shard_names,
     write_json,
@@ -257,13 +256,6 @@ def test_metadata_has_one_order_and_the_format_that_transformers_asks_for(path):
     write_tensors(path, {"a": torch.ones(2, requires_grad=True)})
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text(""), lambda path: None])
-def test_remove_leaves_nothing_whatever_there_was(make, path):
-    make(path)
-    remove(path)
-    assert not path.exists()
 
 
 def test_a_write_that_cannot_be_done_leaves_nothing_behind(path, monkeypatch):

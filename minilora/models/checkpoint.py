@@ -203,7 +203,6 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
         if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
             write_shard()
         shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
-        del group  # which may be on another device, before the next one is made
     write_shard()
     n = len(written)
     files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
