@@ -457,7 +457,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("generate --adapter=nowhere --prompt=a", "nowhere: no such directory"),
-        ("generate --model= --prompt=a", "--model is empty; leave it out, or name something"),
+        ("generate --model= --prompt=a", "the name is empty; leave it out, or name something"),
         ("finetune --model=model --data=", "data is empty; leave it out, or name something"),
         ("finetune --model=model --data=data --out=", "out is empty; leave it out, or name something"),
         ("eval --model=model --data=", "the name is empty; leave it out, or name something"),

@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
 from minilora.cli.generate import encode_prompt
-from minilora.cli.write import MERGE_TOKENS, cells, columns, is_faster_merged, wrap
+from minilora.cli.write import MERGE_TOKENS, is_faster_merged
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows, use_prompt_style
@@ -208,7 +207,7 @@ def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, trai
 
     monkeypatch.setattr(ml.models.hub, "_download", download)
     command("--adapter=org/run", "--prompt=a", model=None)
-    assert asked == [("org/run", None, "adapter")]
+    assert asked == [("org/run", "adapter")]
 
 
 # --- several ---
@@ -316,15 +315,16 @@ def test_samples_have_seeds_of_their_own_and_the_batch_size_changes_nothing(dire
 # --- beside the base model ---
 
 
-def test_the_base_model_is_found_by_the_adapter_and_compared_with_it_side_by_side(directory, command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
+def test_the_base_model_is_found_by_the_adapter_and_its_text_stands_above_that_of_the_adapter(directory, command):
     adapter = directory / "model-adapter"
     base, ours = (written(directory, "the sea", name) for name in (None, "model-adapter"))
     assert base != ours
     words = (f"--adapter={adapter}", "--prompt=the sea")
     assert command(*words, model=None) == ours + "\n"
-    found = command(*words, "--compare-base", model=None)
-    assert found == columns(base, ours, ("base", str(adapter)), 60) + "\n"
+    shown = command(*words, "--compare-base", model=None)
+    assert shown == f"--- base\n{base}\n--- {adapter}\n{ours}\n"
+    numbered = command(*words, "--compare-base", "--samples=2", "--temperature=1e-9", model=None)
+    assert numbered.startswith(f"--- sample 1 of 2, base\n{base}\n--- sample 1 of 2, {adapter}\n{ours}\n---")
     row = {"prompt": "the sea", "base": base, "text": ours}
     assert rows_of(command(*words, "--compare-base", "--json")) == [row]
 
@@ -334,53 +334,6 @@ def test_a_model_is_asked_by_the_template_that_lies_beside_its_adapter(directory
     (tmp_path / "run" / "chat_template.jinja").write_text("Q: {{ messages[0].content }} A:")
     expected = written(directory, "Q: the sea A:", "model-adapter")
     assert command(f"--adapter={tmp_path / 'run'}", "--prompt=the sea") == expected + "\n"
-
-
-wide = st.text(st.sampled_from("ab 漢🙂\u0301\n\t\x1b\u200d"), max_size=60)
-
-
-@given(wide, st.integers(2, 30))
-@example("word " * 9, 9)
-@example("    indented words", 9)
-@example("x" * 30, 9)
-def test_wrapped_lines_fit_and_lose_nothing_but_white_space(text, width):
-    lines = wrap(text, width)
-    assert all(cells(line) <= width for line in lines)
-    kept = [c for c in text if not c.isspace() and c not in "\x1b\u200d"]
-    assert [c for line in lines for c in line if not c.isspace()] == kept
-
-
-@given(st.lists(st.text("abc", min_size=1, max_size=9), min_size=1, max_size=20), st.integers(9, 30))
-def test_words_are_whole_and_lines_are_full(words, width):
-    lines = wrap(" ".join(words), width)
-    assert " ".join(lines).split() == words
-    for line, following in pairwise(lines):
-        assert len(line) + 1 + len(following.split()[0]) > width
-
-
-@given(wide, wide, st.integers(8, 120))
-def test_columns_are_aligned_and_fit(left, right, width):
-    lines = columns(left, right, ("base", "a/very/long/path/of/an/adapter"), width).splitlines()
-    assert all(cells(line) <= width for line in lines)
-    places = {cells(line[: line.index(bar)]) for line in lines for bar in "│┼" if bar in line}
-    assert len(places) == 1
-    for side, text in enumerate((left, right)):
-        shown = [line.split("│")[side].strip() for line in lines[2:]]
-        assert [line for line in shown if line] == [
-            line.strip() for line in wrap(text.strip(), (width - 3) // 2) if line.strip()
-        ]
-
-
-def test_lines_and_columns_look_like_this():
-    assert wrap("word ", 4) == ["word"]
-    assert wrap("def f():\n\tpass\n\nmore words", 9) == ["def f():", "    pass", "", "more", "words"]
-    assert columns("a", "b", ("base", "a/path/to/run"), 15).splitlines()[0] == "base   │ …o/run"
-    assert columns("the cafe\u0301 by the sea ", " 漢字 the end", ("base", "path/to/run"), 25).splitlines() == [
-        "base        │ path/to/run",
-        "────────────┼────────────",
-        "the cafe\u0301 by │ 漢字 the",
-        "the sea     │ end",
-    ]
 
 
 # --- what is refused ---

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from minilora.adapters.attach import set_adapter
 from minilora.adapters.layout import tokenizer_of
@@ -81,12 +80,9 @@ class Chat:
             )
         self._generation = from_flags(GenerationConfig, options)
         paths = options["adapter"]
-        names = [Path(path).resolve().name for path in paths]
-        is_clear = len({NONE, *names}) == len(names) + 1
-        names = names if is_clear else [f"./{path}" if path == NONE else path for path in paths]
-        self._adapters = {name: f"adapter{i}" for i, name in enumerate(names)}
-        found = [tokenizer_of(self.model.name_or_path, [fetch(path, "adapter")]) for path in paths if len(paths) > 1]
-        self._tokenizers = {name: own or self._tokenizer for name, own in zip(names, found, strict=False)}
+        self._adapters = {path: f"adapter{i}" for i, path in enumerate(paths)}
+        found = {path: tokenizer_of(self.model.name_or_path, [fetch(path, "adapter")]) for path in paths}
+        self._tokenizers = {path: own or self._tokenizer for path, own in found.items()}
         self._system, self._is_given = options["system"], options["system"] is not None
         self.turns: list[Fields] = []
         self.adapter, self.replies = NONE, 0

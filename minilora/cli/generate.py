@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import GenerationConfig, add_generation_flags, columns, generate_text
+from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
 from minilora.errors import ConfigError, DataError, option
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -43,7 +42,7 @@ class Output:
     """How many texts are generated, and how they are printed."""
 
     samples: int = option(1, "number of texts to generate for each prompt")
-    compare_base: bool = option(False, "also generate without the adapter, and print that text on the left")
+    compare_base: bool = option(False, "also generate without the adapter, and print that text first")
     json: bool = option(
         False,
         "print one JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
@@ -95,7 +94,7 @@ def run(options: Options) -> int:
     is_json = output.json or options["prompts"] is not None or len(rows) > 1
     if is_json or output.compare_base or output.samples > 1:
         for answer in _answers(model, tokenizer, rows, prompts, generation, output):
-            line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, options)
+            line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, *options["adapter"])
             print(line, flush=True)
         return 0
     try:
@@ -212,10 +211,9 @@ def _answers(
             yield {**answer, "text": text}
 
 
-def _as_text(answer: Fields, output: Output, options: Options) -> str:
-    """Format a text, with the base model's beside it and the number of the sample above it where that is asked for."""
-    number = f"--- sample {answer['sample']} of {output.samples}\n" if output.samples > 1 else ""
-    if not output.compare_base:
-        return f"{number}{answer['text']}"
-    width = shutil.get_terminal_size().columns
-    return number + columns(answer["base"], answer["text"], ("base", options["adapter"][0]), width)
+def _as_text(answer: Fields, output: Output, adapter: str = "") -> str:
+    """Format the texts, each under the number of its sample and, beside that of the base, the name of the model."""
+    sample = f"sample {answer['sample']} of {output.samples}" if output.samples > 1 else ""
+    texts = {"base": answer["base"], adapter: answer["text"]} if output.compare_base else {"": answer["text"]}
+    titles = (", ".join(filter(None, (sample, name))) for name in texts)
+    return "\n".join(f"--- {title}\n{text}" for title, text in zip(titles, texts.values(), strict=True))

@@ -62,8 +62,6 @@ class Found:
 
 def find(options: Options) -> Found:
     """Find the model and the adapters that the flags name, and download them if necessary."""
-    if options["model"] == "":
-        raise ConfigError("--model is empty; leave it out, or name something")
     paths = tuple(fetch(name, "adapter") for name in options["adapter"])
     name = base_of(options["model"], paths)
     try:
@@ -100,8 +98,8 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
 
 def base_of(model: str | None, adapters: Sequence[Path]) -> str:
     """Return --model if it is given, otherwise the model that the adapters name, or the built-in one."""
-    if model or not adapters:
-        return model or BUILTIN
+    if model is not None or not adapters:
+        return BUILTIN if model is None else model
     bases = [base_model_of(adapter) for adapter in adapters]
     if bases[0] is None:
         raise ConfigError(f"{adapters[0]}: names no base model; give --model")
