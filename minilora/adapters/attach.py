@@ -84,7 +84,7 @@ def attach(
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
-    specs = build_specs(modules, config, factors, _path_of(model, "get_input_embeddings"))
+    specs = build_specs(modules, config, factors, input_embedding(model))
     inject_adapter(model, config, name, specs, dtype, trainable=True)
 
 
@@ -318,6 +318,11 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 def head_path(model: nn.Module) -> str | None:
     """Return the path of the output head, from `get_output_embeddings`, or None."""
     return _path_of(model, "get_output_embeddings")
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Return the path of the embedding, from `get_input_embeddings`, or None."""
+    return _path_of(model, "get_input_embeddings")
 
 
 def _path_of(model: nn.Module, method: str) -> str | None:

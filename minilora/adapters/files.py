@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
-from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter
+from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, input_embedding
 from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, kind_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import ModulesToSave, TrainableTokens
@@ -104,67 +104,102 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
 
     Raises:
         FormatError: a file of the adapter is missing or malformed, or the config asks for something that is not
-            supported.
+            supported, or for other tensors than there are.
         ConfigError: it is a classifier's, and the model a `Llama`.
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
     check_types(load_adapter, locals())
-    config, specs = stored_specs(model, path)
-    inject_adapter(model, config, name, specs, None, trainable)
-
-
-def stored_specs(model: nn.Module, name_or_path: str | Path) -> tuple[LoraConfig, dict[str, AdapterSpec]]:
-    """Return the config of a stored adapter, and its specs for a model by path.
-
-    The file must hold exactly the tensors that the config asks for, in the shapes that the model needs.
-
-    Raises:
-        FormatError: config and tensors contradict each other.
-        ConfigError: a classifier's adapter on a `Llama`.
-        TargetError: the model has no such modules, or others in shape; the first two are named, with both shapes.
-    """
-    stored, modules = read_adapter(fetch(name_or_path, "adapter")), base_modules(model)
-    held = {where: dict(tensors) for where, tensors in stored.tensors.items()}
-    config, init = stored.config(), stored.values.get("init_lora_weights")
+    stored, modules = read_adapter(fetch(path, "adapter")), base_modules(model)
+    config = stored.config()
     if isinstance(model, Llama):
         check_language_task(stored.path, config)
-    config = replace(config, modules_to_save=_saved(held.get("", {}), config.modules_to_save))
-    embedding = next((path for path in held if "rows" in held[path]), None)
-    if config.trainable_token_indices and embedding is None:
-        found = f"trainable_token_indices: found {config.trainable_token_indices}"
-        raise _contradiction(stored, [f"{found}, and there are no rows"])
-    specs = build_specs(modules, config, _blank_specs(held, modules, config), embedding)
-    mismatches, contradictions = list[str](), list[str]()
-    own = held.pop("", {})
+    config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
+    embedding = next((where for where, held in stored.tensors.items() if "rows" in held), input_embedding(model))
+    specs = build_specs(modules, config, _blank_specs(stored, modules, config), embedding)
+    inject_adapter(model, config, name, _filled(specs, stored, modules, config), None, trainable)
+
+
+def _blank_specs(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, AdapterSpec]:
+    """Return the low-rank specs that the config asks for, with tensors on the device "meta"."""
+    specs: dict[str, AdapterSpec] = {}
+    for path, tensors in stored.tensors.items():
+        if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
+            continue
+        shape_A, shape_B = factor_shapes(modules[path], config.rank(path))
+        has_bias = "bias" in tensors and modules[path]._parameters.get("bias") is not None
+        asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
+        shapes = {"lora_A": shape_A, "lora_B": shape_B, **{key: shape_B[:1] for key in asked if asked[key]}}
+        specs[path] = AdapterSpec(kind, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    return specs
+
+
+def _filled(
+    specs: Mapping[str, AdapterSpec], stored: Stored, modules: Mapping[str, Any], config: LoraConfig
+) -> dict[str, AdapterSpec]:
+    """Return the specs with the tensors of the file, which must be those that are asked for, in these shapes.
+
+    Raises:
+        TargetError: the model has no such module, or another shape or weight; the first two are named.
+        FormatError: config and tensors contradict each other.
+    """
+    copied = {where: held["weight"] for where, held in stored.tensors.items() if "weight" in held and where}
+    held = {
+        f"{where}.{key}".removeprefix("."): tensor
+        for where, tensors in stored.tensors.items()
+        for key, tensor in tensors.items()
+        if not (where and key == "weight")
+    }
+    needed = {
+        f"{path}.{key}": tuple(tensor.shape)
+        for path, spec in specs.items()
+        for key, tensor in spec.tensors.items()
+        if key != "ids"
+    }
+    misfits = [
+        f"{where}: the model has no such layer"
+        for where in stored.tensors
+        if where and where not in specs and kind_of(modules.get(where)) is None
+    ]
+    for name in held.keys() & needed.keys():
+        if (shape := tuple(held[name].shape)) != needed[name]:
+            misfits.append(f"{name}: the adapter has {shape}, the model needs {needed[name]}")
+    for where, weight in copied.items():
+        if where not in specs or not _is_weight_of(modules[where], weight):
+            misfits.append(f"{where}.base_layer.weight is not the weight of this model")
+    if misfits:
+        base = stored.values.get("base_model_name_or_path")
+        of_base = f"; it was trained on {base!r:.200}" if base else ""
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted(misfits), most=2)}")
+    wrong = [f"{name} is not asked for{_asked_by(name, config)}" for name in sorted(held.keys() - needed)]
+    wrong += [f"there is no {name}{_asked_by(name, config)}" for name in sorted(needed.keys() - held)]
+    if wrong:
+        raise FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(wrong, most=4)}")
+    filled = {}
     for path, spec in specs.items():
-        if spec.kind is ModulesToSave:
-            tensors = {key: own.pop(f"{path}.{key}") for key in spec.tensors if f"{path}.{key}" in own}
-        else:
-            tensors = held.pop(path, {})
-        copied = tensors.pop("weight", None) if issubclass(spec.kind, LowRankWrapper) else None
-        mismatches += _mismatches(path, spec, tensors, modules[path], copied)
-        contradictions += _contradictions(path, spec, tensors, config)
-        # PEFT takes the word for True on other layers
-        if spec.kind in LINEARS and init in DETERMINISTIC_INITS and not mismatches:
+        tensors = {key: held.get(f"{path}.{key}", tensor) for key, tensor in spec.tensors.items()}
+        init = stored.values.get("init_lora_weights")
+        if spec.kind in LINEARS and init in DETERMINISTIC_INITS:  # PEFT takes the word for True on other layers
             if isinstance(modules[path], NF4Linear):
                 raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
             weight = as_matrix(modules[path], whole_weight(modules[path]))
             start = factors_from_weight(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
-        specs[path] = spec._replace(tensors=spec.tensors | tensors)
-    missing = [path for path in held if kind_of(modules.get(path)) is None]
-    mismatches += [f"{path}: the model has no such layer" for path in missing]
-    mismatches += [
-        f"{name}: is no part of an adapter that the config describes" for name in (*own, *held) if name not in missing
-    ]
-    if mismatches:
-        base = stored.values.get("base_model_name_or_path")
-        of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(mismatches, most=2)}")
-    if contradictions:
-        raise _contradiction(stored, contradictions)
-    return config, specs
+        filled[path] = spec._replace(tensors=tensors)
+    return filled
+
+
+def _asked_by(name: str, config: LoraConfig) -> str:
+    """Return which field of the config asks for a tensor, or should, for the end of a message."""
+    field = FIELD_OF_TENSOR.get(name.rpartition(".")[2], "modules_to_save")
+    return f"; {field} is {getattr(config, field)!r:.80}"
+
+
+def _is_weight_of(module: Any, copy: Tensor) -> bool:
+    """Return whether a file's copy of a base weight is the module's; on "meta", as in a dry run, only by its shape."""
+    weight = module.weight
+    is_equal = copy.shape == weight.shape
+    return is_equal and (weight.is_meta or torch.equal(copy.to(weight.device, weight.dtype), weight))
 
 
 def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
@@ -206,58 +241,3 @@ def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
         prefixes = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
         paths += [path for path in prefixes if path.endswith(tuple(entries))][:1]
     return (*dict.fromkeys(paths), *(entry for entry in entries if not any(path.endswith(entry) for path in paths)))
-
-
-def _blank_specs(
-    held: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Any], config: LoraConfig
-) -> dict[str, AdapterSpec]:
-    """Return the low-rank specs that the config asks for, with tensors on the device "meta"."""
-    specs: dict[str, AdapterSpec] = {}
-    for path, tensors in held.items():
-        if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
-            continue
-        shape_A, shape_B = factor_shapes(modules[path], config.rank(path))
-        has_bias = "bias" in tensors and modules[path]._parameters.get("bias") is not None
-        asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": shape_A, "lora_B": shape_B}
-        shapes |= dict.fromkeys(("magnitude", "lora_bias", "bias"), shape_B[:1])
-        keys = [key for key in PEFT_NAMES if asked.get(key, True)]
-        specs[path] = AdapterSpec(kind, {key: torch.empty(shapes[key], device="meta") for key in keys})
-    return specs
-
-
-def _mismatches(
-    path: str, spec: AdapterSpec, held: Mapping[str, Tensor], module: Any, copied: Tensor | None
-) -> list[str]:
-    """Return what does not fit the model; `copied` is the file's copy of the base weight, if it has one."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in held.items()}
-    needed = {key: tuple(tensor.shape) for key, tensor in spec.tensors.items()}
-    wrong = [key for key in shapes if key in needed and shapes[key] != needed[key]]
-    found = [f"{path}.{key}: the adapter has {shapes[key]}, the model needs {needed[key]}" for key in wrong]
-    if issubclass(spec.kind, LowRankWrapper) and {"lora_A", "lora_B"} & {*wrong}:
-        factors = f"A {shapes['lora_A']} and B {shapes['lora_B']}"
-        found = [f"{path}: the adapter has {factors}, the model's weight is {tuple(module.weight.shape)}"]
-    if copied is not None:
-        weight = module.weight
-        is_equal = copied.shape == weight.shape
-        if is_equal and not weight.is_meta:  # as in a dry run, which has no numbers to compare
-            is_equal = torch.equal(copied.to(weight.device, weight.dtype), weight)
-        if not is_equal:
-            found.append(f"{path}.base_layer.weight is not the weight of this model")
-    unknown = [key for key in held if key not in needed and key not in ("magnitude", "lora_bias")]
-    return found + [f"{path}.{key}: is no part of an adapter that the config describes" for key in unknown]
-
-
-def _contradictions(path: str, spec: AdapterSpec, held: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
-    """Return the contradictions between what the config says is trained and what the file has."""
-    if spec.kind is ModulesToSave and spec.tensors.keys() != {"bias"}:
-        return [f"modules_to_save: means {path}, of which there is no {key}" for key in spec.tensors if key not in held]
-    return [
-        f"{field}: found {getattr(config, field)!r}, and {path} has {'a' if key in held else 'no'} {key}"
-        for key, field in FIELD_OF_TENSOR.items()
-        if (key in held) != (key in spec.tensors)
-    ]
-
-
-def _contradiction(stored: Stored, contradictions: Sequence[str]) -> FormatError:
-    return FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(contradictions, most=2)}")
