@@ -193,7 +193,7 @@ def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
         for name, parameter in model.float().named_parameters():
             if name.endswith("a.lora_B"):
                 parameter.fill_(1e37)
-    with pytest.raises(ml.MiniloraError, match=r"not finite|overflows"):
+    with pytest.raises(ml.MiniloraError, match="not finite"):
         ml.combine_adapters(model, {"a": 1e6, "b": 1}, "sum", ml.CombineConfig(kind))
 
 

@@ -93,7 +93,7 @@ def combine(
 
     Raises:
         ConfigError: there is not one finite weight for each adapter.
-        TrainingError: an update to cut is not finite.
+        TrainingError: an update to cut, or the result, is not finite.
         ShapeError: the adapters of a module do not fit together.
     """
     config = config or CombineConfig()
@@ -115,6 +115,8 @@ def combine(
         else:
             largest = max(len(part.lora_A) for part in parts)
             combined[path] = truncate(concatenate(parts), config.svd_rank or largest)
+        if not combined[path].factors.lora_B.isfinite().all():
+            raise TrainingError(f"{path}: with the weights {list(weights)} the result is not finite")
     return combined
 
 
