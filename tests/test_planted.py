@@ -131,7 +131,7 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",
     ),
     "control tokens of a row act": Mistake(
-        "models/tokenizer.py",
+        "models/control_tokens.py",
         "return found[0] + QUOTE if is_whole or is_begun else found[0]",
         "return found[0]",
         "test_quote.py::test_only_the_control_tokens_that_the_template_wrote_act",

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.models.tokenizer import QUOTE, ControlTokens
+from minilora.models.control_tokens import QUOTE, ControlTokens
 from minilora.runs.encoders import use_prompt_style
 from tests.models import examples, long
 from tests.text import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation, encoded, trained_bpe

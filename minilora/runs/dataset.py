@@ -1,4 +1,4 @@
-"""Encoded rows as arrays: in memory or, if there are many tokens, in temporary files that are mapped into it.
+"""Encoded rows as arrays, in temporary files that are mapped into memory: their tokens may be more than fit there.
 
 Rows are read as a stream and encoded one by one.
 """
@@ -9,8 +9,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from tempfile import SpooledTemporaryFile
-from typing import Any, overload
+from tempfile import TemporaryFile
+from typing import IO, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,9 @@ from minilora.runs.formats import Row
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 
 INT32 = np.dtype(np.int32)
-# Where a row lies in the tokens, how many of its labels are learned and how many were cut off, its largest id, the
-# index of its file, and the line; -1 if the source of the row names none.
-ROW = np.dtype([(name, np.int64) for name in ("begin", "length", "labelled", "lost", "largest", "file", "line")])
-IN_MEMORY = 2**26  # bytes of the tokens, and of the labels, that are held in memory
+# Where a row lies in the tokens, how many of its labels are learned and how many were cut off, its largest id, and the
+# index of its source.
+ROW = np.dtype([(name, np.int64) for name in ("begin", "length", "labelled", "lost", "largest", "source")])
 SHOWN = 10_000  # rows from one line on the progress to the next
 Encode = Callable[[Row], tuple[Example, Iterable[str]]]  # returns also names of counts of `Dataset` that are one more
 
@@ -47,7 +46,7 @@ class Dataset(Sequence[Example]):
     tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, INT32))
     labels: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, INT32))
     rows: NDArray[Any] = field(default_factory=lambda: np.empty(0, ROW))
-    files: tuple[str, ...] = ()
+    sources: Sequence[str] = ()
     truncated: int = 0
     unlabelled: int = 0
     lost: int = 0
@@ -72,13 +71,13 @@ class Dataset(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Dataset:
         if isinstance(index, slice):
             return self.take(self.rows[index])
-        begin, length, _, _, _, file, line = self.rows[index].item()
+        begin, length, *_, source = self.rows[index].item()
         tokens, labels = (held[begin : begin + length].tolist() for held in (self.tokens, self.labels))
-        return Example(tokens, labels, self.files[file] + (f":{line}" if line >= 0 else ""))
+        return Example(tokens, labels, self.sources[source])
 
     def take(self, rows: NDArray[Any]) -> Dataset:
         """Return a data set of some of the `rows`, in their order, without the counts."""
-        return Dataset(self.tokens, self.labels, rows, self.files)
+        return Dataset(self.tokens, self.labels, rows, self.sources)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -113,60 +112,41 @@ def build_dataset(
     Raises:
         DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
-    counts, bad, files, first = Counter[str](), list[str](), dict[str, int](), ""
+    counts, bad, sources, first = Counter[str](), list[str](), list[str](), ""
     places, begin = array("q"), 0
-    with SpooledTemporaryFile(IN_MEMORY) as tokens, SpooledTemporaryFile(IN_MEMORY) as labels:
+    with TemporaryFile() as tokens, TemporaryFile() as labels:
         for number, row in enumerate(rows, start=1):
             first = first or row.source
             if show and number % SHOWN == 0:
                 show(f"encoding {row.source}")
             try:
-                example, lost = _encode(row, encode, config.max_length, counts)
+                if row.problem:
+                    raise DataError(row.problem)
+                whole, names = encode(row)
             except DataError as error:
                 bad.append(f"{row.source}: {error}")
                 if not config.skip_bad_rows or len(bad) > BAD_ROWS:
                     raise DataError(bad[-1]) from error
                 continue
-            if not example.labelled:
-                counts["unlabelled"] += 1
-                continue
-            file, line = _split(example.source)
-            length, largest = len(example.tokens), max(example.tokens)
-            places.extend((begin, length, example.labelled, lost, largest, files.setdefault(file, len(files)), line))
-            begin += length
-            tokens.write(np.array(example.tokens, INT32).tobytes())
-            labels.write(np.array(example.labels, INT32).tobytes())
+            counts.update(names)
+            cut = replace(whole, tokens=whole.tokens[: config.max_length], labels=whole.labels[: config.max_length])
+            length, lost = len(cut.tokens), whole.labelled - cut.labelled
+            counts.update(truncated=int(length < len(whole.tokens)), lost=lost, unlabelled=int(not cut.labelled))
+            if cut.labelled:
+                places.extend((begin, length, cut.labelled, lost, max(cut.tokens), len(sources)))
+                begin += length
+                sources.append(row.source)
+                tokens.write(np.array(cut.tokens, INT32).tobytes())
+                labels.write(np.array(cut.labels, INT32).tobytes())
         if not begin:
             total, limit = counts["unlabelled"] + len(bad), config.max_length
             skipped = f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else ""
             raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
-        values: dict[str, Any] = {"tokens": _as_array(tokens), "labels": _as_array(labels), **counts}
-    return Dataset(**values, rows=np.frombuffer(places, ROW), files=tuple(files), bad=tuple(bad))
+        values: dict[str, Any] = {"tokens": _mapped(tokens), "labels": _mapped(labels), **counts}
+    return Dataset(**values, rows=np.frombuffer(places, ROW), sources=sources, bad=tuple(bad))
 
 
-def _encode(row: Row, encode: Encode, limit: int, counts: Counter[str]) -> tuple[Example, int]:
-    """Encode a row, cut it, and count what was done to it; return also how many labels were cut off."""
-    if row.problem:
-        raise DataError(row.problem)
-    whole, names = encode(row)
-    cut = replace(whole, tokens=whole.tokens[:limit], labels=whole.labels[:limit])
-    counts.update(names)
-    lost = whole.labelled - cut.labelled
-    if len(whole.tokens) > limit:
-        counts.update(truncated=1, lost=lost)
-    return cut, lost
-
-
-def _as_array(file: SpooledTemporaryFile[bytes]) -> NDArray[np.int32]:
-    """Return the numbers of a file; if it is on the disk, they are mapped and read when they are used."""
-    if file.tell() > IN_MEMORY:
-        file.flush()
-        return np.asarray(np.memmap(file, INT32, "r"))
-    file.seek(0)
-    return np.frombuffer(file.read(), INT32)
-
-
-def _split(source: str) -> tuple[str, int]:
-    """Return the file and the line of "file:line"; of another source all of it, and -1."""
-    file, _, line = source.rpartition(":")
-    return (file, int(line)) if line.isdecimal() and str(int(line)) == line else (source, -1)
+def _mapped(file: IO[bytes]) -> NDArray[np.int32]:
+    """Return the numbers of a file, which are read when they are used."""
+    file.flush()
+    return np.asarray(np.memmap(file, INT32, "r"))

@@ -77,7 +77,7 @@ def read_data(
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
     tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)
-    tokenizer = tokenizer.with_tokens(run.add_tokens).at(began.astimezone())
+    tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*files["train"]))
     encoded = {split: encode_rows(stream_rows(*paths), tokenizer, config, show) for split, paths in files.items()}
     splits = hold_out(encoded, run.eval_split, settings.training)
