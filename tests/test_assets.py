@@ -113,15 +113,3 @@ def test_the_tokenizer_adds_nothing_and_closes_with_one_token(tokenizer):
     assert tokenizer.encode("a").tokens == ["a"]
     assert tokenizer.encode(config["eos_token"]).ids == [0]
     assert tokenizer.get_vocab_size() == 2048
-
-
-def test_near_twins_share_seven_words_in_ten_or_contain_each_other():
-    for a, b, expected in (
-        ("a red bird of Asia", "Bird, red, of Asia: a", True),  # the same words in another order
-        ("one two three four five six seven x", "one two three four five six seven y z", True),  # 7 of 10
-        ("one two three four five six seven x y", "one two three four five six seven z w", False),  # 7 of 11
-        ("small tree", "a very small tree with many long and bitter leaves", True),  # one within the other
-        ("small tree", "a very small treehouse with many long and bitter leaves", False),  # whole words only
-    ):
-        a, b = make_data.normalise(a), make_data.normalise(b)
-        assert make_data.is_near_twin(a, b) == make_data.is_near_twin(b, a) == expected, a

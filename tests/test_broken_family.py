@@ -134,22 +134,6 @@ def test_trained_rows_are_those_of_every_embedding_that_is_tied(tmp_path):
     assert_maths(model(IDS), loaded(IDS))
 
 
-def test_a_replica_computes_what_the_model_does():
-    """As `nn.DataParallel` makes replicas: their parameters are plain tensors."""
-    config = LoraConfig(r=2, target_modules=["0", "head"], use_dora=True, bias="lora_only")
-    model, outputs = _adapted(dora=config)
-    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, replica in replicas.items():
-        for name, child in module.named_children():
-            setattr(replica, name, replicas[child])
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                replica._parameters[name] = None
-            else:
-                setattr(replica, name, tensor.clone())
-    assert torch.equal(replicas[model](IDS), outputs["dora"])
-
-
 def _hooked():
     linear = nn.Linear(4, 4)
     linear.register_forward_hook(lambda module, args, y: 2 * y)
@@ -195,11 +179,6 @@ def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
                 parameter.fill_(1e37)
     with pytest.raises(ml.MiniloraError, match="not finite"):
         ml.combine_adapters(model, {"a": 1e6, "b": 1}, "sum", ml.CombineConfig(kind))
-
-
-def test_what_does_not_fit_into_memory_is_told(tmp_path, capsys):
-    assert main(["finetune", "--lora-r", str(2**31 - 1), "--out", str(tmp_path / "out")]) == 1
-    assert "of memory, and" in capsys.readouterr().err
 
 
 def test_full_fine_tuning_with_new_tokens_comes_to_its_end(tmp_path):

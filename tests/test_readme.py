@@ -1,12 +1,8 @@
 """The Python and the commands of README and docs run as they stand, with a small chat model and some rows."""
 
 import ast
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,7 @@ import minilora.runs.inputs
 from minilora import cli
 from minilora.cli import main
 from minilora.cli.forecast import SHAPES
-from minilora.files import ASSETS, BUILTIN
+from minilora.files import BUILTIN
 from minilora.runs.dataset import Dataset
 from scripts import api, front
 from tests.models import long, tiny_model
@@ -67,22 +63,6 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeyp
         program, *words = shlex.split(command, comments=True)
         assert program == "minilora"
         assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_the_commands_of_a_page_run_in_a_shell_with_the_builtin_model(page, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ASSETS / "model", MODEL)
-    (MODEL / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
-    rows = (ASSETS / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    script = f'minilora() {{ {shlex.quote(sys.executable)} -m minilora "$@"; }}\n{COMMANDS[page]}'
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["bash", "-euo", "pipefail", "-c", script]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
 
 
 def test_what_the_table_for_users_of_peft_names_is_there():

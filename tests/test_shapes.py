@@ -132,20 +132,3 @@ def test_a_function_has_the_shapes_that_its_docstring_states(name, data, seed):
     for tensor, (shape, kind) in zip(tensors, results, strict=True):
         assert list(tensor.shape) == sizes_of(shape)
         assert not kind or str(tensor.dtype) == f"torch.{kind}"
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "Shapes: x -> (N)",
-        "Shapes: x (N, D)",
-        "Shapes: x (N D) -> (N)",
-        "Shapes: x (N) -> N",
-        "Shapes: x (N), -> (N)",
-        "Shapes: x (N) -> a (N), (N)",
-    ],
-)
-def test_a_line_of_shapes_in_another_grammar_is_refused(line):
-    with pytest.raises(ValueError, match="no readable line"):
-        read_shapes(line)
