@@ -52,15 +52,22 @@ class QuantizeConfig:
         """Return a config as it is, or make one of a format's name; None is "none"."""
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 
-    def chosen(self, linears: Sequence[str]) -> list[str]:
-        """Return which of the linears (paths) to quantize."""
+    def chosen(self, linears: Sequence[str]) -> set[str]:
+        """Return which of a model's linears (paths) to quantize.
+
+        Raises:
+            ConfigError: an entry of `quantize_skip` names no linear, or all are skipped.
+        """
         if self.quantize == "none":
-            return []
+            return set()
         for entry in self.quantize_skip:
             if not any(_names(entry, path) for path in linears):
                 kinds = sorted({path.rpartition(".")[2] for path in linears})
                 raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
-        return [path for path in linears if not any(_names(entry, path) for entry in self.quantize_skip)]
+        found = {path for path in linears if not any(_names(entry, path) for entry in ("lm_head", *self.quantize_skip))}
+        if not found:
+            raise ConfigError(f"quantize_skip {list(self.quantize_skip)} leaves nothing to quantize")
+        return found
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool = False) -> list[str]:

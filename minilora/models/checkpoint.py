@@ -111,7 +111,7 @@ def stored_weights(
     _check_names(directory, model, files, packed)
     config = QuantizeConfig.of(quantize)
     _check_packed(directory, model.config.source, packed, config)
-    chosen = set() if packed else _weights_to_quantize(model, config)
+    chosen = set() if packed else config.chosen(list(_linears(model)))
     for name, _ in model.named_parameters():
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
@@ -119,7 +119,7 @@ def stored_weights(
         file, stored = files[name], files[name].dtype(name)
         if stored not in DTYPES.values():
             raise FormatError(f"{file.path}: {name} is {stored}; supported are {sorted(DTYPES)}")
-        if name in chosen:
+        if name.removesuffix(".weight") in chosen:
             try:
                 yield name, NF4Linear.quantize(file.read(name).to(device), None, config.double_quant, target)
             except TrainingError as error:
@@ -266,14 +266,6 @@ def _check_names(
             problems.append(f"packed: {name}, which is no linear's")
     if problems:
         raise FormatError(f"{directory}: the tensors do not fit config.json:{listed(problems)}")
-
-
-def _weights_to_quantize(model: Llama, config: QuantizeConfig) -> set[str]:
-    """Return the names of the weights to quantize."""
-    names = {f"{path}.weight" for path in config.chosen(list(_linears(model)))} - {HEAD}
-    if config.quantize != "none" and not names:
-        raise ConfigError(f"quantize_skip {list(config.quantize_skip)} leaves nothing to quantize")
-    return names
 
 
 def _check_packed(

@@ -131,7 +131,7 @@ def build_base(plan: Plan) -> Llama:
         quantization = QuantizeConfig("nf4", bool(source["quantization_config"].get("bnb_4bit_use_double_quant")))
     linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
     packed: dict[Any, NF4Linear] = {}  # one of each shape, since to quantize without storage is slow too
-    for path in {*quantization.chosen(list(linears))} - {"lm_head"}:
+    for path in quantization.chosen(list(linears)):
         weight = linears[path].weight
         if weight.shape not in packed:
             packed[weight.shape] = NF4Linear.quantize(weight, None, quantization.double_quant)
