@@ -291,8 +291,8 @@ def test_the_families_of_the_default_suite_have_every_switch_and_all_together_ev
     configs = [tiny_config(family) for family in models.MOST_DIFFERENT]
     for switch in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
         assert {getattr(config, switch) for config in configs} == {True, False}, switch
-    structures = {FAMILIES[config.model_type].build_block for config in configs}
-    assert structures == {family.build_block for family in FAMILIES.values()}
+    structures = {FAMILIES[config.model_type].build for config in configs}
+    assert structures == {family.build for family in FAMILIES.values()}
     width = models.SIZES["hidden_size"]
     assert {config.head_dim * config.num_attention_heads == width for config in configs} == {True, False}
     assert {window is None for config in configs for window in config.windows} == {True, False}

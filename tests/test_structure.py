@@ -128,7 +128,7 @@ def test_the_public_names_are_sorted():
 def test_the_six_pages_are_read_in_an_afternoon_and_a_family_in_five_minutes():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert sum(lengths[page] for page in PAGES) <= PAGES_LINES
-    families = {inspect.getmodule(family.build_block).__name__ for family in FAMILIES.values()} - {"minilora.llama"}
+    families = {inspect.getmodule(family.build).__name__ for family in FAMILIES.values()} - {"minilora.llama"}
     assert not {
         name: lengths[name]
         for name in (each.removeprefix("minilora.").replace(".", "/") for each in families)

@@ -87,7 +87,7 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         if values["partial_rotary_factor"] != 1:
             raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
         differing["rope"] = build_rope(values, values["head_dim"])
-    return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED}, **differing)
+    return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED} | differing)
 
 
 def read_config_file(path: Path) -> LlamaConfig:
