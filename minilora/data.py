@@ -6,7 +6,7 @@
 A token is learned if it shares a character with the completion. Counting the tokens of the prompt alone would be wrong
 where a token holds the end of the one and the beginning of the other.
 
-    N  tokens of a batch laid end to end    M  those of them at which a label is predicted
+    N  tokens of a batch laid end to end    M  labels
 """
 
 from __future__ import annotations
@@ -30,12 +30,6 @@ class Example:
 
     tokens: list[int]
     labels: list[int]
-    source: str = ""  # where it was read
-
-    @property
-    def labelled(self) -> int:
-        """How many labels are learned. The first token of a text is never predicted, so it does not count."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -46,21 +40,24 @@ def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
     return f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n", row["output"]
 
 
-def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int, max_length: int = 1024) -> Example:
-    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned, unless `max_length` cuts it off."""
+def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int) -> Example:
+    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned."""
     prompt, completion = row_text(row)
     encoding = tokenizer.encode(prompt + completion)
     learned = [(len(prompt), len(prompt) + len(completion))]
     labels = label_tokens(encoding.ids, encoding.offsets, learned)
-    return Example([*encoding.ids, eos_id][:max_length], [*labels, eos_id][:max_length])
+    return Example([*encoding.ids, eos_id], [*labels, eos_id])
 
 
-def label_tokens(tokens: Sequence[int], spans: Sequence[Span], learned: Sequence[Span]) -> list[int]:
-    """Return the label of each token: itself where it shares a character with a learned span; BOS has no character."""
-    return [
-        token if any(end > first and begin < last for first, last in learned) and end > begin else IGNORE_INDEX
-        for token, (begin, end) in zip(tokens, spans, strict=True)
-    ]
+def label_tokens(
+    tokens: Sequence[int], spans: Sequence[Span], learned: Sequence[Span]
+) -> list[int]:
+    """Return the label of each token: itself where it shares a character with a learned span."""
+    labels = []
+    for token, (begin, end) in zip(tokens, spans, strict=True):
+        is_learned = any(max(begin, first) < min(end, last) for first, last in learned)
+        labels.append(token if is_learned else IGNORE_INDEX)
+    return labels
 
 
 @dataclass(frozen=True)

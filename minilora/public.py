@@ -15,7 +15,6 @@ from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter, save_adapter
 from minilora.adapters.weighted import combine_adapters
-from minilora.data import Example
 from minilora.definition import plain
 from minilora.errors import ConfigError, DataError, FormatError, MiniloraError, ShapeError, TargetError, TrainingError
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -24,7 +23,7 @@ from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import Dataset, Example
 from minilora.runs.inputs import load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.reports import ProgressBar

@@ -29,31 +29,39 @@ from minilora.definition import definition
 from minilora.errors import DataError
 from minilora.llama import Checkpointing, cross_entropy
 
-Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> the sum of losses, and their number
-NORM_CHUNK = 65536  # numbers of a partial norm: one float32 sum of 134 million squares is off by 3 %
+Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> sum of losses, their number
+NORM_CHUNK = 65536  # numbers of a partial norm; one float32 sum of 134 million is off by 3 %
 
 
-def token_loss(model: Any, batch: Batch, checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
-    """Sum -log p(token | before) over the labelled tokens of a batch; return it with their number."""
-    hidden = model.model(batch.tokens, batch.lengths, checkpointing=checkpointing)
-    hidden = hidden.index_select(0, batch.label_positions)  # the head sees only what predicts a label
+def token_loss(
+    model: Any, batch: Batch, checkpointing: Checkpointing = "none"
+) -> tuple[Tensor, int]:
+    """Sum -log p(token | before) over the labels of a batch; return it with their number."""
+    hidden = model.model(batch.tokens, batch.lengths, checkpointing=checkpointing)  # (N, D)
+    hidden = hidden.index_select(0, batch.label_positions)  # the head sees what predicts a label
     return cross_entropy(hidden, batch.labels, model.get_output_embeddings()), len(batch.labels)
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: int, scheduler: str = "cosine") -> float:
-    """Compute the learning rate of step 0 ≤ step < total: linear warm-up to the peak, then decay  [SGDR eq. 5].
+def learning_rate(
+    step: int, total: int, peak: float, warmup: int, scheduler: str = "cosine"
+) -> float:
+    """Compute the learning rate of a step: linear warm-up to the peak, then decay  [SGDR eq. 5].
 
-    The first step has peak/warmup. The decay would reach 0 at step = total, so no step has a rate of 0.
+    The first step, 0, has peak/warmup. The decay would reach 0 at step = total, so no rate is 0.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return peak * factor[scheduler]
+    factors = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return peak * factors[scheduler]
 
 
 def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
-    """Build the fused AdamW over parameters, or groups of them, without weight decay  [AdamW alg. 2]."""
+    """Build the fused AdamW over parameters, or groups of them, without decay  [AdamW alg. 2]."""
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
@@ -74,8 +82,10 @@ def train_step(
     return update(optimizer, total, count, max_grad_norm)
 
 
-def accumulate(model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], loss: Loss) -> tuple[Tensor, int]:
-    """Add up the losses of micro-batches, and their gradients in `grad` of the optimizer's parameters.
+def accumulate(
+    model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], loss: Loss
+) -> tuple[Tensor, int]:
+    """Add up the losses of micro-batches, and their gradients in `grad` of the parameters.
 
     Returns the sum of the losses, and their number.
     """
@@ -83,11 +93,13 @@ def accumulate(model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], l
     parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # not None, where the loss does not use it
-    total, count = torch.zeros((), device=parameters[0].device), 0
+    total = torch.zeros((), device=parameters[0].device)
+    count = 0
     for batch in batches:
         part, number = loss(model, batch)
         part.backward()  # adds to the gradients
-        total, count = total + part.detach().sum(), count + number
+        total = total + part.detach().sum()
+        count += number
     return total, count
 
 
@@ -95,8 +107,8 @@ def accumulate(model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], l
 def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float) -> Step:
     """Divide the sum of losses and its gradients by their number, clip the gradients, and step.
 
-    g ← g · min(1, max_grad_norm / ‖g‖), ‖g‖ over all parameters; with 0 for `max_grad_norm` g stays as it is. If the
-    loss or the norm is not finite, the parameters stay unchanged.
+    g ← g · min(1, max_grad_norm / ‖g‖), ‖g‖ over all parameters; g stays as it is if
+    `max_grad_norm` is 0. If the loss or the norm is not finite, the parameters stay unchanged.
 
     Raises:
         DataError: there are no losses.
@@ -123,6 +135,6 @@ def parameters_of(optimizer: Optimizer) -> list[Any]:
 
 @definition
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Compute the norm of all numbers of some tensors, √Σ x², from those of chunks."""
+    """Compute the norm of all numbers of some tensors, √Σ x², from the norms of chunks."""
     chunks = [chunk for tensor in tensors for chunk in tensor.flatten().split(NORM_CHUNK)]
     return torch.nn.utils.get_total_norm(chunks)

@@ -425,7 +425,7 @@ def test_ids_beyond_the_vocabulary_and_missing_labels_are_refused_by_their_sourc
 def test_rows_that_are_no_examples_are_refused(bad):
     rows = random_rows(14, 2)
     for look in (lambda model: ml.train(model, [bad]), lambda model: ml.train(model, rows, held_out=[bad])):
-        with pytest.raises(ml.DataError, match=rf"found the row {re.escape(repr(bad))}, need an Example"):
+        with pytest.raises(ml.DataError, match=rf"found the row {re.escape(repr(bad))}, need an ml.Example"):
             look(small())
 
 

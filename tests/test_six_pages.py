@@ -163,7 +163,7 @@ def test_the_page_of_adapters_has_the_package_s_defaults_and_adds_a_second_adapt
     assert not any(isinstance(layer.base, adapter.AdapterWrapper) for layer in layers.values())
 
 
-DEFAULTS = {adapter.attach_lora: ml.LoraConfig, data.encode_row: ml.DataConfig, training.train_step: ml.TrainConfig}
+DEFAULTS = {adapter.attach_lora: ml.LoraConfig, training.train_step: ml.TrainConfig}
 
 
 @pytest.mark.parametrize(("function", "config"), DEFAULTS.items())

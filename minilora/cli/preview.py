@@ -8,10 +8,10 @@ from itertools import groupby
 import numpy as np
 
 from minilora.adapters.attach import ParameterCount
-from minilora.data import IGNORE_INDEX, Example
+from minilora.data import IGNORE_INDEX
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import Dataset, Example
 from minilora.runs.inputs import Data
 from minilora.runs.reports import visible
 from minilora.runs.sampler import plan_steps

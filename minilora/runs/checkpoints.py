@@ -34,7 +34,6 @@ from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter_files
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
-from minilora.data import Example
 from minilora.errors import FormatError, TrainingError, fits
 from minilora.files import (
     TensorFile,
@@ -51,7 +50,7 @@ from minilora.files import (
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import Dataset, Example
 from minilora.runs.objective import trained_parameters
 
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed

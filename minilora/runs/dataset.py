@@ -15,7 +15,7 @@ from typing import IO, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from minilora.data import Example
+from minilora import data
 from minilora.errors import DataError
 from minilora.runs.config import DataConfig
 from minilora.runs.formats import Row
@@ -27,6 +27,20 @@ INT32 = np.dtype(np.int32)
 # index of its source.
 ROW = np.dtype([(name, np.int64) for name in ("begin", "length", "labelled", "lost", "largest", "source")])
 SHOWN = 10_000  # rows from one line on the progress to the next
+
+
+@dataclass(frozen=True)
+class Example(data.Example):
+    """A row as the model sees it, and where it was read."""
+
+    source: str = ""
+
+    @property
+    def labelled(self) -> int:
+        """How many labels are learned. The first token of a text is never predicted, so it does not count."""
+        return sum(label != data.IGNORE_INDEX for label in self.labels[1:])
+
+
 Encode = Callable[[Row], tuple[Example, Iterable[str]]]  # returns also names of counts of `Dataset` that are one more
 
 

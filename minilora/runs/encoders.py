@@ -20,13 +20,13 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from minilora.data import Example, Span, label_tokens
+from minilora.data import Span, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.conversations import render_conversation
-from minilora.runs.dataset import Dataset, build_dataset
+from minilora.runs.dataset import Dataset, Example, build_dataset
 from minilora.runs.formats import PromptCompletion, Row, parse_row
 
 

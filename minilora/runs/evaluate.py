@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from minilora.adapter import disable_adapter
-from minilora.data import IGNORE_INDEX, Batch, Example, collate
+from minilora.data import IGNORE_INDEX, Batch, collate
 from minilora.errors import DataError
 from minilora.llama import Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import Dataset, lengths_of
+from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.sampler import Rows
 

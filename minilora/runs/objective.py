@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from minilora.adapter import adapter_layers
-from minilora.data import IGNORE_INDEX, Example, collate
+from minilora.data import IGNORE_INDEX, collate
 from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import Dataset, Example
 from minilora.runs.sampler import Rows, groups
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
@@ -114,7 +114,7 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
         examples = examples.take(examples.rows[examples.rows["largest"] >= size])
     for example in examples:
         if not isinstance(example, Example):
-            raise DataError(f"found the row {example!r:.60}, need an Example, as load_dataset makes them, or loss=")
+            raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
         T, found = len(example.tokens), len(example.labels)
         if found != T:
             raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")
